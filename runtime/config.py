@@ -1,0 +1,76 @@
+"""What an engine and a server are started with. Validated once here, then frozen."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from .errors import LoadError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
+EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine: a model on a device, a KV pool, a tree, a scheduler."""
+
+    model: str = ""  # a folder or a hub id; "" is the model that ships with the package
+    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the config's shape
+    dtype: Dtype = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    seed: int = 0
+
+    max_model_len: int | None = None  # None: the model's own
+    max_num_seqs: int = 256  # rows of the page table: requests running at once
+    max_num_batched_tokens: int | None = None  # a step's token budget; None: 2048 on a CPU, 8192 on a GPU
+    page_size: int = 16
+    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_tokens: int | None = None  # None: by memory
+    gpu_memory_utilization: float = 0.9  # of the GPU's memory; of free memory on a CPU, half of it at most
+    tensor_parallel_size: int = 1
+    attention_backend: Literal["auto", "torch"] = "auto"
+
+    schedule_policy: SchedulePolicy = "hrrn"
+    eviction_policy: EvictionPolicy = "lru"
+    disable_radix_cache: bool = False
+    overlap: bool | None = None  # plan step N+1 while N runs; None: on a GPU only
+    check_when_idle: bool = False  # debug: walk the tree and the pages whenever the engine falls idle
+
+
+class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One server: an engine behind processes and HTTP."""
+
+    engine: EngineConfig
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    served_model_name: str | None = None
+    max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_prompts_per_request: int = 1024  # prompts × n
+    drain_seconds: float = 30.0  # SIGTERM: time in-flight requests get to finish
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
+
+
+def check(config: EngineConfig) -> EngineConfig:
+    """Raises `LoadError` naming the flag and its limits; returns the config unchanged."""
+    for name, low, high in (
+        ("page_size", 1, 256),
+        ("max_num_seqs", 1, 4096),
+        ("seed", 0, 2**31 - 1),
+    ):
+        value = getattr(config, name)
+        if not low <= value <= high:
+            raise LoadError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
+    for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise LoadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not 0.05 <= config.gpu_memory_utilization <= 0.98:
+        raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
+    if config.tensor_parallel_size != 1:
+        raise LoadError(f"--tensor-parallel-size {config.tensor_parallel_size}: only 1 is supported in this version")
+    return config

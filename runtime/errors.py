@@ -1,0 +1,29 @@
+"""The errors people meet. Anything else that escapes is a bug."""
+
+from __future__ import annotations
+
+
+class BranchwiseError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InvalidRequest(BranchwiseError, ValueError):
+    """A request that cannot be served as asked: names the field, the limit, and the HTTP status it becomes."""
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.status = status
+
+
+class Overloaded(BranchwiseError):
+    """The waiting queue is full; HTTP answers 503 with ``Retry-After``."""
+
+
+class LoadError(BranchwiseError):
+    """A model or a setting that cannot be loaded: one line that says what and what to do. The CLI exits 2."""
+
+
+class EngineDead(BranchwiseError):
+    """The engine stopped while the request was in flight."""

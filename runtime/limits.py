@@ -1,0 +1,69 @@
+"""What a prompt must fit into: the one validator of prompts, for both HTTP dialects and for the tokenizer process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from .errors import InvalidRequest
+from .messages import Limits
+from .sampling_params import SamplingParams
+
+
+def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
+    """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first that is not."""
+    if not ids:
+        raise InvalidRequest(f"{field} must not be empty", field=field)
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return
+    for position, token in enumerate(ids):
+        if type(token) is not int:
+            raise InvalidRequest(
+                f"{field}[{position}] must be an integer token id, got {type(token).__name__}", field=field
+            )
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(
+                f"{field}[{position}] must be a token id from 0 to {vocab_size - 1}, got {token}", field=field
+            )
+
+
+def fit(
+    prompt_tokens: int,
+    params: SamplingParams,
+    limits: Limits,
+    *,
+    field: str = "prompt",
+    names: Mapping[str, str] | None = None,
+) -> SamplingParams:
+    """Prompt and completion against the context length and the whole KV pool, in tokens.
+
+    ``max_tokens=None`` becomes what is left. Raises `InvalidRequest` naming the field, the value and the limit.
+    """
+    if prompt_tokens == 0:
+        raise InvalidRequest(f"{field} must not be empty", field=field)
+    if limits.max_model_len <= limits.pool_tokens:
+        bound, what, flag = limits.max_model_len, "tokens of the model's context", "--max-model-len"
+    else:
+        bound, what, flag = limits.pool_tokens, "tokens of the whole KV pool", "--kv-cache-tokens"
+    if prompt_tokens > bound:
+        raise InvalidRequest(
+            f"{field} has {prompt_tokens} tokens, more than the {bound} {what}; shorten it or raise {flag}", field=field
+        )
+    room = bound - prompt_tokens
+    shown = (names or {}).get("max_tokens", "max_tokens")
+    if params.max_tokens is None:
+        if room == 0:
+            raise InvalidRequest(
+                f"{field} has {prompt_tokens} tokens and leaves no room to generate: the limit is {bound} {what}",
+                field=field,
+            )
+        return msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
+    if params.max_tokens > room:
+        raise InvalidRequest(
+            f"{field} {prompt_tokens} + {shown} {params.max_tokens} = {prompt_tokens + params.max_tokens} tokens, more than "
+            f"the {bound} {what}; lower {shown} or raise {flag}",
+            field=shown,
+        )
+    return params

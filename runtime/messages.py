@@ -1,0 +1,222 @@
+"""Everything the processes say to each other: msgspec tagged structs in msgpack, one batch a frame.
+
+    http ──Submit, Abort──► tokenizer ──Generate, Abort──► scheduler ──StepOutput──► detokenizer ──Deltas──► http
+    http ──Control──► scheduler ──ControlReply──► (detokenizer) ──► http
+    detokenizer ──StopMatched──► scheduler            every child ──Ready──► http
+
+Token ids travel as bytes (int32, little-endian), never as lists. Request ids are the server's own integers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+from .sampling_params import SamplingParams
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True):
+    """Base: the tag is the class name."""
+
+
+# -- towards the scheduler ---------------------------------------------------------------------------------------------
+
+
+class Submit(Message):
+    """http → tokenizer. One prompt, sampled ``len(ids)`` times: sample i has ``ids[i]`` and seed + i."""
+
+    ids: list[int]
+    params: SamplingParams
+    text: str | None = None  # the prompt, as text or as token ids (int32 bytes)
+    tokens: bytes | None = None
+    namespace: tuple[str, str] = ("", "")  # (owner, salt): owner from the API key, salt from the request
+    priority: int = 0  # larger is more urgent
+    echo_tokens: bool = False  # ask for the prompt's token ids in the first delta
+
+
+class Generate(Message):
+    """tokenizer → scheduler (and into `EngineCore.add`)."""
+
+    id: int
+    tokens: bytes
+    params: SamplingParams
+    namespace: tuple[str, str] = ("", "")
+    priority: int = 0
+    echo_tokens: bool = False
+
+
+class Abort(Message):
+    """The client left. Idempotent; answered by a `Finished` with reason ``abort`` unless it finished before."""
+
+    id: int
+
+
+class StopMatched(Message):
+    """detokenizer → scheduler: a stop string matched and the terminal delta is already on its way to the client."""
+
+    id: int
+
+
+class Control(Message):
+    """http → scheduler. Answered by one `ControlReply` with the same id."""
+
+    id: int
+    what: Literal["flush_cache", "tree", "info", "check"]
+    argument: Any = None
+
+
+class Limits(Message):
+    """http → tokenizer, once the scheduler is ready: what a prompt must fit into."""
+
+    vocab_size: int  # token ids are 0 .. vocab_size - 1
+    max_model_len: int  # tokens, prompt and completion together
+    pool_tokens: int  # tokens the whole KV pool holds
+
+
+class Shutdown(Message):
+    """Finish what is in flight, then leave with exit code 0."""
+
+
+# -- away from the scheduler -------------------------------------------------------------------------------------------
+
+
+class CacheReport(msgspec.Struct, array_like=True):
+    """What the tree did for one request."""
+
+    hit_tokens: int
+    reason: str  # hit | cold | diverged | evicted | namespace | disabled
+    diverged_at: int | None = None  # token index, for ``diverged``
+
+
+class Opened(Message):
+    """First word of the scheduler about a request: what the detokenizer needs. Precedes its first token."""
+
+    id: int
+    prompt_tokens: int
+    tail: bytes  # the last few prompt tokens, to prime incremental decoding
+    params: SamplingParams
+    prompt: bytes | None = None  # the prompt's tokens, if ``echo_tokens`` or prompt logprobs were asked for
+
+
+class LogprobRows(Message):
+    """`TokenLogprobs` of n tokens as bytes: float32 [n], int32 [n, k], float32 [n, k]."""
+
+    k: int
+    chosen: bytes
+    top_ids: bytes
+    top: bytes
+
+
+class PromptLogprobs(Message):
+    """Logprobs of prompt tokens from position ``start`` on; may come in several pieces, in order."""
+
+    id: int
+    start: int
+    rows: LogprobRows
+
+
+class Finished(Message):
+    """The scheduler's one terminal message about a request."""
+
+    id: int
+    reason: FinishReason
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cache: CacheReport | None = None
+    matched: int | None = None  # the stop token id, for ``stop``
+    error: str | None = None
+    error_field: str | None = None
+    status: int = 500  # HTTP status for ``error``
+    retractions: int = 0
+    queue_seconds: float = 0.0  # from arrival at the scheduler to the first scheduled chunk
+
+
+class StepOutput(Message):
+    """All that one step has to say, in the order it must be read: opened, tokens, finished.
+
+    ``ids[i]`` drew ``tokens[i]``; a request appears at most once. A stop token that ends a request is included.
+    """
+
+    opened: list[Opened] = []
+    ids: bytes = b""  # int64 [n]
+    tokens: bytes = b""  # int32 [n]
+    logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1
+    prompt_logprobs: list[PromptLogprobs] = []
+    cache: dict[int, CacheReport] = {}  # for each request whose first chunk was scheduled in this step
+    finished: list[Finished] = []
+
+
+class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
+    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last one."""
+
+    id: int
+    text: str = ""
+    tokens: bytes = b""  # int32
+    logprobs: list[LogprobRows] = []  # one a token
+    prompt: bytes | None = None
+    prompt_logprobs: list[PromptLogprobs] = []
+    prompt_tokens: int = 0
+    cache: CacheReport | None = None
+    finish: Finished | None = None
+    matched_stop: str | None = None  # the stop string, when one matched
+
+
+class Deltas(Message):
+    items: list[Delta]
+
+
+class Stats(Message):
+    """scheduler → http, a few times a second while there is work and once when it ends. Counters are totals."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_free: int = 0
+    pages_cached: int = 0  # tree-owned and not leased: evictable
+    page_size: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    computed_tokens: int = 0  # prompt tokens that went through a forward pass
+    generated_tokens: int = 0
+    evicted_pages: int = 0
+    retractions: int = 0
+    finished: int = 0
+
+
+class ControlReply(Message):
+    id: int
+    ok: bool
+    value: Any = None  # JSON-able
+    error: str | None = None
+
+
+class Progress(Message):
+    """How far a child's set-up has come, for the person who watches: ``done`` of ``total`` (bytes, of weights)."""
+
+    role: str
+    stage: str
+    done: int
+    total: int
+
+
+class Ready(Message):
+    """A child has set itself up. The scheduler's carries the model's limits and the memory plan."""
+
+    role: Literal["tokenizer", "scheduler", "detokenizer"]
+    info: dict[str, Any] = {}
+
+
+class Failed(Message):
+    """A child could not set itself up: one line for the person who started the server."""
+
+    role: str
+    error: str
+
+
+Inbound = Submit | Generate | Abort | StopMatched | Control | Limits | Shutdown
+Outbound = StepOutput | Deltas | Stats | ControlReply | Progress | Ready | Failed
+AnyMessage = Inbound | Outbound

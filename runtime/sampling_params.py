@@ -1,0 +1,125 @@
+"""How one request wants its tokens drawn. Validated once, at the boundary, by `validate`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+from .errors import InvalidRequest
+
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 1024  # characters
+MAX_STOP_TOKEN_IDS = 256
+MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20
+MAX_N = 128
+MAX_SEED = 2**63 - 1
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Sampling of one request. ``temperature=0`` is greedy; ``max_tokens=0`` computes and caches the prompt only."""
+
+    max_tokens: int | None = 128  # None: as many as the context allows
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0 or -1: off
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    seed: int | None = None
+    n: int = 1
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False  # keep the matched stop string (SGLang's no_stop_trim)
+    skip_special_tokens: bool = True
+    logprobs: int | None = None  # None: off; 0: the chosen token's; k: the chosen token's and the k best
+    prompt_logprobs: int | None = None  # the same for prompt tokens
+    prompt_logprob_start: int = 0  # first prompt position whose logprob is wanted
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-6 or self.top_k == 1
+
+
+# field: (low, high, low is exclusive). Both bounds, for every counted or real-valued field.
+_RANGES: dict[str, tuple[float, float, bool]] = {
+    "max_tokens": (0, 2**31 - 1, False),
+    "min_tokens": (0, 2**31 - 1, False),
+    "temperature": (0.0, 100.0, False),
+    "top_p": (0.0, 1.0, True),
+    "top_k": (-1, 2**31 - 1, False),
+    "min_p": (0.0, 1.0, False),
+    "frequency_penalty": (-2.0, 2.0, False),
+    "presence_penalty": (-2.0, 2.0, False),
+    "repetition_penalty": (0.0, 100.0, True),
+    "seed": (0, MAX_SEED, False),
+    "n": (1, MAX_N, False),
+    "logprobs": (0, MAX_LOGPROBS, False),
+    "prompt_logprobs": (0, MAX_LOGPROBS, False),
+    "prompt_logprob_start": (0, 2**31 - 1, False),
+}
+_INTEGERS = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "prompt_logprob_start"}
+_OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
+
+
+def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] | None = None) -> SamplingParams:
+    """Checks every field against both of its bounds; ids against ``vocab_size``.
+
+    ``names`` maps our field names to the caller's dialect, so the message names the field the caller sent.
+    Raises `InvalidRequest` naming the field, the value and the limit.
+    """
+    names = names or {}
+
+    def bad(field: str, problem: str) -> InvalidRequest:
+        shown = names.get(field, field)
+        return InvalidRequest(f"{shown} {problem}", field=shown)
+
+    for field, (low, high, exclusive) in _RANGES.items():
+        value = getattr(params, field)
+        if value is None:
+            if field in _OPTIONAL:
+                continue
+            raise bad(field, "must not be null")
+        if isinstance(value, bool) or not isinstance(value, int if field in _INTEGERS else (int, float)):
+            kind = "an integer" if field in _INTEGERS else "a number"
+            raise bad(field, f"must be {kind}, got {type(value).__name__}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise bad(field, f"must be finite, got {value}")
+        if value < low or value > high or (exclusive and value == low):
+            edge = f"greater than {low:g}" if exclusive else f"at least {low:g}"
+            raise bad(field, f"must be {edge} and at most {high:g}, got {value}")
+    if params.max_tokens is not None and params.min_tokens > params.max_tokens:
+        raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
+    if len(params.stop) > MAX_STOPS:
+        raise bad("stop", f"must hold at most {MAX_STOPS} strings, got {len(params.stop)}")
+    for text in params.stop:
+        if not isinstance(text, str) or not text:
+            raise bad("stop", "must hold non-empty strings")
+        if len(text) > MAX_STOP_LENGTH:
+            raise bad("stop", f"strings must be at most {MAX_STOP_LENGTH} characters, got {len(text)}")
+    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise bad("stop_token_ids", f"must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(params.stop_token_ids)}")
+    for token in params.stop_token_ids:
+        _check_id(bad, "stop_token_ids", token, vocab_size)
+    if len(params.logit_bias) > MAX_LOGIT_BIAS:
+        raise bad("logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(params.logit_bias)}")
+    for token, bias in params.logit_bias.items():
+        _check_id(bad, "logit_bias", token, vocab_size)
+        if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+            raise bad("logit_bias", f"values must be between -100 and 100, got {bias}")
+    for field in ("logprobs", "prompt_logprobs"):
+        if (getattr(params, field) or 0) > vocab_size:
+            raise bad(field, f"must be at most the vocabulary size ({vocab_size}), got {getattr(params, field)}")
+    return params
+
+
+def _check_id(bad: Any, field: str, token: Any, vocab_size: int) -> None:
+    if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+        raise bad(field, f"must hold token ids from 0 to {vocab_size - 1}, got {token!r}")
