@@ -55,6 +55,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
 
 
+def step_budget(config: EngineConfig, *, gpu: bool) -> int:
+    """Query tokens one step may hold: the flag, or what suits the device."""
+    return config.max_num_batched_tokens or max(config.max_num_seqs, 8192 if gpu else 2048)
+
+
 def check(config: EngineConfig) -> EngineConfig:
     """Raises `LoadError` naming the flag and its limits; returns the config unchanged."""
     for name, low, high in (

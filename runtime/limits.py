@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -13,7 +13,7 @@ from .sampling_params import SamplingParams
 
 
 def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
-    """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first that is not."""
+    """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""
     if not ids:
         raise InvalidRequest(f"{field} must not be empty", field=field)
     if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
@@ -35,11 +35,12 @@ def fit(
     limits: Limits,
     *,
     field: str = "prompt",
-    names: Mapping[str, str] | None = None,
+    max_tokens: str = "max_tokens",
 ) -> SamplingParams:
     """Prompt and completion against the context length and the whole KV pool, in tokens.
 
-    ``max_tokens=None`` becomes what is left. Raises `InvalidRequest` naming the field, the value and the limit.
+    ``params.max_tokens=None`` becomes what is left. ``field`` and ``max_tokens`` are what the caller calls the prompt
+    and the bound. Raises `InvalidRequest` naming the field, the value and the limit.
     """
     if prompt_tokens == 0:
         raise InvalidRequest(f"{field} must not be empty", field=field)
@@ -52,7 +53,6 @@ def fit(
             f"{field} has {prompt_tokens} tokens, more than the {bound} {what}; shorten it or raise {flag}", field=field
         )
     room = bound - prompt_tokens
-    shown = (names or {}).get("max_tokens", "max_tokens")
     if params.max_tokens is None:
         if room == 0:
             raise InvalidRequest(
@@ -62,8 +62,8 @@ def fit(
         return msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
     if params.max_tokens > room:
         raise InvalidRequest(
-            f"{field} {prompt_tokens} + {shown} {params.max_tokens} = {prompt_tokens + params.max_tokens} tokens, more than "
-            f"the {bound} {what}; lower {shown} or raise {flag}",
-            field=shown,
+            f"{field} {prompt_tokens} + {max_tokens} {params.max_tokens} = {prompt_tokens + params.max_tokens} tokens, "
+            f"more than the {bound} {what}; lower {max_tokens} or raise {flag}",
+            field=max_tokens,
         )
     return params

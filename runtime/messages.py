@@ -35,6 +35,7 @@ class Submit(Message):
     namespace: tuple[str, str] = ("", "")  # (owner, salt): owner from the API key, salt from the request
     priority: int = 0  # larger is more urgent
     echo_tokens: bool = False  # ask for the prompt's token ids in the first delta
+    names: tuple[str, str] = ("prompt", "max_tokens")  # what the client calls these, for messages about them
 
 
 class Generate(Message):

@@ -1,0 +1,143 @@
+"""The engine's heart: a scheduler, an executor, and the pipeline between them. No sockets, no text."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from typing import Any
+
+from .config import EngineConfig, step_budget
+from .messages import Control, ControlReply, Generate, Limits, Stats, StepOutput
+from .scheduler.draft import ScheduledStep
+from .scheduler.scheduler import Scheduler
+from .step import Executor, PendingStep
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3  # steps that may break in a row before the engine gives up
+
+
+class EngineCore:
+    """Drives one scheduler and one executor. Not thread-safe: one thread calls everything.
+
+    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and results are read one step late;
+    without it each step is read at once. The data flow is the same: a token whose value the host does not know yet
+    is fed from the device.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        eos_ids: tuple[int, ...],
+        max_model_len: int,
+        *,
+        gpu: bool = False,
+    ) -> None:
+        self.config = config
+        self.executor = executor
+        limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
+        budget = step_budget(config, gpu=gpu)
+        self.scheduler = Scheduler(
+            config,
+            limits,
+            num_pages=executor.num_pages,
+            max_rows=min(config.max_num_seqs, budget),
+            max_batched_tokens=budget,
+            eos_ids=eos_ids,
+        )
+        self._depth = int(config.overlap if config.overlap is not None else gpu)
+        self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
+        self._failures = 0
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_requests or bool(self._inflight)
+
+    def add(self, message: Generate) -> None:
+        self.scheduler.add(message)
+
+    def abort(self, request_id: int) -> None:
+        self.scheduler.abort(request_id)
+
+    def stop_matched(self, request_id: int) -> None:
+        """The detokenizer saw a stop string; its client has been told already."""
+        self.scheduler.abort(request_id, "stop")
+
+    def step(self) -> StepOutput | None:
+        """One scheduling iteration. None: nothing was said (and, if ``has_work`` is false, nothing is left to do).
+
+        A step that breaks ends the requests it may have touched with an error and the engine goes on; several in a
+        row raise.
+        """
+        try:
+            self._advance()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            logger.exception("a step failed")
+            self._inflight.clear()
+            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}")
+            if self._failures >= _MAX_FAILURES:
+                raise
+        output = self.scheduler.take_output()
+        if self.config.check_when_idle and not self.has_work:
+            self.check()
+        return output
+
+    def _advance(self) -> None:
+        scheduled = self.scheduler.plan()
+        if scheduled is not None:
+            self._inflight.append((scheduled, self.executor.launch(scheduled.plan)))
+        elif not self._inflight:
+            if self.scheduler.has_requests:
+                logger.error("no request can advance: %s", self.stats())
+                self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
+            return
+        if len(self._inflight) > self._depth or scheduled is None:
+            oldest, pending = self._inflight.popleft()
+            self.scheduler.complete(oldest, pending.result())
+
+    def control(self, message: Control) -> ControlReply:
+        """flush_cache: evict all that no running request holds. tree: a dump. info: facts. check: the invariants."""
+        value: Any
+        if message.what == "flush_cache":
+            value = {"evicted_pages": self.scheduler.tree.flush()}
+        elif message.what == "tree":
+            options = message.argument or {}
+            value = self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
+        elif message.what == "info":
+            value = self.info()
+        else:
+            try:
+                self.check()
+            except Exception as error:  # the answer is the point: report, whatever broke
+                return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
+            value = "clean"
+        return ControlReply(message.id, True, value)
+
+    def info(self) -> dict[str, Any]:
+        limits = self.scheduler.limits
+        return {
+            "vocab_size": limits.vocab_size,
+            "max_model_len": limits.max_model_len,
+            "pool_tokens": limits.pool_tokens,
+            "num_pages": self.executor.num_pages,
+            "page_size": self.executor.page_size,
+            "max_running_requests": self.scheduler.ledger.rows.max_rows,
+            "schedule_policy": self.config.schedule_policy,
+            "eviction_policy": self.config.eviction_policy,
+            "radix_cache": not self.config.disable_radix_cache,
+            "overlap": bool(self._depth),
+        }
+
+    def stats(self) -> Stats:
+        return self.scheduler.stats()
+
+    def check(self) -> None:
+        """Every invariant of rows, leases, tree and pages; raises on the first that does not hold."""
+        self.scheduler.ledger.check()
+
+    def close(self) -> None:
+        self._inflight.clear()
+        self.executor.close()

@@ -1,0 +1,448 @@
+"""The engine in your own process: no sockets, the same core, tree and detokenizer that the server runs.
+
+engine = Engine("path/to/model")
+print(engine.generate("Once upon a time", SamplingParams(max_tokens=32)).text)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from .config import EngineConfig, check
+from .core import EngineCore
+from .detokenizer import DetokenizerCore
+from .errors import BranchwiseError, EngineDead, InvalidRequest
+from .limits import check_token_ids
+from .logprobs import TokenLogprob, unpack
+from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
+from .model_folder import model_folder
+from .sampling_params import SamplingParams, validate
+from .tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(slots=True)
+class Completion:
+    """One sample of a prompt."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None  # stop | length | abort
+    matched: int | str | None = None  # the stop token id or stop string
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All samples of one prompt, and what the cache did for the first of them."""
+
+    outputs: list[Completion]
+    prompt_tokens: int = 0
+    cache: CacheReport | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # from position 1 (or prompt_logprob_start) on
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.cache is None else self.cache.hit_tokens
+
+
+@dataclass(slots=True, frozen=True)
+class StreamChunk:
+    """What is new about one sample. ``finish_reason`` is set on its last chunk."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    cache: CacheReport | None = None
+
+
+class _Collector:
+    """Folds the deltas of one prompt's samples into a `RequestOutput`."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._index = {id_: i for i, id_ in enumerate(ids)}
+        self.result = RequestOutput([Completion(i) for i in range(len(ids))])
+        self._open = len(ids)
+        self._prompt: list[int] = []
+
+    @property
+    def done(self) -> bool:
+        return self._open == 0
+
+    def feed(self, delta: Delta) -> StreamChunk:
+        index = self._index[delta.id]
+        completion = self.result.outputs[index]
+        tokens = np.frombuffer(delta.tokens, dtype="<i4").tolist()
+        completion.text += delta.text
+        completion.token_ids += tokens
+        for token, rows in zip(tokens, delta.logprobs, strict=False):
+            completion.logprobs += unpack([token], rows)
+        if delta.prompt is not None and not self._prompt:
+            self._prompt = np.frombuffer(delta.prompt, dtype="<i4").tolist()
+        if index == 0:
+            for piece in delta.prompt_logprobs:
+                count = len(piece.rows.chosen) // 4
+                self.result.prompt_logprobs += unpack(self._prompt[piece.start : piece.start + count], piece.rows)
+            self.result.cache = delta.cache or self.result.cache
+        finish = delta.finish
+        if finish is not None:
+            self._open -= 1
+            if finish.reason == "error":
+                raise _error(finish)
+            completion.finish_reason = finish.reason
+            completion.matched = delta.matched_stop if delta.matched_stop is not None else finish.matched
+            self.result.prompt_tokens = finish.prompt_tokens
+            if index == 0:
+                self.result.cache = finish.cache or self.result.cache
+        return StreamChunk(index, delta.text, tokens, None if finish is None else finish.reason, delta.cache)
+
+
+def _error(finish: Finished) -> BranchwiseError:
+    message = finish.error or "the request failed"
+    if 400 <= finish.status < 500:
+        return InvalidRequest(message, field=finish.error_field, status=finish.status)
+    return BranchwiseError(message)
+
+
+class Engine:
+    """Serves a model in process. Thread-safe; one background thread drives the core.
+
+    ``model``: a folder, a hub id, or "" for the model that ships with the package. Other keywords are the fields of
+    `EngineConfig`. Raises `LoadError` if the model or a setting cannot be loaded.
+    """
+
+    def __init__(self, model: str | Path = "", **settings: Any) -> None:
+        from .executor.executor import ModelExecutor
+
+        config = check(EngineConfig(model=str(model), **settings))
+        executor = ModelExecutor.load(config)
+        core = EngineCore(
+            config,
+            executor,
+            executor.eos_ids,
+            executor.max_model_len,
+            gpu=executor.device.type == "cuda",
+        )
+        self._start(core, Tokenizer.load(model_folder(config.model)))
+
+    @classmethod
+    def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Engine:
+        """An engine around a core that is already built (tests, other executors)."""
+        engine = cls.__new__(cls)
+        engine._start(core, tokenizer)
+        return engine
+
+    def _start(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._core = core
+        self._detokenizer = DetokenizerCore(tokenizer)
+        self._ids = itertools.count(1)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sinks: dict[int, Callable[[Delta], None]] = {}
+        self._dead: str | None = None
+        self._thread = threading.Thread(target=self._run, name="branchwise-engine", daemon=True)
+        self._thread.start()
+
+    # -- the engine's thread -------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while True:
+                busy = self._core.has_work
+                try:
+                    while True:
+                        job = self._inbox.get(block=not busy)
+                        if job is None:
+                            self._end("the engine was closed")
+                            return
+                        job()
+                        busy = True
+                except queue.Empty:
+                    pass
+                self._step()
+        except Exception as error:
+            self._end(f"the engine failed: {type(error).__name__}: {error}")
+            raise
+
+    def _step(self) -> None:
+        output = self._core.step()
+        if output is None:
+            return
+        deltas, stopped = self._detokenizer.feed(output)
+        for id_ in stopped:
+            self._core.stop_matched(id_)
+        for delta in deltas:
+            sink = self._sinks.get(delta.id) if delta.finish is None else self._sinks.pop(delta.id, None)
+            if sink is not None:
+                sink(delta)
+
+    def _end(self, why: str) -> None:
+        self._dead = why
+        self._core.close()
+        while self._sinks:
+            id_, sink = self._sinks.popitem()
+            sink(Delta(id_, finish=Finished(id_, "error", error=why)))
+
+    def _on_thread(self, job: Callable[[], None]) -> None:
+        if self._dead is not None:
+            raise EngineDead(self._dead)
+        self._inbox.put(job)
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+        def job() -> None:
+            try:
+                answer.put((True, question()))
+            except Exception as error:  # handed to the caller, who raises it
+                answer.put((False, error))
+
+        self._on_thread(job)
+        while True:
+            try:
+                ok, value = answer.get(timeout=1.0)
+                break
+            except queue.Empty:
+                if self._dead is not None:
+                    raise EngineDead(self._dead) from None
+        if not ok:
+            raise value
+        return value
+
+    # -- submitting ----------------------------------------------------------------------------------------------------
+
+    def _submit(
+        self, prompt: Prompt, params: SamplingParams, sink: Callable[[Delta], None], cache_salt: str, priority: int
+    ) -> list[int]:
+        vocab_size = self._core.scheduler.limits.vocab_size
+        validate(params, vocab_size)
+        if isinstance(prompt, str):
+            tokens = self.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            check_token_ids(ids, vocab_size, "prompt")
+            tokens = np.array(ids, dtype=np.int32)
+        data = np.asarray(tokens, dtype="<i4").tobytes()
+        ids = [next(self._ids) for _ in range(params.n)]
+        messages = []
+        for i, id_ in enumerate(ids):
+            mine = params if params.seed is None or i == 0 else msgspec.structs.replace(params, seed=params.seed + i)
+            messages.append(Generate(id_, data, mine, ("", cache_salt), priority))
+
+        def job() -> None:
+            for message in messages:
+                self._sinks[message.id] = sink
+                self._core.add(message)
+
+        self._on_thread(job)
+        return ids
+
+    def _abort(self, ids: list[int]) -> None:
+        def job() -> None:
+            for id_ in ids:
+                self._core.abort(id_)
+
+        if self._dead is None:
+            self._inbox.put(job)
+
+    # -- what people call ----------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> Any:
+        """Blocks until everything is generated. One prompt (text or token ids) gives a `RequestOutput`, a list of
+        prompts a list of them in order. Raises `InvalidRequest` (a ValueError) naming the field and the limit."""
+        single, items = _as_batch(prompts, params)
+        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        collectors: list[_Collector] = []
+        owner: dict[int, _Collector] = {}
+        try:
+            for prompt, param in items:
+                ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
+                collectors.append(_Collector(ids))
+                owner.update(dict.fromkeys(ids, collectors[-1]))
+            while not all(c.done for c in collectors):
+                delta = inbox.get()
+                owner[delta.id].feed(delta)
+        except BaseException:
+            self._abort(list(owner))
+            raise
+        results = [c.result for c in collectors]
+        return results[0] if single else results
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> Iterator[StreamChunk]:
+        """Yields text as it is generated; leaving the loop early aborts the request."""
+        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
+        collector = _Collector(ids)
+        try:
+            while not collector.done:
+                yield collector.feed(inbox.get())
+        finally:
+            if not collector.done:
+                self._abort(ids)
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> AsyncIterator[StreamChunk]:
+        """`stream` for asyncio. Cancelling the task aborts the request."""
+        async with _AsyncInbox() as inbox:
+            ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
+            collector = _Collector(ids)
+            try:
+                while not collector.done:
+                    yield collector.feed(await inbox.get())
+            finally:
+                if not collector.done:
+                    self._abort(ids)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> Any:
+        """`generate` for asyncio."""
+        single, items = _as_batch(prompts, params)
+
+        async def one(prompt: Prompt, param: SamplingParams) -> RequestOutput:
+            async with _AsyncInbox() as inbox:
+                ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
+                collector = _Collector(ids)
+                try:
+                    while not collector.done:
+                        collector.feed(await inbox.get())
+                finally:
+                    if not collector.done:
+                        self._abort(ids)
+            return collector.result
+
+        tasks = [asyncio.ensure_future(one(prompt, param)) for prompt, param in items]
+        try:
+            results = await asyncio.gather(*tasks)
+        except BaseException:  # the first failure ends its siblings: their requests are aborted
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return results[0] if single else results
+
+    def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
+        """What the cache holds, as nested dicts."""
+        return self._ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
+
+    def stats(self) -> Stats:
+        return self._ask(lambda: msgspec.structs.replace(self._core.stats()))
+
+    def info(self) -> dict[str, Any]:
+        return self._ask(self._core.info)
+
+    def flush_cache(self) -> int:
+        """Forgets everything no running request holds; returns the pages freed."""
+        return self._ask(lambda: self._core.control(Control(0, "flush_cache")).value["evicted_pages"])
+
+    def check(self) -> None:
+        """Raises if any invariant of rows, leases, tree or pages is broken."""
+        self._ask(self._core.check)
+
+    def close(self) -> None:
+        """Ends what is in flight with an error and frees the device. Idempotent."""
+        if self._dead is None:
+            self._inbox.put(None)
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncEngine(Engine):
+    """`Engine` whose ``generate`` and ``stream`` are the asynchronous ones."""
+
+    generate = Engine.agenerate
+    stream = Engine.astream  # type: ignore[assignment]
+
+    async def __aenter__(self) -> AsyncEngine:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+
+class _AsyncInbox:
+    """Deltas from the engine's thread to one asyncio task. Closed first, so that a late delta meets no dead loop."""
+
+    async def __aenter__(self) -> _AsyncInbox:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
+        self._open = True
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._open = False
+
+    def put(self, delta: Delta) -> None:
+        if self._open:
+            try:
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
+            except RuntimeError:  # the loop was closed without closing us: nobody is left to tell
+                self._open = False
+
+    async def get(self) -> Delta:
+        return await self._queue.get()
+
+
+def _as_batch(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:
+    single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, (int, np.integer)) for p in prompts))
+    batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
+    if params is None:
+        params = SamplingParams()
+    each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+    if len(each) != len(batch):
+        raise InvalidRequest(f"params has {len(each)} entries for {len(batch)} prompts", field="params")
+    if not batch:
+        raise InvalidRequest("prompts must not be empty", field="prompts")
+    return single, list(zip(batch, each, strict=True))

@@ -1,0 +1,38 @@
+"""Logprobs on the wire: arrays as bytes between processes, plain tuples for people."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .messages import LogprobRows
+from .step import TokenLogprobs
+
+
+class TokenLogprob(NamedTuple):
+    """One token's logprob and the k likeliest alternatives as (token id, logprob), best first."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+def pack(rows: TokenLogprobs) -> LogprobRows:
+    return LogprobRows(
+        rows.top.shape[1],
+        rows.chosen.astype("<f4").tobytes(),
+        rows.top_ids.astype("<i4").tobytes(),
+        rows.top.astype("<f4").tobytes(),
+    )
+
+
+def unpack(tokens: list[int], rows: LogprobRows) -> list[TokenLogprob]:
+    """The rows of ``tokens``, in order."""
+    chosen = np.frombuffer(rows.chosen, dtype="<f4").tolist()
+    ids = np.frombuffer(rows.top_ids, dtype="<i4").reshape(len(chosen), rows.k).tolist()
+    top = np.frombuffer(rows.top, dtype="<f4").reshape(len(chosen), rows.k).tolist()
+    return [
+        TokenLogprob(token, value, list(zip(best_ids, best, strict=True)))
+        for token, value, best_ids, best in zip(tokens, chosen, ids, top, strict=True)
+    ]

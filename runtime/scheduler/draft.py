@@ -1,0 +1,108 @@
+"""A step while it is being planned, and its assembly into the arrays of a `StepPlan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..step import PENDING, Int32, RowStart, StepPlan
+from .ledger import Ledger
+from .request import Request
+
+_EMPTY: Int32 = np.empty(0, dtype=np.int32)
+
+
+class Chunk(NamedTuple):
+    """Consecutive prompt tokens of one request. ``start`` is the position of the first."""
+
+    request: Request
+    row: int
+    tokens: Int32
+    start: int
+    samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """A plan with the host objects its results belong to. Results are matched by request, never by row."""
+
+    plan: StepPlan
+    sampled: list[Request]  # parallel to plan.samples
+    prompt_logprobs: list[Request]  # parallel to plan.prompt_logprobs
+    finishing: list[Request]  # end with this step without sampling (max_tokens=0)
+    prompt_tokens: int  # of the step's tokens, those that belong to prompts (or to what a resumed request had)
+
+
+@dataclass(slots=True)
+class Draft:
+    """What has been decided about a step so far. ``budget``: query tokens that may still be scheduled."""
+
+    step: int
+    budget: int
+    decode_rows: Int32 = field(default_factory=lambda: _EMPTY)
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    starts: list[RowStart] = field(default_factory=list)
+    swaps: list[tuple[int, int, Int32]] = field(default_factory=list)
+    finishing: list[Request] = field(default_factory=list)
+    retracted: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not len(self.decode_rows) and not self.chunks
+
+    def build(self, ledger: Ledger) -> ScheduledStep:
+        """Advances the rows past this step and returns its plan. Decodes (and last chunks of one token) come first."""
+        rows = ledger.rows
+        decode = self.decode_rows
+        tokens = [rows.last_token[decode]]
+        rows.last_token[decode] = PENDING
+        rows.computed[decode] += 1
+        rows.length[decode] += 1
+        singles = [c for c in self.chunks if c.samples and len(c.tokens) == 1]
+        longer = [c for c in self.chunks if not (c.samples and len(c.tokens) == 1)]
+        chunks = singles + longer
+
+        requests = [rows.request(row) for row in decode.tolist()] + [c.request for c in chunks]
+        samples = np.fromiter(
+            (i for i in range(len(requests)) if i < len(decode) or chunks[i - len(decode)].samples), dtype=np.int32
+        )
+        logprobs: list[tuple[int, int, int]] = []
+        wanting: list[Request] = []
+        for i, chunk in enumerate(chunks, start=len(decode)):
+            request = chunk.request
+            k = request.params.prompt_logprobs
+            if k is not None and request.prompt_logprob_next <= min(chunk.end, request.prompt_len - 1):
+                logprobs.append((i, k, request.prompt_logprob_next))
+                wanting.append(request)
+                request.prompt_logprob_next = min(chunk.end, request.prompt_len - 1) + 1
+        table_rows, table_cols, table_pages = ledger.take_writes()
+        ledger.swap(self.swaps)
+        n, extra = len(decode), len(chunks)
+        plan = StepPlan(
+            step=self.step,
+            rows=np.concatenate([decode, np.fromiter((c.row for c in chunks), np.int32, extra)]),
+            q_lens=np.concatenate(
+                [np.ones(n, dtype=np.int32), np.fromiter((len(c.tokens) for c in chunks), np.int32, extra)]
+            ),
+            kv_lens=np.concatenate([rows.computed[decode], np.fromiter((c.end for c in chunks), np.int32, extra)]),
+            token_ids=np.concatenate(tokens + [c.tokens for c in chunks]),
+            num_decodes=n + len(singles),
+            samples=samples,
+            table_rows=table_rows,
+            table_cols=table_cols,
+            table_pages=table_pages,
+            copies=np.array(self.copies, dtype=np.int32).reshape(-1, 2),
+            starts=self.starts,
+            prompt_logprobs=logprobs,
+        )
+        ledger.clock += plan.num_tokens
+        return ScheduledStep(
+            plan, [requests[i] for i in samples.tolist()], wanting, self.finishing, plan.num_tokens - n
+        )

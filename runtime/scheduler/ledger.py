@@ -1,0 +1,135 @@
+"""Who waits, who runs and what they hold: the one place where pages and rows change hands."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...radix.lease import Lease
+from ...radix.tree import RadixTree
+from ..step import Int32
+from .request import Request, Status
+from .rows import DECODE, Rows
+
+
+class Ledger:
+    """Waiting requests, running rows, the tree, and page-table writes not yet sent to the device.
+
+    A running request's row of the page table mirrors ``lease.pages``. Writes are queued here and travel with the
+    next plan. A page that publishing replaced stays in the row for the step being planned (which still writes the
+    request's own copy: shared pages are never written) and is swapped by the following one.
+    """
+
+    def __init__(self, tree: RadixTree, max_rows: int) -> None:
+        self.tree = tree
+        self.page_size = tree.page_size
+        self.rows = Rows(max_rows)
+        self.waiting: dict[int, Request] = {}  # by id, in order of arrival or retraction
+        self.clock = 0  # tokens scheduled so far: the service clock that ages waiting requests
+        self.retractions = 0
+        self._writes: list[tuple[int, int, Int32]] = []  # (row, first column, pages)
+
+    def lease(self, request: Request) -> Lease:
+        if request.lease is None:
+            raise LookupError(f"request {request.id} holds no lease")
+        return request.lease
+
+    def enter(self, request: Request, lease: Lease) -> int:
+        """A waiting request starts to run, holding ``lease``; returns its row."""
+        del self.waiting[request.id]
+        row = self.rows.take(request, lease.hit)
+        request.row, request.lease, request.status = row, lease, Status.RUNNING
+        self.rows.held[row] = len(lease.pages)
+        if len(lease.pages):
+            self._writes.append((row, 0, np.array(lease.pages, dtype=np.int32)))
+        return row
+
+    def reserve(self, request: Request, pages: int) -> Int32 | None:
+        """``pages`` more pages for a running request, or None with nothing changed."""
+        if pages <= 0:
+            return np.empty(0, dtype=np.int32)
+        taken = self.tree.reserve(self.lease(request), pages)
+        if taken is not None:
+            row = request.row
+            self._writes.append((row, int(self.rows.held[row]), taken))
+            self.rows.held[row] += pages
+        return taken
+
+    def publish(self, request: Request, length: int) -> tuple[int, int, Int32] | None:
+        """The request's first ``length`` tokens have KV written or scheduled: their whole pages enter the tree.
+
+        Returns the page-table write that swaps duplicates for the tree's pages, to be queued with `swap`.
+        """
+        replaced = self.tree.publish(self.lease(request), request.tokens[:length])
+        return None if replaced is None else (request.row, replaced[0], replaced[1])
+
+    def swap(self, writes: list[tuple[int, int, Int32]]) -> None:
+        self._writes.extend(writes)
+
+    def leave(self, request: Request, *, keep: bool = True) -> None:
+        """The one path by which a running request gives up its row and pages: finish, abort, retraction, failure.
+
+        ``keep``: everything whose KV is written or scheduled, and known, stays in the tree.
+        """
+        row = request.row
+        valid = min(int(self.rows.computed[row]), request.num_tokens)
+        self.tree.release(self.lease(request), request.tokens[:valid] if keep else None)
+        self.rows.give_back(row)
+        self._writes = [write for write in self._writes if write[0] != row]
+        request.row, request.lease = -1, None
+
+    def retract(self, request: Request) -> None:
+        """Back to the queue with everything it has computed left in the tree: resuming is a hit while that lasts."""
+        self.leave(request)
+        request.status = Status.WAITING
+        request.retractions += 1
+        request.hit_estimate = max(0, request.num_tokens - 1)
+        self.retractions += 1
+        self.waiting[request.id] = request
+
+    def victim(self, request: Request, *, by_priority: bool) -> Request | None:
+        """Who gives way when ``request`` needs pages: the youngest running request younger than it, or of lower
+        priority. None if nobody must: so the oldest (of the highest priority) is never retracted and always ends."""
+
+        def rank(other: Request) -> tuple[int, int]:
+            return (other.priority if by_priority else 0, -int(self.rows.order[other.row]))
+
+        lowest = min(self.rows.running(), key=rank, default=None)
+        return lowest if lowest is not None and rank(lowest) < rank(request) else None
+
+    def take_writes(self) -> tuple[Int32, Int32, Int32]:
+        """The queued page-table writes as (rows, columns, pages), each cell at most once: the last write wins."""
+        writes, self._writes = self._writes, []
+        if not writes:
+            empty = np.empty(0, dtype=np.int32)
+            return empty, empty, empty
+        lengths = [len(pages) for _, _, pages in writes]
+        rows = np.repeat(np.fromiter((w[0] for w in writes), np.int32, len(writes)), lengths)
+        cols = np.concatenate([np.arange(w[1], w[1] + len(w[2]), dtype=np.int32) for w in writes])
+        pages = np.concatenate([w[2] for w in writes]).astype(np.int32, copy=False)
+        cells = rows.astype(np.int64) << 32 | cols
+        _, last = np.unique(cells[::-1], return_index=True)
+        if len(last) != len(cells):
+            keep = np.sort(len(cells) - 1 - last)
+            rows, cols, pages = rows[keep], cols[keep], pages[keep]
+        return rows, cols, pages
+
+    def check(self) -> None:
+        """Raises RuntimeError if rows and leases disagree; then walks the tree and the pages (`RadixTree.check`)."""
+        for request in self.rows.running():
+            row, lease = request.row, self.lease(request)
+            computed, length = int(self.rows.computed[row]), int(self.rows.length[row])
+            problem = None
+            if self.rows.held[row] != len(lease.pages):
+                problem = f"row holds {self.rows.held[row]} pages, its lease {len(lease.pages)}"
+            elif computed > len(lease.pages) * self.page_size:
+                problem = f"{computed} tokens computed in {len(lease.pages)} pages"
+            elif self.rows.phase[row] == DECODE and computed < self.rows.limit[row] and length != computed + 1:
+                problem = f"decoding with {length} tokens of which {computed} are computed"
+            elif request.status is not Status.RUNNING or request.id in self.waiting:
+                problem = f"in a row with status {request.status.name}"
+            if problem:
+                raise RuntimeError(f"request {request.id}, row {row}: {problem}")
+        for request in self.waiting.values():
+            if request.status is not Status.WAITING or request.lease is not None:
+                raise RuntimeError(f"waiting request {request.id} has status {request.status.name} or a lease")
+        self.tree.check()

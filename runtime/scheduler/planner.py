@@ -1,0 +1,210 @@
+"""Decides one step: who decodes, whose prompt advances, who is admitted, who must give way.
+
+No torch, no I/O, no clock but the ledger's: the same requests in the same order give the same plans.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..config import SchedulePolicy
+from ..messages import CacheReport
+from ..step import RowStart
+from .draft import Chunk, Draft, ScheduledStep
+from .estimator import OutputEstimator
+from .ledger import Ledger
+from .policy import admission_order
+from .request import Request
+from .rows import DECODE, PREFILL
+
+_PRODUCER_MIN = 64  # tokens: a shared, not yet computed prefix shorter than this is not worth a step's wait
+_MAX_MISFITS = 8  # candidates per step that may fail to fit before admission stops looking
+_MAX_SKIPS = 64  # times a request is overtaken because it did not fit, before it blocks the queue until it does
+_REFRESH = 4  # waiting requests whose cached prefix is looked up anew each step
+
+
+class Planner:
+    def __init__(self, ledger: Ledger, *, policy: SchedulePolicy, max_batched_tokens: int) -> None:
+        self._ledger = ledger
+        self._rows = ledger.rows
+        self._tree = ledger.tree
+        self._page_size = ledger.page_size
+        self._policy: SchedulePolicy = policy
+        self._budget = max_batched_tokens
+        self._cursor = 0
+        self.estimator = OutputEstimator()
+        self.served: list[Request] = []  # ended at admission: everything asked for was in the tree
+
+    def plan(self) -> ScheduledStep | None:
+        """The next step, or None if nothing can run now. State advances as if the step had been launched."""
+        step = self._tree.begin_step()
+        draft = Draft(step, self._budget)
+        self._decodes(draft)
+        producers = self._prefills(draft)
+        if not draft.retracted:
+            self._admissions(draft, producers)
+        if draft.empty:
+            self._tree.end_step(step)
+            return None
+        return draft.build(self._ledger)
+
+    # -- decodes -------------------------------------------------------------------------------------------------------
+
+    def _decodes(self, draft: Draft) -> None:
+        """Every decoding request advances by one token; the oldest get their pages first."""
+        r, page = self._rows, self._page_size
+        rows = r.in_order(DECODE)
+        rows = rows[r.length[rows] < r.limit[rows]]
+        for row in rows[r.computed[rows] >= r.held[rows] * page].tolist():
+            if r.phase[row] == DECODE:  # not retracted by an older one just now
+                self._grow(draft, r.request(row), 1)
+        rows = rows[(r.phase[rows] == DECODE) & (r.computed[rows] < r.held[rows] * page)]
+        draft.decode_rows = rows[: draft.budget]
+        draft.budget -= len(draft.decode_rows)
+
+    def _grow(self, draft: Draft, request: Request, pages: int) -> bool:
+        """``pages`` more pages for a running request; younger ones are retracted until they fit.
+
+        False: the request sits this step out, with what it holds. Older requests, or pages still in quarantine,
+        will make room; the oldest request can always take every page but quarantined ones.
+        """
+        while self._ledger.reserve(request, pages) is None:
+            victim = self._ledger.victim(request, by_priority=self._policy == "priority")
+            if victim is None:
+                return False
+            self._ledger.retract(victim)
+            self.estimator.retracted()
+            draft.retracted = True
+        return True
+
+    # -- prompts -------------------------------------------------------------------------------------------------------
+
+    def _prefills(self, draft: Draft) -> list[Request]:
+        """Prompts under way advance, oldest first; returns those that are not through after this step."""
+        r = self._rows
+        unfinished = []
+        for row in r.in_order(PREFILL).tolist():
+            if r.phase[row] != PREFILL:
+                continue
+            request = r.request(row)
+            self._chunk(draft, request)
+            if r.phase[row] == PREFILL:
+                unfinished.append(request)
+        # An older prompt may have taken its pages from a younger request that was going to decode.
+        draft.decode_rows = draft.decode_rows[r.phase[draft.decode_rows] == DECODE]
+        return unfinished
+
+    def _chunk(self, draft: Draft, request: Request, copy_from: int | None = None) -> None:
+        """Schedules as much of the request's prompt as the budget allows, and publishes it at once.
+
+        ``copy_from``: the page whose first tokens this request reuses by copying it to its first new page.
+        """
+        r, row = self._rows, request.row
+        start, length = int(r.computed[row]), int(r.length[row])
+        end = min(length, start + draft.budget)
+        held = int(r.held[row])
+        if end == start or not self._grow(draft, request, -(-end // self._page_size) - held):
+            if copy_from is not None:
+                raise RuntimeError(f"request {request.id} was admitted and its pages are gone")
+            return
+        if copy_from is not None:  # before publishing, which may swap the copy for the original
+            draft.copies.append((copy_from, int(self._ledger.lease(request).pages[held])))
+        done = end == length
+        samples = done and length < request.limit
+        draft.chunks.append(Chunk(request, row, request.tokens[start:end], start, samples))
+        draft.budget -= end - start
+        r.computed[row] = end
+        if done:
+            r.phase[row] = DECODE
+            if samples:
+                r.length[row] += 1
+            else:
+                draft.finishing.append(request)
+        swap = self._ledger.publish(request, end)
+        if swap is not None:
+            draft.swaps.append(swap)
+
+    # -- admission -----------------------------------------------------------------------------------------------------
+
+    def _admissions(self, draft: Draft, producers: list[Request]) -> None:
+        ledger = self._ledger
+        if not ledger.waiting or draft.budget <= 0 or not self._rows.has_free:
+            return
+        wanted = self.estimator.pages_still_wanted(self._rows, self._page_size)
+        misfits: list[Request] = []
+        for request in self._candidates():
+            if draft.budget <= 0 or not self._rows.has_free:
+                break
+            if self._waits_for_producer(request, producers):
+                continue
+            kept = self._admit(draft, request, wanted)
+            if kept is None:
+                misfits.append(request)
+                if request.skips >= _MAX_SKIPS or len(misfits) >= _MAX_MISFITS:
+                    break
+                continue
+            wanted += kept
+            for overtaken in misfits:
+                overtaken.skips += 1
+            if request.row >= 0 and self._rows.phase[request.row] == PREFILL:
+                producers.append(request)
+
+    def _candidates(self) -> list[Request]:
+        """Waiting requests in the order they are tried. Their cached prefixes are refreshed a few a step."""
+        waiting = list(self._ledger.waiting.values())
+        for i in range(min(_REFRESH, len(waiting))):
+            request = waiting[(self._cursor + i) % len(waiting)]
+            request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
+        self._cursor = (self._cursor + _REFRESH) % len(waiting)
+        return admission_order(self._policy, waiting, self._ledger.clock)
+
+    def _waits_for_producer(self, request: Request, producers: list[Request]) -> bool:
+        """Is a long stretch of this prompt, not yet in the tree, being computed by someone else right now?"""
+        if not self._tree.enabled:
+            return False
+        limit = request.reuse_limit
+        for producer in producers:
+            have = self._ledger.lease(producer).length
+            soon = have + _PRODUCER_MIN
+            if (
+                soon <= min(limit, producer.num_tokens)
+                and producer.namespace == request.namespace
+                and np.array_equal(producer.tokens[have:soon], request.tokens[have:soon])
+                and np.array_equal(producer.tokens[:have], request.tokens[:have])
+            ):
+                return True
+        return False
+
+    def _admit(self, draft: Draft, request: Request, wanted: int) -> int | None:
+        """Admits the request if it fits beside the ``wanted`` pages that running ones are expected to take.
+
+        Its own hits are locked before anything is evicted for it. Returns the pages it is expected to take beyond
+        those it now holds, or None if it does not fit (nothing changed).
+        """
+        tree, page = self._tree, self._page_size
+        lease = tree.match(request.tokens, request.namespace, request.reuse_limit, request.priority)
+        alone = not len(self._rows)
+        prompt_pages = -(-request.num_tokens // page)
+        if alone and lease.copy is not None and prompt_pages - len(lease.pages) > tree.available:
+            # The page it would copy from is locked and may be the very one it needs.
+            aligned = lease.length
+            tree.release(lease)
+            lease = tree.match(request.tokens, request.namespace, aligned, request.priority)
+        expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
+        total = max(prompt_pages, -(-expected // page))
+        fits = total - len(lease.pages) + wanted <= tree.available
+        if not fits and not (alone and prompt_pages - len(lease.pages) <= tree.available):
+            tree.release(lease)
+            return None
+        if request.cache is None:
+            report = lease.report
+            request.cache = CacheReport(report.hit_tokens, report.reason, report.diverged_at)
+        if lease.hit == request.num_tokens:  # max_tokens=0 and everything is there
+            tree.release(lease)
+            del self._ledger.waiting[request.id]
+            self.served.append(request)
+            return 0
+        row = self._ledger.enter(request, lease)
+        draft.starts.append(RowStart(row, request.params, request.seed, request.tokens, request.prompt_len))
+        self._chunk(draft, request, copy_from=None if lease.copy is None else lease.copy[0])
+        return total - len(lease.pages)

@@ -1,0 +1,120 @@
+"""One request as the scheduler sees it: its tokens, its limits, its lease."""
+
+from __future__ import annotations
+
+import enum
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..messages import CacheReport, Generate
+from ..sampling_params import SamplingParams
+from ..step import Int32
+
+if TYPE_CHECKING:
+    from ...radix.lease import Lease
+
+
+class Status(enum.Enum):
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class Request:
+    """Tokens known so far (prompt, then outputs) and where the request stands.
+
+    While it runs, how far its KV reaches lives in `Rows`, indexed by ``row``; ``lease`` holds its pages.
+    """
+
+    __slots__ = (
+        "arrival",
+        "arrival_clock",
+        "cache",
+        "echo_tokens",
+        "hit_estimate",
+        "id",
+        "lease",
+        "limit",
+        "namespace",
+        "num_tokens",
+        "opened",
+        "params",
+        "priority",
+        "prompt_len",
+        "prompt_logprob_next",
+        "queue_seconds",
+        "retractions",
+        "row",
+        "seed",
+        "skips",
+        "status",
+        "stop_ids",
+        "token_buffer",
+    )
+
+    def __init__(self, message: Generate, *, seed: int, max_tokens: int, eos_ids: tuple[int, ...]) -> None:
+        params = message.params
+        prompt = np.frombuffer(message.tokens, dtype="<i4").astype(np.int32, copy=False)
+        self.id: int = message.id
+        self.params: SamplingParams = params
+        self.namespace: tuple[str, str] = message.namespace
+        self.priority: int = message.priority
+        self.echo_tokens: bool = message.echo_tokens
+        self.seed: int = seed
+        self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids) | frozenset(
+            () if params.ignore_eos else eos_ids
+        )
+        self.prompt_len: int = len(prompt)
+        self.limit: int = len(prompt) + max_tokens  # tokens at which it ends with reason ``length``
+        self.token_buffer: Int32 = prompt
+        self.num_tokens: int = len(prompt)
+
+        self.status = Status.WAITING
+        self.arrival: float = 0.0  # wall time, for the queue-time metric only
+        self.arrival_clock: int = 0  # service clock (tokens scheduled) at arrival: ages the request
+        self.hit_estimate: int = 0  # tokens the tree held when last looked; orders the queue
+        self.skips: int = 0  # times a later request was admitted because this one did not fit
+        self.row: int = -1
+        self.lease: Lease | None = None
+        self.cache: CacheReport | None = None  # what the tree gave at the first admission
+        self.opened: bool = False
+        self.retractions: int = 0
+        self.queue_seconds: float = 0.0
+        # next prompt position whose logprob is still to be delivered; position 0 has none
+        self.prompt_logprob_next: int = max(1, params.prompt_logprob_start)
+
+    @property
+    def tokens(self) -> Int32:
+        """Known tokens, [num_tokens] (a view)."""
+        return self.token_buffer[: self.num_tokens]
+
+    @property
+    def prompt(self) -> Int32:
+        return self.token_buffer[: self.prompt_len]
+
+    @property
+    def num_outputs(self) -> int:
+        return self.num_tokens - self.prompt_len
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and self.prompt_logprob_next < self.prompt_len
+
+    @property
+    def reuse_limit(self) -> int:
+        """Tokens that may come from the cache: the last one is computed if it must be sampled from, and so is every
+        position whose logits are wanted."""
+        limit = self.num_tokens if self.limit == self.prompt_len else self.num_tokens - 1
+        if self.wants_prompt_logprobs:
+            limit = min(limit, self.prompt_logprob_next - 1)
+        return limit
+
+    def append(self, token: int) -> None:
+        if self.num_tokens == len(self.token_buffer):
+            # Never in place: slices of the old buffer may be in a plan, and the prompt's memory may be a message's.
+            grown = np.empty(min(self.limit, self.num_tokens + max(64, self.num_tokens // 2)), dtype=np.int32)
+            grown[: self.num_tokens] = self.token_buffer
+            self.token_buffer = grown
+        self.token_buffer[self.num_tokens] = token
+        self.num_tokens += 1

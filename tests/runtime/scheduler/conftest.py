@@ -1,0 +1,191 @@
+"""An executor whose every token proves that it was computed from the right context."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.core import EngineCore
+from branchwise.runtime.messages import Finished, Generate, StepOutput
+from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.step import PENDING, StepPlan, StepResult
+
+VOCAB = 50
+EOS = 1
+
+
+def next_token(context: Sequence[int], seed: int) -> int:
+    """The oracle: what the canary model draws after ``context``."""
+    data = np.asarray(context, dtype="<i4").tobytes() + int(seed).to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % VOCAB
+
+
+def expected_output(prompt: Sequence[int], seed: int, params: SamplingParams) -> tuple[list[int], str]:
+    context = list(prompt)
+    stops = set(params.stop_token_ids) | (set() if params.ignore_eos else {EOS})
+    outputs: list[int] = []
+    for _ in range(params.max_tokens or 0):
+        token = next_token(context, seed)
+        context.append(token)
+        outputs.append(token)
+        if token in stops:
+            return outputs, "stop"
+    return outputs, "length"
+
+
+class Pending:
+    def __init__(self, result: StepResult) -> None:
+        self._result = result
+
+    def result(self) -> StepResult:
+        return self._result
+
+
+class CanaryExecutor:
+    """A KV pool whose slots hold the token and position written to them. Attention reads the whole context back
+    through the page table and checks it, so a wrong page, a lost copy or a page reused too early cannot go unseen."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, num_pages: int, page_size: int, max_rows: int, max_len: int) -> None:
+        self.num_pages, self.page_size = num_pages, page_size
+        self.slots = np.full((num_pages * page_size, 2), -7, dtype=np.int64)  # (token, position)
+        self.table = np.full((max_rows, -(-max_len // page_size) + 1), -1, dtype=np.int32)
+        self.seeds = np.zeros(max_rows, dtype=np.int64)
+        self.last_token = np.zeros(max_rows, dtype=np.int32)
+        self.prefilled = 0
+        self.plans: list[StepPlan] = []
+        self.fail_next = False
+
+    def launch(self, plan: StepPlan) -> Pending:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("injected")
+        self.plans.append(plan)
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a row appears twice"
+        assert (plan.q_lens >= 1).all() and plan.q_lens.sum() == len(plan.token_ids)
+        assert (plan.q_lens[: plan.num_decodes] == 1).all()
+        cells = list(zip(plan.table_rows.tolist(), plan.table_cols.tolist(), strict=True))
+        assert len(set(cells)) == len(cells), "a page-table cell is written twice"
+        self.table[plan.table_rows, plan.table_cols] = plan.table_pages
+        for start in plan.starts:
+            self.seeds[start.row] = start.seed
+        page = self.page_size
+        if len(plan.copies):
+            pool = self.slots.reshape(self.num_pages, page, 2)
+            pool[plan.copies[:, 1]] = pool[plan.copies[:, 0]]
+        offset = 0
+        written: set[int] = set()
+        for row, q_len, kv_len in zip(plan.rows, plan.q_lens, plan.kv_lens, strict=True):
+            tokens = plan.token_ids[offset : offset + q_len].copy()
+            offset += q_len
+            tokens[tokens == PENDING] = self.last_token[row]
+            positions = np.arange(kv_len - q_len, kv_len)
+            slots = self.table[row, positions // page] * page + positions % page
+            assert not written & set(slots.tolist()), "two requests write one slot"
+            written |= set(slots.tolist())
+            self.slots[slots, 0], self.slots[slots, 1] = tokens, positions
+        self.prefilled += int(plan.q_lens[plan.num_decodes :].sum())
+        drawn = []
+        for index in range(len(plan.rows)):
+            row, kv_len = plan.rows[index], plan.kv_lens[index]
+            positions = np.arange(kv_len)
+            read = self.slots[self.table[row, positions // page] * page + positions % page]
+            assert (read[:, 1] == positions).all(), "a slot of the context belongs to another position"
+            if index in plan.samples:
+                token = next_token(read[:, 0].tolist(), int(self.seeds[row]))
+                self.last_token[row] = token
+                drawn.append(token)
+        return Pending(StepResult(np.array(drawn, dtype=np.int32)))
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Driver:
+    """Feeds a core, collects what it says and holds it to the oracle."""
+
+    core: EngineCore
+    executor: CanaryExecutor
+    prompts: dict[int, list[int]] = field(default_factory=dict)
+    params: dict[int, SamplingParams] = field(default_factory=dict)
+    outputs: dict[int, list[int]] = field(default_factory=dict)
+    finished: dict[int, Finished] = field(default_factory=dict)
+    aborted: set[int] = field(default_factory=set)
+    max_running: int = 0
+    next_id: int = 1
+
+    def add(self, prompt: Sequence[int], *, priority: int = 0, salt: str = "", **params: object) -> int:
+        id_ = self.next_id
+        self.next_id += 1
+        defaults: dict[str, object] = {"max_tokens": 8, "seed": id_, "ignore_eos": True}
+        self.params[id_] = SamplingParams(**(defaults | params))  # type: ignore[arg-type]
+        self.prompts[id_] = list(prompt)
+        self.outputs[id_] = []
+        data = np.asarray(prompt, dtype="<i4").tobytes()
+        self.core.add(Generate(id_, data, self.params[id_], ("", salt), priority))
+        return id_
+
+    def abort(self, id_: int) -> None:
+        self.aborted.add(id_)
+        self.core.abort(id_)
+
+    def step(self, *, check: bool = True) -> None:
+        self.take(self.core.step())
+        self.max_running = max(self.max_running, len(self.core.scheduler.ledger.rows))
+        if check:
+            self.core.check()
+
+    def take(self, output: StepOutput | None) -> None:
+        if output is None:
+            return
+        ids = np.frombuffer(output.ids, dtype="<i8").tolist()
+        assert len(set(ids)) == len(ids)
+        for id_, token in zip(ids, np.frombuffer(output.tokens, dtype="<i4").tolist(), strict=True):
+            assert id_ not in self.finished, "a token after the end"
+            self.outputs[id_].append(token)
+        for finish in output.finished:
+            assert finish.id not in self.finished, "two ends"
+            self.finished[finish.id] = finish
+
+    def drain(self, max_steps: int = 20_000) -> None:
+        steps = 0
+        while self.core.has_work:
+            self.step()
+            steps += 1
+            assert steps < max_steps, f"no end in sight: {self.core.stats()}"
+
+    def verify(self) -> None:
+        """Every request ended once, with exactly the tokens the oracle draws; nothing is held any more."""
+        for id_, prompt in self.prompts.items():
+            finish, params = self.finished[id_], self.params[id_]
+            expected, reason = expected_output(prompt, params.seed or 0, params)
+            if id_ in self.aborted and finish.reason == "abort":
+                assert self.outputs[id_] == expected[: len(self.outputs[id_])]
+                continue
+            assert self.outputs[id_] == expected
+            assert finish.reason == reason
+            assert finish.completion_tokens == len(expected)
+        allocator = self.core.scheduler.tree.allocator
+        self.core.scheduler.tree.flush()
+        self.core.check()
+        assert allocator.free == allocator.total
+        assert len(self.core.scheduler.ledger.rows) == 0
+
+
+@pytest.fixture
+def make_driver() -> Callable[..., Driver]:
+    def make(
+        *, num_pages: int = 64, page_size: int = 4, max_len: int = 512, overlap: bool = False, **config: object
+    ) -> Driver:
+        settings = EngineConfig(page_size=page_size, overlap=overlap, **({"max_num_seqs": 8} | config))  # type: ignore[arg-type]
+        executor = CanaryExecutor(num_pages, page_size, settings.max_num_seqs, max_len)
+        return Driver(EngineCore(settings, executor, (EOS,), max_len), executor)
+
+    return make

@@ -1,0 +1,275 @@
+"""The scheduler against a model that can tell whether it was given the right context."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from branchwise.runtime.messages import Generate
+from branchwise.runtime.sampling_params import SamplingParams
+
+BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["read-at-once", "read-one-late"])
+
+
+def prompt(n, start=2):
+    return [(start + 7 * i) % 48 + 2 for i in range(n)]
+
+
+@BOTH
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("length", [1, 3, 4, 5, 15, 16, 17, 33])
+def test_one_request_cold_then_warm(make_driver, overlap, page_size, length):
+    driver = make_driver(page_size=page_size, num_pages=256 // page_size, overlap=overlap)
+    first = driver.add(prompt(length), seed=1)
+    driver.drain()
+    second = driver.add(prompt(length), seed=1)
+    driver.drain()
+    assert driver.finished[first].cache.hit_tokens == 0
+    assert driver.finished[first].cache.reason == "cold"
+    assert driver.finished[second].cache.hit_tokens == length - 1  # token-exact at every page size
+    # Of a single token nothing can be reused: it must be computed to be sampled from.
+    assert driver.finished[second].cache.reason == ("hit" if length > 1 else "cold")
+    driver.verify()
+
+
+@BOTH
+def test_a_follow_up_turn_reuses_prompt_and_answer_to_the_token(make_driver, overlap):
+    driver = make_driver(overlap=overlap)
+    first = driver.add(prompt(13), max_tokens=6)
+    driver.drain()
+    history = prompt(13) + driver.outputs[first]
+    second = driver.add([*history, 3, 4, 5])
+    driver.drain()
+    # The last token of the answer was never fed, so it alone has no KV (in overlap a step more may have run).
+    assert driver.finished[second].cache.hit_tokens in (len(history) - 1, len(history))
+    driver.verify()
+
+
+@BOTH
+def test_requests_of_one_step_compute_a_shared_prefix_once(make_driver, overlap):
+    driver = make_driver(overlap=overlap, num_pages=256, max_num_batched_tokens=512)
+    shared = prompt(64)
+    for i in range(6):
+        driver.add([*shared, 2 + i, 3, 4])
+    driver.drain()
+    assert driver.executor.plans[0].num_tokens == 64 + 6 * 3
+    assert driver.core.stats().computed_tokens == 64 + 6 * 3
+    driver.verify()
+
+
+@BOTH
+def test_followers_wait_for_the_producer_of_a_chunked_prompt(make_driver, overlap):
+    driver = make_driver(overlap=overlap, num_pages=256, max_num_batched_tokens=40, page_size=4)
+    shared = prompt(200)
+    for i in range(4):
+        driver.add([*shared, 2 + i])
+    driver.drain()
+    assert driver.core.stats().computed_tokens == 200 + 4
+    driver.verify()
+
+
+def test_a_follower_goes_on_alone_when_its_producer_is_aborted(make_driver):
+    driver = make_driver(num_pages=256, max_num_batched_tokens=40)
+    producer = driver.add(prompt(200))
+    driver.step()
+    follower = driver.add([*prompt(200), 3])
+    driver.step()
+    assert driver.core.stats().waiting == 1
+    driver.abort(producer)
+    driver.drain()
+    assert driver.finished[follower].reason == "length"
+    assert driver.finished[follower].cache.hit_tokens == 80
+    driver.verify()
+
+
+@BOTH
+def test_prefill_chunks_share_steps_with_decodes(make_driver, overlap):
+    driver = make_driver(overlap=overlap, max_num_batched_tokens=16, num_pages=128)
+    driver.add([2, 3], max_tokens=30)
+    for _ in range(3):
+        driver.step()
+    driver.add(prompt(100))
+    driver.drain()
+    assert any(plan.num_decodes and len(plan.rows) > plan.num_decodes for plan in driver.executor.plans)
+    assert all(plan.num_tokens <= 16 for plan in driver.executor.plans)
+    driver.verify()
+
+
+@BOTH
+def test_retraction_when_the_pool_is_too_small_for_what_was_hoped(make_driver, overlap):
+    driver = make_driver(overlap=overlap, num_pages=24, page_size=4)
+    driver.core.scheduler.planner.estimator.fraction = 0.1
+    for i in range(6):
+        driver.add(prompt(8, start=i * 3), max_tokens=60)
+    driver.drain()
+    assert driver.core.stats().retractions > 0
+    assert any(f.retractions for f in driver.finished.values())
+    assert driver.finished[1].retractions == 0  # the oldest always goes on
+    driver.verify()
+
+
+@BOTH
+@pytest.mark.parametrize("page_size", [1, 4])
+def test_a_request_that_needs_the_whole_pool(make_driver, overlap, page_size):
+    driver = make_driver(overlap=overlap, num_pages=64 // page_size, page_size=page_size)
+    driver.add(prompt(30), max_tokens=10)
+    driver.drain()
+    driver.add([*prompt(30), 5], max_tokens=33)
+    driver.drain()
+    driver.verify()
+
+
+@BOTH
+def test_max_tokens_zero_computes_and_caches_the_prompt(make_driver, overlap):
+    driver = make_driver(overlap=overlap)
+    first = driver.add(prompt(20), max_tokens=0)
+    driver.drain()
+    second = driver.add(prompt(20), max_tokens=0)
+    third = driver.add(prompt(20))
+    driver.drain()
+    assert driver.finished[first].reason == driver.finished[second].reason == "length"
+    assert driver.finished[second].cache.hit_tokens == 20
+    assert driver.finished[third].cache.hit_tokens == 19
+    assert driver.core.stats().computed_tokens == 21
+    driver.verify()
+
+
+@BOTH
+def test_stop_tokens_end_a_request_with_the_token_included(make_driver, overlap):
+    driver = make_driver(overlap=overlap)
+    for i in range(20):
+        driver.add([2 + i, 5, 9], max_tokens=100, ignore_eos=False, stop_token_ids=(7,))
+    driver.drain()
+    assert {f.reason for f in driver.finished.values()} >= {"stop"}
+    assert {f.matched for f in driver.finished.values()} <= {None, 1, 7}
+    driver.verify()
+
+
+@BOTH
+@pytest.mark.parametrize("when", range(6))
+def test_abort_at_every_moment(make_driver, overlap, when):
+    driver = make_driver(overlap=overlap, max_num_batched_tokens=16, num_pages=128)
+    victim = driver.add(prompt(40), max_tokens=20)
+    other = driver.add([*prompt(24), 3], max_tokens=5)
+    for _ in range(when):
+        driver.step()
+    driver.abort(victim)
+    driver.abort(victim)
+    driver.core.abort(12345)
+    driver.step()
+    assert driver.finished[victim].reason == "abort"
+    driver.drain()
+    assert driver.finished[other].reason == "length"
+    driver.verify()
+
+
+def test_namespaces_share_nothing(make_driver):
+    driver = make_driver()
+    driver.add(prompt(20), salt="a")
+    driver.drain()
+    other = driver.add(prompt(20), salt="b")
+    same = driver.add(prompt(20), salt="a")
+    driver.drain()
+    assert driver.finished[other].cache.hit_tokens == 0
+    assert driver.finished[other].cache.reason == "namespace"
+    assert driver.finished[same].cache.hit_tokens == 19
+    driver.verify()
+
+
+def test_a_disabled_cache_reuses_nothing(make_driver):
+    driver = make_driver(disable_radix_cache=True, num_pages=64)
+    for _ in range(4):
+        driver.add(prompt(20))
+    driver.drain()
+    assert all(f.cache.reason == "disabled" and f.cache.hit_tokens == 0 for f in driver.finished.values())
+    assert driver.core.stats().computed_tokens == 80
+    driver.verify()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "params", "field"),
+    [
+        ([], {}, "prompt"),
+        ([2] * 513, {}, "prompt"),
+        ([2] * 300, {}, "prompt"),  # the pool holds 256
+        ([2] * 200, {"max_tokens": 57}, "max_tokens"),
+        ([2, 50], {}, "prompt"),
+        ([-1], {}, "prompt"),
+    ],
+)
+def test_what_can_never_be_served_is_answered_at_once(make_driver, tokens, params, field):
+    driver = make_driver()
+    bad = driver.add(tokens, **params)
+    good = driver.add([2, 3])
+    driver.step()
+    assert driver.finished[bad].reason == "error"
+    assert driver.finished[bad].status == 400
+    assert driver.finished[bad].error_field == field
+    del driver.prompts[bad]
+    driver.drain()
+    assert driver.finished[good].reason == "length"
+    driver.verify()
+
+
+@BOTH
+def test_a_broken_step_ends_what_it_touched_and_nothing_else(make_driver, overlap):
+    driver = make_driver(overlap=overlap, max_num_seqs=2)
+    running = [driver.add(prompt(10 + i)) for i in range(2)]
+    waiting = driver.add(prompt(30))
+    driver.step()
+    driver.executor.fail_next = True
+    driver.step()
+    assert all(driver.finished[id_].reason == "error" for id_ in running)
+    for id_ in running:
+        del driver.prompts[id_]
+    driver.drain()
+    assert driver.finished[waiting].reason == "length"
+    assert driver.finished[waiting].cache.hit_tokens == 0  # nothing computed around the failure is trusted
+    driver.verify()
+
+
+def test_an_id_in_use_is_refused(make_driver):
+    driver = make_driver()
+    id_ = driver.add([2, 3])
+    with pytest.raises(ValueError, match="in use"):
+        driver.core.add(Generate(id_, b"\x02\0\0\0", SamplingParams()))
+
+
+@BOTH
+@pytest.mark.parametrize("policy", ["hrrn", "fcfs", "lpm", "priority"])
+@pytest.mark.parametrize(("page_size", "num_pages"), [(1, 90), (4, 24), (16, 8)])
+def test_random_branching_traffic_in_a_tiny_pool(make_driver, overlap, policy, page_size, num_pages):
+    """Thousands of requests that share prefixes, abort and retract: every token right, nothing leaked."""
+    rng = random.Random(f"{policy}/{page_size}/{overlap}")
+    driver = make_driver(
+        overlap=overlap,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_num_seqs=5,
+        max_num_batched_tokens=24,
+        max_len=88,
+        schedule_policy=policy,
+        eviction_policy=rng.choice(["lru", "lfu", "fifo", "priority"]),
+    )
+    stems = [[rng.randrange(2, 6) for _ in range(rng.randrange(1, 40))] for _ in range(5)]
+    for _ in range(120):
+        for _ in range(rng.randrange(0, 4)):
+            stem = rng.choice(stems)
+            tail = [rng.randrange(2, 6) for _ in range(rng.randrange(0, 12))]
+            base = [*stem[: rng.randrange(1, len(stem) + 1)], *tail]
+            driver.add(
+                base,
+                max_tokens=rng.choice([0, 1, 2, 5, 20, 30]),
+                ignore_eos=rng.random() < 0.5,
+                priority=rng.randrange(3),
+                salt=rng.choice(["", "", "x"]),
+            )
+            if rng.random() < 0.3:
+                stems[rng.randrange(5)] = base
+        if rng.random() < 0.2 and driver.next_id > 1:
+            driver.abort(rng.randrange(1, driver.next_id))
+        driver.step()
+    driver.drain()
+    driver.verify()
+    assert driver.core.stats().evicted_pages > 0
