@@ -1,0 +1,218 @@
+"""Sampler state by page-table row, and one call a step that draws a token for each row that samples.
+
+Scalars live on the host, indexed by row, and travel to the device in one small packed copy a step, together with the
+step's uniform numbers. So the host knows without asking the device which work a step needs, and `start` overwrites
+everything a former request of the row left behind. Only what depends on drawn tokens, the counts that penalties
+need, lives on the device, where the tokens are: the host may learn them a step late.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...kernels import sampling
+from ..sampling_params import SamplingParams
+from ..step import Int32, RowStart, TokenLogprobs
+from .token_history import TokenHistory, to_device
+
+Int64 = npt.NDArray[np.int64]
+
+# Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
+_TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALARS = range(8)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What one step drew. ``tokens`` [S] int64 stays on the device; `to_result` brings everything to the host."""
+
+    tokens: Tensor
+    _host_tokens: Tensor  # the copy is under way since the draw, so reading it does not wait for later steps
+    _logprobs: tuple[Tensor, Tensor, Tensor] | None
+    _logprob_samples: list[tuple[int, int]]  # (index into the samples, k) of each row of _logprobs
+    _copied: torch.cuda.Event | None
+
+    def to_result(self) -> tuple[Int32, dict[int, TokenLogprobs]]:
+        """Waits for this step only. Tokens int32 [S], and logprobs (n = 1) by index into the samples."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found: dict[int, TokenLogprobs] = {}
+        if self._logprobs is not None:
+            chosen, ids, top = (part.numpy() for part in self._logprobs)
+            ids = ids.astype(np.int32)
+            for i, (sample, k) in enumerate(self._logprob_samples):
+                found[sample] = TokenLogprobs(chosen[i : i + 1], ids[i : i + 1, :k], top[i : i + 1, :k])
+        return self._host_tokens.numpy().astype(np.int32), found
+
+
+class Sampler:
+    """Draws tokens for ``max_rows`` page-table rows over a vocabulary of ``vocab_size`` logits.
+
+    ``eos_ids`` are the model's own end tokens: suppressed, with a request's ``stop_token_ids``, while it has produced
+    fewer than ``min_tokens`` (unless it ignores eos).
+    """
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str, eos_ids: Sequence[int] = ()) -> None:
+        self.vocab_size = vocab_size
+        self.device = torch.device(device)
+        self._eos_ids = [token for token in eos_ids if 0 <= token < vocab_size]
+        self._scalars = np.zeros((max_rows, _SCALARS))
+        self._seeds = np.zeros(max_rows, np.uint64)
+        self._prompt_lens = np.zeros(max_rows, np.int64)
+        self._min_tokens = np.zeros(max_rows, np.int64)
+        self._logprobs = np.full(max_rows, -1, np.int64)  # -1: off
+        self._plain_greedy = np.zeros(max_rows, np.bool_)  # argmax of the raw logits, and nothing else
+        self._greedy = np.zeros(max_rows, np.bool_)
+        self._filtered = np.zeros(max_rows, np.bool_)
+        self._biased = np.zeros(max_rows, np.bool_)
+        self._penalized = np.zeros(max_rows, np.bool_)
+        self._bias: dict[int, tuple[Int64, npt.NDArray[np.float32]]] = {}
+        self._enders: dict[int, Int64] = {}
+        self._history = TokenHistory(max_rows, vocab_size, self.device)
+
+    def start(self, start: RowStart) -> None:
+        """Gives the row to a request (or back to one that resumes); nothing of the row's former request remains."""
+        row, params = start.row, start.params
+        greedy, filtered = params.greedy, _filters(params, self.vocab_size)
+        top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
+        self._scalars[row] = (
+            1.0 if greedy else params.temperature,
+            top_k,
+            params.top_p,
+            params.min_p,
+            params.repetition_penalty,
+            params.frequency_penalty,
+            params.presence_penalty,
+        )
+        self._seeds[row] = start.seed
+        self._prompt_lens[row] = start.prompt_len
+        self._logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        self._greedy[row] = greedy
+        self._filtered[row] = filtered and not greedy
+
+        self._enders.pop(row, None)
+        self._min_tokens[row] = 0
+        enders = [*params.stop_token_ids, *([] if params.ignore_eos else self._eos_ids)]
+        if params.min_tokens and enders:
+            self._enders[row] = np.unique(np.array(enders, np.int64))
+            self._min_tokens[row] = params.min_tokens
+
+        self._bias.pop(row, None)
+        self._biased[row] = bool(params.logit_bias)
+        if params.logit_bias:
+            ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
+            self._bias[row] = ids, np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
+
+        self._penalized[row] = _penalizes(params)
+        if self._penalized[row]:
+            self._history.start(row, start.tokens, start.prompt_len)
+        else:
+            self._history.forget(row)
+        self._plain_greedy[row] = greedy and not (
+            self._penalized[row] or self._biased[row] or self._min_tokens[row] or params.logprobs is not None
+        )
+
+    def sample(self, logits: Tensor, rows: Int32, positions: Int64) -> Sampled:
+        """Draws one token for each row; does not modify ``logits`` and does not wait for the device.
+
+        ``logits`` [S, V] float32 raw; ``rows`` [S] page-table rows, none twice; ``positions`` [S] absolute index of
+        the token drawn. The token is a function of the row's logits, its request and its position alone.
+        """
+        at = rows.astype(np.int64)
+        if bool(self._plain_greedy[at].all()):
+            return self._finish(sampling.greedy(logits), None, [])
+        adjusted = self._adjust(logits, at, positions)
+        tokens = self._draw(adjusted, at, positions)
+        self._history.append(at, tokens, self._penalized[at])
+        wanted = np.flatnonzero(self._logprobs[at] >= 0)
+        if not len(wanted):
+            return self._finish(tokens, None, [])
+        ks = self._logprobs[at[wanted]]
+        index = self._to_device(wanted)
+        found = sampling.logprobs(logits[index], tokens[index], int(ks.max()))
+        return self._finish(tokens, found, list(zip(wanted.tolist(), ks.tolist(), strict=True)))
+
+    def _adjust(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+        """Penalties, bias, suppression: a new tensor if there is any of them, else ``logits`` itself."""
+        penalized = np.flatnonzero(self._penalized[rows])
+        biased = np.flatnonzero(self._biased[rows])
+        suppressed = np.flatnonzero(positions - self._prompt_lens[rows] < self._min_tokens[rows])
+        if not (len(penalized) or len(biased) or len(suppressed)):
+            return logits
+        logits = logits.clone()
+        if len(penalized):
+            counts, seen = self._history.of(rows[penalized])
+            packed = self._to_device(self._scalars[rows[penalized], _REPETITION:].T.astype(np.float32))
+            index = self._to_device(penalized)
+            logits[index] = sampling.penalize(logits[index], counts, seen, packed[0], packed[1], packed[2])
+        if len(biased):
+            bias = [self._bias[row] for row in rows[biased].tolist()]
+            at = np.repeat(biased, [len(ids) for ids, _ in bias])
+            tokens = np.concatenate([ids for ids, _ in bias])
+            values = np.concatenate([values for _, values in bias])
+            sampling.add_bias_(logits, self._to_device(at), self._to_device(tokens), self._to_device(values))
+        if len(suppressed):
+            enders = [self._enders[row] for row in rows[suppressed].tolist()]
+            at = np.repeat(suppressed, [len(ids) for ids in enders])
+            sampling.suppress_(logits, self._to_device(at), self._to_device(np.concatenate(enders)))
+        return logits
+
+    def _draw(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+        random = np.flatnonzero(~self._greedy[rows])
+        if not len(random):
+            return sampling.greedy(logits)
+        all_random = len(random) == len(rows)
+        where = None if all_random else self._to_device(random)
+        drawn = self._draw_random(logits if where is None else logits[where], rows[random], positions[random])
+        if where is None:
+            return drawn
+        tokens = sampling.greedy(logits)
+        tokens[where] = drawn
+        return tokens
+
+    def _draw_random(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+        scalars = self._scalars[rows]
+        packed = self._to_device(np.vstack([scalars.T[:_REPETITION], sampling.uniforms(self._seeds[rows], positions)]))
+        weights = sampling.weigh(logits, packed[_TEMPERATURE].float())
+        filtered = np.flatnonzero(self._filtered[rows])
+        if len(filtered):
+            top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
+            window = sampling.window_for(top_k, top_p, self.vocab_size, self.device.type == "cpu")
+            index = self._to_device(filtered)
+            some, settings = weights[index], packed[:, index]
+            keep = sampling.keep_threshold(
+                some, settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float(), window
+            )
+            weights[index] = torch.where(some >= keep, some, 0.0)
+        return sampling.draw(weights, packed[-1])
+
+    def _finish(
+        self, tokens: Tensor, found: tuple[Tensor, Tensor, Tensor] | None, samples: list[tuple[int, int]]
+    ) -> Sampled:
+        if self.device.type != "cuda":
+            return Sampled(tokens, tokens, found, samples, None)
+        host_tokens = _copy_out(tokens)
+        host_found = None if found is None else (_copy_out(found[0]), _copy_out(found[1]), _copy_out(found[2]))
+        copied = torch.cuda.Event()
+        copied.record()
+        return Sampled(tokens, host_tokens, host_found, samples, copied)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return to_device(array, self.device)
+
+
+def _copy_out(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _filters(params: SamplingParams, vocab_size: int) -> bool:
+    return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def _penalizes(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)
