@@ -1,0 +1,74 @@
+"""Attention over a part of the keys, and how parts are put together (online softmax; Milakov & Gimelshein, 2018)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SCORES_BYTES = 64 * 1024 * 1024  # held at once where scores are written out
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q·k) v over these keys alone, and what it takes to merge the result with other keys'.
+
+    Args:
+        q: ``[B, H, Q, D]``; k, v: ``[B, H, L, D]``. Any strides but for the last dimension.
+        mask: added to the scores, 0 or -inf, in ``q``'s dtype, broadcast to ``[B, H, Q, L]``. Every query sees a key.
+        causal: query i sees keys 0 … i (Q = L).
+
+    Returns:
+        ``[B, H, Q, D]`` in ``q``'s dtype, and the log of the softmax's denominator, float32 ``[B, H, Q]``.
+    """
+    if q.device.type == "cpu" and softcap is None:
+        # torch's own CPU kernel behind scaled_dot_product_attention, called directly for its second result.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        return out, lse
+    return attend_reference(q, k, v, scale, softcap, mask, causal)
+
+
+def attend_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """`attend` written out: for soft-caps, which no library kernel has, and as the specification."""
+    heads = q.shape[0] * q.shape[1]
+    block = max(1, SCORES_BYTES // (4 * heads * k.shape[2]))
+    outs, lses = [], []
+    for start in range(0, q.shape[2], block):
+        part = q[:, :, start : start + block]
+        last = start + part.shape[2] if causal else k.shape[2]
+        scores = torch.matmul(part, k[:, :, :last].transpose(-1, -2)).float().mul_(scale)
+        if softcap is not None:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores.add_(mask if mask.shape[2] == 1 else mask[:, :, start : start + block])
+        if causal:
+            hidden = torch.ones(part.shape[2], last, dtype=torch.bool, device=q.device).triu_(start + 1)
+            scores.masked_fill_(hidden, float("-inf"))
+        lse = torch.logsumexp(scores, dim=-1)
+        weights = scores.sub_(lse[..., None]).exp_()
+        outs.append(torch.matmul(weights.to(v.dtype), v[:, :, :last]))
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def merge_(out: Tensor, lse: Tensor, queries: slice | Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Merges attention over further keys into ``out`` and ``lse`` in place.
+
+    ``out``: float32 ``[T, H, D]``; ``lse``: float32 ``[T, H]``; ``other`` and ``other_lse`` are of the N tokens that
+    ``queries`` picks: ``[N, H, D]`` and ``[N, H]``.
+    """
+    mine, theirs = out[queries], lse[queries]
+    total = torch.logaddexp(theirs, other_lse)
+    merged = mine * (theirs - total).exp_()[..., None]
+    merged.addcmul_(other, (other_lse - total).exp_()[..., None])
+    out[queries], lse[queries] = merged, total

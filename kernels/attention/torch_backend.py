@@ -1,0 +1,290 @@
+"""Attention in plain torch: the executable specification, and what a CPU serves with.
+
+A step's keys are split into parts, each attended by few calls for many requests, and the parts are merged:
+
+- runs of pages that several requests share, once for all their queries (`sharing`);
+- what is a decode's alone: requests of similar length padded to one call;
+- what is a prefill chunk's alone: its cached prefix, and causally its own tokens, whose keys need no gathering.
+
+Layers with a window see few keys and share less: requests that outgrew the window take a plain masked path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..ops import write_kv
+from .base import AttentionBatch, LayerSpec
+from .partial import attend, merge_
+from .sharing import shared_runs
+
+Int64 = npt.NDArray[np.int64]
+
+SHARE_TOKENS = 512  # token reads a shared run must save to be worth its own call
+GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once: still in cache when they are read (1 to 2 MiB: 1.4 x 8 MiB)
+RUN_TOKENS = 512  # runs of consecutive pages at least this long, on average, are read in place
+WINDOW_BLOCK = 256  # queries that share one stretch of keys on the windowed path
+
+
+@dataclass(slots=True)
+class _Part:
+    """B requests with Q query tokens each over L keys each, gathered from pages. Some keys may be masked."""
+
+    queries: slice | Tensor  # query tokens, request by request: B * Q of them
+    num_requests: int
+    pages: slice | Tensor  # int64 [B * P], or consecutive pages read in place
+    length: int  # L, of the P * page_size keys in the pages
+    mask: Tensor | None = None  # 0 or -inf: [B, 1, 1, L], or [1, 1, Q, L]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The parts of one step for layers of one window. Every query token is in exactly one of ``own`` or ``causal``."""
+
+    causal: list[tuple[slice | Tensor, int]] = field(default_factory=list)  # (query tokens, number of requests)
+    own: list[_Part] = field(default_factory=list)
+    merged: list[_Part] = field(default_factory=list)
+
+
+class TorchAttention:
+    """See `AttentionBackend`.
+
+    Args:
+        pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``; must hold finite values everywhere.
+        layers: one spec a layer.
+        num_heads: query heads, a multiple of kv_heads.
+        share: whether shared pages are attended once; off for comparison.
+    """
+
+    def __init__(self, pool: Tensor, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
+        self._pool, self._layers, self._share = pool, layers, share
+        _, _, _, self._page_size, self._kv_heads, self._head_dim = pool.shape
+        self._group = num_heads // self._kv_heads
+        self._token_bytes = self._kv_heads * self._head_dim * pool.element_size()
+        self._slots = torch.empty(0, dtype=torch.int64)
+        self._plans: dict[int | None, _Plan] = {}
+        self._scratch = [pool.new_empty(0), pool.new_empty(0)]  # gathered keys and values; grown, never shrunk
+
+    def plan(self, batch: AttentionBatch) -> None:
+        self._slots = self._index(query_slots(batch, self._page_size))
+        whole: _Plan | None = None
+        self._plans = {}
+        for window in dict.fromkeys(spec.window for spec in self._layers):
+            slides = batch.kv_lens > (np.inf if window is None else window)
+            if window is not None and slides.any():
+                self._plans[window] = self._plan_windowed(batch, slides, window)
+            else:  # a window that nobody has outgrown is none
+                whole = whole or self._plan_whole(batch, np.arange(len(batch.rows)))
+                self._plans[window] = whole
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pool, spec = self._pool[layer], self._layers[layer]
+        plan = self._plans[spec.window]
+        write_kv(pool, self._slots, k, v)
+        # Merging rounds once more, so it is done in float32.
+        out = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        for queries, requests in plan.causal:
+            out[queries], lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
+        for part in plan.own:
+            out[part.queries], lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
+        for part in plan.merged:
+            merge_(out, lse, part.queries, *self._paged(pool, spec, part, q[part.queries]))
+        return out.to(q.dtype)
+
+    # -- run: one part. Queries come and go as [N, heads, D]; a key head meets all queries of its group, unexpanded. ---
+
+    def _causal(self, spec: LayerSpec, requests: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        kv_heads, group, dim = self._kv_heads, self._group, self._head_dim
+        folded = q.view(requests, -1, kv_heads, group, dim).permute(0, 2, 3, 1, 4).flatten(0, 1)
+        shape = (requests * kv_heads, 1, -1, dim)
+        k, v = (x.view(requests, -1, kv_heads, dim).transpose(1, 2).reshape(shape) for x in (k, v))
+        k, v = k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1)
+        out, lse = attend(folded, k, v, spec.scale, spec.softcap, causal=True)
+        out = out.unflatten(0, (requests, kv_heads)).permute(0, 3, 1, 2, 4)
+        lse = lse.unflatten(0, (requests, kv_heads)).permute(0, 3, 1, 2)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    def _paged(self, pool: Tensor, spec: LayerSpec, part: _Part, q: Tensor) -> tuple[Tensor, Tensor]:
+        kv_heads, group, dim, requests = self._kv_heads, self._group, self._head_dim, part.num_requests
+        k, v = self._gather(pool, part)
+        if part.mask is not None and part.mask.shape[2] > 1:  # a mask by query: heads take the place of requests
+            folded = q.view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
+            k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
+            out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
+            return out.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(q.shape[:2])
+        folded = q.view(requests, -1, kv_heads, group, dim).transpose(1, 2).flatten(2, 3)
+        out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
+        out = out.unflatten(2, (-1, group)).transpose(1, 2)
+        lse = lse.unflatten(2, (-1, group)).transpose(1, 2)
+        return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    def _gather(self, pool: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, kv_heads, L, D]``; they live until the next call."""
+        shape = (part.num_requests, -1, self._kv_heads, self._head_dim)
+        if isinstance(part.pages, slice):
+            k, v = pool[:, part.pages]
+        else:
+            k, v = (self._gather_into(i, pool[i], part.pages) for i in (0, 1))
+        k, v = k.reshape(shape), v.reshape(shape)
+        return k[:, : part.length].transpose(1, 2), v[:, : part.length].transpose(1, 2)
+
+    def _gather_into(self, which: int, source: Tensor, pages: Tensor) -> Tensor:
+        shape = (len(pages), *source.shape[1:])
+        size = len(pages) * source[0].numel()
+        if self._scratch[which].numel() < size:
+            # Reused from call to call: fresh memory of this size costs more in page faults than the copy itself.
+            self._scratch[which] = source.new_empty(max(size, GATHER_BYTES // source.element_size()))
+        return torch.index_select(source, 0, pages, out=self._scratch[which][:size].view(shape))
+
+    # -- plan ----------------------------------------------------------------------------------------------------------
+
+    def _plan_whole(self, batch: AttentionBatch, members: Int64) -> _Plan:
+        """Requests whose every query sees everything before it."""
+        plan, requests = _Plan(), _Requests(batch, members, self._page_size)
+        q_lens, page = requests.q_lens, self._page_size
+        decodes = q_lens == 1
+        # What all of a request's queries see: a chunk's cached prefix; of a decode, its own token too.
+        seen = requests.kv_lens - np.where(decodes, 0, q_lens)
+        covered = np.zeros(len(members), np.int64)
+        if self._share:
+            # A decode's newest page is its own, so the last token never counts.
+            runs, covered = shared_runs(requests.table, (seen - decodes) // page, -(-SHARE_TOKENS // page))
+            for run in runs:
+                pages = requests.table[run.members[0], run.start : run.stop]
+                plan.merged += self._read(self._queries(requests.tokens(run.members)), pages, len(pages) * page)
+        rest = seen - covered * page
+        for length in np.unique(q_lens[~decodes]).tolist():
+            chunks = np.flatnonzero(q_lens == length)
+            plan.causal.append((self._queries(requests.tokens(chunks)), len(chunks)))
+            for bucket in length_buckets(rest, chunks[rest[chunks] > 0]):
+                for parts in self._padded(requests, bucket, covered, seen):
+                    plan.merged += parts
+        for bucket in length_buckets(rest, np.flatnonzero(decodes)):
+            for first, *others in self._padded(requests, bucket, covered, seen):
+                plan.own.append(first)
+                plan.merged += others
+        return plan
+
+    def _plan_windowed(self, batch: AttentionBatch, slides: npt.NDArray[np.bool_], window: int) -> _Plan:
+        """Requests that outgrew the window (``slides``) read what their queries see of it; the others everything."""
+        plan = self._plan_whole(batch, np.flatnonzero(~slides))
+        requests = _Requests(batch, np.flatnonzero(slides), self._page_size)
+        kv_lens, page = requests.kv_lens, self._page_size
+        decodes = requests.q_lens == 1
+        first_page = (kv_lens - window) // page
+        for bucket in length_buckets(kv_lens - first_page * page, np.flatnonzero(decodes)):
+            for first, *others in self._padded(requests, bucket, first_page, kv_lens, window):
+                plan.own.append(first)
+                plan.merged += others
+        for i in np.flatnonzero(~decodes).tolist():
+            start = int(kv_lens[i] - requests.q_lens[i])
+            for at in range(start, int(kv_lens[i]), WINDOW_BLOCK):
+                plan.own.append(self._window_block(requests, i, at, min(at + WINDOW_BLOCK, int(kv_lens[i])), window))
+        return plan
+
+    def _window_block(self, requests: _Requests, i: int, start: int, stop: int, window: int) -> _Part:
+        """The queries of request i at positions ``start … stop - 1``, on the keys they see."""
+        page = self._page_size
+        first_page = max(start - window + 1, 0) // page
+        pages = requests.table[i, first_page : -(-stop // page)]
+        queries, keys = np.arange(start, stop)[:, None], np.arange(first_page * page, stop)
+        mask = self._mask(((keys <= queries) & (keys > queries - window))[None, None])
+        begin = int(requests.starts[i] + requests.q_lens[i] - requests.kv_lens[i])  # token of position 0
+        tokens = slice(begin + start, begin + stop)
+        return _Part(tokens, 1, self._index(pages), len(keys), mask)
+
+    def _padded(
+        self, requests: _Requests, bucket: Int64, first_page: Int64, end: Int64, window: int | None = None
+    ) -> Iterator[list[_Part]]:
+        """Parts over positions ``first_page * page_size … end - 1`` of each request, in batches that fit the cache.
+
+        What is yielded together is about the same query tokens.
+        """
+        page = self._page_size
+        longest = int((-(-end[bucket] // page) - first_page[bucket]).max()) * page
+        size = max(1, GATHER_BYTES // (longest * self._token_bytes))
+        for some in (bucket[at : at + size] for at in range(0, len(bucket), size)):
+            begin, num_pages = first_page[some] * page, -(-end[some] // page) - first_page[some]
+            length = int((end[some] - begin).max())
+            # Padding repeats a request's own last page: it never reads another's.
+            columns = first_page[some, None] + np.minimum(np.arange(num_pages.max()), num_pages[:, None] - 1)
+            pages = requests.table[some[:, None], columns]
+            positions = begin[:, None] + np.arange(length)
+            visible = positions < end[some, None]
+            if window is not None:
+                visible &= positions >= end[some, None] - window
+            queries, whole = self._queries(requests.tokens(some)), bool(visible.all())
+            if len(some) == 1 and whole:
+                yield self._read(queries, pages[0], length)
+            else:
+                mask = None if whole else self._mask(visible[:, None, None])
+                yield [_Part(queries, len(some), self._index(pages.ravel()), length, mask)]
+
+    def _read(self, queries: slice | Tensor, pages: npt.NDArray[np.int32], length: int) -> list[_Part]:
+        """Parts over the first ``length`` tokens of ``pages``, in place where long runs of pages are consecutive."""
+        runs = np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1)
+        if len(runs) > 1 and length < len(runs) * RUN_TOKENS:
+            return [_Part(queries, 1, self._index(pages), length)]
+        parts = []
+        for run in runs:
+            here = min(length, len(run) * self._page_size)
+            parts.append(_Part(queries, 1, slice(int(run[0]), int(run[-1]) + 1), here))
+            length -= here
+        return parts
+
+    def _queries(self, tokens: Int64) -> slice | Tensor:
+        if int(tokens[-1]) - int(tokens[0]) + 1 == len(tokens):  # ascending and distinct, so consecutive
+            return slice(int(tokens[0]), int(tokens[-1]) + 1)
+        return self._index(tokens)
+
+    def _mask(self, visible: npt.NDArray[np.bool_]) -> Tensor:
+        mask = np.where(visible, np.float32(0), np.float32("-inf"))
+        return torch.from_numpy(mask).to(self._pool.device, self._pool.dtype)
+
+    def _index(self, array: npt.NDArray[np.integer]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(self._pool.device)
+
+
+class _Requests:
+    """Some of a batch's requests: their lengths (int64), rows of pages, and query tokens."""
+
+    def __init__(self, batch: AttentionBatch, members: Int64, page_size: int) -> None:
+        self.q_lens, self.kv_lens = batch.q_lens[members].astype(np.int64), batch.kv_lens[members].astype(np.int64)
+        self.starts = (np.cumsum(batch.q_lens, dtype=np.int64) - batch.q_lens)[members]
+        columns = -(-int(self.kv_lens.max(initial=0)) // page_size)
+        self.table = batch.host_page_table[:, :columns][batch.rows[members]]
+
+    def tokens(self, some: Int64) -> Int64:
+        """Query tokens of the requests ``some``, concatenated."""
+        return _ranges(self.starts[some], self.q_lens[some])
+
+
+def query_slots(batch: AttentionBatch, page_size: int) -> Int64:
+    """Pool slots of every query token, int64 ``[T]``."""
+    positions = _ranges((batch.kv_lens - batch.q_lens).astype(np.int64), batch.q_lens.astype(np.int64))
+    pages = batch.host_page_table[np.repeat(batch.rows, batch.q_lens), positions // page_size]
+    return pages.astype(np.int64) * page_size + positions % page_size
+
+
+def length_buckets(lengths: Int64, some: Int64, ratio: float = 1.5, small: int = 128) -> list[Int64]:
+    """Splits the requests ``some`` so that the longest of a bucket is at most ``ratio`` times its shortest.
+
+    Lengths below ``small`` count as ``small``: padding that little costs less than another call.
+    """
+    if not len(some):
+        return []
+    counted = np.maximum(lengths[some], small)
+    keys = np.floor(np.log(counted.max() / counted) / np.log(ratio))
+    return [some[keys == key] for key in np.unique(keys)]
+
+
+def _ranges(starts: Int64, lengths: Int64) -> Int64:
+    """``starts[0] … starts[0] + lengths[0] - 1``, then the same for the next, concatenated."""
+    return np.arange(int(lengths.sum())) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

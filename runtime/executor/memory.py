@@ -1,0 +1,205 @@
+"""The memory plan: what weights, KV pages, page table and activations take, decided before anything is allocated."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ...kernels.linear import packs
+from ..config import EngineConfig
+from ..errors import LoadError
+from ..models.config import ModelConfig
+from ..models.weights import weight_specs
+
+GIB = 1024**3
+CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens says otherwise: a CPU rarely profits from more
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of everything large. Pages hold ``page_size`` tokens in every layer."""
+
+    device: str
+    dtype: torch.dtype
+    free_bytes: int  # before the weights were loaded
+    weight_bytes: int
+    activation_bytes: int  # of the largest step, an upper estimate
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    max_pages_per_row: int
+    limit: str  # what bounded the pool
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token: keys and values, every layer."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.num_pages * self.page_size
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.kv_tokens * self.token_bytes
+
+    @property
+    def page_table_bytes(self) -> int:
+        return self.max_num_seqs * self.max_pages_per_row * 4
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(what, size, how it comes about), for a table."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        token = (
+            f"2 (K, V) × {self.num_layers} layers × {self.num_kv_heads} KV heads × {self.head_dim}"
+            f" × {self.dtype.itemsize} B ({dtype})"
+        )
+        return [
+            ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
+            ("weights", human_bytes(self.weight_bytes), dtype),
+            ("activations", human_bytes(self.activation_bytes), "the largest step, at most"),
+            ("page table", human_bytes(self.page_table_bytes), f"{self.max_num_seqs} rows × {self.max_pages_per_row}"),
+            ("KV of a token", human_bytes(self.token_bytes), token),
+            ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {self.page_size} tokens, {self.limit}"),
+            ("KV tokens", f"{self.kv_tokens:,}", "held at once, shared prefixes once"),
+        ]
+
+    def lines(self) -> list[str]:
+        """The plan as aligned text."""
+        rows = self.rows()
+        names, sizes = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+        return [f"{what:<{names}}  {size:>{sizes}}  {how}" for what, size, how in rows]
+
+
+def plan_memory(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int,
+    max_num_batched_tokens: int,
+) -> MemoryPlan:
+    """Decides the number of KV pages. Call before the weights are loaded; raises `LoadError` if nothing is left.
+
+    With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise, on a CPU, it is the
+    least of: half of the free memory times ``gpu_memory_utilization``, less the weights and activations; what
+    ``max_num_seqs`` requests of ``max_model_len`` need; and 4 GiB. On a GPU: what ``gpu_memory_utilization`` of its
+    memory leaves.
+    """
+    free, total = device_memory(device)
+    weights = weight_bytes(model, dtype, device)
+    activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
+    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
+    page = token * config.page_size
+    row_pages = -(-max_model_len // config.page_size)
+    if config.kv_cache_tokens is not None:
+        pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"
+        short = weights + activations + pages * page - free
+        if short > 0:
+            raise LoadError(
+                f"--kv-cache-tokens {config.kv_cache_tokens} needs {human_bytes(short)} more memory than {device} has "
+                f"free ({human_bytes(free)})"
+            )
+    else:
+        if device.type == "cpu":
+            share = config.gpu_memory_utilization / 2
+            budget, reason = free * share, f"{share:.0%} of free memory less the rest"
+        else:
+            used = total - free
+            budget = total * config.gpu_memory_utilization - used
+            reason = f"what {config.gpu_memory_utilization:.0%} of the memory leaves"
+        candidates = [
+            (int(budget - weights - activations) // page, reason),
+            (config.max_num_seqs * row_pages, f"enough for {config.max_num_seqs} × {max_model_len:,} tokens"),
+        ]
+        if device.type == "cpu":
+            candidates.append((CPU_KV_LIMIT // page, f"{human_bytes(CPU_KV_LIMIT)} (--kv-cache-tokens sets it)"))
+        pages, limit = min(candidates)
+        if pages < 1:
+            raise LoadError(
+                f"no memory for a KV cache: weights take {human_bytes(weights)}, activations "
+                f"{human_bytes(activations)}, of {human_bytes(int(budget))}; raise --gpu-memory-utilization, lower "
+                "--max-num-batched-tokens or use a smaller model"
+            )
+    return MemoryPlan(
+        device=str(device),
+        dtype=dtype,
+        free_bytes=free,
+        weight_bytes=weights,
+        activation_bytes=activations,
+        num_layers=model.num_layers,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        num_pages=pages,
+        max_num_seqs=config.max_num_seqs,
+        max_pages_per_row=min(row_pages, pages),  # a row holds no page twice
+        limit=limit,
+    )
+
+
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of all weights in ``dtype`` (norms in float32), with the copies that `kernels.linear` makes."""
+    total = sum(
+        math.prod(spec.shape) * (torch.float32.itemsize if spec.norm else dtype.itemsize)
+        for spec in weight_specs(model)
+    )
+    if model.tied_embeddings and packs(device, dtype):  # the output layer is laid out anew, the embedding stays
+        total += model.vocab_size * model.hidden_size * dtype.itemsize
+    return total
+
+
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
+    """An upper estimate for a step of ``tokens`` query tokens that samples ``rows``: MLP, attention, logits."""
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    widest = max(3 * model.intermediate_size, heads) + 4 * model.hidden_size
+    return tokens * widest * dtype.itemsize + 3 * max(rows, 256) * model.vocab_size * 4
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes. On a CPU, what the kernel calls available, within the container's limit if it has one."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free, total
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    free = total
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines() if ":" in line)
+        if "MemAvailable" in fields:
+            free = int(fields["MemAvailable"].split()[0]) * 1024
+    group = container_memory(Path("/sys/fs/cgroup"))
+    if group is not None:
+        free, total = min(free, group[0]), min(total, group[1])
+    return free, total
+
+
+def container_memory(root: Path) -> tuple[int, int] | None:
+    """(free, limit) of the control group (version 2, then 1), None where there is no limit."""
+    for limit_name, used_name in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit() and used.isdigit():
+            return max(int(limit) - int(used), 0), int(limit)
+    return None
+
+
+def human_bytes(count: float) -> str:
+    """1536 -> ``1.5 KiB``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

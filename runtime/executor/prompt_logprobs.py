@@ -1,0 +1,86 @@
+"""Logprobs of prompt tokens: many rows of logits at once, in slices so that memory stays bounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ...kernels import sampling
+from ..models.decoder import Decoder
+from ..step import Int32, RowStart, StepPlan, TokenLogprobs
+
+SLICE = 256  # rows of logits held at once
+
+
+@dataclass(slots=True)
+class PromptSpan:
+    """The prompt tokens of one request whose logprobs this step can tell."""
+
+    index: int  # into the plan's requests
+    k: int
+    start: int  # position of the first such token
+    offsets: npt.NDArray[np.int64]  # query tokens of the request's chunk whose logits tell them
+    targets: Int32  # the tokens themselves
+
+
+@dataclass(slots=True)
+class PromptRows:
+    """Logprobs of n prompt tokens, still on the device."""
+
+    index: int  # into the plan's requests
+    start: int  # position of the first token
+    chosen: Tensor  # float32 [n]
+    top_ids: Tensor  # int64 [n, k]
+    top: Tensor  # float32 [n, k]
+
+    def to_host(self) -> TokenLogprobs:
+        """Waits for the device."""
+        ids = self.top_ids.cpu().numpy().astype(np.int32)
+        return TokenLogprobs(self.chosen.cpu().numpy(), ids, self.top.cpu().numpy())
+
+
+class PromptLogprobs:
+    """Remembers prompts whose logprobs were asked for: a chunk's last logits speak of a token of the next chunk."""
+
+    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+        self._decoder, self._device = decoder, device
+        self._prompts: dict[int, Int32] = {}  # page-table row -> prompt
+
+    def start(self, start: RowStart) -> None:
+        """A request takes a row; whatever its former request asked for is forgotten."""
+        self._prompts.pop(start.row, None)
+        if start.params.prompt_logprobs is not None:
+            self._prompts[start.row] = start.tokens[: start.prompt_len]
+
+    def spans(self, plan: StepPlan) -> list[PromptSpan]:
+        """What the plan's chunks can tell of what it asks for; requests of which it can tell nothing are left out.
+
+        The query token at position p tells the token at p + 1. The prompt's first token has no logprob.
+        """
+        spans = []
+        for index, k, wanted in plan.prompt_logprobs:
+            prompt = self._prompts[int(plan.rows[index])]
+            end = int(plan.kv_lens[index])
+            first = end - int(plan.q_lens[index])  # position of the chunk's first query token
+            start, stop = max(wanted, first + 1), min(end + 1, len(prompt))
+            if start < stop:
+                spans.append(PromptSpan(index, k, start, np.arange(start, stop) - 1 - first, prompt[start:stop]))
+        return spans
+
+    def compute(self, spans: list[PromptSpan], hidden: Tensor) -> list[PromptRows]:
+        """``hidden``: the rows of all spans, concatenated."""
+        found, row = [], 0
+        for span in spans:
+            parts = []
+            for at in range(0, len(span.targets), SLICE):
+                targets = torch.from_numpy(span.targets[at : at + SLICE].astype(np.int64)).to(self._device)
+                logits = self._decoder.logits(hidden[row + at : row + at + len(targets)])
+                parts.append(sampling.logprobs(logits, targets, span.k))
+            row += len(span.targets)
+            chosen, ids, top = (torch.cat(columns) for columns in zip(*parts, strict=True))
+            found.append(PromptRows(span.index, span.start, chosen, ids, top))
+        return found

@@ -1,0 +1,243 @@
+"""What a model is, read from a Hugging Face folder's ``config.json`` (as transformers 4 or 5 writes it)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadError
+from .registry import ARCHITECTURES, Architecture, Bias
+from .rope import RopeConfig, parse_rope
+
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerConfig:
+    """What differs between the layers of one model."""
+
+    window: int | None  # a token sees the last ``window`` tokens, itself included; None: all of them
+    rope: RopeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One decoder, whatever its family. Sizes are counts of elements."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    max_position_embeddings: int
+    norm_eps: float
+    norm_offset: float  # added to every norm weight: 1 for Gemma
+    activation: str  # silu | gelu | gelu_tanh
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
+    embed_scale: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sandwich_norms: bool  # norms after attention and after the MLP as well as before
+    tied_embeddings: bool
+    dtype: str  # the checkpoint's: float32 | bfloat16 | float16
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of context the model was made for; YaRN's stretch counts."""
+        stretched = [int(rope.original_length * rope.factor) for rope in self.ropes if rope.kind == "yarn"]
+        return max([self.max_position_embeddings, *stretched])
+
+    @property
+    def ropes(self) -> tuple[RopeConfig, ...]:
+        """The distinct rotary embeddings of its layers, in order of first use."""
+        return tuple(dict.fromkeys(layer.rope for layer in self.layers))
+
+
+def load_config(folder: Path) -> ModelConfig:
+    """Reads ``config.json`` and ``generation_config.json``. Raises `LoadError` in one line."""
+    if not folder.is_dir():
+        raise LoadError(f"{folder} is not a folder: give a model folder or a hub id such as Qwen/Qwen3-0.6B")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise LoadError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    generation = folder / "generation_config.json"
+    return parse_config(_read_json(path), _read_json(generation) if generation.is_file() else {}, str(path))
+
+
+def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """The parsed ``raw`` config.json. Raises `LoadError` that names the file and the key."""
+    names = raw.get("architectures")
+    if not isinstance(names, list) or not names or not isinstance(names[0], str):
+        raise LoadError(f"{where}: no architectures: it is not a causal language model's config")
+    name = names[0]
+    known = ARCHITECTURES.get(name)
+    if known is None:
+        raise LoadError(f"{where}: {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    text = raw.get("text_config") if known.text_config else None
+    if text is not None and not isinstance(text, dict):
+        raise LoadError(f"{where}: text_config must be an object, got {type(text).__name__}")
+    # The nested settings win; what they leave out may stand outside (eos_token_id, torch_dtype).
+    fields = _Fields({**known.defaults, **_drop_none(raw), **_drop_none(text or {})}, where)
+
+    if fields.get("quantization_config"):
+        raise LoadError(f"{where}: quantized checkpoints are not supported (quantization_config)")
+    heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
+    kv_heads = fields.count("num_key_value_heads", heads)
+    head_dim = fields.count("head_dim", hidden // heads)
+    if heads % kv_heads:
+        raise LoadError(f"{where}: num_attention_heads ({heads}) is not a multiple of num_key_value_heads ({kv_heads})")
+    if head_dim % 2:
+        raise LoadError(f"{where}: head_dim must be even, got {head_dim}")
+    activation = fields.get("hidden_activation") if known.gemma else fields.get("hidden_act", "silu")
+    if activation not in _ACTIVATIONS:
+        raise LoadError(f"{where}: activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    vocab_size = fields.count("vocab_size")
+    scalar = fields.number("query_pre_attn_scalar") if known.gemma else head_dim
+
+    return ModelConfig(
+        architecture=name,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=fields.count("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        layers=_layers(fields, known, head_dim),
+        max_position_embeddings=fields.count("max_position_embeddings"),
+        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_offset=1.0 if known.gemma else 0.0,
+        activation=_ACTIVATIONS[activation],
+        attention_scale=scalar**-0.5,
+        attention_softcap=fields.optional_number("attn_logit_softcapping") if known.gemma else None,
+        final_softcap=fields.optional_number("final_logit_softcapping") if known.gemma else None,
+        embed_scale=hidden**0.5 if known.gemma else 1.0,
+        qkv_bias=_bias(known.qkv_bias, fields, "attention_bias"),
+        o_bias=_bias(known.o_bias, fields, "attention_bias"),
+        mlp_bias=_bias(known.mlp_bias, fields, "mlp_bias"),
+        qk_norm=known.qk_norm,
+        sandwich_norms=known.gemma,
+        tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        dtype=_dtype(fields),
+        eos_ids=_ids(generation.get("eos_token_id", fields.get("eos_token_id")), vocab_size, where),
+        bos_id=_bos(fields),
+    )
+
+
+class _Fields:
+    """Typed access to a config's values; every complaint names the file and the key."""
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.values.get(key, default)
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key, default)
+        if value is None:
+            raise LoadError(f"{self.where}: {key} is missing")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise LoadError(f"{self.where}: {key} must be a positive integer, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.values.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            raise LoadError(f"{self.where}: {key} must be a positive number, got {value!r}")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        return None if self.values.get(key) is None else self.number(key)
+
+
+def _layers(fields: _Fields, known: Architecture, head_dim: int) -> tuple[LayerConfig, ...]:
+    count = fields.count("num_hidden_layers")
+    types = fields.get("layer_types")
+    if types is None:
+        types = _default_types(fields, known, count)
+    if not isinstance(types, list) or len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
+        raise LoadError(f"{fields.where}: layer_types must name sliding_attention or full_attention for {count} layers")
+    slides = known.windows != "none" and fields.get("sliding_window") is not None
+    if known.windows == "qwen":
+        slides = slides and bool(fields.get("use_sliding_window", False))
+    window = fields.count("sliding_window") if slides else None
+    if known.windows == "all":  # Mistral: every layer slides whatever layer_types may say
+        types = ["sliding_attention"] * count
+    ropes = {kind: parse_rope(fields.values, kind, head_dim, fields.where) for kind in dict.fromkeys(types)}
+    return tuple(LayerConfig(window if kind == "sliding_attention" else None, ropes[kind]) for kind in types)
+
+
+def _default_types(fields: _Fields, known: Architecture, count: int) -> list[str]:
+    if known.windows == "alternate":
+        pattern = fields.count("sliding_window_pattern")
+        sliding = [bool((i + 1) % pattern) for i in range(count)]
+    elif known.windows == "qwen":
+        sliding = [i >= fields.count("max_window_layers") for i in range(count)]
+    else:
+        sliding = [known.windows == "all"] * count
+    return ["sliding_attention" if slides else "full_attention" for slides in sliding]
+
+
+def _bias(rule: Bias, fields: _Fields, key: str) -> bool:
+    return rule == "always" or (rule == "config" and bool(fields.get(key, False)))
+
+
+def _dtype(fields: _Fields) -> str:
+    name = str(fields.get("dtype", fields.get("torch_dtype", "float32"))).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise LoadError(f"{fields.where}: dtype {name} is not supported; supported: float32, bfloat16, float16")
+    return name
+
+
+def _ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise LoadError(f"{where}: eos_token_id must hold integers, got {token!r}")
+    # Some checkpoints list -1 or ids of a larger tokenizer: they can never be drawn.
+    return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))
+
+
+def _bos(fields: _Fields) -> int | None:
+    value = fields.get("bos_token_id")
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+        raise LoadError(f"{fields.where}: bos_token_id must be an integer, got {value!r}")
+    return value
+
+
+def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Null means the family's default, except where null itself says something."""
+    says = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "eos_token_id"}
+    return {key: value for key, value in values.items() if value is not None or key in says}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value

@@ -1,0 +1,131 @@
+"""The forward pass: one decoder for every family, driven by its config."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...kernels import ops
+from ...kernels.attention.base import AttentionBackend, LayerSpec
+from ...kernels.linear import Linear
+from .config import ModelConfig
+from .rope import RopeTable
+
+
+class Decoder:
+    """A decoder-only transformer over packed tokens: T query tokens of any number of requests, no padding.
+
+    Args:
+        config: the model's.
+        weights: by the names of `weights.weight_specs`, all on one device. Emptied, so that a weight that is laid out
+            anew does not stay twice.
+    """
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+        self.config = config
+        self._embedding = weights.pop("embedding")
+        self._norm = weights.pop("norm")
+        self._lm_head = Linear(weights.pop("lm_head", self._embedding))
+        self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
+        self._layers = [_Layer(config, i, weights) for i in range(config.num_layers)]
+
+    def layer_specs(self) -> list[LayerSpec]:
+        """What the attention backend must know of each layer."""
+        config = self.config
+        return [LayerSpec(config.attention_scale, c.window, config.attention_softcap) for c in config.layers]
+
+    def reserve(self, length: int) -> None:
+        """Prepares positions below ``length``; cheap when they are."""
+        for table in self._ropes.values():
+            table.reserve(length)
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, outputs: Tensor | None = None
+    ) -> Tensor:
+        """Hidden states after the last norm.
+
+        Args:
+            token_ids: int64 ``[T]``.
+            positions: int64 ``[T]``, below the reserved length.
+            attention: planned for this step.
+            outputs: int64 ``[S]``, the query tokens whose hidden states are wanted; None: all. The last layer's MLP
+                runs for these alone, since the others' only lasting effect is their keys and values.
+
+        Returns:
+            ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
+        """
+        config = self.config
+        hidden = F.embedding(token_ids, self._embedding)
+        if config.embed_scale != 1.0:
+            hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
+        turns = {rope: table.lookup(positions) for rope, table in self._ropes.items()}
+        last = config.num_layers - 1
+        for i, layer in enumerate(self._layers):
+            cos, sin = turns[config.layers[i].rope]
+            attended = layer.attend(hidden, cos, sin, attention)
+            if i == last and outputs is not None:
+                hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
+            hidden = layer.finish(hidden, attended)
+        return ops.rms_norm(hidden, self._norm, config.norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``."""
+        logits = self._lm_head(hidden).float()
+        cap = self.config.final_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
+class _Layer:
+    """One layer's weights and what is done with them. ``hidden`` ``[T, H]`` is the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor]) -> None:
+        def weight(name: str) -> Tensor:
+            return weights.pop(f"layers.{index}.{name}")
+
+        def linear(name: str) -> Linear:
+            return Linear(weight(name), weights.pop(f"layers.{index}.{name}_bias", None))
+
+        self.config, self.index = config, index
+        self.attention_norm, self.mlp_norm = weight("attention_norm"), weight("mlp_norm")
+        self.qkv, self.o, self.gate_up, self.down = linear("qkv"), linear("o"), linear("gate_up"), linear("down")
+        self.attention_post_norm: Tensor | None = None
+        self.mlp_post_norm: Tensor | None = None
+        if config.sandwich_norms:
+            self.attention_post_norm, self.mlp_post_norm = weight("attention_post_norm"), weight("mlp_post_norm")
+        self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
+        if config.qk_norm:
+            q, k = weight("q_norm"), weight("k_norm")
+            self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
+
+    def attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
+        """Attention before the output projection: ``[T, heads * D]``."""
+        config = self.config
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        x = ops.rms_norm(hidden, self.attention_norm, config.norm_eps)
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, config.head_dim)
+        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if self.qk_norm is not None:
+            qk = ops.rms_norm(qk, self.qk_norm, config.norm_eps)
+        qk = ops.rope(qk, cos, sin)
+        return attention.run(self.index, qk[:, :heads], qk[:, heads:], v).flatten(1)
+
+    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and MLP, each added into ``hidden`` in place. Returns ``hidden``."""
+        eps = self.config.norm_eps
+        x = self.o(attended)
+        if self.attention_post_norm is not None:
+            x = ops.rms_norm(x, self.attention_post_norm, eps)
+        x = ops.add_rms_norm(x, hidden, self.mlp_norm, eps)
+        x = self.gate_up(x)
+        match self.config.activation:
+            case "silu":
+                x = ops.silu_mul(x)
+            case "gelu_tanh":
+                x = ops.gelu_mul(x, "tanh")
+            case _:
+                x = ops.gelu_mul(x, "none")
+        x = self.down(x)
+        if self.mlp_post_norm is not None:
+            x = ops.rms_norm(x, self.mlp_post_norm, eps)
+        return hidden.add_(x)

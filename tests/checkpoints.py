@@ -1,0 +1,161 @@
+"""Small random checkpoints of every family, saved by transformers, with a real BPE tokenizer beside them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+CORPUS = [
+    "Compute every shared prefix once, and remember what was read.",
+    "A tree of tokens grows a branch for every question that is asked of one document.",
+    "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 东京 is a city; 🌳 is a tree.",
+    "def fork(program, branches): return [program.copy() for _ in range(branches)]",
+    '{"name": "lookup", "arguments": {"city": "Paris", "days": 3}}',
+]
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to make one checkpoint: transformers' config and model classes, and the config's values."""
+
+    config: str
+    model: str
+    values: dict[str, Any] = field(default_factory=dict)
+    shard_size: str | None = None
+
+
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.12,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+
+
+def _llama(**values: Any) -> Family:
+    return Family("LlamaConfig", "LlamaForCausalLM", values)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama-mha": _llama(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
+    "llama-gqa": _llama(rope_parameters=_LLAMA3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "llama-mqa": _llama(num_key_value_heads=1, rope_parameters=_YARN, tie_word_embeddings=False),
+    "llama-linear": _llama(rope_parameters=_LINEAR, head_dim=24, tie_word_embeddings=True),
+    "llama-sharded": Family("LlamaConfig", "LlamaForCausalLM", {"tie_word_embeddings": False}, shard_size="100KB"),
+    "mistral": Family("MistralConfig", "MistralForCausalLM", {"sliding_window": 24}),
+    "qwen2": Family("Qwen2Config", "Qwen2ForCausalLM", {"tie_word_embeddings": True, "head_dim": 16}),
+    "qwen2-window": Family(
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {"head_dim": 16, "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    ),
+    "qwen3": Family("Qwen3Config", "Qwen3ForCausalLM", {"tie_word_embeddings": True, "head_dim": 32}),
+    "gemma2": Family(
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 24,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 8.0,
+        },
+    ),
+    "gemma3": Family(
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {
+            "sliding_window": 24,
+            "query_pre_attn_scalar": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+                "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 8.0},
+            },
+        },
+    ),
+}
+
+
+def build(family: str, folder: Path) -> Path:
+    """Makes the checkpoint in ``folder``: config, safetensors, tokenizer. The same bytes every time."""
+    import torch
+    import transformers
+
+    recipe = FAMILIES[family]
+    vocab_size = write_tokenizer(folder)
+    values = {**_SIZES, "vocab_size": vocab_size, **recipe.values}
+    config = getattr(transformers, recipe.config)(**values)
+    generator = torch.Generator().manual_seed(sum(family.encode()))
+    torch.manual_seed(sum(family.encode()))
+    model = getattr(transformers, recipe.model)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # As initialised, norms are all alike and biases zero: mistakes in them would not show.
+            if "norm" in name or name.endswith("bias"):
+                parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+            # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter *= 4
+            if recipe.model.startswith("Gemma") and "post_" in name:
+                parameter += 3
+            # Sharp attention: what is said depends on where one looks, so texts do not settle on one token.
+            if name.endswith(("q_proj.weight", "q_norm.weight")):
+                parameter *= 5
+    model.save_pretrained(folder, **({"max_shard_size": recipe.shard_size} if recipe.shard_size else {}))
+    return folder
+
+
+def write_tokenizer(folder: Path) -> int:
+    """Trains a byte-level BPE tokenizer with chat markers; writes its files and returns its vocabulary size."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    special = ["<|begin|>", "<|end|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS * 4, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", pair="<|begin|> $A $B", special_tokens=[("<|begin|>", 0)]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin|>",
+        "eos_token": "<|end|>",
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+    return int(tokenizer.get_vocab_size())

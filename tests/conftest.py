@@ -1,0 +1,41 @@
+"""Fixtures every room's tests share."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+def _checkpoints() -> ModuleType:
+    path = Path(__file__).parent / "checkpoints.py"
+    spec = importlib.util.spec_from_file_location("branchwise_test_checkpoints", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} cannot be imported")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while they are being made
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def checkpoints() -> ModuleType:
+    """The module `tests/checkpoints.py`: ``FAMILIES``, ``build``, ``write_tokenizer``."""
+    return _checkpoints()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``checkpoint(family)`` is the folder of a small random checkpoint, built at most once a session."""
+    built: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in built:
+            built[family] = checkpoints.build(family, tmp_path_factory.mktemp("checkpoints") / family)
+        return built[family]
+
+    return folder

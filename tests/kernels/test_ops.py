@@ -1,0 +1,88 @@
+"""The small operations against float64 definitions."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from branchwise.kernels import ops
+from branchwise.kernels.linear import Linear, packs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 3, 16).to(dtype), torch.randn(3, 16)
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight.double()
+    got = ops.rms_norm(x, weight, 1e-5)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, exact.to(dtype))
+
+
+def test_add_rms_norm_adds_in_place() -> None:
+    torch.manual_seed(0)
+    x, residual, weight = torch.randn(4, 8), torch.randn(4, 8), torch.randn(8)
+    total = x + residual
+    got = ops.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(residual, total)
+    assert torch.equal(got, ops.rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("turning", [16, 8])
+def test_rope_turns_pairs_and_keeps_the_rest(turning: int) -> None:
+    torch.manual_seed(0)
+    x, angles = torch.randn(3, 2, 16), torch.rand(3, turning // 2) * 6
+    got = ops.rope(x, angles.cos(), angles.sin())
+    for token in range(3):
+        for channel in range(turning // 2):
+            c, s = math.cos(angles[token, channel]), math.sin(angles[token, channel])
+            a, b = x[token, :, channel], x[token, :, channel + turning // 2]
+            torch.testing.assert_close(got[token, :, channel], a * c - b * s)
+            torch.testing.assert_close(got[token, :, channel + turning // 2], b * c + a * s)
+    assert torch.equal(got[..., turning:], x[..., turning:])
+
+
+def test_gated_activations() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 10)
+    gate, up = x[:, :5].double(), x[:, 5:].double()
+    torch.testing.assert_close(ops.silu_mul(x), (gate * torch.sigmoid(gate) * up).float())
+    exact = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
+    torch.testing.assert_close(ops.gelu_mul(x, "none"), exact.float())
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    torch.testing.assert_close(ops.gelu_mul(x, "tanh"), (gate * 0.5 * (1 + torch.tanh(inner)) * up).float())
+
+
+def test_write_kv_touches_its_slots_alone() -> None:
+    pool = torch.zeros(2, 3, 4, 1, 2)
+    ops.write_kv(pool, torch.tensor([11, 2]), torch.ones(2, 1, 2), torch.full((2, 1, 2), 2.0))
+    expected = torch.zeros(2, 12, 1, 2)
+    expected[0, [11, 2]], expected[1, [11, 2]] = 1.0, 2.0
+    assert torch.equal(pool.flatten(1, 2), expected)
+
+
+def test_copy_pages_reads_every_source_first() -> None:
+    pool = torch.arange(2 * 2 * 4 * 3, dtype=torch.float32).reshape(2, 2, 4, 3)
+    before = pool.clone()
+    ops.copy_pages(pool, torch.tensor([[0, 1], [1, 2], [2, 0]]))  # a ring: any order of single copies would be wrong
+    assert torch.equal(pool[:, :, [1, 2, 0]], before[:, :, [0, 1, 2]])
+    assert torch.equal(pool[:, :, 3], before[:, :, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [0, 1, 7, 600])
+def test_linear_laid_out_for_the_device(dtype: torch.dtype, rows: int) -> None:
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(30, 24).to(dtype), torch.randn(30).to(dtype), torch.randn(rows, 48).to(dtype)[:, :24]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    with torch.inference_mode():
+        for b in (None, bias):
+            exact = x.double() @ weight.double().T + (0 if b is None else b.double())
+            torch.testing.assert_close(Linear(weight, b)(x), exact.to(dtype), atol=tolerance, rtol=tolerance)
+
+
+def test_float32_is_packed_on_a_cpu() -> None:
+    """A torch that drops the op would make decoding two to three times slower without a word."""
+    assert packs(torch.device("cpu"), torch.float32) == torch.backends.mkldnn.is_available()

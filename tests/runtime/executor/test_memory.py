@@ -1,0 +1,112 @@
+"""The memory plan: what bounds the pool, and that its numbers are the ones allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.errors import LoadError
+from branchwise.runtime.executor import memory
+from branchwise.runtime.executor.memory import GIB, MemoryPlan, human_bytes, plan_memory
+from branchwise.runtime.models.config import ModelConfig, load_config
+from branchwise.runtime.models.loader import load_weights
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(checkpoint: Callable[[str], Path]) -> ModelConfig:
+    return load_config(checkpoint("llama-gqa"))  # 768 bytes of KV a token in float32
+
+
+def plan(model: ModelConfig, max_model_len: int = 512, tokens: int = 64, **config: Any) -> MemoryPlan:
+    return plan_memory(EngineConfig(**config), model, torch.float32, CPU, max_model_len, tokens)
+
+
+def test_as_many_tokens_as_asked_rounded_up_to_pages(model: ModelConfig) -> None:
+    found = plan(model, kv_cache_tokens=100, page_size=16)
+    assert (found.num_pages, found.kv_tokens, found.token_bytes) == (7, 112, 768)
+    assert found.kv_bytes == 112 * 768
+    assert found.max_pages_per_row == 7  # a row cannot hold more pages than there are
+
+
+def test_no_more_than_all_rows_can_use(model: ModelConfig) -> None:
+    found = plan(model, max_num_seqs=3, page_size=16)
+    assert found.num_pages == 3 * 32
+    assert found.max_pages_per_row == 32
+    assert found.page_table_bytes == 3 * 32 * 4
+    assert "3 × 512 tokens" in found.limit
+
+
+def test_half_of_what_is_free(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda device: (64 * 1024**2, GIB))
+    found = plan(model, gpu_memory_utilization=0.5)
+    rest = found.weight_bytes + found.activation_bytes
+    assert found.kv_bytes + rest <= 16 * 1024**2 < found.kv_bytes + rest + 16 * 768
+    assert found.limit.startswith("25% of free memory")
+
+
+def test_four_gibibytes_at_most(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda device: (1000 * GIB, 1000 * GIB))
+    found = plan(model, max_num_seqs=4096, max_model_len=100_000)
+    assert found.kv_bytes <= 4 * GIB < found.kv_bytes + 16 * 768
+
+
+def test_nothing_left(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "device_memory", lambda device: (1024**2, GIB))
+    with pytest.raises(LoadError, match="no memory for a KV cache: weights take"):
+        plan(model)
+    with pytest.raises(LoadError, match="more memory than cpu has free"):
+        plan(model, kv_cache_tokens=10_000)
+
+
+def test_lines_tell_the_formula(model: ModelConfig) -> None:
+    text = "\n".join(plan(model, kv_cache_tokens=1600).lines())
+    for part in ("2 (K, V) × 3 layers × 2 KV heads × 16 × 4 B (float32)", "768 B", "100 × 16 tokens", "1,600"):
+        assert part in text
+
+
+@pytest.mark.parametrize(("family", "tied"), [("llama-mqa", False), ("gemma2", True)])
+def test_planned_weights_are_the_weights_loaded(
+    family: str, tied: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_config(checkpoint(family))
+    weights = load_weights(checkpoint(family), model, torch.float32, CPU)
+    loaded = sum(weight.nbytes for weight in weights.values())
+    monkeypatch.setattr(memory, "packs", lambda device, dtype: False)
+    assert plan(model).weight_bytes == loaded
+    monkeypatch.setattr(memory, "packs", lambda device, dtype: True)  # a tied output layer is then a second copy
+    assert plan(model).weight_bytes == loaded + (weights["embedding"].nbytes if tied else 0)
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"memory.max": "1000\n", "memory.current": "300\n"}, (700, 1000)),
+        ({"memory.max": "1000", "memory.current": "3000"}, (0, 1000)),
+        ({"memory.max": "max", "memory.current": "300"}, None),
+        ({"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"}, (800, 900)),
+        ({}, None),
+    ],
+)
+def test_container_limits(files: dict[str, str], expected: tuple[int, int] | None, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory.container_memory(tmp_path) == expected
+
+
+def test_human_bytes() -> None:
+    assert [human_bytes(n) for n in (0, 1023, 1536, 3 * 1024**2, 5 * GIB, 2**50)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "3.0 MiB",
+        "5.0 GiB",
+        "1024.0 TiB",
+    ]

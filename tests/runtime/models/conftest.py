@@ -1,0 +1,81 @@
+"""A decoder with a paged pool of its own, and transformers' logits to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from branchwise.kernels.attention.base import AttentionBatch
+from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.runtime.models.config import load_config
+from branchwise.runtime.models.decoder import Decoder
+from branchwise.runtime.models.loader import load_weights
+
+Tokens = npt.NDArray[np.int64]
+
+
+class Harness:
+    """Runs chunks of requests; every row's pages are scattered over the pool, page 0 is poison and never used."""
+
+    def __init__(self, folder: Path, page_size: int, rows: int = 6, max_len: int = 160) -> None:
+        config = load_config(folder)
+        self.decoder = Decoder(config, load_weights(folder, config, torch.float32, torch.device("cpu")))
+        self.decoder.reserve(max_len)
+        pages = -(-max_len // page_size)
+        order = np.random.default_rng(7).permutation(rows * pages) + 1
+        self.table = order.reshape(rows, pages).astype(np.int32)
+        self.pool = torch.zeros(config.num_layers, 2, rows * pages + 1, page_size, config.num_kv_heads, config.head_dim)
+        self.pool[:, :, 0] = 1e4
+        self.attention = TorchAttention(self.pool, self.decoder.layer_specs(), config.num_heads)
+
+    def step(self, chunks: Sequence[tuple[int, Tokens, int]], num_decodes: int = 0) -> list[torch.Tensor]:
+        """``chunks``: (row, query tokens, position of the first). Returns the logits of each chunk's tokens."""
+        rows = np.array([row for row, _, _ in chunks], np.int32)
+        q_lens = np.array([len(tokens) for _, tokens, _ in chunks], np.int32)
+        kv_lens = np.array([start + len(tokens) for _, tokens, start in chunks], np.int32)
+        ids = torch.from_numpy(np.concatenate([tokens for _, tokens, _ in chunks]))
+        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
+        with torch.inference_mode():
+            self.attention.plan(
+                AttentionBatch(rows, q_lens, kv_lens, num_decodes, torch.from_numpy(self.table), self.table)
+            )
+            logits = self.decoder.logits(self.decoder.forward(ids, positions, self.attention))
+        return list(logits.split(q_lens.tolist()))
+
+
+@pytest.fixture(scope="session")
+def harness(checkpoint: Callable[[str], Path]) -> Callable[[str, int], Harness]:
+    return lambda family, page_size: Harness(checkpoint(family), page_size)
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Tokens:
+    """The token ids every family is asked about."""
+    return np.random.default_rng(0).integers(2, 300, 120)
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint: Callable[[str], Path], prompt: Tokens) -> Iterator[Callable[[str], torch.Tensor]]:
+    """``reference(family)``: transformers' float32 logits ``[120, vocab]`` of `prompt`, computed once."""
+    found: dict[str, torch.Tensor] = {}
+
+    def logits(family: str) -> torch.Tensor:
+        if family not in found:
+            import transformers
+
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                checkpoint(family), dtype=torch.float32, attn_implementation="eager"
+            ).eval()
+            with torch.no_grad():
+                found[family] = model(torch.from_numpy(prompt)[None]).logits[0]
+        return found[family]
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield logits
+    torch.set_num_threads(threads)

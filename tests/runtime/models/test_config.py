@@ -1,0 +1,193 @@
+"""config.json as transformers 4 and 5 write it, against transformers' own reading; and what cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.runtime.errors import LoadError
+from branchwise.runtime.models.config import ModelConfig, load_config, parse_config
+from branchwise.runtime.models.rope import RopeConfig, RopeTable
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+}
+# google/gemma-3-4b-it's: nearly everything is left to the family's defaults.
+GEMMA3_NESTED = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "eos_token_id": [1, 106],
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16",
+    "vision_config": {"hidden_size": 1152},
+}
+
+QWEN_WINDOW = {"sliding_window": 30, "use_sliding_window": True, "max_window_layers": 3}
+
+
+def parse(changes: dict[str, Any] | None = None, base: dict[str, Any] = LLAMA, **generation: Any) -> ModelConfig:
+    values = {key: value for key, value in {**base, **(changes or {})}.items() if value != "absent"}
+    return parse_config(values, generation)
+
+
+def test_what_a_small_config_leaves_out() -> None:
+    config = parse()
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.dtype) == (4, 16, 1e-6, "float32")
+    assert config.ropes == (RopeConfig(theta=10000.0, dim=16),)
+    assert (config.eos_ids, config.tied_embeddings, config.qkv_bias, config.activation) == ((), False, False, "silu")
+
+
+def test_gemma3_nested() -> None:
+    config = parse(base=GEMMA3_NESTED)
+    assert (config.num_layers, config.num_heads, config.num_kv_heads, config.head_dim) == (34, 8, 4, 256)
+    assert [i for i, layer in enumerate(config.layers) if layer.window is None] == [5, 11, 17, 23, 29]
+    assert {layer.window for layer in config.layers} == {1024, None}
+    assert config.layers[0].rope == RopeConfig(theta=10_000.0, dim=256)
+    assert config.layers[5].rope == RopeConfig(theta=1_000_000.0, dim=256, kind="linear", factor=8.0)
+    assert (config.vocab_size, config.max_model_len, config.dtype) == (262208, 131072, "bfloat16")
+    assert config.eos_ids == (1, 106)
+    assert config.tied_embeddings
+    assert config.qk_norm
+    assert config.attention_scale == 256**-0.5
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "windows"),
+    [
+        ("MistralForCausalLM", {"sliding_window": 30}, [30] * 4),
+        ("MistralForCausalLM", {"sliding_window": None}, [None] * 4),
+        ("Qwen2ForCausalLM", {"sliding_window": 30, "max_window_layers": 1}, [None] * 4),
+        ("Qwen3ForCausalLM", QWEN_WINDOW, [None] * 3 + [30]),
+        ("Gemma2ForCausalLM", {"sliding_window": 30}, [30, None] * 2),
+        ("Gemma3ForCausalLM", {"sliding_window": 30, "sliding_window_pattern": 3}, [30, 30, None, 30]),
+        ("LlamaForCausalLM", {"sliding_window": 30}, [None] * 4),
+    ],
+)  # fmt: skip
+def test_windows(architecture: str, changes: dict[str, Any], windows: list[int | None]) -> None:
+    config = parse({"architectures": [architecture], "num_hidden_layers": 4, **changes})
+    assert [layer.window for layer in config.layers] == windows
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {"type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "attention_factor": 1.5},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3, "beta_fast": 16, "beta_slow": 2},
+        {"rope_type": "yarn", "factor": 4.0, "truncate": False},
+    ],
+)
+@pytest.mark.parametrize("style", [4, 5])
+def test_rope_tables_equal_transformers(scaling: dict[str, Any], style: int) -> None:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    theta = {"rope_theta": 50_000.0}
+    changes = {"rope_scaling": scaling, **theta} if style == 4 else {"rope_parameters": scaling | theta}
+    config = parse(changes)
+    (rope,) = config.ropes
+    theirs = LlamaRotaryEmbedding(
+        LlamaConfig(
+            hidden_size=64, num_attention_heads=4, max_position_embeddings=2048, rope_parameters=scaling | theta
+        )
+    )
+    positions = torch.arange(2048)
+    cos, sin = theirs(torch.zeros(1), positions[None])
+    table = RopeTable(rope, torch.device("cpu"))
+    for length in (10, 2000, 2048):  # grown in between
+        table.reserve(length)
+    got = table.lookup(positions)
+    torch.testing.assert_close(got[0], cos[0, :, :8], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got[1], sin[0, :, :8], atol=1e-5, rtol=0)
+
+
+def test_yarn_stretches_the_context() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    assert parse({"rope_scaling": scaling}).max_model_len == 8192
+
+
+def test_end_tokens_come_from_the_generation_config_first() -> None:
+    assert parse({"eos_token_id": 5}).eos_ids == (5,)
+    assert parse({"eos_token_id": [5, 6, 5]}).eos_ids == (5, 6)
+    assert parse({"eos_token_id": 5}, eos_token_id=[7, 8]).eos_ids == (7, 8)
+    assert parse({"eos_token_id": [5, 100, -1]}).eos_ids == (5,)  # ids that can never be drawn
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architectures": "absent"}, "no architectures"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaFor"),
+        ({"hidden_size": "absent"}, "hidden_size is missing"),
+        ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+        ({"vocab_size": True}, "vocab_size must be a positive integer, got True"),
+        ({"num_key_value_heads": 3}, r"num_attention_heads \(4\) is not a multiple of num_key_value_heads \(3\)"),
+        ({"head_dim": 7}, "head_dim must be even, got 7"),
+        ({"hidden_act": "relu6"}, "activation 'relu6' is not supported"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; supported: def"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope factor must be a positive number, got None"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope factor must be a positive number, got '4'"),
+        ({"rope_parameters": [1]}, "rope_parameters must be an object, got list"),
+        ({"torch_dtype": "int8"}, "dtype int8 is not supported"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name"),
+        ({"eos_token_id": ["</s>"]}, "eos_token_id must hold integers, got '</s>'"),
+        ({"bos_token_id": "<s>"}, "bos_token_id must be an integer, got '<s>'"),
+    ],
+)  # fmt: skip
+def test_configs_that_cannot_be(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(LoadError, match=says) as caught:
+        parse(changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\ud800", "null"])
+def test_config_that_is_no_json_object(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(LoadError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+def test_folders_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match="is not a folder"):
+        load_config(tmp_path / "nowhere")
+    with pytest.raises(LoadError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert load_config(tmp_path).eos_ids == (3,)
+
+
+def test_rope_reads_half_rotated_heads() -> None:
+    (rope,) = parse({"partial_rotary_factor": 0.5}).ropes
+    assert rope.dim == 8
+    np.testing.assert_allclose(rope.inverse_frequencies(), 10000.0 ** -(np.arange(0, 8, 2) / 8), rtol=1e-6)

@@ -1,0 +1,112 @@
+"""Every family against transformers: whole prompts, chunks, cached prefixes, decodes, at both page sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+FAMILIES = [
+    "llama-mha",
+    "llama-gqa",
+    "llama-mqa",
+    "llama-linear",
+    "llama-sharded",
+    "mistral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+]
+TOLERANCE = 1e-4
+Make = Callable[[str, int], Any]
+Reference = Callable[[str], torch.Tensor]
+
+
+def test_every_family_is_tested(checkpoints: Any) -> None:
+    assert list(checkpoints.FAMILIES) == FAMILIES
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamily:
+    def test_whole_prompt(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        expected = reference(family)
+        assert expected.std() > 0.3  # logits that say nothing would agree with anything
+        for length in (1, page_size - 1, page_size, page_size + 1, 2 * page_size, 33, 120):
+            if length > 0:
+                (got,) = harness(family, page_size).step([(2, prompt[:length], 0)])
+                close(got, expected[:length])
+
+    def test_chunked_prefill_equals_whole(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        model, parts, at = harness(family, page_size), [], 0
+        for size in (15, 1, 17, 16, 2, 40, 29):
+            parts += model.step([(1, prompt[at : at + size], at)])
+            at += size
+        close(torch.cat(parts), reference(family))
+
+    def test_decodes_equal_prefill(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        model, expected = harness(family, page_size), reference(family)
+        lengths = [15, 16, 17, 90]  # of four requests that then decode side by side
+        model.step([(row, prompt[:length], 0) for row, length in enumerate(lengths)])
+        for turn in range(20):
+            ats = [length + turn for length in lengths]
+            got = model.step([(row, prompt[at : at + 1], at) for row, at in enumerate(ats)], num_decodes=4)
+            close(torch.cat(got), expected[ats])
+
+    def test_extension_of_a_cached_prefix(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        model, expected = harness(family, page_size), reference(family)
+        model.step([(0, prompt[:64], 0)])
+        model.table[1:4, : 64 // page_size] = model.table[0, : 64 // page_size]  # three more share its pages
+        chunks = [(row, prompt[64 : 64 + n], 64) for row, n in ((1, 1), (2, 17), (3, 17), (0, 56))]
+        for got in model.step(chunks):
+            close(got, expected[64 : 64 + len(got)])
+
+    def test_prefix_written_in_the_same_step(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        """Publish when scheduled: one request computes the prefix, another reads its pages in that very step."""
+        model, expected = harness(family, page_size), reference(family)
+        model.step([(5, prompt[:30], 0)])
+        model.table[4, : 48 // page_size] = model.table[3, : 48 // page_size]
+        chunks = [(5, prompt[30:31], 30), (3, prompt[:48], 0), (4, prompt[48:70], 48)]
+        decode, producer, reader = model.step(chunks, num_decodes=1)
+        close(decode, expected[30:31])
+        close(producer, expected[:48])
+        close(reader, expected[48:70])
+
+
+def test_last_layer_runs_for_wanted_tokens_alone(harness: Make, reference: Reference, prompt: np.ndarray) -> None:
+    from branchwise.kernels.attention.base import AttentionBatch
+
+    model = harness("gemma2", 16)
+    batch = AttentionBatch(
+        np.array([0], np.int32),
+        np.array([40], np.int32),
+        np.array([40], np.int32),
+        0,
+        torch.from_numpy(model.table),
+        model.table,
+    )
+    model.attention.plan(batch)
+    wanted = torch.tensor([39, 3])
+    with torch.inference_mode():
+        hidden = model.decoder.forward(torch.from_numpy(prompt[:40]), torch.arange(40), model.attention, wanted)
+        close(model.decoder.logits(hidden), reference("gemma2")[wanted])
