@@ -93,8 +93,8 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
         if isinstance(value, float) and not math.isfinite(value):
             raise bad(field, f"must be finite, got {value}")
         if value < low or value > high or (exclusive and value == low):
-            edge = f"greater than {low:g}" if exclusive else f"at least {low:g}"
-            raise bad(field, f"must be {edge} and at most {high:g}, got {value}")
+            edge = f"greater than {low}" if exclusive else f"at least {low}"
+            raise bad(field, f"must be {edge} and at most {high}, got {value}")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
     if len(params.stop) > MAX_STOPS:

@@ -1,0 +1,96 @@
+"""Health, facts, metrics, the tree, and the two levers: flushing the cache and aborting requests."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request, Response
+from starlette.responses import PlainTextResponse
+
+from ..errors import InvalidRequest
+from .body import read_json_object
+from .metrics import CONTENT_TYPE
+from .requests import AbortRequest, parse
+from .site import Site
+from .sse import json_response
+from .tree_text import add_text, tree_text
+
+MAX_NODES = 100_000
+DEFAULT_NODES = 1000
+
+
+def router(site: Site) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> Response:
+        """200 while the server takes requests; 503 with the state otherwise."""
+        state = site.client.state
+        return json_response({"status": state}, 200 if state == "ready" else 503)
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(site.metrics.render(), media_type=CONTENT_TYPE)
+
+    @routes.get("/get_server_info")
+    @routes.get("/server_info")
+    async def server_info() -> Response:
+        return json_response(await _facts(site))
+
+    @routes.get("/cache/tree")
+    async def tree(request: Request) -> Response:
+        """The radix tree as JSON, or as text with ``?format=text``; at most ``max_nodes`` nodes."""
+        form = request.query_params.get("format", "json")
+        if form not in ("json", "text"):
+            raise InvalidRequest(f"format must be json or text, got {form!r}", field="format")
+        nodes = _count(request.query_params.get("max_nodes"))
+        dump = add_text(await site.client.control("tree", {"max_nodes": nodes}), site.tokenizer)
+        return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
+
+    @routes.get("/cache/check")
+    async def check() -> Response:
+        """Walks the tree and the pages between two steps. 500 names the invariant that does not hold."""
+        return json_response({"check": await site.client.control("check")})
+
+    @routes.post("/flush_cache")
+    async def flush_cache() -> Response:
+        """Forgets everything that no running request holds."""
+        return json_response(await site.client.control("flush_cache"))
+
+    @routes.post("/abort_request")
+    async def abort_request(request: Request) -> Response:
+        """Ends the requests with this very ``rid``, or all of them. Their clients get what has been generated."""
+        body = parse(AbortRequest, await read_json_object(request))
+        if not body.abort_all and not body.rid:
+            raise InvalidRequest("give rid, or abort_all: true", field="rid")
+        return json_response({"aborted": site.client.abort(None if body.abort_all else body.rid)})
+
+    return routes
+
+
+async def _facts(site: Site) -> dict[str, Any]:
+    from ... import __version__
+
+    server = msgspec.to_builtins(msgspec.structs.replace(site.config, api_key=None))
+    del server["api_key"]
+    return {
+        "version": __version__,
+        "status": site.client.state,
+        "model": site.model_name,
+        "uptime_seconds": time.time() - site.created,
+        "config": server,
+        "engine": await site.client.control("info"),
+        "requests_in_flight": site.client.in_flight,
+        "cache_hit_rate_60s": site.metrics.hit_rate,
+        "stats": msgspec.structs.asdict(site.metrics.stats),
+    }
+
+
+def _count(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_NODES
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_NODES and len(text) < 9):
+        raise InvalidRequest(f"max_nodes must be between 1 and {MAX_NODES}, got {text[:40]!r}", field="max_nodes")
+    return int(text)

@@ -1,0 +1,86 @@
+"""Every error a client sees has OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from ..errors import EngineDead, InvalidRequest, Overloaded
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_SECONDS = 1
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
+_CODES = {401: "invalid_api_key", 503: "overloaded"}
+
+
+def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+
+
+def error_response(
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    body = msgspec.json.encode(error_body(status, message, param, code))
+    return Response(body, status, headers, media_type="application/json")
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model this server does not serve."""
+
+    def __init__(self, asked: str, served: str) -> None:
+        super().__init__(
+            f"the model {asked!r} does not exist; this server serves {served!r}", field="model", status=404
+        )
+
+
+def describe(error: Exception) -> tuple[int, dict[str, object]]:
+    """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
+    if isinstance(error, InvalidRequest):
+        code = "model_not_found" if isinstance(error, ModelNotFound) else None
+        return error.status, error_body(error.status, error.message, error.field, code)
+    if isinstance(error, Overloaded):
+        return 503, error_body(503, str(error))
+    if isinstance(error, EngineDead):
+        return 500, error_body(500, str(error), code="engine_dead")
+    if isinstance(error, HTTPException):
+        return error.status_code, error_body(error.status_code, _http_message(error))
+    logger.error("a request failed", exc_info=error)
+    return 500, error_body(500, "internal error; the server's log says more")
+
+
+def response_for(error: Exception) -> Response:
+    status, body = describe(error)
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    if status == 503:
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+def install(app: FastAPI) -> None:
+    async def handle(_request: Request, error: Exception) -> Response:
+        return response_for(error)
+
+    for kind in (InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _http_message(error: HTTPException) -> str:
+    if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
+        return "no such route"
+    if error.status_code == 405:
+        return "this route does not take that method"
+    return str(error.detail)

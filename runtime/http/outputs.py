@@ -1,0 +1,55 @@
+"""What has come of one engine request so far, folded from its deltas."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..logprobs import TokenLogprob, unpack
+from ..messages import CacheReport, Delta, Finished
+
+
+@dataclass(slots=True)
+class Output:
+    """``feed`` it every delta of one request, in order."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the completion, one a token
+    prompt: list[int] = field(default_factory=list)  # known when prompt logprobs or the prompt were asked for
+    prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; position 0 has none
+    prompt_tokens: int = 0
+    cache: CacheReport | None = None
+    finish: Finished | None = None
+    matched: int | str | None = None  # the stop token id or stop string
+
+    def feed(self, delta: Delta) -> None:
+        tokens = memoryview(delta.tokens).cast("i").tolist()
+        self.text += delta.text
+        self.token_ids += tokens
+        for token, rows in zip(tokens, delta.logprobs, strict=False):
+            self.logprobs += unpack([token], rows)
+        if delta.prompt is not None:
+            self.prompt = memoryview(delta.prompt).cast("i").tolist()
+        for piece in delta.prompt_logprobs:
+            count = len(piece.rows.chosen) // 4
+            described = unpack(self.prompt[piece.start : piece.start + count], piece.rows)
+            self.prompt_logprobs.update(enumerate(described, piece.start))
+        self.prompt_tokens = delta.prompt_tokens or self.prompt_tokens
+        self.cache = delta.cache or self.cache
+        if delta.finish is not None:
+            self.finish = delta.finish
+            self.prompt_tokens = delta.finish.prompt_tokens or self.prompt_tokens
+            self.cache = delta.finish.cache or self.cache
+            self.matched = delta.matched_stop if delta.matched_stop is not None else delta.finish.matched
+
+    @property
+    def finish_reason(self) -> str | None:
+        return None if self.finish is None else self.finish.reason
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.token_ids) if self.finish is None else self.finish.completion_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        return 0 if self.cache is None else self.cache.hit_tokens

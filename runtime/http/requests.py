@@ -1,0 +1,260 @@
+"""What clients may send: types checked by pydantic, fields that would change the result but are not built refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import InvalidRequest
+from ..sampling_params import SamplingParams
+
+Prompts = Any  # str | list[int] | list[str] | list[list[int]]: checked by `prompts.parse_prompts`, element by element
+
+
+class _Strict(BaseModel):
+    """No coercion: "1" is not 1, 1 is not true. Fields we do not know are ignored here; `refuse` has seen them."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+
+
+class CompletionRequest(_Strict):
+    """OpenAI's ``/v1/completions``, and the sampling fields vLLM and SGLang add to it."""
+
+    prompt: Prompts = Field(description="A string, a list of strings, a list of token ids, or a list of such lists.")
+    model: str | None = None
+    max_tokens: int = 16
+    n: int = 1
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str | None = None
+    priority: int = 0
+    user: str | None = None
+
+
+class GenerateSampling(_Strict):
+    """SGLang's ``sampling_params``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    max_new_tokens: int | None = Field(128, description="null: as many as the context allows.")
+    min_new_tokens: int = 0
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    n: int = 1
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    no_stop_trim: bool = False
+    logit_bias: dict[str, float] | None = None
+    sampling_seed: int | None = None
+    stream_interval: int | None = Field(None, description="Accepted; every token is sent as soon as there is one.")
+
+
+class GenerateRequest(_Strict):
+    """SGLang's ``/generate``. Exactly one of ``text`` and ``input_ids``; a list of either is a batch."""
+
+    text: str | list[str] | None = None
+    input_ids: Prompts = Field(None, description="A list of token ids, or a list of such lists.")
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    stream: bool = False
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] = False
+    logprob_start_len: int | list[int] = -1
+    top_logprobs_num: int | list[int] = 0
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    cache_salt: str | None = None
+    extra_key: str | None = None
+    priority: int = 0
+
+
+class AbortRequest(_Strict):
+    rid: str | None = None
+    abort_all: bool = False
+
+
+# Fields that other servers take, that would change the result, and that we do not have. Set to anything but null,
+# false, "" or an empty list or object, they are refused: silence would be a wrong answer.
+UNSUPPORTED = frozenset(
+    {
+        # structured output
+        *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "guided_decoding_backend"),
+        *("response_format", "structured_outputs", "structural_tag", "json_schema", "regex", "ebnf", "stop_regex"),
+        # other inputs than text
+        *("image_data", "video_data", "audio_data", "modalities", "input_embeds", "prompt_embeds", "suffix"),
+        # other ways to sample
+        *("use_beam_search", "beam_width", "length_penalty", "allowed_token_ids", "bad_words", "logits_processors"),
+        *("custom_logit_processor", "custom_params", "watermark", "truncate_prompt_tokens", "max_thinking_tokens"),
+        *("require_reasoning", "prompt_logprobs", "vllm_xargs"),
+        # other models, other outputs, sessions
+        *("lora_path", "lora_id", "lora_request", "return_hidden_states", "return_entropy", "token_ids_logprob"),
+        *("session_id", "session_params", "return_routed_experts", "kv_transfer_params", "bootstrap_host"),
+    }
+)
+
+# Our names of the fields, in each dialect's words.
+COMPLETION_NAMES = {"include_stop": "include_stop_str_in_output", "prompt_logprobs": "logprobs"}
+GENERATE_NAMES = {
+    "max_tokens": "sampling_params.max_new_tokens",
+    "min_tokens": "sampling_params.min_new_tokens",
+    "seed": "sampling_params.sampling_seed",
+    "include_stop": "sampling_params.no_stop_trim",
+    "logprobs": "top_logprobs_num",
+    "prompt_logprobs": "top_logprobs_num",
+    "prompt_logprob_start": "logprob_start_len",
+    **{
+        name: f"sampling_params.{name}"
+        for name in (
+            *("stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "n"),
+            *("presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens"),
+        )
+    },
+}
+
+_NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def parse(kind: type[R], body: Mapping[str, Any], within: str = "") -> R:
+    """``body`` as a ``kind``. Null means the default, or what the field's description says.
+
+    Raises `InvalidRequest` naming the first field that is wrong.
+    """
+    for name in body:
+        if name in UNSUPPORTED and body[name] not in (None, False, "", [], {}):
+            raise InvalidRequest(f"{within}{name} is not supported by this server", field=f"{within}{name}")
+    given = {name: value for name, value in body.items() if value is not None or name in _NULL_MEANS_SOMETHING}
+    if kind.model_config.get("extra") == "forbid":
+        given = {name: value for name, value in given.items() if name not in UNSUPPORTED}
+    try:
+        return kind.model_validate(given)
+    except ValidationError as error:
+        # Of a union's branches, the one that got furthest is the one that was meant.
+        first = max(error.errors(include_url=False, include_context=False), key=lambda one: len(one["loc"]))
+        field = within + _path(first["loc"])
+        if first["type"] == "missing":
+            problem = "is required"
+        elif first["type"] == "extra_forbidden":
+            problem = "is not a field this server knows"
+        else:
+            expected = first["msg"].removeprefix("Input should be ")
+            problem = f"must be {expected}, got {type(first['input']).__name__}"
+        raise InvalidRequest(f"{field} {problem}", field=field) from error
+
+
+def completion_sampling(request: CompletionRequest) -> SamplingParams:
+    """Not checked against its bounds yet: `prompts.prepare` does that."""
+    if request.best_of is not None and request.best_of != request.n:
+        raise InvalidRequest(
+            f"best_of must equal n ({request.n}): choosing the best of more samples is not supported, "
+            f"got {request.best_of}",
+            field="best_of",
+        )
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        min_tokens=request.min_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=_logit_bias(request.logit_bias, "logit_bias"),
+        seed=request.seed,
+        n=request.n,
+        stop=_stops(request.stop),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        ignore_eos=request.ignore_eos,
+        include_stop=request.include_stop_str_in_output,
+        skip_special_tokens=request.skip_special_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+
+
+def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: int) -> SamplingParams:
+    """``logprobs``: None for off, else how many alternatives; ``start``: first prompt position, or -1 for no prompt's.
+
+    Not checked against its bounds yet: `prompts.prepare` does that.
+    """
+    return SamplingParams(
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        logit_bias=_logit_bias(sampling.logit_bias, "sampling_params.logit_bias"),
+        seed=sampling.sampling_seed,
+        n=sampling.n,
+        stop=_stops(sampling.stop),
+        stop_token_ids=tuple(sampling.stop_token_ids or ()),
+        ignore_eos=sampling.ignore_eos,
+        include_stop=sampling.no_stop_trim,
+        skip_special_tokens=sampling.skip_special_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=logprobs if logprobs is not None and start != -1 else None,
+        prompt_logprob_start=start if logprobs is not None and start != -1 else 0,
+    )
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+    if stop is None:
+        return ()
+    return (stop,) if isinstance(stop, str) else tuple(stop)
+
+
+def _logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float]:
+    result = {}
+    for key, value in (bias or {}).items():
+        # isascii and isdigit together: int() alone would also take " 7", "1_000" and other alphabets' digits.
+        if not (key.isascii() and key.isdigit()):
+            raise InvalidRequest(f"{field} keys must be token ids, got {key!r}", field=field)
+        result[int(key) if len(key) < 20 else -1] = value
+    return result
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    """``stream_options.include_usage``, ``stop[3]``: without the branches of unions (``list[str]``) pydantic names."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("str", "int", "bool") and "[" not in part:
+            path += f".{part}" if path else part
+    return path

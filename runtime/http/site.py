@@ -1,0 +1,41 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from ..config import ServerConfig
+from ..tokenizer import Tokenizer
+from .auth import Namespaces
+from .client import EngineClient
+from .errors import ModelNotFound
+from .metrics import Metrics
+
+
+@dataclass(slots=True)
+class Site:
+    """Routes ask ``client.limits`` before ``tokenizer``: that raises until the server is ready, this is set by then."""
+
+    config: ServerConfig
+    client: EngineClient
+    metrics: Metrics
+    namespaces: Namespaces
+    model_name: str
+    _tokenizer: Tokenizer | None = None
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RuntimeError("a route used the tokenizer before the server was ready")
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """A request may leave the model out; another model's name is a 404."""
+        if name is not None and name not in (self.model_name, self.config.engine.model):
+            raise ModelNotFound(name, self.model_name)

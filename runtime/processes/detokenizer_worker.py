@@ -1,0 +1,43 @@
+"""The detokenizer process: token ids in, text and stop-string matches out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from ..config import ServerConfig
+from ..detokenizer import DetokenizerCore
+from ..messages import Delta, Deltas, Ready, Shutdown, StopMatched
+from ..tokenizer import Tokenizer
+from .channels import Inbox, Outbox, ToDetokenizer
+
+
+class DetokenizerWorker:
+    def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
+        self._inbox: Inbox[ToDetokenizer] = Inbox(context, run_dir, "detokenizer")
+        self._scheduler = Outbox(context, run_dir, "scheduler")
+        self._http = http
+        self._core = DetokenizerCore(Tokenizer.load(Path(config.engine.model)))
+        http.send([Ready("detokenizer")])
+
+    def run(self) -> None:
+        while True:
+            deltas: list[Delta] = []
+            stopped: list[int] = []
+            leaving = False
+            for message in self._inbox.receive(None):
+                if isinstance(message, Shutdown):
+                    leaving = True
+                    continue
+                new, matched = self._core.feed(message)
+                deltas += new
+                stopped += matched
+            self._scheduler.send([StopMatched(id) for id in stopped])
+            if deltas:
+                self._http.send([Deltas(deltas)])
+            if leaving:
+                self._scheduler.close()
+                self._inbox.close()
+                return

@@ -1,0 +1,45 @@
+"""The run directory: a private place for the sockets and for what the children are told."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from ..config import ServerConfig
+from .channels import MAX_PATH
+
+Role = Literal["tokenizer", "scheduler", "detokenizer"]
+# The scheduler first: it has the most to import and to load.
+ROLES: tuple[Role, ...] = ("scheduler", "detokenizer", "tokenizer")
+_LONGEST = "/branchwise-xxxxxxxx/detokenizer.sock"
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What every child reads when it starts. The API key is none of their business and is not written."""
+
+    parent: int  # process id
+    config: ServerConfig
+
+
+class RunDirectory:
+    """A fresh directory, mode 0700. Paths of Unix sockets are short, so a long TMPDIR falls back to /tmp."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        base = tempfile.gettempdir()
+        if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
+            base = "/tmp"
+        self.path = Path(tempfile.mkdtemp(prefix="branchwise-", dir=base))  # mkdtemp: mode 0700
+        launch = Launch(os.getpid(), msgspec.structs.replace(config, api_key=None))
+        (self.path / "launch.json").write_bytes(msgspec.json.encode(launch))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def read_launch(run_dir: Path) -> Launch:
+    return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)

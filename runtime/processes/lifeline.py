@@ -1,0 +1,58 @@
+"""No process outlives its parent, and none is stopped by a signal meant for the parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_POLL_SECONDS = 0.5
+
+
+def ignore_stop_signals() -> None:
+    """Ctrl-C and SIGTERM may reach the whole process group; the parent alone decides when a child leaves."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def die_with_parent(parent: int, run_dir: Path | None = None) -> None:
+    """Ends this process when process ``parent`` ends, however that ends (even by SIGKILL).
+
+    With ``run_dir``, this child also removes that directory then: one child does, so that a killed server leaves no
+    sockets behind. Linux tells us by a signal; elsewhere a thread watches. Call it from the main thread.
+    """
+    if sys.platform == "linux":
+        last_words = signal.SIGKILL if run_dir is None else signal.SIGHUP
+        if run_dir is not None:
+            directory = run_dir
+
+            def leave(_signal: int, _frame: FrameType | None) -> None:
+                _leave(directory)
+
+            signal.signal(signal.SIGHUP, leave)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.prctl(_PR_SET_PDEATHSIG, int(last_words), 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
+    else:
+        threading.Thread(target=_watch, args=(parent, run_dir), name="lifeline", daemon=True).start()
+    if os.getppid() != parent:  # it ended before we asked to be told
+        _leave(run_dir)
+
+
+def _watch(parent: int, run_dir: Path | None) -> None:
+    while os.getppid() == parent:
+        time.sleep(_POLL_SECONDS)
+    _leave(run_dir)
+
+
+def _leave(run_dir: Path | None) -> None:
+    if run_dir is not None:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    os._exit(1)

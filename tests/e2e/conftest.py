@@ -1,0 +1,163 @@
+"""Servers in processes of their own, as people run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from branchwise.runtime.config import EngineConfig, ServerConfig
+
+LAUNCH = """
+import json, sys
+import msgspec
+from branchwise.runtime.config import ServerConfig
+from branchwise.runtime.errors import LoadError
+from branchwise.runtime.server import run_server
+
+def ready(info):
+    print(json.dumps(info), flush=True)
+
+try:
+    sys.exit(run_server(msgspec.json.decode(sys.argv[1], type=ServerConfig), ready))
+except LoadError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+class RunningServer:
+    """One server process: where it answers, the processes it consists of, and its end."""
+
+    def __init__(self, config: ServerConfig, run_root: Path) -> None:
+        self.config = config
+        self.run_root = run_root  # its run directory is made in here
+        self.started = time.monotonic()
+        self.log = run_root / "stderr.txt"
+        environment = {**os.environ, "TMPDIR": str(run_root), "OMP_NUM_THREADS": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", LAUNCH, msgspec.json.encode(config).decode()],
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+            )
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.info: dict[str, Any] = {}
+            return
+        self.info = json.loads(line)
+        self.url: str = self.info["url"]
+        self.pids: dict[str, int] = self.info["pids"]
+        headers = {} if config.api_key is None else {"Authorization": f"Bearer {config.api_key}"}
+        self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
+
+    @property
+    def run_dirs(self) -> list[Path]:
+        return list(self.run_root.glob("branchwise-*"))
+
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+        """Signals the server and returns its exit code."""
+        self.process.send_signal(number)
+        return self.process.wait(seconds)
+
+    def stats(self) -> dict[str, Any]:
+        return self.http.get("/get_server_info").json()["stats"]
+
+    def idle(self, seconds: float = 10) -> dict[str, Any]:
+        """Waits until nothing is in flight and every page is free or cached; returns the stats."""
+        deadline = time.monotonic() + seconds
+        while True:
+            info = self.http.get("/get_server_info").json()
+            stats = info["stats"]
+            held = stats["pages_total"] - stats["pages_free"] - stats["pages_cached"]
+            if not (info["requests_in_flight"] or stats["running"] or stats["waiting"] or held):
+                return stats
+            assert time.monotonic() < deadline, f"still busy: {info['requests_in_flight']} in flight, {stats}"
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        if self.info:
+            self.http.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+StartServer = Callable[..., RunningServer]
+
+
+def alive(pid: int) -> bool:
+    """Whether the process is there and not a zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def null_config(folder: Path, **settings: Any) -> ServerConfig:
+    """A server without a model: everything else is real, and it starts in a second."""
+    engine = EngineConfig(model=str(folder), check_when_idle=True, **settings.pop("engine", {}))
+    return ServerConfig(engine=engine, port=0, null_executor=True, **settings)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small real BPE tokenizer and no weights."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    checkpoints.write_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture
+def start_server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """``start_server(**settings)`` starts a server without a model; ``config=`` starts any other."""
+    servers: list[RunningServer] = []
+
+    def start(config: ServerConfig | None = None, **settings: Any) -> RunningServer:
+        server = RunningServer(config or null_config(tokenizer_folder, **settings), tmp_path_factory.mktemp("run"))
+        servers.append(server)
+        return server
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server without a model for all tests that leave it as they found it; it must end with exit code 0."""
+    running = RunningServer(null_config(tokenizer_folder, max_queued_requests=300), tmp_path_factory.mktemp("run"))
+    try:
+        yield running
+        running.idle()
+        assert running.stop() == 0
+        assert not running.run_dirs
+    finally:
+        running.close()
+
+
+@pytest.fixture(scope="session")
+def process_alive() -> Callable[[int], bool]:
+    return alive
+
+
+@pytest.fixture(scope="session")
+def run_server_process() -> type[RunningServer]:
+    """The class itself, for fixtures with a scope of their own."""
+    return RunningServer

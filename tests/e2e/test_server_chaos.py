@@ -1,0 +1,287 @@
+"""What a server does when clients leave, when it is told to stop, and when a part of it is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+LONG = 25_000  # tokens: many seconds of made-up ones
+ROLES = ["tokenizer", "scheduler", "detokenizer"]
+
+
+class Background:
+    """A request in a thread: its whole answer, or the error, and when it came."""
+
+    def __init__(self, server: Any, path: str, **body: Any) -> None:
+        self.lines: list[str] = []
+        self.status: int | None = None
+        self.error: Exception | None = None
+        self.ended = 0.0
+        self._thread = threading.Thread(target=self._run, args=(server, path, body))
+        self._thread.start()
+
+    def _run(self, server: Any, path: str, body: dict[str, Any]) -> None:
+        try:
+            with (
+                httpx.Client(base_url=server.url, timeout=60) as client,
+                client.stream("POST", path, json=body) as response,
+            ):
+                self.status = response.status_code
+                for line in response.iter_lines():
+                    if line:
+                        self.lines.append(line)
+        except httpx.HTTPError as error:
+            self.error = error
+        self.ended = time.monotonic()
+
+    def first(self) -> None:
+        """Waits for the first event."""
+        deadline = time.monotonic() + 10
+        while not self.lines:
+            assert time.monotonic() < deadline, self.error
+            time.sleep(0.005)
+
+    def join(self) -> None:
+        self._thread.join(30)
+        assert not self._thread.is_alive()
+
+
+def streaming(server: Any, tokens: int = LONG) -> Background:
+    return Background(server, "/v1/completions", prompt="go on", max_tokens=tokens, stream=True)
+
+
+def waiting(server: Any, tokens: int = LONG) -> Background:
+    return Background(server, "/generate", text="go on", sampling_params={"max_new_tokens": tokens})
+
+
+def in_flight(server: Any) -> int:
+    return server.http.get("/get_server_info").json()["requests_in_flight"]
+
+
+def until_in_flight(server: Any, count: int) -> None:
+    deadline = time.monotonic() + 10
+    while in_flight(server) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def gone(server: Any, process_alive: Any, seconds: float = 3) -> bool:
+    """Whether no child and no run directory is left."""
+    deadline = time.monotonic() + seconds
+    while any(process_alive(pid) for pid in server.pids.values()) or server.run_dirs:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_killed_child_is_an_error_for_everybody_and_the_end(start_server: Any, process_alive: Any, role: str) -> None:
+    server = start_server()
+    requests = [streaming(server) for _ in range(3)] + [waiting(server) for _ in range(3)]
+    for request in requests[:3]:
+        request.first()
+    until_in_flight(server, 6)
+    killed = time.monotonic()
+    os.kill(server.pids[role], signal.SIGKILL)
+    for request in requests:
+        request.join()
+        assert request.error is None
+        assert request.ended - killed < 2
+    for request in requests[:3]:
+        last = json.loads(request.lines[-1].removeprefix("data: "))
+        assert last["error"]["code"] == "engine_dead"
+        assert role in last["error"]["message"]
+    for request in requests[3:]:
+        assert request.status == 500
+        assert json.loads(request.lines[0])["error"]["code"] == "engine_dead"
+    assert server.process.wait(5) == 1
+    assert time.monotonic() - killed < 4
+    assert gone(server, process_alive)
+    assert f"the {role} process was killed by signal 9" in server.log.read_text()
+
+
+def test_a_killed_server_leaves_nothing_behind(start_server: Any, process_alive: Any) -> None:
+    server = start_server()
+    request = streaming(server)
+    request.first()
+    server.process.kill()
+    server.process.wait()
+    request.join()
+    assert gone(server, process_alive)
+
+
+def test_sigterm_drains(start_server: Any, process_alive: Any) -> None:
+    server = start_server()
+    requests = [streaming(server, 3000), waiting(server, 3000)]
+    requests[0].first()
+    until_in_flight(server, 2)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.url}/health")
+    for request in requests:
+        request.join()
+        assert request.error is None
+        assert request.status == 200
+    assert requests[0].lines[-1] == "data: [DONE]"
+    assert json.loads(requests[1].lines[0])["meta_info"]["completion_tokens"] == 3000
+    assert server.process.wait(5) == 0
+    assert gone(server, process_alive)
+
+
+def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
+    server = start_server(drain_seconds=0.3)
+    requests = [streaming(server), waiting(server)]
+    requests[0].first()
+    until_in_flight(server, 2)
+    told = time.monotonic()
+    assert server.stop() == 0
+    assert time.monotonic() - told < 5
+    for request in requests:
+        request.join()
+    assert "shutting down" in requests[0].lines[-1]
+    assert (requests[1].status, requests[1].error) == (503, None)
+    assert gone(server, process_alive)
+
+
+def test_a_second_signal_does_not_wait(start_server: Any, process_alive: Any) -> None:
+    server = start_server()
+    request = streaming(server)
+    request.first()
+    server.process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    assert server.process.poll() is None, "the first signal drains"
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(3) == 1
+    request.join()
+    assert gone(server, process_alive)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_stops_at_once(start_server: Any, process_alive: Any, number: int) -> None:
+    server = start_server()
+    server.http.get("/health")  # an idle keep-alive connection must not hold it up
+    told = time.monotonic()
+    assert server.stop(number) == 0
+    assert time.monotonic() - told < 3
+    assert gone(server, process_alive)
+
+
+def test_signals_to_the_whole_group_do_not_kill_children(start_server: Any) -> None:
+    server = start_server()
+    request = streaming(server, 3000)
+    request.first()
+    for pid in server.pids.values():
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+    assert server.stop() == 0
+    request.join()
+    assert request.lines[-1] == "data: [DONE]"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_pages(server: Any, path: str, stream: bool) -> None:
+    body = {"stream": stream, "prompt": ["go", "on"], "max_tokens": LONG, "n": 2}
+    if path == "/generate":
+        body = {"stream": stream, "text": ["go", "on"], "sampling_params": {"max_new_tokens": LONG, "n": 2}}
+    server.idle()
+    with socket.create_connection((server.info["host"], server.info["port"])) as raw:
+        data = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        raw.sendall(head + data)
+        if stream:
+            assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+        until_in_flight(server, 4)
+    left = time.monotonic()
+    server.idle()
+    assert time.monotonic() - left < 2
+    stats = server.stats()
+    assert stats["generated_tokens"] < 4 * LONG
+
+
+def test_clients_that_leave_after_every_event(server: Any) -> None:
+    """Disconnects at each of the first events, over and over; afterwards the books balance and it serves."""
+    body = {"prompt": "again and again", "max_tokens": LONG, "stream": True}
+    for events in range(12):
+        with server.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            for _ in range(events):
+                next(lines)
+    server.idle()
+    assert server.http.post("/v1/completions", json={"prompt": "x", "max_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_leaves_before_its_body_is_sent(server: Any) -> None:
+    for _ in range(5):
+        with socket.create_connection((server.info["host"], server.info["port"])) as raw:
+            raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    server.idle()
+    assert server.http.get("/health").status_code == 200
+
+
+def test_a_stopped_detokenizer_delays_and_loses_nothing(server: Any) -> None:
+    os.kill(server.pids["detokenizer"], signal.SIGSTOP)
+    try:
+        request = waiting(server, 200)
+        time.sleep(0.5)
+    finally:
+        os.kill(server.pids["detokenizer"], signal.SIGCONT)
+    request.join()
+    assert json.loads(request.lines[0])["meta_info"]["completion_tokens"] == 200
+    server.idle()
+
+
+def test_the_run_directory_is_private_and_knows_no_key(start_server: Any) -> None:
+    server = start_server(api_key="very-secret")
+    [run_dir] = server.run_dirs
+    assert stat.S_IMODE(run_dir.stat().st_mode) == 0o700
+    assert "very-secret" not in (run_dir / "launch.json").read_text()
+    for pid in [server.process.pid, *server.pids.values()]:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        assert pid == server.process.pid or b"very-secret" not in command
+    assert {path.name for path in run_dir.glob("*.sock")} == {f"{role}.sock" for role in [*ROLES, "http"]}
+    assert server.stop() == 0
+
+
+def test_a_model_that_cannot_be_loaded_is_one_line(start_server: Any, server: Any, tmp_path: Path) -> None:
+    from branchwise.runtime.config import EngineConfig, ServerConfig
+
+    (tmp_path / "empty").mkdir()
+    taken = server.info["port"]
+    for config, said in (
+        (ServerConfig(engine=EngineConfig(model=str(tmp_path / "missing")), port=0), "missing"),
+        (ServerConfig(engine=EngineConfig(model=str(tmp_path / "empty")), port=0), "empty"),
+        (ServerConfig(engine=EngineConfig(model=str(tmp_path / "empty")), port=taken), f"{taken}"),
+        (ServerConfig(engine=EngineConfig(page_size=0), port=0), "page-size"),
+    ):
+        failed = start_server(config)
+        assert failed.process.wait(30) == 2
+        [line] = failed.log.read_text().splitlines()
+        assert said in line
+        assert not failed.run_dirs
+
+
+def test_only_the_scheduler_imports_torch() -> None:
+    """HTTP, tokenizer and detokenizer must come up in a fraction of a second."""
+    code = (
+        "import sys\n"
+        "import branchwise.runtime.server, branchwise.runtime.http.app\n"
+        "import branchwise.runtime.processes.tokenizer_worker, branchwise.runtime.processes.detokenizer_worker\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,154 @@
+"""The engine client alone: what it sends, what it remembers, and whom it wakes."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
+from branchwise.runtime.http.client import ClientGone, EngineClient, Prompt
+from branchwise.runtime.http.metrics import Metrics
+from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Message, Submit
+from branchwise.runtime.sampling_params import SamplingParams
+
+TWO = Prompt(SamplingParams(n=2), text="hello")
+ONE = Prompt(SamplingParams(), tokens=b"\1\0\0\0")
+
+
+def end(id: int, reason: str = "length", **fields: object) -> Delta:
+    return Delta(id, finish=Finished(id, reason, **fields))  # type: ignore[arg-type]
+
+
+def test_ids_are_ours_and_never_repeat(client: EngineClient, sent: list[Message]) -> None:
+    first, second = client.open([TWO, ONE]), client.open([ONE])
+    submits = [message for message in sent if isinstance(message, Submit)]
+    assert [message.ids for message in submits] == [[1, 2], [3], [4]]
+    assert (list(first.ids), list(second.ids)) == ([1, 2, 3], [4])
+
+
+async def test_batches_in_order_then_the_end(client: EngineClient) -> None:
+    call = client.open([TWO])
+    waiting = asyncio.create_task(call.batch())
+    await asyncio.sleep(0)
+    client.deliver([Delta(2, "b"), Delta(1, "a")])
+    assert [(i, delta.text) for i, delta in await waiting] == [(1, "b"), (0, "a")]
+    client.deliver([end(1)])
+    client.deliver([end(2)])
+    assert [i for i, _ in await call.batch()] == [0, 1]
+    assert await call.batch() == []
+    assert client.in_flight == 0
+
+
+async def test_all_wakes_once(client: EngineClient) -> None:
+    call = client.open([TWO])
+    waiting = asyncio.create_task(call.all())
+    await asyncio.sleep(0)
+    client.deliver([Delta(1, "a")])
+    client.deliver([end(1), Delta(2, "b")])
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    client.deliver([end(2)])
+    assert len(await waiting) == 4
+
+
+async def test_leaving_aborts_what_is_open_and_waits_for_the_engine(client: EngineClient, sent: list[Message]) -> None:
+    with client.open([TWO, ONE]):
+        client.deliver([end(2)])
+        sent.clear()
+    assert sent == [Abort(1), Abort(3)]
+    assert client.in_flight == 2, "the engine has not let go of them yet"
+    client.abandon([1, 3])
+    assert len(sent) == 2, "an abort is sent once"
+    client.deliver([end(1, "abort"), end(3, "abort")])
+    assert client.in_flight == 0
+
+
+async def test_one_failure_fails_the_call(client: EngineClient, sent: list[Message]) -> None:
+    with pytest.raises(InvalidRequest) as failed, client.open([TWO]) as call:
+        client.deliver([end(1, "error", error="prompt is bad", error_field="prompt", status=400)])
+        await call.all()
+    assert (failed.value.message, failed.value.field, failed.value.status) == ("prompt is bad", "prompt", 400)
+    assert sent[-1] == Abort(2)
+
+
+def test_the_queue_is_bounded(client: EngineClient) -> None:
+    calls = [client.open([TWO]) for _ in range(4)]
+    with pytest.raises(Overloaded, match="limit of 8"):
+        client.open([ONE])
+    calls[0].close()
+    with pytest.raises(Overloaded):
+        client.open([ONE])  # the client left, the engine still holds them
+    client.deliver([end(1, "abort"), end(2, "abort")])
+    client.open([TWO])
+
+
+async def test_death_reaches_everybody(client: EngineClient, sent: list[Message]) -> None:
+    call = client.open([TWO])
+    waiting = asyncio.create_task(call.all())
+    control = asyncio.create_task(client.control("info"))
+    await asyncio.sleep(0)
+    client.died(EngineDead("gone"))
+    for task in (waiting, control):
+        with pytest.raises(EngineDead):
+            await task
+    with pytest.raises(EngineDead):
+        client.open([ONE])
+    with pytest.raises(EngineDead):
+        await client.control("info")
+    sent.clear()
+    call.close()
+    assert sent == [], "nobody is there to be told"
+
+
+async def test_a_gone_client_stops_waiting(client: EngineClient) -> None:
+    call = client.open([ONE])
+    waiting = asyncio.create_task(call.all())
+    await asyncio.sleep(0)
+    call.fail(ClientGone())
+    with pytest.raises(ClientGone):
+        await waiting
+
+
+def test_abort_by_label_is_exact(client: EngineClient, sent: list[Message]) -> None:
+    client.open([TWO], ["batch_1"])
+    client.open([ONE], ["batch_10"])
+    client.open([ONE], [None])
+    sent.clear()
+    assert client.abort("batch_1") == 2
+    assert sent == [Abort(1), Abort(2)]
+    assert client.abort("batch") == 0
+    client.deliver([end(1, "abort"), end(2, "abort")])
+    assert client.abort("batch_1") == 0
+    assert client.abort(None) == 2
+
+
+def test_late_deltas_are_ignored(client: EngineClient) -> None:
+    client.open([ONE])
+    client.deliver([end(1)])
+    client.deliver([Delta(1, "late"), end(1), Delta(99, "never")])
+    assert client.in_flight == 0
+
+
+async def test_control(client: EngineClient, sent: list[Message]) -> None:
+    asking = asyncio.create_task(client.control("tree", {"max_nodes": 3}))
+    await asyncio.sleep(0)
+    assert sent == [Control(1, "tree", {"max_nodes": 3})]
+    client.answer(ControlReply(1, True, {"a": 1}))
+    assert await asking == {"a": 1}
+    client.answer(ControlReply(1, True, "late"))
+    refused = asyncio.create_task(client.control("check"))
+    await asyncio.sleep(0)
+    client.answer(ControlReply(2, False, None, "the books do not balance"))
+    with pytest.raises(InvalidRequest, match="balance"):
+        await refused
+    with pytest.raises(Overloaded, match=r"within 0\.01 s"):
+        await client.control("info", seconds=0.01)
+
+
+def test_not_ready(sent: list[Message]) -> None:
+    starting = EngineClient(sent.extend, sent.extend, 8, Metrics())
+    with pytest.raises(Overloaded, match="loading"):
+        starting.open([ONE])
+    with pytest.raises(Overloaded, match="loading"):
+        _ = starting.limits
