@@ -20,9 +20,9 @@ _MAX_FAILURES = 3  # steps that may break in a row before the engine gives up
 class EngineCore:
     """Drives one scheduler and one executor. Not thread-safe: one thread calls everything.
 
-    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and results are read one step late;
-    without it each step is read at once. The data flow is the same: a token whose value the host does not know yet
-    is fed from the device.
+    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and results are
+    read one step late; without it each step is read at once. The data flow is the same: a token whose value the host
+    does not know yet is fed from the device.
     """
 
     def __init__(

@@ -1,0 +1,21 @@
+"""What is remembered: a radix tree of token prefixes over pages of keys and values. NumPy only, no device, no torch."""
+
+from .errors import InvariantError, LeaseError, OutOfPages, RadixError
+from .explain import Explanation
+from .lease import Lease
+from .node import DEFAULT, Namespace
+from .pages import PageAllocator
+from .tree import RadixTree
+
+__all__ = [
+    "DEFAULT",
+    "Explanation",
+    "InvariantError",
+    "Lease",
+    "LeaseError",
+    "Namespace",
+    "OutOfPages",
+    "PageAllocator",
+    "RadixError",
+    "RadixTree",
+]

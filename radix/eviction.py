@@ -1,0 +1,66 @@
+"""Who goes first when pages run out: an index of the evictable leaves, kept in the policy's order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sortedcontainers import SortedDict
+
+from .node import Node
+
+Policy = Callable[[Node], Any]  # what sorts lower is evicted sooner; times are logical, so runs repeat exactly
+
+
+def lru(node: Node) -> int:
+    """Least recently used."""
+    return node.last_access
+
+
+def lfu(node: Node) -> tuple[int, int]:
+    """Least often used, and of those the least recently."""
+    return node.hits, node.last_access
+
+
+def fifo(node: Node) -> int:
+    """First in, first out."""
+    return node.created
+
+
+def priority(node: Node) -> tuple[int, int]:
+    """Lowest priority of the requests that used it, and of those the least recently used."""
+    return node.priority, node.last_access
+
+
+POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "fifo": fifo, "priority": priority}
+
+
+class EvictionIndex:
+    """The unlocked leaves in eviction order. Every change costs O(log n); nothing is ever walked or rebuilt.
+
+    A node's times, hits and priority change only while it is locked, hence not in here: a filed key stays true.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._leaves: SortedDict = SortedDict()  # (policy's key, serial) -> Node
+
+    def __len__(self) -> int:
+        return len(self._leaves)
+
+    def __iter__(self) -> Iterator[tuple[Any, Node]]:
+        return iter(self._leaves.items())
+
+    def key(self, node: Node) -> tuple[Any, Any]:
+        return self._policy(node), node.serial
+
+    def add(self, leaf: Node) -> None:
+        self._leaves[self.key(leaf)] = leaf
+
+    def remove(self, leaf: Node) -> None:
+        del self._leaves[self.key(leaf)]
+
+    def pop(self) -> Node:
+        """Takes out the leaf to evict next."""
+        node: Node = self._leaves.popitem(0)[1]
+        return node

@@ -1,0 +1,84 @@
+"""How far a token sequence follows the tree, and which page comes closest where it stops. Reads only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .node import TOKEN_BYTES, Int32, Node, common_tokens, page_key
+
+
+class Walk(NamedTuple):
+    """How far a token sequence follows the tree, in whole pages."""
+
+    node: Node  # the last node entered
+    inside: int  # pages of it that match; fewer than it has when the walk stopped inside it
+    length: int  # tokens matched, from position 0
+    beyond: int  # tokens of the node's next page that match too, when the walk stopped inside it
+    pages: list[Int32]  # the matched pages, node by node
+
+    @property
+    def stopped_inside(self) -> bool:
+        return self.inside < len(self.node.pages)
+
+
+class Partial(NamedTuple):
+    """What the tree holds of the page at which a walk stopped."""
+
+    tokens: int  # how many may be reused by copying a page; 0: none
+    page: int
+    node: Node | None  # where that page is
+    common: int  # how many the closest page shares; more than ``tokens`` if that one may not be copied
+    diverges: bool  # a cached token follows those, and it is another one
+
+
+class _Candidate(NamedTuple):
+    common: int  # tokens it shares with the page wanted
+    ends: bool  # it has no token after those
+    page: int
+    node: Node
+
+
+def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) -> Walk:
+    """Follows ``tokens[start:limit]`` down from the end of ``node``: per node one look-up and one array comparison."""
+    length, pages = start, []
+    while length + page_size <= limit:
+        child = node.children.get(page_key(tokens[length : length + page_size]))
+        if child is None:
+            break
+        node = child
+        n = min(len(node.tokens), limit - length)  # at least a page, which the look-up compared
+        differs = node.tokens[:n] != tokens[length : length + n]
+        same = int(differs.argmax())
+        if not differs[same]:
+            same = n
+        inside = same // page_size
+        pages.append(node.pages[:inside])
+        length += inside * page_size
+        if inside < len(node.pages):
+            return Walk(node, inside, length, same - inside * page_size, pages)
+    return Walk(node, len(node.pages), length, 0, pages)
+
+
+def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: Callable[[int], bool]) -> Partial:
+    """The page to copy where a walk stopped: the node's own next page, or the first page of a child.
+
+    Among the children it is a neighbour of the wanted page: in the order of keys, the longest common prefix always is.
+    """
+    wanted = page_key(tokens[walk.length : min(walk.length + page_size, limit)])
+    if not wanted:
+        return Partial(0, -1, None, 0, False)
+    if walk.stopped_inside:
+        candidates = [_Candidate(walk.beyond, False, int(walk.node.pages[walk.inside]), walk.node)]
+    else:
+        candidates = []
+        for child in walk.node.neighbours(wanted):
+            common = common_tokens(child.key, wanted)
+            candidates.append(_Candidate(common, common * TOKEN_BYTES == len(child.key), int(child.pages[0]), child))
+    common = max((candidate.common for candidate in candidates), default=0)
+    diverges = any(candidate.common == common and not candidate.ends for candidate in candidates)
+    sources = [candidate for candidate in candidates if candidate.common and usable(candidate.page)]
+    if not sources:
+        return Partial(0, -1, None, common, diverges)
+    best = max(sources, key=lambda candidate: candidate.common)
+    return Partial(best.common, best.page, best.node, common, diverges)

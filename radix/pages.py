@@ -1,0 +1,103 @@
+"""Page numbers: which are free, and which must wait for the steps in flight before they may be free again.
+
+A page is ``page_size`` consecutive tokens' keys and values in the pool on the device. The allocator owns the
+*numbers* and nothing else: who uses a page is the tree's and the leases' business.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvariantError, OutOfPages
+
+Int32 = npt.NDArray[np.int32]
+
+_FREE, _HELD, _WAITING = 0, 1, 2
+
+
+class PageAllocator:
+    """A stack of free page numbers and a queue of quarantined ones.
+
+    **Quarantine.** A page that a running step may still read or write must not reach a new owner. Steps are
+    numbered by `begin_step`; a quarantined page waits until every step begun so far has ended. A page that no
+    step in flight can name (an evicted one: evicted means unleased) is given back at once, because whatever
+    writes to it next runs in a later step, and steps run in order.
+
+    The same calls give the same page numbers in the same order, always: ranks agree without talking.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        if num_pages < 1 or page_size < 1:
+            raise ValueError(f"need at least one page of at least one token, got {num_pages} of {page_size}")
+        self.total = num_pages
+        self.page_size = page_size
+        self.free = num_pages
+        self.quarantined = 0
+        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # the free ones: [:free], next to go at the end
+        self._state = np.zeros(num_pages, np.int8)
+        self._waiting: deque[tuple[int, Int32]] = deque()  # (step that must end first, pages), steps ascending
+        self._begun = 0  # the last step begun
+        self._ended = 0  # every step up to this one has ended
+
+    def allocate(self, n: int) -> Int32:
+        """Takes n free pages. Raises `OutOfPages`, with nothing changed, when there are fewer."""
+        if n < 0:
+            raise ValueError(f"cannot allocate {n} pages")
+        if n > self.free:
+            raise OutOfPages(f"{n} pages wanted, {self.free} of {self.total} are free")
+        self.free -= n
+        pages = self._stack[self.free : self.free + n][::-1].copy()
+        self._state[pages] = _HELD
+        return pages
+
+    def give_back(self, pages: Int32) -> None:
+        """Frees pages that no step in flight can touch; the next `allocate` hands them out in this order."""
+        self._leave(pages, _HELD)
+        self._push(pages)
+
+    def quarantine(self, pages: Int32) -> None:
+        """Frees pages once every step begun so far has ended; at once when none is in flight."""
+        if not len(pages):
+            return
+        self._leave(pages, _HELD)
+        if self._begun == self._ended:
+            self._push(pages)
+            return
+        self._state[pages] = _WAITING
+        self.quarantined += len(pages)
+        self._waiting.append((self._begun, pages.copy()))
+
+    def begin_step(self) -> int:
+        """A new step: what is quarantined from now on waits for this one too. Returns its number, from 1 up."""
+        self._begun += 1
+        return self._begun
+
+    def end_step(self, step: int) -> None:
+        """Every step up to and including this one has ended: what waited for them is free."""
+        if step > self._begun:
+            raise ValueError(f"step {step} has not begun; the last was {self._begun}")
+        self._ended = max(self._ended, step)
+        while self._waiting and self._waiting[0][0] <= self._ended:
+            _, pages = self._waiting.popleft()
+            self.quarantined -= len(pages)
+            self._leave(pages, _WAITING)
+            self._push(pages)
+
+    def holders(self) -> tuple[Int32, Int32]:
+        """(free pages, quarantined pages), as the allocator has them listed: for `RadixTree.check`."""
+        waiting = [pages for _, pages in self._waiting]
+        return self._stack[: self.free].copy(), np.concatenate(waiting) if waiting else np.empty(0, np.int32)
+
+    def _leave(self, pages: Int32, state: int) -> None:
+        """A page freed twice would get two owners, so it is refused here, before anything is changed."""
+        wrong = self._state[pages] != state
+        if np.count_nonzero(wrong):
+            raise InvariantError(f"pages freed that are not in use: {pages[wrong].tolist()}")
+
+    def _push(self, pages: Int32) -> None:
+        self._state[pages] = _FREE
+        self._stack[self.free : self.free + len(pages)] = pages[::-1]
+        self.free += len(pages)
