@@ -243,6 +243,8 @@ class Engine:
         vocab_size = self._core.scheduler.limits.vocab_size
         validate(params, vocab_size)
         if isinstance(prompt, str):
+            if not prompt:  # also where the tokenizer would make a lone <bos> of it
+                raise InvalidRequest("prompt must not be empty", field="prompt")
             tokens = self.tokenizer.encode(prompt)
         else:
             ids = list(prompt)

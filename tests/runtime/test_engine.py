@@ -1,0 +1,251 @@
+"""The engine in process: what `from branchwise import Engine` gives people."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import math
+import threading
+import time
+
+import pytest
+
+from branchwise import AsyncEngine, Engine, SamplingParams
+from branchwise.runtime.errors import EngineDead, InvalidRequest, LoadError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+TEXT = "def fork(program, branches): return [program.copy() for _ in range(branches)]"
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint):
+    with Engine(checkpoint("llama-gqa"), max_num_seqs=16, kv_cache_tokens=4096) as engine:
+        yield engine
+        engine.check()
+
+
+def wait_until_idle(engine):
+    deadline = time.monotonic() + 10
+    while engine.stats().running or engine.stats().waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    engine.check()
+
+
+def test_one_prompt_gives_one_output_and_a_list_gives_a_list(engine):
+    one = engine.generate(TEXT, GREEDY)
+    many = engine.generate([TEXT, engine.tokenizer.encode(TEXT).tolist(), TEXT + "x"], GREEDY)
+    assert one.token_ids == many[0].token_ids == many[1].token_ids
+    assert one.text == engine.tokenizer.decode(one.token_ids)
+    assert one.finish_reason == "length"
+    assert one.prompt_tokens == len(engine.tokenizer.encode(TEXT))
+    assert many[0].cached_tokens == one.prompt_tokens - 1
+    assert many[0].cache.reason == "hit"
+
+
+def test_a_stream_joins_to_the_whole(engine):
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, ignore_eos=True)
+    chunks = list(engine.stream(TEXT, params))
+    whole = engine.generate(TEXT, params)
+    assert "".join(c.text for c in chunks) == whole.text
+    assert [t for c in chunks for t in c.token_ids] == whole.token_ids
+    assert [c.finish_reason for c in chunks if c.finish_reason] == ["length"]
+    assert chunks[-1].finish_reason == "length"
+
+
+def test_leaving_a_stream_aborts_the_request(engine):
+    before = engine.stats().generated_tokens
+    for chunk in engine.stream(TEXT, SamplingParams(max_tokens=450, ignore_eos=True)):
+        assert chunk.finish_reason is None
+        break
+    gc.collect()
+    wait_until_idle(engine)
+    assert engine.stats().generated_tokens - before < 450
+
+
+def test_the_same_seed_gives_the_same_text_whatever_else_runs(engine):
+    params = SamplingParams(temperature=1.0, seed=11, max_tokens=24, ignore_eos=True)
+    alone = engine.generate(TEXT, params).token_ids
+    others = [SamplingParams(temperature=1.3, top_p=0.9, max_tokens=30, ignore_eos=True, seed=i) for i in range(9)]
+    crowd = engine.generate([TEXT + str(i) for i in range(9)] + [TEXT], [*others, params])
+    assert crowd[-1].token_ids == alone
+    assert engine.generate(TEXT, SamplingParams(temperature=1.0, seed=12, max_tokens=24)).token_ids != alone
+
+
+def test_n_samples_differ_and_repeat(engine):
+    params = SamplingParams(n=4, seed=5, max_tokens=16, ignore_eos=True)
+    first, second = engine.generate(TEXT, params), engine.generate(TEXT, params)
+    assert len(first.outputs) == 4
+    assert [c.token_ids for c in first.outputs] == [c.token_ids for c in second.outputs]
+    assert len({tuple(c.token_ids) for c in first.outputs}) == 4
+    third = engine.generate(TEXT, SamplingParams(seed=7, max_tokens=16, ignore_eos=True))
+    assert third.token_ids == first.outputs[2].token_ids  # sample i is seeded with seed + i
+
+
+def test_a_stop_string_across_token_borders_ends_the_text_before_it(engine):
+    whole = engine.generate(TEXT, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)).text
+    stop = whole[len(whole) // 2 : len(whole) // 2 + 5]
+    output = engine.generate(TEXT, SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, stop=(stop,)))
+    assert output.text == whole[: whole.index(stop)]
+    assert output.finish_reason == "stop"
+    assert output.outputs[0].matched == stop
+    wait_until_idle(engine)
+
+
+def test_logprobs_equal_transformers(engine, checkpoint):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3, prompt_logprobs=2)
+    output = engine.generate(TEXT, params)
+    again = engine.generate(TEXT, params)  # cached now, yet every prompt logprob is there
+    ids = engine.tokenizer.encode(TEXT).tolist() + output.token_ids
+    model = AutoModelForCausalLM.from_pretrained(checkpoint("llama-gqa"), dtype=torch.float32)
+    with torch.inference_mode():
+        reference = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+    for result in (output, again):
+        assert len(result.prompt_logprobs) == result.prompt_tokens - 1
+        rows = result.prompt_logprobs + result.outputs[0].logprobs
+        assert len(rows) == len(ids) - 1
+        for position, row in enumerate(rows, start=1):
+            expected = reference[position - 1]
+            assert row.token == ids[position]
+            assert row.logprob == pytest.approx(expected[row.token].item(), abs=2e-4)
+            best = expected.topk(len(row.top))
+            assert [token for token, _ in row.top] == best.indices.tolist()
+            assert [value for _, value in row.top] == pytest.approx(best.values.tolist(), abs=2e-4)
+
+
+def test_max_tokens_zero_warms_the_cache(engine):
+    text = "a prompt nobody has sent before, long enough for several pages of tokens"
+    warmed = engine.generate(text, SamplingParams(max_tokens=0))
+    assert (warmed.text, warmed.token_ids, warmed.finish_reason) == ("", [], "length")
+    assert engine.generate(text, GREEDY).cached_tokens == warmed.prompt_tokens - 1
+    assert engine.flush_cache() > 0
+    assert engine.generate(text, GREEDY).cached_tokens == 0
+
+
+def test_a_salt_keeps_prompts_apart(engine):
+    text = "what two tenants both send, word for word, and must not learn from each other"
+    engine.generate(text, GREEDY, cache_salt="a")
+    assert engine.generate(text, GREEDY, cache_salt="b").cached_tokens == 0
+    assert engine.generate(text, GREEDY, cache_salt="a").cached_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "names"),
+    [
+        ("", GREEDY, "prompt"),
+        ([], GREEDY, "prompt"),
+        ([5, -1], GREEDY, "prompt"),
+        ([5, 10**6], GREEDY, "prompt"),
+        ([3] * 5000, GREEDY, "prompt"),
+        (TEXT, SamplingParams(max_tokens=-1), "max_tokens"),
+        (TEXT, SamplingParams(max_tokens=10**7), "max_tokens"),
+        (TEXT, SamplingParams(temperature=math.nan), "temperature"),
+        (TEXT, SamplingParams(temperature=-1), "temperature"),
+        (TEXT, SamplingParams(top_p=0), "top_p"),
+        (TEXT, SamplingParams(seed=-1), "seed"),
+        (TEXT, SamplingParams(n=100_000), "n "),
+        (TEXT, SamplingParams(stop=("x",) * 10_000), "stop"),
+        (TEXT, SamplingParams(logit_bias={10**6: 1.0}), "logit_bias"),
+    ],
+)
+def test_bad_input_is_a_value_error_that_names_the_field(engine, prompt, params, names):
+    with pytest.raises(ValueError, match=names):
+        engine.generate(prompt, params)
+    wait_until_idle(engine)
+    assert engine.generate(TEXT, GREEDY).finish_reason == "length"
+
+
+def test_one_bad_prompt_in_a_batch_aborts_its_siblings(engine):
+    with pytest.raises(InvalidRequest, match="prompt"):
+        engine.generate([TEXT, [3] * 5000], SamplingParams(max_tokens=450, ignore_eos=True))
+    wait_until_idle(engine)
+
+
+def test_threads_share_one_engine(engine):
+    results: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        results[i] = engine.generate(TEXT + str(i), GREEDY).token_ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [results[i] for i in range(8)] == [
+        o.token_ids for o in engine.generate([TEXT + str(i) for i in range(8)], GREEDY)
+    ]
+
+
+async def test_the_asynchronous_forms(engine):
+    whole = engine.generate(TEXT, GREEDY)
+    assert (await engine.agenerate(TEXT, GREEDY)).token_ids == whole.token_ids
+    assert "".join([chunk.text async for chunk in engine.astream(TEXT, GREEDY)]) == whole.text
+    outputs = await asyncio.gather(*(engine.agenerate(TEXT + str(i), GREEDY) for i in range(20)))
+    assert all(len(o.token_ids) == 12 for o in outputs)
+    with pytest.raises(InvalidRequest):
+        await engine.agenerate([TEXT, [3] * 5000], SamplingParams(max_tokens=450, ignore_eos=True))
+    await asyncio.to_thread(wait_until_idle, engine)
+
+
+async def test_cancelling_a_task_aborts_its_request(engine):
+    task = asyncio.create_task(engine.agenerate(TEXT, SamplingParams(max_tokens=450, ignore_eos=True)))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.to_thread(wait_until_idle, engine)
+
+
+async def test_async_engine_is_the_same_engine_with_asynchronous_names(checkpoint):
+    async with AsyncEngine(checkpoint("llama-gqa"), kv_cache_tokens=1024) as engine:
+        output = await engine.generate(TEXT, GREEDY)
+        assert "".join([chunk.text async for chunk in engine.stream(TEXT, GREEDY)]) == output.text
+
+
+def test_a_closed_engine_says_so(checkpoint):
+    engine = Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024)
+    failures: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            engine.generate(TEXT, SamplingParams(max_tokens=450, ignore_eos=True))
+        except Exception as error:
+            failures.append(error)
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    while not engine.stats().running:
+        time.sleep(0.005)
+    engine.close()
+    engine.close()
+    waiter.join(timeout=5)
+    assert not waiter.is_alive()
+    assert len(failures) == 1
+    assert "closed" in str(failures[0])
+    with pytest.raises(EngineDead, match="closed"):
+        engine.generate(TEXT, GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"page_size": 0}, "--page-size"),
+        ({"max_num_seqs": 0}, "--max-num-seqs"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
+        ({"gpu_memory_utilization": 2.0}, "--gpu-memory-utilization"),
+        ({"max_model_len": 10**9}, "--max-model-len"),
+        ({"kv_cache_tokens": -5}, "--kv-cache-tokens"),
+    ],
+)
+def test_bad_settings_are_named(checkpoint, settings, says):
+    with pytest.raises(LoadError, match=says):
+        Engine(checkpoint("llama-gqa"), **settings)
+
+
+def test_a_missing_model_is_one_line_that_says_what_to_give(tmp_path):
+    with pytest.raises(LoadError, match="folder"):
+        Engine(tmp_path / "nowhere")
