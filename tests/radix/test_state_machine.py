@@ -26,6 +26,7 @@ from hypothesis.stateful import (
 from branchwise.radix import Lease, RadixTree
 
 NAMESPACES = [("ann", ""), ("ann", "salt"), ("bob", "")]
+X, Y, Z = 1, 256, 2  # the tokens: bytes in the wrong order would sort them otherwise
 EMPTY = -1
 
 Prefix = tuple[tuple[str, str], tuple[int, ...]]  # (namespace, every token from position 0)
@@ -74,13 +75,13 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
-        pages=st.integers(8, 24),
+        pages=st.integers(6, 30),
         policy=st.sampled_from(["lru", "lfu", "fifo", "priority"]),
-        enabled=st.sampled_from([True] * 9 + [False]),
+        enabled=st.sampled_from([True] * 24 + [False]),
     )
     def start(self, page_size: int, pages: int, policy: str, enabled: bool) -> None:
         self.size, self.pages, self.policy, self.enabled = page_size, pages, policy, enabled
-        self.longest = 8 * page_size  # tokens of a request
+        self.longest = 6 * page_size  # tokens of a request
         self.tree = RadixTree(pages, page_size, policy, enabled)
         self.kv = np.full((pages, page_size), EMPTY, np.int64)
         self.cache: dict[Prefix, Cached] = {}
@@ -88,7 +89,7 @@ class Machine(RuleBasedStateMachine):
         self.waiting: dict[int, int] = {}  # quarantined page -> the step that must end
         self.fresh: set[int] = set()
         self.requests: list[Request] = []
-        self.seen: list[tuple[int, ...]] = [(0,) * page_size + (1,) * page_size]
+        self.seen: list[tuple[int, ...]] = [(X,) * page_size + (Y,) * page_size]
         self.clock = self.uids = self.evicted = self.ended = 0
         self.in_flight: deque[tuple[int, Step]] = deque()
         self.step, self.draft = self.tree.begin_step(), Step()
@@ -169,19 +170,29 @@ class Machine(RuleBasedStateMachine):
     # ---- what a program does ----
 
     @precondition(lambda self: len(self.requests) < 4)
-    @rule(data=st.data(), twins=st.sampled_from([1, 1, 2]), priority=st.integers(0, 2), at_once=st.booleans())
-    def arrive(self, data: st.DataObject, twins: int, priority: int, at_once: bool) -> None:
+    @rule(
+        data=st.data(),
+        twins=st.sampled_from([1, 1, 2]),
+        priority=st.integers(0, 2),
+        fate=st.sampled_from(["waits", "starts", "ends", "ends"]),
+    )
+    def arrive(self, data: st.DataObject, twins: int, priority: int, fate: str) -> None:
         """One or two requests with the same prompt, which often continues or leaves an earlier one."""
         base = data.draw(st.sampled_from(self.seen))
         kept = data.draw(st.sampled_from([len(base), len(base) // self.size * self.size, len(base) // 2, 1]))
-        tail = data.draw(st.lists(st.integers(0, 1), max_size=self.size + 2))
+        tail = data.draw(st.lists(st.sampled_from([X, Y, Z]), max_size=self.size + 2))
         tokens = (base[:kept] + tuple(tail))[: self.longest]
         namespace = data.draw(st.sampled_from([NAMESPACES[0]] * 4 + NAMESPACES))
         limit = data.draw(st.sampled_from([max(0, len(tokens) - 1)] * 4 + [len(tokens), len(tokens) // 2]))
         arrived = [self.match(namespace, tokens, limit, priority) for _ in range(twins)]
-        if at_once:
+        if fate == "waits":
+            return
+        for r in arrived:
+            self.schedule(r, len(tokens))
+        if fate == "ends":
+            self.launch(lag=1)
             for r in arrived:
-                self.schedule(r, len(tokens))
+                self.leave(r, keep=True)
 
     def match(self, namespace: tuple[str, str], tokens: tuple[int, ...], limit: int, priority: int) -> Request:
         array = np.array(tokens, np.int32)
@@ -252,16 +263,19 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), chunk=st.integers(1, 9))
     def advance(self, data: st.DataObject, chunk: int) -> None:
         """A chunk for everybody: of the prompt, then of the model's own tokens, which are often the same."""
-        more = tuple(data.draw(st.sampled_from([(0,) * chunk, (1,) * chunk, (0, 1) * chunk])))
-        for r in self.requests:
+        more = tuple(data.draw(st.sampled_from([(X,) * chunk, (Y,) * chunk, (X, Y) * chunk])))
+        for r in list(self.requests):
             target = min(r.computed + chunk, self.longest)
             r.tokens += more[: max(0, target - len(r.tokens))]
-            self.schedule(r, target)
+            if not self.schedule(r, target) and r.scheduled_in < self.step:
+                self.leave(r, keep=True)  # retracted
 
-    def schedule(self, r: Request, target: int) -> None:
-        """Tokens of a request up to ``target`` become part of the step being planned, and are published."""
-        if target <= r.computed or not self.take_pages(r, target):
-            return
+    def schedule(self, r: Request, target: int) -> bool:
+        """Tokens up to ``target`` become part of the step being planned, and are published; False if pages are short."""
+        if target <= r.computed:
+            return True
+        if not self.take_pages(r, target):
+            return False
         if r.to_copy is not None:
             self.draft.copies.append((r.to_copy[0], int(r.lease.pages[r.lease.length // self.size])))
             r.to_copy = None
@@ -273,6 +287,7 @@ class Machine(RuleBasedStateMachine):
         self.draft.reads.append((r.lease.pages.tolist(), expected))
         r.computed, r.scheduled_in = target, self.step
         self.seen = [*self.seen, r.tokens][-12:]
+        return True
 
     def take_pages(self, r: Request, target: int) -> bool:
         n = max(0, -(-target // self.size) - len(r.lease.pages))
@@ -332,7 +347,9 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data(), keep=st.sampled_from([True, True, False]))
     def release(self, data: st.DataObject, keep: bool) -> None:
         """Finish or abort: between the steps it is part of, as whoever is scheduled has promised to run."""
-        r = data.draw(st.sampled_from([r for r in self.requests if r.scheduled_in < self.step]))
+        self.leave(data.draw(st.sampled_from([r for r in self.requests if r.scheduled_in < self.step])), keep)
+
+    def leave(self, r: Request, keep: bool) -> None:
         keep = keep and r.to_copy is None
         path = [r.prefix(end) for end in range(self.size, r.lease.length + 1, self.size)]
         owned = r.lease.pages.tolist()[len(path) :]

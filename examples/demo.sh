@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Starts a server on the shipped model at a free port, runs quickstart.py against it, stops it. Called by `make demo`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+url="http://127.0.0.1:$port"
+
+branchwise serve --port "$port" --log-level warning &
+server=$!
+stop() {
+  kill -TERM "$server" 2>/dev/null || true
+  wait "$server" 2>/dev/null || true
+}
+trap stop EXIT
+
+answers() { python -c "import sys, urllib.request as u; u.urlopen(sys.argv[1] + '/health', timeout=2)" "$url" 2>/dev/null; }
+for _ in $(seq 300); do
+  answers && break
+  kill -0 "$server" 2>/dev/null || { echo "the server did not start"; exit 1; }
+  sleep 0.2
+done
+answers || { echo "the server did not answer within a minute"; exit 1; }
+
+echo
+python quickstart.py "$url"

@@ -1,0 +1,1 @@
+"""The BranchBench workloads: closed-loop load made of branching programs, against any OpenAI-compatible server."""

@@ -1,0 +1,176 @@
+"""The seven programs of BranchBench: how prompts branch in few-shot evaluation, agents, tree search, chat and so on.
+
+A workload draws its prompts from a `random.Random` seeded with ``"{name}/{seed}"``, so that the same seed, scale and
+vocabulary give the same prompts to every server. Prompts are token ids; multi-turn programs continue from the ids the
+server really generated.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+VOCAB_LOW, VOCAB_HIGH = 1_000, 100_000
+CONCURRENCY = 128  # requests in flight at once, in the workloads that bound it
+
+Tokens = list[int]
+
+
+class Generate(Protocol):
+    """Asks a server to continue a prompt; returns the generated token ids (empty when the request failed)."""
+
+    def __call__(
+        self, prompt: Tokens, max_tokens: int, *, seed: int | None = None, temperature: float = 0.0
+    ) -> Awaitable[Tokens]: ...
+
+
+class Draw:
+    """Draws prompts of random token ids below ``high``; the order of the draws is part of a workload's definition."""
+
+    def __init__(self, seed: int | str, high: int = VOCAB_HIGH) -> None:
+        self._random = random.Random(seed)
+        self._low, self._high = min(VOCAB_LOW, high // 8), high
+
+    def tokens(self, n: int) -> Tokens:
+        return [self._random.randrange(self._low, self._high) for _ in range(n)]
+
+    def many(self, count: int, n: int) -> list[Tokens]:
+        return [self.tokens(n) for _ in range(count)]
+
+
+def scaled(count: int, scale: float, least: int = 1) -> int:
+    return max(least, int(count * scale))
+
+
+async def _bounded(jobs: Sequence[Callable[[], Awaitable[object]]], limit: int = CONCURRENCY) -> None:
+    gate = asyncio.Semaphore(limit)
+
+    async def run(job: Callable[[], Awaitable[object]]) -> None:
+        async with gate:
+            await job()
+
+    await asyncio.gather(*(run(job) for job in jobs))
+
+
+async def no_sharing(generate: Generate, draw: Draw, scale: float) -> None:
+    prompts = draw.many(scaled(256, scale, least=2), 1024)
+    await _bounded([lambda prompt=prompt: generate(prompt, 256) for prompt in prompts])  # type: ignore[misc]
+
+
+async def fewshot(generate: Generate, draw: Draw, scale: float) -> None:
+    prefix = draw.tokens(2048)
+    questions = draw.many(scaled(512, scale, least=2), 64)
+    await _bounded([lambda question=question: generate(prefix + question, 32) for question in questions])  # type: ignore[misc]
+
+
+async def agents(generate: Generate, draw: Draw, scale: float) -> None:
+    schema = draw.tokens(3072)
+    jobs = [(draw.tokens(128), draw.many(8, 160)) for _ in range(scaled(64, scale))]
+
+    async def agent(task: Tokens, tool_results: list[Tokens]) -> None:
+        history = schema + task
+        for result in tool_results:
+            history = history + await generate(history, 96) + result
+
+    await asyncio.gather(*(agent(task, tool_results) for task, tool_results in jobs))
+
+
+async def tree_of_thought(generate: Generate, draw: Draw, scale: float) -> None:
+    instruction = draw.tokens(1024)
+    judge = draw.tokens(32)
+    hints = draw.many(4, 8)
+
+    async def problem(state: Tokens) -> None:
+        frontier = [instruction + state]
+        for _ in range(3):
+            stems = [kept + hint for kept in frontier for hint in hints]
+            thoughts = await asyncio.gather(*(generate(stem, 96) for stem in stems))
+            grown = [stem + thought for stem, thought in zip(stems, thoughts, strict=True)]
+            await asyncio.gather(*(generate(state + judge, 16) for state in grown))
+            frontier = grown[:2]
+
+    await asyncio.gather(*(problem(state) for state in draw.many(scaled(16, scale), 256)))
+
+
+async def chat(generate: Generate, draw: Draw, scale: float) -> None:
+    system = draw.tokens(512)
+
+    async def session(turns: list[Tokens]) -> None:
+        history = system
+        for turn in turns:
+            history = history + turn
+            history = history + await generate(history, 128)
+
+    await asyncio.gather(*(session(draw.many(5, 96)) for _ in range(scaled(128, scale))))
+
+
+async def best_of_n(generate: Generate, draw: Draw, scale: float) -> None:
+    prompts = draw.many(scaled(8, scale), 8192)
+    await asyncio.gather(*(generate(prompt, 256, seed=i, temperature=1.0) for prompt in prompts for i in range(32)))
+
+
+async def long_document(generate: Generate, draw: Draw, scale: float) -> None:
+    documents = draw.many(scaled(4, scale), 32768)
+    await asyncio.gather(*(generate(document + draw.tokens(64), 128) for document in documents for _ in range(32)))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One branching program: what it does, how many requests it makes at a scale, and how to run it."""
+
+    name: str
+    summary: str
+    run: Callable[[Generate, Draw, float], Awaitable[None]]
+    requests: Callable[[float], int]
+
+
+WORKLOADS: dict[str, Workload] = {
+    workload.name: workload
+    for workload in (
+        Workload(
+            "no_sharing",
+            "256 unrelated 1,024-token prompts, 256-token answers, 128 at once: what a cache costs when it cannot help",
+            no_sharing,
+            lambda scale: scaled(256, scale, least=2),
+        ),
+        Workload(
+            "fewshot",
+            "512 questions of 64 tokens on one 2,048-token prefix, 32-token answers, 128 at once",
+            fewshot,
+            lambda scale: scaled(512, scale, least=2),
+        ),
+        Workload(
+            "agents",
+            "64 agents on one 3,072-token tool schema: 8 steps of 96 generated and 160 tool-result tokens",
+            agents,
+            lambda scale: scaled(64, scale) * 8,
+        ),
+        Workload(
+            "tree_of_thought",
+            "16 problems, depth 3: 4 proposals of 96 tokens a kept state, a 16-token score each, 2 kept",
+            tree_of_thought,
+            lambda scale: scaled(16, scale) * (8 + 16 + 16),
+        ),
+        Workload(
+            "chat",
+            "128 sessions of 5 turns on one 512-token system prompt: 96-token turns, 128-token replies",
+            chat,
+            lambda scale: scaled(128, scale) * 5,
+        ),
+        Workload(
+            "best_of_n",
+            "8 prompts of 8,192 tokens, 32 samples of 256 tokens each, all at once",
+            best_of_n,
+            lambda scale: scaled(8, scale) * 32,
+        ),
+        Workload(
+            "long_document",
+            "4 documents of 32,768 tokens, 32 questions of 64 tokens on each, 128-token answers, all at once",
+            long_document,
+            lambda scale: scaled(4, scale) * 32,
+        ),
+    )
+}

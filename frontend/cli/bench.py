@@ -1,0 +1,128 @@
+"""``branchwise bench``: BranchBench against any OpenAI-compatible server, with progress bars, a table and JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .console import EXIT_FAILED, err, expected_failures, out
+from .options import ApiKey, ServerUrl
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+
+def bench(
+    url: ServerUrl,
+    model: Annotated[
+        str | None, typer.Option(help="Name to ask for. Default: the first the server lists.", show_default=False)
+    ] = None,
+    workloads: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: no_sharing, fewshot, agents, tree_of_thought, chat, best_of_n, long_document."
+        ),
+    ] = "all",
+    scale: Annotated[
+        float, typer.Option(min=0.001, max=100.0, help="Multiplies every workload's request count.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed, scale and vocabulary give the same prompts.")] = 0,
+    vocab: Annotated[int, typer.Option(min=16, help="Draw prompt token ids below this.")] = 100_000,
+    stream: Annotated[bool, typer.Option("--stream", help="Stream, and measure TTFT and inter-token latency.")] = False,
+    api_key: ApiKey = None,
+    out_file: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the figures as JSON here.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
+) -> None:
+    """Measure a server with seven programs that branch.
+
+    Speaks the OpenAI **/v1/completions** protocol with token-id prompts, so that the same run drives any server:
+    few-shot questions, tool-calling agents, tree search, chat, best-of-n, many questions on long documents, and
+    unrelated prompts. Shows how much of each prompt the server reused, and how much it could have.
+
+    Exits 1 if any request failed.
+    """
+    with expected_failures():
+        from ...runtime.errors import BranchwiseError
+        from ..bench.workloads import WORKLOADS
+        from ..client import ServerClient
+
+        names = list(WORKLOADS) if workloads == "all" else [name.strip() for name in workloads.split(",")]
+        for name in names:
+            if name not in WORKLOADS:
+                raise BranchwiseError(f"no workload is called {name!r}; there are: {', '.join(WORKLOADS)}")
+        server = ServerClient(url, api_key, timeout=30.0)
+        name = model or _first_model(server)
+
+        import asyncio
+
+        from ..bench import report
+        from ..bench.runner import Bench, run
+
+        settings = Bench(
+            url=server.url,
+            model=name,
+            workloads=names,
+            scale=scale,
+            seed=seed,
+            vocab=vocab,
+            stream=stream,
+            api_key=api_key,
+        )
+        with _Bars() as bars:
+            results = asyncio.run(run(settings, bars))
+        if out_file is not None:
+            out_file.write_text(json.dumps(results, indent=1) + "\n")
+        if as_json:
+            typer.echo(json.dumps(results, indent=1))
+        else:
+            out.print(report.table(results))
+        if bars.failed:
+            raise SystemExit(EXIT_FAILED)
+
+
+def _first_model(server: Any) -> str:
+    from ..client import ServerError
+
+    try:
+        return str(server.get("/v1/models")["data"][0]["id"])
+    except (KeyError, IndexError, TypeError) as error:
+        raise ServerError(f"{server.url}/v1/models lists no model; name one with --model") from error
+
+
+class _Bars:
+    """A progress bar a workload, on stderr, so that ``--json`` can be piped."""
+
+    def __init__(self) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._progress: Progress = Progress(
+            TextColumn("{task.description:16}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=err
+        )
+        self._task: TaskID | None = None
+        self.failed = 0
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def started(self, name: str, requests: int) -> None:
+        self._task = self._progress.add_task(name, total=requests)
+
+    def request_done(self) -> None:
+        if self._task is not None:
+            self._progress.advance(self._task)
+
+    def finished(self, name: str, result: dict[str, Any], errors: list[str]) -> None:
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        self.failed += result["failed"]
+        for error in errors:
+            self._progress.console.print(f"{name}: {error}", style="red", markup=False)

@@ -1,0 +1,153 @@
+"""What `branchwise doctor` looks at. Each check returns findings; none of them raises for what it looks for."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ...runtime.errors import LoadError
+
+if TYPE_CHECKING:
+    from ...runtime.config import EngineConfig
+
+DISTRIBUTION = "branchwise"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at. ``mend`` is the command that mends it; ``broken`` means serving cannot work."""
+
+    what: str
+    found: str
+    state: Literal["ok", "note", "broken"] = "ok"
+    mend: str = ""
+
+
+def libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
+    """Python and every run-time requirement, installed version against the declared range."""
+    from packaging.requirements import Requirement
+
+    version = ".".join(map(str, sys.version_info[:3]))
+    old = sys.version_info < (3, 11)
+    yield Finding("python", version, "broken" if old else "ok", "install Python 3.11 or newer" if old else "")
+    fine: list[str] = []
+    for line in metadata.requires(distribution) or []:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            installed = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, "not installed", "broken", _pip(str(requirement)))
+            continue
+        if requirement.specifier.contains(installed, prereleases=True):
+            fine.append(f"{requirement.name} {installed}")
+        else:
+            found = f"{installed} is outside {requirement.specifier}"
+            yield Finding(requirement.name, found, "broken", _pip(str(requirement)))
+    yield Finding("libraries", ", ".join(fine))
+
+
+def _pip(requirement: str) -> str:
+    return f"{sys.executable} -m pip install '{requirement}'"
+
+
+def devices() -> Iterator[Finding]:
+    """The CPU, and the GPUs torch can use."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing or of another build
+        yield Finding("torch", f"cannot be imported: {error}", "broken", _pip("torch>=2.11,<2.15"))
+        return
+    from ...runtime.executor.memory import device_memory, human_bytes
+
+    free, total = device_memory(torch.device("cpu"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpu = f"{cores} cores, {torch.get_num_threads()} torch threads, {human_bytes(free)} of {human_bytes(total)} free"
+    yield Finding("cpu", cpu)
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            free, total = device_memory(torch.device("cuda", index))
+            name = torch.cuda.get_device_name(index)
+            yield Finding(f"cuda:{index}", f"{name}, {human_bytes(free)} of {human_bytes(total)} free")
+        for name in ("flashinfer-python", "triton"):
+            if not _installed(name):
+                yield Finding(name, "not installed: the fast GPU kernels need it", "note", _pip("branchwise[gpu]"))
+    elif Path("/dev/nvidiactl").exists():
+        found = f"an NVIDIA device is here, but torch {torch.__version__} cannot use it"
+        yield Finding("cuda", found, "note", f"{_pip('torch>=2.11,<2.15')} --force-reinstall")
+    else:
+        yield Finding("cuda", "no NVIDIA device; the CPU will serve")
+
+
+def _installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def port(host: str, number: int) -> Finding:
+    """Whether a server could listen here."""
+    try:
+        family = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0][0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, number))
+    except OSError as error:
+        mend = f"branchwise serve --port {number + 1 if number < 65535 else 8000}"
+        return Finding("port", f"cannot listen on {host}:{number}: {error.strerror or error}", "note", mend)
+    return Finding("port", f"{host}:{number} is free")
+
+
+def private_folder() -> Finding:
+    """Whether the sockets' folder can be made: the processes of a server talk over sockets in one."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="branchwise-doctor-") as folder, socket.socket(socket.AF_UNIX) as probe:
+            probe.bind(str(Path(folder) / "probe.sock"))
+    except OSError as error:
+        found = f"no socket can be made under {tempfile.gettempdir()}: {error}"
+        return Finding("sockets", found, "broken", "export TMPDIR=/tmp")
+    return Finding("sockets", f"can be made under {tempfile.gettempdir()}")
+
+
+def model(config: EngineConfig) -> Iterator[Finding]:
+    """The memory arithmetic of a model on this machine; nothing is loaded."""
+    name = config.model or "the shipped model"
+    try:
+        from ...runtime.executor.executor import max_model_len, pick_device, pick_dtype
+        from ...runtime.executor.memory import human_bytes, plan_memory
+        from ...runtime.model_folder import model_folder
+        from ...runtime.models.config import load_config
+    except (ImportError, OSError) as error:
+        yield Finding("model", f"{name} was not looked at: {error}", "broken")
+        return
+    try:
+        folder = model_folder(config.model)
+        shape = load_config(folder)
+        device = pick_device(config)
+        longest = max_model_len(config, shape)
+        batched = config.max_num_batched_tokens or 2048
+        plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
+    except LoadError as error:
+        yield Finding("model", str(error), "broken")
+        return
+    yield Finding("model", f"{name}: {shape.architecture} in {folder}")
+    yield Finding(
+        "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}"
+    )
+    for what, size, how in plan.rows():
+        if what.startswith("KV"):
+            yield Finding(what, f"{size} = {how}" if what != "KV tokens" else f"{size} ({how})")
+    whole = plan.kv_tokens // longest
+    state: Literal["ok", "note"] = "ok" if whole else "note"
+    mend = "" if whole else f"branchwise serve {config.model} --max-model-len {plan.kv_tokens}"
+    yield Finding("context", f"{longest:,} tokens; {whole:,} requests of that length fit unshared", state, mend)

@@ -1,0 +1,47 @@
+"""The ``branchwise`` command: its sub-commands and what ``--help`` says about them."""
+
+from __future__ import annotations
+
+import typer
+
+from . import bench, chat, doctor, generate, serve, tree
+
+app = typer.Typer(
+    name="branchwise",
+    help="Serve language models to programs that branch: every shared prefix is computed once.",
+    epilog="Start with **branchwise serve**, and in another terminal **branchwise chat --url http://127.0.0.1:8000**.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from ... import __version__
+
+        typer.echo(f"branchwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(
+        False, "--version", help="Print the version and leave.", callback=_version, is_eager=True
+    ),
+) -> None:
+    pass
+
+
+app.command("serve")(serve.serve)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("tree")(tree.tree)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,200 @@
+"""``branchwise serve``: starts a server and says what it does while it starts."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ...runtime.config import EngineConfig, EvictionPolicy, SchedulePolicy, ServerConfig
+from .console import err, escape, expected_failures, out
+from .options import (
+    MEMORY,
+    MODEL,
+    SCHEDULING,
+    SERVER,
+    Device,
+    DtypeFlag,
+    LoadFormatFlag,
+    LogLevel,
+    MaxModelLen,
+    Model,
+)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+_ENGINE = EngineConfig()  # the defaults are the config's
+_SERVER = ServerConfig(engine=_ENGINE)
+
+
+def serve(
+    model: Model = _ENGINE.model,
+    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = _SERVER.host,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.", rich_help_panel=SERVER)
+    ] = _SERVER.port,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="BRANCHWISE_API_KEY",
+            help="Key every route but /health asks for.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.api_key,
+    served_model_name: Annotated[
+        str | None,
+        typer.Option(help="Name clients use. Default: MODEL.", rich_help_panel=SERVER, show_default=False),
+    ] = _SERVER.served_model_name,
+    max_queued_requests: Annotated[
+        int, typer.Option(min=1, help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
+    ] = _SERVER.max_queued_requests,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="Time requests in flight get after SIGTERM or Ctrl-C.", rich_help_panel=SERVER)
+    ] = _SERVER.drain_seconds,
+    log_level: Annotated[LogLevel, typer.Option(help="How much to log.", rich_help_panel=SERVER)] = _SERVER.log_level,
+    load_format: LoadFormatFlag = _ENGINE.load_format,
+    dtype: DtypeFlag = _ENGINE.dtype,
+    device: Device = _ENGINE.device,
+    max_model_len: MaxModelLen = _ENGINE.max_model_len,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="GPUs to split the model over; only 1 so far.", rich_help_panel=MODEL)
+    ] = _ENGINE.tensor_parallel_size,
+    attention_backend: Annotated[
+        Literal["auto", "torch"], typer.Option(help="Attention kernels.", rich_help_panel=MODEL)
+    ] = _ENGINE.attention_backend,
+    seed: Annotated[
+        int, typer.Option(help="For requests that bring no seed, and for dummy weights.", rich_help_panel=MODEL)
+    ] = _ENGINE.seed,
+    gpu_memory_utilization: Annotated[
+        float,
+        typer.Option(
+            help="Share of the GPU's memory to use; on a CPU, of half the free memory.", rich_help_panel=MEMORY
+        ),
+    ] = _ENGINE.gpu_memory_utilization,
+    kv_cache_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens the KV cache holds. Default: by memory.", rich_help_panel=MEMORY, show_default=False),
+    ] = _ENGINE.kv_cache_tokens,
+    kv_cache_dtype: Annotated[
+        Literal["auto"], typer.Option(help="Type of cached keys and values.", rich_help_panel=MEMORY)
+    ] = _ENGINE.kv_cache_dtype,
+    page_size: Annotated[
+        int,
+        typer.Option(help="Tokens of one KV page. Reuse is exact to the token at any size.", rich_help_panel=MEMORY),
+    ] = _ENGINE.page_size,
+    eviction_policy: Annotated[
+        EvictionPolicy, typer.Option(help="What to forget first when memory is short.", rich_help_panel=MEMORY)
+    ] = _ENGINE.eviction_policy,
+    disable_radix_cache: Annotated[
+        bool, typer.Option("--disable-radix-cache", help="Remember nothing.", rich_help_panel=MEMORY)
+    ] = _ENGINE.disable_radix_cache,
+    check_when_idle: Annotated[
+        bool,
+        typer.Option("--check-when-idle", help="Debugging: verify tree and pages when idle.", rich_help_panel=MEMORY),
+    ] = _ENGINE.check_when_idle,
+    max_num_seqs: Annotated[
+        int, typer.Option(help="Requests running at once.", rich_help_panel=SCHEDULING)
+    ] = _ENGINE.max_num_seqs,
+    max_num_batched_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of one step: prompt chunks and decodes. Default: 2048 on a CPU, 8192 on a GPU.",
+            rich_help_panel=SCHEDULING,
+            show_default=False,
+        ),
+    ] = _ENGINE.max_num_batched_tokens,
+    schedule_policy: Annotated[
+        SchedulePolicy,
+        typer.Option(
+            help="Who goes first: hrrn weighs waiting time against uncached work, lpm takes the longest cached "
+            "prefix, fcfs the oldest, priority what requests ask for.",
+            rich_help_panel=SCHEDULING,
+        ),
+    ] = _ENGINE.schedule_policy,
+) -> None:
+    """Serve a model over HTTP.
+
+    Answers SGLang's **/generate** and OpenAI's **/v1/completions**; **/cache/tree** shows what is
+    remembered, **/metrics** is for Prometheus. Ctrl-C finishes what is in flight and leaves; a second one leaves
+    at once. A model or setting that cannot be loaded exits 2.
+    """
+    flags = dict(locals())
+    with expected_failures():
+        from ...runtime.config import check
+
+        engine = check(EngineConfig(**{name: flags[name] for name in EngineConfig.__struct_fields__ if name in flags}))
+        config = ServerConfig(
+            engine=engine, **{name: flags[name] for name in ServerConfig.__struct_fields__ if name in flags}
+        )
+        _run(config)
+
+
+def _run(config: ServerConfig) -> None:
+    from rich.logging import RichHandler
+
+    from ...runtime.server import run_server
+
+    handler = RichHandler(console=err, show_path=False, markup=False)
+    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    startup = _Startup(config)
+    with startup:
+        code = run_server(config, startup.ready, startup.progress)
+    raise SystemExit(code)
+
+
+class _Startup:
+    """Shows how a start goes: a bar while weights load, then the memory plan and one line that says it is ready."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self._config = config
+        self._started = time.monotonic()
+        self._bar: Progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TimeElapsedColumn(),
+            console=err,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> _Startup:
+        name = self._config.engine.model or "the model that ships with the package"
+        out.print(f"branchwise: loading {name}", markup=False)
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        if self._task is None:
+            self._task = self._bar.add_task(stage, total=total)
+        self._bar.update(self._task, description=stage, completed=done, total=total)
+
+    def ready(self, info: dict[str, Any]) -> None:
+        self._bar.stop()
+        for line in info["memory_plan"]:
+            out.print(f"  {line}", markup=False, soft_wrap=True)
+        url = f"http://{_reachable(info['host'])}:{info['port']}"
+        seconds = time.monotonic() - self._started
+        key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'
+        body = '{"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}}'
+        out.print(
+            f"[bold green]ready[/] at [bold]{url}[/] after {seconds:.1f} s, serving {escape(info['model'])}. Try:"
+        )
+        command = f"  curl {url}/generate{key} -H 'Content-Type: application/json' -d '{body}'"
+        out.print(command, markup=False, soft_wrap=True)
+        out.print(f"  branchwise tree {url}", markup=False, soft_wrap=True)
+
+
+def _reachable(host: str) -> str:
+    """An address this machine can use for ``host``: an address to listen on may be all of them."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{shown}]" if ":" in shown else shown

@@ -1,0 +1,74 @@
+"""What the front room's tests share."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+API_KEY = "the-key"
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shipped_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The shipped model is built in a folder of the tests' own, for this process and those it starts."""
+    folder = tmp_path_factory.mktemp("cache")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("XDG_CACHE_HOME", str(folder))
+    patch.setenv("OMP_NUM_THREADS", "1")
+    patch.delenv("BRANCHWISE_API_KEY", raising=False)
+    yield folder
+    patch.undo()
+
+
+class Server:
+    """A real `branchwise serve` of the shipped model, with a key. ``output`` is what it said until it was ready."""
+
+    def __init__(self, *arguments: str) -> None:
+        command = [sys.executable, "-m", "branchwise", "serve", "--port", "0", "--kv-cache-tokens", "8192", *arguments]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+        assert self.process.stdout is not None
+        self.output = ""
+        self.url = ""
+        for line in self.process.stdout:
+            self.output += line
+            if found := re.search(r"ready at (http://\S+)", line):
+                self.url = found[1]
+            if "branchwise tree" in line:
+                return
+        raise AssertionError(f"the server did not start: {self.output}")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        self.process.communicate(timeout=60)
+        return self.process.returncode
+
+
+@pytest.fixture(scope="session")
+def server(shipped_cache: Path) -> Iterator[Server]:
+    running = Server("--api-key", API_KEY)
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def open_server(shipped_cache: Path) -> Iterator[Server]:
+    """One without a key."""
+    running = Server()
+    yield running
+    assert running.stop() == 0

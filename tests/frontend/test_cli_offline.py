@@ -1,0 +1,234 @@
+"""The command line without a server: help, and how expected failures end. No traceback, one line, the right code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from branchwise.frontend.cli import serve as serve_command
+from branchwise.frontend.cli.main import app
+from branchwise.runtime.config import EngineConfig, ServerConfig
+
+COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor"]
+FLAGS = [
+    "--host",
+    "--port",
+    "--api-key",
+    "--served-model-name",
+    "--max-model-len",
+    "--max-num-seqs",
+    "--max-num-batched-tokens",
+    "--gpu-memory-utilization",
+    "--kv-cache-dtype",
+    "--kv-cache-tokens",
+    "--page-size",
+    "--tensor-parallel-size",
+    "--load-format",
+    "--schedule-policy",
+    "--eviction-policy",
+    "--attention-backend",
+    "--disable-radix-cache",
+    "--dtype",
+    "--device",
+    "--seed",
+    "--drain-seconds",
+    "--max-queued-requests",
+    "--log-level",
+    "--check-when-idle",
+]
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+def branchwise(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "branchwise", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
+    assert done.returncode == code, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_explains_itself(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "100"})
+    assert result.exit_code == 0
+    assert "Usage:" in result.output and command in result.output
+    overview = CliRunner().invoke(app, ["--help"])
+    assert command in overview.output
+
+
+def test_serve_takes_the_flags_people_know() -> None:
+    help_text = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "160"}).output)
+    for flag in FLAGS:
+        assert re.search(rf"{flag}\b", help_text), flag
+
+
+def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServerConfig] = []
+    monkeypatch.setattr(serve_command, "_run", seen.append)
+    arguments = [
+        "MODEL",
+        "--host",
+        "0.0.0.0",
+        "--port",
+        "81",
+        "--api-key",
+        "K",
+        "--served-model-name",
+        "N",
+        "--max-model-len",
+        "99",
+        "--max-num-seqs",
+        "7",
+        "--max-num-batched-tokens",
+        "512",
+        "--gpu-memory-utilization",
+        "0.5",
+        "--kv-cache-dtype",
+        "auto",
+        "--kv-cache-tokens",
+        "4096",
+        "--page-size",
+        "8",
+        "--tensor-parallel-size",
+        "1",
+        "--load-format",
+        "dummy",
+        "--schedule-policy",
+        "lpm",
+        "--eviction-policy",
+        "lfu",
+        "--attention-backend",
+        "torch",
+        "--disable-radix-cache",
+        "--dtype",
+        "bfloat16",
+        "--device",
+        "cpu",
+        "--seed",
+        "5",
+        "--drain-seconds",
+        "3",
+        "--max-queued-requests",
+        "9",
+        "--log-level",
+        "debug",
+        "--check-when-idle",
+    ]
+    result = CliRunner().invoke(app, ["serve", *arguments])
+    assert result.exit_code == 0, result.output
+    engine = EngineConfig(
+        model="MODEL",
+        max_model_len=99,
+        max_num_seqs=7,
+        max_num_batched_tokens=512,
+        gpu_memory_utilization=0.5,
+        kv_cache_tokens=4096,
+        page_size=8,
+        load_format="dummy",
+        schedule_policy="lpm",
+        eviction_policy="lfu",
+        attention_backend="torch",
+        disable_radix_cache=True,
+        dtype="bfloat16",
+        device="cpu",
+        seed=5,
+        check_when_idle=True,
+    )
+    assert seen == [
+        ServerConfig(
+            engine=engine,
+            host="0.0.0.0",
+            port=81,
+            api_key="K",
+            served_model_name="N",
+            drain_seconds=3,
+            max_queued_requests=9,
+            log_level="debug",
+        )
+    ]
+    assert CliRunner().invoke(app, ["serve"]).exit_code == 0
+    assert seen[1] == ServerConfig(engine=EngineConfig())
+
+
+def test_choices_are_the_configs() -> None:
+    ours = typing.get_type_hints(serve_command.serve)
+    for struct in (EngineConfig, ServerConfig):
+        for name, hint in typing.get_type_hints(struct).items():
+            if name in ours and typing.get_origin(hint) is typing.Literal:
+                assert typing.get_args(ours[name]) == typing.get_args(hint), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["/no/such/folder"], ["/no/such/folder"]),
+        (["--page-size", "0"], ["--page-size", "between 1 and 256"]),
+        (["--tensor-parallel-size", "2"], ["--tensor-parallel-size"]),
+        (["--gpu-memory-utilization", "3"], ["--gpu-memory-utilization", "0.98"]),
+    ],
+)
+def test_what_cannot_be_loaded_exits_2_in_one_line(arguments: list[str], words: list[str]) -> None:
+    done = branchwise("serve", "--port", "0", *arguments)
+    assert_one_line_error(done, 2, *words)
+
+
+def test_a_choice_that_does_not_exist_is_refused() -> None:
+    done = branchwise("serve", "--schedule-policy", "random")
+    assert done.returncode == 2 and "hrrn" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_names_the_field_it_refuses(shipped_cache: Path) -> None:
+    done = branchwise("generate", "hello", "--temperature", "-1")
+    assert done.returncode == 1
+    assert "error: temperature must be at least 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_generate_answers_in_process(shipped_cache: Path) -> None:
+    done = branchwise("generate", "Once upon a time", "-", "--max-tokens", "3", "--json", stdin="Once upon a time")
+    assert done.returncode == 0, done.stderr
+    import json
+
+    first, second = json.loads(done.stdout)
+    assert first["text"] == second["text"]
+    assert first["prompt_tokens"] == second["prompt_tokens"] > 3
+    assert first["finish_reason"] in ("length", "stop") and 1 <= first["completion_tokens"] <= 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["tree"], ["bench"], ["generate", "hi", "--url"], ["chat", "--url"]],
+    ids=["tree", "bench", "generate", "chat"],
+)
+def test_no_server_is_one_line(arguments: list[str], unused_port: int) -> None:
+    done = branchwise(*arguments, f"http://127.0.0.1:{unused_port}", stdin="hello\n")
+    assert_one_line_error(done, 1, "no server answers at", str(unused_port), "refused")
+
+
+def test_not_an_address() -> None:
+    assert_one_line_error(branchwise("tree", "ftp://somewhere"), 1, "ftp://somewhere")
+
+
+def test_bench_names_the_workloads(unused_port: int) -> None:
+    done = branchwise("bench", f"127.0.0.1:{unused_port}", "--workloads", "fewshot,nosuch")
+    assert_one_line_error(done, 1, "nosuch", "tree_of_thought")
+
+
+def test_version() -> None:
+    import branchwise as package
+
+    assert branchwise("--version").stdout.strip() == f"branchwise {package.__version__}"
