@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
 PACKAGES := radix kernels runtime frontend
+# torch's threads must not spin where tests and servers share two cores (runtime/openmp.py says how much it costs)
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint test-gpu bench install clean

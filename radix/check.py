@@ -103,8 +103,8 @@ def _check_counters(tree: RadixTree, nodes: list[Node]) -> None:
     evictable = sum(len(node.pages) for node in nodes if not node.locks)
     _require(tree.cached == cached, f"cached is {tree.cached}, counted {cached}")
     _require(tree.evictable == evictable, f"evictable is {tree.evictable}, counted {evictable}")
-    indexed = dict(tree.leaves)
-    leaves = {tree.leaves.key(node): node for node in nodes if not node.locks and not node.children}
+    indexed = list(tree.leaves)
+    leaves = sorted(tree.leaves.entry(node) for node in nodes if not node.locks and not node.children)
     _require(indexed == leaves, "the eviction index is not the unlocked leaves under their present keys")
     first_pages = Counter((namespace[0], key) for namespace, root in tree.roots.items() for key in root.children)
     _require(tree.first_pages == first_pages, "the index of first pages is wrong")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
 from .node import Node
 
@@ -43,24 +43,24 @@ class EvictionIndex:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._leaves: SortedDict = SortedDict()  # (policy's key, serial) -> Node
+        self._leaves: SortedList = SortedList()  # (policy's key, serial, node): serials differ, nodes never compare
 
     def __len__(self) -> int:
         return len(self._leaves)
 
-    def __iter__(self) -> Iterator[tuple[Any, Node]]:
-        return iter(self._leaves.items())
+    def __iter__(self) -> Iterator[tuple[Any, Any, Node]]:
+        return iter(self._leaves)
 
-    def key(self, node: Node) -> tuple[Any, Any]:
-        return self._policy(node), node.serial
+    def entry(self, node: Node) -> tuple[Any, Any, Node]:
+        return self._policy(node), node.serial, node
 
     def add(self, leaf: Node) -> None:
-        self._leaves[self.key(leaf)] = leaf
+        self._leaves.add(self.entry(leaf))
 
     def remove(self, leaf: Node) -> None:
-        del self._leaves[self.key(leaf)]
+        self._leaves.remove(self.entry(leaf))
 
     def pop(self) -> Node:
         """Takes out the leaf to evict next."""
-        node: Node = self._leaves.popitem(0)[1]
+        node: Node = self._leaves.pop(0)[2]
         return node

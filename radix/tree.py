@@ -387,8 +387,9 @@ class RadixTree:
         self.num_nodes -= 1
         if isinstance(parent, Root):
             first_page = parent.namespace[0], leaf.key
-            self.first_pages[first_page] -= 1
-            if not self.first_pages[first_page]:
+            if self.first_pages[first_page] > 1:
+                self.first_pages[first_page] -= 1
+            else:
                 del self.first_pages[first_page]
         if not parent.children and not parent.locks:
             self._became_leaf(parent)

@@ -27,6 +27,7 @@ from .limits import check_token_ids
 from .logprobs import TokenLogprob, unpack
 from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
 from .model_folder import model_folder
+from .openmp import wait_politely
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 
@@ -138,7 +139,8 @@ class Engine:
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        from .executor.executor import ModelExecutor
+        wait_politely()
+        from .executor.executor import ModelExecutor  # torch: seconds to import
 
         config = check(EngineConfig(model=str(model), **settings))
         executor = ModelExecutor.load(config)

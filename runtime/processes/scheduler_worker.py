@@ -13,6 +13,7 @@ import zmq
 from ..config import EngineConfig, ServerConfig
 from ..core import EngineCore
 from ..messages import Abort, Control, Generate, Message, Progress, Ready, Shutdown, StopMatched
+from ..openmp import wait_politely
 from ..step import Executor
 from .channels import Inbox, Outbox, ToScheduler
 
@@ -102,6 +103,7 @@ class _Loaded:
 def _load(config: ServerConfig, http: Outbox) -> _Loaded:
     if config.null_executor:
         return _load_null(config.engine)
+    wait_politely()
     from ..executor.executor import ModelExecutor
 
     def progress(done: int, total: int) -> None:

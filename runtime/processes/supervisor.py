@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -16,11 +15,6 @@ from .launch import ROLES, Role
 logger = logging.getLogger(__name__)
 
 _STDERR = 2
-
-# Threads that wait for each other in OpenMP's barriers must give their core away: the other processes of the server
-# need it to make the thread go on that they wait for. Spinning, the default, made steps on a busy machine with two
-# cores 30 times slower. Whoever sets the variable knows better.
-_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
 
 
 class Supervisor:
@@ -47,7 +41,6 @@ class Supervisor:
                 [sys.executable, "-m", f"{__package__}.worker", role, str(self._run_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,
-                env={**_ENVIRONMENT, **os.environ},
                 start_new_session=True,  # Ctrl-C in the terminal is ours to answer, not theirs
             )
             self._children[role] = child

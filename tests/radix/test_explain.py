@@ -94,6 +94,34 @@ def test_an_old_eviction_says_nothing_about_another_place(drive):
     assert report(d.match([*zeros[:8], 5, 5, 5, 5, 0, 0, 0, 0, 0])) == (12, "cold", None)
 
 
+def test_a_shortened_node_forgets_what_followed_its_old_end(drive):
+    d = drive(num_pages=6)
+    d.remember([*A[:8], 5, 5, 5, 5])
+    d.remember([*A[:8], 6, 6, 6, 6])
+    d.release(d.match([*A[:8], 0]))
+    lease = d.fill()
+    d.tree.reserve(lease, 3)  # both children, then the second page
+    assert d.peek(A) == 4
+    assert report(d.match([*A[:4], 5, 5, 5, 5, 5])) == (4, "cold", None)
+    assert report(d.match(A)) == (4, "evicted", None)
+
+
+def test_a_grown_node_forgets_what_followed_its_old_end(drive):
+    d = drive(num_pages=5)
+    d.remember([*A[:4], 5, 5, 5, 5])
+    d.release(d.match([*A[:4], 0]))
+    lease = d.fill()
+    d.tree.reserve(lease, 1)
+    stopped = d.match([*A[:4], 5, 5, 5, 5, 5])
+    assert report(stopped) == (4, "evicted", None)
+    d.release(stopped)
+    d.release(lease)
+    d.next_step()
+    d.remember(A[:8])
+    assert d.tree.num_nodes == 1
+    assert report(d.match([*A[:8], 5, 5, 5, 5, 5])) == (8, "cold", None)
+
+
 def test_namespace_of_the_same_owner_only(drive):
     d = drive()
     d.remember(A, ("ann", "one"))

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from branchwise.radix import InvariantError, RadixTree
+from branchwise.radix import InvariantError, Lease, RadixTree
 from branchwise.radix.node import common_tokens, page_key
 
 A = list(range(100, 112))
@@ -41,9 +41,9 @@ def test_common_tokens(a, b, common):
     assert common_tokens(page_key(np.array(a, np.int32)), page_key(np.array(b, np.int32))) == common
 
 
-def last_standing(d, prompts: list[list[int]]) -> list[list[int]]:
+def last_standing(d, prompts: list[list[int]], lease: Lease | None = None) -> list[list[int]]:
     """The prompts in the order in which reservation after reservation evicts them."""
-    lease, gone = d.fill(), []
+    lease, gone = lease or d.fill(), []
     while len(gone) < len(prompts):
         d.tree.reserve(lease, 1)
         gone += [p for p in prompts if p not in gone and d.peek(p) < len(p)]
@@ -59,6 +59,21 @@ def test_policies(drive, policy, order):
     for name in "aacab":  # uses: a 3, c 1, b 1, in this order of last use: c a b
         d.release(d.match([*prompts[name], 9]))
     assert last_standing(d, list(prompts.values())) == [prompts[name] for name in order]
+
+
+@pytest.mark.parametrize(("policy", "first"), [("lfu", "b"), ("fifo", "a"), ("lru", "b")])
+def test_a_split_keeps_the_past(drive, policy, first):
+    """Of A the first page was used five times, the rest three times; of B everything four times."""
+    d = drive(policy=policy)
+    b = [1] * 12
+    d.remember(A)
+    d.remember(b)
+    for prompt in [A] * 3 + [b] * 4 + [A[:4]] * 2:
+        d.release(d.match([*prompt, 9]))
+    lease = d.fill()
+    d.tree.reserve(lease, 2)
+    assert d.peek(A) == 4 and d.peek(b) == 12, "the lower half of A was less often and less recently used, and older"
+    assert last_standing(d, [A[:4], b], lease)[0] == (A[:4] if first == "a" else b)
 
 
 def test_a_hit_lifts_the_priority_of_what_it_uses(drive):
@@ -176,18 +191,13 @@ def test_dump(drive):
     d.release(lease)
 
 
-def test_dump_is_bounded_in_nodes_and_depth():
-    tree = RadixTree(4096, 1, policy="fifo")
-    tokens = np.arange(2000, dtype=np.int32)
-    for end in range(1, 2000):
-        lease = tree.match(tokens[:end])
-        tree.reserve(lease, 1)
-        tree.release(lease, tokens[:end])
-    tree.check([])
-    assert tree.num_nodes == 1999
+def test_dump_is_bounded_in_nodes_and_depth(drive):
+    d = drive(num_pages=256, page_size=1, policy="fifo")
+    for end in range(1, 151):
+        d.remember(list(range(end)))
+    assert d.tree.num_nodes == 150
     for max_nodes, shown in ((1000, 100), (7, 7), (0, 0)):
-        node = tree.dump(max_nodes=max_nodes)["namespaces"][0]
-        json.dumps(node)
+        node = d.tree.dump(max_nodes=max_nodes)["namespaces"][0]
         depth = 0
         while node["children"]:
             (node,) = node["children"]
