@@ -15,8 +15,6 @@ from .errors import InvariantError, OutOfPages
 
 Int32 = npt.NDArray[np.int32]
 
-_FREE, _HELD, _WAITING = 0, 1, 2
-
 
 class PageAllocator:
     """A stack of free page numbers and a queue of quarantined ones.
@@ -37,7 +35,7 @@ class PageAllocator:
         self.free = num_pages
         self.quarantined = 0
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # the free ones: [:free], next to go at the end
-        self._state = np.zeros(num_pages, np.int8)
+        self._in_use = np.zeros(num_pages, np.bool_)
         self._waiting: deque[tuple[int, Int32]] = deque()  # (step that must end first, pages), steps ascending
         self._begun = 0  # the last step begun
         self._ended = 0  # every step up to this one has ended
@@ -50,23 +48,22 @@ class PageAllocator:
             raise OutOfPages(f"{n} pages wanted, {self.free} of {self.total} are free")
         self.free -= n
         pages = self._stack[self.free : self.free + n][::-1].copy()
-        self._state[pages] = _HELD
+        self._in_use.put(pages, True)
         return pages
 
     def give_back(self, pages: Int32) -> None:
         """Frees pages that no step in flight can touch; the next `allocate` hands them out in this order."""
-        self._leave(pages, _HELD)
+        self._leave(pages)
         self._push(pages)
 
     def quarantine(self, pages: Int32) -> None:
         """Frees pages once every step begun so far has ended; at once when none is in flight."""
         if not len(pages):
             return
-        self._leave(pages, _HELD)
+        self._leave(pages)
         if self._begun == self._ended:
             self._push(pages)
             return
-        self._state[pages] = _WAITING
         self.quarantined += len(pages)
         self._waiting.append((self._begun, pages.copy()))
 
@@ -83,7 +80,6 @@ class PageAllocator:
         while self._waiting and self._waiting[0][0] <= self._ended:
             _, pages = self._waiting.popleft()
             self.quarantined -= len(pages)
-            self._leave(pages, _WAITING)
             self._push(pages)
 
     def holders(self) -> tuple[Int32, Int32]:
@@ -91,13 +87,13 @@ class PageAllocator:
         waiting = [pages for _, pages in self._waiting]
         return self._stack[: self.free].copy(), np.concatenate(waiting) if waiting else np.empty(0, np.int32)
 
-    def _leave(self, pages: Int32, state: int) -> None:
+    def _leave(self, pages: Int32) -> None:
         """A page freed twice would get two owners, so it is refused here, before anything is changed."""
-        wrong = self._state[pages] != state
-        if np.count_nonzero(wrong):
-            raise InvariantError(f"pages freed that are not in use: {pages[wrong].tolist()}")
+        in_use = self._in_use.take(pages)
+        if np.count_nonzero(in_use) < len(pages):
+            raise InvariantError(f"pages freed that are not in use: {pages[~in_use].tolist()}")
+        self._in_use.put(pages, False)
 
     def _push(self, pages: Int32) -> None:
-        self._state[pages] = _FREE
         self._stack[self.free : self.free + len(pages)] = pages[::-1]
         self.free += len(pages)

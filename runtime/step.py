@@ -52,7 +52,9 @@ class StepPlan:
     table_rows: Int32  # [U] page-table writes: table[rows[i], cols[i]] = pages[i]
     table_cols: Int32
     table_pages: Int32
-    copies: Int32  # [C, 2] (source page, destination page): copy-on-write, before anything is written
+    # [C, 2] (source page, destination page): copy-on-write, before anything is written. All sources are read before any
+    # destination is written: a source evicted while this step was planned may be another copy's destination.
+    copies: Int32
     starts: list[RowStart] = field(default_factory=list)
     # requests of this step that want logprobs of prompt tokens: (index into R, k, first wanted position). Logits of
     # the query token at position p give the logprob of token p + 1; the last prompt token's are sampled, not returned.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
@@ -97,6 +99,25 @@ def test_a_higher_priority_request_takes_pages_from_a_lower_one(make_driver):
     driver.drain()
     assert driver.finished[high].retractions == 0
     assert driver.finished[low].retractions > 0
+    driver.verify()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("policy", ["hrrn", "fcfs", "lpm", "priority"])
+def test_an_overcommitted_pool_only_costs_time(make_driver, policy, overlap):
+    """Admission that counts on no output at all: constant retraction, in the middle of prompts too."""
+    rng = random.Random(f"{policy}/{overlap}")
+    driver = make_driver(
+        num_pages=24, page_size=4, schedule_policy=policy, max_num_batched_tokens=40, max_len=96, overlap=overlap
+    )
+    driver.core.scheduler.planner.estimator.pages_still_wanted = lambda rows, page_size: 0
+    for _ in range(60):
+        stem = [rng.randrange(2, 5)] * rng.randrange(1, 60)
+        driver.add([*stem, rng.randrange(2, 40)], max_tokens=rng.randrange(1, 30), priority=rng.randrange(4))
+        for _ in range(rng.randrange(3)):
+            driver.step()
+    driver.drain()
+    assert driver.core.stats().retractions > 0
     driver.verify()
 
 
