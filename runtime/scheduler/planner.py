@@ -144,7 +144,7 @@ class Planner:
                 break
             if self._waits_for_producer(request, producers):
                 continue
-            kept = self._admit(draft, request, wanted)
+            kept = self._admit(draft, request, wanted, look=not misfits)
             if kept is None:
                 misfits.append(request)
                 if request.skips >= _MAX_SKIPS or len(misfits) >= _MAX_MISFITS:
@@ -182,8 +182,18 @@ class Planner:
                 return True
         return False
 
-    def _admit(self, draft: Draft, request: Request, wanted: int) -> int | None:
+    def _may_fit(self, request: Request, pages: int, look: bool) -> bool:
+        """Could it fit if nothing it hits were evictable now? By the last look at the tree, or by a new one."""
+        if pages - request.hit_estimate // self._page_size <= self._tree.available:
+            return True
+        if look:
+            request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
+        return look and pages - request.hit_estimate // self._page_size <= self._tree.available
+
+    def _admit(self, draft: Draft, request: Request, wanted: int, *, look: bool) -> int | None:
         """Admits the request if it fits beside the ``wanted`` pages that running ones are expected to take.
+
+        ``look``: a request that seems not to fit is worth a new look at the tree.
 
         Its own hits are locked before anything is evicted for it. Returns the pages it is expected to take beyond
         those it now holds, or None if it does not fit (nothing changed).
@@ -193,9 +203,8 @@ class Planner:
         prompt_pages = -(-request.num_tokens // page)
         expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
         total = max(prompt_pages, -(-expected // page))
-        request.hit_estimate = tree.peek(request.tokens, request.namespace, request.reuse_limit)
-        if not alone and total - request.hit_estimate // page + wanted > tree.available:
-            return None  # even if all its hits were pages nobody could evict; not a use of the tree worth recording
+        if not alone and not self._may_fit(request, total + wanted, look):
+            return None  # without a match: locking what is then let go would count as a use of it
         lease = tree.match(request.tokens, request.namespace, request.reuse_limit, request.priority)
         if alone and lease.copy is not None and prompt_pages - len(lease.pages) > tree.available:
             # The page it would copy from is locked and may be the very one it needs.
