@@ -11,7 +11,7 @@ import itertools
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,10 +24,11 @@ from .core import EngineCore
 from .detokenizer import DetokenizerCore
 from .errors import BranchwiseError, EngineDead, InvalidRequest
 from .limits import check_token_ids
-from .logprobs import TokenLogprob, unpack
+from .logprobs import TokenLogprob
 from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
 from .model_folder import model_folder
 from .openmp import wait_politely
+from .outputs import Output
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 
@@ -35,25 +36,10 @@ Prompt = str | Sequence[int]
 
 
 @dataclass(slots=True)
-class Completion:
-    """One sample of a prompt."""
-
-    index: int
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # stop | length | abort
-    matched: int | str | None = None  # the stop token id or stop string
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-
-
-@dataclass(slots=True)
 class RequestOutput:
-    """All samples of one prompt, and what the cache did for the first of them."""
+    """All samples of one prompt; the short names are the first one's."""
 
-    outputs: list[Completion]
-    prompt_tokens: int = 0
-    cache: CacheReport | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # from position 1 (or prompt_logprob_start) on
+    outputs: list[Output]
 
     @property
     def text(self) -> str:
@@ -68,8 +54,27 @@ class RequestOutput:
         return self.outputs[0].finish_reason
 
     @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """One a generated token, if asked for."""
+        return self.outputs[0].logprobs
+
+    @property
+    def prompt_logprobs(self) -> dict[int, TokenLogprob]:
+        """By position, from 1 (or ``prompt_logprob_start``) on, if asked for."""
+        return self.outputs[0].prompt_logprobs
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.outputs[0].prompt_tokens
+
+    @property
     def cached_tokens(self) -> int:
-        return 0 if self.cache is None else self.cache.hit_tokens
+        return self.outputs[0].cached_tokens
+
+    @property
+    def cache(self) -> CacheReport | None:
+        """What the tree held of the prompt, and why not more."""
+        return self.outputs[0].cache
 
 
 @dataclass(slots=True, frozen=True)
@@ -84,44 +89,30 @@ class StreamChunk:
 
 
 class _Collector:
-    """Folds the deltas of one prompt's samples into a `RequestOutput`."""
+    """The samples of one prompt while they come in."""
 
     def __init__(self, ids: list[int]) -> None:
-        self._index = {id_: i for i, id_ in enumerate(ids)}
-        self.result = RequestOutput([Completion(i) for i in range(len(ids))])
+        self._outputs = {id_: Output(i) for i, id_ in enumerate(ids)}
         self._open = len(ids)
-        self._prompt: list[int] = []
 
     @property
     def done(self) -> bool:
         return self._open == 0
 
+    @property
+    def result(self) -> RequestOutput:
+        return RequestOutput(list(self._outputs.values()))
+
     def feed(self, delta: Delta) -> StreamChunk:
-        index = self._index[delta.id]
-        completion = self.result.outputs[index]
-        tokens = np.frombuffer(delta.tokens, dtype="<i4").tolist()
-        completion.text += delta.text
-        completion.token_ids += tokens
-        for token, rows in zip(tokens, delta.logprobs, strict=False):
-            completion.logprobs += unpack([token], rows)
-        if delta.prompt is not None and not self._prompt:
-            self._prompt = np.frombuffer(delta.prompt, dtype="<i4").tolist()
-        if index == 0:
-            for piece in delta.prompt_logprobs:
-                count = len(piece.rows.chosen) // 4
-                self.result.prompt_logprobs += unpack(self._prompt[piece.start : piece.start + count], piece.rows)
-            self.result.cache = delta.cache or self.result.cache
-        finish = delta.finish
-        if finish is not None:
+        """Raises the request's error, if that is how it ended."""
+        output = self._outputs[delta.id]
+        known = len(output.token_ids)
+        output.feed(delta)
+        if delta.finish is not None:
             self._open -= 1
-            if finish.reason == "error":
-                raise _error(finish)
-            completion.finish_reason = finish.reason
-            completion.matched = delta.matched_stop if delta.matched_stop is not None else finish.matched
-            self.result.prompt_tokens = finish.prompt_tokens
-            if index == 0:
-                self.result.cache = finish.cache or self.result.cache
-        return StreamChunk(index, delta.text, tokens, None if finish is None else finish.reason, delta.cache)
+            if delta.finish.reason == "error":
+                raise _error(delta.finish)
+        return StreamChunk(output.index, delta.text, output.token_ids[known:], output.finish_reason, delta.cache)
 
 
 def _error(finish: Finished) -> BranchwiseError:

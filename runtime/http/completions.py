@@ -12,10 +12,10 @@ from fastapi import APIRouter, Request, Response
 from ..errors import InvalidRequest
 from ..logprobs import TokenLogprob
 from ..messages import Delta
+from ..outputs import Output
 from ..sampling_params import SamplingParams
 from .body import read_json_object
 from .legacy_logprobs import LegacyLogprobs
-from .outputs import Output
 from .prompts import check_count, check_label, check_priority, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
 from .site import Site

@@ -11,9 +11,9 @@ from fastapi import APIRouter, Request, Response
 
 from ..errors import InvalidRequest
 from ..logprobs import TokenLogprob
+from ..outputs import Output
 from .body import read_json_object
 from .client import Call, Prompt
-from .outputs import Output
 from .prompts import check_count, check_label, check_priority, make_prompt, prepare_params, split_prompts
 from .requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
 from .site import Site

@@ -104,8 +104,8 @@ def test_logprobs_equal_transformers(engine, checkpoint):
     with torch.inference_mode():
         reference = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
     for result in (output, again):
-        assert len(result.prompt_logprobs) == result.prompt_tokens - 1
-        rows = result.prompt_logprobs + result.outputs[0].logprobs
+        assert list(result.prompt_logprobs) == list(range(1, result.prompt_tokens))
+        rows = list(result.prompt_logprobs.values()) + result.logprobs
         assert len(rows) == len(ids) - 1
         for position, row in enumerate(rows, start=1):
             expected = reference[position - 1]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ..logprobs import TokenLogprob, unpack
-from ..messages import CacheReport, Delta, Finished
+from .logprobs import TokenLogprob, unpack
+from .messages import CacheReport, Delta, Finished
 
 
 @dataclass(slots=True)
 class Output:
-    """``feed`` it every delta of one request, in order."""
+    """One sample of one prompt. ``feed`` it every delta of its engine request, in order."""
 
+    index: int = 0  # which of the prompt's samples
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of the completion, one a token
@@ -44,6 +45,7 @@ class Output:
 
     @property
     def finish_reason(self) -> str | None:
+        """stop | length | abort | error, or None while it goes on."""
         return None if self.finish is None else self.finish.reason
 
     @property
