@@ -106,8 +106,8 @@ def _check_counters(tree: RadixTree, nodes: list[Node]) -> None:
     indexed = list(tree.leaves)
     leaves = sorted(tree.leaves.entry(node) for node in nodes if not node.locks and not node.children)
     _require(indexed == leaves, "the eviction index is not the unlocked leaves under their present keys")
-    first_pages = Counter((namespace[0], key) for namespace, root in tree.roots.items() for key in root.children)
-    _require(tree.first_pages == first_pages, "the index of first pages is wrong")
+    salts = Counter(namespace[0] for namespace, root in tree.roots.items() if root.children)
+    _require(tree.salts_in_use == salts, "the count of salts in use is wrong")
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -17,7 +17,8 @@ class Explanation(NamedTuple):
     ``hit``        everything it was allowed to reuse was here
     ``evicted``    the next page was here once and was evicted
     ``diverged``   something is cached after the reused tokens, and its next token is another one
-    ``namespace``  nothing is reused, but another salt of the same owner holds the first page
+    ``namespace``  nothing is cached under this salt, though something is under others of the same owner. Whether it
+                   is the same prompt is not said: a salt is there to stop exactly that question
     ``cold``       what comes next was never cached here, or so long ago that nobody remembers
     ``disabled``   the cache is switched off
     """

@@ -82,6 +82,14 @@ class PageAllocator:
             self.quarantined -= len(pages)
             self._push(pages)
 
+    def cancel_step(self, step: int) -> None:
+        """The step just begun will not run: what waited for it waits for the one before."""
+        if step != self._begun:
+            raise ValueError(f"step {step} cannot be cancelled; the last begun is {self._begun}")
+        self._begun -= 1
+        self._waiting = deque((min(until, self._begun), pages) for until, pages in self._waiting)
+        self.end_step(self._ended)
+
     def holders(self) -> tuple[Int32, Int32]:
         """(free pages, quarantined pages), as the allocator has them listed: for `RadixTree.check`."""
         waiting = [pages for _, pages in self._waiting]

@@ -54,12 +54,12 @@ class RadixTree:
         self.roots: dict[Namespace, Root] = {}
         self.leases: dict[Lease, None] = {}  # the live ones, in the order they were made
         self.leaves = EvictionIndex(POLICIES[policy])
-        self.first_pages: dict[tuple[str, bytes], int] = {}  # (owner, first page) -> salts that hold it
+        self.salts_in_use: dict[str, int] = {}  # owner -> namespaces of theirs that hold something
         # Under these an extension of a node counts as a use of the whole node. Under the others new pages must not
         # inherit an old node's past, so there a node grows only by the lease that added it.
         self._by_recency = policy in ("lru", "priority")
         self._evictions = EvictionRecord(evictions_remembered)
-        self._published_in = np.full(num_pages, -1, np.int32)  # the step in which a page entered the tree
+        self._published_in = np.full(num_pages, -1, np.int64)  # the step in which a page entered the tree
         self._step = 0
         self._clock = 0
         self._serial = 0
@@ -71,15 +71,21 @@ class RadixTree:
 
     # ---- what a request does: match, reserve, publish, release ----
 
-    def peek(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> int:
-        """What `match` would report as ``hit``, without touching anything."""
+    def peek(
+        self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, *, fresh: bool = False
+    ) -> int:
+        """What `match` would report as ``hit``, without touching anything.
+
+        ``fresh``: what it would report once the step being planned has run, when its pages can be copied from.
+        """
         root = self.roots.get(namespace)
         if root is None or not self.enabled:
             return 0
         tokens = np.asarray(tokens, np.int32)
         limit = _clamp(limit, len(tokens))
         walk = follow(root, tokens, 0, limit, self.page_size)
-        return walk.length + closest_page(walk, tokens, limit, self.page_size, self._may_copy).tokens
+        may_copy = _any_page if fresh else self._may_copy
+        return walk.length + closest_page(walk, tokens, limit, self.page_size, may_copy).tokens
 
     def match(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, priority: int = 0
@@ -205,6 +211,11 @@ class RadixTree:
         """Every step up to and including this one has ended."""
         self.allocator.end_step(step)
 
+    def cancel_step(self, step: int) -> None:
+        """The step begun last was planned and will not run. Nothing may have been published for it."""
+        self.allocator.cancel_step(step)
+        self._step = step - 1  # the number is given again: what is published until then must not look fresh to it
+
     # ---- what an operator does ----
 
     def flush(self) -> int:
@@ -233,7 +244,7 @@ class RadixTree:
             return Explanation(hit, "evicted")
         if hit and hit == held and partial.diverges:
             return Explanation(hit, "diverged", hit)
-        if not hit and limit >= self.page_size and (namespace[0], next_page) in self.first_pages:
+        if not hit and self.salts_in_use.get(namespace[0]) and not walk.node.children:
             return Explanation(hit, "namespace")
         return Explanation(hit, "cold")
 
@@ -316,9 +327,9 @@ class RadixTree:
         child.priority = priority
         parent.adopt(child)
         self.num_nodes += 1
-        if isinstance(parent, Root):
-            first_page = parent.namespace[0], key
-            self.first_pages[first_page] = self.first_pages.get(first_page, 0) + 1
+        if isinstance(parent, Root) and len(parent.children) == 1:
+            owner = parent.namespace[0]
+            self.salts_in_use[owner] = self.salts_in_use.get(owner, 0) + 1
         return child
 
     # ---- locks and eviction ----
@@ -385,12 +396,11 @@ class RadixTree:
             raise RuntimeError("a root cannot be detached")
         parent.disown(leaf)
         self.num_nodes -= 1
-        if isinstance(parent, Root):
-            first_page = parent.namespace[0], leaf.key
-            if self.first_pages[first_page] > 1:
-                self.first_pages[first_page] -= 1
-            else:
-                del self.first_pages[first_page]
+        if isinstance(parent, Root) and not parent.children:
+            owner = parent.namespace[0]
+            self.salts_in_use[owner] -= 1
+            if not self.salts_in_use[owner]:
+                del self.salts_in_use[owner]
         if not parent.children and not parent.locks:
             self._became_leaf(parent)
 
@@ -420,6 +430,10 @@ class RadixTree:
     def _new_serial(self) -> int:
         self._serial += 1
         return self._serial
+
+
+def _any_page(_page: int) -> bool:
+    return True
 
 
 def _clamp(limit: int | None, length: int) -> int:

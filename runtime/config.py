@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -55,6 +55,11 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
 
 
+def _choices(field: str) -> tuple[str, ...]:
+    """The values a field with a closed list of them takes."""
+    return tuple(value for value in get_args(get_type_hints(EngineConfig)[field]) if isinstance(value, str))
+
+
 def step_budget(config: EngineConfig, *, gpu: bool) -> int:
     """Query tokens one step may hold: the flag, or what suits the device."""
     return config.max_num_batched_tokens or max(config.max_num_seqs, 8192 if gpu else 2048)
@@ -62,6 +67,15 @@ def step_budget(config: EngineConfig, *, gpu: bool) -> int:
 
 def check(config: EngineConfig) -> EngineConfig:
     """Raises `LoadError` naming the flag and its limits; returns the config unchanged."""
+    try:
+        msgspec.convert(msgspec.to_builtins(config), EngineConfig)
+    except msgspec.ValidationError as error:  # "Invalid enum value 'zz' - at `$.dtype`"
+        problem, _, where = str(error).partition(" - at `$.")
+        field = where.rstrip("`")
+        choices = _choices(field)
+        if choices:
+            problem = f"must be one of {', '.join(choices)}, got {getattr(config, field)!r}"
+        raise LoadError(f"--{field.replace('_', '-')}: {problem}") from error
     for name, low, high in (
         ("page_size", 1, 256),
         ("max_num_seqs", 1, 4096),

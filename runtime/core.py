@@ -49,6 +49,7 @@ class EngineCore:
         self._depth = int(config.overlap if config.overlap is not None else gpu)
         self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._failures = 0
+        self.advanced = False  # did the last `step` launch or read anything? If not, there is time to wait for news
 
     @property
     def has_work(self) -> bool:
@@ -72,7 +73,6 @@ class EngineCore:
         """
         try:
             self._advance()
-            self._failures = 0
         except Exception as error:
             self._failures += 1
             logger.exception("a step failed")
@@ -87,6 +87,7 @@ class EngineCore:
 
     def _advance(self) -> None:
         scheduled = self.scheduler.plan()
+        self.advanced = scheduled is not None or bool(self._inflight)
         if scheduled is not None:
             self._inflight.append((scheduled, self.executor.launch(scheduled.plan)))
         elif not self._inflight:
@@ -97,24 +98,26 @@ class EngineCore:
         if len(self._inflight) > self._depth or scheduled is None:
             oldest, pending = self._inflight.popleft()
             self.scheduler.complete(oldest, pending.result())
+            self._failures = 0  # not before: a device's errors surface when results are read
 
     def control(self, message: Control) -> ControlReply:
         """flush_cache: evict all that no running request holds. tree: a dump. info: facts. check: the invariants."""
-        value: Any
+        try:
+            return ControlReply(message.id, True, self._control(message))
+        except Exception as error:  # a question must not stop the engine: the answer says what broke
+            logger.exception("control %s failed", message.what)
+            return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
+
+    def _control(self, message: Control) -> Any:
         if message.what == "flush_cache":
-            value = {"evicted_pages": self.scheduler.tree.flush()}
-        elif message.what == "tree":
+            return {"evicted_pages": self.scheduler.tree.flush()}
+        if message.what == "tree":
             options = message.argument or {}
-            value = self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
-        elif message.what == "info":
-            value = self.info()
-        else:
-            try:
-                self.check()
-            except Exception as error:  # the answer is the point: report, whatever broke
-                return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
-            value = "clean"
-        return ControlReply(message.id, True, value)
+            return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
+        if message.what == "info":
+            return self.info()
+        self.check()
+        return "clean"
 
     def info(self) -> dict[str, Any]:
         limits = self.scheduler.limits

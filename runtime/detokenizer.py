@@ -60,6 +60,7 @@ class _Request:
     prompt_tokens: int
     include_stop: bool
     cache: CacheReport | None = None
+    queue_seconds: float = 0.0
     ended: bool = False  # a stop string matched: the client has its terminal delta, the scheduler still has to say so
 
 
@@ -91,6 +92,7 @@ class DetokenizerCore:
             request = self._requests.get(id)
             if request is not None and not request.ended:
                 request.cache = report
+                request.queue_seconds = step.queue_seconds.get(id, 0.0)
                 self._delta(deltas, id).cache = report
         for piece in step.prompt_logprobs:
             request = self._requests.get(piece.id)
@@ -129,6 +131,7 @@ class DetokenizerCore:
                     prompt_tokens=request.prompt_tokens,
                     completion_tokens=request.text.count,
                     cache=request.cache,
+                    queue_seconds=request.queue_seconds,
                 )
         return stopped
 

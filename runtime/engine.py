@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,7 +119,7 @@ def _error(finish: Finished) -> BranchwiseError:
     message = finish.error or "the request failed"
     if 400 <= finish.status < 500:
         return InvalidRequest(message, field=finish.error_field, status=finish.status)
-    return BranchwiseError(message)
+    return EngineDead(message)
 
 
 class Engine:
@@ -159,6 +159,7 @@ class Engine:
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[int, Callable[[Delta], None]] = {}
         self._dead: str | None = None
+        self._gate = threading.Lock()  # between submitting and ending: no request slips in behind the end
         self._thread = threading.Thread(target=self._run, name="branchwise-engine", daemon=True)
         self._thread.start()
 
@@ -196,16 +197,20 @@ class Engine:
                 sink(delta)
 
     def _end(self, why: str) -> None:
-        self._dead = why
-        self._core.close()
-        while self._sinks:
-            id_, sink = self._sinks.popitem()
+        with self._gate:
+            self._dead = why
+            sinks, self._sinks = self._sinks, {}
+        for id_, sink in sinks.items():
             sink(Delta(id_, finish=Finished(id_, "error", error=why)))
+        self._core.close()
 
-    def _on_thread(self, job: Callable[[], None]) -> None:
-        if self._dead is not None:
-            raise EngineDead(self._dead)
-        self._inbox.put(job)
+    def _on_thread(self, job: Callable[[], None], sinks: Mapping[int, Callable[[Delta], None]] | None = None) -> None:
+        """Queues ``job``. From here on each of ``sinks`` hears how its request ends, also if the engine dies first."""
+        with self._gate:
+            if self._dead is not None:
+                raise EngineDead(self._dead)
+            self._sinks.update(sinks or {})
+            self._inbox.put(job)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
         answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
@@ -240,22 +245,20 @@ class Engine:
                 raise InvalidRequest("prompt must not be empty", field="prompt")
             tokens = self.tokenizer.encode(prompt)
         else:
-            ids = list(prompt)
+            ids = prompt.tolist() if isinstance(prompt, np.ndarray) else list(prompt)
             check_token_ids(ids, vocab_size, "prompt")
             tokens = np.array(ids, dtype=np.int32)
         data = np.asarray(tokens, dtype="<i4").tobytes()
         ids = [next(self._ids) for _ in range(params.n)]
         messages = []
         for i, id_ in enumerate(ids):
-            mine = params if params.seed is None or i == 0 else msgspec.structs.replace(params, seed=params.seed + i)
-            messages.append(Generate(id_, data, mine, ("", cache_salt), priority))
+            messages.append(Generate(id_, data, params.sample(i), ("", cache_salt), priority))
 
         def job() -> None:
             for message in messages:
-                self._sinks[message.id] = sink
                 self._core.add(message)
 
-        self._on_thread(job)
+        self._on_thread(job, dict.fromkeys(ids, sink))
         return ids
 
     def _abort(self, ids: list[int]) -> None:

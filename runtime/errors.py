@@ -26,4 +26,4 @@ class LoadError(BranchwiseError):
 
 
 class EngineDead(BranchwiseError):
-    """The engine stopped while the request was in flight."""
+    """The engine failed or stopped while the request was in flight. Not the request's fault."""

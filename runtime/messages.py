@@ -147,6 +147,7 @@ class StepOutput(Message):
     logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1
     prompt_logprobs: list[PromptLogprobs] = []
     cache: dict[int, CacheReport] = {}  # for each request whose first chunk was scheduled in this step
+    queue_seconds: dict[int, float] = {}  # and how long each of them had waited for it
     finished: list[Finished] = []
 
 

@@ -20,13 +20,28 @@ def model_folder(model: str) -> Path:
         return shipped_model()
     path = Path(model).expanduser()
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"{path} has no config.json: it is not a Hugging Face model folder")
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise LoadError(f"{model}: not a folder; give a model folder or a hub id such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download  # here: it costs time to import and most loads do not need it
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
-    except Exception as error:  # the hub's errors share no base class; all of them mean the same here
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
-        raise LoadError(f"{model}: no such folder, and the hub did not provide it ({reason})") from error
+    except RepositoryNotFoundError as error:
+        reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
+        raise LoadError(f"{model}: no such folder, and {reason}") from error
+    except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
+        raise LoadError(f"{model}: no such folder, and cannot reach the hub: {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    """What the system said at the bottom of a chain of errors, else how the top one begins. No names of classes."""
+    bottom: BaseException | None = error
+    while bottom is not None:
+        if isinstance(bottom, OSError) and bottom.strerror:
+            return bottom.strerror
+        bottom = bottom.__cause__ or bottom.__context__
+    return str(error).strip().partition("\n")[0] or "no reason given"

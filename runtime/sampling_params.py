@@ -43,6 +43,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None  # the same for prompt tokens
     prompt_logprob_start: int = 0  # first prompt position whose logprob is wanted
 
+    def sample(self, i: int) -> SamplingParams:
+        """The parameters of sample ``i`` of ``n``: one sample, seeded with ``seed + i``."""
+        seed = None if self.seed is None else (self.seed + i) & MAX_SEED
+        return msgspec.structs.replace(self, n=1, seed=seed)
+
     @property
     def greedy(self) -> bool:
         return self.temperature < 1e-6 or self.top_k == 1

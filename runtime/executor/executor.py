@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels import ops
 from ...kernels.attention.base import AttentionBatch
 from ...kernels.attention.torch_backend import TorchAttention
-from ..config import EngineConfig, check
+from ..config import EngineConfig, check, step_budget
 from ..errors import LoadError
 from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
@@ -76,7 +76,7 @@ class ModelExecutor:
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
-        batched = config.max_num_batched_tokens or (2048 if device.type == "cpu" else 8192)
+        batched = step_budget(config, gpu=device.type == "cuda")
         memory = plan_memory(config, model, dtype, device, max_model_len(config, model), batched)
         if config.load_format == "dummy":
             weights = dummy_weights(model, dtype, device, config.seed)

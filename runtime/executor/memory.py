@@ -120,7 +120,7 @@ def plan_memory(
             (config.max_num_seqs * row_pages, f"enough for {config.max_num_seqs} × {max_model_len:,} tokens"),
         ]
         if device.type == "cpu":
-            candidates.append((CPU_KV_LIMIT // page, f"{human_bytes(CPU_KV_LIMIT)} (--kv-cache-tokens sets it)"))
+            candidates.append((CPU_KV_LIMIT // page, "the most a CPU takes unasked (--kv-cache-tokens sets it)"))
         pages, limit = min(candidates)
         if pages < 1:
             raise LoadError(

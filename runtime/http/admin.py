@@ -54,7 +54,7 @@ def router(site: Site) -> APIRouter:
         """Walks the tree and the pages between two steps. 500 names the invariant that does not hold."""
         return json_response({"check": await site.client.control("check")})
 
-    @routes.post("/flush_cache")
+    @routes.api_route("/flush_cache", methods=["GET", "POST"])  # SGLang takes both
     async def flush_cache() -> Response:
         """Forgets everything that no running request holds."""
         return json_response(await site.client.control("flush_cache"))

@@ -47,11 +47,17 @@ class Namespaces:
     """Names of cache namespaces. The owner comes from the API key; what a request sends can only divide it further."""
 
     def __init__(self, api_key: str | None) -> None:
-        secret = secrets.token_bytes(32)
-        self._owner = "" if api_key is None else hmac.new(secret, api_key.encode(), hashlib.sha256).hexdigest()
+        self._secret = secrets.token_bytes(32)
+        self._owner = "" if api_key is None else self._digest(api_key)
 
-    def of(self, salt: str | None) -> tuple[str, str]:
-        return self._owner, salt or ""
+    def of(self, salt: str | None, extra_key: str | None = None) -> tuple[str, str]:
+        """(owner, salt). SGLang has two words for the salt: both count. A digest, because the tree is there to be
+        shown and a salt is a secret; "ab" + "c" does not meet "a" + "bc"."""
+        salt, extra_key = salt or "", extra_key or ""
+        return self._owner, self._digest(f"{len(salt)}:{salt}{extra_key}") if salt or extra_key else ""
+
+    def _digest(self, text: str) -> str:
+        return hmac.new(self._secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:32]
 
 
 def _keys(headers: Iterable[tuple[bytes, bytes]]) -> Iterable[bytes]:

@@ -25,10 +25,6 @@ State = Literal["starting", "ready", "draining", "dead"]
 CONTROL_SECONDS = 30.0
 
 
-class ClientGone(Exception):
-    """The client closed its connection; nobody is left to answer."""
-
-
 @dataclass(slots=True, frozen=True)
 class Prompt:
     """One prompt of a call: as text or as token ids (int32 bytes), sampled ``params.n`` times."""

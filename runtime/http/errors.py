@@ -36,6 +36,10 @@ def error_response(
     return Response(body, status, headers, media_type="application/json")
 
 
+class ClientGone(Exception):
+    """The client closed its connection; nobody is left to answer."""
+
+
 class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
@@ -74,6 +78,10 @@ def install(app: FastAPI) -> None:
     async def handle(_request: Request, error: Exception) -> Response:
         return response_for(error)
 
+    async def nobody_left(_request: Request, _error: Exception) -> Response:
+        return Response(status_code=499)  # nobody is there to read it
+
+    app.add_exception_handler(ClientGone, nobody_left)
     for kind in (InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 

@@ -61,7 +61,7 @@ class _Answer:
             raise InvalidRequest("input_ids must hold token ids, got str", field=field)
         for name in ("cache_salt", "extra_key"):
             check_label(getattr(body, name), name)
-        namespace = site.namespaces.of(_salt(body))
+        namespace = site.namespaces.of(body.cache_salt, body.extra_key)
         priority = check_priority(body.priority)
         sampling = _spread(
             body.sampling_params if body.sampling_params is not None else {}, len(raw), "sampling_params"
@@ -174,13 +174,6 @@ class _Sample:
         self.logprobs = logprobs
         self.prompt_logprobs = prompt_logprobs
         self.start = start
-
-
-def _salt(body: GenerateRequest) -> str | None:
-    """SGLang has two words for it; both given must both matter, and "ab" + "c" must not meet "a" + "bc"."""
-    if body.cache_salt and body.extra_key:
-        return f"{len(body.cache_salt)}:{body.cache_salt}{body.extra_key}"
-    return body.cache_salt or body.extra_key
 
 
 def _spread(value: T | list[T], count: int, field: str) -> list[T]:

@@ -74,6 +74,7 @@ class GenerateSampling(_Strict):
     n: int = 1
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = Field(True, description="Accepted; it means nothing to fast tokenizers.")
     no_stop_trim: bool = False
     logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
@@ -115,7 +116,7 @@ UNSUPPORTED = frozenset(
         # other ways to sample
         *("use_beam_search", "beam_width", "length_penalty", "allowed_token_ids", "bad_words", "logits_processors"),
         *("custom_logit_processor", "custom_params", "watermark", "truncate_prompt_tokens", "max_thinking_tokens"),
-        *("require_reasoning", "prompt_logprobs", "vllm_xargs"),
+        *("require_reasoning", "prompt_logprobs", "vllm_xargs", "max_completion_tokens", "messages"),
         # other models, other outputs, sessions
         *("lora_path", "lora_id", "lora_request", "return_hidden_states", "return_entropy", "token_ids_logprob"),
         *("session_id", "session_params", "return_routed_experts", "kv_transfer_params", "bootstrap_host"),

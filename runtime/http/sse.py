@@ -12,8 +12,8 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ..messages import Delta
-from .client import Call, ClientGone
-from .errors import describe
+from .client import Call
+from .errors import ClientGone, describe
 
 Batch = list[tuple[int, Delta]]
 DONE = b"data: [DONE]\n\n"

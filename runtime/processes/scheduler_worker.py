@@ -61,8 +61,8 @@ class SchedulerWorker:
                     break
                 timeout_ms = None
             else:
-                # A step that had nothing to say waits a moment for news instead of spinning.
-                timeout_ms = 0 if output is not None else 1
+                # With nothing to compute, wait a moment for news instead of spinning.
+                timeout_ms = 0 if core.advanced else 1
         self._detokenizer.send([Shutdown()])
         core.close()
         self._detokenizer.close()

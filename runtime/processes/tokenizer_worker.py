@@ -6,14 +6,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import zmq
 
 from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..limits import fit
 from ..messages import Abort, Delta, Deltas, Finished, Generate, Limits, Message, Ready, Shutdown, Submit
-from ..sampling_params import MAX_SEED, SamplingParams
+from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToTokenizer
 
@@ -66,10 +65,9 @@ class TokenizerWorker:
             refused += _refusals(message, "the prompt could not be tokenized", None, 500)
             return
         for i, id in enumerate(message.ids):
-            sample = msgspec.structs.replace(
-                params, n=1, seed=None if params.seed is None else (params.seed + i) & MAX_SEED
+            forward.append(
+                Generate(id, tokens, params.sample(i), message.namespace, message.priority, message.echo_tokens)
             )
-            forward.append(Generate(id, tokens, sample, message.namespace, message.priority, message.echo_tokens))
 
     def _prepare(self, message: Submit) -> tuple[bytes, SamplingParams]:
         if self._limits is None:

@@ -34,7 +34,7 @@ class ScheduledStep:
 
     plan: StepPlan
     sampled: list[Request]  # parallel to plan.samples
-    prompt_logprobs: list[Request]  # parallel to plan.prompt_logprobs
+    prompt_logprobs: dict[int, Request]  # by index into the plan's requests
     finishing: list[Request]  # end with this step without sampling (max_tokens=0)
     prompt_tokens: int  # of the step's tokens, those that belong to prompts (or to what a resumed request had)
 
@@ -74,13 +74,13 @@ class Draft:
             (i for i in range(len(requests)) if i < len(decode) or chunks[i - len(decode)].samples), dtype=np.int32
         )
         logprobs: list[tuple[int, int, int]] = []
-        wanting: list[Request] = []
+        wanting: dict[int, Request] = {}
         for i, chunk in enumerate(chunks, start=len(decode)):
             request = chunk.request
             k = request.params.prompt_logprobs
             if k is not None and request.prompt_logprob_next <= min(chunk.end, request.prompt_len - 1):
                 logprobs.append((i, k, request.prompt_logprob_next))
-                wanting.append(request)
+                wanting[i] = request
                 request.prompt_logprob_next = min(chunk.end, request.prompt_len - 1) + 1
         table_rows, table_cols, table_pages = ledger.take_writes()
         ledger.swap(self.swaps)

@@ -23,7 +23,7 @@ class Ledger:
         self.tree = tree
         self.page_size = tree.page_size
         self.rows = Rows(max_rows)
-        self.waiting: dict[int, Request] = {}  # by id, in order of arrival or retraction
+        self.waiting: dict[int, Request] = {}  # by id, in order of arrival
         self.clock = 0  # tokens scheduled so far: the service clock that ages waiting requests
         self.retractions = 0
         self._writes: list[tuple[int, int, Int32]] = []  # (row, first column, pages)
@@ -85,6 +85,8 @@ class Ledger:
         request.hit_estimate = max(0, request.num_tokens - 1)
         self.retractions += 1
         self.waiting[request.id] = request
+        # The youngest are retracted first. Ids ascend with arrival, and retractions are rare.
+        self.waiting = dict(sorted(self.waiting.items()))
 
     def victim(self, request: Request, *, by_priority: bool) -> Request | None:
         """Who gives way when ``request`` needs pages: the youngest running request younger than it, or of lower

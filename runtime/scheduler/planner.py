@@ -18,6 +18,7 @@ from .request import Request
 from .rows import DECODE, PREFILL
 
 _PRODUCER_MIN = 64  # tokens: a shared, not yet computed prefix shorter than this is not worth a step's wait
+_COPY_MIN = 4  # tokens: sharing less than this of a page is not worth a step's wait
 _MAX_MISFITS = 8  # candidates per step that may fail to fit before admission stops looking
 _MAX_SKIPS = 64  # times a request is overtaken because it did not fit, before it blocks the queue until it does
 _REFRESH = 2  # waiting requests whose cached prefix is looked up anew each step (a lookup costs up to 0.1 ms)
@@ -37,16 +38,19 @@ class Planner:
 
     def plan(self) -> ScheduledStep | None:
         """The next step, or None if nothing can run now. State advances as if the step had been launched."""
-        step = self._tree.begin_step()
-        draft = Draft(step, self._budget)
-        self._decodes(draft)
-        producers = self._prefills(draft)
-        if not draft.retracted:
-            self._admissions(draft, producers)
-        if draft.empty:
-            self._tree.end_step(step)
-            return None
-        return draft.build(self._ledger)
+        while True:
+            step = self._tree.begin_step()
+            draft = Draft(step, self._budget)
+            self._decodes(draft)
+            producers = self._prefills(draft)
+            if not draft.retracted:
+                self._admissions(draft, producers)
+            if not draft.empty:
+                return draft.build(self._ledger)
+            self._tree.cancel_step(step)
+            if not draft.retracted:
+                return None
+            # What the retracted gave up was in quarantine until this step's end. It will not run: look again.
 
     # -- decodes -------------------------------------------------------------------------------------------------------
 
@@ -142,7 +146,7 @@ class Planner:
         for request in self._candidates():
             if draft.budget <= 0 or not self._rows.has_free:
                 break
-            if self._waits_for_producer(request, producers):
+            if self._waits_for_producer(request, producers) or (draft.chunks and self._waits_to_copy(request)):
                 continue
             kept = self._admit(draft, request, wanted, look=not misfits)
             if kept is None:
@@ -181,6 +185,18 @@ class Planner:
             ):
                 return True
         return False
+
+    def _waits_to_copy(self, request: Request) -> bool:
+        """Does it share part of a page with a prompt of this very step? The step writes that page; the next can copy
+        it. Waiting for it, once, makes requests that come together share to the token, as if they had come in turn."""
+        if request.held_back:
+            return False
+        now, soon = (
+            self._tree.peek(request.tokens, request.namespace, request.reuse_limit, fresh=fresh)
+            for fresh in (False, True)
+        )
+        request.held_back = soon - now >= _COPY_MIN
+        return request.held_back
 
     def _may_fit(self, request: Request, pages: int, look: bool) -> bool:
         """Could it fit if nothing it hits were evictable now? By the last look at the tree, or by a new one."""

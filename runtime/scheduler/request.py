@@ -32,6 +32,7 @@ class Request:
         "arrival_clock",
         "cache",
         "echo_tokens",
+        "held_back",
         "hit_estimate",
         "id",
         "lease",
@@ -74,6 +75,7 @@ class Request:
         self.arrival: float = 0.0  # wall time, for the queue-time metric only
         self.arrival_clock: int = 0  # service clock (tokens scheduled) at arrival: ages the request
         self.hit_estimate: int = 0  # tokens the tree held when last looked; orders the queue
+        self.held_back: bool = False  # it has waited a step to copy from a page that was just being written
         self.skips: int = 0  # times a later request was admitted because this one did not fit
         self.row: int = -1
         self.lease: Lease | None = None

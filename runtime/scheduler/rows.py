@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from ..step import PENDING, Int32
 from .request import Request
@@ -15,8 +14,8 @@ class Rows:
     """Structure of arrays over the rows of the page table, [max_rows] each.
 
     For a running request: ``computed <= length``. Tokens below ``computed`` have their KV written or scheduled;
-    ``length`` counts its tokens, those sampled but not yet known to the host included. In PREFILL, ``length`` is
-    ``target``; in DECODE, ``length == computed + 1``: exactly the last token still has no KV.
+    ``length`` counts its tokens, those sampled but not yet known to the host included. In PREFILL, all of
+    them are known; in DECODE, ``length == computed + 1``: exactly the last token still has no KV.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -29,7 +28,6 @@ class Rows:
         self.held = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
         self.last_token = np.zeros(max_rows, dtype=np.int32)  # the token to feed next, or PENDING
         self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
-        self.ids: npt.NDArray[np.int64] = np.zeros(max_rows, dtype=np.int64)
         self.requests: list[Request | None] = [None] * max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._admissions = 0
@@ -45,7 +43,6 @@ class Rows:
         """Gives ``request`` a row; ``computed`` of its tokens already have KV."""
         row = self._free.pop()
         self.requests[row] = request
-        self.ids[row] = request.id
         self.phase[row] = PREFILL
         self.computed[row] = computed
         self.length[row] = request.num_tokens

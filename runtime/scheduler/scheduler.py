@@ -135,6 +135,7 @@ class Scheduler:
             request.opened = True
             request.queue_seconds = self._now() - request.arrival
             self._out.cache[request.id] = request.cache
+            self._out.queue_seconds[request.id] = request.queue_seconds
             self._totals.cached_tokens += request.cache.hit_tokens
 
     def complete(self, step: ScheduledStep, result: StepResult) -> None:
@@ -145,8 +146,7 @@ class Scheduler:
         """
         self.tree.end_step(step.plan.step)
         for i, (start, rows) in result.prompt_logprobs.items():
-            index = next(j for j, entry in enumerate(step.plan.prompt_logprobs) if entry[0] == i)
-            request = step.prompt_logprobs[index]
+            request = step.prompt_logprobs[i]
             if request.status is not Status.FINISHED:
                 self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
         ids: list[int] = []

@@ -270,7 +270,7 @@ def test_namespaces_leave_nothing_behind(drive):
         d.remember(A[:5], ("ann", salt))
     assert len(d.tree.roots) == 16, "the pool holds two pages of each of sixteen"
     d.tree.flush()
-    assert not d.tree.roots and not d.tree.first_pages
+    assert not d.tree.roots and not d.tree.salts_in_use
 
 
 def test_disabled_cache_remembers_nothing(drive):

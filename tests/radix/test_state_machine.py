@@ -244,8 +244,7 @@ class Machine(RuleBasedStateMachine):
             (namespace, tokens[:end]) in self.gone and (namespace, tokens[:end]) not in self.cache
             for end in range(lease.length + shared + 1, min(lease.length + self.size, len(tokens)) + 1)
         )
-        first = tokens[: self.size]
-        elsewhere = any(w[0] == namespace[0] and w != namespace and p == first for w, p in self.cache)
+        elsewhere = not here and any(w[0] == namespace[0] for w, _ in self.cache)
         if report.reason == "evicted":
             assert went and lease.length + shared < limit
             return
@@ -253,7 +252,7 @@ class Machine(RuleBasedStateMachine):
             expected = "hit"
         elif hit and differs and hit == lease.length + shared:
             expected = "diverged"
-        elif not hit and limit >= self.size and elsewhere:
+        elif not hit and elsewhere:
             expected = "namespace"
         else:
             expected = "cold"

@@ -217,7 +217,7 @@ def test_dump_is_bounded_in_nodes_and_depth(drive):
         (lambda t, n: setattr(t, "num_nodes", 9), "num_nodes"),
         (lambda t, n: t.leaves.remove(n), "index"),
         (lambda t, n: t.allocator.allocate(1), "pages lost"),
-        (lambda t, n: t.first_pages.clear(), "first pages"),
+        (lambda t, n: t.salts_in_use.clear(), "salts"),
         (lambda t, n: setattr(n, "tokens", n.tokens[:3]), "fill"),
         (lambda t, n: t.match(np.array(A, np.int32)), "leases are live"),
     ],

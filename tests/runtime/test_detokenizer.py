@@ -458,3 +458,17 @@ def test_any_traffic_gives_one_end_each_and_leaves_no_state(data: st.DataObject)
         assert "".join(delta.text for delta in seen[id]) == text[: end + length]
         count_seen = sum(len(delta.tokens) for delta in seen[id]) // 4
         assert count_seen == last.finish.completion_tokens
+
+
+def test_a_stop_string_keeps_the_time_its_request_waited() -> None:
+    """The terminal delta is the detokenizer's own; what the scheduler measured must not be lost with it."""
+    backend = Backend(models.BPE({"a": 0, "b": 1}, []))
+    backend.decoder = decoders.ByteLevel()
+    core = DetokenizerCore(Tokenizer(backend))
+    opened = Opened(1, 1, b"", SamplingParams(stop=("b",)))
+    core.feed(StepOutput(opened=[opened], cache={1: CacheReport(0, "cold")}, queue_seconds={1: 2.5}))
+    ids, tokens = np.array([1], "<i8").tobytes(), np.array([1], "<i4").tobytes()
+    (delta,), stopped = core.feed(StepOutput(ids=ids, tokens=tokens))
+    assert stopped == [1]
+    assert delta.finish is not None
+    assert delta.finish.queue_seconds == 2.5

@@ -234,6 +234,11 @@ def test_a_closed_engine_says_so(checkpoint):
     ("settings", "says"),
     [
         ({"page_size": 0}, "--page-size"),
+        ({"page_size": "a"}, "--page-size"),
+        ({"dtype": "int8"}, "--dtype.*one of.*bfloat16.*int8"),
+        ({"schedule_policy": "zz"}, "--schedule-policy.*hrrn"),
+        ({"eviction_policy": "zz"}, "--eviction-policy.*lru"),
+        ({"load_format": "zz"}, "--load-format"),
         ({"max_num_seqs": 0}, "--max-num-seqs"),
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size"),
         ({"gpu_memory_utilization": 2.0}, "--gpu-memory-utilization"),
@@ -244,6 +249,44 @@ def test_a_closed_engine_says_so(checkpoint):
 def test_bad_settings_are_named(checkpoint, settings, says):
     with pytest.raises(LoadError, match=says):
         Engine(checkpoint("llama-gqa"), **settings)
+
+
+def test_a_prompt_may_be_an_array(engine):
+    ids = engine.tokenizer.encode(TEXT)
+    assert engine.generate(ids, GREEDY).token_ids == engine.generate(ids.tolist(), GREEDY).token_ids
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypatch):
+    with Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024) as engine:
+        stepping, go = threading.Event(), threading.Event()
+
+        def step():
+            stepping.set()
+            go.wait(5)
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(engine._core, "step", step)
+        failures: list[Exception] = []
+
+        def ask():
+            try:
+                engine.generate(TEXT, GREEDY)
+            except Exception as error:
+                failures.append(error)
+
+        first = threading.Thread(target=ask)
+        first.start()
+        stepping.wait(5)
+        second = threading.Thread(target=ask)  # its job is queued behind the step that breaks
+        second.start()
+        while engine._inbox.empty():
+            time.sleep(0.001)
+        go.set()
+        for thread in (first, second):
+            thread.join(5)
+            assert not thread.is_alive()
+        assert [type(f) for f in failures] == [EngineDead, EngineDead]
 
 
 def test_a_missing_model_is_one_line_that_says_what_to_give(tmp_path):

@@ -134,12 +134,15 @@ async def test_no_key_no_questions(make_site: Callable[..., Site]) -> None:
 
 def test_namespaces() -> None:
     assert Namespaces(None).of(None) == ("", "")
-    assert Namespaces(None).of("salt") == ("", "salt")
     keyed = Namespaces(KEY)
     owner, salt = keyed.of("salt")
-    assert (len(owner), salt) == (64, "salt")
+    assert len(owner) == len(salt) == 32
     assert KEY not in owner
-    assert keyed.of(None) == (owner, "")
+    assert "salt" not in salt, "the tree is shown to people; a salt is a secret"
+    assert keyed.of("salt") == (owner, salt)
+    assert keyed.of(None) == keyed.of("") == (owner, "")
+    both = [keyed.of(*pair)[1] for pair in (("ab", "c"), ("a", "bc"), ("abc", None), (None, "abc"), ("2:abc", None))]
+    assert len({*both, salt, ""}) == 7, "no two ways of dividing meet"
     # No client can name another key's namespace: owners come from the key and a secret of this very process.
     assert Namespaces("other").of("salt")[0] not in ("", owner)
     assert Namespaces(KEY).of(None)[0] != owner

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
-from branchwise.runtime.http.client import ClientGone, EngineClient, Prompt
+from branchwise.runtime.http.client import EngineClient, Prompt
+from branchwise.runtime.http.errors import ClientGone
 from branchwise.runtime.http.metrics import Metrics
 from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Message, Submit
 from branchwise.runtime.sampling_params import SamplingParams

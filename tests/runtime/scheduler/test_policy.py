@@ -104,11 +104,18 @@ def test_a_higher_priority_request_takes_pages_from_a_lower_one(make_driver):
 
 @pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("policy", ["hrrn", "fcfs", "lpm", "priority"])
-def test_an_overcommitted_pool_only_costs_time(make_driver, policy, overlap):
+@pytest.mark.parametrize("disabled", [False, True], ids=["cache", "no-cache"])
+def test_an_overcommitted_pool_only_costs_time(make_driver, policy, overlap, disabled):
     """Admission that counts on no output at all: constant retraction, in the middle of prompts too."""
     rng = random.Random(f"{policy}/{overlap}")
     driver = make_driver(
-        num_pages=24, page_size=4, schedule_policy=policy, max_num_batched_tokens=40, max_len=96, overlap=overlap
+        num_pages=24,
+        page_size=4,
+        schedule_policy=policy,
+        max_num_batched_tokens=40,
+        max_len=96,
+        overlap=overlap,
+        disable_radix_cache=disabled,
     )
     driver.core.scheduler.planner.estimator.pages_still_wanted = lambda rows, page_size: 0
     for _ in range(60):

@@ -229,6 +229,87 @@ def test_a_broken_step_ends_what_it_touched_and_nothing_else(make_driver, overla
     driver.verify()
 
 
+def test_errors_that_surface_when_results_are_read_end_the_engine(make_driver):
+    """A broken CUDA device lets steps launch and fails when they are read: that is no recovery."""
+    driver = make_driver(overlap=True)
+
+    class Broken:
+        def result(self):
+            raise RuntimeError("sticky")
+
+    driver.executor.launch = lambda plan: Broken()
+    with pytest.raises(RuntimeError, match="sticky"):
+        for _ in range(50):
+            driver.add(prompt(9))
+            driver.core.step()
+
+
+@BOTH
+def test_retraction_without_a_cache_is_not_a_stalemate(make_driver, overlap):
+    """What a retracted request gives up is quarantined until the step being planned ends; if nothing else can run,
+    that step is never launched and the pages are free at once."""
+    driver = make_driver(
+        num_pages=8, page_size=4, max_len=32, overlap=overlap, disable_radix_cache=True, max_num_seqs=2
+    )
+    driver.core.scheduler.planner.estimator.fraction = 0.0
+    driver.add(prompt(12, 1), max_tokens=16)
+    driver.add(prompt(12, 2), max_tokens=16)
+    driver.drain()
+    assert driver.core.stats().retractions > 0
+    driver.verify()
+
+
+def test_an_empty_plan_leaves_the_step_in_flight_in_flight(make_driver):
+    driver = make_driver(overlap=True)
+    driver.add(prompt(9), max_tokens=1)
+    scheduler = driver.core.scheduler
+    step = scheduler.plan()
+    assert scheduler.plan() is None
+    pages = scheduler.tree.allocator.allocate(1)
+    scheduler.tree.allocator.quarantine(pages)
+    assert scheduler.tree.allocator.quarantined == 1
+    scheduler.complete(step, driver.executor.launch(step.plan).result())
+    assert scheduler.tree.allocator.quarantined == 0
+
+
+def test_step_numbers_may_outgrow_32_bits(make_driver):
+    driver = make_driver()
+    allocator = driver.core.scheduler.tree.allocator
+    allocator._begun = allocator._ended = 2**31 - 2
+    driver.add(prompt(9))
+    driver.drain()
+    driver.verify()
+
+
+def test_requests_that_come_together_share_part_of_a_page(make_driver):
+    """A follower waits one step for the page that its producer is writing, and copies from it; but once only, and not
+    for a page that the producer leaves unfilled: that one stays the producer's until it is full or finished."""
+    driver = make_driver(page_size=16, num_pages=128)
+    shared = prompt(28)
+    first, *others = [driver.add([*shared, *prompt(20, start=3 + i)]) for i in range(4)]
+    driver.drain()
+    assert driver.finished[first].cache.hit_tokens == 0
+    assert [driver.finished[i].cache.hit_tokens for i in others] == [28] * 3
+    assert driver.core.stats().computed_tokens == 28 + 4 * 20
+    driver.verify()
+
+
+@BOTH
+def test_retracted_requests_keep_their_order(make_driver, overlap):
+    driver = make_driver(num_pages=9, page_size=4, max_len=36, schedule_policy="fcfs", max_num_seqs=3, overlap=overlap)
+    driver.core.scheduler.planner.estimator.fraction = 0.0
+    for i in range(3):
+        driver.add(prompt(9, i), max_tokens=20)
+    most = 0
+    while driver.core.has_work:
+        driver.step()
+        waiting = list(driver.core.scheduler.ledger.waiting)
+        assert waiting == sorted(waiting)
+        most = max(most, len(waiting))
+    assert most == 2
+    driver.verify()
+
+
 def test_an_id_in_use_is_refused(make_driver):
     driver = make_driver()
     id_ = driver.add([2, 3])
