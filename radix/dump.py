@@ -13,13 +13,15 @@ if TYPE_CHECKING:
 MAX_DEPTH = 100  # JSON encoders recurse
 
 
-def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int = 8) -> dict[str, Any]:
+def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
     """``{"namespaces": [{"owner", "salt", "leases", "children": [node...]}...], "totals": {...}}``, JSON-able.
 
-    A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids), ``leases`` (locks), ``hits``,
-    ``last_access`` (logical time), ``stub``, ``children``; ``omitted`` counts children left out. Level by level, so
-    that what ``max_nodes`` cuts off is what hangs deepest.
+    A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids; by default a page and eight more, for
+    siblings may share all but the last of a page), ``leases`` (locks), ``hits``, ``last_access`` (logical time),
+    ``stub``, ``children``; ``omitted`` counts children left out. Level by level, so that what ``max_nodes`` cuts off
+    is what hangs deepest.
     """
+    preview = tree.page_size + 8 if preview is None else preview
     namespaces: list[dict[str, Any]] = []
     queue: deque[tuple[Node, dict[str, Any], int]] = deque()
     for (owner, salt), root in tree.roots.items():

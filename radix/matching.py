@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import NamedTuple
 
 from .node import TOKEN_BYTES, Int32, Node, common_tokens, page_key
+
+_SIBLINGS = 32  # looked at in either direction for a page that may be copied
 
 
 class Walk(NamedTuple):
@@ -63,7 +66,7 @@ def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) ->
 def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: Callable[[int], bool]) -> Partial:
     """The page to copy where a walk stopped: the node's own next page, or the first page of a child.
 
-    Among the children it is a neighbour of the wanted page: in the order of keys, the longest common prefix always is.
+    Among the children it is the neighbour of the wanted page: in the order of keys, nobody shares more leading tokens.
     """
     wanted = page_key(tokens[walk.length : min(walk.length + page_size, limit)])
     if not wanted:
@@ -72,9 +75,14 @@ def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: 
         candidates = [_Candidate(walk.beyond, False, int(walk.node.pages[walk.inside]), walk.node)]
     else:
         candidates = []
-        for child in walk.node.neighbours(wanted):
-            common = common_tokens(child.key, wanted)
-            candidates.append(_Candidate(common, common * TOKEN_BYTES == len(child.key), int(child.pages[0]), child))
+        for side in walk.node.from_nearest(wanted):
+            # Past the nearest only where that may not be copied: requests that come together leave such siblings.
+            for child in islice(side, _SIBLINGS):
+                common = common_tokens(child.key, wanted)
+                page = int(child.pages[0])
+                candidates.append(_Candidate(common, common * TOKEN_BYTES == len(child.key), page, child))
+                if not common or usable(page):
+                    break
     common = max((candidate.common for candidate in candidates), default=0)
     diverges = any(candidate.common == common and not candidate.ends for candidate in candidates)
     sources = [candidate for candidate in candidates if candidate.common and usable(candidate.page)]

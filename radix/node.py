@@ -84,6 +84,14 @@ class Node:
         at = self.children.bisect_left(key)
         return [self.children.peekitem(i)[1] for i in (at - 1, at) if 0 <= i < len(self.children)]
 
+    def from_nearest(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
+        """The children before a key and those at or after it, each nearest first: ever fewer leading tokens shared."""
+        children = self.children
+        at = children.bisect_left(key) if children else 0
+        before = (children.peekitem(i)[1] for i in range(at - 1, -1, -1))
+        after = (children.peekitem(i)[1] for i in range(at, len(children)))
+        return before, after
+
     def upwards(self, top: Node | None = None) -> Iterator[Node]:
         """This node and its ancestors, below ``top`` (None: up to and including the root)."""
         node: Node | None = self

@@ -224,7 +224,7 @@ class RadixTree:
         self._evict(pages)
         return pages
 
-    def dump(self, max_nodes: int = 1000, preview: int = 8) -> dict[str, Any]:
+    def dump(self, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
         """The tree as JSON-able data: see `dump.dump_tree`."""
         return dump_tree(self, max_nodes, preview)
 

@@ -218,14 +218,14 @@ class Machine(RuleBasedStateMachine):
         used = [self.cache[prefix] for prefix in path]
         if lease.copy is None:
             assert lease.hit == length
-            assert not shared or closest & self.fresh, "a page could have been copied"
+            assert not shared or closest <= self.fresh, "a page could have been copied"
         else:
             page, k = lease.copy
             assert k >= 1 and lease.hit == length + k <= limit
             assert page not in self.fresh
             source = next(p for p, cached in self.cache.items() if cached.page == page)
             assert source[0] == namespace and source[1][: length + k] == tokens[: length + k]
-            assert k == shared or closest & self.fresh, "a better page could have been copied"
+            assert k == shared or closest <= self.fresh, "a better page could have been copied"
             if len(source[1]) % self.size:  # a stub: all of it is used
                 used.append(self.cache[source])
         now = self.now()
