@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
 PACKAGES := radix kernels runtime frontend
-# torch's threads must not spin where tests and servers share two cores (runtime/openmp.py says how much it costs)
+# torch's threads must not spin where tests and servers share two cores (runtime/torch_environment.py says how much it costs)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help

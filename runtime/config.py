@@ -48,7 +48,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key: str | None = None
     served_model_name: str | None = None
     max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
-    max_body_bytes: int = 32 * 1024 * 1024
+    max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024  # prompts × n
     drain_seconds: float = 30.0  # SIGTERM: time in-flight requests get to finish
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -27,10 +27,10 @@ from .limits import check_token_ids
 from .logprobs import TokenLogprob
 from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
 from .model_folder import model_folder
-from .openmp import wait_politely
 from .outputs import Output
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
+from .torch_environment import prepare_torch
 
 Prompt = str | Sequence[int]
 
@@ -130,7 +130,7 @@ class Engine:
     """
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        wait_politely()
+        prepare_torch()
         from .executor.executor import ModelExecutor  # torch: seconds to import
 
         config = check(EngineConfig(model=str(model), **settings))

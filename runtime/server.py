@@ -8,6 +8,7 @@ import errno
 import gc
 import ipaddress
 import logging
+import resource
 import signal
 import socket
 import time
@@ -40,7 +41,8 @@ EXIT_OK, EXIT_FAILED = 0, 1
 LAST_ANSWERS_SECONDS = 1.0  # time the answers to waiting clients get to leave after a child died
 LAST_WORDS_SECONDS = 0.5  # time the reason of a child that could not start may take to arrive
 CHILDREN_LEAVE_SECONDS = 5.0
-BACKLOG = 2048
+BACKLOG = 512
+MAX_DESCRIPTORS = 65_536
 
 
 def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progress: OnProgress | None = None) -> int:
@@ -52,6 +54,7 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
     """
     started = time.monotonic()
     check(config.engine)
+    _allow_descriptors()
     name = _model_name(config)
     folder = model_folder(config.engine.model)
     config = msgspec.structs.replace(config, engine=msgspec.structs.replace(config.engine, model=str(folder)))
@@ -179,6 +182,7 @@ class _Server:
                 server_header=False,
                 proxy_headers=False,  # nothing here asks who the client is
                 timeout_keep_alive=75,
+                backlog=BACKLOG,
             )
         )
 
@@ -292,6 +296,8 @@ class _Server:
             if self._child_ended.done():
                 return await self._die(http, serving)
             if killed.done():
+                self._client.fail_all(EngineDead("the server was stopped"))
+                await asyncio.wait([serving], timeout=LAST_ANSWERS_SECONDS)
                 return EXIT_FAILED
             self._stopping = True
             self._to_tokenizer.send([Shutdown()])
@@ -305,6 +311,14 @@ class _Server:
 async def _first(*what: asyncio.Future[Any], seconds: float | None = None) -> None:
     """Waits until one of them is done, at most ``seconds``."""
     await asyncio.wait(what, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _allow_descriptors() -> None:
+    """Every client holds a file descriptor, and the usual soft limit of 1,024 is soon reached."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _model_name(config: ServerConfig) -> str:

@@ -24,7 +24,7 @@ DEFAULT_NODES = 1000
 def router(site: Site) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/health")
+    @routes.api_route("/health", methods=["GET", "HEAD"])  # load balancers ask with HEAD
     async def health() -> Response:
         """200 while the server takes requests; 503 with the state otherwise."""
         state = site.client.state

@@ -9,6 +9,7 @@ from http import HTTPStatus
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from ..errors import EngineDead, InvalidRequest, Overloaded
 
@@ -81,14 +82,15 @@ def install(app: FastAPI) -> None:
     async def nobody_left(_request: Request, _error: Exception) -> Response:
         return Response(status_code=499)  # nobody is there to read it
 
-    app.add_exception_handler(ClientGone, nobody_left)
+    for gone in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(gone, nobody_left)
     for kind in (InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 
 
 def _http_message(error: HTTPException) -> str:
     if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
-        return "no such route"
+        return "no such route; prompts go to POST /v1/completions or POST /generate (chat completions do not exist yet)"
     if error.status_code == 405:
         return "this route does not take that method"
     return str(error.detail)

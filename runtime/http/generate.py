@@ -27,7 +27,10 @@ def router(site: Site) -> APIRouter:
 
     @routes.post("/generate", openapi_extra=_schema())
     async def generate(request: Request) -> Response:
-        body = parse(GenerateRequest, await read_json_object(request))
+        raw = await read_json_object(request)
+        for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
+            raise InvalidRequest(f"{misplaced} belongs in sampling_params", field=misplaced)
+        body = parse(GenerateRequest, raw)
         answer = _Answer(site, body)
         call = site.client.open(answer.prompts, answer.labels)
         answer.call = call

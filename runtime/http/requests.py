@@ -142,6 +142,10 @@ GENERATE_NAMES = {
     },
 }
 
+MAX_FIELDS = 256
+# Entries of fields that hold many; of prompts, lists of token ids count by prompt, not by token.
+_MOST = dict.fromkeys(("prompt", "text", "input_ids", "sampling_params", "rid", "stop", "logit_bias"), 16384)
+
 _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 
 R = TypeVar("R", bound=BaseModel)
@@ -152,6 +156,7 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "") -> R:
 
     Raises `InvalidRequest` naming the first field that is wrong.
     """
+    _bounded(body, within)
     for name in body:
         if name in UNSUPPORTED and body[name] not in (None, False, "", [], {}):
             raise InvalidRequest(f"{within}{name} is not supported by this server", field=f"{within}{name}")
@@ -172,6 +177,24 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "") -> R:
             expected = first["msg"].removeprefix("Input should be ")
             problem = f"must be {expected}, got {type(first['input']).__name__}"
         raise InvalidRequest(f"{field} {problem}", field=field) from error
+
+
+def _bounded(body: Mapping[str, Any], within: str) -> None:
+    """What would be slow to look at one by one is counted first: one client's absurd body must not stall the others."""
+    if len(body) > MAX_FIELDS:
+        raise InvalidRequest(f"{within or 'the body'} must have at most {MAX_FIELDS} fields, got {len(body)}")
+    for name, most in _MOST.items():
+        value = body.get(name)
+        if not isinstance(value, (dict, list)) or len(value) <= most:
+            continue
+        if isinstance(value, dict) or not isinstance(value[0], int):
+            raise InvalidRequest(
+                f"{within}{name} must have at most {most} entries, got {len(value)}", field=f"{within}{name}"
+            )
+    if body.get("add_special_tokens") is False:
+        raise InvalidRequest(
+            "add_special_tokens: false is not supported; send token ids instead of text", field="add_special_tokens"
+        )
 
 
 def completion_sampling(request: CompletionRequest) -> SamplingParams:

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from ..config import ServerConfig
+from ..errors import LoadError
 from .channels import MAX_PATH
 
 Role = Literal["tokenizer", "scheduler", "detokenizer"]
@@ -30,7 +31,10 @@ class RunDirectory:
     """A fresh directory, mode 0700. Paths of Unix sockets are short, so a long TMPDIR falls back to /tmp."""
 
     def __init__(self, config: ServerConfig) -> None:
-        base = tempfile.gettempdir()
+        try:
+            base = tempfile.gettempdir()
+        except OSError as error:
+            raise LoadError("no temporary directory can be written to; set TMPDIR to one that can") from error
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
         self.path = Path(tempfile.mkdtemp(prefix="branchwise-", dir=base))  # mkdtemp: mode 0700

@@ -13,8 +13,8 @@ import zmq
 from ..config import EngineConfig, ServerConfig
 from ..core import EngineCore
 from ..messages import Abort, Control, Generate, Message, Progress, Ready, Shutdown, StopMatched
-from ..openmp import wait_politely
 from ..step import Executor
+from ..torch_environment import prepare_torch
 from .channels import Inbox, Outbox, ToScheduler
 
 STATS_SECONDS = 0.2  # at most this often while there is work, and once when it ends
@@ -103,7 +103,7 @@ class _Loaded:
 def _load(config: ServerConfig, http: Outbox) -> _Loaded:
     if config.null_executor:
         return _load_null(config.engine)
-    wait_politely()
+    prepare_torch()
     from ..executor.executor import ModelExecutor
 
     def progress(done: int, total: int) -> None:

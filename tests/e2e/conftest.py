@@ -121,6 +121,7 @@ def tokenizer_folder(checkpoints: Any, tmp_path_factory: pytest.TempPathFactory)
     """A folder with a small real BPE tokenizer and no weights."""
     folder = tmp_path_factory.mktemp("tokenizer")
     checkpoints.write_tokenizer(folder)
+    (folder / "config.json").write_text("{}")  # what makes it a model's folder; nobody loads the model
     return folder
 
 
