@@ -51,9 +51,9 @@ class Namespaces:
         self._owner = "" if api_key is None else self._digest(api_key)
 
     def of(self, salt: str | None, extra_key: str | None = None) -> tuple[str, str]:
-        """(owner, salt). SGLang has two words for the salt: both count. A digest, because the tree is there to be
-        shown and a salt is a secret; "ab" + "c" does not meet "a" + "bc"."""
-        salt, extra_key = salt or "", extra_key or ""
+        """(owner, salt). SGLang has two words for the salt: either will do, and both together both count. A digest,
+        because the tree is there to be shown and a salt is a secret; "ab" + "c" does not meet "a" + "bc"."""
+        salt, extra_key = salt or extra_key or "", extra_key if salt and extra_key else ""
         return self._owner, self._digest(f"{len(salt)}:{salt}{extra_key}") if salt or extra_key else ""
 
     def _digest(self, text: str) -> str:

@@ -261,11 +261,13 @@ def test_a_model_that_cannot_be_loaded_is_one_line(start_server: Any, server: An
     from branchwise.runtime.config import EngineConfig, ServerConfig
 
     (tmp_path / "empty").mkdir()
+    (tmp_path / "hollow").mkdir()
+    (tmp_path / "hollow" / "config.json").write_text("{}")
     taken = server.info["port"]
     for config, said in (
         (ServerConfig(engine=EngineConfig(model=str(tmp_path / "missing")), port=0), "missing"),
         (ServerConfig(engine=EngineConfig(model=str(tmp_path / "empty")), port=0), "empty"),
-        (ServerConfig(engine=EngineConfig(model=str(tmp_path / "empty")), port=taken), f"{taken}"),
+        (ServerConfig(engine=EngineConfig(model=str(tmp_path / "hollow")), port=taken), f"{taken}"),
         (ServerConfig(engine=EngineConfig(page_size=0), port=0), "page-size"),
     ):
         failed = start_server(config)
