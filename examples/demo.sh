@@ -9,6 +9,7 @@ url="http://127.0.0.1:$port"
 branchwise serve --port "$port" --log-level warning &
 server=$!
 stop() {
+  trap - EXIT
   kill -TERM "$server" 2>/dev/null || true
   wait "$server" 2>/dev/null || true
 }
@@ -24,3 +25,9 @@ answers || { echo "the server did not answer within a minute"; exit 1; }
 
 echo
 python quickstart.py "$url"
+stop
+echo "server stopped. What to try next (after: . .venv/bin/activate):"
+echo "  branchwise serve                                   the same server, at http://127.0.0.1:8000"
+echo "  branchwise chat --url http://127.0.0.1:8000        talk to it"
+echo "  branchwise bench http://127.0.0.1:8000 --scale 0.02    seven branching workloads"
+echo "  branchwise doctor Qwen/Qwen3-0.6B                  would a real model run here?"

@@ -3,8 +3,8 @@
     branchwise serve                                   # in one terminal
     python examples/quickstart.py http://127.0.0.1:8000   # in another
 
-One system prompt; three questions branch off it, asked at the same moment; two follow-ups branch off each answer.
-Every answer says how many tokens of its prompt were already there, and why not more. Then the server draws its tree.
+One question on a system prompt; then two more, at the same moment; then two follow-ups on each answer. Every answer
+says how much of its prompt was already there. At the end: the sums, and the tree as the server draws it.
 Needs nothing but Python: plain HTTP.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -23,10 +24,18 @@ SYSTEM = (
 QUESTIONS = ["When do you open on Saturday?", "How long may I keep a book?", "Where do I find the maps?"]
 FOLLOW_UPS = ["Are you sure?", "And on holidays?"]
 
+# Why reuse ended where it did (`meta_info.cache.reason`), for those that tell more than the numbers beside them.
+WHY = {
+    "evicted": "what follows was forgotten for want of memory",
+    "namespace": "nothing is cached yet under this salt",
+    "disabled": "the cache is off",
+}
+
 
 def ask(url: str, prompt: str) -> dict:
     """One completion. `meta_info` in the reply says what the tree saved."""
-    body = {"text": prompt, "sampling_params": {"max_new_tokens": 24, "temperature": 0}}
+    sampling = {"max_new_tokens": 24, "temperature": 0}
+    body = {"text": prompt, "sampling_params": sampling, "return_prompt_token_ids": True}
     request = urllib.request.Request(
         f"{url}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
@@ -34,34 +43,51 @@ def ask(url: str, prompt: str) -> dict:
         return json.load(response)
 
 
-# Why reuse ended where it did: the words of `meta_info.cache.reason`.
-WHY = {
-    "hit": "all there was to reuse",
-    "cold": "what follows is new",
-    "diverged": "there another branch goes its own way",
-    "evicted": "what follows was forgotten for want of memory",
-    "namespace": "it belongs to another namespace",
-    "disabled": "the cache is off",
-}
+def printable(text: str, width: int = 40) -> str:
+    """``text`` on one line of at most ``width`` characters; what a terminal could act on is shown as a dot."""
+    shown = "".join(char if char.isprintable() and char != "\ufffd" else "·" for char in " ".join(text.split()))
+    return shown if len(shown) <= width else shown[: width - 1] + "…"
 
 
 def show(question: str, reply: dict) -> None:
     meta = reply["meta_info"]
-    reason = meta["cache"]["reason"]
-    print(f"  {question}")
-    print(f"    {' '.join(reply['text'].split())[:100]!r}")
-    print(f"    {meta['prompt_tokens']} prompt tokens, {meta['cached_tokens']} cached ({reason}: {WHY[reason]})")
+    prompt, reused = meta["prompt_tokens"], meta["cached_tokens"]
+    why = WHY.get(meta["cache"]["reason"])
+    print(
+        f"  {question:<49} {prompt:>4} = {reused:>4} reused + {prompt - reused:>4} computed   "
+        f"{printable(reply['text'])}{f'  ({why})' if why else ''}"
+    )
+
+
+def distinct_tokens(prompts: list[list[int]]) -> int:
+    """Nodes of the trie of all prompts: the fewest tokens that have to be computed."""
+    trie: dict = {}
+    count = 0
+    for prompt in prompts:
+        node = trie
+        for token in prompt:
+            if token not in node:
+                node[token] = {}
+                count += 1
+            node = node[token]
+    return count
 
 
 def main(url: str) -> None:
+    urllib.request.urlopen(f"{url}/health", timeout=10).close()  # nobody there: say so before anything else
+    print("The shipped model has random weights: read the numbers, not the words.")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        print("Three questions on one system prompt, asked at once:")
         prompts = [f"{SYSTEM}Question: {question}\nAnswer:" for question in QUESTIONS]
-        answers = list(pool.map(lambda prompt: ask(url, prompt), prompts))
-        for question, reply in zip(QUESTIONS, answers, strict=True):
+        print("\nOne question on a system prompt:                   tokens of the prompt")
+        answers = [ask(url, prompts[0])]
+        show(QUESTIONS[0], answers[0])
+
+        print("Two more on the same, asked at once:")
+        answers += pool.map(lambda prompt: ask(url, prompt), prompts[1:])
+        for question, reply in zip(QUESTIONS[1:], answers[1:], strict=True):
             show(question, reply)
 
-        print("\nTwo follow-ups on each answer, asked at once:")
+        print("Two follow-ups on each answer, all asked at once:")
         branches = [
             (f"{question} … {follow_up}", f"{prompt}{reply['text']}\nQuestion: {follow_up}\nAnswer:")
             for question, prompt, reply in zip(QUESTIONS, prompts, answers, strict=True)
@@ -72,14 +98,38 @@ def main(url: str) -> None:
             show(label, reply)
 
     replies = answers + follow_ups
-    prompt_tokens = sum(reply["meta_info"]["prompt_tokens"] for reply in replies)
-    cached = sum(reply["meta_info"]["cached_tokens"] for reply in replies)
-    print(f"\n{prompt_tokens} prompt tokens sent, {cached} ({cached / prompt_tokens:.0%}) not computed again.")
+    sent = sum(reply["meta_info"]["prompt_tokens"] for reply in replies)
+    reused = sum(reply["meta_info"]["cached_tokens"] for reply in replies)
+    print(f"\n  {sent:>5} prompt tokens sent")
+    print(f"  {sent - reused:>5} computed")
+    if all(reply.get("prompt_token_ids") for reply in replies):
+        distinct = distinct_tokens([reply["prompt_token_ids"] for reply in replies])
+        print(
+            f"  {distinct:>5} distinct tokens in all prompts; of answers repeated in them, most were kept as they came"
+        )
+    print(f"  {reused / sent:>5.0%} not computed again")
 
-    print("\nWhat the server remembers:")
+    print("\nWhat the server remembers (a line is a branch; what hangs below it continues it):")
     with urllib.request.urlopen(f"{url}/cache/tree?format=text", timeout=30) as response:
         print(response.read().decode())
 
 
+def reason(error: OSError) -> str:
+    """Why a request failed, in one line: a refusal in the server's words, else the system's."""
+    if isinstance(error, urllib.error.HTTPError):
+        try:
+            return str(json.load(error)["error"]["message"])
+        except (ValueError, KeyError, TypeError):
+            return str(error)
+    return str(getattr(error, "reason", error))
+
+
 if __name__ == "__main__":
-    main(sys.argv[1].rstrip("/") if len(sys.argv) > 1 else "http://127.0.0.1:8000")
+    address = sys.argv[1].rstrip("/") if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    address = address if "://" in address else f"http://{address}"
+    try:
+        main(address)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"the server at {address} answered {error.code}: {reason(error)}")
+    except OSError as error:  # URLError is one
+        sys.exit(f"no server at {address} ({reason(error)}); start one with: branchwise serve")

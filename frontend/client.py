@@ -30,10 +30,12 @@ class ServerClient:
     """Talks to one server. Raises `ServerError`, and nothing else, when the server or the way to it fails."""
 
     def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 600.0) -> None:
-        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        # People copy the address from an OpenAI client, whose base URL ends in /v1.
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").rstrip("/")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ServerError(f"not a server's address: {url!r} (try http://127.0.0.1:8000)")
+        self._has_key = bool(api_key)
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
@@ -62,7 +64,7 @@ class ServerClient:
                     return
                 event = self._parse(data)
                 if isinstance(event, dict) and "error" in event:
-                    raise ServerError(_message(event) or "the server ended the stream with an error")
+                    raise ServerError(error_message(event) or "the server ended the stream with an error")
                 yield event
 
     def _json(self, path: str, body: Any) -> Any:
@@ -92,11 +94,12 @@ class ServerClient:
 
     def _refused(self, status: int, body: bytes) -> ServerError:
         try:
-            said = _message(json.loads(body))
+            said = error_message(json.loads(body))
         except ValueError:
             said = None
         if status == 401:
-            return ServerError(f"{self.url} wants a key: give it with --api-key", status)
+            refused = "refused this key: give another" if self._has_key else "wants a key: give it"
+            return ServerError(f"{self.url} {refused} with --api-key or BRANCHWISE_API_KEY", status)
         return ServerError(f"{self.url} answered {status}: {said or 'without saying why'}", status)
 
     def _parse(self, data: bytes) -> Any:
@@ -106,7 +109,7 @@ class ServerClient:
             raise ServerError(f"{self.url} answered something that is not JSON; is it a model server?") from error
 
 
-def _message(reply: Any) -> str | None:
+def error_message(reply: Any) -> str | None:
     """The message of an error in OpenAI's shape, or in FastAPI's."""
     if not isinstance(reply, dict):
         return None

@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 import msgspec
 
+from ..client import error_message
 from .ideal import IdealCache
 
 MAX_ERRORS_KEPT = 3
@@ -27,13 +28,13 @@ class Measured:
     output_tokens: int = 0
     cached_tokens: int = 0  # as the server claims
     failed: int = 0
-    errors: list[str] = field(default_factory=list)  # the first few, for the person who looks
+    errors: list[str] = field(default_factory=list)  # the first few that differ, for the person who looks
     # (prompt, None) when a request was sent, (prompt, output ids) when it was answered: for the ideal, computed later
     history: list[tuple[list[int], list[int] | None]] = field(default_factory=list)
 
     def fail(self, error: str) -> None:
         self.failed += 1
-        if len(self.errors) < MAX_ERRORS_KEPT:
+        if error not in self.errors and len(self.errors) < MAX_ERRORS_KEPT:
             self.errors.append(error)
 
     def ideal(self) -> IdealCache:
@@ -119,7 +120,7 @@ class CompletionsClient:
     async def _post(self, body: dict[str, Any], start: float, measured: Measured) -> _Reply:
         async with self._session.post(self._url + "/v1/completions", data=msgspec.json.encode(body)) as response:
             if response.status != 200:
-                raise RequestFailed(f"HTTP {response.status}: {(await response.text())[:300]}")
+                raise RequestFailed(f"HTTP {response.status}: {_said(await response.read())}")
             if not self._stream:
                 whole = msgspec.json.decode(await response.read())
                 return _Reply(_text(whole), whole.get("usage") or {})
@@ -129,7 +130,7 @@ class CompletionsClient:
                     continue
                 chunk = msgspec.json.decode(line[6:])
                 if "error" in chunk:
-                    raise RequestFailed(f"error in the stream: {chunk['error']}")
+                    raise RequestFailed(f"error in the stream: {error_message(chunk)}")
                 reply.usage = chunk.get("usage") or reply.usage
                 piece = _text(chunk) if chunk.get("choices") else ""
                 if piece:
@@ -138,6 +139,15 @@ class CompletionsClient:
                     last = now
                     reply.text += piece
             return reply
+
+
+def _said(body: bytes) -> str:
+    """The message of a refusal, or how its body begins when it has none."""
+    try:
+        said = error_message(msgspec.json.decode(body))
+    except msgspec.DecodeError:
+        said = None
+    return said or body[:300].decode("utf-8", "replace")
 
 
 def _text(reply: dict[str, Any]) -> str:

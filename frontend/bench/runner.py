@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..client import ServerError
 from .client import CompletionsClient, open_session, warm_up
 from .report import figures
 from .workloads import VOCAB_HIGH, WORKLOADS, Draw
@@ -37,7 +38,10 @@ class Watcher(Protocol):
 
 
 async def run(bench: Bench, watcher: Watcher) -> dict[str, dict[str, Any]]:
-    """Warms the server up, then runs each workload; returns the figures by workload name."""
+    """Warms the server up, then runs each workload; returns the figures by workload name.
+
+    Raises `ServerError` if not one request of the warm-up succeeds: the others would fail alike.
+    """
     results: dict[str, dict[str, Any]] = {}
     async with open_session(bench.api_key) as session:
         client = CompletionsClient(session, bench.url, bench.model, stream=bench.stream, on_done=watcher.request_done)
@@ -45,6 +49,8 @@ async def run(bench: Bench, watcher: Watcher) -> dict[str, dict[str, Any]]:
         watcher.started("warm-up", WARM_UP_REQUESTS)
         measured = client.reset()
         await warm_up(client, warm.many(WARM_UP_REQUESTS, WARM_UP_PROMPT), WARM_UP_OUTPUT)
+        if measured.failed == WARM_UP_REQUESTS:
+            raise ServerError(f"every request of the warm-up failed: {'; '.join(measured.errors)}")
         watcher.finished("warm-up", {"failed": measured.failed}, measured.errors)
         for name in bench.workloads:
             workload = WORKLOADS[name]

@@ -119,12 +119,13 @@ async def long_document(generate: Generate, draw: Draw, scale: float) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """One branching program: what it does, how many requests it makes at a scale, and how to run it."""
+    """One branching program: what it does, how to run it, how many requests it makes at a scale and how long ones."""
 
     name: str
     summary: str
     run: Callable[[Generate, Draw, float], Awaitable[None]]
     requests: Callable[[float], int]
+    longest: int  # tokens of the longest request, prompt and answer together
 
 
 WORKLOADS: dict[str, Workload] = {
@@ -135,42 +136,49 @@ WORKLOADS: dict[str, Workload] = {
             "256 unrelated 1,024-token prompts, 256-token answers, 128 at once: what a cache costs when it cannot help",
             no_sharing,
             lambda scale: scaled(256, scale, least=2),
+            1024 + 256,
         ),
         Workload(
             "fewshot",
             "512 questions of 64 tokens on one 2,048-token prefix, 32-token answers, 128 at once",
             fewshot,
             lambda scale: scaled(512, scale, least=2),
+            2048 + 64 + 32,
         ),
         Workload(
             "agents",
             "64 agents on one 3,072-token tool schema: 8 steps of 96 generated and 160 tool-result tokens",
             agents,
             lambda scale: scaled(64, scale) * 8,
+            3072 + 128 + 7 * (96 + 160) + 96,
         ),
         Workload(
             "tree_of_thought",
             "16 problems, depth 3: 4 proposals of 96 tokens a kept state, a 16-token score each, 2 kept",
             tree_of_thought,
             lambda scale: scaled(16, scale) * (8 + 16 + 16),
+            1024 + 256 + 3 * (8 + 96) + 32 + 16,
         ),
         Workload(
             "chat",
             "128 sessions of 5 turns on one 512-token system prompt: 96-token turns, 128-token replies",
             chat,
             lambda scale: scaled(128, scale) * 5,
+            512 + 5 * (96 + 128),
         ),
         Workload(
             "best_of_n",
             "8 prompts of 8,192 tokens, 32 samples of 256 tokens each, all at once",
             best_of_n,
             lambda scale: scaled(8, scale) * 32,
+            8192 + 256,
         ),
         Workload(
             "long_document",
             "4 documents of 32,768 tokens, 32 questions of 64 tokens on each, 128-token answers, all at once",
             long_document,
             lambda scale: scaled(4, scale) * 32,
+            32768 + 64 + 128,
         ),
     )
 }

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ...runtime.errors import LoadError
 from ..client import ServerClient, ServerError
 
 if TYPE_CHECKING:
@@ -67,9 +68,10 @@ class Remote:
         self.client = client
 
     def generate(self, prompts: list[str], params: SamplingParams) -> list[Answer]:
-        replies = self.client.post("/generate", {"text": list(prompts), "sampling_params": _wire(params)})
+        text = prompts[0] if len(prompts) == 1 else list(prompts)  # an error about one of a list says which
+        replies = self.client.post("/generate", {"text": text, "sampling_params": _wire(params)})
         try:
-            return [_answer(reply) for reply in replies]
+            return [_answer(reply) for reply in ([replies] if isinstance(replies, dict) else replies)]
         except (KeyError, TypeError) as error:
             raise ServerError(f"{self.client.url}/generate answered in another shape; is it Branchwise?") from error
 
@@ -113,6 +115,8 @@ def open_backend(
     url: str | None, api_key: str | None, model: str, **engine_fields: Any
 ) -> Iterator[InProcess | Remote]:
     """A server if there is a URL, else an engine, closed at the end. Raises `ServerError` or `LoadError`."""
+    if url is not None and model:
+        raise LoadError("--model loads a model here, --url asks a server for the one it serves: give one of the two")
     if url is not None:
         yield Remote(ServerClient(url, api_key))
         return

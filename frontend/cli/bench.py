@@ -30,7 +30,14 @@ def bench(
         float, typer.Option(min=0.001, max=100.0, help="Multiplies every workload's request count.")
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed, scale and vocabulary give the same prompts.")] = 0,
-    vocab: Annotated[int, typer.Option(min=16, help="Draw prompt token ids below this.")] = 100_000,
+    vocab: Annotated[
+        int | None,
+        typer.Option(
+            min=16,
+            help="Draw prompt token ids below this. Default: the server's vocabulary, 100000 where it is not said.",
+            show_default=False,
+        ),
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Stream, and measure TTFT and inter-token latency.")] = False,
     api_key: ApiKey = None,
     out_file: Annotated[
@@ -44,11 +51,11 @@ def bench(
     few-shot questions, tool-calling agents, tree search, chat, best-of-n, many questions on long documents, and
     unrelated prompts. Shows how much of each prompt the server reused, and how much it could have.
 
-    Exits 1 if any request failed.
+    Workloads with requests longer than the server takes are left out. Exits 1 if any request failed.
     """
     with expected_failures():
         from ...runtime.errors import BranchwiseError
-        from ..bench.workloads import WORKLOADS
+        from ..bench.workloads import VOCAB_HIGH, WORKLOADS
         from ..client import ServerClient
 
         names = list(WORKLOADS) if workloads == "all" else [name.strip() for name in workloads.split(",")]
@@ -57,6 +64,13 @@ def bench(
                 raise BranchwiseError(f"no workload is called {name!r}; there are: {', '.join(WORKLOADS)}")
         server = ServerClient(url, api_key, timeout=30.0)
         name = model or _first_model(server)
+        vocab_size, limit = _limits(server)
+        fitting = [workload for workload in names if limit is None or WORKLOADS[workload].longest <= limit]
+        for left_out in (workload for workload in names if workload not in fitting):
+            needs = f"needs {WORKLOADS[left_out].longest:,} tokens a request, the server takes {limit:,}"
+            err.print(f"{left_out}: left out, it {needs}", style="yellow", soft_wrap=True)
+        if not fitting:
+            raise BranchwiseError("no workload is left; serve with a larger --max-model-len or another model")
 
         import asyncio
 
@@ -66,10 +80,10 @@ def bench(
         settings = Bench(
             url=server.url,
             model=name,
-            workloads=names,
+            workloads=fitting,
             scale=scale,
             seed=seed,
-            vocab=vocab,
+            vocab=vocab or vocab_size or VOCAB_HIGH,
             stream=stream,
             api_key=api_key,
         )
@@ -94,6 +108,17 @@ def _first_model(server: Any) -> str:
         raise ServerError(f"{server.url}/v1/models lists no model; name one with --model") from error
 
 
+def _limits(server: Any) -> tuple[int | None, int | None]:
+    """Vocabulary and longest request of a Branchwise server; (None, None) of any other: only ours says them there."""
+    from ..client import ServerError
+
+    try:
+        engine = server.get("/get_server_info")["engine"]
+        return int(engine["vocab_size"]), min(int(engine["max_model_len"]), int(engine["pool_tokens"]))
+    except (ServerError, KeyError, TypeError, ValueError):
+        return None, None
+
+
 class _Bars:
     """A progress bar a workload, on stderr, so that ``--json`` can be piped."""
 
@@ -110,8 +135,12 @@ class _Bars:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._progress.stop()
+        else:  # an error is one line: no bars beside it
+            self._progress.live.transient = True
+            self._progress.live.stop()
 
     def started(self, name: str, requests: int) -> None:
         self._task = self._progress.add_task(name, total=requests)

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
-from .console import err, expected_failures, out
+from .console import EXIT_FAILED, err, escape, expected_failures, out
 from .options import ApiKey, Device, DtypeFlag, MaxModelLen, MaxTokens, ModelFlag, Seed, Temperature, TopP, UrlFlag
 
 if TYPE_CHECKING:
+    from ...runtime.sampling_params import SamplingParams
     from ...runtime.tokenizer import Tokenizer
     from .backends import InProcess, Prompt, Remote
 
 Message = dict[str, str]
+
+HELP = """\
+/reset  forget the conversation and start over
+/help   this list
+/exit   leave (or Ctrl-D)
+Ctrl-C  cut an answer short"""
 
 
 def chat(
@@ -35,8 +44,8 @@ def chat(
 ) -> None:
     """Talk to a model in the terminal.
 
-    Loads a model here, or asks a running server with **--url**. **/reset** starts over, **/exit** or
-    Ctrl-D leaves, Ctrl-C cuts an answer short.
+    Loads a model here, or asks a running server with **--url**. **/reset** starts over, **/help** lists
+    the commands, **/exit** or Ctrl-D leaves, Ctrl-C cuts an answer short.
     """
     with expected_failures():
         from ...runtime.sampling_params import SamplingParams
@@ -45,29 +54,77 @@ def chat(
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         engine = {"max_model_len": max_model_len, "dtype": dtype, "device": device}
         with open_backend(url, api_key, model, **engine) as backend:
-            tokenizer = _tokenizer(backend)
-            if tokenizer is None:
-                err.print("no chat template within reach: writing the conversation as plain text", style="yellow")
-            opening: list[Message] = [{"role": "system", "content": system}] if system else []
-            history = list(opening)
+            talk = _Talk(backend, params, system)
             for line in _lines():
                 if line == "/exit":
-                    return
+                    break
                 if line == "/reset":
-                    history = list(opening)
-                    continue
-                history.append({"role": "user", "content": line})
-                answer = _answer(backend.stream(_prompt(tokenizer, history), params))
-                history.append({"role": "assistant", "content": answer})
+                    talk.reset()
+                elif line[0] == "/" and line[1:].isalpha():
+                    if line != "/help":
+                        err.print(f"no command is called {escape(line)}", style="yellow")
+                    out.print(HELP, markup=False)
+                else:
+                    talk.turn(line)
+        if talk.failed and not sys.stdin.isatty():  # a script looks at the exit code; a person has read the errors
+            raise SystemExit(EXIT_FAILED)
+
+
+class _Talk:
+    """One conversation. A turn that fails leaves it as it was before."""
+
+    def __init__(self, backend: InProcess | Remote, params: SamplingParams, system: str | None) -> None:
+        self._backend = backend
+        self._params = params
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._tokenizer, self._limit = _facts(backend)
+        if self._tokenizer is None:
+            err.print("no chat template within reach: writing the conversation as plain text", style="yellow")
+        self.failed = False
+        self.reset()
+
+    def reset(self) -> None:
+        self._history = list(self._opening)
+
+    def turn(self, line: str) -> None:
+        from ...runtime.errors import BranchwiseError, EngineDead
+        from .wording import in_flags
+
+        asked = [*self._history, {"role": "user", "content": line}]
+        try:
+            prompt = _prompt(self._tokenizer, asked)
+            answer = _answer(self._backend.stream(prompt, self._room_after(prompt)))
+        except EngineDead:
+            raise  # nothing can be asked of it any more
+        except BranchwiseError as error:
+            self.failed = True
+            err.print(f"[bold red]error:[/] {escape(in_flags(str(error)))}", soft_wrap=True)
+            err.print("your last message was dropped; /reset starts over", style="dim")
+            return
+        self._history = [*asked, {"role": "assistant", "content": answer}]
+
+    def _room_after(self, prompt: Prompt) -> SamplingParams:
+        """The parameters with no more tokens to generate than fit behind ``prompt``, where both are known."""
+        from ...runtime.errors import InvalidRequest
+
+        if self._limit is None or isinstance(prompt, str):
+            return self._params
+        room = self._limit - len(prompt)
+        if room < 1:
+            raise InvalidRequest(f"the conversation has {len(prompt):,} tokens and {self._limit:,} fit")
+        asked = self._params.max_tokens
+        return msgspec.structs.replace(self._params, max_tokens=room if asked is None else min(asked, room))
 
 
 def _lines() -> Iterator[str]:
-    """What the person types, until end of file. Empty lines are passed over."""
+    """What the person types, until end of file. Empty lines are passed over. A pipe is not prompted."""
+    asking = sys.stdin.isatty()
     while True:
         try:
-            line = out.input("[bold cyan]you >[/] ").strip()
+            line = (out.input("[bold cyan]you >[/] ") if asking else input()).strip()
         except EOFError:
-            out.print()
+            if asking:
+                out.print()
             return
         if line:
             yield line
@@ -82,24 +139,34 @@ def _answer(pieces: Iterator[str]) -> str:
             out.print(piece, end="", markup=False, soft_wrap=True)
     except KeyboardInterrupt:
         out.print(" […]", end="", style="dim")
-    out.print()
+    finally:
+        if said:
+            out.print()
     return "".join(said)
 
 
-def _tokenizer(backend: InProcess | Remote) -> Tokenizer | None:
-    """The model's tokenizer with its chat template: the engine's, or a server's if its folder is on this machine."""
+def _facts(backend: InProcess | Remote) -> tuple[Tokenizer | None, int | None]:
+    """The model's tokenizer if it has a chat template (the engine's, or a server's if its folder is on this machine),
+    and the most tokens a prompt and its answer may have together, where it is known."""
     from .backends import InProcess
 
+    tokenizer: Tokenizer | None
     if isinstance(backend, InProcess):
-        tokenizer = backend.engine.tokenizer
+        tokenizer, limits = backend.engine.tokenizer, backend.engine.info()
     else:
         from ...runtime.tokenizer import Tokenizer
 
-        folder = Path(backend.client.get("/get_server_info")["config"]["engine"]["model"])
-        if not (folder / "tokenizer.json").is_file():
-            return None
-        tokenizer = Tokenizer.load(folder)
-    return tokenizer if tokenizer.chat_template else None
+        facts = backend.client.get("/get_server_info")
+        folder, limits = _folder(facts), facts.get("engine", {})
+        tokenizer = Tokenizer.load(folder) if folder is not None else None
+    known: list[int] = [limits[name] for name in ("max_model_len", "pool_tokens") if name in limits]
+    return tokenizer if tokenizer is not None and tokenizer.chat_template else None, min(known) if known else None
+
+
+def _folder(facts: dict[str, Any]) -> Path | None:
+    """The folder of a server's model, if this machine has it."""
+    folder = Path(facts.get("config", {}).get("engine", {}).get("model", ""))
+    return folder if (folder / "tokenizer.json").is_file() else None
 
 
 def _prompt(tokenizer: Tokenizer | None, history: list[Message]) -> Prompt:

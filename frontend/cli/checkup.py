@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from ...runtime.config import step_budget
 from ...runtime.errors import LoadError
 
 if TYPE_CHECKING:
@@ -128,17 +129,18 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         from ...runtime.model_folder import model_folder
         from ...runtime.models.config import load_config
     except (ImportError, OSError) as error:
-        yield Finding("model", f"{name} was not looked at: {error}", "broken")
+        yield Finding("model", f"{name} was not looked at: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     try:
         folder = model_folder(config.model)
         shape = load_config(folder)
         device = pick_device(config)
         longest = max_model_len(config, shape)
-        batched = config.max_num_batched_tokens or 2048
+        batched = step_budget(config, gpu=device.type == "cuda")
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
     except LoadError as error:
-        yield Finding("model", str(error), "broken")
+        other = "branchwise doctor" if config.model else "export XDG_CACHE_HOME=/a/folder/you/may/write"
+        yield Finding("model", str(error), "broken", f"{other}    (the model that ships with the package)")
         return
     yield Finding("model", f"{name}: {shape.architecture} in {folder}")
     yield Finding(

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape as escape
 
 from ...runtime.errors import BranchwiseError
+from .wording import in_flags
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2  # a model or a setting that cannot be loaded
@@ -35,7 +36,10 @@ def fail(message: str, code: int = EXIT_FAILED) -> None:
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """Turns failures people can mend into one line on stderr: `LoadError` exits 2, the others 1, Ctrl-C 130."""
+    """Turns failures people can mend into one line on stderr: `LoadError` exits 2, the others 1, Ctrl-C 130.
+
+    Messages about a request's fields are said in flags.
+    """
     from ...runtime.errors import LoadError
 
     try:
@@ -43,7 +47,7 @@ def expected_failures() -> Iterator[None]:
     except LoadError as error:
         fail(str(error), EXIT_UNUSABLE)
     except BranchwiseError as error:
-        fail(str(error))
+        fail(in_flags(str(error)))
     except KeyboardInterrupt:
         err.print()
         raise SystemExit(130) from None

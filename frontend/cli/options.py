@@ -47,6 +47,7 @@ MODEL, MEMORY, SCHEDULING, SERVER, SAMPLING = "Model", "Memory", "Scheduling", "
 MaxModelLen = Annotated[
     int | None,
     typer.Option(
+        metavar="N",
         help="Longest prompt and answer together, in tokens. Default: the model's own.",
         rich_help_panel=MODEL,
         show_default=False,
@@ -55,12 +56,20 @@ MaxModelLen = Annotated[
 DtypeFlag = Annotated[
     Dtype,
     typer.Option(
-        help="Type of weights and KV. auto: the checkpoint's on a GPU, float32 on a CPU.", rich_help_panel=MODEL
+        metavar="TYPE",
+        help="Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU, float32 on "
+        "a CPU.",
+        rich_help_panel=MODEL,
     ),
 ]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MODEL)]
 LoadFormatFlag = Annotated[
-    LoadFormat, typer.Option(help="dummy: random weights of the config's shape, for measuring.", rich_help_panel=MODEL)
+    LoadFormat,
+    typer.Option(
+        metavar="NAME",
+        help="auto, or dummy: random weights of the config's shape, for measuring.",
+        rich_help_panel=MODEL,
+    ),
 ]
 
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=SAMPLING)]

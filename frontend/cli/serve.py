@@ -32,13 +32,17 @@ _SERVER = ServerConfig(engine=_ENGINE)
 
 def serve(
     model: Model = _ENGINE.model,
-    host: Annotated[str, typer.Option(help="Address to listen on.", rich_help_panel=SERVER)] = _SERVER.host,
+    host: Annotated[
+        str, typer.Option(metavar="HOST", help="Address to listen on.", rich_help_panel=SERVER)
+    ] = _SERVER.host,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.", rich_help_panel=SERVER)
+        int,
+        typer.Option(min=0, max=65535, metavar="N", help="Port to listen on; 0: any free one.", rich_help_panel=SERVER),
     ] = _SERVER.port,
     api_key: Annotated[
         str | None,
         typer.Option(
+            metavar="KEY",
             envvar="BRANCHWISE_API_KEY",
             help="Key every route but /health asks for.",
             rich_help_panel=SERVER,
@@ -47,47 +51,78 @@ def serve(
     ] = _SERVER.api_key,
     served_model_name: Annotated[
         str | None,
-        typer.Option(help="Name clients use. Default: MODEL.", rich_help_panel=SERVER, show_default=False),
+        typer.Option(
+            metavar="NAME", help="Name clients use. Default: MODEL.", rich_help_panel=SERVER, show_default=False
+        ),
     ] = _SERVER.served_model_name,
     max_queued_requests: Annotated[
-        int, typer.Option(min=1, help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
+        int, typer.Option(min=1, metavar="N", help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
     ] = _SERVER.max_queued_requests,
     drain_seconds: Annotated[
-        float, typer.Option(min=0, help="Time requests in flight get after SIGTERM or Ctrl-C.", rich_help_panel=SERVER)
+        float,
+        typer.Option(
+            min=0,
+            metavar="SECONDS",
+            help="Time requests in flight get after SIGTERM or Ctrl-C.",
+            rich_help_panel=SERVER,
+        ),
     ] = _SERVER.drain_seconds,
-    log_level: Annotated[LogLevel, typer.Option(help="How much to log.", rich_help_panel=SERVER)] = _SERVER.log_level,
+    log_level: Annotated[
+        LogLevel, typer.Option(metavar="NAME", help="debug, info, warning or error.", rich_help_panel=SERVER)
+    ] = _SERVER.log_level,
     load_format: LoadFormatFlag = _ENGINE.load_format,
     dtype: DtypeFlag = _ENGINE.dtype,
     device: Device = _ENGINE.device,
     max_model_len: MaxModelLen = _ENGINE.max_model_len,
     tensor_parallel_size: Annotated[
-        int, typer.Option(help="GPUs to split the model over; only 1 so far.", rich_help_panel=MODEL)
+        int, typer.Option(metavar="N", help="GPUs to split the model over; only 1 so far.", rich_help_panel=MODEL)
     ] = _ENGINE.tensor_parallel_size,
     attention_backend: Annotated[
-        Literal["auto", "torch"], typer.Option(help="Attention kernels.", rich_help_panel=MODEL)
+        Literal["auto", "torch"],
+        typer.Option(metavar="NAME", help="Attention kernels: auto or torch.", rich_help_panel=MODEL),
     ] = _ENGINE.attention_backend,
     seed: Annotated[
-        int, typer.Option(help="For requests that bring no seed, and for dummy weights.", rich_help_panel=MODEL)
+        int,
+        typer.Option(
+            metavar="N", help="For requests that bring no seed, and for dummy weights.", rich_help_panel=MODEL
+        ),
     ] = _ENGINE.seed,
     gpu_memory_utilization: Annotated[
         float,
         typer.Option(
-            help="Share of the GPU's memory to use; on a CPU, of half the free memory.", rich_help_panel=MEMORY
+            metavar="X",
+            help="Share of the GPU's memory to use; on a CPU, of half the free memory.",
+            rich_help_panel=MEMORY,
         ),
     ] = _ENGINE.gpu_memory_utilization,
     kv_cache_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens the KV cache holds. Default: by memory.", rich_help_panel=MEMORY, show_default=False),
+        typer.Option(
+            metavar="N",
+            help="Tokens the KV cache holds. Default: by memory.",
+            rich_help_panel=MEMORY,
+            show_default=False,
+        ),
     ] = _ENGINE.kv_cache_tokens,
     kv_cache_dtype: Annotated[
-        Literal["auto"], typer.Option(help="Type of cached keys and values.", rich_help_panel=MEMORY)
+        Literal["auto"],
+        typer.Option(
+            metavar="TYPE", help="Type of cached keys and values: auto, the weights' own.", rich_help_panel=MEMORY
+        ),
     ] = _ENGINE.kv_cache_dtype,
     page_size: Annotated[
         int,
-        typer.Option(help="Tokens of one KV page. Reuse is exact to the token at any size.", rich_help_panel=MEMORY),
+        typer.Option(
+            metavar="N", help="Tokens of one KV page. Reuse is exact to the token at any size.", rich_help_panel=MEMORY
+        ),
     ] = _ENGINE.page_size,
     eviction_policy: Annotated[
-        EvictionPolicy, typer.Option(help="What to forget first when memory is short.", rich_help_panel=MEMORY)
+        EvictionPolicy,
+        typer.Option(
+            metavar="NAME",
+            help="What to forget first when memory is short: lru, lfu, fifo or priority.",
+            rich_help_panel=MEMORY,
+        ),
     ] = _ENGINE.eviction_policy,
     disable_radix_cache: Annotated[
         bool, typer.Option("--disable-radix-cache", help="Remember nothing.", rich_help_panel=MEMORY)
@@ -97,11 +132,12 @@ def serve(
         typer.Option("--check-when-idle", help="Debugging: verify tree and pages when idle.", rich_help_panel=MEMORY),
     ] = _ENGINE.check_when_idle,
     max_num_seqs: Annotated[
-        int, typer.Option(help="Requests running at once.", rich_help_panel=SCHEDULING)
+        int, typer.Option(metavar="N", help="Requests running at once.", rich_help_panel=SCHEDULING)
     ] = _ENGINE.max_num_seqs,
     max_num_batched_tokens: Annotated[
         int | None,
         typer.Option(
+            metavar="N",
             help="Tokens of one step: prompt chunks and decodes. Default: 2048 on a CPU, 8192 on a GPU.",
             rich_help_panel=SCHEDULING,
             show_default=False,
@@ -110,6 +146,7 @@ def serve(
     schedule_policy: Annotated[
         SchedulePolicy,
         typer.Option(
+            metavar="NAME",
             help="Who goes first: hrrn weighs waiting time against uncached work, lpm takes the longest cached "
             "prefix, fcfs the oldest, priority what requests ask for.",
             rich_help_panel=SCHEDULING,
@@ -136,11 +173,15 @@ def serve(
 def _run(config: ServerConfig) -> None:
     from rich.logging import RichHandler
 
+    from ...runtime.model_folder import model_folder
     from ...runtime.server import run_server
+    from . import checkup
 
     handler = RichHandler(console=err, show_path=False, markup=False)
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
-    startup = _Startup(config)
+    model_folder(config.engine.model)  # a path that holds no model is said before "loading"
+    # and so is a taken port: then the start fails at once and says why itself
+    startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
     with startup:
         code = run_server(config, startup.ready, startup.progress)
     raise SystemExit(code)
@@ -149,10 +190,11 @@ def _run(config: ServerConfig) -> None:
 class _Startup:
     """Shows how a start goes: a bar while weights load, then the memory plan and one line that says it is ready."""
 
-    def __init__(self, config: ServerConfig) -> None:
+    def __init__(self, config: ServerConfig, announce: bool) -> None:
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
 
         self._config = config
+        self._announce = announce
         self._started = time.monotonic()
         self._bar: Progress = Progress(
             TextColumn("{task.description}"),
@@ -165,8 +207,9 @@ class _Startup:
         self._task: TaskID | None = None
 
     def __enter__(self) -> _Startup:
-        name = self._config.engine.model or "the model that ships with the package"
-        out.print(f"branchwise: loading {name}", markup=False)
+        if self._announce:
+            name = self._config.engine.model or "the model that ships with the package"
+            out.print(f"branchwise: loading {name}", markup=False, soft_wrap=True)
         self._bar.start()
         return self
 

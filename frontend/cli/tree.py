@@ -11,7 +11,10 @@ from .console import escape, expected_failures, out
 from .options import ApiKey, ServerUrl
 
 if TYPE_CHECKING:
+    from rich.text import Text
     from rich.tree import Tree
+
+_SHOWN = 72  # characters of a node's text
 
 
 def tree(
@@ -39,31 +42,43 @@ def draw(dump: dict[str, Any]) -> Tree:
     """The tree as rich draws it: a branch per node, with its tokens, what it begins with, and who uses it."""
     from rich.tree import Tree
 
+    from ...runtime.http.tree_text import counted, namespace_title
+
     totals = dump["totals"]
     page_size = totals["page_size"]
+    tokens, nodes = counted(totals["cached"] * page_size, "token"), counted(totals["nodes"], "node")
     drawn = Tree(
-        f"[bold]{totals['cached'] * page_size:,} tokens remembered[/] in {totals['nodes']:,} nodes; "
-        f"{totals['cached']:,} of {totals['pages']:,} pages of {page_size} tokens, {totals['evicted']:,} evicted",
+        f"[bold]{tokens} remembered[/] in {nodes}; {totals['cached']:,} of "
+        f"{counted(totals['pages'], 'page')} of {counted(page_size, 'token')}, {totals['evicted']:,} evicted",
         guide_style="dim",
     )
     for namespace in dump["namespaces"]:
-        name = " ".join(part for part in (namespace["owner"][:12], namespace["salt"]) if part) or "default"
-        branch = drawn.add(f"[cyan]namespace {escape(name)}[/]")
-        for child in namespace["children"]:
-            _draw_node(branch, child)
-        _draw_omitted(branch, namespace)
+        branch = drawn.add(_line(f"[cyan]{escape(namespace_title(namespace))}[/]"))
+        _draw_children(branch, namespace)
     return drawn
 
 
-def _draw_node(parent: Tree, node: dict[str, Any]) -> None:
-    text = node.get("text")
-    begins = escape(repr(text)) if text is not None else " ".join(map(str, node["preview"])) + " …"
-    used = f"  [green]{node['leases']} using[/]" if node["leases"] else ""
-    hits = f"  {node['hits']} hits" if node["hits"] else ""
-    branch = parent.add(f"[bold]{node['tokens']:,}[/] tokens  [dim]{begins}[/]{hits}{used}")
-    for child in node["children"]:
-        _draw_node(branch, child)
-    _draw_omitted(branch, node)
+def _line(markup: str) -> Text:
+    """A label that is cut where the terminal ends: a tree of wrapped lines is hard to read."""
+    from rich.text import Text
+
+    line = Text.from_markup(markup, overflow="ellipsis")
+    line.no_wrap = True
+    return line
+
+
+def _draw_children(parent: Tree, node: dict[str, Any]) -> None:
+    from ...runtime.http.tree_text import branch_labels, counted
+
+    for child, begins in zip(node["children"], branch_labels(node["children"], _SHOWN), strict=True):
+        facts = [f"[bold]{child['tokens']:,}[/] {'token' if child['tokens'] == 1 else 'tokens'}"]
+        if child["hits"]:
+            facts.append(counted(child["hits"], "hit"))
+        if child["leases"]:
+            facts.append(f"[green]{child['leases']} using[/]")
+        branch = parent.add(_line(f"{', '.join(facts)}  [dim]{escape(begins)}[/]"))
+        _draw_children(branch, child)
+    _draw_omitted(parent, node)
 
 
 def _draw_omitted(branch: Tree, node: dict[str, Any]) -> None:

@@ -10,9 +10,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from branchwise.frontend.bench.client import CompletionsClient, ids_of, open_session
+from branchwise.frontend.bench.client import CompletionsClient, Measured, ids_of, open_session
 from branchwise.frontend.bench.report import percentiles, table
 from branchwise.frontend.bench.runner import Bench, run
+from branchwise.frontend.client import ServerError
 
 
 class Fake:
@@ -116,8 +117,22 @@ async def test_a_run_counts_failures_and_goes_on(serve: Serve) -> None:
     assert sum(result["failed"] for result in results.values()) == len(failed) > 0
     assert sum(result["requests"] for result in results.values()) == len(fake.bodies) - 64 - len(failed)
     assert watch.done == len(fake.bodies) == 64 + 10 + 10
-    assert "HTTP 503" in watch.errors[0]
+    assert watch.errors == ["HTTP 503: no"] * 2  # a message once a workload
     assert all(result["cached_tokens"] == 10 * result["requests"] for result in results.values())
+
+
+async def test_a_warm_up_that_fails_ends_the_run_in_the_servers_words(serve: Serve) -> None:
+    fake, watch = Fake(fails=lambda number: True), Watch()
+    with pytest.raises(ServerError, match=r"^every request of the warm-up failed: HTTP 503: no$"):
+        await run(Bench(url=await serve(fake), model="m", workloads=["chat"]), watch)
+    assert len(fake.bodies) == 64 and watch.order == ["warm-up"]
+
+
+def test_a_few_messages_are_kept_once_each() -> None:
+    measured = Measured()
+    for error in ["a", "a", "b", "a", "c", "d"]:
+        measured.fail(error)
+    assert measured.failed == 6 and measured.errors == ["a", "b", "c"]
 
 
 async def test_an_unreachable_server_is_a_failure_not_an_exception(unused_port: int) -> None:

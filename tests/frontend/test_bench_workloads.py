@@ -68,6 +68,7 @@ def test_draws_the_reference_prompts(key: tuple[float, int, int], name: str) -> 
     asyncio.run(_run(name, recorder, Draw(f"{name}/{seed}", vocab), scale))
     assert (len(recorder.calls), digest(recorder.calls)) == GOLDEN[key][name]
     assert WORKLOADS[name].requests(scale) == len(recorder.calls)
+    assert WORKLOADS[name].longest == max(len(prompt) + max_tokens for prompt, max_tokens, _, _ in recorder.calls)
 
 
 @pytest.mark.parametrize("key", GOLDEN)

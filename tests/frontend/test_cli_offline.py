@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import socket
 import subprocess
 import sys
 import typing
@@ -13,6 +15,7 @@ from typer.testing import CliRunner
 
 from branchwise.frontend.cli import serve as serve_command
 from branchwise.frontend.cli.main import app
+from branchwise.frontend.client import ServerClient
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
 COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor"]
@@ -48,9 +51,14 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[0-9;]*m", "", text)
 
 
-def branchwise(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def branchwise(*arguments: str, stdin: str = "", env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "branchwise", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "branchwise", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | (env or {}),
     )
 
 
@@ -187,6 +195,55 @@ def test_what_cannot_be_loaded_exits_2_in_one_line(arguments: list[str], words: 
     assert_one_line_error(done, 2, *words)
 
 
+@pytest.mark.parametrize(
+    "command", [["serve", "--port", "0"], ["generate", "hi", "--model"]], ids=["serve", "generate"]
+)
+def test_a_folder_without_a_model_is_said_alike_and_before_loading(command: list[str], tmp_path: Path) -> None:
+    done = branchwise(*command, str(tmp_path))
+    assert_one_line_error(done, 2, f"error: {tmp_path} has no config.json")
+    assert done.stdout == ""
+
+
+def test_a_taken_port_is_said_before_loading(shipped_cache: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = branchwise("serve", "--port", str(taken.getsockname()[1]))
+    assert_one_line_error(done, 2, "already in use")
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]], ids=["generate", "chat"])
+def test_a_model_beside_a_url_is_refused(command: list[str]) -> None:
+    done = branchwise(*command, "--url", "http://127.0.0.1:1", "--model", "a/b", stdin="hello\n")
+    assert_one_line_error(done, 2, "--model", "--url")
+
+
+def test_the_hub_out_of_reach_is_said_without_class_names(unused_port: int, tmp_path: Path) -> None:
+    away = {"HF_ENDPOINT": f"http://127.0.0.1:{unused_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    done = branchwise("serve", "nobody/nothing", env=away)
+    assert_one_line_error(done, 2, "nobody/nothing: no such folder, and cannot reach the hub: ")
+    assert "Error" not in done.stderr.replace("error:", "")
+
+
+def test_what_doctor_finds_broken_it_mends(tmp_path: Path) -> None:
+    done = branchwise("doctor", str(tmp_path))
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    broken = [i for i, line in enumerate(lines) if line.lstrip().startswith("broken ")]
+    assert len(broken) == 1 and "config.json" in lines[broken[0]]
+    assert all(lines[i + 1].lstrip().startswith("mend it: ") for i in broken)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_80_columns(command: str) -> None:
+    shown = plain(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "80"}).output)
+    assert not re.search(r"--[\w-]+…", shown)
+    if command == "serve":
+        for flag in FLAGS:
+            assert re.search(rf"{flag}\s", shown), flag
+
+
 def test_a_choice_that_does_not_exist_is_refused() -> None:
     done = branchwise("serve", "--schedule-policy", "random")
     assert done.returncode == 2 and "hrrn" in done.stderr and "Traceback" not in done.stderr
@@ -195,7 +252,7 @@ def test_a_choice_that_does_not_exist_is_refused() -> None:
 def test_generate_names_the_field_it_refuses(shipped_cache: Path) -> None:
     done = branchwise("generate", "hello", "--temperature", "-1")
     assert done.returncode == 1
-    assert "error: temperature must be at least 0" in done.stderr and "Traceback" not in done.stderr
+    assert "error: --temperature must be at least 0" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_generate_answers_in_process(shipped_cache: Path) -> None:
@@ -217,6 +274,12 @@ def test_generate_answers_in_process(shipped_cache: Path) -> None:
 def test_no_server_is_one_line(arguments: list[str], unused_port: int) -> None:
     done = branchwise(*arguments, f"http://127.0.0.1:{unused_port}", stdin="hello\n")
     assert_one_line_error(done, 1, "no server answers at", str(unused_port), "refused")
+
+
+def test_an_address_may_end_as_openais_do() -> None:
+    for url in ("http://h:8000/v1", "http://h:8000/v1/", "h:8000/", "http://h:8000"):
+        assert ServerClient(url).url == "http://h:8000"
+    assert ServerClient("http://h/some/v12").url == "http://h/some/v12"
 
 
 def test_not_an_address() -> None:

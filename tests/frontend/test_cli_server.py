@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,16 +87,36 @@ def test_tree_drawn_for_a_terminal(server: Running) -> None:
     with console.file:
         console.print(draw(dump))
     shown = console.export_text()
-    assert "[red]a tree" in shown and shown.count("tokens  ") == dump["totals"]["nodes"]
+    nodes = re.findall(r"\d tokens?(?:, \d+ hits?)?(?:, \d+ using)?  ['\"]", shown)
+    assert "[red]a tree" in shown and len(nodes) == dump["totals"]["nodes"]
 
 
 def test_chat_keeps_the_conversation(server: Running) -> None:
     typed = "What is a tree?\n\n/reset\nAnd now?\nAnd then?\n/exit\nnever read\n"
     done = branchwise("chat", "--url", server.url, "--max-tokens", "6", "--temperature", "0", stdin=typed)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("you >") == 6
+    assert "you >" not in done.stdout and len(done.stdout.strip().splitlines()) >= 3  # no prompts in a pipe
     dump = branchwise("tree", server.url, "--json").stdout
     assert "<|im_start|>user" in dump  # the shipped model's own template was used
+
+
+def test_chat_outlives_a_turn_that_cannot_be_answered(server: Running) -> None:
+    long = "a tree of words " * 2000  # more than the model's 4096 tokens
+    typed = f"What is a tree?\n{long}\n/help\n/nosuch\nAnd then?\n"
+    done = branchwise("chat", "--url", server.url, "--max-tokens", "6", "--temperature", "0", stdin=typed)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stderr.count("error: ") == 1 and "4,096" in done.stderr and "/reset starts over" in done.stderr
+    assert done.stdout.count("/exit") == 2 and "/nosuch" in done.stderr
+    plain = branchwise(
+        "chat", "--url", server.url, "--max-tokens", "6", "--temperature", "0", stdin="What is a tree?\nAnd then?\n"
+    )
+    said = [line for line in done.stdout.splitlines() if not line.startswith(("/", "Ctrl-C"))]
+    assert said == plain.stdout.splitlines()  # the turn left nothing behind
+
+
+def test_chat_asks_for_no_more_than_fits(server: Running) -> None:
+    done = branchwise("chat", "--url", server.url, "--max-tokens", "5000", "--seed", "3", stdin="Hello\n/reset\n")
+    assert done.returncode == 0 and done.stderr == ""
 
 
 def test_bench_runs_and_writes_json(server: Running, tmp_path: Path) -> None:
@@ -114,7 +135,19 @@ def test_bench_runs_and_writes_json(server: Running, tmp_path: Path) -> None:
 def test_bench_fails_when_requests_do(server: Running) -> None:
     options = ["--workloads", "fewshot", "--scale", "0.005", "--vocab", "1300", "--model", "no-such-model"]
     done = branchwise("bench", server.url, *options)
-    assert done.returncode == 1 and "no-such-model" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1 and "{" not in done.stderr
+    assert done.stderr.startswith("error: every request of the warm-up failed: HTTP 404: the model 'no-such-model'")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_bench_asks_the_server_what_it_can_take(server: Running) -> None:
+    options = ["--workloads", "best_of_n,fewshot", "--scale", "0.005", "--json"]
+    done = branchwise("bench", server.url, *options)
+    assert done.returncode == 0, done.stderr
+    assert list(json.loads(done.stdout)) == ["fewshot"]
+    assert "best_of_n: left out, it needs 8,448 tokens a request, the server takes 4,096" in done.stderr
+    alone = branchwise("bench", server.url, "--workloads", "best_of_n")
+    assert alone.returncode == 1 and "no workload is left" in alone.stderr
 
 
 @pytest.mark.parametrize(
@@ -123,12 +156,20 @@ def test_bench_fails_when_requests_do(server: Running) -> None:
 def test_a_missing_key_is_one_line(server: Running, arguments: list[str]) -> None:
     done = branchwise(*arguments, server.url, key=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == f"error: {server.url} wants a key: give it with --api-key"
+    assert done.stderr.strip() == f"error: {server.url} wants a key: give it with --api-key or BRANCHWISE_API_KEY"
+
+
+def test_a_wrong_key_is_refused_not_asked_for(server: Running) -> None:
+    done = branchwise("tree", server.url, "--api-key", "another")
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {server.url} refused this key")
 
 
 def test_what_the_server_refuses_is_said(server: Running) -> None:
     done = branchwise("generate", "--url", server.url, "--temperature", "-1", "hi")
-    assert done.returncode == 1 and "temperature" in done.stderr and "400" in done.stderr
+    assert done.returncode == 1 and "--temperature" in done.stderr and "400" in done.stderr
+    long = branchwise("generate", "--url", f"{server.url}/v1", "--max-tokens", "5000", "hi")
+    assert long.returncode == 1 and "prompt" in long.stderr and "--max-tokens 5000" in long.stderr
+    assert "text" not in long.stderr.replace("context", "") and "max_new_tokens" not in long.stderr
 
 
 def test_a_taken_port_is_one_line(server: Running) -> None:

@@ -55,11 +55,28 @@ def test_quickstart_runs(open_server: Running) -> None:
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    cached = [int(count) for count in re.findall(r"prompt tokens, (\d+) cached", done.stdout)]
-    assert len(cached) == 9
-    # Page-exact for requests in the same step as the one that computes the prefix, token-exact afterwards.
-    assert sorted(cached)[1] >= 96, "one request computes the system prompt, all others reuse it"
+    rows = re.findall(r" (\d+) = +(\d+) reused \+ +(\d+) computed   ", done.stdout)
+    assert len(rows) == 9
+    counts = [tuple(map(int, row)) for row in rows]
+    assert all(prompt == reused + computed for prompt, reused, computed in counts)
+    assert all(reused >= 96 for _, reused, _ in counts[1:]), "the first computes the system prompt, all others reuse it"
+    sent, computed = (int(re.search(rf"(\d+) {what}\n", done.stdout)[1]) for what in ("prompt tokens sent", "computed"))  # type: ignore[index]
+    assert sent == sum(row[0] for row in counts) and computed == sum(row[2] for row in counts)
+    assert counts[0][0] < int(re.search(r"(\d+) distinct tokens", done.stdout)[1]) < sent  # type: ignore[index]
+    assert done.stdout.replace("\n", "").isprintable()
     assert "What the server remembers" in done.stdout and "└─" in done.stdout
+
+
+def test_quickstart_without_a_server_is_one_line(unused_port: int) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / "quickstart.py"), f"http://127.0.0.1:{unused_port}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"no server at http://127.0.0.1:{unused_port}") and "branchwise serve" in line
 
 
 def test_commands_and_flags_exist() -> None:
