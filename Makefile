@@ -32,7 +32,7 @@ test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.installed-test ## tree, planner, BranchBench and transformers on this machine; figures under .bench/
-	$(BIN)/python tests/benchmarks/run.py
+	env -u OMP_WAIT_POLICY $(BIN)/python tests/benchmarks/run.py
 
 install: $(VENV)/.installed ## .venv with the package, nothing else
 

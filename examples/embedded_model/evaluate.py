@@ -1,0 +1,304 @@
+"""Measures the embedded model on held-out tasks, through Branchwise's own engine.
+
+python evaluate.py [--model FOLDER] [--n 200] [--out results]     # writes results.md and results.json
+
+Every name, label, tool, key and puzzle here is one that training never draws (see corpus/draw.py). Greedy unless said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from branchwise import Engine, SamplingParams
+from corpus import arithmetic, dialogue, extraction, fewshot, lookup, puzzle, recall, tools
+from corpus.conversation import Conversation
+from corpus.draw import Draw
+
+CONTEXT = 4352  # tokens
+_CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>", re.DOTALL)
+
+
+@dataclass(slots=True)
+class Row:
+    """One line of the table. ``right`` of ``asked``."""
+
+    task: str
+    right: int
+    asked: int
+    bar: float | None = None
+    note: str = ""
+    misses: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def share(self) -> float:
+        return self.right / self.asked if self.asked else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, after Wilson."""
+        n, p, z = self.asked, self.share, 1.96
+        middle, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+class Subject:
+    """The model under test: conversations in, texts out."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def prompt(self, messages: Sequence[dict[str, Any]], tool_list: list[dict[str, Any]] | None = None) -> list[int]:
+        tokenizer = self.engine.tokenizer
+        text = tokenizer.apply_chat_template(messages, tools=tool_list or None)
+        return tokenizer.encode(text, add_special_tokens=False).tolist()
+
+    def ask(self, text: str) -> list[int]:
+        return self.prompt([{"role": "user", "content": text}])
+
+    def answers(self, conversations: Sequence[Conversation]) -> list[str]:
+        prompts = [self.prompt(c.prompt_messages, c.tools) for c in conversations]
+        params = [SamplingParams(temperature=0, max_tokens=min(300, CONTEXT - len(prompt))) for prompt in prompts]
+        return [output.text for output in self.engine.generate(prompts, params)]
+
+
+def equal(conversation: Conversation, answer: str) -> bool:
+    """The reference, or, where the conversation says so, everything that was expected."""
+    if conversation.expect:
+        return all(part in answer for part in conversation.expect)
+    return answer.strip() == conversation.reference.strip()
+
+
+def same_json(conversation: Conversation, answer: str) -> bool:
+    try:
+        return bool(json.loads(answer) == json.loads(conversation.reference))
+    except ValueError:
+        return False
+
+
+def calls(conversation: Conversation, answer: str) -> bool:
+    """The right tool with exactly the right arguments."""
+    return called(answer) == called(conversation.reference) is not None
+
+
+def called(answer: str) -> Any:
+    match = _CALL.fullmatch(answer.strip())
+    try:
+        return None if match is None else json.loads(match[1])
+    except ValueError:
+        return None
+
+
+def collect(make: Callable[[Draw], Conversation], families: str, n: int, seed: int) -> list[Conversation]:
+    """The first ``n`` held-out conversations of a family; ``x*``: of every family whose name begins with ``x``."""
+    draw, found = Draw(seed, held_out=True), list[Conversation]()
+    while len(found) < n:
+        conversation = make(draw)
+        if fnmatch(conversation.family, families) and not conversation.plain:
+            found.append(conversation)
+    return found
+
+
+def measure(
+    subject: Subject,
+    task: str,
+    conversations: list[Conversation],
+    right: Callable[[Conversation, str], bool] = equal,
+    bar: float | None = None,
+) -> Row:
+    answers = subject.answers(conversations)
+    row = Row(task, 0, len(answers), bar)
+    for conversation, answer in zip(conversations, answers, strict=True):
+        if right(conversation, answer):
+            row.right += 1
+        elif len(row.misses) < 5:
+            asked = str(conversation.prompt_messages[-1]["content"])
+            row.misses.append({"asked": asked[-300:], "answer": answer, "reference": conversation.reference})
+    return row
+
+
+# -- the puzzle ------------------------------------------------------------------------------------------------------------
+
+Instance = tuple[puzzle.Numbers, int]
+
+
+def greedy_puzzles(subject: Subject, instances: list[Instance]) -> list[bool]:
+    prompts = [subject.ask(puzzle.solve_prompt(*instance)) for instance in instances]
+    outputs = subject.engine.generate(prompts, SamplingParams(temperature=0, max_tokens=120))
+    return [puzzle.solves(*instance, output.text) for instance, output in zip(instances, outputs, strict=True)]
+
+
+def sampled_puzzles(subject: Subject, instances: list[Instance], n: int) -> list[bool]:
+    """Whether any of ``n`` whole answers is right: what many tries without a tree give."""
+    prompts = [subject.ask(puzzle.solve_prompt(*instance)) for instance in instances]
+    outputs = subject.engine.generate(prompts, SamplingParams(temperature=1.0, max_tokens=120, n=n, seed=5))
+    return [
+        any(puzzle.solves(*instance, sample.text) for sample in output.outputs)
+        for instance, output in zip(instances, outputs, strict=True)
+    ]
+
+
+def tree_puzzles(
+    subject: Subject, instances: list[Instance], width: int = 6, branches: int = 10
+) -> tuple[list[bool], int]:
+    """Tree search, breadth first: each kept state proposes ``branches`` steps by sampling, the rules throw out what is
+    illegal, the evaluate prompt ranks what is left, and ``width`` states go on. A puzzle counts as solved only by legal
+    steps down to the target. Returns also the number of sampled proposals.
+    """
+    kept: list[set[puzzle.Numbers]] = [{numbers} for numbers, _ in instances]
+    proposed = 0
+    for depth in range(max(len(numbers) for numbers, _ in instances) - 1):
+        jobs = [(i, state) for i, states in enumerate(kept) for state in sorted(states) if len(state) > 1]
+        prompts = [subject.ask(puzzle.propose_prompt(state, instances[i][1])) for i, state in jobs]
+        params = SamplingParams(temperature=1.0, max_tokens=40, n=branches, seed=depth + 1)
+        children: list[set[puzzle.Numbers]] = [set() for _ in instances]
+        for (i, state), output in zip(jobs, subject.engine.generate(prompts, params), strict=True):
+            proposed += branches
+            for sample in output.outputs:
+                left = puzzle.apply(state, sample.text.strip())
+                if left is not None:
+                    children[i].add(left)
+        kept = best(subject, instances, children, width)
+    return [(target,) in states for (_, target), states in zip(instances, kept, strict=True)], proposed
+
+
+def best(
+    subject: Subject, instances: list[Instance], children: list[set[puzzle.Numbers]], width: int
+) -> list[set[puzzle.Numbers]]:
+    """The ``width`` states of each puzzle that the model thinks likeliest to reach the target."""
+    jobs = [(i, state) for i, states in enumerate(children) for state in sorted(states)]
+    if not jobs:
+        return children
+    prompts = [subject.ask(puzzle.evaluate_prompt(state, instances[i][1])) for i, state in jobs]
+    outputs = subject.engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1, logprobs=5))
+    ranked: list[list[tuple[float, puzzle.Numbers]]] = [[] for _ in instances]
+    yes = int(subject.engine.tokenizer.encode("yes", add_special_tokens=False)[0])
+    for (i, state), output in zip(jobs, outputs, strict=True):
+        value = dict(output.outputs[0].logprobs[0].top).get(yes, -99.0)
+        if len(state) == 1:
+            value = 0.0 if state[0] == instances[i][1] else -999.0
+        ranked[i].append((value, state))
+    return [{state for _, state in sorted(row, reverse=True)[:width]} for row in ranked]
+
+
+def puzzles(subject: Subject, n: int) -> list[Row]:
+    draw = Draw(41, held_out=True)
+    instances = [puzzle.instance(draw) for _ in range(n)]
+    greedy = greedy_puzzles(subject, instances)
+    tree, proposed = tree_puzzles(subject, instances)
+    tries = 16
+    sampled = sampled_puzzles(subject, instances, tries)
+    ratio = sum(tree) / max(1, sum(greedy))
+    return [
+        Row("puzzle: one greedy answer", sum(greedy), n),
+        Row(f"puzzle: any of {tries} sampled answers", sum(sampled), n),
+        Row("puzzle: tree search", sum(tree), n, note=f"{ratio:.1f} times greedy; {proposed / n:.0f} proposals each"),
+    ]
+
+
+# -- everything ------------------------------------------------------------------------------------------------------------
+
+
+def lookups(subject: Subject, tokens: int, n: int, seed: int) -> list[Conversation]:
+    """Held-out registers whose prompts are within 5 % of ``tokens`` long."""
+    draw, found = Draw(seed, held_out=True), list[Conversation]()
+    while len(found) < n:
+        conversation = lookup.make(draw, int(tokens * (0.7 + 0.4 * draw.random())))
+        if abs(len(subject.prompt(conversation.prompt_messages)) - tokens) <= 0.05 * tokens:
+            found.append(conversation)
+    return found
+
+
+def evaluate(subject: Subject, n: int) -> list[Row]:
+    rows: list[Row] = []
+
+    def add(row: Row) -> None:
+        rows.append(row)
+        print(f"{row.task}: {row.right}/{row.asked}", flush=True)
+
+    for kind in ("words", "sentences", "glossary", "rule"):
+        add(measure(subject, f"few-shot mapping: {kind}", collect(fewshot.make, f"fewshot_{kind}", n, 11)))
+    add(measure(subject, "few-shot mapping, as mixed in training", collect(fewshot.make, "fewshot*", n, 12), bar=0.90))
+    asked = collect(tools.make, "tools_call", n, 21)
+    add(measure(subject, "tool call: right name, exact arguments", asked, calls, 0.90))
+    add(measure(subject, "tool call: valid JSON", asked, lambda _, answer: called(answer) is not None, 0.98))
+    add(measure(subject, "answer that uses the tool's result", collect(tools.make, "tools_answer", n, 22), bar=0.90))
+    add(measure(subject, "recall of an earlier fact: conversation", collect(recall.make, "recall", n, 31), bar=0.95))
+    add(measure(subject, "recall: facts about people in a text", collect(recall.make, "recall_text", n, 32)))
+    add(measure(subject, "recall: who the system prompt says it is", collect(recall.make, "recall_persona", n, 33)))
+    for tokens, bar in ((250, None), (1000, None), (2000, None), (4000, 0.80)):
+        conversations = lookups(subject, tokens, n if tokens < 1500 else max(1, n // 2), 50 + tokens)
+        add(measure(subject, f"key-value look-up in {tokens:,} tokens", conversations, bar=bar))
+    add(measure(subject, "JSON extraction: every field", collect(extraction.make, "extraction", n, 61), same_json))
+    add(measure(subject, "arithmetic: one sum", collect(arithmetic.make, "arithmetic", n, 71), _result))
+    add(measure(subject, "arithmetic: word problems in steps", collect(arithmetic.make, "arithmetic_steps", n, 72)))
+    add(measure(subject, "talk: an answer of the closed world", collect(dialogue.make, "talk", n, 81), _in_world))
+    for row in puzzles(subject, n):
+        add(row)
+    return rows
+
+
+def _result(conversation: Conversation, answer: str) -> bool:
+    """The last number: of a bare sum or of a word problem."""
+    numbers, wanted = re.findall(r"\d+", answer), re.findall(r"\d+", conversation.reference)
+    return bool(numbers) and numbers[-1] == wanted[-1]
+
+
+def _in_world(conversation: Conversation, answer: str) -> bool:
+    """Whole sentences of known words; where the reference names someone or something, that too. Stories: no exact check."""
+    return answer.endswith((".", "!", "?")) and (
+        len(conversation.reference) > 200 or _gist(conversation.reference) <= set(answer.split())
+    )
+
+
+def _gist(reference: str) -> set[str]:
+    """The reference's words with capitals, but for the first word of each sentence."""
+    return {
+        w
+        for before, w in zip(reference.split(), reference.split()[1:], strict=False)
+        if w[0].isupper() and before[-1] not in ".!?" and w != "I"
+    }
+
+
+def table(rows: list[Row], head: str) -> str:
+    lines = [head, "", "| task | right | of | share | 95 % | bar |", "|---|---:|---:|---:|---|---|"]
+    for row in rows:
+        low, high = row.interval
+        bar = "" if row.bar is None else f"≥ {row.bar:.0%} {'met' if row.share >= row.bar else 'missed'}"
+        lines.append(
+            f"| {row.task} | {row.right} | {row.asked} | {row.share:.1%} | {low:.0%} to {high:.0%} | {row.note or bar} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="", help="a folder; default: the model that ships with Branchwise")
+    parser.add_argument("--n", type=int, default=200, help="questions of each kind (half as many of the long ones)")
+    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args()
+    begun = time.time()
+    with Engine(args.model, device=args.device) as engine:
+        rows = evaluate(Subject(engine), args.n)
+    head = f"Held-out draws, greedy unless said, n = {args.n}; {time.time() - begun:.0f} s."
+    text = table(rows, head)
+    args.out.with_suffix(".md").write_text(text, encoding="utf-8")
+    fields = [
+        {"task": r.task, "right": r.right, "asked": r.asked, "bar": r.bar, "note": r.note, "misses": r.misses}
+        for r in rows
+    ]
+    args.out.with_suffix(".json").write_text(json.dumps(fields, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
