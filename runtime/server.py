@@ -284,6 +284,12 @@ class _Server:
         if self._client.state != "ready":
             return EXIT_OK  # nothing can be in flight
         self._client.state = "draining"
+        if self._client.in_flight:
+            logger.info(
+                "stopping: %d requests in flight get up to %g s to finish; a second signal ends them now",
+                self._client.in_flight,
+                self._config.drain_seconds,
+            )
         http.should_exit = True
         killed = asyncio.create_task(self._killed.wait())
         try:

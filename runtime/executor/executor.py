@@ -23,6 +23,7 @@ from ..step import PENDING, RowStart, StepPlan, StepResult
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
 from .sampler import Sampled, Sampler
+from .threads import ThreadChoice
 
 Int64 = npt.NDArray[np.int64]
 
@@ -64,6 +65,7 @@ class ModelExecutor:
         self._attention = TorchAttention(self._pool, decoder.layer_specs(), model.num_heads)
         self._sampler = Sampler(memory.max_num_seqs, model.vocab_size, self.device, eos_ids=model.eos_ids)
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
+        self._threads = ThreadChoice(memory)
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:
@@ -85,6 +87,7 @@ class ModelExecutor:
         return cls(config, model, Decoder(model, weights), memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
+        self._threads.set_for(plan)
         with torch.inference_mode():
             self._apply_table(plan)
             if len(plan.copies):

@@ -24,7 +24,8 @@ DEFAULT_NODES = 1000
 def router(site: Site) -> APIRouter:
     routes = APIRouter()
 
-    @routes.api_route("/health", methods=["GET", "HEAD"])  # load balancers ask with HEAD
+    @routes.get("/health")
+    @routes.head("/health")  # as load balancers ask
     async def health() -> Response:
         """200 while the server takes requests; 503 with the state otherwise."""
         state = site.client.state
@@ -54,7 +55,8 @@ def router(site: Site) -> APIRouter:
         """Walks the tree and the pages between two steps. 500 names the invariant that does not hold."""
         return json_response({"check": await site.client.control("check")})
 
-    @routes.api_route("/flush_cache", methods=["GET", "POST"])  # SGLang takes both
+    @routes.post("/flush_cache")
+    @routes.get("/flush_cache")  # SGLang takes both
     async def flush_cache() -> Response:
         """Forgets everything that no running request holds."""
         return json_response(await site.client.control("flush_cache"))
