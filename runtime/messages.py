@@ -217,8 +217,3 @@ class Failed(Message):
 
     role: str
     error: str
-
-
-Inbound = Submit | Generate | Abort | StopMatched | Control | Limits | Shutdown
-Outbound = StepOutput | Deltas | Stats | ControlReply | Progress | Ready | Failed
-AnyMessage = Inbound | Outbound

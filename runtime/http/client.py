@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..errors import EngineDead, InvalidRequest, Overloaded
-from ..messages import Abort, Control, ControlReply, Delta, Limits, Message, Stats, Submit
+from ..messages import Abort, Control, ControlReply, Delta, Limits, Message, Submit
 from ..sampling_params import SamplingParams
 from .metrics import Metrics
 
@@ -155,7 +155,6 @@ class EngineClient:
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._limits: Limits | None = None
         self.state: State = "starting"
-        self.stats = Stats()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 

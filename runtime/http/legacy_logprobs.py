@@ -16,10 +16,6 @@ class LegacyLogprobs:
         self._skip_special = skip_special_tokens
         self._offset = 0
 
-    def skip(self, characters: int) -> None:
-        """Text that has no tokens here (an echoed prompt without logprobs)."""
-        self._offset += characters
-
     def add(self, tokens: list[int], rows: list[TokenLogprob | None]) -> dict[str, Any]:
         """``rows[i]`` is None for a token nothing precedes: its logprob is null."""
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
