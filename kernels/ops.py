@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+COPY_BYTES = 64 * 1024 * 1024  # held at once while pages are copied
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang & Sennrich, 2019) over the last dimension, in float32, back in ``x``'s dtype.
@@ -53,23 +55,61 @@ def gelu_mul(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
     return F.gelu(gate, approximate=approximate).mul_(up)
 
 
-def write_kv(pool: Tensor, slots: Tensor, k: Tensor, v: Tensor) -> None:
-    """Writes one layer's keys and values of T tokens.
+def rope_write(
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    qk_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Norms (if asked) and turns queries and keys, and writes the keys and values of T tokens to one layer's pool.
 
-    ``pool``: ``[2, pages, page_size, kv_heads, D]``; ``slots``: int64 ``[T]``, page * page_size + offset, all distinct;
-    ``k``, ``v``: ``[T, kv_heads, D]``.
+    Args:
+        qkv: ``[T, heads + 2 * kv_heads, D]``: queries, keys, values. The caller gives it away.
+        cos, sin: as for `rope`.
+        pool: ``[2, pages, page_size, kv_heads, D]``.
+        slots: int64 ``[T]``, page * page_size + offset. Distinct, but for tokens that only pad the step: those may
+            share the slot of a page that nobody reads.
+        qk_norm: float32 ``[heads + kv_heads, D]`` or None.
+
+    Returns:
+        queries ``[T, heads, D]``, keys and values ``[T, kv_heads, D]``.
     """
+    kv_heads = (qkv.shape[1] - heads) // 2
+    qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+    if qk_norm is not None:
+        qk = rms_norm(qk, qk_norm, eps)
+    q, k = rope(qk, cos, sin).split([heads, kv_heads], dim=1)
     flat = pool.flatten(1, 2)
     flat[0].index_copy_(0, slots, k)
     flat[1].index_copy_(0, slots, v)
+    return q, k, v
+
+
+def page_indices(table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:
+    """Lays the first pages of several rows of the page table end to end.
+
+    ``out[indptr[r] : indptr[r + 1]] = table[rows[r], : indptr[r + 1] - indptr[r]]``. All int32: ``table``
+    ``[max_rows, columns]``, ``rows`` ``[R]``, ``indptr`` ``[R + 1]``; ``max_pages`` bounds the pages of one row.
+    """
+    counts = (indptr[1:] - indptr[:-1])[:, None]
+    columns = torch.arange(max_pages, dtype=torch.int32, device=table.device)
+    pages = table[rows.long(), :max_pages][columns < counts]
+    out[: len(pages)] = pages
 
 
 def copy_pages(pool: Tensor, copies: Tensor) -> None:
     """Copies whole pages in every layer: copy-on-write of a page whose first tokens are reused.
 
-    ``pool``: ``[layers, 2, pages, ...]``; ``copies``: int64 ``[C, 2]`` of (source, destination). Each layer gathers ALL
-    its sources before it writes a destination, so a page may be the source of one pair and the destination of another.
+    ``pool``: ``[layers, 2, pages, ...]``; ``copies``: int64 ``[C, 2]`` of (source, destination). In each layer ALL
+    sources are gathered before a destination is written, so a page may be the source of one pair and the destination of
+    another.
     """
     sources, destinations = copies.unbind(1)
-    for layer in pool:
-        layer.index_copy_(1, destinations, layer.index_select(1, sources))
+    pair = pool[:, :, 0].nbytes * len(copies)
+    layers = max(1, len(pool) * COPY_BYTES // max(pair, 1))
+    for some in pool.split(layers):
+        some.index_copy_(2, destinations, some.index_select(2, sources))

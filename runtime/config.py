@@ -30,7 +30,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_tokens: int | None = None  # None: by memory
     gpu_memory_utilization: float = 0.9  # of the GPU's memory; of free memory on a CPU, half of it at most
     tensor_parallel_size: int = 1
-    attention_backend: Literal["auto", "torch"] = "auto"
+    attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"  # auto: the fastest that runs here
+    cuda_graphs: bool = True  # capture steps of up to about a thousand tokens; off: launch every kernel by itself
 
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
@@ -53,6 +54,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_seconds: float = 30.0  # SIGTERM: time in-flight requests get to finish
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
+    null_step_seconds: float = 0.0  # and how long each of its steps takes
 
 
 def _choices(field: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +38,67 @@ class AttentionBatch:
     host_page_table: Int32  # the same on the host; on a CPU the same memory
 
 
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The padded shape of a step that runs as a CUDA graph.
+
+    Query tokens 0 … decodes - 1 are the decodes, then come ``tokens`` tokens of at most ``requests`` chunks. What a
+    step has less of is padding: a decode that pads reads the first token of the page table's last row, which belongs to
+    no request.
+    """
+
+    decodes: int
+    tokens: int
+    requests: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.decodes + self.tokens
+
+    @property
+    def num_outputs(self) -> int:
+        """The most requests that can sample."""
+        return self.decodes + self.requests
+
+
 class AttentionBackend(Protocol):
     """Attention over a paged KV pool ``[layers, 2, pages, page_size, kv_heads, head_dim]``.
 
     Built with the pool, one `LayerSpec` a layer and the number of query heads.
     """
 
-    def plan(self, batch: AttentionBatch) -> None:
-        """Everything about the step that does not depend on a layer's values. Replaces the previous plan."""
+    captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+        """Everything about the step that does not depend on a layer's values. Replaces the previous plan.
+
+        ``shape``: the step is padded to it, and what is planned is read from the same addresses as in any other step of
+        this shape. Only where ``captures``.
+        """
         ...
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Writes ``k`` and ``v`` of every query token to the pool, then attends.
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """Attends. The step's own keys and values are in the pool already.
 
         Args:
             layer: index of the layer.
-            q: ``[T, heads, head_dim]``, rotated.
-            k, v: ``[T, kv_heads, head_dim]``, ``k`` rotated.
+            q: ``[T, heads, head_dim]``, rotated. Rows may be strided.
+            k, v: ``[T, kv_heads, head_dim]``, what the step wrote, for backends that would rather not gather it.
+            out: where to put the result.
 
         Returns:
             ``[T, heads, head_dim]``, in ``q``'s dtype.
         """
         ...
+
+
+def query_slots(batch: AttentionBatch, page_size: int) -> Int64:
+    """Pool slots of every query token, int64 ``[T]``: page * page_size + offset."""
+    positions = ranges((batch.kv_lens - batch.q_lens).astype(np.int64), batch.q_lens.astype(np.int64))
+    pages = batch.host_page_table[np.repeat(batch.rows, batch.q_lens), positions // page_size]
+    return pages.astype(np.int64) * page_size + positions % page_size
+
+
+def ranges(starts: Int64, lengths: Int64) -> Int64:
+    """``starts[0] … starts[0] + lengths[0] - 1``, then the same for the next, concatenated."""
+    return np.arange(int(lengths.sum())) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

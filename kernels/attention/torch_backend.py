@@ -19,8 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..ops import write_kv
-from .base import AttentionBatch, LayerSpec
+from .base import AttentionBatch, LayerSpec, StepShape, ranges
 from .partial import attend, merge_
 from .sharing import shared_runs
 
@@ -67,12 +66,14 @@ class TorchAttention:
         _, _, _, self._page_size, self._kv_heads, self._head_dim = pool.shape
         self._group = num_heads // self._kv_heads
         self._token_bytes = self._kv_heads * self._head_dim * pool.element_size()
-        self._slots = torch.empty(0, dtype=torch.int64)
         self._plans: dict[int | None, _Plan] = {}
         self._scratch = [pool.new_empty(0), pool.new_empty(0)]  # gathered keys and values; grown, never shrunk
 
-    def plan(self, batch: AttentionBatch) -> None:
-        self._slots = self._index(query_slots(batch, self._page_size))
+    captures = False
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+        if shape is not None:
+            raise ValueError("attention in torch is planned by values: its steps cannot be captured")
         whole: _Plan | None = None
         self._plans = {}
         for window in dict.fromkeys(spec.window for spec in self._layers):
@@ -83,20 +84,19 @@ class TorchAttention:
                 whole = whole or self._plan_whole(batch, np.arange(len(batch.rows)))
                 self._plans[window] = whole
 
-    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         pool, spec = self._pool[layer], self._layers[layer]
         plan = self._plans[spec.window]
-        write_kv(pool, self._slots, k, v)
         # Merging rounds once more, so it is done in float32.
-        out = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
+        result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for queries, requests in plan.causal:
-            out[queries], lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
+            result[queries], lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
         for part in plan.own:
-            out[part.queries], lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
+            result[part.queries], lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
         for part in plan.merged:
-            merge_(out, lse, part.queries, *self._paged(pool, spec, part, q[part.queries]))
-        return out.to(q.dtype)
+            merge_(result, lse, part.queries, *self._paged(pool, spec, part, q[part.queries]))
+        return result.to(q.dtype) if out is None else out.copy_(result)
 
     # -- run: one part. Queries come and go as [N, heads, D]; a key head meets all queries of its group, unexpanded. ---
 
@@ -263,14 +263,7 @@ class _Requests:
 
     def tokens(self, some: Int64) -> Int64:
         """Query tokens of the requests ``some``, concatenated."""
-        return _ranges(self.starts[some], self.q_lens[some])
-
-
-def query_slots(batch: AttentionBatch, page_size: int) -> Int64:
-    """Pool slots of every query token, int64 ``[T]``."""
-    positions = _ranges((batch.kv_lens - batch.q_lens).astype(np.int64), batch.q_lens.astype(np.int64))
-    pages = batch.host_page_table[np.repeat(batch.rows, batch.q_lens), positions // page_size]
-    return pages.astype(np.int64) * page_size + positions % page_size
+        return ranges(self.starts[some], self.q_lens[some])
 
 
 def length_buckets(lengths: Int64, some: Int64, ratio: float = 1.5, small: int = 128) -> list[Int64]:
@@ -283,8 +276,3 @@ def length_buckets(lengths: Int64, some: Int64, ratio: float = 1.5, small: int =
     counted = np.maximum(lengths[some], small)
     keys = np.floor(np.log(counted.max() / counted) / np.log(ratio))
     return [some[keys == key] for key in np.unique(keys)]
-
-
-def _ranges(starts: Int64, lengths: Int64) -> Int64:
-    """``starts[0] … starts[0] + lengths[0] - 1``, then the same for the next, concatenated."""
-    return np.arange(int(lengths.sum())) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

@@ -6,26 +6,27 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kernels import ops
-from ...kernels.attention.base import AttentionBatch
-from ...kernels.attention.torch_backend import TorchAttention
+from ...kernels import ops as torch_ops
+from ...kernels.attention.base import AttentionBatch, StepShape
 from ..config import EngineConfig, check, step_budget
 from ..errors import LoadError
 from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
-from ..models.decoder import Decoder
+from ..models.decoder import Decoder, StepTokens
 from ..models.loader import Progress, dummy_weights, load_weights
-from ..step import PENDING, RowStart, StepPlan, StepResult
+from ..step import PENDING, StepPlan, StepResult
+from .backends import make_attention, pick_ops
+from .graphs import StepGraphs
+from .inputs import InputStaging, Int64, PageTable, StepInputs
+from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
 from .sampler import Sampled, Sampler
 from .threads import ThreadChoice
-
-Int64 = npt.NDArray[np.int64]
+from .token_history import to_device
 
 
 @dataclass(slots=True)
@@ -50,22 +51,27 @@ class ModelExecutor:
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, decoder: Decoder, memory: MemoryPlan) -> None:
-        """Allocates the pool and the page table. Most callers want `load`."""
+        """Allocates the pool and the page table, captures graphs. Most callers want `load`."""
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.page_size, model.vocab_size
         self.max_model_len = max_model_len(config, model)
         self.eos_ids = model.eos_ids
         self._decoder = decoder
-        pool_shape = (model.num_layers, 2, self.num_pages, self.page_size, model.num_kv_heads, model.head_dim)
+        rows, scratch_page = memory.max_num_seqs, memory.num_pages
+        # One page more than the tree knows of: padding tokens write there.
+        pool_shape = (model.num_layers, 2, self.num_pages + 1, self.page_size, model.num_kv_heads, model.head_dim)
         self._pool = _zeros(pool_shape, memory.dtype, self.device)
-        self._host_table = np.zeros((memory.max_num_seqs, memory.max_pages_per_row), np.int32)
-        self._table = torch.from_numpy(self._host_table).to(self.device)  # on a CPU: the same memory
-        self._last_token = torch.zeros(memory.max_num_seqs, dtype=torch.int64, device=self.device)
-        self._attention = TorchAttention(self._pool, decoder.layer_specs(), model.num_heads)
-        self._sampler = Sampler(memory.max_num_seqs, model.vocab_size, self.device, eos_ids=model.eos_ids)
+        self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
+        self._inputs = InputStaging(self.device, self.page_size, scratch_page * self.page_size, 4096)
+        self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
+        self._attention = make_attention(config, self._pool, decoder.layer_specs(), model.num_heads, self._table)
+        self._sampler = Sampler(rows, model.vocab_size, self.device, eos_ids=model.eos_ids)
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
+        self._graphs: StepGraphs | None = None
+        if config.cuda_graphs and self._attention.captures:
+            self._graphs = self._capture(step_budget(config, gpu=True))
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:
@@ -79,76 +85,95 @@ class ModelExecutor:
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
-        memory = plan_memory(config, model, dtype, device, max_model_len(config, model), batched)
+        length = max_model_len(config, model)
+        memory = plan_memory(config, model, dtype, device, length, batched)
         if config.load_format == "dummy":
             weights = dummy_weights(model, dtype, device, config.seed)
         else:
             weights = load_weights(folder, model, dtype, device, progress)
-        return cls(config, model, Decoder(model, weights), memory)
+        weight_bytes = sum(weight.nbytes for weight in weights.values())
+        decoder = Decoder(model, weights, pick_ops(device))
+        if device.type == "cuda":
+            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs)
+            measured = (memory.free_bytes, weight_bytes, step)
+            memory = plan_memory(config, model, dtype, device, length, batched, measured)
+        return cls(config, model, decoder, memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         self._threads.set_for(plan)
         with torch.inference_mode():
-            self._apply_table(plan)
+            self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
             if len(plan.copies):
-                ops.copy_pages(self._pool, self._to_device(plan.copies))
+                torch_ops.copy_pages(self._pool, to_device(plan.copies.astype(np.int64), self.device))
             for start in plan.starts:
-                self._start(start)
+                self._sampler.start(start)
+                self._prompt_logprobs.start(start)
             return self._forward(plan)
 
     def close(self) -> None:
         """Drops the weights and the pool. The executor is of no use afterwards."""
-        del self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs
-
-    def _start(self, start: RowStart) -> None:
-        self._sampler.start(start)
-        self._prompt_logprobs.start(start)
-
-    def _apply_table(self, plan: StepPlan) -> None:
-        if not len(plan.table_rows):
-            return
-        self._host_table[plan.table_rows, plan.table_cols] = plan.table_pages
-        if self.device.type != "cpu":
-            rows, cols = self._to_device(plan.table_rows), self._to_device(plan.table_cols)
-            self._table[rows, cols] = torch.from_numpy(plan.table_pages).to(self.device, non_blocking=True)
+        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs
 
     def _forward(self, plan: StepPlan) -> LaunchedStep:
-        starts = np.cumsum(plan.q_lens, dtype=np.int64) - plan.q_lens  # first query token of each request
-        positions = np.arange(plan.num_tokens) + np.repeat(plan.kv_lens - plan.q_lens - starts, plan.q_lens)
-        self._decoder.reserve(int(plan.kv_lens.max()))
-        self._attention.plan(
-            AttentionBatch(plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self._table, self._host_table)
-        )
-        sampled_at = (starts + plan.q_lens - 1)[plan.samples]
+        shape = self._graphs.shape_for(plan) if self._graphs else None
         wanted = self._prompt_logprobs.spans(plan)
-        outputs = np.concatenate([sampled_at, *(starts[span.index] + span.offsets for span in wanted)])
-        hidden = self._decoder.forward(
-            self._token_ids(plan), self._to_device(positions), self._attention, self._to_device(outputs)
+        starts = np.cumsum(plan.q_lens, dtype=np.int64) - plan.q_lens
+        inputs = self._stage(plan, shape, [starts[span.index] + span.offsets for span in wanted])
+        count = len(plan.samples)
+        if self._graphs is not None and shape is not None:
+            self._graphs.replay(shape)
+            return LaunchedStep(self._sample(plan, inputs, self._logits[:count]), [])
+        self._decoder.reserve(int(plan.kv_lens.max()))
+        hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
+        sampled = self._sample(plan, inputs, self._decoder.logits(hidden[:count])) if count else None
+        return LaunchedStep(sampled, self._prompt_logprobs.compute(wanted, hidden[count:]))
+
+    def _stage(self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]) -> StepInputs:
+        batch = AttentionBatch(
+            plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self._table.device, self._table.host
         )
-        sampled = self._sample(plan, hidden[: len(sampled_at)])
-        return LaunchedStep(sampled, self._prompt_logprobs.compute(wanted, hidden[len(sampled_at) :]))
+        self._attention.plan(batch, shape)
+        return self._inputs.stage(plan, batch, shape, extra_outputs)
 
-    def _token_ids(self, plan: StepPlan) -> Tensor:
-        """int64 [T]; where the host does not know the id yet, the last token its row sampled."""
-        token_ids = self._to_device(plan.token_ids)
-        pending = np.flatnonzero(plan.token_ids == PENDING)
-        if len(pending):
-            rows = np.repeat(plan.rows, plan.q_lens)[pending]
-            token_ids = token_ids.index_copy(0, self._to_device(pending), self._last_token[self._to_device(rows)])
-        return token_ids
+    def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
+        """Hidden states of the outputs. ``pending``: some token ids are known to the device alone."""
+        ids = inputs.ids
+        if pending:
+            ids = torch.where(ids == PENDING, self._last_token[inputs.rows], ids)
+        tokens = StepTokens(ids, inputs.positions, inputs.slots)
+        return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs)
 
-    def _sample(self, plan: StepPlan, hidden: Tensor) -> Sampled | None:
+    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> Sampled | None:
         if not len(plan.samples):
             return None
-        rows = plan.rows[plan.samples]
         positions = plan.kv_lens[plan.samples].astype(np.int64)
-        sampled = self._sampler.sample(self._decoder.logits(hidden), rows, positions)
-        self._last_token.index_copy_(0, self._to_device(rows), sampled.tokens)
+        sampled = self._sampler.sample(logits, plan.rows[plan.samples], positions)
+        self._last_token.index_copy_(0, inputs.sampled_rows, sampled.tokens)
         return sampled
 
-    def _to_device(self, array: npt.NDArray[np.integer]) -> Tensor:
-        """An int64 copy on the device."""
-        return torch.from_numpy(array.astype(np.int64)).to(self.device, non_blocking=True)
+    def _capture(self, max_tokens: int) -> StepGraphs:
+        staged: dict[StepShape, StepInputs] = {}
+
+        def prepare(shape: StepShape) -> None:
+            staged[shape] = self._stage(_padding(shape), shape, [])
+
+        def run(shape: StepShape) -> None:
+            hidden = self._hidden(staged[shape], pending=True)
+            self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
+
+        graphs = StepGraphs(run, prepare, self._table.host.shape[0] - 1, max_tokens)
+        largest = max(shape.num_outputs for shape in graphs.shapes())
+        self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
+        self._decoder.reserve(self.max_model_len)  # what a graph reads must not move
+        with torch.inference_mode():
+            graphs.capture()
+        return graphs
+
+
+def _padding(shape: StepShape) -> StepPlan:
+    """A step of this shape in which nothing runs but padding."""
+    none = np.empty(0, np.int32)
+    return StepPlan(0, none, none, none, none, 0, none, none, none, none, none.reshape(0, 2))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,8 @@ from ..models.config import ModelConfig
 from ..models.weights import weight_specs
 
 GIB = 1024**3
+# Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, index buffers, libraries.
+GPU_RESERVE = 3 * GIB // 2
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens says otherwise: a CPU rarely profits from more
 
 
@@ -27,7 +29,8 @@ class MemoryPlan:
     dtype: torch.dtype
     free_bytes: int  # before the weights were loaded
     weight_bytes: int
-    activation_bytes: int  # of the largest step, an upper estimate
+    activation_bytes: int  # of the largest step: measured on a GPU, an upper estimate on a CPU
+    reserve_bytes: int  # for what else a GPU has to hold
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -65,6 +68,7 @@ class MemoryPlan:
             ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
             ("weights", human_bytes(self.weight_bytes), dtype),
             ("activations", human_bytes(self.activation_bytes), "the largest step, at most"),
+            *([("reserve", human_bytes(self.reserve_bytes), "workspaces, CUDA graphs")] if self.reserve_bytes else []),
             ("page table", human_bytes(self.page_table_bytes), f"{self.max_num_seqs} rows × {self.max_pages_per_row}"),
             ("KV of a token", human_bytes(self.token_bytes), token),
             ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {self.page_size} tokens, {self.limit}"),
@@ -85,8 +89,12 @@ def plan_memory(
     device: torch.device,
     max_model_len: int,
     max_num_batched_tokens: int,
+    measured: tuple[int, int, int] | None = None,
 ) -> MemoryPlan:
-    """Decides the number of KV pages. Call before the weights are loaded; raises `LoadError` if nothing is left.
+    """Decides the number of KV pages; raises `LoadError` if nothing is left.
+
+    Call before the weights are loaded, or, on a GPU, once more after that with what was ``measured``: bytes free before
+    loading, bytes of the weights, bytes of the largest step.
 
     With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise, on a CPU, it is the
     least of: half of the free memory times ``gpu_memory_utilization``, less the weights and activations; what
@@ -96,12 +104,15 @@ def plan_memory(
     free, total = device_memory(device)
     weights = weight_bytes(model, dtype, device)
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
+    if measured is not None:
+        free, weights, activations = measured
+    reserve = GPU_RESERVE if device.type == "cuda" else 0
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     page = token * config.page_size
     row_pages = -(-max_model_len // config.page_size)
     if config.kv_cache_tokens is not None:
         pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"
-        short = weights + activations + pages * page - free
+        short = weights + activations + reserve + pages * page - free
         if short > 0:
             raise LoadError(
                 f"--kv-cache-tokens {config.kv_cache_tokens} needs {human_bytes(short)} more memory than {device} has "
@@ -116,7 +127,7 @@ def plan_memory(
             budget = total * config.gpu_memory_utilization - used
             reason = f"what {config.gpu_memory_utilization:.0%} of the memory leaves"
         candidates = [
-            (int(budget - weights - activations) // page, reason),
+            (int(budget - weights - activations - reserve) // page, reason),
             (config.max_num_seqs * row_pages, f"enough for {config.max_num_seqs} × {max_model_len:,} tokens"),
         ]
         if device.type == "cpu":
@@ -134,6 +145,7 @@ def plan_memory(
         free_bytes=free,
         weight_bytes=weights,
         activation_bytes=activations,
+        reserve_bytes=reserve,
         num_layers=model.num_layers,
         num_kv_heads=model.num_kv_heads,
         head_dim=model.head_dim,

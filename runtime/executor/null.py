@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from ..step import StepPlan, StepResult
 
 
-class _Done:
-    def __init__(self, result: StepResult) -> None:
+class _Step:
+    def __init__(self, result: StepResult, ends: float) -> None:
         self._result = result
+        self._ends = ends  # monotonic seconds
 
     def result(self) -> StepResult:
+        left = self._ends - time.monotonic()
+        if left > 0:
+            time.sleep(left)
         return self._result
 
 
 class NullExecutor:
-    """Implements `runtime.step.Executor`; a step costs a few microseconds."""
+    """Implements `runtime.step.Executor`; a step costs a few microseconds.
 
-    def __init__(self, num_pages: int, page_size: int, vocab_size: int) -> None:
+    ``step_seconds`` is how long a step takes, as on a device: steps run one after the other, and who asks for a result
+    waits without using the processor.
+    """
+
+    def __init__(self, num_pages: int, page_size: int, vocab_size: int, step_seconds: float = 0.0) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
+        self._step_seconds = step_seconds
+        self._idle_at = 0.0  # monotonic seconds: when everything launched so far has run
 
-    def launch(self, plan: StepPlan) -> _Done:
+    def launch(self, plan: StepPlan) -> _Step:
         positions = plan.kv_lens[plan.samples].astype(np.uint64)
         mixed = positions * np.uint64(0x9E3779B97F4A7C15)
         tokens = (mixed >> np.uint64(33)) % np.uint64(self.vocab_size)
-        return _Done(StepResult(tokens.astype(np.int32)))
+        self._idle_at = max(self._idle_at, time.monotonic()) + self._step_seconds
+        return _Step(StepResult(tokens.astype(np.int32)), self._idle_at)
 
     def close(self) -> None:
         pass

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...kernels import ops
 from ...kernels.attention.base import AttentionBackend, LayerSpec
+from ...kernels.base import Ops
 from ...kernels.linear import Linear
 from .config import ModelConfig
 from .rope import RopeTable
+
+
+@dataclass(slots=True)
+class StepTokens:
+    """A step's query tokens on the device, int64 ``[T]`` each."""
+
+    ids: Tensor
+    positions: Tensor  # below the reserved length
+    slots: Tensor  # where their keys and values go: page * page_size + offset
 
 
 class Decoder:
@@ -20,15 +31,17 @@ class Decoder:
         config: the model's.
         weights: by the names of `weights.weight_specs`, all on one device. Emptied, so that a weight that is laid out
             anew does not stay twice.
+        ops: the small operations.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], ops: Ops) -> None:
         self.config = config
+        self._ops = ops
         self._embedding = weights.pop("embedding")
         self._norm = weights.pop("norm")
         self._lm_head = Linear(weights.pop("lm_head", self._embedding))
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
-        self._layers = [_Layer(config, i, weights) for i in range(config.num_layers)]
+        self._layers = [_Layer(config, i, weights, ops) for i in range(config.num_layers)]
 
     def layer_specs(self) -> list[LayerSpec]:
         """What the attention backend must know of each layer."""
@@ -41,13 +54,13 @@ class Decoder:
             table.reserve(length)
 
     def forward(
-        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, outputs: Tensor | None = None
+        self, tokens: StepTokens, pool: Tensor, attention: AttentionBackend, outputs: Tensor | None = None
     ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:
-            token_ids: int64 ``[T]``.
-            positions: int64 ``[T]``, below the reserved length.
+            tokens: the step's.
+            pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``.
             attention: planned for this step.
             outputs: int64 ``[S]``, the query tokens whose hidden states are wanted; None: all. The last layer's MLP
                 runs for these alone, since the others' only lasting effect is their keys and values.
@@ -56,37 +69,46 @@ class Decoder:
             ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
         """
         config = self.config
-        hidden = F.embedding(token_ids, self._embedding)
+        hidden = F.embedding(tokens.ids, self._embedding)
         if config.embed_scale != 1.0:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
-        turns = {rope: table.lookup(positions) for rope, table in self._ropes.items()}
+        turns = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
         last = config.num_layers - 1
+        delta: Tensor | None = None
         for i, layer in enumerate(self._layers):
             cos, sin = turns[config.layers[i].rope]
-            attended = layer.attend(hidden, cos, sin, attention)
+            q, k, v = layer.queries_keys_values(delta, hidden, cos, sin, pool[i], tokens.slots)
+            attended = attention.run(i, q, k, v)
             if i == last and outputs is not None:
                 hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
-            hidden = layer.finish(hidden, attended)
-        return ops.rms_norm(hidden, self._norm, config.norm_eps)
+            delta = layer.finish(hidden, attended.flatten(1))
+        if delta is None:
+            return self._ops.rms_norm(hidden, self._norm, config.norm_eps)
+        return self._ops.add_rms_norm(delta, hidden, self._norm, config.norm_eps)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``."""
-        logits = self._lm_head(hidden).float()
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``; ``out``: where to put them."""
+        logits = self._lm_head(hidden)
+        logits = logits.float() if out is None else out.copy_(logits)
         cap = self.config.final_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
 
 class _Layer:
-    """One layer's weights and what is done with them. ``hidden`` ``[T, H]`` is the residual stream."""
+    """One layer's weights and what is done with them.
 
-    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor]) -> None:
+    ``hidden`` ``[T, H]`` is the residual stream. What a layer would add to it last comes out as a ``delta`` instead,
+    which the next norm adds in the same pass.
+    """
+
+    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops) -> None:
         def weight(name: str) -> Tensor:
             return weights.pop(f"layers.{index}.{name}")
 
         def linear(name: str) -> Linear:
             return Linear(weight(name), weights.pop(f"layers.{index}.{name}_bias", None))
 
-        self.config, self.index = config, index
+        self.config, self.ops = config, ops
         self.attention_norm, self.mlp_norm = weight("attention_norm"), weight("mlp_norm")
         self.qkv, self.o, self.gate_up, self.down = linear("qkv"), linear("o"), linear("gate_up"), linear("down")
         self.attention_post_norm: Tensor | None = None
@@ -98,21 +120,21 @@ class _Layer:
             q, k = weight("q_norm"), weight("k_norm")
             self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
 
-    def attend(self, hidden: Tensor, cos: Tensor, sin: Tensor, attention: AttentionBackend) -> Tensor:
-        """Attention before the output projection: ``[T, heads * D]``."""
-        config = self.config
-        heads, kv_heads = config.num_heads, config.num_kv_heads
-        x = ops.rms_norm(hidden, self.attention_norm, config.norm_eps)
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, config.head_dim)
-        qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if self.qk_norm is not None:
-            qk = ops.rms_norm(qk, self.qk_norm, config.norm_eps)
-        qk = ops.rope(qk, cos, sin)
-        return attention.run(self.index, qk[:, :heads], qk[:, heads:], v).flatten(1)
+    def queries_keys_values(
+        self, delta: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Adds ``delta`` into ``hidden``; turned queries and keys, values; the latter two also written to the pool."""
+        config, eps = self.config, self.config.norm_eps
+        if delta is None:
+            x = self.ops.rms_norm(hidden, self.attention_norm, eps)
+        else:
+            x = self.ops.add_rms_norm(delta, hidden, self.attention_norm, eps)
+        qkv = self.qkv(x).view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        return self.ops.rope_write(qkv, config.num_heads, cos, sin, pool, slots, self.qk_norm, eps)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection and MLP, each added into ``hidden`` in place. Returns ``hidden``."""
-        eps = self.config.norm_eps
+        """Output projection, added into ``hidden`` in place, and MLP. Returns the MLP's delta."""
+        ops, eps = self.ops, self.config.norm_eps
         x = self.o(attended)
         if self.attention_post_norm is not None:
             x = ops.rms_norm(x, self.attention_post_norm, eps)
@@ -128,4 +150,4 @@ class _Layer:
         x = self.down(x)
         if self.mlp_post_norm is not None:
             x = ops.rms_norm(x, self.mlp_post_norm, eps)
-        return hidden.add_(x)
+        return x

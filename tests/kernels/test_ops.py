@@ -55,12 +55,32 @@ def test_gated_activations() -> None:
     torch.testing.assert_close(ops.gelu_mul(x, "tanh"), (gate * 0.5 * (1 + torch.tanh(inner)) * up).float())
 
 
-def test_write_kv_touches_its_slots_alone() -> None:
-    pool = torch.zeros(2, 3, 4, 1, 2)
-    ops.write_kv(pool, torch.tensor([11, 2]), torch.ones(2, 1, 2), torch.full((2, 1, 2), 2.0))
-    expected = torch.zeros(2, 12, 1, 2)
-    expected[0, [11, 2]], expected[1, [11, 2]] = 1.0, 2.0
-    assert torch.equal(pool.flatten(1, 2), expected)
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_write_is_its_parts_and_touches_its_slots_alone(normed: bool) -> None:
+    torch.manual_seed(0)
+    tokens, heads, kv_heads, dim = 3, 4, 2, 8
+    qkv, pool = torch.randn(tokens, heads + 2 * kv_heads, dim), torch.randn(2, 3, 4, kv_heads, dim)
+    cos, sin = torch.randn(tokens, 2, dim // 2).unbind(1)
+    norm = torch.randn(heads + kv_heads, dim) if normed else None
+    q, k, v = (x.clone() for x in qkv.split([heads, kv_heads, kv_heads], dim=1))
+    if norm is not None:
+        q, k = ops.rms_norm(q, norm[:heads], 1e-5), ops.rms_norm(k, norm[heads:], 1e-5)
+    q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+    expected = pool.flatten(1, 2).clone()
+    slots = torch.tensor([11, 2, 5])
+    expected[0, slots], expected[1, slots] = k, v
+    got = ops.rope_write(qkv, heads, cos, sin, pool, slots, norm, 1e-5)
+    for mine, theirs in zip(got, (q, k, v), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(pool.flatten(1, 2), expected)
+
+
+def test_page_indices_lays_rows_end_to_end() -> None:
+    table = torch.arange(20, dtype=torch.int32).view(4, 5)
+    rows, indptr = torch.tensor([2, 0, 3], dtype=torch.int32), torch.tensor([0, 3, 3, 8], dtype=torch.int32)
+    out = torch.full((10,), -1, dtype=torch.int32)
+    ops.page_indices(table, rows, indptr, 5, out)
+    assert out.tolist() == [10, 11, 12, 15, 16, 17, 18, 19, -1, -1]
 
 
 def test_copy_pages_reads_every_source_first() -> None:

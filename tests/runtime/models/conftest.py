@@ -10,10 +10,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from branchwise.kernels.attention.base import AttentionBatch
+from branchwise.kernels import ops
+from branchwise.kernels.attention.base import AttentionBatch, query_slots
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.runtime.models.config import load_config
-from branchwise.runtime.models.decoder import Decoder
+from branchwise.runtime.models.decoder import Decoder, StepTokens
 from branchwise.runtime.models.loader import load_weights
 
 Tokens = npt.NDArray[np.int64]
@@ -24,7 +25,7 @@ class Harness:
 
     def __init__(self, folder: Path, page_size: int, rows: int = 6, max_len: int = 160) -> None:
         config = load_config(folder)
-        self.decoder = Decoder(config, load_weights(folder, config, torch.float32, torch.device("cpu")))
+        self.decoder = Decoder(config, load_weights(folder, config, torch.float32, torch.device("cpu")), ops)
         self.decoder.reserve(max_len)
         pages = -(-max_len // page_size)
         order = np.random.default_rng(7).permutation(rows * pages) + 1
@@ -33,19 +34,25 @@ class Harness:
         self.pool[:, :, 0] = 1e4
         self.attention = TorchAttention(self.pool, self.decoder.layer_specs(), config.num_heads)
 
-    def step(self, chunks: Sequence[tuple[int, Tokens, int]], num_decodes: int = 0) -> list[torch.Tensor]:
-        """``chunks``: (row, query tokens, position of the first). Returns the logits of each chunk's tokens."""
+    def step(
+        self, chunks: Sequence[tuple[int, Tokens, int]], num_decodes: int = 0, outputs: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """``chunks``: (row, query tokens, position of the first). Returns the logits of each chunk's tokens, or of the
+        query tokens ``outputs`` alone."""
         rows = np.array([row for row, _, _ in chunks], np.int32)
         q_lens = np.array([len(tokens) for _, tokens, _ in chunks], np.int32)
         kv_lens = np.array([start + len(tokens) for _, tokens, start in chunks], np.int32)
-        ids = torch.from_numpy(np.concatenate([tokens for _, tokens, _ in chunks]))
-        positions = torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks])
+        batch = AttentionBatch(rows, q_lens, kv_lens, num_decodes, torch.from_numpy(self.table), self.table)
+        tokens = StepTokens(
+            torch.from_numpy(np.concatenate([tokens for _, tokens, _ in chunks])),
+            torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks]),
+            torch.from_numpy(query_slots(batch, self.pool.shape[3])),
+        )
         with torch.inference_mode():
-            self.attention.plan(
-                AttentionBatch(rows, q_lens, kv_lens, num_decodes, torch.from_numpy(self.table), self.table)
-            )
-            logits = self.decoder.logits(self.decoder.forward(ids, positions, self.attention))
-        return list(logits.split(q_lens.tolist()))
+            self.attention.plan(batch)
+            hidden = self.decoder.forward(tokens, self.pool, self.attention, outputs)
+            logits = self.decoder.logits(hidden)
+        return list(logits.split(q_lens.tolist())) if outputs is None else [logits]
 
 
 @pytest.fixture(scope="session")

@@ -94,19 +94,7 @@ class TestFamily:
 
 
 def test_last_layer_runs_for_wanted_tokens_alone(harness: Make, reference: Reference, prompt: np.ndarray) -> None:
-    from branchwise.kernels.attention.base import AttentionBatch
 
     model = harness("gemma2", 16)
-    batch = AttentionBatch(
-        np.array([0], np.int32),
-        np.array([40], np.int32),
-        np.array([40], np.int32),
-        0,
-        torch.from_numpy(model.table),
-        model.table,
-    )
-    model.attention.plan(batch)
     wanted = torch.tensor([39, 3])
-    with torch.inference_mode():
-        hidden = model.decoder.forward(torch.from_numpy(prompt[:40]), torch.arange(40), model.attention, wanted)
-        close(model.decoder.logits(hidden), reference("gemma2")[wanted])
+    close(model.step([(0, prompt[:40], 0)], outputs=wanted)[0], reference("gemma2")[wanted])

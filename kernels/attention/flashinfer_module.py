@@ -1,0 +1,152 @@
+"""The one place that knows FlashInfer's compiled modules: which there are, and how they are called.
+
+FlashInfer's wrapper classes are not used. Their `plan` walks tensors element by element in Python (0.46 to 0.85 ms at
+256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each holds its own
+copies of buffers that all our calls can share. `gen_batch_prefill_module` is public; the signatures of ``plan`` and
+``paged_run`` are those of ``csrc/batch_prefill.cu`` and ``csrc/batch_prefill_sm90.cu``, read in 0.6.12 and 0.7.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+
+OLDEST, TOO_NEW = "0.6.12", "0.8"
+HEAD_DIMS = (64, 128, 256)
+_NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
+
+Kernel = Literal["fa2", "fa3"]
+
+
+class Unavailable(Exception):
+    """FlashInfer cannot be used here. The message says why, in one line."""
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """What a module is compiled for."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    head_dim: int
+    window: bool = False
+    softcap: bool = False
+
+    def spec(self) -> Any:
+        """FlashInfer's build recipe."""
+        from flashinfer.jit import gen_batch_prefill_module
+
+        dtype, dim = self.dtype, self.head_dim
+        return gen_batch_prefill_module(
+            self.kernel, dtype, dtype, dtype, torch.int32, dim, dim, _NO_ROPE, self.window, self.softcap, False
+        )
+
+
+def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
+    """Raises `Unavailable` unless FlashInfer is installed in a version this adapter knows and serves this model."""
+    try:
+        version = metadata.version("flashinfer-python")
+    except metadata.PackageNotFoundError:
+        raise Unavailable("FlashInfer is not installed: pip install 'branchwise[gpu]'") from None
+    if not Version(OLDEST) <= Version(version) < Version(TOO_NEW):
+        raise Unavailable(f"FlashInfer {version} is installed; this version of Branchwise needs >={OLDEST},<{TOO_NEW}")
+    if device.type != "cuda":
+        raise Unavailable(f"FlashInfer runs on CUDA devices, not on {device}")
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise Unavailable("FlashInfer's fa2 kernels in bfloat16 need compute capability 8.0 or newer")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise Unavailable(f"FlashInfer computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}")
+    if head_dim not in HEAD_DIMS:
+        raise Unavailable(f"FlashInfer has no kernel for head_dim {head_dim} (it has {HEAD_DIMS})")
+
+
+def build(variants: Sequence[Variant]) -> None:
+    """Compiles what is not in FlashInfer's cache yet, all at once: a minute or two the first time, nothing after."""
+    from flashinfer.jit.core import build_jit_specs
+
+    build_jit_specs([variant.spec() for variant in variants])
+
+
+@cache
+def _load(variant: Variant) -> Any:
+    return variant.spec().build_and_load()
+
+
+class PagedCall:
+    """One call over requests of a step, planned once and run for every layer of one window.
+
+    Args:
+        variant: which compiled module.
+        window: a token sees the last ``window`` tokens, itself included; None: all.
+        causal: False where each request has one query token, which sees all: there is nothing to mask.
+        heads, kv_heads, page_size: the model's and the pool's.
+        workspace: uint8 on the device, for partial results of split keys. Shared by calls that follow each other.
+        int_workspace: uint8 on the device and pinned on the host, of one size. A call's own: `plan` writes them and
+            every `run` until the next `plan` reads them. The host side is copied asynchronously, so a step may not plan
+            before the copies of the step before it have run.
+    """
+
+    def __init__(
+        self,
+        variant: Variant,
+        window: int | None,
+        causal: bool,
+        heads: int,
+        kv_heads: int,
+        page_size: int,
+        workspace: Tensor,
+        int_workspace: tuple[Tensor, Tensor],
+    ) -> None:
+        self._module, self._fa2, self._dim = _load(variant), variant.kernel == "fa2", variant.head_dim
+        self._causal = causal
+        self._window_left = -1 if window is None else window - 1
+        self._heads, self._kv_heads, self._page_size = heads, kv_heads, page_size
+        self._workspace, (self._ints, self._host_ints) = workspace, int_workspace
+        self._pdl = torch.cuda.get_device_capability(workspace.device) >= (9, 0)
+        self._plan: Any = None
+
+    def plan(self, qo_indptr: Tensor, kv_indptr: Tensor, kv_lens: Tensor, rows: int, capture: bool) -> None:
+        """int32 tensors on the host: query tokens ``[R + 1]`` and pages ``[R + 1]`` before each request, and their
+        tokens ``[R]``. ``capture``: kernels' grids depend on R and ``rows`` (query tokens, at most) alone."""
+        args = [
+            *(self._workspace, self._ints, self._host_ints, qo_indptr, kv_indptr, kv_lens),
+            *(rows, len(kv_lens), self._heads, self._kv_heads, self._page_size, capture, self._dim, self._dim),
+            *(self._causal, self._window_left),
+        ]
+        if self._fa2:
+            args += [-1, False, 0]  # fixed_split_size, disable_split_kv, num_colocated_ctas
+        self._plan = self._module.plan(*args)
+
+    def run(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        out: Tensor,
+        qo_indptr: Tensor,
+        kv_indptr: Tensor,
+        kv_indices: Tensor,
+        last_page_lens: Tensor,
+        scale: float,
+        softcap: float,
+    ) -> None:
+        """Attends into ``out`` ``[rows, heads, D]``. Index tensors int32 on the device, as planned."""
+        args = [
+            *(self._workspace, self._ints, self._plan, q, k_pages, v_pages),
+            *(qo_indptr, kv_indptr, kv_indices, last_page_lens, out, None),
+            *(int(self._causal), _NHD, self._window_left, self._pdl),  # MaskMode: 0 none, 1 causal
+        ]
+        if self._fa2:
+            args += [None] * 8  # custom mask (2), ALiBi, multi-item scoring (3), block scales of K and V
+            args += [softcap, scale, 1.0, 1.0, 0]  # 1.0: RoPE's scale and theta, of which there is none here
+        else:
+            args += [None] * 4  # multi-item scoring (3), scale of V
+            args += [softcap, scale, 1.0, 0]
+        self._module.paged_run(*args)

@@ -1,0 +1,57 @@
+"""Small arrays on their way to the device: one pinned buffer, one copy, the same address for the same layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+
+class Staging:
+    """Packs a step's arrays and copies them all at once.
+
+    A step calls `begin`, then `put` for each array, then `send`. Views that `put` returns hold the values once `send`'s
+    copy has run, in stream order, and keep their addresses as long as the sizes put before them do not change: so a
+    CUDA graph that was captured over them reads whatever was sent last.
+
+    Args:
+        size: elements; grown (at new addresses) when a step needs more.
+        dtype: int32 or int64.
+        device: on a CPU the views are the staging memory itself.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype, self._device = dtype, device
+        self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
+        self._used = 0
+        self._allocate(size)
+
+    def _allocate(self, size: int) -> None:
+        self._host = torch.empty(size, dtype=self._dtype, pin_memory=self._copied is not None)
+        self._array = self._host.numpy()
+        self._on_device = self._host if self._copied is None else torch.empty_like(self._host, device=self._device)
+
+    def begin(self, size: int = 0) -> None:
+        """Starts over. ``size``: elements to make room for. Waits for the last copy, which the step before it hides."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._used = 0
+        if size > len(self._host):
+            self._allocate(2 * size)
+
+    def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int = 0) -> Tensor:
+        """The array's place on the device; filled up with ``pad`` to ``padded`` elements."""
+        start, size = self._used, max(padded, len(array))
+        end = start + size
+        if end > len(self._host):
+            raise ValueError(f"{end} elements do not fit {len(self._host)}")
+        self._array[start : start + len(array)] = array
+        self._array[start + len(array) : end] = pad
+        self._used = end
+        return self._on_device[start:end]
+
+    def send(self) -> None:
+        if self._copied is not None and self._used:
+            self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+            self._copied.record()

@@ -1,0 +1,95 @@
+"""Steps captured as CUDA graphs: one launch instead of some four hundred.
+
+A captured step has a `StepShape`; a step runs as the smallest shape that holds it. Chunks of prompts and decodes are
+captured together, so a step that continues a few branches costs the host no more than one that only decodes. Steps
+beyond the largest shape keep the device busy for longer than their launches take, and run eagerly.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ...kernels.attention.base import StepShape
+from ..step import StepPlan
+
+DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+MIXED_DECODES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+CHUNKS = 64  # the most chunks in a captured step
+WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries set up on first use
+
+
+class StepGraphs:
+    """Captures every shape at once, largest first, in one memory pool.
+
+    Args:
+        run: enqueues the step of a shape over its staged inputs. What it leaves behind must lie in memory allocated
+            before: what it allocates itself is another shape's as soon as that is captured.
+        prepare: stages a step of nothing but padding.
+        max_requests: the most requests in a step.
+        max_tokens: the most query tokens in a step.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[StepShape], None],
+        prepare: Callable[[StepShape], None],
+        max_requests: int,
+        max_tokens: int,
+    ) -> None:
+        self._run, self._prepare = run, prepare
+        self._decodes = _upto(DECODES, max_requests)
+        self._mixed = _upto(MIXED_DECODES, max_requests)
+        self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
+        self._chunks = min(CHUNKS, max_requests)
+        self._captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
+
+    def shapes(self) -> list[StepShape]:
+        """Largest first, so that smaller ones fit into memory that is there."""
+        decodes = [StepShape(n, 0, 0) for n in self._decodes]
+        mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
+        return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
+
+    def capture(self) -> None:
+        pool = torch.cuda.graph_pool_handle()
+        for i, shape in enumerate(self.shapes()):
+            self._prepare(shape)
+            if i == 0:
+                for _ in range(WARM_UPS):
+                    self._run(shape)
+            self._run(shape)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._run(shape)
+            self._captured[shape] = graph
+
+    def shape_for(self, plan: StepPlan) -> StepShape | None:
+        """The captured shape this step runs as, or None."""
+        n = plan.num_decodes
+        chunks, tokens = len(plan.rows) - n, plan.num_tokens - n
+        if plan.prompt_logprobs or chunks > self._chunks:
+            return None
+        decodes = _at_least(self._mixed if chunks else self._decodes, n)
+        chunk_tokens = _at_least(self._chunk_tokens, tokens) if chunks else 0
+        if decodes is None or chunk_tokens is None:
+            return None
+        return StepShape(decodes, chunk_tokens, self._chunks if chunks else 0)
+
+    def replay(self, shape: StepShape) -> None:
+        """Runs the step that was staged last."""
+        self._captured[shape].replay()
+
+
+def _upto(sizes: Sequence[int], largest: int) -> list[int]:
+    """The sizes below ``largest``, and ``largest`` itself, unless it is beyond them all."""
+    found = [n for n in sizes if n < largest]
+    return [*found, largest] if largest <= sizes[-1] else found
+
+
+def _at_least(sizes: Sequence[int], n: int) -> int | None:
+    i = bisect_left(sizes, n)
+    return sizes[i] if i < len(sizes) else None

@@ -1,0 +1,49 @@
+"""What a step takes of a GPU's memory, by running the largest one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...kernels.attention.base import AttentionBatch, StepShape
+from ..models.config import ModelConfig
+from ..models.decoder import Decoder, StepTokens
+from ..sampling_params import SamplingParams
+from ..step import RowStart
+from .sampler import Sampler
+
+
+class _NoAttention:
+    """Takes attention's place: its result is as large as the queries."""
+
+    captures = False
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None: ...
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        return q.contiguous()
+
+
+def measure_activations(
+    decoder: Decoder, model: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int, rows: int
+) -> int:
+    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests sample the most expensive way."""
+    pool = torch.zeros((model.num_layers, 2, 1, 1, model.num_kv_heads, model.head_dim), dtype=dtype, device=device)
+    params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=20)
+    sampler = Sampler(rows, model.vocab_size, device)
+    for row in range(rows):
+        sampler.start(RowStart(row, params, row, np.zeros(1, np.int32), 1))
+    zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
+    decoder.reserve(1)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        hidden = decoder.forward(StepTokens(zeros, zeros, zeros), pool, _NoAttention(), zeros[:rows])
+        sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.arange(rows, dtype=np.int64))
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del hidden, pool, sampler, zeros
+    torch.cuda.empty_cache()
+    return peak
