@@ -13,7 +13,7 @@ PACKAGES := radix kernels runtime frontend
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-gpu bench install clean
+.PHONY: help demo test lint test-gpu bench bench-gpu install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -28,11 +28,14 @@ lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(PACKAGES)
 
-test-gpu: $(VENV)/.installed-test ## the tests that need a CUDA device
+test-gpu: $(VENV)/.installed-gpu ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
 bench: $(VENV)/.installed-test ## tree, planner, BranchBench and transformers on this machine; figures under .bench/
 	env -u OMP_WAIT_POLICY $(BIN)/python tests/benchmarks/run.py
+
+bench-gpu: $(VENV)/.installed-gpu ## BranchBench on a GPU beside vLLM's and SGLang's figures, and where a step's time goes
+	$(BIN)/python tests/benchmarks/bench_gpu.py
 
 install: $(VENV)/.installed ## .venv with the package, nothing else
 
@@ -65,4 +68,9 @@ $(VENV)/.installed: pyproject.toml $(PINS) $(VENV)/.torch
 $(VENV)/.installed-test: $(VENV)/.installed
 	@echo "installing the test extras"
 	@$(PIP) install -q -c $(PINS) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-gpu: $(VENV)/.installed-test
+	@echo "installing the GPU extras"
+	@$(PIP) install -q -c $(PINS) -e '.[gpu,test]'
 	@touch $@

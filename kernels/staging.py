@@ -8,6 +8,21 @@ import torch
 from torch import Tensor
 
 
+class Fence:
+    """A point in the device's stream that the host can wait for. On a CPU there is nothing to wait for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
+
+    def record(self) -> None:
+        if self._event is not None:
+            self._event.record()
+
+    def wait(self) -> None:
+        if self._event is not None:
+            self._event.synchronize()
+
+
 class Staging:
     """Packs a step's arrays and copies them all at once.
 
@@ -16,26 +31,25 @@ class Staging:
     CUDA graph that was captured over them reads whatever was sent last.
 
     Args:
-        size: elements; grown (at new addresses) when a step needs more.
+        size: elements. `begin` can grow it, at new addresses: not where a graph reads them.
         dtype: int32 or int64.
         device: on a CPU the views are the staging memory itself.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._copied: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied = Fence(device)
         self._used = 0
         self._allocate(size)
 
     def _allocate(self, size: int) -> None:
-        self._host = torch.empty(size, dtype=self._dtype, pin_memory=self._copied is not None)
+        self._host = torch.empty(size, dtype=self._dtype, pin_memory=self._device.type == "cuda")
         self._array = self._host.numpy()
-        self._on_device = self._host if self._copied is None else torch.empty_like(self._host, device=self._device)
+        self._on_device = torch.empty_like(self._host, device=self._device) if self._host.is_pinned() else self._host
 
     def begin(self, size: int = 0) -> None:
-        """Starts over. ``size``: elements to make room for. Waits for the last copy, which the step before it hides."""
-        if self._copied is not None:
-            self._copied.synchronize()
+        """Starts over, with room for ``size`` elements. Waits for the last copy, which the step before it hides."""
+        self._copied.wait()
         self._used = 0
         if size > len(self._host):
             self._allocate(2 * size)
@@ -52,6 +66,6 @@ class Staging:
         return self._on_device[start:end]
 
     def send(self) -> None:
-        if self._copied is not None and self._used:
+        if self._on_device is not self._host and self._used:
             self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._copied.record()

@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     eviction_policy: EvictionPolicy = "lru"
     disable_radix_cache: bool = False
     overlap: bool | None = None  # plan step N+1 while N runs; None: on a GPU only
+    profile: str | None = None  # a folder: recordings of steps may be started and stopped, and are written there
     check_when_idle: bool = False  # debug: walk the tree and the pages whenever the engine falls idle
 
 

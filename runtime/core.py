@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from .config import EngineConfig, step_budget
 from .messages import Control, ControlReply, Generate, Limits, Stats, StepOutput
+from .profiling import StepProfiler
 from .scheduler.draft import ScheduledStep
 from .scheduler.scheduler import Scheduler
 from .step import Executor, PendingStep
@@ -49,6 +51,7 @@ class EngineCore:
         self._depth = int(config.overlap if config.overlap is not None else gpu)
         self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._failures = 0
+        self._profiler = StepProfiler(Path(config.profile)) if config.profile else None
         self.advanced = False  # did the last `step` launch or read anything? If not, there is time to wait for news
 
     @property
@@ -116,8 +119,16 @@ class EngineCore:
             return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
         if message.what == "info":
             return self.info()
+        if message.what in ("start_profile", "stop_profile"):
+            return self._profile(message.what == "start_profile")
         self.check()
         return "clean"
+
+    def _profile(self, start: bool) -> Any:
+        if self._profiler is None:
+            raise RuntimeError("the engine was started without --profile")
+        steps = self.stats().steps
+        return self._profiler.start(steps) if start else self._profiler.stop(steps)
 
     def info(self) -> dict[str, Any]:
         limits = self.scheduler.limits

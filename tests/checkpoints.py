@@ -100,14 +100,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(family: str, folder: Path) -> Path:
-    """Makes the checkpoint in ``folder``: config, safetensors, tokenizer. The same bytes every time."""
+def build(family: str, folder: Path, **overrides: Any) -> Path:
+    """Makes the checkpoint in ``folder``: config, safetensors, tokenizer. The same bytes every time.
+
+    ``overrides``: values of the config that go before the family's own.
+    """
     import torch
     import transformers
 
     recipe = FAMILIES[family]
     vocab_size = write_tokenizer(folder)
-    values = {**_SIZES, "vocab_size": vocab_size, **recipe.values}
+    values = {**_SIZES, "vocab_size": vocab_size, **recipe.values, **overrides}
     config = getattr(transformers, recipe.config)(**values)
     generator = torch.Generator().manual_seed(sum(family.encode()))
     torch.manual_seed(sum(family.encode()))

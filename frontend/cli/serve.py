@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _ENGINE = EngineConfig()  # the defaults are the config's
 _SERVER = ServerConfig(engine=_ENGINE)
+_ASKED = r"<|im_start|>user\nTell me a story.<|im_end|>\n<|im_start|>assistant\n"  # as the shipped model is asked
 
 
 def serve(
@@ -78,9 +79,30 @@ def serve(
         int, typer.Option(metavar="N", help="GPUs to split the model over; only 1 so far.", rich_help_panel=MODEL)
     ] = _ENGINE.tensor_parallel_size,
     attention_backend: Annotated[
-        Literal["auto", "torch"],
-        typer.Option(metavar="NAME", help="Attention kernels: auto or torch.", rich_help_panel=MODEL),
+        Literal["auto", "torch", "flashinfer", "triton"],
+        typer.Option(
+            metavar="NAME",
+            help="Attention kernels: flashinfer or triton (on a GPU), torch, or auto: the fastest that runs here.",
+            rich_help_panel=MODEL,
+        ),
     ] = _ENGINE.attention_backend,
+    cuda_graphs: Annotated[
+        bool,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Capture steps of up to about a thousand tokens, so that each is one launch.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _ENGINE.cuda_graphs,
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Let POST /start_profile and /stop_profile write Chrome traces of the engine's steps here.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _ENGINE.profile,
     seed: Annotated[
         int,
         typer.Option(
@@ -228,12 +250,14 @@ class _Startup:
         url = f"http://{_reachable(info['host'])}:{info['port']}"
         seconds = time.monotonic() - self._started
         key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'
-        body = '{"text": "Once upon a time", "sampling_params": {"max_new_tokens": 16}}'
+        text = "Once upon a time" if self._config.engine.model else _ASKED
+        body = f'{{"text": "{text}", "sampling_params": {{"max_new_tokens": 100}}}}'
         out.print(
             f"[bold green]ready[/] at [bold]{url}[/] after {seconds:.1f} s, serving {escape(info['model'])}. Try:"
         )
         command = f"  curl {url}/generate{key} -H 'Content-Type: application/json' -d '{body}'"
         out.print(command, markup=False, soft_wrap=True)
+        out.print(f"  branchwise chat --url {url}", markup=False, soft_wrap=True)
         out.print(f"  branchwise tree {url}", markup=False, soft_wrap=True)
 
 

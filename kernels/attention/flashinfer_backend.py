@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from ..base import Ops
-from ..staging import Staging
+from ..staging import Fence, Staging
 from .base import AttentionBatch, Int32, LayerSpec, StepShape
 from .flashinfer_module import Kernel, PagedCall, Variant, build
 
 WORKSPACE_BYTES = 384 * 1024 * 1024
 INT_WORKSPACE_BYTES = 8 * 1024 * 1024
-LONG_CHUNK = (
-    512  # query tokens: from about here `fa3`, with 128 rows a tile of one head, beats `fa2`, which packs heads
-)
+FA3_HEAD_DIM = 128
+# Query tokens: from about here `fa3` (tiles of 128 rows of one head) beats `fa2` (which packs heads).
+LONG_CHUNK = 512
 
 
 @dataclass(slots=True)
@@ -59,7 +59,7 @@ class FlashInferAttention:
         variants = dict.fromkeys(
             Variant(kernel, pool.dtype, head_dim, spec.window is not None, spec.softcap is not None)
             for spec in layers
-            for kernel in kernels(device, spec)
+            for kernel in kernels(device, spec, head_dim)
         )
         build(list(variants))
         workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
@@ -67,7 +67,7 @@ class FlashInferAttention:
         def call(kernel: str, spec: LayerSpec, causal: bool) -> PagedCall:
             found = [v for v in variants if v.kernel == kernel and _fits(v, spec)]
             ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            pinned = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=True)
+            pinned = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
             return PagedCall(
                 found[0], spec.window, causal, num_heads, kv_heads, self._page_size, workspace, (ints, pinned)
             )
@@ -77,14 +77,16 @@ class FlashInferAttention:
         self._decode = {kind: call("fa2", spec, causal=False) for kind, spec in kinds.items()}
         self._short = {kind: call("fa2", spec, causal=True) for kind, spec in kinds.items()}
         self._long = {
-            kind: call("fa3", spec, causal=True) for kind, spec in kinds.items() if "fa3" in kernels(device, spec)
+            kind: call("fa3", spec, causal=True)
+            for kind, spec in kinds.items()
+            if "fa3" in kernels(device, spec, head_dim)
         }
         self._ints = Staging(8 * max_requests + 64, torch.int32, device)
         columns = table.shape[1]
         # A page may be in many rows: requests that share a prefix each list it.
         self._indices = [torch.zeros(max_requests * columns, dtype=torch.int32, device=device) for _ in range(2)]
         self._scratch_row = len(table) - 1
-        self._planned = torch.cuda.Event()  # the copies of the last plan have run
+        self._planned = Fence(device)  # the copies of the last plan have run
         self._decodes: _Members | None = None
         self._chunks: _Members | None = None
         self._chunk_calls = self._short
@@ -97,7 +99,7 @@ class FlashInferAttention:
         if shape is not None:
             num_chunks, chunk_tokens = shape.requests, shape.tokens
         capture = shape is not None
-        self._planned.synchronize()
+        self._planned.wait()
         self._ints.begin()
         self._decodes = self._chunks = None
         host: list[tuple[dict[tuple[int | None, float | None], PagedCall], list[Int32], int]] = []
@@ -159,13 +161,16 @@ class FlashInferAttention:
         last = (kv_lens - (num_pages - 1) * page).astype(np.int32)
         put = self._ints.put
         members = _Members(tokens, put(qo_indptr), put(kv_indptr), self._indices[which], put(last))
-        # The bound is the table's width where a graph may replay this: a grid must not depend on the step.
         return members, [qo_indptr, kv_indptr, kv_lens], (put(rows), int(num_pages.max(initial=1)))
 
 
-def kernels(device: torch.device, spec: LayerSpec) -> list[Kernel]:
-    """Which of FlashInfer's kernels serve a layer: `fa2` anywhere, `fa3` on Hopper for layers without extras."""
-    plain = spec.window is None and spec.softcap is None
+def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel]:
+    """Which of FlashInfer's kernels serve a layer: `fa2` anywhere, `fa3` on Hopper where it is worth its compiling.
+
+    That takes a minute the first time: models whose heads are not of 128 channels, or which need a window or a
+    soft-cap, do without.
+    """
+    plain = spec.window is None and spec.softcap is None and head_dim == FA3_HEAD_DIM
     return ["fa2", "fa3"] if plain and torch.cuda.get_device_capability(device)[0] == 9 else ["fa2"]
 
 

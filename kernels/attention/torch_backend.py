@@ -91,9 +91,11 @@ class TorchAttention:
         result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         for queries, requests in plan.causal:
-            result[queries], lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
+            found, lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
+            result[queries] = found.to(result.dtype)
         for part in plan.own:
-            result[part.queries], lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
+            found, lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
+            result[part.queries] = found.to(result.dtype)
         for part in plan.merged:
             merge_(result, lse, part.queries, *self._paged(pool, spec, part, q[part.queries]))
         return result.to(q.dtype) if out is None else out.copy_(result)

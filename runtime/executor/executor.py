@@ -19,7 +19,7 @@ from ..models.decoder import Decoder, StepTokens
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..step import PENDING, StepPlan, StepResult
 from .backends import make_attention, pick_ops
-from .graphs import StepGraphs
+from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, Int64, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
@@ -63,7 +63,10 @@ class ModelExecutor:
         pool_shape = (model.num_layers, 2, self.num_pages + 1, self.page_size, model.num_kv_heads, model.head_dim)
         self._pool = _zeros(pool_shape, memory.dtype, self.device)
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
-        self._inputs = InputStaging(self.device, self.page_size, scratch_page * self.page_size, 4096)
+        budget = step_budget(config, gpu=self.device.type == "cuda")
+        self._inputs = InputStaging(
+            self.device, self.page_size, scratch_page * self.page_size, budget + largest_shape(rows), rows
+        )
         self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         self._attention = make_attention(config, self._pool, decoder.layer_specs(), model.num_heads, self._table)
         self._sampler = Sampler(rows, model.vocab_size, self.device, eos_ids=model.eos_ids)
@@ -71,7 +74,7 @@ class ModelExecutor:
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
         if config.cuda_graphs and self._attention.captures:
-            self._graphs = self._capture(step_budget(config, gpu=True))
+            self._graphs = self._capture(budget)
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:

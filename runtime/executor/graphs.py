@@ -84,6 +84,11 @@ class StepGraphs:
         self._captured[shape].replay()
 
 
+def largest_shape(max_requests: int) -> int:
+    """Query tokens of the largest shape captured for steps of ``max_requests``."""
+    return max(_upto(DECODES, max_requests)) + CHUNK_TOKENS[-1]
+
+
 def _upto(sizes: Sequence[int], largest: int) -> list[int]:
     """The sizes below ``largest``, and ``largest`` itself, unless it is beyond them all."""
     found = [n for n in sizes if n < largest]

@@ -35,11 +35,14 @@ class InputStaging:
         device: where the steps run.
         page_size: of the pool.
         scratch_slot: where padding tokens write their keys and values.
-        size: elements to begin with; grows when a step has more.
+        max_tokens, max_requests: the most of a step, padding included. The buffer never moves: graphs read it.
     """
 
-    def __init__(self, device: torch.device, page_size: int, scratch_slot: int, size: int) -> None:
-        self._staging = Staging(size, torch.int64, device)
+    def __init__(
+        self, device: torch.device, page_size: int, scratch_slot: int, max_tokens: int, max_requests: int
+    ) -> None:
+        # Four arrays of all tokens; outputs, which may be every token too; rows.
+        self._staging = Staging(5 * max_tokens + 3 * max_requests, torch.int64, device)
         self._page_size, self._scratch_slot = page_size, scratch_slot
 
     def stage(
@@ -55,7 +58,7 @@ class InputStaging:
         if shape is not None:
             tokens, num_outputs = shape.num_tokens, shape.num_outputs
             outputs = np.where(outputs >= plan.num_decodes, outputs + (shape.decodes - plan.num_decodes), outputs)
-        self._staging.begin(4 * tokens + num_outputs + len(plan.samples))
+        self._staging.begin()
 
         def put(array: npt.NDArray[np.integer], pad: int = 0) -> Tensor:
             if shape is not None:  # decodes and chunks have regions of their own

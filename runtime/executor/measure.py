@@ -41,7 +41,7 @@ def measure_activations(
     before = torch.cuda.memory_allocated(device)
     with torch.inference_mode():
         hidden = decoder.forward(StepTokens(zeros, zeros, zeros), pool, _NoAttention(), zeros[:rows])
-        sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.arange(rows, dtype=np.int64))
+        sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.ones(rows, np.int64))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     del hidden, pool, sampler, zeros

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import PlainTextResponse
 
 from ..errors import InvalidRequest
+from ..messages import ControlWhat
 from .body import read_json_object
 from .metrics import CONTENT_TYPE
 from .requests import AbortRequest, parse
@@ -60,6 +61,16 @@ def router(site: Site) -> APIRouter:
     async def flush_cache() -> Response:
         """Forgets everything that no running request holds."""
         return json_response(await site.client.control("flush_cache"))
+
+    @routes.post("/start_profile")
+    @routes.post("/stop_profile")
+    async def profile(request: Request) -> Response:
+        """Records the engine's steps, where the server was started with ``--profile``. Stopping writes a Chrome trace
+        and answers with its path, the device's idle share and the kernels that took most."""
+        if site.config.engine.profile is None:
+            raise InvalidRequest("the server was started without --profile FOLDER")
+        what: ControlWhat = "start_profile" if request.url.path.endswith("/start_profile") else "stop_profile"
+        return json_response({"profile": await site.client.control(what)})
 
     @routes.post("/abort_request")
     async def abort_request(request: Request) -> Response:

@@ -1,4 +1,4 @@
-"""A model folder with a real architecture's shape and no weights, for servers started with ``--load-format dummy``.
+"""Model folders with a real architecture's shape and no weights, for servers started with ``--load-format dummy``.
 
 The tokenizer is WordLevel over ``t3 t4 …``: token ids and text map to each other exactly, so that a load generator can
 continue a conversation from the ids the server really drew.
@@ -35,14 +35,27 @@ CONFIG: dict[str, Any] = {
     "eos_token_id": 1,
 }
 
+LLAMA_8B: dict[str, Any] = CONFIG | {  # Llama-3.1-8B's
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
 
-def write(folder: Path) -> Path:
+
+def write(folder: Path, config: dict[str, Any] = CONFIG) -> Path:
     """Writes config and tokenizer into ``folder`` (made if absent); returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1}))
     special = ["<bos>", "<eos>", "<unk>"]
-    words = special + [f"t{i}" for i in range(len(special), CONFIG["vocab_size"])]
+    words = special + [f"t{i}" for i in range(len(special), config["vocab_size"])]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -53,7 +66,7 @@ def write(folder: Path) -> Path:
                 "bos_token": "<bos>",
                 "eos_token": "<eos>",
                 "unk_token": "<unk>",
-                "model_max_length": CONFIG["max_position_embeddings"],
+                "model_max_length": config["max_position_embeddings"],
                 "clean_up_tokenization_spaces": False,
             }
         )
@@ -64,4 +77,6 @@ def write(folder: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(write(parser.parse_args().folder))
+    parser.add_argument("--llama-8b", action="store_true", help="the shape of Llama-3.1-8B")
+    args = parser.parse_args()
+    print(write(args.folder, LLAMA_8B if args.llama_8b else CONFIG))

@@ -1,0 +1,279 @@
+"""The small operations in Triton: `ops` says what they compute, shape by shape; this is how a GPU does it in one pass.
+
+Every operation is bound by memory bandwidth, or at few tokens by the launch. So each is one kernel that reads its input
+once, computes in float32 and rounds once; nothing but the result is allocated and nothing is read back.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .triton_launch import kernel
+
+TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread
+
+
+@kernel("rows")
+def _rms_norm(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    rows: tl.tensor,
+    D: tl.constexpr,
+    HEADS: tl.constexpr,
+    TOKEN_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    channel = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (channel < D)
+    token, head = row // HEADS, row % HEADS
+    x = tl.load(x_ptr + token * TOKEN_STRIDE + head * HEAD_STRIDE + channel, mask, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + head * WEIGHT_STRIDE + channel, channel < D, other=0.0)
+    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / D + EPS)
+    tl.store(out_ptr + row * D + channel, (x * scale * weight).to(out_ptr.dtype.element_ty), mask)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.rms_norm`. The last dimension of ``x`` must be contiguous; tokens and heads may be strided."""
+    shape, size = x.shape, x.shape[-1]
+    if x.dim() not in (2, 3):
+        x = x.reshape(-1, size)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    rows = x.numel() // size
+    if not rows:
+        return out
+    heads, head_stride = (x.shape[1], x.stride(1)) if x.dim() == 3 else (1, 0)
+    block = triton.next_power_of_2(size)
+    some = max(1, TILE // block)
+    _rms_norm(
+        (triton.cdiv(rows, some), 1, 1),
+        (x, weight, out),
+        (rows,),
+        (size, heads, x.stride(0), head_stride, size if weight.dim() > 1 else 0, eps, some, block),
+        warps=_row_warps(block),
+    )
+    return out
+
+
+@kernel()
+def _add_rms_norm(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    D: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    RESIDUAL_STRIDE: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    mask = channel < D
+    residual_ptrs = residual_ptr + row * RESIDUAL_STRIDE + channel
+    x = tl.load(x_ptr + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
+    total = tl.load(residual_ptrs, mask, other=0.0).to(tl.float32) + x
+    rounded = total.to(residual_ptr.dtype.element_ty)
+    tl.debug_barrier()  # threads may hold copies of one element: all must have read it before one overwrites it
+    tl.store(residual_ptrs, rounded, mask)
+    total = rounded.to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask, other=0.0)
+    scale = tl.rsqrt(tl.sum(total * total, axis=0) / D + EPS)
+    tl.store(out_ptr + row * D + channel, (total * scale * weight).to(out_ptr.dtype.element_ty), mask)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.add_rms_norm`. Tokens may be strided."""
+    tokens, size = x.shape
+    out = torch.empty((tokens, size), dtype=residual.dtype, device=x.device)
+    if tokens:
+        block = triton.next_power_of_2(size)
+        _add_rms_norm(
+            (tokens, 1, 1),
+            (x, residual, weight, out),
+            (),
+            (size, x.stride(0), residual.stride(0), eps, block),
+            warps=_row_warps(block),
+        )
+    return out
+
+
+def _row_warps(block: int) -> int:
+    """Warps for rows that one program holds: 16 elements a thread, which leaves several accesses in flight."""
+    return min(max(block // 512, 4), 16)
+
+
+@kernel()
+def _gate_mul(
+    gate_up_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = channel < SIZE
+    gate_ptrs = gate_up_ptr + row * STRIDE + channel
+    gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + SIZE, mask, other=0.0).to(tl.float32)
+    if ACTIVATION == "silu":
+        gate = gate * tl.sigmoid(gate)
+    elif ACTIVATION == "tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 1.5957… is 2 * sqrt(2 / pi)
+        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    else:
+        gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    tl.store(out_ptr + row * SIZE + channel, (gate * up).to(out_ptr.dtype.element_ty), mask)
+
+
+def _gated(gate_up: Tensor, activation: str) -> Tensor:
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
+    if tokens:
+        constants = (size, gate_up.stride(0), activation, TILE)
+        _gate_mul((tokens, triton.cdiv(size, TILE), 1), (gate_up, out), (), constants, warps=4)
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """See `ops.silu_mul`; computed in float32 and rounded once."""
+    return _gated(gate_up, "silu")
+
+
+def gelu_mul(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
+    """See `ops.gelu_mul`; computed in float32 and rounded once."""
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"approximate is {approximate!r}; it can be 'tanh' or 'none'")
+    return _gated(gate_up, approximate)
+
+
+@kernel("num_slots")
+def _rope_write(
+    qkv_ptr: tl.tensor,
+    cos_ptr: tl.tensor,
+    sin_ptr: tl.tensor,
+    pool_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    num_slots: tl.tensor,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    HALF: tl.constexpr,
+    COS_STRIDE: tl.constexpr,
+    SIN_STRIDE: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+) -> None:
+    """One token, some of its heads. The turning channels are two tiles: each thread holds both ends of its pairs."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    pair = tl.arange(0, BLOCK_HALF)[None, :]
+    rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
+    is_head = head < HEADS + 2 * KV_HEADS
+    turns = head < HEADS + KV_HEADS
+    pairs, rests = is_head & (pair < HALF), is_head & (rest < D)
+    base = qkv_ptr + token * ((HEADS + 2 * KV_HEADS) * D) + head * D
+    first = tl.load(base + pair, pairs, other=0.0)
+    second = tl.load(base + HALF + pair, pairs, other=0.0)
+    if 2 * HALF < D:
+        last = tl.load(base + rest, rests, other=0.0)
+    x1, x2 = first.to(tl.float32), second.to(tl.float32)
+    if NORM:
+        squares = tl.sum(x1 * x1, axis=1, keep_dims=True) + tl.sum(x2 * x2, axis=1, keep_dims=True)
+        if 2 * HALF < D:
+            x3 = last.to(tl.float32)
+            squares += tl.sum(x3 * x3, axis=1, keep_dims=True)
+        scale = tl.rsqrt(squares / D + EPS)
+        weight = norm_ptr + head * D
+        # Rounded before they turn, as where the two are separate operations.
+        x1 = (x1 * scale * tl.load(weight + pair, turns & pairs, other=0.0)).to(first.dtype).to(tl.float32)
+        x2 = (x2 * scale * tl.load(weight + HALF + pair, turns & pairs, other=0.0)).to(first.dtype).to(tl.float32)
+        if 2 * HALF < D:
+            normed = (x3 * scale * tl.load(weight + rest, turns & rests, other=0.0)).to(last.dtype)
+            last = tl.where(turns, normed, last)
+    cos = tl.load(cos_ptr + token * COS_STRIDE + pair, pair < HALF, other=0.0)
+    sin = tl.load(sin_ptr + token * SIN_STRIDE + pair, pair < HALF, other=0.0)
+    first = tl.where(turns, (x1 * cos - x2 * sin).to(first.dtype), first)
+    second = tl.where(turns, (x2 * cos + x1 * sin).to(second.dtype), second)
+
+    tl.debug_barrier()  # as in `_add_rms_norm`
+    tl.store(base + pair, first, turns & pairs)
+    tl.store(base + HALF + pair, second, turns & pairs)
+    is_kv = head >= HEADS
+    kv_head = tl.where(is_kv, head - HEADS, 0)
+    slot = tl.load(slots_ptr + token) + (kv_head // KV_HEADS) * num_slots.to(tl.int64)
+    target = pool_ptr + (slot * KV_HEADS + kv_head % KV_HEADS) * D
+    tl.store(target + pair, first.to(pool_ptr.dtype.element_ty), is_kv & pairs)
+    tl.store(target + HALF + pair, second.to(pool_ptr.dtype.element_ty), is_kv & pairs)
+    if 2 * HALF < D:
+        if NORM:
+            tl.store(base + rest, last, turns & rests)
+        tl.store(target + rest, last.to(pool_ptr.dtype.element_ty), is_kv & rests)
+
+
+def rope_write(
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    pool: Tensor,
+    slots: Tensor,
+    qk_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.rope_write`. In place: what is returned are views of ``qkv``. ``qkv`` and ``pool`` are contiguous."""
+    tokens, all_heads, size = qkv.shape
+    kv_heads, half = (all_heads - heads) // 2, cos.shape[1]
+    if tokens:
+        block_half = max(16, triton.next_power_of_2(half))
+        block_heads = max(1, min(TILE // block_half, triton.next_power_of_2(all_heads)))
+        block_rest = triton.next_power_of_2(max(1, size - 2 * half))
+        constants = (
+            *(heads, kv_heads, size, half, cos.stride(0), sin.stride(0)),
+            *(qk_norm is not None, eps, block_heads, block_half, block_rest),
+        )
+        _rope_write(
+            (tokens, triton.cdiv(all_heads, block_heads), 1),
+            (qkv, cos, sin, pool, slots, cos if qk_norm is None else qk_norm),
+            (pool.shape[1] * pool.shape[2],),
+            constants,
+            warps=4,
+        )
+    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+
+
+@kernel()
+def _page_indices(
+    table_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    indptr_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    STRIDE: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    request = tl.program_id(0)
+    start, end = tl.load(indptr_ptr + request), tl.load(indptr_ptr + request + 1)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < end - start
+    row = tl.load(rows_ptr + request).to(tl.int64)
+    tl.store(out_ptr + start + column, tl.load(table_ptr + row * STRIDE + column, mask), mask)
+
+
+def page_indices(table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:
+    """See `ops.page_indices`. The grid depends on the number of rows and on ``max_pages`` alone."""
+    if len(rows) and max_pages:
+        grid = (len(rows), triton.cdiv(max_pages, TILE), 1)
+        _page_indices(grid, (table, rows, indptr, out), (), (table.stride(0), TILE), warps=4)

@@ -1,0 +1,144 @@
+"""What `make bench-gpu` measures: BranchBench against our server on one GPU, in the shape of Llama-3.1-8B.
+
+    bench_gpu.py [--workloads all] [--profile no_sharing,tree_of_thought] [--port 8000]
+
+Random weights (``--load-format dummy``): answers mean nothing, times do. A second run of the profiled workloads records
+the steps of one second in their middle: how long the device was idle, and which kernels took its time. Figures and
+traces go to .bench/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tiny_model import LLAMA_8B, write
+
+OUT = Path(__file__).resolve().parent.parent.parent / ".bench"
+START_SECONDS = 600  # FlashInfer compiles its kernels the first time
+PROFILE_AFTER, PROFILE_FOR = 0.5, 1.0  # seconds into the workload's makespan (a share of it), and length
+
+# Makespans in seconds on one H200, the same load from the same client, each server with its defaults.
+PEERS = {
+    "no_sharing": (11.69, 11.94),
+    "fewshot": (3.40, 2.82),
+    "agents": (12.12, 11.34),
+    "tree_of_thought": (4.74, 4.78),
+    "chat": (8.67, 8.26),
+    "best_of_n": (15.45, 17.53),
+    "long_document": (17.27, 18.49),
+}
+PEER_NAMES = ("vLLM 0.24.0", "SGLang 0.5.15")
+
+
+@contextmanager
+def server(folder: Path, port: int, log: Path) -> Iterator[tuple[str, float]]:
+    """Our server; yields its address and how long it took from the command to the first answer."""
+    command = [sys.executable, "-m", "branchwise", "serve", str(folder), "--load-format", "dummy"]
+    command += ["--port", str(port), "--profile", str(OUT / "traces")]
+    begun = time.monotonic()
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not _answers(url):
+            if process.poll() is not None or time.monotonic() - begun > START_SECONDS:
+                raise SystemExit(f"the server did not start:\n{log.read_text()[-4000:]}")
+            time.sleep(0.1)
+        yield url, time.monotonic() - begun
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+def _answers(url: str) -> bool:
+    body = {"model": "", "prompt": [1000, 1001], "max_tokens": 1}
+    try:
+        body["model"] = json.load(urllib.request.urlopen(f"{url}/v1/models", timeout=2))["data"][0]["id"]
+        return bool(_post(f"{url}/v1/completions", body))
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _post(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    data = json.dumps(body or {}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return dict(json.load(response))
+
+
+def run(url: str, workloads: str, out: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "branchwise", "bench", url, "--workloads", workloads, "--vocab", "100000"]
+    subprocess.run([*command, "--out", str(out)], check=True, env=os.environ | {"COLUMNS": "140"})
+    return dict(json.loads(out.read_text()))
+
+
+def profile(url: str, workload: str, makespan: float) -> dict[str, Any]:
+    """Runs the workload once more and records a second of it."""
+    found: dict[str, Any] = {}
+
+    def record() -> None:
+        time.sleep(makespan * PROFILE_AFTER)
+        _post(f"{url}/start_profile")
+        time.sleep(PROFILE_FOR)
+        found.update(_post(f"{url}/stop_profile")["profile"])
+
+    watcher = threading.Thread(target=record)
+    watcher.start()
+    run(url, workload, OUT / f"profiled-{workload}.json")
+    watcher.join()
+    return found
+
+
+def rows(ours: dict[str, Any], ready: float) -> Iterator[str]:
+    """The table of the README."""
+    yield f"| workload | Branchwise (s) | {PEER_NAMES[0]} | {PEER_NAMES[1]} | against the better peer |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for name, result in ours.items():
+        seconds, peers = result["makespan"], PEERS[name]
+        failed = f" ({result['failed']} failed)" if result["failed"] else ""
+        ratio = min(peers) / seconds
+        yield f"| {name} | {seconds:.2f}{failed} | {peers[0]:.2f} | {peers[1]:.2f} | {ratio:.2f}× as fast |"
+    yield f"| ready to serve | {ready:.1f} | 90 | 104 | {90 / ready:.1f}× as fast |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", default=",".join(PEERS))
+    parser.add_argument("--profile", default="no_sharing,tree_of_thought", help="workloads to record, or nothing")
+    parser.add_argument("--port", type=int, default=8123)
+    args = parser.parse_args()
+    OUT.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="branchwise-bench-") as scratch:
+        folder = write(Path(scratch) / "llama-3.1-8b", LLAMA_8B)
+        with server(folder, args.port, OUT / "server.log") as (url, ready):
+            print(f"ready after {ready:.1f} s", flush=True)
+            ours = run(url, args.workloads, OUT / "branchbench-gpu.json")
+            recorded = {
+                name: profile(url, name, ours[name]["makespan"]) for name in args.profile.split(",") if name in ours
+            }
+    print("\n".join(rows(ours, ready)))
+    for name, found in recorded.items():
+        print(
+            f"\n{name}: {found['steps']} steps in {found['seconds']:.2f} s, "
+            f"device idle {found['device_idle_share']:.1%}"
+        )
+        for kernel in found["kernels"][:8]:
+            each = 1e3 * kernel["seconds"] / max(found["steps"], 1)
+            print(f"  {each:7.3f} ms a step  {kernel['launches']:6}  {kernel['name'][:90]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The GPU's attention backends against attention written out, in steps that mix decodes and chunks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape, query_slots
+from branchwise.kernels.attention.partial import attend_reference
+
+HEADS, KV_HEADS, PAGES = 8, 2, 700
+SPECS = {
+    "plain": [LayerSpec(0.125)],
+    "window": [LayerSpec(0.125, window=100), LayerSpec(0.125)],
+    "softcap": [LayerSpec(0.2, softcap=20.0)],
+    "both": [LayerSpec(0.2, window=100, softcap=20.0), LayerSpec(0.2, softcap=20.0)],
+}
+# (query tokens, tokens in all): decodes first
+STEPS = {
+    "decodes": [(1, 1), (1, 17), (1, 900), (1, 16), (1, 333)],
+    "chunks": [(64, 64), (5, 300), (130, 1000), (700, 700)],
+    "both": [(1, 40), (1, 800), (33, 33), (2, 700), (200, 450)],
+}
+
+
+class World:
+    def __init__(self, backend: str, specs: list[LayerSpec], page: int, dim: int = 64) -> None:
+        torch.manual_seed(0)
+        self.specs, self.page, self.dim = specs, page, dim
+        self.pool = torch.randn(
+            len(specs), 2, PAGES * 16 // page + 1, page, KV_HEADS, dim, device="cuda", dtype=torch.bfloat16
+        )
+        rows = 40
+        self.table = np.zeros((rows + 1, 1024 // page), np.int32)
+        self.table[-1] = self.pool.shape[2] - 1
+        self.device_table = torch.from_numpy(self.table).cuda()
+        self.backend = self._make(backend, rows)
+
+    def _make(self, backend: str, rows: int) -> AttentionBackend:
+        if backend == "triton":
+            from branchwise.kernels.attention.triton_backend import TritonAttention
+
+            return TritonAttention(self.pool, self.specs, HEADS)
+        pytest.importorskip("flashinfer")
+        from branchwise.kernels import triton_ops
+        from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
+
+        return FlashInferAttention(self.pool, self.specs, HEADS, self.device_table, triton_ops, rows)
+
+    def step(self, requests: list[tuple[int, int]], shape: StepShape | None = None) -> None:
+        """Runs one step of ``requests`` over pages scattered anew, and checks every layer."""
+        rng = np.random.default_rng(len(requests))
+        q_lens, kv_lens = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+        rows = rng.permutation(len(self.table) - 1)[: len(requests)].astype(np.int32)
+        pages = iter(rng.permutation(self.pool.shape[2] - 1).tolist())
+        for row, kv_len in zip(rows, kv_lens, strict=True):
+            count = -(-int(kv_len) // self.page)
+            self.table[row, :count] = [next(pages) for _ in range(count)]
+        self.device_table.copy_(torch.from_numpy(self.table))
+        decodes = int((np.cumsum(q_lens != 1) == 0).sum())
+        batch = AttentionBatch(rows, q_lens, kv_lens, decodes, self.device_table, self.table)
+        tokens = int(q_lens.sum())
+        q = torch.randn(tokens, HEADS + 2 * KV_HEADS, self.dim, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
+        self.backend.plan(batch, shape)
+        given = q
+        if shape is not None:
+            given = torch.randn(shape.num_tokens, HEADS + 2, self.dim, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
+            given[:decodes] = q[:decodes]
+            given[shape.decodes : shape.decodes + tokens - decodes] = q[decodes:]
+        slots = torch.from_numpy(query_slots(batch, self.page)).cuda()
+        for layer, spec in enumerate(self.specs):
+            flat = self.pool[layer].flatten(1, 2)
+            out = self.backend.run(layer, given, flat[0, slots], flat[1, slots])
+            if shape is not None:
+                out = torch.cat([out[:decodes], out[shape.decodes : shape.decodes + tokens - decodes]])
+            at = 0
+            for i, (q_len, kv_len) in enumerate(requests):
+                expected = self._expected(layer, spec, q[at : at + q_len], int(rows[i]), kv_len)
+                torch.testing.assert_close(out[at : at + q_len].float(), expected, atol=0.02, rtol=0.02)
+                at += q_len
+
+    def _expected(self, layer: int, spec: LayerSpec, q: torch.Tensor, row: int, kv_len: int) -> torch.Tensor:
+        pages = torch.from_numpy(self.table[row, : -(-kv_len // self.page)].astype(np.int64)).cuda()
+        k, v = (x[pages].flatten(0, 1)[:kv_len].float().transpose(0, 1) for x in self.pool[layer])
+        group = HEADS // KV_HEADS
+        k, v = (x.repeat_interleave(group, 0)[None] for x in (k, v))
+        query = torch.arange(kv_len - len(q), kv_len, device="cuda")[:, None]
+        key = torch.arange(kv_len, device="cuda")
+        hidden = (key > query) | (key <= query - (spec.window or kv_len + 1))
+        mask = torch.where(hidden, float("-inf"), 0.0)[None, None]
+        out, _ = attend_reference(q.float().transpose(0, 1)[None], k, v, spec.scale, spec.softcap, mask, False)
+        return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("page", [16, 1])
+@pytest.mark.parametrize("specs", SPECS)
+def test_every_kind_of_step(backend: str, specs: str, page: int) -> None:
+    world = World(backend, SPECS[specs], page)
+    for requests in STEPS.values():
+        world.step(requests)
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("specs", ["plain", "both"])
+def test_padded_steps(backend: str, specs: str) -> None:
+    world = World(backend, SPECS[specs], 16)
+    if not world.backend.captures:
+        pytest.skip(f"{backend} does not capture")
+    world.step(STEPS["decodes"], StepShape(8, 0, 0))
+    world.step(STEPS["both"], StepShape(16, 256, 8))
+    world.step(STEPS["chunks"], StepShape(4, 1024, 30))
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_heads_of_128_and_long_chunks(backend: str) -> None:
+    """Long chunks take `fa3` on Hopper."""
+    world = World(backend, SPECS["plain"], 16, dim=128)
+    world.step([(1, 500), (900, 900), (1000, 1020)])

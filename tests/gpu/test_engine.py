@@ -1,0 +1,140 @@
+"""The whole engine on the device: captured steps, warm and cold, and traffic that forces every recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise import Engine, SamplingParams
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.core import EngineCore
+from branchwise.runtime.executor.executor import ModelExecutor
+from branchwise.runtime.messages import Generate
+
+RNG = np.random.default_rng(0)
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def load(folder: Path, **settings: object) -> ModelExecutor:
+    config = {"device": "cuda", "dtype": "bfloat16", "kv_cache_tokens": 4096, "max_num_seqs": 16} | settings
+    return ModelExecutor.load(EngineConfig(model=str(folder), **config))  # type: ignore[arg-type]
+
+
+def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) -> None:
+    """Every captured shape, over a pool of noise: logits and what was written to the pool."""
+    executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=16 * 512)
+    graphs, pool, table = executor._graphs, executor._pool, executor._table
+    assert graphs is not None
+    pool.normal_()
+    table.host[:-1] = RNG.permutation(executor.num_pages).reshape(16, -1)  # no page in two rows
+    table.device.copy_(torch.from_numpy(table.host))
+    with torch.inference_mode():
+        for shape in graphs.shapes():
+            found = []
+            inputs = executor._stage(step_like(shape, executor.page_size), shape, [])
+            before = pool.clone()
+            for run in ("eager", "replay"):
+                pool.copy_(before)
+                executor._logits.zero_()
+                if run == "eager":
+                    executor._decoder.logits(
+                        executor._hidden(inputs, pending=True), out=executor._logits[: shape.num_outputs]
+                    )
+                else:
+                    graphs.replay(shape)
+                found.append((executor._logits.clone(), pool.clone()))
+            # Padding tokens all write to the last page, which nobody reads: which of them is last is not said.
+            assert torch.equal(found[0][0], found[1][0]), shape
+            assert torch.equal(found[0][1][:, :, :-1], found[1][1][:, :, :-1]), shape
+
+
+def step_like(shape, page_size):  # type: ignore[no-untyped-def]
+    """A step that fills about three quarters of a shape."""
+    from branchwise.runtime.step import StepPlan
+
+    decodes = (shape.decodes * 3 + 3) // 4
+    chunks = 0 if not shape.tokens else min(3, 16 - decodes, shape.requests)
+    q_lens = np.array([1] * decodes + [max(1, shape.tokens // 4)] * max(chunks, 0), np.int32)
+    rows = np.arange(len(q_lens), dtype=np.int32)
+    tokens = RNG.integers(2, 300, int(q_lens.sum())).astype(np.int32)
+    none = np.empty(0, np.int32)
+    kv_lens = q_lens + RNG.integers(0, 100, len(q_lens)).astype(np.int32)
+    return StepPlan(0, rows, q_lens, kv_lens, tokens, decodes, rows, none, none, none, none.reshape(0, 2))
+
+
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "torch"])
+def test_greedy_warm_and_cold(backend: str, gpu_checkpoint: Callable[[str], Path]) -> None:
+    """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not hang on one."""
+    if backend == "flashinfer":
+        pytest.importorskip("flashinfer")
+    shared = RNG.integers(2, 300, 150).tolist()
+    prompts = [shared[: RNG.integers(1, 150)] + RNG.integers(2, 300, 20).tolist() for _ in range(48)]
+    settings = {"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 32, "attention_backend": backend}
+    with Engine(str(gpu_checkpoint("qwen3")), kv_cache_tokens=16384, **settings) as engine:
+        cold = [output.token_ids for output in engine.generate(prompts, GREEDY)]
+        warm = engine.generate(prompts, GREEDY)
+        alone = [engine.generate(prompt, GREEDY).token_ids for prompt in prompts[:8]]
+        engine.check()
+    assert all(output.cached_tokens == output.prompt_tokens - 1 for output in warm)
+    pairs = [*zip(cold, (output.token_ids for output in warm), strict=True), *zip(cold[:8], alone, strict=True)]
+    agreement = np.mean([a == b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)])
+    print(f"{backend}: greedy tokens that agree, warm and cold, alone and together: {agreement:.3f}")
+    assert agreement > 0.9
+
+
+def test_seeds_give_the_same_text(gpu_checkpoint: Callable[[str], Path]) -> None:
+    params = SamplingParams(temperature=1.0, top_p=0.9, seed=7, max_tokens=16, ignore_eos=True)
+    with Engine(str(gpu_checkpoint("llama-gqa")), device="cuda", dtype="bfloat16", kv_cache_tokens=8192) as engine:
+        prompt = RNG.integers(2, 300, 40).tolist()
+        first = engine.generate(prompt, params).token_ids
+        assert all(output.token_ids == first for output in engine.generate([prompt] * 5, params))
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_branching_traffic_in_a_tiny_pool(graphs: bool, gpu_checkpoint: Callable[[str], Path]) -> None:
+    """2,500 requests each way, many of them aborted, in a pool that holds a fraction of what runs."""
+    executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=768, max_num_seqs=24, cuda_graphs=graphs)
+    config = EngineConfig(max_num_seqs=24, max_num_batched_tokens=512)
+    core = EngineCore(config, executor, executor.eos_ids, executor.max_model_len, gpu=True)
+    rng = np.random.default_rng(1)
+    trunks = [rng.integers(2, 300, 120).astype("<i4") for _ in range(6)]
+    total, submitted, live, ended = 2500, 0, set(), {}
+    while submitted < total or live:
+        while submitted < total and len(live) < 48:
+            tail = rng.integers(2, 300, rng.integers(1, 40)).astype("<i4")
+            prompt = np.concatenate([trunks[rng.integers(6)][: rng.integers(0, 120)], tail])
+            params = SamplingParams(
+                temperature=float(rng.choice([0.0, 1.0])), max_tokens=int(rng.choice([0, 1, 8, 30, 150])), ignore_eos=True,
+                seed=submitted, top_k=int(rng.choice([0, 20])), logprobs=3 if rng.random() < 0.1 else None,
+                repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
+            )  # fmt: skip
+            core.add(Generate(submitted, prompt.tobytes(), params))
+            live.add(submitted)
+            submitted += 1
+        if rng.random() < 0.1 and live:
+            core.abort(int(rng.choice(sorted(live))))
+        output = core.step()
+        for finished in output.finished if output else []:
+            assert finished.id not in ended, "two terminal messages"
+            ended[finished.id] = finished.reason
+            live.discard(finished.id)
+    while core.has_work:
+        core.step()
+    core.check()
+    assert len(ended) == total
+    assert set(ended.values()) <= {"length", "abort"}
+    assert core.stats().retractions > 0, "the pool was meant to be too small"
+    core.close()
+
+
+def test_memory_stays_within_what_was_asked(gpu_checkpoint: Callable[[str], Path]) -> None:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=None, gpu_memory_utilization=0.5, max_num_seqs=4096)
+    used = total - torch.cuda.mem_get_info()[0]
+    assert used <= 0.5 * total + 64 * 2**20
+    print(f"used {used / total:.3f} of the memory; asked 0.5; pool {executor.memory_plan.kv_bytes / total:.3f}")

@@ -1,0 +1,52 @@
+"""Every family on the device against transformers, in bfloat16: as close to float32 as transformers itself comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise import Engine, SamplingParams
+
+FAMILIES = ["llama-mha", "llama-gqa", "llama-mqa", "mistral", "qwen2", "qwen2-window", "qwen3", "gemma2", "gemma3"]
+PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
+
+
+def logprobs_of_transformers(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager")
+    with torch.no_grad():
+        logits = model.cuda().eval()(torch.tensor([PROMPT]).cuda()).logits[0].float()
+    return torch.log_softmax(logits, -1).cpu()
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs(family: str, backend: str, graphs: bool, gpu_checkpoint: Callable[[str], Path]) -> None:
+    if backend == "flashinfer":
+        pytest.importorskip("flashinfer")
+    folder = gpu_checkpoint(family)
+    exact = logprobs_of_transformers(folder, torch.float32)
+    theirs = logprobs_of_transformers(folder, torch.bfloat16)
+    with Engine(
+        str(folder), device="cuda", dtype="bfloat16", attention_backend=backend, kv_cache_tokens=4096,
+        max_num_seqs=8, cuda_graphs=graphs,
+    ) as engine:  # fmt: skip
+        # One request a position: what the step that samples (captured, where there are graphs) says of its last token.
+        lengths = list(range(2, len(PROMPT), 7))
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)
+        cold = [output.outputs[0] for output in engine.generate([PROMPT[:n] for n in lengths], params)]
+        warm = [output.outputs[0] for output in engine.generate([PROMPT[:n] for n in lengths], params)]
+        engine.check()
+    rows = torch.tensor([n - 1 for n in lengths])
+    allowed = 2.0 * (theirs[rows] - exact[rows]).abs().max().item() + 0.02
+    for outputs in (cold, warm):
+        for n, output in zip(lengths, outputs, strict=True):
+            for token, logprob in output.logprobs[0].top:
+                assert abs(logprob - exact[n - 1, token].item()) <= allowed, (n, token, allowed)

@@ -1,0 +1,138 @@
+"""The FlashInfer backend's side of the bargain, without a GPU: a module that computes in torch from exactly what
+FlashInfer's is given. What only FlashInfer itself can show is in tests/gpu."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels import ops
+from branchwise.kernels.attention import flashinfer_backend as subject
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
+from branchwise.kernels.attention.flashinfer_module import OLDEST, Unavailable, check_available
+from branchwise.kernels.attention.torch_backend import TorchAttention
+
+PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
+SPECS = [LayerSpec(0.25), LayerSpec(0.25, window=9), LayerSpec(0.3, softcap=3.0)]
+
+
+class Module:
+    """Stands in for `PagedCall`: checks what it is given as a compiled module would not, and attends in torch."""
+
+    def __init__(self, variant, window, causal, heads, kv_heads, page_size, workspace, int_workspace):
+        self.variant, self.window, self.causal, self.page_size = variant, window, causal, page_size
+
+    def plan(self, qo_indptr, kv_indptr, kv_lens, rows, capture):
+        for tensor in (qo_indptr, kv_indptr, kv_lens):
+            assert tensor.dtype == torch.int32 and tensor.device.type == "cpu"
+        assert len(qo_indptr) == len(kv_indptr) == len(kv_lens) + 1
+        assert qo_indptr[-1] <= rows if capture else qo_indptr[-1] == rows
+        self.host = [tensor.clone() for tensor in (qo_indptr, kv_indptr, kv_lens)]
+
+    def run(self, q, k, v, out, qo_indptr, kv_indptr, kv_indices, last_page_lens, scale, softcap):
+        for mine, planned in zip((qo_indptr, kv_indptr), self.host[:2], strict=True):
+            assert mine.dtype == torch.int32
+            assert torch.equal(mine, planned)
+        assert self.variant.window == (self.window is not None)
+        assert self.variant.softcap == (softcap != 0.0)
+        for i, kv_len in enumerate(self.host[2].tolist()):
+            start, end = qo_indptr[i : i + 2].tolist()
+            pages = kv_indices[kv_indptr[i] : kv_indptr[i + 1]].long()
+            if start == end:
+                assert not len(pages)
+                continue
+            assert (len(pages) - 1) * self.page_size + int(last_page_lens[i]) == kv_len
+            assert self.causal or end - start == 1
+            keys, values = (x[pages].flatten(0, 1)[:kv_len].repeat_interleave(HEADS // KV_HEADS, 1) for x in (k, v))
+            scores = torch.einsum("qhd,khd->hqk", q[start:end], keys) * scale
+            if softcap:
+                scores = torch.tanh(scores / softcap) * softcap
+            query, key = torch.arange(kv_len - (end - start), kv_len)[:, None], torch.arange(kv_len)
+            scores[:, (key > query) | (key <= query - (self.window or kv_len + 1))] = float("-inf")
+            out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    monkeypatch.setattr(subject, "PagedCall", Module)
+    monkeypatch.setattr(subject, "build", lambda variants: None)
+    monkeypatch.setattr(subject, "kernels", lambda device, spec: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"])
+    torch.manual_seed(0)
+    pool = torch.randn(len(SPECS), 2, 101, PAGE, KV_HEADS, DIM)
+    table = torch.from_numpy(np.random.default_rng(0).permutation(96).reshape(8, 12).astype(np.int32))
+    table = torch.cat([table, torch.full((1, 12), 100, dtype=torch.int32)])
+    return subject.FlashInferAttention(pool, SPECS, HEADS, table, ops, 8), TorchAttention(pool, SPECS, HEADS)
+
+
+def batch_of(requests, table):
+    q_lens, kv_lens = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+    rows = np.array([5, 2, 7, 0, 3, 1][: len(requests)], np.int32)
+    return AttentionBatch(rows, q_lens, kv_lens, int((np.cumsum(q_lens != 1) == 0).sum()), table, table.numpy())
+
+
+@pytest.mark.parametrize("shape", [None, (0, 0, 0), (2, 5, 1)], ids=["as it is", "exact", "padded"])
+@pytest.mark.parametrize(
+    "requests",
+    [[(1, 1), (1, 4), (1, 37)], [(1, 9), (1, 48), (3, 3), (7, 40)], [(20, 20), (1, 30)], [(5, 9)]],
+    ids=["decodes", "both", "chunks", "chunk"],
+)
+def test_what_flashinfer_is_given(backend, requests, shape):
+    flashinfer, reference = backend
+    batch = batch_of(requests, flashinfer._table)
+    n, tokens = batch.num_decodes, int(batch.q_lens.sum())
+    if shape is not None:
+        shape = StepShape(n + shape[0], tokens - n + shape[1], len(requests) - n + shape[2])
+    q = torch.randn(tokens, HEADS + 3, DIM)[:, :HEADS]
+    given, where = q, torch.arange(tokens)
+    if shape is not None:
+        given = torch.randn(shape.num_tokens, HEADS, DIM)
+        where = torch.cat([torch.arange(n), torch.arange(shape.decodes, shape.decodes + tokens - n)])
+        given[where] = q
+    flashinfer.plan(batch, shape)
+    reference.plan(batch)
+    pool = flashinfer._pool
+    own = torch.cat([torch.arange(kv_len - q_len, kv_len) + int(i) * 100 for i, (q_len, kv_len) in enumerate(requests)])
+    slots = torch.tensor(
+        [
+            int(flashinfer._table[batch.rows[at // 100], at % 100 // PAGE]) * PAGE + at % 100 % PAGE
+            for at in own.tolist()
+        ]
+    )
+    for layer in range(len(SPECS)):
+        flat = pool[layer].flatten(1, 2)
+        expected = reference.run(layer, q, flat[0, slots], flat[1, slots])
+        out = flashinfer.run(layer, given, flat[0, slots], flat[1, slots])
+        torch.testing.assert_close(out[where], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
+    flashinfer, _ = backend
+    monkeypatch.setattr(subject, "LONG_CHUNK", 16)
+    for requests, kernel in ([(1, 5), (20, 20)], "fa3"), ([(1, 5), (3, 20), (4, 9)], "fa2"):
+        flashinfer.plan(batch_of(requests, flashinfer._table))
+        assert [call.variant.kernel for call in flashinfer._chunk_calls.values()] == [kernel, "fa2", "fa2"]
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "not installed: pip install 'branchwise[gpu]'"),
+        ("0.5.3", "0.5.3 is installed; this version of Branchwise needs >=0.6.12,<0.8"),
+        ("0.8.0", "0.8.0 is installed"),
+        (OLDEST, "runs on CUDA devices, not on cpu"),
+    ],
+)
+def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
+    def installed(name):
+        if version is None:
+            raise subject_metadata.PackageNotFoundError(name)
+        return version
+
+    from branchwise.kernels.attention import flashinfer_module
+
+    subject_metadata = flashinfer_module.metadata
+    monkeypatch.setattr(flashinfer_module.metadata, "version", installed)
+    with pytest.raises(Unavailable, match="FlashInfer") as error:
+        check_available(torch.device("cpu"), torch.bfloat16, 128)
+    assert message in str(error.value)
