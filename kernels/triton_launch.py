@@ -8,9 +8,8 @@ from typing import Any
 import triton
 from torch import Tensor
 
-# Programs of one tile row or so: what Triton calls num_warps and num_stages.
-DEFAULT_STAGES = 3
-ALIGNMENT = 16  # bytes; Triton compiles other loads and stores for pointers that are multiples of it
+DEFAULT_STAGES = 3  # Triton's own; of no effect without a loop
+ALIGNMENT = 16  # bytes; for pointers that are multiples of it Triton compiles wider loads and stores
 
 
 class Kernel:
@@ -41,7 +40,7 @@ class Kernel:
             constants,
             warps,
             stages,
-            *[(tensor.dtype, tensor.data_ptr() % ALIGNMENT) for tensor in tensors],
+            *[(tensor.dtype, tensor.data_ptr() % ALIGNMENT == 0) for tensor in tensors],
         )
         compiled = self._compiled.get(key)
         if compiled is not None:

@@ -30,13 +30,15 @@ def pick_ops(device: torch.device) -> Ops:
 
 
 def make_attention(
-    config: EngineConfig, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable
+    config: EngineConfig, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
     """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch.
 
+    ``max_tokens``: the most query tokens of a step, padding included.
+
     Raises `LoadError` where a named one cannot run here, with the reason.
     """
-    choice = config.attention_backend
+    choice, max_requests = config.attention_backend, len(table.host) - 1
     if choice == "auto":
         choice = "torch" if pool.device.type == "cpu" else _fastest(pool)
     if choice == "torch":
@@ -48,7 +50,7 @@ def make_attention(
             raise LoadError(f"--attention-backend triton runs on CUDA devices, not on {pool.device}")
         from ...kernels.attention.triton_backend import TritonAttention
 
-        return TritonAttention(pool, layers, num_heads)
+        return TritonAttention(pool, layers, num_heads, max_requests, max_tokens)
     from ...kernels.attention.flashinfer_backend import FlashInferAttention
     from ...kernels.attention.flashinfer_module import Unavailable, check_available
 
@@ -56,7 +58,6 @@ def make_attention(
         check_available(pool.device, pool.dtype, pool.shape[-1])
     except Unavailable as error:
         raise LoadError(f"--attention-backend flashinfer: {error}") from error
-    max_requests = len(table.host) - 1
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests)
 
 

@@ -63,18 +63,17 @@ class ModelExecutor:
         pool_shape = (model.num_layers, 2, self.num_pages + 1, self.page_size, model.num_kv_heads, model.head_dim)
         self._pool = _zeros(pool_shape, memory.dtype, self.device)
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
-        budget = step_budget(config, gpu=self.device.type == "cuda")
-        self._inputs = InputStaging(
-            self.device, self.page_size, scratch_page * self.page_size, budget + largest_shape(rows), rows
-        )
+        max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)
+        self._inputs = InputStaging(self.device, self.page_size, scratch_page * self.page_size, max_tokens, rows)
         self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
-        self._attention = make_attention(config, self._pool, decoder.layer_specs(), model.num_heads, self._table)
+        specs = decoder.layer_specs()
+        self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
         self._sampler = Sampler(rows, model.vocab_size, self.device, eos_ids=model.eos_ids)
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
         if config.cuda_graphs and self._attention.captures:
-            self._graphs = self._capture(budget)
+            self._graphs = self._capture(step_budget(config, gpu=True))
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:

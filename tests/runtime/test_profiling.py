@@ -22,9 +22,8 @@ def test_a_recording_is_a_chrome_trace(tmp_path: Path) -> None:
     torch.ones(64, 64) @ torch.ones(64, 64)
     report = profiler.stop(13)
     assert report["steps"] == 3
-    assert report["seconds"] > 0
     if not torch.cuda.is_available():
-        assert report["device_idle_share"] is None
+        assert report["seconds"] == 0.0 and report["device_idle_share"] is None
     with gzip.open(report["trace"]) as file:
         assert any("aten::mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
     profiler.start(13)

@@ -57,7 +57,9 @@ class Module:
 def backend(monkeypatch):
     monkeypatch.setattr(subject, "PagedCall", Module)
     monkeypatch.setattr(subject, "build", lambda variants: None)
-    monkeypatch.setattr(subject, "kernels", lambda device, spec: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"])
+    monkeypatch.setattr(
+        subject, "kernels", lambda device, spec, head_dim: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"]
+    )
     torch.manual_seed(0)
     pool = torch.randn(len(SPECS), 2, 101, PAGE, KV_HEADS, DIM)
     table = torch.from_numpy(np.random.default_rng(0).permutation(96).reshape(8, 12).astype(np.int32))

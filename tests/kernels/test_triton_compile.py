@@ -1,0 +1,154 @@
+"""Every Triton kernel compiles for Hopper, without spilling registers. Needs no GPU: Triton brings its assembler.
+
+The interpreter of the other tests accepts programs that the compiler does not. So a second process calls the same
+functions with launches replaced: what would have run is compiled for sm_90 instead.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+TORCH_TO_TRITON = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What the assembler reports of a kernel: REG, STACK and SHARED among others."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report.stdout)}
+
+
+def compile_instead(found: dict[str, dict[str, int]]) -> None:
+    """Makes every launch a compilation for sm_90 whose resources go to ``found``."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from branchwise.kernels.triton_launch import Kernel
+
+    def launch(
+        self: Any,
+        grid: tuple[int, int, int],
+        tensors: tuple[torch.Tensor, ...],
+        integers: tuple[int, ...],
+        constants: tuple[object, ...],
+        warps: int,
+        stages: int = 3,
+    ) -> None:
+        names = self._jit.arg_names
+        values = len(tensors) + len(integers)
+        assert len(names) == values + len(constants)
+        assert all(0 < side <= limit for side, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
+        types = [TORCH_TO_TRITON[tensor.dtype] for tensor in tensors] + ["i32"] * len(integers)
+        source = ASTSource(
+            fn=self._jit,
+            signature=dict(zip(names, types + ["constexpr"] * len(constants), strict=True)),
+            constexprs={(values + i,): constant for i, constant in enumerate(constants)},
+            attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tensors))},
+        )
+        options = {"num_warps": warps, "num_stages": stages}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        label = f"{self._jit.__name__}{types}{constants} warps={warps}"
+        found[label] = resources(compiled.asm["cubin"]) | {"DYNAMIC": compiled.metadata.shared}
+
+    Kernel.__call__ = launch  # type: ignore[method-assign]
+
+
+def call_everything() -> None:
+    """Each function at the sizes of Llama 3.1 8B, and where its branches are others."""
+    from branchwise.kernels import triton_ops
+    from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+    from branchwise.kernels.attention.triton_backend import TritonAttention
+
+    def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    float32, int32 = torch.float32, torch.int32
+    triton_ops.rms_norm(zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
+    triton_ops.rms_norm(zeros(4, 8, 128), zeros(8, 128, dtype=float32), 1e-5)
+    triton_ops.add_rms_norm(zeros(4, 4096), zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
+    triton_ops.silu_mul(zeros(4, 28672))
+    triton_ops.gelu_mul(zeros(4, 2 * 333))
+    triton_ops.gelu_mul(zeros(4, 28672), "none")
+    for size, turning, norm in ((128, 128, None), (128, 128, zeros(40, 128, dtype=float32)), (80, 32, None)):
+        turns = zeros(4, turning, dtype=float32)
+        cos, sin = turns[:, : turning // 2], turns[:, turning // 2 :]
+        slots, pool = torch.arange(4), zeros(2, 4, 16, 8, size)
+        triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, pool, slots, norm, 1e-5)
+    table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
+    triton_ops.page_indices(table, zeros(4, dtype=int32), indptr, 64, zeros(256, dtype=int32))
+
+    host_table, every = np.zeros((4, 64), np.int32), ((2, 0), (0, 4), (0, 16), (0, 200))  # decodes, length of a chunk
+    windowed, capped = LayerSpec(0.09, window=4096), LayerSpec(0.09, softcap=50.0)
+    for size, spec, steps in (
+        (128, LayerSpec(0.09), every),
+        (128, windowed, every[:1]),
+        (128, capped, every[3:]),
+        (80, LayerSpec(0.09), every[2:3]),
+        (256, windowed, every[::2]),
+    ):
+        attention = TritonAttention(zeros(1, 2, 4, 16, 8, size), [spec], 32)
+        for decodes, chunk in steps:
+            q_lens = np.array([1] * decodes + [chunk] * (chunk > 0), np.int32)
+            batch = AttentionBatch(
+                rows=np.arange(len(q_lens), dtype=np.int32),
+                q_lens=q_lens,
+                kv_lens=q_lens + 800,
+                num_decodes=decodes,
+                page_table=torch.from_numpy(host_table),
+                host_page_table=host_table,
+            )
+            attention.plan(batch)
+            q, kv = zeros(int(q_lens.sum()), 32, size), zeros(int(q_lens.sum()), 8, size)
+            attention.run(0, q, kv, kv)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[dict[str, dict[str, int]]]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
+        command = [sys.executable, __file__]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield json.loads(done.stdout)
+
+
+def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, int]]) -> None:
+    names = Counter(label.split("[")[0] for label in compiled)
+    small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge"}
+    assert set(names) == small | {"attend"} and names["attend"] == 8
+    spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
+    assert not spilled
+
+
+if __name__ == "__main__":
+    reports: dict[str, dict[str, int]] = {}
+    compile_instead(reports)
+    call_everything()
+    print(json.dumps(reports))
