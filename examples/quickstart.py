@@ -3,9 +3,9 @@
     branchwise serve                                   # in one terminal
     python examples/quickstart.py http://127.0.0.1:8000   # in another
 
-One question on a system prompt; then two more, at the same moment; then two follow-ups on each answer. Every answer
-says how much of its prompt was already there. At the end: the sums, and the tree as the server draws it.
-Needs nothing but Python: plain HTTP.
+One question on a text; then two more, at the same moment; then two follow-ups on each answer. Every answer says how
+much of its prompt was already there. At the end: the sums, and the tree as the server draws it. Needs nothing but
+Python: plain HTTP. The prompts are ChatML, which the shipped model and Qwen's speak.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-SYSTEM = (
-    "You are a patient assistant at the front desk of a small public library. Answer in one or two short sentences. "
-    "The library is open from nine to six, except on Sundays. Books may be kept for four weeks and renewed twice. "
-    "If you do not know the answer, say so and name the person who does.\n\n"
+TEXT = (
+    "Anna lives in Harwick. Anna works as a painter. Anna is 52 years old. Anna collects stamps. "
+    "Bruno lives in Milford. Bruno works as a baker. Bruno is 31 years old. Bruno collects shells. "
+    "Clara lives in Penvale. Clara works as a judge. Clara is 47 years old. Clara collects clocks. "
+    "David lives in Tarnby. David works as a pilot. David is 64 years old. David collects maps."
 )
-QUESTIONS = ["When do you open on Saturday?", "How long may I keep a book?", "Where do I find the maps?"]
-FOLLOW_UPS = ["Are you sure?", "And on holidays?"]
+OPENING = f"<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nRead this: {TEXT}\n"
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"  # the question ends, the answer begins
+NEXT = "<|im_end|>\n<|im_start|>user\n"  # the answer ends, the next question begins
+QUESTIONS = ["Where does Bruno live?", "What is Clara's job?", "What does David collect?"]
+FOLLOW_UPS = ["How old is Anna?", "Where does David live?"]
 
 # Why reuse ended where it did (`meta_info.cache.reason`), for those that tell more than the numbers beside them.
 WHY = {
@@ -75,10 +79,9 @@ def distinct_tokens(prompts: list[list[int]]) -> int:
 
 def main(url: str) -> None:
     urllib.request.urlopen(f"{url}/health", timeout=10).close()  # nobody there: say so before anything else
-    print("The shipped model has random weights: read the numbers, not the words.")
     with ThreadPoolExecutor(max_workers=8) as pool:
-        prompts = [f"{SYSTEM}Question: {question}\nAnswer:" for question in QUESTIONS]
-        print("\nOne question on a system prompt:                   tokens of the prompt")
+        prompts = [f"{OPENING}{question}{ANSWER}" for question in QUESTIONS]
+        print("One question on a text of sixteen facts:           tokens of the prompt")
         answers = [ask(url, prompts[0])]
         show(QUESTIONS[0], answers[0])
 
@@ -89,7 +92,7 @@ def main(url: str) -> None:
 
         print("Two follow-ups on each answer, all asked at once:")
         branches = [
-            (f"{question} … {follow_up}", f"{prompt}{reply['text']}\nQuestion: {follow_up}\nAnswer:")
+            (f"{question} … {follow_up}", f"{prompt}{reply['text']}{NEXT}{follow_up}{ANSWER}")
             for question, prompt, reply in zip(QUESTIONS, prompts, answers, strict=True)
             for follow_up in FOLLOW_UPS
         ]

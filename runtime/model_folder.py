@@ -6,6 +6,7 @@ from pathlib import Path
 
 from .errors import LoadError
 
+SHIPPED = Path(__file__).parent / "models" / "shipped"  # package data; its README.md is the model's card
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
 
 
@@ -15,9 +16,7 @@ def model_folder(model: str) -> Path:
     Raises `LoadError` with one line that says what is wrong and what to give instead.
     """
     if not model:
-        from .models.shipped import shipped_model  # builds the model once, when nothing else was asked for
-
-        return shipped_model()
+        return SHIPPED
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = ROOT / "runtime" / "models" / "shipped"
 ROOMS = ("radix", "kernels", "runtime", "frontend")
 MAY_IMPORT = {
     "radix": {"radix"},
@@ -62,7 +64,10 @@ def test_imports_run_one_way(room: str) -> None:
         ("branchwise.radix.tree", ["torch", "zmq", "fastapi", "triton", "flashinfer", "branchwise.kernels"]),
         ("branchwise.frontend.cli.main", ["torch", "transformers", "numpy", "aiohttp", "fastapi", "zmq"]),
         ("branchwise.frontend.bench.runner", ["torch", "transformers", "fastapi", "zmq"]),
-        ("branchwise.runtime.models.shipped", ["torch", "transformers"]),
+        ("branchwise.runtime.model_folder", ["torch", "transformers", "huggingface_hub"]),
+        ("branchwise.kernels.ops", ["triton"]),
+        ("branchwise.kernels.attention.torch_backend", ["triton"]),
+        ("branchwise.runtime.executor.backends", ["triton", "flashinfer"]),
     ],
 )
 def test_imports_without(module: str, blocked: list[str]) -> None:
@@ -120,27 +125,50 @@ def packages_of_the_tree() -> set[str]:
     return {".".join(["branchwise", *folder.parts]) for folder in folders} | {"branchwise"}
 
 
-def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
-    """Builds the wheel's file list from a copy of the sources: every module is in it, no top-level name but ours."""
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a wheel made of a copy of the sources would install."""
+    tmp_path = tmp_path_factory.mktemp("wheel")
     source = tmp_path / "source"
     _copy_sources(source)
     code = (
         "from setuptools import setup; import sys; "
         "sys.argv = ['setup.py', '-q', 'build_py', '--build-lib', sys.argv[1]]; setup()"
     )
-    built = tmp_path / "built"
-    done = subprocess.run([sys.executable, "-c", code, str(built)], capture_output=True, text=True, cwd=source)
+    target = tmp_path / "built"
+    done = subprocess.run([sys.executable, "-c", code, str(target)], capture_output=True, text=True, cwd=source)
     assert done.returncode == 0, done.stderr[-1000:]
+    return target
+
+
+def test_the_wheel_holds_the_tree(built: Path) -> None:
+    """Every module is in it, no top-level name but ours, and the model that ships, whole."""
     assert [path.name for path in built.iterdir()] == ["branchwise"]
     found = {path.relative_to(built / "branchwise") for path in built.rglob("*.py")}
     expected = {path.relative_to(ROOT) for room in ROOMS for path in modules(room)}
     expected |= {Path("__init__.py"), Path("__main__.py")}
     assert found == expected
     assert (built / "branchwise" / "py.typed").is_file()
+    shipped = built / "branchwise" / SHIPPED.relative_to(ROOT)
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == {
+        path.name: path.read_bytes() for path in SHIPPED.iterdir()
+    }
+
+
+def test_an_installed_wheel_talks_without_a_model_named(built: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(built), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "branchwise", "chat", "--temperature", "0", "--device", "cpu"]
+    where = "import branchwise; print(branchwise.__file__)"
+    found = subprocess.check_output([sys.executable, "-c", where], text=True, env=environment, cwd=tmp_path)
+    assert found.startswith(str(built)), "the wheel's copy, not the checkout"
+    done = subprocess.run(
+        command, input="who are you?\n", capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+    )
+    assert done.returncode == 0 and "Branchwise" in done.stdout, done.stderr
 
 
 def _copy_sources(target: Path) -> None:
-    files = [path for room in ROOMS for path in modules(room)]
+    files = [path for room in ROOMS for path in modules(room)] + sorted(SHIPPED.iterdir())
     files += [
         ROOT / name for name in ("__init__.py", "__main__.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")
     ]

@@ -1,6 +1,6 @@
 """Measures the embedded model on held-out tasks, through Branchwise's own engine.
 
-python evaluate.py [--model FOLDER] [--n 200] [--out results]     # writes results.md and results.json
+python evaluate.py [--model FOLDER] [--n 200] [--out results]   # writes results.md and results.json
 
 Every name, label, tool, key and puzzle here is one that training never draws (see corpus/draw.py). Greedy unless said.
 """
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from corpus import arithmetic, dialogue, extraction, fewshot, lookup, puzzle, re
 from corpus.conversation import Conversation
 from corpus.draw import Draw
 
+HERE = Path(__file__).resolve().parent
 CONTEXT = 4352  # tokens
 _CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>", re.DOTALL)
 
@@ -128,80 +130,80 @@ def measure(
 # -- the puzzle ------------------------------------------------------------------------------------------------------------
 
 Instance = tuple[puzzle.Numbers, int]
+TRIES = 16  # whole answers sampled
+BRANCHES = (32, 10, 10)  # steps proposed from each kept state: from four numbers, from three, from two
+WIDTH = 8  # states kept of each puzzle
 
 
-def greedy_puzzles(subject: Subject, instances: list[Instance]) -> list[bool]:
-    prompts = [subject.ask(puzzle.solve_prompt(*instance)) for instance in instances]
-    outputs = subject.engine.generate(prompts, SamplingParams(temperature=0, max_tokens=120))
-    return [puzzle.solves(*instance, output.text) for instance, output in zip(instances, outputs, strict=True)]
+def one_answer(subject: Subject, instances: list[Instance]) -> tuple[list[bool], int]:
+    """Whether the greedy answer is right, and the tokens generated for all puzzles."""
+    return _answers(subject, instances, SamplingParams(temperature=0, max_tokens=120))
 
 
-def sampled_puzzles(subject: Subject, instances: list[Instance], n: int) -> list[bool]:
-    """Whether any of ``n`` whole answers is right: what many tries without a tree give."""
-    prompts = [subject.ask(puzzle.solve_prompt(*instance)) for instance in instances]
-    outputs = subject.engine.generate(prompts, SamplingParams(temperature=1.0, max_tokens=120, n=n, seed=5))
-    return [
+def many_answers(subject: Subject, instances: list[Instance]) -> tuple[list[bool], int]:
+    """Whether any of `TRIES` whole answers is right: what sampling without a tree gives."""
+    return _answers(subject, instances, SamplingParams(temperature=1.0, max_tokens=120, n=TRIES, seed=5))
+
+
+def _answers(subject: Subject, instances: list[Instance], params: SamplingParams) -> tuple[list[bool], int]:
+    outputs = subject.engine.generate([subject.ask(puzzle.solve_prompt(*instance)) for instance in instances], params)
+    solved = [
         any(puzzle.solves(*instance, sample.text) for sample in output.outputs)
         for instance, output in zip(instances, outputs, strict=True)
     ]
+    return solved, sum(sample.completion_tokens for output in outputs for sample in output.outputs)
 
 
-def tree_puzzles(
-    subject: Subject, instances: list[Instance], width: int = 6, branches: int = 10
-) -> tuple[list[bool], int]:
-    """Tree search, breadth first: each kept state proposes ``branches`` steps by sampling, the rules throw out what is
-    illegal, the evaluate prompt ranks what is left, and ``width`` states go on. A puzzle counts as solved only by legal
-    steps down to the target. Returns also the number of sampled proposals.
+def tree_search(subject: Subject, instances: list[Instance], judged: bool = True) -> tuple[list[bool], int]:
+    """Breadth first: each kept state proposes steps by sampling, the rules throw out what is illegal, the evaluate prompt
+    ranks what is left (``judged=False``: chance does), and `WIDTH` states go on. Solved: legal steps down to the target.
     """
-    kept: list[set[puzzle.Numbers]] = [{numbers} for numbers, _ in instances]
-    proposed = 0
-    for depth in range(max(len(numbers) for numbers, _ in instances) - 1):
-        jobs = [(i, state) for i, states in enumerate(kept) for state in sorted(states) if len(state) > 1]
+    kept: list[list[puzzle.Numbers]] = [[numbers] for numbers, _ in instances]
+    tokens = 0
+    for depth, branches in enumerate(BRANCHES):
+        jobs = [(i, state) for i, states in enumerate(kept) for state in states]
         prompts = [subject.ask(puzzle.propose_prompt(state, instances[i][1])) for i, state in jobs]
-        params = SamplingParams(temperature=1.0, max_tokens=40, n=branches, seed=depth + 1)
+        params = SamplingParams(temperature=1.2, max_tokens=40, n=branches, seed=depth + 1)
         children: list[set[puzzle.Numbers]] = [set() for _ in instances]
         for (i, state), output in zip(jobs, subject.engine.generate(prompts, params), strict=True):
-            proposed += branches
-            for sample in output.outputs:
-                left = puzzle.apply(state, sample.text.strip())
-                if left is not None:
-                    children[i].add(left)
-        kept = best(subject, instances, children, width)
-    return [(target,) in states for (_, target), states in zip(instances, kept, strict=True)], proposed
+            tokens += sum(sample.completion_tokens for sample in output.outputs)
+            children[i] |= {left for sample in output.outputs if (left := puzzle.apply(state, sample.text.strip()))}
+        found = [(i, state) for i, states in enumerate(children) for state in sorted(states)]
+        if depth == len(BRANCHES) - 1:
+            break
+        values = judge(subject, instances, found) if judged else Draw(depth).shuffled(range(len(found)))
+        tokens += len(found) if judged else 0
+        kept = [[] for _ in instances]
+        for _, (i, state) in sorted(zip(values, found, strict=True), reverse=True):
+            kept[i] += [state] if len(kept[i]) < WIDTH else []
+    return [(target,) in states for (_, target), states in zip(instances, children, strict=True)], tokens
 
 
-def best(
-    subject: Subject, instances: list[Instance], children: list[set[puzzle.Numbers]], width: int
-) -> list[set[puzzle.Numbers]]:
-    """The ``width`` states of each puzzle that the model thinks likeliest to reach the target."""
-    jobs = [(i, state) for i, states in enumerate(children) for state in sorted(states)]
-    if not jobs:
-        return children
-    prompts = [subject.ask(puzzle.evaluate_prompt(state, instances[i][1])) for i, state in jobs]
+def judge(subject: Subject, instances: list[Instance], states: list[tuple[int, puzzle.Numbers]]) -> list[float]:
+    """How likely the model thinks it that each state can still reach its puzzle's target: log P("yes")."""
+    prompts = [subject.ask(puzzle.evaluate_prompt(state, instances[i][1])) for i, state in states]
     outputs = subject.engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1, logprobs=5))
-    ranked: list[list[tuple[float, puzzle.Numbers]]] = [[] for _ in instances]
     yes = int(subject.engine.tokenizer.encode("yes", add_special_tokens=False)[0])
-    for (i, state), output in zip(jobs, outputs, strict=True):
-        value = dict(output.outputs[0].logprobs[0].top).get(yes, -99.0)
-        if len(state) == 1:
-            value = 0.0 if state[0] == instances[i][1] else -999.0
-        ranked[i].append((value, state))
-    return [{state for _, state in sorted(row, reverse=True)[:width]} for row in ranked]
+    return [dict(output.outputs[0].logprobs[0].top).get(yes, -99.0) for output in outputs]
 
 
 def puzzles(subject: Subject, n: int) -> list[Row]:
-    draw = Draw(41, held_out=True)
+    draw = Draw(42, held_out=True)
     instances = [puzzle.instance(draw) for _ in range(n)]
-    greedy = greedy_puzzles(subject, instances)
-    tree, proposed = tree_puzzles(subject, instances)
-    tries = 16
-    sampled = sampled_puzzles(subject, instances, tries)
-    ratio = sum(tree) / max(1, sum(greedy))
-    return [
-        Row("puzzle: one greedy answer", sum(greedy), n),
-        Row(f"puzzle: any of {tries} sampled answers", sum(sampled), n),
-        Row("puzzle: tree search", sum(tree), n, note=f"{ratio:.1f} times greedy; {proposed / n:.0f} proposals each"),
-    ]
+    methods: dict[str, Callable[[Subject, list[Instance]], tuple[list[bool], int]]] = {
+        "puzzle: one greedy answer": one_answer,
+        "puzzle: tree search": tree_search,
+        "puzzle: the same tree, states kept by chance": partial(tree_search, judged=False),
+        f"puzzle: any of {TRIES} sampled answers": many_answers,
+    }
+    rows: list[Row] = []
+    for name, method in methods.items():
+        solved, tokens = method(subject, instances)
+        note = f"{tokens / n:,.0f} tokens each"
+        if rows and rows[0].right:
+            note = f"{sum(solved) / rows[0].right:.1f} × greedy; {note}"
+        rows.append(Row(name, sum(solved), n, note=note))
+    return rows
 
 
 # -- everything ------------------------------------------------------------------------------------------------------------
@@ -240,8 +242,8 @@ def evaluate(subject: Subject, n: int) -> list[Row]:
     add(measure(subject, "JSON extraction: every field", collect(extraction.make, "extraction", n, 61), same_json))
     add(measure(subject, "arithmetic: one sum", collect(arithmetic.make, "arithmetic", n, 71), _result))
     add(measure(subject, "arithmetic: word problems in steps", collect(arithmetic.make, "arithmetic_steps", n, 72)))
-    add(measure(subject, "talk: an answer of the closed world", collect(dialogue.make, "talk", n, 81), _in_world))
-    for row in puzzles(subject, n):
+    add(measure(subject, "talk: names what the reference names", collect(dialogue.make, "talk", n, 81), in_world))
+    for row in puzzles(subject, max(1, n // 2)):
         add(row)
     return rows
 
@@ -252,7 +254,7 @@ def _result(conversation: Conversation, answer: str) -> bool:
     return bool(numbers) and numbers[-1] == wanted[-1]
 
 
-def _in_world(conversation: Conversation, answer: str) -> bool:
+def in_world(conversation: Conversation, answer: str) -> bool:
     """Whole sentences of known words; where the reference names someone or something, that too. Stories: no exact check."""
     return answer.endswith((".", "!", "?")) and (
         len(conversation.reference) > 200 or _gist(conversation.reference) <= set(answer.split())
@@ -269,7 +271,7 @@ def _gist(reference: str) -> set[str]:
 
 
 def table(rows: list[Row], head: str) -> str:
-    lines = [head, "", "| task | right | of | share | 95 % | bar |", "|---|---:|---:|---:|---|---|"]
+    lines = [head, "", "| task | right | of | share | 95 % | bar, or note |", "|---|---:|---:|---:|---|---|"]
     for row in rows:
         low, high = row.interval
         bar = "" if row.bar is None else f"≥ {row.bar:.0%} {'met' if row.share >= row.bar else 'missed'}"
@@ -282,14 +284,17 @@ def table(rows: list[Row], head: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a folder; default: the model that ships with Branchwise")
-    parser.add_argument("--n", type=int, default=200, help="questions of each kind (half as many of the long ones)")
-    parser.add_argument("--out", type=Path, default=Path("results"))
+    parser.add_argument("--n", type=int, default=200, help="questions of each kind; half as many long ones and puzzles")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--device", default="auto")
     args = parser.parse_args()
     begun = time.time()
     with Engine(args.model, device=args.device) as engine:
         rows = evaluate(Subject(engine), args.n)
-    head = f"Held-out draws, greedy unless said, n = {args.n}; {time.time() - begun:.0f} s."
+    head = (
+        f"Held-out draws, greedy unless said; n = {args.n}, half as many long ones and puzzles. "
+        f"{time.strftime('%Y-%m-%d')}, {args.device}, {time.time() - begun:.0f} s."
+    )
     text = table(rows, head)
     args.out.with_suffix(".md").write_text(text, encoding="utf-8")
     fields = [

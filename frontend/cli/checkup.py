@@ -139,8 +139,9 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         batched = step_budget(config, gpu=device.type == "cuda")
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
     except LoadError as error:
-        other = "branchwise doctor" if config.model else "export XDG_CACHE_HOME=/a/folder/you/may/write"
-        yield Finding("model", str(error), "broken", f"{other}    (the model that ships with the package)")
+        ours = "branchwise doctor    (the model that ships with the package)"
+        mend = ours if config.model else f"{_pip('branchwise')} --force-reinstall"
+        yield Finding("model", str(error), "broken", mend)
         return
     yield Finding("model", f"{name}: {shape.architecture} in {folder}")
     yield Finding(

@@ -48,8 +48,9 @@ def generate(
 ) -> None:
     """Answer prompts, together: what they share is computed once.
 
-    **branchwise generate "The capital of France is" "The capital of Italy is"** loads the shipped model here;
-    with **--model** another one, with **--url** a running server answers.
+    **branchwise generate --model Qwen/Qwen3-0.6B "The capital of France is" "The capital of Italy is"** loads a model
+    here; with **--url** a running server answers. Prompts go in as they are: the model that ships with the package,
+    which answers if neither is given, wants a chat template, so talk to it with **branchwise chat**.
     """
     with expected_failures():
         from ...runtime.sampling_params import SamplingParams

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from corpus import extraction, fewshot, lookup, mixture, puzzle, recall, tools
 from corpus import tokenizer as corpus_tokenizer
 from corpus.conversation import Conversation, clean, render, split_marks
 from corpus.draw import Draw, is_held_out
+
+EXAMPLE = Path(corpus_tokenizer.__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +43,20 @@ def conversations(seed: int, n: int, **options: object) -> list[Conversation]:
 def test_the_same_seed_draws_the_same_texts() -> None:
     assert [render(c) for c in conversations(3, 60)] == [render(c) for c in conversations(3, 60)]
     assert [render(c) for c in conversations(3, 60)] != [render(c) for c in conversations(4, 60)]
+
+
+def test_the_same_seed_draws_the_same_texts_in_another_process() -> None:
+    """Where a set of strings is iterated, the order hangs on the process's hash seed."""
+    code = (
+        "import itertools, zlib; from corpus import mixture; from corpus.conversation import render\n"
+        "from corpus.draw import Draw\nfor c, count in itertools.islice(mixture.stream(Draw(3, level=0.5)), 300):\n"
+        "    count(len(render(c))); print(c.family, zlib.crc32(render(c).encode()))"
+    )
+    drawn = [
+        subprocess.check_output([sys.executable, "-c", code], text=True, cwd=EXAMPLE, env={"PYTHONHASHSEED": seed})
+        for seed in ("1", "2")
+    ]
+    assert drawn[0] == drawn[1] and drawn[0].count("\n") == 300
 
 
 def test_invented_words_and_codes_of_training_and_test_never_meet() -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -25,14 +24,12 @@ def unused_port() -> int:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def shipped_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The shipped model is built in a folder of the tests' own, for this process and those it starts."""
-    folder = tmp_path_factory.mktemp("cache")
+def environment() -> Iterator[None]:
+    """Of this process and those it starts."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("XDG_CACHE_HOME", str(folder))
     patch.setenv("OMP_NUM_THREADS", "1")
     patch.delenv("BRANCHWISE_API_KEY", raising=False)
-    yield folder
+    yield
     patch.undo()
 
 
@@ -60,14 +57,14 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def server(shipped_cache: Path) -> Iterator[Server]:
+def server() -> Iterator[Server]:
     running = Server("--api-key", API_KEY)
     yield running
     assert running.stop() == 0
 
 
 @pytest.fixture(scope="session")
-def open_server(shipped_cache: Path) -> Iterator[Server]:
+def open_server() -> Iterator[Server]:
     """One without a key."""
     running = Server()
     yield running

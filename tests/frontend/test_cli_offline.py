@@ -204,7 +204,7 @@ def test_a_folder_without_a_model_is_said_alike_and_before_loading(command: list
     assert done.stdout == ""
 
 
-def test_a_taken_port_is_said_before_loading(shipped_cache: Path) -> None:
+def test_a_taken_port_is_said_before_loading() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -249,13 +249,13 @@ def test_a_choice_that_does_not_exist_is_refused() -> None:
     assert done.returncode == 2 and "hrrn" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_generate_names_the_field_it_refuses(shipped_cache: Path) -> None:
+def test_generate_names_the_field_it_refuses() -> None:
     done = branchwise("generate", "hello", "--temperature", "-1")
     assert done.returncode == 1
     assert "error: --temperature must be at least 0" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_generate_answers_in_process(shipped_cache: Path) -> None:
+def test_generate_answers_in_process() -> None:
     done = branchwise("generate", "Once upon a time", "-", "--max-tokens", "3", "--json", stdin="Once upon a time")
     assert done.returncode == 0, done.stderr
     import json

@@ -34,7 +34,7 @@ def branchwise(*arguments: str, stdin: str = "", key: bool = True) -> subprocess
 
 def test_serve_says_what_it_does(server: Running) -> None:
     assert "weights" in server.output and "KV tokens" in server.output and "8,192" in server.output
-    assert "2 (K, V) × 4 layers × 2 KV heads × 64 × 4 B" in server.output
+    assert "2 (K, V) × 8 layers × 2 KV heads × 64 × 4 B" in server.output
     assert f"curl {server.url}/generate" in server.output and "the-key" not in server.output
 
 
@@ -45,14 +45,14 @@ def test_the_curl_line_works_as_printed(server: Running) -> None:
 
 
 def test_generate_and_what_was_cached(server: Running) -> None:
-    prompt = "The library is open from nine to six, except on Sundays, and books may be kept for four weeks."
+    prompt = "The library is open from nine to six, except on Sundays, and books may be kept for four weeks"
     first = branchwise("generate", "--url", server.url, "--json", "--max-tokens", "4", prompt)
     again = branchwise("generate", "--url", server.url, "--json", "--max-tokens", "4", prompt, f"{prompt} And")
     assert first.returncode == again.returncode == 0, first.stderr + again.stderr
     (cold,), (hit, longer) = json.loads(first.stdout), json.loads(again.stdout)
     assert cold["cached_tokens"] < 16 and hit["cached_tokens"] == hit["prompt_tokens"] - 1
     assert hit["cache_reason"] == "hit" and hit["text"] == cold["text"]
-    assert longer["cached_tokens"] == cold["prompt_tokens"] == longer["prompt_tokens"] - 1
+    assert longer["cached_tokens"] == cold["prompt_tokens"] < longer["prompt_tokens"]
 
 
 def test_generate_prints_for_people(server: Running) -> None:
@@ -101,11 +101,11 @@ def test_chat_keeps_the_conversation(server: Running) -> None:
 
 
 def test_chat_outlives_a_turn_that_cannot_be_answered(server: Running) -> None:
-    long = "a tree of words " * 2000  # more than the model's 4096 tokens
+    long = "a tree of words " * 2000  # more than the model's 4,352 tokens
     typed = f"What is a tree?\n{long}\n/help\n/nosuch\nAnd then?\n"
     done = branchwise("chat", "--url", server.url, "--max-tokens", "6", "--temperature", "0", stdin=typed)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert done.stderr.count("error: ") == 1 and "4,096" in done.stderr and "/reset starts over" in done.stderr
+    assert done.stderr.count("error: ") == 1 and "4,352" in done.stderr and "/reset starts over" in done.stderr
     assert done.stdout.count("/exit") == 2 and "/nosuch" in done.stderr
     plain = branchwise(
         "chat", "--url", server.url, "--max-tokens", "6", "--temperature", "0", stdin="What is a tree?\nAnd then?\n"
@@ -145,7 +145,7 @@ def test_bench_asks_the_server_what_it_can_take(server: Running) -> None:
     done = branchwise("bench", server.url, *options)
     assert done.returncode == 0, done.stderr
     assert list(json.loads(done.stdout)) == ["fewshot"]
-    assert "best_of_n: left out, it needs 8,448 tokens a request, the server takes 4,096" in done.stderr
+    assert "best_of_n: left out, it needs 8,448 tokens a request, the server takes 4,352" in done.stderr
     alone = branchwise("bench", server.url, "--workloads", "best_of_n")
     assert alone.returncode == 1 and "no workload is left" in alone.stderr
 
@@ -180,5 +180,5 @@ def test_a_taken_port_is_one_line(server: Running) -> None:
 def test_doctor_reports_a_taken_port_and_the_model(server: Running) -> None:
     done = branchwise("doctor", "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 0, done.stdout
-    for words in ("python", "torch 2.", "cannot listen on", "mend it: branchwise serve --port", "4.0 KiB"):
+    for words in ("python", "torch 2.", "cannot listen on", "mend it: branchwise serve --port", "8.0 KiB"):
         assert words in done.stdout

@@ -112,7 +112,8 @@ def make(draw: Draw) -> Conversation:
             lines.append(line)
         return Conversation("puzzle_solve", [user(solve_prompt(numbers, target)), assistant("\n".join(lines))])
     if r < 0.6:
-        line, _ = draw.pick(winning(numbers, target))
+        # Half of the proposals are any legal step: a proposer that is sampled must not put all its faith in a guess.
+        line, _ = draw.pick(winning(numbers, target) if draw.chance(0.5) else steps(numbers))
         return Conversation("puzzle_propose", [user(propose_prompt(numbers, target)), assistant(line)])
     if count > 2 and draw.chance(0.9):
         options = steps(numbers)

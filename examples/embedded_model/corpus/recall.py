@@ -113,7 +113,7 @@ _TRAITS = [
 
 
 def _people(draw: Draw) -> Conversation:
-    names = list({draw.name() for _ in range(draw.between(1, 2 + int(6 * draw.level)))})
+    names = list(dict.fromkeys(draw.name() for _ in range(draw.between(1, 2 + int(6 * draw.level)))))
     traits = draw.sample(_TRAITS, draw.between(1, 4))
     lines, questions = [], []
     for name in names:
