@@ -18,18 +18,30 @@ from ..staging import Fence, Staging
 from .base import AttentionBatch, Int32, LayerSpec, StepShape
 from .flashinfer_module import Kernel, PagedCall, Variant, build
 
-WORKSPACE_BYTES = 384 * 1024 * 1024
+TILE_ROWS = 128  # the largest query tile of `fa2`: query tokens times the heads of a group
+MAX_CTAS = 2 * 160  # thread blocks `fa2` fills a device with by splitting keys: two a multiprocessor
 INT_WORKSPACE_BYTES = 8 * 1024 * 1024
 FA3_HEAD_DIM = 128
 # Query tokens: from about here `fa3` (tiles of 128 rows of one head) beats `fa2` (which packs heads).
 LONG_CHUNK = 512
 
 
+Kind = tuple[int | None, float | None]  # window and soft-cap: layers that agree on them are planned together
+
+
 @dataclass(slots=True)
 class _Members:
-    """Some consecutive requests of a step: what every layer's call reads. Tensors are on the device."""
+    """The decodes or the chunks of a step: what the host plans from and what every layer reads on the device.
 
+    int32 all: ``indptr`` ``[R + 1]``, the others ``[R]``, but ``kv_indices``, which holds every request's pages.
+    """
+
+    calls: dict[Kind, PagedCall]
     tokens: slice  # of the step's query tokens
+    host_qo_indptr: Int32
+    host_kv_indptr: Int32
+    host_kv_lens: Int32
+    rows: Tensor
     qo_indptr: Tensor
     kv_indptr: Tensor
     kv_indices: Tensor
@@ -46,12 +58,20 @@ class FlashInferAttention:
         table: int32 ``[rows, columns]``, the page table on the device.
         ops: `triton_ops` (or its torch twin, in tests).
         max_requests: the most requests in a step.
+        captured: the largest number of chunk tokens and of chunks in a captured step.
     """
 
     captures = True
 
     def __init__(
-        self, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: Tensor, ops: Ops, max_requests: int
+        self,
+        pool: Tensor,
+        layers: list[LayerSpec],
+        num_heads: int,
+        table: Tensor,
+        ops: Ops,
+        max_requests: int,
+        captured: tuple[int, int] = (1024, 64),
     ) -> None:
         self._pool, self._layers, self._table, self._ops = pool, layers, table, ops
         _, _, _, self._page_size, kv_heads, head_dim = pool.shape
@@ -62,7 +82,8 @@ class FlashInferAttention:
             for kernel in kernels(device, spec, head_dim)
         )
         build(list(variants))
-        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+        size = workspace_bytes(num_heads, kv_heads, head_dim, max_requests, *captured)
+        workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
         def call(kernel: str, spec: LayerSpec, causal: bool) -> PagedCall:
             found = [v for v in variants if v.kernel == kernel and _fits(v, spec)]
@@ -72,96 +93,99 @@ class FlashInferAttention:
                 found[0], spec.window, causal, num_heads, kv_heads, self._page_size, workspace, (ints, pinned)
             )
 
-        # Layers that attend alike share their calls: a step plans each once.
         kinds = {_kind(spec): spec for spec in layers}
         self._decode = {kind: call("fa2", spec, causal=False) for kind, spec in kinds.items()}
         self._short = {kind: call("fa2", spec, causal=True) for kind, spec in kinds.items()}
-        self._long = {
+        self._long = self._short | {
             kind: call("fa3", spec, causal=True)
             for kind, spec in kinds.items()
             if "fa3" in kernels(device, spec, head_dim)
         }
         self._ints = Staging(8 * max_requests + 64, torch.int32, device)
-        columns = table.shape[1]
         # A page may be in many rows: requests that share a prefix each list it.
-        self._indices = [torch.zeros(max_requests * columns, dtype=torch.int32, device=device) for _ in range(2)]
+        most = max_requests * table.shape[1]
+        self._decode_indices, self._chunk_indices = (
+            torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2)
+        )
         self._scratch_row = len(table) - 1
         self._planned = Fence(device)  # the copies of the last plan have run
-        self._decodes: _Members | None = None
-        self._chunks: _Members | None = None
-        self._chunk_calls = self._short
+        self._members: list[_Members] = []
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
-        n = batch.num_decodes
-        decodes = StepShape(n, 0, 0) if shape is None else shape
-        chunk_lens = batch.q_lens[n:]
-        num_chunks, chunk_tokens = len(chunk_lens), int(chunk_lens.sum())
-        if shape is not None:
-            num_chunks, chunk_tokens = shape.requests, shape.tokens
-        capture = shape is not None
+        n, requests = batch.num_decodes, len(batch.rows)
         self._planned.wait()
         self._ints.begin()
-        self._decodes = self._chunks = None
-        host: list[tuple[dict[tuple[int | None, float | None], PagedCall], list[Int32], int]] = []
-        layouts = []
-        if decodes.decodes:
-            pad = decodes.decodes - n
-            rows = np.concatenate([batch.rows[:n], np.full(pad, self._scratch_row, np.int32)])
-            q_lens = np.ones(decodes.decodes, np.int32)
-            kv_lens = np.concatenate([batch.kv_lens[:n], np.ones(pad, np.int32)])
-            self._decodes, arrays, pages = self._members(slice(0, len(rows)), rows, q_lens, kv_lens, 0)
-            host.append((self._decode, arrays, len(rows)))
-            layouts.append((self._decodes, pages))
-        if num_chunks:
-            zeros = np.zeros(num_chunks - len(chunk_lens), np.int32)
-            rows, q_lens, kv_lens = (np.concatenate([x[n:], zeros]) for x in (batch.rows, batch.q_lens, batch.kv_lens))
-            start = decodes.decodes
-            self._chunks, arrays, pages = self._members(slice(start, start + chunk_tokens), rows, q_lens, kv_lens, 1)
-            long = not capture and bool(self._long) and _mean_length(chunk_lens) >= LONG_CHUNK
-            self._chunk_calls = {**self._short, **self._long} if long else self._short
-            host.append((self._chunk_calls, arrays, chunk_tokens))
-            layouts.append((self._chunks, pages))
+        self._members = []
+        decodes = n if shape is None else shape.decodes
+        if decodes:
+            rows = _padded(batch.rows[:n], decodes, self._scratch_row)
+            ones, kv_lens = np.ones(decodes, np.int32), _padded(batch.kv_lens[:n], decodes, 1)
+            self._add(self._decode, slice(0, decodes), rows, ones, kv_lens, self._decode_indices)
+        chunks = requests - n if shape is None else shape.requests
+        if chunks:
+            q_lens = batch.q_lens[n:]
+            tokens = int(q_lens.sum()) if shape is None else shape.tokens
+            calls = self._long if shape is None and _mean_length(q_lens) >= LONG_CHUNK else self._short
+            rows, q_lens, kv_lens = (_padded(x[n:], chunks, 0) for x in (batch.rows, batch.q_lens, batch.kv_lens))
+            self._add(calls, slice(decodes, decodes + tokens), rows, q_lens, kv_lens, self._chunk_indices)
         self._ints.send()
-        for members, (rows_on_device, most) in layouts:
-            self._ops.page_indices(self._table, rows_on_device, members.kv_indptr, most, members.kv_indices)
-        for calls, arrays, tokens in host:
-            qo_indptr, kv_indptr, kv_lens_host = (torch.from_numpy(array) for array in arrays)
-            for call in calls.values():
-                call.plan(qo_indptr, kv_indptr, kv_lens_host, tokens, capture)
+        for m in self._members:
+            longest = int(np.diff(m.host_kv_indptr).max())
+            self._ops.page_indices(self._table, m.rows, m.kv_indptr, longest, m.kv_indices)
+            qo_indptr, kv_indptr = torch.from_numpy(m.host_qo_indptr), torch.from_numpy(m.host_kv_indptr)
+            kv_lens_on_host, tokens = torch.from_numpy(m.host_kv_lens), m.tokens.stop - m.tokens.start
+            for call in m.calls.values():
+                call.plan(qo_indptr, kv_indptr, kv_lens_on_host, tokens, capture=shape is not None)
         self._planned.record()
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         spec = self._layers[layer]
-        kind, (k_pages, v_pages) = _kind(spec), self._pool[layer]
-        for members, calls in ((self._decodes, self._decode), (self._chunks, self._chunk_calls)):
-            if members is not None:
-                calls[kind].run(
-                    q[members.tokens],
-                    k_pages,
-                    v_pages,
-                    out[members.tokens],
-                    members.qo_indptr,
-                    members.kv_indptr,
-                    members.kv_indices,
-                    members.last_page_lens,
-                    spec.scale,
-                    spec.softcap or 0.0,
-                )
+        k_pages, v_pages = self._pool[layer]
+        for m in self._members:
+            m.calls[_kind(spec)].run(
+                q[m.tokens],
+                k_pages,
+                v_pages,
+                out[m.tokens],
+                m.qo_indptr,
+                m.kv_indptr,
+                m.kv_indices,
+                m.last_page_lens,
+                spec.scale,
+                spec.softcap or 0.0,
+            )
         return out
 
-    def _members(
-        self, tokens: slice, rows: Int32, q_lens: Int32, kv_lens: Int32, which: int
-    ) -> tuple[_Members, list[Int32], tuple[Tensor, int]]:
-        """What the device reads, what the host plans from, and the rows on the device with a bound of their pages."""
-        page = self._page_size
+    def _add(
+        self,
+        calls: dict[Kind, PagedCall],
+        tokens: slice,
+        rows: Int32,
+        q_lens: Int32,
+        kv_lens: Int32,
+        kv_indices: Tensor,
+    ) -> None:
+        page, put = self._page_size, self._ints.put
         num_pages = -(-kv_lens // page)
         qo_indptr, kv_indptr = _indptr(q_lens), _indptr(num_pages)
-        last = (kv_lens - (num_pages - 1) * page).astype(np.int32)
-        put = self._ints.put
-        members = _Members(tokens, put(qo_indptr), put(kv_indptr), self._indices[which], put(last))
-        return members, [qo_indptr, kv_indptr, kv_lens], (put(rows), int(num_pages.max(initial=1)))
+        last_page_lens = kv_lens - (num_pages - 1) * page
+        on_device = put(rows), put(qo_indptr), put(kv_indptr), kv_indices, put(last_page_lens)
+        self._members.append(_Members(calls, tokens, qo_indptr, kv_indptr, kv_lens, *on_device))
+
+
+def workspace_bytes(
+    num_heads: int, kv_heads: int, head_dim: int, max_requests: int, chunk_tokens: int, chunks: int
+) -> int:
+    """Room for `fa2`'s partial results, as its planner lays them out: float32 rows of head_dim values and one sum, for
+    each query tile and head. A captured step has as many tiles as its shape could need; others only as many as fill
+    the device."""
+    group = num_heads // kv_heads
+    tiles = max(-(-chunk_tokens * group // TILE_ROWS) + chunks, MAX_CTAS // kv_heads + 1)
+    decode_rows = next(rows for rows in (16, 64, TILE_ROWS) if group <= rows or rows == TILE_ROWS)
+    rows = max(tiles * TILE_ROWS, max(max_requests, MAX_CTAS // kv_heads + 1) * decode_rows)
+    return num_heads * rows * (head_dim + 1) * 4 + 1024 * 1024
 
 
 def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel]:
@@ -174,12 +198,16 @@ def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel
     return ["fa2", "fa3"] if plain and torch.cuda.get_device_capability(device)[0] == 9 else ["fa2"]
 
 
-def _kind(spec: LayerSpec) -> tuple[int | None, float | None]:
+def _kind(spec: LayerSpec) -> Kind:
     return spec.window, spec.softcap
 
 
 def _fits(variant: Variant, spec: LayerSpec) -> bool:
     return variant.window == (spec.window is not None) and variant.softcap == (spec.softcap is not None)
+
+
+def _padded(array: Int32, size: int, pad: int) -> Int32:
+    return np.concatenate([array, np.full(size - len(array), pad, np.int32)])
 
 
 def _indptr(lengths: Int32) -> Int32:

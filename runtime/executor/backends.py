@@ -15,6 +15,7 @@ from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ..config import EngineConfig
 from ..errors import LoadError
+from .graphs import CHUNK_TOKENS, CHUNKS
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,8 @@ def make_attention(
         check_available(pool.device, pool.dtype, pool.shape[-1])
     except Unavailable as error:
         raise LoadError(f"--attention-backend flashinfer: {error}") from error
-    return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests)
+    captured = CHUNK_TOKENS[-1], CHUNKS
+    return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 
 def _fastest(pool: Tensor) -> Literal["flashinfer", "triton", "torch"]:

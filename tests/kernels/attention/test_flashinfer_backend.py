@@ -113,7 +113,7 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
     monkeypatch.setattr(subject, "LONG_CHUNK", 16)
     for requests, kernel in ([(1, 5), (20, 20)], "fa3"), ([(1, 5), (3, 20), (4, 9)], "fa2"):
         flashinfer.plan(batch_of(requests, flashinfer._table))
-        assert [call.variant.kernel for call in flashinfer._chunk_calls.values()] == [kernel, "fa2", "fa2"]
+        assert [call.variant.kernel for call in flashinfer._members[-1].calls.values()] == [kernel, "fa2", "fa2"]
 
 
 @pytest.mark.parametrize(
