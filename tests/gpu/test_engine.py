@@ -108,8 +108,9 @@ def test_branching_traffic_in_a_tiny_pool(graphs: bool, gpu_checkpoint: Callable
             tail = rng.integers(2, 300, rng.integers(1, 40)).astype("<i4")
             prompt = np.concatenate([trunks[rng.integers(6)][: rng.integers(0, 120)], tail])
             params = SamplingParams(
-                temperature=float(rng.choice([0.0, 1.0])), max_tokens=int(rng.choice([0, 1, 8, 30, 150])), ignore_eos=True,
-                seed=submitted, top_k=int(rng.choice([0, 20])), logprobs=3 if rng.random() < 0.1 else None,
+                temperature=float(rng.choice([0.0, 1.0])), max_tokens=int(rng.choice([0, 1, 8, 30, 150])),
+                ignore_eos=True, seed=submitted, top_k=int(rng.choice([0, 20])),
+                logprobs=3 if rng.random() < 0.1 else None,
                 repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
             )  # fmt: skip
             core.add(Generate(submitted, prompt.tobytes(), params))
@@ -133,7 +134,7 @@ def test_branching_traffic_in_a_tiny_pool(graphs: bool, gpu_checkpoint: Callable
 
 def test_memory_stays_within_what_was_asked(gpu_checkpoint: Callable[[str], Path]) -> None:
     torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
+    _, total = torch.cuda.mem_get_info()
     executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=None, gpu_memory_utilization=0.5, max_num_seqs=4096)
     used = total - torch.cuda.mem_get_info()[0]
     assert used <= 0.5 * total + 64 * 2**20
