@@ -1,0 +1,61 @@
+"""Tool calls and reasoning in a model's text: formats as data, one streaming engine, and what constrains a call.
+
+Nothing here knows HTTP, tokens or a grammar engine.
+"""
+
+from .definitions import Tool, ToolLimits, validate_tools
+from .detect import Detected, detect, ends_in_reasoning
+from .events import (
+    ArgumentsDelta,
+    Call,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Event,
+    Markup,
+    Parsed,
+    ReasoningDelta,
+    assemble,
+)
+from .formats import (
+    REASONING_FORMATS,
+    TOOL_FORMATS,
+    ReasoningFormat,
+    ToolFormat,
+    markers,
+    reasoning_format,
+    tool_format,
+)
+from .grammar import CallGrammar, CallTag, call_grammar
+from .parser import StreamParser, parse
+
+__all__ = [
+    "REASONING_FORMATS",
+    "TOOL_FORMATS",
+    "ArgumentsDelta",
+    "Call",
+    "CallEnd",
+    "CallGrammar",
+    "CallStart",
+    "CallTag",
+    "ContentDelta",
+    "Detected",
+    "Event",
+    "Markup",
+    "Parsed",
+    "ReasoningDelta",
+    "ReasoningFormat",
+    "StreamParser",
+    "Tool",
+    "ToolFormat",
+    "ToolLimits",
+    "assemble",
+    "call_grammar",
+    "detect",
+    "ends_in_reasoning",
+    "markers",
+    "parse",
+    "reasoning_format",
+    "tool_format",
+    "validate_tools",
+]

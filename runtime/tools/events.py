@@ -1,0 +1,125 @@
+"""What a model's output turns out to be, event by event, and the whole it adds up to.
+
+The accounting rule. Every event has a ``source``: the characters of the output it stands for. The sources of all
+events, in order, are the output, character for character. A `ContentDelta`'s or `ReasoningDelta`'s source is its text.
+A call's source, over its three kinds of event, is all of the model's writing of that call: the whitespace before it
+and its begin marker, its name, its arguments, what stands between and closes them. `Markup` is what is neither: the
+markers around reasoning with the newlines templates put beside them, and after a call its end marker, its list's
+closing bracket and whitespace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar, TypeAlias
+
+import msgspec
+
+
+class ContentDelta(msgspec.Struct, frozen=True, gc=False):
+    """Text of the answer, verbatim."""
+
+    text: str
+
+    @property
+    def source(self) -> str:
+        return self.text
+
+
+class ReasoningDelta(msgspec.Struct, frozen=True, gc=False):
+    """Text of the model's thinking, verbatim."""
+
+    text: str
+
+    @property
+    def source(self) -> str:
+        return self.text
+
+
+class CallStart(msgspec.Struct, frozen=True, gc=False):
+    """A call begins. ``index`` counts calls from 0."""
+
+    index: int
+    id: str
+    name: str
+    source: str
+
+
+class ArgumentsDelta(msgspec.Struct, frozen=True, gc=False):
+    """More of the arguments, as JSON text: the model's own characters where the format is JSON."""
+
+    index: int
+    text: str
+    source: str
+
+
+class CallEnd(msgspec.Struct, frozen=True, gc=False):
+    """A call is over. Not ``complete``: the output ended, or left the format, inside its arguments."""
+
+    index: int
+    complete: bool
+    source: str
+
+
+class Markup(msgspec.Struct, frozen=True, gc=False):
+    """Read, and part of nothing above."""
+
+    source: str
+    text: ClassVar[str] = ""
+
+
+Event: TypeAlias = ContentDelta | ReasoningDelta | CallStart | ArgumentsDelta | CallEnd | Markup
+
+
+class Call(msgspec.Struct, frozen=True):
+    """``arguments`` is JSON text if ``complete`` and the model wrote valid JSON; else it is as far as it came."""
+
+    id: str
+    name: str
+    arguments: str
+    complete: bool
+    source: str
+
+
+class Parsed(msgspec.Struct, frozen=True):
+    """A whole output. ``markup`` is all `Markup`, joined: together with the rest it has the output's length."""
+
+    content: str
+    reasoning: str
+    calls: tuple[Call, ...]
+    markup: str
+
+
+def assemble(events: Iterable[Event]) -> Parsed:
+    """Folds all events of one output. The answer does not depend on how its text was cut into pieces."""
+    content: list[str] = []
+    reasoning: list[str] = []
+    markup: list[str] = []
+    starts: list[CallStart] = []
+    arguments: list[list[str]] = []
+    sources: list[list[str]] = []
+    complete: list[bool] = []
+    for event in events:
+        match event:
+            case ContentDelta(text=text):
+                content.append(text)
+            case ReasoningDelta(text=text):
+                reasoning.append(text)
+            case Markup(source=source):
+                markup.append(source)
+            case CallStart(source=source):
+                starts.append(event)
+                arguments.append([])
+                sources.append([source])
+                complete.append(False)
+            case ArgumentsDelta(index=index, text=text, source=source):
+                arguments[index].append(text)
+                sources[index].append(source)
+            case CallEnd(index=index, source=source):
+                complete[index] = event.complete
+                sources[index].append(source)
+    calls = tuple(
+        Call(start.id, start.name, "".join(arguments[i]), complete[i], "".join(sources[i]))
+        for i, start in enumerate(starts)
+    )
+    return Parsed("".join(content), "".join(reasoning), calls, "".join(markup))

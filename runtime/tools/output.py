@@ -1,0 +1,182 @@
+"""The parser's writing side: every character read is put into exactly one event."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+
+from .definitions import Tool
+from .events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, Markup, ReasoningDelta
+from .reader import Malformed, Reader
+
+
+def long_id() -> str:
+    return f"call_{random.getrandbits(96):024x}"
+
+
+def short_id() -> str:
+    return f"{random.getrandbits(36):09x}"
+
+
+class Output:
+    """Collects events. Neighbouring deltas of one kind become one event."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.thinking = False  # what kind of text `text` writes
+        self.structured = False  # some reasoning or a call has been seen
+        self.calls = 0
+        self._events: list[Event] = []
+        self._texts: list[str] = []  # of the delta being collected
+        self._kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta] | None = None
+
+    def text(self, _: str = "") -> None:
+        """What was read since the last event is text: thinking or answer."""
+        source = self.reader.drain()
+        if source:
+            self._collect(ReasoningDelta if self.thinking else ContentDelta, source)
+
+    def markup(self) -> None:
+        source = self.reader.drain()
+        if source:
+            self._emit(Markup(source))
+
+    def start(self, id: str, name: str) -> None:
+        self.structured = True
+        self._emit(CallStart(self.calls, id, name, self.reader.drain()))
+
+    def arguments(self, text: str) -> None:
+        if self._kind is ArgumentsDelta:
+            self._texts.append(text)
+        else:
+            self._collect(ArgumentsDelta, text)
+
+    def end(self, complete: bool) -> None:
+        self._flush()
+        self._emit(CallEnd(self.calls, complete, self.reader.drain()))
+        self.calls += 1
+
+    def events(self) -> list[Event]:
+        """Those since the last time."""
+        if self._kind is not None:
+            self._flush()
+        events, self._events = self._events, []
+        return events
+
+    def _collect(self, kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta], text: str) -> None:
+        if kind is not self._kind:
+            self._flush()
+            self._kind = kind
+        self._texts.append(text)
+
+    def _emit(self, event: Event) -> None:
+        self._flush()
+        self._events.append(event)
+
+    def _flush(self) -> None:
+        if self._kind is None:
+            return
+        text = "".join(self._texts)
+        if self._kind is ArgumentsDelta:
+            self._events.append(ArgumentsDelta(self.calls, text, self.reader.drain()))
+        elif self._kind is ReasoningDelta:
+            self._events.append(ReasoningDelta(text))
+        else:
+            self._events.append(ContentDelta(text))
+        self._texts.clear()
+        self._kind = None
+
+
+class CallWriter:
+    """One call, from when it is only suspected.
+
+    It starts once its name is known; a bare one, which may yet be an ordinary answer, once its arguments begin too.
+    Until then nothing of it is written, and what was read can still become text. A call of a tool that is not there
+    is written as text if ``as_text``.
+    """
+
+    def __init__(
+        self, out: Output, tools: Mapping[str, Tool] | None, new_id: Callable[[], str], bare: bool, as_text: bool
+    ) -> None:
+        self._out = out
+        self._tools = tools
+        self._new_id = new_id
+        self._as_text = as_text
+        self._id = ""
+        self._early: list[str] = []  # arguments that came before the name
+        self.bare = bare
+        self.name = ""
+        self.started = False
+        self.arguments_begun = False
+        self.arguments_done = False
+        self.is_text = False  # started, but an unknown tool's: passed through
+        self.shown = False  # started as a call
+        self.over = False
+
+    @property
+    def tool(self) -> Tool | None:
+        return self._tools.get(self.name) if self._tools else None
+
+    def named(self, name: str, id: str = "") -> None:
+        """The name is known. Raises `Malformed` if it cannot be that of a call."""
+        if not name or (self.bare and self._unknown(name)):
+            raise Malformed
+        self.name, self._id = name, id
+        if not self.bare or self.arguments_begun:
+            self._start()
+
+    def begin_arguments(self) -> None:
+        self.arguments_begun = True
+        if self.name and not self.started:
+            self._start()
+
+    def arguments(self, text: str) -> None:
+        """More JSON text of the arguments."""
+        if self.shown:
+            self._out.arguments(text)
+        elif self.is_text:
+            self._out.text()
+        else:
+            self._early.append(text)
+
+    def sink(self) -> Callable[[str], None]:
+        """`arguments`, for a call whose start was decided: without deciding again for every piece."""
+        return self._out.arguments if self.shown else self.arguments
+
+    def end(self) -> None:
+        """The call is over as it should be. Raises `Malformed` if it was none."""
+        if not self.started and (self.bare or not self.name):
+            raise Malformed
+        if not self.arguments_begun:
+            self.begin_arguments()
+            self.arguments("{}")
+        self._finish(True)
+
+    def abandon(self) -> None:
+        """The text left the format, or ended."""
+        if self.started:
+            self._finish(self.arguments_done)
+        else:
+            self._out.text()
+
+    def _unknown(self, name: str) -> bool:
+        return self._tools is not None and name not in self._tools
+
+    def _start(self) -> None:
+        self.started = True
+        if self._as_text and self._unknown(self.name):
+            self.is_text = True
+            self._out.text()
+            return
+        self.shown = True
+        self._out.start(self._id or self._new_id(), self.name)
+        if self._early:
+            self._out.arguments("".join(self._early))
+            self._early.clear()
+
+    def _finish(self, complete: bool) -> None:
+        self.over = True
+        if self.is_text:
+            self._out.text()
+        else:
+            self._out.end(complete)

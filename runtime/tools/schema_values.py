@@ -1,0 +1,115 @@
+"""Values that models write without types, given the types a tool's schema asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from . import python_values
+from .definitions import Tool
+from .json_values import escape
+from .python_values import JSON_NUMBER
+from .reader import Malformed, Reader
+
+STRING = frozenset({"string"})
+_REFERENCES = 16  # $ref followed at most, one after the other
+_BRANCHES = 64  # of anyOf, oneOf and allOf looked into at most
+
+
+def parameter_types(tool: Tool | None, key: str) -> frozenset[str]:
+    """The JSON types the schema allows a parameter; "string" where it does not say."""
+    if tool is None:
+        return STRING
+    properties = tool.parameters.get("properties")
+    schema = properties.get(key) if isinstance(properties, Mapping) else None
+    return frozenset(_types(schema, tool.parameters)) or STRING
+
+
+def _types(schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
+    pending, looked = [(schema, 0)], 0
+    while pending and looked < _BRANCHES:
+        schema, references = pending.pop()
+        looked += 1
+        if not isinstance(schema, Mapping):
+            continue
+        types = schema.get("type")
+        if isinstance(types, str):
+            yield types
+        elif isinstance(types, list):
+            yield from (name for name in types if isinstance(name, str))
+        elif isinstance(schema.get("enum"), list):
+            yield from {_type_of(value) for value in schema["enum"]}
+        elif "const" in schema:
+            yield _type_of(schema["const"])
+        elif isinstance(schema.get("$ref"), str) and references < _REFERENCES:
+            pending.append((_resolve(schema["$ref"], root), references + 1))
+        for name in ("anyOf", "oneOf", "allOf"):
+            branches = schema.get(name)
+            if isinstance(branches, list):
+                pending.extend((branch, references) for branch in branches[:_BRANCHES])
+
+
+def _type_of(value: Any) -> str:
+    if value is None:
+        return "null"
+    kinds: list[tuple[type, str]] = [(bool, "boolean"), (int, "integer"), (float, "number"), (str, "string")]
+    return next(
+        (name for kind, name in kinds if isinstance(value, kind)), "array" if isinstance(value, list) else "object"
+    )
+
+
+def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
+    """A reference into the same schema, ``#/$defs/name``; None if it leads nowhere."""
+    found: Any = root
+    for part in reference.removeprefix("#").split("/")[1:]:
+        if not isinstance(found, Mapping):
+            return None
+        found = found.get(part.replace("~1", "/").replace("~0", "~"))
+    return found if reference.startswith("#") else None
+
+
+def typed(text: str, types: frozenset[str]) -> str:
+    """``text`` as JSON of one of ``types``: as it is where it is already; a string where it is nothing of the kind."""
+    bare = text.strip()
+    if bare in ("null", "None"):
+        return "null"
+    if "boolean" in types and bare.lower() in ("true", "false"):
+        return bare.lower()
+    if types & {"integer", "number"}:
+        number = bare.removeprefix("+")
+        if JSON_NUMBER.fullmatch(number):
+            return number
+    if types & {"object", "array"} and bare[:1] in ("{", "["):
+        if _is_json(bare):
+            return bare
+        converted = _from_python(bare)
+        if converted is not None:
+            return converted
+    return f'"{escape(text)}"'
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_refuse, parse_int=str)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _from_python(text: str) -> str | None:
+    """A Python literal as JSON; None if it is none."""
+    reader = Reader()
+    reader.push(text)
+    reader.ended = True
+    pieces: list[str] = []
+    try:
+        for _ in python_values.value(reader, pieces.append):
+            pass
+    except Malformed:
+        return None
+    return "".join(pieces) if reader.at == len(text) else None
