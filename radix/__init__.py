@@ -2,6 +2,8 @@
 
 from .errors import InvariantError, LeaseError, OutOfPages, RadixError
 from .explain import Explanation
+from .hold import Hold
+from .inspection import Inspection
 from .lease import Lease
 from .node import DEFAULT, Namespace
 from .pages import PageAllocator
@@ -10,6 +12,8 @@ from .tree import RadixTree
 __all__ = [
     "DEFAULT",
     "Explanation",
+    "Hold",
+    "Inspection",
     "InvariantError",
     "Lease",
     "LeaseError",

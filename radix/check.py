@@ -62,7 +62,7 @@ def _subtree(tree: RadixTree, root: Root) -> list[Node]:
 
 
 def _check_leases(tree: RadixTree, nodes: list[Node]) -> None:
-    """Locks are what the leases explain, and no more; what a lease believes of its path is so."""
+    """Locks are what leases and holds explain, and no more; what a lease believes of its path is so."""
     known = {id(node) for node in nodes} | {id(root) for root in tree.roots.values()}
     locks: Counter[int] = Counter()
     for lease in tree.leases:
@@ -81,6 +81,14 @@ def _check_leases(tree: RadixTree, nodes: list[Node]) -> None:
             _require(below[-1].parent is lease.node, "a lease copies from elsewhere than below its path")
             copied = lease.copy[0] if lease.copy else -1
             _require(any(copied in node.pages for node in below), "a lease copies a page that is not its source's")
+    for hold in tree.holds:
+        _require(hold.count > 0, "a hold without sharers")
+        _require(id(hold.node) in known, "a hold ends at a node that is not in the tree")
+        path = list(hold.node.upwards())
+        locks.update(id(node) for node in path)
+        _require(path[-1] is tree.roots.get(hold.namespace), "a hold reaches into another namespace")
+        whole = sum(len(node.tokens) for node in path)
+        _require(whole - tree.page_size < hold.tokens <= whole, "a hold is longer or shorter than its path")
     for node in [*nodes, *tree.roots.values()]:
         _require(node.locks == locks[id(node)], f"node {node.serial}: {node.locks} locks, {locks[id(node)]} explained")
 

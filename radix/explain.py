@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from .node import TOKEN_BYTES, Namespace
+from .matching import Partial, Walk
+from .node import TOKEN_BYTES, Int32, Namespace, page_key
+
+if TYPE_CHECKING:
+    from .tree import RadixTree
 
 Reason = Literal["hit", "evicted", "diverged", "namespace", "cold", "disabled"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
@@ -48,3 +52,23 @@ class EvictionRecord:
     def went(self, place: int | Namespace, key: bytes, held: int) -> bool:
         """Did a page or stub go from this place that began this page with more than the ``held`` tokens still here?"""
         return any((place, key[:end]) in self._went for end in range(len(key), held * TOKEN_BYTES, -TOKEN_BYTES))
+
+
+def explain(
+    tree: RadixTree, namespace: Namespace, tokens: Int32, limit: int, walk: Walk, partial: Partial
+) -> Explanation:
+    """Why a match of ``tokens[:limit]`` went as far as ``walk`` and ``partial`` say, and no further."""
+    hit, held = walk.length + partial.tokens, walk.length + partial.common
+    if not tree.enabled:
+        return Explanation(0, "disabled")
+    if hit == limit > 0:
+        return Explanation(hit, "hit")
+    next_page = page_key(tokens[walk.length : walk.length + tree.page_size])
+    at_the_end = held < limit and not walk.stopped_inside  # of a node: only there something can be missing
+    if at_the_end and tree.evictions.went(walk.node.serial, next_page, partial.common):
+        return Explanation(hit, "evicted")
+    if hit and hit == held and partial.diverges:
+        return Explanation(hit, "diverged", hit)
+    if not hit and tree.salts_in_use.get(namespace[0]) and not walk.node.children:
+        return Explanation(hit, "namespace")
+    return Explanation(hit, "cold")

@@ -5,7 +5,7 @@ The idea is SGLang's RadixAttention (arXiv 2312.07104); what differs here is arg
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,14 @@ from .check import check_tree
 from .dump import dump_tree
 from .errors import LeaseError
 from .eviction import POLICIES, EvictionIndex
-from .explain import REASONS, EvictionRecord, Explanation, Reason
+from .explain import REASONS, EvictionRecord, Reason, explain
+from .hold import Hold
+from .inspection import Inspection, inspect
 from .lease import Lease
-from .matching import Partial, Walk, closest_page, follow
+from .matching import Walk, closest_page, follow
 from .node import DEFAULT, TOKEN_BYTES, Int32, Namespace, Node, Root, page_key
 from .pages import PageAllocator
+from .prune import prune
 
 EVICTIONS_REMEMBERED = 65_536
 GROWS_UP_TO = 4096  # tokens: growing a node copies it, so beyond this a long node gets a child instead of a few tokens
@@ -53,12 +56,13 @@ class RadixTree:
         self.reasons: dict[Reason, int] = dict.fromkeys(REASONS, 0)
         self.roots: dict[Namespace, Root] = {}
         self.leases: dict[Lease, None] = {}  # the live ones, in the order they were made
+        self.holds: dict[Hold, None] = {}  # likewise
         self.leaves = EvictionIndex(POLICIES[policy])
         self.salts_in_use: dict[str, int] = {}  # owner -> namespaces of theirs that hold something
         # Under these an extension of a node counts as a use of the whole node. Under the others new pages must not
         # inherit an old node's past, so there a node grows only by the lease that added it.
         self._by_recency = policy in ("lru", "priority")
-        self._evictions = EvictionRecord(evictions_remembered)
+        self.evictions = EvictionRecord(evictions_remembered)
         self._published_in = np.full(num_pages, -1, np.int64)  # the step in which a page entered the tree
         self._step = 0
         self._clock = 0
@@ -101,7 +105,7 @@ class RadixTree:
             root = self.roots[namespace] = Root(namespace)
         walk = follow(root, tokens, 0, limit, self.page_size)
         partial = closest_page(walk, tokens, limit, self.page_size, self._may_copy)
-        report = self._explain(namespace, tokens, limit, walk, partial)
+        report = explain(self, namespace, tokens, limit, walk, partial)
         self.reasons[report.reason] += 1
 
         end = self._split_at(walk)
@@ -200,6 +204,50 @@ class RadixTree:
             node.last_access = now
         self._unlock(lease.node)
 
+    # ---- what a branch does between its requests: hold, share, unhold ----
+
+    def hold(self, tokens: Int32, namespace: Namespace = DEFAULT) -> Hold | None:
+        """Keeps the longest cached prefix from eviction, to the token, and no page more. None: nothing is cached."""
+        root = self.roots.get(namespace)
+        if root is None or not self.enabled:
+            return None
+        tokens = np.asarray(tokens, np.int32)
+        walk = follow(root, tokens, 0, len(tokens), self.page_size)
+        partial = closest_page(walk, tokens, len(tokens), self.page_size, _any_page)
+        end = self._split_at(walk)
+        if partial.node is not None:  # now a child of the path's end: of its pages the first is the one
+            end = self._split_at(Walk(partial.node, 1, 0, 0, []))
+        if end is root:
+            return None
+        self._lock(end)
+        now = self._tick()
+        for node in end.upwards():
+            node.last_access = now
+        hold = Hold(namespace, walk.length + partial.tokens, end)
+        self.holds[hold] = None
+        return hold
+
+    def share(self, hold: Hold, n: int = 1) -> None:
+        """``n`` sharers more."""
+        if hold not in self.holds:
+            raise LeaseError("the hold has ended or is of another tree")
+        hold.count += n
+
+    def unhold(self, hold: Hold) -> None:
+        """One sharer less. After the last its pages are evictable, as old as they were; a covered stub goes."""
+        if hold not in self.holds:
+            raise LeaseError("the hold has ended or is of another tree")
+        hold.count -= 1
+        if hold.count:
+            return
+        del self.holds[hold]
+        node = hold.node
+        self._unlock(node)
+        if not node.locks and self._is_stub(node) and node.parent is not None:
+            after = node.parent.children.bisect_right(node.key)
+            if after < len(node.parent.children) and node.parent.children.peekitem(after)[0].startswith(node.key):
+                self._drop_stub(node, self.allocator.give_back)
+
     # ---- what a step does ----
 
     def begin_step(self) -> int:
@@ -224,6 +272,15 @@ class RadixTree:
         self._evict(pages)
         return pages
 
+    def inspect(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Inspection:
+        """What `match` would find once this step has run, and how safe it is, without touching anything."""
+        tokens = np.asarray(tokens, np.int32)
+        return inspect(self, tokens, namespace, _clamp(limit, len(tokens)) if self.enabled else 0)
+
+    def prune(self, tokens: Int32, namespace: Namespace = DEFAULT) -> int:
+        """Evicts what begins with ``tokens`` and is not leased or held: see `prune.prune`. Returns the pages."""
+        return prune(self, np.asarray(tokens, np.int32), namespace)
+
     def dump(self, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
         """The tree as JSON-able data: see `dump.dump_tree`."""
         return dump_tree(self, max_nodes, preview)
@@ -231,22 +288,6 @@ class RadixTree:
     def check(self, leases: Collection[Lease] | None = None) -> None:
         """Walks everything and raises `InvariantError` unless the books balance: see `check.check_tree`."""
         check_tree(self, leases)
-
-    def _explain(self, namespace: Namespace, tokens: Int32, limit: int, walk: Walk, partial: Partial) -> Explanation:
-        hit, held = walk.length + partial.tokens, walk.length + partial.common
-        if not self.enabled:
-            return Explanation(0, "disabled")
-        if hit == limit > 0:
-            return Explanation(hit, "hit")
-        next_page = page_key(tokens[walk.length : walk.length + self.page_size])
-        at_the_end = held < limit and not walk.stopped_inside  # of a node: only there something can be missing
-        if at_the_end and self._evictions.went(walk.node.serial, next_page, partial.common):
-            return Explanation(hit, "evicted")
-        if hit and hit == held and partial.diverges:
-            return Explanation(hit, "diverged", hit)
-        if not hit and self.salts_in_use.get(namespace[0]) and not walk.node.children:
-            return Explanation(hit, "namespace")
-        return Explanation(hit, "cold")
 
     # ---- growing ----
 
@@ -315,11 +356,14 @@ class RadixTree:
         for end in range(TOKEN_BYTES, len(key), TOKEN_BYTES):
             stub = parent.children.get(key[:end])
             if stub is not None and not stub.locks:
-                self.leaves.remove(stub)
-                self.cached -= 1
-                self.evictable -= 1
-                self.allocator.quarantine(stub.pages)  # it may have been copied from in the step being planned
-                self._detach(stub)
+                self._drop_stub(stub, self.allocator.quarantine)  # this step may copy from it
+
+    def _drop_stub(self, stub: Node, free: Callable[[Int32], None]) -> None:
+        self.leaves.remove(stub)
+        self.cached -= 1
+        self.evictable -= 1
+        free(stub.pages)
+        self.detach(stub)
 
     def _attach(self, parent: Node, tokens: Int32, pages: Int32, key: bytes, priority: int) -> Node:
         child = Node(tokens.copy(), pages.copy(), key, parent, self._new_serial())
@@ -378,18 +422,18 @@ class RadixTree:
             if keep:
                 self._trim(leaf, keep)
             elif leaf.parent is not None:
-                self._evictions.note(leaf.parent.serial, leaf.key)
-                self._detach(leaf)
+                self.evictions.note(leaf.parent.serial, leaf.key)
+                self.detach(leaf)
         self.allocator.give_back(_join(freed))
 
     def _trim(self, leaf: Node, keep: int) -> None:
         border = keep * self.page_size
         leaf.serial = self._new_serial()
-        self._evictions.note(leaf.serial, page_key(leaf.tokens[border : border + self.page_size]))
+        self.evictions.note(leaf.serial, page_key(leaf.tokens[border : border + self.page_size]))
         leaf.tokens, leaf.pages = _head(leaf.tokens, border), _head(leaf.pages, keep)
         self.leaves.add(leaf)
 
-    def _detach(self, leaf: Node) -> None:
+    def detach(self, leaf: Node) -> None:
         """Takes a node without children out of the tree. Its parent may be the next leaf."""
         parent = leaf.parent
         if parent is None:
