@@ -36,6 +36,11 @@ class TextStream(Protocol):
         """The rest, when no more tokens will come; incomplete characters become U+FFFD."""
         ...
 
+    @property
+    def settled(self) -> bool:
+        """Whether nothing is held back: the text so far is exactly that of the tokens so far."""
+        ...
+
 
 def open_stream(tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool) -> TextStream:
     """A stream of the kind the tokenizer's decoder needs, primed with ``tail``, the last tokens of the prompt."""
@@ -81,6 +86,10 @@ class ByteLevelStream:
             rest = self._completing.decode("utf-8", "replace")
             self._completing = None
         return rest
+
+    @property
+    def settled(self) -> bool:
+        return self._completing is None and not self._decoder.getstate()[0]
 
 
 class WindowStream:
@@ -131,6 +140,10 @@ class WindowStream:
         self._pending += self._run
         self._run = []
         return self._force() if self._pending else ""
+
+    @property
+    def settled(self) -> bool:
+        return not self._run and not self._pending
 
     def _complete_bytes(self) -> int:
         """How many of the run's bytes are whole characters: all but an unfinished last one, if it is valid so far."""

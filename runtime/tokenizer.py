@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from .chat_template import ChatTemplate
@@ -68,13 +69,87 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids int32 [n]. Raises `InvalidRequest` for text that is not valid Unicode (lone surrogates)."""
+        return np.array(self._encoding(text, add_special_tokens).ids, np.int32)
+
+    def encode_marked(
+        self, text: str, marks: Sequence[int], add_special_tokens: bool = True
+    ) -> tuple[npt.NDArray[np.int32], list[int]]:
+        """`encode`, and how many leading tokens end at or before each of ``marks`` (positions in characters)."""
+        encoding = self._encoding(text, add_special_tokens)
+        if not marks:
+            return np.array(encoding.ids, np.int32), []
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
+        counts = np.searchsorted(ends, np.array(marks, np.int64), side="right").tolist()
+        return np.array(encoding.ids, np.int32), counts
+
+    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
             if not isinstance(text, str):
                 raise
             raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
-        return np.array(ids, np.int32)
+
+    def encode_first(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """Token ids int32 [n] of a text's beginning, without the `opening` that goes before it.
+
+        Unless ``parse_special``, what looks like a special token in it is ordinary text. Raises `InvalidRequest` as
+        `encode` does.
+        """
+        return np.array(self._ids(text, parse_special), np.int32)
+
+    def encode_more(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """As `encode_first`, of text that goes on after other text: no space is made up before it either."""
+        if not self.begins_with_space:
+            return self.encode_first(text, parse_special)
+        before, ids = self._anchor, self._ids("\n" + text, parse_special)
+        if ids[: len(before)] != before:  # the anchor became one token with what follows it
+            return self.encode_first(text, parse_special)
+        return np.array(ids[len(before) :], np.int32)
+
+    def _ids(self, text: str, parse_special: bool) -> list[int]:
+        backend = self.backend if parse_special else self._literal
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
+
+    def special_in(self, text: str) -> str | None:
+        """A special token that ``text`` spells out, if it does."""
+        found = None if self._special is None else self._special.search(text)
+        return None if found is None else found.group()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        tokens = self.backend.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    @cached_property
+    def opening(self) -> npt.NDArray[np.int32]:
+        """The special tokens that a text begins with: a lone <bos>, or none. int32 [n]."""
+        bare = self.backend.encode("\n", add_special_tokens=False).ids
+        whole = self.backend.encode("\n", add_special_tokens=True).ids
+        found = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return np.array(whole[:found], np.int32)
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """The same tokenizer, to which special tokens are text like any other."""
+        copy = Backend.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Encoded before a text that is not to begin with a space of the tokenizer's making, and then taken away."""
+        return list(self.backend.encode("\n", add_special_tokens=False).ids)
+
+    @cached_property
+    def begins_with_space(self) -> bool:
+        """Whether a text's first word is encoded as if a space stood before it (SentencePiece's dummy prefix)."""
+        first = self.backend.encode("a", add_special_tokens=False).ids
+        return bool(first) and self.token_text(first[0]).startswith(" ")
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids`` as a whole. Ids outside the vocabulary have no text."""
