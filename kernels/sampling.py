@@ -1,8 +1,9 @@
 """Drawing tokens from logits: each function works on all rows at once, and no row's result depends on another row.
 
-The order is that of Hugging Face and SGLang: penalties, logit bias, suppression, temperature, top-k, top-p, min-p,
-draw. After the temperature a row is held as *weights*, ``exp((logit - max) / temperature)``: the largest is exactly
-1, so min-p is a plain threshold and nothing overflows however small the temperature.
+The order is that of Hugging Face and SGLang: penalties, logit bias, suppression, what a grammar forbids, temperature,
+top-k, top-p, min-p, draw: so filters choose among what is allowed, and no bias allows what is not. After the
+temperature a row is held as *weights*, ``exp((logit - max) / temperature)``: the largest is exactly 1, so min-p is a
+plain threshold and nothing overflows however small the temperature.
 
 Filters are thresholds on a weight, not cuts in a sorted order: top-k, top-p and min-p each say "keep weights of at
 least t". So only values are sorted, ties at the edge are kept together (as Hugging Face's top-k does), and the draw
@@ -65,6 +66,20 @@ def add_bias_(logits: Tensor, rows: Tensor, tokens: Tensor, bias: Tensor) -> Non
 def suppress_(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
     """Sets ``logits[rows[j], tokens[j]]`` to -inf in place. int64 [N] each."""
     logits.view(-1).index_fill_(0, rows * logits.shape[1] + tokens, float("-inf"))
+
+
+def forbid(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
+    """A copy of ``logits`` [S, V] in which row ``rows[j]`` is -inf wherever ``words[j]`` has a 0.
+
+    ``rows`` [K] int64, ascending; ``words`` [K, ceil(V / 32)] int32: bit ``t % 32`` of word ``t // 32`` is token t.
+    """
+    bits = torch.arange(32, dtype=torch.int32, device=words.device)
+    forbidden = (words[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]] == 0
+    if len(rows) == len(logits):
+        return logits.masked_fill(forbidden, float("-inf"))
+    logits = logits.clone()
+    logits[rows] = logits[rows].masked_fill_(forbidden, float("-inf"))
+    return logits
 
 
 def greedy(logits: Tensor) -> Tensor:

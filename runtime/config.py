@@ -7,6 +7,7 @@ from typing import Literal, get_args, get_type_hints
 import msgspec
 
 from .errors import LoadError
+from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOPS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
@@ -36,6 +37,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
     disable_radix_cache: bool = False
+    max_branches: int = 4096  # past it no more are made until some have ended
+    branch_ttl: float = 600.0  # seconds a branch lives after its last use
+    max_pinned_share: float = 0.25  # of the KV pool, that pins and cache breakpoints may keep from eviction
+    pinned_share_per_key: float = 1.0  # of that, for one API key
+    max_pin_ttl: float = 86_400.0  # seconds
     overlap: bool | None = None  # plan step N+1 while N runs; None: on a GPU only
     profile: str | None = None  # a folder: recordings of steps may be started and stopped, and are written there
     check_when_idle: bool = False  # debug: walk the tree and the pages whenever the engine falls idle
@@ -48,10 +54,22 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    extra_api_keys: tuple[str, ...] = ()  # of other tenants: each key has a cache of its own
+    admin_api_key: str | None = None  # for what touches everybody's cache; None: api_key
     served_model_name: str | None = None
     max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
     max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024  # prompts × n
+    max_n: int = MAX_N
+    max_stop_strings: int = MAX_STOPS
+    max_logit_bias: int = MAX_LOGIT_BIAS  # entries
+    max_top_logprobs: int = MAX_LOGPROBS
+    max_messages: int = 4096  # of one conversation
+    max_tools: int = 128
+    max_json_depth: int = 64  # objects and lists inside one another
+    max_header_bytes: int = 64 * 1024  # request line and headers
+    tool_call_parser: str = "auto"  # how the model writes calls: a name of `runtime.tools`, auto or none
+    reasoning_parser: str = "auto"  # and its thinking
     drain_seconds: float = 30.0  # SIGTERM: time in-flight requests get to finish
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
@@ -82,6 +100,11 @@ def check(config: EngineConfig) -> EngineConfig:
     for name, low, high in (
         ("page_size", 1, 256),
         ("max_num_seqs", 1, 4096),
+        ("max_branches", 0, 1_000_000),
+        ("branch_ttl", 1.0, 604_800.0),
+        ("max_pinned_share", 0.0, 0.9),
+        ("pinned_share_per_key", 0.0, 1.0),
+        ("max_pin_ttl", 1.0, 31_536_000.0),
         ("seed", 0, 2**31 - 1),
     ):
         value = getattr(config, name)

@@ -7,7 +7,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from .branches.service import BranchService
 from .config import EngineConfig, step_budget
+from .errors import InvalidRequest
+from .grammar.compiler import GrammarCompiler
 from .messages import Control, ControlReply, Generate, Limits, Stats, StepOutput
 from .profiling import StepProfiler
 from .scheduler.draft import ScheduledStep
@@ -35,6 +38,7 @@ class EngineCore:
         max_model_len: int,
         *,
         gpu: bool = False,
+        grammars: GrammarCompiler | None = None,
     ) -> None:
         self.config = config
         self.executor = executor
@@ -47,7 +51,10 @@ class EngineCore:
             max_rows=min(config.max_num_seqs, budget),
             max_batched_tokens=budget,
             eos_ids=eos_ids,
+            grammars=grammars,
         )
+        self._grammars = grammars
+        self.branches = BranchService(self.scheduler, config)
         self._depth = int(config.overlap if config.overlap is not None else gpu)
         self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._failures = 0
@@ -62,6 +69,7 @@ class EngineCore:
         self.scheduler.add(message)
 
     def abort(self, request_id: int) -> None:
+        self.branches.abort(request_id)
         self.scheduler.abort(request_id)
 
     def stop_matched(self, request_id: int) -> None:
@@ -74,6 +82,7 @@ class EngineCore:
         A step that breaks ends the requests it may have touched with an error and the engine goes on; several in a
         row raise.
         """
+        self.sweep()
         try:
             self._advance()
         except Exception as error:
@@ -88,32 +97,54 @@ class EngineCore:
             self.check()
         return output
 
+    def sweep(self) -> float | None:
+        """Ends branches and pins that have expired. Returns the seconds until there may be more of them, if any."""
+        waits = (self.branches.registry.sweep(), self.scheduler.cache.pins.sweep())
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
     def _advance(self) -> None:
         scheduled = self.scheduler.plan()
         self.advanced = scheduled is not None or bool(self._inflight)
         if scheduled is not None:
-            self._inflight.append((scheduled, self.executor.launch(scheduled.plan)))
+            pending = self.executor.launch(scheduled.plan)
+            self._inflight.append((scheduled, pending))
+            if len(scheduled.plan.constrained):  # what may be drawn depends on the tokens of the step before
+                while len(self._inflight) > 1:
+                    self._complete()
+                pending.draw(self.scheduler.masks(scheduled))
         elif not self._inflight:
-            if self.scheduler.has_requests:
+            if self.scheduler.has_requests and not self.scheduler.waits_for_grammars:
                 logger.error("no request can advance: %s", self.stats())
                 self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
             return
         if len(self._inflight) > self._depth or scheduled is None:
-            oldest, pending = self._inflight.popleft()
-            self.scheduler.complete(oldest, pending.result())
-            self._failures = 0  # not before: a device's errors surface when results are read
+            self._complete()
+
+    def _complete(self) -> None:
+        oldest, pending = self._inflight.popleft()
+        self.scheduler.complete(oldest, pending.result())
+        self._failures = 0  # not before: a device's errors surface when results are read
 
     def control(self, message: Control) -> ControlReply:
-        """flush_cache: evict all that no running request holds. tree: a dump. info: facts. check: the invariants."""
+        """flush_cache: evict all that no running request leases, pinned or not. tree: a dump. info: facts.
+        check: the invariants. cache_*: see `CacheService.answer`."""
         try:
             return ControlReply(message.id, True, self._control(message))
+        except InvalidRequest as error:
+            return ControlReply(message.id, False, None, error.message, error_field=error.field, status=error.status)
         except Exception as error:  # a question must not stop the engine: the answer says what broke
             logger.exception("control %s failed", message.what)
             return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
 
     def _control(self, message: Control) -> Any:
         if message.what == "flush_cache":
-            return {"evicted_pages": self.scheduler.tree.flush()}
+            self.branches.registry.forget()
+            unpinned = self.scheduler.cache.pins.forget()
+            return {"evicted_pages": self.scheduler.tree.flush(), "unpinned": unpinned}
+        if message.what.startswith("cache_"):
+            return self.scheduler.cache.answer(message.what, message.argument)
+        if message.what == "branches":
+            return self.branches.counts()
         if message.what == "tree":
             options = message.argument or {}
             return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
@@ -146,12 +177,19 @@ class EngineCore:
         }
 
     def stats(self) -> Stats:
-        return self.scheduler.stats()
+        stats, branches = self.scheduler.stats(), self.branches.registry
+        stats.branches, stats.branches_holding = len(branches), branches.holding
+        stats.branch_holds_lost = branches.holds_lost
+        return stats
 
     def check(self) -> None:
-        """Every invariant of rows, leases, tree and pages; raises on the first that does not hold."""
+        """Every invariant of rows, leases, branches, tree and pages; raises on the first that does not hold."""
+        self.branches.check()
+        self.scheduler.cache.pins.check()
         self.scheduler.ledger.check()
 
     def close(self) -> None:
         self._inflight.clear()
+        if self._grammars is not None:
+            self._grammars.close()
         self.executor.close()

@@ -12,17 +12,20 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
+from .branches.pieces import encode_message
 from .config import EngineConfig, check
 from .core import EngineCore
 from .detokenizer import DetokenizerCore
 from .errors import BranchwiseError, EngineDead, InvalidRequest
+from .grammar.compiler import GrammarCompiler
 from .limits import check_token_ids
 from .logprobs import TokenLogprob
 from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
@@ -32,7 +35,11 @@ from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 from .torch_environment import prepare_torch
 
+if TYPE_CHECKING:
+    from .branches.handle import AsyncBranch, Branch
+
 Prompt = str | Sequence[int]
+BranchPiece = Prompt | Sequence[Mapping[str, Any]]  # messages, where a branch begins
 
 
 @dataclass(slots=True)
@@ -135,14 +142,16 @@ class Engine:
 
         config = check(EngineConfig(model=str(model), **settings))
         executor = ModelExecutor.load(config)
+        tokenizer = Tokenizer.load(model_folder(config.model))
         core = EngineCore(
             config,
             executor,
             executor.eos_ids,
             executor.max_model_len,
             gpu=executor.device.type == "cuda",
+            grammars=GrammarCompiler(tokenizer, executor.vocab_size, executor.eos_ids),
         )
-        self._start(core, Tokenizer.load(model_folder(config.model)))
+        self._start(core, tokenizer)
 
     @classmethod
     def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Engine:
@@ -155,6 +164,7 @@ class Engine:
         self.tokenizer = tokenizer
         self._core = core
         self._detokenizer = DetokenizerCore(tokenizer)
+        core.branches.encode = partial(encode_message, tokenizer)
         self._ids = itertools.count(1)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._sinks: dict[int, Callable[[Delta], None]] = {}
@@ -168,15 +178,17 @@ class Engine:
     def _run(self) -> None:
         try:
             while True:
-                busy = self._core.has_work
+                wait: float | None = None
+                if self._core.has_work:  # with nothing to compute, wait a moment for news instead of spinning
+                    wait = 0.0 if self._core.advanced else 0.001
                 try:
                     while True:
-                        job = self._inbox.get(block=not busy)
+                        job = self._inbox.get(timeout=wait)
                         if job is None:
                             self._end("the engine was closed")
                             return
                         job()
-                        busy = True
+                        wait = 0.0
                 except queue.Empty:
                     pass
                 self._step()
@@ -189,6 +201,8 @@ class Engine:
         if output is None:
             return
         deltas, stopped = self._detokenizer.feed(output)
+        for settled in self._detokenizer.take_settled():
+            self._core.branches.settled(settled)
         for id_ in stopped:
             self._core.stop_matched(id_)
         for delta in deltas:
@@ -360,6 +374,13 @@ class Engine:
             raise
         return results[0] if single else results
 
+    def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> Branch:
+        """A branch that begins with ``prompt``: text, token ids, or messages (then the chat template's text); without
+        one it is there to be extended. ``ttl``: seconds it lives after each use, at most ``branch_ttl``."""
+        from .branches.handle import Branch
+
+        return Branch.create(self, prompt, cache_salt, ttl)
+
     def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
         """What the cache holds, as nested dicts."""
         return self._ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
@@ -398,6 +419,13 @@ class AsyncEngine(Engine):
 
     generate = Engine.agenerate
     stream = Engine.astream  # type: ignore[assignment]
+
+    async def branch(  # type: ignore[override]
+        self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None
+    ) -> AsyncBranch:
+        from .branches.handle import AsyncBranch
+
+        return await AsyncBranch.create(self, prompt, cache_salt, ttl)
 
     async def __aenter__(self) -> AsyncEngine:
         return self

@@ -29,6 +29,21 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
             )
 
 
+def deeper_than(value: Any, most: int) -> bool:
+    """Whether objects and lists stand more than ``most`` deep in one another. Needs no stack of Python's."""
+    level = [value]
+    for _ in range(most + 1):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
 def fit(
     prompt_tokens: int,
     params: SamplingParams,

@@ -1,8 +1,10 @@
 """Everything the processes say to each other: msgspec tagged structs in msgpack, one batch a frame.
 
     http ──Submit, Abort──► tokenizer ──Generate, Abort──► scheduler ──StepOutput──► detokenizer ──Deltas──► http
-    http ──Control──► scheduler ──ControlReply──► (detokenizer) ──► http
-    detokenizer ──StopMatched──► scheduler            every child ──Ready──► http
+    http ──BranchRun, BranchOp──► tokenizer ──the same, with token ids──► scheduler
+    scheduler ──the same once more──► tokenizer    where a branch ends in text that has no tokens yet
+    http ──Control──► scheduler ──ControlReply──► http
+    detokenizer ──StopMatched, Settled──► scheduler   every child ──Ready──► http
 
 Token ids travel as bytes (int32, little-endian), never as lists. Request ids are the server's own integers.
 """
@@ -36,6 +38,11 @@ class Submit(Message):
     priority: int = 0  # larger is more urgent
     echo_tokens: bool = False  # ask for the prompt's token ids in the first delta
     names: tuple[str, str] = ("prompt", "max_tokens")  # what the client calls these, for messages about them
+    whole: bool = False  # nobody reads along: the answer may come in large pieces
+    rendered: bool = False  # the text is a chat template's: it has its special tokens already
+    # (position, seconds): prefixes to keep cached. In characters of a text, else in tokens; -1: the prompt's end
+    breakpoints: list[tuple[int, float]] = []
+    private: bool = False  # shares nothing: its namespace is its own and is forgotten with it
 
 
 class Generate(Message):
@@ -47,6 +54,11 @@ class Generate(Message):
     namespace: tuple[str, str] = ("", "")
     priority: int = 0
     echo_tokens: bool = False
+    whole: bool = False
+    echo_from: int = 0  # first prompt token to echo
+    settle: bool = False  # of a branch: the detokenizer says where the returned text ended
+    breakpoints: list[tuple[int, float]] = []  # (prompt tokens, seconds): prefixes to keep cached after it ends
+    private: bool = False  # what it computes is forgotten when it ends
 
 
 class Abort(Message):
@@ -61,11 +73,95 @@ class StopMatched(Message):
     id: int
 
 
+class Settled(Message):
+    """detokenizer → scheduler: what stays in the branch of a request's output, so that it ends where the text ends."""
+
+    id: int
+    kept: int  # output tokens
+    rest: str = ""  # and text after them: what a stop string left of a token it cut
+
+
+class Refusal(msgspec.Struct, array_like=True):
+    """Why a request cannot be served: the fields of `InvalidRequest`."""
+
+    message: str
+    field: str | None
+    status: int
+
+
+class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
+    """What is appended to a branch: text or token ids. The tokenizer puts the ids beside the text."""
+
+    text: str | None = None
+    tokens: bytes = b""  # int32
+    parse_special: bool = False  # whether special tokens may be spelled out in the text
+    add_opening: bool = True  # whether a text that begins its branch begins as the tokenizer begins texts (<bos>)
+    before: str = ""  # text the branch ends in already, without tokens of its own; its tokens are in ``tokens``
+    first: bytes | None = None  # int32: the ids where the text begins its branch; None: the same
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.tokens or self.before)
+
+
+class BranchOp(Message):
+    """http → tokenizer → scheduler: one step in the life of a branch. Answered by one `ControlReply` of the same id."""
+
+    id: int
+    what: Literal["create", "fork", "extend", "get", "delete"]
+    namespace: tuple[str, str]  # the owner sees their own branches only; the salt is a new branch's
+    branch: str = ""  # what it is about; of a new one: its parent
+    piece: Piece | None = None
+    n: int = 1  # branches to fork off
+    ttl: float | None = None  # seconds
+    tokens: bool = False  # get: the token ids too
+    refusal: Refusal | None = None  # the tokenizer's
+    again: bool = False  # sent back to be tokenized together with what the branch ends in
+
+
+class BranchRun(Message):
+    """http → tokenizer → scheduler: generate on a branch, or score ``continuations`` of it.
+
+    One engine request generates; each continuation is one (``unconditional``: two, all those with the branch first).
+    """
+
+    ids: list[int]
+    branch: str
+    namespace: tuple[str, str]
+    params: SamplingParams
+    piece: Piece | None = None  # appended first
+    continuations: list[Piece] | None = None
+    unconditional: bool = False
+    opening: bytes = b""  # int32: what an unconditional continuation follows
+    priority: int = 0
+    echo_tokens: bool = False
+    max_tokens: str = "max_tokens"  # what the client calls it
+    whole: bool = False
+    refusal: Refusal | None = None
+    again: bool = False
+
+
+ControlWhat = Literal[
+    "flush_cache",
+    "tree",
+    "info",
+    "check",
+    "branches",
+    "start_profile",
+    "stop_profile",
+    "cache_stats",
+    "cache_explain",
+    "cache_pin",
+    "cache_unpin",
+    "cache_evict",
+]
+
+
 class Control(Message):
     """http → scheduler. Answered by one `ControlReply` with the same id."""
 
     id: int
-    what: Literal["flush_cache", "tree", "info", "check"]
+    what: ControlWhat
     argument: Any = None
 
 
@@ -90,6 +186,9 @@ class CacheReport(msgspec.Struct, array_like=True):
     hit_tokens: int
     reason: str  # hit | cold | diverged | evicted | namespace | disabled
     diverged_at: int | None = None  # token index, for ``diverged``
+    refilled: int = 0  # tokens a branch had computed before and that are computed again, for they were evicted
+    write_tokens: int = 0  # prompt tokens it computed and left in the cache
+    pinned_tokens: int = 0  # known at the end: the longest prefix that its breakpoints keep
 
 
 class Opened(Message):
@@ -100,6 +199,8 @@ class Opened(Message):
     tail: bytes  # the last few prompt tokens, to prime incremental decoding
     params: SamplingParams
     prompt: bytes | None = None  # the prompt's tokens, if ``echo_tokens`` or prompt logprobs were asked for
+    whole: bool = False  # the first token is told at once, what follows in large pieces
+    settle: bool = False  # of a branch: its end is followed by a `Settled`
 
 
 class LogprobRows(Message):
@@ -151,19 +252,23 @@ class StepOutput(Message):
     finished: list[Finished] = []
 
 
-class Delta(msgspec.Struct, array_like=True, omit_defaults=True):
-    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last one."""
+class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
+    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last one.
+
+    There is one a token and stream, so most must cost nothing: no empty lists, and the collector does not look at them.
+    """
 
     id: int
     text: str = ""
     tokens: bytes = b""  # int32
-    logprobs: list[LogprobRows] = []  # one a token
+    logprobs: list[LogprobRows] | None = None  # one a token
     prompt: bytes | None = None
-    prompt_logprobs: list[PromptLogprobs] = []
+    prompt_logprobs: list[PromptLogprobs] | None = None
     prompt_tokens: int = 0
     cache: CacheReport | None = None
     finish: Finished | None = None
     matched_stop: str | None = None  # the stop string, when one matched
+    settled: Settled | None = None  # with ``finish``, of a request on a branch
 
 
 class Deltas(Message):
@@ -187,6 +292,11 @@ class Stats(Message):
     evicted_pages: int = 0
     retractions: int = 0
     finished: int = 0
+    branches: int = 0
+    branches_holding: int = 0  # those that keep pages from eviction
+    branch_holds_lost: int = 0  # to memory pressure
+    pins: int = 0
+    pages_pinned: int = 0  # that pins keep from eviction
 
 
 class ControlReply(Message):
@@ -194,6 +304,8 @@ class ControlReply(Message):
     ok: bool
     value: Any = None  # JSON-able
     error: str | None = None
+    error_field: str | None = None
+    status: int = 500  # HTTP status for ``error``
 
 
 class Progress(Message):

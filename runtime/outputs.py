@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .logprobs import TokenLogprob, unpack
-from .messages import CacheReport, Delta, Finished
+from .messages import CacheReport, Delta, Finished, Settled
 
 
 @dataclass(slots=True)
@@ -22,16 +22,19 @@ class Output:
     cache: CacheReport | None = None
     finish: Finished | None = None
     matched: int | str | None = None  # the stop token id or stop string
+    settled: Settled | None = None  # of a request on a branch: what stays in it
 
     def feed(self, delta: Delta) -> None:
-        tokens = memoryview(delta.tokens).cast("i").tolist()
         self.text += delta.text
-        self.token_ids += tokens
-        for token, rows in zip(tokens, delta.logprobs, strict=False):
-            self.logprobs += unpack([token], rows)
+        if delta.tokens:
+            tokens = memoryview(delta.tokens).cast("i").tolist()
+            self.token_ids += tokens
+            if delta.logprobs is not None:
+                for token, rows in zip(tokens, delta.logprobs, strict=False):
+                    self.logprobs += unpack([token], rows)
         if delta.prompt is not None:
             self.prompt = memoryview(delta.prompt).cast("i").tolist()
-        for piece in delta.prompt_logprobs:
+        for piece in delta.prompt_logprobs or ():
             count = len(piece.rows.chosen) // 4
             described = unpack(self.prompt[piece.start : piece.start + count], piece.rows)
             self.prompt_logprobs.update(enumerate(described, piece.start))
@@ -39,6 +42,7 @@ class Output:
         self.cache = delta.cache or self.cache
         if delta.finish is not None:
             self.finish = delta.finish
+            self.settled = delta.settled
             self.prompt_tokens = delta.finish.prompt_tokens or self.prompt_tokens
             self.cache = delta.finish.cache or self.cache
             self.matched = delta.matched_stop if delta.matched_stop is not None else delta.finish.matched

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from .errors import InvalidRequest
+from .grammar.constraint import problem_with
 
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024  # characters
@@ -42,11 +43,21 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None  # None: off; 0: the chosen token's; k: the chosen token's and the k best
     prompt_logprobs: int | None = None  # the same for prompt tokens
     prompt_logprob_start: int = 0  # first prompt position whose logprob is wanted
+    # What the whole output must be: one of these at most.
+    regex: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    ebnf: str | None = None  # a grammar in EBNF (``root ::= …``) or Lark (``start: …``)
+    choices: tuple[str, ...] | None = None
+    constraint_name: str | None = None  # what the client calls the constraint, for messages about it
 
     def sample(self, i: int) -> SamplingParams:
         """The parameters of sample ``i`` of ``n``: one sample, seeded with ``seed + i``."""
         seed = None if self.seed is None else (self.seed + i) & MAX_SEED
         return msgspec.structs.replace(self, n=1, seed=seed)
+
+    @property
+    def constrained(self) -> bool:
+        return any(value is not None for value in (self.regex, self.json_schema, self.ebnf, self.choices))
 
     @property
     def greedy(self) -> bool:
@@ -122,6 +133,9 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
     for field in ("logprobs", "prompt_logprobs"):
         if (getattr(params, field) or 0) > vocab_size:
             raise bad(field, f"must be at most the vocabulary size ({vocab_size}), got {getattr(params, field)}")
+    constraint = problem_with(params)
+    if constraint is not None:
+        raise bad(params.constraint_name or constraint[0], constraint[1])
     return params
 
 

@@ -54,6 +54,9 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
     """
     started = time.monotonic()
     check(config.engine)
+    if config.extra_api_keys and config.api_key is None:
+        raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
+    _check_parsers(config)
     _allow_descriptors()
     name = _model_name(config)
     folder = model_folder(config.engine.model)
@@ -161,7 +164,7 @@ class _Server:
         import uvicorn
 
         from .http.app import make_app
-        from .http.protocol import HttpProtocol
+        from .http.protocol import bounded
 
         class Server(uvicorn.Server):
             """Signals are the supervisor's business."""
@@ -173,7 +176,7 @@ class _Server:
         return Server(
             uvicorn.Config(
                 make_app(self._site),
-                http=HttpProtocol,
+                http=bounded(self._config.max_header_bytes),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -317,6 +320,21 @@ class _Server:
 async def _first(*what: asyncio.Future[Any], seconds: float | None = None) -> None:
     """Waits until one of them is done, at most ``seconds``."""
     await asyncio.wait(what, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _check_parsers(config: ServerConfig) -> None:
+    """Raises `LoadError` for a format of calls or thinking that nobody knows."""
+    from .tools import reasoning_format, tool_format
+
+    for flag, name, find in (
+        ("--tool-call-parser", config.tool_call_parser, tool_format),
+        ("--reasoning-parser", config.reasoning_parser, reasoning_format),
+    ):
+        try:
+            if name not in ("auto", "none"):
+                find(name)
+        except ValueError as error:
+            raise LoadError(f"{flag}: {error}, auto and none") from error
 
 
 def _allow_descriptors() -> None:

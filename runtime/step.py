@@ -59,6 +59,9 @@ class StepPlan:
     # requests of this step that want logprobs of prompt tokens: (index into R, k, first wanted position). Logits of
     # the query token at position p give the logprob of token p + 1; the last prompt token's are sampled, not returned.
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
+    # [K] indices into samples of requests that may not draw any token: the step is launched without sampling, and
+    # `PendingStep.draw` says which tokens they may.
+    constrained: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     @property
     def num_tokens(self) -> int:
@@ -85,8 +88,15 @@ class StepResult:
 
 
 class PendingStep(Protocol):
+    def draw(self, masks: npt.NDArray[np.uint32]) -> None:
+        """Enqueues the sampling of a step that has ``plan.constrained``; called once, before the next launch.
+
+        ``masks`` [K, ceil(vocab_size / 32)]: bit ``t % 32`` of word ``t // 32`` says whether token t may be drawn.
+        """
+        ...
+
     def result(self) -> StepResult:
-        """Blocks until the step has run. Called exactly once, in launch order."""
+        """Blocks until the step has run. Called exactly once, in launch order, after `draw` where that is needed."""
         ...
 
 
@@ -98,7 +108,10 @@ class Executor(Protocol):
     vocab_size: int
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Enqueues one step after all earlier ones. The plan's arrays must not be modified afterwards."""
+        """Enqueues one step after all earlier ones (of one with ``plan.constrained``, all but the sampling).
+
+        The plan's arrays must not be modified afterwards.
+        """
         ...
 
     def close(self) -> None: ...

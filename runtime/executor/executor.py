@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,14 +19,14 @@ from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.loader import Progress, dummy_weights, load_weights
-from ..step import PENDING, StepPlan, StepResult
+from ..step import PENDING, Int32, StepPlan, StepResult
 from .backends import make_attention, pick_ops
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, Int64, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
-from .sampler import Sampled, Sampler
+from .sampler import Sampled, SampleMasks, Sampler, Words
 from .threads import ThreadChoice
 from .token_history import to_device
 
@@ -35,6 +37,15 @@ class LaunchedStep:
 
     _sampled: Sampled | None
     _prompt: list[PromptRows]
+    _draw: Callable[[SampleMasks], Sampled] | None = None  # what is left to enqueue, of a constrained step
+    _constrained: Int32 | None = None
+
+    def draw(self, masks: Words) -> None:
+        if self._draw is None or self._constrained is None:
+            raise RuntimeError("this step has been sampled")
+        with torch.inference_mode():
+            self._sampled = self._draw(SampleMasks(self._constrained, masks))
+        self._draw = None
 
     def result(self) -> StepResult:
         step = StepResult(np.empty(0, np.int32))
@@ -124,11 +135,22 @@ class ModelExecutor:
         count = len(plan.samples)
         if self._graphs is not None and shape is not None:
             self._graphs.replay(shape)
-            return LaunchedStep(self._sample(plan, inputs, self._logits[:count]), [])
+            return self._launched(plan, inputs, self._logits[:count], [])
         self._decoder.reserve(int(plan.kv_lens.max()))
         hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
-        sampled = self._sample(plan, inputs, self._decoder.logits(hidden[:count])) if count else None
-        return LaunchedStep(sampled, self._prompt_logprobs.compute(wanted, hidden[count:]))
+        logits = self._decoder.logits(hidden[:count]) if count else None
+        return self._launched(plan, inputs, logits, self._prompt_logprobs.compute(wanted, hidden[count:]))
+
+    def _launched(
+        self, plan: StepPlan, inputs: StepInputs, logits: Tensor | None, prompt: list[PromptRows]
+    ) -> LaunchedStep:
+        """Enqueues the sampling, or leaves it to `LaunchedStep.draw`: until then nothing else is launched, so what the
+        forward pass left behind stays as it is."""
+        if logits is None or not len(plan.samples):
+            return LaunchedStep(None, prompt)
+        if not len(plan.constrained):
+            return LaunchedStep(self._sample(plan, inputs, logits), prompt)
+        return LaunchedStep(None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
 
     def _stage(self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]) -> StepInputs:
         batch = AttentionBatch(
@@ -145,11 +167,9 @@ class ModelExecutor:
         tokens = StepTokens(ids, inputs.positions, inputs.slots)
         return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs)
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor) -> Sampled | None:
-        if not len(plan.samples):
-            return None
+    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
         positions = plan.kv_lens[plan.samples].astype(np.int64)
-        sampled = self._sampler.sample(logits, plan.rows[plan.samples], positions)
+        sampled = self._sampler.sample(logits, plan.rows[plan.samples], positions, masks)
         self._last_token.index_copy_(0, inputs.sampled_rows, sampled.tokens)
         return sampled
 

@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 
 import numpy as np
+import numpy.typing as npt
 
-from ..step import StepPlan, StepResult
+from ..step import Int32, StepPlan, StepResult
 
 
 class _Step:
-    def __init__(self, result: StepResult, ends: float) -> None:
+    def __init__(self, result: StepResult, ends: float, constrained: Int32) -> None:
         self._result = result
         self._ends = ends  # monotonic seconds
+        self._constrained = constrained
+
+    def draw(self, masks: npt.NDArray[np.uint32]) -> None:
+        """The hash chooses among the tokens that each may draw."""
+        tokens = self._result.tokens
+        for i, mask in zip(self._constrained.tolist(), masks, strict=True):
+            allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+            tokens[i] = allowed[tokens[i] % len(allowed)]
 
     def result(self) -> StepResult:
         left = self._ends - time.monotonic()
@@ -40,7 +49,7 @@ class NullExecutor:
         mixed = positions * np.uint64(0x9E3779B97F4A7C15)
         tokens = (mixed >> np.uint64(33)) % np.uint64(self.vocab_size)
         self._idle_at = max(self._idle_at, time.monotonic()) + self._step_seconds
-        return _Step(StepResult(tokens.astype(np.int32)), self._idle_at)
+        return _Step(StepResult(tokens.astype(np.int32)), self._idle_at, plan.constrained)
 
     def close(self) -> None:
         pass

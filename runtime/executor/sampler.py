@@ -22,9 +22,18 @@ from ..step import Int32, RowStart, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
 Int64 = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint32]
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALARS = range(8)
+
+
+@dataclass(slots=True, frozen=True)
+class SampleMasks:
+    """Which tokens some of a step's samples may draw: bit ``t % 32`` of word ``t // 32`` stands for token t."""
+
+    samples: Int32  # [K] indices into the samples
+    words: Words  # [K, ceil(vocab_size / 32)]
 
 
 @dataclass(slots=True)
@@ -98,7 +107,7 @@ class Sampler:
         self._enders.pop(row, None)
         self._min_tokens[row] = 0
         enders = [*params.stop_token_ids, *([] if params.ignore_eos else self._eos_ids)]
-        if params.min_tokens and enders:
+        if params.min_tokens and enders and not params.constrained:  # a constrained row's masks say it
             self._enders[row] = np.unique(np.array(enders, np.int64))
             self._min_tokens[row] = params.min_tokens
 
@@ -117,16 +126,20 @@ class Sampler:
             self._penalized[row] or self._biased[row] or self._min_tokens[row] or params.logprobs is not None
         )
 
-    def sample(self, logits: Tensor, rows: Int32, positions: Int64) -> Sampled:
+    def sample(self, logits: Tensor, rows: Int32, positions: Int64, masks: SampleMasks | None = None) -> Sampled:
         """Draws one token for each row; does not modify ``logits`` and does not wait for the device.
 
         ``logits`` [S, V] float32 raw; ``rows`` [S] page-table rows, none twice; ``positions`` [S] absolute index of
-        the token drawn. The token is a function of the row's logits, its request and its position alone.
+        the token drawn. The token is a function of the row's logits, its request, its mask and its position alone.
         """
         at = rows.astype(np.int64)
-        if bool(self._plain_greedy[at].all()):
-            return self._finish(sampling.greedy(logits), None, [])
-        adjusted = self._adjust(logits, at, positions)
+        plain = bool(self._plain_greedy[at].all())
+        adjusted = logits if plain else self._adjust(logits, at, positions)
+        if masks is not None:
+            words = self._to_device(masks.words.view(np.int32))
+            adjusted = sampling.forbid(adjusted, self._to_device(masks.samples.astype(np.int64)), words)
+        if plain:
+            return self._finish(sampling.greedy(adjusted), None, [])
         tokens = self._draw(adjusted, at, positions)
         self._history.append(at, tokens, self._penalized[at])
         wanted = np.flatnonzero(self._logprobs[at] >= 0)

@@ -16,6 +16,8 @@ import zmq
 
 from ..messages import (
     Abort,
+    BranchOp,
+    BranchRun,
     Control,
     ControlReply,
     Deltas,
@@ -25,6 +27,7 @@ from ..messages import (
     Message,
     Progress,
     Ready,
+    Settled,
     Shutdown,
     Stats,
     StepOutput,
@@ -35,8 +38,8 @@ from ..messages import (
 LINGER_MS = 2000  # how long a leaving process may try to deliver its last words
 MAX_PATH = 100  # bytes of a Unix socket's path (sun_path holds 108)
 
-ToTokenizer = Submit | Abort | Limits | Shutdown
-ToScheduler = Generate | Abort | StopMatched | Control | Shutdown
+ToTokenizer = Submit | BranchOp | BranchRun | Abort | Limits | Shutdown
+ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | Control | Shutdown
 ToDetokenizer = StepOutput | Shutdown
 ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed
 

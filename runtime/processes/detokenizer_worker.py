@@ -9,7 +9,7 @@ import zmq
 
 from ..config import ServerConfig
 from ..detokenizer import DetokenizerCore
-from ..messages import Delta, Deltas, Ready, Shutdown, StopMatched
+from ..messages import Delta, Deltas, Message, Ready, Shutdown, StopMatched
 from ..tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToDetokenizer
 
@@ -34,7 +34,8 @@ class DetokenizerWorker:
                 new, matched = self._core.feed(message)
                 deltas += new
                 stopped += matched
-            self._scheduler.send([StopMatched(id) for id in stopped])
+            ends: list[Message] = [*self._core.take_settled(), *(StopMatched(id) for id in stopped)]
+            self._scheduler.send(ends)
             if deltas:
                 self._http.send([Deltas(deltas)])
             if leaving:

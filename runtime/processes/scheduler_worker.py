@@ -12,8 +12,23 @@ import zmq
 
 from ..config import EngineConfig, ServerConfig
 from ..core import EngineCore
-from ..messages import Abort, Control, Generate, Message, Progress, Ready, Shutdown, StopMatched
+from ..grammar.compiler import GrammarCompiler
+from ..messages import (
+    Abort,
+    BranchOp,
+    BranchRun,
+    Control,
+    Generate,
+    Message,
+    Progress,
+    Ready,
+    Settled,
+    Shutdown,
+    StopMatched,
+)
+from ..model_folder import model_folder
 from ..step import Executor
+from ..tokenizer import Tokenizer
 from ..torch_environment import prepare_torch
 from .channels import Inbox, Outbox, ToScheduler
 
@@ -26,10 +41,19 @@ class SchedulerWorker:
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToScheduler] = Inbox(context, run_dir, "scheduler")
         self._detokenizer = Outbox(context, run_dir, "detokenizer")
+        self._tokenizer = Outbox(context, run_dir, "tokenizer")
         self._http = http
         loaded = _load(config, http)
         executor = loaded.executor
-        self._core = EngineCore(config.engine, executor, loaded.eos_ids, loaded.max_model_len, gpu=loaded.gpu)
+        tokenizer = Tokenizer.load(model_folder(config.engine.model))
+        self._core = EngineCore(
+            config.engine,
+            executor,
+            loaded.eos_ids,
+            loaded.max_model_len,
+            gpu=loaded.gpu,
+            grammars=GrammarCompiler(tokenizer, executor.vocab_size, loaded.eos_ids),
+        )
         self._stats_at = 0.0
         # What set-up left behind lives as long as the process: the collector need not walk it during a step.
         gc.collect()
@@ -51,21 +75,25 @@ class SchedulerWorker:
         while True:
             for message in self._inbox.receive(timeout_ms):
                 leaving |= self._handle(message)
+            self._answer_branches()  # before the step, which may take a while
             output = core.step()
             if output is not None:
                 self._detokenizer.send([output])
+            self._answer_branches()
             working = core.has_work
             self._report(working)
             if not working:
                 if leaving:
                     break
-                timeout_ms = None
+                expires = core.sweep()
+                timeout_ms = None if expires is None else int(1000 * expires) + 1
             else:
                 # With nothing to compute, wait a moment for news instead of spinning.
                 timeout_ms = 0 if core.advanced else 1
         self._detokenizer.send([Shutdown()])
         core.close()
         self._detokenizer.close()
+        self._tokenizer.close(0)
         self._inbox.close()
 
     def _handle(self, message: ToScheduler) -> bool:
@@ -73,6 +101,10 @@ class SchedulerWorker:
         match message:
             case Generate():
                 self._core.add(message)
+            case BranchOp() | BranchRun():
+                self._core.branches.take(message)
+            case Settled():
+                self._core.branches.settled(message)
             case Abort():
                 self._core.abort(message.id)
             case StopMatched():
@@ -82,6 +114,15 @@ class SchedulerWorker:
             case Shutdown():
                 return True
         return False
+
+    def _answer_branches(self) -> None:
+        branches = self._core.branches
+        if branches.replies:
+            self._http.send(branches.replies)
+            branches.replies.clear()
+        if branches.to_encode:
+            self._tokenizer.send(branches.to_encode)
+            branches.to_encode.clear()
 
     def _report(self, working: bool) -> None:
         now = time.monotonic()
@@ -102,7 +143,7 @@ class _Loaded:
 
 def _load(config: ServerConfig, http: Outbox) -> _Loaded:
     if config.null_executor:
-        return _load_null(config.engine)
+        return _load_null(config.engine, config.null_step_seconds)
     prepare_torch()
     from ..executor.executor import ModelExecutor
 
@@ -119,11 +160,10 @@ def _load(config: ServerConfig, http: Outbox) -> _Loaded:
     )
 
 
-def _load_null(engine: EngineConfig) -> _Loaded:
+def _load_null(engine: EngineConfig, step_seconds: float) -> _Loaded:
     from ..executor.null import NullExecutor
-    from ..tokenizer import Tokenizer
 
     pages = (engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size
     vocab_size = Tokenizer.load(Path(engine.model)).vocab_size
-    executor = NullExecutor(pages, engine.page_size, vocab_size)
+    executor = NullExecutor(pages, engine.page_size, vocab_size, step_seconds)
     return _Loaded(executor, (), engine.max_model_len or NULL_CONTEXT, ["no model: tokens are made up"], gpu=False)

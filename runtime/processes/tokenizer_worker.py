@@ -8,10 +8,25 @@ from typing import Any
 
 import zmq
 
+from ..branches.pieces import encode_message
 from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..limits import fit
-from ..messages import Abort, Delta, Deltas, Finished, Generate, Limits, Message, Ready, Shutdown, Submit
+from ..messages import (
+    Abort,
+    BranchOp,
+    BranchRun,
+    Delta,
+    Deltas,
+    Finished,
+    Generate,
+    Limits,
+    Message,
+    Ready,
+    Refusal,
+    Shutdown,
+    Submit,
+)
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToTokenizer
@@ -38,6 +53,9 @@ class TokenizerWorker:
                 match message:
                     case Submit():
                         self._submit(message, forward, refused)
+                    case BranchOp() | BranchRun():
+                        self._encode(message)
+                        forward.append(message)
                     case Abort():
                         forward.append(message)
                     case Limits():
@@ -45,9 +63,9 @@ class TokenizerWorker:
                     case Shutdown():
                         forward.append(message)
                         leaving = True
-            self._scheduler.send(forward)
-            if refused:
+            if refused:  # first: one bad prompt refuses the whole request, before its neighbours' tokens begin it
                 self._http.send([Deltas(refused)])
+            self._scheduler.send(forward)
             if leaving:
                 self._scheduler.close()
                 self._inbox.close()
@@ -66,8 +84,26 @@ class TokenizerWorker:
             return
         for i, id in enumerate(message.ids):
             forward.append(
-                Generate(id, tokens, params.sample(i), message.namespace, message.priority, message.echo_tokens)
+                Generate(
+                    id,
+                    tokens,
+                    params.sample(i),
+                    message.namespace,
+                    message.priority,
+                    message.echo_tokens,
+                    message.whole,
+                    breakpoints=message.breakpoints,
+                    private=message.private,
+                )
             )
+
+    def _encode(self, message: BranchOp | BranchRun) -> None:
+        """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
+        try:
+            encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
+        except Exception:
+            logger.exception("could not tokenize a text")
+            message.refusal = Refusal("the text could not be tokenized", None, 500)
 
     def _prepare(self, message: Submit) -> tuple[bytes, SamplingParams]:
         if self._limits is None:
@@ -78,7 +114,13 @@ class TokenizerWorker:
         else:
             text = message.text or ""
             self._check_bytes(text, field)
-            tokens = self._tokenizer.encode(text).astype("<i4", copy=False).tobytes()
+            marks = [position for position, _ in message.breakpoints]
+            ids, counts = self._tokenizer.encode_marked(text, marks, not message.rendered)
+            message.breakpoints = [
+                (len(ids) if position < 0 else count, seconds)
+                for (position, seconds), count in zip(message.breakpoints, counts, strict=True)
+            ]
+            tokens = ids.astype("<i4", copy=False).tobytes()
         return tokens, fit(len(tokens) // 4, message.params, self._limits, field=field, max_tokens=max_tokens)
 
     def _check_bytes(self, text: str, field: str) -> None:

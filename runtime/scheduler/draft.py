@@ -102,6 +102,8 @@ class Draft:
             starts=self.starts,
             prompt_logprobs=logprobs,
         )
+        if rows.constrained.any():
+            plan.constrained = np.flatnonzero(rows.constrained[plan.rows[samples]]).astype(np.int32)
         ledger.clock += plan.num_tokens
         return ScheduledStep(
             plan, [requests[i] for i in samples.tolist()], wanting, self.finishing, plan.num_tokens - n

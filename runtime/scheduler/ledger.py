@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 
 from ...radix.lease import Lease
@@ -9,6 +12,19 @@ from ...radix.tree import RadixTree
 from ..step import Int32
 from .request import Request, Status
 from .rows import DECODE, Rows
+
+
+class Holders(Protocol):
+    """Those who keep pages from eviction without running: branches."""
+
+    def relieve(self, pages: int, everything: bool) -> bool:
+        """Holds are given up until ``pages`` could be reserved; whether they could. ``everything``: also the holds of
+        those who wait to run."""
+        ...
+
+    def forget(self) -> None:
+        """Every hold is given up."""
+        ...
 
 
 class Ledger:
@@ -26,6 +42,8 @@ class Ledger:
         self.waiting: dict[int, Request] = {}  # by id, in order of arrival
         self.clock = 0  # tokens scheduled so far: the service clock that ages waiting requests
         self.retractions = 0
+        self.holders: Holders | None = None
+        self.keep: Callable[[Request], None] = lambda request: None  # pins what the request asked to be kept
         self._writes: list[tuple[int, int, Int32]] = []  # (row, first column, pages)
 
     def lease(self, request: Request) -> Lease:
@@ -53,6 +71,12 @@ class Ledger:
             self._writes.append((row, int(self.rows.held[row]), taken))
             self.rows.held[row] += pages
         return taken
+
+    def relieve(self, pages: int, *, everything: bool) -> bool:
+        """Could ``pages`` be reserved, if need be by taking the holds of branches that do not run?"""
+        if pages <= self.tree.available:
+            return True
+        return self.holders is not None and self.holders.relieve(pages, everything)
 
     def publish(self, request: Request, length: int) -> tuple[int, int, Int32] | None:
         """The request's first ``length`` tokens have KV written or scheduled: their whole pages enter the tree.

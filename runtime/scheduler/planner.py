@@ -58,7 +58,7 @@ class Planner:
         """Every decoding request advances by one token; the oldest get their pages first."""
         r, page = self._rows, self._page_size
         rows = r.in_order(DECODE)
-        rows = rows[r.length[rows] < r.limit[rows]]
+        rows = rows[(r.length[rows] < r.limit[rows]) & ~r.blocked[rows]]
         for row in rows[r.computed[rows] >= r.held[rows] * page].tolist():
             if r.phase[row] == DECODE:  # not retracted by an older one just now
                 self._grow(draft, r.request(row), 1)
@@ -67,12 +67,15 @@ class Planner:
         draft.budget -= len(draft.decode_rows)
 
     def _grow(self, draft: Draft, request: Request, pages: int) -> bool:
-        """``pages`` more pages for a running request; younger ones are retracted until they fit.
+        """``pages`` more pages for a running request; branches that do not run lose theirs, and then younger requests
+        are retracted until they fit.
 
         False: the request sits this step out, with what it holds. Older requests, or pages still in quarantine,
         will make room; the oldest request can always take every page but quarantined ones.
         """
         while self._ledger.reserve(request, pages) is None:
+            if self._ledger.relieve(pages, everything=True):
+                continue
             victim = self._ledger.victim(request, by_priority=self._policy == "priority")
             if victim is None:
                 return False
@@ -220,8 +223,12 @@ class Planner:
         expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
         total = max(prompt_pages, -(-expected // page))
         if not alone and not self._may_fit(request, total + wanted, look):
-            return None  # without a match: locking what is then let go would count as a use of it
+            pages = total + wanted - request.hit_estimate // page
+            if not self._ledger.relieve(pages, everything=False):
+                return None  # without a match: locking what is then let go would count as a use of it
         lease = tree.match(request.tokens, request.namespace, request.reuse_limit, request.priority)
+        # Its own hits are leased by now, so its branch's hold may go with the others.
+        self._ledger.relieve(total - len(lease.pages) + wanted, everything=alone)
         if alone and lease.copy is not None and prompt_pages - len(lease.pages) > tree.available:
             # The page it would copy from is locked and may be the very one it needs.
             aligned = lease.length
@@ -233,8 +240,12 @@ class Planner:
             return None
         if request.cache is None:
             report = lease.report
-            request.cache = CacheReport(report.hit_tokens, report.reason, report.diverged_at)
+            refilled = max(0, min(request.remembered, request.reuse_limit) - lease.hit)
+            reason = "disabled" if request.private else report.reason
+            written = 0 if reason == "disabled" else max(0, request.prompt_len - lease.hit)
+            request.cache = CacheReport(report.hit_tokens, reason, report.diverged_at, refilled, written)
         if lease.hit == request.num_tokens:  # max_tokens=0 and everything is there
+            self._ledger.keep(request)
             tree.release(lease)
             del self._ledger.waiting[request.id]
             self.served.append(request)

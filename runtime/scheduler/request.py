@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,11 @@ from ..step import Int32
 
 if TYPE_CHECKING:
     from ...radix.lease import Lease
+    from ..grammar.matcher import Matcher
 
 
 class Status(enum.Enum):
+    COMPILING = enum.auto()  # waits for its grammar
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
@@ -30,6 +33,7 @@ class Request:
     __slots__ = (
         "arrival",
         "arrival_clock",
+        "breakpoints",
         "cache",
         "echo_tokens",
         "held_back",
@@ -37,14 +41,18 @@ class Request:
         "id",
         "lease",
         "limit",
+        "matcher",
         "namespace",
         "num_tokens",
+        "on_end",
         "opened",
         "params",
         "priority",
+        "private",
         "prompt_len",
         "prompt_logprob_next",
         "queue_seconds",
+        "remembered",
         "retractions",
         "row",
         "seed",
@@ -62,6 +70,8 @@ class Request:
         self.namespace: tuple[str, str] = message.namespace
         self.priority: int = message.priority
         self.echo_tokens: bool = message.echo_tokens
+        self.breakpoints: list[tuple[int, float]] = message.breakpoints  # to pin, until that has been done
+        self.private: bool = message.private
         self.seed: int = seed
         self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids) | frozenset(
             () if params.ignore_eos else eos_ids
@@ -71,6 +81,7 @@ class Request:
         self.token_buffer: Int32 = prompt
         self.num_tokens: int = len(prompt)
 
+        self.matcher: Matcher | None = None  # where its output stands in the grammar that constrains it
         self.status = Status.WAITING
         self.arrival: float = 0.0  # wall time, for the queue-time metric only
         self.arrival_clock: int = 0  # service clock (tokens scheduled) at arrival: ages the request
@@ -83,6 +94,8 @@ class Request:
         self.opened: bool = False
         self.retractions: int = 0
         self.queue_seconds: float = 0.0
+        self.remembered: int = 0  # prompt tokens whose KV its branch has computed before
+        self.on_end: Callable[[Request], None] | None = None  # called once, after its terminal message
         # next prompt position whose logprob is still to be delivered; position 0 has none
         self.prompt_logprob_next: int = max(1, params.prompt_logprob_start)
 

@@ -28,6 +28,8 @@ class Rows:
         self.held = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
         self.last_token = np.zeros(max_rows, dtype=np.int32)  # the token to feed next, or PENDING
         self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
+        self.constrained = np.zeros(max_rows, dtype=np.bool_)  # the request has a matcher
+        self.blocked = np.zeros(max_rows, dtype=np.bool_)  # and must not decode before it knows what may come next
         self.requests: list[Request | None] = [None] * max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._admissions = 0
@@ -50,6 +52,8 @@ class Rows:
         self.prompt_len[row] = request.prompt_len
         self.held[row] = 0
         self.last_token[row] = PENDING
+        self.constrained[row] = request.matcher is not None
+        self.blocked[row] = False
         self._admissions += 1
         self.order[row] = self._admissions
         return row

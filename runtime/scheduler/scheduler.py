@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from ...radix.tree import RadixTree
+from ..cache_control.service import CacheService
 from ..config import EngineConfig
 from ..errors import InvalidRequest
+from ..grammar.compiler import GrammarCompiler
+from ..grammar.constraint import constraint_of, without_constraint
+from ..grammar.guides import Guides
 from ..limits import check_token_ids, fit
 from ..logprobs import pack as pack_logprobs
 from ..messages import (
@@ -48,6 +53,7 @@ class Scheduler:
         max_rows: int,
         max_batched_tokens: int,
         eos_ids: tuple[int, ...] = (),
+        grammars: GrammarCompiler | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
@@ -57,9 +63,12 @@ class Scheduler:
             policy=config.eviction_policy,
             enabled=not config.disable_radix_cache,
         )
+        self.cache = CacheService(self.tree, config, now)
         self.ledger = Ledger(self.tree, max_rows)
+        self.ledger.keep = self.cache.keep
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
+        self._guides = Guides(grammars)
         self._now = now
         self._seeds = random.Random(config.seed)
         self._live: dict[int, Request] = {}
@@ -68,8 +77,13 @@ class Scheduler:
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def add(self, message: Generate) -> None:
-        """Queues a request. One that can never be served is answered with an ``error`` at once."""
+    def add(
+        self, message: Generate, *, remembered: int = 0, on_end: Callable[[Request], None] | None = None
+    ) -> Request | None:
+        """Queues a request. One that can never be served is answered with an ``error`` at once: then None.
+
+        ``remembered``: prompt tokens whose KV was there before, for the report. ``on_end`` hears of every other end.
+        """
         if message.id in self._live:
             raise ValueError(f"request id {message.id} is in use")
         tokens = np.frombuffer(message.tokens, dtype="<i4")
@@ -77,6 +91,8 @@ class Scheduler:
             params = fit(len(tokens), message.params, self.limits)
             if tokens.min() < 0 or tokens.max() >= self.limits.vocab_size:
                 check_token_ids(tokens.tolist(), self.limits.vocab_size, "prompt")
+            if params.constrained and not self._guides.available:
+                raise InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
         except InvalidRequest as error:
             self._out.opened.append(Opened(message.id, len(tokens), b"", message.params))
             self._out.finished.append(
@@ -89,14 +105,21 @@ class Scheduler:
                     status=error.status,
                 )
             )
-            return
+            return None
         seed = message.params.seed
         if seed is None:
             seed = self._seeds.randrange(MAX_SEED)
         request = Request(message, seed=seed, max_tokens=params.max_tokens or 0, eos_ids=self._eos_ids)
         request.arrival, request.arrival_clock = self._now(), self.ledger.clock
         request.hit_estimate = self.tree.peek(request.tokens, request.namespace, request.reuse_limit)
-        self._live[request.id] = self.ledger.waiting[request.id] = request
+        request.remembered, request.on_end = remembered, on_end
+        self._live[request.id] = request
+        constraint = constraint_of(params)
+        if constraint is None:
+            self.ledger.waiting[request.id] = request
+        else:
+            request.status = Status.COMPILING
+            self._guides.begin(request, constraint)
         self._totals.prompt_tokens += request.prompt_len
         echo = request.echo_tokens or request.params.prompt_logprobs is not None
         self._out.opened.append(
@@ -104,10 +127,23 @@ class Scheduler:
                 request.id,
                 request.prompt_len,
                 request.prompt[-_TAIL:].tobytes(),
-                request.params,
-                request.prompt.tobytes() if echo else None,
+                without_constraint(request.params),
+                request.prompt[message.echo_from :].tobytes() if echo else None,
+                message.whole,
+                message.settle,
             )
         )
+        return request
+
+    def refuse(self, request_id: int, error: InvalidRequest) -> None:
+        """Answers a request that was never added."""
+        self._out.finished.append(
+            Finished(request_id, "error", error=error.message, error_field=error.field, status=error.status)
+        )
+
+    def refuse_aborted(self, request_id: int) -> None:
+        """The same for one whose client left before it was added."""
+        self._out.finished.append(Finished(request_id, "abort"))
 
     def abort(self, request_id: int, reason: FinishReason = "abort") -> None:
         """Ends a request early; nothing happens if it has ended or was never here."""
@@ -118,6 +154,8 @@ class Scheduler:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> ScheduledStep | None:
+        if self._guides.busy:
+            self._hear_guides()
         step = self.planner.plan()
         for request in self.planner.served:
             self._first_scheduled(request)
@@ -128,7 +166,44 @@ class Scheduler:
             for start in step.plan.starts:
                 self._first_scheduled(self.ledger.rows.request(start.row))
             self._totals.computed_tokens += step.prompt_tokens
+            for i in step.plan.constrained.tolist():
+                request = step.sampled[i]
+                if request.matcher is not None and request.matcher.grammar.slow:
+                    self.ledger.rows.blocked[request.row] = True
         return step
+
+    def masks(self, step: ScheduledStep) -> npt.NDArray[np.uint32]:
+        """Which tokens the step's constrained samples may draw, as `PendingStep.draw` wants it. Every step before it
+        must have been completed: what is allowed depends on what was drawn."""
+        requests = [step.sampled[i] for i in step.plan.constrained.tolist()]
+        live = [None if request.status is Status.FINISHED else request for request in requests]
+        masks = self._guides.masks(live)
+        for request in live:
+            if request is not None:
+                self._end_guided(request)
+        return masks
+
+    def _hear_guides(self) -> None:
+        """Requests whose grammar is there begin to wait like all others; those whose thread is done may go on."""
+        for request, refusal in self._guides.compiled(self._now()):
+            if refusal is not None:
+                self._finish(request, "error", refusal=refusal)
+            else:
+                request.status = Status.WAITING
+                self.ledger.waiting[request.id] = request
+        for request in self._guides.settled():
+            if request.row >= 0:
+                self.ledger.rows.blocked[request.row] = False
+            self._end_guided(request)
+
+    def _end_guided(self, request: Request) -> None:
+        """Ends a request whose grammar allows no more tokens."""
+        if request.matcher is None:
+            return
+        if request.matcher.error is not None:
+            self._finish(request, "error", refusal=self._guides.refusal(request))
+        elif request.matcher.finished:
+            self._finish(request, "stop")
 
     def _first_scheduled(self, request: Request) -> None:
         if not request.opened and request.cache is not None:
@@ -137,6 +212,7 @@ class Scheduler:
             self._out.cache[request.id] = request.cache
             self._out.queue_seconds[request.id] = request.queue_seconds
             self._totals.cached_tokens += request.cache.hit_tokens
+            self.cache.begun(request)
 
     def complete(self, step: ScheduledStep, result: StepResult) -> None:
         """Takes in what a launched step produced. Steps complete in launch order.
@@ -154,6 +230,7 @@ class Scheduler:
         page = self.tree.page_size
         r = self.ledger.rows
         ended: list[tuple[Request, FinishReason, int | None]] = []
+        guided: list[Request] = []  # ended by their grammar
         for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
             if request.status is Status.FINISHED:
                 continue
@@ -168,6 +245,8 @@ class Scheduler:
                 r.last_token[row] = token
             if token in request.stop_ids:
                 ended.append((request, "stop", token))
+            elif request.matcher is not None and self._follow(request, token):
+                guided.append(request)
             elif known == request.limit:
                 ended.append((request, "length", None))
             elif row >= 0 and (known - 1) % page == 0:
@@ -179,20 +258,42 @@ class Scheduler:
         self._totals.generated_tokens += len(ids)
         for request, reason, matched in ended:
             self._finish(request, reason, matched=matched)
+        for request in guided:
+            self._end_guided(request)
         for request in step.finishing:
             self._finish(request, "length")
 
+    def _follow(self, request: Request, token: int) -> bool:
+        """The request's grammar takes in the token; whether that is known to have ended it."""
+        row, rows = request.row, self.ledger.rows
+        in_flight = row >= 0 and rows.length[row] != request.num_tokens
+        ready = self._guides.follow(request, token, wanted=in_flight)
+        if request.matcher is None:
+            return False
+        if row >= 0:  # a slow one sits out what follows the step in flight, whose token a thread will take in
+            rows.blocked[row] = not ready or (in_flight and request.matcher.grammar.slow)
+        return ready and request.matcher.ended
+
     def _finish(
-        self, request: Request, reason: FinishReason, *, matched: int | None = None, error: str | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        matched: int | None = None,
+        error: str | None = None,
+        refusal: InvalidRequest | None = None,
     ) -> None:
         """The one end of every request."""
         if request.status is Status.FINISHED:
             return
         if request.status is Status.RUNNING:
+            self.cache.leaving(request, int(self.ledger.rows.computed[request.row]))
             self.ledger.leave(request, keep=reason != "error")
         else:
             self.ledger.waiting.pop(request.id, None)
+        self._guides.forget(request)
         request.status = Status.FINISHED
+        self.cache.ended(request, well=reason in ("stop", "length"))
         del self._live[request.id]
         if reason in ("stop", "length"):
             self.planner.estimator.finished(request.num_outputs, request.limit - request.prompt_len)
@@ -205,30 +306,43 @@ class Scheduler:
                 completion_tokens=request.num_outputs,
                 cache=request.cache,
                 matched=matched,
-                error=error,
+                error=error if refusal is None else refusal.message,
+                error_field=None if refusal is None else refusal.field,
+                status=500 if refusal is None else refusal.status,
                 retractions=request.retractions,
                 queue_seconds=request.queue_seconds,
             )
         )
+        if request.on_end is not None:
+            request.on_end(request)
 
     def fail_running(self, error: str) -> None:
         """A step broke: everything it may have touched is worthless. Running requests end with ``error`` and the
         tree forgets all it knows; waiting requests stay."""
         for request in self.ledger.rows.running():
             self._finish(request, "error", error=error)
+        if self.ledger.holders is not None:
+            self.ledger.holders.forget()
+        self.cache.pins.forget()
         self.tree.end_step(self.tree.begin_step())  # whatever was in flight has ended, one way or another
         self.tree.flush()
 
     def fail_oldest(self, error: str) -> None:
         """Breaks a stalemate that the rules above should make impossible."""
         candidates = self.ledger.rows.running() or list(self.ledger.waiting.values())
-        self._finish(candidates[0], "error", error=error)
+        refusal = InvalidRequest(error, status=503) if self.cache.pins.pages else None  # there will be room
+        self._finish(candidates[0], "error", error=error, refusal=refusal)
 
     # -- out -----------------------------------------------------------------------------------------------------------
 
     @property
     def has_requests(self) -> bool:
         return bool(self._live)
+
+    @property
+    def waits_for_grammars(self) -> bool:
+        """May there be a step to plan in a moment, though there is none now?"""
+        return self._guides.busy
 
     def take_output(self) -> StepOutput | None:
         """Everything said since the last call, or None."""
@@ -241,9 +355,10 @@ class Scheduler:
     def stats(self) -> Stats:
         totals, tree = self._totals, self.tree
         totals.running = len(self.ledger.rows)
-        totals.waiting = len(self.ledger.waiting)
+        totals.waiting = len(self.ledger.waiting) + self._guides.compiling
         totals.pages_free = tree.allocator.free
         totals.pages_cached = tree.evictable
         totals.evicted_pages = tree.evicted_total
+        totals.pins, totals.pages_pinned = len(self.cache.pins), self.cache.pins.pages
         totals.retractions = self.ledger.retractions
         return totals

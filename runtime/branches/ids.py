@@ -1,0 +1,33 @@
+"""Names of branches: nobody can guess one, and those this server made can be told from all others without a list."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+
+_NONCE, _PROOF = 12, 12  # bytes: each 16 characters
+
+
+class BranchIds:
+    """An id is a random number and its keyed digest under the owner's name."""
+
+    def __init__(self) -> None:
+        self._key = os.urandom(32)
+
+    def make(self, owner: str, n: int) -> list[str]:
+        noise = os.urandom(_NONCE * n)
+        nonces = (noise[i : i + _NONCE] for i in range(0, len(noise), _NONCE))
+        return ["b" + urlsafe_b64encode(nonce + self._proof(nonce, owner)).decode() for nonce in nonces]
+
+    def made(self, id: str, owner: str) -> bool:
+        """Whether `make` gave this id to this owner, ever."""
+        try:
+            data = urlsafe_b64decode(id[1:].encode("ascii"))
+        except ValueError:  # also UnicodeEncodeError and binascii.Error
+            return False
+        return hmac.compare_digest(data[_NONCE:], self._proof(data[:_NONCE], owner)) and id[:1] == "b"
+
+    def _proof(self, nonce: bytes, owner: str) -> bytes:
+        return hashlib.blake2b(nonce + owner.encode(), digest_size=_PROOF, key=self._key).digest()

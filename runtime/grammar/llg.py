@@ -1,0 +1,129 @@
+"""The one file that knows llguidance: a tokenizer, grammars compiled within limits, and matchers that walk them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from ..errors import InvalidRequest
+from . import schema
+
+if TYPE_CHECKING:
+    from ..tokenizer import Tokenizer
+    from .constraint import Constraint
+
+Words = npt.NDArray[np.uint32]  # bit masks over the vocabulary: token t is bit t % 32 of word t // 32
+
+# Compiling takes milliseconds and a mask fractions of one. These bound the worst: about 50 ms a step on this project's
+# machine, for grammars written to be slow. Memory is 1 to 2 KB a lexer state.
+_LIMITS = LLParserLimits(
+    max_items_in_row=1000,
+    initial_lexer_fuel=500_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+_MAX_BRACKETS = 200  # of an EBNF grammar inside each other: its reader is recursive
+
+
+class Backend:
+    """A model's tokenizer as llguidance sees it. ``eos_ids`` are the tokens that may end an output.
+
+    Takes about 6 ms for every thousand tokens, holding the GIL. Raises `InvalidRequest` if llguidance cannot use the
+    tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        size = max(vocab_size, tokenizer.vocab_size)
+        try:
+            self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=sorted(eos_ids) or None)
+        except Exception as error:  # llguidance raises plain ValueError and more
+            raise InvalidRequest(f"cannot be enforced with this model's tokenizer: {_one_line(str(error))}") from error
+        self.eos_ids = frozenset(self._tokenizer.eos_tokens)
+        self.words = -(-vocab_size // 32)
+        self._width = -(-size // 32)  # words of llguidance's own masks
+
+    def compile(self, constraint: Constraint) -> LLMatcher:
+        """A matcher at its start. Releases the GIL. Raises `InvalidRequest` saying what cannot be compiled."""
+        try:
+            grammar = _grammar(constraint)
+        except RecursionError as error:
+            raise InvalidRequest("is nested too deeply") from error
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        if matcher.is_error():
+            raise InvalidRequest(_reason(matcher.get_error()))
+        return matcher
+
+    def fill(self, matcher: LLMatcher, mask: Words) -> None:
+        """The tokens that may come next, as bits: ``mask`` [words] is overwritten. Releases the GIL.
+
+        Raises `InvalidRequest` when that goes beyond the limits.
+        """
+        full = np.empty(self._width, np.uint32)
+        matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
+        if matcher.is_error():
+            raise InvalidRequest(_reason(matcher.get_error()))
+        mask[:] = full[: self.words]
+
+
+def _grammar(constraint: Constraint) -> str:
+    kind, text = constraint
+    if kind == "json_schema":
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema.parse(text)))
+    if kind == "regex":
+        # \d as [0-9]: what people mean, and what every reader of the output takes for a digit.
+        return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
+    if kind == "choices":
+        choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+        return LLMatcher.grammar_from_lark(f"start: {choices}")
+    if _depth(text) > _MAX_BRACKETS:
+        raise InvalidRequest(f"must have at most {_MAX_BRACKETS} brackets inside each other")
+    try:
+        return LLMatcher.grammar_from_lark(any_to_lark(text))
+    except RecursionError:
+        raise
+    except Exception as error:
+        raise InvalidRequest(f"is not a grammar: {_one_line(str(error))}") from error
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for bracket in re.findall(r"[()]", text):
+        depth += 1 if bracket == "(" else -1
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def _reason(error: str) -> str:
+    """llguidance's message in a line, without its state dump, as the end of a sentence about the field."""
+    error = error.split("<state>")[0].split("<non-verbose/>")[0].strip()
+    if match := re.match(r"Unimplemented keys: \[(.*)\]", error):
+        names = match[1].replace('"', "")
+        return f"uses {names}, which cannot be enforced" if names else error
+    if error.startswith("NoExtension"):
+        return "cannot be satisfied by any output"
+    if error.startswith("oneOf constraints are not supported"):
+        return "uses oneOf with branches that are not plainly exclusive, which cannot be enforced: use anyOf"
+    if "Current row has" in error or "lexer error: too many" in error or "fuel" in error or "limit" in error:
+        return f"is too complex to be enforced: {_one_line(error)}"
+    return f"cannot be enforced: {_one_line(error)}"
+
+
+def _one_line(error: str) -> str:
+    """Of a message with a picture of the place, the lines that say something."""
+    if "regex parse error:" in error and "\nerror: " in error:
+        return f"bad regular expression: {error.rsplit('error: ', 1)[1].splitlines()[0]}"
+    lines = [line.strip() for line in error.splitlines()]
+    said = [line for line in lines if line and not re.fullmatch(r"[\^~ ]+|\d+ \|.*|\|.*", line)]
+    said = [line for previous, line in pairwise(["", *said]) if line != previous]
+    return " ".join(said)[:400]

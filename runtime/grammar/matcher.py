@@ -1,0 +1,117 @@
+"""A compiled grammar, and one output's way through it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from .llg import Backend, Words
+
+SLOW = 1e-3  # processor seconds a token, on average: from here on nobody waits for this grammar but its own requests
+_FAST = 0.3e-3  # and below this they are quick again
+_WEIGHT = 0.1  # of the latest token in the average
+
+
+class Grammar:
+    """A compiled constraint, shared by every output that follows it; its cost a token is learnt from all of them."""
+
+    def __init__(self, backend: Backend, start: LLMatcher, size: int) -> None:
+        """``start``: a matcher at the grammar's start. Raises `InvalidRequest` if no output can satisfy it."""
+        self.backend = backend
+        self.size = size  # bytes of memory, estimated
+        self.slow = False
+        self._cost = 0.0
+        self._start = start
+        self.first = np.empty(backend.words, np.uint32)  # the tokens an output may begin with
+        began = time.thread_time()
+        backend.fill(start, self.first)
+        self.spent(time.thread_time() - began)
+        if start.is_stopped() and not start.is_accepting():
+            raise InvalidRequest("cannot be satisfied by any output")
+
+    def matcher(self) -> Matcher:
+        return Matcher(self, self._start.deep_copy())
+
+    def spent(self, seconds: float) -> None:
+        """One token took so much processor time."""
+        self._cost += _WEIGHT * (seconds - self._cost)
+        self.slow = self._cost > (_FAST if self.slow else SLOW)
+
+
+class Matcher:
+    """Where one output stands. Used by one thread at a time: the engine's, or that of the ``job`` under way."""
+
+    def __init__(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        self.grammar = grammar
+        self.finished = False  # nothing may follow
+        self.error: InvalidRequest | None = None  # the output cannot go on
+        self.job: Future[None] | None = None
+        self._matcher = matcher
+        self._mask: Words | None = grammar.first  # of the next token, if it is known
+        self._unspent = 0.0
+
+    def advance(self, token: int) -> None:
+        """Takes in the token that was drawn; sets ``finished`` and ``error``."""
+        began = time.thread_time()
+        self._mask = None
+        if not self._matcher.consume_token(token):
+            reason = self._matcher.get_error().splitlines()
+            self.error = InvalidRequest(f"is too complex to be enforced: {reason[0] if reason else 'refused'}")
+        else:
+            self._see_end()
+        self._unspent += time.thread_time() - began
+
+    def look(self) -> None:
+        """Finds out which tokens may come next; sets ``finished`` and ``error``."""
+        if self._mask is not None or self.finished or self.error is not None:
+            return
+        began = time.thread_time()
+        mask = np.empty(self.grammar.backend.words, np.uint32)
+        try:
+            self.grammar.backend.fill(self._matcher, mask)
+            self._mask = mask
+            self._see_end()
+        except InvalidRequest as error:
+            self.error = error
+        self.grammar.spent(self._unspent + time.thread_time() - began)
+        self._unspent = 0.0
+
+    def _see_end(self) -> None:
+        if self._matcher.is_stopped():
+            self.finished = self._matcher.is_accepting()
+            if not self.finished:
+                self.error = InvalidRequest("cannot be satisfied by any output that begins like this one")
+
+    def step(self, token: int) -> None:
+        """`advance`, then `look`: what a ``job`` does."""
+        self.advance(token)
+        self.look()
+
+    @property
+    def ended(self) -> bool:
+        return self.finished or self.error is not None
+
+    @property
+    def mask(self) -> Words:
+        """The tokens that may come next. `look` comes first."""
+        if self._mask is None:
+            raise RuntimeError("look() first")
+        return self._mask
+
+
+def hold_open(mask: Words, tokens: frozenset[int]) -> None:
+    """Takes ``tokens`` from the choice, unless nothing would be left of it."""
+    rest = mask.copy()
+    for token in tokens:
+        if token >> 5 < len(rest):
+            rest[token >> 5] &= ~np.uint32(1 << (token & 31))
+    if rest.any():
+        mask[:] = rest
