@@ -43,6 +43,7 @@ ApiKey = Annotated[
 ]
 
 MODEL, MEMORY, SCHEDULING, SERVER, SAMPLING = "Model", "Memory", "Scheduling", "Server", "Sampling"
+LIMITS = "Limits"
 
 MaxModelLen = Annotated[
     int | None,

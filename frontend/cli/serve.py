@@ -11,6 +11,7 @@ import typer
 from ...runtime.config import EngineConfig, EvictionPolicy, SchedulePolicy, ServerConfig
 from .console import err, escape, expected_failures, out
 from .options import (
+    LIMITS,
     MEMORY,
     MODEL,
     SCHEDULING,
@@ -50,6 +51,26 @@ def serve(
             show_default=False,
         ),
     ] = _SERVER.api_key,
+    extra_api_keys: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--extra-api-key",
+            metavar="KEY",
+            help="A further key, with a cache of its own. Repeatable.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = None,
+    admin_api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            envvar="BRANCHWISE_ADMIN_API_KEY",
+            help="Key for what touches everybody's cache: flush, evict, tree, all stats. Default: --api-key.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.admin_api_key,
     served_model_name: Annotated[
         str | None,
         typer.Option(
@@ -59,6 +80,57 @@ def serve(
     max_queued_requests: Annotated[
         int, typer.Option(min=1, metavar="N", help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
     ] = _SERVER.max_queued_requests,
+    max_prompts_per_request: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts × n of one request.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_prompts_per_request,
+    max_n: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Samples of one prompt; at most 128.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_n,
+    max_stop_strings: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Stop strings of one request; at most 64.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_stop_strings,
+    max_logit_bias: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Entries of logit_bias; at most 1024.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_logit_bias,
+    max_top_logprobs: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Alternatives beside a token's logprob; at most 20.", rich_help_panel=LIMITS
+        ),
+    ] = _SERVER.max_top_logprobs,
+    max_messages: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Messages of one conversation.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_messages,
+    max_tools: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Tools of one request.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_tools,
+    max_json_depth: Annotated[
+        int,
+        typer.Option(min=1, metavar="N", help="Levels of a body's objects and lists.", rich_help_panel=LIMITS),
+    ] = _SERVER.max_json_depth,
+    max_body_bytes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Bytes of a request's body.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_body_bytes,
+    max_header_bytes: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Bytes of a request's line and headers.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_header_bytes,
+    tool_call_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic, none, or auto: "
+            "as its chat template says.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _SERVER.tool_call_parser,
+    reasoning_parser: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How the model writes its thinking: think, mistral, none, or auto: as its chat template says.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _SERVER.reasoning_parser,
     drain_seconds: Annotated[
         float,
         typer.Option(
@@ -146,9 +218,36 @@ def serve(
             rich_help_panel=MEMORY,
         ),
     ] = _ENGINE.eviction_policy,
+    max_pinned_share: Annotated[
+        float,
+        typer.Option(
+            metavar="X",
+            help="Share of the KV cache that pins and cache breakpoints may keep from eviction.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = _ENGINE.max_pinned_share,
+    pinned_share_per_key: Annotated[
+        float, typer.Option(metavar="X", help="Share of that for one API key.", rich_help_panel=MEMORY)
+    ] = _ENGINE.pinned_share_per_key,
+    max_pin_ttl: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="The longest a pin or breakpoint may last.", rich_help_panel=MEMORY),
+    ] = _ENGINE.max_pin_ttl,
     disable_radix_cache: Annotated[
         bool, typer.Option("--disable-radix-cache", help="Remember nothing.", rich_help_panel=MEMORY)
     ] = _ENGINE.disable_radix_cache,
+    max_branches: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            help="Branches kept for clients (POST /branches); past it they get a 429. 0: none.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = _ENGINE.max_branches,
+    branch_ttl: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", help="Time a branch lives after its last use.", rich_help_panel=MEMORY),
+    ] = _ENGINE.branch_ttl,
     check_when_idle: Annotated[
         bool,
         typer.Option("--check-when-idle", help="Debugging: verify tree and pages when idle.", rich_help_panel=MEMORY),
@@ -177,11 +276,12 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    Answers SGLang's **/generate** and OpenAI's **/v1/completions**; **/cache/tree** shows what is
-    remembered, **/metrics** is for Prometheus. Ctrl-C finishes what is in flight and leaves; a second one leaves
+    Answers OpenAI's **/v1/chat/completions** and **/v1/completions** and SGLang's **/generate**;
+    **/cache/tree** shows what is remembered, **/metrics** is for Prometheus. Ctrl-C finishes what is in flight
+    and leaves; a second one leaves
     at once. A model or setting that cannot be loaded exits 2.
     """
-    flags = dict(locals())
+    flags = dict(locals()) | {"extra_api_keys": tuple(extra_api_keys or ())}
     with expected_failures():
         from ...runtime.config import check
 

@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse
 
 from ..errors import InvalidRequest
 from ..messages import ControlWhat
+from .auth import require_admin
 from .body import read_json_object
 from .metrics import CONTENT_TYPE
 from .requests import AbortRequest, parse
@@ -44,6 +45,7 @@ def router(site: Site) -> APIRouter:
     @routes.get("/cache/tree")
     async def tree(request: Request) -> Response:
         """The radix tree as JSON, or as text with ``?format=text``; at most ``max_nodes`` nodes."""
+        require_admin()
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
             raise InvalidRequest(f"format must be json or text, got {form!r}", field="format")
@@ -54,12 +56,14 @@ def router(site: Site) -> APIRouter:
     @routes.get("/cache/check")
     async def check() -> Response:
         """Walks the tree and the pages between two steps. 500 names the invariant that does not hold."""
+        require_admin()
         return json_response({"check": await site.client.control("check")})
 
     @routes.post("/flush_cache")
     @routes.get("/flush_cache")  # SGLang takes both
     async def flush_cache() -> Response:
-        """Forgets everything that no running request holds."""
+        """Forgets everything that no running request holds, pinned or not."""
+        require_admin()
         return json_response(await site.client.control("flush_cache"))
 
     @routes.post("/start_profile")
@@ -67,6 +71,7 @@ def router(site: Site) -> APIRouter:
     async def profile(request: Request) -> Response:
         """Records the engine's steps, where the server was started with ``--profile``. Stopping writes a Chrome trace
         and answers with its path, the device's idle share and the kernels that took most."""
+        require_admin()
         if site.config.engine.profile is None:
             raise InvalidRequest("the server was started without --profile FOLDER")
         what: ControlWhat = "start_profile" if request.url.path.endswith("/start_profile") else "stop_profile"
@@ -78,6 +83,8 @@ def router(site: Site) -> APIRouter:
         body = parse(AbortRequest, await read_json_object(request))
         if not body.abort_all and not body.rid:
             raise InvalidRequest("give rid, or abort_all: true", field="rid")
+        if body.abort_all:
+            require_admin()
         return json_response({"aborted": site.client.abort(None if body.abort_all else body.rid)})
 
     return routes
@@ -86,8 +93,10 @@ def router(site: Site) -> APIRouter:
 async def _facts(site: Site) -> dict[str, Any]:
     from ... import __version__
 
-    server = msgspec.to_builtins(msgspec.structs.replace(site.config, api_key=None))
-    del server["api_key"]
+    secrets = {"api_key": None, "extra_api_keys": (), "admin_api_key": None}
+    server = msgspec.to_builtins(msgspec.structs.replace(site.config, **secrets))
+    for name in secrets:
+        del server[name]
     return {
         "version": __version__,
         "status": site.client.state,

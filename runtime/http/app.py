@@ -5,19 +5,30 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from ... import __version__
-from . import admin, completions, errors, generate, models
+from . import admin, branches, cache, chat, completions, errors, generate, models, tokens
 from .auth import AuthMiddleware
 from .body import BodyLimit
+from .shortcut import Handler, Shortcut
 from .site import Site
 
 
 def make_app(site: Site) -> FastAPI:
     # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
-    for module in (completions, generate, models, admin):  # routes are tried in order: the busy ones first
+    busy: dict[str, Handler] = {}
+    for module in (chat, completions, generate):
+        busy[module.PATH] = module.handler(site)
+        app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
+    for module in (branches, models, tokens, cache, admin):
         app.include_router(module.router(site))
     errors.install(app)
     # The last one added runs first: nobody without the key gets to send a body.
-    app.add_middleware(BodyLimit, max_bytes=site.config.max_body_bytes)
-    app.add_middleware(AuthMiddleware, api_key=site.config.api_key)
+    app.add_middleware(Shortcut, handlers=busy)
+    app.add_middleware(BodyLimit, max_bytes=site.config.max_body_bytes, max_depth=site.config.max_json_depth)
+    app.add_middleware(
+        AuthMiddleware,
+        api_key=site.config.api_key,
+        extra_api_keys=site.config.extra_api_keys,
+        admin_api_key=site.config.admin_api_key,
+    )
     return app

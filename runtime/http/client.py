@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ..errors import EngineDead, InvalidRequest, Overloaded
-from ..messages import Abort, Control, ControlReply, Delta, Limits, Message, Submit
+from ..messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Limits, Message, Submit
 from ..sampling_params import SamplingParams
 from .metrics import Metrics
 
@@ -36,6 +36,10 @@ class Prompt:
     priority: int = 0
     echo_tokens: bool = False
     names: tuple[str, str] = ("prompt", "max_tokens")  # the client's words for them
+    whole: bool = False  # the answer is sent as one: the engine need not tell every token as it comes
+    breakpoints: tuple[tuple[int, float], ...] = ()  # as `Submit` has them
+    private: bool = False
+    rendered: bool = False  # the text is a chat template's: it has its special tokens already
 
 
 class Call:
@@ -179,28 +183,13 @@ class EngineClient:
 
         Raises `Overloaded` when the queue is full or the server is not serving, `EngineDead` after the engine died.
         """
-        if self.state != "ready":
-            raise self._unavailable()
-        count = sum(prompt.params.n for prompt in prompts)
-        if len(self._in_flight) + count > self._max_requests:
-            raise Overloaded(
-                f"{len(self._in_flight)} requests are queued and {count} more would pass the limit of "
-                f"{self._max_requests}; try again later"
-            )
-        call = Call(self, range(self._next_id, self._next_id + count))
-        self._next_id += count
-        now = time.monotonic()
+        call = self._new_call(sum(prompt.params.n for prompt in prompts))
         messages: list[Message] = []
         start = call.ids.start
         for i, prompt in enumerate(prompts):
             ids = list(range(start, start + prompt.params.n))
             start += prompt.params.n
-            label = labels[i] if i < len(labels) else None
-            for id in ids:
-                self._in_flight[id] = _InFlight(call, now)
-                if label is not None:
-                    self._labels.setdefault(label, set()).add(id)
-                    self._label_of[id] = label
+            self._expect(ids, call, labels[i] if i < len(labels) else None)
             messages.append(
                 Submit(
                     ids,
@@ -211,10 +200,42 @@ class EngineClient:
                     prompt.priority,
                     prompt.echo_tokens,
                     prompt.names,
+                    prompt.whole,
+                    prompt.rendered,
+                    list(prompt.breakpoints),
+                    prompt.private,
                 )
             )
         self._to_tokenizer(messages)
         return call
+
+    def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
+        """Submits a run on a branch, whose ``ids`` are given here: one for each engine request. Raises as `open`."""
+        call = self._new_call(requests)
+        run.ids = list(call.ids)
+        self._expect(run.ids, call, label)
+        self._to_tokenizer([run])
+        return call
+
+    def _new_call(self, count: int) -> Call:
+        if self.state != "ready":
+            raise self._unavailable()
+        if len(self._in_flight) + count > self._max_requests:
+            raise Overloaded(
+                f"{len(self._in_flight)} requests are queued and {count} more would pass the limit of "
+                f"{self._max_requests}; try again later"
+            )
+        call = Call(self, range(self._next_id, self._next_id + count))
+        self._next_id += count
+        return call
+
+    def _expect(self, ids: Sequence[int], call: Call, label: str | None) -> None:
+        now = time.monotonic()
+        for id in ids:
+            self._in_flight[id] = _InFlight(call, now)
+            if label is not None:
+                self._labels.setdefault(label, set()).add(id)
+                self._label_of[id] = label
 
     def abandon(self, ids: Iterable[int]) -> None:
         """The client of these requests has left: the engine is told; they are forgotten when it has answered."""
@@ -245,7 +266,8 @@ class EngineClient:
                 continue
             if delta.tokens:
                 if request.last:
-                    self._metrics.observe_token(now - request.last)
+                    count = len(delta.tokens) // 4
+                    self._metrics.observe_token((now - request.last) / count, count)
                 else:
                     self._metrics.observe_first_token(now - request.arrived)
                 request.last = now
@@ -281,7 +303,7 @@ class EngineClient:
 
     async def control(
         self,
-        what: Literal["flush_cache", "tree", "info", "check"],
+        what: ControlWhat,
         argument: Any = None,
         seconds: float = CONTROL_SECONDS,
     ) -> Any:
@@ -289,20 +311,29 @@ class EngineClient:
 
         Raises `InvalidRequest` when it says no, `Overloaded` when it does not answer in ``seconds``.
         """
+        return await self._ask(Control(next(self._control_ids), what, argument), self._to_scheduler, seconds)
+
+    async def operate(self, op: BranchOp) -> Any:
+        """An operation on a branch, whose ``id`` is given here; returns the reply's value. Raises as `control`."""
+        op.id = next(self._control_ids)
+        return await self._ask(op, self._to_tokenizer, CONTROL_SECONDS)
+
+    async def _ask(
+        self, question: Control | BranchOp, send: Callable[[Sequence[Message]], None], seconds: float
+    ) -> Any:
         if self.state not in ("ready", "draining"):
             raise self._unavailable()
-        id = next(self._control_ids)
         future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
-        self._controls[id] = future
+        self._controls[question.id] = future
         try:
-            self._to_scheduler([Control(id, what, argument)])
+            send([question])
             reply = await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
-            raise Overloaded(f"the scheduler did not answer {what} within {seconds:g} s") from error
+            raise Overloaded(f"the scheduler did not answer {question.what} within {seconds:g} s") from error
         finally:
-            del self._controls[id]
+            del self._controls[question.id]
         if not reply.ok:
-            raise InvalidRequest(reply.error or f"{what} failed", status=500)
+            raise InvalidRequest(reply.error or f"{question.what} failed", field=reply.error_field, status=reply.status)
         return reply.value
 
     def answer(self, reply: ControlReply) -> None:

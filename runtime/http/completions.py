@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from ..errors import InvalidRequest
 from ..logprobs import TokenLogprob
@@ -15,17 +15,19 @@ from ..messages import Delta
 from ..outputs import Output
 from ..sampling_params import SamplingParams
 from .body import read_json_object
+from .cache_fields import caching
 from .legacy_logprobs import LegacyLogprobs
-from .prompts import check_count, check_label, check_priority, make_prompt, prepare_params, split_prompts
+from .prompts import Ids, check_count, check_priority, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
+from .shortcut import Handler
 from .site import Site
 from .sse import DONE, Batch, EventStream, event, json_response, wait
+from .usage import cache_headers, usage
+
+PATH = "/v1/completions"
 
 
-def router(site: Site) -> APIRouter:
-    routes = APIRouter()
-
-    @routes.post("/v1/completions", openapi_extra=_schema())
+def handler(site: Site) -> Handler:
     async def completions(request: Request) -> Response:
         body = parse(CompletionRequest, await read_json_object(request))
         site.check_model(body.model)
@@ -33,12 +35,12 @@ def router(site: Site) -> APIRouter:
         call = site.client.open(answer.prompts)
         if body.stream:
             first = await wait(call, request.receive, call.batch)
-            return EventStream(call, first, answer.events, answer.end)
+            return EventStream(call, first, answer.events, answer.end, answer.headers(request, first))
         with call:
             batch = await wait(call, request.receive, call.all)
-        return json_response(answer.whole(batch))
+        return json_response(answer.whole(batch), headers=answer.headers(request, batch))
 
-    return routes
+    return completions
 
 
 class _Answer:
@@ -47,9 +49,9 @@ class _Answer:
     def __init__(self, site: Site, body: CompletionRequest) -> None:
         limits = site.client.limits
         raw, _ = split_prompts(body.prompt, "prompt")
-        params = prepare_params(completion_sampling(body), limits, COMPLETION_NAMES)
+        params = prepare_params(completion_sampling(body), limits, COMPLETION_NAMES, site.config)
         check_count(len(raw) * params.n, site.config.max_prompts_per_request, "prompt")
-        check_label(body.cache_salt, "cache_salt")
+        where = caching(site, body)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
         self.prompts = [
@@ -59,13 +61,16 @@ class _Answer:
                 limits,
                 f"prompt[{i}]" if len(raw) > 1 else "prompt",
                 COMPLETION_NAMES,
-                namespace=site.namespaces.of(body.cache_salt),
                 priority=check_priority(body.priority),
+                whole=not body.stream,
+                **where,
             )
             for i, prompt in enumerate(raw)
         ]
         self._n = params.n
-        self._include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+        options = body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        self._running_usage = self._include_usage and options is not None and bool(options.continuous_usage_stats)
         self._head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -84,12 +89,12 @@ class _Answer:
     def events(self, batch: Batch) -> Iterable[bytes]:
         for index, delta in batch:
             self._choices[index].feed(delta)
-        for index in sorted({index for index, _ in batch}):
+        for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
             piece = self._choices[index].piece(index)
             if piece is not None:
                 chunk: dict[str, Any] = {**self._head, "choices": [piece]}
                 if self._include_usage:
-                    chunk["usage"] = None
+                    chunk["usage"] = self._usage() if self._running_usage else None
                 yield event(chunk)
 
     def end(self) -> Iterable[bytes]:
@@ -97,20 +102,12 @@ class _Answer:
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
 
+    def headers(self, request: Request, batch: Batch) -> Mapping[str, str] | None:
+        found = ((index, delta.prompt_tokens, delta.cache) for index, delta in batch)
+        return cache_headers(request.headers, found, self._n)
+
     def _usage(self) -> dict[str, Any]:
-        """A prompt counts once however often it was sampled, and its cached tokens are those nobody here computed."""
-        prompt = cached = completion = 0
-        for start in range(0, len(self._choices), self._n):
-            outputs = [choice.output for choice in self._choices[start : start + self._n]]
-            prompt += outputs[0].prompt_tokens
-            cached += min(output.cached_tokens for output in outputs)
-            completion += sum(output.completion_tokens for output in outputs)
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        }
+        return usage([choice.output for choice in self._choices], self._n)
 
 
 class _Choice:
@@ -155,11 +152,11 @@ class _Choice:
         }
 
 
-def _echo_text(site: Site, prompt: str | list[int], params: SamplingParams) -> str:
+def _echo_text(site: Site, prompt: str | Ids, params: SamplingParams) -> str:
     if isinstance(prompt, str):
         return prompt
     return site.tokenizer.decode(prompt, skip_special_tokens=params.skip_special_tokens)
 
 
-def _schema() -> dict[str, Any]:
+def schema() -> dict[str, Any]:
     return {"requestBody": {"content": {"application/json": {"schema": CompletionRequest.model_json_schema()}}}}

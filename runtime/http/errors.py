@@ -17,8 +17,15 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 
-_TYPES = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
-_CODES = {401: "invalid_api_key", 503: "overloaded"}
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
@@ -66,11 +73,13 @@ def describe(error: Exception) -> tuple[int, dict[str, object]]:
 
 
 def response_for(error: Exception) -> Response:
+    if isinstance(error, (ClientGone, ClientDisconnect)):
+        return Response(status_code=499)  # nobody is there to read it
     status, body = describe(error)
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
         headers.update(error.headers or {})
-    if status == 503:
+    if status in (429, 503):
         headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
@@ -79,18 +88,13 @@ def install(app: FastAPI) -> None:
     async def handle(_request: Request, error: Exception) -> Response:
         return response_for(error)
 
-    async def nobody_left(_request: Request, _error: Exception) -> Response:
-        return Response(status_code=499)  # nobody is there to read it
-
-    for gone in (ClientGone, ClientDisconnect):
-        app.add_exception_handler(gone, nobody_left)
-    for kind in (InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
+    for kind in (ClientGone, ClientDisconnect, InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
         app.add_exception_handler(kind, handle)
 
 
 def _http_message(error: HTTPException) -> str:
     if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
-        return "no such route; prompts go to POST /v1/completions or POST /generate (chat completions do not exist yet)"
+        return "no such route; prompts go to POST /v1/chat/completions, /v1/completions or /generate"
     if error.status_code == 405:
         return "this route does not take that method"
     return str(error.detail)

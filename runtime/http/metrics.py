@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from ..messages import Finished, Stats
 
@@ -25,6 +27,9 @@ _GAUGES = (
     ("kv_pages", "Pages of the KV pool", "pages_total"),
     ("kv_pages_free", "Pages nobody holds", "pages_free"),
     ("kv_pages_cached", "Pages only the tree holds: evictable", "pages_cached"),
+    ("kv_pages_pinned", "Pages that pins and cache breakpoints keep from eviction", "pages_pinned"),
+    ("branches", "Branches that live", "branches"),
+    ("branches_holding", "Branches that keep pages from eviction", "branches_holding"),
 )
 _COUNTERS = (
     ("prompt_tokens", "Prompt tokens received", "prompt_tokens"),
@@ -33,6 +38,7 @@ _COUNTERS = (
     ("generated_tokens", "Tokens sampled", "generated_tokens"),
     ("evicted_pages", "Pages evicted from the tree", "evicted_pages"),
     ("retractions", "Requests sent back to waiting because pages ran out", "retractions"),
+    ("branch_holds_lost", "Branches that lost their pages because pages ran out", "branch_holds_lost"),
     ("steps", "Scheduling steps", "steps"),
 )
 
@@ -47,12 +53,16 @@ class Metrics:
         self._window: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # (when, cached, computed)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"branchwise_{name}_seconds", text, buckets=buckets, registry=self.registry)
+            made = Histogram(f"branchwise_{name}_seconds", text, buckets)
+            self.registry.register(made)
+            return made
 
         self.observe_first_token = histogram(
             "time_to_first_token", "From the request's arrival to its first token", _SLOW
         ).observe
-        self.observe_token = histogram("inter_token_latency", "Between a request's tokens", _FAST).observe
+        self.observe_token = histogram(
+            "inter_token_latency", "Between a request's tokens; their mean where an answer is not streamed", _FAST
+        ).observe
         self._e2e = histogram("e2e_request_latency", "From the request's arrival to its end", _SLOW)
         self._queue = histogram("queue_time", "From arrival at the scheduler to the first scheduled chunk", _SLOW)
         self._finished = Counter(
@@ -93,6 +103,34 @@ class Metrics:
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
+
+
+class Histogram(Collector):
+    """As ``prometheus_client``'s, for one thread: no locks, and n equal observations at the price of one. Every token
+    is observed, and at twelve thousand a second the library's took 2 % of a core."""
+
+    def __init__(self, name: str, text: str, buckets: tuple[float, ...]) -> None:
+        self._name = name
+        self._text = text
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)  # [i]: above bound i - 1, not above bound i
+        self._sum = 0.0
+        self._created = time.time()
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterator[Metric]:
+        family = HistogramMetricFamily(self._name, self._text)
+        total = 0
+        buckets = []
+        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
+            total += count
+            buckets.append((floatToGoString(bound), total))
+        family.add_metric([], buckets, self._sum)
+        family.add_sample(f"{self._name}_created", {}, self._created)
+        yield family
 
 
 class _StatsCollector(Collector):

@@ -1,4 +1,4 @@
-"""``GET /v1/models`` and ``/v1/models/{id}``."""
+"""What is served: ``GET /v1/models``, ``/v1/models/{id}``, ``/get_model_info``, ``/version``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 from fastapi import APIRouter, Response
 
+from ... import __version__
 from .site import Site
 from .sse import json_response
 
@@ -19,6 +20,8 @@ def router(site: Site) -> APIRouter:
             "object": "model",
             "created": site.created,
             "owned_by": "branchwise",
+            "root": site.config.engine.model,
+            "parent": None,
             "max_model_len": site.client.limits.max_model_len,
         }
 
@@ -30,5 +33,30 @@ def router(site: Site) -> APIRouter:
     async def get_model(name: str) -> Response:
         site.check_model(name)
         return json_response(card())
+
+    @routes.get("/version")
+    async def version() -> Response:
+        return json_response({"version": __version__})
+
+    @routes.get("/get_model_info")
+    @routes.get("/model_info")
+    async def model_info() -> Response:
+        """SGLang's."""
+        limits = site.client.limits
+        return json_response(
+            {
+                "model_path": site.config.engine.model,
+                "tokenizer_path": site.config.engine.model,
+                "served_model_name": site.model_name,
+                "is_generation": True,
+                "preferred_sampling_params": None,
+                "weight_version": "default",
+                "has_image_understanding": False,
+                "has_audio_understanding": False,
+                "max_model_len": limits.max_model_len,
+                "vocab_size": limits.vocab_size,
+                "has_chat_template": site.tokenizer.chat_template is not None,
+            }
+        )
 
     return routes

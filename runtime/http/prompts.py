@@ -3,30 +3,48 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..limits import check_token_ids, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
 
+Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
 MAX_PRIORITY = 2**31 - 1
 MAX_LABEL = 512  # characters of a salt or a request's label
 
 
-def prepare_params(params: SamplingParams, limits: Limits, names: Mapping[str, str]) -> SamplingParams:
-    """Every bound, in the client's words. Raises `InvalidRequest`."""
-    return validate(params, limits.vocab_size, names)
+def prepare_params(
+    params: SamplingParams, limits: Limits, names: Mapping[str, str], config: ServerConfig
+) -> SamplingParams:
+    """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`."""
+    validate(params, limits.vocab_size, names)
+    for field, asked, most, what in (
+        ("n", params.n, config.max_n, "must be at most"),
+        ("stop", len(params.stop), config.max_stop_strings, "must hold no more strings than"),
+        ("logit_bias", len(params.logit_bias), config.max_logit_bias, "must hold no more entries than"),
+        ("logprobs", params.logprobs or 0, config.max_top_logprobs, "must be at most"),
+    ):
+        if asked > most:
+            name = names.get(field, field)
+            raise InvalidRequest(f"{name} {what} {most}, got {asked}", field=name)
+    return params
 
 
-def split_prompts(value: Any, field: str) -> tuple[list[str | list[int]], bool]:
+def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     """The prompts of a field that takes ``str | list[str] | list[int] | list[list[int]]``, and whether it is a list.
+
+    An array is one prompt of token ids.
 
     Raises `InvalidRequest` for anything else, naming the element.
     """
-    if isinstance(value, str):
+    if isinstance(value, (str, np.ndarray)):
         return [value], False
     if not isinstance(value, list):
         raise InvalidRequest(
@@ -60,7 +78,7 @@ def check_count(samples: int, bound: int, field: str) -> None:
 
 
 def make_prompt(
-    prompt: str | Sequence[Any],
+    prompt: str | Ids,
     params: SamplingParams,
     limits: Limits,
     field: str,
@@ -73,9 +91,18 @@ def make_prompt(
         if not prompt:
             raise InvalidRequest(f"{field} must not be empty", field=field)
         return Prompt(params, text=prompt, names=called, **where)
-    check_token_ids(prompt, limits.vocab_size, field)
+    tokens = token_bytes(prompt, limits.vocab_size, field)
     params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])
-    return Prompt(params, tokens=array("i", prompt).tobytes(), names=called, **where)
+    return Prompt(params, tokens=tokens, names=called, **where)
+
+
+def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
+    """Checked token ids as int32 bytes."""
+    if isinstance(ids, np.ndarray) and ids.min() >= 0 and ids.max() < vocab_size:
+        return ids.astype("<i4").tobytes()
+    listed: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
+    check_token_ids(listed, vocab_size, field)
+    return array("i", listed).tobytes()
 
 
 def check_label(value: str | None, field: str) -> None:

@@ -10,13 +10,18 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .errors import error_body
 
 MAX_PIPELINED = 64  # requests of one connection that wait for the one before them
-MAX_HEAD_BYTES = 64 * 1024  # request line and headers; trailers
 HEAD_SECONDS = 20.0  # from connecting, or from a request's first byte, to the end of its head
+
+
+def bounded(max_head_bytes: int) -> type[HttpProtocol]:
+    """The protocol with a bound of this server's own."""
+    return type("BoundedProtocol", (HttpProtocol,), {"max_head_bytes": max_head_bytes})
 
 
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's parser has no bound on headers: anybody, with a key or without, could fill the memory with them."""
 
+    max_head_bytes = 64 * 1024  # request line and headers; trailers
     _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
 
     _timer: asyncio.TimerHandle | None = None
@@ -45,8 +50,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         # Looked at before this piece is counted: its end may already be a body.
-        if self._loose > MAX_HEAD_BYTES:
-            self.send_400_response(f"the request's headers are larger than {MAX_HEAD_BYTES} bytes")
+        if self._loose > self.max_head_bytes:
+            self.send_400_response(f"the request's headers are larger than {self.max_head_bytes} bytes")
             return
         self._loose += len(data)
         super().data_received(data)

@@ -8,22 +8,40 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest
+from ..grammar.constraint import KINDS
 from ..sampling_params import SamplingParams
+from .cache_fields import CacheFields
+from .structured import constraint
 
-Prompts = Any  # str | list[int] | list[str] | list[list[int]]: checked by `prompts.parse_prompts`, element by element
+Prompts = Any  # str | list[int] | list[str] | list[list[int]], or an array: checked by `prompts.split_prompts`
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     """No coercion: "1" is not 1, 1 is not true. Fields we do not know are ignored here; `refuse` has seen them."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
-class CompletionRequest(_Strict):
+class Structured(Strict):
+    """What the output must be: at most one of these. OpenAI's field, vLLM's newer and older ones, SGLang's."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice or grammar.")
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = Field(None, description="EBNF or Lark.")
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+
+
+class CompletionRequest(Structured, CacheFields):
     """OpenAI's ``/v1/completions``, and the sampling fields vLLM and SGLang add to it."""
 
     prompt: Prompts = Field(description="A string, a list of strings, a list of token ids, or a list of such lists.")
@@ -50,12 +68,11 @@ class CompletionRequest(_Strict):
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    cache_salt: str | None = None
     priority: int = 0
     user: str | None = None
 
 
-class GenerateSampling(_Strict):
+class GenerateSampling(Strict):
     """SGLang's ``sampling_params``."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -78,10 +95,14 @@ class GenerateSampling(_Strict):
     no_stop_trim: bool = False
     logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
+    regex: str | None = None
+    json_schema: str | dict[str, Any] | None = None
+    ebnf: str | None = Field(None, description="EBNF or Lark.")
+    choices: list[str] | None = Field(None, description="The output is one of these.")
     stream_interval: int | None = Field(None, description="Accepted; every token is sent as soon as there is one.")
 
 
-class GenerateRequest(_Strict):
+class GenerateRequest(CacheFields):
     """SGLang's ``/generate``. Exactly one of ``text`` and ``input_ids``; a list of either is a batch."""
 
     text: str | list[str] | None = None
@@ -94,12 +115,11 @@ class GenerateRequest(_Strict):
     top_logprobs_num: int | list[int] = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
-    cache_salt: str | None = None
     extra_key: str | None = None
     priority: int = 0
 
 
-class AbortRequest(_Strict):
+class AbortRequest(Strict):
     rid: str | None = None
     abort_all: bool = False
 
@@ -151,18 +171,18 @@ _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 R = TypeVar("R", bound=BaseModel)
 
 
-def parse(kind: type[R], body: Mapping[str, Any], within: str = "") -> R:
+def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported: frozenset[str] = UNSUPPORTED) -> R:
     """``body`` as a ``kind``. Null means the default, or what the field's description says.
 
     Raises `InvalidRequest` naming the first field that is wrong.
     """
     _bounded(body, within)
     for name in body:
-        if name in UNSUPPORTED and body[name] not in (None, False, "", [], {}):
+        if name in unsupported and name not in kind.model_fields and body[name] not in (None, False, "", [], {}):
             raise InvalidRequest(f"{within}{name} is not supported by this server", field=f"{within}{name}")
     given = {name: value for name, value in body.items() if value is not None or name in _NULL_MEANS_SOMETHING}
     if kind.model_config.get("extra") == "forbid":
-        given = {name: value for name, value in given.items() if name not in UNSUPPORTED}
+        given = {name: value for name, value in given.items() if name not in unsupported - kind.model_fields.keys()}
     try:
         return kind.model_validate(given)
     except ValidationError as error:
@@ -215,16 +235,17 @@ def completion_sampling(request: CompletionRequest) -> SamplingParams:
         frequency_penalty=request.frequency_penalty,
         presence_penalty=request.presence_penalty,
         repetition_penalty=request.repetition_penalty,
-        logit_bias=_logit_bias(request.logit_bias, "logit_bias"),
+        logit_bias=logit_bias(request.logit_bias, "logit_bias"),
         seed=request.seed,
         n=request.n,
-        stop=_stops(request.stop),
+        stop=stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
         ignore_eos=request.ignore_eos,
         include_stop=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
+        **constraint(request),
     )
 
 
@@ -233,6 +254,7 @@ def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: i
 
     Not checked against its bounds yet: `prompts.prepare` does that.
     """
+    constrained = next((kind for kind in KINDS if getattr(sampling, kind) is not None), None)
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,
@@ -243,10 +265,15 @@ def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: i
         frequency_penalty=sampling.frequency_penalty,
         presence_penalty=sampling.presence_penalty,
         repetition_penalty=sampling.repetition_penalty,
-        logit_bias=_logit_bias(sampling.logit_bias, "sampling_params.logit_bias"),
+        logit_bias=logit_bias(sampling.logit_bias, "sampling_params.logit_bias"),
         seed=sampling.sampling_seed,
+        regex=sampling.regex,
+        json_schema=sampling.json_schema,
+        ebnf=sampling.ebnf,
+        choices=None if sampling.choices is None else tuple(sampling.choices),
+        constraint_name=None if constrained is None else f"sampling_params.{constrained}",
         n=sampling.n,
-        stop=_stops(sampling.stop),
+        stop=stops(sampling.stop),
         stop_token_ids=tuple(sampling.stop_token_ids or ()),
         ignore_eos=sampling.ignore_eos,
         include_stop=sampling.no_stop_trim,
@@ -257,13 +284,13 @@ def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: i
     )
 
 
-def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
+def stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def _logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float]:
+def logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float]:
     result = {}
     for key, value in (bias or {}).items():
         # isascii and isdigit together: int() alone would also take " 7", "1_000" and other alphabets' digits.

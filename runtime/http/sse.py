@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -63,9 +63,14 @@ class EventStream(Response):
     media_type = "text/event-stream"
 
     def __init__(
-        self, call: Call, first: Batch, render: Callable[[Batch], Iterable[bytes]], end: Callable[[], Iterable[bytes]]
+        self,
+        call: Call,
+        first: Batch,
+        render: Callable[[Batch], Iterable[bytes]],
+        end: Callable[[], Iterable[bytes]],
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
         self._call = call
         self._first = first
@@ -76,27 +81,28 @@ class EventStream(Response):
         try:
             with watched(self._call, receive):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                async for chunk in self._chunks():
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._stream(send)
         except ClientGone:
             pass  # nobody is left to tell; closing the call is the answer
         finally:
             self._call.close()
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _stream(self, send: Send) -> None:
+        render, call = self._render, self._call
         try:
             batch = self._first
             while batch:
-                yield b"".join(self._render(batch))
-                batch = await self._call.batch()
-            yield b"".join(self._end())
+                chunk = b"".join(render(batch))
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                batch = await call.batch()
+            last = b"".join(self._end())
         except ClientGone:
             raise
         except Exception as error:
             # The status line is long gone: the error is the last event, and no [DONE] follows it.
-            yield event(describe(error)[1])
+            last = event(describe(error)[1])
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
-def json_response(value: Any, status: int = 200) -> Response:
-    return Response(_encode(value), status, media_type="application/json")
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_encode(value), status, headers, media_type="application/json")

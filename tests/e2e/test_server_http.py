@@ -59,7 +59,7 @@ def test_completion_has_openai_fields(clean: Any) -> None:
     usage = answer["usage"]
     assert usage["completion_tokens"] == 7
     assert usage["total_tokens"] == usage["prompt_tokens"] + 7
-    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0, "cache_write_tokens": usage["prompt_tokens"]}
 
 
 def test_text_and_its_ids_give_the_same(clean: Any) -> None:
@@ -238,7 +238,8 @@ def test_salts_divide_the_cache(clean: Any, field: str) -> None:
     assert cached() == 0
     assert cached() == 59
     assert complete(clean, prompt=prompt, max_tokens=1, cache_salt="a")["usage"]["prompt_tokens_details"] == {
-        "cached_tokens": 59
+        "cached_tokens": 59,
+        "cache_write_tokens": 1,
     }
 
 
@@ -308,7 +309,7 @@ def test_metrics_count_what_happened(clean: Any) -> None:
     assert grew("time_to_first_token_seconds_count") == 2
     assert grew("e2e_request_latency_seconds_count") == 2
     assert grew("queue_time_seconds_count") == 2
-    assert grew("inter_token_latency_seconds_count") <= 8
+    assert grew("inter_token_latency_seconds_count") == 8
     assert 0 < after["branchwise_cache_hit_rate"] < 1
     assert after["branchwise_requests_running"] == 0
 
@@ -385,3 +386,29 @@ async def test_async_openai_client_in_parallel(clean: Any) -> None:
 
         texts = await asyncio.gather(*(one(i) for i in range(32)))
         assert len(set(texts)) == 1, "made-up tokens depend on the position alone"
+
+
+# -- what /v1/completions also does ------------------------------------------------------------------------------------
+
+
+def test_suffix_is_refused_by_name(clean: Any) -> None:
+    answer = clean.http.post("/v1/completions", json={"prompt": "x", "suffix": "y"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "suffix"
+
+
+def test_the_cache_header_and_running_usage(clean: Any) -> None:
+    asked = {"x-branchwise-cache": "1"}
+    body = {"prompt": [[1, 2, 3, 4], [1, 2, 9, 9]], "max_tokens": 3}
+    clean.http.post("/v1/completions", json={"prompt": [1, 2, 3, 4], "max_tokens": 1})
+    clean.idle()
+    header = clean.http.post("/v1/completions", json=body, headers=asked).headers["x-branchwise-cache"]
+    assert header == "3;prompt=4;reason=hit, 2;prompt=4;reason=diverged;at=2"
+    assert "x-branchwise-cache" not in clean.http.post("/v1/completions", json=body).headers
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    streamed = events(
+        clean.http.post("/v1/completions", json={**body, "stream": True, "stream_options": options}, headers=asked)
+    )
+    counts = [event["usage"]["completion_tokens"] for event in streamed]
+    assert counts == sorted(counts)
+    assert counts[-1] == 6

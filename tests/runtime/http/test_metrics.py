@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import prometheus_client
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
-from branchwise.runtime.http.metrics import Metrics
+from branchwise.runtime.http.metrics import Histogram, Metrics
 from branchwise.runtime.messages import Finished, Stats
 
 
@@ -37,6 +39,26 @@ def test_the_window_stays_small() -> None:
         clock.now += 0.2
         metrics.update(Stats(computed_tokens=i))
     assert len(metrics._window) < 310
+
+
+def test_a_histogram_says_what_the_library_would() -> None:
+    buckets = (0.001, 0.0025, 0.5, 1.0, 10.0)
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    mine = Histogram("lag_seconds", "How late", buckets)
+    ours.register(mine)
+    reference = prometheus_client.Histogram("lag_seconds", "How late", buckets=buckets, registry=theirs)
+    for value, times in ((0.0005, 1), (0.001, 3), (0.25, 2), (1.0, 1), (10.5, 4)):
+        mine.observe(value, times)
+        for _ in range(times):
+            reference.observe(value)
+
+    def lines(registry: CollectorRegistry) -> list[str]:
+        return [
+            line for line in generate_latest(registry).decode().splitlines() if "_created " not in line or "#" in line
+        ]
+
+    assert lines(ours) == lines(theirs)
+    assert "lag_seconds_created" in generate_latest(ours).decode()
 
 
 def test_scrape() -> None:

@@ -1,0 +1,208 @@
+"""``/cache/...``: what the cache did, would do, and is asked to do. Everything is about the caller's own part of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ..errors import InvalidRequest
+from ..messages import ControlWhat
+from ..outputs import Output
+from ..sampling_params import SamplingParams
+from .auth import is_admin, require_admin
+from .body import read_json_object
+from .cache_fields import CacheFields, caching, seconds
+from .chat import rendered
+from .chat_request import CHAT_UNSUPPORTED, ChatRequest
+from .chat_tools import definitions
+from .prompts import Ids, check_count, check_priority, make_prompt, split_prompts, token_bytes
+from .requests import Prompts, Strict, parse
+from .site import Site
+from .sse import json_response, wait
+
+DEFAULT_TTL = 300.0  # seconds, of a pin
+INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
+_WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
+_NO_TOKENS = SamplingParams(max_tokens=0)
+
+Text = str | Ids
+
+
+class PromptRequest(CacheFields):
+    """One prompt: ``prompt`` (text or token ids), ``input_ids``, or ``messages`` with the fields of a chat."""
+
+    prompt: Prompts = Field(None, description="A string or a list of token ids.")
+    input_ids: Prompts = Field(None, description="A list of token ids.")
+    extra_key: str | None = None
+
+
+class PinRequest(PromptRequest):
+    ttl: str | float | int | None = Field(None, description="Seconds, or a number with s, m, h or d. Default: 300.")
+    warm: bool = Field(False, description="Compute first what is not cached.")
+
+
+class UnpinRequest(Strict):
+    id: str
+
+
+class WarmRequest(CacheFields):
+    """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay, as for any other request."""
+
+    prompts: Prompts = Field(description="A list of strings, or a list of lists of token ids.")
+    extra_key: str | None = None
+    priority: int = 0
+
+
+def router(site: Site) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/cache/stats")
+    async def stats() -> Response:
+        """Sums over the caller's requests since the start, by reason and by namespace. ``everybody`` has the pool's
+        pages and all keys' sums: with the admin key only."""
+        return json_response(await _ask(site, "cache_stats", site.namespaces.of(None), everything=is_admin()))
+
+    @routes.post("/cache/explain", openapi_extra=_body(PromptRequest))
+    async def explain(request: Request) -> Response:
+        """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
+        raw = await read_json_object(request)
+        body = parse(PromptRequest, raw, unsupported=frozenset())
+        prompt, _ = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        facts = await _ask(site, "cache_explain", _namespace(site, body), tokens=tokens)
+        stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
+        following = memoryview(stopped).cast("i").tolist()
+        facts["continues_with"] = site.tokenizer.decode(following, skip_special_tokens=False)
+        return json_response(facts)
+
+    @routes.post("/cache/pin", openapi_extra=_body(PinRequest))
+    async def pin(request: Request) -> Response:
+        """Keeps what is cached of a prompt until ``ttl`` is over: neither memory pressure nor other requests end it.
+
+        ``missing_tokens``: those that are not cached and so not kept; ``warm`` computes them first.
+        """
+        raw = await read_json_object(request)
+        body = parse(PinRequest, raw, unsupported=frozenset())
+        longest = site.config.engine.max_pin_ttl
+        ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
+        prompt, field = await _prompt(site, body, raw)
+        is_chat = raw.get("messages") is not None
+        tokens = await _tokens(site, prompt, rendered=is_chat)
+        namespace = _namespace(site, body)
+        facts: dict[str, Any] = {}
+        for _ in range(_WARM_TRIES if body.warm else 1):
+            if facts:  # the try before kept less than all
+                await _ask(site, "cache_unpin", namespace, pin=facts["id"])
+            if body.warm:
+                await _compute(site, request, [prompt], field, {"namespace": namespace, "rendered": is_chat})
+            facts = await _ask(site, "cache_pin", namespace, tokens=tokens, ttl=ttl)
+            if not facts["missing_tokens"]:
+                break
+        return json_response(facts)
+
+    @routes.post("/cache/unpin", openapi_extra=_body(UnpinRequest))
+    async def unpin(request: Request) -> Response:
+        body = parse(UnpinRequest, await read_json_object(request))
+        return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
+
+    @routes.post("/cache/evict", openapi_extra=_body(PromptRequest))
+    async def evict(request: Request) -> Response:
+        """Forgets a prompt and all that begins with it, except what is running, held by a branch, or pinned. What
+        other prompts share with it stays."""
+        require_admin()
+        raw = await read_json_object(request)
+        body = parse(PromptRequest, raw, unsupported=frozenset())
+        prompt, _ = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        return json_response(await _ask(site, "cache_evict", _namespace(site, body), tokens=tokens))
+
+    @routes.post("/cache/warm", openapi_extra=_body(WarmRequest))
+    async def warm(request: Request) -> Response:
+        """Computes prompts without generating anything."""
+        body = parse(WarmRequest, await read_json_object(request))
+        prompts, is_list = split_prompts(body.prompts, "prompts")
+        if not is_list:
+            raise InvalidRequest("prompts must be a list of strings or of lists of token ids", field="prompts")
+        where = caching(site, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
+        if where.get("private"):
+            raise InvalidRequest("prompt_cache_options.mode off would leave nothing", field="prompt_cache_options.mode")
+        outputs = await _compute(site, request, prompts, "prompts", where)
+        return json_response({"results": [_warmed(output) for output in outputs]})
+
+    return routes
+
+
+async def _ask(site: Site, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
+    answer: dict[str, Any] = await site.client.control(what, {"namespace": namespace, **question})
+    return answer
+
+
+def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
+    where = caching(site, body, extra_key=body.extra_key)
+    if where.get("private") or where["breakpoints"]:
+        raise InvalidRequest("this route takes no mode, no ttl and no breakpoints here", field="prompt_cache_options")
+    namespace: tuple[str, str] = where["namespace"]
+    return namespace
+
+
+async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tuple[Text, str]:
+    """The one prompt, and what the client calls it."""
+    site.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
+    given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
+    [field] = given
+    if field == "messages":
+        chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
+        return await rendered(site, chat, definitions(chat.tools, site.config.max_tools)), field
+    prompts, is_list = split_prompts(getattr(body, field), field)
+    if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
+        raise InvalidRequest(f"{field} must be one prompt", field=field)
+    if not len(prompts[0]):
+        raise InvalidRequest(f"{field} must not be empty", field=field)
+    return prompts[0], field
+
+
+async def _tokens(site: Site, prompt: Text, *, rendered: bool) -> bytes:
+    """int32 bytes, as the prompt's requests will have them."""
+    if not isinstance(prompt, str):
+        return token_bytes(prompt, site.client.limits.vocab_size, "input_ids")
+    encode, special = site.tokenizer.encode, not rendered
+    ids = encode(prompt, special) if len(prompt) <= INLINE else await asyncio.to_thread(encode, prompt, special)
+    return ids.astype("<i4", copy=False).tobytes()
+
+
+async def _compute(
+    site: Site, request: Request, prompts: list[Text], field: str, where: Mapping[str, Any]
+) -> list[Output]:
+    check_count(len(prompts), site.config.max_prompts_per_request, field)
+    limits = site.client.limits
+    called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
+    call = site.client.open(
+        [
+            make_prompt(prompt, _NO_TOKENS, limits, name, {}, whole=True, **where)
+            for prompt, name in zip(prompts, called, strict=True)
+        ]
+    )
+    outputs = [Output() for _ in prompts]
+    with call:
+        for index, delta in await wait(call, request.receive, call.all):
+            outputs[index].feed(delta)
+    return outputs
+
+
+def _warmed(output: Output) -> dict[str, Any]:
+    report = output.cache
+    facts: dict[str, Any] = {"prompt_tokens": output.prompt_tokens, "cached_tokens": output.cached_tokens}
+    if report is not None:
+        facts |= {"cache_write_tokens": report.write_tokens, "pinned_tokens": report.pinned_tokens}
+        facts["reason"] = report.reason
+    return facts
+
+
+def _body(kind: type[CacheFields] | type[Strict]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -1,0 +1,130 @@
+"""What a chat's output must be, as one grammar: thinking, then calls or an answer, each where the request wants it.
+
+`runtime.tools.grammar` knows what a call looks like, `runtime.grammar` enforces. Here the parts are put together, in
+llguidance's dialect of Lark.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from ..errors import InvalidRequest
+from ..grammar import schema
+from ..grammar.constraint import Constraint, constraint_of, without_constraint
+from ..sampling_params import SamplingParams
+from ..tools import ReasoningFormat, Tool
+from ..tools.grammar import CallGrammar, call_grammar
+
+_ANY = "/(?s:.*)/"
+
+
+def prepared(tools: Sequence[Tool]) -> list[Tool]:
+    """The tools with schemas as the grammar wants them. Raises `InvalidRequest` naming the tool."""
+    result = []
+    for i, tool in enumerate(tools):
+        try:
+            parameters = schema.parse(json.dumps(tool.parameters))
+        except InvalidRequest as error:
+            field = f"tools[{i}].function.parameters"
+            raise InvalidRequest(f"{field} {error.message}", field=field) from error
+        result.append(msgspec.structs.replace(tool, parameters=parameters))
+    return result
+
+
+class OutputGrammar:
+    """``calls``: those the output may have, or must if ``forced``. ``special``: markers that are special tokens."""
+
+    def __init__(
+        self, calls: CallGrammar | None, forced: bool, thoughts: ReasoningFormat | None, special: Mapping[str, int]
+    ) -> None:
+        self._calls = calls
+        self._forced = forced
+        self._thoughts = thoughts
+        self._special = special
+
+    def applied(self, params: SamplingParams, prompt: str) -> SamplingParams:
+        """``params`` with the constraint that the answer to ``prompt`` has.
+
+        What the client asked of the answer holds for the answer: not for thinking before it, nor for calls instead of
+        it. Raises `InvalidRequest` for what does not go together.
+        """
+        asked = constraint_of(params)
+        name = params.constraint_name
+        if self._calls is not None and asked is not None and (self._forced or asked.kind != "json_schema"):
+            raise InvalidRequest(f"{name} cannot be combined with these tools and tool_choice", field=name)
+        thought = self._thought(prompt)
+        if self._calls is None and (asked is None or not thought or asked.kind not in ("json_schema", "choices")):
+            return params
+        rules = self._rules(asked)
+        start = "start: body" if not thought else f"start: {thought[0]} body"
+        return msgspec.structs.replace(
+            without_constraint(params),
+            ebnf="\n".join([start, *rules, *thought[1:], ""]),
+            constraint_name=name or "tools",
+        )
+
+    def _rules(self, asked: Constraint | None) -> list[str]:
+        if self._calls is None:
+            return [f"body: {_answer(asked)}"]
+        if self._forced:
+            return ["body: calls", self._renamed("")]
+        answer = "PLAIN" if asked is None else "answer"
+        # An answer is what does not begin a call.
+        triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in self._calls.triggers)
+        if self._calls.at_start:
+            plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
+            rules = [f"body: {answer} | calls", self._renamed("")]
+        elif self._calls.triggers[0] in self._special:  # no text is ever equal to it
+            plain = f"PLAIN: {_ANY}"
+            begun = f"<[{self._special[self._calls.triggers[0]]}]>"
+            rules = [f"body: {answer} | PLAIN {begun} calls", self._renamed(self._calls.triggers[0])]
+        else:
+            plain = f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/"
+            rules = [f"body: {answer} | before calls", self._renamed(self._calls.triggers[0])]
+            rules.append(f"before[suffix={json.dumps(self._calls.triggers[0])}]: {_ANY}")
+        if asked is not None:
+            rules.append(f"answer: {_answer(asked)}")
+        if any("PLAIN" in rule for rule in rules):
+            rules.append(plain)
+        return rules
+
+    def _renamed(self, after: str) -> str:
+        if self._calls is None:
+            raise RuntimeError("there are no calls")
+        return "calls: " + self._calls.lark(self._special, after=after).removeprefix("start: ").rstrip("\n")
+
+    def _thought(self, prompt: str) -> list[str]:
+        """The word for it in ``start``, and its rules; none where thinking is over or unknown."""
+        format = self._thoughts
+        if format is None or prompt.rstrip().endswith(format.end):
+            return []
+        if format.end in self._special:
+            inner = [f"inner: THOUGHT <[{self._special[format.end]}]> GAP", f"THOUGHT: {_ANY}"]
+        else:
+            inner = ["inner: thought_text GAP", f"thought_text[suffix={json.dumps(format.end)}]: {_ANY}"]
+        inner.append("GAP: /\\n{0,2}/")
+        if prompt.rstrip().endswith(format.begin):
+            return ["inner", *inner]
+        begin = f"<[{self._special[format.begin]}]>" if format.begin in self._special else json.dumps(format.begin)
+        return ["thought?", f"thought: {begin} inner", *inner]
+
+
+def calls_for(
+    format: str, tools: Sequence[Tool], *, forced: bool, named: str | None, parallel: bool
+) -> CallGrammar | None:
+    """None where nothing about calls must be enforced: any may come, or none, with any arguments."""
+    if not forced and not any(tool.strict for tool in tools):
+        return None
+    return call_grammar(format, prepared(tools), named=named, parallel=parallel, only_strict=not forced)
+
+
+def _answer(asked: Constraint | None) -> str:
+    if asked is None:
+        raise RuntimeError("nothing was asked of the answer")
+    if asked.kind == "choices":
+        return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(asked.text))
+    return f"%json {json.dumps(schema.parse(asked.text))}"

@@ -1,0 +1,148 @@
+"""``/v1/chat/completions``: what clients may send, and what it says about sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field
+
+from ..chat_template import ChatTemplate
+from ..errors import InvalidRequest
+from ..sampling_params import SamplingParams
+from .cache_fields import CacheFields
+from .chat_messages import bad, label
+from .requests import UNSUPPORTED, StreamOptions, Structured, logit_bias, stops
+from .structured import constraint
+
+
+class ChatRequest(Structured, CacheFields):
+    """OpenAI's chat completions, and the fields vLLM and SGLang add to them."""
+
+    messages: list[Any] = Field(description="Objects with a role and a content: a string, or a list of text parts.")
+    model: str | None = None
+    max_completion_tokens: int | None = Field(None, description="null: as many as the context allows.")
+    max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    min_tokens: int = 0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool = True
+    reasoning_effort: str | None = None
+    separate_reasoning: bool = Field(True, description="Thinking goes to reasoning_content instead of content.")
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = Field(None, description="null: unless continue_final_message.")
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: list[Any] | None = None
+    priority: int = 0
+    user: str | None = None
+
+
+# Fields other servers take that would change the result; of those of the other routes, some are this one's own.
+CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
+    *("functions", "function_call", "audio", "web_search_options", "moderation", "chat_template", "echo", "best_of"),
+    *("mm_processor_kwargs", "media_io_kwargs", "return_token_ids", "return_tokens_as_token_ids"),
+}
+
+# Variables that many clients send whatever the model: a template that does not read them ignores them.
+_COMMON_VARIABLES = frozenset(
+    {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
+)
+MAX_VARIABLES = 64
+
+
+def names(request: ChatRequest) -> dict[str, str]:
+    """Our names of the fields, in this request's words."""
+    return {
+        "max_tokens": "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens",
+        "include_stop": "include_stop_str_in_output",
+        "logprobs": "top_logprobs",
+    }
+
+
+def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingParams:
+    """Not checked against its bounds yet: `prompts.prepare_params` does that."""
+    limit = request.max_completion_tokens
+    if limit is None:
+        limit = request.max_tokens
+    elif request.max_tokens is not None and request.max_tokens != limit:
+        raise bad("max_tokens", f"must equal max_completion_tokens ({limit}) or be left out, got {request.max_tokens}")
+    if request.top_logprobs is not None and not request.logprobs:
+        raise bad("top_logprobs", "needs logprobs to be true")
+    if request.stream_options is not None and not request.stream:
+        raise bad("stream_options", "needs stream to be true")
+    if request.modalities is not None and request.modalities != ["text"]:
+        raise bad("modalities", 'must be ["text"]: this server writes text only')
+    return SamplingParams(
+        max_tokens=limit,
+        min_tokens=request.min_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        min_p=request.min_p,
+        frequency_penalty=request.frequency_penalty,
+        presence_penalty=request.presence_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=logit_bias(request.logit_bias, "logit_bias"),
+        seed=request.seed,
+        n=request.n,
+        stop=stops(request.stop),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        ignore_eos=request.ignore_eos,
+        include_stop=request.include_stop_str_in_output,
+        skip_special_tokens=skip_special_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        **constraint(request),
+    )
+
+
+def variables(
+    kwargs: Mapping[str, Any] | None,
+    template: ChatTemplate,
+    documents: list[Any] | None = None,
+    reasoning_effort: str | None = None,
+) -> dict[str, Any]:
+    """What the template is told beside messages and tools. A name nobody reads is refused: it would change nothing."""
+    if len(kwargs or {}) > MAX_VARIABLES:
+        raise bad("chat_template_kwargs", f"must have at most {MAX_VARIABLES} entries, got {len(kwargs or {})}")
+    result: dict[str, Any] = {}
+    for name, value in (kwargs or {}).items():
+        if not template.reads(name) and name not in _COMMON_VARIABLES:
+            raise InvalidRequest(
+                f"chat_template_kwargs.{name[:60]} is not a variable of this model's chat template",
+                field="chat_template_kwargs",
+            )
+        result[name] = value
+    if reasoning_effort is not None:
+        result.setdefault("reasoning_effort", label(reasoning_effort, "reasoning_effort"))
+    if documents is not None:
+        if not all(isinstance(document, dict) for document in documents):
+            raise bad("documents", "must be a list of objects")
+        result["documents"] = documents
+    return result
+
+
+def generation_prompt(add: bool | None, continue_final: bool) -> bool:
+    """Whether the prompt ends with the assistant's turn begun."""
+    if add and continue_final:
+        raise bad("continue_final_message", "and add_generation_prompt cannot both be true")
+    return not continue_final if add is None else add

@@ -1,0 +1,106 @@
+"""``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info``: the model's tokenizer, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ..errors import InvalidRequest
+from ..limits import check_token_ids
+from .body import read_json_object
+from .chat import rendered
+from .chat_messages import bad
+from .chat_request import CHAT_UNSUPPORTED, ChatRequest
+from .chat_tools import definitions
+from .requests import Prompts, Strict, parse
+from .site import Site
+from .sse import json_response
+
+MAX_IDS = 1_000_000  # of one request to /detokenize
+INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
+
+
+class TokenizeRequest(Strict):
+    """A ``prompt``, or ``messages`` with the fields of a chat that shape its prompt."""
+
+    prompt: str | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = Field(None, description="null: for a prompt, not for messages.")
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    tokens: Prompts = Field(description="A list of token ids.")
+    model: str | None = None
+
+
+def router(site: Site) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/tokenize", openapi_extra=_body(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        raw = await read_json_object(request)
+        asked = raw.pop("add_special_tokens", None)  # `parse` knows it as a field that no route takes
+        if asked is not None and not isinstance(asked, bool):
+            raise bad("add_special_tokens", f"must be true or false, got {type(asked).__name__}")
+        body = parse(TokenizeRequest, raw, unsupported=frozenset())
+        site.check_model(body.model)
+        limits = site.client.limits
+        if (body.prompt is None) == (raw.get("messages") is None):
+            raise InvalidRequest("give exactly one of prompt and messages", field="prompt")
+        if body.prompt is not None:
+            text, special = body.prompt, asked is not False
+        else:
+            chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
+            text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
+            special = bool(asked)
+        encode = site.tokenizer.encode
+        ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+        tokens = ids.tolist()
+        named = [site.tokenizer.token_text(id) for id in tokens] if body.return_token_strs else None
+        answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
+        return json_response(answer)
+
+    @routes.post("/detokenize", openapi_extra=_body(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        body = parse(DetokenizeRequest, await read_json_object(request))
+        site.check_model(body.model)
+        vocab_size = site.client.limits.vocab_size
+        if not isinstance(body.tokens, list):
+            raise InvalidRequest(f"tokens must be a list, got {type(body.tokens).__name__}", field="tokens")
+        if len(body.tokens) > MAX_IDS:
+            raise InvalidRequest(f"tokens must have at most {MAX_IDS} entries, got {len(body.tokens)}", field="tokens")
+        if body.tokens:
+            check_token_ids(body.tokens, vocab_size, "tokens")
+        if len(body.tokens) > INLINE:
+            text = await asyncio.to_thread(site.tokenizer.decode, body.tokens, False)
+        else:
+            text = site.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return json_response({"prompt": text})
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        limits = site.client.limits
+        tokenizer = site.tokenizer
+        template = tokenizer.chat_template
+        return json_response(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": limits.max_model_len,
+                **tokenizer.special_tokens,
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "special_tokens": {tokenizer.token_text(id): id for id in sorted(tokenizer.special_ids)},
+                "chat_template": None if template is None else template.source,
+            }
+        )
+
+    return routes
+
+
+def _body(kind: type[Strict]) -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
