@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+_LANGUAGE = {
+    ".frontend.lang.backends": "OpenAI connect default_backend flush_cache get_server_info set_default_backend",
+    ".frontend.lang.choices": "greedy_token_selection token_length_normalized unconditional_likelihood_normalized",
+    ".frontend.lang.errors": "BackendError ProgramError",
+    ".frontend.lang.expressions": "assistant assistant_begin assistant_end gen gen_int gen_string select special "
+    "system system_begin system_end user user_begin user_end",
+    ".frontend.lang.function": "Function function",
+    ".frontend.lang.search": "best_of search",
+    ".frontend.lang.state": "AsyncState Group State",
+    ".frontend.lang.tools": "tool_loop",
+}
 _PUBLIC = {
+    **{name: module for module, names in _LANGUAGE.items() for name in names.split()},
     "AsyncEngine": ".runtime.engine",
     "Engine": ".runtime.engine",
     "EngineConfig": ".runtime.config",
@@ -19,13 +31,46 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from .frontend.lang.backends import OpenAI as OpenAI
+    from .frontend.lang.backends import connect as connect
+    from .frontend.lang.backends import default_backend as default_backend
+    from .frontend.lang.backends import flush_cache as flush_cache
+    from .frontend.lang.backends import get_server_info as get_server_info
+    from .frontend.lang.backends import set_default_backend as set_default_backend
+    from .frontend.lang.choices import greedy_token_selection as greedy_token_selection
+    from .frontend.lang.choices import token_length_normalized as token_length_normalized
+    from .frontend.lang.choices import unconditional_likelihood_normalized as unconditional_likelihood_normalized
+    from .frontend.lang.errors import BackendError as BackendError
+    from .frontend.lang.errors import ProgramError as ProgramError
+    from .frontend.lang.expressions import assistant as assistant
+    from .frontend.lang.expressions import assistant_begin as assistant_begin
+    from .frontend.lang.expressions import assistant_end as assistant_end
+    from .frontend.lang.expressions import gen as gen
+    from .frontend.lang.expressions import gen_int as gen_int
+    from .frontend.lang.expressions import gen_string as gen_string
+    from .frontend.lang.expressions import select as select
+    from .frontend.lang.expressions import special as special
+    from .frontend.lang.expressions import system as system
+    from .frontend.lang.expressions import system_begin as system_begin
+    from .frontend.lang.expressions import system_end as system_end
+    from .frontend.lang.expressions import user as user
+    from .frontend.lang.expressions import user_begin as user_begin
+    from .frontend.lang.expressions import user_end as user_end
+    from .frontend.lang.function import Function as Function
+    from .frontend.lang.function import function as function
+    from .frontend.lang.search import best_of as best_of
+    from .frontend.lang.search import search as search
+    from .frontend.lang.state import AsyncState as AsyncState
+    from .frontend.lang.state import Group as Group
+    from .frontend.lang.state import State as State
+    from .frontend.lang.tools import tool_loop as tool_loop
     from .runtime.config import EngineConfig as EngineConfig
     from .runtime.engine import AsyncEngine as AsyncEngine
     from .runtime.engine import Engine as Engine
     from .runtime.engine import RequestOutput as RequestOutput
     from .runtime.sampling_params import SamplingParams as SamplingParams
 
-__all__ = ["AsyncEngine", "Engine", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

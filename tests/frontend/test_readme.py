@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -28,8 +29,16 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
 
 
-def test_the_python_blocks_are_the_two_known_here() -> None:
-    assert ["Engine" in block for block in PYTHON_BLOCKS] == [True, False]
+def run_python_file(code: str) -> subprocess.CompletedProcess[str]:
+    """As a file: a program's errors name its lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "program.py"
+        path.write_text(code)
+        return subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=240)
+
+
+def test_the_python_blocks_are_the_three_known_here() -> None:
+    assert ["Engine(" in block for block in PYTHON_BLOCKS] == [True, True, False]
 
 
 def test_the_engine_example_runs_and_reuses_its_prefix() -> None:
@@ -40,8 +49,14 @@ def test_the_engine_example_runs_and_reuses_its_prefix() -> None:
     assert all(0 < whole - hit < 20 for hit, whole in cached), done.stdout
 
 
+def test_the_program_runs() -> None:
+    done = run_python_file(PYTHON_BLOCKS[1])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[") and done.stdout.count("Fernhollow") >= 1, done.stdout
+
+
 def test_the_client_example_runs(server: Running) -> None:
-    code = PYTHON_BLOCKS[1].replace("http://127.0.0.1:8000", server.url).replace('"none"', '"the-key"')
+    code = PYTHON_BLOCKS[2].replace("http://127.0.0.1:8000", server.url).replace('"none"', '"the-key"')
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()

@@ -1,0 +1,115 @@
+"""Finding a backend: an engine, the address of a server, or the one set as default."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ..client import ServerClient, ServerError
+from .backend import Backend
+from .branches import BranchBackend
+from .engine import EngineBackend
+from .errors import BackendError
+from .loop import background_loop
+from .openai import OpenAIBackend
+from .server import ServerBackend
+
+_default: Backend | None = None
+_engines: weakref.WeakKeyDictionary[Any, EngineBackend] = weakref.WeakKeyDictionary()
+
+
+def connect(
+    url: str,
+    api_key: str | None = None,
+    *,
+    tokenizer: str | Path | None = None,
+    model: str | None = None,
+    branches: bool | None = None,
+    cache_salt: str | None = None,
+    timeout: float = 600.0,
+) -> Backend:
+    """The server at ``url``: a Branchwise server if it says so, else any OpenAI-compatible one.
+
+    ``tokenizer``: a folder or hub id for a Branchwise server on another machine; without it state is text there.
+    ``model``: which of an OpenAI-compatible server's models; by default its first. ``branches``: keep prompts on the
+    server as branches (True), or send them whole each time (False); by default as the server can. ``timeout``: seconds
+    one request may take. Raises `ServerError` if nobody answers or the key is refused.
+    """
+    api_key = api_key or os.environ.get("BRANCHWISE_API_KEY") or None
+    client = ServerClient(url, api_key, timeout=30.0)
+    try:
+        facts = client.get("/get_server_info")
+    except ServerError as error:
+        if error.status in (0, 401, 503):
+            raise
+        facts = {}
+    if not (isinstance(facts, dict) and isinstance(facts.get("engine"), dict) and "page_size" in facts["engine"]):
+        if tokenizer is not None or branches:
+            raise ServerError(f"{client.url} is not a Branchwise server: tokenizer and branches mean nothing to it")
+        return OpenAIBackend(client.url, model or _first_model(client), api_key=api_key, timeout=timeout)
+    can_branch = facts.get("config", {}).get("engine", {}).get("max_branches", 0) > 0
+    if branches and not can_branch:
+        raise ServerError(f"{client.url} keeps no branches (--max-branches 0): leave branches= out")
+    kind = BranchBackend if can_branch and branches is not False else ServerBackend
+    return kind(client.url, facts, api_key=api_key, tokenizer=tokenizer, timeout=timeout, cache_salt=cache_salt)
+
+
+def OpenAI(
+    model: str, api_key: str | None = None, *, base_url: str = "https://api.openai.com", chat: bool | None = None
+) -> OpenAIBackend:
+    """A model of an OpenAI-compatible server. ``chat``: it has no text completions (so OpenAI's own by default)."""
+    key = api_key or os.environ.get("OPENAI_API_KEY")
+    url = base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+    only_chats = (urlsplit(url).hostname or "").endswith("openai.com") if chat is None else chat
+    return OpenAIBackend(url, model, api_key=key, chat=only_chats)
+
+
+def as_backend(given: Any) -> Backend:
+    """A backend of an engine or an address; a backend as it is."""
+    if isinstance(given, str):
+        return connect(given)
+    if hasattr(given, "agenerate"):
+        if given not in _engines:
+            _engines[given] = EngineBackend(given)
+        return _engines[given]
+    if hasattr(given, "generate") and hasattr(given, "capabilities"):
+        return given
+    raise TypeError(f"a backend is an Engine, a server's address or what connect() returns, not {type(given).__name__}")
+
+
+def set_default_backend(backend: Any) -> None:
+    """What programs run on that are given no ``backend=``: an `Engine`, an address, or what `connect` returned."""
+    global _default
+    _default = None if backend is None else as_backend(backend)
+
+
+def default_backend() -> Backend:
+    if _default is None:
+        raise BackendError("no backend: give backend=, or call set_default_backend(...) first")
+    return _default
+
+
+def flush_cache(backend: Any = None) -> None:
+    """Empties the backend's cache of all that no running request holds. Blocks."""
+    chosen = default_backend() if backend is None else as_backend(backend)
+    asyncio.run_coroutine_threadsafe(chosen.flush_cache(), background_loop()).result()
+
+
+def get_server_info(backend: Any = None) -> Any:
+    """The server's configuration, limits and counters. Blocks."""
+    chosen = default_backend() if backend is None else as_backend(backend)
+    if not isinstance(chosen, ServerBackend):
+        raise BackendError(f"{chosen.name} is not a Branchwise server")
+    return asyncio.run_coroutine_threadsafe(chosen.http.get("/get_server_info"), background_loop()).result()
+
+
+def _first_model(client: ServerClient) -> str:
+    listed = client.get("/v1/models")
+    try:
+        return listed["data"][0]["id"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ServerError(f"{client.url} lists no model: give model=") from error

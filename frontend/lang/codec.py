@@ -1,0 +1,85 @@
+"""Text to token ids, piece by piece: a state's tokens never change once they are there, so each piece is encoded alone.
+
+Text that a program writes is not trusted: ``<|im_end|>`` in a user's question must not end the user's turn. Only the
+chat template's own text and `special` text may name special tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ...runtime.tokenizer import Tokenizer
+
+TAIL = 8  # tokens before a piece that decide how its first one reads (a leading space)
+# A space between two letters or digits: every tokenizer we know begins a new token there, so cutting changes nothing.
+_SAFE_CUT = re.compile(r"(?<=\w) (?=\w)")
+_LAST_WORDS = 400  # characters among which to look for one
+
+
+class Run(NamedTuple):
+    """A stretch of text that is all trusted (``special``) or all not."""
+
+    text: str
+    special: bool = False
+
+
+class Codec:
+    """One model's tokenizer, as the language uses it."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        named = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
+        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True)))) if named else None
+        self._opening: list[int] = tokenizer.opening.tolist()
+        # What a text is scored after when it is scored by itself.
+        self.neutral: list[int] = self._opening or [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
+
+    def encode(self, runs: Sequence[Run], *, opening: bool = False) -> list[int]:
+        """The ids of ``runs`` read as one text. ``opening``: this is the beginning of a prompt."""
+        runs = [run for run in runs if run.text]
+        if not runs:
+            return []
+        encode = self.tokenizer.encode_first if opening else self.tokenizer.encode_more
+        # A template writes its own <bos>; only a text that does not begin with a special token gets the tokenizer's.
+        ids = [] if not opening or self._begins_special(runs[0]) else list(self._opening)
+        if self._is_plain(runs):
+            return [*ids, *encode("".join(run.text for run in runs), parse_special=True).tolist()]
+        for run in runs:
+            ids += encode(run.text, parse_special=run.special).tolist()
+            encode = self.tokenizer.encode_more
+        return ids
+
+    def text_of(self, ids: Sequence[int], tail: Sequence[int] = ()) -> str:
+        """The text of ``ids`` where they follow ``tail``, as a client is shown it."""
+        if not tail or self.tokenizer.byte_level:
+            return self.tokenizer.decode(ids)
+        before = self.tokenizer.decode(tail)
+        return self.tokenizer.decode([*tail, *ids])[len(before) :]
+
+    def kept(self, ids: Sequence[int], text: str, tail: Sequence[int] = ()) -> tuple[list[int], str]:
+        """The tokens of an answer that a stop string cut down to ``text``, and the text beyond the last whole one."""
+        count, whole = len(ids), self.text_of(ids, tail)
+        while count and not text.startswith(whole):
+            count -= 1
+            whole = self.text_of(ids[:count], tail)
+        return list(ids[:count]), text[len(whole) :] if count else text
+
+    def _is_plain(self, runs: Sequence[Run]) -> bool:
+        """Does the text as a whole name no special tokens but those in trusted runs?"""
+        if self._special is None or all(run.special for run in runs):
+            return True
+        named = len(self._special.findall("".join(run.text for run in runs)))
+        return named == sum(len(self._special.findall(run.text)) for run in runs if run.special)
+
+    def _begins_special(self, run: Run) -> bool:
+        return run.special and self._special is not None and self._special.match(run.text) is not None
+
+
+def safe_cut(text: str) -> int:
+    """Up to where ``text`` can be encoded now without changing how what follows will be: 0 if not at all."""
+    if text.endswith("\n"):
+        return len(text)
+    return max((found.start() for found in _SAFE_CUT.finditer(text, max(0, len(text) - _LAST_WORDS))), default=0)

@@ -1,0 +1,70 @@
+"""How a strand does a ``gen``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .backend import Ask, Completion, check_constraint
+from .errors import BackendError
+from .expressions import Gen, convert
+
+if TYPE_CHECKING:
+    from .slots import Slot
+    from .strand import Strand
+
+
+async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> None:
+    """The prompt so far goes to the backend, what comes back into the state and the variable."""
+    transcript = await strand.written()
+    sampling = gen.sampling.over(strand.session.defaults)
+    check_constraint(strand.backend, sampling.constraint)
+    params = sampling.params() if sampling.options.get("seed") is not None else sampling.params(seed=seed)
+    if params.logprobs is not None and not strand.backend.capabilities.logprobs:
+        raise BackendError(f"{strand.backend.name} gives no logprobs")
+
+    def on_delta(text: str) -> None:
+        strand.show_delta(text)
+        if slot.feed is not None:
+            slot.feed.put(text)
+
+    if transcript.as_messages:
+        await _put_messages(strand)
+    else:
+        await strand.hand_over(transcript.take())
+        if not strand.handle.length:
+            raise BackendError("there is nothing to go on from: the prompt is empty")
+    ask = Ask(params, sampling.constraint, gen.text_in_logprobs)
+    streams = strand.session.streams
+    done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
+    transcript.wrote(done[0].ids, done[0].text)
+    strand.uncomputed = 1  # the last token drawn has not been read yet
+    if streams:
+        strand.show()
+        if slot.feed is not None and slot.feed.empty:
+            slot.feed.put(done[0].text)
+    try:
+        values = [convert(one.text, gen.dtype) for one in done]
+    except (ValueError, KeyError) as error:
+        kind = getattr(gen.dtype, "__name__", "value")
+        raise BackendError(f"the text is not a complete {kind}: {done[0].text!r} ({_why(done[0])})") from error
+    many = params.n > 1
+    slot.set(values if many else values[0], [one.meta for one in done] if many else done[0].meta)
+
+
+async def _put_messages(strand: Strand) -> None:
+    """For a server that only chats: the conversation, which the server's own template turns into a prompt."""
+    transcript = strand.transcript
+    if transcript is None or transcript.speaking != "assistant":
+        raise BackendError(f"{strand.backend.name} only chats: gen must stand in the assistant's turn")
+    *before, mine = transcript.messages()
+    if mine.content:
+        raise BackendError(f"{strand.backend.name} only chats: an assistant's turn must begin with its gen")
+    if transcript.loose:
+        raise BackendError(f"{strand.backend.name} only chats: text must stand in a turn")
+    for message in before[strand.handle.length :]:
+        await strand.backend.extend(strand.handle, message)
+    transcript.take_as_messages()
+
+
+def _why(one: Completion) -> str:
+    return f"finish_reason: {(one.meta.get('finish_reason') or {}).get('type')}"

@@ -1,0 +1,98 @@
+"""Sampling many and keeping the best: library programs, written in the language itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from .expressions import gen
+from .state import AsyncState
+from .tools import anywhere, ask
+
+Score = Callable[[Any], Any]  # of a state: a number, or an awaitable of one
+
+
+def best_of(
+    s: Any, n: int, expr: Any = None, *, score: Score | None = None, name: str = "best", **sampling: Any
+) -> Any:
+    """``n`` continuations of ``s``, of which the best stays: its text is appended, token for token.
+
+    ``expr``: what to append in each branch; by default a ``gen`` of ``name`` with ``sampling``'s arguments. ``score``:
+    a function of the branch (higher is better, ``async def`` or not); by default the mean logprob of ``name``. It may
+    append to the branch it is given, which is a copy. Returns all scores, in the branches' order.
+    """
+    return anywhere(s, lambda state: _best_of(state, n, expr, score, name, sampling))
+
+
+async def _best_of(
+    s: AsyncState, n: int, expr: Any, score: Score | None, name: str, sampling: dict[str, Any]
+) -> list[float]:
+    branches = s.fork(n)
+    if score is None:
+        sampling = {"logprobs": 0, **sampling}
+    branches += gen(name, **sampling) if expr is None else expr
+    if score is None:
+        scores = await asyncio.gather(*(_mean_logprob(branch, name) for branch in branches))
+    else:
+        scores = await asyncio.gather(*(ask(score, branch.copy()) for branch in branches))
+    best = branches[max(range(n), key=lambda i: scores[i])]
+    found = {key: slot for key, slot in best._strand.slots.items() if best._strand.inherited.get(key) is not slot}
+    s.join([best], "concate_and_append")
+    s._strand.slots.update(found)
+    return list(scores)
+
+
+async def _mean_logprob(branch: AsyncState, name: str) -> float:
+    rows = (await branch.meta(name))["output_token_logprobs"]
+    return sum(row[0] for row in rows) / max(1, len(rows))
+
+
+def search(
+    s: Any,
+    propose: Callable[[Any], Any],
+    score: Score,
+    beam: int = 3,
+    depth: int = 3,
+    *,
+    branches: int = 5,
+    done: Callable[[Any], Any] | None = None,
+) -> Any:
+    """Beam search over continuations of ``s``, breadth first: a tree of thoughts (Yao et al., 2023).
+
+    At each of ``depth`` levels every kept state is forked ``branches`` times; ``propose(fork)`` appends one step to a
+    fork, ``score(fork)`` rates a copy of it (higher is better), and the ``beam`` best of all go on. A score of None
+    drops a branch. ``done(fork)``: no step is needed after this one. Returns the kept states, best first; ``s`` itself
+    is unchanged. The callbacks get blocking states in threads, or, if they are ``async def``, awaitable ones.
+    """
+    return anywhere(s, lambda state: _search(state, propose, score, beam, depth, branches, done, type(s)))
+
+
+async def _search(
+    s: AsyncState,
+    propose: Callable[[Any], Any],
+    score: Score,
+    beam: int,
+    depth: int,
+    branches: int,
+    done: Callable[[Any], Any] | None,
+    kind: type[Any],
+) -> list[Any]:
+    async def grow(fork: AsyncState) -> tuple[float, AsyncState, bool] | None:
+        await ask(propose, fork)
+        rated, over = await asyncio.gather(ask(score, fork.copy()), ask(done, fork) if done else _no())
+        return None if rated is None else (rated, fork, bool(over))
+
+    kept: list[tuple[float, AsyncState, bool]] = [(0.0, s, False)]
+    for _ in range(depth):
+        finished = [one for one in kept if one[2]]
+        forks = [fork for _, state, over in kept if not over for fork in state.fork(branches)]
+        if not forks:
+            break
+        grown = await asyncio.gather(*(grow(fork) for fork in forks))
+        kept = sorted([*finished, *(one for one in grown if one is not None)], key=lambda one: -one[0])[:beam]
+    return [kind(state._strand) for _, state, _ in kept if state is not s]
+
+
+async def _no() -> bool:
+    return False

@@ -1,0 +1,346 @@
+"""What a program holds: a state to append to and read from, blocking or awaitable, and groups of forked states."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+from .chat import Variables
+from .errors import ProgramError, call_site
+from .expressions import RoleBegin, RoleEnd, parts
+from .slots import Feed, Slot
+from .strand import Op, Strand
+from .transcript import Transcript
+
+S = TypeVar("S", bound="BaseState")
+T = TypeVar("T")
+Body = Any  # what can be appended: text, an expression, a list of them
+Each = Any  # one body for all branches, a list with one for each, or a function of the branch's number
+
+
+class BaseState:
+    """Appending, forking, joining: the part that never blocks and so is the same for both kinds."""
+
+    def __init__(self, strand: Strand) -> None:
+        self._strand = strand
+        self.ret_value: Any = None  # what the program's function returned
+
+    def __iadd__(self: S, body: Body) -> S:
+        site = call_site()
+        for expr in parts(body):
+            self._strand.append(expr, site)
+        return self
+
+    def fork(self: S, n: int = 1, position_ids_offset: Any = None) -> Group[S]:
+        """``n`` states that go on from here, each on its own. Costs no copy and no computation.
+
+        ``position_ids_offset`` is there for SGLang's programs, where it never meant anything; it must be None.
+        """
+        if position_ids_offset is not None:
+            raise ValueError("position_ids_offset is not supported")
+        made = self._strand.fork(n, call_site())
+        return Group(self, [type(self)(strand) for strand in made])
+
+    def copy(self: S) -> S:
+        """A state of its own that says the same."""
+        return type(self)(self._strand.fork(1, call_site(), copy=True)[0])
+
+    def join(self, states: Sequence[BaseState], mode: str = "gather_variable") -> None:
+        """Ends ``states`` and takes what they found: ``gather_variable`` makes each variable they set since they were
+        forked a list here (in their order), ``concate_and_append`` appends what they said since, token for token."""
+        if mode not in ("gather_variable", "concate_and_append"):
+            raise ValueError(f"mode must be gather_variable or concate_and_append, got {mode!r}")
+        self._strand.join([state._strand for state in states], mode, call_site())
+
+    def set(self, name: str, value: Any) -> None:
+        """Makes ``value`` the variable ``name``."""
+        self._strand.set(name, value, call_site())
+
+    set_var = set
+
+    def use_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        """Tools in OpenAI's shape, for the model's own chat template to write. Before the model has read a turn."""
+        variables = Variables({"tools": [dict(tool) for tool in tools]} if tools else {})
+        self._strand.ask("tools", lambda transcript: transcript.use_variables(variables), call_site())
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._strand.slots
+
+    @contextmanager
+    def _role(self, role: str, site: str) -> Iterator[None]:
+        self._strand.append(RoleBegin(role), site)
+        yield
+        self._strand.append(RoleEnd(role), site)
+
+    def role(self, name: str, body: Body = None) -> Any:
+        """``with s.role("tool"): ...``, or ``s.role("tool", text)``."""
+        site = call_site()
+        if body is None:
+            return self._role(name, site)
+        with self._role(name, site):
+            for expr in parts(body):
+                self._strand.append(expr, site)
+        return None
+
+    def system(self, body: Body = None) -> Any:
+        return self.role("system", body)
+
+    def user(self, body: Body = None) -> Any:
+        return self.role("user", body)
+
+    def assistant(self, body: Body = None) -> Any:
+        return self.role("assistant", body)
+
+    @contextmanager
+    def var_scope(self, name: str) -> Iterator[None]:
+        """What is appended within becomes the variable ``name``, too."""
+        site = call_site()
+        slot = Slot(name, site)
+        log: list[Any] = []
+
+        async def begin() -> None:
+            log.append((await self._strand.written()).log())
+
+        async def end() -> None:
+            (await self._strand.written()).unlog(log[0])
+            slot.set("".join(getattr(item, "text", "") for item in log[0]))
+
+        self._strand.put(Op(begin, site))
+        yield
+        self._strand.slots[name] = slot
+        self._strand.put(Op(end, site, slot))
+
+    def _find(self, name: str) -> Slot:
+        slot = self._strand.slots.get(name)
+        if slot is None:
+            known = ", ".join(map(repr, self._strand.slots)) or "none"
+            raise ProgramError(
+                f"no variable {name!r} has been set in this state (set so far: {known})",
+                variable=None,
+                site=call_site(),
+            )
+        return slot
+
+    def _everything(self, question: Callable[[Transcript], T]) -> Slot:
+        return self._strand.ask("", question, call_site())
+
+    def _told(self, error: BaseException) -> None:
+        self._strand.session.seen(error)
+
+    def _feed(self, name: str | None) -> Feed:
+        feed = self._strand.feed if name is None else self._find(name).feed
+        if feed is None:
+            raise ProgramError(
+                "this run was not started with stream=True: there is nothing to follow", site=call_site()
+            )
+        return feed
+
+
+def _all_text(transcript: Transcript) -> str:
+    return transcript.text()
+
+
+def _all_messages(transcript: Transcript) -> list[dict[str, str]]:
+    return [{"role": one.role, "content": one.content} for one in transcript.messages()]
+
+
+class State(BaseState):
+    """A state whose reads block. For ordinary functions, on any thread but the loop's."""
+
+    def __getitem__(self, name: str) -> Any:
+        """The variable's value, once it is there. Raises `ProgramError` if it never will be."""
+        return self._wait(self._find(name).future)
+
+    get_var = __getitem__
+
+    def meta(self, name: str) -> Any:
+        """How the variable came about: ``finish_reason``, ``prompt_tokens``, ``cached_tokens``, ``cache`` (hit tokens,
+        and why not more), logprobs if asked for. A list where the variable is one."""
+        slot = self._find(name)
+        self._wait(slot.future)
+        return slot.meta
+
+    get_meta_info = meta
+
+    def text(self) -> str:
+        return self._wait(self._everything(_all_text).future)
+
+    def messages(self) -> list[dict[str, str]]:
+        """The conversation as roles and contents."""
+        return self._wait(self._everything(_all_messages).future)
+
+    def sync(self) -> None:
+        """Until everything appended so far is done."""
+        self._wait(self._everything(lambda _: None).future)
+
+    def error(self) -> BaseException | None:
+        """What ended this state, once everything appended so far is done; None if nothing did."""
+        try:
+            self.sync()
+        except ProgramError as error:
+            return error
+        return None
+
+    def text_iter(self, name: str | None = None) -> Iterator[str]:
+        """The text (of one variable, or all of it) as it comes, in a run with ``stream=True``."""
+        inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        feed = self._feed_when_there(name)
+        feed.subscribe(inbox.put)
+        while (chunk := inbox.get()) is not None:
+            yield chunk
+        if feed.error is not None:
+            self._told(feed.error)
+            raise feed.error
+
+    def _feed_when_there(self, name: str | None) -> Feed:
+        """A program that is still running may not have come to the variable yet."""
+        if name is not None and name not in self:
+            self._wait_for_name(name)
+        return self._feed(name)
+
+    def _wait_for_name(self, name: str) -> None:
+        run: Future[Any] | None = getattr(self, "_run", None)
+        while name not in self and run is not None and not run.done():
+            try:
+                run.exception(timeout=0.005)
+            except TimeoutError:
+                continue
+
+    async def text_async_iter(self, name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
+        """`text_iter` for asyncio; ``return_meta_data``: pairs of text and meta (the variable's, on the last one)."""
+        feed = await asyncio.to_thread(self._feed_when_there, name)
+        async for chunk in _follow(feed, self):
+            yield (chunk, {}) if return_meta_data else chunk
+        if return_meta_data and name is not None:
+            yield "", await asyncio.to_thread(self.meta, name)
+
+    @property
+    def aio(self) -> AsyncState:
+        """The same state, awaitable."""
+        return AsyncState(self._strand)
+
+    def run_here(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs ``work`` on the state's loop and waits for it."""
+        self._not_on_loop()
+        return asyncio.run_coroutine_threadsafe(work, self._strand.session.loop).result()
+
+    def _wait(self, future: Future[T]) -> T:
+        if not future.done():
+            self._not_on_loop()
+        try:
+            return future.result()
+        except ProgramError as error:
+            self._told(error)
+            raise
+
+    def _not_on_loop(self) -> None:
+        if self._strand.session.on_loop:
+            raise ProgramError("a blocking read on the event loop: use an `async def` program", site=call_site())
+
+
+class AsyncState(BaseState):
+    """A state whose reads are awaited: ``await s["x"]``."""
+
+    def __getitem__(self, name: str) -> Awaitable[Any]:
+        return self._wait(self._find(name).future)
+
+    get_var = __getitem__
+
+    async def meta(self, name: str) -> Any:
+        slot = self._find(name)
+        await self._wait(slot.future)
+        return slot.meta
+
+    get_meta_info = meta
+
+    def text(self) -> Awaitable[str]:
+        return self._wait(self._everything(_all_text).future)
+
+    def messages(self) -> Awaitable[list[dict[str, str]]]:
+        return self._wait(self._everything(_all_messages).future)
+
+    def sync(self) -> Awaitable[None]:
+        return self._wait(self._everything(lambda _: None).future)
+
+    async def error(self) -> BaseException | None:
+        try:
+            await self.sync()
+        except ProgramError as error:
+            return error
+        return None
+
+    async def text_iter(self, name: str | None = None) -> AsyncIterator[str]:
+        run: asyncio.Task[Any] | None = getattr(self, "_run", None)
+        while name is not None and name not in self and run is not None and not run.done():
+            await asyncio.wait([run], timeout=0.005)
+        async for chunk in _follow(self._feed(name), self):
+            yield chunk
+
+    text_async_iter = text_iter
+
+    async def _wait(self, future: Future[T]) -> T:
+        try:
+            return await asyncio.wrap_future(future)
+        except ProgramError as error:
+            self._told(error)
+            raise
+
+
+async def _follow(feed: Feed, state: BaseState) -> AsyncIterator[str]:
+    loop = asyncio.get_running_loop()
+    inbox: asyncio.Queue[str | None] = asyncio.Queue()
+
+    def tell(chunk: str | None) -> None:
+        loop.call_soon_threadsafe(inbox.put_nowait, chunk)
+
+    feed.subscribe(tell)
+    while (chunk := await inbox.get()) is not None:
+        yield chunk
+    if feed.error is not None:
+        state._told(feed.error)
+        raise feed.error
+
+
+class Group(Generic[S]):
+    """States forked at one point. What is appended to the group goes to each: one value for all, a list with one for
+    each, or a function of the branch's number."""
+
+    def __init__(self, parent: S, states: Sequence[S]) -> None:
+        self.parent = parent
+        self.states = list(states)
+
+    def __iadd__(self, each: Each) -> Group[S]:
+        site = call_site()
+        if callable(each):
+            bodies = [each(i) for i in range(len(self.states))]
+        elif isinstance(each, (list, tuple)):
+            if len(each) != len(self.states):
+                raise ValueError(f"{len(each)} values for {len(self.states)} branches")
+            bodies = list(each)
+        else:
+            bodies = [each] * len(self.states)
+        for state, body in zip(self.states, bodies, strict=True):
+            for expr in parts(body):
+                state._strand.append(expr, site)
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        """The i-th state; or, for a name, that variable of every state (an awaitable of the list in async programs)."""
+        if not isinstance(key, str):
+            return self.states[key]
+        values = [state[key] for state in self.states]  # type: ignore[index]
+        return asyncio.gather(*values) if isinstance(self.parent, AsyncState) else values
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __iter__(self) -> Iterator[S]:
+        return iter(self.states)
+
+    def join(self, mode: str = "gather_variable") -> None:
+        """See `BaseState.join`: into the state this group was forked from."""
+        self.parent.join(self.states, mode)

@@ -1,0 +1,323 @@
+"""What programs do wrong is told at the line, what they do at once stays apart, and seeds make them repeat."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import pytest
+
+import branchwise as bw
+from branchwise.frontend.lang.errors import BackendError
+
+
+def line_of(text: str) -> str:
+    lines = open(__file__).read().splitlines()  # noqa: PTH123, SIM115
+    (number,) = [i for i, line in enumerate(lines, 1) if line.rstrip().endswith("# " + text)]
+    return f"{__file__}:{number}"
+
+
+def ok(prompt: str) -> str:
+    return "ok"
+
+
+# -- bad programs ------------------------------------------------------------------------------------------------------
+
+
+def test_reading_a_variable_never_set(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        return s["b"]  # never set
+
+    with pytest.raises(
+        bw.ProgramError, match=r"no variable 'b' has been set in this state \(set so far: 'a'\)"
+    ) as caught:
+        program.run(backend=echo(ok))
+    assert caught.value.site == line_of("never set")
+
+
+def test_an_unknown_argument_is_an_error_at_the_call(echo):
+    with pytest.raises(TypeError, match="temprature"):
+        bw.gen("a", temprature=1)
+    with pytest.raises(ValueError, match="temperature must be at least 0"):
+        bw.gen("a", temperature=-1)
+    with pytest.raises(ValueError, match="top_p must be greater than 0"):
+        bw.gen("a", top_p=0)
+    with pytest.raises(ValueError, match="dtype must be int"):
+        bw.gen("a", dtype=list)
+    with pytest.raises(ValueError, match="exclude each other"):
+        bw.gen("a", regex="x", dtype=int)
+    with pytest.raises(ValueError, match="not JSON"):
+        bw.gen("a", json_schema="{")
+    with pytest.raises(ValueError, match="list of choices"):
+        bw.select("a", "yes")
+
+    @bw.function
+    def program(s, question):
+        s += question
+
+    with pytest.raises(TypeError, match="program: got an unexpected keyword argument 'questoin'"):
+        program.run("?", questoin="?", backend=echo(ok))
+    with pytest.raises(TypeError, match="missing a required argument: 'question'"):
+        program.run(backend=echo(ok))
+    with pytest.raises(TypeError, match="no argument 'answer'"):
+        program.bind(answer=1)
+    with pytest.raises(TypeError, match="not object"):
+
+        @bw.function
+        def other(s):
+            s += object()
+
+        other.run(backend=echo(ok))
+
+
+def test_a_fork_of_a_failed_state(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")  # what failed
+        assert s.error() is not None
+        s.fork(2)  # the fork
+
+    with pytest.raises(bw.ProgramError, match=r"forked from one that failed.*no room") as caught:
+        program.run(backend=echo(lambda prompt: BackendError("no room")))
+    assert caught.value.site == line_of("the fork")
+    assert line_of("what failed") in str(caught.value)
+
+
+def test_a_fork_of_a_state_that_fails_later(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        forks = s.fork(2)
+        forks += bw.gen("b")
+        return forks[1]["b"]
+
+    with pytest.raises(bw.ProgramError, match=r"forked from one that failed.*no room"):
+        program.run(backend=echo(lambda prompt: BackendError("no room")))
+
+
+def test_a_cycle_in_join(echo):
+    @bw.function
+    def program(s):
+        s += "x"
+        a, b = s.fork(2)
+        a.join([b])
+        b2 = a.fork(1)[0]
+        b2.join([a])  # a waits for b, which is fine
+        s.join([s])  # itself
+
+    with pytest.raises(bw.ProgramError, match="a cycle in join") as caught:
+        program.run(backend=echo(ok))
+    assert caught.value.site == line_of("itself")
+
+
+def test_two_states_that_join_each_other(echo):
+    started = threading.Event()
+
+    def slow(prompt):
+        started.wait(5)
+        return "ok"
+
+    @bw.function
+    def program(s):
+        a, _ = s.fork(2)
+        a += "x" + bw.gen("y")
+        c = a.fork(1)[0]
+        a.join([c])
+        try:
+            c.join([a])
+        finally:
+            started.set()
+
+    with pytest.raises(bw.ProgramError, match="joined or closed"):
+        program.run(backend=echo(slow))
+
+
+def test_a_joined_state_takes_no_more(echo):
+    @bw.function
+    def program(s):
+        forks = s.fork(2)
+        forks += "x" + bw.gen("a")
+        forks.join()
+        assert s["a"] == ["ok", "ok"]
+        forks[0] += "more"
+
+    with pytest.raises(bw.ProgramError, match="joined or closed"):
+        program.run(backend=echo(ok))
+
+
+def test_turns_must_nest(echo):
+    @bw.function
+    def program(s):
+        s += bw.user_begin()
+        s += bw.assistant("hello")  # inside
+
+    with pytest.raises(bw.ProgramError, match="'assistant' cannot begin inside one of 'user'") as caught:
+        program.run(backend=echo(ok))
+    assert caught.value.site == line_of("inside")
+
+
+def test_an_empty_prompt(echo):
+    @bw.function
+    def program(s):
+        s += bw.gen("a")
+
+    with pytest.raises(bw.ProgramError, match="prompt is empty"):
+        program.run(backend=echo(ok))
+
+
+def test_no_backend():
+    @bw.function
+    def program(s):
+        s += "x"
+
+    with pytest.raises(bw.BackendError, match="set_default_backend"):
+        program.run()
+
+
+def test_a_value_that_is_not_of_its_dtype(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a", dtype=int)
+
+    backend = echo(lambda prompt: "12 or so", constraints=frozenset({"regex"}))
+    with pytest.raises(bw.ProgramError, match="not a complete int: '12 or so'"):
+        program.run(backend=backend)
+
+
+def test_an_exception_of_the_program_ends_what_it_started(echo):
+    waiting = threading.Event()
+    backend = echo(ok)
+    generate = backend.generate
+
+    async def never(handle, ask, on_delta=None):
+        waiting.set()
+        await asyncio.sleep(60)
+        return await generate(handle, ask, on_delta)
+
+    backend.generate = never
+
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        waiting.wait(5)
+        raise KeyError("mine")
+
+    began = time.monotonic()
+    with pytest.raises(KeyError, match="mine"):
+        program.run(backend=backend)
+    assert time.monotonic() - began < 5
+
+
+def test_a_batch_keeps_exceptions_with_their_item(echo):
+    @bw.function
+    def program(s, i):
+        s += f"{i}" + bw.gen("a")
+        if i == 1:
+            raise KeyError("mine")
+
+    backend = echo(lambda prompt: BackendError("no room") if prompt == "2" else "ok")
+    states = program.run_batch([{"i": i} for i in range(4)], backend=backend)
+    assert [state.error() is None for state in states] == [True, False, False, True]
+    assert states[0]["a"] == states[3]["a"] == "ok"
+    assert isinstance(states[1].error().__cause__, KeyError)
+    with pytest.raises(bw.ProgramError, match="no room"):
+        states[2]["a"]
+
+
+def test_a_state_that_failed_does_not_lose_what_it_had(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        s += "!" + bw.gen("b")
+        assert s["a"] == "ok"
+        with pytest.raises(bw.ProgramError, match="no room"):
+            s.text()
+
+    program.run(backend=echo(lambda prompt: BackendError("no room") if "!" in prompt else "ok"))
+
+
+def test_appending_never_blocks(echo):
+    go = threading.Event()
+
+    def slow(prompt):
+        go.wait(5)
+        return "ok"
+
+    @bw.function
+    def program(s):
+        began = time.monotonic()
+        s += "x" + bw.gen("a") + bw.gen("b")
+        forks = s.fork(3)
+        forks += bw.gen("c")
+        forks.join()
+        s += bw.gen("d")
+        assert time.monotonic() - began < 1
+        go.set()
+        assert s["c"] == ["ok"] * 3 and s["d"] == "ok"
+
+    program.run(backend=echo(slow))
+
+
+# -- seeds -------------------------------------------------------------------------------------------------------------
+
+
+@bw.function
+def branching(s, word):
+    s += f"The {word}"
+    s += bw.gen("a", max_tokens=4)
+    forks = s.fork(3)
+    forks += bw.gen("b", max_tokens=4)
+    forks += bw.gen("b2", max_tokens=4)
+    again = s.fork(2)
+    again += bw.gen("b", max_tokens=4)
+    forks.join()
+    s += " and" + bw.gen("a", max_tokens=4, n=2)
+    s.set("again", again["b"])
+
+
+def outcome(state) -> list:
+    return [state[name] for name in ("a", "b", "b2", "again")]
+
+
+def test_the_same_seed_gives_the_same_result_whatever_the_concurrency(engine):
+    batch = [{"word": word} for word in ("mill", "bridge", "owl", "mill")]
+    options = {"temperature": 3.0, "seed": 5, "ignore_eos": True}
+    one = [outcome(state) for state in branching.run_batch(batch, num_threads=1, **options)]
+    bw.flush_cache()
+    many = [outcome(state) for state in branching.run_batch(batch, num_threads=4, **options)]
+    assert one == many
+    assert one[0] != one[3], "items of a batch draw on their own"
+    assert len({str(b) for b in one[0][1]}) == 3, "branches draw on their own"
+    other = branching.run_batch(batch, **{**options, "seed": 6})
+    assert outcome(other[0]) != one[0]
+
+
+def test_seeds_are_of_the_place_in_the_program(echo):
+    def seeds(seed: int) -> set[int]:
+        backend = echo(ok)
+        branching.run("x", backend=backend, seed=seed)
+        return {ask.params.seed for ask in backend.asked if ask.params.max_tokens}
+
+    assert seeds(1) == seeds(1)
+    assert len(seeds(1)) == 1 + 3 + 3 + 2 + 1
+    assert not seeds(1) & seeds(2)
+    assert {ask.params.seed for ask in _run_unseeded(echo).asked} == {None}
+
+
+def _run_unseeded(echo):
+    backend = echo(ok)
+    branching.run("x", backend=backend)
+    return backend
+
+
+def test_a_gen_with_a_seed_keeps_it(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a", seed=3)
+
+    backend = echo(ok)
+    program.run(backend=backend, seed=1)
+    assert backend.asked[0].params.seed == 3

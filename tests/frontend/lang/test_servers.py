@@ -1,0 +1,274 @@
+"""The same programs on real servers: stateless, with branches, and through OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+import branchwise as bw
+from branchwise.frontend.client import ServerError
+from branchwise.frontend.lang.branches import BranchBackend
+from branchwise.frontend.lang.openai import OpenAIBackend
+from branchwise.frontend.lang.server import ServerBackend
+
+KEY = "the-key"
+
+
+@bw.function
+def everything(s):
+    s += bw.system("You are a helpful assistant.")
+    s += bw.user("Who is Mira?")
+    s += bw.assistant(bw.gen("who", max_tokens=30))
+    forks = s.fork(3)
+    forks += lambda i: bw.user(["Where does Mira live?", "Who is Tobin?", "Who is Sol?"][i])
+    forks += bw.assistant(bw.gen("more", max_tokens=30, stop="."))
+    forks += bw.user("Thank you!")
+    forks += bw.assistant(bw.gen("bye", max_tokens=12, n=2))
+    forks.join()
+    s += bw.user("Numbers: 2 3. Target: 6. Can the target still be reached?")
+    s += bw.assistant(bw.select("choice", ["yes", "no"]))
+    best = s.fork(1)
+    best += bw.user("Who is Juniper?")
+    with best[0].assistant():
+        best += bw.gen("friend", max_tokens=30)
+    best.join("concate_and_append")
+
+
+def outcome(state: bw.State) -> Any:
+    return [state["who"], state["more"], state["bye"], state["choice"], state.text(), state.messages()]
+
+
+OPTIONS = {"temperature": 0.7, "seed": 3}
+
+
+@pytest.fixture(params=[False, True], ids=["stateless", "branches"])
+def backend(request: pytest.FixtureRequest, server: Any) -> Iterator[ServerBackend]:
+    made = bw.connect(server.url, KEY, branches=request.param)
+    assert isinstance(made, BranchBackend) == request.param
+    bw.flush_cache(made)
+    yield made
+    if request.param:
+        assert _counts(made)["branches"] == 0, "a run leaves no branch behind"
+
+
+def _counts(made: ServerBackend) -> dict[str, Any]:
+    from branchwise.frontend.lang.loop import background_loop
+
+    return asyncio.run_coroutine_threadsafe(made.http.get("/branches"), background_loop()).result()
+
+
+def test_the_meaning_is_the_same_everywhere(backend: ServerBackend, engine: Any) -> None:
+    here = everything.run(**OPTIONS)
+    there = everything.run(backend=backend, **OPTIONS)
+    assert outcome(here) == outcome(there)
+    assert [meta["prompt_tokens"] for meta in here.meta("bye")[0]] == [
+        meta["prompt_tokens"] for meta in there.meta("bye")[0]
+    ]
+
+
+def test_streams(backend: ServerBackend) -> None:
+    state = everything.run(backend=backend, stream=True, **OPTIONS)
+    assert "".join(state.text_iter("who")) == state["who"]
+    assert "".join(state.text_iter()) == state.text()
+    assert outcome(state) == outcome(everything.run(backend=backend, **OPTIONS))
+
+
+def test_a_server_with_branches_is_sent_a_tenth(server: Any) -> None:
+    document = " ".join(f"The {word} of Fernhollow is number {i}." for i, word in enumerate(["mill", "bridge"] * 90))
+
+    @bw.function
+    def program(s):
+        s += document + "\n"
+        forks = s.fork(16)
+        forks += lambda i: f"Question {i}:" + bw.gen("a", max_tokens=4)
+        forks += "\nSo" + bw.gen("b", max_tokens=4)
+        forks.join()
+
+    sent = {}
+    for branches in (False, True):
+        backend = bw.connect(server.url, KEY, branches=branches)
+        state = program.run(backend=backend, **OPTIONS)
+        sent[branches] = (backend.usage.bytes_sent, backend.usage.sent_tokens, state["a"], state["b"])
+    assert sent[True][2:] == sent[False][2:]
+    assert sent[True][0] * 10 <= sent[False][0]
+    assert sent[True][1] * 10 <= sent[False][1]
+
+
+def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    expected = outcome(everything.run(backend=backend, **OPTIONS))
+    asked = BranchBackend._on
+    killed = []
+
+    async def unlucky(self: BranchBackend, handle: Any, what: str, body: Any, **more: Any) -> Any:
+        if handle.id is not None and (what, handle.id) not in killed:
+            killed.append((what, handle.id))
+            await self.http.post("/branches/batch", {"ops": [{"op": "delete", "id": handle.id}]})
+        return await asked(self, handle, what, body, **more)
+
+    monkeypatch.setattr(BranchBackend, "_on", unlucky)
+    assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
+    assert {what for what, _ in killed} >= {"generate", "fork", "score"}
+
+
+def test_without_room_for_branches_prompts_are_sent_whole(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    expected = outcome(everything.run(backend=backend, **OPTIONS))
+    post = type(backend.http).post
+
+    async def full(self: Any, path: str, body: Any, **more: Any) -> Any:
+        if path == "/branches" or path.endswith("/fork"):
+            from branchwise.frontend.lang.errors import BackendError
+
+            raise BackendError("too many branches", status=429)
+        return await post(self, path, body, **more)
+
+    monkeypatch.setattr(type(backend.http), "post", full)
+    assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
+
+
+def test_errors_are_in_the_servers_words(backend: ServerBackend) -> None:
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a", max_tokens=100_000)
+
+    with pytest.raises(bw.ProgramError, match=r"'a' failed on http://127.*max_new_tokens 100000") as caught:
+        program.run(backend=backend)
+    assert caught.value.__cause__.status == 400
+
+
+def test_what_a_server_does_not_know_is_an_error_not_dropped(backend: ServerBackend) -> None:
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a", stop_regex="[0-9]")
+
+    with pytest.raises(bw.ProgramError, match=r"http://127.*stop_regex"):
+        program.run(backend=backend)
+
+
+def test_nobody_there_and_a_wrong_key(unused_port: int, server: Any) -> None:
+    with pytest.raises(ServerError, match="no server answers"):
+        bw.connect(f"http://127.0.0.1:{unused_port}")
+    with pytest.raises(ServerError, match="refused this key"):
+        bw.connect(server.url, "wrong")
+
+
+def test_server_info(server: Any) -> None:
+    assert bw.get_server_info(bw.connect(server.url, KEY))["model"] == "branchwise"
+
+
+def test_our_server_through_openais_completions(server: Any, engine: Any) -> None:
+    backend = OpenAIBackend(server.url, "branchwise", api_key=KEY)
+
+    @bw.function
+    def program(s):
+        s += "Mira is the baker of Fernhollow. She lives"
+        s += bw.gen("where", max_tokens=8) + bw.select("x", [" market", " forge"]) + bw.gen("rest", max_tokens=3)
+
+    here, there = program.run(temperature=0), program.run(backend=backend, temperature=0)
+    assert here["where"] == there["where"] and here["x"] == there["x"]
+    assert here.text() == there.text()
+    assert there.meta("where")["cached_tokens"] >= 0 and backend.usage.prompt_tokens > 0
+    streamed = program.run(backend=backend, temperature=0, stream=True)
+    assert "".join(streamed.text_iter()) == there.text()
+
+
+class _Chat(BaseHTTPRequestHandler):
+    """A server that only chats: it says how many messages it was sent, and remembers them."""
+
+    bodies: list[dict[str, Any]] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self.send_error(404)
+            return
+        self._json({"data": [{"id": "chatty"}]})
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        type(self).bodies.append(body)
+        if self.path != "/v1/chat/completions":
+            self.send_error(404)
+            return
+        said = f"{len(body['messages'])} messages"
+        if body.get("stream"):
+            self.send_response(200)
+            self.end_headers()
+            for piece in (said[:3], said[3:]):
+                event = {"choices": [{"delta": {"content": piece}, "finish_reason": None}]}
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+            self.wfile.write(b"data: [DONE]\n\n")
+            return
+        choice = {"message": {"role": "assistant", "content": said}, "finish_reason": "stop"}
+        usage = {"prompt_tokens": 9, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 4}}
+        self._json({"choices": [choice] * body.get("n", 1), "usage": usage})
+
+    def _json(self, value: Any) -> None:
+        data = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def chatty() -> Iterator[OpenAIBackend]:
+    _Chat.bodies = []
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), _Chat)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    backend = bw.connect(f"http://127.0.0.1:{httpd.server_port}/v1")
+    assert isinstance(backend, OpenAIBackend) and backend.model == "chatty"
+    yield backend
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_a_server_that_only_chats_gets_messages(chatty: OpenAIBackend) -> None:
+    @bw.function
+    def program(s):
+        s += bw.system("Be brief.")
+        s += bw.user("One?") + bw.assistant(bw.gen("a", json_schema={"type": "string"}))
+        forks = s.fork(2)
+        forks += lambda i: bw.user(f"Fork {i}?") + bw.assistant(bw.gen("b") + "!")
+        forks.join()
+        s += bw.user("Two?") + bw.assistant(bw.gen("c", top_k=5))
+
+    state = program.run(backend=chatty, seed=2, temperature=0)
+    assert (state["a"], state["b"], state["c"]) == ("2 messages", ["4 messages"] * 2, "4 messages")
+    first, *_, last = _Chat.bodies
+    assert first["response_format"]["json_schema"]["schema"] == {"type": "string"}
+    assert "top_k" not in first and last["top_k"] == 5 and isinstance(last["seed"], int)
+    assert last["messages"] == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "2 messages"},
+        {"role": "user", "content": "Two?"},
+    ]
+    assert state.meta("a")["cached_tokens"] == 4
+    assert state.messages()[-1] == {"role": "assistant", "content": "4 messages"}
+    assert "".join(program.stream(backend=chatty, variable="a")) == "2 messages"
+
+
+@pytest.mark.parametrize(
+    ("append", "problem"),
+    [
+        (lambda s: s.__iadd__(bw.user("x") + bw.gen("a")), "must stand in the assistant's turn"),
+        (lambda s: s.__iadd__("Hello" + bw.user("x") + bw.assistant(bw.gen("a"))), "text must stand in a turn"),
+        (lambda s: s.__iadd__(bw.user("x") + bw.assistant("Well" + bw.gen("a"))), "must begin with its gen"),
+        (lambda s: s.__iadd__(bw.user("x") + bw.assistant(bw.gen("a", regex="x"))), "cannot constrain.*regex"),
+        (lambda s: s.__iadd__(bw.user("x") + bw.assistant(bw.select("a", ["x"]))), "cannot score"),
+    ],
+)
+def test_what_chat_cannot_do_names_the_server(chatty: OpenAIBackend, append: Any, problem: str) -> None:
+    program = bw.function(lambda s: append(s) and None)
+    with pytest.raises(bw.ProgramError, match=f"{chatty.name}.*{problem}"):
+        program.run(backend=chatty)
