@@ -1,0 +1,51 @@
+"""What the examples share: a backend from the command line, and an account of what the cache saved.
+
+python examples/tree_of_thought.py                         # the model that ships, in this process
+python examples/tree_of_thought.py http://127.0.0.1:8000   # any Branchwise or OpenAI-compatible server
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+
+import branchwise as bw
+
+
+def show(title: str, work: Callable[[], str]) -> None:
+    """Runs ``work`` twice, with the cache and without, and prints its result and what was sent, computed and cached."""
+    print(title)
+    if len(sys.argv) > 1:
+        _account(bw.connect(sys.argv[1]), work)
+        return
+    with bw.Engine(kv_cache_tokens=32768) as engine:
+        _account(engine, work)
+
+
+def _account(where: object, work: Callable[[], str]) -> None:
+    bw.set_default_backend(where)
+    backend = bw.default_backend()
+    try:
+        bw.flush_cache()
+    except bw.BackendError as error:
+        print(f"(the cache is as it was before: {error})")
+    print(_measured("with the cache", backend, work))
+    if not hasattr(backend, "without_cache"):
+        print(f"{backend.name} cannot be asked to do without its cache: nothing to compare with")
+        return
+    bw.set_default_backend(backend.without_cache())
+    print(_measured("without", bw.default_backend(), lambda: work() and ""))
+    bw.set_default_backend(None)
+
+
+def _measured(label: str, backend: object, work: Callable[[], str]) -> str:
+    before, began = backend.usage.since(type(backend.usage)()), time.perf_counter()
+    result = work()
+    seconds, used = time.perf_counter() - began, backend.usage.since(before)
+    if result:
+        print(result)
+    return (
+        f"{label:>15}: {used.requests} requests, prompt tokens: {used.prompt_tokens:,} read, "
+        f"{used.sent_tokens:,} sent, {used.computed_tokens:,} computed, {used.cached_tokens:,} cached; {seconds:.2f} s"
+    )

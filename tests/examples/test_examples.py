@@ -1,0 +1,85 @@
+"""Every example of the language runs on the shipped model, in process and on a server, and its account adds up."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+# What the shipped model gets right, and so would be wrong if a prompt were not what the program says.
+KNOWN = {
+    "branch_solve_merge": ["->  first (3 of 3", "->  second (0 of 3"],
+    "extraction": ["'name': 'Hanno', 'age': 41, 'job': 'baker'"],
+    "fewshot_classification": ["the film was wonderful       good", "what a nasty trip            bad"],
+    "long_document": ["of 8 right"],
+    "multi_turn_chat": ["Your favourite colour is green.", "You live in Zemol."],
+    "react": ["action:      look up Juniper", "answer:      29"],
+    "self_consistency": ["14: ", "15: "],
+    "skeleton_of_thought": ["Mira is the baker of Fernhollow"],
+    "tool_agent": ['get_weather({"city": "Zemol"}) = {"status": "sunny", "temperature": 17}', "The price is 12."],
+    "tree_of_thought": ["Target: 16."],
+}
+ACCOUNT = re.compile(
+    r"([\d,]+) requests, prompt tokens: ([\d,]+) read, ([\d,]+) sent, ([\d,]+) computed, ([\d,]+) cached"
+)
+
+
+def test_every_example_is_known() -> None:
+    others = {"accounting", "quickstart"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} - others == set(KNOWN)
+
+
+def run(name: str, *arguments: str) -> tuple[str, list[list[int]]]:
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr == ""
+    assert time.monotonic() - began < 60  # 20 on an idle machine
+    accounts = [[int(number.replace(",", "")) for number in row] for row in ACCOUNT.findall(done.stdout)]
+    return done.stdout, accounts
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN))
+def test_in_process(name: str) -> None:
+    output, accounts = run(name)
+    for known in KNOWN[name]:
+        assert known in output
+    cached, uncached = accounts
+    for _, read, sent, computed, reused in accounts:
+        assert read == computed + reused and 0 < sent <= read
+    assert uncached[4] == 0, "nothing is reused without the cache"
+    assert cached[4] > 0 and cached[3] < uncached[3], "something is with it"
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    command = [sys.executable, "-m", "branchwise", "serve", "--port", "0", "--kv-cache-tokens", "32768"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
+    assert process.stdout is not None
+    found = next((match[1] for line in process.stdout if (match := re.search(r"ready at (http://\S+)", line))), None)
+    assert found is not None
+    yield found
+    process.terminate()
+    process.communicate(timeout=60)
+
+
+@pytest.mark.parametrize("name", ["long_document", "tool_agent", "tree_of_thought"])
+def test_on_a_server(name: str, url: str) -> None:
+    output, (cached, uncached) = run(name, url)
+    for known in KNOWN[name]:
+        assert known in output
+    assert cached[2] < uncached[2], "branches are sent only what is new"
+    assert uncached[4] == 0 < cached[4]
