@@ -5,9 +5,10 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from ... import __version__
-from . import admin, branches, cache, chat, completions, errors, generate, models, tokens
+from . import admin, branches, cache, completions, errors, generate, models, tokens
 from .auth import AuthMiddleware
 from .body import BodyLimit
+from .chat import route as chat
 from .shortcut import Handler, Shortcut
 from .site import Site
 

@@ -16,9 +16,9 @@ from ..sampling_params import SamplingParams
 from .auth import is_admin, require_admin
 from .body import read_json_object
 from .cache_fields import CacheFields, caching, seconds
-from .chat import rendered
-from .chat_request import CHAT_UNSUPPORTED, ChatRequest
-from .chat_tools import definitions
+from .chat.request import CHAT_UNSUPPORTED, ChatRequest
+from .chat.tools import definitions
+from .chat.turn import rendered
 from .prompts import Ids, check_count, check_priority, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
 from .site import Site

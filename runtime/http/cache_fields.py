@@ -54,7 +54,7 @@ def caching(
 ) -> dict[str, Any]:
     """``namespace``, ``breakpoints`` and ``private`` of a `Prompt`, from what the request says.
 
-    ``marks``: breakpoints within a rendered conversation, (position in characters, ttl); see `chat_marks`. Of more
+    ``marks``: breakpoints within a rendered conversation, (position in characters, ttl); see `chat.marks`. Of more
     than four the last four count, as OpenAI has it. Raises `InvalidRequest`.
     """
     for name, label in (

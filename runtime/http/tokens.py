@@ -11,10 +11,10 @@ from pydantic import Field
 from ..errors import InvalidRequest
 from ..limits import check_token_ids
 from .body import read_json_object
-from .chat import rendered
-from .chat_messages import bad
-from .chat_request import CHAT_UNSUPPORTED, ChatRequest
-from .chat_tools import definitions
+from .chat.messages import bad
+from .chat.request import CHAT_UNSUPPORTED, ChatRequest
+from .chat.tools import definitions
+from .chat.turn import rendered
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response

@@ -47,13 +47,16 @@ class CallGrammar(msgspec.Struct, frozen=True):
     triggers: tuple[str, ...]
     at_start: bool
 
-    def lark(self, special_tokens: Mapping[str, int] | None = None, *, after: str = "") -> str:
+    def lark(
+        self, special_tokens: Mapping[str, int] | None = None, *, after: str = "", beside_json: bool = False
+    ) -> str:
         """The grammar in llguidance's dialect of Lark, which holds JSON schemas.
 
         ``special_tokens``: text and id of the tokens that stand for markers and never match as text. ``after``: the
-        trigger that is already there; the grammar is of what follows it. Raises ValueError if no call begins so.
+        trigger that is already there; the grammar is of what follows it. ``beside_json``: the output may be JSON
+        instead of a call. Raises ValueError if no call begins so.
         """
-        return _Lark(self, special_tokens or {}).whole(after)
+        return _Lark(self, special_tokens or {}, _JSON_PIECES if beside_json else _WHOLE).whole(after)
 
 
 class _Written(msgspec.Struct, frozen=True):
@@ -136,8 +139,10 @@ _NO_TAG = "|".join(re.escape(tag).replace("/", r"\/") for tag in (END_PARAMETER,
 class _Lark:
     """Writes one grammar."""
 
-    def __init__(self, grammar: CallGrammar, special_tokens: Mapping[str, int]) -> None:
+    def __init__(self, grammar: CallGrammar, special_tokens: Mapping[str, int], literals: re.Pattern[str]) -> None:
+        """``literals`` cuts text into the literals to write."""
         self._grammar = grammar
+        self._literals = literals
         self._specials = {text: id for text, id in special_tokens.items() if text}
         alternatives = sorted(self._specials, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, alternatives))})") if alternatives else None
@@ -208,12 +213,13 @@ class _Lark:
 
     def _text(self, text: str) -> str:
         """``text`` as literals and special tokens."""
-        parts = self._split.split(text) if self._split else [text]
-        return " ".join(
-            f"<[{self._specials[part]}]>" if part in self._specials else json.dumps(part, ensure_ascii=False)
-            for part in parts
-            if part
-        )
+        parts: list[str] = []
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self._specials:
+                parts.append(f"<[{self._specials[part]}]>")
+            else:
+                parts += [json.dumps(piece, ensure_ascii=False) for piece in self._literals.findall(part)]
+        return " ".join(parts)
 
     @staticmethod
     def _join(*parts: str) -> str:
@@ -221,3 +227,7 @@ class _Lark:
 
 
 _EMPTY = '""'
+_WHOLE = re.compile(r"(?s:.+)")
+# Of what a JSON lexer would take for one lexeme each: the longest match wins, so one long literal would swallow the
+# beginning of an answer that is JSON too.
+_JSON_PIECES = re.compile(r'[{}]|"[^"]*"|[^{}"]+|"')

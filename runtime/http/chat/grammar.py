@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from ..errors import InvalidRequest
-from ..grammar import schema
-from ..grammar.constraint import Constraint, constraint_of, without_constraint
-from ..sampling_params import SamplingParams
-from ..tools import ReasoningFormat, Tool
-from ..tools.grammar import CallGrammar, call_grammar
+from ...errors import InvalidRequest
+from ...grammar import schema
+from ...grammar.constraint import Constraint, constraint_of, without_constraint
+from ...sampling_params import SamplingParams
+from ...tools import ReasoningFormat, Tool
+from ...tools.grammar import CallGrammar, call_grammar
 
 _ANY = "/(?s:.*)/"
 
@@ -72,30 +72,32 @@ class OutputGrammar:
             return [f"body: {_answer(asked)}"]
         if self._forced:
             return ["body: calls", self._renamed("")]
-        answer = "PLAIN" if asked is None else "answer"
+        trigger = self._calls.triggers[0]
+        begun = f"<[{self._special[trigger]}]>" if trigger in self._special else json.dumps(trigger)
+        if asked is not None:
+            # No text before a call: the lexer takes the longest match, and text that may be anything swallows answers.
+            if self._calls.at_start:
+                return ["body: answer | calls", self._renamed("", beside_json=True), f"answer: {_answer(asked)}"]
+            return [f"body: answer | {begun} calls", self._renamed(trigger), f"answer: {_answer(asked)}"]
         # An answer is what does not begin a call.
         triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in self._calls.triggers)
         if self._calls.at_start:
             plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
-            rules = [f"body: {answer} | calls", self._renamed("")]
-        elif self._calls.triggers[0] in self._special:  # no text is ever equal to it
-            plain = f"PLAIN: {_ANY}"
-            begun = f"<[{self._special[self._calls.triggers[0]]}]>"
-            rules = [f"body: {answer} | PLAIN {begun} calls", self._renamed(self._calls.triggers[0])]
-        else:
-            plain = f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/"
-            rules = [f"body: {answer} | before calls", self._renamed(self._calls.triggers[0])]
-            rules.append(f"before[suffix={json.dumps(self._calls.triggers[0])}]: {_ANY}")
-        if asked is not None:
-            rules.append(f"answer: {_answer(asked)}")
-        if any("PLAIN" in rule for rule in rules):
-            rules.append(plain)
-        return rules
+            return ["body: PLAIN | calls", self._renamed(""), plain]
+        if trigger in self._special:  # no text is ever equal to it
+            return [f"body: PLAIN | PLAIN {begun} calls", self._renamed(trigger), f"PLAIN: {_ANY}"]
+        return [
+            "body: PLAIN | before calls",
+            self._renamed(trigger),
+            f"before[suffix={begun}]: {_ANY}",
+            f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/",
+        ]
 
-    def _renamed(self, after: str) -> str:
+    def _renamed(self, after: str, *, beside_json: bool = False) -> str:
         if self._calls is None:
             raise RuntimeError("there are no calls")
-        return "calls: " + self._calls.lark(self._special, after=after).removeprefix("start: ").rstrip("\n")
+        lark = self._calls.lark(self._special, after=after, beside_json=beside_json)
+        return "calls: " + lark.removeprefix("start: ").rstrip("\n")
 
     def _thought(self, prompt: str) -> list[str]:
         """The word for it in ``start``, and its rules; none where thinking is over or unknown."""

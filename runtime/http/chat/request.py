@@ -7,13 +7,13 @@ from typing import Any
 
 from pydantic import Field
 
-from ..chat_template import ChatTemplate
-from ..errors import InvalidRequest
-from ..sampling_params import SamplingParams
-from .cache_fields import CacheFields
-from .chat_messages import bad, label
-from .requests import UNSUPPORTED, StreamOptions, Structured, logit_bias, stops
-from .structured import constraint
+from ...chat_template import ChatTemplate
+from ...errors import InvalidRequest
+from ...sampling_params import SamplingParams
+from ..cache_fields import CacheFields
+from ..requests import UNSUPPORTED, StreamOptions, Structured, logit_bias, stops
+from ..structured import constraint
+from .messages import bad, label
 
 
 class ChatRequest(Structured, CacheFields):

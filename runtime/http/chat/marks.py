@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from .cache_fields import MAX_BREAKPOINTS, part_ttl
+from ..cache_fields import MAX_BREAKPOINTS, part_ttl
 
 _MARK = "\ue000breakpoint\ue001"  # private-use characters: no text that means anything has them
 

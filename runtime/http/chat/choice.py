@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..logprobs import TokenLogprob
-from ..messages import Delta
-from ..outputs import Output
-from ..sampling_params import SamplingParams
-from ..tokenizer import Tokenizer
-from ..tools import ArgumentsDelta, CallStart, ContentDelta, Event, Parsed, ReasoningDelta, StreamParser, assemble
+from ...logprobs import TokenLogprob
+from ...messages import Delta
+from ...outputs import Output
+from ...sampling_params import SamplingParams
+from ...tokenizer import Tokenizer
+from ...tools import ArgumentsDelta, CallStart, ContentDelta, Event, Parsed, ReasoningDelta, StreamParser, assemble
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
-from ..chat_template import ChatTemplate
-from ..errors import InvalidRequest
-from .prompts import MAX_LABEL
+from ...chat_template import ChatTemplate
+from ...errors import InvalidRequest
+from ..prompts import MAX_LABEL
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..chat_template import ChatTemplate
-from ..config import ServerConfig
-from ..errors import InvalidRequest
-from ..sampling_params import SamplingParams
-from ..tokenizer import Tokenizer
-from ..tools import (
+from ...chat_template import ChatTemplate
+from ...config import ServerConfig
+from ...errors import InvalidRequest
+from ...sampling_params import SamplingParams
+from ...tokenizer import Tokenizer
+from ...tools import (
     ReasoningFormat,
     StreamParser,
     Tool,
@@ -23,10 +23,10 @@ from ..tools import (
     tool_format,
     validate_tools,
 )
-from ..tools.grammar import CallGrammar
-from .chat_grammar import OutputGrammar, calls_for
-from .chat_messages import bad, label
-from .chat_request import ChatRequest
+from ...tools.grammar import CallGrammar
+from .grammar import OutputGrammar, calls_for
+from .messages import bad, label
+from .request import ChatRequest
 
 AUTO, NONE = "auto", "none"  # of the flags: what the checkpoint seems to write; nothing
 

@@ -10,7 +10,7 @@ import pytest
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.constraint import constraint_of
 from branchwise.runtime.grammar.llg import Backend
-from branchwise.runtime.http.chat_grammar import OutputGrammar, calls_for
+from branchwise.runtime.http.chat.grammar import OutputGrammar, calls_for
 from branchwise.runtime.model_folder import SHIPPED
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.tokenizer import Tokenizer
@@ -113,10 +113,16 @@ def test_an_answers_schema_holds_after_thinking_and_not_for_calls(takes: Any) ->
     )
     assert takes(chosen, "hm</think>\n\nyes")
     assert not takes(chosen, "yes")
-    both = applied("hermes", params=asked)
-    assert takes(both, CALLS["hermes"][0])
+
+
+@pytest.mark.parametrize("format", CALLS)
+def test_a_strict_tool_beside_an_answer_with_a_schema(takes: Any, format: str) -> None:
+    call, (right, wrong) = CALLS[format]
+    both = applied(format, params=SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format"))
+    assert takes(both, call)
     assert takes(both, '{"x": 1}')
     assert not takes(both, "Hello.")
+    assert not takes(both, call.replace(right, wrong))
 
 
 def test_nothing_to_enforce_is_no_grammar() -> None:

@@ -1,0 +1,103 @@
+"""From a chat request to what is run for it: the prompt its template makes, and who reads each sample's answer.
+
+Every route that talks in conversations comes through here: each first says what it wants as a `ChatRequest`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...chat_template import ChatTemplate
+from ...errors import InvalidRequest
+from ..cache_fields import caching
+from ..client import Prompt
+from ..prompts import check_count, check_priority, make_prompt, prepare_params
+from ..site import Site
+from .choice import Choice
+from .marks import chat_marks
+from .messages import bad, conversation
+from .request import ChatRequest, generation_prompt, names, sampling, variables
+from .tools import Formats, ToolUse
+
+INLINE = 32_768  # characters of a conversation that is rendered right here; a longer one must not stall the loop
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One engine prompt and the readers of its samples."""
+
+    prompt: Prompt
+    choices: list[Choice]
+
+
+class Turns:
+    """Makes turns for one server; learns how its model writes calls and thinking when the first request comes."""
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._formats: Formats | None = None
+
+    async def turn(self, body: ChatRequest, called: Mapping[str, str] | None = None) -> Turn:
+        """``called``: our names of the fields in the client's words, where they are not the chat route's.
+
+        Raises `InvalidRequest`.
+        """
+        site = self._site
+        limits = site.client.limits  # before the tokenizer: it raises while there is none
+        template = chat_template(site)
+        if self._formats is None:
+            self._formats = Formats.of(site.config, site.tokenizer, template)
+        tools = ToolUse(body, self._formats, template, site.config.max_tools)
+        called = {**names(body), **(called or {})}
+        params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
+        params = prepare_params(params, limits, called, site.config)
+        check_count(params.n, site.config.max_prompts_per_request, "n")
+        text = await rendered(site, body, tools.definitions)
+
+        async def again(messages: list[Any]) -> str:
+            return await rendered(site, body.model_copy(update={"messages": messages}), tools.definitions)
+
+        prompt = make_prompt(
+            text,
+            prepare_params(tools.constrained(params, text), limits, called, site.config),
+            limits,
+            "messages",
+            called,
+            priority=check_priority(body.priority),
+            whole=not body.stream,
+            rendered=True,
+            **caching(site, body, marks=await chat_marks(body.messages, text, again)),
+        )
+        choices = [Choice(site.tokenizer, params, tools.parser(text), one_call=tools.one_call) for _ in range(params.n)]
+        return Turn(prompt, choices)
+
+
+def chat_template(site: Site) -> ChatTemplate:
+    template = site.tokenizer.chat_template
+    if template is None:
+        raise InvalidRequest(
+            "this model has no chat template: send a prompt to /v1/completions instead", field="messages"
+        )
+    return template
+
+
+async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | None) -> str:
+    """The prompt's text. A long conversation is rendered in a thread."""
+    template = chat_template(site)
+    if not body.messages:
+        raise bad("messages", "must not be empty")
+    if len(body.messages) > site.config.max_messages:
+        raise bad("messages", f"must have at most {site.config.max_messages} entries, got {len(body.messages)}")
+    add = generation_prompt(body.add_generation_prompt, body.continue_final_message)
+    messages = conversation(body.messages, template)
+    if body.continue_final_message and messages[-1]["role"] != "assistant":
+        raise bad("continue_final_message", "needs a last message of role assistant")
+    named = variables(body.chat_template_kwargs, template, body.documents, body.reasoning_effort)
+    if tools is not None:
+        named["tools"] = tools
+    if len(messages) <= 64 and sum(len(message["content"]) for message in messages) <= INLINE and not body.documents:
+        return template.render(messages, add, named, body.continue_final_message)
+    return await asyncio.to_thread(template.render, messages, add, named, body.continue_final_message)
