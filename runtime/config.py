@@ -42,6 +42,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_pinned_share: float = 0.25  # of the KV pool, that pins and cache breakpoints may keep from eviction
     pinned_share_per_key: float = 1.0  # of that, for one API key
     max_pin_ttl: float = 86_400.0  # seconds
+    jump_forward: bool = True  # tokens a grammar leaves no choice about take no forward pass each
     overlap: bool | None = None  # plan step N+1 while N runs; None: on a GPU only
     profile: str | None = None  # a folder: recordings of steps may be started and stopped, and are written there
     check_when_idle: bool = False  # debug: walk the tree and the pages whenever the engine falls idle

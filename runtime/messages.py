@@ -233,19 +233,21 @@ class Finished(Message):
     error_field: str | None = None
     status: int = 500  # HTTP status for ``error``
     retractions: int = 0
+    jumped_tokens: int | None = None  # of the completion's, those a grammar left no choice about: passes saved
     queue_seconds: float = 0.0  # from arrival at the scheduler to the first scheduled chunk
 
 
 class StepOutput(Message):
     """All that one step has to say, in the order it must be read: opened, tokens, finished.
 
-    ``ids[i]`` drew ``tokens[i]``; a request appears at most once. A stop token that ends a request is included.
+    ``tokens[i]`` is ``ids[i]``'s; of one that its grammar forces to go on in one way, several may follow one another. A
+    stop token that ends a request is included.
     """
 
     opened: list[Opened] = []
     ids: bytes = b""  # int64 [n]
     tokens: bytes = b""  # int32 [n]
-    logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1
+    logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1; who asks for them gets one token a step
     prompt_logprobs: list[PromptLogprobs] = []
     cache: dict[int, CacheReport] = {}  # for each request whose first chunk was scheduled in this step
     queue_seconds: dict[int, float] = {}  # and how long each of them had waited for it
@@ -289,6 +291,7 @@ class Stats(Message):
     cached_tokens: int = 0
     computed_tokens: int = 0  # prompt tokens that went through a forward pass
     generated_tokens: int = 0
+    jumped_tokens: int = 0  # of them, those that took no forward pass of their own
     evicted_pages: int = 0
     retractions: int = 0
     finished: int = 0

@@ -60,6 +60,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return any(value is not None for value in (self.regex, self.json_schema, self.ebnf, self.choices))
 
     @property
+    def penalized(self) -> bool:
+        """Whether what has been said changes what is likely."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
+
+    @property
     def greedy(self) -> bool:
         return self.temperature < 1e-6 or self.top_k == 1
 

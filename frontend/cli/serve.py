@@ -166,6 +166,14 @@ def serve(
             rich_help_panel=MODEL,
         ),
     ] = _ENGINE.cuda_graphs,
+    jump_forward: Annotated[
+        bool,
+        typer.Option(
+            "--jump-forward/--no-jump-forward",
+            help="Tokens that a request's grammar leaves no choice about take no forward pass each.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _ENGINE.jump_forward,
     profile: Annotated[
         str | None,
         typer.Option(

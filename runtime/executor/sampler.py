@@ -117,7 +117,7 @@ class Sampler:
             ids = np.fromiter(params.logit_bias.keys(), np.int64, len(params.logit_bias))
             self._bias[row] = ids, np.fromiter(params.logit_bias.values(), np.float32, len(params.logit_bias))
 
-        self._penalized[row] = _penalizes(params)
+        self._penalized[row] = params.penalized
         if self._penalized[row]:
             self._history.start(row, start.tokens, start.prompt_len)
         else:
@@ -225,7 +225,3 @@ def _copy_out(tensor: Tensor) -> Tensor:
 
 def _filters(params: SamplingParams, vocab_size: int) -> bool:
     return 0 < params.top_k < vocab_size or params.top_p < 1.0 or params.min_p > 0.0
-
-
-def _penalizes(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.frequency_penalty, params.presence_penalty) != (1.0, 0.0, 0.0)

@@ -7,7 +7,7 @@ requests sit out the steps until they know what may come next, and nobody else w
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import InvalidRequest
 from .constraint import KINDS, Constraint
-from .matcher import Grammar, Matcher, hold_open
+from .matcher import Grammar, Matcher, hold_open, look_together
 
 if TYPE_CHECKING:
     from ..scheduler.request import Request
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .llg import Words
 
 COMPILE_SECONDS = 10.0  # a request waits no longer than this for its grammar
+TOGETHER = 4  # masks are worth filling in parallel from here on
 STEP_SECONDS = 0.05  # of one step's masks: past it, outputs of grammars that have just turned out slow are given up
 
 
@@ -96,6 +97,17 @@ class Guides:
         self._jobs[request.id] = request
         return False
 
+    def jump(self, request: Request) -> list[int]:
+        """Takes in the tokens that the request's output cannot do without: no forward pass is needed to know them.
+
+        None that could end it by its stop tokens, and none beyond its limit.
+        """
+        return _matcher(request).jump(request.limit - request.num_tokens, request.stop_ids)
+
+    def under_way(self, request: Request) -> bool:
+        """Whether a thread is at the request's matcher: nobody else looks at it then."""
+        return request.id in self._jobs
+
     def settled(self) -> Iterator[Request]:
         """Requests that know now what may come next, or that they have ended."""
         for request in list(self._jobs.values()):
@@ -116,6 +128,13 @@ class Guides:
         error = _matcher(request).error
         return None if error is None else _about(request, error)
 
+    def look(self, requests: Sequence[Request]) -> None:
+        """Where several quick grammars must say what may come next, they do so in parallel."""
+        matchers = [one.matcher for one in requests if one.matcher is not None and not self.under_way(one)]
+        quick = [one for one in matchers if one.blank and not one.grammar.slow and not one.grammar.alone]
+        if len(quick) >= TOGETHER:
+            look_together(quick)
+
     # -- masks ---------------------------------------------------------------------------------------------------------
 
     def masks(self, live: list[Request | None]) -> Words:
@@ -127,6 +146,7 @@ class Guides:
         words = 0 if self._compiler is None else self._compiler.words
         masks = np.full((len(live), words), 0xFFFFFFFF, np.uint32)
         began = time.monotonic()
+        self.look([request for request in live if request is not None])
         for mask, request in zip(masks, live, strict=True):
             if request is None:
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from ..errors import InvalidRequest
@@ -33,6 +34,7 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+_MOST_THREADS = 8  # that fill masks together
 _MAX_BRACKETS = 200  # of an EBNF grammar inside each other: its reader is recursive
 
 
@@ -52,6 +54,7 @@ class Backend:
         self.eos_ids = frozenset(self._tokenizer.eos_tokens)
         self.words = -(-vocab_size // 32)
         self._width = -(-size // 32)  # words of llguidance's own masks
+        self._executor = LLExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
 
     def compile(self, constraint: Constraint) -> LLMatcher:
         """A matcher at its start. Releases the GIL. Raises `InvalidRequest` saying what cannot be compiled."""
@@ -60,8 +63,7 @@ class Backend:
         except RecursionError as error:
             raise InvalidRequest("is nested too deeply") from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
-        if matcher.is_error():
-            raise InvalidRequest(_reason(matcher.get_error()))
+        self.check(matcher)
         return matcher
 
     def fill(self, matcher: LLMatcher, mask: Words) -> None:
@@ -71,9 +73,26 @@ class Backend:
         """
         full = np.empty(self._width, np.uint32)
         matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
+        self.check(matcher)
+        mask[:] = full[: self.words]
+
+    def fill_all(self, matchers: Sequence[LLMatcher]) -> Words:
+        """The masks of several matchers [len(matchers), words], in parallel and off the GIL. `check` each afterwards:
+        what went beyond the limits is not in its mask."""
+        full = np.empty((len(matchers), self._width), np.uint32)
+        places = [(matcher, i) for i, matcher in enumerate(matchers)]
+        self._executor.unsafe_compute_mask_ptr(places, full.ctypes.data, full.strides[0], len(matchers))
+        return full[:, : self.words]
+
+    def check(self, matcher: LLMatcher) -> None:
+        """Raises `InvalidRequest` if the matcher has gone beyond the limits."""
         if matcher.is_error():
             raise InvalidRequest(_reason(matcher.get_error()))
-        mask[:] = full[: self.words]
+
+    def forced(self, matcher: LLMatcher) -> list[int]:
+        """The tokens that must come next, as far as there is no choice: where there are any, the mask allows exactly
+        the first. A token that could be written in two ways is not among them."""
+        return list(matcher.compute_ff_tokens())
 
 
 def _grammar(constraint: Constraint) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 SLOW = 1e-3  # processor seconds a token, on average: from here on nobody waits for this grammar but its own requests
 _FAST = 0.3e-3  # and below this they are quick again
 _WEIGHT = 0.1  # of the latest token in the average
+_LONG, _QUICK = 1e-3, 0.1e-3  # seconds: masks filled together take this and this much each, or somebody is slow
+_ALONE = 16
 
 
 class Grammar:
@@ -28,11 +31,13 @@ class Grammar:
         self.backend = backend
         self.size = size  # bytes of memory, estimated
         self.slow = False
+        self.alone = 0  # so many masks are filled one by one, to learn what each costs
         self._cost = 0.0
         self._start = start
         self.first = np.empty(backend.words, np.uint32)  # the tokens an output may begin with
         began = time.thread_time()
         backend.fill(start, self.first)
+        self.forced = backend.forced(start) if _single(self.first) else []
         self.spent(time.thread_time() - began)
         if start.is_stopped() and not start.is_accepting():
             raise InvalidRequest("cannot be satisfied by any output")
@@ -56,12 +61,14 @@ class Matcher:
         self.job: Future[None] | None = None
         self._matcher = matcher
         self._mask: Words | None = grammar.first  # of the next token, if it is known
+        self.forced = grammar.forced  # tokens that must come next; may be known without their masks
         self._unspent = 0.0
 
     def advance(self, token: int) -> None:
         """Takes in the token that was drawn; sets ``finished`` and ``error``."""
         began = time.thread_time()
         self._mask = None
+        self.forced = self.forced[1:] if self.forced[:1] == [token] else []
         if not self._matcher.consume_token(token):
             reason = self._matcher.get_error().splitlines()
             self.error = InvalidRequest(f"is too complex to be enforced: {reason[0] if reason else 'refused'}")
@@ -69,20 +76,31 @@ class Matcher:
             self._see_end()
         self._unspent += time.thread_time() - began
 
+    @property
+    def blank(self) -> bool:
+        """Whether `look` has something to find out."""
+        return self._mask is None and not self.ended
+
     def look(self) -> None:
         """Finds out which tokens may come next; sets ``finished`` and ``error``."""
-        if self._mask is not None or self.finished or self.error is not None:
+        if not self.blank:
             return
         began = time.thread_time()
         mask = np.empty(self.grammar.backend.words, np.uint32)
         try:
             self.grammar.backend.fill(self._matcher, mask)
-            self._mask = mask
-            self._see_end()
+            self._see(mask)
         except InvalidRequest as error:
             self.error = error
+        self.grammar.alone = max(0, self.grammar.alone - 1)
         self.grammar.spent(self._unspent + time.thread_time() - began)
         self._unspent = 0.0
+
+    def _see(self, mask: Words) -> None:
+        self._mask = mask
+        self._see_end()
+        if not self.forced and not self.finished and _single(mask):
+            self.forced = self.grammar.backend.forced(self._matcher)
 
     def _see_end(self) -> None:
         if self._matcher.is_stopped():
@@ -95,6 +113,19 @@ class Matcher:
         self.advance(token)
         self.look()
 
+    def jump(self, most: int, but: frozenset[int]) -> list[int]:
+        """Takes in the tokens that must come next, ``most`` at most and none of ``but``, as if they had been drawn;
+        returns them. Sets ``finished`` and ``error``."""
+        taken: list[int] = []
+        while len(taken) < most and not self.ended:
+            if not self.forced:
+                self.look()
+            if not self.forced or self.forced[0] in but:
+                break
+            taken.append(self.forced[0])
+            self.advance(taken[-1])
+        return taken
+
     @property
     def ended(self) -> bool:
         return self.finished or self.error is not None
@@ -105,6 +136,32 @@ class Matcher:
         if self._mask is None:
             raise RuntimeError("look() first")
         return self._mask
+
+
+def look_together(matchers: Sequence[Matcher]) -> None:
+    """`Matcher.look` for those of one backend that are `Matcher.blank`, in parallel.
+
+    What each took is not known. Where they took long, their grammars are asked one by one for a while.
+    """
+    backend = matchers[0].grammar.backend
+    began = time.monotonic()
+    masks = backend.fill_all([matcher._matcher for matcher in matchers])
+    if time.monotonic() - began > _LONG + _QUICK * len(matchers):
+        for matcher in matchers:
+            matcher.grammar.alone = _ALONE
+    for matcher, mask in zip(matchers, masks, strict=True):
+        matcher._unspent = 0.0
+        try:
+            backend.check(matcher._matcher)
+            matcher._see(mask)
+        except InvalidRequest as error:
+            matcher.error = error
+
+
+def _single(mask: Words) -> bool:
+    """Whether exactly one token is allowed."""
+    words = mask[mask != 0]
+    return len(words) == 1 and not int(words[0]) & (int(words[0]) - 1)
 
 
 def hold_open(mask: Words, tokens: frozenset[int]) -> None:

@@ -87,6 +87,8 @@ class Answer:
                 meta["cache"]["diverged_at"] = output.cache.diverged_at
         if output.finish is not None:
             meta["num_retractions"] = output.finish.retractions
+            if output.finish.jumped_tokens is not None:
+                meta["forward_passes_saved"] = output.finish.jumped_tokens
             meta["queue_time"] = output.finish.queue_seconds
             meta["e2e_latency"] = time.monotonic() - self._started
         if sample.logprobs is not None:

@@ -36,7 +36,7 @@ class ScheduledStep:
     sampled: list[Request]  # parallel to plan.samples
     prompt_logprobs: dict[int, Request]  # by index into the plan's requests
     finishing: list[Request]  # end with this step without sampling (max_tokens=0)
-    prompt_tokens: int  # of the step's tokens, those that belong to prompts (or to what a resumed request had)
+    prompt_tokens: int  # of the step's tokens, those that belong to prompts
 
 
 @dataclass(slots=True)
@@ -105,6 +105,5 @@ class Draft:
         if rows.constrained.any():
             plan.constrained = np.flatnonzero(rows.constrained[plan.rows[samples]]).astype(np.int32)
         ledger.clock += plan.num_tokens
-        return ScheduledStep(
-            plan, [requests[i] for i in samples.tolist()], wanting, self.finishing, plan.num_tokens - n
-        )
+        prompt_tokens = sum(max(0, min(c.end, c.request.prompt_len) - c.start) for c in chunks)
+        return ScheduledStep(plan, [requests[i] for i in samples.tolist()], wanting, self.finishing, prompt_tokens)

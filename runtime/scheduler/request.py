@@ -39,6 +39,8 @@ class Request:
         "held_back",
         "hit_estimate",
         "id",
+        "jumped",
+        "jumps",
         "lease",
         "limit",
         "matcher",
@@ -82,6 +84,9 @@ class Request:
         self.num_tokens: int = len(prompt)
 
         self.matcher: Matcher | None = None  # where its output stands in the grammar that constrains it
+        # Forced tokens need no pass of their own, unless each token's pass has something to say or to remember.
+        self.jumps: bool = params.logprobs is None and not params.penalized
+        self.jumped: int = 0  # tokens that were known without a pass
         self.status = Status.WAITING
         self.arrival: float = 0.0  # wall time, for the queue-time metric only
         self.arrival_clock: int = 0  # service clock (tokens scheduled) at arrival: ages the request

@@ -58,6 +58,13 @@ class Rows:
         self.order[row] = self._admissions
         return row
 
+    def lengthen(self, request: Request) -> None:
+        """A decoding row's request has got more known tokens: they are computed like a prompt's."""
+        row = request.row
+        self.phase[row] = PREFILL
+        self.length[row] = request.num_tokens
+        self.last_token[row] = PENDING  # the one drawn after them comes next
+
     def give_back(self, row: int) -> None:
         """The row is reusable at once: whatever a step in flight still does to it on the device comes before
         anything a later step does, and results are matched by request, never by row."""

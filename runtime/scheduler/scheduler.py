@@ -34,8 +34,10 @@ from .draft import ScheduledStep
 from .ledger import Ledger
 from .planner import Planner
 from .request import Request, Status
+from .rows import DECODE
 
 _TAIL = 8  # prompt tokens the detokenizer is primed with
+_WORTH_A_STEP = 2  # more forced tokens than this are worth sitting out a step for, where steps overlap
 
 
 class Scheduler:
@@ -69,6 +71,7 @@ class Scheduler:
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
         self._guides = Guides(grammars)
+        self._jump_forward = config.jump_forward
         self._now = now
         self._seeds = random.Random(config.seed)
         self._live: dict[int, Request] = {}
@@ -181,6 +184,9 @@ class Scheduler:
         for request in live:
             if request is not None:
                 self._end_guided(request)
+                if self._may_jump(request) and request.matcher and len(request.matcher.forced) > _WORTH_A_STEP:
+                    self.ledger.rows.blocked[request.row] = True  # until `complete` jumps: a step launched before
+                    # that could not take the tokens in
         return masks
 
     def _hear_guides(self) -> None:
@@ -194,6 +200,8 @@ class Scheduler:
         for request in self._guides.settled():
             if request.row >= 0:
                 self.ledger.rows.blocked[request.row] = False
+                if self._may_jump(request) and self._at_rest(request):
+                    self._say(request, self._jump(request))
             self._end_guided(request)
 
     def _end_guided(self, request: Request) -> None:
@@ -227,10 +235,9 @@ class Scheduler:
                 self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
         ids: list[int] = []
         drawn: list[int] = []
-        page = self.tree.page_size
         r = self.ledger.rows
         ended: list[tuple[Request, FinishReason, int | None]] = []
-        guided: list[Request] = []  # ended by their grammar
+        constrained: list[Request] = []
         for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
             if request.status is Status.FINISHED:
                 continue
@@ -239,40 +246,94 @@ class Scheduler:
             drawn.append(token)
             if i in result.logprobs:
                 self._out.logprobs[request.id] = pack_logprobs(result.logprobs[i])
-            known = request.num_tokens
             row = request.row
-            if row >= 0 and r.length[row] == known:  # else a later step is in flight and holds the value
+            if row >= 0 and r.length[row] == request.num_tokens:  # else a later step is in flight and holds the value
                 r.last_token[row] = token
             if token in request.stop_ids:
                 ended.append((request, "stop", token))
-            elif request.matcher is not None and self._follow(request, token):
-                guided.append(request)
-            elif known == request.limit:
+                continue
+            if request.matcher is not None:
+                self._follow(request, token)
+                constrained.append(request)
+            elif request.num_tokens == request.limit:
                 ended.append((request, "length", None))
-            elif row >= 0 and (known - 1) % page == 0:
-                swap = self.ledger.publish(request, known - 1)
-                if swap is not None:
-                    self.ledger.swap([swap])
+            else:
+                self._publish_page(request)
+        for request in self._jump_all(constrained, ids, drawn):
+            if request.num_tokens == request.limit:
+                ended.append((request, "length", None))
+            else:
+                self._publish_page(request)
         self._out.ids += np.array(ids, dtype="<i8").tobytes()
         self._out.tokens += np.array(drawn, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(ids)
         for request, reason, matched in ended:
             self._finish(request, reason, matched=matched)
-        for request in guided:
-            self._end_guided(request)
+        for request in constrained:
+            if not self._guides.under_way(request):
+                self._end_guided(request)
         for request in step.finishing:
             self._finish(request, "length")
 
-    def _follow(self, request: Request, token: int) -> bool:
-        """The request's grammar takes in the token; whether that is known to have ended it."""
+    def _publish_page(self, request: Request) -> None:
+        """A page that a decode has just filled enters the tree; a prompt's do when they are scheduled."""
+        computed = request.num_tokens - 1
+        if request.row >= 0 and computed % self.tree.page_size == 0:
+            if self.ledger.rows.phase[request.row] != DECODE:
+                return  # it has jumped: not all of these tokens have been scheduled
+            swap = self.ledger.publish(request, computed)
+            if swap is not None:
+                self.ledger.swap([swap])
+
+    # -- grammars ------------------------------------------------------------------------------------------------------
+
+    def _follow(self, request: Request, token: int) -> None:
+        """The request's grammar takes in the token."""
         row, rows = request.row, self.ledger.rows
         in_flight = row >= 0 and rows.length[row] != request.num_tokens
         ready = self._guides.follow(request, token, wanted=in_flight)
-        if request.matcher is None:
-            return False
-        if row >= 0:  # a slow one sits out what follows the step in flight, whose token a thread will take in
+        if row >= 0 and request.matcher is not None:
+            # A slow one sits out what follows the step in flight, whose token a thread will take in.
             rows.blocked[row] = not ready or (in_flight and request.matcher.grammar.slow)
-        return ready and request.matcher.ended
+
+    def _may_jump(self, request: Request) -> bool:
+        return self._jump_forward and request.jumps and request.row >= 0
+
+    def _at_rest(self, request: Request) -> bool:
+        """Whether no step draws the request's next token, and no thread is at its matcher."""
+        rows, row = self.ledger.rows, request.row
+        still = rows.phase[row] == DECODE and rows.length[row] == request.num_tokens
+        return bool(still) and not self._guides.under_way(request)
+
+    def _jump_all(self, constrained: list[Request], ids: list[int], drawn: list[int]) -> list[Request]:
+        """`_jump` for all of them; their tokens are added to ``ids`` and ``drawn``. Returns those that go on."""
+        free = [request for request in constrained if self._may_jump(request) and self._at_rest(request)]
+        self._guides.look(free)
+        for request in free:
+            tokens = self._jump(request)
+            ids += [request.id] * len(tokens)
+            drawn += tokens
+        return [one for one in constrained if one.matcher and (self._guides.under_way(one) or not one.matcher.ended)]
+
+    def _jump(self, request: Request) -> list[int]:
+        """Jump-forward decoding (an idea of SGLang's): what the grammar leaves no choice about is appended as if it
+        had been drawn, and its KV is computed in one pass with the token before it. Returns the tokens.
+
+        The request is at rest, and `_may_jump`.
+        """
+        tokens = self._guides.jump(request)
+        if tokens:
+            for token in tokens:
+                request.append(token)
+            request.jumped += len(tokens)
+            self.ledger.rows.lengthen(request)
+        return tokens
+
+    def _say(self, request: Request, tokens: list[int]) -> None:
+        """Tokens that came between two steps' results."""
+        self._out.ids += np.full(len(tokens), request.id, dtype="<i8").tobytes()
+        self._out.tokens += np.array(tokens, dtype="<i4").tobytes()
+        self._totals.generated_tokens += len(tokens)
 
     def _finish(
         self,
@@ -298,6 +359,7 @@ class Scheduler:
         if reason in ("stop", "length"):
             self.planner.estimator.finished(request.num_outputs, request.limit - request.prompt_len)
         self._totals.finished += 1
+        self._totals.jumped_tokens += request.jumped
         self._out.finished.append(
             Finished(
                 request.id,
@@ -310,6 +372,7 @@ class Scheduler:
                 error_field=None if refusal is None else refusal.field,
                 status=500 if refusal is None else refusal.status,
                 retractions=request.retractions,
+                jumped_tokens=request.jumped,
                 queue_seconds=request.queue_seconds,
             )
         )

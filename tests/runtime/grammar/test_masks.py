@@ -15,7 +15,7 @@ from branchwise.kernels import sampling
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.constraint import Constraint
 from branchwise.runtime.grammar.llg import Backend
-from branchwise.runtime.grammar.matcher import Grammar, hold_open
+from branchwise.runtime.grammar.matcher import Grammar, hold_open, look_together
 from branchwise.runtime.tokenizer import Tokenizer
 
 EOS, LONGEST = 0, 7
@@ -126,3 +126,25 @@ def test_forbid_reaches_the_tokens_and_the_rows_it_is_told_and_no_others(vocab_s
     expected = torch.where(torch.from_numpy(allowed), before[[1, 3]], float("-inf"))
     assert torch.equal(some[[1, 3]], expected)
     assert torch.equal(sampling.forbid(before[[1, 3]], torch.tensor([0, 1]), words), expected)
+
+
+def test_masks_filled_together_are_those_filled_alone(backend):
+    """In a batch of different grammars at different places, one of which goes beyond the limits."""
+    texts = ["[ab]+c", "abc|bca", "(ab|ca){2,4}", "a{1,3}"]
+    grammars = [Grammar(backend, backend.compile(Constraint("regex", text)), 0) for text in texts]
+    together, alone = ([grammar.matcher() for grammar in grammars for _ in range(3)] for _ in range(2))
+    rng = np.random.default_rng(0)
+    for _ in range(4):
+        for mine, other in zip(together, alone, strict=True):
+            if not mine.ended:
+                allowed = np.flatnonzero(np.unpackbits(mine.mask.view(np.uint8), bitorder="little"))
+                token = int(rng.choice(allowed))
+                mine.advance(token)
+                other.advance(token)
+        blank = [one for one in together if one.blank]
+        if blank:
+            look_together(blank)
+        for mine, other in zip(together, alone, strict=True):
+            other.look()
+            assert (mine.finished, mine.forced, mine.error) == (other.finished, other.forced, other.error)
+            assert mine.finished or np.array_equal(mine.mask, other.mask)
