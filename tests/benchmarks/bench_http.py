@@ -66,8 +66,8 @@ def _cpu(pid: int) -> float:
 
 
 @contextmanager
-def server(folder: Path, step_seconds: float, checkout: Path | None) -> Iterator[Server]:
-    engine = {"model": str(folder), "max_model_len": 65_536, "max_num_batched_tokens": 8192}
+def server(folder: Path, step_seconds: float, checkout: Path | None, **engine: Any) -> Iterator[Server]:
+    engine = {"model": str(folder), "max_model_len": 65_536, "max_num_batched_tokens": 8192, **engine}
     config = {"engine": engine, "port": 0, "null_executor": True, "null_step_seconds": step_seconds}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if checkout is not None:
