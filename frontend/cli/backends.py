@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ...runtime.errors import LoadError
+import msgspec
+
+from ...runtime.errors import InvalidRequest, LoadError
 from ..client import ServerClient, ServerError
 
 if TYPE_CHECKING:
     from ...runtime.engine import Engine
     from ...runtime.sampling_params import SamplingParams
 
-Prompt = str | list[int]
+Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,13 @@ class Answer:
 class Backend(Protocol):
     def generate(self, prompts: list[str], params: SamplingParams) -> list[Answer]: ...
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
-        """Pieces of the answer's text; joined, they are the whole."""
+    @property
+    def has_template(self) -> bool:
+        """Whether the model has a chat template; without one a conversation is written as plain text."""
+        ...
+
+    def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+        """Pieces of the next turn's text. It is cut to what fits behind the conversation."""
         ...
 
 
@@ -56,13 +64,21 @@ class InProcess:
             for output in self.engine.generate(list(prompts), params)
         ]
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
+    @property
+    def has_template(self) -> bool:
+        return self.engine.tokenizer.chat_template is not None
+
+    def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+        tokenizer, facts = self.engine.tokenizer, self.engine.info()
+        text = tokenizer.apply_chat_template(messages) if self.has_template else plain(messages)
+        prompt = tokenizer.encode(text, add_special_tokens=not self.has_template).tolist()
+        params = _fitting(params, len(prompt), min(facts["max_model_len"], facts["pool_tokens"]))
         for chunk in self.engine.stream(prompt, params):
             yield chunk.text
 
 
 class Remote:
-    """A running server, over its native ``/generate``."""
+    """A running server: ``/generate`` for prompts, ``/v1/chat/completions`` for conversations."""
 
     def __init__(self, client: ServerClient) -> None:
         self.client = client
@@ -75,13 +91,33 @@ class Remote:
         except (KeyError, TypeError) as error:
             raise ServerError(f"{self.client.url}/generate answered in another shape; is it Branchwise?") from error
 
-    def stream(self, prompt: Prompt, params: SamplingParams) -> Iterator[str]:
-        named = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
-        shown = 0
-        for event in self.client.events("/generate", {**named, "sampling_params": _wire(params), "stream": True}):
-            text = event["text"]  # all of it so far, as SGLang does
-            yield text[shown:]
-            shown = len(text)
+    @cached_property
+    def has_template(self) -> bool:
+        return bool(self.client.get("/get_model_info")["has_chat_template"])
+
+    def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
+        prompt: dict[str, Any] = {"messages": messages} if self.has_template else {"prompt": plain(messages)}
+        counted, facts = self.client.post("/tokenize", prompt), self.client.get("/get_server_info")["engine"]
+        params = _fitting(params, counted["count"], min(facts["max_model_len"], facts["pool_tokens"]))
+        body = {**prompt, "stream": True, "max_tokens": params.max_tokens, "seed": params.seed}
+        body |= {"temperature": params.temperature, "top_p": params.top_p}
+        for event in self.client.events("/v1/chat/completions" if self.has_template else "/v1/completions", body):
+            for choice in event["choices"]:
+                yield choice["delta"].get("content") or "" if self.has_template else choice["text"]
+
+
+def plain(messages: list[Message]) -> str:
+    """A conversation for a model that has no template for one."""
+    return "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in messages) + "Assistant:"
+
+
+def _fitting(params: SamplingParams, prompt_tokens: int, limit: int) -> SamplingParams:
+    """The parameters with no more tokens to generate than fit behind the prompt."""
+    room = limit - prompt_tokens
+    if room < 1:
+        raise InvalidRequest(f"the conversation has {prompt_tokens:,} tokens and {limit:,} fit")
+    most = params.max_tokens
+    return msgspec.structs.replace(params, max_tokens=room if most is None else min(most, room))
 
 
 def _wire(params: SamplingParams) -> dict[str, Any]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import msgspec
 import typer
 
 from .console import EXIT_FAILED, err, escape, expected_failures, out
@@ -15,10 +13,7 @@ from .options import ApiKey, Device, DtypeFlag, MaxModelLen, MaxTokens, ModelFla
 
 if TYPE_CHECKING:
     from ...runtime.sampling_params import SamplingParams
-    from ...runtime.tokenizer import Tokenizer
-    from .backends import InProcess, Prompt, Remote
-
-Message = dict[str, str]
+    from .backends import Backend, Message
 
 HELP = """\
 /reset  forget the conversation and start over
@@ -73,13 +68,12 @@ def chat(
 class _Talk:
     """One conversation. A turn that fails leaves it as it was before."""
 
-    def __init__(self, backend: InProcess | Remote, params: SamplingParams, system: str | None) -> None:
+    def __init__(self, backend: Backend, params: SamplingParams, system: str | None) -> None:
         self._backend = backend
         self._params = params
         self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
-        self._tokenizer, self._limit = _facts(backend)
-        if self._tokenizer is None:
-            err.print("no chat template within reach: writing the conversation as plain text", style="yellow")
+        if not backend.has_template:
+            err.print("the model has no chat template: writing the conversation as plain text", style="yellow")
         self.failed = False
         self.reset()
 
@@ -92,8 +86,7 @@ class _Talk:
 
         asked = [*self._history, {"role": "user", "content": line}]
         try:
-            prompt = _prompt(self._tokenizer, asked)
-            answer = _answer(self._backend.stream(prompt, self._room_after(prompt)))
+            answer = _answer(self._backend.converse(asked, self._params))
         except EngineDead:
             raise  # nothing can be asked of it any more
         except BranchwiseError as error:
@@ -102,18 +95,6 @@ class _Talk:
             err.print("your last message was dropped; /reset starts over", style="dim")
             return
         self._history = [*asked, {"role": "assistant", "content": answer}]
-
-    def _room_after(self, prompt: Prompt) -> SamplingParams:
-        """The parameters with no more tokens to generate than fit behind ``prompt``, where both are known."""
-        from ...runtime.errors import InvalidRequest
-
-        if self._limit is None or isinstance(prompt, str):
-            return self._params
-        room = self._limit - len(prompt)
-        if room < 1:
-            raise InvalidRequest(f"the conversation has {len(prompt):,} tokens and {self._limit:,} fit")
-        asked = self._params.max_tokens
-        return msgspec.structs.replace(self._params, max_tokens=room if asked is None else min(asked, room))
 
 
 def _lines() -> Iterator[str]:
@@ -143,34 +124,3 @@ def _answer(pieces: Iterator[str]) -> str:
         if said:
             out.print()
     return "".join(said)
-
-
-def _facts(backend: InProcess | Remote) -> tuple[Tokenizer | None, int | None]:
-    """The model's tokenizer if it has a chat template (the engine's, or a server's if its folder is on this machine),
-    and the most tokens a prompt and its answer may have together, where it is known."""
-    from .backends import InProcess
-
-    tokenizer: Tokenizer | None
-    if isinstance(backend, InProcess):
-        tokenizer, limits = backend.engine.tokenizer, backend.engine.info()
-    else:
-        from ...runtime.tokenizer import Tokenizer
-
-        facts = backend.client.get("/get_server_info")
-        folder, limits = _folder(facts), facts.get("engine", {})
-        tokenizer = Tokenizer.load(folder) if folder is not None else None
-    known: list[int] = [limits[name] for name in ("max_model_len", "pool_tokens") if name in limits]
-    return tokenizer if tokenizer is not None and tokenizer.chat_template else None, min(known) if known else None
-
-
-def _folder(facts: dict[str, Any]) -> Path | None:
-    """The folder of a server's model, if this machine has it."""
-    folder = Path(facts.get("config", {}).get("engine", {}).get("model", ""))
-    return folder if (folder / "tokenizer.json").is_file() else None
-
-
-def _prompt(tokenizer: Tokenizer | None, history: list[Message]) -> Prompt:
-    if tokenizer is None:
-        return "".join(f"{message['role'].capitalize()}: {message['content']}\n" for message in history) + "Assistant:"
-    text = tokenizer.apply_chat_template(history, add_generation_prompt=True)
-    return [int(token) for token in tokenizer.encode(text, add_special_tokens=False)]
