@@ -29,5 +29,6 @@ stop
 echo "server stopped. What to try next (after: . .venv/bin/activate):"
 echo "  branchwise serve                                   the same server, at http://127.0.0.1:8000"
 echo "  branchwise chat --url http://127.0.0.1:8000        talk to it: \"Who is Mira?\", \"Tell me a story.\""
+echo "  python examples/tree_of_thought.py                 a program that branches, with the cache and without"
 echo "  branchwise bench http://127.0.0.1:8000 --scale 0.02    seven branching workloads"
 echo "  branchwise doctor Qwen/Qwen3-0.6B                  would a real model run here?"

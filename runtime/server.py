@@ -263,6 +263,7 @@ class _Server:
                     "host": host,
                     "port": port,
                     "model": self._name,
+                    "has_chat_template": self._site.tokenizer.chat_template is not None,
                     "seconds": time.monotonic() - self._started,
                     "pids": self._supervisor.pids,
                 }

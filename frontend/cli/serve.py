@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 _ENGINE = EngineConfig()  # the defaults are the config's
 _SERVER = ServerConfig(engine=_ENGINE)
-_ASKED = r"<|im_start|>user\nTell me a story.<|im_end|>\n<|im_start|>assistant\n"  # as the shipped model is asked
 
 
 def serve(
@@ -358,12 +357,15 @@ class _Startup:
         url = f"http://{_reachable(info['host'])}:{info['port']}"
         seconds = time.monotonic() - self._started
         key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'
-        text = "Once upon a time" if self._config.engine.model else _ASKED
-        body = f'{{"text": "{text}", "sampling_params": {{"max_new_tokens": 100}}}}'
+        if info["has_chat_template"]:
+            path = "/v1/chat/completions"
+            body = '{"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 100}'
+        else:
+            path, body = "/v1/completions", '{"prompt": "Once upon a time", "max_tokens": 100}'
         out.print(
             f"[bold green]ready[/] at [bold]{url}[/] after {seconds:.1f} s, serving {escape(info['model'])}. Try:"
         )
-        command = f"  curl {url}/generate{key} -H 'Content-Type: application/json' -d '{body}'"
+        command = f"  curl {url}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
         out.print(command, markup=False, soft_wrap=True)
         out.print(f"  branchwise chat --url {url}", markup=False, soft_wrap=True)
         out.print(f"  branchwise tree {url}", markup=False, soft_wrap=True)

@@ -35,13 +35,13 @@ def branchwise(*arguments: str, stdin: str = "", key: bool = True) -> subprocess
 def test_serve_says_what_it_does(server: Running) -> None:
     assert "weights" in server.output and "KV tokens" in server.output and "8,192" in server.output
     assert "2 (K, V) × 8 layers × 2 KV heads × 64 × 4 B" in server.output
-    assert f"curl {server.url}/generate" in server.output and "the-key" not in server.output
+    assert f"curl {server.url}/v1/chat/completions" in server.output and "the-key" not in server.output
 
 
 def test_the_curl_line_works_as_printed(server: Running) -> None:
     line = next(line for line in server.output.splitlines() if "curl" in line)
     done = subprocess.run(["bash", "-c", f"{line} -sS"], capture_output=True, text=True, env=os.environ | KEY)
-    assert json.loads(done.stdout)["meta_info"]["completion_tokens"] > 0, done.stderr
+    assert json.loads(done.stdout)["usage"]["completion_tokens"] > 0, done.stderr
 
 
 def test_generate_and_what_was_cached(server: Running) -> None:
