@@ -1,10 +1,10 @@
-"""Tree of thought (Yao et al., 2023): combine numbers with + - * to reach a target.
+"""Tree of thought (Yao et al., 2023): combine all numbers with + - * to reach a target.
 
-Every kept state is forked: each fork proposes a next step, another prompt asks whether the target can still be reached,
-and the most promising go on. `bw.search` is the loop; rules are checked by the program.
+Breadth first: the prompt of every kept state is forked, and each fork draws a next step. The rules throw out what is
+illegal, the model's own judgement ranks what is left, and the best go on. `bw.search` is this loop for thoughts that
+are one conversation; here every state is a prompt of its own, as in the paper.
 """
 
-import math
 import re
 
 from accounting import show
@@ -12,7 +12,7 @@ from accounting import show
 import branchwise as bw
 
 STEP = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
-PUZZLES = [((2, 3, 4), 20), ((3, 5, 8), 16), ((2, 4, 6, 7), 26)]
+PUZZLES = [((2, 3, 4), 20), ((2, 4, 6, 7), 26), ((6, 7, 13, 13), 68)]
 
 
 def after(numbers, line):
@@ -36,34 +36,35 @@ def told(numbers, target):
 
 
 @bw.function
-async def solve(s, numbers, target):
-    s.set("numbers", numbers)
-    s.set("steps", [])
+async def solve(s, numbers, target, beam=6, branches=16):
+    kept = {numbers: []}  # what is left: the steps that led there
+    for _ in numbers[1:]:
+        prompts = s.fork(len(kept))
+        prompts += [bw.user(f"{told(left, target)} Propose one next step.") for left in kept]
+        forks = [prompt.fork(branches) for prompt in prompts]
+        for group in forks:
+            group += bw.assistant(bw.gen("step", max_tokens=24, temperature=1.2))
+        found = {}
+        for (left, steps), group in zip(kept.items(), forks, strict=True):
+            for step in await group["step"]:
+                if (rest := after(left, step)) is not None:
+                    found.setdefault(rest, [*steps, step.split(" (")[0]])
+        if (target,) in found:
+            return found[(target,)]
+        kept = await likeliest(s, {left: steps for left, steps in found.items() if len(left) > 1}, target, beam)
+    return None
 
-    async def propose(fork):
-        numbers = await fork["numbers"]
-        fork += bw.user(f"{told(numbers, target)} Propose one next step.")
-        fork += bw.assistant(bw.gen("step", max_tokens=24, temperature=0.8))
-        step = await fork["step"]
-        fork.set("numbers", after(numbers, step))
-        fork.set("steps", [*await fork["steps"], step])
 
-    async def score(fork):
-        numbers = await fork["numbers"]
-        if numbers is None:
-            return None
-        if len(numbers) == 1:
-            return math.inf if numbers == (target,) else None
-        fork += bw.user(f"{told(numbers, target)} Can the target still be reached?")
-        fork += bw.assistant(bw.select("reachable", ["no", "yes"]))
-        no, yes = (await fork.meta("reachable"))["normalized_prompt_logprobs"]
-        return yes - no
-
-    async def done(fork):
-        return len(await fork["numbers"] or ()) == 1
-
-    kept = await bw.search(s, propose, score, beam=3, depth=len(numbers) - 1, branches=6, done=done)
-    return await kept[0]["steps"] if kept and await kept[0]["numbers"] == (target,) else None
+async def likeliest(s, found, target, beam):
+    """Of the states found, those of which the model thinks most that the target can be reached."""
+    if not found:
+        return {}
+    asked = s.fork(len(found))
+    asked += [bw.user(f"{told(left, target)} Can the target still be reached?") for left in found]
+    asked += bw.assistant(bw.select("reachable", ["no", "yes"]))
+    scores = [(await fork.meta("reachable"))["normalized_prompt_logprobs"] for fork in asked]
+    ranked = sorted(zip(scores, found.items(), strict=True), key=lambda one: one[0][0] - one[0][1])
+    return dict(state for _, state in ranked[:beam])
 
 
 def work() -> str:

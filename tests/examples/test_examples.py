@@ -24,7 +24,7 @@ KNOWN = {
     "self_consistency": ["14: ", "15: "],
     "skeleton_of_thought": ["Mira is the baker of Fernhollow"],
     "tool_agent": ['get_weather({"city": "Zemol"}) = {"status": "sunny", "temperature": 17}', "The price is 12."],
-    "tree_of_thought": ["Target: 16."],
+    "tree_of_thought": ["5 * 4 = 20", "= 26", "42 + 13 = 55; 55 + 13 = 68"],
 }
 ACCOUNT = re.compile(
     r"([\d,]+) requests, prompt tokens: ([\d,]+) read, ([\d,]+) sent, ([\d,]+) computed, ([\d,]+) cached"
