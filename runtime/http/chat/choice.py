@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ...logprobs import TokenLogprob
 from ...messages import Delta
 from ...outputs import Output
 from ...sampling_params import SamplingParams
+from ...token_text import open_stream
 from ...tokenizer import Tokenizer
 from ...tools import (
     ArgumentsDelta,
@@ -23,6 +24,7 @@ from ...tools import (
 )
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
+TAIL = 8  # tokens before others that say how these are written
 
 
 class Choice:
@@ -53,13 +55,30 @@ class Choice:
             if delta.text:
                 self._new.append(ContentDelta(delta.text))
             return
-        thinking = self._parser.in_reasoning
-        events = self._parser.feed(delta.text)
-        if thinking or self._parser.in_reasoning:
-            self.reasoning_tokens += len(self.output.token_ids) - before
+        events: list[Event] = []
+        for text, tokens in self._pieces_of(delta.text, before):
+            thinking = self._parser.in_reasoning
+            events += self._parser.feed(text)
+            if thinking or self._parser.in_reasoning:
+                self.reasoning_tokens += tokens
         if delta.finish is not None:
             events += self._parser.finish()
         self._new += [event for event in events if not (self._one_call and _is_of_a_later_call(event))]
+
+    def _pieces_of(self, text: str, before: int) -> Iterator[tuple[str, int]]:
+        """What came with the tokens from ``before`` on: where it thinks or may begin to, what each of them wrote."""
+        tokens = self.output.token_ids
+        if self._parser is None or len(tokens) - before < 2 or not self._parser.may_think(text):
+            yield text, len(tokens) - before
+            return
+        tail = tokens[max(0, before - TAIL) : before]
+        stream = open_stream(self._tokenizer, tail, self._params.skip_special_tokens)
+        at = 0
+        for token in tokens[before:-1]:
+            end = at + len(stream.push(token))
+            yield text[at:end], 1
+            at = end
+        yield text[at:], 1
 
     @property
     def finish_reason(self) -> str | None:
