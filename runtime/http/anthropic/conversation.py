@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..cache_fields import MAX_BREAKPOINTS
-from ..chat.messages import bad, label
+from ..chat.messages import MAX_PARTS, bad, label
 from ..requests import parse
 from .request import (
     CacheControl,
@@ -61,7 +61,7 @@ class Conversation:
             self.tools = [self._tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]
         if body.system:
             for block, where in self._read(body.system, "system", _TEXT):
-                self._text("system", block, where)
+                self._text(self._turn("system", "system"), block, where)
         if not body.messages:
             raise bad("messages", "must not be empty")
         if len(body.messages) > max_messages:
@@ -90,17 +90,17 @@ class Conversation:
         if content is not None and not content and not (last and role == "assistant"):
             raise bad(f"{where}.content", "must not be empty, but in a last message of role assistant")
         if role == "assistant":
-            self._turn(role, where)
+            self._turn(role, where)  # it may be empty
         for block, place in self._read(content, f"{where}.content", _BLOCKS[role]):
             match block:
                 case TextBlock():
-                    self._text(role, block, place)
+                    self._text(self._turn(role, where), block, place)
                 case ToolUseBlock():
-                    self._call(block, place)
+                    self._call(self._turn(role, where), block, place)
                 case ToolResultBlock():
                     self._result(block, place)
                 case ThinkingBlock():
-                    turn = self._turn(role, place)
+                    turn = self._turn(role, where)
                     before = turn.get("reasoning_content")
                     turn["reasoning_content"] = block.thinking if before is None else f"{before}\n{block.thinking}"
 
@@ -112,6 +112,8 @@ class Conversation:
         if not isinstance(content, list):
             problem = f"must be a string or a list of blocks, got {type(content).__name__}"
             raise bad(where, "is required" if content is None else problem)
+        if len(content) > MAX_PARTS:
+            raise bad(where, f"must have at most {MAX_PARTS} blocks, got {len(content)}")
         for i, block in enumerate(content):
             yield self._block(block, f"{where}[{i}]", kinds), f"{where}[{i}]"
 
@@ -149,16 +151,16 @@ class Conversation:
         self.sources[f"messages[{len(self.messages)}]"] = where
         self.messages.append(message)
 
-    def _text(self, role: str, block: Any, where: str) -> None:
+    def _text(self, message: dict[str, Any], block: Any, where: str) -> None:
         part = {"type": "text", "text": block.text}
-        self._turn(role, where)["content"].append(part)
+        message["content"].append(part)
         self._mark(part, block.cache_control, f"{where}.cache_control")
 
-    def _call(self, block: ToolUseBlock, where: str) -> None:
+    def _call(self, message: dict[str, Any], block: ToolUseBlock, where: str) -> None:
         id, name = label(block.id, f"{where}.id"), label(block.name, f"{where}.name")
         arguments = json.dumps(block.input, ensure_ascii=False)  # with the spaces that models write
         call = {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
-        self._turn("assistant", where).setdefault("tool_calls", []).append(call)
+        message.setdefault("tool_calls", []).append(call)
         self._tool_names[id] = name
         self._mark(call, block.cache_control, f"{where}.cache_control")
 
@@ -167,9 +169,10 @@ class Conversation:
         if name is None:
             raise bad(f"{where}.tool_use_id", f"is that of no tool_use before it, got {block.tool_use_id[:60]!r}")
         parts = [{"type": "text", "text": ERROR}] if block.is_error else []
-        self._add({"role": "tool", "tool_call_id": block.tool_use_id, "name": name, "content": parts}, where)
+        message = {"role": "tool", "tool_call_id": block.tool_use_id, "name": name, "content": parts}
+        self._add(message, where)
         for text, place in self._read(block.content, f"{where}.content", _TEXT):
-            self._text("tool", text, place)
+            self._text(message, text, place)
         if not parts:
             parts.append({"type": "text", "text": ""})
         self._mark(parts[-1], block.cache_control, f"{where}.cache_control")

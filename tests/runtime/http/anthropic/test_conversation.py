@@ -103,10 +103,10 @@ def test_where_a_chats_messages_come_from() -> None:
     )
     assert conversation.sources == {
         "messages[0]": "system",
-        "messages[1]": "messages[0].content",
+        "messages[1]": "messages[0]",
         "messages[2]": "messages[1]",
         "messages[3]": "messages[2].content[0]",
-        "messages[4]": "messages[2].content[1]",
+        "messages[4]": "messages[2]",
     }
 
 
@@ -248,6 +248,8 @@ def test_counts_are_bounded() -> None:
     with pytest.raises(InvalidRequest, match="messages must have at most 100 entries, got 101"):
         Conversation(request([HI] * 101), 100)
     with pytest.raises(InvalidRequest, match=rf"at most {MAX_BLOCKS} blocks"):
-        Conversation(request([{"role": "user", "content": [part("x")] * (MAX_BLOCKS + 1)}]), 100)
+        Conversation(request([{"role": "user", "content": [part("x")] * (MAX_BLOCKS // 8 + 1)}] * 8), 100)
+    with pytest.raises(InvalidRequest, match=r"messages\[0\].content must have at most 4096 blocks, got 4097"):
+        Conversation(request([{"role": "user", "content": [part("x")] * 4097}]), 100)
     with pytest.raises(InvalidRequest, match=r"^cache_control is one too many"):
         Conversation(request([{"role": "user", "content": [*[part("x", **MARK)] * 4, part("y")]}], **MARK), 100)
