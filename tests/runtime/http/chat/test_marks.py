@@ -10,6 +10,7 @@ import pytest
 from branchwise.runtime.chat_template import ChatTemplate
 from branchwise.runtime.http.chat.marks import chat_marks
 from branchwise.runtime.http.chat.messages import conversation
+from branchwise.runtime.http.chat.tools import definitions
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 MARK = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
@@ -97,3 +98,10 @@ async def test_what_a_template_leaves_out_is_no_breakpoint() -> None:
     ]
     assert await prefixes("gemma.jinja", messages) == []
     assert await prefixes("gemma.jinja", [{"role": "user", "content": "Go."}], [tool("first", **MARK)]) == []
+
+
+def test_a_template_is_not_told_of_marks() -> None:
+    """Neither beside a function nor, as in the responses API, in it."""
+    nested = tool("first", **MARK, **FROM_US)
+    flat = {"type": "function", **nested["function"], **MARK, **FROM_US}
+    assert definitions([nested], 9) == definitions([flat], 9) == [tool("first")]
