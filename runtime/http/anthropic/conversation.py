@@ -68,6 +68,9 @@ class Conversation:
             raise bad("messages", f"must have at most {max_messages} entries, got {len(body.messages)}")
         for i, message in enumerate(body.messages):
             self._message(message, f"messages[{i}]", last=i == len(body.messages) - 1)
+        for message in self.messages:
+            if thoughts := message.pop("thoughts", None):
+                message["reasoning_content"] = "\n".join(thoughts)
         if self.continued and self.messages[-1].get("tool_calls"):
             raise bad(
                 f"messages[{len(body.messages) - 1}]", "must be followed by one with the tool_result of its tool_use"
@@ -100,9 +103,7 @@ class Conversation:
                 case ToolResultBlock():
                     self._result(block, place)
                 case ThinkingBlock():
-                    turn = self._turn(role, where)
-                    before = turn.get("reasoning_content")
-                    turn["reasoning_content"] = block.thinking if before is None else f"{before}\n{block.thinking}"
+                    self._turn(role, where).setdefault("thoughts", []).append(block.thinking)
 
     def _read(self, content: Any, where: str, kinds: Mapping[str, type[BaseModel]]) -> Iterator[tuple[BaseModel, str]]:
         """The blocks of a content, and where they are."""

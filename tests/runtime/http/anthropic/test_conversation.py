@@ -60,7 +60,7 @@ def test_calls_and_results() -> None:
     found = said(
         [
             HI,
-            {"role": "assistant", "content": [thought, hidden, part("Let me see."), USE, again]},
+            {"role": "assistant", "content": [thought, hidden, part("Let me see."), USE, again, thought]},
             {"role": "user", "content": [RESULT, failed, part("So?")]},
         ]
     )
@@ -69,7 +69,7 @@ def test_calls_and_results() -> None:
         {
             "role": "assistant",
             "content": [part("Let me see.")],
-            "reasoning_content": "Hm.",
+            "reasoning_content": "Hm.\nHm.",
             "tool_calls": [
                 {"id": "toolu_1", "type": "function", "function": function},
                 {"id": "toolu_2", "type": "function", "function": {"name": "look", "arguments": "{}"}},
