@@ -6,6 +6,9 @@ from fastapi import FastAPI
 
 from ... import __version__
 from . import admin, branches, cache, completions, errors, generate, models, tokens
+from .anthropic import count as messages_count
+from .anthropic import route as messages
+from .anthropic.errors import ErrorShape
 from .auth import AuthMiddleware
 from .body import BodyLimit
 from .chat import route as chat
@@ -17,7 +20,7 @@ def make_app(site: Site) -> FastAPI:
     # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     busy: dict[str, Handler] = {}
-    for module in (chat, completions, generate):
+    for module in (chat, completions, generate, messages, messages_count):
         busy[module.PATH] = module.handler(site)
         app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
     for module in (branches, models, tokens, cache, admin):
@@ -32,4 +35,5 @@ def make_app(site: Site) -> FastAPI:
         extra_api_keys=site.config.extra_api_keys,
         admin_api_key=site.config.admin_api_key,
     )
+    app.add_middleware(ErrorShape)
     return app

@@ -27,6 +27,15 @@ def event(value: object) -> bytes:
     return b"data: " + _encode(value) + b"\n\n"
 
 
+def typed_event(value: Mapping[str, Any]) -> bytes:
+    """With an ``event:`` line, which says the value's ``type``."""
+    return b"event: " + value["type"].encode() + b"\n" + event(value)
+
+
+def error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
+
+
 @contextmanager
 def watched(call: Call, receive: Receive) -> Iterator[None]:
     """While inside, a client that closes its connection fails the call with `ClientGone`."""
@@ -56,8 +65,8 @@ async def wait(call: Call, receive: Receive, what: Callable[[], Awaitable[T]]) -
 class EventStream(Response):
     """Streams a call whose first batch has arrived (so errors before it had their own status).
 
-    ``render(batch)`` gives the events of a batch; ``end()`` those after the last. The call is closed whatever happens:
-    a client that leaves stops its requests at once.
+    ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the one that is last
+    if it fails midway. The call is closed whatever happens: a client that leaves stops its requests at once.
     """
 
     media_type = "text/event-stream"
@@ -69,6 +78,7 @@ class EventStream(Response):
         render: Callable[[Batch], Iterable[bytes]],
         end: Callable[[], Iterable[bytes]],
         headers: Mapping[str, str] | None = None,
+        fail: Callable[[Exception], bytes] = error_event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
@@ -76,6 +86,7 @@ class EventStream(Response):
         self._first = first
         self._render = render
         self._end = end
+        self._fail = fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -100,7 +111,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             # The status line is long gone: the error is the last event, and no [DONE] follows it.
-            last = event(describe(error)[1])
+            last = self._fail(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

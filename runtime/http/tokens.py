@@ -57,9 +57,7 @@ def router(site: Site) -> APIRouter:
             chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
             text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
             special = bool(asked)
-        encode = site.tokenizer.encode
-        ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
-        tokens = ids.tolist()
+        tokens = await token_ids(site, text, special=special)
         named = [site.tokenizer.token_text(id) for id in tokens] if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
@@ -100,6 +98,13 @@ def router(site: Site) -> APIRouter:
         )
 
     return routes
+
+
+async def token_ids(site: Site, text: str, *, special: bool) -> list[int]:
+    """``special``: with the tokens the tokenizer puts around a text."""
+    encode = site.tokenizer.encode
+    ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+    return ids.tolist()
 
 
 def _body(kind: type[Strict]) -> dict[str, Any]:

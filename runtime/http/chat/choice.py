@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ...logprobs import TokenLogprob
 from ...messages import Delta
 from ...outputs import Output
 from ...sampling_params import SamplingParams
+from ...token_text import open_stream
 from ...tokenizer import Tokenizer
-from ...tools import ArgumentsDelta, CallStart, ContentDelta, Event, Parsed, ReasoningDelta, StreamParser, assemble
+from ...tools import (
+    ArgumentsDelta,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Event,
+    Parsed,
+    ReasoningDelta,
+    StreamParser,
+    assemble,
+)
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
+TAIL = 8  # tokens before others that say how these are written
 
 
 class Choice:
@@ -30,7 +42,7 @@ class Choice:
         self._params = params
         self._parser = parser
         self._one_call = one_call
-        self._new: list[Event] = []  # since the last `pieces`
+        self._new: list[Event] = []  # since the last `take`
         self._all: list[Event] = []
         self._calls = 0
         self._said_tokens = 0
@@ -43,12 +55,30 @@ class Choice:
             if delta.text:
                 self._new.append(ContentDelta(delta.text))
             return
-        thinking = self._parser.in_reasoning
-        self._new += self._parser.feed(delta.text)
-        if thinking or self._parser.in_reasoning:
-            self.reasoning_tokens += len(self.output.token_ids) - before
+        events: list[Event] = []
+        for text, tokens in self._pieces_of(delta.text, before):
+            thinking = self._parser.in_reasoning
+            events += self._parser.feed(text)
+            if thinking or self._parser.in_reasoning:
+                self.reasoning_tokens += tokens
         if delta.finish is not None:
-            self._new += self._parser.finish()
+            events += self._parser.finish()
+        self._new += [event for event in events if not (self._one_call and _is_of_a_later_call(event))]
+
+    def _pieces_of(self, text: str, before: int) -> Iterator[tuple[str, int]]:
+        """What came with the tokens from ``before`` on: where it thinks or may begin to, what each of them wrote."""
+        tokens = self.output.token_ids
+        if self._parser is None or len(tokens) - before < 2 or not self._parser.may_think(text):
+            yield text, len(tokens) - before
+            return
+        tail = tokens[max(0, before - TAIL) : before]
+        stream = open_stream(self._tokenizer, tail, self._params.skip_special_tokens)
+        at = 0
+        for token in tokens[before:-1]:
+            end = at + len(stream.push(token))
+            yield text[at:end], 1
+            at = end
+        yield text[at:], 1
 
     @property
     def finish_reason(self) -> str | None:
@@ -57,7 +87,7 @@ class Choice:
 
     def whole(self, index: int) -> dict[str, Any]:
         """The choice of an answer that is sent as one."""
-        self._take()
+        self.take()
         parsed = assemble(self._all)
         return {
             "index": index,
@@ -67,7 +97,7 @@ class Choice:
         }
 
     def _message(self, parsed: Parsed) -> dict[str, Any]:
-        calls = parsed.calls[:1] if self._one_call else parsed.calls
+        calls = parsed.calls
         message: dict[str, Any] = {
             "role": "assistant",
             "content": parsed.content if parsed.content or not calls else None,
@@ -84,7 +114,7 @@ class Choice:
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
         """What is new, as the choices of as many chunks. The last of all has the finish reason."""
-        new = self._take()
+        new = self.take()
         deltas = [piece for event in new if (piece := self._piece(event)) is not None]
         if not self._begun:
             self._begun = True
@@ -102,7 +132,8 @@ class Choice:
                 "finish_reason": reason if last else None,
             }
 
-    def _take(self) -> Sequence[Event]:
+    def take(self) -> Sequence[Event]:
+        """What is new, as the parser read it; `whole` and `pieces` are made of it."""
         new, self._new = self._new, []
         self._calls += sum(isinstance(event, CallStart) for event in new)
         if self._parser is not None:
@@ -117,10 +148,10 @@ class Choice:
                 return {"content": text}
             case ReasoningDelta(text=text):
                 return {"reasoning_content": text}
-            case CallStart(index=index, id=id, name=name) if not (self._one_call and index):
+            case CallStart(index=index, id=id, name=name):
                 function = {"name": name, "arguments": ""}
                 return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
-            case ArgumentsDelta(index=index, text=text) if text and not (self._one_call and index):
+            case ArgumentsDelta(index=index, text=text) if text:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
         return None
 
@@ -142,3 +173,7 @@ class Choice:
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+
+def _is_of_a_later_call(event: Event) -> bool:
+    return isinstance(event, CallStart | ArgumentsDelta | CallEnd) and event.index > 0

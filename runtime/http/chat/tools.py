@@ -24,6 +24,7 @@ from ...tools import (
     validate_tools,
 )
 from ...tools.grammar import CallGrammar
+from ..cache_fields import MARKS
 from .grammar import OutputGrammar, calls_for
 from .messages import bad, label
 from .request import ChatRequest
@@ -109,9 +110,9 @@ def definitions(tools: list[Any] | None, most: int) -> list[dict[str, Any]] | No
 
 
 def _definition(tool: dict[str, Any]) -> dict[str, Any]:
-    """As the template gets it: as the client wrote it, but for ``strict``, which is not the model's business."""
+    """As the template gets it: as the client wrote it, but for what is not the model's business."""
     function = tool.get("function", tool)
-    shown = {name: value for name, value in function.items() if name not in ("strict", "type")}
+    shown = {name: value for name, value in function.items() if name not in ("type", "strict", *MARKS)}
     return {"type": "function", "function": shown}
 
 

@@ -57,8 +57,8 @@ class Turns:
         check_count(params.n, site.config.max_prompts_per_request, "n")
         text = await rendered(site, body, tools.definitions)
 
-        async def again(messages: list[Any]) -> str:
-            return await rendered(site, body.model_copy(update={"messages": messages}), tools.definitions)
+        async def again(messages: list[Any], definitions: list[dict[str, Any]] | None) -> str:
+            return await rendered(site, body.model_copy(update={"messages": messages}), definitions)
 
         prompt = make_prompt(
             text,
@@ -69,7 +69,7 @@ class Turns:
             priority=check_priority(body.priority),
             whole=not body.stream,
             rendered=True,
-            **caching(site, body, marks=await chat_marks(body.messages, text, again)),
+            **caching(site, body, marks=await chat_marks(body.messages, body.tools, tools.definitions, text, again)),
         )
         choices = [Choice(site.tokenizer, params, tools.parser(text), one_call=tools.one_call) for _ in range(params.n)]
         return Turn(prompt, choices)

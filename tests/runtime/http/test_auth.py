@@ -60,7 +60,7 @@ async def test_every_route_but_health_needs_the_key(app: Any) -> None:
                 continue
             assert answer.status_code == 401, (method, path)
             if method != "HEAD":
-                assert answer.json()["error"]["code"] == "invalid_api_key"
+                assert answer.json()["error"]["type"] == "authentication_error"
     assert {"/health"} == OPEN_PATHS
 
 

@@ -13,6 +13,7 @@ from branchwise.runtime.http.chat.choice import Choice
 from branchwise.runtime.http.chat.messages import conversation
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.token_text import open_stream
 from branchwise.runtime.tokenizer import Tokenizer
 from branchwise.runtime.tools import StreamParser, Tool
 
@@ -87,6 +88,28 @@ def test_thinking_is_counted_in_tokens(tokenizer: Tokenizer) -> None:
     for delta in deltas("<think>" + "x" * 299 + "</think>\n\nDone, and done again.", 3, "stop"):
         one.feed(delta)
     assert 100 <= one.reasoning_tokens <= 106
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>one, two é</think>\n\nDone, and done again.", "No thought. <think>", "<think>é"]
+)
+def test_thinking_counts_the_same_in_one_piece(tokenizer: Tokenizer, text: str) -> None:
+    """An answer that nobody reads along comes with many tokens at once."""
+    tokens = tokenizer.encode(text, False).tolist()
+    stream = open_stream(tokenizer, [], True)
+    pieces = [stream.push(token) for token in tokens]
+    pieces[-1] += stream.flush()
+    found = []
+    for size in (1, 2, len(tokens)):
+        one = choice(tokenizer)
+        for i in range(0, len(tokens), size):
+            data = array("i", tokens[i : i + size]).tobytes()
+            finish = Finished(1, "stop", completion_tokens=len(tokens)) if i + size >= len(tokens) else None
+            one.feed(Delta(1, "".join(pieces[i : i + size]), data, finish=finish))
+        found.append(one.reasoning_tokens)
+    assert found == [found[0]] * 3
+    assert bool(found[0]) == text.startswith("<think>")
+    assert found[0] < len(tokens) or "</think>" not in text
 
 
 # -- messages ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,79 @@
+"""Errors in Anthropic's shape, whoever refused: the key's check, the body's bound or a route."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+
+import msgspec
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import describe
+from ..sse import typed_event
+
+ROOT = "/v1/messages"
+OVERLOADED = 529  # Anthropic's own; its clients know it
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    OVERLOADED: "overloaded_error",
+}
+_ID = "branchwise.request_id"  # in the scope of a request
+
+
+def error_body(status: int, message: str, id: str) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": id}
+
+
+def error_event(error: Exception, scope: Scope) -> bytes:
+    """What ends a stream that cannot go on."""
+    status, body = describe(error)
+    return typed_event(error_body(_status(status), body["error"]["message"], scope[_ID]))
+
+
+class ErrorShape:
+    """Gives every answer below `ROOT` a ``request-id``, and every error Anthropic's body and status.
+
+    Around all the others, for they refuse in OpenAI's shape before any route is reached.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith(f"{ROOT}/"):
+            await self._app(scope, receive, send)
+            return
+        id = scope[_ID] = f"req_{uuid.uuid4().hex}"
+        held: Message | None = None  # the head of an error, until its body is here
+        body = b""
+
+        async def reshaped(message: Message) -> None:
+            nonlocal held, body
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message["headers"])
+                headers["request-id"] = id
+                if message["status"] >= 400 and headers.get("content-type") == "application/json":
+                    message["status"] = _status(message["status"])
+                    held = message
+                    return
+            elif held is not None:
+                body += message.get("body", b"")
+                if message.get("more_body"):
+                    return
+                said = msgspec.json.decode(body)["error"]["message"]
+                message["body"] = msgspec.json.encode(error_body(held["status"], said, id))
+                MutableHeaders(raw=held["headers"])["content-length"] = str(len(message["body"]))
+                await send(held)
+            await send(message)
+
+        await self._app(scope, receive, reshaped)
+
+
+def _status(status: int) -> int:
+    return OVERLOADED if status == 503 else status

@@ -1,0 +1,56 @@
+"""``POST /v1/messages``: a conversation as Anthropic's clients hold it, answered whole or streamed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import Request, Response
+
+from ...errors import InvalidRequest
+from ..body import read_json_object
+from ..chat.renamed import renamed
+from ..chat.turn import Turns
+from ..requests import parse
+from ..shortcut import Handler
+from ..site import Site
+from ..sse import Batch, EventStream, json_response, wait
+from ..usage import cache_headers
+from .errors import ROOT, error_event
+from .message import MessageAnswer
+from .request import MESSAGES_UNSUPPORTED, MessagesRequest
+from .translate import chat_request
+
+PATH = ROOT
+
+
+def handler(site: Site) -> Handler:
+    turns = Turns(site)
+
+    async def messages(request: Request) -> Response:
+        body = parse(MessagesRequest, await read_json_object(request), unsupported=MESSAGES_UNSUPPORTED)
+        site.check_model(body.model)
+        chat, sources = chat_request(body, site.config.max_messages)
+        try:
+            turn = await turns.turn(chat)
+            answer = MessageAnswer(site.model_name, turn.choices[0])
+            call = site.client.open([turn.prompt])
+            if body.stream:
+                first = await wait(call, request.receive, call.batch)
+                fail = partial(error_event, scope=request.scope)
+                return EventStream(call, first, answer.events, answer.end, _headers(request, first), fail)
+            with call:
+                batch = await wait(call, request.receive, call.all)
+        except InvalidRequest as error:
+            raise renamed(error, sources) from error
+        return json_response(answer.whole(batch), headers=_headers(request, batch))
+
+    return messages
+
+
+def _headers(request: Request, batch: Batch) -> Any:
+    return cache_headers(request.headers, ((0, delta.prompt_tokens, delta.cache) for _, delta in batch), 1)
+
+
+def schema() -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": MessagesRequest.model_json_schema()}}}}
