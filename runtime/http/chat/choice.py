@@ -10,7 +10,19 @@ from ...messages import Delta
 from ...outputs import Output
 from ...sampling_params import SamplingParams
 from ...tokenizer import Tokenizer
-from ...tools import ArgumentsDelta, CallStart, ContentDelta, Event, Parsed, ReasoningDelta, StreamParser, assemble
+from ...tools import (
+    ArgumentsDelta,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Event,
+    Markup,
+    Parsed,
+    ReasoningDelta,
+    StreamParser,
+    assemble,
+)
+from .places import TokenPlaces
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
@@ -25,12 +37,15 @@ class Choice:
         self, tokenizer: Tokenizer, params: SamplingParams, parser: StreamParser | None, *, one_call: bool
     ) -> None:
         self.output = Output()
-        self.reasoning_tokens = 0  # that came while the thinking went on
+        self.reasoning_tokens = 0  # of thinking, without the markers around it
         self._tokenizer = tokenizer
         self._params = params
         self._parser = parser
         self._one_call = one_call
-        self._new: list[Event] = []  # since the last `pieces`
+        self._places = None
+        if parser is not None:
+            self._places = TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
+        self._new: list[Event] = []  # since the last `take`
         self._all: list[Event] = []
         self._calls = 0
         self._said_tokens = 0
@@ -39,16 +54,19 @@ class Choice:
     def feed(self, delta: Delta) -> None:
         before = len(self.output.token_ids)
         self.output.feed(delta)
-        if self._parser is None:
+        if self._parser is None or self._places is None:
             if delta.text:
                 self._new.append(ContentDelta(delta.text))
             return
-        thinking = self._parser.in_reasoning
-        self._new += self._parser.feed(delta.text)
-        if thinking or self._parser.in_reasoning:
-            self.reasoning_tokens += len(self.output.token_ids) - before
+        self._places.add(self.output.token_ids[before:])
+        events = self._parser.feed(delta.text)
         if delta.finish is not None:
-            self._new += self._parser.finish()
+            events += self._parser.finish()
+        for event in events:
+            count = self._places.through(event.source)
+            if isinstance(event, ReasoningDelta):
+                self.reasoning_tokens += count
+        self._new += events
 
     @property
     def finish_reason(self) -> str | None:
@@ -57,7 +75,7 @@ class Choice:
 
     def whole(self, index: int) -> dict[str, Any]:
         """The choice of an answer that is sent as one."""
-        self._take()
+        self.take()
         parsed = assemble(self._all)
         return {
             "index": index,
@@ -67,7 +85,7 @@ class Choice:
         }
 
     def _message(self, parsed: Parsed) -> dict[str, Any]:
-        calls = parsed.calls[:1] if self._one_call else parsed.calls
+        calls = parsed.calls
         message: dict[str, Any] = {
             "role": "assistant",
             "content": parsed.content if parsed.content or not calls else None,
@@ -84,7 +102,7 @@ class Choice:
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
         """What is new, as the choices of as many chunks. The last of all has the finish reason."""
-        new = self._take()
+        new = self.take()
         deltas = [piece for event in new if (piece := self._piece(event)) is not None]
         if not self._begun:
             self._begun = True
@@ -102,8 +120,11 @@ class Choice:
                 "finish_reason": reason if last else None,
             }
 
-    def _take(self) -> Sequence[Event]:
+    def take(self) -> Sequence[Event]:
+        """What the text that is new turns out to be. Of a call that is left out only the `Markup` remains."""
         new, self._new = self._new, []
+        if self._one_call:
+            new = [_without_more_calls(event) for event in new]
         self._calls += sum(isinstance(event, CallStart) for event in new)
         if self._parser is not None:
             self._all += new
@@ -117,28 +138,39 @@ class Choice:
                 return {"content": text}
             case ReasoningDelta(text=text):
                 return {"reasoning_content": text}
-            case CallStart(index=index, id=id, name=name) if not (self._one_call and index):
+            case CallStart(index=index, id=id, name=name):
                 function = {"name": name, "arguments": ""}
                 return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
-            case ArgumentsDelta(index=index, text=text) if text and not (self._one_call and index):
+            case ArgumentsDelta(index=index, text=text) if text:
                 return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
         return None
 
     # -- logprobs ------------------------------------------------------------------------------------------------------
 
     def _logprobs(self) -> dict[str, Any] | None:
-        """Of the tokens that are new; a stop token that is not shown has none."""
         if self._params.logprobs is None:
             return None
+        return {"content": [self.described(row) for row in self.take_logprobs()], "refusal": None}
+
+    def take_logprobs(self) -> Sequence[TokenLogprob]:
+        """Of the tokens that are new; a stop token that is not shown has none."""
         rows = self.output.logprobs
         end = len(rows) - (isinstance(self.output.matched, int) and not self._params.include_stop)
         new, self._said_tokens = rows[self._said_tokens : end], max(end, self._said_tokens)
-        return {"content": [self._row(row) for row in new], "refusal": None}
+        return new
 
-    def _row(self, row: TokenLogprob) -> dict[str, Any]:
+    def described(self, row: TokenLogprob) -> dict[str, Any]:
+        """In OpenAI's words."""
         best = row.top[: self._params.logprobs]
         return {**self._token(row.token, row.logprob), "top_logprobs": [self._token(*entry) for entry in best]}
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:
         data = self._tokenizer.token_bytes(token)
         return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+
+
+def _without_more_calls(event: Event) -> Event:
+    """``event``, unless it is of a call after the first."""
+    if isinstance(event, (CallStart, ArgumentsDelta, CallEnd)) and event.index:
+        return Markup(event.source)
+    return event
