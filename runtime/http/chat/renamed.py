@@ -1,0 +1,32 @@
+"""Errors about a chat in the words of a client who never wrote one: other routes' requests become chats too."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ...errors import InvalidRequest
+
+# A path to a field, as errors write it: not the middle of another word, nor what the client is quoted with.
+_PATH = re.compile(r"""(?<![\w'"`.\]-])[a-z]\w*(?:\.[a-z]\w*|\[\d+\])*""")
+
+
+def renamed(error: InvalidRequest, sources: Mapping[str, str]) -> InvalidRequest:
+    """``error`` about the fields its client sent, in its message too.
+
+    ``sources``: for a path in the chat (``messages[2].content``), the client's (``input[5].output``). What lies within
+    goes with it, and of several paths that hold the longest counts; a path without a source stays as it is.
+    """
+    message = _PATH.sub(lambda found: _source(found.group(), sources), error.message)
+    field = None if error.field is None else _source(error.field, sources)
+    return InvalidRequest(message, field=field, status=error.status)
+
+
+def _source(path: str, sources: Mapping[str, str]) -> str:
+    end = len(path)
+    while end > 0:
+        found = sources.get(path[:end])
+        if found is not None:
+            return found + path[end:]
+        end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
+    return path

@@ -1,0 +1,63 @@
+"""Errors about a chat, told to clients of other routes."""
+
+from __future__ import annotations
+
+import pytest
+
+from branchwise.runtime.errors import InvalidRequest
+from branchwise.runtime.http.chat.renamed import renamed
+
+SOURCES = {
+    "messages": "input",
+    "messages[2]": "input[5]",
+    "messages[2].content": "input[4].output",
+    "messages[21]": "input[40]",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "tools[0].function": "tools[0]",
+}
+
+
+@pytest.mark.parametrize(
+    ("field", "message", "new_field", "new_message"),
+    [
+        ("messages[2].role", "messages[2].role is required", "input[5].role", "input[5].role is required"),
+        ("messages[21].role", "messages[21].role is required", "input[40].role", "input[40].role is required"),
+        (
+            "messages[2].content[0].type",
+            "messages[2].content[0].type no",
+            "input[4].output[0].type",
+            "input[4].output[0].type no",
+        ),
+        ("messages[3].role", "messages[3].role is required", "input[3].role", "input[3].role is required"),
+        ("messages", "the chat template refused the messages: no", "input", "the chat template refused the input: no"),
+        (
+            "max_tokens",
+            "messages 9 + max_tokens 9 = 18 tokens, more than 12; lower max_tokens or raise --max-model-len",
+            "max_output_tokens",
+            "input 9 + max_output_tokens 9 = 18 tokens, more than 12; lower max_output_tokens or raise --max-model-len",
+        ),
+        ("response_format.type", "response_format.type must be", "text.format.type", "text.format.type must be"),
+        (
+            "tools[0].function.parameters",
+            "tools[0].function.parameters is nested deeper",
+            "tools[0].parameters",
+            "tools[0].parameters is nested deeper",
+        ),
+        ("tool_choice", "tool_choice names 'messages'", "tool_choice", "tool_choice names 'messages'"),
+        (None, "xmessages messages2 a.messages --max_tokens", None, "xmessages messages2 a.messages --max_tokens"),
+        ("temperature", "temperature must be", "temperature", "temperature must be"),
+    ],
+)
+def test_paths_are_renamed_where_they_are_paths(
+    field: str | None, message: str, new_field: str | None, new_message: str
+) -> None:
+    found = renamed(InvalidRequest(message, field=field, status=413), SOURCES)
+    assert (found.field, found.message, found.status) == (new_field, new_message, 413)
+    again = renamed(found, SOURCES)
+    assert (again.field, again.message) == (new_field, new_message), "what is the client's already stays"
+
+
+def test_a_long_message_takes_no_time() -> None:
+    message = "messages[2].content" * 20_000
+    assert len(renamed(InvalidRequest(message), SOURCES).message) > 100_000
