@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -28,7 +29,9 @@ _TYPES = {
 _CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
 
 
-def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
+def error_body(
+    status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
@@ -57,7 +60,7 @@ class ModelNotFound(InvalidRequest):
         )
 
 
-def describe(error: Exception) -> tuple[int, dict[str, object]]:
+def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
     """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
     if isinstance(error, InvalidRequest):
         code = "model_not_found" if isinstance(error, ModelNotFound) else None

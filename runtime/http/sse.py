@@ -23,14 +23,17 @@ _encode = msgspec.json.Encoder().encode
 T = TypeVar("T")
 
 
-def event(value: object, name: str | None = None) -> bytes:
-    """``name``: of the event's type, for dialects that say it on a line of its own."""
-    data = b"data: " + _encode(value) + b"\n\n"
-    return data if name is None else b"event: " + name.encode() + b"\n" + data
+def event(value: object) -> bytes:
+    return b"data: " + _encode(value) + b"\n\n"
 
 
-def _error(_status: int, body: dict[str, object]) -> Iterable[bytes]:
-    yield event(body)
+def typed_event(value: Mapping[str, Any]) -> bytes:
+    """With an ``event:`` line, which says the value's ``type``."""
+    return b"event: " + value["type"].encode() + b"\n" + event(value)
+
+
+def error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
 
 
 @contextmanager
@@ -62,9 +65,8 @@ async def wait(call: Call, receive: Receive, what: Callable[[], Awaitable[T]]) -
 class EventStream(Response):
     """Streams a call whose first batch has arrived (so errors before it had their own status).
 
-    ``render(batch)`` gives the events of a batch; ``end()`` those after the last, or where the call fails
-    ``failed(status, body)``, which gets what `errors.describe` says. The call is closed whatever happens: a client that
-    leaves stops its requests at once.
+    ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the one that is last
+    if it fails midway. The call is closed whatever happens: a client that leaves stops its requests at once.
     """
 
     media_type = "text/event-stream"
@@ -76,7 +78,7 @@ class EventStream(Response):
         render: Callable[[Batch], Iterable[bytes]],
         end: Callable[[], Iterable[bytes]],
         headers: Mapping[str, str] | None = None,
-        failed: Callable[[int, dict[str, object]], Iterable[bytes]] = _error,
+        fail: Callable[[Exception], bytes] = error_event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
@@ -84,7 +86,7 @@ class EventStream(Response):
         self._first = first
         self._render = render
         self._end = end
-        self._failed = failed
+        self._fail = fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -109,7 +111,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             # The status line is long gone: the error is the last event, and no [DONE] follows it.
-            last = b"".join(self._failed(*describe(error)))
+            last = self._fail(error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -404,10 +404,9 @@ def test_nothing_is_stored(shipped: Any, client: openai.OpenAI) -> None:
 
 
 def test_the_schema_has_the_route(shipped: Any) -> None:
-    schema = shipped.http.get("/openapi.json").json()["paths"]
-    body = schema[PATH]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"input", "instructions", "max_output_tokens", "text", "reasoning", "temperature"} <= set(body["properties"])
-    assert body["required"] == ["input"]
+    paths = shipped.http.get("/openapi.json").json()["paths"]
+    assert "requestBody" in paths[PATH]["post"]
+    assert not [path for path in paths if path.startswith(f"{PATH}/")], "what is there only to say no"
 
 
 def test_an_aborted_response_is_cancelled(shipped: Any) -> None:

@@ -9,24 +9,31 @@ from ...errors import InvalidRequest
 
 # A path to a field, as errors write it: not the middle of another word, nor what the client is quoted with.
 _PATH = re.compile(r"""(?<![\w'"`.\]-])[a-z]\w*(?:\.[a-z]\w*|\[\d+\])*""")
+_INDEX = re.compile(r"\[(\d+)\]")
 
 
 def renamed(error: InvalidRequest, sources: Mapping[str, str]) -> InvalidRequest:
     """``error`` about the fields its client sent, in its message too.
 
-    ``sources``: for a path in the chat (``messages[2].content``), the client's (``input[5].output``). What lies within
-    goes with it, and of several paths that hold the longest counts; a path without a source stays as it is.
+    ``sources``: for a path in the chat (``messages[2].content``), the client's (``input[5].output``). ``[]`` stands for
+    any index: with ``{"tools[].function": "tools[]"}``, ``tools[3].function.name`` is ``tools[3].name``. What lies
+    within a path goes with it, and of several that hold the longest counts; a path without a source stays as it is.
     """
     message = _PATH.sub(lambda found: _source(found.group(), sources), error.message)
     field = None if error.field is None else _source(error.field, sources)
+    if (message, field) == (error.message, error.field):
+        return error
     return InvalidRequest(message, field=field, status=error.status)
 
 
 def _source(path: str, sources: Mapping[str, str]) -> str:
     end = len(path)
     while end > 0:
-        found = sources.get(path[:end])
-        if found is not None:
-            return found + path[end:]
+        ours = path[:end]
+        theirs = sources.get(ours) or sources.get(_INDEX.sub("[]", ours))
+        if theirs is not None:
+            for index in _INDEX.findall(ours):
+                theirs = theirs.replace("[]", f"[{index}]", 1)
+            return theirs + path[end:]
         end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
     return path

@@ -12,8 +12,9 @@ from fastapi import Request
 
 from ..chat.places import TokenPlaces
 from ..chat.turn import Turn
+from ..errors import describe
 from ..site import Site
-from ..sse import Batch, event
+from ..sse import Batch, typed_event
 from ..usage import cache_headers, usage
 from .logprobs import TextLogprobs
 from .output import Change, OutputItems
@@ -63,11 +64,13 @@ class Answer:
         name = "completed" if response["status"] == "completed" else "incomplete"
         yield self._event({"type": f"response.{name}", "response": response})
 
-    def failed(self, status: int, body: dict[str, Any]) -> Iterable[bytes]:
+    def fail(self, error: Exception) -> bytes:
+        """The last event of a stream that fails midway, with what there was."""
         self._items.break_off()
-        error = {"code": "server_error" if status >= 500 else "invalid_prompt", "message": body["error"]["message"]}
-        response = {**self._response("failed"), "error": error}
-        yield self._event({"type": "response.failed", "response": response})
+        status, body = describe(error)
+        code = "server_error" if status >= 500 else "invalid_prompt"
+        response = {**self._response("failed"), "error": {"code": code, "message": body["error"]["message"]}}
+        return self._event({"type": "response.failed", "response": response})
 
     def headers(self, request: Request, batch: Batch) -> Mapping[str, str] | None:
         found = ((index, delta.prompt_tokens, delta.cache) for index, delta in batch)
@@ -84,8 +87,7 @@ class Answer:
             yield from self._items.finish(complete=choice.finish_reason not in _STATUS)
 
     def _event(self, change: Change) -> bytes:
-        name = change["type"]
-        return event({"type": name, "sequence_number": next(self._sequence), **change}, name)
+        return typed_event({"type": change["type"], "sequence_number": next(self._sequence), **change})
 
     def _ended(self) -> dict[str, Any]:
         reason = self._choice.finish_reason

@@ -86,6 +86,7 @@ _NAMES = {
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
     "response_format": "text.format",
+    "tools[].function": "tools[]",
     "tool_choice.function": "tool_choice",
 }
 
@@ -130,8 +131,7 @@ def chat_of(body: ResponsesRequest, config: ServerConfig) -> tuple[ChatRequest, 
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         response_format=_format(body.text),
     )
-    functions = {f"tools[{i}].function": f"tools[{i}]" for i in range(config.max_tools)}
-    return chat, {**_NAMES, **functions, **conversation.sources}
+    return chat, {**_NAMES, **conversation.sources}
 
 
 def _format(text: TextOptions | None) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ def handler(site: Site) -> Handler:
     turns = Turns(site)
 
     async def responses(request: Request) -> Response:
+        """Answer a conversation (OpenAI's responses). Nothing is stored."""
         body = read(await read_json_object(request))
         site.check_model(body.model)
         chat, sources = chat_of(body, site.config)
@@ -33,7 +34,7 @@ def handler(site: Site) -> Handler:
             if body.stream:
                 first = await wait(call, request.receive, call.batch)
                 headers = answer.headers(request, first)
-                return EventStream(call, first, answer.events, answer.end, headers, answer.failed)
+                return EventStream(call, first, answer.events, answer.end, headers, answer.fail)
             with call:
                 batch = await wait(call, request.receive, call.all)
         except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens
@@ -47,10 +48,10 @@ def router(_site: Site) -> APIRouter:
     """What OpenAI has for responses that are stored, to say that none are."""
     routes = APIRouter()
 
-    @routes.get("/v1/responses/{id}")
-    @routes.delete("/v1/responses/{id}")
-    @routes.post("/v1/responses/{id}/cancel")
-    @routes.get("/v1/responses/{id}/input_items")
+    @routes.get("/v1/responses/{id}", include_in_schema=False)
+    @routes.delete("/v1/responses/{id}", include_in_schema=False)
+    @routes.post("/v1/responses/{id}/cancel", include_in_schema=False)
+    @routes.get("/v1/responses/{id}/input_items", include_in_schema=False)
     async def stored(id: str) -> Response:
         raise InvalidRequest(
             f"there is no response {id[:80]!r}: this server stores none. A client that closes its connection cancels.",

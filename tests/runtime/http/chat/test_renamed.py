@@ -14,7 +14,8 @@ SOURCES = {
     "messages[21]": "input[40]",
     "max_tokens": "max_output_tokens",
     "response_format": "text.format",
-    "tools[0].function": "tools[0]",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].input_schema",
 }
 
 
@@ -38,12 +39,9 @@ SOURCES = {
             "input 9 + max_output_tokens 9 = 18 tokens, more than 12; lower max_output_tokens or raise --max-model-len",
         ),
         ("response_format.type", "response_format.type must be", "text.format.type", "text.format.type must be"),
-        (
-            "tools[0].function.parameters",
-            "tools[0].function.parameters is nested deeper",
-            "tools[0].parameters",
-            "tools[0].parameters is nested deeper",
-        ),
+        ("tools[7].function.name", "tools[7].function.name is no name", "tools[7].name", "tools[7].name is no name"),
+        ("tools[12].function.parameters.type", "no", "tools[12].input_schema.type", "no"),
+        ("tools[1].functional", "tools[1].functional", "tools[1].functional", "tools[1].functional"),
         ("tool_choice", "tool_choice names 'messages'", "tool_choice", "tool_choice names 'messages'"),
         (None, "xmessages messages2 a.messages --max_tokens", None, "xmessages messages2 a.messages --max_tokens"),
         ("temperature", "temperature must be", "temperature", "temperature must be"),
@@ -61,3 +59,8 @@ def test_paths_are_renamed_where_they_are_paths(
 def test_a_long_message_takes_no_time() -> None:
     message = "messages[2].content" * 20_000
     assert len(renamed(InvalidRequest(message), SOURCES).message) > 100_000
+
+
+def test_an_error_about_nothing_that_has_another_name_stays_as_it_is() -> None:
+    for error in (InvalidRequest("the body must be at most 5 bytes", status=413), InvalidRequest("no", field="seed")):
+        assert renamed(error, SOURCES) is error

@@ -11,7 +11,6 @@ import openai.types.responses as sdk
 import pytest
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest
-from branchwise.runtime.http.errors import describe
 from branchwise.runtime.http.responses.answer import Answer
 from branchwise.runtime.messages import Delta
 from branchwise.runtime.tokenizer import Tokenizer
@@ -192,7 +191,7 @@ def test_how_it_ended(told: Any, make_answer: Any, reason: str, status: str, det
 def test_a_failure_midway_is_told_with_what_there_was(told: Any, make_answer: Any, error: Exception) -> None:
     answer = make_answer(None)
     [first, *_] = told("some text", 1)
-    events = decoded([*answer.events([(0, first)]), *answer.failed(*describe(error))])
+    events = decoded([*answer.events([(0, first)]), answer.fail(error)])
     last = events[-1]
     assert last["type"] == "response.failed"
     assert last["response"]["id"] == events[0]["response"]["id"]

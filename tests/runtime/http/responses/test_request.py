@@ -14,6 +14,7 @@ from branchwise.runtime.http.chat.renamed import renamed
 from branchwise.runtime.http.chat.request import ChatRequest
 from branchwise.runtime.http.responses.items import Conversation
 from branchwise.runtime.http.responses.request import chat_of, read
+from branchwise.runtime.http.responses.route import schema
 
 CONFIG = ServerConfig(engine=EngineConfig(), max_messages=8, max_tools=2)
 TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", {})
@@ -173,12 +174,22 @@ def test_tools_and_formats_in_the_chats_words() -> None:
     made, sources = chat(tools=[tool], tool_choice={"type": "function", "name": "f"})
     assert made.tools == [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
     assert made.tool_choice == {"type": "function", "name": "f"}
-    assert sources["tools[1].function"] == "tools[1]"
+    error = InvalidRequest("no", field="tools[0].function.name")
+    assert renamed(error, sources).field == "tools[0].name"
     schema = {"type": "object"}
     wanted, _ = chat(text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})
     assert wanted.response_format == {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     assert chat(text={"format": {"type": "json_object"}})[0].response_format == {"type": "json_object"}
     assert chat(text={"verbosity": "low"})[0].response_format is None
+
+
+def test_the_schema_tells_what_it_takes() -> None:
+    described = schema()["requestBody"]["content"]["application/json"]["schema"]
+    assert described["required"] == ["input"]
+    assert {"instructions", "max_output_tokens", "text", "reasoning", "temperature", "tools"} <= set(
+        described["properties"]
+    )
+    assert described["properties"]["response_format"]["type"] == "null"
 
 
 def test_what_is_called_something_else_here_says_so() -> None:
