@@ -1,4 +1,4 @@
-"""The two routes that do the work, reached without the framework's way there.
+"""The routes that do the work, reached without the framework's way there.
 
 Routing, dependencies, exit stacks and two layers of exception handling were 0.16 of a request's 0.65 ms, and a burst of
 requests waits for it one after the other (tests/benchmarks/bench_http.py). The same handlers are also ordinary routes:

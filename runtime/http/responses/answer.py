@@ -10,7 +10,9 @@ from typing import Any
 
 from fastapi import Request
 
+from ...errors import InvalidRequest
 from ..chat.places import TokenPlaces
+from ..chat.renamed import renamed
 from ..chat.turn import Turn
 from ..errors import describe
 from ..site import Site
@@ -64,9 +66,11 @@ class Answer:
         name = "completed" if response["status"] == "completed" else "incomplete"
         yield self._event({"type": f"response.{name}", "response": response})
 
-    def fail(self, error: Exception) -> bytes:
-        """The last event of a stream that fails midway, with what there was."""
+    def fail(self, error: Exception, sources: Mapping[str, str]) -> bytes:
+        """The last event of a stream that fails midway, with what there was. ``sources``: as `renamed` has them."""
         self._items.break_off()
+        if isinstance(error, InvalidRequest):
+            error = renamed(error, sources)
         status, body = describe(error)
         code = "server_error" if status >= 500 else "invalid_prompt"
         response = {**self._response("failed"), "error": {"code": code, "message": body["error"]["message"]}}

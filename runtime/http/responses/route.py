@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -33,8 +34,8 @@ def handler(site: Site) -> Handler:
             call = site.client.open([turn.prompt])
             if body.stream:
                 first = await wait(call, request.receive, call.batch)
-                headers = answer.headers(request, first)
-                return EventStream(call, first, answer.events, answer.end, headers, answer.fail)
+                fail = partial(answer.fail, sources=sources)
+                return EventStream(call, first, answer.events, answer.end, answer.headers(request, first), fail)
             with call:
                 batch = await wait(call, request.receive, call.all)
         except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens

@@ -10,7 +10,7 @@ from typing import Any
 import openai.types.responses as sdk
 import pytest
 
-from branchwise.runtime.errors import EngineDead, InvalidRequest
+from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.http.responses.answer import Answer
 from branchwise.runtime.messages import Delta
 from branchwise.runtime.tokenizer import Tokenizer
@@ -187,17 +187,30 @@ def test_how_it_ended(told: Any, make_answer: Any, reason: str, status: str, det
     assert sum(event["type"] == last for event in events) == 1
 
 
-@pytest.mark.parametrize("error", [EngineDead("the engine has stopped"), InvalidRequest("no", field="input")])
-def test_a_failure_midway_is_told_with_what_there_was(told: Any, make_answer: Any, error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (EngineDead("the engine has stopped"), "server_error", "the engine has stopped"),
+        (Overloaded("the server is shutting down"), "server_error", "the server is shutting down"),
+        (ZeroDivisionError("secret"), "server_error", "internal error; the server's log says more"),
+        (
+            InvalidRequest("response_format is no use", field="response_format"),
+            "invalid_prompt",
+            "text.format is no use",
+        ),
+    ],
+)
+def test_a_failure_midway_is_told_with_what_there_was(
+    told: Any, make_answer: Any, error: Exception, code: str, message: str
+) -> None:
     answer = make_answer(None)
     [first, *_] = told("some text", 1)
-    events = decoded([*answer.events([(0, first)]), answer.fail(error)])
+    events = decoded([*answer.events([(0, first)]), answer.fail(error, {"response_format": "text.format"})])
     last = events[-1]
     assert last["type"] == "response.failed"
     assert last["response"]["id"] == events[0]["response"]["id"]
     assert last["response"]["status"] == "failed"
-    assert last["response"]["error"]["message"] == str(error)
-    assert last["response"]["error"]["code"] == ("server_error" if isinstance(error, EngineDead) else "invalid_prompt")
+    assert last["response"]["error"] == {"code": code, "message": message}
     [item] = last["response"]["output"]
     assert item["status"] == "incomplete"
     assert item["content"][0]["text"] == first.text
