@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from ...errors import InvalidRequest
 
-# A path to a field, as errors write it: not the middle of another word, nor what the client is quoted with.
-_PATH = re.compile(r"""(?<![\w'"`.\]-])[a-z]\w*(?:\.[a-z]\w*|\[\d+\])*""")
+# A path to a field, as errors write it: not the middle of another word, nor what the client is quoted with. What is
+# deeper than any source's path is left to follow it.
+_PATH = re.compile(r"""(?<![\w'"`.\]-])[a-z]\w*(?:\.[a-z]\w*|\[\d+\]){0,7}""")
 _INDEX = re.compile(r"\[(\d+)\]")
 
 
@@ -19,8 +20,12 @@ def renamed(error: InvalidRequest, sources: Mapping[str, str]) -> InvalidRequest
     any index: with ``{"tools[].function": "tools[]"}``, ``tools[3].function.name`` is ``tools[3].name``. What lies
     within a path goes with it, and of several that hold the longest counts; a path without a source stays as it is.
     """
-    message = _PATH.sub(lambda found: _source(found.group(), sources), error.message)
-    field = None if error.field is None else _source(error.field, sources)
+
+    def theirs(text: str) -> str:
+        return _PATH.sub(lambda found: _source(found.group(), sources), text)
+
+    message = theirs(error.message)
+    field = None if error.field is None else theirs(error.field)
     if (message, field) == (error.message, error.field):
         return error
     return InvalidRequest(message, field=field, status=error.status)
