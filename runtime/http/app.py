@@ -12,6 +12,7 @@ from .anthropic.errors import ErrorShape
 from .auth import AuthMiddleware
 from .body import BodyLimit
 from .chat import route as chat
+from .responses import route as responses
 from .shortcut import Handler, Shortcut
 from .site import Site
 
@@ -20,10 +21,10 @@ def make_app(site: Site) -> FastAPI:
     # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     busy: dict[str, Handler] = {}
-    for module in (chat, completions, generate, messages, messages_count):
+    for module in (chat, responses, completions, generate, messages, messages_count):
         busy[module.PATH] = module.handler(site)
         app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
-    for module in (branches, models, tokens, cache, admin):
+    for module in (responses, branches, models, tokens, cache, admin):
         app.include_router(module.router(site))
     errors.install(app)
     # The last one added runs first: nobody without the key gets to send a body.

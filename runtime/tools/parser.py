@@ -82,10 +82,6 @@ class StreamParser:
         """Whether the text so far ends inside reasoning: what constrains calls must wait."""
         return self._out.thinking
 
-    def may_think(self, text: str) -> bool:
-        """Whether some of ``text``, if it comes next, may be inside reasoning."""
-        return self._out.thinking or (self._reasoning is not None and self._reasoning.begin[-1:] in text)
-
     def feed(self, text: str) -> list[Event]:
         """What ``text`` adds. Raises ValueError after `finish`."""
         if self._finished:

@@ -226,7 +226,7 @@ def test_the_model_uses_a_tool(client: anthropic.Anthropic, choice: Any) -> None
         pieces = [event.partial_json for event in stream if event.type == "input_json"]
         final = stream.get_final_message()
     assert "".join(pieces) == '{"koayi": 695, "repeat": false}'
-    assert len(pieces) > 5
+    assert len(pieces) > 3  # those that the grammar left no choice about come together
     assert (use_of(final).input, final.stop_reason) == (PAINTED, "tool_use")
 
 

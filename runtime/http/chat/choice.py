@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...logprobs import TokenLogprob
 from ...messages import Delta
 from ...outputs import Output
 from ...sampling_params import SamplingParams
-from ...token_text import open_stream
 from ...tokenizer import Tokenizer
 from ...tools import (
     ArgumentsDelta,
@@ -17,14 +16,15 @@ from ...tools import (
     CallStart,
     ContentDelta,
     Event,
+    Markup,
     Parsed,
     ReasoningDelta,
     StreamParser,
     assemble,
 )
+from .places import TokenPlaces
 
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
-TAIL = 8  # tokens before others that say how these are written
 
 
 class Choice:
@@ -37,11 +37,14 @@ class Choice:
         self, tokenizer: Tokenizer, params: SamplingParams, parser: StreamParser | None, *, one_call: bool
     ) -> None:
         self.output = Output()
-        self.reasoning_tokens = 0  # that came while the thinking went on
+        self.reasoning_tokens = 0  # of thinking, without the markers around it
         self._tokenizer = tokenizer
         self._params = params
         self._parser = parser
         self._one_call = one_call
+        self._places = None
+        if parser is not None:
+            self._places = TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
         self._new: list[Event] = []  # since the last `take`
         self._all: list[Event] = []
         self._calls = 0
@@ -51,34 +54,19 @@ class Choice:
     def feed(self, delta: Delta) -> None:
         before = len(self.output.token_ids)
         self.output.feed(delta)
-        if self._parser is None:
+        if self._parser is None or self._places is None:
             if delta.text:
                 self._new.append(ContentDelta(delta.text))
             return
-        events: list[Event] = []
-        for text, tokens in self._pieces_of(delta.text, before):
-            thinking = self._parser.in_reasoning
-            events += self._parser.feed(text)
-            if thinking or self._parser.in_reasoning:
-                self.reasoning_tokens += tokens
+        self._places.add(self.output.token_ids[before:])
+        events = self._parser.feed(delta.text)
         if delta.finish is not None:
             events += self._parser.finish()
-        self._new += [event for event in events if not (self._one_call and _is_of_a_later_call(event))]
-
-    def _pieces_of(self, text: str, before: int) -> Iterator[tuple[str, int]]:
-        """What came with the tokens from ``before`` on: where it thinks or may begin to, what each of them wrote."""
-        tokens = self.output.token_ids
-        if self._parser is None or len(tokens) - before < 2 or not self._parser.may_think(text):
-            yield text, len(tokens) - before
-            return
-        tail = tokens[max(0, before - TAIL) : before]
-        stream = open_stream(self._tokenizer, tail, self._params.skip_special_tokens)
-        at = 0
-        for token in tokens[before:-1]:
-            end = at + len(stream.push(token))
-            yield text[at:end], 1
-            at = end
-        yield text[at:], 1
+        for event in events:
+            count = self._places.through(event.source)
+            if isinstance(event, ReasoningDelta):
+                self.reasoning_tokens += count
+        self._new += events
 
     @property
     def finish_reason(self) -> str | None:
@@ -133,8 +121,10 @@ class Choice:
             }
 
     def take(self) -> Sequence[Event]:
-        """What is new, as the parser read it; `whole` and `pieces` are made of it."""
+        """What the text that is new turns out to be. Of a call that is left out only the `Markup` remains."""
         new, self._new = self._new, []
+        if self._one_call:
+            new = [_without_more_calls(event) for event in new]
         self._calls += sum(isinstance(event, CallStart) for event in new)
         if self._parser is not None:
             self._all += new
@@ -158,15 +148,19 @@ class Choice:
     # -- logprobs ------------------------------------------------------------------------------------------------------
 
     def _logprobs(self) -> dict[str, Any] | None:
-        """Of the tokens that are new; a stop token that is not shown has none."""
         if self._params.logprobs is None:
             return None
+        return {"content": [self.described(row) for row in self.take_logprobs()], "refusal": None}
+
+    def take_logprobs(self) -> Sequence[TokenLogprob]:
+        """Of the tokens that are new; a stop token that is not shown has none."""
         rows = self.output.logprobs
         end = len(rows) - (isinstance(self.output.matched, int) and not self._params.include_stop)
         new, self._said_tokens = rows[self._said_tokens : end], max(end, self._said_tokens)
-        return {"content": [self._row(row) for row in new], "refusal": None}
+        return new
 
-    def _row(self, row: TokenLogprob) -> dict[str, Any]:
+    def described(self, row: TokenLogprob) -> dict[str, Any]:
+        """In OpenAI's words."""
         best = row.top[: self._params.logprobs]
         return {**self._token(row.token, row.logprob), "top_logprobs": [self._token(*entry) for entry in best]}
 
@@ -175,5 +169,8 @@ class Choice:
         return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
 
 
-def _is_of_a_later_call(event: Event) -> bool:
-    return isinstance(event, CallStart | ArgumentsDelta | CallEnd) and event.index > 0
+def _without_more_calls(event: Event) -> Event:
+    """``event``, unless it is of a call after the first."""
+    if isinstance(event, (CallStart, ArgumentsDelta, CallEnd)) and event.index:
+        return Markup(event.source)
+    return event

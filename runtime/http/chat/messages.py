@@ -93,7 +93,7 @@ class _Message:
             return _string(part.get("refusal"), f"{where}.refusal")
         if kind in _OTHER_PARTS:
             raise bad(f"{where}.type", f"{kind} is not supported: this server reads text only and fetches nothing")
-        raise bad(f"{where}.type", f"must be text, got {_shown(kind)}")
+        raise bad(f"{where}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {_shown(kind)}")
 
     def _calls(self) -> list[dict[str, Any]]:
         calls, where = self._message.get("tool_calls"), f"{self._where}.tool_calls"

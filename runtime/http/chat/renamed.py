@@ -1,4 +1,4 @@
-"""Errors in a client's words, for routes that ask for chats under names of their own."""
+"""Errors about a chat in the words of a client who never wrote one: other routes' requests become chats too."""
 
 from __future__ import annotations
 
@@ -7,32 +7,38 @@ from collections.abc import Mapping
 
 from ...errors import InvalidRequest
 
+# A path to a field, as errors write it: not the middle of another word, nor what the client is quoted with. What is
+# deeper than any source's path is left to follow it.
+_PATH = re.compile(r"""(?<![\w'"`.\]-])[a-z]\w*(?:\.[a-z]\w*|\[\d+\]){0,7}""")
 _INDEX = re.compile(r"\[(\d+)\]")
-_EDGE = re.compile(r"(?=[.\[])|$")
 
 
 def renamed(error: InvalidRequest, sources: Mapping[str, str]) -> InvalidRequest:
-    """``error`` about the field the client sent, in its message too.
+    """``error`` about the fields its client sent, in its message too.
 
-    ``sources``: the client's path for each of ours, and so for all that is inside them. ``[]`` stands for any index:
-    with ``{"tools[].function": "tools[]"}``, ``tools[3].function.name`` is ``tools[3].name``. The longest of our paths
-    counts; a field that none fits keeps its name.
+    ``sources``: for a path in the chat (``messages[2].content``), the client's (``input[5].output``). ``[]`` stands for
+    any index: with ``{"tools[].function": "tools[]"}``, ``tools[3].function.name`` is ``tools[3].name``. What lies
+    within a path goes with it, and of several that hold the longest counts; a path without a source stays as it is.
     """
-    field = error.field
-    if field is None:
+
+    def theirs(text: str) -> str:
+        return _PATH.sub(lambda found: _source(found.group(), sources), text)
+
+    message = theirs(error.message)
+    field = None if error.field is None else theirs(error.field)
+    if (message, field) == (error.message, error.field):
         return error
-    source = _source(field, sources)
-    # The field alone: not as a part of a longer path, and not as a word of another.
-    alone = re.compile(rf"(?<![\w.\]]){re.escape(field)}(?![\w\[]|\.\w)")
-    return InvalidRequest(alone.sub(lambda _: source, error.message), field=source, status=error.status)
+    return InvalidRequest(message, field=field, status=error.status)
 
 
-def _source(field: str, sources: Mapping[str, str]) -> str:
-    for end in sorted({edge.start() for edge in _EDGE.finditer(field)}, reverse=True):
-        ours = field[:end]
+def _source(path: str, sources: Mapping[str, str]) -> str:
+    end = len(path)
+    while end > 0:
+        ours = path[:end]
         theirs = sources.get(ours) or sources.get(_INDEX.sub("[]", ours))
         if theirs is not None:
             for index in _INDEX.findall(ours):
                 theirs = theirs.replace("[]", f"[{index}]", 1)
-            return theirs + field[end:]
-    return field
+            return theirs + path[end:]
+        end = max(path.rfind(".", 0, end), path.rfind("[", 0, end))
+    return path

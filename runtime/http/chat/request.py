@@ -16,18 +16,11 @@ from ..structured import constraint
 from .messages import bad, label
 
 
-class ChatRequest(Structured, CacheFields):
-    """OpenAI's chat completions, and the fields vLLM and SGLang add to them."""
+class ChatFields(Structured, CacheFields):
+    """What every route that talks in conversations takes beside the conversation itself."""
 
-    messages: list[Any] = Field(description="Objects with a role and a content: a string, or a list of text parts.")
     model: str | None = None
-    max_completion_tokens: int | None = Field(None, description="null: as many as the context allows.")
-    max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
-    n: int = 1
-    logprobs: bool = False
-    top_logprobs: int | None = None
     stream: bool = False
-    stream_options: StreamOptions | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
@@ -46,15 +39,27 @@ class ChatRequest(Structured, CacheFields):
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
-    reasoning_effort: str | None = None
-    separate_reasoning: bool = Field(True, description="Thinking goes to reasoning_content instead of content.")
-    modalities: list[str] | None = None
+    separate_reasoning: bool = Field(True, description="Thinking is kept apart from the answer.")
     add_generation_prompt: bool | None = Field(None, description="null: unless continue_final_message.")
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[Any] | None = None
     priority: int = 0
     user: str | None = None
+
+
+class ChatRequest(ChatFields):
+    """OpenAI's chat completions, and the fields vLLM and SGLang add to them."""
+
+    messages: list[Any] = Field(description="Objects with a role and a content: a string, or a list of text parts.")
+    max_completion_tokens: int | None = Field(None, description="null: as many as the context allows.")
+    max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
+    n: int = 1
+    logprobs: bool = False
+    top_logprobs: int | None = None
+    stream_options: StreamOptions | None = None
+    reasoning_effort: str | None = None
+    modalities: list[str] | None = None
 
 
 # Fields other servers take that would change the result; of those of the other routes, some are this one's own.

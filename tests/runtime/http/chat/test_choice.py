@@ -83,11 +83,24 @@ def test_the_stream_adds_up_to_the_message(tokenizer: Tokenizer, name: str, one_
         assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + [answer["finish_reason"]]
 
 
-def test_thinking_is_counted_in_tokens(tokenizer: Tokenizer) -> None:
-    one = choice(tokenizer)
-    for delta in deltas("<think>" + "x" * 299 + "</think>\n\nDone, and done again.", 3, "stop"):
-        one.feed(delta)
-    assert 100 <= one.reasoning_tokens <= 106
+@pytest.mark.parametrize("special", [True, False])
+def test_thinking_is_counted_in_tokens_however_they_come(tokenizer: Tokenizer, special: bool) -> None:
+    """``special``: where special tokens are left out of the text, they are in no part of it."""
+    thinking = "let me see, and see again"
+    ids = tokenizer.encode(f"<think>\n{thinking}\n</think>\n\nDone, and done.", add_special_tokens=False).tolist()
+    texts = [tokenizer.token_text(id) for id in ids]  # of ASCII: characters, each on its own
+    starts = [len("".join(texts[:i])) for i in range(len(ids))]
+    want = sum(len("<think>\n") <= start < len(f"<think>\n{thinking}") for start in starts)
+    assert 5 < want < len(ids) - 5
+    if special:
+        ids, texts = [*sorted(tokenizer.special_ids), *ids], [*[""] * len(tokenizer.special_ids), *texts]
+    for size in (1, 2, 3, 7, 1000):
+        one = choice(tokenizer)
+        for at in range(0, len(ids), size):
+            last = Finished(1, "stop", completion_tokens=len(ids)) if at + size >= len(ids) else None
+            tokens = array("i", ids[at : at + size]).tobytes()
+            one.feed(Delta(1, "".join(texts[at : at + size]), tokens, finish=last))
+        assert one.reasoning_tokens == want
 
 
 @pytest.mark.parametrize(

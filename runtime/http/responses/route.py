@@ -1,0 +1,67 @@
+"""``POST /v1/responses``: OpenAI's responses, as a chat that nobody remembers."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from ...errors import InvalidRequest
+from ..body import read_json_object
+from ..chat.renamed import renamed
+from ..chat.turn import Turns
+from ..shortcut import Handler
+from ..site import Site
+from ..sse import EventStream, json_response, wait
+from .answer import Answer
+from .request import ResponsesRequest, chat_of, read
+
+PATH = "/v1/responses"
+
+
+def handler(site: Site) -> Handler:
+    turns = Turns(site)
+
+    async def responses(request: Request) -> Response:
+        """Answer a conversation (OpenAI's responses). Nothing is stored."""
+        body = read(await read_json_object(request))
+        site.check_model(body.model)
+        chat, sources = chat_of(body, site.config)
+        try:
+            turn = await turns.turn(chat, sources)
+            answer = Answer(site, body, turn)
+            call = site.client.open([turn.prompt])
+            if body.stream:
+                first = await wait(call, request.receive, call.batch)
+                fail = partial(answer.fail, sources=sources)
+                return EventStream(call, first, answer.events, answer.end, answer.headers(request, first), fail)
+            with call:
+                batch = await wait(call, request.receive, call.all)
+        except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens
+            raise renamed(error, sources) from error
+        return json_response(answer.whole(batch), headers=answer.headers(request, batch))
+
+    return responses
+
+
+def router(_site: Site) -> APIRouter:
+    """What OpenAI has for responses that are stored, to say that none are."""
+    routes = APIRouter()
+
+    @routes.get("/v1/responses/{id}", include_in_schema=False)
+    @routes.delete("/v1/responses/{id}", include_in_schema=False)
+    @routes.post("/v1/responses/{id}/cancel", include_in_schema=False)
+    @routes.get("/v1/responses/{id}/input_items", include_in_schema=False)
+    async def stored(id: str) -> Response:
+        raise InvalidRequest(
+            f"there is no response {id[:80]!r}: this server stores none. A client that closes its connection cancels.",
+            field="response_id",
+            status=404,
+        )
+
+    return routes
+
+
+def schema() -> dict[str, Any]:
+    return {"requestBody": {"content": {"application/json": {"schema": ResponsesRequest.model_json_schema()}}}}
