@@ -25,6 +25,7 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
+ERROR_TYPES = tuple(sorted({*_TYPES.values(), "invalid_request_error", "server_error"}))
 _CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
 
 
