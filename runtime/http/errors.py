@@ -26,12 +26,14 @@ _TYPES = {
     503: "overloaded_error",
 }
 ERROR_TYPES = tuple(sorted({*_TYPES.values(), "invalid_request_error", "server_error"}))
-_CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
+_CODES = {401: "invalid_api_key", 429: "too_many_branches", 503: "overloaded"}
+_BRANCH_CODES = {409: "branch_busy", 410: "branch_gone"}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+    usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
 def error_response(

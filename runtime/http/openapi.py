@@ -141,6 +141,11 @@ FAILURES = {
             )
         },
     ),
+    "Recording": Failure(
+        409,
+        "A recording is under way, or none is.",
+        {"nothing to stop": (None, None, "no recording is under way")},
+    ),
     "BranchGone": Failure(
         410,
         "The branch has ended: make it again.",
@@ -331,6 +336,8 @@ def _failures(method: str, path: str, fields: Collection[str] | None) -> Iterato
     if path == "/cache/pin":
         yield "NotCached"
         yield "PinQuota"
+    if path in ("/start_profile", "/stop_profile"):
+        yield "Recording"
     if path == "/cache/unpin":
         yield "NoPin"
     if fields is not None:

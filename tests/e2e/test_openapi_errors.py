@@ -61,6 +61,7 @@ def api(tokenizer_folder: Any, run_server_process: Any, tmp_path_factory: pytest
         max_model_len=1024,
         max_branches=2,
         max_pinned_share=0.01,
+        profile=str(tmp_path_factory.mktemp("traces")),
     )
     config = ServerConfig(
         engine=engine,
@@ -131,6 +132,11 @@ CASES: dict[str, tuple[str, str, Callable[[Api], httpx.Response]]] = {
     "no pin": ("POST", "/cache/unpin", lambda api: api.post("/cache/unpin", id="pin-nobody")),
     "generating": ("POST", "/branches/{id}/fork", busy),
     "nothing to pin": ("POST", "/cache/pin", lambda api: api.post("/cache/pin", input_ids=[9] * 17)),
+    "nothing to stop": (
+        "POST",
+        "/stop_profile",
+        lambda api: api.http.post("/stop_profile", headers={"Authorization": f"Bearer {ADMIN}"}),
+    ),
     "gone": ("POST", "/branches/{id}/extend", gone),
     "too large": ("POST", "/generate", lambda api: api.post("/generate", text="x" * 20_000)),
     "too many branches": ("POST", "/branches", one_too_many),
