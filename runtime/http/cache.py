@@ -152,7 +152,8 @@ async def _ask(site: Site, what: ControlWhat, namespace: tuple[str, str], **ques
 def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
     where = caching(site, body, extra_key=body.extra_key)
     if where.get("private") or where["breakpoints"]:
-        raise InvalidRequest("this route takes no mode, no ttl and no breakpoints here", field="prompt_cache_options")
+        field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
+        raise InvalidRequest(f"{field} means nothing here: this route asks about a prompt, it sends none", field=field)
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
