@@ -159,7 +159,7 @@ FAILURES = {
     ),
     "TooLarge": Failure(
         413,
-        "The body has more bytes than `--max-body-bytes`. The connection is closed.",
+        "The body has more bytes than `--max-body-bytes`.",
         {"too large": (None, None, "the request body must be at most 16777216 bytes")},
     ),
     "TooManyBranches": Failure(
