@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .errors import InvalidRequest
+
 TOP_KERNELS = 20
 
 
@@ -21,11 +23,11 @@ class StepProfiler:
         self._steps = 0
 
     def start(self, steps: int) -> None:
-        """Raises `RuntimeError` if a recording is under way. ``steps``: how many the engine has made so far."""
+        """Raises `InvalidRequest` (409) if a recording is under way. ``steps``: how many the engine has made so far."""
         from torch.profiler import ProfilerActivity, profile
 
         if self._recording is not None:
-            raise RuntimeError("a recording is under way: stop it first")
+            raise InvalidRequest("a recording is under way: stop it first", status=409)
         self._folder.mkdir(parents=True, exist_ok=True)
         recording = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
         recording.start()
@@ -35,12 +37,13 @@ class StepProfiler:
         """Ends the recording and writes its trace.
 
         Returns the file and the steps recorded; the seconds from the device's first kernel to its last, those in which
-        it computed, and its idle share; the kernels that took most: seconds, launches.
+        it computed, and its idle share; the kernels that took most: seconds, launches. Raises `InvalidRequest` (409) if
+        there is none.
         """
+        if self._recording is None:
+            raise InvalidRequest("no recording is under way", status=409)
         from torch.autograd import DeviceType
 
-        if self._recording is None:
-            raise RuntimeError("no recording is under way")
         recording, self._recording = self._recording, None
         recording.stop()
         path = self._folder / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"

@@ -65,16 +65,26 @@ def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], pars
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
     if not parse_special:
-        for i, message in enumerate(messages):
-            for name, value in message.items():
-                special = tokenizer.special_in(value if isinstance(value, str) else repr(value))
-                if special is not None:
-                    raise InvalidRequest(
-                        f"messages[{i}].{name} spells out the special token {special}; if it is to be one, send "
-                        "parse_special: true",
-                        field="messages",
-                    )
-    return Piece(tokenizer.apply_chat_template(messages), parse_special=True, add_opening=False)
+        check_no_special(tokenizer, messages)
+    return rendered_piece(tokenizer.apply_chat_template(messages))
+
+
+def check_no_special(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Raises `InvalidRequest` naming the message that spells out a special token."""
+    for i, message in enumerate(messages):
+        for name, value in message.items():
+            special = tokenizer.special_in(value if isinstance(value, str) else repr(value))
+            if special is not None:
+                raise InvalidRequest(
+                    f"messages[{i}].{name} spells out the special token {special}; if it is to be one, send "
+                    "parse_special: true",
+                    field="messages",
+                )
+
+
+def rendered_piece(text: str) -> Piece:
+    """Of what a chat template wrote: it has its special tokens already."""
+    return Piece(text, parse_special=True, add_opening=False)
 
 
 def tokens_to_bytes(tokens: Int32) -> bytes:

@@ -14,6 +14,7 @@ from ..messages import ControlWhat
 from .auth import require_admin
 from .body import read_json_object
 from .metrics import CONTENT_TYPE
+from .openapi import query, takes
 from .requests import AbortRequest, parse
 from .site import Site
 from .sse import json_response
@@ -29,22 +30,30 @@ def router(site: Site) -> APIRouter:
     @routes.get("/health")
     @routes.head("/health")  # as load balancers ask
     async def health() -> Response:
-        """200 while the server takes requests; 503 with the state otherwise."""
+        """Whether the server takes requests: 200 and ``ready``, or 503 and its state."""
         state = site.client.state
         return json_response({"status": state}, 200 if state == "ready" else 503)
 
     @routes.get("/metrics")
     async def metrics() -> Response:
+        """Counters, gauges and histograms for Prometheus."""
         return Response(site.metrics.render(), media_type=CONTENT_TYPE)
 
     @routes.get("/get_server_info")
     @routes.get("/server_info")
     async def server_info() -> Response:
+        """Configuration, limits and counters. Keys are left out."""
         return json_response(await _facts(site))
 
-    @routes.get("/cache/tree")
+    @routes.get(
+        "/cache/tree",
+        openapi_extra=query(
+            format=({"enum": ["json", "text"], "default": "json"}, "text: a drawing."),
+            max_nodes=({"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "At most."),
+        ),
+    )
     async def tree(request: Request) -> Response:
-        """The radix tree as JSON, or as text with ``?format=text``; at most ``max_nodes`` nodes."""
+        """The radix tree: what the server remembers, and who uses it."""
         require_admin()
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
@@ -55,7 +64,7 @@ def router(site: Site) -> APIRouter:
 
     @routes.get("/cache/check")
     async def check() -> Response:
-        """Walks the tree and the pages between two steps. 500 names the invariant that does not hold."""
+        """Walks the tree and the pages between two steps. A 500 names the invariant that does not hold."""
         require_admin()
         return json_response({"check": await site.client.control("check")})
 
@@ -69,17 +78,18 @@ def router(site: Site) -> APIRouter:
     @routes.post("/start_profile")
     @routes.post("/stop_profile")
     async def profile(request: Request) -> Response:
-        """Records the engine's steps, where the server was started with ``--profile``. Stopping writes a Chrome trace
-        and answers with its path, the device's idle share and the kernels that took most."""
+        """Starts or stops recording the engine's steps. Needs ``--profile``; stopping writes a Chrome trace and answers
+        with its path, the device's idle share and the kernels that took most."""
         require_admin()
         if site.config.engine.profile is None:
             raise InvalidRequest("the server was started without --profile FOLDER")
         what: ControlWhat = "start_profile" if request.url.path.endswith("/start_profile") else "stop_profile"
         return json_response({"profile": await site.client.control(what)})
 
-    @routes.post("/abort_request")
+    @routes.post("/abort_request", openapi_extra=takes(AbortRequest))
     async def abort_request(request: Request) -> Response:
-        """Ends the requests with this very ``rid``, or all of them. Their clients get what has been generated."""
+        """Ends the requests with this very ``rid``, or all of them. Their clients get what has been generated; all of
+        them needs the admin key."""
         body = parse(AbortRequest, await read_json_object(request))
         if not body.abort_all and not body.rid:
             raise InvalidRequest("give rid, or abort_all: true", field="rid")

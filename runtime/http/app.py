@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import FastAPI
 
 from ... import __version__
-from . import admin, branches, cache, completions, errors, generate, models, tokens
+from . import admin, branches, cache, completions, errors, generate, models, openapi, tokens
 from .anthropic import count as messages_count
 from .anthropic import route as messages
 from .anthropic.errors import ErrorShape
@@ -26,6 +26,7 @@ def make_app(site: Site) -> FastAPI:
         app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
     for module in (responses, branches, models, tokens, cache, admin):
         app.include_router(module.router(site))
+    openapi.document(app, keyed=site.config.api_key is not None)
     errors.install(app)
     # The last one added runs first: nobody without the key gets to send a body.
     app.add_middleware(Shortcut, handlers=busy)

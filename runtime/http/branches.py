@@ -11,36 +11,57 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from ..branches.pieces import chat_piece
+from ..branches.pieces import check_no_special, rendered_piece
 from ..branches.scores import Score, ScoreCollector
 from ..errors import BranchwiseError, InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece
 from ..sampling_params import SamplingParams
 from .answer import Answer
 from .body import read_json_object
+from .cache_fields import seconds
+from .chat.request import CHAT_UNSUPPORTED, ChatRequest
+from .chat.tools import definitions
+from .chat.turn import rendered
 from .errors import describe
+from .openapi import query, takes
 from .prompts import check_count, check_label, check_priority, prepare_params, token_bytes
-from .requests import GENERATE_NAMES, GenerateSampling, Strict, generate_sampling, parse
+from .requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
 from .site import Site
 from .sse import json_response, wait
 
 MAX_OPS = 1024  # of one batch
+_FLAG = {"type": "boolean", "default": False}
 
 Tokens = Any  # list[int], or an array: checked with the vocabulary at hand
 
 
-class _Text(Strict):
+class ExtendRequest(Strict):
+    """Exactly one of ``text`` and ``input_ids``."""
+
     text: str | None = None
     input_ids: Tokens = Field(None, description="A list of token ids.")
     parse_special: bool | None = Field(None, description="Whether special tokens may be spelled out in the text.")
 
 
-class CreateRequest(_Text):
+class CreateRequest(ExtendRequest):
     """A branch of a text, of token ids, of messages, of another branch, or of nothing yet."""
 
+    messages: list[Any] | None = Field(
+        None, description="A conversation, with the fields of a chat that shape its prompt: tools and so on."
+    )
     parent: str | None = None
     cache_salt: str | None = None
-    ttl: float | None = None
+    extra_key: str | None = None
+    prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
+    ttl: str | float | int | None = Field(
+        None, description="Seconds it lives after each use, or a number with s, m, h or d. Default: the server's."
+    )
+
+
+# A branch has its part of the cache from the beginning, and holds what it has of it: nothing to say later.
+_PARTITION = ("cache_salt", "extra_key", "prompt_cache_key")
+_CREATE_UNSUPPORTED = UNSUPPORTED | {"prompt_cache_options", "prompt_cache_breakpoint"}
+_UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION}
 
 
 class ForkRequest(Strict):
@@ -72,6 +93,13 @@ class ScoreRequest(Strict):
     priority: int = 0
 
 
+class BatchRequest(Strict):
+    ops: list[Any] = Field(
+        description=f"1 to {MAX_OPS} operations: each has op (create, fork, extend or delete), id but for create, and "
+        "the fields of its own route."
+    )
+
+
 class Operation(Strict):
     """One of a batch: the fields of its own route, what it is, and the branch's id where the route has one."""
 
@@ -82,30 +110,31 @@ class Operation(Strict):
 def router(site: Site) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/branches", openapi_extra=_schema(CreateRequest))
+    @routes.post("/branches", openapi_extra=takes(CreateRequest))
     async def create(request: Request) -> Response:
-        """A new branch, of `CreateRequest`."""
+        """A new branch: of a text, of token ids, of messages, of another branch, or of nothing yet."""
         return json_response(await _create(site, await read_json_object(request)))
 
     @routes.get("/branches")
     async def counts() -> Response:
-        """How many there are and what they hold."""
+        """How many branches there are and what they hold."""
         facts = await site.client.control("branches")
         return json_response(facts | {"max_branches": site.config.engine.max_branches})
 
-    @routes.post("/branches/batch")
+    @routes.post("/branches/batch", openapi_extra=takes(BatchRequest))
     async def batch(request: Request) -> Response:
-        """``{"ops": [...]}``: creates, forks, extensions and deletions in one round trip, done in order. One that fails
-        has its error in its place, and the others go on."""
-        body = await read_json_object(request)
-        ops = body.get("ops")
-        if not isinstance(ops, list) or not 1 <= len(ops) <= MAX_OPS:
-            raise InvalidRequest(f"ops must be a list of 1 to {MAX_OPS} operations", field="ops")
+        """Creates, forks, extensions and deletions in one round trip. They are done in order; one that fails has its
+        error in its place, and the others go on."""
+        ops = parse(BatchRequest, await read_json_object(request)).ops
+        if not 1 <= len(ops) <= MAX_OPS:
+            raise InvalidRequest(f"ops must hold 1 to {MAX_OPS} operations, got {len(ops)}", field="ops")
         return json_response({"results": await asyncio.gather(*(_one(site, i, op) for i, op in enumerate(ops)))})
 
-    @routes.get("/branches/{id}")
+    @routes.get(
+        "/branches/{id}", openapi_extra=query(text=(_FLAG, "Add its text."), input_ids=(_FLAG, "Add its tokens."))
+    )
     async def get(id: str, request: Request) -> Response:
-        """What it is; ``?text=true`` and ``?input_ids=true`` add all of its text and tokens."""
+        """What a branch is. All of its text and tokens only if asked for."""
         with_text, with_ids = (_flag(request, name) for name in ("text", "input_ids"))
         facts = await site.client.operate(_about(site, id, "get", tokens=with_text or with_ids))
         tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()
@@ -117,24 +146,24 @@ def router(site: Site) -> APIRouter:
 
     @routes.delete("/branches/{id}")
     async def delete(id: str) -> Response:
-        """Ends it, and what it is generating."""
+        """Ends a branch, and what it is generating."""
         return json_response(await site.client.operate(_about(site, id, "delete")))
 
-    @routes.post("/branches/{id}/fork", openapi_extra=_schema(ForkRequest))
+    @routes.post("/branches/{id}/fork", openapi_extra=takes(ForkRequest))
     async def fork(id: str, request: Request) -> Response:
-        """``n`` branches that are as this one is now."""
+        """Makes ``n`` branches that are as this one is now."""
         return json_response(await _fork(site, id, await read_json_object(request)))
 
-    @routes.post("/branches/{id}/extend", openapi_extra=_schema(_Text))
+    @routes.post("/branches/{id}/extend", openapi_extra=takes(ExtendRequest))
     async def extend(id: str, request: Request) -> Response:
-        """Appends text, tokenized by itself, or token ids."""
+        """Appends text, tokenized by itself, or token ids, to a branch."""
         return json_response(await _extend(site, id, await read_json_object(request)))
 
-    @routes.post("/branches/{id}/generate", openapi_extra=_schema(RunRequest))
+    @routes.post("/branches/{id}/generate", openapi_extra=takes(RunRequest))
     async def generate(id: str, request: Request) -> Response:
-        """Generates; what is returned stays in the branch, but for stop tokens and stop strings. Of ``n`` samples the
-        first one stays."""
-        body = parse(RunRequest, await read_json_object(request))
+        """Generates on a branch. What is returned stays in it, but for stop tokens and stop strings. Of ``n`` samples
+        the first one stays."""
+        body = parse(RunRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         params = prepare_params(
             generate_sampling(
                 parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
@@ -159,13 +188,13 @@ def router(site: Site) -> APIRouter:
             whole=not body.stream,
         )
         call = site.client.open_run(run, params.n, body.rid or None)
-        return await answer.respond(call, request.receive, body.stream)
+        return await answer.respond(call, request.receive, body.stream, request.headers)
 
-    @routes.post("/branches/{id}/score", openapi_extra=_schema(ScoreRequest))
+    @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
     async def score(id: str, request: Request) -> Response:
-        """Logprobs of every continuation's tokens after the branch, which stays as it is. ``unconditional``: also those
+        """Logprobs of every continuation's tokens after a branch, which stays as it is. ``unconditional``: also those
         of the same tokens by themselves."""
-        body = parse(ScoreRequest, await read_json_object(request))
+        body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         if not body.continuations:
             raise InvalidRequest("continuations must not be empty", field="continuations")
         requests = len(body.continuations) * (1 + body.unconditional)
@@ -234,40 +263,50 @@ async def _one(site: Site, i: int, raw: Any) -> Any:
 
 
 async def _create(site: Site, raw: Mapping[str, Any], within: str = "") -> Any:
-    body = parse(CreateRequest, {name: value for name, value in raw.items() if name != "messages"}, within)
-    messages = raw.get("messages")
-    if sum(given is not None for given in (body.text, body.input_ids, messages)) > 1:
+    body = parse(CreateRequest, raw, within, _CREATE_UNSUPPORTED)
+    if sum(given is not None for given in (body.text, body.input_ids, body.messages)) > 1:
         raise InvalidRequest(f"{within}give one of text, input_ids and messages", field=f"{within}text")
-    check_label(body.cache_salt, f"{within}cache_salt")
-    if body.parent and (body.cache_salt or messages is not None):
-        field = "cache_salt" if body.cache_salt else "messages"
-        raise InvalidRequest(f"{within}{field} is its parent's; leave it out", field=f"{within}{field}")
-    if messages is not None:
-        _ = site.client.limits  # raises until there is a tokenizer
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise InvalidRequest(f"{within}messages must be a list of objects", field=f"{within}messages")
-        piece: Piece | None = chat_piece(site.tokenizer, messages, bool(body.parse_special))
+    partition = [getattr(body, name) for name in _PARTITION]
+    for name, label in zip(_PARTITION, partition, strict=True):
+        check_label(label, f"{within}{name}")
+    for name in (*_PARTITION, "messages"):
+        if body.parent and getattr(body, name):
+            raise InvalidRequest(f"{within}{name} is its parent's; leave it out", field=f"{within}{name}")
+    if body.messages is not None:
+        piece: Piece | None = await _conversation(site, raw, within, bool(body.parse_special))
     else:
         # A prompt is read as /generate reads it; what goes on from another branch, as /extend does.
         trusted = not body.parent if body.parse_special is None else body.parse_special
         piece = _given(site, body, trusted, within)
-    op = BranchOp(0, "create", site.namespaces.of(body.cache_salt), body.parent or "", piece, ttl=body.ttl)
+    longest = site.config.engine.branch_ttl
+    ttl = None if body.ttl is None else seconds(body.ttl, longest, f"{within}ttl", "--branch-ttl")
+    op = BranchOp(0, "create", site.namespaces.of(*partition), body.parent or "", piece, ttl=ttl)
     return await site.client.operate(op)
 
 
+async def _conversation(site: Site, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
+    """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
+    site.client.limits  # noqa: B018 - raises until there is a tokenizer
+    chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
+    text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
+    if not parse_special:
+        check_no_special(site.tokenizer, chat.messages)
+    return rendered_piece(text)
+
+
 async def _fork(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
-    return await site.client.operate(_about(site, id, "fork", n=parse(ForkRequest, raw, within).n))
+    return await site.client.operate(_about(site, id, "fork", n=parse(ForkRequest, raw, within, _UNSUPPORTED).n))
 
 
 async def _extend(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
-    body = parse(_Text, raw, within)
+    body = parse(ExtendRequest, raw, within, _UNSUPPORTED)
     piece = _given(site, body, bool(body.parse_special), within)
     if piece is None:
         raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
     return await site.client.operate(_about(site, id, "extend", piece=piece))
 
 
-def _given(site: Site, body: _Text, parse_special: bool, within: str) -> Piece | None:
+def _given(site: Site, body: ExtendRequest, parse_special: bool, within: str) -> Piece | None:
     if body.text is not None and body.input_ids is not None:
         raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
     if body.text is not None:
@@ -312,7 +351,3 @@ def _flag(request: Request, name: str) -> bool:
     if value not in ("true", "false", "1", "0"):
         raise InvalidRequest(f"{name} must be true or false, got {value[:40]!r}", field=name)
     return value in ("true", "1")
-
-
-def _schema(body: type[Strict]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": body.model_json_schema()}}}}

@@ -19,6 +19,7 @@ from .cache_fields import CacheFields, caching, seconds
 from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
+from .openapi import takes
 from .prompts import Ids, check_count, check_priority, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
 from .site import Site
@@ -28,6 +29,7 @@ DEFAULT_TTL = 300.0  # seconds, of a pin
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 _WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
 _NO_TOKENS = SamplingParams(max_tokens=0)
+_CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
 
 Text = str | Ids
 
@@ -37,6 +39,7 @@ class PromptRequest(CacheFields):
 
     prompt: Prompts = Field(None, description="A string or a list of token ids.")
     input_ids: Prompts = Field(None, description="A list of token ids.")
+    messages: list[Any] | None = None
     extra_key: str | None = None
 
 
@@ -62,11 +65,11 @@ def router(site: Site) -> APIRouter:
 
     @routes.get("/cache/stats")
     async def stats() -> Response:
-        """Sums over the caller's requests since the start, by reason and by namespace. ``everybody`` has the pool's
+        """What the cache did: sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's
         pages and all keys' sums: with the admin key only."""
         return json_response(await _ask(site, "cache_stats", site.namespaces.of(None), everything=is_admin()))
 
-    @routes.post("/cache/explain", openapi_extra=_body(PromptRequest))
+    @routes.post("/cache/explain", openapi_extra=takes(PromptRequest))
     async def explain(request: Request) -> Response:
         """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
         raw = await read_json_object(request)
@@ -79,9 +82,9 @@ def router(site: Site) -> APIRouter:
         facts["continues_with"] = site.tokenizer.decode(following, skip_special_tokens=False)
         return json_response(facts)
 
-    @routes.post("/cache/pin", openapi_extra=_body(PinRequest))
+    @routes.post("/cache/pin", openapi_extra=takes(PinRequest))
     async def pin(request: Request) -> Response:
-        """Keeps what is cached of a prompt until ``ttl`` is over: neither memory pressure nor other requests end it.
+        """Keeps what is cached of a prompt until its ``ttl`` is over. Neither memory pressure nor others end it.
 
         ``missing_tokens``: those that are not cached and so not kept; ``warm`` computes them first.
         """
@@ -104,15 +107,16 @@ def router(site: Site) -> APIRouter:
                 break
         return json_response(facts)
 
-    @routes.post("/cache/unpin", openapi_extra=_body(UnpinRequest))
+    @routes.post("/cache/unpin", openapi_extra=takes(UnpinRequest))
     async def unpin(request: Request) -> Response:
+        """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
         return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
 
-    @routes.post("/cache/evict", openapi_extra=_body(PromptRequest))
+    @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
     async def evict(request: Request) -> Response:
-        """Forgets a prompt and all that begins with it, except what is running, held by a branch, or pinned. What
-        other prompts share with it stays."""
+        """Forgets a prompt and all that begins with it. What is running, held by a branch, or pinned stays, and what
+        other prompts share with it."""
         require_admin()
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
@@ -120,7 +124,7 @@ def router(site: Site) -> APIRouter:
         tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
         return json_response(await _ask(site, "cache_evict", _namespace(site, body), tokens=tokens))
 
-    @routes.post("/cache/warm", openapi_extra=_body(WarmRequest))
+    @routes.post("/cache/warm", openapi_extra=takes(WarmRequest))
     async def warm(request: Request) -> Response:
         """Computes prompts without generating anything."""
         body = parse(WarmRequest, await read_json_object(request))
@@ -137,14 +141,19 @@ def router(site: Site) -> APIRouter:
 
 
 async def _ask(site: Site, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = await site.client.control(what, {"namespace": namespace, **question})
+    try:
+        answer: dict[str, Any] = await site.client.control(what, {"namespace": namespace, **question})
+    except InvalidRequest as error:
+        error.code = _CODES.get(error.status)
+        raise
     return answer
 
 
 def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
     where = caching(site, body, extra_key=body.extra_key)
     if where.get("private") or where["breakpoints"]:
-        raise InvalidRequest("this route takes no mode, no ttl and no breakpoints here", field="prompt_cache_options")
+        field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
+        raise InvalidRequest(f"{field} means nothing here: this route asks about a prompt, it sends none", field=field)
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -202,7 +211,3 @@ def _warmed(output: Output) -> dict[str, Any]:
         facts |= {"cache_write_tokens": report.write_tokens, "pinned_tokens": report.pinned_tokens}
         facts["reason"] = report.reason
     return facts
-
-
-def _body(kind: type[CacheFields] | type[Strict]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -91,8 +91,8 @@ def caching(
     }
 
 
-def seconds(ttl: Any, longest: float, field: str) -> float:
-    """``30``, ``"30s"``, ``"5m"``, ``"1h"``, ``"1d"``."""
+def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -> float:
+    """``30``, ``"30s"``, ``"5m"``, ``"1h"``, ``"1d"``. ``flag``: what sets the bound."""
     value = -1.0
     if isinstance(ttl, str):
         match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", ttl)
@@ -103,7 +103,7 @@ def seconds(ttl: Any, longest: float, field: str) -> float:
         shown = repr(ttl)[:40]
         raise _bad(
             field,
-            f"must be more than 0 and at most {longest:g} seconds (--max-pin-ttl), such as 300 or '5m', got {shown}",
+            f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown}",
         )
     return value
 

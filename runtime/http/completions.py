@@ -17,6 +17,7 @@ from ..sampling_params import SamplingParams
 from .body import read_json_object
 from .cache_fields import caching
 from .legacy_logprobs import LegacyLogprobs
+from .openapi import takes
 from .prompts import Ids, check_count, check_priority, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
 from .shortcut import Handler
@@ -29,6 +30,7 @@ PATH = "/v1/completions"
 
 def handler(site: Site) -> Handler:
     async def completions(request: Request) -> Response:
+        """Go on from a prompt, or from several (OpenAI's)."""
         body = parse(CompletionRequest, await read_json_object(request))
         site.check_model(body.model)
         answer = _Answer(site, body)
@@ -159,4 +161,4 @@ def _echo_text(site: Site, prompt: str | Ids, params: SamplingParams) -> str:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": CompletionRequest.model_json_schema()}}}}
+    return takes(CompletionRequest)

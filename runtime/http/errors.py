@@ -26,14 +26,17 @@ _TYPES = {
     429: "rate_limit_error",
     503: "overloaded_error",
 }
-_CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
+ERROR_TYPES = tuple(sorted({*_TYPES.values(), "invalid_request_error", "server_error"}))
+_CODES = {401: "invalid_api_key", 429: "too_many_branches", 503: "overloaded"}
+_BRANCH_CODES = {409: "branch_busy", 410: "branch_gone"}
 
 
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
+    usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
 def error_response(
@@ -55,16 +58,14 @@ class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
-        super().__init__(
-            f"the model {asked!r} does not exist; this server serves {served!r}", field="model", status=404
-        )
+        message = f"the model {asked!r} does not exist; this server serves {served!r}"
+        super().__init__(message, field="model", status=404, code="model_not_found")
 
 
 def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
     """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
     if isinstance(error, InvalidRequest):
-        code = "model_not_found" if isinstance(error, ModelNotFound) else None
-        return error.status, error_body(error.status, error.message, error.field, code)
+        return error.status, error_body(error.status, error.message, error.field, error.code)
     if isinstance(error, Overloaded):
         return 503, error_body(503, str(error))
     if isinstance(error, EngineDead):

@@ -12,6 +12,7 @@ from .answer import Answer
 from .body import read_json_object
 from .cache_fields import caching
 from .client import Prompt
+from .openapi import takes
 from .prompts import check_count, check_label, check_priority, make_prompt, prepare_params, split_prompts
 from .requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
 from .shortcut import Handler
@@ -24,6 +25,7 @@ T = TypeVar("T")
 
 def handler(site: Site) -> Handler:
     async def generate(request: Request) -> Response:
+        """Go on from a prompt, or from several (SGLang's)."""
         raw = await read_json_object(request)
         for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
             raise InvalidRequest(f"{misplaced} belongs in sampling_params", field=misplaced)
@@ -104,4 +106,4 @@ def _spread(value: T | list[T], count: int, field: str) -> list[T]:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": GenerateRequest.model_json_schema()}}}}
+    return takes(GenerateRequest)

@@ -149,7 +149,7 @@ class _StatsCollector(Collector):
         held = stats.pages_total - stats.pages_free - stats.pages_cached
         usage = held / stats.pages_total if stats.pages_total else 0.0
         yield GaugeMetricFamily(
-            "branchwise_kv_usage_ratio", "Share of the pool that running requests hold", value=usage
+            "branchwise_kv_usage_ratio", "Share of the pool that requests, branches and pins hold", value=usage
         )
         yield GaugeMetricFamily(
             "branchwise_cache_hit_rate",

@@ -27,21 +27,24 @@ def router(site: Site) -> APIRouter:
 
     @routes.get("/v1/models")
     async def list_models() -> Response:
+        """The one model that is served (OpenAI's list)."""
         return json_response({"object": "list", "data": [card()]})
 
-    @routes.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> Response:
-        site.check_model(name)
+    @routes.get("/v1/models/{id:path}")
+    async def get_model(id: str) -> Response:
+        """The served model, by its name."""
+        site.check_model(id)
         return json_response(card())
 
     @routes.get("/version")
     async def version() -> Response:
+        """Branchwise's version."""
         return json_response({"version": __version__})
 
     @routes.get("/get_model_info")
     @routes.get("/model_info")
     async def model_info() -> Response:
-        """SGLang's."""
+        """The served model (SGLang's facts)."""
         limits = site.client.limits
         return json_response(
             {

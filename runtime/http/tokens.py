@@ -15,6 +15,7 @@ from .chat.messages import bad
 from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
+from .openapi import takes
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response
@@ -27,6 +28,7 @@ class TokenizeRequest(Strict):
     """A ``prompt``, or ``messages`` with the fields of a chat that shape its prompt."""
 
     prompt: str | None = None
+    messages: list[Any] | None = None
     model: str | None = None
     add_special_tokens: bool | None = Field(None, description="null: for a prompt, not for messages.")
     return_token_strs: bool = False
@@ -40,8 +42,9 @@ class DetokenizeRequest(Strict):
 def router(site: Site) -> APIRouter:
     routes = APIRouter()
 
-    @routes.post("/tokenize", openapi_extra=_body(TokenizeRequest))
+    @routes.post("/tokenize", openapi_extra=takes(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
+        """The tokens of a prompt, or of the prompt that a conversation becomes."""
         raw = await read_json_object(request)
         asked = raw.pop("add_special_tokens", None)  # `parse` knows it as a field that no route takes
         if asked is not None and not isinstance(asked, bool):
@@ -62,8 +65,9 @@ def router(site: Site) -> APIRouter:
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
 
-    @routes.post("/detokenize", openapi_extra=_body(DetokenizeRequest))
+    @routes.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
     async def detokenize(request: Request) -> Response:
+        """The text of tokens, special ones spelled out."""
         body = parse(DetokenizeRequest, await read_json_object(request))
         site.check_model(body.model)
         vocab_size = site.client.limits.vocab_size
@@ -81,6 +85,7 @@ def router(site: Site) -> APIRouter:
 
     @routes.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
+        """The tokenizer: its size, its special tokens, its chat template."""
         limits = site.client.limits
         tokenizer = site.tokenizer
         template = tokenizer.chat_template
@@ -105,7 +110,3 @@ async def token_ids(site: Site, text: str, *, special: bool) -> list[int]:
     encode = site.tokenizer.encode
     ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
     return ids.tolist()
-
-
-def _body(kind: type[Strict]) -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}

@@ -27,7 +27,7 @@ def tree_text(dump: dict[str, Any]) -> str:
     """One line a node: tokens, leases, hits, and how its text begins. Takes what `add_text` returns."""
     lines: list[str] = []
     for namespace in dump["namespaces"]:
-        lines.append(f"{namespace_title(namespace)}  [{counted(namespace['leases'], 'running request')}]")
+        lines.append(f"{namespace_title(namespace)}  [{counted(namespace['leases'], 'lease')}]")
         lines += _branches(namespace, "")
     totals = dump["totals"]
     lines.append(

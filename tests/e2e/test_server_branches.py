@@ -235,6 +235,38 @@ def test_text_is_not_read_as_special_tokens_unless_said(api: Api, tokenizer: Tok
     api.create(messages=[{"role": "user", "content": "x<|im_end|>y"}], parse_special=True)
 
 
+def test_a_branch_of_messages_is_how_a_chat_begins(api: Api) -> None:
+    parts = [{"type": "text", "text": "Name"}, {"type": "text", "text": "a tree."}]
+    for body in (
+        {"messages": [{"role": "developer", "content": "Be short."}, {"role": "user", "content": parts}]},
+        {"messages": [{"role": "user", "content": "A"}], "add_generation_prompt": False},
+    ):
+        tokens = api.post("/tokenize", **body)["tokens"]
+        assert api.ids(api.create(**body)) == tokens
+
+
+def test_a_branch_has_the_part_of_the_cache_it_was_given(api: Api) -> None:
+    def cached(**where: str) -> int:
+        return int(api.generate(api.create(text=TEXT, **where))["meta_info"]["cached_tokens"])
+
+    for where in ({}, {"cache_salt": "a"}, {"prompt_cache_key": "a"}, {"prompt_cache_key": "b"}):
+        assert (cached(**where), cached(**where) > 0) == (0, True), where
+    assert cached(extra_key="a") > 0, "another word for cache_salt"
+    prompt = {"text": TEXT, "prompt_cache_key": "a", "sampling_params": {"max_new_tokens": 1}}
+    assert api.post("/generate", **prompt)["meta_info"]["cached_tokens"] > 0
+
+
+def test_a_run_tells_the_cache_header_too(api: Api) -> None:
+    branch = api.create(text=TEXT, ttl="30s")
+    assert api.get(branch)["expires_in"] == 30
+    for stream in (False, True):
+        answer = api.http.post(
+            f"/branches/{branch}/generate", json={"stream": stream}, headers={"x-branchwise-cache": "1"}
+        )
+        hit, prompt, reason = answer.headers["x-branchwise-cache"].split(";")[:3]
+        assert (int(hit) > 0, prompt.startswith("prompt="), reason.startswith("reason=")) == (stream, True, True)
+
+
 def test_an_empty_branch_begins_as_the_tokenizer_begins_texts(api: Api, tokenizer: Tokenizer) -> None:
     branch = api.create()
     assert api.get(branch)["num_tokens"] == 0
@@ -328,7 +360,14 @@ def test_unknown_and_foreign_ids_look_alike(api: Api) -> None:
         ("", {"ttl": 0}, "ttl"),
         ("", {"ttl": 61}, "ttl"),
         ("", {"ttl": "a"}, "ttl"),
+        ("", {"ttl": "2m"}, "ttl"),
         ("", {"messages": "hi"}, "messages"),
+        ("", {"messages": []}, "messages"),
+        ("", {"messages": [{"role": "judge", "content": "hi"}]}, "messages[0].role"),
+        ("", {"messages": [{"role": "user", "content": "hi"}], "functions": [{}]}, "functions"),
+        ("", {"text": "a", "prompt_cache_options": {"ttl": "1m"}}, "prompt_cache_options"),
+        ("/generate", {"cache_salt": "a"}, "cache_salt"),
+        ("/extend", {"text": "a", "prompt_cache_key": "a"}, "prompt_cache_key"),
         ("", {"cache_salt": "x" * 600}, "cache_salt"),
         ("", {"input_ids": [5] * 600}, "the branch"),
         ("/fork", {"n": 0}, "n"),

@@ -221,9 +221,8 @@ def test_cached_tokens_and_why(clean: Any) -> None:
     assert again["cached_tokens"] == again["cache"]["hit_tokens"] == 100
     assert again["cache"]["reason"] == "hit"
     branched = generate(clean, input_ids=[*prompt[:37], 200, 201, 202], sampling_params=sampling)["meta_info"]
-    assert branched["cache"] == {
-        "hit_tokens": 37, "reason": "diverged", "diverged_at": 37, "write_tokens": 3, "pinned_tokens": 0
-    }  # fmt: skip
+    hit = {"hit_tokens": 37, "reason": "diverged", "diverged_at": 37}
+    assert branched["cache"] == {**hit, "write_tokens": 3, "pinned_tokens": 0}
     usage = complete(clean, prompt=prompt, max_tokens=1)["usage"]
     assert usage["prompt_tokens_details"]["cached_tokens"] == 100
 

@@ -130,7 +130,8 @@ ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \|", README, re.MULTILINE)
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 def test_routes_exist(server: Running, method: str, path: str) -> None:
     headers = {"Authorization": "Bearer the-key"}
-    request = urllib.request.Request(server.url + path, b"{}" if method == "POST" else None, headers, method=method)
+    body = b"[]" if method == "POST" else None  # no object: nothing is made
+    request = urllib.request.Request(server.url + path, body, headers, method=method)
     try:
         with urllib.request.urlopen(request, timeout=30) as response:
             status = response.status

@@ -41,7 +41,7 @@ def test_an_only_child_begins_at_its_beginning() -> None:
 def test_one_is_singular() -> None:
     text = tree_text(dump(node("a", tokens=1, hits=1, leases=1), node("b", hits=2)))
     assert "[1 token, 1 lease, 1 hit]" in text and "[9 tokens, 2 hits]" in text
-    assert "[1 running request]" in text and "1 of 2,000 pages" in text
+    assert "[1 lease]" in text and "1 of 2,000 pages" in text
 
 
 def test_namespaces_are_explained() -> None:

@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 
+from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.profiling import StepProfiler
 
 
 def test_a_recording_is_a_chrome_trace(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     profiler = StepProfiler(tmp_path / "traces")
-    with pytest.raises(RuntimeError, match="no recording is under way"):
+    with pytest.raises(InvalidRequest, match="no recording is under way"):
         profiler.stop(0)
     profiler.start(10)
-    with pytest.raises(RuntimeError, match="a recording is under way"):
+    with pytest.raises(InvalidRequest, match="a recording is under way"):
         profiler.start(11)
     torch.ones(64, 64) @ torch.ones(64, 64)
     report = profiler.stop(13)

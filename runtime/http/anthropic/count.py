@@ -10,6 +10,7 @@ from ...errors import InvalidRequest
 from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
+from ..openapi import takes
 from ..requests import parse
 from ..shortcut import Handler
 from ..site import Site
@@ -26,6 +27,7 @@ def handler(site: Site) -> Handler:
     turns = Turns(site)
 
     async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of such a request has."""
         body = parse(CountRequest, await read_json_object(request), unsupported=MESSAGES_UNSUPPORTED)
         site.check_model(body.model)
         chat, sources = chat_request(body, site.config.max_messages)
@@ -40,4 +42,4 @@ def handler(site: Site) -> Handler:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": CountRequest.model_json_schema()}}}}
+    return takes(CountRequest)

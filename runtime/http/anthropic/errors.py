@@ -33,7 +33,7 @@ def error_body(status: int, message: str, id: str) -> dict[str, Any]:
 def error_event(error: Exception, scope: Scope) -> bytes:
     """What ends a stream that cannot go on."""
     status, body = describe(error)
-    return typed_event(error_body(_status(status), body["error"]["message"], scope[_ID]))
+    return typed_event(error_body(status_of(status), body["error"]["message"], scope[_ID]))
 
 
 class ErrorShape:
@@ -59,7 +59,7 @@ class ErrorShape:
                 headers = MutableHeaders(raw=message["headers"])
                 headers["request-id"] = id
                 if message["status"] >= 400 and headers.get("content-type") == "application/json":
-                    message["status"] = _status(message["status"])
+                    message["status"] = status_of(message["status"])
                     held = message
                     return
             elif held is not None:
@@ -75,5 +75,6 @@ class ErrorShape:
         await self._app(scope, receive, reshaped)
 
 
-def _status(status: int) -> int:
+def status_of(status: int) -> int:
+    """The status Anthropic's clients know for one of ours."""
     return OVERLOADED if status == 503 else status

@@ -11,6 +11,7 @@ from ...errors import InvalidRequest
 from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
+from ..openapi import takes
 from ..requests import parse
 from ..shortcut import Handler
 from ..site import Site
@@ -28,6 +29,7 @@ def handler(site: Site) -> Handler:
     turns = Turns(site)
 
     async def messages(request: Request) -> Response:
+        """Anthropic's messages: the next turn of a conversation, as blocks."""
         body = parse(MessagesRequest, await read_json_object(request), unsupported=MESSAGES_UNSUPPORTED)
         site.check_model(body.model)
         chat, sources = chat_request(body, site.config.max_messages)
@@ -53,4 +55,4 @@ def _headers(request: Request, batch: Batch) -> Any:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": MessagesRequest.model_json_schema()}}}}
+    return takes(MessagesRequest)

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ..body import read_json_object
+from ..openapi import takes
 from ..requests import parse
 from ..shortcut import Handler
 from ..site import Site
@@ -26,6 +27,7 @@ def handler(site: Site) -> Handler:
     turns = Turns(site)
 
     async def chat_completions(request: Request) -> Response:
+        """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)
         site.check_model(body.model)
         turn = await turns.turn(body)
@@ -90,4 +92,4 @@ class _Answer:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": ChatRequest.model_json_schema()}}}}
+    return takes(ChatRequest)

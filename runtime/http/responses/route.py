@@ -11,6 +11,7 @@ from ...errors import InvalidRequest
 from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
+from ..openapi import takes
 from ..shortcut import Handler
 from ..site import Site
 from ..sse import EventStream, json_response, wait
@@ -64,4 +65,4 @@ def router(_site: Site) -> APIRouter:
 
 
 def schema() -> dict[str, Any]:
-    return {"requestBody": {"content": {"application/json": {"schema": ResponsesRequest.model_json_schema()}}}}
+    return takes(ResponsesRequest)

@@ -29,7 +29,7 @@ def client(app: Any) -> httpx.AsyncClient:
 def paths(app: Any) -> Iterator[tuple[str, str]]:
     """(method, path) of every route FastAPI would serve, parameters filled in."""
     found = {
-        (method.upper(), path.replace("{name}", "model"))
+        (method.upper(), path.replace("{id}", "model"))
         for path, methods in app.openapi()["paths"].items()
         for method in methods
     }

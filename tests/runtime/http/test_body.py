@@ -47,6 +47,11 @@ async def test_everything_else_is_what_json_says(value: str) -> None:
     assert await read(f'{{"prompt": {value}}}'.encode()) == {"prompt": json.loads(value)}
 
 
+async def test_no_body_is_called_that() -> None:
+    with pytest.raises(InvalidRequest, match="the body is empty"):
+        await read(b"")
+
+
 async def test_other_fields_are_left_alone() -> None:
     body = await read(b'{"prompt": [1], "stop_token_ids": [1, 2], "text": "\\u00e4", "prompt": [2, 3]}')
     assert body["prompt"].tolist() == [2, 3], "the last of two fields of one name, as ever"

@@ -37,10 +37,10 @@ async def test_what_the_framework_is_still_for(make_site: Callable[..., Site]) -
     async with connect(make_app(make_site())) as http:
         assert (await http.get("/generate")).status_code == 405
         assert (await http.post("/v1/completions/")).status_code in (307, 404)
-        schema = (await http.get("/openapi.json")).json()["paths"]
+        schema = (await http.get("/openapi.json")).json()
     for path, field in (("/v1/completions", "prompt"), ("/generate", "input_ids")):
-        described = schema[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
-        assert field in described["properties"]
+        described = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
+        assert field in schema["components"]["schemas"][described.rpartition("/")[2]]["properties"]
 
 
 @pytest.mark.parametrize(("error", "status"), [(ClientGone(), 499), (ZeroDivisionError("secret"), 500)])

@@ -371,3 +371,17 @@ def test_eviction_takes_one_prompt_and_leaves_the_pinned(make_driver):
     assert gone["remaining_tokens"] == 24
     assert gone["evicted_pages"] >= 3
     assert ask(driver, "cache_explain", [*prompt(20), 49, 49, 49, 49])["hit_tokens"] == 23
+
+
+def test_a_key_has_so_many_pins_and_no_more(make_driver, monkeypatch):
+    monkeypatch.setattr("branchwise.runtime.cache_control.pins.MAX_PINS", 3)
+    driver = make_driver(num_pages=64, page_size=4, max_pinned_share=0.9)
+    for owner in ("ann", "bob"):
+        run(driver, prompt(16), namespace=(owner, ""))
+    driver.drain()
+    for _ in range(3):
+        ask(driver, "cache_pin", prompt(16), ("ann", ""), ttl=60)
+    with pytest.raises(InvalidRequest, match="this key has 3 pins, as many as one may have") as refused:
+        ask(driver, "cache_pin", prompt(16), ("ann", ""), ttl=60)
+    assert refused.value.status == 429
+    ask(driver, "cache_pin", prompt(16), ("bob", ""), ttl=60)
