@@ -119,7 +119,7 @@ class Session:
         """``handle`` is given back when ``owner`` is forgotten, at the latest when the run ends."""
         if self.backend.capabilities.branches:
             self._handles.add(handle)
-            weakref.finalize(owner, self._forgotten, handle)
+            weakref.finalize(owner, self._forgotten, handle).atexit = False  # then they expire by themselves
 
     def _forgotten(self, handle: Any) -> None:
         if handle in self._handles and not self.loop.is_closed():
