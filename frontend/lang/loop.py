@@ -8,9 +8,9 @@ import contextlib
 import contextvars
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -43,6 +43,44 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(run,), name="branchwise-program", daemon=True).start()
     return done
+
+
+class _GaveUp(Exception):
+    """Who was making it was cancelled."""
+
+
+class Once(Generic[T]):
+    """Something to be made when it is first needed, on whichever loop; everybody else waits for the first."""
+
+    def __init__(self, make: Callable[[], Awaitable[T]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._made: Future[T] | None = None
+
+    async def get(self) -> T:
+        """Raises what making it raised; the next call tries again."""
+        while True:
+            with self._lock:
+                made, mine = self._made, self._made is None
+                if made is None:
+                    made = self._made = Future()
+                    made.set_running_or_notify_cancel()  # one who waits and is cancelled cancels nobody else
+            if mine:
+                return await self._first(made)
+            try:
+                return made.result() if made.done() else await asyncio.wrap_future(made)
+            except _GaveUp:
+                continue
+
+    async def _first(self, made: Future[T]) -> T:
+        try:
+            value = await self._make()
+        except BaseException as error:
+            self._made = None
+            made.set_exception(error if isinstance(error, Exception) else _GaveUp())
+            raise
+        made.set_result(value)
+        return value
 
 
 def _forget() -> None:

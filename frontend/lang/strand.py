@@ -308,8 +308,8 @@ class Strand:
     async def written(self) -> Transcript:
         """The transcript, made when first needed."""
         if self.transcript is None:
-            await self.session.open()
-            self.transcript = Transcript(self.session.turns, self.backend.name)
+            await self.session.opened.get()
+            self.transcript = Transcript(self.session.turns, self.backend.name, chats=self.session.codec is None)
             self.own(await self.backend.create())
         return self.transcript
 
