@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LANGUAGE = {
-    ".frontend.lang.backends": "OpenAI connect default_backend flush_cache get_server_info set_default_backend",
+    ".frontend.lang.backends": "OpenAI RuntimeEndpoint connect default_backend flush_cache get_server_info "
+    "set_default_backend",
     ".frontend.lang.choices": "greedy_token_selection token_length_normalized unconditional_likelihood_normalized",
     ".frontend.lang.errors": "BackendError ProgramError",
     ".frontend.lang.expressions": "assistant assistant_begin assistant_end gen gen_int gen_string select special "
@@ -32,6 +33,7 @@ _PUBLIC = {
 
 if TYPE_CHECKING:
     from .frontend.lang.backends import OpenAI as OpenAI
+    from .frontend.lang.backends import RuntimeEndpoint as RuntimeEndpoint
     from .frontend.lang.backends import connect as connect
     from .frontend.lang.backends import default_backend as default_backend
     from .frontend.lang.backends import flush_cache as flush_cache

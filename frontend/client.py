@@ -27,15 +27,24 @@ class ServerError(BranchwiseError):
 
 
 class ServerClient:
-    """Talks to one server. Raises `ServerError`, and nothing else, when the server or the way to it fails."""
+    """Talks to one server. Raises `ServerError`, and nothing else, when the server or the way to it fails.
 
-    def __init__(self, url: str, api_key: str | None = None, *, timeout: float = 600.0) -> None:
+    ``key_from``: where a person gives a key, for the message when one is wanted."""
+
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None = None,
+        *,
+        timeout: float = 600.0,
+        key_from: str = "--api-key or BRANCHWISE_API_KEY",
+    ) -> None:
         # People copy the address from an OpenAI client, whose base URL ends in /v1.
         self.url = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").rstrip("/")
         parts = urlsplit(self.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ServerError(f"not a server's address: {url!r} (try http://127.0.0.1:8000)")
-        self._has_key = bool(api_key)
+        self._has_key, self._key_from = bool(api_key), key_from
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
@@ -99,7 +108,7 @@ class ServerClient:
             said = None
         if status == 401:
             refused = "refused this key: give another" if self._has_key else "wants a key: give it"
-            return ServerError(f"{self.url} {refused} with --api-key or BRANCHWISE_API_KEY", status)
+            return ServerError(f"{self.url} {refused} with {self._key_from}", status)
         return ServerError(f"{self.url} answered {status}: {said or 'without saying why'}", status)
 
     def _parse(self, data: bytes) -> Any:

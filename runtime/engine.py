@@ -7,9 +7,12 @@ print(engine.generate("Once upon a time", SamplingParams(max_tokens=32)).text)
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
+import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
 
 Prompt = str | Sequence[int]
 BranchPiece = Prompt | Sequence[Mapping[str, Any]]  # messages, where a branch begins
+
+_running: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
 @dataclass(slots=True)
@@ -172,6 +177,7 @@ class Engine:
         self._gate = threading.Lock()  # between submitting and ending: no request slips in behind the end
         self._thread = threading.Thread(target=self._run, name="branchwise-engine", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     # -- the engine's thread -------------------------------------------------------------------------------------------
 
@@ -412,6 +418,23 @@ class Engine:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that is cut down inside a step takes the process with it: torch aborts."""
+    for engine in list(_running):
+        engine.close()
+
+
+def _disown() -> None:
+    """In a forked process, which has the engines but not their threads."""
+    for engine in _running:
+        engine._gate = threading.Lock()
+        engine._dead = "the engine belongs to the process that made it: make one in this process"
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 class AsyncEngine(Engine):

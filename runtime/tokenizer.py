@@ -67,6 +67,19 @@ class Tokenizer:
                 raise LoadError(f"cannot read {config_path}: it must hold a JSON object")
         return cls(backend, config, _find_template(folder, config))
 
+    def dump(self) -> dict[str, Any]:
+        """All of it as JSON, for `of_dump` on another machine."""
+        template = None if self.chat_template is None else self.chat_template.source
+        return {"tokenizer": self.backend.to_str(), "special_tokens": self.special_tokens, "chat_template": template}
+
+    @classmethod
+    def of_dump(cls, dump: Any) -> Tokenizer:
+        """Raises `LoadError` for what is no `dump`."""
+        try:
+            return cls(Backend.from_str(dump["tokenizer"]), dict(dump["special_tokens"]), dump["chat_template"])
+        except Exception as error:  # tokenizers raises plain Exception
+            raise LoadError(f"this is no tokenizer: {type(error).__name__}: {error}") from error
+
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
         """Token ids int32 [n]. Raises `InvalidRequest` for text that is not valid Unicode (lone surrogates)."""
         return np.array(self._encoding(text, add_special_tokens).ids, np.int32)

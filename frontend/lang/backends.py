@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import weakref
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -14,6 +13,7 @@ from .backend import Backend
 from .branches import BranchBackend
 from .engine import EngineBackend
 from .errors import BackendError
+from .http import TIMEOUT
 from .loop import background_loop
 from .openai import OpenAIBackend
 from .server import ServerBackend
@@ -26,36 +26,46 @@ def connect(
     url: str,
     api_key: str | None = None,
     *,
-    tokenizer: str | Path | None = None,
     model: str | None = None,
     branches: bool | None = None,
     cache_salt: str | None = None,
-    timeout: float = 600.0,
+    timeout: float = TIMEOUT,
 ) -> Backend:
     """The server at ``url``: a Branchwise server if it says so, else any OpenAI-compatible one.
 
-    ``tokenizer``: a folder or hub id for a Branchwise server on another machine; without it state is text there.
     ``model``: which of an OpenAI-compatible server's models; by default its first. ``branches``: keep prompts on the
     server as branches (True), or send them whole each time (False); by default as the server can. ``timeout``: seconds
-    one request may take. Raises `ServerError` if nobody answers or the key is refused.
+    a server may say nothing. Raises `BackendError` if nobody answers or the key is refused.
     """
     api_key = api_key or os.environ.get("BRANCHWISE_API_KEY") or None
-    client = ServerClient(url, api_key, timeout=30.0)
     try:
-        facts = client.get("/get_server_info")
+        client = ServerClient(url, api_key, timeout=30.0, key_from="api_key= or BRANCHWISE_API_KEY")
+        try:
+            facts = client.get("/get_server_info")
+        except ServerError as error:
+            if error.status in (0, 401, 503):
+                raise
+            facts = {}
+        if not (isinstance(facts, dict) and isinstance(facts.get("engine"), dict) and "page_size" in facts["engine"]):
+            if branches or cache_salt is not None:
+                raise BackendError(f"{client.url} is not a Branchwise server: it has no branches and no cache_salt")
+            return OpenAIBackend(client.url, model or _first_model(client), api_key=api_key, timeout=timeout)
     except ServerError as error:
-        if error.status in (0, 401, 503):
-            raise
-        facts = {}
-    if not (isinstance(facts, dict) and isinstance(facts.get("engine"), dict) and "page_size" in facts["engine"]):
-        if tokenizer is not None or branches:
-            raise ServerError(f"{client.url} is not a Branchwise server: tokenizer and branches mean nothing to it")
-        return OpenAIBackend(client.url, model or _first_model(client), api_key=api_key, timeout=timeout)
+        raise BackendError(str(error), status=error.status) from error
     can_branch = facts.get("config", {}).get("engine", {}).get("max_branches", 0) > 0
     if branches and not can_branch:
-        raise ServerError(f"{client.url} keeps no branches (--max-branches 0): leave branches= out")
+        raise BackendError(f"{client.url} keeps no branches (--max-branches 0): leave branches= out")
     kind = BranchBackend if can_branch and branches is not False else ServerBackend
-    return kind(client.url, facts, api_key=api_key, tokenizer=tokenizer, timeout=timeout, cache_salt=cache_salt)
+    return kind(client.url, api_key=api_key, timeout=timeout, cache_salt=cache_salt)
+
+
+def RuntimeEndpoint(
+    base_url: str, api_key: str | None = None, verify: Any = None, chat_template_name: str | None = None
+) -> Backend:
+    """`connect`, by the name SGLang's programs call it. The chat template is the model's own."""
+    if verify is not None or chat_template_name is not None:
+        raise ValueError("verify and chat_template_name are not supported: leave them out")
+    return connect(base_url, api_key)
 
 
 def OpenAI(

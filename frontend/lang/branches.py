@@ -1,7 +1,8 @@
 """A Branchwise server as a backend, the stateful way: the server keeps the prompts, and only what is new travels.
 
 A program means the same as the stateless way: a handle still knows its tokens, so a branch that the server has let go
-(410) is made again from them, and where there is no room for more branches (429) prompts are sent whole.
+(410), or that a server started anew never had (404), is made again from them, and where there is no room for more
+branches (429) prompts are sent whole.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from .codec import Run
 from .errors import BackendError
 from .server import ServerBackend, wire
 
-GONE, FULL = 410, 429
+GONE, FULL = (404, 410), 429
 MAX_OPS = 1024  # of one batch
+MAX_FORK = 1024  # branches of one fork
 
 
 class BranchHandle:
-    """A prompt, the server's branch of it (None: there is none), and what of the prompt it still lacks."""
+    """A prompt, the server's branch of it (None: there is none), and what of the prompt that branch still lacks."""
 
     __slots__ = ("id", "new", "rope")
 
-    def __init__(self, rope: Rope, id: str | None = None, new: list[int] | None = None) -> None:
+    def __init__(self, rope: Rope, id: str | None = None) -> None:
         self.rope = rope
         self.id = id
-        self.new = [] if new is None else new
+        self.new: list[int] = []
 
     @property
     def length(self) -> int:
@@ -35,8 +37,6 @@ class BranchHandle:
 
 
 class BranchBackend(ServerBackend):
-    """Without a tokenizer within reach it is a `ServerBackend`."""
-
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.capabilities = Capabilities(branches=True, constraints=None, prefill=True)
@@ -48,28 +48,25 @@ class BranchBackend(ServerBackend):
 
     async def extend(self, handle: BranchHandle, piece: Piece) -> None:  # type: ignore[override]
         await super().extend(handle.rope, piece)
-        if isinstance(piece, list):
-            handle.new += piece
+        if handle.id is not None:
+            handle.new += piece  # type: ignore[arg-type]
 
     async def fork(self, handle: BranchHandle, n: int) -> list[BranchHandle]:  # type: ignore[override]
-        if not handle.length or await self.codec() is None or not await self._sync(handle):
-            return [BranchHandle(handle.rope.fork(), None, handle.rope.tokens()) for _ in range(n)]
+        ids: list[str] = []
         try:
-            ids: list[Any] = (await self._on(handle, "fork", {"n": n}))["ids"]
+            while handle.length and len(ids) < n and await self._sync(handle):
+                ids += (await self._on(handle, "fork", {"n": min(n - len(ids), MAX_FORK)}))["ids"]
         except BackendError as error:
             if error.status != FULL:
                 raise
-            return [BranchHandle(handle.rope.fork(), None, handle.rope.tokens()) for _ in range(n)]
-        return [BranchHandle(handle.rope.fork(), id) for id in ids]
+        return [BranchHandle(handle.rope.fork(), id) for id in [*ids, *[None] * (n - len(ids))]]
 
     async def generate(  # type: ignore[override]
         self, handle: BranchHandle, ask: Ask, on_delta: OnDelta | None = None
     ) -> list[Completion]:
         codec = await self.codec()
-        if codec is None or not await self._have(handle):
-            done = await super().generate(handle.rope, ask, on_delta)
-            handle.new = [*handle.new, *(done[0].ids or [])] if ask.params.max_tokens != 0 else handle.new
-            return done
+        if not await self._have(handle):
+            return await super().generate(handle.rope, ask, on_delta)
         replies = await self._on(handle, "generate", wire(ask), on_delta=on_delta if ask.params.n == 1 else None)
         done = []
         for reply in replies if isinstance(replies, list) else [replies]:
@@ -87,7 +84,7 @@ class BranchBackend(ServerBackend):
     async def score(  # type: ignore[override]
         self, handle: BranchHandle, continuations: Sequence[Piece]
     ) -> list[list[tuple[int | str, float]]]:
-        if await self.codec() is None or not await self._sync(handle):
+        if not await self._sync(handle):
             return await super().score(handle.rope, continuations)
         self.usage.sent_tokens += sum(len(piece) for piece in continuations if isinstance(piece, list))
         reply = await self._on(handle, "score", {"continuations": list(continuations)})
@@ -102,7 +99,7 @@ class BranchBackend(ServerBackend):
         if handle.id is None:
             return
         self._closing.append(handle.id)
-        handle.id, handle.new = None, handle.rope.tokens()
+        handle.id, handle.new = None, []
         if self._closed is None:
             self._closed = asyncio.ensure_future(self._close_all())
         await asyncio.shield(self._closed)
@@ -152,7 +149,7 @@ class BranchBackend(ServerBackend):
                 else:
                     reply = await self._follow({**sent, "stream": True}, on_delta, path)
             except BackendError as error:
-                if error.status != GONE or last:
+                if error.status not in GONE or last:
                     raise
                 handle.id = None
                 if not await self._have(handle):

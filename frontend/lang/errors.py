@@ -34,7 +34,7 @@ class ProgramError(BranchwiseError):
 
     def __init__(self, message: str, *, variable: str | None = None, site: str = "", backend: str = "") -> None:
         about = f"{variable!r} " if variable else ""
-        asked = f" on {backend}" if backend else ""
+        asked = f" on {backend}" if backend and backend not in message else ""
         super().__init__(f"{site}: {about}failed{asked}: {message}" if site else message)
         self.message = message
         self.variable = variable

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any
@@ -15,12 +14,11 @@ from .backend import Backend
 from .backends import as_backend, default_backend
 from .errors import ProgramError, call_site
 from .expressions import Sampling, make_sampling
-from .loop import background_loop
+from .loop import MAX_THREADS, background_loop, in_thread
 from .session import Path, Session
 from .state import AsyncState, BaseState, State
 from .strand import Strand
 
-MAX_THREADS = 64  # programs of a batch that are ordinary functions: each needs a thread while it runs
 MAX_TASKS = 1024  # programs of a batch that are ``async def``: no threads, but every one holds connections and branches
 
 _SAMPLING = frozenset(inspect.signature(make_sampling).parameters) - {"plain"} | {
@@ -80,11 +78,8 @@ class Function:
         job = self._job(args, kwargs, backend, seed, (), stream)
         if not stream:
             return job.run()
-        done: Future[Any] = Future()
-        state = job.state
-        state._run = done  # type: ignore[attr-defined]
-        threading.Thread(target=_into, args=(done, job.run), name="branchwise-program", daemon=True).start()
-        return state
+        job.state._run = in_thread(job.run)
+        return job.state
 
     def stream(self, *args: Any, variable: str | None = None, **kwargs: Any) -> Iterator[str]:
         """The text as it comes: of one variable, or all."""
@@ -101,10 +96,10 @@ class Function:
         generator_style: bool = False,
         **defaults: Any,
     ) -> Any:
-        """Each item (a dict of arguments, a tuple, or one argument) is run once, at most ``num_threads`` at a time (64
-        for functions, 1,024 for ``async def`` programs). States come back in the batch's order; one that failed is
-        there too, and its ``error()`` or any read of it says why. ``generator_style``: each as soon as it and those
-        before it are done."""
+        """Each item (a dict of arguments, a list or tuple of them, or just one) is run once, at most ``num_threads`` at
+        a time (64 for functions, 1,024 for ``async def`` programs). States come back in the batch's order; one that
+        failed is there too, and its ``error()`` or any read of it says why. ``generator_style``: each as soon as it and
+        those before it are done."""
         jobs = self._jobs(batch, defaults, backend, seed)
         most = _count(num_threads, MAX_TASKS if self.is_async else MAX_THREADS)
         found = self._run_jobs(jobs, most, progress_bar)
@@ -130,7 +125,7 @@ class Function:
         if self.is_async:
             await job.arun()
         else:
-            await asyncio.to_thread(job.run)
+            await asyncio.wrap_future(in_thread(job.run))
         return job.awaitable
 
     async def astream(self, *args: Any, variable: str | None = None, **kwargs: Any) -> AsyncIterator[str]:
@@ -138,8 +133,8 @@ class Function:
         backend, seed = kwargs.pop("backend", None), kwargs.pop("seed", None)
         loop = asyncio.get_running_loop() if self.is_async else None
         job = self._job(args, kwargs, backend, seed, (), True, loop)
-        task = asyncio.ensure_future(job.arun() if self.is_async else asyncio.to_thread(job.run))
-        job.awaitable._run = task  # type: ignore[attr-defined]
+        task = asyncio.ensure_future(job.arun() if self.is_async else asyncio.wrap_future(in_thread(job.run)))
+        job.awaitable._run = task
         try:
             async for chunk in job.awaitable.text_iter(variable):
                 yield chunk
@@ -169,7 +164,7 @@ class Function:
                     await job.gated(gate)
                 else:
                     async with gate:
-                        await asyncio.to_thread(job.run_kept)
+                        await asyncio.wrap_future(in_thread(job.run_kept))
                 progress.step()
 
             await asyncio.gather(*(one(job) for job in jobs))
@@ -188,9 +183,7 @@ class Function:
         backend = _backend(backend)
         jobs = []
         for i, item in enumerate(batch):
-            args, kwargs = (
-                ((), item) if isinstance(item, Mapping) else (item if isinstance(item, tuple) else (item,), {})
-            )
+            args, kwargs = ((), item) if isinstance(item, Mapping) else (_arguments(item), {})
             jobs.append(self._job(args, {**defaults, **kwargs}, backend, seed, (i,), False, loop))
         return jobs
 
@@ -208,6 +201,8 @@ class Function:
         names = {**self._bound, **kwargs}
         known = (_SAMPLING | _ALIASES.keys()).difference(self.arg_names)  # the program's own names come first
         sampling = {_ALIASES.get(name, name): names.pop(name) for name in list(names) if name in known}
+        if "use_thread" not in self.arg_names:
+            names.pop("use_thread", None)  # SGLang's; no program needs a thread of its own here
         try:
             bound = self._signature.bind(*args, **names)
         except TypeError as error:
@@ -226,6 +221,11 @@ class Function:
 _RUN = {"backend", "stream", "seed"}
 
 
+def _arguments(item: Any) -> Sequence[Any]:
+    """An item of a batch that is no dict: a program's arguments in a list, or the one it takes."""
+    return item if isinstance(item, (tuple, list)) else (item,)
+
+
 class _Job:
     """One run of one program: its session and its first state."""
 
@@ -235,7 +235,7 @@ class _Job:
         self._body, self._is_async, self._args, self._kwargs = body, is_async, args, dict(kwargs)
         self.session = session
         self.strand = Strand(session)
-        self.state = State(self.strand)
+        self.state = State(self.strand)  # those for whoever asked for the run; the program has one of its own
         self.awaitable = AsyncState(self.strand)
 
     def run(self) -> State:
@@ -247,7 +247,7 @@ class _Job:
             asyncio.run_coroutine_threadsafe(self.arun(), loop).result()
             return self.state
         try:
-            self._return(self._body(self.state, *self._args, **self._kwargs))
+            self._return(self._body(State(self.strand), *self._args, **self._kwargs))
         except BaseException as error:
             asyncio.run_coroutine_threadsafe(self._stop(error), loop).result()
             raise
@@ -257,7 +257,7 @@ class _Job:
     async def arun(self) -> None:
         """On the session's loop."""
         try:
-            self._return(await self._body(self.awaitable, *self._args, **self._kwargs))
+            self._return(await self._body(AsyncState(self.strand), *self._args, **self._kwargs))
             await self._finish()
         except BaseException as error:
             await self._stop(error)
@@ -337,13 +337,6 @@ def _in_order(jobs: list[_Job], futures: Sequence[Future[Any]], progress: _Progr
             counted |= done
         future.result()
         yield job.state
-
-
-def _into(done: Future[Any], work: Callable[[], Any]) -> None:
-    try:
-        done.set_result(work())
-    except BaseException as error:  # readers along are told through the state
-        done.set_exception(error)
 
 
 def _count(asked: int | str, most: int) -> int:

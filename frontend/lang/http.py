@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator
+import weakref
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     import aiohttp
 
 MAX_CONNECTIONS = 512
+TIMEOUT = 600.0  # seconds a server may say nothing
 PATIENCE = 60.0  # seconds a request is offered again to a server that says it is busy
 
 
@@ -32,6 +34,7 @@ class Http:
         self._usage = usage
         self._sessions: dict[asyncio.AbstractEventLoop, aiohttp.ClientSession] = {}
         self._keepers: dict[asyncio.AbstractEventLoop, AsyncGenerator[None, None]] = {}
+        weakref.finalize(self, _close, self._keepers).atexit = False
 
     async def post(self, path: str, body: Any, *, patient: bool = True) -> Any:
         """``patient``: offer it again while the server says that it is busy."""
@@ -73,7 +76,8 @@ class Http:
         data = None if body is None else msgspec.json.encode(body)
         session = await self._session()
         give_up = asyncio.get_running_loop().time() + PATIENCE
-        self._usage.requests += 1
+        if method == "POST":
+            self._usage.requests += 1
         while True:
             self._usage.bytes_sent += len(data or b"")
             response = await session.request(method, self.url + path, data=data)
@@ -105,7 +109,8 @@ class Http:
             session = self._sessions[loop] = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=MAX_CONNECTIONS),
                 headers=self._headers,
-                timeout=aiohttp.ClientTimeout(total=self._timeout),
+                # Not of all it takes: branches may have to wait for a connection while others generate.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._timeout, sock_read=self._timeout),
                 read_bufsize=1 << 20,
             )
             self._keepers[loop] = _keeper(session)
@@ -118,6 +123,13 @@ class Http:
         self._sessions.pop(asyncio.get_running_loop(), None)
         if keeper is not None:
             await keeper.aclose()
+
+
+def _close(keepers: Mapping[asyncio.AbstractEventLoop, AsyncGenerator[None, None]]) -> None:
+    """Of a backend that nobody has any more."""
+    for loop, keeper in keepers.items():
+        if loop.is_running():
+            asyncio.run_coroutine_threadsafe(keeper.aclose(), loop)
 
 
 async def _keeper(session: aiohttp.ClientSession) -> AsyncGenerator[None, None]:

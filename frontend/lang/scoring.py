@@ -26,12 +26,14 @@ async def run_select(strand: Strand, select: Select, slot: Slot) -> None:
     transcript = await strand.written()
     check_score(strand.backend)
     if transcript.as_messages:
-        raise BackendError(f"{strand.backend.name} only chats: it cannot score choices; give tokenizer=")
+        raise BackendError(f"{strand.backend.name} cannot score choices in a chat: write the prompt as text")
     codec = strand.session.codec
     outs = transcript.take()
     if codec is None:
         if select.method.unconditional:
-            raise BackendError(f"{select.method} needs the model's tokenizer: give tokenizer=")
+            raise BackendError(
+                f"{select.method} needs the model's tokenizer, which {strand.backend.name} does not give"
+            )
         await strand.hand_over(outs)
         scored = [_scored(pairs) for pairs in await strand.backend.score(strand.handle, list(select.choices))]
         best = select.method.pick(scored)

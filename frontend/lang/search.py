@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from .expressions import gen
+from .library import Callbacks, anywhere
 from .state import AsyncState
-from .tools import anywhere, ask
 
 Score = Callable[[Any], Any]  # of a state: a number, or an awaitable of one
 
@@ -22,11 +22,17 @@ def best_of(
     a function of the branch (higher is better, ``async def`` or not); by default the mean logprob of ``name``. It may
     append to the branch it is given, which is a copy. Returns all scores, in the branches' order.
     """
-    return anywhere(s, lambda state: _best_of(state, n, expr, score, name, sampling))
+    return anywhere(s, lambda state, callbacks: _best_of(state, callbacks, n, expr, score, name, sampling))
 
 
 async def _best_of(
-    s: AsyncState, n: int, expr: Any, score: Score | None, name: str, sampling: dict[str, Any]
+    s: AsyncState,
+    callbacks: Callbacks,
+    n: int,
+    expr: Any,
+    score: Score | None,
+    name: str,
+    sampling: dict[str, Any],
 ) -> list[float]:
     branches = s.fork(n)
     if score is None:
@@ -35,7 +41,7 @@ async def _best_of(
     if score is None:
         scores = await asyncio.gather(*(_mean_logprob(branch, name) for branch in branches))
     else:
-        scores = await asyncio.gather(*(ask(score, branch.copy()) for branch in branches))
+        scores = await asyncio.gather(*(callbacks.call(score, branch.copy()) for branch in branches))
     best = branches[max(range(n), key=lambda i: scores[i])]
     found = {key: slot for key, slot in best._strand.slots.items() if best._strand.inherited.get(key) is not slot}
     s.join([best], "concate_and_append")
@@ -65,11 +71,14 @@ def search(
     drops a branch. ``done(fork)``: no step is needed after this one. Returns the kept states, best first; ``s`` itself
     is unchanged. The callbacks get blocking states in threads, or, if they are ``async def``, awaitable ones.
     """
-    return anywhere(s, lambda state: _search(state, propose, score, beam, depth, branches, done, type(s)))
+    return anywhere(
+        s, lambda state, callbacks: _search(state, callbacks, propose, score, beam, depth, branches, done, type(s))
+    )
 
 
 async def _search(
     s: AsyncState,
+    callbacks: Callbacks,
     propose: Callable[[Any], Any],
     score: Score,
     beam: int,
@@ -79,8 +88,10 @@ async def _search(
     kind: type[Any],
 ) -> list[Any]:
     async def grow(fork: AsyncState) -> tuple[float, AsyncState, bool] | None:
-        await ask(propose, fork)
-        rated, over = await asyncio.gather(ask(score, fork.copy()), ask(done, fork) if done else _no())
+        await callbacks.call(propose, fork)
+        rated, over = await asyncio.gather(
+            callbacks.call(score, fork.copy()), callbacks.call(done, fork) if done else _no()
+        )
         return None if rated is None else (rated, fork, bool(over))
 
     kept: list[tuple[float, AsyncState, bool]] = [(0.0, s, False)]

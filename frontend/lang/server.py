@@ -6,14 +6,14 @@ import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
 from .codec import Codec
 from .errors import BackendError
-from .http import Http
+from .http import TIMEOUT, Http
+from .loop import Once
 
 _WIRE = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
 _NOT_SAMPLING = {"logprobs", "prompt_logprobs", "prompt_logprob_start", "include_stop"}
@@ -21,17 +21,14 @@ _DEFAULT = SamplingParams()
 
 
 class ServerBackend:
-    """``tokenizer``: a folder or hub id, where the server's own is not on this machine. Without one, text is sent, and
-    the server reads the whole of it anew each time."""
+    """``cached=False``: nothing is reused from one request to the next (each gets a salt of its own), to compare."""
 
     def __init__(
         self,
         url: str,
-        facts: Mapping[str, Any],
         *,
         api_key: str | None = None,
-        tokenizer: str | Path | None = None,
-        timeout: float = 600.0,
+        timeout: float = TIMEOUT,
         cache_salt: str | None = None,
         cached: bool = True,
     ) -> None:
@@ -39,19 +36,20 @@ class ServerBackend:
         self.usage = Usage()
         self.capabilities = Capabilities(constraints=None, prefill=cached)
         self.http = Http(url, api_key, timeout, self.usage)
-        self._facts = facts
         self._api_key, self._timeout = api_key, timeout
-        self._tokenizer = tokenizer
         self._salt = cache_salt
         self._cached = cached
-        self._found: Codec | None = None
-        self._looked = False
+        self._codec = Once(self._fetch_codec)
 
-    async def codec(self) -> Codec | None:
-        if not self._looked:
-            self._found = await asyncio.to_thread(find_codec, self._tokenizer, self._facts)
-            self._looked = True
-        return self._found
+    async def codec(self) -> Codec:
+        """The server's own tokenizer, fetched from it once."""
+        return await self._codec.get()
+
+    async def _fetch_codec(self) -> Codec:
+        from ...runtime.tokenizer import Tokenizer
+
+        dump = await self.http.get("/tokenizer")
+        return Codec(await asyncio.to_thread(Tokenizer.of_dump, dump))
 
     async def create(self) -> Rope:
         return Rope()
@@ -64,7 +62,7 @@ class ServerBackend:
 
     async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
         body = {**self._prompt(handle), **wire(ask)}
-        self.usage.sent_tokens += await self._size(handle)
+        self.usage.sent_tokens += handle.length
         if on_delta is not None and ask.params.n == 1:
             replies = [await self._follow({**body, "stream": True}, on_delta)]
         else:
@@ -74,22 +72,17 @@ class ServerBackend:
         tail = handle.tail()
         done = [await self.completion(reply, tail) for reply in replies]
         if ask.params.max_tokens != 0:
-            await self.keep(handle, done[0])
+            handle.extend(done[0].ids or [])
             if on_delta is not None and ask.params.n > 1:
                 on_delta(done[0].text)
         return done
-
-    async def keep(self, handle: Rope, done: Completion) -> None:
-        handle.extend(done.text if done.ids is None else done.ids)
 
     async def completion(self, reply: Mapping[str, Any], tail: list[int]) -> Completion:
         """What one reply means for the state."""
         try:
             text, meta = reply["text"], reply["meta_info"]
             self.usage.count(meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"])
-            codec = await self.codec()
-            finish = meta["finish_reason"] or {}
-            ids = None if codec is None else settle(codec, tail, reply["output_ids"], text, finish)
+            ids = settle(await self.codec(), tail, reply["output_ids"], text, meta["finish_reason"] or {})
         except (KeyError, TypeError) as error:
             raise BackendError(f"{self.name} answered in another shape; is it Branchwise?") from error
         return Completion(text, meta, ids)
@@ -104,8 +97,6 @@ class ServerBackend:
         return last
 
     async def score(self, handle: Rope, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
-        if await self.codec() is None:
-            raise BackendError(f"select on {self.name} needs the model's tokenizer: give tokenizer=")
         prompt = handle.tokens()
         wholes = [[*prompt, *piece] for piece in continuations]  # type: ignore[misc]
         self.usage.sent_tokens += sum(map(len, wholes))
@@ -131,14 +122,7 @@ class ServerBackend:
 
     def without_cache(self) -> ServerBackend:
         """A twin that reuses nothing, to measure what reuse is worth."""
-        return ServerBackend(
-            self.name,
-            self._facts,
-            api_key=self._api_key,
-            tokenizer=self._tokenizer,
-            timeout=self._timeout,
-            cached=False,
-        )
+        return ServerBackend(self.name, api_key=self._api_key, timeout=self._timeout, cached=False)
 
     async def _post(self, body: Any) -> list[Any]:
         """The replies to one request, or to several that are to have nothing in common."""
@@ -152,15 +136,11 @@ class ServerBackend:
         return {**self._prompt(handle), **wire(replace(ask, params=ask.params.sample(i)))}
 
     def _prompt(self, handle: Rope) -> dict[str, Any]:
-        asked = {"text": handle.text()} if self._found is None else {"input_ids": handle.tokens()}
-        return {**asked, **self._salted()}
+        return {"input_ids": handle.tokens(), **self._salted()}
 
     def _salted(self) -> dict[str, Any]:
         salt = self._salt if self._cached else uuid.uuid4().hex
         return {} if salt is None else {"cache_salt": salt}
-
-    async def _size(self, handle: Rope) -> int:
-        return handle.length if self._found is not None else handle.length // 4
 
 
 def wire(ask: Ask) -> dict[str, Any]:
@@ -175,14 +155,3 @@ def wire(ask: Ask) -> dict[str, Any]:
         body |= {"return_logprob": True, "top_logprobs_num": ask.params.logprobs}
         body |= {"return_text_in_logprobs": ask.text_in_logprobs}
     return body
-
-
-def find_codec(tokenizer: str | Path | None, facts: Mapping[str, Any]) -> Codec | None:
-    """The given tokenizer, else the server's own where its folder is on this machine."""
-    from ...runtime.model_folder import model_folder
-    from ...runtime.tokenizer import Tokenizer
-
-    if tokenizer is not None:
-        return Codec(Tokenizer.load(model_folder(str(tokenizer))))
-    folder = Path(facts.get("config", {}).get("engine", {}).get("model", ""))
-    return Codec(Tokenizer.load(folder)) if (folder / "tokenizer.json").is_file() else None

@@ -16,6 +16,7 @@ from .chat import Turns
 from .codec import Codec
 from .errors import BackendError, ProgramError
 from .expressions import Sampling
+from .loop import Once
 
 Path = tuple[int | str, ...]  # which branch: the forks that led to it. Equal in every run of the same program.
 
@@ -41,26 +42,16 @@ class Session:
         self.path = path
         self.codec: Codec | None = None
         self.turns: Turns | None = None
-        self._opened: asyncio.Future[None] | None = None
+        self.opened = Once(self._open)  # it has learnt the model's tokenizer and template
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unseen: dict[int, ProgramError] = {}
         self._lock = threading.Lock()
         self._handles: set[Any] = set()
 
-    async def open(self) -> None:
-        """Learns the model's tokenizer and template, once."""
-        if self._opened is None:
-            self._opened = self.loop.create_future()
-            try:
-                self.codec = await self.backend.codec()
-                if self.codec is not None and self.codec.tokenizer.chat_template is not None:
-                    self.turns = turns_of(self.codec)
-                self._opened.set_result(None)
-            except BaseException as error:
-                self._opened.set_exception(error if isinstance(error, Exception) else BackendError(repr(error)))
-                self._opened.exception()  # looked at: the raise below tells the first one, the future everybody else
-                raise
-        await self._opened
+    async def _open(self) -> None:
+        self.codec = await self.backend.codec()
+        if self.codec is not None and self.codec.tokenizer.chat_template is not None:
+            self.turns = turns_of(self.codec)
 
     def seed_of(self, path: Path, name: str | None, occurrence: int) -> int | None:
         """The seed of one ``gen``: from where it stands in the program, so that timing has no say."""
@@ -119,7 +110,7 @@ class Session:
         """``handle`` is given back when ``owner`` is forgotten, at the latest when the run ends."""
         if self.backend.capabilities.branches:
             self._handles.add(handle)
-            weakref.finalize(owner, self._forgotten, handle)
+            weakref.finalize(owner, self._forgotten, handle).atexit = False  # then they expire by themselves
 
     def _forgotten(self, handle: Any) -> None:
         if handle in self._handles and not self.loop.is_closed():

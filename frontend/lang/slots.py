@@ -45,7 +45,7 @@ class Feed:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._chunks: list[str] = []
-        self._ended = False
+        self.ended = False
         self._error: BaseException | None = None
         self._readers: list[Callable[[str | None], None]] = []
 
@@ -58,8 +58,8 @@ class Feed:
 
     def end(self, error: BaseException | None = None) -> None:
         with self._lock:
-            if not self._ended:
-                self._ended, self._error = True, error
+            if not self.ended:
+                self.ended, self._error = True, error
                 for tell in self._readers:
                     tell(None)
 
@@ -76,7 +76,7 @@ class Feed:
         with self._lock:
             for chunk in self._chunks:
                 tell(chunk)
-            if self._ended:
+            if self.ended:
                 tell(None)
             else:
                 self._readers.append(tell)

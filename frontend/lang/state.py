@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from .chat import Variables
 from .errors import ProgramError, call_site
@@ -20,13 +21,22 @@ S = TypeVar("S", bound="BaseState")
 T = TypeVar("T")
 Body = Any  # what can be appended: text, an expression, a list of them
 Each = Any  # one body for all branches, a list with one for each, or a function of the branch's number
+_LOOK_AGAIN = 0.005  # seconds: for a variable that the program has not come to yet
+
+
+class Run(Protocol):
+    """A run that whoever holds its state may follow while it goes on."""
+
+    def done(self) -> bool: ...
 
 
 class BaseState:
     """Appending, forking, joining: the part that never blocks and so is the same for both kinds."""
 
-    def __init__(self, strand: Strand) -> None:
+    def __init__(self, strand: Strand, run: Run | None = None) -> None:
         self._strand = strand
+        self._run = run
+        self._origin: BaseState | None = None  # what it is a copy of
         self.ret_value: Any = None  # what the program's function returned
 
     def __iadd__(self: S, body: Body) -> S:
@@ -35,19 +45,30 @@ class BaseState:
             self._strand.append(expr, site)
         return self
 
-    def fork(self: S, n: int = 1, position_ids_offset: Any = None) -> Group[S]:
-        """``n`` states that go on from here, each on its own. Costs no copy and no computation.
+    def fork(self: S, size: int = 1, position_ids_offset: Any = None) -> Group[S]:
+        """``size`` states that go on from here, each on its own. Costs no copy and no computation.
 
         ``position_ids_offset`` is there for SGLang's programs, where it never meant anything; it must be None.
         """
         if position_ids_offset is not None:
             raise ValueError("position_ids_offset is not supported")
-        made = self._strand.fork(n, call_site())
+        made = self._strand.fork(size, call_site())
         return Group(self, [type(self)(strand) for strand in made])
 
     def copy(self: S) -> S:
-        """A state of its own that says the same."""
-        return type(self)(self._strand.fork(1, call_site(), copy=True)[0])
+        """A state of its own that says the same. As a context manager, as SGLang has it, it is joined at the end."""
+        made = type(self)(self._strand.fork(1, call_site(), copy=True)[0])
+        made._origin = self
+        return made
+
+    def __enter__(self: S) -> S:
+        if self._origin is None:
+            raise TypeError("only a copy is a context manager: with s.copy() as t")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._origin is not None:
+            self._origin.join([self])
 
     def join(self, states: Sequence[BaseState], mode: str = "gather_variable") -> None:
         """Ends ``states`` and takes what they found: ``gather_variable`` makes each variable they set since they were
@@ -60,7 +81,7 @@ class BaseState:
         """Makes ``value`` the variable ``name``."""
         self._strand.set(name, value, call_site())
 
-    set_var = set
+    set_var = __setitem__ = set
 
     def use_tools(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Tools in OpenAI's shape, for the model's own chat template to write. Before the model has read a turn."""
@@ -70,11 +91,13 @@ class BaseState:
     def __contains__(self, name: str) -> bool:
         return name in self._strand.slots
 
-    @contextmanager
+    @contextlib.contextmanager
     def _role(self, role: str, site: str) -> Iterator[None]:
         self._strand.append(RoleBegin(role), site)
-        yield
-        self._strand.append(RoleEnd(role), site)
+        try:
+            yield
+        finally:
+            self._strand.append(RoleEnd(role), site)
 
     def role(self, name: str, body: Body = None) -> Any:
         """``with s.role("tool"): ...``, or ``s.role("tool", text)``."""
@@ -95,7 +118,7 @@ class BaseState:
     def assistant(self, body: Body = None) -> Any:
         return self.role("assistant", body)
 
-    @contextmanager
+    @contextlib.contextmanager
     def var_scope(self, name: str) -> Iterator[None]:
         """What is appended within becomes the variable ``name``, too."""
         site = call_site()
@@ -113,6 +136,27 @@ class BaseState:
         yield
         self._strand.slots[name] = slot
         self._strand.put(Op(end, site, slot))
+
+    async def text_async_iter(self, var_name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
+        """The text (of one variable, or all of it) as it comes, in a run that streams; ``return_meta_data``: pairs of
+        text and meta (the variable's, on the last one)."""
+        while self._is_to_come(var_name):
+            await asyncio.sleep(_LOOK_AGAIN)
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[str | None] = asyncio.Queue()
+        feed = self._feed(var_name)
+        feed.subscribe(lambda chunk: _tell(loop, inbox, chunk))
+        while (chunk := await inbox.get()) is not None:
+            yield (chunk, {}) if return_meta_data else chunk
+        if feed.error is not None:
+            self._told(feed.error)
+            raise feed.error
+        if return_meta_data and var_name is not None:
+            yield "", self._find(var_name).meta
+
+    def _is_to_come(self, name: str | None) -> bool:
+        """A program that is still running may not have come to the variable yet."""
+        return name is not None and name not in self and self._run is not None and not self._run.done()
 
     def _find(self, name: str) -> Slot:
         slot = self._strand.slots.get(name)
@@ -133,11 +177,15 @@ class BaseState:
 
     def _feed(self, name: str | None) -> Feed:
         feed = self._strand.feed if name is None else self._find(name).feed
-        if feed is None:
-            raise ProgramError(
-                "this run was not started with stream=True: there is nothing to follow", site=call_site()
-            )
-        return feed
+        if not self._strand.session.streams:
+            problem = "this run was not started with stream=True: there is nothing to follow"
+        elif name is None and (feed is None or (self._run is None and not feed.ended)):
+            problem = "a program cannot follow all of a state that it still writes: name a variable, or read text()"
+        elif feed is None:
+            problem = f"the model does not write {name!r}: read it instead"
+        else:
+            return feed
+        raise ProgramError(problem, site=call_site())
 
 
 def _all_text(transcript: Transcript) -> str:
@@ -185,38 +233,18 @@ class State(BaseState):
             return error
         return None
 
-    def text_iter(self, name: str | None = None) -> Iterator[str]:
+    def text_iter(self, var_name: str | None = None) -> Iterator[str]:
         """The text (of one variable, or all of it) as it comes, in a run with ``stream=True``."""
+        while self._is_to_come(var_name):
+            time.sleep(_LOOK_AGAIN)
         inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        feed = self._feed_when_there(name)
+        feed = self._feed(var_name)
         feed.subscribe(inbox.put)
         while (chunk := inbox.get()) is not None:
             yield chunk
         if feed.error is not None:
             self._told(feed.error)
             raise feed.error
-
-    def _feed_when_there(self, name: str | None) -> Feed:
-        """A program that is still running may not have come to the variable yet."""
-        if name is not None and name not in self:
-            self._wait_for_name(name)
-        return self._feed(name)
-
-    def _wait_for_name(self, name: str) -> None:
-        run: Future[Any] | None = getattr(self, "_run", None)
-        while name not in self and run is not None and not run.done():
-            try:
-                run.exception(timeout=0.005)
-            except TimeoutError:
-                continue
-
-    async def text_async_iter(self, name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
-        """`text_iter` for asyncio; ``return_meta_data``: pairs of text and meta (the variable's, on the last one)."""
-        feed = await asyncio.to_thread(self._feed_when_there, name)
-        async for chunk in _follow(feed, self):
-            yield (chunk, {}) if return_meta_data else chunk
-        if return_meta_data and name is not None:
-            yield "", await asyncio.to_thread(self.meta, name)
 
     @property
     def aio(self) -> AsyncState:
@@ -273,14 +301,7 @@ class AsyncState(BaseState):
             return error
         return None
 
-    async def text_iter(self, name: str | None = None) -> AsyncIterator[str]:
-        run: asyncio.Task[Any] | None = getattr(self, "_run", None)
-        while name is not None and name not in self and run is not None and not run.done():
-            await asyncio.wait([run], timeout=0.005)
-        async for chunk in _follow(self._feed(name), self):
-            yield chunk
-
-    text_async_iter = text_iter
+    text_iter = BaseState.text_async_iter
 
     async def _wait(self, future: Future[T]) -> T:
         try:
@@ -290,19 +311,9 @@ class AsyncState(BaseState):
             raise
 
 
-async def _follow(feed: Feed, state: BaseState) -> AsyncIterator[str]:
-    loop = asyncio.get_running_loop()
-    inbox: asyncio.Queue[str | None] = asyncio.Queue()
-
-    def tell(chunk: str | None) -> None:
+def _tell(loop: asyncio.AbstractEventLoop, inbox: asyncio.Queue[str | None], chunk: str | None) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to tell
         loop.call_soon_threadsafe(inbox.put_nowait, chunk)
-
-    feed.subscribe(tell)
-    while (chunk := await inbox.get()) is not None:
-        yield chunk
-    if feed.error is not None:
-        state._told(feed.error)
-        raise feed.error
 
 
 class Group(Generic[S]):
@@ -334,6 +345,11 @@ class Group(Generic[S]):
             return self.states[key]
         values = [state[key] for state in self.states]  # type: ignore[index]
         return asyncio.gather(*values) if isinstance(self.parent, AsyncState) else values
+
+    def __setitem__(self, i: int, state: S) -> None:
+        """What ``forks[i] += ...`` ends with."""
+        if self.states[i] is not state:
+            raise TypeError("a branch of a group stays what it is: it can be appended to, not replaced")
 
     def __len__(self) -> int:
         return len(self.states)

@@ -56,7 +56,7 @@ class Strand:
         self.uncomputed = 0  # tokens handed over that no request has computed
         self.failure: ProgramError | None = None
         self.waits_for: list[Strand] = []  # joined into this one, by operations not yet done
-        self.feed = Feed() if session.streams else None
+        self.feed = Feed() if session.streams and not path else None  # of a run's own state
         self.ended = False
         self._ops: deque[Op] = deque()
         self._busy = False
@@ -177,6 +177,8 @@ class Strand:
         self.check_open(site)
         for strand in strands:
             strand.check_open(site)
+            if strand.session is not self.session:
+                raise ProgramError("a state of another run cannot be joined", site=site)
             if strand is self or strand._reaches(self):
                 raise ProgramError("a cycle in join: each of these states would wait for the other", site=site)
         self.waits_for += strands
@@ -263,7 +265,8 @@ class Strand:
                     elif self.transcript is None:
                         await self.written()
                 except asyncio.CancelledError:
-                    self._fail(op, ProgramError("the program ended before this was done", site=op.site))
+                    ended = ProgramError("the program ended before this was done", site=op.site)
+                    self._fail(op, self.failure or ended)
                     raise
                 except ProgramError as error:
                     self._fail(op, error)
@@ -305,8 +308,8 @@ class Strand:
     async def written(self) -> Transcript:
         """The transcript, made when first needed."""
         if self.transcript is None:
-            await self.session.open()
-            self.transcript = Transcript(self.session.turns, self.backend.name)
+            await self.session.opened.get()
+            self.transcript = Transcript(self.session.turns, self.backend.name, chats=self.session.codec is None)
             self.own(await self.backend.create())
         return self.transcript
 

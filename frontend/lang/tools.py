@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import enum
 import inspect
 import json
 import types
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import ProgramError, at_site, call_site
+from .errors import ProgramError, call_site
 from .expressions import assistant, gen, role
-from .state import AsyncState, BaseState, State
+from .library import Callbacks, anywhere
+from .state import AsyncState
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
@@ -26,7 +26,6 @@ _PYTHON: dict[str, tuple[type, ...]] = {
     "array": (list,),
 }
 
-T = TypeVar("T")
 Tool = Callable[..., Any]
 
 
@@ -53,11 +52,16 @@ def tool_loop(s: Any, tools: Sequence[Tool], max_steps: int = 8, *, name: str = 
     assistant's turn would come. Returns the calls made (to await, with an `AsyncState`). Raises `ProgramError` when the
     model still calls tools after ``max_steps`` turns.
     """
-    return anywhere(s, lambda state: _tool_loop(state, tools, max_steps, name, sampling))
+    return anywhere(s, lambda state, callbacks: _tool_loop(state, callbacks, tools, max_steps, name, sampling))
 
 
 async def _tool_loop(
-    s: AsyncState, tools: Sequence[Tool], max_steps: int, name: str, sampling: Mapping[str, Any]
+    s: AsyncState,
+    callbacks: Callbacks,
+    tools: Sequence[Tool],
+    max_steps: int,
+    name: str,
+    sampling: Mapping[str, Any],
 ) -> list[Call]:
     known = {tool.__name__: tool for tool in tools}
     s.use_tools([schema_of(tool) for tool in tools])
@@ -68,7 +72,7 @@ async def _tool_loop(
         if not asked:
             return calls
         for one in asked:
-            calls.append(await _make(one, known))
+            calls.append(await _make(one, known, callbacks))
             s += role("tool", calls[-1].content)
     raise ProgramError(f"the model still calls tools after {max_steps} steps", variable=name, site=call_site())
 
@@ -91,7 +95,7 @@ def parse_calls(text: str) -> list[Call]:
     return calls
 
 
-async def _make(call: Call, known: Mapping[str, Tool]) -> Call:
+async def _make(call: Call, known: Mapping[str, Tool], callbacks: Callbacks) -> Call:
     if call.error:
         return call
     tool = known.get(call.name)
@@ -101,7 +105,7 @@ async def _make(call: Call, known: Mapping[str, Tool]) -> Call:
     if problem:
         return Call(call.name, call.arguments, error=problem)
     try:
-        return Call(call.name, call.arguments, await ask(tool, **call.arguments))
+        return Call(call.name, call.arguments, await callbacks.call(tool, **call.arguments))
     except Exception as error:  # a tool is anybody's code: whatever it raises, the model is told
         return Call(call.name, call.arguments, error=f"{type(error).__name__}: {error}")
 
@@ -160,31 +164,3 @@ def _mismatch(tool: Tool, arguments: Mapping[str, Any]) -> str | None:
         if "enum" in wanted and value not in wanted["enum"]:
             return f"argument {name!r} must be one of {wanted['enum']}, got {value!r}"
     return None
-
-
-# -- for every library program -----------------------------------------------------------------------------------------
-
-
-def anywhere(s: BaseState, work: Callable[[AsyncState], Awaitable[T]]) -> Any:
-    """One ``async def`` serves both kinds of state: awaited in an async program, waited for in any other."""
-    site = call_site()
-
-    async def at() -> T:
-        with at_site(site):
-            state = s.aio if isinstance(s, State) else s
-            if not isinstance(state, AsyncState):
-                raise TypeError(f"the first argument must be a state, not {type(s).__name__}")
-            return await work(state)
-
-    if isinstance(s, State):
-        return s.run_here(at())
-    return at()
-
-
-async def ask(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Calls somebody's function: awaited if it is ``async def``, else in a thread, with blocking states."""
-    with at_site(None):
-        if inspect.iscoroutinefunction(function):
-            return await function(*args, **kwargs)
-        blocking = [State(arg._strand) if isinstance(arg, AsyncState) else arg for arg in args]
-        return await asyncio.to_thread(function, *blocking, **kwargs)

@@ -51,11 +51,13 @@ class _Place:
 
 
 class Transcript:
-    """One state's text. ``turns``: the model's template; None: turns can only be sent as messages (``as_messages``)."""
+    """One state's text. ``turns``: the model's template; None: it has none, or, if the backend ``chats``, the backend
+    keeps it to itself and wants messages."""
 
-    def __init__(self, turns: Turns | None, backend: str) -> None:
+    def __init__(self, turns: Turns | None, backend: str, *, chats: bool = False) -> None:
         self._turns = turns
         self._backend = backend
+        self._chats = chats
         self._items: list[Item] = []
         self._place = _Place()
         self._roles: tuple[str, ...] = ()  # of all turns, written or waiting
@@ -67,7 +69,7 @@ class Transcript:
         self.loose = False  # there is text outside of turns
 
     def fork(self) -> Transcript:
-        child = Transcript(self._turns, self._backend)
+        child = Transcript(self._turns, self._backend, chats=self._chats)
         child._items = list(self._items)
         child._place = _Place(self._place.turns, self._place.inside, self._place.tail)
         child._roles, child._inside = self._roles, self._inside
@@ -132,8 +134,8 @@ class Transcript:
 
     @property
     def as_messages(self) -> bool:
-        """There are turns, and no template to write them with."""
-        return bool(self._roles) and self._turns is None
+        """There are turns, and the backend wants them as they are."""
+        return bool(self._roles) and self._chats
 
     @property
     def speaking(self) -> str | None:
@@ -206,9 +208,7 @@ class Transcript:
         if not self._roles:
             return ("",)
         if self._turns is None:
-            raise BackendError(
-                f"{self._backend} has no chat template within reach: give tokenizer=, or write the turns as text"
-            )
+            raise BackendError(f"the model of {self._backend} has no chat template: write the turns as text")
         waiting = self._inside and self._place.turns < len(self._roles)
         if waiting and generate and self._roles[-1] == "assistant":
             return self._turns.between(self._roles[:-1], True, self.variables)

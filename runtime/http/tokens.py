@@ -1,10 +1,12 @@
-"""``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info``: the model's tokenizer, in vLLM's shapes."""
+"""The model's tokenizer: ``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info`` in vLLM's shapes, and
+``GET /tokenizer``, all of it, for clients that keep tokens themselves."""
 
 from __future__ import annotations
 
 import asyncio
 from typing import Any
 
+import msgspec
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -101,6 +103,16 @@ def router(site: Site) -> APIRouter:
                 "chat_template": None if template is None else template.source,
             }
         )
+
+    whole: list[bytes] = []  # megabytes, and the same for everybody
+
+    @routes.get("/tokenizer")
+    async def tokenizer() -> Response:
+        """As `Tokenizer.dump` has it."""
+        _ = site.client.limits  # raises until there is a tokenizer
+        if not whole:
+            whole.append(await asyncio.to_thread(lambda: msgspec.json.encode(site.tokenizer.dump())))
+        return Response(whole[0], media_type="application/json")
 
     return routes
 

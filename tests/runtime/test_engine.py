@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import subprocess
+import sys
 import threading
 import time
 
@@ -292,3 +294,42 @@ def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypa
 def test_a_missing_model_is_one_line_that_says_what_to_give(tmp_path):
     with pytest.raises(LoadError, match="folder"):
         Engine(tmp_path / "nowhere")
+
+
+def test_a_process_that_ends_while_the_engine_works_ends_as_it_wants_to(checkpoint):
+    """The engine's thread is not cut down inside a step, which ends in an abort. A few times: it was a race."""
+    code = (
+        "import sys\n"
+        "from branchwise import Engine, SamplingParams\n"
+        "engine = Engine(sys.argv[1], kv_cache_tokens=1024)\n"
+        "for chunk in engine.stream('fork', SamplingParams(max_tokens=400, ignore_eos=True)):\n"
+        "    sys.exit(7)\n"
+    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(checkpoint("llama-gqa"))], capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (7, "")
+
+
+def test_a_forked_process_is_told_that_the_engine_is_not_its_own(checkpoint):
+    code = (
+        "import os, sys\n"
+        "from branchwise import Engine\n"
+        "engine = Engine(sys.argv[1], kv_cache_tokens=1024)\n"
+        "if os.fork() == 0:\n"
+        "    try:\n"
+        "        engine.generate('fork')\n"
+        "    except Exception as error:\n"
+        "        print(type(error).__name__, error, flush=True)\n"
+        "        os._exit(0)\n"
+        "os.wait()\n"
+        "print(len(engine.generate('fork').outputs), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(checkpoint("llama-gqa"))], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    told, answered = done.stdout.splitlines()
+    assert told == "EngineDead the engine belongs to the process that made it: make one in this process"
+    assert answered == "1"

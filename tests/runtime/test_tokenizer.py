@@ -182,6 +182,33 @@ def test_tokens_that_only_the_config_knows_are_added(oracle: Callable[[Path], An
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
+@pytest.mark.parametrize("single", [None, "<s> $A"])
+def test_a_dump_is_the_whole_tokenizer(tmp_path: Path, make: Callable[[], Backend], single: str | None) -> None:
+    backend = make()
+    if single:
+        template_processing(backend, single)
+    entry = {"content": "<a>", "special": True, "lstrip": True, "normalized": False}
+    added = {str(backend.get_vocab_size()): entry}
+    here = Tokenizer.load(save(tmp_path / "model", backend, added_tokens_decoder=added, chat_template=CHATML))
+    there = Tokenizer.of_dump(json.loads(json.dumps(here.dump())))
+    for text in (*TEXTS, "x <a>y"):
+        for encode in (Tokenizer.encode, Tokenizer.encode_first, Tokenizer.encode_more):
+            assert encode(here, text).tolist() == encode(there, text).tolist()
+        ids = here.encode(text)
+        assert here.decode(ids) == there.decode(ids) and here.decode(ids, False) == there.decode(ids, False)
+    assert here.apply_chat_template(CONVERSATION) == there.apply_chat_template(CONVERSATION)
+    for name in ("special_tokens", "special_ids", "vocab_size", "byte_level", "bos_id", "eos_id"):
+        assert getattr(here, name) == getattr(there, name)
+    assert here.opening.tolist() == there.opening.tolist()
+
+
+@pytest.mark.parametrize("dump", [None, {}, {"tokenizer": "{", "special_tokens": {}, "chat_template": None}])
+def test_what_is_no_dump_is_refused(dump: Any) -> None:
+    with pytest.raises(LoadError, match="this is no tokenizer"):
+        Tokenizer.of_dump(dump)
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
 def test_token_bytes_joined_are_the_text(make: Callable[[], Backend]) -> None:
     tokenizer = Tokenizer(make())
     for text in (*TEXTS, "<tool>é東 x"):

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 import branchwise as bw
+from branchwise.frontend.lang.loop import Once
 
 ANSWER = "Mira is the baker of Fernhollow. She lives next to the market square."
 
@@ -163,3 +164,26 @@ async def test_an_async_program_needs_no_threads(echo):
 
     count, threads = (await many.arun(backend=echo(lambda prompt: "ok"))).ret_value
     assert (count, threads) == (200, before)
+
+
+async def test_what_is_made_once_is_made_again_if_its_maker_was_cancelled_or_failed():
+    made = []
+    begun = asyncio.Event()
+
+    async def make():
+        made.append(len(made))
+        begun.set()
+        await asyncio.sleep(60 if len(made) == 1 else 0)
+        if len(made) == 2:
+            raise KeyError("second")
+        return made[-1]
+
+    once = Once(make)
+    first, *others = (asyncio.create_task(once.get()) for _ in range(4))
+    await begun.wait()
+    await asyncio.sleep(0)
+    first.cancel()
+    found = await asyncio.gather(first, *others, return_exceptions=True)
+    assert isinstance(found[0], asyncio.CancelledError)
+    assert [type(one) for one in found[1:]] == [KeyError] * 3
+    assert await asyncio.gather(*(once.get() for _ in range(3))) == [2, 2, 2] and made == [0, 1, 2]

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -259,6 +263,126 @@ def test_appending_never_blocks(echo):
         assert s["c"] == ["ok"] * 3 and s["d"] == "ok"
 
     program.run(backend=echo(slow))
+
+
+# -- nothing waits for ever --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", ["its own state", "a branch"])
+def test_a_program_that_follows_all_of_what_it_writes_is_an_error_not_a_deadlock(echo, which):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        fork = s.fork(1)[0]
+        fork += bw.gen("b")
+        assert "".join(fork.text_iter("b")) == "ok"
+        list((s if which == "its own state" else fork).text_iter())  # follows
+
+    state = program.run(backend=echo(ok), stream=True)
+    with pytest.raises(bw.ProgramError, match="name a variable, or read") as caught:
+        list(state.text_iter())
+    assert caught.value.site == line_of("follows")
+
+
+def test_who_follows_a_program_that_fails_is_told_why(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        fork = s.fork(1)[0]
+        s.set("fork", fork)
+        fork += bw.gen("b")
+        s["zz"]  # was never set
+
+    backend = echo(ok)
+    generate = backend.generate
+
+    async def slow(*args, **options):
+        await asyncio.sleep(0.05)
+        return await generate(*args, **options)
+
+    backend.generate = slow
+    state = program.run(backend=backend, stream=True)
+    for follow in (lambda: list(state.text_iter()), lambda: list(state.text_iter("a")), lambda: state["a"]):
+        with pytest.raises(bw.ProgramError, match="no variable 'zz'") as caught:
+            follow()
+        assert caught.value.site == line_of("was never set")
+    with pytest.raises(bw.ProgramError, match="the program ended before"):
+        state["fork"]["b"]
+
+
+def test_a_variable_that_is_not_written_by_the_model_has_nothing_to_follow(echo):
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a")
+        s["mine"] = 3
+
+    state = program.run(backend=echo(ok), stream=True)
+    with pytest.raises(bw.ProgramError, match="does not write 'mine': read it"):
+        list(state.text_iter("mine"))
+    with pytest.raises(bw.ProgramError, match="stream=True"):
+        list(program.run(backend=echo(ok)).text_iter())
+
+
+def test_states_of_another_run_are_not_joined(echo):
+    @bw.function
+    def other(s):
+        s += "x"
+        return s.fork(1)[0]
+
+    @bw.function
+    def program(s, stranger):
+        s.join([stranger])  # a stranger
+
+    stranger = other.run(backend=echo(ok)).ret_value
+    with pytest.raises(bw.ProgramError, match="another run") as caught:
+        program.run(stranger, backend=echo(ok))
+    assert caught.value.site == line_of("a stranger")
+
+
+def test_a_turn_ends_also_where_an_exception_leaves_it(echo):
+    @bw.function
+    def program(s):
+        with contextlib.suppress(KeyError), s.user():
+            s += "Hi"
+            raise KeyError
+        s += bw.assistant("Hello")
+        return s.messages()
+
+    messages = program.run(backend=echo(ok)).ret_value
+    assert messages == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+
+
+def test_callbacks_of_library_programs_may_call_library_programs(echo):
+    """More of them at once than asyncio's own pool has threads: none waits for the thread of another."""
+
+    @bw.function
+    def program(s):
+        s += "x"
+
+        def propose(fork):
+            bw.best_of(fork, 2, bw.gen("a"), score=lambda branch: len(branch["a"]))
+
+        return len(bw.search(s, propose, lambda fork: 1.0, beam=40, depth=1, branches=40))
+
+    assert program.run(backend=echo(ok)).ret_value == 40
+
+
+def test_a_forked_process_runs_programs_of_its_own():
+    code = (
+        "import os, sys, branchwise as bw\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from conftest import Echo\n"
+        "@bw.function\n"
+        "def program(s):\n"
+        "    s += 'x' + bw.gen('a')\n"
+        "print(program.run(backend=Echo(str))['a'], flush=True)\n"
+        "if os.fork() == 0:\n"
+        "    print(program.run(backend=Echo(str))['a'], flush=True)\n"
+        "    os._exit(0)\n"
+        "os.wait()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "x\nx\n"), done.stderr
 
 
 # -- seeds -------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,8 +14,9 @@ from typing import Any
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.client import ServerError
+from branchwise.frontend.client import ServerClient, ServerError
 from branchwise.frontend.lang.branches import BranchBackend
+from branchwise.frontend.lang.http import Http
 from branchwise.frontend.lang.openai import OpenAIBackend
 from branchwise.frontend.lang.server import ServerBackend
 
@@ -100,7 +103,8 @@ def test_a_server_with_branches_is_sent_a_tenth(server: Any) -> None:
     assert sent[True][1] * 10 <= sent[False][1]
 
 
-def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["expired", "the server was started anew"])
+def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     backend = bw.connect(server.url, KEY, branches=True)
     expected = outcome(everything.run(backend=backend, **OPTIONS))
     asked = BranchBackend._on
@@ -110,11 +114,40 @@ def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.Mo
         if handle.id is not None and (what, handle.id) not in killed:
             killed.append((what, handle.id))
             await self.http.post("/branches/batch", {"ops": [{"op": "delete", "id": handle.id}]})
+            if how != "expired":
+                handle.id = "b" + "A" * 32  # one that this server has never made
         return await asked(self, handle, what, body, **more)
 
     monkeypatch.setattr(BranchBackend, "_on", unlucky)
     assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
     assert {what for what, _ in killed} >= {"generate", "fork", "score"}
+
+
+def test_more_branches_than_one_request_may_make(server: Any) -> None:
+    @bw.function
+    def program(s):
+        s += bw.system("You are a helpful assistant.")
+        forks = s.fork(1500)
+        for i, name in ((0, "Mira"), (1100, "Tobin"), (1499, "Sol")):
+            forks[i] += bw.user(f"Who is {name}?") + bw.assistant(bw.gen("who", max_tokens=4))
+        return [forks[i]["who"].split()[0] for i in (0, 1100, 1499)]
+
+    backend = bw.connect(server.url, KEY, branches=True)
+    assert program.run(backend=backend, temperature=0).ret_value == ["Mira", "Tobin", "Sol"]
+    assert _counts(backend)["branches"] == 0
+
+
+def test_connections_of_a_backend_nobody_has_are_closed(server: Any, caplog: pytest.LogCaptureFixture) -> None:
+    @bw.function
+    def program(s):
+        s += "x" + bw.gen("a", max_tokens=1)
+
+    for _ in range(3):
+        program.run(backend=bw.connect(server.url, KEY))
+    gc.collect()
+    time.sleep(0.1)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_without_room_for_branches_prompts_are_sent_whole(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,10 +186,34 @@ def test_what_a_server_does_not_know_is_an_error_not_dropped(backend: ServerBack
 
 
 def test_nobody_there_and_a_wrong_key(unused_port: int, server: Any) -> None:
-    with pytest.raises(ServerError, match="no server answers"):
+    with pytest.raises(bw.BackendError, match="no server answers"):
         bw.connect(f"http://127.0.0.1:{unused_port}")
-    with pytest.raises(ServerError, match="refused this key"):
+    with pytest.raises(bw.BackendError, match=r"refused this key: give another with api_key= or BRANCHWISE_API_KEY"):
         bw.connect(server.url, "wrong")
+
+
+def test_the_tokenizer_is_the_servers_fetched_once(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client on another machine has nothing of the model's: everything comes over HTTP, also for many at once."""
+    asked = []
+    get = Http.get
+
+    async def counted(self: Any, path: str) -> Any:
+        asked.append(path)
+        return await get(self, path)
+
+    monkeypatch.setattr(Http, "get", counted)
+    monkeypatch.setattr("branchwise.runtime.tokenizer.Tokenizer.load", None)
+    backend = bw.RuntimeEndpoint(f"{server.url}/", KEY)
+    assert everything.run(backend=backend, **OPTIONS)["choice"] in ("yes", "no")
+    assert len(everything.run_batch([{}] * 4, backend=backend, **OPTIONS)) == 4
+    assert asked == ["/tokenizer"]
+    with pytest.raises(ValueError, match="leave them out"):
+        bw.RuntimeEndpoint(server.url, KEY, chat_template_name="llama-2")
+
+
+def test_the_tokenizer_wants_the_key(server: Any) -> None:
+    with pytest.raises(ServerError, match="wants a key"):
+        ServerClient(server.url).get("/tokenizer")
 
 
 def test_server_info(server: Any) -> None:

@@ -15,6 +15,7 @@ from branchwise.frontend.lang.codec import Codec, Run, safe_cut
 from branchwise.frontend.lang.errors import BackendError
 from branchwise.frontend.lang.transcript import Close, Open, Transcript
 from branchwise.runtime.chat_template import ChatTemplate
+from branchwise.runtime.tokenizer import Tokenizer
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -147,8 +148,6 @@ def test_special_text_is_the_programs_own_word(engine):
 
 @pytest.mark.parametrize("text", ["It is the one that", "a line\n", "no cut:", "Zwölf Boxkämpfer jagen Viktor quer"])
 def test_cutting_where_it_is_safe_changes_no_token(tokenizer, checkpoint, text):
-    from branchwise.runtime.tokenizer import Tokenizer
-
     cut = safe_cut(text)
     for codec in (Codec(tokenizer), Codec(Tokenizer.load(checkpoint("llama-gqa")))):
         apart = codec.encode([Run(text[:cut])]) + codec.encode([Run(text[cut:] + " goes on")])
@@ -281,6 +280,17 @@ def test_a_connected_program_needs_no_torch(server):
     done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-800:]
     assert done.stdout.startswith("Mira is the baker") and done.stderr == ""
+
+
+def test_turns_of_a_model_without_a_template_are_an_error(null_engine):
+    null_engine.tokenizer = Tokenizer(null_engine.tokenizer.backend)
+
+    @bw.function
+    def program(s):
+        s += bw.user("Who is Mira?") + bw.assistant(bw.gen("a", max_tokens=1))
+
+    with pytest.raises(bw.ProgramError, match="the engine in this process has no chat template: write the turns as"):
+        program.run(backend=null_engine)
 
 
 def test_turns_are_remembered(tokenizer):
