@@ -80,6 +80,16 @@ def serve(
     max_queued_requests: Annotated[
         int, typer.Option(min=1, metavar="N", help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
     ] = _SERVER.max_queued_requests,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="A request that takes longer is ended with an error (504). Default: none.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.request_timeout,
     max_prompts_per_request: Annotated[
         int, typer.Option(min=1, metavar="N", help="Prompts × n of one request.", rich_help_panel=LIMITS)
     ] = _SERVER.max_prompts_per_request,

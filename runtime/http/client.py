@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import EngineDead, InvalidRequest, Overloaded
+from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from ..messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Limits, Message, Submit
 from ..sampling_params import SamplingParams
 from .metrics import Metrics
@@ -56,11 +56,12 @@ class Call:
         self._waiter: asyncio.Future[None] | None = None
         self._patient = False  # wake the waiter only once everything has finished
         self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def batch(self) -> list[tuple[int, Delta]]:
         """What has arrived since last time, as (index of the engine request, delta); empty once all have finished.
 
-        Raises `InvalidRequest`, `EngineDead` or `ClientGone`.
+        Raises `InvalidRequest`, `EngineDead`, `TimedOut` or `ClientGone`.
         """
         if not self._pending and self._open and self._error is None:
             await self._wait(patient=False)
@@ -75,6 +76,15 @@ class Call:
     @property
     def finished(self) -> bool:
         return not self._open
+
+    def end_within(self, seconds: float) -> None:
+        """After that what has not finished is aborted, whether or not anybody waits, and who waits gets `TimedOut`."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._time_out, seconds)
+
+    def _time_out(self, seconds: float) -> None:
+        if self._open:
+            self.fail(TimedOut(f"the request did not finish within the {seconds:g} s it may take (--request-timeout)"))
+            self.close()
 
     def fail(self, error: Exception) -> None:
         """Whoever waits, now or next, gets ``error``."""
@@ -97,6 +107,8 @@ class Call:
             self._wake()
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._client.abandon(self._open)
         self._open.clear()
 
@@ -137,7 +149,8 @@ class _InFlight:
 class EngineClient:
     """Sends requests to the engine's processes and hands their answers to calls.
 
-    ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block.
+    ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block. ``request_timeout``: seconds a
+    call may take.
     """
 
     def __init__(
@@ -146,11 +159,13 @@ class EngineClient:
         to_scheduler: Callable[[Sequence[Message]], None],
         max_requests: int,
         metrics: Metrics,
+        request_timeout: float | None = None,
     ) -> None:
         self._to_tokenizer = to_tokenizer
         self._to_scheduler = to_scheduler
         self._max_requests = max_requests
         self._metrics = metrics
+        self._request_timeout = request_timeout
         self._next_id = 1
         self._control_ids = itertools.count(1)
         self._in_flight: dict[int, _InFlight] = {}
@@ -227,6 +242,8 @@ class EngineClient:
             )
         call = Call(self, range(self._next_id, self._next_id + count))
         self._next_id += count
+        if self._request_timeout is not None:
+            call.end_within(self._request_timeout)
         return call
 
     def _expect(self, ids: Sequence[int], call: Call, label: str | None) -> None:

@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..errors import EngineDead, InvalidRequest, Overloaded
+from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,7 @@ _TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 _CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "too_many_branches", 503: "overloaded"}
 
@@ -64,6 +65,8 @@ def describe(error: Exception) -> tuple[int, dict[str, object]]:
         return error.status, error_body(error.status, error.message, error.field, code)
     if isinstance(error, Overloaded):
         return 503, error_body(503, str(error))
+    if isinstance(error, TimedOut):
+        return 504, error_body(504, str(error), code="request_timeout")
     if isinstance(error, EngineDead):
         return 500, error_body(500, str(error), code="engine_dead")
     if isinstance(error, HTTPException):
@@ -88,7 +91,16 @@ def install(app: FastAPI) -> None:
     async def handle(_request: Request, error: Exception) -> Response:
         return response_for(error)
 
-    for kind in (ClientGone, ClientDisconnect, InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
+    for kind in (
+        ClientGone,
+        ClientDisconnect,
+        InvalidRequest,
+        Overloaded,
+        TimedOut,
+        EngineDead,
+        HTTPException,
+        Exception,
+    ):
         app.add_exception_handler(kind, handle)
 
 

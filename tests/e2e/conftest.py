@@ -76,6 +76,11 @@ class RunningServer:
     def stats(self) -> dict[str, Any]:
         return self.http.get("/get_server_info").json()["stats"]
 
+    def metrics(self) -> dict[str, float]:
+        """Samples of ``/metrics``, by name and labels, without ``branchwise_``."""
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name.removeprefix("branchwise_"): float(value) for name, value in (one.rsplit(" ", 1) for one in lines)}
+
     def idle(self, seconds: float = 10) -> dict[str, Any]:
         """Waits until nothing is in flight and every page is free or cached; returns the stats."""
         deadline = time.monotonic() + seconds
@@ -162,3 +167,9 @@ def process_alive() -> Callable[[int], bool]:
 def run_server_process() -> type[RunningServer]:
     """The class itself, for fixtures with a scope of their own."""
     return RunningServer
+
+
+@pytest.fixture(scope="session")
+def null_settings() -> Callable[..., ServerConfig]:
+    """`null_config`, for the same."""
+    return null_config

@@ -85,6 +85,15 @@ def test_serve_takes_the_flags_people_know() -> None:
         assert re.search(rf"{flag}\b", help_text), flag
 
 
+def test_every_setting_of_a_server_has_a_flag() -> None:
+    """But those for measuring, and one that may be given more than once."""
+    help_text = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "160"}).output)
+    settings = {*ServerConfig.__struct_fields__, *EngineConfig.__struct_fields__}
+    settings -= {"engine", "null_executor", "null_step_seconds", "model", "extra_api_keys", "overlap"}
+    for flag in (*sorted(name.replace("_", "-") for name in settings), "extra-api-key"):
+        assert re.search(rf"--{flag}\b", help_text), flag
+
+
 def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServerConfig] = []
     monkeypatch.setattr(serve_command, "_run", seen.append)
@@ -133,6 +142,8 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
         "3",
         "--max-queued-requests",
         "9",
+        "--request-timeout",
+        "60",
         "--log-level",
         "debug",
         "--check-when-idle",
@@ -166,6 +177,7 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
             served_model_name="N",
             drain_seconds=3,
             max_queued_requests=9,
+            request_timeout=60,
             log_level="debug",
         )
     ]

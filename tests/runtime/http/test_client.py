@@ -6,11 +6,11 @@ import asyncio
 
 import pytest
 
-from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
+from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from branchwise.runtime.http.client import EngineClient, Prompt
 from branchwise.runtime.http.errors import ClientGone
 from branchwise.runtime.http.metrics import Metrics
-from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Message, Submit
+from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Limits, Message, Submit
 from branchwise.runtime.sampling_params import SamplingParams
 
 TWO = Prompt(SamplingParams(n=2), text="hello")
@@ -82,6 +82,28 @@ def test_the_queue_is_bounded(client: EngineClient) -> None:
         client.open([ONE])  # the client left, the engine still holds them
     client.deliver([end(1, "abort"), end(2, "abort")])
     client.open([TWO])
+
+
+async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits(sent: list[Message]) -> None:
+    client = EngineClient(sent.extend, sent.extend, 8, Metrics(), request_timeout=0.02)
+    client.ready(Limits(400, 512, 1024))
+    with pytest.raises(TimedOut, match=r"within the 0\.02 s"), client.open([TWO]) as call:
+        client.deliver([Delta(1, "a"), end(2)])
+        assert len(await call.batch()) == 2
+        sent.clear()
+        await call.batch()
+    assert sent == [Abort(1)]
+    unread, done = client.open([ONE]), client.open([ONE])
+    client.deliver([end(4)])
+    sent.clear()
+    await asyncio.sleep(0.05)
+    assert sent == [Abort(3)], "nobody waited for it"
+    with pytest.raises(TimedOut):
+        await unread.batch()
+    assert len(await done.batch()) == 1, "what has finished in time is there for who comes late"
+    assert client.in_flight == 2, "the engine has not let go of them yet"
+    client.deliver([end(1, "abort"), end(3, "abort")])
+    assert client.in_flight == 0
 
 
 async def test_death_reaches_everybody(client: EngineClient, sent: list[Message]) -> None:
