@@ -58,6 +58,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key: str | None = None  # for what touches everybody's cache; None: api_key
     served_model_name: str | None = None
     max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
+    max_queued_per_key: int | None = None  # of those, one API key's; past it the answer is 429. None: all of them
     request_timeout: float | None = None  # seconds; None: a client that waits may wait as long as its answer takes
     max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024  # prompts × n

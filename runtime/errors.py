@@ -8,13 +8,17 @@ class BranchwiseError(Exception):
 
 
 class InvalidRequest(BranchwiseError, ValueError):
-    """A request that cannot be served as asked: names the field, the limit, and the HTTP status it becomes."""
+    """A request that cannot be served as asked: names the field, the limit, and the HTTP status it becomes.
 
-    def __init__(self, message: str, *, field: str | None = None, status: int = 400) -> None:
+    ``code``: a word for programs, where the status alone does not say enough.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.status = status
+        self.code = code
 
 
 class Overloaded(BranchwiseError):

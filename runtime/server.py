@@ -161,6 +161,7 @@ class _Server:
             self._config.max_queued_requests,
             metrics,
             self._config.request_timeout,
+            self._config.max_queued_per_key,
         )
         self._site: Site = Site(self._config, self._client, metrics, Namespaces(self._config.api_key), self._name)
 

@@ -80,6 +80,16 @@ def serve(
     max_queued_requests: Annotated[
         int, typer.Option(min=1, metavar="N", help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
     ] = _SERVER.max_queued_requests,
+    max_queued_per_key: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of those, one API key's; beyond this it gets a 429. Default: all of them.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.max_queued_per_key,
     request_timeout: Annotated[
         float | None,
         typer.Option(

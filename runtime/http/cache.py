@@ -28,6 +28,7 @@ DEFAULT_TTL = 300.0  # seconds, of a pin
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 _WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
 _NO_TOKENS = SamplingParams(max_tokens=0)
+_CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
 
 Text = str | Ids
 
@@ -137,7 +138,11 @@ def router(site: Site) -> APIRouter:
 
 
 async def _ask(site: Site, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
-    answer: dict[str, Any] = await site.client.control(what, {"namespace": namespace, **question})
+    try:
+        answer: dict[str, Any] = await site.client.control(what, {"namespace": namespace, **question})
+    except InvalidRequest as error:
+        error.code = _CODES.get(error.status)
+        raise
     return answer
 
 

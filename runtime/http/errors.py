@@ -54,16 +54,14 @@ class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
-        super().__init__(
-            f"the model {asked!r} does not exist; this server serves {served!r}", field="model", status=404
-        )
+        message = f"the model {asked!r} does not exist; this server serves {served!r}"
+        super().__init__(message, field="model", status=404, code="model_not_found")
 
 
 def describe(error: Exception) -> tuple[int, dict[str, object]]:
     """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
     if isinstance(error, InvalidRequest):
-        code = "model_not_found" if isinstance(error, ModelNotFound) else None
-        return error.status, error_body(error.status, error.message, error.field, code)
+        return error.status, error_body(error.status, error.message, error.field, error.code)
     if isinstance(error, Overloaded):
         return 503, error_body(503, str(error))
     if isinstance(error, TimedOut):

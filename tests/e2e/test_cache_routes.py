@@ -104,11 +104,12 @@ def test_a_pin_outlives_pressure_and_ends_by_itself(ask: Any) -> None:
 
 
 def test_pins_are_bounded_and_can_be_ended(ask: Any) -> None:
-    ask("/cache/pin", input_ids=ids(300), status=409)
+    absent = ask("/cache/pin", input_ids=ids(300), status=409)
+    assert absent["error"]["code"] == "not_cached"
     first = ask("/cache/pin", input_ids=ids(300), ttl="5m", warm=True)
     assert (first["tokens"], first["expires_in"]) == (300, 300)
     more = ask("/cache/pin", input_ids=ids(200, 7), ttl=60, warm=True, status=429)
-    assert more["error"]["type"] == "rate_limit_error"
+    assert (more["error"]["type"], more["error"]["code"]) == ("rate_limit_error", "pin_quota")
     assert "384" in more["error"]["message"]  # 2048 tokens × 0.25 × 0.75
     stats = ask("/cache/stats")
     assert stats["pins"] == {"count": 1, "tokens": 304, "max_tokens": 384}

@@ -347,6 +347,33 @@ def test_a_full_queue_is_a_503(clean: Any) -> None:
     assert len(complete(clean, **more)["choices"]) == 200
 
 
+def test_a_key_with_its_share_of_the_queue_is_a_429_and_others_are_served(start_server: Any) -> None:
+    server = start_server(api_key="a", extra_api_keys=("b",), max_queued_per_key=40, null_step_seconds=0.001)
+    with ThreadPoolExecutor(1) as pool:
+        long = {"text": "x", "rid": "many", "sampling_params": {"n": 40, "max_new_tokens": 20_000}}
+        many = pool.submit(server.http.post, "/generate", json=long)
+        while server.http.get("/get_server_info").json()["requests_in_flight"] < 40:
+            time.sleep(0.01)
+        bodies = {
+            "/v1/completions": {"prompt": "x", "max_tokens": 1},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+            "/generate": {"text": "x", "sampling_params": {"max_new_tokens": 1}, "stream": True},
+        }
+        for path, body in bodies.items():
+            refused = server.http.post(path, json=body)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+            assert "limit of 40 (--max-queued-per-key)" in error["message"]
+            assert server.http.post(path, json=body, headers={"Authorization": "Bearer b"}).status_code == 200
+        server.http.post("/abort_request", json={"rid": "many"})
+        assert many.result(20).status_code == 200
+    server.idle()
+    assert all(server.http.post(path, json=body).status_code == 200 for path, body in bodies.items())
+    assert server.stop() == 0
+
+
 # -- clients we did not write ------------------------------------------------------------------------------------------
 
 

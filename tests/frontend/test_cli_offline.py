@@ -144,6 +144,8 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
         "9",
         "--request-timeout",
         "60",
+        "--max-queued-per-key",
+        "4",
         "--log-level",
         "debug",
         "--check-when-idle",
@@ -178,6 +180,7 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
             drain_seconds=3,
             max_queued_requests=9,
             request_timeout=60,
+            max_queued_per_key=4,
             log_level="debug",
         )
     ]

@@ -10,7 +10,17 @@ from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, Ti
 from branchwise.runtime.http.client import EngineClient, Prompt
 from branchwise.runtime.http.errors import ClientGone
 from branchwise.runtime.http.metrics import Metrics
-from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Limits, Message, Submit
+from branchwise.runtime.messages import (
+    Abort,
+    BranchRun,
+    Control,
+    ControlReply,
+    Delta,
+    Finished,
+    Limits,
+    Message,
+    Submit,
+)
 from branchwise.runtime.sampling_params import SamplingParams
 
 TWO = Prompt(SamplingParams(n=2), text="hello")
@@ -82,6 +92,30 @@ def test_the_queue_is_bounded(client: EngineClient) -> None:
         client.open([ONE])  # the client left, the engine still holds them
     client.deliver([end(1, "abort"), end(2, "abort")])
     client.open([TWO])
+
+
+def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
+    client = EngineClient(sent.extend, sent.extend, 8, Metrics(), max_requests_per_key=3)
+    client.ready(Limits(400, 512, 1024))
+
+    def of(owner: str, n: int = 1) -> Prompt:
+        return Prompt(SamplingParams(n=n), text="hello", namespace=(owner, "any salt"))
+
+    client.open([of("a", 2)])
+    with pytest.raises(InvalidRequest, match=r"this key has 2 unfinished .* limit of 3") as refused:
+        client.open([of("a"), of("a")])
+    assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+    run = BranchRun([], "branch", ("a", ""), SamplingParams())
+    client.open_run(run, 1)
+    with pytest.raises(InvalidRequest):
+        client.open_run(run, 1)
+    client.open([of("b", 3)])
+    with pytest.raises(Overloaded):
+        client.open([of("c", 3)])
+    client.deliver([end(id) for id in (1, 2, 4)])
+    client.open([of("a", 2)])
+    with pytest.raises(InvalidRequest):
+        client.open([of("a")])
 
 
 async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits(sent: list[Message]) -> None:
