@@ -169,7 +169,7 @@ def router(site: Site) -> APIRouter:
         if not body.continuations:
             raise InvalidRequest("continuations must not be empty", field="continuations")
         requests = len(body.continuations) * (1 + body.unconditional)
-        check_count(requests, site.config.max_prompts_per_request, "continuations")
+        check_count(requests, site.config.max_samples_per_request, "continuations")
         pieces = [
             _piece(site, continuation, body.parse_special, f"continuations[{i}]")
             for i, continuation in enumerate(body.continuations)

@@ -19,7 +19,7 @@ from .cache_fields import CacheFields, caching, seconds
 from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
-from .prompts import Ids, check_count, check_priority, make_prompt, split_prompts, token_bytes
+from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response, wait
@@ -163,7 +163,7 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
     [field] = given
     if field == "messages":
         chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-        return await rendered(site, chat, definitions(chat.tools, site.config.max_tools)), field
+        return await rendered(site, chat, definitions(chat.tools, site.config)), field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
         raise InvalidRequest(f"{field} must be one prompt", field=field)
@@ -184,7 +184,7 @@ async def _tokens(site: Site, prompt: Text, *, rendered: bool) -> bytes:
 async def _compute(
     site: Site, request: Request, prompts: list[Text], field: str, where: Mapping[str, Any]
 ) -> list[Output]:
-    check_count(len(prompts), site.config.max_prompts_per_request, field)
+    check_prompts(len(prompts), 1, site.config, field)
     limits = site.client.limits
     called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
     call = site.client.open(

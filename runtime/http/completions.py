@@ -17,7 +17,7 @@ from ..sampling_params import SamplingParams
 from .body import read_json_object
 from .cache_fields import caching
 from .legacy_logprobs import LegacyLogprobs
-from .prompts import Ids, check_count, check_priority, make_prompt, prepare_params, split_prompts
+from .prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
 from .shortcut import Handler
 from .site import Site
@@ -50,7 +50,7 @@ class _Answer:
         limits = site.client.limits
         raw, _ = split_prompts(body.prompt, "prompt")
         params = prepare_params(completion_sampling(body), limits, COMPLETION_NAMES, site.config)
-        check_count(len(raw) * params.n, site.config.max_prompts_per_request, "prompt")
+        check_prompts(len(raw), params.n, site.config, "prompt")
         where = caching(site, body)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")

@@ -55,7 +55,7 @@ def router(site: Site) -> APIRouter:
             text, special = body.prompt, asked is not False
         else:
             chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-            text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
+            text = await rendered(site, chat, definitions(chat.tools, site.config))
             special = bool(asked)
         encode = site.tokenizer.encode
         ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)

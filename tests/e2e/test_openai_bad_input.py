@@ -113,7 +113,7 @@ FIELDS: list[tuple[str, list[Any]]] = [
     ("use_beam_search", [True]),
     ("cache_salt", [7, "x" * 5000, ["a"]]),
     ("priority", [2**31, -(2**31), "high", 1.5]),
-    ("metadata", [deep(100)]),
+    ("metadata", [deep(100), deep(63)]),
 ]
 TOKENIZE: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {}),
@@ -199,7 +199,7 @@ def test_nesting_is_bounded_on_every_route(server: Any) -> None:
         (PATH, {"messages": [USER], "metadata": deep(70)}),
     ):
         assert "nested at most 64 deep" in refused(server, path, "metadata", body)
-        body["metadata"] = deep(40)
+        body["metadata"] = deep(62)  # 63 lists, in the body
         assert server.http.post(path, json=body).status_code == 200
 
 
@@ -237,26 +237,55 @@ def test_flags_lower_the_bounds(start_server: Any) -> None:
         max_top_logprobs=2,
         max_messages=3,
         max_tools=1,
-        max_json_depth=8,
+        max_json_depth=12,
         max_header_bytes=4096,
+        max_body_bytes=100_000,
         max_prompts_per_request=2,
+        max_samples_per_request=3,
+        max_stop_length=5,
+        max_schema_bytes=200,
+        max_schema_depth=4,
     )
     tools = [tool(name="f"), tool(name="g")]
+    nested = {"type": "object", "properties": {"a": {"type": "object", "properties": {"b": {"type": "null"}}}}}
+    flat = {"type": "object", "properties": {f"field{i}": {"type": "null"} for i in range(20)}}
     for field, value, most in (
         ("n", 3, "2"),
         ("stop", ["a", "b"], "1"),
         ("logit_bias", {"1": 1, "2": 1}, "1"),
         ("messages", [USER] * 4, "3"),
         ("tools", tools, "1"),
-        ("metadata", deep(9), "8"),
+        ("metadata", deep(11), "12 deep"),  # the body is a level too
+        ("stop", "abcdef", "5"),
+        ("regex", "a" * 201, "200"),
+        ("guided_choice", ["a" * 100] * 2, "200"),
+        ("guided_json", flat, "200"),
+        ("guided_json", nested, "4 deep"),
+        ("json_schema", json.dumps(nested), "4 deep"),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": nested}}, "4 deep"),
+        ("tools", [tool(parameters=flat)], "200"),
+        ("tools", [tool(parameters=nested)], "4"),
     ):
         assert most in refused(server, PATH, field, {"messages": [USER], field: value})
     assert "2" in refused(server, PATH, "top_logprobs", {"messages": [USER], "logprobs": True, "top_logprobs": 3})
     assert "2" in refused(server, "/v1/completions", "n", {"prompt": "x", "n": 3})
     assert "2" in refused(server, "/v1/completions", "prompt", {"prompt": ["x", "y", "z"]})
     assert "2" in refused(server, "/v1/completions", "logprobs", {"prompt": "x", "logprobs": 3})
-    sampling = {"text": "x", "sampling_params": {"n": 3}}
-    assert "2" in refused(server, "/generate", "sampling_params", sampling)
+    assert "3 samples" in refused(server, "/v1/completions", "prompt", {"prompt": ["x", "y"], "n": 2})
+    for sampling, most in (({"n": 3}, "2"), ({"stop": "abcdef"}, "5"), ({"json_schema": nested}, "4 deep")):
+        assert most in refused(server, "/generate", "sampling_params", {"text": "x", "sampling_params": sampling})
+    assert "2 prompts" in refused(server, "/generate", "text", {"text": ["x", "y", "z"]})
+    assert "2 prompts" in refused(server, "/cache/warm", "prompts", {"prompts": ["x", "y", "z"]})
+    assert "1" in refused(server, "/tokenize", "tools", {"messages": [USER], "tools": tools})
+    branch = server.http.post("/branches", json={"text": "x"}).json()["id"]
+    run = {"sampling_params": {"n": 3}}
+    assert "2" in refused(server, f"/branches/{branch}/generate", "sampling_params", run)
+    assert "3 samples" in refused(server, f"/branches/{branch}/score", "continuations", {"continuations": ["x"] * 4})
+    server.http.delete(f"/branches/{branch}").raise_for_status()
+    large = server.http.post(PATH, json={"messages": [{**USER, "content": "x" * 200_000}]})
+    assert (large.status_code, "100000 bytes" in large.text) == (413, True)
+    at_most = {"n": 2, "stop": "abcde", "logit_bias": {"1": 1}, "metadata": deep(10)}
+    assert server.http.post(PATH, json={"messages": [USER] * 3, "max_tokens": 1, **at_most}).status_code == 200
     with socket.create_connection((server.info["host"], server.info["port"]), timeout=5) as raw:
         with contextlib.suppress(ConnectionError):  # it may close before it has read everything
             raw.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 3_000_000)

@@ -259,6 +259,12 @@ def test_help_fits_80_columns(command: str) -> None:
             assert re.search(rf"{flag}\s", shown), flag
 
 
+@pytest.mark.parametrize("arguments", [["--max-n", "129"], ["--max-schema-bytes", "0"], ["--request-timeout", "0"]])
+def test_a_bound_beyond_what_there_is_is_refused(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "160"})
+    assert done.exit_code == 2 and f"Invalid value for '{arguments[0]}'" in plain(done.output)
+
+
 def test_a_choice_that_does_not_exist_is_refused() -> None:
     done = branchwise("serve", "--schedule-policy", "random")
     assert done.returncode == 2 and "hrrn" in done.stderr and "Traceback" not in done.stderr
