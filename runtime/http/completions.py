@@ -89,12 +89,13 @@ class _Answer:
     def events(self, batch: Batch) -> Iterable[bytes]:
         for index, delta in batch:
             self._choices[index].feed(delta)
+        running = self._usage() if self._running_usage else None  # once: it looks at every choice
         for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
             piece = self._choices[index].piece(index)
             if piece is not None:
                 chunk: dict[str, Any] = {**self._head, "choices": [piece]}
                 if self._include_usage:
-                    chunk["usage"] = self._usage() if self._running_usage else None
+                    chunk["usage"] = running
                 yield event(chunk)
 
     def end(self) -> Iterable[bytes]:
@@ -134,6 +135,7 @@ class _Choice:
         self._said = len(output.text)
         tokens: list[int] = []
         rows: list[TokenLogprob | None] = []
+        echoed = self._echo or ""
         if self._echo is not None:
             text = self._echo + text
             self._echo = None
@@ -147,7 +149,7 @@ class _Choice:
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows),
+            "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows, echoed),
             "finish_reason": output.finish_reason,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,10 +59,13 @@ class RunningServer:
             self.process.wait()
             self.info: dict[str, Any] = {}
             return
-        self.info = json.loads(line)
-        self.url: str = self.info["url"]
-        self.pids: dict[str, int] = self.info["pids"]
-        headers = {} if config.api_key is None else {"Authorization": f"Bearer {config.api_key}"}
+        self._reach(json.loads(line), config.api_key)
+
+    def _reach(self, info: dict[str, Any], api_key: str | None) -> None:
+        self.info = info
+        self.url: str = info["url"]
+        self.pids: dict[str, int] = info["pids"]
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     @property
@@ -101,6 +105,16 @@ class RunningServer:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+class BorrowedServer(RunningServer):
+    """The server of the pytest that runs this one: see `test_openai_majors`."""
+
+    def __init__(self, info: str) -> None:
+        self._reach(json.loads(info), None)
+
+    def close(self) -> None:
+        self.http.close()
 
 
 StartServer = Callable[..., RunningServer]
@@ -156,6 +170,33 @@ def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         assert not running.run_dirs
     finally:
         running.close()
+
+
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server with the model that ships with the package, for tests that leave nothing running."""
+    borrowed = os.environ.get("BRANCHWISE_TEST_SERVER")
+    if borrowed is not None:
+        with contextlib.closing(BorrowedServer(borrowed)) as server:
+            yield server
+        return
+    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
+    server = RunningServer(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
+    try:
+        yield server
+        server.idle()
+        assert server.stop() == 0
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def client(shipped: RunningServer) -> Iterator[Any]:
+    """The ``openai`` package at that server; of whichever major this pytest finds."""
+    import openai
+
+    with openai.OpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 @pytest.fixture(scope="session")
