@@ -192,9 +192,11 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
 
 @pytest.fixture(scope="session")
 def client(shipped: RunningServer) -> Iterator[Any]:
-    """The ``openai`` package at that server; of whichever major this pytest finds."""
+    """The ``openai`` package at that server; of the major this pytest was started with."""
     import openai
 
+    wanted = os.environ.get("BRANCHWISE_TEST_OPENAI", "")
+    assert openai.__version__.startswith(wanted), f"openai {openai.__version__} was found, not {wanted}"
     with openai.OpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
         yield client
 

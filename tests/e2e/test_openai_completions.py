@@ -197,6 +197,15 @@ def test_what_is_not_done_is_refused_by_name(client: openai.OpenAI, field: str, 
     assert field in refused.value.message
 
 
+def test_models(shipped: Any, client: openai.OpenAI) -> None:
+    [model] = client.models.list().data
+    assert (model.id, model.object, model.owned_by) == ("branchwise", "model", "branchwise")
+    assert client.models.retrieve(model.id) == model
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("nobody/knows")
+    assert missing.value.code == "model_not_found"
+
+
 async def test_the_async_client_streams_and_waits(shipped: Any) -> None:
     async with openai.AsyncOpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
         asked: Any = {"model": "branchwise", "prompt": TEXTS, "max_tokens": 5, "temperature": 0, "logprobs": 1}
