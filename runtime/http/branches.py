@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ..branches.pieces import chat_piece
+from ..branches.registry import MAX_FORK
 from ..branches.scores import Score, ScoreCollector
 from ..errors import BranchwiseError, InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece
@@ -256,7 +257,10 @@ async def _create(site: Site, raw: Mapping[str, Any], within: str = "") -> Any:
 
 
 async def _fork(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
-    return await site.client.operate(_about(site, id, "fork", n=parse(ForkRequest, raw, within).n))
+    n = parse(ForkRequest, raw, within).n
+    if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
+        raise InvalidRequest(f"{within}n must be between 1 and {MAX_FORK}, got {n}", field=f"{within}n")
+    return await site.client.operate(_about(site, id, "fork", n=n))
 
 
 async def _extend(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
@@ -272,6 +276,8 @@ def _given(site: Site, body: _Text, parse_special: bool, within: str) -> Piece |
         raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
     if body.text is not None:
         return _piece(site, body.text, parse_special, f"{within}text")
+    if isinstance(body.input_ids, str):
+        raise InvalidRequest(f"{within}input_ids must hold token ids, got str", field=f"{within}input_ids")
     return None if body.input_ids is None else _piece(site, body.input_ids, False, f"{within}input_ids")
 
 

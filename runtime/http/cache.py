@@ -72,8 +72,8 @@ def router(site: Site) -> APIRouter:
         """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, _ = await _prompt(site, body, raw)
-        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        prompt, field = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, field, rendered=raw.get("messages") is not None)
         facts = await _ask(site, "cache_explain", _namespace(site, body), tokens=tokens)
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
@@ -92,7 +92,7 @@ def router(site: Site) -> APIRouter:
         ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
         prompt, field = await _prompt(site, body, raw)
         is_chat = raw.get("messages") is not None
-        tokens = await _tokens(site, prompt, rendered=is_chat)
+        tokens = await _tokens(site, prompt, field, rendered=is_chat)
         namespace = _namespace(site, body)
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
@@ -108,6 +108,8 @@ def router(site: Site) -> APIRouter:
     @routes.post("/cache/unpin", openapi_extra=_body(UnpinRequest))
     async def unpin(request: Request) -> Response:
         body = parse(UnpinRequest, await read_json_object(request))
+        if not body.id:
+            raise InvalidRequest("id must not be empty", field="id")
         return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
 
     @routes.post("/cache/evict", openapi_extra=_body(PromptRequest))
@@ -117,8 +119,8 @@ def router(site: Site) -> APIRouter:
         require_admin()
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, _ = await _prompt(site, body, raw)
-        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        prompt, field = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, field, rendered=raw.get("messages") is not None)
         return json_response(await _ask(site, "cache_evict", _namespace(site, body), tokens=tokens))
 
     @routes.post("/cache/warm", openapi_extra=_body(WarmRequest))
@@ -149,7 +151,8 @@ async def _ask(site: Site, what: ControlWhat, namespace: tuple[str, str], **ques
 def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
     where = caching(site, body, extra_key=body.extra_key)
     if where.get("private") or where["breakpoints"]:
-        raise InvalidRequest("this route takes no mode, no ttl and no breakpoints here", field="prompt_cache_options")
+        field = "prompt_cache_breakpoint" if body.prompt_cache_breakpoint else "prompt_cache_options"
+        raise InvalidRequest(f"{field}: this route takes no mode, no ttl and no breakpoints here", field=field)
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -172,10 +175,10 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
     return prompts[0], field
 
 
-async def _tokens(site: Site, prompt: Text, *, rendered: bool) -> bytes:
+async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> bytes:
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
-        return token_bytes(prompt, site.client.limits.vocab_size, "input_ids")
+        return token_bytes(prompt, site.client.limits.vocab_size, field)
     encode, special = site.tokenizer.encode, not rendered
     ids = encode(prompt, special) if len(prompt) <= INLINE else await asyncio.to_thread(encode, prompt, special)
     return ids.astype("<i4", copy=False).tobytes()

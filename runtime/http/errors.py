@@ -16,6 +16,7 @@ from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+MAX_MESSAGE = 480  # characters
 
 _TYPES = {
     401: "authentication_error",
@@ -32,6 +33,8 @@ _CODES = {401: "invalid_api_key", 409: "branch_busy", 410: "branch_gone", 429: "
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, object]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    if len(message) > MAX_MESSAGE:  # what was sent is quoted in it
+        message = message[: MAX_MESSAGE - 1] + "…"
     return {"error": {"message": message, "type": kind, "param": param, "code": code or _CODES.get(status)}}
 
 

@@ -97,6 +97,22 @@ class RunningServer:
             assert time.monotonic() < deadline, f"still busy: {info['requests_in_flight']} in flight, {stats}"
             time.sleep(0.05)
 
+    def refused(self, path: str, field: str | None, **request: Any) -> str:
+        """POSTs what must be refused, checks that the answer has the right shape and names ``field``; its message."""
+        answer = self.http.post(path, **request)
+        sent = str(request)[:300]
+        assert 400 <= answer.status_code < 500, f"{sent} -> {answer.status_code} {answer.text[:500]}"
+        assert answer.headers["content-type"] == "application/json"
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        if field is not None:
+            said = f"{sent} -> {error}"
+            assert (error["param"] or "").split("[")[0].split(".")[0] == field.split(".")[0], said
+            assert field.split(".")[-1] in error["message"], said
+        message: str = error["message"]
+        assert len(message) < 500
+        return message
+
     def close(self) -> None:
         if self.info:
             self.http.close()
