@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
+OPENAI_2 := .ci/openai-2.txt
 PACKAGES := radix kernels runtime frontend
 # torch's threads must not spin where tests and servers share two cores (runtime/torch_environment.py says how much it costs)
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -65,9 +66,12 @@ $(VENV)/.installed: pyproject.toml $(PINS) $(VENV)/.torch
 	@$(PIP) install -q -c $(PINS) -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+# openai's two majors cannot be installed together: the older one goes into a folder that only its tests look into.
+$(VENV)/.installed-test: $(VENV)/.installed $(OPENAI_2)
 	@echo "installing the test extras"
 	@$(PIP) install -q -c $(PINS) -e '.[test]'
+	@rm -rf $(VENV)/openai-2
+	@$(PIP) install -q --no-deps --target $(VENV)/openai-2 -r $(OPENAI_2)
 	@touch $@
 
 $(VENV)/.installed-gpu: $(VENV)/.installed-test

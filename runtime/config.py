@@ -7,7 +7,8 @@ from typing import Literal, get_args, get_type_hints
 import msgspec
 
 from .errors import LoadError
-from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOPS
+from .grammar.constraint import MAX_BYTES
+from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOPS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
@@ -59,14 +60,20 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     admin_api_key: str | None = None  # for what touches everybody's cache; None: api_key
     served_model_name: str | None = None
     max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
+    max_queued_per_key: int | None = None  # of those, one API key's; past it the answer is 429. None: all of them
+    request_timeout: float | None = None  # seconds; None: a client that waits may wait as long as its answer takes
     max_body_bytes: int = 16 * 1024 * 1024
-    max_prompts_per_request: int = 1024  # prompts × n
+    max_prompts_per_request: int = 1024
+    max_samples_per_request: int = 1024  # prompts × n
     max_n: int = MAX_N
     max_stop_strings: int = MAX_STOPS
+    max_stop_length: int = MAX_STOP_LENGTH  # characters of one
     max_logit_bias: int = MAX_LOGIT_BIAS  # entries
     max_top_logprobs: int = MAX_LOGPROBS
     max_messages: int = 4096  # of one conversation
     max_tools: int = 128
+    max_schema_bytes: int = MAX_BYTES  # of a JSON schema, a pattern or a grammar
+    max_schema_depth: int = 64  # objects and lists inside one another
     max_json_depth: int = 64  # objects and lists inside one another
     max_header_bytes: int = 64 * 1024  # request line and headers
     tool_call_parser: str = "auto"  # how the model writes calls: a name of `runtime.tools`, auto or none

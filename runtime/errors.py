@@ -25,6 +25,10 @@ class Overloaded(BranchwiseError):
     """The waiting queue is full; HTTP answers 503 with ``Retry-After``."""
 
 
+class TimedOut(BranchwiseError):
+    """The request took longer than the server lets one take; HTTP answers 504."""
+
+
 class LoadError(BranchwiseError):
     """A model or a setting that cannot be loaded: one line that says what and what to do. The CLI exits 2."""
 

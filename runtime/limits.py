@@ -32,7 +32,7 @@ def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
 def deeper_than(value: Any, most: int) -> bool:
     """Whether objects and lists stand more than ``most`` deep in one another. Needs no stack of Python's."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         level = [
             inner
             for outer in level

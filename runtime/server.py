@@ -156,7 +156,12 @@ class _Server:
 
         metrics = Metrics()
         self._client = EngineClient(
-            self._to_tokenizer.send, self._to_scheduler.send, self._config.max_queued_requests, metrics
+            self._to_tokenizer.send,
+            self._to_scheduler.send,
+            self._config.max_queued_requests,
+            metrics,
+            self._config.request_timeout,
+            self._config.max_queued_per_key,
         )
         self._site: Site = Site(self._config, self._client, metrics, Namespaces(self._config.api_key), self._name)
 

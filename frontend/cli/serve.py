@@ -79,22 +79,65 @@ def serve(
     max_queued_requests: Annotated[
         int, typer.Option(min=1, metavar="N", help="Unfinished requests beyond this get a 503.", rich_help_panel=SERVER)
     ] = _SERVER.max_queued_requests,
+    max_queued_per_key: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Of those, one API key's; beyond this it gets a 429. Default: all of them.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.max_queued_per_key,
+    request_timeout: Annotated[
+        float | None,
+        typer.Option(
+            min=0.1,
+            metavar="SECONDS",
+            help="A request that takes longer is ended with an error (504). Default: none.",
+            rich_help_panel=SERVER,
+            show_default=False,
+        ),
+    ] = _SERVER.request_timeout,
     max_prompts_per_request: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Prompts × n of one request.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, metavar="N", help="Prompts of one request.", rich_help_panel=LIMITS)
     ] = _SERVER.max_prompts_per_request,
+    max_samples_per_request: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Prompts × n of one request.", rich_help_panel=LIMITS)
+    ] = _SERVER.max_samples_per_request,
     max_n: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Samples of one prompt; at most 128.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, max=_SERVER.max_n, metavar="N", help="Samples of one prompt.", rich_help_panel=LIMITS)
     ] = _SERVER.max_n,
     max_stop_strings: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Stop strings of one request; at most 64.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1,
+            max=_SERVER.max_stop_strings,
+            metavar="N",
+            help="Stop strings of one request.",
+            rich_help_panel=LIMITS,
+        ),
     ] = _SERVER.max_stop_strings,
+    max_stop_length: Annotated[
+        int,
+        typer.Option(
+            min=1, max=_SERVER.max_stop_length, metavar="N", help="Characters of a stop string.", rich_help_panel=LIMITS
+        ),
+    ] = _SERVER.max_stop_length,
     max_logit_bias: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Entries of logit_bias; at most 1024.", rich_help_panel=LIMITS)
+        int,
+        typer.Option(
+            min=1, max=_SERVER.max_logit_bias, metavar="N", help="Entries of logit_bias.", rich_help_panel=LIMITS
+        ),
     ] = _SERVER.max_logit_bias,
     max_top_logprobs: Annotated[
         int,
         typer.Option(
-            min=1, metavar="N", help="Alternatives beside a token's logprob; at most 20.", rich_help_panel=LIMITS
+            min=1,
+            max=_SERVER.max_top_logprobs,
+            metavar="N",
+            help="Alternatives beside a token's logprob.",
+            rich_help_panel=LIMITS,
         ),
     ] = _SERVER.max_top_logprobs,
     max_messages: Annotated[
@@ -103,6 +146,26 @@ def serve(
     max_tools: Annotated[
         int, typer.Option(min=1, metavar="N", help="Tools of one request.", rich_help_panel=LIMITS)
     ] = _SERVER.max_tools,
+    max_schema_bytes: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_SERVER.max_schema_bytes,
+            metavar="N",
+            help="Bytes of a JSON schema, a pattern or a grammar. A tool's parameters: 65536 at most.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = _SERVER.max_schema_bytes,
+    max_schema_depth: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=_SERVER.max_schema_depth,
+            metavar="N",
+            help="Levels of a schema's objects and lists.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = _SERVER.max_schema_depth,
     max_json_depth: Annotated[
         int,
         typer.Option(min=1, metavar="N", help="Levels of a body's objects and lists.", rich_help_panel=LIMITS),

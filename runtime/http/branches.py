@@ -12,6 +12,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ..branches.pieces import check_no_special, rendered_piece
+from ..branches.registry import MAX_FORK
 from ..branches.scores import Score, ScoreCollector
 from ..errors import BranchwiseError, InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece
@@ -198,7 +199,7 @@ def router(site: Site) -> APIRouter:
         if not body.continuations:
             raise InvalidRequest("continuations must not be empty", field="continuations")
         requests = len(body.continuations) * (1 + body.unconditional)
-        check_count(requests, site.config.max_prompts_per_request, "continuations")
+        check_count(requests, site.config.max_samples_per_request, "continuations")
         pieces = [
             _piece(site, continuation, body.parse_special, f"continuations[{i}]")
             for i, continuation in enumerate(body.continuations)
@@ -288,14 +289,17 @@ async def _conversation(site: Site, raw: Mapping[str, Any], within: str, parse_s
     """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
     site.client.limits  # noqa: B018 - raises until there is a tokenizer
     chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
-    text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
+    text = await rendered(site, chat, definitions(chat.tools, site.config))
     if not parse_special:
         check_no_special(site.tokenizer, chat.messages)
     return rendered_piece(text)
 
 
 async def _fork(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
-    return await site.client.operate(_about(site, id, "fork", n=parse(ForkRequest, raw, within, _UNSUPPORTED).n))
+    n = parse(ForkRequest, raw, within, _UNSUPPORTED).n
+    if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
+        raise InvalidRequest(f"{within}n must be between 1 and {MAX_FORK}, got {n}", field=f"{within}n")
+    return await site.client.operate(_about(site, id, "fork", n=n))
 
 
 async def _extend(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
@@ -311,6 +315,8 @@ def _given(site: Site, body: ExtendRequest, parse_special: bool, within: str) ->
         raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
     if body.text is not None:
         return _piece(site, body.text, parse_special, f"{within}text")
+    if isinstance(body.input_ids, str):
+        raise InvalidRequest(f"{within}input_ids must hold token ids, got str", field=f"{within}input_ids")
     return None if body.input_ids is None else _piece(site, body.input_ids, False, f"{within}input_ids")
 
 

@@ -20,7 +20,7 @@ from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
 from .openapi import takes
-from .prompts import Ids, check_count, check_priority, make_prompt, split_prompts, token_bytes
+from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response, wait
@@ -74,8 +74,8 @@ def router(site: Site) -> APIRouter:
         """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, _ = await _prompt(site, body, raw)
-        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        prompt, field = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, field, rendered=raw.get("messages") is not None)
         facts = await _ask(site, "cache_explain", _namespace(site, body), tokens=tokens)
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
@@ -94,7 +94,7 @@ def router(site: Site) -> APIRouter:
         ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
         prompt, field = await _prompt(site, body, raw)
         is_chat = raw.get("messages") is not None
-        tokens = await _tokens(site, prompt, rendered=is_chat)
+        tokens = await _tokens(site, prompt, field, rendered=is_chat)
         namespace = _namespace(site, body)
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
@@ -111,6 +111,8 @@ def router(site: Site) -> APIRouter:
     async def unpin(request: Request) -> Response:
         """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
+        if not body.id:
+            raise InvalidRequest("id must not be empty", field="id")
         return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
 
     @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
@@ -120,8 +122,8 @@ def router(site: Site) -> APIRouter:
         require_admin()
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, _ = await _prompt(site, body, raw)
-        tokens = await _tokens(site, prompt, rendered=raw.get("messages") is not None)
+        prompt, field = await _prompt(site, body, raw)
+        tokens = await _tokens(site, prompt, field, rendered=raw.get("messages") is not None)
         return json_response(await _ask(site, "cache_evict", _namespace(site, body), tokens=tokens))
 
     @routes.post("/cache/warm", openapi_extra=takes(WarmRequest))
@@ -167,7 +169,7 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
     [field] = given
     if field == "messages":
         chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-        return await rendered(site, chat, definitions(chat.tools, site.config.max_tools)), field
+        return await rendered(site, chat, definitions(chat.tools, site.config)), field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
         raise InvalidRequest(f"{field} must be one prompt", field=field)
@@ -176,10 +178,10 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
     return prompts[0], field
 
 
-async def _tokens(site: Site, prompt: Text, *, rendered: bool) -> bytes:
+async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> bytes:
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
-        return token_bytes(prompt, site.client.limits.vocab_size, "input_ids")
+        return token_bytes(prompt, site.client.limits.vocab_size, field)
     encode, special = site.tokenizer.encode, not rendered
     ids = encode(prompt, special) if len(prompt) <= INLINE else await asyncio.to_thread(encode, prompt, special)
     return ids.astype("<i4", copy=False).tobytes()
@@ -188,7 +190,7 @@ async def _tokens(site: Site, prompt: Text, *, rendered: bool) -> bytes:
 async def _compute(
     site: Site, request: Request, prompts: list[Text], field: str, where: Mapping[str, Any]
 ) -> list[Output]:
-    check_count(len(prompts), site.config.max_prompts_per_request, field)
+    check_prompts(len(prompts), 1, site.config, field)
     limits = site.client.limits
     called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
     call = site.client.open(

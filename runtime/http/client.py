@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
-from ..errors import EngineDead, InvalidRequest, Overloaded
+from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from ..messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Limits, Message, Submit
 from ..sampling_params import SamplingParams
 from .metrics import Metrics
@@ -56,11 +57,12 @@ class Call:
         self._waiter: asyncio.Future[None] | None = None
         self._patient = False  # wake the waiter only once everything has finished
         self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     async def batch(self) -> list[tuple[int, Delta]]:
         """What has arrived since last time, as (index of the engine request, delta); empty once all have finished.
 
-        Raises `InvalidRequest`, `EngineDead` or `ClientGone`.
+        Raises `InvalidRequest`, `EngineDead`, `TimedOut` or `ClientGone`.
         """
         if not self._pending and self._open and self._error is None:
             await self._wait(patient=False)
@@ -75,6 +77,15 @@ class Call:
     @property
     def finished(self) -> bool:
         return not self._open
+
+    def end_within(self, seconds: float) -> None:
+        """After that what has not finished is aborted, whether or not anybody waits, and who waits gets `TimedOut`."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._time_out, seconds)
+
+    def _time_out(self, seconds: float) -> None:
+        if self._open:
+            self.fail(TimedOut(f"the request did not finish within the {seconds:g} s it may take (--request-timeout)"))
+            self.close()
 
     def fail(self, error: Exception) -> None:
         """Whoever waits, now or next, gets ``error``."""
@@ -97,6 +108,8 @@ class Call:
             self._wake()
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._client.abandon(self._open)
         self._open.clear()
 
@@ -130,6 +143,7 @@ class _InFlight:
     """One engine request. ``call`` is None once the client has left."""
 
     call: Call | None
+    owner: str  # of its namespace: whose API key it came with
     arrived: float  # monotonic seconds
     last: float = 0.0  # when its latest token came; 0: none yet
 
@@ -137,7 +151,8 @@ class _InFlight:
 class EngineClient:
     """Sends requests to the engine's processes and hands their answers to calls.
 
-    ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block.
+    ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block. ``request_timeout``: seconds a
+    call may take. ``max_requests_per_key``: how many of ``max_requests`` one API key may hold.
     """
 
     def __init__(
@@ -146,14 +161,19 @@ class EngineClient:
         to_scheduler: Callable[[Sequence[Message]], None],
         max_requests: int,
         metrics: Metrics,
+        request_timeout: float | None = None,
+        max_requests_per_key: int | None = None,
     ) -> None:
         self._to_tokenizer = to_tokenizer
         self._to_scheduler = to_scheduler
         self._max_requests = max_requests
         self._metrics = metrics
+        self._request_timeout = request_timeout
+        self._max_requests_per_key = max_requests_per_key
         self._next_id = 1
         self._control_ids = itertools.count(1)
         self._in_flight: dict[int, _InFlight] = {}
+        self._held: Counter[str] = Counter()  # of those in flight, by owner
         self._labels: dict[str, set[int]] = {}
         self._label_of: dict[int, str] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
@@ -181,15 +201,17 @@ class EngineClient:
     def open(self, prompts: Sequence[Prompt], labels: Sequence[str | None] = ()) -> Call:
         """Submits every prompt. ``labels[i]`` is the name by which a client may abort prompt i (not unique, not an id).
 
-        Raises `Overloaded` when the queue is full or the server is not serving, `EngineDead` after the engine died.
+        All are of one owner. Raises `Overloaded` when the queue is full or the server is not serving, `InvalidRequest`
+        (429) when the owner has its share of it, `EngineDead` after the engine died.
         """
-        call = self._new_call(sum(prompt.params.n for prompt in prompts))
+        owner = prompts[0].namespace[0]
+        call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
         messages: list[Message] = []
         start = call.ids.start
         for i, prompt in enumerate(prompts):
             ids = list(range(start, start + prompt.params.n))
             start += prompt.params.n
-            self._expect(ids, call, labels[i] if i < len(labels) else None)
+            self._expect(ids, call, owner, labels[i] if i < len(labels) else None)
             messages.append(
                 Submit(
                     ids,
@@ -211,13 +233,14 @@ class EngineClient:
 
     def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
         """Submits a run on a branch, whose ``ids`` are given here: one for each engine request. Raises as `open`."""
-        call = self._new_call(requests)
+        owner = run.namespace[0]
+        call = self._new_call(requests, owner)
         run.ids = list(call.ids)
-        self._expect(run.ids, call, label)
+        self._expect(run.ids, call, owner, label)
         self._to_tokenizer([run])
         return call
 
-    def _new_call(self, count: int) -> Call:
+    def _new_call(self, count: int, owner: str) -> Call:
         if self.state != "ready":
             raise self._unavailable()
         if len(self._in_flight) + count > self._max_requests:
@@ -225,14 +248,25 @@ class EngineClient:
                 f"{len(self._in_flight)} requests are queued and {count} more would pass the limit of "
                 f"{self._max_requests}; try again later"
             )
+        most = self._max_requests_per_key
+        if most is not None and self._held[owner] + count > most:
+            raise InvalidRequest(
+                f"this key has {self._held[owner]} unfinished requests and {count} more would pass its limit of {most} "
+                "(--max-queued-per-key); try again later",
+                status=429,
+                code="rate_limit_exceeded",
+            )
         call = Call(self, range(self._next_id, self._next_id + count))
         self._next_id += count
+        if self._request_timeout is not None:
+            call.end_within(self._request_timeout)
         return call
 
-    def _expect(self, ids: Sequence[int], call: Call, label: str | None) -> None:
+    def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
         now = time.monotonic()
+        self._held[owner] += len(ids)
         for id in ids:
-            self._in_flight[id] = _InFlight(call, now)
+            self._in_flight[id] = _InFlight(call, owner, now)
             if label is not None:
                 self._labels.setdefault(label, set()).add(id)
                 self._label_of[id] = label
@@ -273,10 +307,16 @@ class EngineClient:
                 request.last = now
             if delta.finish is not None:
                 del in_flight[delta.id]
+                self._let_go(request.owner)
                 self._forget_label(delta.id)
                 self._metrics.observe_finish(delta.finish, now - request.arrived)
             if request.call is not None:
                 request.call.push(delta)
+
+    def _let_go(self, owner: str) -> None:
+        self._held[owner] -= 1
+        if not self._held[owner]:
+            del self._held[owner]
 
     def _forget_label(self, id: int) -> None:
         label = self._label_of.pop(id, None)

@@ -18,7 +18,7 @@ from .body import read_json_object
 from .cache_fields import caching
 from .legacy_logprobs import LegacyLogprobs
 from .openapi import takes
-from .prompts import Ids, check_count, check_priority, make_prompt, prepare_params, split_prompts
+from .prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
 from .shortcut import Handler
 from .site import Site
@@ -52,7 +52,7 @@ class _Answer:
         limits = site.client.limits
         raw, _ = split_prompts(body.prompt, "prompt")
         params = prepare_params(completion_sampling(body), limits, COMPLETION_NAMES, site.config)
-        check_count(len(raw) * params.n, site.config.max_prompts_per_request, "prompt")
+        check_prompts(len(raw), params.n, site.config, "prompt")
         where = caching(site, body)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
@@ -91,12 +91,13 @@ class _Answer:
     def events(self, batch: Batch) -> Iterable[bytes]:
         for index, delta in batch:
             self._choices[index].feed(delta)
+        running = self._usage() if self._running_usage else None  # once: it looks at every choice
         for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
             piece = self._choices[index].piece(index)
             if piece is not None:
                 chunk: dict[str, Any] = {**self._head, "choices": [piece]}
                 if self._include_usage:
-                    chunk["usage"] = self._usage() if self._running_usage else None
+                    chunk["usage"] = running
                 yield event(chunk)
 
     def end(self) -> Iterable[bytes]:
@@ -136,6 +137,7 @@ class _Choice:
         self._said = len(output.text)
         tokens: list[int] = []
         rows: list[TokenLogprob | None] = []
+        echoed = self._echo or ""
         if self._echo is not None:
             text = self._echo + text
             self._echo = None
@@ -149,7 +151,7 @@ class _Choice:
         return {
             "index": index,
             "text": text,
-            "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows),
+            "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows, echoed),
             "finish_reason": output.finish_reason,
         }
 

@@ -12,19 +12,22 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from ..errors import EngineDead, InvalidRequest, Overloaded
+from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
+MAX_MESSAGE = 480  # characters
 
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 ERROR_TYPES = tuple(sorted({*_TYPES.values(), "invalid_request_error", "server_error"}))
 _CODES = {401: "invalid_api_key", 429: "too_many_branches", 503: "overloaded"}
@@ -36,6 +39,8 @@ def error_body(
 ) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
+    if len(message) > MAX_MESSAGE:  # what was sent is quoted in it
+        message = message[: MAX_MESSAGE - 1] + "…"
     return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
 
 
@@ -68,6 +73,8 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
         return error.status, error_body(error.status, error.message, error.field, error.code)
     if isinstance(error, Overloaded):
         return 503, error_body(503, str(error))
+    if isinstance(error, TimedOut):
+        return 504, error_body(504, str(error), code="request_timeout")
     if isinstance(error, EngineDead):
         return 500, error_body(500, str(error), code="engine_dead")
     if isinstance(error, HTTPException):
@@ -92,13 +99,22 @@ def install(app: FastAPI) -> None:
     async def handle(_request: Request, error: Exception) -> Response:
         return response_for(error)
 
-    for kind in (ClientGone, ClientDisconnect, InvalidRequest, Overloaded, EngineDead, HTTPException, Exception):
+    for kind in (
+        ClientGone,
+        ClientDisconnect,
+        InvalidRequest,
+        Overloaded,
+        TimedOut,
+        EngineDead,
+        HTTPException,
+        Exception,
+    ):
         app.add_exception_handler(kind, handle)
 
 
 def _http_message(error: HTTPException) -> str:
     if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
-        return "no such route; prompts go to POST /v1/chat/completions, /v1/completions or /generate"
+        return "no such route: GET /openapi.json lists what there is, POST /v1/chat/completions and /generate among it"
     if error.status_code == 405:
         return "this route does not take that method"
     return str(error.detail)

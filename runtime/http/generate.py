@@ -13,7 +13,15 @@ from .body import read_json_object
 from .cache_fields import caching
 from .client import Prompt
 from .openapi import takes
-from .prompts import check_count, check_label, check_priority, make_prompt, prepare_params, split_prompts
+from .prompts import (
+    check_count,
+    check_label,
+    check_priority,
+    check_prompts,
+    make_prompt,
+    prepare_params,
+    split_prompts,
+)
 from .requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
 from .shortcut import Handler
 from .site import Site
@@ -49,6 +57,7 @@ class _Answer(Answer):
         raw, is_list = split_prompts(body.text if body.text is not None else body.input_ids, field)
         if field == "input_ids" and any(isinstance(prompt, str) for prompt in raw):
             raise InvalidRequest("input_ids must hold token ids, got str", field=field)
+        check_prompts(len(raw), 1, site.config, field)
         cache = caching(site, body, extra_key=body.extra_key)
         priority = check_priority(body.priority)
         sampling = _spread(
@@ -90,7 +99,7 @@ class _Answer(Answer):
             )
             id = rids[i] or uuid.uuid4().hex
             self.expect(id, params)
-            check_count(len(self.outputs), site.config.max_prompts_per_request, field)
+            check_count(len(self.outputs), site.config.max_samples_per_request, field)
         self.is_list = is_list or len(self.outputs) > 1
 
 

@@ -16,17 +16,28 @@ class LegacyLogprobs:
         self._skip_special = skip_special_tokens
         self._offset = 0
 
-    def add(self, tokens: list[int], rows: list[TokenLogprob | None]) -> dict[str, Any]:
-        """``rows[i]`` is None for a token nothing precedes: its logprob is null."""
+    def add(self, tokens: list[int], rows: list[TokenLogprob | None], echoed: str = "") -> dict[str, Any]:
+        """``rows[i]`` is None for a token nothing precedes: its logprob is null.
+
+        ``echoed``: the prompt as it is returned, where the first of the tokens are the prompt's.
+        """
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, row in zip(tokens, rows, strict=True):
             result["tokens"].append(self._text(token))
             result["token_logprobs"].append(None if row is None else row.logprob)
             result["top_logprobs"].append(None if row is None else self._top(row))
             result["text_offset"].append(self._offset)
-            if not (self._skip_special and token in self._tokenizer.special_ids):
+            if self._is_shown(token, echoed):
                 self._offset += _characters(self._tokenizer.token_bytes(token))
         return result
+
+    def _is_shown(self, token: int, echoed: str) -> bool:
+        """A special token is in an echoed prompt where it is spelled out, whatever is done with those of the answer."""
+        if token not in self._tokenizer.special_ids:
+            return True
+        if self._offset < len(echoed):
+            return echoed.startswith(self._tokenizer.token_text(token), self._offset)
+        return not self._skip_special
 
     def _top(self, row: TokenLogprob) -> dict[str, float]:
         """The k best and the chosen token. Two ids may share a text: the likelier one keeps it."""

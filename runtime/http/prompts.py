@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from array import array
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..config import ServerConfig
 from ..errors import InvalidRequest
-from ..limits import check_token_ids, fit
+from ..grammar.constraint import Constraint, constraint_of
+from ..limits import check_token_ids, deeper_than, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
@@ -23,18 +26,45 @@ MAX_LABEL = 512  # characters of a salt or a request's label
 def prepare_params(
     params: SamplingParams, limits: Limits, names: Mapping[str, str], config: ServerConfig
 ) -> SamplingParams:
-    """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`."""
+    """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`.
+
+    What the output must be is bounded as the client sent it: before anything is added to it.
+    """
     validate(params, limits.vocab_size, names)
     for field, asked, most, what in (
         ("n", params.n, config.max_n, "must be at most"),
         ("stop", len(params.stop), config.max_stop_strings, "must hold no more strings than"),
+        ("stop", max(map(len, params.stop), default=0), config.max_stop_length, "must hold no string longer than"),
         ("logit_bias", len(params.logit_bias), config.max_logit_bias, "must hold no more entries than"),
         ("logprobs", params.logprobs or 0, config.max_top_logprobs, "must be at most"),
     ):
         if asked > most:
             name = names.get(field, field)
             raise InvalidRequest(f"{name} {what} {most}, got {asked}", field=name)
+    constraint = constraint_of(params)
+    if constraint is not None:
+        _check_constraint(constraint, params.constraint_name or constraint.kind, config)
     return params
+
+
+def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:
+    """Size and depth; whether it can be enforced is for the compiler to say."""
+    size, most = len(constraint.text.encode()), config.max_schema_bytes
+    if size > most:
+        raise InvalidRequest(f"{name} must be at most {most} bytes, got {size}", field=name)
+    if constraint.kind == "json_schema":
+        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # the compiler will say so
+            if deeper_than(msgspec.json.decode(constraint.text), config.max_schema_depth):
+                raise InvalidRequest(f"{name} must be nested at most {config.max_schema_depth} deep", field=name)
+
+
+def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
+    """How many prompts, and how many samples of them all."""
+    if prompts > config.max_prompts_per_request:
+        raise InvalidRequest(
+            f"{field} must be at most {config.max_prompts_per_request} prompts, got {prompts}", field=field
+        )
+    check_count(prompts * n, config.max_samples_per_request, field)
 
 
 def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from http import HTTPStatus
 
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -10,7 +11,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from .errors import error_body
 
 MAX_PIPELINED = 64  # requests of one connection that wait for the one before them
-HEAD_SECONDS = 20.0  # from connecting, or from a request's first byte, to the end of its head
 
 
 def bounded(max_head_bytes: int) -> type[HttpProtocol]:
@@ -19,34 +19,32 @@ def bounded(max_head_bytes: int) -> type[HttpProtocol]:
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's parser has no bound on headers: anybody, with a key or without, could fill the memory with them."""
+    """uvicorn's parser has no bound on headers, and none on time but between requests: anybody, with a key or without,
+    could fill the memory with the one and hold every file descriptor with the other."""
 
     max_head_bytes = 64 * 1024  # request line and headers; trailers
-    _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
+    head_seconds = 20.0  # from connecting, or from a request's first byte, to the end of its head
+    body_seconds = 30.0  # from there to the end of its body, and a second more for every so many bytes of it:
+    body_bytes = 16 * 1024
+    unread_seconds = 60.0  # that a client may leave more of an answer unread than the sockets hold
 
-    _timer: asyncio.TimerHandle | None = None
+    _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
+    _head_timer: asyncio.TimerHandle | None = None
+    _body_timer: asyncio.TimerHandle | None = None
+    _unread_timer: asyncio.TimerHandle | None = None
+    _in_body = False
+    _body_since = 0.0  # the loop's time when the first piece of a request came without its end
+    _body_seen = 0  # bytes
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_is_here()
+        for timer in (self._head_timer, self._body_timer, self._unread_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
-
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self._expect_head()
-
-    def _expect_head(self) -> None:
-        """A connection that sends nothing, or half a request, holds a file descriptor: not for ever."""
-        self._head_is_here()
-        self._timer = self.loop.call_later(HEAD_SECONDS, self.transport.close)
-
-    def _head_is_here(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def data_received(self, data: bytes) -> None:
         # Looked at before this piece is counted: its end may already be a body.
@@ -55,31 +53,95 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._loose += len(data)
         super().data_received(data)
+        if self._in_body and self._body_timer is None and not self.transport.is_closing():
+            self._body_since = self.loop.time()
+            self._body_timer = self.loop.call_later(self.body_seconds, self._body_is_late)
+
+    # -- heads ---------------------------------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._expect_head()
+
+    def _expect_head(self) -> None:
+        """A connection that sends nothing, or half a request, holds a file descriptor: not for ever."""
+        self._head_is_here()
+        self._head_timer = self.loop.call_later(self.head_seconds, self._close)
+
+    def _head_is_here(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def on_headers_complete(self) -> None:
         self._loose = 0
+        self._in_body, self._body_seen = True, 0
         self._head_is_here()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many pipelined requests")  # the parser's caller answers 400 and closes
         super().on_headers_complete()
+
+    # -- bodies --------------------------------------------------------------------------------------------------------
 
     def on_chunk_header(self) -> None:
         self._loose = 0
 
     def on_body(self, body: bytes) -> None:
         self._loose = 0
+        self._body_seen += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._loose = 0
+        self._in_body = False
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
         super().on_message_complete()
 
+    def _body_is_late(self) -> None:
+        now = self.loop.time()
+        if self.flow.read_paused:  # it is us who do not read: the request before this one is still being answered
+            self._body_since = now
+        end = self._body_since + self.body_seconds + self._body_seen / self.body_bytes
+        if now < end:
+            self._body_timer = self.loop.call_at(end, self._body_is_late)
+        elif self.cycle.response_started:
+            self._close()
+        else:
+            seconds = now - self._body_since
+            self._refuse(408, f"the request's body did not come in time: {self._body_seen} bytes in {seconds:.0f} s")
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread_timer = self.loop.call_later(self.unread_seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
+        super().resume_writing()
+
+    def timeout_keep_alive_handler(self) -> None:
+        self._close()
+
     def send_400_response(self, msg: str) -> None:
+        self._refuse(400, msg)
+
+    def _refuse(self, status: int, message: str) -> None:
         """In the shape of every other error, and the end of the connection."""
-        body = msgspec.json.encode(error_body(400, msg))
+        body = msgspec.json.encode(error_body(status, message))
         head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
+        self._close()
+
+    def _close(self) -> None:
+        """What has been written is still sent, to a client that reads it."""
         self.transport.close()
+        if self.transport.get_write_buffer_size():
+            self.loop.call_later(self.unread_seconds, self.transport.abort)

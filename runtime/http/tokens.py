@@ -60,7 +60,7 @@ def router(site: Site) -> APIRouter:
             text, special = body.prompt, asked is not False
         else:
             chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-            text = await rendered(site, chat, definitions(chat.tools, site.config.max_tools))
+            text = await rendered(site, chat, definitions(chat.tools, site.config))
             special = bool(asked)
         tokens = await token_ids(site, text, special=special)
         named = [site.tokenizer.token_text(id) for id in tokens] if body.return_token_strs else None

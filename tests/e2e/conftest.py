@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -58,10 +59,13 @@ class RunningServer:
             self.process.wait()
             self.info: dict[str, Any] = {}
             return
-        self.info = json.loads(line)
-        self.url: str = self.info["url"]
-        self.pids: dict[str, int] = self.info["pids"]
-        headers = {} if config.api_key is None else {"Authorization": f"Bearer {config.api_key}"}
+        self._reach(json.loads(line), config.api_key)
+
+    def _reach(self, info: dict[str, Any], api_key: str | None) -> None:
+        self.info = info
+        self.url: str = info["url"]
+        self.pids: dict[str, int] = info["pids"]
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
     @property
@@ -76,6 +80,11 @@ class RunningServer:
     def stats(self) -> dict[str, Any]:
         return self.http.get("/get_server_info").json()["stats"]
 
+    def metrics(self) -> dict[str, float]:
+        """Samples of ``/metrics``, by name and labels, without ``branchwise_``."""
+        lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
+        return {name.removeprefix("branchwise_"): float(value) for name, value in (one.rsplit(" ", 1) for one in lines)}
+
     def idle(self, seconds: float = 10) -> dict[str, Any]:
         """Waits until nothing is in flight and every page is free or cached; returns the stats."""
         deadline = time.monotonic() + seconds
@@ -88,6 +97,22 @@ class RunningServer:
             assert time.monotonic() < deadline, f"still busy: {info['requests_in_flight']} in flight, {stats}"
             time.sleep(0.05)
 
+    def refused(self, path: str, field: str | None, **request: Any) -> str:
+        """POSTs what must be refused, checks that the answer has the right shape and names ``field``; its message."""
+        answer = self.http.post(path, **request)
+        sent = str(request)[:300]
+        assert 400 <= answer.status_code < 500, f"{sent} -> {answer.status_code} {answer.text[:500]}"
+        assert answer.headers["content-type"] == "application/json"
+        error = answer.json()["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        if field is not None:
+            said = f"{sent} -> {error}"
+            assert (error["param"] or "").split("[")[0].split(".")[0] == field.split(".")[0], said
+            assert field.split(".")[-1] in error["message"], said
+        message: str = error["message"]
+        assert len(message) < 500
+        return message
+
     def close(self) -> None:
         if self.info:
             self.http.close()
@@ -96,6 +121,16 @@ class RunningServer:
             self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
+
+
+class BorrowedServer(RunningServer):
+    """The server of the pytest that runs this one: see `test_openai_majors`."""
+
+    def __init__(self, info: str) -> None:
+        self._reach(json.loads(info), None)
+
+    def close(self) -> None:
+        self.http.close()
 
 
 StartServer = Callable[..., RunningServer]
@@ -154,6 +189,35 @@ def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    """One server with the model that ships with the package, for tests that leave nothing running."""
+    borrowed = os.environ.get("BRANCHWISE_TEST_SERVER")
+    if borrowed is not None:
+        with contextlib.closing(BorrowedServer(borrowed)) as server:
+            yield server
+        return
+    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
+    server = RunningServer(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
+    try:
+        yield server
+        server.idle()
+        assert server.stop() == 0
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="session")
+def client(shipped: RunningServer) -> Iterator[Any]:
+    """The ``openai`` package at that server; of the major this pytest was started with."""
+    import openai
+
+    wanted = os.environ.get("BRANCHWISE_TEST_OPENAI", "")
+    assert openai.__version__.startswith(wanted), f"openai {openai.__version__} was found, not {wanted}"
+    with openai.OpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
 def process_alive() -> Callable[[int], bool]:
     return alive
 
@@ -162,3 +226,9 @@ def process_alive() -> Callable[[int], bool]:
 def run_server_process() -> type[RunningServer]:
     """The class itself, for fixtures with a scope of their own."""
     return RunningServer
+
+
+@pytest.fixture(scope="session")
+def null_settings() -> Callable[..., ServerConfig]:
+    """`null_config`, for the same."""
+    return null_config

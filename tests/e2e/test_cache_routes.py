@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -268,65 +267,6 @@ def test_a_part_of_a_chat_stays_to_its_last_token(ask: Any, mark: dict[str, Any]
 def test_bad_marks_of_parts_are_named(ask: Any, mark: dict[str, Any]) -> None:
     messages = [{"role": "user", "content": [{"type": "text", "text": "a", **mark}]}]
     ask("/v1/chat/completions", status=400, messages=messages, max_tokens=1)
-
-
-@pytest.mark.parametrize(
-    ("field", "body"),
-    [
-        ("prompt_cache_options.mode", {"prompt_cache_options": {"mode": "never"}}),
-        ("prompt_cache_options.mode", {"prompt_cache_options": {"mode": "off", "ttl": "5m"}}),
-        ("prompt_cache_options.ttl", {"prompt_cache_options": {"ttl": "5 minutes"}}),
-        ("prompt_cache_options.ttl", {"prompt_cache_options": {"ttl": 1e12}}),
-        ("prompt_cache_options.ttl", {"prompt_cache_options": {"ttl": -1}}),
-        ("prompt_cache_options", {"prompt_cache_options": "auto"}),
-        ("prompt_cache_breakpoint", {"prompt_cache_breakpoint": 3}),
-        ("prompt_cache_breakpoint", {"prompt_cache_breakpoint": [True] * 5}),
-        ("prompt_cache_breakpoint.at", {"prompt_cache_breakpoint": {"at": 0}}),
-        ("prompt_cache_breakpoint.at", {"prompt_cache_breakpoint": {"at": True}}),
-        ("prompt_cache_breakpoint.at", {"prompt_cache_breakpoint": {"at": 1 << 70}}),
-        ("prompt_cache_breakpoint.ttl", {"prompt_cache_breakpoint": {"ttl": []}}),
-        ("prompt_cache_key", {"prompt_cache_key": "k" * 513}),
-        ("prompt_cache_key", {"prompt_cache_key": 3}),
-    ],
-)
-def test_bad_fields_are_named(ask: Any, field: str, body: dict[str, Any]) -> None:
-    for path, prompt in (("/generate", {"text": "a"}), ("/v1/completions", {"prompt": "a"})):
-        assert ask(path, status=400, **prompt, **body)["error"]["param"] == field
-    complete(ask, "and the next one is served")
-
-
-@pytest.mark.parametrize(
-    ("path", "body"),
-    [
-        ("explain", {}),
-        ("explain", {"prompt": "a", "input_ids": [5]}),
-        ("explain", {"prompt": ["a", "b"]}),
-        ("explain", {"prompt": ""}),
-        ("explain", {"prompt": []}),
-        ("explain", {"input_ids": "text"}),
-        ("explain", {"input_ids": [-1]}),
-        ("explain", {"input_ids": [10**9]}),
-        ("explain", {"input_ids": [5, "x"]}),
-        ("explain", {"prompt": "\ud800"}),
-        ("explain", {"messages": []}),
-        ("explain", {"messages": [{"role": "nobody", "content": "hi"}]}),
-        ("pin", {"prompt": "a", "ttl": 0}),
-        ("pin", {"prompt": "a", "ttl": "x"}),
-        ("pin", {"prompt": "a", "warm": 1}),
-        ("pin", {"prompt": "a", "prompt_cache_options": {"mode": "off"}}),
-        ("pin", {"input_ids": ids(2000), "warm": True}),
-        ("unpin", {}),
-        ("unpin", {"id": 3}),
-        ("warm", {"prompts": [["a"]]}),
-        ("warm", {"prompts": ["a"], "priority": 1 << 40}),
-    ],
-)
-def test_bad_bodies_get_400(running: Any, path: str, body: dict[str, Any]) -> None:
-    response = running.http.post(
-        f"/cache/{path}", content=json.dumps(body), headers={"Content-Type": "application/json"}
-    )
-    assert response.status_code == 400, response.text
-    assert response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

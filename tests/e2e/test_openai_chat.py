@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pydantic
 import pytest
-
-from branchwise.runtime.config import EngineConfig, ServerConfig
 
 SUM: Any = [{"role": "user", "content": "What is 12 + 30?"}]
 FACT: Any = [{"role": "user", "content": "Bruno lives in Milford. Bruno is 31 years old. How old is Bruno?"}]
@@ -54,24 +51,6 @@ class Paint(pydantic.BaseModel):
 class Person(pydantic.BaseModel):
     name: str
     age: int
-
-
-@pytest.fixture(scope="module")
-def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
-    server = run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
-    try:
-        yield server
-        server.idle()
-        assert server.stop() == 0
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def client(shipped: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def chat(client: openai.OpenAI, messages: list[Any], **more: Any) -> Any:
@@ -390,25 +369,3 @@ def test_the_other_routes(shipped: Any) -> None:
     assert tokens["max_model_len"] == shipped.info["max_model_len"]
     with_tools = http.post("/tokenize", json={"messages": PAINT, "tools": TOOLS}).json()
     assert with_tools["count"] > http.post("/tokenize", json={"messages": PAINT}).json()["count"] + 50
-
-
-@pytest.mark.parametrize("most", [0, 1])
-def test_echo_with_logprobs_describes_the_prompt(client: openai.OpenAI, most: int) -> None:
-    """As evaluation harnesses ask: the prompt's own logprobs, of text and of ids, and of batches."""
-    texts = ["Bruno lives in Milford.", "Clara works as a judge."]
-    ids = [client.post("/../tokenize", body={"prompt": text}, cast_to=dict[str, Any])["tokens"] for text in texts]
-    asked: dict[str, Any] = {"max_tokens": most, "echo": True, "logprobs": 2, "temperature": 0}
-    replies = [client.completions.create(model="branchwise", prompt=prompt, **asked) for prompt in (texts, ids)]
-    for reply in replies:
-        for i, choice in enumerate(reply.choices):
-            rows = choice.logprobs
-            assert rows is not None and rows.token_logprobs is not None and rows.top_logprobs is not None
-            assert (
-                len(rows.tokens or ()) == len(rows.token_logprobs) == len(rows.text_offset or ()) == len(ids[i]) + most
-            )
-            assert (rows.token_logprobs[0], rows.top_logprobs[0]) == (None, None)
-            assert all(value <= 0 for value in rows.token_logprobs[1:])
-            assert choice.text.startswith(texts[i])
-        assert reply.usage is not None
-        assert reply.usage.completion_tokens == 2 * most
-    assert [choice.logprobs for choice in replies[0].choices] == [choice.logprobs for choice in replies[1].choices]

@@ -291,18 +291,14 @@ def test_health_and_info(server: Any) -> None:
 
 
 def test_metrics_count_what_happened(clean: Any) -> None:
-    def read() -> dict[str, float]:
-        lines = clean.http.get("/metrics").text.splitlines()
-        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if not line.startswith("#")}
-
-    before = read()
+    before = clean.metrics()
     complete(clean, prompt=[9, *range(50)], max_tokens=5)
     complete(clean, prompt=[9, *range(50)], max_tokens=5)
     clean.idle()
-    after = read()
+    after = clean.metrics()
 
     def grew(name: str) -> float:
-        return after[f"branchwise_{name}"] - before[f"branchwise_{name}"]
+        return after[name] - before[name]
 
     assert grew("prompt_tokens_total") == 102
     assert grew("cached_tokens_total") == 50
@@ -313,8 +309,8 @@ def test_metrics_count_what_happened(clean: Any) -> None:
     assert grew("e2e_request_latency_seconds_count") == 2
     assert grew("queue_time_seconds_count") == 2
     assert grew("inter_token_latency_seconds_count") == 8
-    assert 0 < after["branchwise_cache_hit_rate"] < 1
-    assert after["branchwise_requests_running"] == 0
+    assert 0 < after["cache_hit_rate"] < 1
+    assert after["requests_running"] == 0
 
 
 def test_abort_by_exact_label(clean: Any) -> None:
@@ -350,6 +346,33 @@ def test_a_full_queue_is_a_503(clean: Any) -> None:
         assert len(many.result(20)) == 128
     clean.idle()
     assert len(complete(clean, **more)["choices"]) == 200
+
+
+def test_a_key_with_its_share_of_the_queue_is_a_429_and_others_are_served(start_server: Any) -> None:
+    server = start_server(api_key="a", extra_api_keys=("b",), max_queued_per_key=40, null_step_seconds=0.001)
+    with ThreadPoolExecutor(1) as pool:
+        long = {"text": "x", "rid": "many", "sampling_params": {"n": 40, "max_new_tokens": 20_000}}
+        many = pool.submit(server.http.post, "/generate", json=long)
+        while server.http.get("/get_server_info").json()["requests_in_flight"] < 40:
+            time.sleep(0.01)
+        bodies = {
+            "/v1/completions": {"prompt": "x", "max_tokens": 1},
+            "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1},
+            "/generate": {"text": "x", "sampling_params": {"max_new_tokens": 1}, "stream": True},
+        }
+        for path, body in bodies.items():
+            refused = server.http.post(path, json=body)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            error = refused.json()["error"]
+            assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+            assert "limit of 40 (--max-queued-per-key)" in error["message"]
+            assert server.http.post(path, json=body, headers={"Authorization": "Bearer b"}).status_code == 200
+        server.http.post("/abort_request", json={"rid": "many"})
+        assert many.result(20).status_code == 200
+    server.idle()
+    assert all(server.http.post(path, json=body).status_code == 200 for path, body in bodies.items())
+    assert server.stop() == 0
 
 
 # -- clients we did not write ------------------------------------------------------------------------------------------

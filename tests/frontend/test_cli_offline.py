@@ -85,6 +85,15 @@ def test_serve_takes_the_flags_people_know() -> None:
         assert re.search(rf"{flag}\b", help_text), flag
 
 
+def test_every_setting_of_a_server_has_a_flag() -> None:
+    """But those for measuring, and one that may be given more than once."""
+    help_text = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "160"}).output)
+    settings = {*ServerConfig.__struct_fields__, *EngineConfig.__struct_fields__}
+    settings -= {"engine", "null_executor", "null_step_seconds", "model", "extra_api_keys", "overlap"}
+    for flag in (*sorted(name.replace("_", "-") for name in settings), "extra-api-key"):
+        assert re.search(rf"--{flag}\b", help_text), flag
+
+
 def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServerConfig] = []
     monkeypatch.setattr(serve_command, "_run", seen.append)
@@ -133,6 +142,10 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
         "3",
         "--max-queued-requests",
         "9",
+        "--request-timeout",
+        "60",
+        "--max-queued-per-key",
+        "4",
         "--log-level",
         "debug",
         "--check-when-idle",
@@ -166,6 +179,8 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
             served_model_name="N",
             drain_seconds=3,
             max_queued_requests=9,
+            request_timeout=60,
+            max_queued_per_key=4,
             log_level="debug",
         )
     ]
@@ -242,6 +257,12 @@ def test_help_fits_80_columns(command: str) -> None:
     if command == "serve":
         for flag in FLAGS:
             assert re.search(rf"{flag}\s", shown), flag
+
+
+@pytest.mark.parametrize("arguments", [["--max-n", "129"], ["--max-schema-bytes", "0"], ["--request-timeout", "0"]])
+def test_a_bound_beyond_what_there_is_is_refused(arguments: list[str]) -> None:
+    done = CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "160"})
+    assert done.exit_code == 2 and f"Invalid value for '{arguments[0]}'" in plain(done.output)
 
 
 def test_a_choice_that_does_not_exist_is_refused() -> None:

@@ -9,6 +9,8 @@ import msgspec
 
 from ...chat_template import ChatTemplate
 from ...errors import InvalidRequest
+from ...limits import deeper_than
+from ..body import MAX_DEPTH
 from ..prompts import MAX_LABEL
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -134,6 +136,8 @@ class _Message:
             raise bad(where, "must be valid JSON: this model's chat template writes it anew") from error
         if not isinstance(value, dict):
             raise bad(where, f"must be a JSON object, got {type(value).__name__}")
+        if deeper_than(value, MAX_DEPTH):
+            raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
         return value
 
 

@@ -70,11 +70,12 @@ class _Answer:
     def events(self, batch: Batch) -> Iterable[bytes]:
         for index, delta in batch:
             self._choices[index].feed(delta)
+        running = self._usage() if self._running_usage else None  # once: it looks at every choice
         for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
             for piece in self._choices[index].pieces(index):
                 chunk: dict[str, Any] = {**self._head, "choices": [piece]}
                 if self._include_usage:
-                    chunk["usage"] = self._usage() if self._running_usage else None
+                    chunk["usage"] = running
                 yield event(chunk)
 
     def end(self) -> Iterable[bytes]:

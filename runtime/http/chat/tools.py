@@ -57,8 +57,8 @@ class Formats:
 class ToolUse:
     """The tools of one request. Raises `InvalidRequest` for what cannot be done."""
 
-    def __init__(self, request: ChatRequest, formats: Formats, template: ChatTemplate, most: int) -> None:
-        self.tools = validate_tools(request.tools, ToolLimits(tools=most))
+    def __init__(self, request: ChatRequest, formats: Formats, template: ChatTemplate, config: ServerConfig) -> None:
+        self.tools = validate_tools(request.tools, _limits(config))
         self._parallel = request.parallel_tool_calls
         self._separate = request.separate_reasoning
         self._formats = formats
@@ -104,9 +104,18 @@ class ToolUse:
         return StreamParser(calls, thoughts, self.tools, reasoning_open=ends_in_reasoning(prompt, thoughts))
 
 
-def definitions(tools: list[Any] | None, most: int) -> list[dict[str, Any]] | None:
+def definitions(tools: list[Any] | None, config: ServerConfig) -> list[dict[str, Any]] | None:
     """Checked, and as the template gets them."""
-    return [_definition(tool) for tool in tools or []] if validate_tools(tools, ToolLimits(tools=most)) else None
+    return [_definition(tool) for tool in tools or []] if validate_tools(tools, _limits(config)) else None
+
+
+def _limits(config: ServerConfig) -> ToolLimits:
+    usual = ToolLimits()
+    return ToolLimits(
+        tools=config.max_tools,
+        schema_bytes=min(usual.schema_bytes, config.max_schema_bytes),
+        schema_depth=min(usual.schema_depth, config.max_schema_depth),
+    )
 
 
 def _definition(tool: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...chat_template import ChatTemplate
 from ...errors import InvalidRequest
+from ...sampling_params import validate
 from ..cache_fields import caching
 from ..client import Prompt
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
@@ -50,11 +51,11 @@ class Turns:
         template = chat_template(site)
         if self._formats is None:
             self._formats = Formats.of(site.config, site.tokenizer, template)
-        tools = ToolUse(body, self._formats, template, site.config.max_tools)
+        tools = ToolUse(body, self._formats, template, site.config)
         called = {**names(body), **(called or {})}
         params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
         params = prepare_params(params, limits, called, site.config)
-        check_count(params.n, site.config.max_prompts_per_request, "n")
+        check_count(params.n, site.config.max_samples_per_request, "n")
         text = await rendered(site, body, tools.definitions)
 
         async def again(messages: list[Any], definitions: list[dict[str, Any]] | None) -> str:
@@ -62,7 +63,7 @@ class Turns:
 
         prompt = make_prompt(
             text,
-            prepare_params(tools.constrained(params, text), limits, called, site.config),
+            validate(tools.constrained(params, text), limits.vocab_size, called),
             limits,
             "messages",
             called,

@@ -6,11 +6,21 @@ import asyncio
 
 import pytest
 
-from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
+from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from branchwise.runtime.http.client import EngineClient, Prompt
 from branchwise.runtime.http.errors import ClientGone
 from branchwise.runtime.http.metrics import Metrics
-from branchwise.runtime.messages import Abort, Control, ControlReply, Delta, Finished, Message, Submit
+from branchwise.runtime.messages import (
+    Abort,
+    BranchRun,
+    Control,
+    ControlReply,
+    Delta,
+    Finished,
+    Limits,
+    Message,
+    Submit,
+)
 from branchwise.runtime.sampling_params import SamplingParams
 
 TWO = Prompt(SamplingParams(n=2), text="hello")
@@ -82,6 +92,52 @@ def test_the_queue_is_bounded(client: EngineClient) -> None:
         client.open([ONE])  # the client left, the engine still holds them
     client.deliver([end(1, "abort"), end(2, "abort")])
     client.open([TWO])
+
+
+def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
+    client = EngineClient(sent.extend, sent.extend, 8, Metrics(), max_requests_per_key=3)
+    client.ready(Limits(400, 512, 1024))
+
+    def of(owner: str, n: int = 1) -> Prompt:
+        return Prompt(SamplingParams(n=n), text="hello", namespace=(owner, "any salt"))
+
+    client.open([of("a", 2)])
+    with pytest.raises(InvalidRequest, match=r"this key has 2 unfinished .* limit of 3") as refused:
+        client.open([of("a"), of("a")])
+    assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+    run = BranchRun([], "branch", ("a", ""), SamplingParams())
+    client.open_run(run, 1)
+    with pytest.raises(InvalidRequest):
+        client.open_run(run, 1)
+    client.open([of("b", 3)])
+    with pytest.raises(Overloaded):
+        client.open([of("c", 3)])
+    client.deliver([end(id) for id in (1, 2, 4)])
+    client.open([of("a", 2)])
+    with pytest.raises(InvalidRequest):
+        client.open([of("a")])
+
+
+async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits(sent: list[Message]) -> None:
+    client = EngineClient(sent.extend, sent.extend, 8, Metrics(), request_timeout=0.02)
+    client.ready(Limits(400, 512, 1024))
+    with pytest.raises(TimedOut, match=r"within the 0\.02 s"), client.open([TWO]) as call:
+        client.deliver([Delta(1, "a"), end(2)])
+        assert len(await call.batch()) == 2
+        sent.clear()
+        await call.batch()
+    assert sent == [Abort(1)]
+    unread, done = client.open([ONE]), client.open([ONE])
+    client.deliver([end(4)])
+    sent.clear()
+    await asyncio.sleep(0.05)
+    assert sent == [Abort(3)], "nobody waited for it"
+    with pytest.raises(TimedOut):
+        await unread.batch()
+    assert len(await done.batch()) == 1, "what has finished in time is there for who comes late"
+    assert client.in_flight == 2, "the engine has not let go of them yet"
+    client.deliver([end(1, "abort"), end(3, "abort")])
+    assert client.in_flight == 0
 
 
 async def test_death_reaches_everybody(client: EngineClient, sent: list[Message]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from branchwise.runtime.http.legacy_logprobs import LegacyLogprobs
 from branchwise.runtime.logprobs import TokenLogprob
 from branchwise.runtime.tokenizer import Tokenizer
@@ -26,6 +28,18 @@ def test_offsets_point_into_the_text(tokenizer: Tokenizer) -> None:
         if not text.startswith("bytes:"):
             assert TEXT[offset : offset + len(text)] == text
     assert described["text_offset"] == sorted(described["text_offset"])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_special_tokens_count_where_they_are_spelled_out(tokenizer: Tokenizer, skip: bool) -> None:
+    """An echoed text has those its sender wrote, and not the one the tokenizer put before it."""
+    text = "<|end|>Hi<|begin|> there"
+    ids = tokenizer.encode(text).tolist()
+    described = LegacyLogprobs(tokenizer, skip_special_tokens=skip).add(ids, rows(ids), text)
+    assert described["tokens"][:3] == ["<|begin|>", "<|end|>", "H"]
+    assert described["text_offset"][:2] == [0, 0]
+    for token, offset in list(zip(described["tokens"], described["text_offset"], strict=True))[1:]:
+        assert text[offset:].startswith(token)
 
 
 def test_pieces_join(tokenizer: Tokenizer) -> None:
