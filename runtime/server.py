@@ -151,10 +151,12 @@ class _Server:
     def _make_site(self) -> None:
         from .http.auth import Namespaces
         from .http.client import EngineClient
+        from .http.loop_lag import LoopLag
         from .http.metrics import Metrics
         from .http.site import Site
 
         metrics = Metrics()
+        self._lag = LoopLag(metrics.observe_loop_lag)
         self._client = EngineClient(
             self._to_tokenizer.send,
             self._to_scheduler.send,
@@ -224,6 +226,7 @@ class _Server:
 
     async def _serve(self) -> int:
         http = self._make_http()
+        self._lag.start()
         serving = asyncio.create_task(http.serve(sockets=[self._sock]))
         signalled = asyncio.create_task(self._signalled.wait())
         try:
@@ -242,6 +245,7 @@ class _Server:
             return await self._drain(http, serving)
         finally:
             self._stopping = True
+            self._lag.stop()
             signalled.cancel()
             http.force_exit = http.should_exit = True
             serving.cancel()

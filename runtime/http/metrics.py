@@ -66,6 +66,10 @@ class Metrics:
         ).observe
         self._e2e = histogram("e2e_request_latency", "From the request's arrival to its end", _SLOW)
         self._queue = histogram("queue_time", "From arrival at the scheduler to the first scheduled chunk", _SLOW)
+        # A share of these observations is that share of the time: see `loop_lag`.
+        self.observe_loop_lag = histogram(
+            "event_loop_lag", "How long the HTTP process lets wait what is ready, looked at 50 times a second", _FAST
+        ).observe
         self._finished = Counter(
             "branchwise_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )

@@ -3,8 +3,9 @@
     python tests/benchmarks/bench_http.py [--only streams,short,long,burst] [--tokenizer words|bytes] [--json]
 
 streams   256 streams of ``POST /v1/completions`` at once, a step every 21.3 ms as on a GPU: 12,000 tokens/s asked for.
-          CPU of each process a token, the gaps between a stream's chunks, and how long ``GET /health`` takes meanwhile
-          (an idle event loop answers in a millisecond: what is more is a loop that was busy with something else).
+          CPU of each process a token, the gaps between a stream's chunks, how long ``GET /health`` takes meanwhile, and
+          how late the HTTP process's event loop was, by its own metric (an idle one is a millisecond late, for timers
+          are in milliseconds: what is more is a loop that was busy with something else).
 short     whole completions, prompts of 2,500 token ids, answers of 96 tokens, 64 at once, a step every 8 ms.
 long      the same with prompts of 33,000 ids.
 burst     prompts of 2,500 ids, answers of one token, 64 at once, steps as fast as they go: requests/s is what the
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,6 +88,37 @@ def server(folder: Path, step_seconds: float, checkout: Path | None, **engine: A
         process.wait(timeout=60)
 
 
+def loop_lag(port: int) -> dict[float, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+        return cumulative(answer.read().decode())
+
+
+def cumulative(metrics: str) -> dict[float, float]:
+    """Observations so far of ``branchwise_event_loop_lag_seconds`` that are at most so many seconds.
+
+    Empty where the server has no such metric: older checkouts have none.
+    """
+    start = 'branchwise_event_loop_lag_seconds_bucket{le="'
+    found = (line.removeprefix(start).split('"} ') for line in metrics.splitlines() if line.startswith(start))
+    return {float(bound): float(count) for bound, count in found}
+
+
+def quantile(before: dict[float, float], after: dict[float, float], q: float) -> float:
+    """Of what was observed between two looks at a histogram, as Prometheus has it: linear within a bucket.
+
+    Beyond the last bound it is that bound.
+    """
+    counts = {bound: after[bound] - before[bound] for bound in sorted(after)}
+    wanted = q * counts[max(counts)]
+    low = seen = 0.0
+    for bound, count in counts.items():
+        if count >= wanted and bound != float("inf"):
+            return low + (bound - low) * (wanted - seen) / (count - seen) if count > seen else low
+        if bound != float("inf"):
+            low, seen = bound, count
+    return low
+
+
 class Probe(threading.Thread):
     """Asks ``/health`` ten times a second on a connection of its own."""
 
@@ -132,13 +165,13 @@ def load(running: Server, what: str, clients: int, **options: int) -> dict[str, 
                 raise SystemExit("a load generator did not start")
         probe = Probe(running.port)
         probe.start()
-        before = running.cpu()
+        before, lag_before = running.cpu(), loop_lag(running.port)
         for process in processes:
             assert process.stdin is not None
             process.stdin.write("\n")
             process.stdin.flush()
         results = [json.loads(process.communicate(timeout=300)[0]) for process in processes]
-        after = running.cpu()
+        after, lag_after = running.cpu(), loop_lag(running.port)
         health = probe.stop()
     finally:
         for process in processes:
@@ -158,6 +191,7 @@ def load(running: Server, what: str, clients: int, **options: int) -> dict[str, 
         "us_per_token": {role: round(value / tokens * 1e6, 1) for role, value in used.items()},
         "ms_per_request": {role: round(value / requests * 1e3, 2) for role, value in used.items()},
         "health": health,
+        "loop_lag": {f"p{q}": round(quantile(lag_before, lag_after, q / 100) * 1e3, 2) for q in (50, 99) if lag_after},
         **{name: _worst(results, name) for name in ("first", "gaps", "latency")},
     }
 
@@ -194,9 +228,11 @@ def measure(part: str, folder: Path, checkout: Path | None, tokens: int) -> dict
 def show(results: dict[str, dict[str, Any]]) -> Iterator[str]:
     """The table, in Markdown."""
     yield (
-        "| part | tokens/s | requests/s | " + " | ".join(ROLES) + " | latency p50, p99 ms | /health p50, p99, max ms |"
+        "| part | tokens/s | requests/s | "
+        + " | ".join(ROLES)
+        + " | latency p50, p99 ms | /health p50, p99, max ms | loop lag p50, p99 ms |"
     )
-    yield "| --- | ---: | ---: |" + " ---: |" * (len(ROLES) + 2)
+    yield "| --- | ---: | ---: |" + " ---: |" * (len(ROLES) + 3)
     for part, r in results.items():
         unit, per = ("µs/token", r["us_per_token"]) if part == "streams" else ("ms/request", r["ms_per_request"])
         lag = r["gaps"] if part == "streams" else r["latency"]
@@ -204,7 +240,9 @@ def show(results: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield (
             f"| {name} | {r['tokens_per_s']:,} | {r['requests_per_s']:,} | "
             + " | ".join(f"{per[role]}" for role in ROLES)
-            + f" | {lag['p50']}, {lag['p99']} | {r['health']['p50']}, {r['health']['p99']}, {r['health']['max']} |"
+            + f" | {lag['p50']}, {lag['p99']} | {r['health']['p50']}, {r['health']['p99']}, {r['health']['max']} | "
+            + ", ".join(str(value) for value in r["loop_lag"].values())
+            + " |"
         )
 
 

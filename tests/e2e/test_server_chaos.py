@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ import httpx
 import pytest
 
 LONG = 25_000  # tokens: many seconds of made-up ones
+BODIES: dict[str, Callable[[int], dict[str, Any]]] = {
+    "/v1/completions": lambda tokens: {"prompt": "go on", "max_tokens": tokens},
+    "/v1/chat/completions": lambda tokens: {"messages": [{"role": "user", "content": "go on"}], "max_tokens": tokens},
+    "/generate": lambda tokens: {"text": "go on", "sampling_params": {"max_new_tokens": tokens}},
+}
 ROLES = ["tokenizer", "scheduler", "detokenizer"]
 
 
@@ -58,12 +64,12 @@ class Background:
         assert not self._thread.is_alive()
 
 
-def streaming(server: Any, tokens: int = LONG) -> Background:
-    return Background(server, "/v1/completions", prompt="go on", max_tokens=tokens, stream=True)
+def streaming(server: Any, tokens: int = LONG, path: str = "/v1/completions") -> Background:
+    return Background(server, path, **BODIES[path](tokens), stream=True)
 
 
-def waiting(server: Any, tokens: int = LONG) -> Background:
-    return Background(server, "/generate", text="go on", sampling_params={"max_new_tokens": tokens})
+def waiting(server: Any, tokens: int = LONG, path: str = "/generate") -> Background:
+    return Background(server, path, **BODIES[path](tokens))
 
 
 def in_flight(server: Any) -> int:
@@ -90,7 +96,7 @@ def gone(server: Any, process_alive: Any, seconds: float = 3) -> bool:
 @pytest.mark.parametrize("role", ROLES)
 def test_a_killed_child_is_an_error_for_everybody_and_the_end(start_server: Any, process_alive: Any, role: str) -> None:
     server = start_server()
-    requests = [streaming(server) for _ in range(3)] + [waiting(server) for _ in range(3)]
+    requests = [*(streaming(server, path=path) for path in BODIES), *(waiting(server, path=path) for path in BODIES)]
     for request in requests[:3]:
         request.first()
     until_in_flight(server, 6)
@@ -101,7 +107,9 @@ def test_a_killed_child_is_an_error_for_everybody_and_the_end(start_server: Any,
         assert request.error is None
         assert request.ended - killed < 2
     for request in requests[:3]:
-        last = json.loads(request.lines[-1].removeprefix("data: "))
+        assert request.status == 200
+        *events, last = [json.loads(line.removeprefix("data: ")) for line in request.lines]
+        assert not any("error" in event for event in events), "it is the last one, and no [DONE] follows"
         assert last["error"]["code"] == "engine_dead"
         assert role in last["error"]["message"]
     for request in requests[3:]:

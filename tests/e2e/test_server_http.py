@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -311,6 +313,25 @@ def test_metrics_count_what_happened(clean: Any) -> None:
     assert grew("inter_token_latency_seconds_count") == 8
     assert 0 < after["cache_hit_rate"] < 1
     assert after["requests_running"] == 0
+
+
+def test_the_loops_lag_is_measured(server: Any) -> None:
+    """50 moments a second; a process that was stopped for 0.6 s was late for thirty of them."""
+
+    def late(more_than: str) -> float:
+        now = server.metrics()
+        return now["event_loop_lag_seconds_count"] - now[f'event_loop_lag_seconds_bucket{{le="{more_than}"}}']
+
+    before, started = server.metrics()["event_loop_lag_seconds_count"], time.monotonic()
+    time.sleep(0.5)
+    moments = server.metrics()["event_loop_lag_seconds_count"] - before
+    assert 15 <= moments <= 50 * (time.monotonic() - started) + 2
+    stalled = late("0.25")
+    os.kill(server.process.pid, signal.SIGSTOP)
+    time.sleep(0.6)
+    os.kill(server.process.pid, signal.SIGCONT)
+    assert late("0.25") - stalled >= 15
+    assert server.metrics()["event_loop_lag_seconds_sum"] > 4
 
 
 def test_abort_by_exact_label(clean: Any) -> None:
