@@ -82,27 +82,6 @@ def test_streams(backend: ServerBackend) -> None:
     assert outcome(state) == outcome(everything.run(backend=backend, **OPTIONS))
 
 
-def test_a_server_with_branches_is_sent_a_tenth(server: Any) -> None:
-    document = " ".join(f"The {word} of Fernhollow is number {i}." for i, word in enumerate(["mill", "bridge"] * 90))
-
-    @bw.function
-    def program(s):
-        s += document + "\n"
-        forks = s.fork(16)
-        forks += lambda i: f"Question {i}:" + bw.gen("a", max_tokens=4)
-        forks += "\nSo" + bw.gen("b", max_tokens=4)
-        forks.join()
-
-    sent = {}
-    for branches in (False, True):
-        backend = bw.connect(server.url, KEY, branches=branches)
-        state = program.run(backend=backend, **OPTIONS)
-        sent[branches] = (backend.usage.bytes_sent, backend.usage.sent_tokens, state["a"], state["b"])
-    assert sent[True][2:] == sent[False][2:]
-    assert sent[True][0] * 10 <= sent[False][0]
-    assert sent[True][1] * 10 <= sent[False][1]
-
-
 @pytest.mark.parametrize("how", ["expired", "the server was started anew"])
 def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     backend = bw.connect(server.url, KEY, branches=True)
