@@ -64,11 +64,12 @@ class Usage:
 
 @dataclass(frozen=True)
 class Ask:
-    """One generation."""
+    """One generation. ``tools``: where messages are sent; elsewhere the chat template has written them."""
 
     params: SamplingParams
     constraint: Mapping[str, str] = field(default_factory=dict)
     text_in_logprobs: bool = False
+    tools: Sequence[Mapping[str, Any]] = ()
 
 
 @dataclass

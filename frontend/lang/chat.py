@@ -31,6 +31,10 @@ class Turns:
         self._between = lru_cache(maxsize=4096)(self._render)
         self._strips: dict[str, bool] = {}
 
+    @property
+    def writes_tools(self) -> bool:
+        return self._template.writes_tools
+
     def between(self, roles: tuple[str, ...], generate: bool, variables: Variables) -> tuple[str, ...]:
         """``len(roles) + 1`` texts: before each content, and after the last one. ``generate``: it is the model's turn.
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from ...runtime.tokenizer import Tokenizer
+    from ...runtime.tools import ReasoningFormat, ToolFormat
 
 TAIL = 8  # tokens before a piece that decide how its first one reads (a leading space)
 # A space between two letters or digits: every tokenizer we know begins a new token there, so cutting changes nothing.
@@ -31,11 +33,34 @@ class Codec:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        named = [token.content for token in tokenizer.backend.get_added_tokens_decoder().values() if token.special]
-        self._special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True)))) if named else None
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        self.special = frozenset(token.content for token in added if token.special)
+        named = sorted(self.special, key=len, reverse=True)
+        self._special = re.compile("|".join(map(re.escape, named))) if named else None
         self._opening: list[int] = tokenizer.opening.tolist()
         # What a text is scored after when it is scored by itself.
         self.neutral: list[int] = self._opening or [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
+
+    @cached_property
+    def _formats(self) -> tuple[ToolFormat | None, ReasoningFormat | None]:
+        from ...runtime.tools import detect, reasoning_format, tool_format
+
+        template = self.tokenizer.chat_template
+        if template is None:
+            return None, None
+        found = detect(template.source, self.special)
+        calls = tool_format(found.tools) if found.tools and template.writes_tools else None
+        return calls, reasoning_format(found.reasoning) if found.reasoning else None
+
+    @property
+    def calls(self) -> ToolFormat | None:
+        """How the model writes calls of tools, read off its chat template; None: not at all, as far as we know."""
+        return self._formats[0]
+
+    @property
+    def thoughts(self) -> ReasoningFormat | None:
+        """And how it thinks."""
+        return self._formats[1]
 
     def encode(self, runs: Sequence[Run], *, opening: bool = False) -> list[int]:
         """The ids of ``runs`` read as one text. ``opening``: this is the beginning of a prompt."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .backend import Ask, Completion, check_constraint
 from .errors import BackendError
@@ -27,13 +28,15 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
         if slot.feed is not None:
             slot.feed.put(text)
 
+    tools: Sequence[Mapping[str, Any]] = ()
     if transcript.as_messages:
         await _put_messages(strand)
+        tools = transcript.variables.values.get("tools", ())
     else:
         await strand.hand_over(transcript.take())
         if not strand.handle.length:
             raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = Ask(params, sampling.constraint, gen.text_in_logprobs)
+    ask = Ask(params, sampling.constraint, gen.text_in_logprobs, tools)
     streams = strand.session.streams
     done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
     transcript.wrote(done[0].ids, done[0].text)
@@ -64,6 +67,7 @@ async def _put_messages(strand: Strand) -> None:
     for message in before[strand.handle.length :]:
         await strand.backend.extend(strand.handle, message)
     transcript.take_as_messages()
+    strand.show()
 
 
 def _why(one: Completion) -> str:

@@ -48,7 +48,7 @@ class OpenAIBackend:
             raise BackendError(f"{self.name} only chats: write the program in turns (system, user, assistant)")
         body = self._body(ask, chats)
         if chats:
-            body["messages"] = [{"role": one.role, "content": one.content} for one in items]
+            body |= _conversation(items, ask)
             self.usage.sent_tokens += sum(len(one.content) for one in items) // 4
         else:
             body["prompt"] = "".join(items)
@@ -96,6 +96,7 @@ class OpenAIBackend:
     ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         text, finish = "", None
         usage: dict[str, Any] = {}
+        calls: dict[int, dict[str, Any]] = {}
         streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
         async for event in self.http.events(path, streamed):
             usage = event.get("usage") or usage
@@ -105,7 +106,14 @@ class OpenAIBackend:
                 text += piece
                 if piece:
                     on_delta(piece)
-        whole: dict[str, Any] = {"finish_reason": finish, "text": text, "message": {"content": text}}
+                for more in (choice.get("delta") or {}).get("tool_calls") or ():
+                    call = calls.setdefault(more.get("index", 0), {"name": "", "arguments": ""})
+                    call |= {name: call[name] + (more["function"].get(name) or "") for name in call}
+        made = [{"function": call} for call in calls.values()]
+        whole: dict[str, Any] = {"finish_reason": finish, "text": text}
+        whole["message"] = {"content": text, "tool_calls": made}
+        if made:
+            on_delta(_text(whole, chats)[len(text) :])
         return [whole], usage
 
     def _meta(self, choice: Mapping[str, Any], usage: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,6 +166,20 @@ class OpenAIBackend:
         await self.http.aclose()
 
 
+def _conversation(items: Sequence[Message], ask: Ask) -> dict[str, Any]:
+    if not ask.tools:
+        return {"messages": [{"role": one.role, "content": one.content} for one in items]}
+    from .openai_tools import conversation
+
+    return {"messages": conversation(items), "tools": list(ask.tools)}
+
+
 def _text(choice: Mapping[str, Any], chats: bool) -> str:
-    text = (choice.get("message") or {}).get("content") if chats else choice.get("text")
-    return text or ""
+    if not chats:
+        return choice.get("text") or ""
+    message = choice.get("message") or {}
+    if not message.get("tool_calls"):
+        return message.get("content") or ""
+    from .openai_tools import written
+
+    return written(message.get("content") or "", message["tool_calls"])

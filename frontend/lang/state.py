@@ -118,10 +118,12 @@ class BaseState:
     def assistant(self, body: Body = None) -> Any:
         return self.role("assistant", body)
 
+    def var_scope(self, name: str) -> Any:
+        """``with s.var_scope("x"): ...``: what is appended within becomes the variable ``x``, too."""
+        return self._scope(name, call_site())
+
     @contextlib.contextmanager
-    def var_scope(self, name: str) -> Iterator[None]:
-        """What is appended within becomes the variable ``name``, too."""
-        site = call_site()
+    def _scope(self, name: str, site: str) -> Iterator[None]:
         slot = Slot(name, site)
         log: list[Any] = []
 

@@ -373,8 +373,8 @@ class Strand:
     async def end(self) -> None:
         """The run is over: readers along get the rest."""
         if self.feed is not None:
-            if self.failure is None and not (transcript := await self.written()).as_messages:
-                self.feed.put(transcript.text()[self._fed :])
+            if self.failure is None:
+                self.feed.put((await self.written()).text()[self._fed :])
             self.feed.end(self.failure)
 
 

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import enum
-import inspect
 import json
-import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
+from ...runtime.tools import Tool as Definition
+from ...runtime.tools import markers, parse, validate_tools
+from .codec import Codec
 from .errors import ProgramError, call_site
-from .expressions import assistant, gen, role
+from .expressions import Expr, Gen, Sampling, assistant, gen, role
 from .library import Callbacks, anywhere
 from .state import AsyncState
-
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", dict: "object", list: "array"}
-_PYTHON: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "object": (dict,),
-    "array": (list,),
-}
-
-Tool = Callable[..., Any]
+from .tool_schema import Tool, fitted, schema_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +38,7 @@ def tool_loop(s: Any, tools: Sequence[Tool], max_steps: int = 8, *, name: str = 
     ``tools``: functions with type hints, ``async def`` or not; the first paragraph of a docstring tells the model what
     one is for. A call that cannot be made, or fails, is told to the model as ``{"error": ...}``. Call it where the
     assistant's turn would come. Returns the calls made (to await, with an `AsyncState`). Raises `ProgramError` when the
-    model still calls tools after ``max_steps`` turns.
+    model still calls tools after ``max_steps`` turns, or its template has no place for them.
     """
     return anywhere(s, lambda state, callbacks: _tool_loop(state, callbacks, tools, max_steps, name, sampling))
 
@@ -64,11 +52,18 @@ async def _tool_loop(
     sampling: Mapping[str, Any],
 ) -> list[Call]:
     known = {tool.__name__: tool for tool in tools}
-    s.use_tools([schema_of(tool) for tool in tools])
+    schemas = [schema_of(tool) for tool in tools]
+    definitions = validate_tools(schemas)
+    s.use_tools(schemas)
+    await s.sync()
+    codec = s._strand.session.codec
+    if codec is not None and codec.calls is None:
+        problem = "how this model writes calls of tools cannot be told from its chat template"
+        raise ProgramError(problem, site=call_site(), backend=s._strand.backend.name)
     calls: list[Call] = []
     for _ in range(max_steps):
-        s += assistant(gen(name, **sampling))
-        asked = parse_calls(await s[name])
+        s += assistant(_with_markers(gen(name, **sampling), codec))
+        asked = parse_calls(await s[name], codec, definitions)
         if not asked:
             return calls
         for one in asked:
@@ -77,22 +72,41 @@ async def _tool_loop(
     raise ProgramError(f"the model still calls tools after {max_steps} steps", variable=name, site=call_site())
 
 
-def parse_calls(text: str) -> list[Call]:
-    """The calls in an answer, in the form Hermes and Qwen models write them. A broken one has its ``error`` set."""
-    calls = []
-    for piece in text.split(OPEN)[1:]:
-        body = piece.partition(CLOSE)[0].strip()
-        try:
-            asked, _ = json.JSONDecoder().raw_decode(body)
-            arguments = asked.get("arguments") or {}
-            if isinstance(arguments, str):
-                arguments = json.loads(arguments)
-            if not isinstance(arguments, dict):
-                raise TypeError("arguments must be an object")
-            calls.append(Call(asked["name"], arguments))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            calls.append(Call("", {}, error=f"not a tool call: {error}"))
-    return calls
+def _with_markers(expr: Expr, codec: Codec | None) -> Expr:
+    """Where what marks a call is a special token, it has to stay in the text."""
+    if not isinstance(expr, Gen):
+        raise TypeError("the answer is written freely: choices cannot be given")
+    if codec is None or not codec.special.intersection(markers(codec.calls, codec.thoughts)):
+        return expr
+    options = {**expr.sampling.options, "skip_special_tokens": False}
+    return replace(expr, sampling=Sampling(options, expr.sampling.constraint))
+
+
+def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> list[Call]:
+    """The calls in an answer, in the model's own form. A broken one has its ``error`` set.
+
+    Without a codec the server has parsed them, and they are written as Hermes models do (see `openai_tools`).
+    """
+    form, thoughts = ("hermes", None) if codec is None else (codec.calls, codec.thoughts)
+    before, ended, _ = text.partition(thoughts.end) if thoughts else ("", "", "")
+    thinking = bool(ended) and thoughts is not None and thoughts.begin not in before  # the prompt had begun it
+    found = parse(text, form, thoughts, tools, reasoning_open=thinking, unknown_tools="call")
+    begins = codec.calls.begin if codec is not None and codec.calls is not None else ()
+    if not found.calls and any(marker in found.content for marker in begins):
+        return [Call("", {}, error="not a tool call: it has no name, or another form than it must have")]
+    return [_parsed(one.name, one.arguments, one.complete) for one in found.calls]
+
+
+def _parsed(name: str, text: str, complete: bool) -> Call:
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        complete = False
+    if not complete:
+        return Call(name, {}, error=f"the arguments are not complete JSON: {text}")
+    if not isinstance(arguments, dict):
+        return Call(name, {}, error=f"the arguments must be an object, got {text}")
+    return Call(name, arguments)
 
 
 async def _make(call: Call, known: Mapping[str, Tool], callbacks: Callbacks) -> Call:
@@ -100,67 +114,12 @@ async def _make(call: Call, known: Mapping[str, Tool], callbacks: Callbacks) -> 
         return call
     tool = known.get(call.name)
     if tool is None:
-        return Call(call.name, call.arguments, error=f"no tool is called {call.name!r}; there are {', '.join(known)}")
-    problem = _mismatch(tool, call.arguments)
-    if problem:
-        return Call(call.name, call.arguments, error=problem)
+        return replace(call, error=f"no tool is called {call.name!r}; there are {', '.join(known)}")
     try:
-        return Call(call.name, call.arguments, await callbacks.call(tool, **call.arguments))
+        arguments = fitted(tool, call.arguments)
+    except ValueError as error:
+        return replace(call, error=str(error))
+    try:
+        return replace(call, result=await callbacks.call(tool, **arguments))
     except Exception as error:  # a tool is anybody's code: whatever it raises, the model is told
-        return Call(call.name, call.arguments, error=f"{type(error).__name__}: {error}")
-
-
-def schema_of(tool: Tool) -> dict[str, Any]:
-    """A function as OpenAI's ``tools`` describe one. Raises TypeError for a parameter without a type we can name."""
-    hints = get_type_hints(tool)
-    properties, required = {}, []
-    for parameter in inspect.signature(tool).parameters.values():
-        if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
-            raise TypeError(f"{tool.__name__}: a tool's parameters must have names, {parameter} has none")
-        if parameter.name not in hints:
-            raise TypeError(f"{tool.__name__}: parameter {parameter.name!r} needs a type hint")
-        properties[parameter.name] = _json_type(hints[parameter.name], f"{tool.__name__}: {parameter.name}")
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
-    about = (inspect.getdoc(tool) or tool.__name__).partition("\n\n")[0].replace("\n", " ")
-    parameters = {"type": "object", "properties": properties, "required": required}
-    return {"type": "function", "function": {"name": tool.__name__, "description": about, "parameters": parameters}}
-
-
-def _json_type(hint: Any, where: str) -> dict[str, Any]:
-    if hint is Any:
-        return {}
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return {"type": _TYPES.get(type(inner[0]), "string"), "enum": list(inner)}
-    if origin in (Union, types.UnionType):
-        some = [one for one in inner if one is not type(None)]
-        if len(some) == 1:
-            return _json_type(some[0], where)
-        return {"anyOf": [_json_type(one, where) for one in some]}
-    if isinstance(hint, type) and issubclass(hint, enum.Enum):
-        return {"type": "string", "enum": [member.value for member in hint]}
-    if origin in (list, tuple, set, Sequence):
-        return {"type": "array", "items": _json_type(inner[0], where)} if inner else {"type": "array"}
-    found = _TYPES.get(origin or hint)
-    if found is None:
-        raise TypeError(f"{where}: no JSON type for {hint!r}")
-    return {"type": found}
-
-
-def _mismatch(tool: Tool, arguments: Mapping[str, Any]) -> str | None:
-    """What is wrong with the arguments, in words a model can act on."""
-    schema = schema_of(tool)["function"]["parameters"]
-    for name in schema["required"]:
-        if name not in arguments:
-            return f"argument {name!r} is missing"
-    for name, value in arguments.items():
-        if name not in schema["properties"]:
-            return f"{tool.__name__} has no argument {name!r}"
-        wanted = schema["properties"][name]
-        kinds = _PYTHON.get(wanted.get("type", ""), (object,))
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
-            return f"argument {name!r} must be of type {wanted['type']}, got {value!r}"
-        if "enum" in wanted and value not in wanted["enum"]:
-            return f"argument {name!r} must be one of {wanted['enum']}, got {value!r}"
-    return None
+        return replace(call, error=f"{type(error).__name__}: {error}")

@@ -121,7 +121,9 @@ class Transcript:
             log.append(item)
 
     def use_variables(self, variables: Variables) -> None:
-        """Raises `BackendError` once the conversation's beginning has been written."""
+        """Raises `BackendError` once the conversation's beginning has been written, or where tools have no place."""
+        if variables.values.get("tools") and not self._chats and not (self._turns and self._turns.writes_tools):
+            raise BackendError(f"the model of {self._backend} has no place for tools in its chat template")
         if variables != self.variables and self._place.turns:
             raise BackendError("tools must be given before the conversation has been read by the model")
         self.variables = variables
@@ -147,6 +149,8 @@ class Transcript:
 
     def shown(self) -> str:
         """The text handed over so far."""
+        if self.as_messages:
+            return self.text()
         if len(self._shown) > 1:
             self._shown = ["".join(self._shown)]
         return self._shown[0] if self._shown else ""
@@ -154,7 +158,7 @@ class Transcript:
     def text(self) -> str:
         """All text: what was handed over, and what waits as it would be written now."""
         if self.as_messages:
-            return "".join(f"{one.role}: {one.content}\n" for one in self.messages())
+            return "\n".join(f"{one.role}: {one.content}" for one in self.messages()) + "\n" * (not self._inside)
         betweens = self._betweens(False)
         outs, place = self._walk(self._items, betweens)
         ending = betweens[-1] if place.turns and not place.inside and not place.tail else ""

@@ -1,4 +1,4 @@
-"""What branches cost beside stateless requests: forks, a generation's overhead, bytes on the wire. No model.
+"""What branches cost beside stateless requests: forks, and a generation's overhead. No model, no sockets.
 
     python tests/benchmarks/bench_branches.py [--tokens 32768]
 
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable
 
-import msgspec
 import numpy as np
 
 from branchwise.runtime.config import EngineConfig
@@ -84,26 +83,6 @@ def main() -> None:
     plain = median(200, lambda: bench.plain_turn(bench.prompt.tobytes() + piece()))
     branch = median(200, lambda: bench.branch_turn(next(children), piece()))
     print(f"a turn of 20 + 4 tokens, stateless: {plain:.0f} us; on a branch: {branch:.0f} us (settled and held again)")
-    sent = exchange(n=1024)
-    print(f"tree of thought, 1,024 tokens of prompt, bytes a request: stateless {sent[0]:.0f}, branch {sent[1]:.0f}")
-
-
-def exchange(n: int) -> tuple[float, float]:
-    """JSON bytes a request of a tree of thought: three levels, four thoughts each, 32 tokens to say and 64 answered."""
-    rng = np.random.default_rng(2)
-    params = {"max_new_tokens": 64, "temperature": 0.8}
-    stateless, stateful = [], []
-    length = n
-    for level in range(3):
-        length += 32
-        prompt = rng.integers(0, VOCAB, length).tolist()
-        for _ in range(4 ** (level + 1)):
-            stateless.append(len(msgspec.json.encode({"input_ids": prompt, "sampling_params": params})))
-            stateful.append(len(msgspec.json.encode({"extend": prompt[-32:], "sampling_params": params})))
-        stateful += [len(msgspec.json.encode({"n": 4}))] * 4**level  # forks
-        length += 64
-    stateful.append(len(msgspec.json.encode({"input_ids": rng.integers(0, VOCAB, n).tolist()})))
-    return sum(stateless) / len(stateless), sum(stateful) / len(stateless)
 
 
 if __name__ == "__main__":

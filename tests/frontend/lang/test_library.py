@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import json
+from pathlib import Path
 from typing import Literal
 
 import pytest
+from tokenizers import Tokenizer as Backend
 
 import branchwise as bw
-from branchwise.frontend.lang.tools import parse_calls, schema_of
+from branchwise.frontend.lang.codec import Codec
+from branchwise.frontend.lang.tool_schema import fitted, schema_of
+from branchwise.frontend.lang.tools import Call, parse_calls
+from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tools import validate_tools
 
 
 def call(name: str, **arguments: object) -> str:
@@ -53,15 +60,98 @@ def test_a_function_becomes_a_schema():
         schema_of(lambda x: x)
 
 
-def test_calls_are_parsed_and_broken_ones_say_so():
+def codec_of(template: str, tokenizer: Tokenizer) -> Codec:
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    return Codec(Tokenizer(backend, {"python_token": "<|python_tag|>"}, template))
+
+
+def test_calls_are_parsed_and_broken_ones_say_so(tokenizer):
+    codec = Codec(tokenizer)
+
+    def parsed(text: str) -> list[Call]:
+        return parse_calls(text, codec, [])
+
     text = "Let me see.\n" + call("add", a=1) + "\n" + call("paint", colour="red")
-    assert [(one.name, one.arguments) for one in parse_calls(text)] == [("add", {"a": 1}), ("paint", {"colour": "red"})]
-    assert parse_calls("no call") == []
-    (quoted,) = parse_calls('<tool_call>{"name": "add", "arguments": "{\\"a\\": 2}"}')
-    assert quoted.arguments == {"a": 2}
-    for broken in ("{", "[]", '{"name": "x", "arguments": 3}', '{"arguments": {}}'):
-        (one,) = parse_calls(f"<tool_call>{broken}</tool_call>")
-        assert one.error and one.error.startswith("not a tool call")
+    assert [(one.name, one.arguments) for one in parsed(text)] == [("add", {"a": 1}), ("paint", {"colour": "red"})]
+    assert parsed("no call") == []
+    for broken in ("{", "[]", '{"arguments": {}}'):
+        (one,) = parsed(f"<tool_call>{broken}</tool_call>")
+        assert one.error.startswith("not a tool call")
+    (cut,) = parsed('<tool_call>{"name": "x", "arguments": {"a": 1')
+    assert cut.error == 'the arguments are not complete JSON: {"a": 1'
+    (number,) = parsed('<tool_call>{"name": "x", "arguments": 3}</tool_call>')
+    assert number.name == "x" and "arguments" in number.error
+
+
+TEMPLATES = Path(__file__).resolve().parents[2] / "runtime" / "templates"
+
+
+@pytest.mark.parametrize(
+    ("template", "text"),
+    [
+        ((TEMPLATES / "llama3.jinja").read_text(), '{"name": "add", "parameters": {"a": 2, "b": 3}}'),
+        ((TEMPLATES / "qwen3.jinja").read_text(), "<think>\n" + call("sub") + "</think>\n\n" + call("add", a=2, b=3)),
+        ((TEMPLATES / "qwen3.jinja").read_text(), call("sub") + "\n</think>\n\n" + call("add", a=2, b=3)),
+        (
+            "{{ tools }}<tool_call><function=x><parameter=y>",
+            "<tool_call>\n<function=add>\n<parameter=a>\n2\n</parameter>\n<parameter=b>\n3\n</parameter>\n</function>\n"
+            "</tool_call>",
+        ),
+        ("{{ tools }}[func_name1(params_name1=value)]", "[add(a=2, b=3)]"),
+    ],
+    ids=["llama 3", "qwen 3", "qwen 3, its thoughts begun by the prompt", "qwen 3 coder", "pythonic"],
+)
+def test_calls_are_read_as_the_models_template_writes_them(tokenizer, template, text):
+    (one,) = parse_calls(text, codec_of(template, tokenizer), validate_tools([schema_of(add)]))
+    assert (one.name, dict(one.arguments), one.error) == ("add", {"a": 2, "b": 3}, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{{ messages[0].content }}", "no place for tools in its chat template"),
+        ("{{ tools }}{{ messages[0].content }}", "how this model writes calls of tools cannot be told"),
+    ],
+)
+def test_tools_are_not_dropped_silently(null_engine, tokenizer, template, problem):
+    null_engine.tokenizer = Tokenizer(tokenizer.backend, {}, template)
+
+    @bw.function
+    def agent(s):
+        s += bw.user("?")
+        bw.tool_loop(s, [add])
+
+    with pytest.raises(bw.ProgramError, match=problem) as caught:
+        agent.run(backend=null_engine)
+    assert caught.value.site.startswith(__file__)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+def test_arguments_are_what_the_function_asks_for():
+    def tint(colour: Colour | None = None, level: Literal[1, 2] = 1) -> None: ...
+
+    properties = schema_of(tint)["function"]["parameters"]["properties"]
+    assert properties == {
+        "colour": {"type": "string", "enum": ["red", "blue"]},
+        "level": {"type": "integer", "enum": [1, 2]},
+    }
+    assert fitted(tint, {"colour": "blue", "level": 2}) == {"colour": Colour.BLUE, "level": 2}
+    with pytest.raises(ValueError, match=r"'level' must be one of \[1, 2\], got 3"):
+        fitted(tint, {"level": 3})
+
+
+def test_two_tools_of_one_name_are_an_error(script):
+    @bw.function
+    def agent(s):
+        s += bw.user("?")
+        bw.tool_loop(s, [add, add])
+
+    with pytest.raises(ValueError, match="the same name, 'add'"):
+        agent.run(backend=script("never").backend)
 
 
 class Script:

@@ -163,6 +163,30 @@ def test_turns_must_nest(echo):
     assert caught.value.site == line_of("inside")
 
 
+@pytest.mark.parametrize("manager", ["scope", "role", "copy"])
+def test_a_failure_inside_a_context_manager_is_told_at_the_programs_line(echo, manager):
+    @bw.function
+    def program(s):
+        if manager == "scope":
+            with s.var_scope("x"):  # scope
+                pass
+        elif manager == "role":
+            with s.role("user"):  # role
+                pass
+        else:
+            with s.copy():  # copy
+                pass
+        s.sync()
+
+    class Broken(echo):
+        async def create(self):
+            raise BackendError("no room")
+
+    with pytest.raises(bw.ProgramError, match="no room") as caught:
+        program.run(backend=Broken(ok))
+    assert line_of(manager) in str(caught.value)
+
+
 def test_an_empty_prompt(echo):
     @bw.function
     def program(s):

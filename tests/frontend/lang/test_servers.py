@@ -15,9 +15,11 @@ import pytest
 
 import branchwise as bw
 from branchwise.frontend.client import ServerClient, ServerError
+from branchwise.frontend.lang.backend import Message
 from branchwise.frontend.lang.branches import BranchBackend
 from branchwise.frontend.lang.http import Http
 from branchwise.frontend.lang.openai import OpenAIBackend
+from branchwise.frontend.lang.openai_tools import conversation, written
 from branchwise.frontend.lang.server import ServerBackend
 
 KEY = "the-key"
@@ -80,27 +82,6 @@ def test_streams(backend: ServerBackend) -> None:
     assert "".join(state.text_iter("who")) == state["who"]
     assert "".join(state.text_iter()) == state.text()
     assert outcome(state) == outcome(everything.run(backend=backend, **OPTIONS))
-
-
-def test_a_server_with_branches_is_sent_a_tenth(server: Any) -> None:
-    document = " ".join(f"The {word} of Fernhollow is number {i}." for i, word in enumerate(["mill", "bridge"] * 90))
-
-    @bw.function
-    def program(s):
-        s += document + "\n"
-        forks = s.fork(16)
-        forks += lambda i: f"Question {i}:" + bw.gen("a", max_tokens=4)
-        forks += "\nSo" + bw.gen("b", max_tokens=4)
-        forks.join()
-
-    sent = {}
-    for branches in (False, True):
-        backend = bw.connect(server.url, KEY, branches=branches)
-        state = program.run(backend=backend, **OPTIONS)
-        sent[branches] = (backend.usage.bytes_sent, backend.usage.sent_tokens, state["a"], state["b"])
-    assert sent[True][2:] == sent[False][2:]
-    assert sent[True][0] * 10 <= sent[False][0]
-    assert sent[True][1] * 10 <= sent[False][1]
 
 
 @pytest.mark.parametrize("how", ["expired", "the server was started anew"])
@@ -234,6 +215,50 @@ def test_our_server_through_openais_completions(server: Any, engine: Any) -> Non
     assert there.meta("where")["cached_tokens"] >= 0 and backend.usage.prompt_tokens > 0
     streamed = program.run(backend=backend, temperature=0, stream=True)
     assert "".join(streamed.text_iter()) == there.text()
+
+
+def get_weather(city: str) -> dict:
+    """Get the weather."""
+    return {"temperature": 21, "code": "KX-4417", "city": city}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_sent_and_their_calls_read_through_openais_chat(server: Any, engine: Any, stream: bool) -> None:
+    @bw.function
+    def agent(s):
+        s += bw.user("Please get the weather. The city is Zemol.")
+        return bw.tool_loop(s, [get_weather], max_tokens=60)
+
+    backend = OpenAIBackend(server.url, "branchwise", api_key=KEY)
+    here, there = agent.run(temperature=0), agent.run(backend=backend, temperature=0, stream=stream)
+    if stream:
+        assert "".join(there.text_iter()) == there.text()
+    assert (
+        [dict(one.arguments) for one in here.ret_value]
+        == [{"city": "Zemol"}]
+        == [dict(one.arguments) for one in there.ret_value]
+    )
+    assert here["answer"] == there["answer"] and "KX-4417" in there["answer"]
+    assert [one["role"] for one in there.messages()] == ["user", "assistant", "tool", "assistant"]
+    assert here.messages()[1:] == there.messages()[1:]
+
+
+def test_a_conversation_with_calls_is_sent_as_openai_has_it() -> None:
+    calls = [
+        {"function": {"name": name, "arguments": arguments}} for name, arguments in (("f", '{"a":  1}'), ("g", ""))
+    ]
+    said = Message("assistant", written("Let me see.", calls))
+    assert said.content.count("<tool_call>") == 2
+    sent = conversation([Message("user", "?"), said, Message("tool", "1"), Message("tool", "2"), Message("user", "!")])
+    asked = sent[1]
+    assert (asked["role"], asked["content"]) == ("assistant", "Let me see.")
+    assert [call["function"] for call in asked["tool_calls"]] == [
+        {"name": "f", "arguments": '{"a":  1}'},
+        {"name": "g", "arguments": "{}"},
+    ]
+    ids = [call["id"] for call in asked["tool_calls"]]
+    assert len(set(ids)) == 2 and [message["tool_call_id"] for message in sent[2:4]] == ids
+    assert sent[4] == {"role": "user", "content": "!"}
 
 
 class _Chat(BaseHTTPRequestHandler):
