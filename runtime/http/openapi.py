@@ -45,6 +45,10 @@ _ABOUT = {
 
 _ADMIN = {"/cache/tree", "/cache/check", "/cache/evict", "/flush_cache", "/start_profile", "/stop_profile"}
 _ADMIN_PARTLY = {"/abort_request"}  # with abort_all
+_GENERATES = {
+    *("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/generate"),
+    *("/branches/{id}/generate", "/branches/{id}/score", "/cache/warm"),
+}
 _WITHOUT_ENGINE = {"/health", "/metrics", "/version", "/abort_request"}
 _REFUSES = {
     ("get", "/cache/tree"),
@@ -175,6 +179,18 @@ FAILURES = {
             )
         },
     ),
+    "KeyQueue": Failure(
+        429,
+        "The key has as many unfinished requests as `--max-queued-per-key` lets it have.",
+        {
+            "its share of the queue": (
+                None,
+                "rate_limit_exceeded",
+                "this key has 2 unfinished requests and 2 more would pass its limit of 3 (--max-queued-per-key); try "
+                "again later",
+            )
+        },
+    ),
     "PinQuota": Failure(
         429,
         "Pins and breakpoints may keep a bounded share of the cache.",
@@ -209,6 +225,17 @@ FAILURES = {
                 "4096 requests are queued and 1 more would pass the limit of 4096; try again later",
             ),
             "shutting down": (None, "overloaded", "the server is shutting down"),
+        },
+    ),
+    "TimedOut": Failure(
+        504,
+        "It took longer than `--request-timeout`; in a stream this is the last event.",
+        {
+            "out of time": (
+                None,
+                "request_timeout",
+                "the request did not finish within the 60 s it may take (--request-timeout)",
+            )
         },
     ),
 }
@@ -360,6 +387,9 @@ def _failures(method: str, path: str, fields: Collection[str] | None) -> Iterato
         yield "Recording"
     if path == "/cache/unpin":
         yield "NoPin"
+    if path in _GENERATES:
+        yield "KeyQueue"
+        yield "TimedOut"
     if fields is not None:
         yield "TooLarge"
     if path not in _WITHOUT_ENGINE:

@@ -269,8 +269,9 @@ def test_what_changes_nothing_is_ignored(server: Any) -> None:
 
 
 def test_the_schema_is_in_openapi(server: Any) -> None:
-    paths = server.http.get("/openapi.json").json()["paths"]
+    document = server.http.get("/openapi.json").json()
     for path, required in ((PATH, {"messages", "max_tokens"}), (COUNT, {"messages"})):
-        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        body = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        schema = document["components"]["schemas"][body["$ref"].rpartition("/")[2]]
         assert set(schema["required"]) == required
         assert {"system", "tools", "thinking", "cache_control"} <= schema["properties"].keys()

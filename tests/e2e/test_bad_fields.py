@@ -220,7 +220,7 @@ CREATE: Table = [
     *TEXT,
     ("messages", [Whole(messages=value) for value in ("hi", [7], 7)]),
     ("branch", [Whole(parent="nobody"), Whole(parent="x" * 5000)]),
-    ("cache_salt", ["x" * 600]),
+    *((name, ["x" * 600]) for name in ("cache_salt", "extra_key", "prompt_cache_key")),
     ("ttl", [0, -1, 601, 1e300]),
 ]
 PROMPT: Table = [

@@ -368,7 +368,8 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "bytes of a body": ("/generate", {"text": "x" * 16_777_216}),
     "levels of objects and lists": (CHAT, {"messages": [USER], "metadata": json.loads("[" * 65 + "]" * 65)}),
     "fields of a body": ("/generate", {f"x{i}": 1 for i in range(257)}),
-    "prompts × `n`": ("/v1/completions", {"prompt": ["Hello"] * 1025}),
+    "prompts": ("/v1/completions", {"prompt": ["Hello"] * 1025}),
+    "prompts × `n`": ("/v1/completions", {"prompt": ["Hello"] * 9, "n": 128}),
     "`n`": ("/v1/completions", {**TEXT, "n": 129}),
     "stop strings": ("/v1/completions", {**TEXT, "stop": ["x"] * 65}),
     "characters of a stop string": ("/v1/completions", {**TEXT, "stop": "x" * 1025}),
@@ -416,6 +417,8 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ELSEWHERE = {
     "the same, where the cache is smaller": "tests/runtime/test_fit.py",
+    "seconds of a request": "tests/e2e/test_server_timeouts.py",
+    "requests of a key that have not finished": "tests/runtime/http/test_client.py",
     "requests that have not finished": "tests/e2e/test_openapi_errors.py",
     "bytes of request line and headers": "tests/e2e/test_server_bad_input.py",
     "share of the cache that is pinned": "tests/e2e/test_openapi_errors.py",

@@ -8,8 +8,9 @@ import pytest
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from branchwise.runtime.http.client import EngineClient, Prompt
-from branchwise.runtime.http.errors import ClientGone
+from branchwise.runtime.http.errors import ClientGone, describe
 from branchwise.runtime.http.metrics import Metrics
+from branchwise.runtime.http.openapi import FAILURES
 from branchwise.runtime.messages import (
     Abort,
     BranchRun,
@@ -94,6 +95,12 @@ def test_the_queue_is_bounded(client: EngineClient) -> None:
     client.open([TWO])
 
 
+def said(error: Exception) -> tuple[str, str]:
+    """Code and message, as a client gets them."""
+    _, body = describe(error)
+    return body["error"]["code"], body["error"]["message"]
+
+
 def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
     client = EngineClient(sent.extend, sent.extend, 8, Metrics(), max_requests_per_key=3)
     client.ready(Limits(400, 512, 1024))
@@ -105,6 +112,7 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
     with pytest.raises(InvalidRequest, match=r"this key has 2 unfinished .* limit of 3") as refused:
         client.open([of("a"), of("a")])
     assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
+    assert said(refused.value) == FAILURES["KeyQueue"].examples["its share of the queue"][1:]
     run = BranchRun([], "branch", ("a", ""), SamplingParams())
     client.open_run(run, 1)
     with pytest.raises(InvalidRequest):
@@ -121,12 +129,14 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
 async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits(sent: list[Message]) -> None:
     client = EngineClient(sent.extend, sent.extend, 8, Metrics(), request_timeout=0.02)
     client.ready(Limits(400, 512, 1024))
-    with pytest.raises(TimedOut, match=r"within the 0\.02 s"), client.open([TWO]) as call:
+    with pytest.raises(TimedOut, match=r"within the 0\.02 s") as refused, client.open([TWO]) as call:
         client.deliver([Delta(1, "a"), end(2)])
         assert len(await call.batch()) == 2
         sent.clear()
         await call.batch()
     assert sent == [Abort(1)]
+    code, message = said(refused.value)
+    assert (code, message.replace("0.02 s", "60 s")) == FAILURES["TimedOut"].examples["out of time"][1:]
     unread, done = client.open([ONE]), client.open([ONE])
     client.deliver([end(4)])
     sent.clear()

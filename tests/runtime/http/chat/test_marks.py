@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.chat_template import ChatTemplate
+from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.http.chat.marks import chat_marks
 from branchwise.runtime.http.chat.messages import conversation
 from branchwise.runtime.http.chat.tools import definitions
@@ -104,4 +105,5 @@ def test_a_template_is_not_told_of_marks() -> None:
     """Neither beside a function nor, as in the responses API, in it."""
     nested = tool("first", **MARK, **FROM_US)
     flat = {"type": "function", **nested["function"], **MARK, **FROM_US}
-    assert definitions([nested], 9) == definitions([flat], 9) == [tool("first")]
+    config = ServerConfig(engine=EngineConfig())
+    assert definitions([nested], config) == definitions([flat], config) == [tool("first")]
