@@ -28,6 +28,8 @@ def parse(text: str) -> Any:
         raise InvalidRequest(f"must be a JSON object, got {type(schema).__name__}")
     _bound(schema)
     schema = _checked(schema, schema)
+    if not _composes(schema):
+        schema = _closed(schema)
     return {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
 
 
@@ -49,6 +51,7 @@ def _inside(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+_NAMING = frozenset({"properties", "patternProperties", "$defs", "definitions"})  # their keys are the author's names
 _LITERALS = frozenset({"const", "enum", "default", "examples"})  # their values are data, not schemas
 
 
@@ -67,7 +70,7 @@ def _checked(value: Any, root: Any, named: bool = False) -> Any:
         raise InvalidRequest("uses x-guidance, which is not a JSON schema keyword")
     result = {}
     for key, inner in value.items():
-        named = key in ("properties", "patternProperties", "$defs", "definitions")
+        named = key in _NAMING
         result[key] = inner if key in _LITERALS else _checked(inner, root, named)
     branches = result.get("oneOf")
     if isinstance(branches, list) and branches and "anyOf" not in result:
@@ -75,6 +78,43 @@ def _checked(value: Any, root: Any, named: bool = False) -> Any:
         if all(_disjoint(a, b) for a, b in combinations(seen, 2)):
             result["anyOf"] = result.pop("oneOf")
             result.pop("discriminator", None)  # OpenAPI's, which pydantic adds: it says the same
+    return result
+
+
+_COMPOSING = frozenset({"allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
+
+
+def _composes(value: Any, named: bool = False) -> bool:
+    """Whether an object's properties may be spread over several schemas, so that none of them names them all."""
+    if isinstance(value, list):
+        return any(_composes(inner) for inner in value)
+    if not isinstance(value, dict):
+        return False
+    if not named and (
+        _COMPOSING & value.keys() or ("properties" in value and {"anyOf", "oneOf", "$ref"} & value.keys())
+    ):
+        return True
+    return any(
+        _composes(inner, not named and key in _NAMING) for key, inner in value.items() if named or key not in _LITERALS
+    )
+
+
+def _closed(value: Any, named: bool = False) -> Any:
+    """A copy in which an object that names its properties, and says nothing of others, has no others.
+
+    What an output is then is valid all the same. Without it small models never end: they go on to invent properties.
+    SGLang's and vLLM's default grammars do likewise.
+    """
+    if isinstance(value, list):
+        return [_closed(inner) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    result = {
+        key: inner if not named and key in _LITERALS else _closed(inner, not named and key in _NAMING)
+        for key, inner in value.items()
+    }
+    if not named and result.get("properties") and not {"additionalProperties", "patternProperties"} & result.keys():
+        result["additionalProperties"] = False
     return result
 
 
