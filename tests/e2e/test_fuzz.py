@@ -188,7 +188,7 @@ def taken(model: type[BaseModel], name: str) -> list[Any]:
             return False
         return True
 
-    return [value for value in SIMPLE if name not in model.model_fields or takes(value)]
+    return [value for value in SIMPLE if name not in model.model_fields or takes(value)] or [None]
 
 
 @st.composite
