@@ -206,12 +206,11 @@ class EngineClient:
         """
         owner = prompts[0].namespace[0]
         call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
-        messages: list[Message] = []
+        messages: list[Submit] = []
         start = call.ids.start
-        for i, prompt in enumerate(prompts):
+        for prompt in prompts:
             ids = list(range(start, start + prompt.params.n))
             start += prompt.params.n
-            self._expect(ids, call, owner, labels[i] if i < len(labels) else None)
             messages.append(
                 Submit(
                     ids,
@@ -229,6 +228,8 @@ class EngineClient:
                 )
             )
         self._to_tokenizer(messages)
+        for i, message in enumerate(messages):
+            self._expect(message.ids, call, owner, labels[i] if i < len(labels) else None)
         return call
 
     def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
@@ -236,8 +237,8 @@ class EngineClient:
         owner = run.namespace[0]
         call = self._new_call(requests, owner)
         run.ids = list(call.ids)
-        self._expect(run.ids, call, owner, label)
         self._to_tokenizer([run])
+        self._expect(run.ids, call, owner, label)
         return call
 
     def _new_call(self, count: int, owner: str) -> Call:
@@ -263,6 +264,7 @@ class EngineClient:
         return call
 
     def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
+        """After they have been sent: what could not be would be waited for for ever."""
         now = time.monotonic()
         self._held[owner] += len(ids)
         for id in ids:

@@ -28,7 +28,8 @@ def prepare_params(
 ) -> SamplingParams:
     """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`.
 
-    What the output must be is bounded as the client sent it: before anything is added to it.
+    What the output must be is bounded as the client sent it: before anything is added to it. A schema becomes text: it
+    may hold numbers that no message between processes does.
     """
     validate(params, limits.vocab_size, names)
     for field, asked, most, what in (
@@ -42,9 +43,12 @@ def prepare_params(
             name = names.get(field, field)
             raise InvalidRequest(f"{name} {what} {most}, got {asked}", field=name)
     constraint = constraint_of(params)
-    if constraint is not None:
-        _check_constraint(constraint, params.constraint_name or constraint.kind, config)
-    return params
+    if constraint is None:
+        return params
+    _check_constraint(constraint, params.constraint_name or constraint.kind, config)
+    if constraint.kind != "json_schema":
+        return params
+    return msgspec.structs.replace(params, json_schema=constraint.text)
 
 
 def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:

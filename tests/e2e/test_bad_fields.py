@@ -91,6 +91,7 @@ SAMPLING: Table = [
 ]
 STRUCTURED: Table = [
     ("guided_json", [{"not": {}}, "{", "x" * 200_000, {"type": "string", "pattern": "(?=a)"}]),
+    ("guided_json", [{"type": "array", "maxItems": number} for number in (2**64, HUGE, -HUGE)]),
     ("guided_regex", ["", "[", "(?=a)b", "a" * 200_000]),
     ("guided_choice", [[], [""], ["a", 7], ["a"] * 2000]),
     ("guided_grammar", ["", "nothing at all"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
@@ -124,6 +125,23 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
     client.open([of("a", 2)])
     with pytest.raises(InvalidRequest):
         client.open([of("a")])
+
+
+def test_what_cannot_be_sent_is_not_waited_for(sent: list[Message]) -> None:
+    def send(messages: Sequence[Message]) -> None:
+        sent.extend(messages)
+        if any(isinstance(message, (Submit, BranchRun)) for message in messages):
+            raise OverflowError("can't serialize ints > 2**64 - 1")
+
+    client = EngineClient(send, send, 8, Metrics(), max_requests_per_key=8)
+    client.ready(Limits(400, 512, 1024))
+    for _ in range(10):
+        with pytest.raises(OverflowError):
+            client.open([TWO], ["label"])
+        with pytest.raises(OverflowError):
+            client.open_run(BranchRun([], "branch", ("", ""), SamplingParams()), 1, "label")
+    assert client.in_flight == 0
+    assert client.abort("label") == 0
 
 
 async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits(sent: list[Message]) -> None:
