@@ -16,7 +16,7 @@ from .chat import Turns
 from .codec import Codec
 from .errors import BackendError, ProgramError
 from .expressions import Sampling
-from .loop import Once
+from .loop import Once, guests
 
 Path = tuple[int | str, ...]  # which branch: the forks that led to it. Equal in every run of the same program.
 
@@ -47,6 +47,7 @@ class Session:
         self._unseen: dict[int, ProgramError] = {}
         self._lock = threading.Lock()
         self._handles: set[Any] = set()
+        guests.add(self)
 
     async def _open(self) -> None:
         self.codec = await self.backend.codec()
@@ -110,7 +111,7 @@ class Session:
         """``handle`` is given back when ``owner`` is forgotten, at the latest when the run ends."""
         if self.backend.capabilities.branches:
             self._handles.add(handle)
-            weakref.finalize(owner, self._forgotten, handle).atexit = False  # then they expire by themselves
+            weakref.finalize(owner, self._forgotten, handle).atexit = False  # `leave` sees to it
 
     def _forgotten(self, handle: Any) -> None:
         if handle in self._handles and not self.loop.is_closed():
@@ -124,6 +125,11 @@ class Session:
 
     async def release_all(self) -> None:
         await asyncio.gather(*(self.release(handle) for handle in list(self._handles)))
+
+    async def leave(self) -> None:
+        """The process ends before the run does."""
+        await self.cancel()
+        await self.release_all()
 
 
 _TURNS: weakref.WeakKeyDictionary[Codec, Turns] = weakref.WeakKeyDictionary()

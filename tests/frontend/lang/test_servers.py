@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -91,17 +93,90 @@ def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.Mo
     asked = BranchBackend._on
     killed = []
 
-    async def unlucky(self: BranchBackend, handle: Any, what: str, body: Any, **more: Any) -> Any:
+    async def unlucky(self: BranchBackend, handle: Any, what: str, *more: Any) -> Any:
         if handle.id is not None and (what, handle.id) not in killed:
             killed.append((what, handle.id))
             await self.http.post("/branches/batch", {"ops": [{"op": "delete", "id": handle.id}]})
             if how != "expired":
                 handle.id = "b" + "A" * 32  # one that this server has never made
-        return await asked(self, handle, what, body, **more)
+        return await asked(self, handle, what, *more)
 
     monkeypatch.setattr(BranchBackend, "_on", unlucky)
     assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
     assert {what for what, _ in killed} >= {"generate", "fork", "score"}
+
+
+def test_a_branch_that_is_gone_and_finds_no_room_any_more(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    expected = outcome(everything.run(backend=backend, **OPTIONS))
+    post, made = Http.post, []
+
+    async def full_later(self: Any, path: str, body: Any, **more: Any) -> Any:
+        if path == "/branches" and made:
+            raise bw.BackendError("too many branches", status=429)
+        if path.endswith(("/generate", "/fork", "/score", "/extend")) and len(made) == 1:
+            await post(self, "/branches/batch", {"ops": [{"op": "delete", "id": made[0]}]})
+            made.append(path)
+        reply = await post(self, path, body, **more)
+        if path == "/branches":
+            made.append(reply["id"])
+        return reply
+
+    monkeypatch.setattr(Http, "post", full_later)
+    assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("wanted", ["/branches", "/fork"])
+def test_who_is_cancelled_while_branches_are_made_gives_them_back(
+    server: Any, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    post = Http.post
+    asked = 0
+
+    async def slow(self: Any, path: str, body: Any, **more: Any) -> Any:
+        nonlocal asked
+        reply = await post(self, path, body, **more)
+        if path.endswith(wanted):
+            asked += 1
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await asyncio.sleep(0.05)  # the server has made it, and the answer is on its way
+        return reply
+
+    monkeypatch.setattr(Http, "post", slow)
+
+    @bw.function
+    async def program(s):
+        s += "The mill by the river\n"
+        forks = s.fork(3)
+        forks += bw.gen("a", max_tokens=1)
+        await forks["a"]
+
+    async def main() -> None:
+        nonlocal task
+        await backend.codec()
+        task = asyncio.create_task(program.arun(backend=backend))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    task: asyncio.Task[Any]
+    asyncio.run(main())
+    assert asked == 1 and _counts(backend)["branches"] == 0
+
+
+def test_a_process_that_ends_before_its_run_leaves_no_branch(server: Any) -> None:
+    code = (
+        "import sys, branchwise as bw\n"
+        "@bw.function\n"
+        "def program(s):\n"
+        "    s += 'The mill by the river\\n' + bw.gen('a', max_tokens=2000, ignore_eos=True)\n"
+        "state = program.run(backend=bw.connect(sys.argv[1], 'the-key'), stream=True)\n"
+        "next(state.text_iter('a'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert _counts(bw.connect(server.url, KEY))["branches"] == 0
 
 
 def test_more_branches_than_one_request_may_make(server: Any) -> None:
