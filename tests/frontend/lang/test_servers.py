@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -51,6 +53,7 @@ def outcome(state: bw.State) -> Any:
     return [state["who"], state["more"], state["bye"], state["choice"], state.text(), state.messages()]
 
 
+NAMES = ["Mira", "Tobin", "Sol", "Wren", "Rook", "Hesper"]
 OPTIONS = {"temperature": 0.7, "seed": 3}
 
 
@@ -177,6 +180,86 @@ def test_a_process_that_ends_before_its_run_leaves_no_branch(server: Any) -> Non
     done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
     assert _counts(bw.connect(server.url, KEY))["branches"] == 0
+
+
+def test_a_server_with_little_room_and_patience_that_is_then_killed(tight_server: Any) -> None:
+    @bw.function
+    def program(s):
+        s += bw.system("You are a helpful assistant.")
+        s += bw.user("Who is Mira?") + bw.assistant(bw.gen("who", max_tokens=30))
+        s.sync()
+        time.sleep(1.5)  # the branch expires
+        forks = s.fork(6)  # twice as many as there is room for
+        forks += lambda i: bw.user(f"Who is {NAMES[i]}?") + bw.assistant(bw.gen("who", max_tokens=4))
+        forks.join()
+        return s["who"], s.meta("who")[0]["cached_tokens"]
+
+    whole = bw.connect(tight_server.url, branches=False)
+    backend = bw.connect(tight_server.url)
+    assert isinstance(backend, BranchBackend)
+    expected, _ = program.run(backend=whole, temperature=0).ret_value
+    found, cached = program.run(backend=backend, temperature=0).ret_value
+    assert found == expected and cached > 20
+    assert [one["who"] for one in program.run_batch([{}] * 3, backend=backend, temperature=0)] == [expected] * 3
+
+    @bw.function
+    def interrupted(s):
+        s += "Once upon a time"
+        forks = s.fork(3)
+        forks += bw.gen("a", max_tokens=4000, ignore_eos=True)  # is cut off
+        threading.Timer(0.3, tight_server.process.kill).start()
+        return forks["a"]
+
+    began = time.monotonic()
+    with pytest.raises(bw.ProgramError, match=f"'a' failed.*the connection to {tight_server.url} failed") as caught:
+        interrupted.run(backend=backend)
+    assert time.monotonic() - began < 10
+    file, _, number = caught.value.site.rpartition(":")
+    assert file == __file__ and "is cut off" in Path(file).read_text().splitlines()[int(number) - 1]
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@bw.function
+def constrained(s):
+    s += bw.user("How old is Hanno?")
+    s += bw.assistant(bw.gen("regex", max_tokens=20, regex="[a-f]{3} [0-9]{2}") + bw.gen("json", json_schema=SCHEMA))
+    s += bw.user("And?") + bw.assistant(bw.gen("int", max_tokens=3, dtype=int) + bw.gen("bool", dtype=bool))
+    s += bw.gen("float", max_tokens=4, dtype=float) + bw.gen("choice", choices=[" yes", " no"])
+
+
+def test_what_constrains_decoding_does_so_everywhere(backend: ServerBackend, engine: Any) -> None:
+    here, there = constrained.run(temperature=0), constrained.run(backend=backend, temperature=0)
+    for state in (here, there):
+        assert re.fullmatch("[a-f]{3} [0-9]{2}", state["regex"])
+        assert isinstance(json.loads(state["json"])["age"], int)
+        assert [type(state[name]) for name in ("int", "bool", "float")] == [int, bool, float]
+        assert state["choice"] in (" yes", " no")
+    names = ("regex", "json", "int", "bool", "float", "choice")
+    assert [here[name] for name in names] == [there[name] for name in names]
+
+
+@pytest.mark.parametrize("where", ["engine", "stateless", "branches"])
+@pytest.mark.parametrize(
+    "constraint",
+    [{"json_schema": {"type": "nonsense"}}, {"json_schema": {"$ref": "#/nowhere"}}, {"regex": "(unclosed"}],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_an_error_at_the_line(
+    server: Any, engine: Any, where: str, constraint: dict[str, Any]
+) -> None:
+    backend = engine if where == "engine" else bw.connect(server.url, KEY, branches=where == "branches")
+
+    @bw.function
+    def program(s):
+        s += "x"
+        s += bw.gen("a", max_tokens=5, **constraint)  # is not to be compiled
+
+    with pytest.raises(bw.ProgramError, match=r"'a' failed on .*cannot be enforced") as caught:
+        program.run(backend=backend)
+    file, _, number = caught.value.site.rpartition(":")
+    assert "is not to be compiled" in Path(file).read_text().splitlines()[int(number) - 1]
 
 
 def test_more_branches_than_one_request_may_make(server: Any) -> None:
