@@ -118,9 +118,6 @@ class EngineBackend:
     async def flush_cache(self) -> None:
         self._engine.flush_cache()
 
-    async def aclose(self) -> None:
-        pass
-
     def without_cache(self) -> EngineBackend:
         """A twin that reuses nothing, to measure what reuse is worth."""
         return EngineBackend(self._engine, cached=False)

@@ -20,8 +20,6 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
     sampling = gen.sampling.over(strand.session.defaults)
     check_constraint(strand.backend, sampling.constraint)
     params = sampling.params() if sampling.options.get("seed") is not None else sampling.params(seed=seed)
-    if params.logprobs is not None and not strand.backend.capabilities.logprobs:
-        raise BackendError(f"{strand.backend.name} gives no logprobs")
 
     def on_delta(text: str) -> None:
         strand.show_delta(text)

@@ -51,8 +51,7 @@ class Session:
 
     async def _open(self) -> None:
         self.codec = await self.backend.codec()
-        if self.codec is not None and self.codec.tokenizer.chat_template is not None:
-            self.turns = turns_of(self.codec)
+        self.turns = None if self.codec is None else self.codec.turns
 
     def seed_of(self, path: Path, name: str | None, occurrence: int) -> int | None:
         """The seed of one ``gen``: from where it stands in the program, so that timing has no say."""
@@ -130,16 +129,3 @@ class Session:
         """The process ends before the run does."""
         await self.cancel()
         await self.release_all()
-
-
-_TURNS: weakref.WeakKeyDictionary[Codec, Turns] = weakref.WeakKeyDictionary()
-
-
-def turns_of(codec: Codec) -> Turns:
-    """One for each tokenizer: renderings are remembered across runs."""
-    template = codec.tokenizer.chat_template
-    if template is None:
-        raise BackendError("the model has no chat template")
-    if codec not in _TURNS:
-        _TURNS[codec] = Turns(template)
-    return _TURNS[codec]
