@@ -347,6 +347,29 @@ def test_a_variable_that_is_not_written_by_the_model_has_nothing_to_follow(echo)
         list(program.run(backend=echo(ok)).text_iter())
 
 
+def test_reading_a_run_that_goes_on_waits_for_it(echo):
+    @bw.function
+    def program(s, fail=False):
+        time.sleep(0.05)
+        if fail:
+            raise KeyError("mine")
+        s += "x" + bw.gen("a")
+        time.sleep(0.05)
+        s += "y" + bw.gen("b")
+
+    backend = echo(ok)
+    for read, found in (
+        (lambda s: s["a"], "ok"),
+        (lambda s: s.meta("b")["finish_reason"]["type"], "stop"),
+        (lambda s: s.text(), "xokyok"),
+        (lambda s: s.messages(), []),
+        (lambda s: s.error(), None),
+    ):
+        assert read(program.run(backend=backend, stream=True)) == found
+    with pytest.raises(bw.ProgramError, match="KeyError: 'mine'"):
+        program.run(True, backend=backend, stream=True)["a"]
+
+
 def test_states_of_another_run_are_not_joined(echo):
     @bw.function
     def other(s):

@@ -218,6 +218,42 @@ def test_a_server_with_little_room_and_patience_that_is_then_killed(tight_server
     assert file == __file__ and "is cut off" in Path(file).read_text().splitlines()[int(number) - 1]
 
 
+@bw.function
+def asked(s, sampling):
+    s += bw.user("Who is Mira?") + bw.assistant(bw.gen("a", max_tokens=30, **sampling))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"stop": "ker of"},
+        {"stop": ["zzz", " of", "baker"]},
+        {"stop_token_ids": [223]},
+        {"ignore_eos": True},
+        {"logprobs": 2, "return_text_in_logprobs": True},
+        {"regex": "[a-z]+"},
+    ],
+    ids=str,
+)
+def test_what_there_is_to_know_is_the_same_whole_or_streamed_here_or_there(
+    server: Any, engine: Any, sampling: dict[str, Any]
+) -> None:
+    said, known = [], []
+    for where in (engine, bw.connect(server.url, KEY, branches=False), bw.connect(server.url, KEY)):
+        for stream in (False, True):
+            state = asked.run(sampling, backend=where, temperature=0, stream=stream)
+            said.append((state["a"], state.text() if not stream else "".join(state.text_iter())))
+            meta = state.meta("a")
+            known.append({name: meta[name] for name in ("finish_reason", "prompt_tokens", "completion_tokens")})
+            for name in ("output_token_logprobs", "output_top_logprobs"):
+                rows = [row if name.startswith("output_token") else row[0] for row in meta.get(name, ())]
+                known[-1][name] = [(id, text) for _, id, text in rows]
+    assert all(one == said[0] for one in said)
+    assert all(one == known[0] for one in known)
+    assert bool(known[0]["output_top_logprobs"]) == ("logprobs" in sampling)
+
+
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
 
