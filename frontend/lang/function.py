@@ -13,7 +13,7 @@ from typing import Any
 from .backend import Backend
 from .backends import as_backend, default_backend
 from .errors import ProgramError, call_site
-from .expressions import Sampling, make_sampling
+from .expressions import Sampling, gen, make_sampling
 from .loop import MAX_THREADS, background_loop, in_thread
 from .session import Path, Session
 from .state import AsyncState, BaseState, State
@@ -21,11 +21,9 @@ from .strand import Strand
 
 MAX_TASKS = 1024  # programs of a batch that are ``async def``: no threads, but every one holds connections and branches
 
-_SAMPLING = frozenset(inspect.signature(make_sampling).parameters) - {"plain"} | {
-    *("max_tokens", "min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty"),
-    *("presence_penalty", "repetition_penalty", "ignore_eos"),
-}
-_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "top_logprobs_num": "logprobs"}
+# What a run may give its gens: the arguments of `gen` that are not about one of them.
+_SAMPLING = frozenset(inspect.signature(gen).parameters) - {"name", "dtype", "choices", "choices_method", "seed"}
+_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # SGLang has both
 
 
 def function(body: Callable[..., Any]) -> Function:

@@ -34,7 +34,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
         await strand.hand_over(transcript.take())
         if not strand.handle.length:
             raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = Ask(params, sampling.constraint, gen.text_in_logprobs, tools)
+    ask = Ask(params, sampling.constraint, sampling.text_in_logprobs, tools)
     streams = strand.session.streams
     done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
     transcript.wrote(done[0].ids, done[0].text)
