@@ -245,18 +245,18 @@ class _Job:
             asyncio.run_coroutine_threadsafe(self.arun(), loop).result()
             return self.state
         try:
-            self._return(self._body(State(self.strand), *self._args, **self._kwargs))
+            value = self._body(State(self.strand), *self._args, **self._kwargs)
         except BaseException as error:
             asyncio.run_coroutine_threadsafe(self._stop(error), loop).result()
             raise
-        asyncio.run_coroutine_threadsafe(self._finish(), loop).result()
+        asyncio.run_coroutine_threadsafe(self._finish(value), loop).result()
         return self.state
 
     async def arun(self) -> None:
         """On the session's loop."""
         try:
-            self._return(await self._body(AsyncState(self.strand), *self._args, **self._kwargs))
-            await self._finish()
+            value = await self._body(AsyncState(self.strand), *self._args, **self._kwargs)
+            await self._finish(value)
         except BaseException as error:
             await self._stop(error)
             raise
@@ -272,10 +272,7 @@ class _Job:
                 await self.arun()
         return self.state
 
-    def _return(self, value: Any) -> None:
-        self.state.ret_value = self.awaitable.ret_value = value
-
-    async def _finish(self) -> None:
+    async def _finish(self, value: Any) -> None:
         await self.session.finish()
         self.strand.ended = True
         await self.strand.end()
@@ -284,6 +281,7 @@ class _Job:
         if unseen is not None:
             self.strand.failure = self.strand.failure or unseen  # a branch's: whoever keeps the state is told
             raise unseen
+        self.strand.value, self.strand.returned = value, True
 
     async def _stop(self, error: BaseException) -> None:
         """What is under way is aborted; from now on every read of the state raises ``error``."""

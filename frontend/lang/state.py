@@ -37,7 +37,15 @@ class BaseState:
         self._strand = strand
         self._run = run
         self._origin: BaseState | None = None  # what it is a copy of
-        self.ret_value: Any = None  # what the program's function returned
+
+    @property
+    def ret_value(self) -> Any:
+        """What the program's function returned. Raises `ProgramError` if the run failed."""
+        strand = self._strand
+        if strand.failure is not None and not strand.returned:
+            self._told(strand.failure)
+            raise strand.failure
+        return strand.value
 
     def __iadd__(self: S, body: Body) -> S:
         site = call_site()
@@ -204,6 +212,11 @@ def _all_messages(transcript: Transcript) -> list[dict[str, str]]:
 class State(BaseState):
     """A state whose reads block. For ordinary functions, on any thread but the loop's. Outside of a program that goes
     on (``stream=True``) they wait for the program, too."""
+
+    @property
+    def ret_value(self) -> Any:
+        self._until(None)
+        return super().ret_value
 
     def __getitem__(self, name: str) -> Any:
         """The variable's value, once it is there. Raises `ProgramError` if it never will be."""
