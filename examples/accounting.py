@@ -1,7 +1,8 @@
 """What the examples share: a backend from the command line, and an account of what the cache saved.
 
 python examples/tree_of_thought.py                         # the model that ships, in this process
-python examples/tree_of_thought.py http://127.0.0.1:8000   # any Branchwise or OpenAI-compatible server
+python examples/tree_of_thought.py http://127.0.0.1:8000   # a Branchwise server
+python examples/multi_turn_chat.py http://127.0.0.1:8000   # or an OpenAI-compatible one, where no turn has a select
 """
 
 from __future__ import annotations
@@ -14,30 +15,32 @@ import branchwise as bw
 
 
 def show(title: str, work: Callable[[], str]) -> None:
-    """Runs ``work`` with the cache and without, after a first run that nobody times, and prints its result and what was
-    sent, computed and cached."""
+    """Runs ``work`` with the cache and without, and prints its result and what was sent, computed and cached."""
     print(title)
-    if len(sys.argv) > 1:
-        _account(bw.connect(sys.argv[1]), work)
+    if len(sys.argv) == 1:
+        with bw.Engine(kv_cache_tokens=32768) as engine:
+            _account(engine, work)
         return
-    with bw.Engine(kv_cache_tokens=32768) as engine:
-        _account(engine, work)
+    try:
+        _account(bw.connect(sys.argv[1]), work)
+    except (bw.ProgramError, bw.BackendError) as error:
+        sys.exit(str(error))
 
 
 def _account(where: object, work: Callable[[], str]) -> None:
     bw.set_default_backend(where)
     backend = bw.default_backend()
-    work()  # the first requests ever made pay for much that later ones find ready
-    try:
-        bw.flush_cache()
-    except bw.BackendError as error:
-        print(f"(the cache is as it was before: {error})")
-    print(_measured("with the cache", backend, work))
     if not hasattr(backend, "without_cache"):
+        print(_measured("with its cache", backend, work))
         print(f"{backend.name} cannot be asked to do without its cache: nothing to compare with")
         return
     bw.set_default_backend(backend.without_cache())
-    print(_measured("without", bw.default_backend(), lambda: work() and ""))
+    work()  # what the first one pays for (imports, grammars) is nobody's gain
+    without = _measured("without", bw.default_backend(), lambda: work() and "")
+    bw.set_default_backend(backend)
+    bw.flush_cache()
+    print(_measured("with the cache", backend, work))
+    print(without)
     bw.set_default_backend(None)
 
 

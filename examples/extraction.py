@@ -1,4 +1,4 @@
-"""Structured extraction: texts into JSON with given fields. Where the backend can, the schema binds what is written."""
+"""Structured extraction: texts into JSON with given fields. The schema binds what is written."""
 
 import json
 
@@ -19,20 +19,14 @@ SCHEMA = {
 
 
 @bw.function
-def extract(s, text, bound):
+def extract(s, text):
     s += bw.user(f"Extract name, age and job as JSON.\n\nText: {text}")
-    s += bw.assistant(bw.gen("json", max_tokens=60, json_schema=SCHEMA if bound else None))
-    try:
-        return json.loads(s["json"])
-    except ValueError:
-        return None
+    s += bw.assistant(bw.gen("json", max_tokens=60, json_schema=SCHEMA))
+    return json.loads(s["json"])
 
 
 def work() -> str:
-    constraints = bw.default_backend().capabilities.constraints
-    bound = constraints is not None and "json_schema" in constraints
-    states = extract.run_batch([{"text": text, "bound": bound} for text in TEXTS], temperature=0)
-    return "\n".join(f"  {state.ret_value or state['json']}" for state in states)
+    return "\n".join(f"  {state.ret_value}" for state in extract.run_batch(TEXTS, temperature=0))
 
 
 if __name__ == "__main__":

@@ -91,13 +91,15 @@ class RequestOutput:
 
 @dataclass(slots=True, frozen=True)
 class StreamChunk:
-    """What is new about one sample. ``finish_reason`` is set on its last chunk."""
+    """What is new about one sample. ``finish_reason`` is set on its last chunk, ``matched`` if something ended it."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
     cache: CacheReport | None = None
+    matched: int | str | None = None  # the stop token id or stop string
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class _Collector:
@@ -118,13 +120,21 @@ class _Collector:
     def feed(self, delta: Delta) -> StreamChunk:
         """Raises the request's error, if that is how it ended."""
         output = self._outputs[delta.id]
-        known = len(output.token_ids)
+        known, known_logprobs = len(output.token_ids), len(output.logprobs)
         output.feed(delta)
         if delta.finish is not None:
             self._open -= 1
             if delta.finish.reason == "error":
                 raise _error(delta.finish)
-        return StreamChunk(output.index, delta.text, output.token_ids[known:], output.finish_reason, delta.cache)
+        return StreamChunk(
+            output.index,
+            delta.text,
+            output.token_ids[known:],
+            output.finish_reason,
+            delta.cache,
+            output.matched,
+            output.logprobs[known_logprobs:],
+        )
 
 
 def _error(finish: Finished) -> BranchwiseError:

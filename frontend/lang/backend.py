@@ -30,7 +30,6 @@ class Capabilities:
 
     branches: bool = False
     constraints: frozenset[str] | None = frozenset()
-    logprobs: bool = True
     score: bool = True
     prefill: bool = False
 
@@ -81,15 +80,9 @@ class Completion:
     ids: list[int] | None = None  # the tokens that stay in the state: they read ``text``
 
 
-class Handle(Protocol):
-    """``length``: of its prompt, in tokens, characters or messages."""
-
-    @property
-    def length(self) -> int: ...
-
-
 class Backend(Protocol):
-    """Every method may raise `BackendError`. A handle is used by one task at a time."""
+    """Every method may raise `BackendError`. A handle is used by one task at a time; its ``length`` is that of its
+    prompt, in tokens, characters or messages."""
 
     name: str  # what errors call it
     capabilities: Capabilities
@@ -123,10 +116,6 @@ class Backend(Protocol):
         ...
 
     async def flush_cache(self) -> None: ...
-
-    async def aclose(self) -> None:
-        """Ends connections of the running loop."""
-        ...
 
 
 class Rope:

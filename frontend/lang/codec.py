@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
+from .chat import Turns
+
 if TYPE_CHECKING:
     from ...runtime.tokenizer import Tokenizer
     from ...runtime.tools import ReasoningFormat, ToolFormat
@@ -40,6 +42,12 @@ class Codec:
         self._opening: list[int] = tokenizer.opening.tolist()
         # What a text is scored after when it is scored by itself.
         self.neutral: list[int] = self._opening or [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
+
+    @cached_property
+    def turns(self) -> Turns | None:
+        """The chat template, if the model has one. One for all runs: it remembers what it has rendered."""
+        template = self.tokenizer.chat_template
+        return None if template is None else Turns(template)
 
     @cached_property
     def _formats(self) -> tuple[ToolFormat | None, ReasoningFormat | None]:

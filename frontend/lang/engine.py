@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 
@@ -17,10 +17,43 @@ from .codec import Codec
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.engine import Engine, RequestOutput
-    from ...runtime.outputs import Output
+    from ...runtime.engine import Engine, RequestOutput, StreamChunk
+    from ...runtime.logprobs import TokenLogprob
+    from ...runtime.messages import CacheReport
 
 CONSTRAINTS = frozenset({"regex", "json_schema"}) & set(SamplingParams.__struct_fields__)
+
+
+class _Sample(Protocol):
+    """What there is to know of one answer."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    cache: CacheReport | None
+    matched: int | str | None
+
+    @property
+    def finish_reason(self) -> str | None: ...
+
+
+class _Streamed:
+    """The chunks of a stream, put together."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.cache: CacheReport | None = None
+        self.matched: int | str | None = None
+        self.finish_reason: str | None = None
+
+    def feed(self, chunk: StreamChunk) -> None:
+        self.text += chunk.text
+        self.token_ids += chunk.token_ids
+        self.logprobs += chunk.logprobs
+        self.cache = chunk.cache or self.cache
+        self.matched, self.finish_reason = chunk.matched, chunk.finish_reason
 
 
 class EngineBackend:
@@ -54,44 +87,37 @@ class EngineBackend:
         prompt = array("i", handle.tokens())  # it is kept until the answer is there: four bytes a token, not eight
         self._sent(prompt)
         try:
-            if on_delta is not None and params.n == 1 and params.logprobs is None:
-                return [await self._stream(handle, prompt, params, on_delta)]
-            if self._cached:
-                found: list[RequestOutput] = [await self._engine.agenerate(prompt, params, cache_salt=self._salt)]
+            if on_delta is not None and params.n == 1:
+                found: Sequence[_Sample] = [await self._stream(prompt, params, on_delta)]
+            elif self._cached:
+                request: RequestOutput = await self._engine.agenerate(prompt, params, cache_salt=self._salt)
+                found = request.outputs
             else:
-                found = await self._apart([prompt] * params.n, [params.sample(i) for i in range(params.n)])
+                alone = await self._apart([prompt] * params.n, [params.sample(i) for i in range(params.n)])
+                found = [one.outputs[0] for one in alone]
         except BranchwiseError as error:
             raise _refused(error) from error
         codec, tail = await self.codec(), handle.tail()
         done = []
-        for one in (output for part in found for output in part.outputs):
-            self.usage.count(one.prompt_tokens, one.cached_tokens, one.completion_tokens)
-            meta = _meta(one, params, codec if ask.text_in_logprobs else None)
+        for one in found:
+            cached = 0 if one.cache is None else one.cache.hit_tokens
+            self.usage.count(len(prompt), cached, len(one.token_ids))
+            meta = _meta(one, len(prompt), params, codec if ask.text_in_logprobs else None)
             done.append(Completion(one.text, meta, settle(codec, tail, one.token_ids, one.text, meta["finish_reason"])))
         if params.max_tokens != 0:
             handle.extend(done[0].ids or [])
-            if on_delta is not None:
+            if on_delta is not None and params.n > 1:
                 on_delta(done[0].text)
         return done
 
-    async def _stream(
-        self, handle: Rope, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta
-    ) -> Completion:
-        ids: list[int] = []
-        text, reason, cache = "", None, None
-        async for chunk in self._engine.astream(prompt, params, cache_salt=self._salt if self._cached else _nobodys()):
-            ids += chunk.token_ids
-            text += chunk.text
-            reason, cache = chunk.finish_reason or reason, chunk.cache or cache
+    async def _stream(self, prompt: Sequence[int], params: SamplingParams, on_delta: OnDelta) -> _Sample:
+        whole = _Streamed()
+        salt = self._salt if self._cached else _nobodys()
+        async for chunk in self._engine.astream(prompt, params, cache_salt=salt):
+            whole.feed(chunk)
             if chunk.text:
                 on_delta(chunk.text)
-        codec = await self.codec()
-        finish = _finish(reason, _matched(ids, text, params, codec) if reason == "stop" else None, len(ids))
-        kept = settle(codec, handle.tail(), ids, text, finish)
-        handle.extend(kept)
-        hit = 0 if cache is None else cache.hit_tokens
-        self.usage.count(len(prompt), hit, len(ids))
-        return Completion(text, _counts(finish, len(prompt), len(ids), cache), kept)
+        return whole
 
     async def score(self, handle: Rope, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
         prompt = handle.tokens()
@@ -117,9 +143,6 @@ class EngineBackend:
 
     async def flush_cache(self) -> None:
         self._engine.flush_cache()
-
-    async def aclose(self) -> None:
-        pass
 
     def without_cache(self) -> EngineBackend:
         """A twin that reuses nothing, to measure what reuse is worth."""
@@ -150,38 +173,24 @@ def _refused(error: BranchwiseError) -> BackendError:
     return BackendError(str(error), status=error.status if isinstance(error, InvalidRequest) else 0)
 
 
-def _matched(ids: list[int], text: str, params: SamplingParams, codec: Codec) -> int | str | None:
-    """What ended a streamed answer: chunks do not say."""
-    if ids and (ids[-1] in params.stop_token_ids or ids[-1] in codec.tokenizer.special_ids):
-        return ids[-1]
-    read = codec.text_of(ids)
-    return next((stop for stop in params.stop if text + stop in read), params.stop[0] if params.stop else None)
-
-
-def _finish(reason: str | None, matched: int | str | None, count: int) -> dict[str, Any]:
-    if reason == "stop":
-        return {"type": "stop", "matched": matched}
-    return {"type": "length", "length": count} if reason == "length" else {"type": reason}
-
-
-def _counts(finish: Mapping[str, Any], prompt: int, completion: int, cache: Any) -> dict[str, Any]:
+def _meta(one: _Sample, prompt_tokens: int, params: SamplingParams, codec: Codec | None) -> dict[str, Any]:
+    """As the server's ``meta_info``."""
+    count, cache = len(one.token_ids), one.cache
+    finish: dict[str, Any] = {"type": one.finish_reason}
+    if one.finish_reason == "stop":
+        finish["matched"] = one.matched
+    elif one.finish_reason == "length":
+        finish["length"] = count
     meta: dict[str, Any] = {
-        "finish_reason": dict(finish),
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
+        "finish_reason": finish,
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": count,
         "cached_tokens": 0 if cache is None else cache.hit_tokens,
     }
     if cache is not None:
         meta["cache"] = {"hit_tokens": cache.hit_tokens, "reason": cache.reason}
         if cache.diverged_at is not None:
             meta["cache"]["diverged_at"] = cache.diverged_at
-    return meta
-
-
-def _meta(one: Output, params: SamplingParams, codec: Codec | None) -> dict[str, Any]:
-    """As the server's ``meta_info``."""
-    finish = _finish(one.finish_reason, one.matched, one.completion_tokens)
-    meta = _counts(finish, one.prompt_tokens, one.completion_tokens, one.cache)
     if params.logprobs is not None:
 
         def entry(value: float, id: int) -> list[Any]:

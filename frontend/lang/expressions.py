@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union
+from typing import Any, Union
 
 import msgspec
 
@@ -64,10 +64,15 @@ class Sampling:
 
     options: Mapping[str, Any] = field(default_factory=dict)
     constraint: Mapping[str, str] = field(default_factory=dict)
+    text_in_logprobs: bool = False
 
     def over(self, defaults: Sampling) -> Sampling:
         """This one, with ``defaults`` where it is silent."""
-        return Sampling({**defaults.options, **self.options}, self.constraint or defaults.constraint)
+        return Sampling(
+            {**defaults.options, **self.options},
+            self.constraint or defaults.constraint,
+            self.text_in_logprobs or defaults.text_in_logprobs,
+        )
 
     def params(self, **more: Any) -> SamplingParams:
         return SamplingParams(**{**self.options, **more})
@@ -78,7 +83,6 @@ class Gen(Expr):
     name: str | None
     sampling: Sampling
     dtype: Dtype | None = None
-    text_in_logprobs: bool = False
     site: str = ""
 
 
@@ -148,14 +152,10 @@ def gen(
     ``select``. Raises `InvalidRequest` (a ValueError) for a value out of bounds, TypeError for an unknown argument.
     """
     site = call_site()
-    if logprob_start_len is not None and logprob_start_len != -1:
-        raise ValueError("logprob_start_len: only generated tokens have logprobs here; score a text with select")
     if choices is not None:
         if regex or json_schema or dtype:
             raise ValueError("choices, regex, json_schema and dtype exclude each other")
         return select(name, choices, choices_method=choices_method or token_length_normalized)
-    if return_logprob or top_logprobs_num:
-        logprobs = top_logprobs_num or 0
     sampling = make_sampling(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
@@ -174,11 +174,15 @@ def gen(
         logit_bias=logit_bias,
         seed=seed,
         logprobs=logprobs,
+        return_logprob=return_logprob,
+        logprob_start_len=logprob_start_len,
+        top_logprobs_num=top_logprobs_num,
+        return_text_in_logprobs=return_text_in_logprobs,
         regex=regex,
         json_schema=json_schema,
         dtype=dtype,
     )
-    return Gen(_name(name), sampling, dtype, return_text_in_logprobs, site)
+    return Gen(_name(name), sampling, dtype, site)
 
 
 def gen_int(name: str | None = None, **options: Any) -> Expr:
@@ -223,12 +227,20 @@ def make_sampling(
     json_schema: Any = None,
     dtype: Dtype | None = None,
     logprobs: int | bool | None = None,
+    return_logprob: bool | None = None,
+    logprob_start_len: int | None = None,
+    top_logprobs_num: int | None = None,
+    return_text_in_logprobs: bool = False,
     stop: str | Sequence[str] | None = None,
     stop_token_ids: Sequence[int] | None = None,
     logit_bias: Mapping[int, float] | None = None,
     **plain: Any,
 ) -> Sampling:
-    """Checks every value against its bounds, here where the program's line is known."""
+    """From `gen`'s arguments; checks every value against its bounds, here where the program's line is known."""
+    if logprob_start_len is not None and logprob_start_len != -1:
+        raise ValueError("logprob_start_len: only generated tokens have logprobs here; score a text with select")
+    if return_logprob or top_logprobs_num:
+        logprobs = top_logprobs_num or 0
     options = {name: value for name, value in plain.items() if value is not None}
     if stop is not None:
         options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
@@ -240,7 +252,7 @@ def make_sampling(
         options["logprobs"] = 0 if logprobs is True else logprobs
     room = {} if "max_tokens" in options else {"max_tokens": None}  # the default may be raised by ``run``
     validate(SamplingParams(**{**options, **room}), _ANY_VOCABULARY)
-    return Sampling(options, _constraint(regex, json_schema, dtype, stop_regex))
+    return Sampling(options, _constraint(regex, json_schema, dtype, stop_regex), return_text_in_logprobs)
 
 
 def _constraint(regex: str | None, json_schema: Any, dtype: Dtype | None, stop_regex: str | None) -> dict[str, str]:
@@ -330,6 +342,3 @@ def assistant_begin() -> Expr:
 
 def assistant_end() -> Expr:
     return RoleEnd("assistant")
-
-
-JoinMode = Literal["gather_variable", "concate_and_append"]

@@ -13,7 +13,7 @@ from typing import Any
 from .backend import Backend
 from .backends import as_backend, default_backend
 from .errors import ProgramError, call_site
-from .expressions import Sampling, make_sampling
+from .expressions import Sampling, gen, make_sampling
 from .loop import MAX_THREADS, background_loop, in_thread
 from .session import Path, Session
 from .state import AsyncState, BaseState, State
@@ -21,11 +21,9 @@ from .strand import Strand
 
 MAX_TASKS = 1024  # programs of a batch that are ``async def``: no threads, but every one holds connections and branches
 
-_SAMPLING = frozenset(inspect.signature(make_sampling).parameters) - {"plain"} | {
-    *("max_tokens", "min_tokens", "n", "temperature", "top_p", "top_k", "min_p", "frequency_penalty"),
-    *("presence_penalty", "repetition_penalty", "ignore_eos"),
-}
-_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "top_logprobs_num": "logprobs"}
+# What a run may give its gens: the arguments of `gen` that are not about one of them.
+_SAMPLING = frozenset(inspect.signature(gen).parameters) - {"name", "dtype", "choices", "choices_method", "seed"}
+_ALIASES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens"}  # SGLang has both
 
 
 def function(body: Callable[..., Any]) -> Function:
@@ -247,18 +245,18 @@ class _Job:
             asyncio.run_coroutine_threadsafe(self.arun(), loop).result()
             return self.state
         try:
-            self._return(self._body(State(self.strand), *self._args, **self._kwargs))
+            value = self._body(State(self.strand), *self._args, **self._kwargs)
         except BaseException as error:
             asyncio.run_coroutine_threadsafe(self._stop(error), loop).result()
             raise
-        asyncio.run_coroutine_threadsafe(self._finish(), loop).result()
+        asyncio.run_coroutine_threadsafe(self._finish(value), loop).result()
         return self.state
 
     async def arun(self) -> None:
         """On the session's loop."""
         try:
-            self._return(await self._body(AsyncState(self.strand), *self._args, **self._kwargs))
-            await self._finish()
+            value = await self._body(AsyncState(self.strand), *self._args, **self._kwargs)
+            await self._finish(value)
         except BaseException as error:
             await self._stop(error)
             raise
@@ -274,10 +272,7 @@ class _Job:
                 await self.arun()
         return self.state
 
-    def _return(self, value: Any) -> None:
-        self.state.ret_value = self.awaitable.ret_value = value
-
-    async def _finish(self) -> None:
+    async def _finish(self, value: Any) -> None:
         await self.session.finish()
         self.strand.ended = True
         await self.strand.end()
@@ -286,6 +281,7 @@ class _Job:
         if unseen is not None:
             self.strand.failure = self.strand.failure or unseen  # a branch's: whoever keeps the state is told
             raise unseen
+        self.strand.value, self.strand.returned = value, True
 
     async def _stop(self, error: BaseException) -> None:
         """What is under way is aborted; from now on every read of the state raises ``error``."""

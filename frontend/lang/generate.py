@@ -20,8 +20,6 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
     sampling = gen.sampling.over(strand.session.defaults)
     check_constraint(strand.backend, sampling.constraint)
     params = sampling.params() if sampling.options.get("seed") is not None else sampling.params(seed=seed)
-    if params.logprobs is not None and not strand.backend.capabilities.logprobs:
-        raise BackendError(f"{strand.backend.name} gives no logprobs")
 
     def on_delta(text: str) -> None:
         strand.show_delta(text)
@@ -36,7 +34,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
         await strand.hand_over(transcript.take())
         if not strand.handle.length:
             raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = Ask(params, sampling.constraint, gen.text_in_logprobs, tools)
+    ask = Ask(params, sampling.constraint, sampling.text_in_logprobs, tools)
     streams = strand.session.streams
     done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
     transcript.wrote(done[0].ids, done[0].text)

@@ -117,13 +117,6 @@ class Http:
             await anext(self._keepers[loop])
         return session
 
-    async def aclose(self) -> None:
-        """Ends this loop's connections."""
-        keeper = self._keepers.pop(asyncio.get_running_loop(), None)
-        self._sessions.pop(asyncio.get_running_loop(), None)
-        if keeper is not None:
-            await keeper.aclose()
-
 
 def _close(keepers: Mapping[asyncio.AbstractEventLoop, AsyncGenerator[None, None]]) -> None:
     """Of a backend that nobody has any more."""

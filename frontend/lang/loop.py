@@ -8,13 +8,25 @@ import contextlib
 import contextvars
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
 MAX_THREADS = 64  # that one batch, or one library program, has at a time for functions that block
+
+
+class Guest(Protocol):
+    """What has something to give back, on its loop, before the process ends."""
+
+    loop: asyncio.AbstractEventLoop
+
+    async def leave(self) -> None: ...
+
+
+guests: weakref.WeakSet[Guest] = weakref.WeakSet()
 
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
@@ -94,14 +106,17 @@ os.register_at_fork(after_in_child=_forget)
 
 @atexit.register
 def _leave() -> None:
-    """What is under way is ended and connections are closed, if that takes no longer than a moment."""
+    """What is under way is ended, given back and closed, if that takes no longer than a moment."""
     if _loop is not None and _loop.is_running():
         with contextlib.suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_end(_loop), _loop).result(2.0)
 
 
 async def _end(loop: asyncio.AbstractEventLoop) -> None:
+    await asyncio.gather(*(guest.leave() for guest in list(guests) if guest.loop is loop), return_exceptions=True)
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    if tasks:  # runs that had been told to end just now
+        _, tasks = await asyncio.wait(tasks, timeout=1.0)
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -85,8 +86,6 @@ class OpenAIBackend:
         if ask.constraint:
             if not chats:
                 raise BackendError(f"{self.name} takes a json_schema only in chat: write the program in turns")
-            import json
-
             schema = {"name": "answer", "schema": json.loads(ask.constraint["json_schema"]), "strict": True}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         return body
@@ -161,9 +160,6 @@ class OpenAIBackend:
 
     async def flush_cache(self) -> None:
         raise BackendError(f"{self.name} has no cache to flush that we know of")
-
-    async def aclose(self) -> None:
-        await self.http.aclose()
 
 
 def _conversation(items: Sequence[Message], ask: Ask) -> dict[str, Any]:

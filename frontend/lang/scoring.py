@@ -35,7 +35,7 @@ async def run_select(strand: Strand, select: Select, slot: Slot) -> None:
                 f"{select.method} needs the model's tokenizer, which {strand.backend.name} does not give"
             )
         await strand.hand_over(outs)
-        scored = [_scored(pairs) for pairs in await strand.backend.score(strand.handle, list(select.choices))]
+        scored = [_scored(pairs, []) for pairs in await strand.backend.score(strand.handle, list(select.choices))]
         best = select.method.pick(scored)
         await strand.extend(select.choices[best])
     else:
@@ -93,7 +93,7 @@ def _shared(bare: list[int], wholes: list[list[int]]) -> int:
     return count
 
 
-def _scored(row: Pairs, alone: Pairs = []) -> Scored:  # noqa: B006 - never written to
+def _scored(row: Pairs, alone: Pairs) -> Scored:
     return Scored(
         tuple(token for token, _ in row), tuple(value for _, value in row), tuple(value for _, value in alone)
     )

@@ -117,9 +117,6 @@ class ServerBackend:
     async def flush_cache(self) -> None:
         await self.http.post("/flush_cache", {})
 
-    async def aclose(self) -> None:
-        await self.http.aclose()
-
     def without_cache(self) -> ServerBackend:
         """A twin that reuses nothing, to measure what reuse is worth."""
         return ServerBackend(self.name, api_key=self._api_key, timeout=self._timeout, cached=False)

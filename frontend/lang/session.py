@@ -16,7 +16,7 @@ from .chat import Turns
 from .codec import Codec
 from .errors import BackendError, ProgramError
 from .expressions import Sampling
-from .loop import Once
+from .loop import Once, guests
 
 Path = tuple[int | str, ...]  # which branch: the forks that led to it. Equal in every run of the same program.
 
@@ -47,11 +47,11 @@ class Session:
         self._unseen: dict[int, ProgramError] = {}
         self._lock = threading.Lock()
         self._handles: set[Any] = set()
+        guests.add(self)
 
     async def _open(self) -> None:
         self.codec = await self.backend.codec()
-        if self.codec is not None and self.codec.tokenizer.chat_template is not None:
-            self.turns = turns_of(self.codec)
+        self.turns = None if self.codec is None else self.codec.turns
 
     def seed_of(self, path: Path, name: str | None, occurrence: int) -> int | None:
         """The seed of one ``gen``: from where it stands in the program, so that timing has no say."""
@@ -110,7 +110,7 @@ class Session:
         """``handle`` is given back when ``owner`` is forgotten, at the latest when the run ends."""
         if self.backend.capabilities.branches:
             self._handles.add(handle)
-            weakref.finalize(owner, self._forgotten, handle).atexit = False  # then they expire by themselves
+            weakref.finalize(owner, self._forgotten, handle).atexit = False  # `leave` sees to it
 
     def _forgotten(self, handle: Any) -> None:
         if handle in self._handles and not self.loop.is_closed():
@@ -125,15 +125,7 @@ class Session:
     async def release_all(self) -> None:
         await asyncio.gather(*(self.release(handle) for handle in list(self._handles)))
 
-
-_TURNS: weakref.WeakKeyDictionary[Codec, Turns] = weakref.WeakKeyDictionary()
-
-
-def turns_of(codec: Codec) -> Turns:
-    """One for each tokenizer: renderings are remembered across runs."""
-    template = codec.tokenizer.chat_template
-    if template is None:
-        raise BackendError("the model has no chat template")
-    if codec not in _TURNS:
-        _TURNS[codec] = Turns(template)
-    return _TURNS[codec]
+    async def leave(self) -> None:
+        """The process ends before the run does."""
+        await self.cancel()
+        await self.release_all()

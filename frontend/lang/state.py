@@ -37,7 +37,15 @@ class BaseState:
         self._strand = strand
         self._run = run
         self._origin: BaseState | None = None  # what it is a copy of
-        self.ret_value: Any = None  # what the program's function returned
+
+    @property
+    def ret_value(self) -> Any:
+        """What the program's function returned. Raises `ProgramError` if the run failed."""
+        strand = self._strand
+        if strand.failure is not None and not strand.returned:
+            self._told(strand.failure)
+            raise strand.failure
+        return strand.value
 
     def __iadd__(self: S, body: Body) -> S:
         site = call_site()
@@ -142,7 +150,7 @@ class BaseState:
     async def text_async_iter(self, var_name: str | None = None, return_meta_data: bool = False) -> AsyncIterator[Any]:
         """The text (of one variable, or all of it) as it comes, in a run that streams; ``return_meta_data``: pairs of
         text and meta (the variable's, on the last one)."""
-        while self._is_to_come(var_name):
+        while var_name is not None and self._is_to_come(var_name):
             await asyncio.sleep(_LOOK_AGAIN)
         loop = asyncio.get_running_loop()
         inbox: asyncio.Queue[str | None] = asyncio.Queue()
@@ -157,11 +165,14 @@ class BaseState:
             yield "", self._find(var_name).meta
 
     def _is_to_come(self, name: str | None) -> bool:
-        """A program that is still running may not have come to the variable yet."""
-        return name is not None and name not in self and self._run is not None and not self._run.done()
+        """Whether the program goes on and has not come to the variable yet; None: whether it goes on."""
+        return self._run is not None and not self._run.done() and (name is None or name not in self)
 
     def _find(self, name: str) -> Slot:
         slot = self._strand.slots.get(name)
+        if slot is None and self._strand.failure is not None:
+            self._told(self._strand.failure)
+            raise self._strand.failure
         if slot is None:
             known = ", ".join(map(repr, self._strand.slots)) or "none"
             raise ProgramError(
@@ -199,10 +210,17 @@ def _all_messages(transcript: Transcript) -> list[dict[str, str]]:
 
 
 class State(BaseState):
-    """A state whose reads block. For ordinary functions, on any thread but the loop's."""
+    """A state whose reads block. For ordinary functions, on any thread but the loop's. Outside of a program that goes
+    on (``stream=True``) they wait for the program, too."""
+
+    @property
+    def ret_value(self) -> Any:
+        self._until(None)
+        return super().ret_value
 
     def __getitem__(self, name: str) -> Any:
         """The variable's value, once it is there. Raises `ProgramError` if it never will be."""
+        self._until(name)
         return self._wait(self._find(name).future)
 
     get_var = __getitem__
@@ -210,6 +228,7 @@ class State(BaseState):
     def meta(self, name: str) -> Any:
         """How the variable came about: ``finish_reason``, ``prompt_tokens``, ``cached_tokens``, ``cache`` (hit tokens,
         and why not more), logprobs if asked for. A list where the variable is one."""
+        self._until(name)
         slot = self._find(name)
         self._wait(slot.future)
         return slot.meta
@@ -217,14 +236,17 @@ class State(BaseState):
     get_meta_info = meta
 
     def text(self) -> str:
+        self._until(None)
         return self._wait(self._everything(_all_text).future)
 
     def messages(self) -> list[dict[str, str]]:
         """The conversation as roles and contents."""
+        self._until(None)
         return self._wait(self._everything(_all_messages).future)
 
     def sync(self) -> None:
         """Until everything appended so far is done."""
+        self._until(None)
         self._wait(self._everything(lambda _: None).future)
 
     def error(self) -> BaseException | None:
@@ -237,8 +259,8 @@ class State(BaseState):
 
     def text_iter(self, var_name: str | None = None) -> Iterator[str]:
         """The text (of one variable, or all of it) as it comes, in a run with ``stream=True``."""
-        while self._is_to_come(var_name):
-            time.sleep(_LOOK_AGAIN)
+        if var_name is not None:
+            self._until(var_name)
         inbox: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         feed = self._feed(var_name)
         feed.subscribe(inbox.put)
@@ -247,6 +269,10 @@ class State(BaseState):
         if feed.error is not None:
             self._told(feed.error)
             raise feed.error
+
+    def _until(self, name: str | None) -> None:
+        while self._is_to_come(name):
+            time.sleep(_LOOK_AGAIN)
 
     @property
     def aio(self) -> AsyncState:

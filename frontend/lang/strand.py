@@ -58,6 +58,8 @@ class Strand:
         self.waits_for: list[Strand] = []  # joined into this one, by operations not yet done
         self.feed = Feed() if session.streams and not path else None  # of a run's own state
         self.ended = False
+        self.returned = False  # of a run's own state: the run has ended well, and
+        self.value: Any = None  # this is what the program's function returned
         self._ops: deque[Op] = deque()
         self._busy = False
         self._told = False  # the loop has been asked to look at the queue

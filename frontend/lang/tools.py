@@ -11,7 +11,7 @@ from ...runtime.tools import Tool as Definition
 from ...runtime.tools import markers, parse, validate_tools
 from .codec import Codec
 from .errors import ProgramError, call_site
-from .expressions import Expr, Gen, Sampling, assistant, gen, role
+from .expressions import Expr, Gen, assistant, gen, role
 from .library import Callbacks, anywhere
 from .state import AsyncState
 from .tool_schema import Tool, fitted, schema_of
@@ -79,7 +79,7 @@ def _with_markers(expr: Expr, codec: Codec | None) -> Expr:
     if codec is None or not codec.special.intersection(markers(codec.calls, codec.thoughts)):
         return expr
     options = {**expr.sampling.options, "skip_special_tokens": False}
-    return replace(expr, sampling=Sampling(options, expr.sampling.constraint))
+    return replace(expr, sampling=replace(expr.sampling, options=options))
 
 
 def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> list[Call]:

@@ -131,10 +131,6 @@ class Transcript:
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
-    def has_turns(self) -> bool:
-        return bool(self._roles)
-
-    @property
     def as_messages(self) -> bool:
         """There are turns, and the backend wants them as they are."""
         return bool(self._roles) and self._chats

@@ -17,6 +17,7 @@ from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.tokenizer import Tokenizer
 
 TEXT = "A tree of tokens grows a branch for every question that is asked of one document."
+NEIGHBOUR = "another-tenant"
 KEY = "sesame"
 
 
@@ -33,7 +34,7 @@ def branch_server(
         max_branches=64,
         branch_ttl=60.0,
     )
-    config = ServerConfig(engine=engine, port=0, api_key=KEY)
+    config = ServerConfig(engine=engine, port=0, api_key=KEY, extra_api_keys=(NEIGHBOUR,))
     running = run_server_process(config, tmp_path_factory.mktemp("run"))
     try:
         assert running.info, running.log.read_text()
@@ -347,6 +348,36 @@ def test_unknown_and_foreign_ids_look_alike(api: Api) -> None:
         error = api.http.get(f"/branches/{id}")
         assert error.status_code == 404, id
     assert api.http.get(f"/branches/{branch}", headers={"Authorization": "Bearer other"}).status_code == 401
+
+
+def test_a_branch_is_there_only_for_the_key_that_made_it(api: Api) -> None:
+    """To another tenant it never was: on every route, before and after its end, and as a parent."""
+    branch = api.create(text=TEXT)
+    neighbour = {"Authorization": f"Bearer {NEIGHBOUR}"}
+    uses: list[tuple[str, str, dict[str, Any] | None]] = [
+        ("GET", f"/branches/{branch}?text=true", None),
+        ("POST", f"/branches/{branch}/fork", {"n": 2}),
+        ("POST", f"/branches/{branch}/extend", {"text": "x"}),
+        ("POST", f"/branches/{branch}/generate", {}),
+        ("POST", f"/branches/{branch}/score", {"continuations": ["x"]}),
+        ("POST", "/branches", {"parent": branch}),
+        ("DELETE", f"/branches/{branch}", None),
+    ]
+    for method, path, body in uses:
+        answer = api.http.request(method, path, json=body, headers=neighbour)
+        assert answer.status_code == 404 and f"there is no branch {branch}" in answer.text, (path, answer.text)
+    ops = [{"op": "delete", "id": branch}, {"op": "fork", "id": branch}]
+    answer = api.http.post("/branches/batch", json={"ops": ops}, headers=neighbour)
+    assert [result["status"] for result in answer.json()["results"]] == [404, 404]
+    assert api.get(branch)["num_tokens"] > 3, "it is as it was"
+    # Nor is anything of it in the neighbour's cache.
+    answer = api.http.post(
+        "/generate", json={"text": TEXT, "sampling_params": {"max_new_tokens": 1}}, headers=neighbour
+    )
+    assert answer.json()["meta_info"]["cached_tokens"] == 0
+    api.http.delete(f"/branches/{branch}")
+    assert api.http.get(f"/branches/{branch}").status_code == 410
+    assert api.http.get(f"/branches/{branch}", headers=neighbour).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -83,3 +87,59 @@ def test_on_a_server(name: str, url: str) -> None:
         assert known in output
     assert cached[2] < uncached[2], "branches are sent only what is new"
     assert uncached[4] == 0 < cached[4]
+
+
+@pytest.fixture
+def openai_only(url: str) -> Iterator[str]:
+    """The same server to a client that is shown nothing but ``/v1``."""
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self._pass(None)
+
+        def do_POST(self) -> None:
+            self._pass(self.rfile.read(int(self.headers["Content-Length"])))
+
+        def _pass(self, data: bytes | None) -> None:
+            if not self.path.startswith("/v1/"):
+                self.send_error(404)
+                return
+            request = urllib.request.Request(url + self.path, data, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    status, body = answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                status, body = error.code, error.read()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    door = ThreadingHTTPServer(("127.0.0.1", 0), Door)
+    threading.Thread(target=door.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{door.server_port}/v1"
+    door.shutdown()
+    door.server_close()
+
+
+USES_SELECT = {"branch_solve_merge", "fewshot_classification", "react", "tree_of_thought"}
+
+
+@pytest.mark.parametrize("name", sorted(KNOWN.keys() - USES_SELECT))
+def test_on_a_server_that_is_only_openai_compatible(name: str, openai_only: str) -> None:
+    output, (account,) = run(name, openai_only)
+    for known in KNOWN[name]:
+        assert known in output
+    assert account[4] > 0 and "cannot be asked to do without its cache" in output
+
+
+def test_what_such_a_server_cannot_do_is_one_line(openai_only: str) -> None:
+    for name in USES_SELECT:
+        command = [sys.executable, str(EXAMPLES / f"{name}.py"), openai_only]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, name
+        last = done.stderr.strip().splitlines()[-1]
+        assert "cannot score choices in a chat: write the prompt as text" in last and f"{name}.py:" in last

@@ -69,3 +69,12 @@ def open_server() -> Iterator[Server]:
     running = Server()
     yield running
     assert running.stop() == 0
+
+
+@pytest.fixture
+def tight_server() -> Iterator[Server]:
+    """One with room for three branches, which live a second; to be killed."""
+    running = Server("--max-branches", "3", "--branch-ttl", "1")
+    yield running
+    if running.process.poll() is None:
+        running.stop()

@@ -101,9 +101,6 @@ class Echo:
     async def flush_cache(self) -> None:
         pass
 
-    async def aclose(self) -> None:
-        pass
-
 
 @pytest.fixture
 def echo() -> type[Echo]:

@@ -165,9 +165,16 @@ def test_9_run_sets_defaults_for_every_sampling_argument(echo):
 
     program.run(backend=backend, min_tokens=2, max_tokens=4, json_schema={"type": "integer"}, top_k=3, logprobs=1)
     first, second = backend.asked
+    assert not first.text_in_logprobs
     assert first.params == SamplingParams(min_tokens=2, max_tokens=4, top_k=3, logprobs=1)
     assert first.constraint == {"json_schema": '{"type": "integer"}'}
     assert second.params.min_tokens == 1 and second.constraint == {"regex": "[a-z]"}
+    sglang = {"return_logprob": True, "top_logprobs_num": 2, "return_text_in_logprobs": True, "logprob_start_len": -1}
+    program.run(backend=backend, max_new_tokens=3, min_new_tokens=1, stop=["x"], **sglang)
+    assert backend.asked[2].params == SamplingParams(min_tokens=1, max_tokens=3, stop=("x",), logprobs=2)
+    assert backend.asked[2].text_in_logprobs
+    with pytest.raises(TypeError, match="program: got an unexpected keyword argument 'dtype'"):
+        program.run(backend=backend, dtype=int)
 
 
 def test_9_no_thread_per_state(echo):

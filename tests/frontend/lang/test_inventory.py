@@ -17,7 +17,7 @@ ANSWER = "Mira is the baker of Fernhollow. She lives next to the market square."
 def test_the_public_names_are_there():
     names = (
         "function gen gen_int gen_string select system user assistant system_begin system_end user_begin user_end "
-        "assistant_begin assistant_end set_default_backend flush_cache get_server_info OpenAI Engine "
+        "assistant_begin assistant_end set_default_backend flush_cache get_server_info OpenAI RuntimeEndpoint Engine "
         "token_length_normalized greedy_token_selection unconditional_likelihood_normalized"
     )
     for name in names.split():
@@ -85,6 +85,29 @@ def test_every_gen_argument_reaches_the_request(echo):
     )
     assert ask.text_in_logprobs
     assert state["a"] == ["yes", "yes", "yes"] and state.text() == "xyes"
+
+
+def test_what_means_nothing_here_is_refused(echo):
+    with pytest.raises(ValueError, match="logprob_start_len: only generated tokens"):
+        sgl.gen("a", logprob_start_len=3)
+    with pytest.raises(ValueError, match="temperature must be 0"):
+        sgl.select("a", ["x"], temperature=0.5)
+    sgl.gen("a", logprob_start_len=-1)
+
+    @sgl.function
+    def program(s):
+        s += "x"
+        s.fork(2, position_ids_offset=[1, 2])
+
+    with pytest.raises(ValueError, match="position_ids_offset is not supported"):
+        program.run(backend=echo(str))
+
+    @sgl.function
+    def stopped(s):
+        s += "x" + sgl.gen("a", stop_regex="[0-9]")
+
+    with pytest.raises(sgl.ProgramError, match="the echo cannot constrain decoding by stop_regex"):
+        stopped.run(backend=echo(str))
 
 
 def test_regex_json_schema_and_dtype_become_constraints(echo):

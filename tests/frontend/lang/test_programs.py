@@ -245,12 +245,17 @@ def test_a_batch_keeps_exceptions_with_their_item(echo):
         s += f"{i}" + bw.gen("a")
         if i == 1:
             raise KeyError("mine")
+        return i
 
     backend = echo(lambda prompt: BackendError("no room") if prompt == "2" else "ok")
     states = program.run_batch([{"i": i} for i in range(4)], backend=backend)
     assert [state.error() is None for state in states] == [True, False, False, True]
     assert states[0]["a"] == states[3]["a"] == "ok"
     assert isinstance(states[1].error().__cause__, KeyError)
+    assert [states[0].ret_value, states[3].ret_value] == [0, 3]
+    for failed, why in ((states[1], "mine"), (states[2], "no room")):
+        with pytest.raises(bw.ProgramError, match=why):
+            failed.ret_value  # noqa: B018 - it raises
     with pytest.raises(bw.ProgramError, match="no room"):
         states[2]["a"]
 
@@ -345,6 +350,31 @@ def test_a_variable_that_is_not_written_by_the_model_has_nothing_to_follow(echo)
         list(state.text_iter("mine"))
     with pytest.raises(bw.ProgramError, match="stream=True"):
         list(program.run(backend=echo(ok)).text_iter())
+
+
+def test_reading_a_run_that_goes_on_waits_for_it(echo):
+    @bw.function
+    def program(s, fail=False):
+        time.sleep(0.05)
+        if fail:
+            raise KeyError("mine")
+        s += "x" + bw.gen("a")
+        time.sleep(0.05)
+        s += "y" + bw.gen("b")
+        return 7
+
+    backend = echo(ok)
+    for read, found in (
+        (lambda s: s["a"], "ok"),
+        (lambda s: s.meta("b")["finish_reason"]["type"], "stop"),
+        (lambda s: s.text(), "xokyok"),
+        (lambda s: s.messages(), []),
+        (lambda s: s.error(), None),
+        (lambda s: s.ret_value, 7),
+    ):
+        assert read(program.run(backend=backend, stream=True)) == found
+    with pytest.raises(bw.ProgramError, match="KeyError: 'mine'"):
+        program.run(True, backend=backend, stream=True)["a"]
 
 
 def test_states_of_another_run_are_not_joined(echo):

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +53,7 @@ def outcome(state: bw.State) -> Any:
     return [state["who"], state["more"], state["bye"], state["choice"], state.text(), state.messages()]
 
 
+NAMES = ["Mira", "Tobin", "Sol", "Wren", "Rook", "Hesper"]
 OPTIONS = {"temperature": 0.7, "seed": 3}
 
 
@@ -91,17 +96,206 @@ def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.Mo
     asked = BranchBackend._on
     killed = []
 
-    async def unlucky(self: BranchBackend, handle: Any, what: str, body: Any, **more: Any) -> Any:
+    async def unlucky(self: BranchBackend, handle: Any, what: str, *more: Any) -> Any:
         if handle.id is not None and (what, handle.id) not in killed:
             killed.append((what, handle.id))
             await self.http.post("/branches/batch", {"ops": [{"op": "delete", "id": handle.id}]})
             if how != "expired":
                 handle.id = "b" + "A" * 32  # one that this server has never made
-        return await asked(self, handle, what, body, **more)
+        return await asked(self, handle, what, *more)
 
     monkeypatch.setattr(BranchBackend, "_on", unlucky)
     assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
     assert {what for what, _ in killed} >= {"generate", "fork", "score"}
+
+
+def test_a_branch_that_is_gone_and_finds_no_room_any_more(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    expected = outcome(everything.run(backend=backend, **OPTIONS))
+    post, made = Http.post, []
+
+    async def full_later(self: Any, path: str, body: Any, **more: Any) -> Any:
+        if path == "/branches" and made:
+            raise bw.BackendError("too many branches", status=429)
+        if path.endswith(("/generate", "/fork", "/score", "/extend")) and len(made) == 1:
+            await post(self, "/branches/batch", {"ops": [{"op": "delete", "id": made[0]}]})
+            made.append(path)
+        reply = await post(self, path, body, **more)
+        if path == "/branches":
+            made.append(reply["id"])
+        return reply
+
+    monkeypatch.setattr(Http, "post", full_later)
+    assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("wanted", ["/branches", "/fork"])
+def test_who_is_cancelled_while_branches_are_made_gives_them_back(
+    server: Any, monkeypatch: pytest.MonkeyPatch, wanted: str
+) -> None:
+    backend = bw.connect(server.url, KEY, branches=True)
+    post = Http.post
+    asked = 0
+
+    async def slow(self: Any, path: str, body: Any, **more: Any) -> Any:
+        nonlocal asked
+        reply = await post(self, path, body, **more)
+        if path.endswith(wanted):
+            asked += 1
+            asyncio.get_running_loop().call_soon(task.cancel)
+            await asyncio.sleep(0.05)  # the server has made it, and the answer is on its way
+        return reply
+
+    monkeypatch.setattr(Http, "post", slow)
+
+    @bw.function
+    async def program(s):
+        s += "The mill by the river\n"
+        forks = s.fork(3)
+        forks += bw.gen("a", max_tokens=1)
+        await forks["a"]
+
+    async def main() -> None:
+        nonlocal task
+        await backend.codec()
+        task = asyncio.create_task(program.arun(backend=backend))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    task: asyncio.Task[Any]
+    asyncio.run(main())
+    assert asked == 1 and _counts(backend)["branches"] == 0
+
+
+def test_a_process_that_ends_before_its_run_leaves_no_branch(server: Any) -> None:
+    code = (
+        "import sys, branchwise as bw\n"
+        "@bw.function\n"
+        "def program(s):\n"
+        "    s += 'The mill by the river\\n' + bw.gen('a', max_tokens=2000, ignore_eos=True)\n"
+        "state = program.run(backend=bw.connect(sys.argv[1], 'the-key'), stream=True)\n"
+        "next(state.text_iter('a'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert _counts(bw.connect(server.url, KEY))["branches"] == 0
+
+
+def test_a_server_with_little_room_and_patience_that_is_then_killed(tight_server: Any) -> None:
+    @bw.function
+    def program(s):
+        s += bw.system("You are a helpful assistant.")
+        s += bw.user("Who is Mira?") + bw.assistant(bw.gen("who", max_tokens=30))
+        s.sync()
+        time.sleep(1.5)  # the branch expires
+        forks = s.fork(6)  # twice as many as there is room for
+        forks += lambda i: bw.user(f"Who is {NAMES[i]}?") + bw.assistant(bw.gen("who", max_tokens=4))
+        forks.join()
+        return s["who"], s.meta("who")[0]["cached_tokens"]
+
+    whole = bw.connect(tight_server.url, branches=False)
+    backend = bw.connect(tight_server.url)
+    assert isinstance(backend, BranchBackend)
+    expected, _ = program.run(backend=whole, temperature=0).ret_value
+    found, cached = program.run(backend=backend, temperature=0).ret_value
+    assert found == expected and cached > 20
+    assert [one["who"] for one in program.run_batch([{}] * 3, backend=backend, temperature=0)] == [expected] * 3
+
+    @bw.function
+    def interrupted(s):
+        s += "Once upon a time"
+        forks = s.fork(3)
+        forks += bw.gen("a", max_tokens=4000, ignore_eos=True)  # is cut off
+        threading.Timer(0.3, tight_server.process.kill).start()
+        return forks["a"]
+
+    began = time.monotonic()
+    with pytest.raises(bw.ProgramError, match=f"'a' failed.*the connection to {tight_server.url} failed") as caught:
+        interrupted.run(backend=backend)
+    assert time.monotonic() - began < 10
+    file, _, number = caught.value.site.rpartition(":")
+    assert file == __file__ and "is cut off" in Path(file).read_text().splitlines()[int(number) - 1]
+
+
+@bw.function
+def asked(s, sampling):
+    s += bw.user("Who is Mira?") + bw.assistant(bw.gen("a", max_tokens=30, **sampling))
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"stop": "ker of"},
+        {"stop": ["zzz", " of", "baker"]},
+        {"stop_token_ids": [223]},
+        {"ignore_eos": True},
+        {"logprobs": 2, "return_text_in_logprobs": True},
+        {"regex": "[a-z]+"},
+    ],
+    ids=str,
+)
+def test_what_there_is_to_know_is_the_same_whole_or_streamed_here_or_there(
+    server: Any, engine: Any, sampling: dict[str, Any]
+) -> None:
+    said, known = [], []
+    for where in (engine, bw.connect(server.url, KEY, branches=False), bw.connect(server.url, KEY)):
+        for stream in (False, True):
+            state = asked.run(sampling, backend=where, temperature=0, stream=stream)
+            said.append((state["a"], state.text() if not stream else "".join(state.text_iter())))
+            meta = state.meta("a")
+            known.append({name: meta[name] for name in ("finish_reason", "prompt_tokens", "completion_tokens")})
+            for name in ("output_token_logprobs", "output_top_logprobs"):
+                rows = [row if name.startswith("output_token") else row[0] for row in meta.get(name, ())]
+                known[-1][name] = [(id, text) for _, id, text in rows]
+    assert all(one == said[0] for one in said)
+    assert all(one == known[0] for one in known)
+    assert bool(known[0]["output_top_logprobs"]) == ("logprobs" in sampling)
+
+
+SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+
+
+@bw.function
+def constrained(s):
+    s += bw.user("How old is Hanno?")
+    s += bw.assistant(bw.gen("regex", max_tokens=20, regex="[a-f]{3} [0-9]{2}") + bw.gen("json", json_schema=SCHEMA))
+    s += bw.user("And?") + bw.assistant(bw.gen("int", max_tokens=3, dtype=int) + bw.gen("bool", dtype=bool))
+    s += bw.gen("float", max_tokens=4, dtype=float) + bw.gen("choice", choices=[" yes", " no"])
+
+
+def test_what_constrains_decoding_does_so_everywhere(backend: ServerBackend, engine: Any) -> None:
+    here, there = constrained.run(temperature=0), constrained.run(backend=backend, temperature=0)
+    for state in (here, there):
+        assert re.fullmatch("[a-f]{3} [0-9]{2}", state["regex"])
+        assert isinstance(json.loads(state["json"])["age"], int)
+        assert [type(state[name]) for name in ("int", "bool", "float")] == [int, bool, float]
+        assert state["choice"] in (" yes", " no")
+    names = ("regex", "json", "int", "bool", "float", "choice")
+    assert [here[name] for name in names] == [there[name] for name in names]
+
+
+@pytest.mark.parametrize("where", ["engine", "stateless", "branches"])
+@pytest.mark.parametrize(
+    "constraint",
+    [{"json_schema": {"type": "nonsense"}}, {"json_schema": {"$ref": "#/nowhere"}}, {"regex": "(unclosed"}],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_an_error_at_the_line(
+    server: Any, engine: Any, where: str, constraint: dict[str, Any]
+) -> None:
+    backend = engine if where == "engine" else bw.connect(server.url, KEY, branches=where == "branches")
+
+    @bw.function
+    def program(s):
+        s += "x"
+        s += bw.gen("a", max_tokens=5, **constraint)  # is not to be compiled
+
+    with pytest.raises(bw.ProgramError, match=r"'a' failed on .*cannot be enforced") as caught:
+        program.run(backend=backend)
+    file, _, number = caught.value.site.rpartition(":")
+    assert "is not to be compiled" in Path(file).read_text().splitlines()[int(number) - 1]
 
 
 def test_more_branches_than_one_request_may_make(server: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from branchwise.frontend.lang.transcript import Close, Open, Transcript
 from branchwise.runtime.chat_template import ChatTemplate
 from branchwise.runtime.tokenizer import Tokenizer
 
+ROOT = Path(__file__).resolve().parents[3]
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -268,18 +272,48 @@ def test_the_language_and_a_connection_need_no_torch(server):
     assert done.returncode == 0, done.stderr[-800:]
 
 
-def test_a_connected_program_needs_no_torch(server):
+NEEDED = {"aiohttp", "jinja2", "msgspec", "numpy", "tokenizers"}
+
+
+def test_a_connected_program_needs_few_of_the_packages(server):
+    """Those that frontend/README.md names, and none else of what the server is made of."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = {re.split("[><=\\[;]", one)[0].strip() for one in project["dependencies"]}
+    assert packages > NEEDED
+    others = [{"pyzmq": "zmq"}.get(name, name.replace("-", "_")) for name in packages - NEEDED]
     code = (
-        "import sys; sys.modules['torch'] = None\n"
+        "import sys; sys.modules.update(dict.fromkeys(sys.argv[2:]))\n"
         "import branchwise as bw\n"
+        "def get_weather(city: str) -> dict:\n"
+        "    return {}\n"
         "@bw.function\n"
         "def program(s):\n"
         "    s += bw.user('Who is Mira?') + bw.assistant(bw.gen('a', max_tokens=30))\n"
-        "print(program.run(backend=bw.connect(sys.argv[1], 'the-key'), temperature=0)['a'])\n"
+        "@bw.function\n"
+        "def agent(s):\n"
+        "    s += bw.user('Please get the weather. The city is Zemol.')\n"
+        "    bw.tool_loop(s, [get_weather], max_tokens=60)\n"
+        "bw.set_default_backend(bw.connect(sys.argv[1], 'the-key'))\n"
+        "print(program.run(temperature=0)['a'])\n"
+        "agent.run(temperature=0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, cwd="/")
+    done = subprocess.run([sys.executable, "-c", code, server.url, *others], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-800:]
     assert done.stdout.startswith("Mira is the baker") and done.stderr == ""
+    readme = (ROOT / "frontend" / "README.md").read_text()
+    assert f"pip install {' '.join(sorted(NEEDED))}" in readme
+
+
+def test_importing_the_language_and_connecting_take_less_than_a_third_of_a_second(server):
+    code = (
+        "import sys, time; began = time.perf_counter()\n"
+        "import branchwise as bw\n"
+        "bw.function, bw.gen, bw.select, bw.user, bw.connect(sys.argv[1], 'the-key')\n"
+        "print(time.perf_counter() - began)\n"
+    )
+    command = [sys.executable, "-c", code, server.url]
+    seconds = [float(subprocess.check_output(command, text=True, cwd="/")) for _ in range(5)]
+    assert min(seconds) < 0.3
 
 
 def test_turns_of_a_model_without_a_template_are_an_error(null_engine):
