@@ -107,13 +107,11 @@ def main(url: str) -> None:
     print(f"  {sent - reused:>5} computed")
     if all(reply.get("prompt_token_ids") for reply in replies):
         distinct = distinct_tokens([reply["prompt_token_ids"] for reply in replies])
-        print(
-            f"  {distinct:>5} distinct tokens in all prompts; of answers repeated in them, most were kept as they came"
-        )
+        print(f"  {distinct:>5} distinct tokens in all prompts (answers in follow-ups were cached when generated)")
     print(f"  {reused / sent:>5.0%} not computed again")
 
     print("\nWhat the server remembers (a line is a branch; what hangs below it continues it):")
-    with urllib.request.urlopen(f"{url}/cache/tree?format=text", timeout=30) as response:
+    with urllib.request.urlopen(f"{url}/cache/tree?format=text&max_nodes=40", timeout=30) as response:
         print(response.read().decode())
 
 

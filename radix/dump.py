@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from .node import Node
@@ -14,17 +15,17 @@ MAX_DEPTH = 100  # JSON encoders recurse
 
 
 def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
-    """``{"namespaces": [{"owner", "salt", "leases", "children": [node...]}...], "totals": {...}}``, JSON-able.
+    """``{"namespaces": [{"owner", "salt", "leases", "children": [node...]}...], "omitted", "totals"}``, JSON-able.
 
     A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids; by default a page and eight more, for
     siblings may share all but the last of a page), ``leases`` (locks), ``hits``, ``last_access`` (logical time),
     ``stub``, ``children``; ``omitted`` counts children left out. Level by level, so that what ``max_nodes`` cuts off
-    is what hangs deepest.
+    is what hangs deepest. Namespaces are as many at most (and one at least); the first ``omitted`` counts the others.
     """
     preview = tree.page_size + 8 if preview is None else preview
     namespaces: list[dict[str, Any]] = []
     queue: deque[tuple[Node, dict[str, Any], int]] = deque()
-    for (owner, salt), root in tree.roots.items():
+    for (owner, salt), root in islice(tree.roots.items(), max(1, max_nodes)):
         namespaces.append({"owner": owner, "salt": salt, "leases": root.locks, "children": []})
         queue.append((root, namespaces[-1], 0))
     room = max_nodes
@@ -37,7 +38,7 @@ def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int | None = None
             room -= 1
             shown["children"].append(_describe(tree, child, preview))
             queue.append((child, shown["children"][-1], depth + 1))
-    return {"namespaces": namespaces, "totals": _totals(tree)}
+    return {"namespaces": namespaces, "omitted": len(tree.roots) - len(namespaces), "totals": _totals(tree)}
 
 
 def _describe(tree: RadixTree, node: Node, preview: int) -> dict[str, Any]:

@@ -499,7 +499,7 @@ def _as_batch(
     batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
     if params is None:
         params = SamplingParams()
-    each = [params] * len(batch) if isinstance(params, SamplingParams) else list(params)
+    each = [params] * len(batch) if isinstance(params, SamplingParams | Mapping) else list(params)
     if len(each) != len(batch):
         raise InvalidRequest(f"params has {len(each)} entries for {len(batch)} prompts", field="params")
     if not batch:

@@ -96,6 +96,9 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
     ``names`` maps our field names to the caller's dialect, so the message names the field the caller sent.
     Raises `InvalidRequest` naming the field, the value and the limit.
     """
+    if not isinstance(params, SamplingParams):
+        hint = ": write SamplingParams(**params)" if isinstance(params, Mapping) else ""
+        raise InvalidRequest(f"params must be a SamplingParams, got {type(params).__name__}{hint}", field="params")
     names = names or {}
 
     def bad(field: str, problem: str) -> InvalidRequest:

@@ -70,6 +70,8 @@ def generate(
             if len(texts) > 1:
                 out.print(prompt, style="bold", markup=False)
             out.print(answer.text, markup=False, soft_wrap=True)
+            if not answer.text and answer.finish_reason == "stop" and not stop:
+                err.print("nothing came: a chat model wants its chat template (branchwise chat)", style="dim")
             err.print(
                 f"{answer.prompt_tokens} prompt tokens, {answer.cached_tokens} cached ({answer.cache_reason}); "
                 f"{answer.completion_tokens} generated ({answer.finish_reason})",

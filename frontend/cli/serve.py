@@ -346,10 +346,10 @@ def serve(
 ) -> None:
     """Serve a model over HTTP.
 
-    Answers OpenAI's **/v1/chat/completions** and **/v1/completions** and SGLang's **/generate**;
-    **/cache/tree** shows what is remembered, **/metrics** is for Prometheus. Ctrl-C finishes what is in flight
-    and leaves; a second one leaves
-    at once. A model or setting that cannot be loaded exits 2.
+    Answers OpenAI's **/v1/chat/completions**, **/v1/completions** and **/v1/responses**, Anthropic's
+    **/v1/messages** and SGLang's **/generate**; **/cache/tree** shows what is remembered, **/metrics** is for
+    Prometheus, **/openapi.json** lists every route. Ctrl-C finishes what is in flight and leaves; a second one
+    leaves at once. A model or setting that cannot be loaded exits 2.
     """
     flags = dict(locals()) | {"extra_api_keys": tuple(extra_api_keys or ())}
     with expected_failures():

@@ -21,6 +21,9 @@ def tree(
     url: ServerUrl,
     api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's own JSON.")] = False,
+    max_nodes: Annotated[
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Nodes drawn; of the others only how many there are.")
+    ] = 1000,
 ) -> None:
     """Draw the radix tree of a running server: every prefix it remembers, and who uses it.
 
@@ -30,12 +33,13 @@ def tree(
         from ..client import ServerClient
 
         server = ServerClient(url, api_key, timeout=30.0)
+        path = f"/cache/tree?max_nodes={max_nodes}"
         if as_json:
-            typer.echo(json.dumps(server.get("/cache/tree"), indent=1))
+            typer.echo(json.dumps(server.get(path), indent=1))
         elif out.is_terminal:
-            out.print(draw(server.get("/cache/tree")))
+            out.print(draw(server.get(path)))
         else:
-            typer.echo(server.get_text("/cache/tree?format=text"))
+            typer.echo(server.get_text(f"{path}&format=text"))
 
 
 def draw(dump: dict[str, Any]) -> Tree:
@@ -55,6 +59,8 @@ def draw(dump: dict[str, Any]) -> Tree:
     for namespace in dump["namespaces"]:
         branch = drawn.add(_line(f"[cyan]{escape(namespace_title(namespace))}[/]"))
         _draw_children(branch, namespace)
+    if dump["omitted"]:
+        drawn.add(f"[dim]… {counted(dump['omitted'], 'more namespace')}[/]")
     return drawn
 
 

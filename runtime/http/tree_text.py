@@ -29,6 +29,8 @@ def tree_text(dump: dict[str, Any]) -> str:
     for namespace in dump["namespaces"]:
         lines.append(f"{namespace_title(namespace)}  [{counted(namespace['leases'], 'lease')}]")
         lines += _branches(namespace, "")
+    if dump["omitted"]:
+        lines.append(f"… {counted(dump['omitted'], 'more namespace')}")
     totals = dump["totals"]
     lines.append(
         f"{counted(totals['nodes'], 'node')}, {totals['cached']:,} of {counted(totals['pages'], 'page')} cached, "

@@ -70,6 +70,16 @@ def test_tree_as_text_and_as_json(server: Running) -> None:
     assert text.returncode == 0 and "tokens" in text.stdout and "a tree begins" in text.stdout
     dump = json.loads(branchwise("tree", server.url, "--json").stdout)
     assert dump["totals"]["nodes"] >= 1
+    branchwise("generate", "--url", server.url, "--max-tokens", "1", "another prompt altogether")
+    least = json.loads(branchwise("tree", server.url, "--json", "--max-nodes", "1").stdout)
+    assert len(least["namespaces"]) == 1 and len(least["namespaces"][0]["children"]) <= 1 < least["totals"]["nodes"]
+    assert " more" in branchwise("tree", server.url, "--max-nodes", "1").stdout
+
+
+def test_an_answer_with_nothing_in_it_names_the_chat_template(server: Running) -> None:
+    done = branchwise("generate", "--url", server.url, "Who is Mira?")
+    assert done.returncode == 0 and done.stdout.strip() == ""
+    assert "chat template" in done.stderr and "branchwise chat" in done.stderr
 
 
 def test_tree_drawn_for_a_terminal(server: Running) -> None:

@@ -19,6 +19,7 @@ def dump(*children: dict[str, Any], owner: str = "", salt: str = "") -> dict[str
     totals = {"nodes": len(children), "cached": 1, "pages": 2000, "free": 1999, "page_size": 16, "evicted": 0}
     return {
         "namespaces": [{"owner": owner, "salt": salt, "leases": 1, "children": list(children)}],
+        "omitted": 0,
         "totals": totals,
     }
 
@@ -47,6 +48,16 @@ def test_one_is_singular() -> None:
 def test_namespaces_are_explained() -> None:
     assert tree_text(dump()).startswith("default (requests without key and salt)")
     assert tree_text(dump(owner="0123456789", salt="abcdefghij")).startswith("key 01234567, salt abcdefgh  [")
+
+
+def test_namespaces_left_out_are_counted() -> None:
+    assert "… 7 more namespaces\n" in tree_text(dump(node("a")) | {"omitted": 7})
+    assert "… 1 more namespace\n" in tree_text(dump(node("a")) | {"omitted": 1})
+    assert "more" not in tree_text(dump(node("a")) | {"omitted": 0})
+    console = Console(width=80, record=True, file=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+    with console.file:
+        console.print(draw(dump(node("a")) | {"omitted": 7}))
+    assert "… 7 more namespaces" in console.export_text()
 
 
 def test_a_narrow_terminal_cuts_labels_and_keeps_the_facts() -> None:

@@ -205,6 +205,15 @@ def test_dump_is_bounded_in_nodes_and_depth(drive):
         assert depth == shown and node["omitted"] == 1
 
 
+def test_dump_is_bounded_in_namespaces(drive):
+    d = drive()
+    for salt in "abcde":
+        d.remember([1, 2, 3], ("", salt))
+    for max_nodes, shown in ((5, 5), (3, 3), (0, 1)):
+        dump = d.tree.dump(max_nodes=max_nodes)
+        assert len(dump["namespaces"]) == shown and dump["omitted"] == 5 - shown
+
+
 @pytest.mark.parametrize(
     ("harm", "complaint"),
     [

@@ -151,6 +151,8 @@ def test_a_salt_keeps_prompts_apart(engine):
         (TEXT, SamplingParams(n=100_000), "n "),
         (TEXT, SamplingParams(stop=("x",) * 10_000), "stop"),
         (TEXT, SamplingParams(logit_bias={10**6: 1.0}), "logit_bias"),
+        (TEXT, {"max_tokens": 3, "temperature": 0}, "params must be a SamplingParams, got dict"),
+        ([TEXT], ["max_tokens"], "params must be a SamplingParams, got str"),
     ],
 )
 def test_bad_input_is_a_value_error_that_names_the_field(engine, prompt, params, names):
