@@ -19,6 +19,7 @@ from .cache_fields import CacheFields, caching, seconds
 from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
+from .errors import bad
 from .openapi import takes
 from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
@@ -112,7 +113,7 @@ def router(site: Site) -> APIRouter:
         """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
         if not body.id:
-            raise InvalidRequest("id must not be empty", field="id")
+            raise bad("id", "must not be empty")
         return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
 
     @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
@@ -132,10 +133,10 @@ def router(site: Site) -> APIRouter:
         body = parse(WarmRequest, await read_json_object(request))
         prompts, is_list = split_prompts(body.prompts, "prompts")
         if not is_list:
-            raise InvalidRequest("prompts must be a list of strings or of lists of token ids", field="prompts")
+            raise bad("prompts", "must be a list of strings or of lists of token ids")
         where = caching(site, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
         if where.get("private"):
-            raise InvalidRequest("prompt_cache_options.mode off would leave nothing", field="prompt_cache_options.mode")
+            raise bad("prompt_cache_options.mode", "off would leave nothing")
         outputs = await _compute(site, request, prompts, "prompts", where)
         return json_response({"results": [_warmed(output) for output in outputs]})
 
@@ -155,7 +156,7 @@ def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
     where = caching(site, body, extra_key=body.extra_key)
     if where.get("private") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
-        raise InvalidRequest(f"{field} means nothing here: this route asks about a prompt, it sends none", field=field)
+        raise bad(field, "means nothing here: this route asks about a prompt, it sends none")
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -172,9 +173,9 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
         return await rendered(site, chat, definitions(chat.tools, site.config)), field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
-        raise InvalidRequest(f"{field} must be one prompt", field=field)
+        raise bad(field, "must be one prompt")
     if not len(prompts[0]):
-        raise InvalidRequest(f"{field} must not be empty", field=field)
+        raise bad(field, "must not be empty")
     return prompts[0], field
 
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from ..errors import InvalidRequest
 from ..logprobs import TokenLogprob
 from ..messages import Delta
 from ..outputs import Output
 from ..sampling_params import SamplingParams
 from .body import read_json_object
 from .cache_fields import caching
+from .errors import bad
 from .legacy_logprobs import LegacyLogprobs
 from .openapi import takes
 from .prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
@@ -55,7 +55,7 @@ class _Answer:
         check_prompts(len(raw), params.n, site.config, "prompt")
         where = caching(site, body)
         if body.stream_options is not None and not body.stream:
-            raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+            raise bad("stream_options", "needs stream to be true")
         self.prompts = [
             make_prompt(
                 prompt,

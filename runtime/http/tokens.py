@@ -13,10 +13,10 @@ from pydantic import Field
 from ..errors import InvalidRequest
 from ..limits import check_token_ids
 from .body import read_json_object
-from .chat.messages import bad
 from .chat.request import CHAT_UNSUPPORTED, ChatRequest
 from .chat.tools import definitions
 from .chat.turn import rendered
+from .errors import bad
 from .openapi import takes
 from .requests import Prompts, Strict, parse
 from .site import Site
@@ -74,9 +74,9 @@ def router(site: Site) -> APIRouter:
         site.check_model(body.model)
         vocab_size = site.client.limits.vocab_size
         if not isinstance(body.tokens, list):
-            raise InvalidRequest(f"tokens must be a list, got {type(body.tokens).__name__}", field="tokens")
+            raise bad("tokens", f"must be a list, got {type(body.tokens).__name__}")
         if len(body.tokens) > MAX_IDS:
-            raise InvalidRequest(f"tokens must have at most {MAX_IDS} entries, got {len(body.tokens)}", field="tokens")
+            raise bad("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
         if body.tokens:
             check_token_ids(body.tokens, vocab_size, "tokens")
         if len(body.tokens) > INLINE:

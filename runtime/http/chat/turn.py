@@ -15,11 +15,12 @@ from ...errors import InvalidRequest
 from ...sampling_params import validate
 from ..cache_fields import caching
 from ..client import Prompt
+from ..errors import bad
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
 from ..site import Site
 from .choice import Choice
 from .marks import chat_marks
-from .messages import bad, conversation
+from .messages import conversation
 from .request import ChatRequest, generation_prompt, names, sampling, variables
 from .tools import Formats, ToolUse
 
