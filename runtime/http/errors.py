@@ -18,7 +18,7 @@ from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-MAX_MESSAGE = 480  # characters
+MAX_MESSAGE = 480  # characters; of the name of a field too
 MAX_SHOWN = 60  # of them, those of a value that was sent
 
 _TYPES = {
@@ -55,9 +55,12 @@ def error_body(
 ) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
-    if len(message) > MAX_MESSAGE:  # what was sent is quoted in it
-        message = message[: MAX_MESSAGE - 1] + "…"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
+    return {"error": {"message": _cut(message), "type": kind, "param": param and _cut(param), "code": code or usual}}
+
+
+def _cut(text: str) -> str:
+    """What was sent is quoted in messages, and names of fields can be anything too."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
 def error_response(

@@ -7,6 +7,7 @@ import asyncio
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -22,7 +23,7 @@ from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response
 
-MAX_IDS = 1_000_000  # of one request to /detokenize
+MAX_IDS = 1_000_000  # of one request to /detokenize, and of one answer of /tokenize
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 
 
@@ -62,8 +63,12 @@ def router(site: Site) -> APIRouter:
             chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
             text = await rendered(site, chat, definitions(chat.tools, site.config))
             special = bool(asked)
-        tokens = await token_ids(site, text, special=special)
-        named = [site.tokenizer.token_text(id) for id in tokens] if body.return_token_strs else None
+        ids = await token_ids(site, text, special=special)
+        if len(ids) > MAX_IDS:
+            field = "prompt" if body.prompt is not None else "messages"
+            raise bad(field, f"must have at most {MAX_IDS} tokens, got {len(ids)}")
+        tokens = ids.tolist()
+        named = await _texts(site, tokens) if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
 
@@ -117,8 +122,14 @@ def router(site: Site) -> APIRouter:
     return routes
 
 
-async def token_ids(site: Site, text: str, *, special: bool) -> list[int]:
+async def token_ids(site: Site, text: str, *, special: bool) -> np.ndarray[Any, np.dtype[np.int32]]:
     """``special``: with the tokens the tokenizer puts around a text."""
     encode = site.tokenizer.encode
-    ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
-    return ids.tolist()
+    return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+
+
+async def _texts(site: Site, tokens: list[int]) -> list[str]:
+    def texts() -> list[str]:
+        return [site.tokenizer.token_text(id) for id in tokens]
+
+    return texts() if len(tokens) <= INLINE else await asyncio.to_thread(texts)

@@ -17,6 +17,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
 MAX_PARTS = 4096  # of one message
+MAX_PIECES = 16_384  # of one conversation: parts of its messages, and calls in them
 
 
 def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[str, Any]]:
@@ -27,6 +28,13 @@ def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[s
     template writes them verbatim (`ChatTemplate.keeps_arguments`) and are an object elsewhere. Raises `InvalidRequest`
     naming the message.
     """
+    pieces = 0
+    for message in messages:
+        for name in ("content", "tool_calls") if isinstance(message, dict) else ():
+            value = message.get(name)
+            pieces += len(value) if isinstance(value, list) else 0
+    if pieces > MAX_PIECES:
+        raise bad("messages", f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
     return [_Message(message, f"messages[{i}]", template).rendered() for i, message in enumerate(messages)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat.messages import label
+from ..chat.messages import MAX_PARTS, label
 from ..errors import bad, shown
 
 ROLES = ("user", "system", "developer", "assistant")
@@ -120,6 +120,8 @@ def _texts(parts: Any, where: str) -> list[str]:
         return []
     if not isinstance(parts, list):
         raise bad(where, f"must be a list of parts, got {type(parts).__name__}")
+    if len(parts) > MAX_PARTS:
+        raise bad(where, f"must have at most {MAX_PARTS} parts, got {len(parts)}")
     texts = []
     for i, part in enumerate(parts):
         text = part.get("text") if isinstance(part, dict) else None
