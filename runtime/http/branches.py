@@ -27,6 +27,7 @@ from .errors import bad, describe, shown
 from .openapi import query, takes
 from .prompts import check_count, check_label, check_priority, prepare_params, token_bytes
 from .requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
+from .respond import respond
 from .site import Site
 from .sse import json_response, wait
 
@@ -189,7 +190,7 @@ def router(site: Site) -> APIRouter:
             whole=not body.stream,
         )
         call = site.client.open_run(run, params.n, body.rid or None)
-        return await answer.respond(call, request.receive, body.stream, request.headers)
+        return await respond(call, request, answer, stream=body.stream)
 
     @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
     async def score(id: str, request: Request) -> Response:

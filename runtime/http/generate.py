@@ -24,6 +24,7 @@ from .prompts import (
     split_prompts,
 )
 from .requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
+from .respond import respond
 from .shortcut import Handler
 from .site import Site
 
@@ -41,7 +42,7 @@ def handler(site: Site) -> Handler:
         body = parse(GenerateRequest, raw)
         answer = _Answer(site, body)
         call = site.client.open(answer.prompts, answer.labels)
-        return await answer.respond(call, request.receive, body.stream, request.headers)
+        return await respond(call, request, answer, stream=body.stream)
 
     return generate
 

@@ -6,7 +6,6 @@ Every route that talks in conversations comes through here: each first says what
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,18 +41,15 @@ class Turns:
         self._site = site
         self._formats: Formats | None = None
 
-    async def turn(self, body: ChatRequest, called: Mapping[str, str] | None = None) -> Turn:
-        """``called``: our names of the fields in the client's words, where they are not the chat route's.
-
-        Raises `InvalidRequest`.
-        """
+    async def turn(self, body: ChatRequest) -> Turn:
+        """Raises `InvalidRequest`, in the words of the chat route: others have `renamed` for it."""
         site = self._site
         limits = site.client.limits  # before the tokenizer: it raises while there is none
         template = chat_template(site)
         if self._formats is None:
             self._formats = Formats.of(site.config, site.tokenizer, template)
         tools = ToolUse(body, self._formats, template, site.config)
-        called = {**names(body), **(called or {})}
+        called = names(body)
         params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
         params = prepare_params(params, limits, called, site.config)
         check_count(params.n, site.config.max_samples_per_request, "n")
