@@ -82,7 +82,7 @@ class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
-        message = f"the model {asked!r} does not exist; this server serves {served!r}"
+        message = f"the model {asked[:MAX_MESSAGE]!r} does not exist; this server serves {served!r}"
         super().__init__(message, field="model", status=404, code="model_not_found")
 
 

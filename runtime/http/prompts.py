@@ -120,8 +120,8 @@ def make_prompt(
         if not prompt:
             raise bad(field, "must not be empty")
         return Prompt(params, text=prompt, names=called, **where)
+    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])  # first: it bounds what is looked at
     tokens = token_bytes(prompt, limits.vocab_size, field)
-    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])
     return Prompt(params, tokens=tokens, names=called, **where)
 
 

@@ -17,6 +17,8 @@ USER = {"role": "user", "content": "a"}
 CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 MANY = 300_000
 PARTS = [{"type": "text", "text": "a"}] * 4096
+HUGE_SCHEMA = {"type": "object", "enum": [7] * (20 * MANY // 5)}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": HUGE_SCHEMA}}
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 # (path, field the error names, body)
@@ -28,6 +30,9 @@ WRONG: list[tuple[str, str, dict[str, Any]]] = [
     (CHAT, "messages", {"messages": [{"role": "user", "content": PARTS}] * 50}),
     (CHAT, "messages", {"messages": [{"role": [7] * MANY}]}),
     (CHAT, "prompt_cache_breakpoint", {"messages": [USER], "prompt_cache_breakpoint": {"at": [7] * MANY}}),
+    (CHAT, "tools", {"messages": [USER], "tools": [{"type": [7] * MANY}]}),
+    (CHAT, "tools", {"messages": [USER], "tools": [TOOL]}),
+    (MESSAGES, "tools", {"messages": [USER], "max_tokens": 5, "tools": [{"name": "f", "input_schema": HUGE_SCHEMA}]}),
     (RESPONSES, "include", {"input": "a", "include": [7] * MANY}),
     (RESPONSES, "metadata", {"input": "a", "metadata": {str(i): "" for i in range(MANY)}}),
     (RESPONSES, "input", {"input": [{"type": "reasoning", "content": [{"text": "a"}] * MANY}]}),
