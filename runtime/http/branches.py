@@ -20,9 +20,7 @@ from ..sampling_params import SamplingParams
 from .answer import Answer
 from .body import read_json_object
 from .cache_fields import seconds
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
+from .chat.turn import conversation_text
 from .errors import bad, describe, shown
 from .openapi import query, takes
 from .prompts import check_count, check_label, check_priority, prepare_params, token_bytes
@@ -288,9 +286,7 @@ async def _create(site: Site, raw: Mapping[str, Any], within: str = "") -> Any:
 
 async def _conversation(site: Site, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
     """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
-    site.client.limits  # noqa: B018 - raises until there is a tokenizer
-    chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
-    text = await rendered(site, chat, definitions(chat.tools, site.config))
+    text, chat = await conversation_text(site, raw, within)
     if not parse_special:
         check_no_special(site.tokenizer, chat.messages)
     return rendered_piece(text)

@@ -15,9 +15,7 @@ from ..sampling_params import SamplingParams
 from .auth import is_admin, require_admin
 from .body import read_json_object
 from .cache_fields import CacheFields, caching, seconds
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
+from .chat.turn import conversation_text
 from .errors import bad
 from .openapi import takes
 from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
@@ -168,8 +166,8 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
         raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
     [field] = given
     if field == "messages":
-        chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-        return await rendered(site, chat, definitions(chat.tools, site.config)), field
+        text, _ = await conversation_text(site, raw)
+        return text, field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
         raise bad(field, "must be one prompt")

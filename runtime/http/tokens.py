@@ -14,9 +14,7 @@ from pydantic import Field
 from ..errors import InvalidRequest
 from ..limits import check_token_ids
 from .body import read_json_object
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
+from .chat.turn import conversation_text
 from .errors import bad
 from .openapi import takes
 from .requests import Prompts, Strict, parse
@@ -60,8 +58,7 @@ def router(site: Site) -> APIRouter:
         if body.prompt is not None:
             text, special = body.prompt, asked is not False
         else:
-            chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-            text = await rendered(site, chat, definitions(chat.tools, site.config))
+            text, _ = await conversation_text(site, raw)
             special = bool(asked)
         ids = await token_ids(site, text, special=special)
         if len(ids) > MAX_IDS:

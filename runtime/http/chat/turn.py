@@ -6,6 +6,7 @@ Every route that talks in conversations comes through here: each first says what
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +17,13 @@ from ..cache_fields import caching
 from ..client import Prompt
 from ..errors import bad
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
+from ..requests import parse
 from ..site import Site
 from .choice import Choice
 from .marks import chat_marks
 from .messages import conversation
-from .request import ChatRequest, generation_prompt, names, sampling, variables
-from .tools import Formats, ToolUse
+from .request import CHAT_UNSUPPORTED, ChatRequest, generation_prompt, names, sampling, variables
+from .tools import Formats, ToolUse, definitions
 
 INLINE = 32_768  # characters of a conversation that is rendered right here; a longer one must not stall the loop
 
@@ -80,6 +82,13 @@ def chat_template(site: Site) -> ChatTemplate:
             "this model has no chat template: send a prompt to /v1/completions instead", field="messages"
         )
     return template
+
+
+async def conversation_text(site: Site, raw: Mapping[str, Any], within: str = "") -> tuple[str, ChatRequest]:
+    """The prompt that a body's conversation becomes, where a body may also hold one: its fields are a chat's."""
+    site.client.limits  # noqa: B018 - raises until there is a tokenizer
+    chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
+    return await rendered(site, chat, definitions(chat.tools, site.config)), chat
 
 
 async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | None) -> str:
