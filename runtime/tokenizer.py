@@ -18,6 +18,9 @@ from tokenizers import Tokenizer as Backend
 from .chat_template import ChatTemplate
 from .errors import InvalidRequest, LoadError
 
+# Characters, or tokens. Longer ones go as a batch of one: only for batches does the library let other threads run.
+_LONG = 16_384
+
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with what its ``tokenizer_config.json`` adds. Equal to Hugging Face's AutoTokenizer.
@@ -97,6 +100,8 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
+            if len(text) > _LONG:
+                return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
             if not isinstance(text, str):
@@ -168,7 +173,10 @@ class Tokenizer:
         """The text of ``ids`` as a whole. Ids outside the vocabulary have no text."""
         if isinstance(ids, np.ndarray):
             ids = ids.tolist()
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        listed = list(ids)
+        if len(listed) > _LONG:
+            return self.backend.decode_batch([listed], skip_special_tokens=skip_special_tokens)[0]
+        return self.backend.decode(listed, skip_special_tokens=skip_special_tokens)
 
     def token_text(self, id: int) -> str:
         """One token on its own, with its leading space, special or not. Bytes that are not UTF-8 become U+FFFD."""

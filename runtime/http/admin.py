@@ -13,6 +13,7 @@ from ..errors import InvalidRequest
 from ..messages import ControlWhat
 from .auth import require_admin
 from .body import read_json_object
+from .errors import bad, shown
 from .metrics import CONTENT_TYPE
 from .openapi import query, takes
 from .requests import AbortRequest, parse
@@ -57,7 +58,7 @@ def router(site: Site) -> APIRouter:
         require_admin()
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
-            raise InvalidRequest(f"format must be json or text, got {form!r}", field="format")
+            raise bad("format", f"must be json or text, got {shown(form)}")
         nodes = _count(request.query_params.get("max_nodes"))
         dump = add_text(await site.client.control("tree", {"max_nodes": nodes}), site.tokenizer)
         return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
@@ -124,5 +125,5 @@ def _count(text: str | None) -> int:
     if text is None:
         return DEFAULT_NODES
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_NODES and len(text) < 9):
-        raise InvalidRequest(f"max_nodes must be between 1 and {MAX_NODES}, got {text[:40]!r}", field="max_nodes")
+        raise bad("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
     return int(text)

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
-
-from fastapi import Response
-from starlette.datastructures import Headers
-from starlette.types import Receive
 
 from ..logprobs import TokenLogprob
 from ..outputs import Output
 from ..sampling_params import SamplingParams
 from ..tokenizer import Tokenizer
-from .client import Call
-from .sse import DONE, Batch, EventStream, event, json_response, wait
-from .usage import cache_headers
+from .client import Batch
+from .sse import DONE, event
 
 
 class Answer:
-    """The samples of one request, in the order of its engine requests. `expect` each, then `respond`."""
+    """The samples of one request, in the order of its engine requests. `expect` each first."""
 
     def __init__(self, tokenizer: Tokenizer, text_in_logprobs: bool, prompt_token_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -37,35 +32,26 @@ class Answer:
         self._samples += [sample] * params.n
         self.outputs += [Output() for _ in range(params.n)]
 
-    async def respond(self, call: Call, receive: Receive, stream: bool, asked: Headers | None = None) -> Response:
-        """The whole answer, or a stream whose first event is there. The call is closed in the end. ``asked``: the
-        request's headers, where one of them may ask for the cache's."""
-        if stream:
-            first = await wait(call, receive, call.batch)
-            return EventStream(call, first, self.events, lambda: (DONE,), self._headers(asked, first))
-        with call:
-            batch = await wait(call, receive, call.all)
-        self.feed(batch)
+    def whole(self, batch: Batch) -> Any:
+        self._feed(batch)
         results = [self.result(i) for i in range(len(self.outputs))]
-        return json_response(results if self.is_list else results[0], headers=self._headers(asked, batch))
+        return results if self.is_list else results[0]
 
-    def _headers(self, asked: Headers | None, batch: Batch) -> Mapping[str, str] | None:
-        """For each sample, for prompts may have different numbers of them."""
-        found = ((index, delta.prompt_tokens, delta.cache) for index, delta in batch)
-        return None if asked is None else cache_headers(asked, found, 1)
-
-    def feed(self, batch: Batch) -> list[int]:
+    def _feed(self, batch: Batch) -> list[int]:
         """The samples that have news, in order."""
         for index, delta in batch:
             self.outputs[index].feed(delta)
         return sorted({index for index, _ in batch})
 
     def events(self, batch: Batch) -> Iterable[bytes]:
-        for index in self.feed(batch):
+        for index in self._feed(batch):
             result = self.result(index)
             if self.is_list:
                 result["index"] = index
             yield event(result)
+
+    def end(self) -> Iterable[bytes]:
+        return (DONE,)
 
     def result(self, index: int) -> dict[str, Any]:
         """Cumulative, as SGLang's are: a streamed event holds everything so far."""

@@ -20,13 +20,12 @@ from ..sampling_params import SamplingParams
 from .answer import Answer
 from .body import read_json_object
 from .cache_fields import seconds
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
-from .errors import describe
+from .chat.turn import conversation_text
+from .errors import bad, describe, shown
 from .openapi import query, takes
 from .prompts import check_count, check_label, check_priority, prepare_params, token_bytes
 from .requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
+from .respond import respond
 from .site import Site
 from .sse import json_response, wait
 
@@ -128,7 +127,7 @@ def router(site: Site) -> APIRouter:
         error in its place, and the others go on."""
         ops = parse(BatchRequest, await read_json_object(request)).ops
         if not 1 <= len(ops) <= MAX_OPS:
-            raise InvalidRequest(f"ops must hold 1 to {MAX_OPS} operations, got {len(ops)}", field="ops")
+            raise bad("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
         return json_response({"results": await asyncio.gather(*(_one(site, i, op) for i, op in enumerate(ops)))})
 
     @routes.get(
@@ -189,7 +188,7 @@ def router(site: Site) -> APIRouter:
             whole=not body.stream,
         )
         call = site.client.open_run(run, params.n, body.rid or None)
-        return await answer.respond(call, request.receive, body.stream, request.headers)
+        return await respond(call, request, answer, stream=body.stream)
 
     @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
     async def score(id: str, request: Request) -> Response:
@@ -197,7 +196,7 @@ def router(site: Site) -> APIRouter:
         of the same tokens by themselves."""
         body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         if not body.continuations:
-            raise InvalidRequest("continuations must not be empty", field="continuations")
+            raise bad("continuations", "must not be empty")
         requests = len(body.continuations) * (1 + body.unconditional)
         check_count(requests, site.config.max_samples_per_request, "continuations")
         pieces = [
@@ -272,7 +271,7 @@ async def _create(site: Site, raw: Mapping[str, Any], within: str = "") -> Any:
         check_label(label, f"{within}{name}")
     for name in (*_PARTITION, "messages"):
         if body.parent and getattr(body, name):
-            raise InvalidRequest(f"{within}{name} is its parent's; leave it out", field=f"{within}{name}")
+            raise bad(f"{within}{name}", "is its parent's; leave it out")
     if body.messages is not None:
         piece: Piece | None = await _conversation(site, raw, within, bool(body.parse_special))
     else:
@@ -287,9 +286,7 @@ async def _create(site: Site, raw: Mapping[str, Any], within: str = "") -> Any:
 
 async def _conversation(site: Site, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
     """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
-    site.client.limits  # noqa: B018 - raises until there is a tokenizer
-    chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
-    text = await rendered(site, chat, definitions(chat.tools, site.config))
+    text, chat = await conversation_text(site, raw, within)
     if not parse_special:
         check_no_special(site.tokenizer, chat.messages)
     return rendered_piece(text)
@@ -298,7 +295,7 @@ async def _conversation(site: Site, raw: Mapping[str, Any], within: str, parse_s
 async def _fork(site: Site, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
     n = parse(ForkRequest, raw, within, _UNSUPPORTED).n
     if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
-        raise InvalidRequest(f"{within}n must be between 1 and {MAX_FORK}, got {n}", field=f"{within}n")
+        raise bad(f"{within}n", f"must be between 1 and {MAX_FORK}, got {n}")
     return await site.client.operate(_about(site, id, "fork", n=n))
 
 
@@ -316,7 +313,7 @@ def _given(site: Site, body: ExtendRequest, parse_special: bool, within: str) ->
     if body.text is not None:
         return _piece(site, body.text, parse_special, f"{within}text")
     if isinstance(body.input_ids, str):
-        raise InvalidRequest(f"{within}input_ids must hold token ids, got str", field=f"{within}input_ids")
+        raise bad(f"{within}input_ids", "must hold token ids, got str")
     return None if body.input_ids is None else _piece(site, body.input_ids, False, f"{within}input_ids")
 
 
@@ -325,9 +322,7 @@ def _piece(site: Site, value: Any, parse_special: bool, field: str) -> Piece:
     if isinstance(value, str):
         return Piece(value, parse_special=parse_special)
     if not isinstance(value, (list, np.ndarray)):
-        raise InvalidRequest(
-            f"{field} must be a string or a list of token ids, got {type(value).__name__}", field=field
-        )
+        raise bad(field, f"must be a string or a list of token ids, got {type(value).__name__}")
     return Piece(tokens=token_bytes(value, site.client.limits.vocab_size, field) if len(value) else b"")
 
 
@@ -355,5 +350,5 @@ def _described(score: Score) -> dict[str, Any]:
 def _flag(request: Request, name: str) -> bool:
     value = request.query_params.get(name, "false")
     if value not in ("true", "false", "1", "0"):
-        raise InvalidRequest(f"{name} must be true or false, got {value[:40]!r}", field=name)
+        raise bad(name, f"must be true or false, got {shown(value)}")
     return value in ("true", "1")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,17 +15,16 @@ from ..sampling_params import SamplingParams
 from .auth import is_admin, require_admin
 from .body import read_json_object
 from .cache_fields import CacheFields, caching, seconds
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
+from .chat.turn import conversation_text
+from .errors import bad
 from .openapi import takes
 from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response, wait
+from .tokens import token_ids
 
 DEFAULT_TTL = 300.0  # seconds, of a pin
-INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 _WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
 _NO_TOKENS = SamplingParams(max_tokens=0)
 _CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
@@ -112,7 +110,7 @@ def router(site: Site) -> APIRouter:
         """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
         if not body.id:
-            raise InvalidRequest("id must not be empty", field="id")
+            raise bad("id", "must not be empty")
         return json_response(await _ask(site, "cache_unpin", site.namespaces.of(None), pin=body.id))
 
     @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
@@ -132,10 +130,10 @@ def router(site: Site) -> APIRouter:
         body = parse(WarmRequest, await read_json_object(request))
         prompts, is_list = split_prompts(body.prompts, "prompts")
         if not is_list:
-            raise InvalidRequest("prompts must be a list of strings or of lists of token ids", field="prompts")
+            raise bad("prompts", "must be a list of strings or of lists of token ids")
         where = caching(site, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
         if where.get("private"):
-            raise InvalidRequest("prompt_cache_options.mode off would leave nothing", field="prompt_cache_options.mode")
+            raise bad("prompt_cache_options.mode", "off would leave nothing")
         outputs = await _compute(site, request, prompts, "prompts", where)
         return json_response({"results": [_warmed(output) for output in outputs]})
 
@@ -155,7 +153,7 @@ def _namespace(site: Site, body: PromptRequest) -> tuple[str, str]:
     where = caching(site, body, extra_key=body.extra_key)
     if where.get("private") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
-        raise InvalidRequest(f"{field} means nothing here: this route asks about a prompt, it sends none", field=field)
+        raise bad(field, "means nothing here: this route asks about a prompt, it sends none")
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -168,13 +166,13 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
         raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
     [field] = given
     if field == "messages":
-        chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-        return await rendered(site, chat, definitions(chat.tools, site.config)), field
+        text, _ = await conversation_text(site, raw)
+        return text, field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
-        raise InvalidRequest(f"{field} must be one prompt", field=field)
+        raise bad(field, "must be one prompt")
     if not len(prompts[0]):
-        raise InvalidRequest(f"{field} must not be empty", field=field)
+        raise bad(field, "must not be empty")
     return prompts[0], field
 
 
@@ -182,8 +180,7 @@ async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> by
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
         return token_bytes(prompt, site.client.limits.vocab_size, field)
-    encode, special = site.tokenizer.encode, not rendered
-    ids = encode(prompt, special) if len(prompt) <= INLINE else await asyncio.to_thread(encode, prompt, special)
+    ids = await token_ids(site, prompt, special=not rendered)
     return ids.astype("<i4", copy=False).tobytes()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..errors import InvalidRequest
+from .errors import bad, shown
 from .prompts import check_label
 from .site import Site
 
@@ -67,7 +67,7 @@ def caching(
     options = body.prompt_cache_options or PromptCacheOptions(ttl=None)
     mode = options.mode or "auto"
     if mode not in MODES:
-        raise _bad("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {mode[:40]!r}")
+        raise bad("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {shown(mode)}")
     longest = site.config.engine.max_pin_ttl
     usual = min(DEFAULT_TTL, longest)
     if options.ttl is not None:
@@ -78,7 +78,7 @@ def caching(
     ]
     if mode == "off":
         if breakpoints or options.ttl is not None:
-            raise _bad(
+            raise bad(
                 "prompt_cache_options.mode", "off keeps nothing, and a breakpoint or a ttl asks to keep something"
             )
         owner, _ = site.namespaces.of(None)
@@ -100,10 +100,9 @@ def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -
     elif isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
         value = float(ttl)
     if not 0 < value <= longest:
-        shown = repr(ttl)[:40]
-        raise _bad(
+        raise bad(
             field,
-            f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown}",
+            f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown(ttl)}",
         )
     return value
 
@@ -118,9 +117,9 @@ def part_ttl(part: Mapping[str, Any], where: str) -> tuple[str | float | None] |
     if given is True and ours is not None:
         return (None,)
     if not isinstance(given, Mapping):
-        raise _bad(f"{where}.{name}", f"must be an object, got {type(given).__name__}")
+        raise bad(f"{where}.{name}", f"must be an object, got {type(given).__name__}")
     if theirs is not None and ours is None and given.get("type") != "ephemeral":
-        raise _bad(f"{where}.cache_control.type", f"must be ephemeral, got {str(given.get('type'))[:40]!r}")
+        raise bad(f"{where}.cache_control.type", f"must be ephemeral, got {shown(given.get('type'))}")
     ttl = given.get("ttl")
     return (ANTHROPIC_TTL if ttl is None and ours is None else ttl,)
 
@@ -131,22 +130,18 @@ def _asked(value: Any) -> list[tuple[int, str | float | None]]:
         return []
     entries = value if isinstance(value, list) else [value]
     if len(entries) > MAX_BREAKPOINTS:
-        raise _bad(field, f"must be at most {MAX_BREAKPOINTS}, got {len(entries)}")
+        raise bad(field, f"must be at most {MAX_BREAKPOINTS}, got {len(entries)}")
     found: list[tuple[int, str | float | None]] = []
     for entry in entries:
         if entry is True:
             found.append((_END, None))
             continue
         if not isinstance(entry, dict):
-            raise _bad(field, f"must be true or an object with ttl and at, got {type(entry).__name__}")
+            raise bad(field, f"must be true or an object with ttl and at, got {type(entry).__name__}")
         at = entry.get("at")
         if at is None:
             at = _END
         elif not isinstance(at, int) or isinstance(at, bool) or not 0 < at < 2**31:
-            raise _bad(f"{field}.at", f"must be a position from 1 on, got {str(at)[:40]}")
+            raise bad(f"{field}.at", f"must be a position from 1 on, got {shown(at)}")
         found.append((at, entry.get("ttl")))
     return found
-
-
-def _bad(field: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{field} {problem}", field=field)

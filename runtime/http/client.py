@@ -25,6 +25,8 @@ State = Literal["starting", "ready", "draining", "dead"]
 
 CONTROL_SECONDS = 30.0
 
+Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, what came of it)
+
 
 @dataclass(slots=True, frozen=True)
 class Prompt:
@@ -53,14 +55,14 @@ class Call:
         self._client = client
         self.ids = ids
         self._open = set(ids)
-        self._pending: list[tuple[int, Delta]] = []
+        self._pending: Batch = []
         self._waiter: asyncio.Future[None] | None = None
         self._patient = False  # wake the waiter only once everything has finished
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    async def batch(self) -> list[tuple[int, Delta]]:
-        """What has arrived since last time, as (index of the engine request, delta); empty once all have finished.
+    async def batch(self) -> Batch:
+        """What has arrived since last time; empty once all have finished.
 
         Raises `InvalidRequest`, `EngineDead`, `TimedOut` or `ClientGone`.
         """
@@ -68,7 +70,7 @@ class Call:
             await self._wait(patient=False)
         return self._take()
 
-    async def all(self) -> list[tuple[int, Delta]]:
+    async def all(self) -> Batch:
         """Every delta until all have finished. Raises as `batch` does."""
         if self._open and self._error is None:
             await self._wait(patient=True)
@@ -131,7 +133,7 @@ class Call:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    def _take(self) -> list[tuple[int, Delta]]:
+    def _take(self) -> Batch:
         if self._error is not None:
             raise self._error
         taken, self._pending = self._pending, []

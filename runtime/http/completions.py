@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from fastapi import Request, Response
 
-from ..errors import InvalidRequest
 from ..logprobs import TokenLogprob
 from ..messages import Delta
 from ..outputs import Output
 from ..sampling_params import SamplingParams
 from .body import read_json_object
 from .cache_fields import caching
+from .chunks import Choices
+from .errors import bad
 from .legacy_logprobs import LegacyLogprobs
 from .openapi import takes
 from .prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
 from .requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
+from .respond import respond
 from .shortcut import Handler
 from .site import Site
-from .sse import DONE, Batch, EventStream, event, json_response, wait
-from .usage import cache_headers, usage
 
 PATH = "/v1/completions"
 
@@ -35,18 +35,13 @@ def handler(site: Site) -> Handler:
         site.check_model(body.model)
         answer = _Answer(site, body)
         call = site.client.open(answer.prompts)
-        if body.stream:
-            first = await wait(call, request.receive, call.batch)
-            return EventStream(call, first, answer.events, answer.end, answer.headers(request, first))
-        with call:
-            batch = await wait(call, request.receive, call.all)
-        return json_response(answer.whole(batch), headers=answer.headers(request, batch))
+        return await respond(call, request, answer, stream=body.stream, n=body.n)
 
     return completions
 
 
-class _Answer:
-    """One request: its prompts, and what has come of each of its choices."""
+class _Answer(Choices):
+    """One request: its prompts, and what has come of each of their samples."""
 
     def __init__(self, site: Site, body: CompletionRequest) -> None:
         limits = site.client.limits
@@ -55,7 +50,7 @@ class _Answer:
         check_prompts(len(raw), params.n, site.config, "prompt")
         where = caching(site, body)
         if body.stream_options is not None and not body.stream:
-            raise InvalidRequest("stream_options needs stream to be true", field="stream_options")
+            raise bad("stream_options", "needs stream to be true")
         self.prompts = [
             make_prompt(
                 prompt,
@@ -69,48 +64,15 @@ class _Answer:
             )
             for i, prompt in enumerate(raw)
         ]
-        self._n = params.n
-        options = body.stream_options
-        self._include_usage = options is not None and bool(options.include_usage)
-        self._running_usage = self._include_usage and options is not None and bool(options.continuous_usage_stats)
-        self._head = {
+        echoes = [_echo_text(site, prompt, params) if body.echo else None for prompt in raw]
+        choices = [_Choice(site, params, echo) for echo in echoes for _ in range(params.n)]
+        head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": site.model_name,
         }
-        echoes = [_echo_text(site, prompt, params) if body.echo else None for prompt in raw]
-        self._choices = [_Choice(site, params, echo) for echo in echoes for _ in range(params.n)]
-
-    def whole(self, batch: Batch) -> dict[str, Any]:
-        for index, delta in batch:
-            self._choices[index].feed(delta)
-        choices = [choice.piece(index) for index, choice in enumerate(self._choices)]
-        return {**self._head, "choices": choices, "usage": self._usage()}
-
-    def events(self, batch: Batch) -> Iterable[bytes]:
-        for index, delta in batch:
-            self._choices[index].feed(delta)
-        running = self._usage() if self._running_usage else None  # once: it looks at every choice
-        for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
-            piece = self._choices[index].piece(index)
-            if piece is not None:
-                chunk: dict[str, Any] = {**self._head, "choices": [piece]}
-                if self._include_usage:
-                    chunk["usage"] = running
-                yield event(chunk)
-
-    def end(self) -> Iterable[bytes]:
-        if self._include_usage:
-            yield event({**self._head, "choices": [], "usage": self._usage()})
-        yield DONE
-
-    def headers(self, request: Request, batch: Batch) -> Mapping[str, str] | None:
-        found = ((index, delta.prompt_tokens, delta.cache) for index, delta in batch)
-        return cache_headers(request.headers, found, self._n)
-
-    def _usage(self) -> dict[str, Any]:
-        return usage([choice.output for choice in self._choices], self._n)
+        super().__init__(head, choices, params.n, body.stream_options)
 
 
 class _Choice:
@@ -128,11 +90,18 @@ class _Choice:
     def feed(self, delta: Delta) -> None:
         self.output.feed(delta)
 
-    def piece(self, index: int) -> dict[str, Any] | None:
-        """What is new since last time, as a choice; None when there is nothing to say."""
+    def pieces(self, index: int) -> Iterable[dict[str, Any]]:
+        """What is new since last time, if anything is."""
         output = self.output
-        if self._echo is not None and not output.token_ids and output.finish is None:
-            return None  # the prompt's logprobs may still be coming
+        new = len(output.text) > self._said or len(output.logprobs) > self._said_tokens
+        if self._echo is not None:
+            new = bool(output.token_ids)  # before, the prompt's logprobs may still be coming
+        if new or output.finish is not None:
+            yield self.whole(index)
+
+    def whole(self, index: int) -> dict[str, Any]:
+        """All that has not been said yet."""
+        output = self.output
         text = output.text[self._said :]
         self._said = len(output.text)
         tokens: list[int] = []
@@ -146,8 +115,6 @@ class _Choice:
         tokens += [row.token for row in output.logprobs[self._said_tokens :]]
         rows += output.logprobs[self._said_tokens :]
         self._said_tokens = len(output.logprobs)
-        if not text and not tokens and output.finish is None:
-            return None
         return {
             "index": index,
             "text": text,

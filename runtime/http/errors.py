@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import reprlib
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -17,7 +18,8 @@ from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-MAX_MESSAGE = 480  # characters
+MAX_MESSAGE = 480  # characters; of the name of a field too
+MAX_SHOWN = 60  # of them, those of a value that was sent
 
 _TYPES = {
     401: "authentication_error",
@@ -34,14 +36,31 @@ _CODES = {401: "invalid_api_key", 429: "too_many_branches", 503: "overloaded"}
 _BRANCH_CODES = {409: "branch_busy", 410: "branch_gone"}
 
 
+_repr = reprlib.Repr()  # looks at a few elements only: a value may have millions
+_repr.maxstring = _repr.maxlong = _repr.maxother = MAX_SHOWN
+
+
+def bad(field: str, problem: str) -> InvalidRequest:
+    """What is wrong with a field, named by the path to it."""
+    return InvalidRequest(f"{field} {problem}", field=field)
+
+
+def shown(value: Any) -> str:
+    """A value that was sent, as an error quotes it."""
+    return _repr.repr(value)[:MAX_SHOWN]
+
+
 def error_body(
     status: int, message: str, param: str | None = None, code: str | None = None
 ) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
-    if len(message) > MAX_MESSAGE:  # what was sent is quoted in it
-        message = message[: MAX_MESSAGE - 1] + "…"
-    return {"error": {"message": message, "type": kind, "param": param, "code": code or usual}}
+    return {"error": {"message": _cut(message), "type": kind, "param": param and _cut(param), "code": code or usual}}
+
+
+def _cut(text: str) -> str:
+    """What was sent is quoted in messages, and names of fields can be anything too."""
+    return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
 def error_response(
@@ -63,7 +82,7 @@ class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
-        message = f"the model {asked!r} does not exist; this server serves {served!r}"
+        message = f"the model {asked[:MAX_MESSAGE]!r} does not exist; this server serves {served!r}"
         super().__init__(message, field="model", status=404, code="model_not_found")
 
 

@@ -12,6 +12,7 @@ from .answer import Answer
 from .body import read_json_object
 from .cache_fields import caching
 from .client import Prompt
+from .errors import bad
 from .openapi import takes
 from .prompts import (
     check_count,
@@ -23,6 +24,7 @@ from .prompts import (
     split_prompts,
 )
 from .requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
+from .respond import respond
 from .shortcut import Handler
 from .site import Site
 
@@ -36,11 +38,11 @@ def handler(site: Site) -> Handler:
         """Go on from a prompt, or from several (SGLang's)."""
         raw = await read_json_object(request)
         for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
-            raise InvalidRequest(f"{misplaced} belongs in sampling_params", field=misplaced)
+            raise bad(misplaced, "belongs in sampling_params")
         body = parse(GenerateRequest, raw)
         answer = _Answer(site, body)
         call = site.client.open(answer.prompts, answer.labels)
-        return await answer.respond(call, request.receive, body.stream, request.headers)
+        return await respond(call, request, answer, stream=body.stream)
 
     return generate
 
@@ -73,9 +75,7 @@ class _Answer(Answer):
             check_label(rids[i], "rid")
             where = f"sampling_params[{i}]." if isinstance(body.sampling_params, list) else "sampling_params."
             if starts[i] < -1:
-                raise InvalidRequest(
-                    f"logprob_start_len must be -1 or a prompt position, got {starts[i]}", field="logprob_start_len"
-                )
+                raise bad("logprob_start_len", f"must be -1 or a prompt position, got {starts[i]}")
             params = prepare_params(
                 generate_sampling(
                     parse(GenerateSampling, sampling[i], where), tops[i] if wanted[i] else None, starts[i]
@@ -108,9 +108,7 @@ def _spread(value: T | list[T], count: int, field: str) -> list[T]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise InvalidRequest(
-            f"{field} must have one element for each of the {count} prompts, got {len(value)}", field=field
-        )
+        raise bad(field, f"must have one element for each of the {count} prompts, got {len(value)}")
     return value
 
 

@@ -17,6 +17,7 @@ from ..limits import check_token_ids, deeper_than, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
+from .errors import bad
 
 Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
 MAX_PRIORITY = 2**31 - 1
@@ -41,7 +42,7 @@ def prepare_params(
     ):
         if asked > most:
             name = names.get(field, field)
-            raise InvalidRequest(f"{name} {what} {most}, got {asked}", field=name)
+            raise bad(name, f"{what} {most}, got {asked}")
     constraint = constraint_of(params)
     if constraint is None:
         return params
@@ -55,19 +56,17 @@ def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -
     """Size and depth; whether it can be enforced is for the compiler to say."""
     size, most = len(constraint.text.encode()), config.max_schema_bytes
     if size > most:
-        raise InvalidRequest(f"{name} must be at most {most} bytes, got {size}", field=name)
+        raise bad(name, f"must be at most {most} bytes, got {size}")
     if constraint.kind == "json_schema":
         with contextlib.suppress(msgspec.DecodeError, RecursionError):  # the compiler will say so
             if deeper_than(msgspec.json.decode(constraint.text), config.max_schema_depth):
-                raise InvalidRequest(f"{name} must be nested at most {config.max_schema_depth} deep", field=name)
+                raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
     """How many prompts, and how many samples of them all."""
     if prompts > config.max_prompts_per_request:
-        raise InvalidRequest(
-            f"{field} must be at most {config.max_prompts_per_request} prompts, got {prompts}", field=field
-        )
+        raise bad(field, f"must be at most {config.max_prompts_per_request} prompts, got {prompts}")
     check_count(prompts * n, config.max_samples_per_request, field)
 
 
@@ -81,13 +80,13 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     if isinstance(value, (str, np.ndarray)):
         return [value], False
     if not isinstance(value, list):
-        raise InvalidRequest(
-            f"{field} must be a string, a list of strings, a list of token ids or a list of such lists, "
+        raise bad(
+            field,
+            "must be a string, a list of strings, a list of token ids or a list of such lists, "
             f"got {type(value).__name__}",
-            field=field,
         )
     if not value:
-        raise InvalidRequest(f"{field} must not be empty", field=field)
+        raise bad(field, "must not be empty")
     if not isinstance(value[0], (str, list)):
         return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
     kind = type(value[0])
@@ -123,10 +122,10 @@ def make_prompt(
     called = (field, names.get("max_tokens", "max_tokens"))
     if isinstance(prompt, str):
         if not prompt:
-            raise InvalidRequest(f"{field} must not be empty", field=field)
+            raise bad(field, "must not be empty")
         return Prompt(params, text=prompt, names=called, **where)
+    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])  # first: it bounds what is looked at
     tokens = token_bytes(prompt, limits.vocab_size, field)
-    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])
     return Prompt(params, tokens=tokens, names=called, **where)
 
 
@@ -141,10 +140,10 @@ def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
 
 def check_label(value: str | None, field: str) -> None:
     if value is not None and len(value) > MAX_LABEL:
-        raise InvalidRequest(f"{field} must be at most {MAX_LABEL} characters, got {len(value)}", field=field)
+        raise bad(field, f"must be at most {MAX_LABEL} characters, got {len(value)}")
 
 
 def check_priority(value: int, field: str = "priority") -> int:
     if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
-        raise InvalidRequest(f"{field} must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}", field=field)
+        raise bad(field, f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
     return value

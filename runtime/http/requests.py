@@ -11,6 +11,7 @@ from ..errors import InvalidRequest
 from ..grammar.constraint import KINDS
 from ..sampling_params import SamplingParams
 from .cache_fields import CacheFields
+from .errors import bad, shown
 from .structured import constraint
 
 Prompts = Any  # str | list[int] | list[str] | list[list[int]], or an array: checked by `prompts.split_prompts`
@@ -41,59 +42,58 @@ class Structured(Strict):
     ebnf: str | None = None
 
 
-class CompletionRequest(Structured, CacheFields):
-    """OpenAI's ``/v1/completions``, and the sampling fields vLLM and SGLang add to it."""
+class SamplingFields(Strict):
+    """How tokens are drawn, by the names that all dialects have for it."""
 
-    prompt: Prompts = Field(description="A string, a list of strings, a list of token ids, or a list of such lists.")
-    model: str | None = None
-    max_tokens: int = 16
-    n: int = 1
-    best_of: int | None = None
-    echo: bool = False
-    logprobs: int | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
-    min_tokens: int = 0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+
+class OpenAIFields(SamplingFields, Structured, CacheFields):
+    """What OpenAI's routes take whatever their prompt is, and the fields vLLM and SGLang add to it."""
+
+    model: str | None = None
+    stream: bool = False
+    seed: int | None = None
+    min_tokens: int = 0
+    include_stop_str_in_output: bool = False
     priority: int = 0
     user: str | None = None
 
 
-class GenerateSampling(Strict):
+class CompletionRequest(OpenAIFields):
+    """OpenAI's ``/v1/completions``."""
+
+    prompt: Prompts = Field(description="A string, a list of strings, a list of token ids, or a list of such lists.")
+    max_tokens: int = 16
+    n: int = 1
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    stream_options: StreamOptions | None = None
+
+
+class GenerateSampling(SamplingFields):
     """SGLang's ``sampling_params``."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
     max_new_tokens: int | None = Field(128, description="null: as many as the context allows.")
     min_new_tokens: int = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
     top_k: int = -1
-    min_p: float = 0.0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
     n: int = 1
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = Field(True, description="Accepted; it means nothing to fast tokenizers.")
     no_stop_trim: bool = False
-    logit_bias: dict[str, float] | None = None
     sampling_seed: int | None = None
     regex: str | None = None
     json_schema: str | dict[str, Any] | None = None
@@ -153,18 +153,12 @@ GENERATE_NAMES = {
     "logprobs": "top_logprobs_num",
     "prompt_logprobs": "top_logprobs_num",
     "prompt_logprob_start": "logprob_start_len",
-    **{
-        name: f"sampling_params.{name}"
-        for name in (
-            *("stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "frequency_penalty", "n"),
-            *("presence_penalty", "repetition_penalty", "logit_bias", "ignore_eos", "skip_special_tokens"),
-        )
-    },
+    **{name: f"sampling_params.{name}" for name in (*SamplingFields.model_fields, "n")},
 }
 
 MAX_FIELDS = 256
-# Entries of fields that hold many; of prompts, lists of token ids count by prompt, not by token.
-_MOST = dict.fromkeys(("prompt", "text", "input_ids", "sampling_params", "rid", "stop", "logit_bias"), 16384)
+MAX_ENTRIES = 16_384  # of a field that holds many; token ids are as many as the body holds
+_IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may be one flat list of them
 
 _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 
@@ -176,10 +170,10 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported:
 
     Raises `InvalidRequest` naming the first field that is wrong.
     """
-    _bounded(body, within)
+    _bounded(kind, body, within)
     for name in body:
         if name in unsupported and name not in kind.model_fields and body[name] not in (None, False, "", [], {}):
-            raise InvalidRequest(f"{within}{name} is not supported by this server", field=f"{within}{name}")
+            raise bad(f"{within}{name}", "is not supported by this server")
     given = {name: value for name, value in body.items() if value is not None or name in _NULL_MEANS_SOMETHING}
     if kind.model_config.get("extra") == "forbid":
         given = {name: value for name, value in given.items() if name not in unsupported - kind.model_fields.keys()}
@@ -196,21 +190,21 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported:
         else:
             expected = first["msg"].removeprefix("Input should be ")
             problem = f"must be {expected}, got {type(first['input']).__name__}"
-        raise InvalidRequest(f"{field} {problem}", field=field) from error
+        raise bad(field, f"{problem}") from error
 
 
-def _bounded(body: Mapping[str, Any], within: str) -> None:
-    """What would be slow to look at one by one is counted first: one client's absurd body must not stall the others."""
+def _bounded(kind: type[BaseModel], body: Mapping[str, Any], within: str) -> None:
+    """What would be slow to look at one by one is counted first: one client's absurd body must not stall the others.
+    Of a list of four million that are all wrong, pydantic tells all: it took a minute."""
     if len(body) > MAX_FIELDS:
-        raise InvalidRequest(f"{within or 'the body'} must have at most {MAX_FIELDS} fields, got {len(body)}")
-    for name, most in _MOST.items():
+        about = within.rstrip(".") or "the body"
+        raise InvalidRequest(f"{about} must have at most {MAX_FIELDS} fields, got {len(body)}")
+    for name in kind.model_fields:
         value = body.get(name)
-        if not isinstance(value, (dict, list)) or len(value) <= most:
+        if not isinstance(value, (dict, list)) or len(value) <= MAX_ENTRIES:
             continue
-        if isinstance(value, dict) or not isinstance(value[0], int):
-            raise InvalidRequest(
-                f"{within}{name} must have at most {most} entries, got {len(value)}", field=f"{within}{name}"
-            )
+        if isinstance(value, dict) or name not in _IDS or not isinstance(value[0], int):
+            raise bad(f"{within}{name}", f"must have at most {MAX_ENTRIES} entries, got {len(value)}")
     if body.get("add_special_tokens") is False:
         raise InvalidRequest(
             "add_special_tokens: false is not supported; send token ids instead of text", field="add_special_tokens"
@@ -218,84 +212,88 @@ def _bounded(body: Mapping[str, Any], within: str) -> None:
 
 
 def completion_sampling(request: CompletionRequest) -> SamplingParams:
-    """Not checked against its bounds yet: `prompts.prepare` does that."""
+    """Not checked against its bounds yet: `prompts.prepare_params` does that."""
     if request.best_of is not None and request.best_of != request.n:
-        raise InvalidRequest(
-            f"best_of must equal n ({request.n}): choosing the best of more samples is not supported, "
-            f"got {request.best_of}",
-            field="best_of",
+        raise bad(
+            "best_of",
+            f"must equal n ({request.n}): choosing the best of more samples is not supported, got {request.best_of}",
         )
-    return SamplingParams(
+    return openai_sampling(
+        request,
         max_tokens=request.max_tokens,
-        min_tokens=request.min_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=logit_bias(request.logit_bias, "logit_bias"),
-        seed=request.seed,
         n=request.n,
-        stop=stops(request.stop),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=request.ignore_eos,
-        include_stop=request.include_stop_str_in_output,
         skip_special_tokens=request.skip_special_tokens,
         logprobs=request.logprobs,
         prompt_logprobs=request.logprobs if request.echo else None,
+    )
+
+
+def openai_sampling(request: OpenAIFields, **own: Any) -> SamplingParams:
+    """``own``: what the route has its own words for."""
+    return SamplingParams(
+        min_tokens=request.min_tokens,
+        seed=request.seed,
+        include_stop=request.include_stop_str_in_output,
+        **_sampling(request),
         **constraint(request),
+        **own,
     )
 
 
 def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: int) -> SamplingParams:
     """``logprobs``: None for off, else how many alternatives; ``start``: first prompt position, or -1 for no prompt's.
 
-    Not checked against its bounds yet: `prompts.prepare` does that.
+    Not checked against its bounds yet: `prompts.prepare_params` does that.
     """
     constrained = next((kind for kind in KINDS if getattr(sampling, kind) is not None), None)
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        frequency_penalty=sampling.frequency_penalty,
-        presence_penalty=sampling.presence_penalty,
-        repetition_penalty=sampling.repetition_penalty,
-        logit_bias=logit_bias(sampling.logit_bias, "sampling_params.logit_bias"),
+        n=sampling.n,
         seed=sampling.sampling_seed,
         regex=sampling.regex,
         json_schema=sampling.json_schema,
         ebnf=sampling.ebnf,
         choices=None if sampling.choices is None else tuple(sampling.choices),
         constraint_name=None if constrained is None else f"sampling_params.{constrained}",
-        n=sampling.n,
-        stop=stops(sampling.stop),
-        stop_token_ids=tuple(sampling.stop_token_ids or ()),
-        ignore_eos=sampling.ignore_eos,
         include_stop=sampling.no_stop_trim,
         skip_special_tokens=sampling.skip_special_tokens,
         logprobs=logprobs,
         prompt_logprobs=logprobs if logprobs is not None and start != -1 else None,
         prompt_logprob_start=start if logprobs is not None and start != -1 else 0,
+        **_sampling(sampling, "sampling_params."),
     )
 
 
-def stops(stop: str | list[str] | None) -> tuple[str, ...]:
+def _sampling(request: SamplingFields, within: str = "") -> dict[str, Any]:
+    """The `SamplingFields`, but for skip_special_tokens: that is not always for the client to say."""
+    return {
+        "stop": _stops(request.stop),
+        "stop_token_ids": tuple(request.stop_token_ids or ()),
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "top_k": request.top_k,
+        "min_p": request.min_p,
+        "frequency_penalty": request.frequency_penalty,
+        "presence_penalty": request.presence_penalty,
+        "repetition_penalty": request.repetition_penalty,
+        "logit_bias": _logit_bias(request.logit_bias, f"{within}logit_bias"),
+        "ignore_eos": request.ignore_eos,
+    }
+
+
+def _stops(stop: str | list[str] | None) -> tuple[str, ...]:
     if stop is None:
         return ()
     return (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float]:
+def _logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float]:
     result = {}
     for key, value in (bias or {}).items():
         # isascii and isdigit together: int() alone would also take " 7", "1_000" and other alphabets' digits.
         if not (key.isascii() and key.isdigit()):
-            raise InvalidRequest(f"{field} keys must be token ids, got {key!r}", field=field)
+            raise bad(field, f"keys must be token ids, got {shown(key)}")
         result[int(key) if len(key) < 20 else -1] = value
     return result
 

@@ -11,11 +11,9 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from ..messages import Delta
-from .client import Call
+from .client import Batch, Call
 from .errors import ClientGone, describe
 
-Batch = list[tuple[int, Delta]]
 DONE = b"data: [DONE]\n\n"
 
 _encode = msgspec.json.Encoder().encode

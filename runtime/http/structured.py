@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InvalidRequest
+from .errors import bad, shown
 
 if TYPE_CHECKING:
     from .requests import Structured
@@ -35,7 +35,7 @@ def constraint(request: Structured) -> dict[str, Any]:
         return {}
     if len(given) > 1:
         first, second = given[0][1], given[1][1]
-        raise InvalidRequest(f"{second} cannot be combined with {first}: an output has one constraint", field=second)
+        raise bad(second, f"cannot be combined with {first}: an output has one constraint")
     ours, theirs, value = given[0]
     return {ours: tuple(value) if isinstance(value, list) else value, "constraint_name": theirs}
 
@@ -51,9 +51,9 @@ def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]
         elif name in _VLLM:
             found.append((_VLLM[name], field, value))
         else:
-            raise InvalidRequest(f"{field} is not supported by this server", field=field)
+            raise bad(field, "is not supported by this server")
     if not found:
-        raise InvalidRequest("structured_outputs must have json, regex, choice or grammar", field="structured_outputs")
+        raise bad("structured_outputs", "must have json, regex, choice or grammar")
     return found
 
 
@@ -65,13 +65,8 @@ def _response_format(wanted: Mapping[str, Any]) -> Any:
     if kind == "json_object":
         return _ANY_OBJECT
     if kind != "json_schema":
-        raise InvalidRequest(
-            f"response_format.type must be text, json_object or json_schema, got {str(kind)[:60]!r}",
-            field="response_format.type",
-        )
+        raise bad("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
     named = wanted.get("json_schema")
     if not isinstance(named, Mapping) or not isinstance(named.get("schema"), (Mapping, str)):
-        raise InvalidRequest(
-            "response_format.json_schema must be an object with a schema", field="response_format.json_schema"
-        )
+        raise bad("response_format.json_schema", "must be an object with a schema")
     return named["schema"]

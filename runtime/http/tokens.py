@@ -7,22 +7,21 @@ import asyncio
 from typing import Any
 
 import msgspec
+import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ..errors import InvalidRequest
 from ..limits import check_token_ids
 from .body import read_json_object
-from .chat.messages import bad
-from .chat.request import CHAT_UNSUPPORTED, ChatRequest
-from .chat.tools import definitions
-from .chat.turn import rendered
+from .chat.turn import conversation_text
+from .errors import bad
 from .openapi import takes
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response
 
-MAX_IDS = 1_000_000  # of one request to /detokenize
+MAX_IDS = 1_000_000  # of one request to /detokenize, and of one answer of /tokenize
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 
 
@@ -59,11 +58,14 @@ def router(site: Site) -> APIRouter:
         if body.prompt is not None:
             text, special = body.prompt, asked is not False
         else:
-            chat = parse(ChatRequest, raw, unsupported=CHAT_UNSUPPORTED)
-            text = await rendered(site, chat, definitions(chat.tools, site.config))
+            text, _ = await conversation_text(site, raw)
             special = bool(asked)
-        tokens = await token_ids(site, text, special=special)
-        named = [site.tokenizer.token_text(id) for id in tokens] if body.return_token_strs else None
+        ids = await token_ids(site, text, special=special)
+        if len(ids) > MAX_IDS:
+            field = "prompt" if body.prompt is not None else "messages"
+            raise bad(field, f"must have at most {MAX_IDS} tokens, got {len(ids)}")
+        tokens = ids.tolist()
+        named = await _texts(site, tokens) if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
 
@@ -74,9 +76,9 @@ def router(site: Site) -> APIRouter:
         site.check_model(body.model)
         vocab_size = site.client.limits.vocab_size
         if not isinstance(body.tokens, list):
-            raise InvalidRequest(f"tokens must be a list, got {type(body.tokens).__name__}", field="tokens")
+            raise bad("tokens", f"must be a list, got {type(body.tokens).__name__}")
         if len(body.tokens) > MAX_IDS:
-            raise InvalidRequest(f"tokens must have at most {MAX_IDS} entries, got {len(body.tokens)}", field="tokens")
+            raise bad("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
         if body.tokens:
             check_token_ids(body.tokens, vocab_size, "tokens")
         if len(body.tokens) > INLINE:
@@ -117,8 +119,14 @@ def router(site: Site) -> APIRouter:
     return routes
 
 
-async def token_ids(site: Site, text: str, *, special: bool) -> list[int]:
+async def token_ids(site: Site, text: str, *, special: bool) -> np.ndarray[Any, np.dtype[np.int32]]:
     """``special``: with the tokens the tokenizer puts around a text."""
     encode = site.tokenizer.encode
-    ids = encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
-    return ids.tolist()
+    return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+
+
+async def _texts(site: Site, tokens: list[int]) -> list[str]:
+    def texts() -> list[str]:
+        return [site.tokenizer.token_text(id) for id in tokens]
+
+    return texts() if len(tokens) <= INLINE else await asyncio.to_thread(texts)

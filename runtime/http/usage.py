@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.datastructures import Headers
 
 from ..messages import CacheReport
 from ..outputs import Output
+from .client import Batch
 
 CACHE_HEADER = "x-branchwise-cache"  # a request that has it, with any value, gets one back
 
 
-def usage(outputs: Sequence[Output], n: int, reasoning_tokens: int | None = None) -> dict[str, Any]:
+def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
     """OpenAI's ``usage`` over the samples of some prompts, ``n`` of each in a row.
 
     A prompt counts once however often it was sampled. Its cached tokens are those nobody here computed; what was
-    computed was written to the cache, unless that is off. ``reasoning_tokens``: of the completion's; None: not known.
+    computed was written to the cache, unless that is off.
     """
     prompt = cached = written = completion = 0
     for start in range(0, len(outputs), n):
@@ -28,33 +29,28 @@ def usage(outputs: Sequence[Output], n: int, reasoning_tokens: int | None = None
         if not any(output.cache is not None and output.cache.reason == "disabled" for output in samples):
             written += samples[0].prompt_tokens - hit
         completion += sum(output.completion_tokens for output in samples)
-    result: dict[str, Any] = {
+    return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": cached, "cache_write_tokens": written},
     }
-    if reasoning_tokens is not None:
-        result["completion_tokens_details"] = {"reasoning_tokens": reasoning_tokens}
-    return result
 
 
-def cache_headers(
-    asked: Headers, samples: Iterable[tuple[int, int, CacheReport | None]], n: int
-) -> Mapping[str, str] | None:
+def cache_headers(asked: Headers, batch: Batch, n: int) -> Mapping[str, str] | None:
     """The header for a request that asked for it: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
 
-    ``samples`` are (index, prompt tokens, report); of a prompt's samples the one with the fewest hits speaks.
+    Each has ``n`` samples in a row, of which the one with the fewest hits speaks.
     """
     if CACHE_HEADER not in asked:
         return None
     found: dict[int, tuple[int, CacheReport]] = {}
-    for index, prompt_tokens, report in samples:
-        if report is None:
+    for index, delta in batch:
+        if delta.cache is None:
             continue
         known = found.get(index // n)
-        if known is None or report.hit_tokens < known[1].hit_tokens:
-            found[index // n] = prompt_tokens, report
+        if known is None or delta.cache.hit_tokens < known[1].hit_tokens:
+            found[index // n] = delta.prompt_tokens, delta.cache
     parts = []
     for _, (prompt_tokens, report) in sorted(found.items()):
         at = "" if report.diverged_at is None else f";at={report.diverged_at}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ import msgspec
 from ..errors import InvalidRequest
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
+_repr = reprlib.Repr()  # looks at a few elements only
+_repr.maxstring = 80
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -121,8 +124,9 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
         return {"type": "object", "properties": {}}, 2
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"{field} must be a JSON schema, an object, got {_kind(schema)}", field=field)
-    if _deeper_than(schema, limits.schema_depth):
-        raise InvalidRequest(f"{field} is nested deeper than the {limits.schema_depth} levels allowed", field=field)
+    problem = _too_much(schema, limits)
+    if problem is not None:
+        raise InvalidRequest(f"{field} {problem}", field=field)
     try:
         size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
     except (TypeError, ValueError) as error:
@@ -142,10 +146,14 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
     return {"type": "object", **schema}, size
 
 
-def _deeper_than(value: Any, limit: int) -> bool:
-    """Whether objects and lists stand more than ``limit`` deep in one another. Needs no stack of Python's."""
-    level = [value]
-    for _ in range(limit):
+def _too_much(schema: Any, limits: ToolLimits) -> str | None:
+    """Whether objects and lists stand too deep in one another, or hold more than the bytes allowed can spell, at two
+    for each value: millions are not written out to be measured. Needs no stack of Python's."""
+    level, size = [schema], 0
+    for _ in range(limits.schema_depth):
+        size += 2 * sum(map(len, level))
+        if size > limits.schema_bytes:
+            return f"has more than the {limits.schema_bytes} bytes allowed"
         level = [
             inner
             for outer in level
@@ -153,8 +161,8 @@ def _deeper_than(value: Any, limit: int) -> bool:
             if isinstance(inner, Mapping | list)
         ]
         if not level:
-            return False
-    return True
+            return None
+    return f"is nested deeper than the {limits.schema_depth} levels allowed"
 
 
 def _kind(value: Any) -> str:
@@ -165,5 +173,5 @@ def _kind(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _repr.repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,26 @@ def test_chat_templates_that_fail(template: str | None, error: type[Exception], 
     tokenizer = Tokenizer(byte_level(), {}, template)
     with pytest.raises(error, match=says):
         tokenizer.apply_chat_template(CONVERSATION)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
+    """A thread of its own was no help while the library kept the interpreter: a server stood still for a minute."""
+    tokenizer = Tokenizer(byte_level())
+    text = "a word or two, " * 60_000
+    with ThreadPoolExecutor(1) as pool:
+        started = last = time.perf_counter()
+        work = pool.submit(tokenizer.encode, text)
+        longest = 0.0
+        while not work.done():
+            time.sleep(0.001)
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+    assert longest < (last - started) / 2
+    ids = work.result()
+    assert ids[:3000].tolist() == tokenizer.encode(text[:10_000], True)[:3000].tolist()
+    assert tokenizer.decode(ids) == text
+    with pytest.raises(InvalidRequest, match="lone surrogates"):
+        tokenizer.encode("\ud800" * 20_000)
 
 
 def test_it_needs_neither_transformers_nor_torch() -> None:

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ..cache_fields import MAX_BREAKPOINTS
-from ..chat.messages import MAX_PARTS, bad, label
+from ..chat.messages import MAX_PARTS, label
+from ..errors import bad, shown
 from ..requests import parse
 from .request import (
     CacheControl,
@@ -88,7 +89,7 @@ class Conversation:
             raise bad(where, f"must be an object, got {type(message).__name__}")
         role = message.get("role")
         if not isinstance(role, str) or role not in _BLOCKS:
-            raise bad(f"{where}.role", f"must be user, assistant or system, got {repr(role)[:60]}")
+            raise bad(f"{where}.role", f"must be user, assistant or system, got {shown(role)}")
         content = message.get("content")
         if content is not None and not content and not (last and role == "assistant"):
             raise bad(f"{where}.content", "must not be empty, but in a last message of role assistant")
@@ -126,7 +127,7 @@ class Conversation:
         if model is None:
             if kind in _OTHER_MEDIA:
                 raise bad(f"{where}.type", f"{kind} is not supported: this server reads text only and fetches nothing")
-            raise bad(f"{where}.type", f"must be one of {', '.join(kinds)} here, got {repr(kind)[:60]}")
+            raise bad(f"{where}.type", f"must be one of {', '.join(kinds)} here, got {shown(kind)}")
         if "cache_control" not in model.model_fields and block.get("cache_control") is not None:
             raise bad(f"{where}.cache_control", f"cannot be set on {kind}: mark the block before it or after it")
         return self._parsed(model, block, where)
@@ -168,7 +169,7 @@ class Conversation:
     def _result(self, block: ToolResultBlock, where: str) -> None:
         name = self._tool_names.get(block.tool_use_id)
         if name is None:
-            raise bad(f"{where}.tool_use_id", f"is that of no tool_use before it, got {block.tool_use_id[:60]!r}")
+            raise bad(f"{where}.tool_use_id", f"is that of no tool_use before it, got {shown(block.tool_use_id)}")
         parts = [{"type": "text", "text": ERROR}] if block.is_error else []
         message = {"role": "tool", "tool_call_id": block.tool_use_id, "name": name, "content": parts}
         self._add(message, where)
@@ -183,7 +184,7 @@ class Conversation:
             raise bad(where, f"must be an object, got {type(tool).__name__}")
         kind = tool.get("type")
         if kind not in (None, "custom"):
-            raise bad(f"{where}.type", f"must be custom: this server runs no tools of its own, got {repr(kind)[:60]}")
+            raise bad(f"{where}.type", f"must be custom: this server runs no tools of its own, got {shown(kind)}")
         for name in _OTHER_TOOLS:
             if tool.get(name) not in (None, False, []):
                 raise bad(f"{where}.{name}", "is not supported by this server")

@@ -11,7 +11,8 @@ import msgspec
 from ...outputs import Output
 from ...tools import ArgumentsDelta, CallEnd, CallStart, ContentDelta, ReasoningDelta
 from ..chat.choice import Choice
-from ..sse import Batch, typed_event
+from ..client import Batch
+from ..sse import typed_event
 from .tool_input import ToolInput
 
 # An aborted answer can be gone on with: sent back as the last message, it is continued.

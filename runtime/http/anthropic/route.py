@@ -13,10 +13,9 @@ from ..chat.renamed import renamed
 from ..chat.turn import Turns
 from ..openapi import takes
 from ..requests import parse
+from ..respond import respond
 from ..shortcut import Handler
 from ..site import Site
-from ..sse import Batch, EventStream, json_response, wait
-from ..usage import cache_headers
 from .errors import ROOT, error_event
 from .message import MessageAnswer
 from .request import MESSAGES_UNSUPPORTED, MessagesRequest
@@ -37,21 +36,12 @@ def handler(site: Site) -> Handler:
             turn = await turns.turn(chat)
             answer = MessageAnswer(site.model_name, turn.choices[0])
             call = site.client.open([turn.prompt])
-            if body.stream:
-                first = await wait(call, request.receive, call.batch)
-                fail = partial(error_event, scope=request.scope)
-                return EventStream(call, first, answer.events, answer.end, _headers(request, first), fail)
-            with call:
-                batch = await wait(call, request.receive, call.all)
+            fail = partial(error_event, scope=request.scope)
+            return await respond(call, request, answer, stream=body.stream, fail=fail)
         except InvalidRequest as error:
             raise renamed(error, sources) from error
-        return json_response(answer.whole(batch), headers=_headers(request, batch))
 
     return messages
-
-
-def _headers(request: Request, batch: Batch) -> Any:
-    return cache_headers(request.headers, ((0, delta.prompt_tokens, delta.cache) for _, delta in batch), 1)
 
 
 def schema() -> dict[str, Any]:

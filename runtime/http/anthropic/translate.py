@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat.messages import bad
 from ..chat.request import ChatRequest
+from ..errors import bad
 from .conversation import Conversation
 from .request import CountRequest, MessagesRequest, Thinking, ToolChoice
 

@@ -18,6 +18,7 @@ from ...grammar.constraint import Constraint, constraint_of, without_constraint
 from ...sampling_params import SamplingParams
 from ...tools import ReasoningFormat, Tool
 from ...tools.grammar import CallGrammar, call_grammar
+from ..errors import bad
 
 _ANY = "/(?s:.*)/"
 
@@ -30,7 +31,7 @@ def prepared(tools: Sequence[Tool]) -> list[Tool]:
             parameters = schema.parse(json.dumps(tool.parameters))
         except InvalidRequest as error:
             field = f"tools[{i}].function.parameters"
-            raise InvalidRequest(f"{field} {error.message}", field=field) from error
+            raise bad(field, f"{error.message}") from error
         result.append(msgspec.structs.replace(tool, parameters=parameters))
     return result
 
@@ -55,7 +56,7 @@ class OutputGrammar:
         asked = constraint_of(params)
         name = params.constraint_name
         if self._calls is not None and asked is not None and (self._forced or asked.kind != "json_schema"):
-            raise InvalidRequest(f"{name} cannot be combined with these tools and tool_choice", field=name)
+            raise bad(name or asked.kind, "cannot be combined with these tools and tool_choice")
         thought = self._thought(prompt)
         if self._calls is None and (asked is None or not thought or asked.kind not in ("json_schema", "choices")):
             return params

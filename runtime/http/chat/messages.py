@@ -8,15 +8,16 @@ from typing import Any
 import msgspec
 
 from ...chat_template import ChatTemplate
-from ...errors import InvalidRequest
 from ...limits import deeper_than
 from ..body import MAX_DEPTH
+from ..errors import bad, shown
 from ..prompts import MAX_LABEL
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
 MAX_PARTS = 4096  # of one message
+MAX_PIECES = 16_384  # of one conversation: parts of its messages, and calls in them
 
 
 def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[str, Any]]:
@@ -27,6 +28,13 @@ def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[s
     template writes them verbatim (`ChatTemplate.keeps_arguments`) and are an object elsewhere. Raises `InvalidRequest`
     naming the message.
     """
+    pieces = 0
+    for message in messages:
+        for name in ("content", "tool_calls") if isinstance(message, dict) else ():
+            value = message.get(name)
+            pieces += len(value) if isinstance(value, list) else 0
+    if pieces > MAX_PIECES:
+        raise bad("messages", f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
     return [_Message(message, f"messages[{i}]", template).rendered() for i, message in enumerate(messages)]
 
 
@@ -43,7 +51,7 @@ class _Message:
         if role == "function":
             raise bad(f"{where}.role", "function is not supported; answer a call with a message of role tool")
         if not isinstance(role, str) or role not in ROLES:
-            raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {_shown(role)}")
+            raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
         self._role: str = role
         for name in ("function_call", "audio"):
             if message.get(name) is not None:
@@ -95,7 +103,7 @@ class _Message:
             return _string(part.get("refusal"), f"{where}.refusal")
         if kind in _OTHER_PARTS:
             raise bad(f"{where}.type", f"{kind} is not supported: this server reads text only and fetches nothing")
-        raise bad(f"{where}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {_shown(kind)}")
+        raise bad(f"{where}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}")
 
     def _calls(self) -> list[dict[str, Any]]:
         calls, where = self._message.get("tool_calls"), f"{self._where}.tool_calls"
@@ -111,7 +119,7 @@ class _Message:
         if not isinstance(call, dict):
             raise bad(where, f"must be an object, got {type(call).__name__}")
         if call.get("type", "function") != "function":
-            raise bad(f"{where}.type", f"must be function, got {_shown(call['type'])}")
+            raise bad(f"{where}.type", f"must be function, got {shown(call['type'])}")
         function = call.get("function")
         if not isinstance(function, dict):
             raise bad(f"{where}.function", "must be an object")
@@ -149,15 +157,7 @@ def label(value: Any, where: str) -> str:
     return text
 
 
-def bad(where: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{where} {problem}", field=where)
-
-
 def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):
         raise bad(where, "is required" if value is None else f"must be a string, got {type(value).__name__}")
     return value
-
-
-def _shown(value: Any) -> str:
-    return repr(value)[:60]

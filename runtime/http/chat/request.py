@@ -10,32 +10,14 @@ from pydantic import Field
 from ...chat_template import ChatTemplate
 from ...errors import InvalidRequest
 from ...sampling_params import SamplingParams
-from ..cache_fields import CacheFields
-from ..requests import UNSUPPORTED, StreamOptions, Structured, logit_bias, stops
-from ..structured import constraint
-from .messages import bad, label
+from ..errors import bad
+from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, openai_sampling
+from .messages import label
 
 
-class ChatFields(Structured, CacheFields):
+class ChatFields(OpenAIFields):
     """What every route that talks in conversations takes beside the conversation itself."""
 
-    model: str | None = None
-    stream: bool = False
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    min_tokens: int = 0
-    frequency_penalty: float = 0.0
-    presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[str, float] | None = None
-    ignore_eos: bool = False
-    include_stop_str_in_output: bool = False
-    skip_special_tokens: bool = True
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool = True
@@ -44,8 +26,6 @@ class ChatFields(Structured, CacheFields):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[Any] | None = None
-    priority: int = 0
-    user: str | None = None
 
 
 class ChatRequest(ChatFields):
@@ -97,26 +77,12 @@ def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingPara
         raise bad("stream_options", "needs stream to be true")
     if request.modalities is not None and request.modalities != ["text"]:
         raise bad("modalities", 'must be ["text"]: this server writes text only')
-    return SamplingParams(
+    return openai_sampling(
+        request,
         max_tokens=limit,
-        min_tokens=request.min_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        min_p=request.min_p,
-        frequency_penalty=request.frequency_penalty,
-        presence_penalty=request.presence_penalty,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=logit_bias(request.logit_bias, "logit_bias"),
-        seed=request.seed,
         n=request.n,
-        stop=stops(request.stop),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=request.ignore_eos,
-        include_stop=request.include_stop_str_in_output,
         skip_special_tokens=skip_special_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-        **constraint(request),
     )
 
 

@@ -25,8 +25,9 @@ from ...tools import (
 )
 from ...tools.grammar import CallGrammar
 from ..cache_fields import MARKS
+from ..errors import bad, shown
 from .grammar import OutputGrammar, calls_for
-from .messages import bad, label
+from .messages import label
 from .request import ChatRequest
 
 AUTO, NONE = "auto", "none"  # of the flags: what the checkpoint seems to write; nothing
@@ -131,14 +132,14 @@ def _choice(choice: Any, tools: list[Tool]) -> str:
         return AUTO
     if isinstance(choice, str):
         if choice not in (NONE, AUTO, "required"):
-            raise bad("tool_choice", f"must be none, auto, required or a function, got {choice[:60]!r}")
+            raise bad("tool_choice", f"must be none, auto, required or a function, got {shown(choice)}")
         if choice == "required" and not tools:
             raise bad("tool_choice", "cannot be required without tools")
         return choice
     if choice.get("type") != "function":
-        raise bad("tool_choice.type", f"must be function, got {str(choice.get('type'))[:60]!r}")
+        raise bad("tool_choice.type", f"must be function, got {shown(choice.get('type'))}")
     function = choice.get("function", choice)
     name = label(function.get("name") if isinstance(function, dict) else None, "tool_choice.function.name")
     if all(tool.name != name for tool in tools):
-        raise InvalidRequest(f"tool_choice names {name[:60]!r}, which is not one of tools", field="tool_choice")
+        raise InvalidRequest(f"tool_choice names {shown(name)}, which is not one of tools", field="tool_choice")
     return f"={name}"

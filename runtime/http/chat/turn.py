@@ -15,13 +15,15 @@ from ...errors import InvalidRequest
 from ...sampling_params import validate
 from ..cache_fields import caching
 from ..client import Prompt
+from ..errors import bad
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
+from ..requests import parse
 from ..site import Site
 from .choice import Choice
 from .marks import chat_marks
-from .messages import bad, conversation
-from .request import ChatRequest, generation_prompt, names, sampling, variables
-from .tools import Formats, ToolUse
+from .messages import conversation
+from .request import CHAT_UNSUPPORTED, ChatRequest, generation_prompt, names, sampling, variables
+from .tools import Formats, ToolUse, definitions
 
 INLINE = 32_768  # characters of a conversation that is rendered right here; a longer one must not stall the loop
 
@@ -41,18 +43,15 @@ class Turns:
         self._site = site
         self._formats: Formats | None = None
 
-    async def turn(self, body: ChatRequest, called: Mapping[str, str] | None = None) -> Turn:
-        """``called``: our names of the fields in the client's words, where they are not the chat route's.
-
-        Raises `InvalidRequest`.
-        """
+    async def turn(self, body: ChatRequest) -> Turn:
+        """Raises `InvalidRequest`, in the words of the chat route: others have `renamed` for it."""
         site = self._site
         limits = site.client.limits  # before the tokenizer: it raises while there is none
         template = chat_template(site)
         if self._formats is None:
             self._formats = Formats.of(site.config, site.tokenizer, template)
         tools = ToolUse(body, self._formats, template, site.config)
-        called = {**names(body), **(called or {})}
+        called = names(body)
         params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
         params = prepare_params(params, limits, called, site.config)
         check_count(params.n, site.config.max_samples_per_request, "n")
@@ -83,6 +82,13 @@ def chat_template(site: Site) -> ChatTemplate:
             "this model has no chat template: send a prompt to /v1/completions instead", field="messages"
         )
     return template
+
+
+async def conversation_text(site: Site, raw: Mapping[str, Any], within: str = "") -> tuple[str, ChatRequest]:
+    """The prompt that a body's conversation becomes, where a body may also hold one: its fields are a chat's."""
+    site.client.limits  # noqa: B018 - raises until there is a tokenizer
+    chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
+    return await rendered(site, chat, definitions(chat.tools, site.config)), chat
 
 
 async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | None) -> str:

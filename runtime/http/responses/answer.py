@@ -8,16 +8,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fastapi import Request
-
 from ...errors import InvalidRequest
 from ..chat.places import TokenPlaces
 from ..chat.renamed import renamed
 from ..chat.turn import Turn
+from ..client import Batch
 from ..errors import describe
 from ..site import Site
-from ..sse import Batch, typed_event
-from ..usage import cache_headers, usage
+from ..sse import typed_event
+from ..usage import usage
 from .logprobs import TextLogprobs
 from .output import Change, OutputItems
 from .request import ResponsesRequest
@@ -75,10 +74,6 @@ class Answer:
         code = "server_error" if status >= 500 else "invalid_prompt"
         response = {**self._response("failed"), "error": {"code": code, "message": body["error"]["message"]}}
         return self._event({"type": "response.failed", "response": response})
-
-    def headers(self, request: Request, batch: Batch) -> Mapping[str, str] | None:
-        found = ((index, delta.prompt_tokens, delta.cache) for index, delta in batch)
-        return cache_headers(request.headers, found, 1)
 
     def _changes(self, batch: Batch) -> Iterator[Change]:
         choice = self._choice

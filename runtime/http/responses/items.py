@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat.messages import bad, label
+from ..chat.messages import MAX_PARTS, label
+from ..errors import bad, shown
 
 ROLES = ("user", "system", "developer", "assistant")
 _TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -57,13 +58,14 @@ class Conversation:
             case None:
                 raise bad(f"{where}.type", "is required")
             case _:
-                shown = repr(kind)[:60]
-                raise bad(f"{where}.type", f"{shown} is not supported by this server: it takes {', '.join(_TYPES)}")
+                raise bad(
+                    f"{where}.type", f"{shown(kind)} is not supported by this server: it takes {', '.join(_TYPES)}"
+                )
 
     def _message(self, item: dict[str, Any], where: str) -> None:
         role = item.get("role")
         if role not in ROLES:
-            raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {repr(role)[:60]}")
+            raise bad(f"{where}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
         if item.get("content") is None:
             raise bad(f"{where}.content", "is required")
         if role != "assistant":
@@ -118,6 +120,8 @@ def _texts(parts: Any, where: str) -> list[str]:
         return []
     if not isinstance(parts, list):
         raise bad(where, f"must be a list of parts, got {type(parts).__name__}")
+    if len(parts) > MAX_PARTS:
+        raise bad(where, f"must have at most {MAX_PARTS} parts, got {len(parts)}")
     texts = []
     for i, part in enumerate(parts):
         text = part.get("text") if isinstance(part, dict) else None

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ...config import ServerConfig
-from ..chat.messages import bad
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, ChatRequest
+from ..errors import bad, shown
 from ..prompts import check_label
 from ..requests import Strict, parse
 from .items import Conversation
@@ -103,7 +103,7 @@ def read(raw: Mapping[str, Any]) -> ResponsesRequest:
         raise bad("stream_options", "needs stream to be true")
     for i, name in enumerate(body.include or ()):
         if name not in INCLUDABLE:
-            raise bad(f"include[{i}]", f"must be one of {', '.join(INCLUDABLE)}, got {name[:60]!r}")
+            raise bad(f"include[{i}]", f"must be one of {', '.join(INCLUDABLE)}, got {shown(name)}")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
         raise bad("top_logprobs", f'needs include to have "{LOGPROBS}"')
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
@@ -141,7 +141,7 @@ def _format(text: TextOptions | None) -> dict[str, Any] | None:
         return None
     kind = wanted.get("type")
     if kind not in ("text", "json_object", "json_schema"):
-        raise bad("text.format.type", f"must be text, json_object or json_schema, got {repr(kind)[:60]}")
+        raise bad("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
     if kind != "json_schema":
         return {"type": kind}
     if not isinstance(wanted.get("schema"), dict):

@@ -12,9 +12,9 @@ from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
 from ..openapi import takes
+from ..respond import respond
 from ..shortcut import Handler
 from ..site import Site
-from ..sse import EventStream, json_response, wait
 from .answer import Answer
 from .request import ResponsesRequest, chat_of, read
 
@@ -30,18 +30,13 @@ def handler(site: Site) -> Handler:
         site.check_model(body.model)
         chat, sources = chat_of(body, site.config)
         try:
-            turn = await turns.turn(chat, sources)
+            turn = await turns.turn(chat)
             answer = Answer(site, body, turn)
             call = site.client.open([turn.prompt])
-            if body.stream:
-                first = await wait(call, request.receive, call.batch)
-                fail = partial(answer.fail, sources=sources)
-                return EventStream(call, first, answer.events, answer.end, answer.headers(request, first), fail)
-            with call:
-                batch = await wait(call, request.receive, call.all)
+            fail = partial(answer.fail, sources=sources)
+            return await respond(call, request, answer, stream=body.stream, fail=fail)
         except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens
             raise renamed(error, sources) from error
-        return json_response(answer.whole(batch), headers=answer.headers(request, batch))
 
     return responses
 

@@ -79,6 +79,7 @@ def test_at_the_limits() -> None:
         ([function(parameters=nested(6))], "tools[0].function.parameters", "deeper than the 5 levels"),
         ([function(parameters=nested(100_000))], "tools[0].function.parameters", "deeper than the 5 levels"),
         ([function(parameters={"a": "é" * 100})], "tools[0].function.parameters", "has 208 bytes, more than the 200"),
+        ([function(parameters={"a": [7] * 101})], "tools[0].function.parameters", "has more than the 200 bytes"),
         ([function(parameters={"a": {1, 2}})], "tools[0].function.parameters", "not a JSON value"),
         ([function(n, parameters={"a": "x" * 150}) for n in "ab"], "tools", "more than the 300 bytes allowed together"),
         ([function(parameters={"type": "array"})], "tools[0].function.parameters.type", "must be \"object\".*'array'"),
