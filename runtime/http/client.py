@@ -206,15 +206,14 @@ class EngineClient:
         """
         owner = prompts[0].namespace[0]
         call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
-        messages: list[Message] = []
+        messages: list[Submit] = []
         start = call.ids.start
-        for i, prompt in enumerate(prompts):
-            ids = list(range(start, start + prompt.params.n))
-            start += prompt.params.n
-            self._expect(ids, call, owner, labels[i] if i < len(labels) else None)
+        for prompt in prompts:
+            ids = range(start, start + prompt.params.n)
+            start = ids.stop
             messages.append(
                 Submit(
-                    ids,
+                    list(ids),
                     prompt.params,
                     prompt.text,
                     prompt.tokens,
@@ -228,7 +227,9 @@ class EngineClient:
                     prompt.private,
                 )
             )
-        self._to_tokenizer(messages)
+        self._to_tokenizer(messages)  # what cannot be sent must not be waited for
+        for i, message in enumerate(messages):
+            self._expect(message.ids, call, owner, labels[i] if i < len(labels) else None)
         return call
 
     def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
@@ -236,8 +237,8 @@ class EngineClient:
         owner = run.namespace[0]
         call = self._new_call(requests, owner)
         run.ids = list(call.ids)
-        self._expect(run.ids, call, owner, label)
         self._to_tokenizer([run])
+        self._expect(run.ids, call, owner, label)
         return call
 
     def _new_call(self, count: int, owner: str) -> Call:
@@ -282,9 +283,13 @@ class EngineClient:
         if self.state != "dead":
             self._to_tokenizer(messages)
 
-    def abort(self, label: str | None) -> int:
-        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many."""
-        ids = sorted(self._in_flight if label is None else self._labels.get(label, ()))
+    def abort(self, label: str | None, owner: str | None = None) -> int:
+        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many.
+
+        ``owner``: only those of this one; None: anybody's.
+        """
+        named = self._in_flight if label is None else self._labels.get(label, ())
+        ids = sorted(id for id in named if owner is None or self._in_flight[id].owner == owner)
         self._to_tokenizer([Abort(id) for id in ids])
         return len(ids)
 
