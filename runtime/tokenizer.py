@@ -18,6 +18,8 @@ from tokenizers import Tokenizer as Backend
 from .chat_template import ChatTemplate
 from .errors import InvalidRequest, LoadError
 
+SHORT = 4096  # characters: longer texts are encoded as a batch of one, which releases the GIL
+
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with what its ``tokenizer_config.json`` adds. Equal to Hugging Face's AutoTokenizer.
@@ -97,6 +99,8 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
+            if len(text) > SHORT:
+                return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
             if not isinstance(text, str):

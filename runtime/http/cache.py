@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +23,9 @@ from .prompts import Ids, check_priority, check_prompts, make_prompt, split_prom
 from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response, wait
+from .tokens import token_ids
 
 DEFAULT_TTL = 300.0  # seconds, of a pin
-INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 _WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
 _NO_TOKENS = SamplingParams(max_tokens=0)
 _CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
@@ -182,8 +181,7 @@ async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> by
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
         return token_bytes(prompt, site.client.limits.vocab_size, field)
-    encode, special = site.tokenizer.encode, not rendered
-    ids = encode(prompt, special) if len(prompt) <= INLINE else await asyncio.to_thread(encode, prompt, special)
+    ids = await token_ids(site, prompt, field, special=not rendered)
     return ids.astype("<i4", copy=False).tobytes()
 
 

@@ -44,6 +44,8 @@ def prepare_params(
     constraint = constraint_of(params)
     if constraint is not None:
         _check_constraint(constraint, params.constraint_name or constraint.kind, config)
+        if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's
+            return msgspec.structs.replace(params, json_schema=constraint.text)
     return params
 
 
