@@ -19,7 +19,7 @@ from .chat_template import ChatTemplate
 from .errors import InvalidRequest, LoadError
 
 # Characters, or tokens. Longer ones go as a batch of one: only for batches does the library let other threads run.
-_LONG = 16_384
+SHORT = 16_384
 
 
 class Tokenizer:
@@ -100,7 +100,7 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            if len(text) > _LONG:
+            if len(text) > SHORT:
                 return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
@@ -174,7 +174,7 @@ class Tokenizer:
         if isinstance(ids, np.ndarray):
             ids = ids.tolist()
         listed = list(ids)
-        if len(listed) > _LONG:
+        if len(listed) > SHORT:
             return self.backend.decode_batch([listed], skip_special_tokens=skip_special_tokens)[0]
         return self.backend.decode(listed, skip_special_tokens=skip_special_tokens)
 

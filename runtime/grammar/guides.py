@@ -131,7 +131,8 @@ class Guides:
     def look(self, requests: Sequence[Request]) -> None:
         """Where several quick grammars must say what may come next, they do so in parallel."""
         matchers = [one.matcher for one in requests if one.matcher is not None and not self.under_way(one)]
-        quick = [one for one in matchers if one.blank and not one.grammar.slow and not one.grammar.alone]
+        unsure = [one for one in matchers if one.blank and not one.forced]
+        quick = [one for one in unsure if not one.grammar.slow and not one.grammar.alone]
         if len(quick) >= TOGETHER:
             look_together(quick)
 

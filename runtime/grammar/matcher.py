@@ -21,6 +21,7 @@ _FAST = 0.3e-3  # and below this they are quick again
 _WEIGHT = 0.1  # of the latest token in the average
 _LONG, _QUICK = 1e-3, 0.1e-3  # seconds: masks filled together take this and this much each, or somebody is slow
 _ALONE = 16
+STRETCH = 256  # tokens of one `Matcher.jump`: everybody's next step waits while they are taken in, 10 to 40 µs each
 
 
 class Grammar:
@@ -62,7 +63,8 @@ class Matcher:
         self._matcher = matcher
         self._mask: Words | None = grammar.first  # of the next token, if it is known
         self.forced = grammar.forced  # tokens that must come next; may be known without their masks
-        self._unspent = 0.0
+        self._unspent = 0.0  # seconds since the cost was told last
+        self._taken = 0  # tokens that they went to
 
     def advance(self, token: int) -> None:
         """Takes in the token that was drawn; sets ``finished`` and ``error``."""
@@ -75,6 +77,7 @@ class Matcher:
         else:
             self._see_end()
         self._unspent += time.thread_time() - began
+        self._taken += 1
 
     @property
     def blank(self) -> bool:
@@ -85,6 +88,9 @@ class Matcher:
         """Finds out which tokens may come next; sets ``finished`` and ``error``."""
         if not self.blank:
             return
+        if self.forced:
+            self._mask = _only(self.forced[0], self.grammar.backend.words)
+            return
         began = time.thread_time()
         mask = np.empty(self.grammar.backend.words, np.uint32)
         try:
@@ -93,8 +99,8 @@ class Matcher:
         except InvalidRequest as error:
             self.error = error
         self.grammar.alone = max(0, self.grammar.alone - 1)
-        self.grammar.spent(self._unspent + time.thread_time() - began)
-        self._unspent = 0.0
+        self.grammar.spent(self._unspent / max(1, self._taken) + time.thread_time() - began)
+        self._unspent, self._taken = 0.0, 0
 
     def _see(self, mask: Words) -> None:
         self._mask = mask
@@ -114,11 +120,11 @@ class Matcher:
         self.look()
 
     def jump(self, most: int, but: frozenset[int]) -> list[int]:
-        """Takes in the tokens that must come next, ``most`` at most and none of ``but``, as if they had been drawn;
-        returns them. Sets ``finished`` and ``error``."""
+        """Takes in the tokens that must come next, ``most`` and `STRETCH` at most and none of ``but``, as if they had
+        been drawn; returns them. Sets ``finished`` and ``error``."""
         taken: list[int] = []
-        while len(taken) < most and not self.ended:
-            if not self.forced:
+        while len(taken) < min(most, STRETCH) and not self.ended:
+            if not self.forced and not self.grammar.slow:  # what follows a slow one's is for its thread to find out
                 self.look()
             if not self.forced or self.forced[0] in but:
                 break
@@ -150,7 +156,7 @@ def look_together(matchers: Sequence[Matcher]) -> None:
         for matcher in matchers:
             matcher.grammar.alone = _ALONE
     for matcher, mask in zip(matchers, masks, strict=True):
-        matcher._unspent = 0.0
+        matcher._unspent, matcher._taken = 0.0, 0
         try:
             backend.check(matcher._matcher)
             matcher._see(mask)
@@ -162,6 +168,13 @@ def _single(mask: Words) -> bool:
     """Whether exactly one token is allowed."""
     words = mask[mask != 0]
     return len(words) == 1 and not int(words[0]) & (int(words[0]) - 1)
+
+
+def _only(token: int, words: int) -> Words:
+    """The mask that allows it and nothing else."""
+    mask = np.zeros(words, np.uint32)
+    mask[token >> 5] = np.uint32(1 << (token & 31))
+    return mask
 
 
 def hold_open(mask: Words, tokens: frozenset[int]) -> None:

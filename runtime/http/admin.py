@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 
 from ..errors import InvalidRequest
 from ..messages import ControlWhat
-from .auth import require_admin
+from .auth import is_admin, require_admin
 from .body import read_json_object
 from .errors import bad, shown
 from .metrics import CONTENT_TYPE
@@ -89,14 +89,15 @@ def router(site: Site) -> APIRouter:
 
     @routes.post("/abort_request", openapi_extra=takes(AbortRequest))
     async def abort_request(request: Request) -> Response:
-        """Ends the requests with this very ``rid``, or all of them. Their clients get what has been generated; all of
-        them needs the admin key."""
+        """Ends the caller's requests with this very ``rid``, or all there are. Their clients get what has been
+        generated. Other keys' requests and all of them need the admin key."""
         body = parse(AbortRequest, await read_json_object(request))
         if not body.abort_all and not body.rid:
             raise InvalidRequest("give rid, or abort_all: true", field="rid")
         if body.abort_all:
             require_admin()
-        return json_response({"aborted": site.client.abort(None if body.abort_all else body.rid)})
+        owner = None if is_admin() else site.namespaces.of(None)[0]
+        return json_response({"aborted": site.client.abort(None if body.abort_all else body.rid, owner)})
 
     return routes
 

@@ -180,7 +180,7 @@ async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> by
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
         return token_bytes(prompt, site.client.limits.vocab_size, field)
-    ids = await token_ids(site, prompt, special=not rendered)
+    ids = await token_ids(site, prompt, field, special=not rendered)
     return ids.astype("<i4", copy=False).tobytes()
 
 

@@ -211,11 +211,11 @@ class EngineClient:
         messages: list[Submit] = []
         start = call.ids.start
         for prompt in prompts:
-            ids = list(range(start, start + prompt.params.n))
-            start += prompt.params.n
+            ids = range(start, start + prompt.params.n)
+            start = ids.stop
             messages.append(
                 Submit(
-                    ids,
+                    list(ids),
                     prompt.params,
                     prompt.text,
                     prompt.tokens,
@@ -229,7 +229,7 @@ class EngineClient:
                     prompt.private,
                 )
             )
-        self._to_tokenizer(messages)
+        self._to_tokenizer(messages)  # what cannot be sent must not be waited for
         for i, message in enumerate(messages):
             self._expect(message.ids, call, owner, labels[i] if i < len(labels) else None)
         return call
@@ -286,9 +286,13 @@ class EngineClient:
         if self.state != "dead":
             self._to_tokenizer(messages)
 
-    def abort(self, label: str | None) -> int:
-        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many."""
-        ids = sorted(self._in_flight if label is None else self._labels.get(label, ()))
+    def abort(self, label: str | None, owner: str | None = None) -> int:
+        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many.
+
+        ``owner``: only those of this one; None: anybody's.
+        """
+        named = self._in_flight if label is None else self._labels.get(label, ())
+        ids = sorted(id for id in named if owner is None or self._in_flight[id].owner == owner)
         self._to_tokenizer([Abort(id) for id in ids])
         return len(ids)
 

@@ -44,12 +44,11 @@ def prepare_params(
             name = names.get(field, field)
             raise bad(name, f"{what} {most}, got {asked}")
     constraint = constraint_of(params)
-    if constraint is None:
-        return params
-    _check_constraint(constraint, params.constraint_name or constraint.kind, config)
-    if constraint.kind != "json_schema":
-        return params
-    return msgspec.structs.replace(params, json_schema=constraint.text)
+    if constraint is not None:
+        _check_constraint(constraint, params.constraint_name or constraint.kind, config)
+        if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's
+            return msgspec.structs.replace(params, json_schema=constraint.text)
+    return params
 
 
 def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
@@ -21,7 +22,8 @@ from .requests import Prompts, Strict, parse
 from .site import Site
 from .sse import json_response
 
-MAX_IDS = 1_000_000  # of one request to /detokenize, and of one answer of /tokenize
+MAX_IDS = 1_000_000  # of one request to /detokenize
+MAX_TEXT = 1_000_000  # bytes of a text that is tokenized for its own sake
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 
 
@@ -56,15 +58,11 @@ def router(site: Site) -> APIRouter:
         if (body.prompt is None) == (raw.get("messages") is None):
             raise InvalidRequest("give exactly one of prompt and messages", field="prompt")
         if body.prompt is not None:
-            text, special = body.prompt, asked is not False
+            text, special, field = body.prompt, asked is not False, "prompt"
         else:
             text, _ = await conversation_text(site, raw)
-            special = bool(asked)
-        ids = await token_ids(site, text, special=special)
-        if len(ids) > MAX_IDS:
-            field = "prompt" if body.prompt is not None else "messages"
-            raise bad(field, f"must have at most {MAX_IDS} tokens, got {len(ids)}")
-        tokens = ids.tolist()
+            special, field = bool(asked), "messages"
+        tokens = (await token_ids(site, text, field, special=special)).tolist()
         named = await _texts(site, tokens) if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
@@ -119,8 +117,11 @@ def router(site: Site) -> APIRouter:
     return routes
 
 
-async def token_ids(site: Site, text: str, *, special: bool) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """``special``: with the tokens the tokenizer puts around a text."""
+async def token_ids(site: Site, text: str, field: str, *, special: bool) -> npt.NDArray[np.int32]:
+    """int32 [n]. ``special``: with the tokens the tokenizer puts around a text; ``field``: what the client calls it."""
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT:
+        raise InvalidRequest(f"{field} must be at most {MAX_TEXT} bytes to be tokenized, got {size}", field=field)
     encode = site.tokenizer.encode
     return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
 

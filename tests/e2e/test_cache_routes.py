@@ -173,6 +173,17 @@ def test_admin_routes_need_the_admin_key(ask: Any, running: Any) -> None:
         assert key not in info
 
 
+def test_a_name_of_a_request_is_its_keys(ask: Any, running: Any) -> None:
+    long = {"text": "go on", "rid": "job", "sampling_params": {"max_new_tokens": 900}, "stream": True}
+    headers = {"Authorization": f"Bearer {KEY}"}
+    with running.http.stream("POST", "/generate", json=long, headers=headers) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        assert ask("/abort_request", key=OTHER, rid="job") == {"aborted": 0}
+        assert ask("/abort_request", key=ADMIN, rid="job") == {"aborted": 1}
+        list(lines)
+
+
 def test_evict_forgets_one_prompt(ask: Any) -> None:
     for last in (1, 2):
         complete(ask, [*ids(64), last, last, last])

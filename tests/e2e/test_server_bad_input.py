@@ -71,6 +71,27 @@ def test_megabytes_of_text_are_refused_before_they_are_tokenized(server: Any) ->
     assert "at least" in server.refused("/v1/completions", "prompt", json=body)
 
 
+@pytest.mark.parametrize("path", ["/tokenize", "/cache/explain", "/cache/pin", "/cache/evict"])
+def test_megabytes_are_not_tokenized_for_their_own_sake_either(server: Any, path: str) -> None:
+    """Eight of them held up everybody's streams for half a minute."""
+    message = server.refused(path, "prompt", json={"prompt": "x " * 500_001})
+    assert "at most 1000000 bytes" in message and "got 1000002" in message
+
+
+@pytest.mark.parametrize("name", ["/v1/completions", "/generate"])
+def test_numbers_of_a_schema_may_be_larger_than_a_message_holds(server: Any, name: str) -> None:
+    schema = {"type": "integer", "minimum": -(10**30), "maximum": 10**400}
+    body = {
+        "prompt": "x",
+        "max_tokens": 1,
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+    }
+    if name == "/generate":
+        body = {"text": "x", "sampling_params": {"max_new_tokens": 1, "json_schema": schema}}
+    assert server.http.post(name, json=body).status_code in (200, 400)
+    server.idle()
+
+
 def test_many_prompts_are_bounded(server: Any) -> None:
     message = server.refused("/v1/completions", "prompt", json={"prompt": ["a"] * 600, "n": 2})
     assert "1024" in message

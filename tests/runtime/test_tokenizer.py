@@ -17,7 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 
 from branchwise.runtime.errors import InvalidRequest, LoadError
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer import SHORT, Tokenizer
 
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. A tree of tokens grows a branch for every question.",
@@ -116,6 +116,17 @@ def oracle() -> Callable[[Path], Any]:
     from transformers import AutoTokenizer
 
     return lambda folder: AutoTokenizer.from_pretrained(folder)
+
+
+def test_a_long_text_is_encoded_as_any_other(checkpoint: Callable[[str], Path]) -> None:
+    tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
+    text = " ".join(CORPUS) * (SHORT // len(" ".join(CORPUS)) + 2)
+    assert len(text) > SHORT
+    for special in (True, False):
+        expected = tokenizer.backend.encode(text, add_special_tokens=special)
+        assert tokenizer.encode(text, special).tolist() == expected.ids
+    with pytest.raises(InvalidRequest, match="lone surrogates"):
+        tokenizer.encode(text + "\ud800")
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])

@@ -35,7 +35,7 @@ def handler(site: Site) -> Handler:
             turn = await turns.turn(chat)
         except InvalidRequest as error:
             raise renamed(error, sources) from error
-        ids = await token_ids(site, turn.prompt.text or "", special=False)
+        ids = await token_ids(site, turn.prompt.text or "", "messages", special=False)
         return json_response({"input_tokens": len(ids)})
 
     return count_tokens

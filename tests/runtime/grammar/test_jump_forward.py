@@ -8,6 +8,8 @@ import pytest
 
 from branchwise import Engine, SamplingParams
 from branchwise.runtime.grammar import matcher
+from branchwise.runtime.grammar.constraint import Constraint
+from branchwise.runtime.grammar.llg import Backend
 
 PROMPT = "Compute every shared prefix once"
 REPORT = {
@@ -163,3 +165,61 @@ def test_many_at_once_draw_what_each_draws_alone(make_engine, overlap):
     plain = make_engine(jump_forward=False)
     for i, (param, output) in enumerate(zip(params, outputs, strict=True)):
         assert output.token_ids == plain.generate(f"{PROMPT} {i}", param).token_ids
+
+
+def test_a_long_stretch_is_taken_in_piece_by_piece(make_engine, monkeypatch):
+    """The engine's thread takes tokens in, and everybody's next step waits for it."""
+    pieces = []
+    jump = matcher.Matcher.jump
+
+    def counted(self, most, but):
+        taken = jump(self, most, but)
+        pieces.append(len(taken))
+        return taken
+
+    monkeypatch.setattr(matcher.Matcher, "jump", counted)
+    text = "abcdefghij" * 40
+    engine = make_engine()
+    output = engine.generate(PROMPT, SamplingParams(choices=(text,), max_tokens=450))
+    assert output.text == text
+    assert max(pieces) <= matcher.STRETCH < len(output.token_ids)
+    assert saved([output])[0] >= len(output.token_ids) - len(pieces) - 1
+    engine.check()
+
+
+def test_a_long_stretch_does_not_make_its_grammar_slow(make_engine):
+    """What it costs is counted for each token, not for all that came at once."""
+    engine = make_engine()
+    compiler = engine._core._grammars
+    constraint = Constraint("json_schema", json.dumps({"const": "lorem ipsum dolor " * 40}))
+    walk = compiler.compile(constraint).result().matcher()
+    walk.look()
+    monotone = iter(range(10_000))
+    walk.grammar._cost = walk._unspent = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matcher.time, "thread_time", lambda: next(monotone) * matcher.SLOW / 4)
+        assert len(walk.jump(100, frozenset())) == 100
+        walk.forced = []
+        walk.look()
+    assert not walk.grammar.slow
+
+
+def test_where_there_is_no_choice_nobody_asks_for_a_mask(make_engine, monkeypatch):
+    fills = []
+    fill = Backend.fill
+    monkeypatch.setattr(Backend, "fill", lambda self, *given: (fills.append(1), fill(self, *given)))
+    engine = make_engine(jump_forward=False)
+    text = "the one thing " * 20
+    output = engine.generate(PROMPT, SamplingParams(choices=(text,), max_tokens=300))
+    assert output.text == text
+    assert len(fills) < len(output.token_ids) / 4
+
+
+def test_a_slow_grammar_is_not_asked_on_the_engines_thread(make_engine):
+    engine = make_engine()
+    constraint = Constraint("regex", r"one stretch [ab] another stretch [ab] the end")
+    walk = engine._core._grammars.compile(constraint).result().matcher()
+    walk.look()
+    walk.grammar.slow = True
+    taken = walk.jump(100, frozenset())
+    assert taken and walk.blank, "what may follow the stretch is for a thread to find out"

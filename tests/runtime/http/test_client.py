@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -206,6 +207,31 @@ def test_abort_by_label_is_exact(client: EngineClient, sent: list[Message]) -> N
     client.deliver([end(1, "abort"), end(2, "abort")])
     assert client.abort("batch_1") == 0
     assert client.abort(None) == 2
+
+
+def test_a_label_is_its_owners(client: EngineClient, sent: list[Message]) -> None:
+    client.open([replace(ONE, namespace=("ann", ""))], ["mine"])
+    client.open([replace(ONE, namespace=("bob", ""))], ["mine"])
+    sent.clear()
+    assert client.abort("mine", "ann") == 1
+    assert sent == [Abort(1)]
+    assert client.abort("mine", "cleo") == 0
+    assert client.abort("mine") == 2
+
+
+def test_a_request_that_cannot_be_sent_is_not_in_flight(sent: list[Message]) -> None:
+    def broken(messages: object) -> None:
+        raise OverflowError("an integer that no message holds")
+
+    client = EngineClient(broken, sent.extend, 10, Metrics(), max_requests_per_key=10)
+    client.state = "ready"
+    for _ in range(3):
+        with pytest.raises(OverflowError):
+            client.open([TWO], ["batch"])
+        with pytest.raises(OverflowError):
+            client.open_run(BranchRun([], "b", ("", ""), SamplingParams()), 2, "batch")
+    assert client.in_flight == 0
+    assert client._held == {} and client._labels == {} and client._label_of == {}
 
 
 def test_late_deltas_are_ignored(client: EngineClient) -> None:
