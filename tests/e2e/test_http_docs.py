@@ -412,6 +412,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "seconds of an unused branch": ("/branches", {"ttl": "1h"}),
     "forks in one call": ("/branches/ID/fork", {"n": 1025}),
     "operations in a batch": ("/branches/batch", {"ops": [{"op": "create"}] * 1025}),
+    "bytes of a text to `/tokenize`, `/cache/…`, `count_tokens`": ("/tokenize", {"prompt": "x" * 1_000_001}),
     "tokens to `/detokenize`": ("/detokenize", {"tokens": [5] * 1_000_001}),
     "nodes of `/cache/tree`": ("/cache/tree?max_nodes=100001", {}),
 }
