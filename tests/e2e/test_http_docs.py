@@ -368,6 +368,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "bytes of a body": ("/generate", {"text": "x" * 16_777_216}),
     "levels of objects and lists": (CHAT, {"messages": [USER], "metadata": json.loads("[" * 65 + "]" * 65)}),
     "fields of a body": ("/generate", {f"x{i}": 1 for i in range(257)}),
+    "entries of a field, but for token ids": ("/v1/completions", {**TEXT, "stop": ["x"] * 16_385}),
     "prompts": ("/v1/completions", {"prompt": ["Hello"] * 1025}),
     "prompts × `n`": ("/v1/completions", {"prompt": ["Hello"] * 9, "n": 128}),
     "`n`": ("/v1/completions", {**TEXT, "n": 129}),
@@ -380,6 +381,10 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "parts of a message": (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4097}]},
+    ),
+    "parts and calls of a conversation": (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4096}] * 5},
     ),
     "tools": (CHAT, {"messages": [USER], "tools": [tool(f"f{i}") for i in range(129)]}),
     "characters of a tool's name": (CHAT, {"messages": [USER], "tools": [tool("f" * 65)]}),
