@@ -98,6 +98,7 @@ class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
     add_opening: bool = True  # whether a text that begins its branch begins as the tokenizer begins texts (<bos>)
     before: str = ""  # text the branch ends in already, without tokens of its own; its tokens are in ``tokens``
     first: bytes | None = None  # int32: the ids where the text begins its branch; None: the same
+    left: int = 0  # how many of ``tokens`` are of ``before`` alone, where the rest of them were given as ids
 
     @property
     def empty(self) -> bool:

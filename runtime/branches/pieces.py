@@ -40,8 +40,10 @@ def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
     is tokenized together with it, unless only one of the two may hold special tokens."""
     before, text = piece.before, piece.text
     more: list[Int32] = []
+    left = 0
     if text is None:
         more += [tokenizer.encode_more(before)] if before else []
+        left = sum(map(len, more))
         more.append(tokens_from_bytes(piece.tokens))
     elif before and piece.parse_special:
         more += [tokenizer.encode_more(before), tokenizer.encode_more(text, parse_special=True)]
@@ -55,7 +57,7 @@ def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
             first = opening + tokens_to_bytes(tokenizer.encode_first(text, piece.parse_special))
         elif opening:
             first = opening + tokens
-    return msgspec.structs.replace(piece, tokens=tokens, first=first)
+    return msgspec.structs.replace(piece, tokens=tokens, first=first, left=left)
 
 
 def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], parse_special: bool = False) -> Piece:

@@ -225,7 +225,7 @@ class BranchService:
         if run.continuations is None:
             self._generate(run, branch)
         else:
-            self._score(run, branch, [tokens_from_bytes(piece.tokens) for piece in run.continuations])
+            self._score(run, branch, run.continuations)
         self.registry.touch(branch)
 
     def _generate(self, run: BranchRun, branch: Branch) -> None:
@@ -254,25 +254,26 @@ class BranchService:
             else:
                 branch.readers.add(id)
 
-    def _score(self, run: BranchRun, branch: Branch, continuations: list[Int32]) -> None:
+    def _score(self, run: BranchRun, branch: Branch, continuations: list[Piece]) -> None:
         if not branch.trail.length:
             raise InvalidRequest(
                 f"the branch {branch.id} is empty: there is nothing that a continuation could follow", field="branch"
             )
         limits = self._scheduler.limits
         opening = tokens_from_bytes(run.opening)
-        prefixes = [branch.trail.tokens(), *([opening] if run.unconditional else [])]
-        for i, tokens in enumerate(continuations):
-            field = f"continuations[{i}]"
-            if not len(tokens):
+        trunk = branch.trail.tokens()
+        wholes: list[tuple[Int32, int]] = []  # and where what is scored begins
+        alone: list[tuple[Int32, int]] = []
+        for i, piece in enumerate(continuations):
+            field, tokens = f"continuations[{i}]", tokens_from_bytes(piece.tokens)
+            if len(tokens) == piece.left:
                 raise InvalidRequest(f"{field} must not be empty", field=field)
-            longest = max(len(prefix) for prefix in prefixes) + len(tokens)
+            longest = max(len(trunk), len(opening)) + len(tokens)
             fit(longest, SamplingParams(max_tokens=0), limits, field=f"the branch with {field}")
-        pairs = [(prefix, tokens) for prefix in prefixes for tokens in continuations]
-        for id, (prefix, tokens) in zip(run.ids, pairs, strict=True):
-            start = len(prefix)
+            wholes.append((np.concatenate((trunk, tokens)), len(trunk) + piece.left))
+            alone.append((np.concatenate((opening, tokens[piece.left :])), len(opening)))
+        for id, (whole, start) in zip(run.ids, [*wholes, *(alone if run.unconditional else [])], strict=True):
             params = msgspec.structs.replace(run.params, prompt_logprob_start=start)
-            whole = np.concatenate((prefix, tokens))
             message = Generate(
                 id, tokens_to_bytes(whole), params, branch.namespace, run.priority, whole=run.whole, echo_from=start
             )

@@ -254,6 +254,20 @@ def test_what_there_is_to_know_is_the_same_whole_or_streamed_here_or_there(
     assert bool(known[0]["output_top_logprobs"]) == ("logprobs" in sampling)
 
 
+def test_a_select_after_a_stop_string_that_cut_a_token(backend: ServerBackend, engine: Any) -> None:
+    """The branch ends in text without tokens: the choices' own tokens are scored, and nothing before them."""
+
+    @bw.function
+    def program(s):
+        s += bw.user("Who is Mira?")
+        s += bw.assistant(bw.gen("cut", max_tokens=30, stop="ker of") + bw.select("best", ["ker", "r", "ker of it"]))
+
+    here, there = program.run(temperature=0), program.run(backend=backend, temperature=0)
+    assert here["cut"] == there["cut"] == "Mira is the ba" and here["best"] == there["best"]
+    rows = [state.meta("best")["input_token_logprobs"] for state in (here, there)]
+    assert [[id for _, id, _ in row] for row in rows[0]] == [[id for _, id, _ in row] for row in rows[1]]
+
+
 SCHEMA = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
 
 

@@ -118,6 +118,27 @@ def test_scores_equal_prompt_logprobs(clean):
         refused(lambda: trunk.score([""]), 400)
 
 
+def test_what_a_stop_string_left_of_a_token_is_not_scored_with_token_ids(clean):
+    """It is the branch's, though it has no tokens yet."""
+    whole = clean.generate(TEXT, GREEDY)
+    texts = [clean.tokenizer.token_text(id) for id in whole.token_ids]
+    cut = next(i for i, text in enumerate(texts) if len(text) > 1 and text.isascii())
+    stop = whole.text[len("".join(texts[:cut])) + 1 :][:6]
+    with clean.branch(TEXT) as branch:
+        branch.generate(SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, stop=(stop,)))
+        rest = branch.info()["pending_text"]
+        assert rest
+        prefix = [*branch.tokens, *clean.tokenizer.encode_more(rest).tolist()]
+        (score,) = branch.score([[9, 8]], unconditional=True)
+        for before, found in ((prefix, score), (clean.tokenizer.opening.tolist(), score.unconditional)):
+            params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprob_start=len(before))
+            plain = clean.generate([*before, 9, 8], params)
+            assert found.token_ids == [9, 8]
+            expected = [row.logprob for row in plain.prompt_logprobs.values()]
+            assert found.logprobs == pytest.approx(expected, abs=2e-4)
+        refused(lambda: branch.score([[]]), 400)
+
+
 def test_a_lost_lease_costs_time_and_is_said(clean):
     with clean.branch(TEXT) as trunk:
         trunk.generate(GREEDY)
