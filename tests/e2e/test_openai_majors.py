@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 OLDER = Path(sys.prefix) / "openai-2"
-SUITES = [HERE / name for name in ("test_openai_chat.py", "test_openai_completions.py")]
+SUITES = [HERE / name for name in ("test_openai_chat.py", "test_openai_completions.py", "test_openai_responses.py")]
 
 
 @pytest.mark.skipif(not OLDER.is_dir(), reason=f"openai 2 is not there: `make test` installs it into {OLDER}")
