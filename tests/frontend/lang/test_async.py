@@ -160,7 +160,7 @@ async def test_ordinary_programs_awaited_all_at_once_get_sixty_four_threads(echo
     def plain(s):
         nonlocal most
         s += "x" + bw.gen("a")
-        time.sleep(0.02)
+        time.sleep(0.2)
         most = max(most, threading.active_count())
         return s["a"]
 
