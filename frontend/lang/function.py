@@ -14,7 +14,7 @@ from .backend import Backend
 from .backends import as_backend, default_backend
 from .errors import ProgramError, call_site
 from .expressions import Sampling, gen, make_sampling
-from .loop import MAX_THREADS, background_loop, in_thread
+from .loop import MAX_THREADS, aside, background_loop, in_thread
 from .session import Path, Session
 from .state import AsyncState, BaseState, State
 from .strand import Strand
@@ -123,7 +123,7 @@ class Function:
         if self.is_async:
             await job.arun()
         else:
-            await asyncio.wrap_future(in_thread(job.run))
+            await aside(job.run)
         return job.awaitable
 
     async def astream(self, *args: Any, variable: str | None = None, **kwargs: Any) -> AsyncIterator[str]:
@@ -131,7 +131,7 @@ class Function:
         backend, seed = kwargs.pop("backend", None), kwargs.pop("seed", None)
         loop = asyncio.get_running_loop() if self.is_async else None
         job = self._job(args, kwargs, backend, seed, (), True, loop)
-        task = asyncio.ensure_future(job.arun() if self.is_async else asyncio.wrap_future(in_thread(job.run)))
+        task = asyncio.ensure_future(job.arun() if self.is_async else aside(job.run))
         job.awaitable._run = task
         try:
             async for chunk in job.awaitable.text_iter(variable):

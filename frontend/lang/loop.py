@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
-MAX_THREADS = 64  # that one batch, or one library program, has at a time for functions that block
+MAX_THREADS = 64  # that one batch, library program or loop has at a time for functions that block
 
 
 class Guest(Protocol):
@@ -28,6 +28,7 @@ class Guest(Protocol):
 
 guests: weakref.WeakSet[Guest] = weakref.WeakSet()
 
+_gates: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 _loop: asyncio.AbstractEventLoop | None = None
 
@@ -55,6 +56,14 @@ def in_thread(work: Callable[[], T]) -> Future[T]:
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(run,), name="branchwise-program", daemon=True).start()
     return done
+
+
+async def aside(work: Callable[[], T]) -> T:
+    """`in_thread`, awaited. At most `MAX_THREADS` of one loop's at a time: ``work`` must not come back here."""
+    loop = asyncio.get_running_loop()
+    gate = _gates.setdefault(loop, asyncio.Semaphore(MAX_THREADS))
+    async with gate:
+        return await asyncio.wrap_future(in_thread(work))
 
 
 class _GaveUp(Exception):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 
 import pytest
 
@@ -150,6 +151,24 @@ async def test_cancelling_the_run_cancels_its_requests(echo):
     with pytest.raises(asyncio.CancelledError):
         await task
     assert cancelled == [True]
+
+
+async def test_ordinary_programs_awaited_all_at_once_get_sixty_four_threads(echo):
+    most = 0
+
+    @bw.function
+    def plain(s):
+        nonlocal most
+        s += "x" + bw.gen("a")
+        time.sleep(0.2)
+        most = max(most, threading.active_count())
+        return s["a"]
+
+    before = threading.active_count()
+    backend = echo(lambda prompt: "ok")
+    states = await asyncio.gather(*(plain.arun(backend=backend) for _ in range(300)))
+    assert [state.ret_value for state in states] == ["ok"] * 300
+    assert most <= before + 64 + 1  # and the background loop's
 
 
 async def test_an_async_program_needs_no_threads(echo):
