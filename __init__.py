@@ -27,7 +27,7 @@ _PUBLIC = {
     "AsyncEngine": ".runtime.engine",
     "Engine": ".runtime.engine",
     "EngineConfig": ".runtime.config",
-    "RequestOutput": ".runtime.engine",
+    "RequestOutput": ".runtime.request_output",
     "SamplingParams": ".runtime.sampling_params",
 }
 
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
     from .runtime.config import EngineConfig as EngineConfig
     from .runtime.engine import AsyncEngine as AsyncEngine
     from .runtime.engine import Engine as Engine
-    from .runtime.engine import RequestOutput as RequestOutput
+    from .runtime.request_output import RequestOutput as RequestOutput
     from .runtime.sampling_params import SamplingParams as SamplingParams
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -14,7 +14,6 @@ import queue
 import threading
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +26,12 @@ from .branches.pieces import encode_message
 from .config import EngineConfig, check
 from .core import EngineCore
 from .detokenizer import DetokenizerCore
-from .errors import BranchwiseError, EngineDead, InvalidRequest
+from .errors import EngineDead, InvalidRequest
 from .grammar.compiler import GrammarCompiler
 from .limits import check_token_ids
-from .logprobs import TokenLogprob
-from .messages import CacheReport, Control, Delta, Finished, Generate, Stats
+from .messages import Control, Delta, Finished, Generate, Stats
 from .model_folder import model_folder
-from .outputs import Output
+from .request_output import Collector, RequestOutput, StreamChunk
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 from .torch_environment import prepare_torch
@@ -45,103 +43,6 @@ Prompt = str | Sequence[int]
 BranchPiece = Prompt | Sequence[Mapping[str, Any]]  # messages, where a branch begins
 
 _running: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-@dataclass(slots=True)
-class RequestOutput:
-    """All samples of one prompt; the short names are the first one's."""
-
-    outputs: list[Output]
-
-    @property
-    def text(self) -> str:
-        return self.outputs[0].text
-
-    @property
-    def token_ids(self) -> list[int]:
-        return self.outputs[0].token_ids
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.outputs[0].finish_reason
-
-    @property
-    def logprobs(self) -> list[TokenLogprob]:
-        """One a generated token, if asked for."""
-        return self.outputs[0].logprobs
-
-    @property
-    def prompt_logprobs(self) -> dict[int, TokenLogprob]:
-        """By position, from 1 (or ``prompt_logprob_start``) on, if asked for."""
-        return self.outputs[0].prompt_logprobs
-
-    @property
-    def prompt_tokens(self) -> int:
-        return self.outputs[0].prompt_tokens
-
-    @property
-    def cached_tokens(self) -> int:
-        return self.outputs[0].cached_tokens
-
-    @property
-    def cache(self) -> CacheReport | None:
-        """What the tree held of the prompt, and why not more."""
-        return self.outputs[0].cache
-
-
-@dataclass(slots=True, frozen=True)
-class StreamChunk:
-    """What is new about one sample. ``finish_reason`` is set on its last chunk, ``matched`` if something ended it."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    finish_reason: str | None
-    cache: CacheReport | None = None
-    matched: int | str | None = None  # the stop token id or stop string
-    logprobs: Sequence[TokenLogprob] = ()
-
-
-class _Collector:
-    """The samples of one prompt while they come in."""
-
-    def __init__(self, ids: list[int]) -> None:
-        self._outputs = {id_: Output(i) for i, id_ in enumerate(ids)}
-        self._open = len(ids)
-
-    @property
-    def done(self) -> bool:
-        return self._open == 0
-
-    @property
-    def result(self) -> RequestOutput:
-        return RequestOutput(list(self._outputs.values()))
-
-    def feed(self, delta: Delta) -> StreamChunk:
-        """Raises the request's error, if that is how it ended."""
-        output = self._outputs[delta.id]
-        known, known_logprobs = len(output.token_ids), len(output.logprobs)
-        output.feed(delta)
-        if delta.finish is not None:
-            self._open -= 1
-            if delta.finish.reason == "error":
-                raise _error(delta.finish)
-        return StreamChunk(
-            output.index,
-            delta.text,
-            output.token_ids[known:],
-            output.finish_reason,
-            delta.cache,
-            output.matched,
-            output.logprobs[known_logprobs:],
-        )
-
-
-def _error(finish: Finished) -> BranchwiseError:
-    message = finish.error or "the request failed"
-    if 400 <= finish.status < 500:
-        return InvalidRequest(message, field=finish.error_field, status=finish.status)
-    return EngineDead(message)
 
 
 class Engine:
@@ -313,12 +214,12 @@ class Engine:
         prompts a list of them in order. Raises `InvalidRequest` (a ValueError) naming the field and the limit."""
         single, items = _as_batch(prompts, params)
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        collectors: list[_Collector] = []
-        owner: dict[int, _Collector] = {}
+        collectors: list[Collector] = []
+        owner: dict[int, Collector] = {}
         try:
             for prompt, param in items:
                 ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
-                collectors.append(_Collector(ids))
+                collectors.append(Collector(ids))
                 owner.update(dict.fromkeys(ids, collectors[-1]))
             while not all(c.done for c in collectors):
                 delta = inbox.get()
@@ -335,7 +236,7 @@ class Engine:
         """Yields text as it is generated; leaving the loop early aborts the request."""
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
-        collector = _Collector(ids)
+        collector = Collector(ids)
         try:
             while not collector.done:
                 yield collector.feed(inbox.get())
@@ -349,7 +250,7 @@ class Engine:
         """`stream` for asyncio. Cancelling the task aborts the request."""
         async with _AsyncInbox() as inbox:
             ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
-            collector = _Collector(ids)
+            collector = Collector(ids)
             try:
                 while not collector.done:
                     yield collector.feed(await inbox.get())
@@ -371,7 +272,7 @@ class Engine:
         async def one(prompt: Prompt, param: SamplingParams) -> RequestOutput:
             async with _AsyncInbox() as inbox:
                 ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
-                collector = _Collector(ids)
+                collector = Collector(ids)
                 try:
                     while not collector.done:
                         collector.feed(await inbox.get())

@@ -17,9 +17,10 @@ from .codec import Codec
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.engine import Engine, RequestOutput, StreamChunk
+    from ...runtime.engine import Engine
     from ...runtime.logprobs import TokenLogprob
     from ...runtime.messages import CacheReport
+    from ...runtime.request_output import RequestOutput, StreamChunk
 
 CONSTRAINTS = frozenset({"regex", "json_schema"}) & set(SamplingParams.__struct_fields__)
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import BranchPiece, Engine, Prompt, RequestOutput, StreamChunk, _AsyncInbox, _Collector, _error
+from ..engine import BranchPiece, Engine, Prompt, _AsyncInbox
 from ..errors import EngineDead, InvalidRequest
 from ..limits import check_token_ids
 from ..messages import BranchOp, BranchRun, ControlReply, Delta, Piece
+from ..request_output import Collector, RequestOutput, StreamChunk, error_of
 from ..sampling_params import SamplingParams, validate
 from .pieces import chat_piece, encode_message, tokens_from_bytes, tokens_to_bytes
 from .scores import Score, ScoreCollector
@@ -99,11 +100,11 @@ class Branch(_Handle):
         """
         if stream:
             return self.stream(params, extend=extend, parse_special=parse_special, priority=priority)
-        collector: _Collector | None = None
+        collector: Collector | None = None
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         run = self._generation(params, extend, parse_special, priority)
         self._submit(run, inbox.put)
-        collector = _Collector(run.ids)
+        collector = Collector(run.ids)
         try:
             while not collector.done:
                 collector.feed(inbox.get())
@@ -124,7 +125,7 @@ class Branch(_Handle):
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
         run = self._generation(params, extend, parse_special, priority)
         self._submit(run, inbox.put)
-        collector = _Collector(run.ids)
+        collector = Collector(run.ids)
         try:
             while not collector.done:
                 yield collector.feed(inbox.get())
@@ -206,7 +207,7 @@ class AsyncBranch(_Handle):
 
     async def _generate(self, params: SamplingParams | None, **options: Any) -> RequestOutput:
         run = self._generation(params, options["extend"], options["parse_special"], options["priority"])
-        collector = _Collector(run.ids)
+        collector = Collector(run.ids)
         async for delta in self._deltas(run):
             collector.feed(delta)
         return collector.result
@@ -220,7 +221,7 @@ class AsyncBranch(_Handle):
         priority: int = 0,
     ) -> AsyncIterator[StreamChunk]:
         run = self._generation(params, extend, parse_special, priority)
-        collector = _Collector(run.ids)
+        collector = Collector(run.ids)
         async for delta in self._deltas(run):
             yield collector.feed(delta)
 
@@ -349,7 +350,7 @@ def _feed(collector: ScoreCollector, open_ids: set[int], first: int, delta: Delt
     if delta.finish is not None:
         open_ids.discard(delta.id)
         if delta.finish.reason == "error":
-            raise _error(delta.finish)
+            raise error_of(delta.finish)
         if delta.finish.reason == "abort":
             raise InvalidRequest("the branch was deleted while it was scored", field="branch", status=410)
     collector.feed(delta.id - first, delta)
