@@ -1,8 +1,8 @@
 """What a token and a request cost outside the model: CPU seconds of each process of a server with the null executor.
 
-    python tests/benchmarks/bench_http.py [--only streams,short,long,burst] [--tokenizer words|bytes] [--json]
+    python tests/benchmarks/bench_http.py [--only streams,short,long,burst] [--rate 12000] [--tokenizer words|bytes]
 
-streams   256 streams of ``POST /v1/completions`` at once, a step every 21.3 ms as on a GPU: 12,000 tokens/s asked for.
+streams   256 streams of ``POST /v1/completions`` at once, a step every 21.3 ms as on a GPU: ``--rate`` asks for more.
           CPU of each process a token, the gaps between a stream's chunks, how long ``GET /health`` takes meanwhile, and
           how late the HTTP process's event loop was, by its own metric (an idle one is a millisecond late, for timers
           are in milliseconds: what is more is a loop that was busy with something else).
@@ -36,7 +36,8 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROLES = ("http", "tokenizer", "scheduler", "detokenizer")
-STEP_SECONDS = {"streams": 256 / 12_000, "short": 0.008, "long": 0.008, "burst": 0.0}
+STREAMS = 256
+STEP_SECONDS = {"short": 0.008, "long": 0.008, "burst": 0.0}
 TICK = os.sysconf("SC_CLK_TCK")
 
 LAUNCH = """
@@ -216,11 +217,11 @@ def write_tokenizer(folder: Path, kind: str) -> Path:
     return folder
 
 
-def measure(part: str, folder: Path, checkout: Path | None, tokens: int) -> dict[str, Any]:
-    with server(folder, STEP_SECONDS[part], checkout) as running:
+def measure(part: str, folder: Path, checkout: Path | None, tokens: int, rate: float) -> dict[str, Any]:
+    with server(folder, STEP_SECONDS.get(part, STREAMS / rate), checkout) as running:
         load(running, "requests", 1, connections=8, prompt_tokens=300, max_tokens=16, total=64)  # warm
         if part == "streams":
-            return load(running, "streams", 2, connections=128, prompt_tokens=300, max_tokens=tokens)
+            return load(running, "streams", 2, connections=STREAMS // 2, prompt_tokens=300, max_tokens=tokens)
         size, answer, total = {"short": (2500, 96, 160), "long": (33_000, 96, 96), "burst": (2500, 1, 640)}[part]
         return load(running, "requests", 2, connections=32, prompt_tokens=size, max_tokens=answer, total=total)
 
@@ -251,12 +252,15 @@ def main() -> None:
     parser.add_argument("--only", default="streams,short,long,burst")
     parser.add_argument("--tokenizer", choices=["words", "bytes"], default="words")
     parser.add_argument("--tokens", type=int, default=300, help="of each stream")
+    parser.add_argument("--rate", type=float, default=12_000, help="tokens/s asked for by the streams together")
     parser.add_argument("--branchwise", type=Path, help="a folder that holds another checkout named branchwise")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="branchwise-http-") as scratch:
         folder = write_tokenizer(Path(scratch) / "model", args.tokenizer)
-        results = {part: measure(part, folder, args.branchwise, args.tokens) for part in args.only.split(",")}
+        results = {
+            part: measure(part, folder, args.branchwise, args.tokens, args.rate) for part in args.only.split(",")
+        }
     print(json.dumps({"http": results}) if args.json else "\n".join(show(results)))
 
 
