@@ -9,6 +9,7 @@ copies of buffers that all our calls can share. `gen_batch_prefill_module` is pu
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -68,10 +69,13 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def build(variants: Sequence[Variant]) -> None:
-    """Compiles what is not in FlashInfer's cache yet, all at once: a minute or two the first time, nothing after."""
-    from flashinfer.jit.core import build_jit_specs
+    """Loads the modules; compiles what is not in FlashInfer's cache yet, all at once: a minute or two the first time.
 
-    build_jit_specs([variant.spec() for variant in variants])
+    FlashInfer's own `build_jit_specs` is no help: it runs ninja in another folder than `build_and_load` does, and each
+    ninja holds the other's output for stale, so that both compile everything again at every start (0.6.12).
+    """
+    with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
+        list(pool.map(_load, variants))
 
 
 @cache
