@@ -130,11 +130,13 @@ class Probe(threading.Thread):
         self._seconds: list[float] = []
 
     def run(self) -> None:
-        while not self._done.wait(0.1):
+        while True:
             start = time.perf_counter()
             self._connection.request("GET", "/health")
             self._connection.getresponse().read()
             self._seconds.append(time.perf_counter() - start)
+            if self._done.wait(0.1):
+                return
 
     def stop(self) -> dict[str, float]:
         self._done.set()
