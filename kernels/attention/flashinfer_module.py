@@ -8,6 +8,7 @@ copies of buffers that all our calls can share. `gen_batch_prefill_module` is pu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from typing import Any, Literal
 import torch
 from packaging.version import Version
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 OLDEST, TOO_NEW = "0.6.12", "0.8"
 HEAD_DIMS = (64, 128, 256)
@@ -74,6 +77,8 @@ def build(variants: Sequence[Variant]) -> None:
     FlashInfer's own `build_jit_specs` is no help: it runs ninja in another folder than `build_and_load` does, and each
     ninja holds the other's output for stale, so that both compile everything again at every start (0.6.12).
     """
+    if not all(variant.spec().is_compiled for variant in variants):
+        logger.warning("compiling FlashInfer's attention kernels for this model: a minute or two, the first time only")
     with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
         list(pool.map(_load, variants))
 
