@@ -55,6 +55,8 @@ def chat_prompt(
     """
     if template is None:
         raise InvalidRequest("this model has no chat template: send a prompt instead", field="messages")
+    if definitions is not None and not template.writes_tools:
+        raise bad("tools", "are not supported: this model's chat template does not write them")
     if not messages:
         raise bad("messages", "must not be empty")
     if max_messages is not None and len(messages) > max_messages:

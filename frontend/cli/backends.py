@@ -25,7 +25,7 @@ class Answer:
     """One prompt's answer, and what the tree saved on it."""
 
     text: str
-    finish_reason: str
+    finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -59,7 +59,7 @@ class InProcess:
                 prompt_tokens=output.prompt_tokens,
                 completion_tokens=len(output.token_ids),
                 cached_tokens=output.cached_tokens,
-                cache_reason=output.cache.reason,
+                cache_reason="" if output.cache is None else output.cache.reason,
             )
             for output in self.engine.generate(list(prompts), params)
         ]
@@ -69,9 +69,11 @@ class InProcess:
         return self.engine.tokenizer.chat_template is not None
 
     def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
-        tokenizer, facts = self.engine.tokenizer, self.engine.info()
-        text = tokenizer.apply_chat_template(messages) if self.has_template else plain(messages)
-        prompt = tokenizer.encode(text, add_special_tokens=not self.has_template).tolist()
+        facts = self.engine.info()
+        if self.has_template:
+            prompt = self.engine.chat_prompt(messages)
+        else:
+            prompt = self.engine.tokenizer.encode(plain(messages)).tolist()
         params = _fitting(params, len(prompt), min(facts["max_model_len"], facts["pool_tokens"]))
         for chunk in self.engine.stream(prompt, params):
             yield chunk.text
