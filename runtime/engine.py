@@ -2,6 +2,7 @@
 
 engine = Engine("path/to/model")
 print(engine.generate("Once upon a time", SamplingParams(max_tokens=32)).text)
+print(engine.chat([{"role": "user", "content": "Who are you?"}]).text)
 """
 
 from __future__ import annotations
