@@ -13,6 +13,7 @@ from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGT
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
+SamplingDefaults = Literal["model", "neutral", "openai"]  # openai: SGLang's word for neutral
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9  # of the GPU's memory; of free memory on a CPU, half of it at most
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"  # auto: the fastest that runs here
+    sampling_defaults: SamplingDefaults = "model"  # where requests say nothing; neutral: whatever the model, as is
     cuda_graphs: bool = True  # capture steps of up to about a thousand tokens; off: launch every kernel by itself
 
     schedule_policy: SchedulePolicy = "hrrn"
