@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ...runtime.config import EngineConfig, EvictionPolicy, SchedulePolicy, ServerConfig
+from ...runtime.config import EngineConfig, EvictionPolicy, SamplingDefaults, SchedulePolicy, ServerConfig
 from .console import err, escape, expected_failures, out
 from .options import (
     LIMITS,
@@ -212,6 +212,15 @@ def serve(
     tensor_parallel_size: Annotated[
         int, typer.Option(metavar="N", help="GPUs to split the model over; only 1 so far.", rich_help_panel=MODEL)
     ] = _ENGINE.tensor_parallel_size,
+    sampling_defaults: Annotated[
+        SamplingDefaults,
+        typer.Option(
+            metavar="NAME",
+            help="How tokens are drawn where a request does not say: model, as its generation_config.json wants it, or "
+            "neutral (SGLang's word: openai), with temperature and top_p 1 and no other filter.",
+            rich_help_panel=MODEL,
+        ),
+    ] = _ENGINE.sampling_defaults,
     attention_backend: Annotated[
         Literal["auto", "torch", "flashinfer", "triton"],
         typer.Option(
@@ -417,6 +426,10 @@ class _Startup:
         self._bar.stop()
         for line in info["memory_plan"]:
             out.print(f"  {line}", markup=False, soft_wrap=True)
+        wanted = info["preferred_sampling_params"]
+        if wanted:
+            values = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            out.print(f"  the model's own where a request is silent: {values}", markup=False, soft_wrap=True)
         url = f"http://{_reachable(info['host'])}:{info['port']}"
         seconds = time.monotonic() - self._started
         key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'
