@@ -34,7 +34,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9  # of the GPU's memory; of free memory on a CPU, half of it at most
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"  # auto: the fastest that runs here
-    sampling_defaults: SamplingDefaults = "model"  # where requests say nothing; neutral: whatever the model, as is
+    sampling_defaults: SamplingDefaults = "model"  # where a request says nothing; neutral: temperature and top_p 1
     cuda_graphs: bool = True  # capture steps of up to about a thousand tokens; off: launch every kernel by itself
 
     schedule_policy: SchedulePolicy = "hrrn"
