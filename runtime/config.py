@@ -13,6 +13,7 @@ from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGT
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
+SamplingDefaults = Literal["model", "neutral", "openai"]  # openai: SGLang's word for neutral
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -36,6 +37,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         tensor_parallel_size: GPUs to split the model over; only 1 so far.
         attention_backend: Attention kernels: flashinfer or triton (on a GPU), torch, or auto: the fastest that runs
             here.
+        sampling_defaults: How tokens are drawn where a request does not say: model, as its generation_config.json wants
+            it, or neutral (SGLang's word: openai), with temperature and top_p 1 and no other filter.
         cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.
         schedule_policy: Who goes first: hrrn weighs waiting time against uncached work, lpm takes the longest cached
             prefix, fcfs the oldest, priority what requests ask for.
@@ -68,6 +71,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"
+    sampling_defaults: SamplingDefaults = "model"
     cuda_graphs: bool = True
 
     schedule_policy: SchedulePolicy = "hrrn"

@@ -28,6 +28,7 @@ from .limits import check_token_ids
 from .messages import Control, Delta, Generate, Stats
 from .model_folder import model_folder
 from .request_output import Collector, RequestOutput, StreamChunk
+from .sampling_defaults import sampling_defaults
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 from .torch_environment import prepare_torch
@@ -48,8 +49,10 @@ class EngineBase(EngineThread):
         from .executor.executor import ModelExecutor  # torch: seconds to import
 
         config = check(EngineConfig(model=str(model), **settings))
+        folder = model_folder(config.model)
+        preferred = sampling_defaults(config, folder)
         executor = ModelExecutor.load(config)
-        tokenizer = Tokenizer.load(model_folder(config.model))
+        tokenizer = Tokenizer.load(folder)
         core = EngineCore(
             config,
             executor,
@@ -57,6 +60,7 @@ class EngineBase(EngineThread):
             executor.max_model_len,
             gpu=executor.device.type == "cuda",
             grammars=GrammarCompiler(tokenizer, executor.vocab_size, executor.eos_ids),
+            preferred=preferred,
         )
         self._start(core, tokenizer)
 
@@ -68,8 +72,15 @@ class EngineBase(EngineThread):
         return engine
 
     def _submit(
-        self, prompt: Prompt, params: SamplingParams, sink: Callable[[Delta], None], cache_salt: str, priority: int
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        sink: Callable[[Delta], None],
+        cache_salt: str,
+        priority: int,
     ) -> list[int]:
+        if params is None:
+            params = self.default_params()
         vocab_size = self._core.scheduler.limits.vocab_size
         validate(params, vocab_size)
         if isinstance(prompt, str):
@@ -100,6 +111,11 @@ class EngineBase(EngineThread):
 
         if self._dead is None:
             self._inbox.put(job)
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """What is drawn with where ``params`` are left out: `SamplingParams` with the model's own defaults, and
+        ``changes`` to them. `SamplingParams(...)` itself has none of the model's."""
+        return SamplingParams(**{**self._core.preferred, **changes})
 
     def chat_prompt(
         self,
@@ -144,7 +160,7 @@ class EngineBase(EngineThread):
     ) -> AsyncIterator[StreamChunk]:
         """`stream` for asyncio. Cancelling the task aborts the request."""
         async with AsyncInbox() as inbox:
-            ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
+            ids = self._submit(prompt, params, inbox.put, cache_salt, priority)
             collector = Collector(ids)
             try:
                 while not collector.done:
@@ -179,7 +195,7 @@ class EngineBase(EngineThread):
         """`generate` for asyncio."""
         single, items = _as_batch(prompts, params)
 
-        async def one(prompt: Prompt, param: SamplingParams) -> RequestOutput:
+        async def one(prompt: Prompt, param: SamplingParams | None) -> RequestOutput:
             async with AsyncInbox() as inbox:
                 ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
                 collector = Collector(ids)
@@ -327,7 +343,7 @@ class Engine(EngineBase):
     ) -> Iterator[StreamChunk]:
         """Yields text as it is generated; leaving the loop early aborts the request."""
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
+        ids = self._submit(prompt, params, inbox.put, cache_salt, priority)
         collector = Collector(ids)
         try:
             while not collector.done:
@@ -413,12 +429,11 @@ class Engine(EngineBase):
 
 def _as_batch(
     prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:
+) -> tuple[bool, list[tuple[Prompt, SamplingParams | None]]]:
     single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, (int, np.integer)) for p in prompts))
     batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-    if params is None:
-        params = SamplingParams()
-    each = [params] * len(batch) if isinstance(params, SamplingParams | Mapping) else list(params)
+    alike = params is None or isinstance(params, SamplingParams | Mapping)
+    each: list[Any] = [params] * len(batch) if alike else list(params)  # type: ignore[arg-type]
     if len(each) != len(batch):
         raise InvalidRequest(f"params has {len(each)} entries for {len(batch)} prompts", field="params")
     if not batch:

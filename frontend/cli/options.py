@@ -54,12 +54,31 @@ Device = Annotated[str, flag("device", MODEL, metavar="NAME")]
 LoadFormatFlag = Annotated[LoadFormat, flag("load_format", MODEL, metavar="NAME")]
 
 MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=SAMPLING)]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.", rich_help_panel=SAMPLING)]
-TopP = Annotated[
-    float,
-    typer.Option(help="Draw from the likeliest tokens whose probabilities sum to this.", rich_help_panel=SAMPLING),
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        help="0 takes the likeliest token every time. Default: as the model's generation_config.json wants it; where "
+        "that wants nothing, 0.7 in a chat and 0 in generate.",
+        rich_help_panel=SAMPLING,
+        show_default=False,
+    ),
 ]
-TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0: from all.", rich_help_panel=SAMPLING)]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Draw from the likeliest tokens whose probabilities sum to this. Default: the model's own, else 1.",
+        rich_help_panel=SAMPLING,
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Draw from this many likeliest tokens; 0: from all. Default: the model's own, else 0.",
+        rich_help_panel=SAMPLING,
+        show_default=False,
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option("--seed", help="The same seed gives the same text.", rich_help_panel=SAMPLING, show_default=False),

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from ...runtime.config import EngineConfig, EvictionPolicy, SchedulePolicy, ServerConfig
+from ...runtime.config import EngineConfig, EvictionPolicy, SamplingDefaults, SchedulePolicy, ServerConfig
 from .console import err, escape, expected_failures, out
 from .options import (
     LIMITS,
@@ -96,6 +96,9 @@ def serve(
     tensor_parallel_size: Annotated[
         int, flag("tensor_parallel_size", MODEL, metavar="N")
     ] = _ENGINE.tensor_parallel_size,
+    sampling_defaults: Annotated[
+        SamplingDefaults, flag("sampling_defaults", MODEL, metavar="NAME")
+    ] = _ENGINE.sampling_defaults,
     attention_backend: Annotated[
         Literal["auto", "torch", "flashinfer", "triton"], flag("attention_backend", MODEL, metavar="NAME")
     ] = _ENGINE.attention_backend,
@@ -208,6 +211,10 @@ class _Startup:
         self._bar.stop()
         for line in info["memory_plan"]:
             out.print(f"  {line}", markup=False, soft_wrap=True)
+        wanted = info["preferred_sampling_params"]
+        if wanted:
+            values = ", ".join(f"{name} {value}" for name, value in wanted.items())
+            out.print(f"  the model's own where a request is silent: {values}", markup=False, soft_wrap=True)
         url = f"http://{_reachable(info['host'])}:{info['port']}"
         seconds = time.monotonic() - self._started
         key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'

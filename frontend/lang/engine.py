@@ -8,8 +8,6 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
 from ...runtime.errors import BranchwiseError, InvalidRequest
 from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
@@ -84,7 +82,7 @@ class EngineBackend:
         handle.extend(_ids(piece))
 
     async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
-        params = msgspec.structs.replace(ask.params, **ask.constraint) if ask.constraint else ask.params
+        params = self._engine.default_params(**ask.options, **ask.constraint)
         prompt = array("i", handle.tokens())  # it is kept until the answer is there: four bytes a token, not eight
         self._sent(prompt)
         try:

@@ -40,7 +40,7 @@ class _Handle:
     def _generation(
         self, params: SamplingParams | None, extend: Prompt | None, parse_special: bool, priority: int
     ) -> BranchRun:
-        params = params or SamplingParams()
+        params = self._engine.default_params() if params is None else params
         validate(params, _vocab_size(self._engine))
         piece = None if extend is None else _piece(self._engine, extend, parse_special)
         return self._numbered(BranchRun([], self.id, ("", ""), params, piece, priority=priority), params.n)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field
@@ -54,7 +55,7 @@ def names(request: ChatRequest) -> dict[str, str]:
     }
 
 
-def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingParams:
+def sampling(request: ChatRequest, preferred: Mapping[str, float], *, skip_special_tokens: bool) -> SamplingParams:
     """Not checked against its bounds yet: `prompts.prepare_params` does that."""
     limit = request.max_completion_tokens
     if limit is None:
@@ -69,6 +70,7 @@ def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingPara
         raise bad("modalities", 'must be ["text"]: this server writes text only')
     return openai_sampling(
         request,
+        preferred,
         max_tokens=limit,
         n=request.n,
         skip_special_tokens=skip_special_tokens,

@@ -51,7 +51,8 @@ class Turns:
             self._formats = Formats.of(site.config, site.tokenizer, template)
         tools = ToolUse(body, self._formats, template, site.config)
         called = names(body)
-        params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
+        skips = body.skip_special_tokens and not tools.keeps_special
+        params = sampling(body, site.preferred, skip_special_tokens=skips)
         params = prepare_params(params, limits, called, site.config)
         check_count(params.n, site.config.max_samples_per_request, "n")
         text = await rendered(site, body, tools.definitions)
