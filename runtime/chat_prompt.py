@@ -15,8 +15,8 @@ from .tools.definitions import ToolLimits, validate_tools
 _COMMON_VARIABLES = frozenset(
     {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
 )
-MAX_VARIABLES = 64
-MARKS = ("prompt_cache_breakpoint", "cache_control")  # what a part, a call or a tool says to stay cached: ours, theirs
+_MAX_VARIABLES = 64
+_MARKS = ("prompt_cache_breakpoint", "cache_control")  # what a part, a call or a tool says to stay cached: ours, theirs
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ def tool_definitions(tools: list[Any] | None, limits: ToolLimits | None = None) 
 def definition(tool: Mapping[str, Any]) -> dict[str, Any]:
     """As a template gets it: as it came, but for what is not the model's business."""
     function = tool.get("function", tool)
-    shown = {name: value for name, value in function.items() if name not in ("type", "strict", *MARKS)}
+    shown = {name: value for name, value in function.items() if name not in ("type", "strict", *_MARKS)}
     return {"type": "function", "function": shown}
 
 
@@ -92,8 +92,8 @@ def _variables(
     reasoning_effort: str | None,
 ) -> dict[str, Any]:
     """What the template is told beside messages and tools. A name nobody reads is refused: it would change nothing."""
-    if len(kwargs or {}) > MAX_VARIABLES:
-        raise bad("chat_template_kwargs", f"must have at most {MAX_VARIABLES} entries, got {len(kwargs or {})}")
+    if len(kwargs or {}) > _MAX_VARIABLES:
+        raise bad("chat_template_kwargs", f"must have at most {_MAX_VARIABLES} entries, got {len(kwargs or {})}")
     result: dict[str, Any] = {}
     for name, value in (kwargs or {}).items():
         if not template.reads(name) and name not in _COMMON_VARIABLES:
