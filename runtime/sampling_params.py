@@ -117,6 +117,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "prompt_logprob_start": (0, 2**31 - 1, False),
 }
 _INTEGERS = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "prompt_logprob_start"}
+_CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("stop", (tuple, list), "a tuple of strings"),
+    ("stop_token_ids", (tuple, list), "a tuple of token ids"),
+    ("logit_bias", (dict,), "a dict of token ids"),
+)
 _OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 
 
@@ -151,6 +156,9 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
             raise bad(field, f"must be {edge} and at most {high}, got {value}")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
+    for field, types, kind in _CONTAINERS:  # a str is a sequence of strings too: "ab" would stop at a and at b
+        if not isinstance(getattr(params, field), types):
+            raise bad(field, f"must be {kind}, got {type(getattr(params, field)).__name__}")
     if len(params.stop) > MAX_STOPS:
         raise bad("stop", f"must hold at most {MAX_STOPS} strings, got {len(params.stop)}")
     for text in params.stop:
