@@ -113,7 +113,7 @@ class Remote:
 
     @property
     def preferred(self) -> Mapping[str, Any]:
-        return self._model["preferred_sampling_params"] or {}
+        return self._model.get("preferred_sampling_params") or {}
 
     def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
         prompt: dict[str, Any] = {"messages": messages} if self.has_template else {"prompt": plain(messages)}
