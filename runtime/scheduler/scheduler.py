@@ -392,7 +392,7 @@ class Scheduler:
 
     def fail_oldest(self, error: str) -> None:
         """Breaks a stalemate that the rules above should make impossible."""
-        candidates = self.ledger.rows.running() or list(self.ledger.waiting.values())
+        candidates = self.ledger.rows.running() or list(self._live.values())
         refusal = InvalidRequest(error, status=503) if self.cache.pins.pages else None  # there will be room
         self._finish(candidates[0], "error", error=error, refusal=refusal)
 
