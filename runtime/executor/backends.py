@@ -15,7 +15,7 @@ from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ..config import EngineConfig
 from ..errors import LoadError
-from .graphs import CHUNK_TOKENS, CHUNKS
+from .graphs import CHUNK_TOKENS, CHUNKS, DECODES
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def make_attention(
         check_available(pool.device, pool.dtype, pool.shape[-1])
     except Unavailable as error:
         raise LoadError(f"--attention-backend flashinfer: {error}") from error
-    captured = CHUNK_TOKENS[-1], CHUNKS
+    captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 

@@ -116,6 +116,32 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
         assert [call.variant.kernel for call in flashinfer._members[-1].calls.values()] == [kernel, "fa2", "fa2"]
 
 
+def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, captured):
+    """What FlashInfer's planner takes of the workspace at most (`PrefillPlan` and `PrefillSplitQOKVIndptr` of its
+    scheduler.cuh): with a graph by the shape alone, else by the tiles of a step that it splits."""
+    group = num_heads // kv_heads
+    rows = ((tokens - requests + 1) % 2**32 if captured else tokens / requests) * group
+    tile = 128 if rows > 64 and head_dim < 256 else 64 if rows > 16 else 16
+    tiles = 2 * processors // kv_heads
+    if captured:
+        tiles = max(tiles, -(-tokens * group // tile) + requests - 1)
+    return -(-num_heads * tiles * tile * head_dim * 4 // 16) * 16 + num_heads * tiles * tile * 4
+
+
+@pytest.mark.parametrize("processors", [20, 78, 132, 170, 188], ids="{} processors".format)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(32, 8, 128), (14, 2, 64), (16, 2, 128), (4, 1, 256), (32, 32, 64), (64, 2, 128), (32, 1, 128), (71, 1, 64)],
+)
+def test_the_workspace_holds_what_any_step_is_planned_to_take(processors, heads, kv_heads, head_dim):
+    for most in (1, 8, 64, 512):
+        size = subject.workspace_bytes(heads, kv_heads, head_dim, processors, most, 1024, min(64, most))
+        shapes = [(n, n, True) for n in (1, most)] + [(n, min(64, most), True) for n in (32, 256, 1024)]
+        steps = [(n, requests, False) for n in (1, 100, 8192) for requests in (1, 4, 64, 4096) if requests <= n]
+        for step in shapes + steps:
+            assert planned_bytes(heads, kv_heads, head_dim, processors, *step) <= size, step
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
