@@ -19,15 +19,13 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
+from .base import Unavailable
+
 OLDEST, TOO_NEW = "0.6.12", "0.8"
 HEAD_DIMS = (64, 128, 256)
 _NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
 
 Kernel = Literal["fa2", "fa3"]
-
-
-class Unavailable(Exception):
-    """FlashInfer cannot be used here. The message says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +71,15 @@ def build(variants: Sequence[Variant]) -> None:
 
     FlashInfer's own `build_jit_specs` is no help: it runs ninja in another folder than `build_and_load` does, and each
     ninja holds the other's output for stale, so that both compile everything again at every start (0.6.12).
+
+    Raises `Unavailable` where that fails: most often for want of nvcc.
     """
-    with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
-        list(pool.map(_load, variants))
+    try:
+        with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
+            list(pool.map(_load, variants))
+    except Exception as error:  # FlashInfer raises what it meets
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise Unavailable(f"FlashInfer's kernels could not be compiled: {said[0][:200]}") from error
 
 
 @cache

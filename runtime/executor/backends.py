@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from importlib.util import find_spec
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ...kernels import ops as torch_ops
-from ...kernels.attention.base import AttentionBackend, LayerSpec
+from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ..config import EngineConfig
@@ -39,36 +39,42 @@ def make_attention(
 
     Raises `LoadError` where a named one cannot run here, with the reason.
     """
-    choice, max_requests = config.attention_backend, len(table.host) - 1
-    if choice == "auto":
-        choice = "torch" if pool.device.type == "cpu" else _fastest(pool)
-    if choice == "torch":
+    choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
+    if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)
-    if choice == "triton":
-        if find_spec("triton") is None:
-            raise LoadError("--attention-backend triton: Triton is not installed: pip install 'branchwise[gpu]'")
-        if pool.device.type != "cuda":
-            raise LoadError(f"--attention-backend triton runs on CUDA devices, not on {pool.device}")
-        from ...kernels.attention.triton_backend import TritonAttention
+    for name in makers if choice == "auto" else [choice]:
+        try:
+            return makers[name](pool, layers, num_heads, table, max_tokens)
+        except Unavailable as error:
+            if choice == name:
+                raise LoadError(f"--attention-backend {name}: {error}") from error
+            logger.warning("attention does not run on %s: %s", name, error)
+    return TorchAttention(pool, layers, num_heads)
 
-        return TritonAttention(pool, layers, num_heads, max_requests, max_tokens)
+
+def _flashinfer(
+    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+) -> AttentionBackend:
     from ...kernels.attention.flashinfer_backend import FlashInferAttention
-    from ...kernels.attention.flashinfer_module import Unavailable, check_available
+    from ...kernels.attention.flashinfer_module import check_available
 
-    try:
-        check_available(pool.device, pool.dtype, pool.shape[-1])
-    except Unavailable as error:
-        raise LoadError(f"--attention-backend flashinfer: {error}") from error
+    check_available(pool.device, pool.dtype, pool.shape[-1])
+    max_requests = len(table.host) - 1
     captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 
-def _fastest(pool: Tensor) -> Literal["flashinfer", "triton", "torch"]:
-    from ...kernels.attention.flashinfer_module import Unavailable, check_available
+def _triton(
+    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+) -> AttentionBackend:
+    if find_spec("triton") is None:
+        raise Unavailable("Triton is not installed: pip install 'branchwise[gpu]'")
+    if pool.device.type != "cuda":
+        raise Unavailable(f"Triton runs on CUDA devices, not on {pool.device}")
+    from ...kernels.attention.triton_backend import HEAD_DIMS, TritonAttention
 
-    try:
-        check_available(pool.device, pool.dtype, pool.shape[-1])
-        return "flashinfer"
-    except Unavailable as error:
-        logger.warning("attention does not run on FlashInfer: %s", error)
-        return "torch" if find_spec("triton") is None else "triton"
+    if pool.shape[-1] not in HEAD_DIMS:
+        raise Unavailable(
+            f"there is no Triton kernel for head_dim {pool.shape[-1]} ({HEAD_DIMS[0]} to {HEAD_DIMS[-1]})"
+        )
+    return TritonAttention(pool, layers, num_heads, len(table.host) - 1, max_tokens)

@@ -28,8 +28,8 @@ class _NoAttention:
 def measure_activations(
     decoder: Decoder, model: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int, rows: int
 ) -> int:
-    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests, or as many as there are tokens, sample
-    the most expensive way: what penalties remember of every row counts too."""
+    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests (no more than tokens) sample the most
+    expensive way. What penalties remember of every row counts too."""
     rows = min(rows, tokens)
     pool = torch.zeros((model.num_layers, 2, 1, 1, model.num_kv_heads, model.head_dim), dtype=dtype, device=device)
     params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)

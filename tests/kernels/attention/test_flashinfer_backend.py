@@ -9,8 +9,9 @@ import torch
 
 from branchwise.kernels import ops
 from branchwise.kernels.attention import flashinfer_backend as subject
-from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
-from branchwise.kernels.attention.flashinfer_module import OLDEST, Unavailable, check_available
+from branchwise.kernels.attention import flashinfer_module
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape, Unavailable
+from branchwise.kernels.attention.flashinfer_module import OLDEST, Variant, check_available
 from branchwise.kernels.attention.torch_backend import TorchAttention
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
@@ -157,10 +158,19 @@ def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
             raise subject_metadata.PackageNotFoundError(name)
         return version
 
-    from branchwise.kernels.attention import flashinfer_module
-
     subject_metadata = flashinfer_module.metadata
     monkeypatch.setattr(flashinfer_module.metadata, "version", installed)
     with pytest.raises(Unavailable, match="FlashInfer") as error:
         check_available(torch.device("cpu"), torch.bfloat16, 128)
     assert message in str(error.value)
+
+
+def test_it_says_so_where_nothing_can_be_compiled(monkeypatch):
+    def load(variant):
+        raise RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist\nand more")
+
+    monkeypatch.setattr(flashinfer_module, "_load", load)
+    with pytest.raises(Unavailable) as error:
+        flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
+    assert str(error.value).startswith("FlashInfer's kernels could not be compiled: Could not find nvcc")
+    assert "\n" not in str(error.value)

@@ -1,0 +1,62 @@
+"""Which attention backend serves, where the better ones cannot: a pool on a GPU is played, no kernel runs."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels.attention import flashinfer_backend, flashinfer_module, triton_backend
+from branchwise.kernels.attention.base import LayerSpec, Unavailable
+from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.errors import LoadError
+from branchwise.runtime.executor.backends import make_attention
+
+
+def make(choice: str, head_dim: int = 128, device: str = "cuda") -> Any:
+    pool: Any = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, shape=(1, 2, 9, 16, 2, head_dim))
+    pool.element_size, pool.new_empty = lambda: 2, torch.empty
+    table: Any = SimpleNamespace(host=np.zeros((9, 4), np.int32), device=torch.zeros(9, 4, dtype=torch.int32))
+    config = EngineConfig(attention_backend=choice)  # type: ignore[arg-type]
+    return make_attention(config, pool, [LayerSpec(0.1)], 4, table, 64)
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer is installed and fits, and cannot compile; Triton's backend is a name."""
+
+    def broken(*args: object) -> None:
+        raise Unavailable("FlashInfer's kernels could not be compiled: Could not find nvcc")
+
+    monkeypatch.setattr(flashinfer_module, "check_available", lambda device, dtype, head_dim: None)
+    monkeypatch.setattr(flashinfer_backend, "FlashInferAttention", broken)
+    monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args: "triton")
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_auto_takes_the_next_best(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert make("auto") == "triton"
+    assert "attention does not run on flashinfer: FlashInfer's kernels could not be compiled" in caplog.text
+    assert isinstance(make("auto", head_dim=512), TorchAttention)  # Triton's kernels end at 256
+    assert "attention does not run on triton: there is no Triton kernel for head_dim 512 (16 to 256)" in caplog.text
+
+
+@pytest.mark.usefixtures("no_nvcc")
+@pytest.mark.parametrize(
+    ("choice", "head_dim", "device", "says"),
+    [
+        ("flashinfer", 128, "cuda", "--attention-backend flashinfer: FlashInfer's kernels could not be compiled"),
+        ("triton", 512, "cuda", "--attention-backend triton: there is no Triton kernel for head_dim 512"),
+        ("triton", 128, "cpu", "--attention-backend triton: Triton runs on CUDA devices, not on cpu"),
+    ],
+)
+def test_a_named_one_that_cannot_run_is_refused(choice: str, head_dim: int, device: str, says: str) -> None:
+    with pytest.raises(LoadError) as caught:
+        make(choice, head_dim, device)
+    assert str(caught.value).startswith(says)
