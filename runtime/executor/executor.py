@@ -62,7 +62,7 @@ class ModelExecutor:
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, decoder: Decoder, memory: MemoryPlan) -> None:
-        """Allocates the pool and the page table, captures graphs. Most callers want `load`."""
+        """Allocates the pool and the page table, captures graphs. Most callers want `load`, which picks the device."""
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.page_size, model.vocab_size
@@ -83,6 +83,7 @@ class ModelExecutor:
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
+        self._logits = torch.empty(0, device=self.device)  # of captured steps
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
 
@@ -94,6 +95,7 @@ class ModelExecutor:
         """
         check(config)
         device = pick_device(config)
+        _enter(device)
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
@@ -113,6 +115,7 @@ class ModelExecutor:
         return cls(config, model, decoder, memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
+        _enter(self.device)
         self._threads.set_for(plan)
         with torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
@@ -124,8 +127,10 @@ class ModelExecutor:
             return self._forward(plan)
 
     def close(self) -> None:
-        """Drops the weights and the pool. The executor is of no use afterwards."""
-        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs
+        """Gives the memory of weights, pool and graphs back. The executor is of no use afterwards."""
+        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs, self._logits
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
@@ -220,7 +225,7 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """The device ``config.device`` names; ``auto`` is a GPU if there is one."""
+    """The device ``config.device`` names, with its number if it is a GPU; ``auto`` is a GPU if there is one."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,7 +239,16 @@ def pick_device(config: EngineConfig) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+def _enter(device: torch.device) -> None:
+    """Makes the device the calling thread's own: kernels run, and events are recorded, where the thread is, wherever
+    their tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

@@ -178,6 +178,7 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes. On a CPU, what the kernel calls available, within the container's limit if it has one."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of another engine of this process is free
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
