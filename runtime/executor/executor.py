@@ -109,7 +109,7 @@ class ModelExecutor:
         weight_bytes = sum(weight.nbytes for weight in weights.values())
         decoder = Decoder(model, weights, pick_ops(device))
         if device.type == "cuda":
-            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs)
+            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
             memory = plan_memory(config, model, dtype, device, length, batched, measured)
         return cls(config, model, decoder, memory)

@@ -16,8 +16,9 @@ from ..models.config import ModelConfig
 from ..models.weights import weight_specs
 
 GIB = 1024**3
-# Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, index buffers, libraries.
+# Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
 GPU_RESERVE = 3 * GIB // 2
+TABLES = 3  # as large as the page table: itself on the device, and FlashInfer's indices of decodes and of chunks
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens says otherwise: a CPU rarely profits from more
 
 
@@ -106,10 +107,10 @@ def plan_memory(
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
     if measured is not None:
         free, weights, activations = measured
-    reserve = GPU_RESERVE if device.type == "cuda" else 0
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     page = token * config.page_size
     row_pages = -(-max_model_len // config.page_size)
+    reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
     if config.kv_cache_tokens is not None:
         pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"
         short = weights + activations + reserve + pages * page - free

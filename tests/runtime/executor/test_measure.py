@@ -33,5 +33,5 @@ def test_no_more_rows_sample_than_there_are_tokens(
     )
     model = load_config(checkpoint("llama-gqa"))
     decoder = Decoder(model, load_weights(checkpoint("llama-gqa"), model, torch.float32, CPU), ops)
-    measure.measure_activations(decoder, model, torch.float32, CPU, tokens, rows)
+    measure.measure_activations(decoder, model, torch.float32, CPU, tokens, rows, 512)
     assert seen == [sampled]

@@ -57,6 +57,18 @@ def test_four_gibibytes_at_most(model: ModelConfig, monkeypatch: pytest.MonkeyPa
     assert found.kv_bytes <= 4 * GIB < found.kv_bytes + 16 * 768
 
 
+def test_a_gpu_keeps_room_for_the_page_table_and_its_copies(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pages and long contexts make them large: 1.6 GiB with 1,024 rows of 131,072 pages."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: (30 * GIB, 40 * GIB))
+    config = EngineConfig(page_size=1, max_num_seqs=1024)
+    found = plan_memory(config, model, torch.bfloat16, torch.device("cuda"), 131_072, 8192)
+    taken = 10 * GIB + found.weight_bytes + found.activation_bytes + found.kv_bytes + 3 * found.page_table_bytes
+    assert found.page_table_bytes == 1024 * 131_072 * 4
+    assert taken + memory.GPU_RESERVE <= 0.9 * 40 * GIB < taken + memory.GPU_RESERVE + found.token_bytes
+
+
 def test_nothing_left(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "device_memory", lambda device: (1024**2, GIB))
     with pytest.raises(LoadError, match="no memory for a KV cache: weights take"):
