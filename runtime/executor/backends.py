@@ -71,6 +71,8 @@ def _triton(
         raise Unavailable("Triton is not installed: pip install 'branchwise[gpu]'")
     if pool.device.type != "cuda":
         raise Unavailable(f"Triton runs on CUDA devices, not on {pool.device}")
+    if torch.cuda.get_device_capability(pool.device) < (8, 0):
+        raise Unavailable("Triton supports compute capability 8.0 or newer")
     from ...kernels.attention.triton_backend import HEAD_DIMS, TritonAttention
 
     if pool.shape[-1] not in HEAD_DIMS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from .prompt_logprobs import PromptLogprobs, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler, Words
 from .threads import ThreadChoice
 from .token_history import to_device
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -252,9 +255,13 @@ def _enter(device: torch.device) -> None:
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV; ``auto`` is the checkpoint's on a GPU and float32 on a CPU."""
-    name = config.dtype
+    """The dtype of weights and KV; ``auto`` is the checkpoint's on a GPU that has it, and float32 on a CPU."""
+    name: str = config.dtype
     if name == "auto":
-        name = "float32" if device.type == "cpu" else model.dtype  # type: ignore[assignment]
+        name = "float32" if device.type == "cpu" else model.dtype
+        if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
+            # What Gemma computes outgrows float16, which ends at 65,504.
+            name = "float32" if model.sandwich_norms else "float16"
+            logger.warning("this GPU does not compute in bfloat16, the checkpoint's dtype: serving in %s", name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +19,8 @@ from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.backends import make_attention
+from branchwise.runtime.executor.executor import pick_dtype
+from branchwise.runtime.models.config import load_config
 
 
 def make(choice: str, head_dim: int = 128, device: str = "cuda") -> Any:
@@ -36,6 +41,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_module, "check_available", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(flashinfer_backend, "FlashInferAttention", broken)
     monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args: "triton")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
 @pytest.mark.usefixtures("no_nvcc")
@@ -45,6 +51,18 @@ def test_auto_takes_the_next_best(caplog: pytest.LogCaptureFixture) -> None:
     assert "attention does not run on flashinfer: FlashInfer's kernels could not be compiled" in caplog.text
     assert isinstance(make("auto", head_dim=512), TorchAttention)  # Triton's kernels end at 256
     assert "attention does not run on triton: there is no Triton kernel for head_dim 512 (16 to 256)" in caplog.text
+
+
+@pytest.mark.usefixtures("no_nvcc")
+def test_a_gpu_before_ampere_has_torch_and_no_bfloat16(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert isinstance(make("auto"), TorchAttention)
+    for family, dtype in (("llama-gqa", torch.float16), ("gemma2", torch.float32)):
+        model = dataclasses.replace(load_config(checkpoint(family)), dtype="bfloat16")
+        assert pick_dtype(EngineConfig(), model, torch.device("cuda:0")) == dtype
+        assert pick_dtype(EngineConfig(dtype="bfloat16"), model, torch.device("cuda:0")) == torch.bfloat16
 
 
 @pytest.mark.usefixtures("no_nvcc")
