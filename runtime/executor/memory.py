@@ -135,9 +135,11 @@ def plan_memory(
             candidates.append((CPU_KV_LIMIT // page, "the most a CPU takes unasked (--kv-cache-tokens sets it)"))
         pages, limit = min(candidates)
         if pages < 1:
+            held = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
             raise LoadError(
                 f"no memory for a KV cache: weights take {human_bytes(weights)}, activations "
-                f"{human_bytes(activations)}, of {human_bytes(int(budget))}; raise --gpu-memory-utilization, lower "
+                f"{human_bytes(activations)}{held}, of {human_bytes(max(0, int(budget)))} ({human_bytes(free)} of "
+                f"{human_bytes(total)} are free on {device}); raise --gpu-memory-utilization, lower "
                 "--max-num-batched-tokens or use a smaller model"
             )
     return MemoryPlan(

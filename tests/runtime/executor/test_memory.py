@@ -83,6 +83,15 @@ def test_lines_tell_the_formula(model: ModelConfig) -> None:
         assert part in text
 
 
+def test_a_gpu_that_another_process_fills(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that do not fit are all named, and who has the rest can be seen."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: (3 * GIB // 2, 80 * GIB))
+    with pytest.raises(LoadError) as caught:
+        plan_memory(EngineConfig(), model, torch.bfloat16, torch.device("cuda:0"), 512, 8192)
+    said = str(caught.value)
+    assert "workspaces and CUDA graphs 1.5 GiB, of 0 B (1.5 GiB of 80.0 GiB are free on cuda:0)" in said
+
+
 @pytest.mark.parametrize(("family", "tied"), [("llama-mqa", False), ("gemma2", True)])
 def test_planned_weights_are_the_weights_loaded(
     family: str, tied: bool, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
