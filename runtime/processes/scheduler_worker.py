@@ -163,7 +163,7 @@ def _load(config: ServerConfig, http: Outbox) -> _Loaded:
 def _load_null(engine: EngineConfig, step_seconds: float) -> _Loaded:
     from ..executor.null import NullExecutor
 
-    pages = (engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size
+    pages = -(-(engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size)
     vocab_size = Tokenizer.load(Path(engine.model)).vocab_size
     executor = NullExecutor(pages, engine.page_size, vocab_size, step_seconds)
     return _Loaded(executor, (), engine.max_model_len or NULL_CONTEXT, ["no model: tokens are made up"], gpu=False)
