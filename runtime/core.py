@@ -162,6 +162,7 @@ class EngineCore:
         return self._profiler.start(steps) if start else self._profiler.stop(steps)
 
     def info(self) -> dict[str, Any]:
+        """What the engine was started with, and what came of it. JSON-able."""
         limits = self.scheduler.limits
         return {
             "vocab_size": limits.vocab_size,

@@ -88,6 +88,8 @@ class StepResult:
 
 
 class PendingStep(Protocol):
+    """A step that has been launched."""
+
     def draw(self, masks: npt.NDArray[np.uint32]) -> None:
         """Enqueues the sampling of a step that has ``plan.constrained``; called once, before the next launch.
 

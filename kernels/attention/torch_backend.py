@@ -61,6 +61,8 @@ class TorchAttention:
         share: whether shared pages are attended once; off for comparison.
     """
 
+    captures = False
+
     def __init__(self, pool: Tensor, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
         self._pool, self._layers, self._share = pool, layers, share
         _, _, _, self._page_size, self._kv_heads, self._head_dim = pool.shape
@@ -68,8 +70,6 @@ class TorchAttention:
         self._token_bytes = self._kv_heads * self._head_dim * pool.element_size()
         self._plans: dict[int | None, _Plan] = {}
         self._scratch = [pool.new_empty(0), pool.new_empty(0)]  # gathered keys and values; grown, never shrunk
-
-    captures = False
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
         if shape is not None:

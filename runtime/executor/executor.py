@@ -118,6 +118,7 @@ class ModelExecutor:
         return cls(config, model, decoder, memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Enqueues the step: see `runtime.step.Executor`."""
         _enter(self.device)
         self._threads.set_for(plan)
         with torch.inference_mode():

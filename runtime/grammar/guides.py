@@ -31,6 +31,8 @@ STEP_SECONDS = 0.05  # of one step's masks: past it, outputs of grammars that ha
 
 
 class Guides:
+    """All requests that have a constraint. ``compiler``: None where constraints are not served."""
+
     def __init__(self, compiler: GrammarCompiler | None) -> None:
         self._compiler = compiler
         self._compiling: dict[int, tuple[Request, Future[Grammar]]] = {}

@@ -47,4 +47,5 @@ class RunDirectory:
 
 
 def read_launch(run_dir: Path) -> Launch:
+    """What `RunDirectory` wrote, as a child reads it."""
     return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)

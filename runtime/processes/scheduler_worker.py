@@ -38,6 +38,8 @@ NULL_CONTEXT = 32_768
 
 
 class SchedulerWorker:
+    """Owns the engine core. What it hears comes from the tokenizer, the detokenizer and HTTP."""
+
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToScheduler] = Inbox(context, run_dir, "scheduler")
         self._detokenizer = Outbox(context, run_dir, "detokenizer")
@@ -69,6 +71,8 @@ class SchedulerWorker:
         http.send([Ready("scheduler", info)])
 
     def run(self) -> None:
+        """Steps for as long as there is work, sleeps where there is none; returns when `Shutdown` has come and every
+        request has ended."""
         core = self._core
         leaving = False
         timeout_ms: int | None = None

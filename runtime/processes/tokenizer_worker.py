@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerWorker:
+    """Hears HTTP; hands on to the scheduler what is good, and refuses the rest itself."""
+
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToTokenizer] = Inbox(context, run_dir, "tokenizer")
         self._scheduler = Outbox(context, run_dir, "scheduler")
@@ -45,6 +47,7 @@ class TokenizerWorker:
         http.send([Ready("tokenizer")])
 
     def run(self) -> None:
+        """Messages leave in the order in which they came; returns after `Shutdown`."""
         while True:
             forward: list[Message] = []
             refused: list[Delta] = []

@@ -157,6 +157,7 @@ class Scheduler:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> ScheduledStep | None:
+        """The next step, or None if nothing can run now. What it says is a promise: it must be launched, in order."""
         if self._guides.busy:
             self._hear_guides()
         step = self.planner.plan()
@@ -416,6 +417,7 @@ class Scheduler:
         return out
 
     def stats(self) -> Stats:
+        """The counters as they are now: one object, which changes with the next call."""
         totals, tree = self._totals, self.tree
         totals.running = len(self.ledger.rows)
         totals.waiting = len(self.ledger.waiting) + self._guides.compiling

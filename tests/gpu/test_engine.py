@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
+from branchwise.kernels.attention.base import StepShape
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor
 from branchwise.runtime.messages import Generate
+from branchwise.runtime.step import StepPlan
 
 RNG = np.random.default_rng(0)
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -35,7 +37,7 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
     with torch.inference_mode():
         for shape in graphs.shapes():
             found = []
-            inputs = executor._stage(step_like(shape, executor.page_size), shape, [])
+            inputs = executor._stage(step_like(shape), shape, [])
             before = pool.clone()
             for run in ("eager", "replay"):
                 pool.copy_(before)
@@ -52,10 +54,8 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
             assert torch.equal(found[0][1][:, :, :-1], found[1][1][:, :, :-1]), shape
 
 
-def step_like(shape, page_size):  # type: ignore[no-untyped-def]
+def step_like(shape: StepShape) -> StepPlan:
     """A step that fills about three quarters of a shape."""
-    from branchwise.runtime.step import StepPlan
-
     decodes = (shape.decodes * 3 + 3) // 4
     chunks = 0 if not shape.tokens else min(3, 16 - decodes, shape.requests)
     q_lens = np.array([1] * decodes + [max(1, shape.tokens // 4)] * max(chunks, 0), np.int32)
