@@ -80,8 +80,7 @@ class TokenizerWorker:
         except InvalidRequest as error:
             refused += _refusals(message, error.message, error.field, error.status)
             return
-        except Exception:
-            # The tokenizer library fails in its own ways; one text it cannot take must not stop everybody's server.
+        except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
             logger.exception("could not tokenize a prompt")
             refused += _refusals(message, "the prompt could not be tokenized", None, 500)
             return
@@ -104,7 +103,7 @@ class TokenizerWorker:
         """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
         try:
             encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
-        except Exception:
+        except BaseException:  # likewise
             logger.exception("could not tokenize a text")
             message.refusal = Refusal("the text could not be tokenized", None, 500)
 
