@@ -20,10 +20,10 @@ from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.loader import Progress, dummy_weights, load_weights
-from ..step import PENDING, Int32, StepPlan, StepResult
+from ..step import PENDING, Int32, Int64, StepPlan, StepResult
 from .backends import make_attention, pick_ops
 from .graphs import StepGraphs, largest_shape
-from .inputs import InputStaging, Int64, PageTable, StepInputs
+from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
