@@ -198,18 +198,30 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def container_memory(root: Path) -> tuple[int, int] | None:
-    """(free, limit) of the control group (version 2, then 1), None where there is no limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """(free, limit) of the control group (version 2, then 1), None where there is no limit. Files that were read and
+    are kept until somebody needs the memory count as free: weights that were loaded once are such."""
+    for folder, limit_name, used_name, reclaimable in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
+            limit, used = (folder / limit_name).read_text().strip(), (folder / used_name).read_text().strip()
         except OSError:
             continue
         if limit.isdigit() and used.isdigit():
-            return max(int(limit) - int(used), 0), int(limit)
+            kept = _statistics(folder / "memory.stat").get(reclaimable, 0)
+            return max(int(limit) - max(int(used) - kept, 0), 0), int(limit)
     return None
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    """A control group's ``memory.stat``: bytes by name."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in fields if len(pair) == 2 and pair[1].isdigit()}
 
 
 def human_bytes(count: float) -> str:

@@ -110,8 +110,18 @@ def test_planned_weights_are_the_weights_loaded(
     [
         ({"memory.max": "1000\n", "memory.current": "300\n"}, (700, 1000)),
         ({"memory.max": "1000", "memory.current": "3000"}, (0, 1000)),
+        # A checkpoint that was read lies in the page cache, which the kernel gives up for whoever asks.
+        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "file 700\ninactive_file 600\n"}, (700, 1000)),
         ({"memory.max": "max", "memory.current": "300"}, None),
         ({"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"}, (800, 900)),
+        (
+            {
+                "memory/memory.limit_in_bytes": "900",
+                "memory/memory.usage_in_bytes": "500",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 300\n",
+            },
+            (700, 900),
+        ),
         ({}, None),
     ],
 )
