@@ -88,8 +88,9 @@ class EngineCore:
         except Exception as error:
             self._failures += 1
             logger.exception("a step failed")
+            dropped = [scheduled for scheduled, _ in self._inflight]
             self._inflight.clear()
-            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}")
+            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}", dropped)
             if self._failures >= _MAX_FAILURES:
                 raise
         output = self.scheduler.take_output()
@@ -121,8 +122,9 @@ class EngineCore:
             self._complete()
 
     def _complete(self) -> None:
-        oldest, pending = self._inflight.popleft()
+        oldest, pending = self._inflight[0]
         self.scheduler.complete(oldest, pending.result())
+        self._inflight.popleft()
         self._failures = 0  # not before: a device's errors surface when results are read
 
     def control(self, message: Control) -> ControlReply:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -380,10 +380,12 @@ class Scheduler:
         if request.on_end is not None:
             request.on_end(request)
 
-    def fail_running(self, error: str) -> None:
+    def fail_running(self, error: str, dropped: Sequence[ScheduledStep] = ()) -> None:
         """A step broke: everything it may have touched is worthless. Running requests end with ``error`` and the
-        tree forgets all it knows; waiting requests stay."""
-        for request in self.ledger.rows.running():
+        tree forgets all it knows; waiting requests stay, but for those of which a ``dropped`` step (launched, and its
+        result lost) would have told logprobs of their prompt: no later step will."""
+        scored = [request for step in dropped for request in step.prompt_logprobs.values()]
+        for request in [*self.ledger.rows.running(), *scored]:
             self._finish(request, "error", error=error)
         if self.ledger.holders is not None:
             self.ledger.holders.forget()
