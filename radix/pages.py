@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
-import numpy.typing as npt
 
 from .errors import InvariantError, OutOfPages
-
-Int32 = npt.NDArray[np.int32]
+from .node import Int32
 
 
 class PageAllocator:

@@ -91,8 +91,9 @@ class EngineCore:
         except Exception as error:
             self._failures += 1
             logger.exception("a step failed")
+            dropped = [scheduled for scheduled, _ in self._inflight]
             self._inflight.clear()
-            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}")
+            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}", dropped)
             if self._failures >= _MAX_FAILURES:
                 raise
         output = self.scheduler.take_output()
@@ -124,8 +125,9 @@ class EngineCore:
             self._complete()
 
     def _complete(self) -> None:
-        oldest, pending = self._inflight.popleft()
+        oldest, pending = self._inflight[0]
         self.scheduler.complete(oldest, pending.result())
+        self._inflight.popleft()
         self._failures = 0  # not before: a device's errors surface when results are read
 
     def control(self, message: Control) -> ControlReply:
@@ -165,6 +167,7 @@ class EngineCore:
         return self._profiler.start(steps) if start else self._profiler.stop(steps)
 
     def info(self) -> dict[str, Any]:
+        """What the engine was started with, and what came of it. JSON-able."""
         limits = self.scheduler.limits
         return {
             "vocab_size": limits.vocab_size,

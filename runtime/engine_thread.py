@@ -56,7 +56,7 @@ class EngineThread:
                 except queue.Empty:
                     pass
                 self._step()
-        except Exception as error:
+        except BaseException as error:  # a panic of Rust's is no `Exception`, and whoever waits must hear of it
             self._end(f"the engine failed: {type(error).__name__}: {error}")
             raise
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .sampling_params import SamplingParams
 
 Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
 
 PENDING = -1  # a token id whose value is on the device: the last token its row sampled
 
@@ -88,6 +89,8 @@ class StepResult:
 
 
 class PendingStep(Protocol):
+    """A step that has been launched."""
+
     def draw(self, masks: npt.NDArray[np.uint32]) -> None:
         """Enqueues the sampling of a step that has ``plan.constrained``; called once, before the next launch.
 

@@ -13,6 +13,10 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 
+class Unavailable(Exception):
+    """A backend cannot be used here. The message says why, in one line."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
     """What differs between a model's layers, as far as attention can tell."""

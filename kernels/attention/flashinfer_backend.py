@@ -18,8 +18,8 @@ from ..staging import Fence, Staging
 from .base import AttentionBatch, Int32, LayerSpec, StepShape
 from .flashinfer_module import Kernel, PagedCall, Variant, build
 
-TILE_ROWS = 128  # the largest query tile of `fa2`: query tokens times the heads of a group
-MAX_CTAS = 2 * 160  # thread blocks `fa2` fills a device with by splitting keys: two a multiprocessor
+TILES = (16, 64, 128)  # rows of `fa2`'s query tiles: query tokens times the heads of a group
+CTAS_PER_PROCESSOR = 2  # thread blocks `fa2` fills a device with by splitting keys
 INT_WORKSPACE_BYTES = 8 * 1024 * 1024
 FA3_HEAD_DIM = 128
 # Query tokens: from about here `fa3` (tiles of 128 rows of one head) beats `fa2` (which packs heads).
@@ -58,7 +58,7 @@ class FlashInferAttention:
         table: int32 ``[rows, columns]``, the page table on the device.
         ops: `triton_ops` (or its torch twin, in tests).
         max_requests: the most requests in a step.
-        captured: the largest number of chunk tokens and of chunks in a captured step.
+        captured: the most decodes, chunk tokens and chunks of a captured step.
     """
 
     captures = True
@@ -71,7 +71,7 @@ class FlashInferAttention:
         table: Tensor,
         ops: Ops,
         max_requests: int,
-        captured: tuple[int, int] = (1024, 64),
+        captured: tuple[int, int, int] = (512, 1024, 64),
     ) -> None:
         self._pool, self._layers, self._table, self._ops = pool, layers, table, ops
         _, _, _, self._page_size, kv_heads, head_dim = pool.shape
@@ -82,7 +82,7 @@ class FlashInferAttention:
             for kernel in kernels(device, spec, head_dim)
         )
         build(list(variants))
-        size = workspace_bytes(num_heads, kv_heads, head_dim, max_requests, *captured)
+        size = workspace_bytes(num_heads, kv_heads, head_dim, _processors(device), *captured)
         workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
         def call(kernel: str, spec: LayerSpec, causal: bool) -> PagedCall:
@@ -176,16 +176,24 @@ class FlashInferAttention:
 
 
 def workspace_bytes(
-    num_heads: int, kv_heads: int, head_dim: int, max_requests: int, chunk_tokens: int, chunks: int
+    num_heads: int, kv_heads: int, head_dim: int, processors: int, decodes: int, chunk_tokens: int, chunks: int
 ) -> int:
     """Room for `fa2`'s partial results, as its planner lays them out: float32 rows of head_dim values and one sum, for
-    each query tile and head. A captured step has as many tiles as its shape could need; others only as many as fill
-    the device."""
+    each query tile and head. A captured step has as many tiles as its shape could need; others, like one that is split
+    at all, only as many as fill the device's ``processors``."""
     group = num_heads // kv_heads
-    tiles = max(-(-chunk_tokens * group // TILE_ROWS) + chunks, MAX_CTAS // kv_heads + 1)
-    decode_rows = next(rows for rows in (16, 64, TILE_ROWS) if group <= rows or rows == TILE_ROWS)
-    rows = max(tiles * TILE_ROWS, max(max_requests, MAX_CTAS // kv_heads + 1) * decode_rows)
-    return num_heads * rows * (head_dim + 1) * 4 + 1024 * 1024
+    filling = CTAS_PER_PROCESSOR * processors // kv_heads
+
+    def rows(tile: int, tokens: int, requests: int) -> int:
+        return tile * max(-(-tokens * group // tile) + requests, filling)
+
+    decode_tile = next((tile for tile in TILES if group <= tile), TILES[-1])
+    most = max(rows(decode_tile, decodes, decodes), rows(TILES[-1], chunk_tokens, chunks))
+    return num_heads * most * (head_dim + 1) * 4 + 1024 * 1024
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel]:

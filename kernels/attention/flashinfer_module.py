@@ -14,12 +14,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from subprocess import SubprocessError
 from typing import Any, Literal
 
 import torch
 from packaging.version import Version
 from torch import Tensor
+
+from .base import Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -29,10 +30,6 @@ _TELLING = ("error:", "not found", "No such file")
 _NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
 
 Kernel = Literal["fa2", "fa3"]
-
-
-class Unavailable(Exception):
-    """FlashInfer cannot be used here. The message says why, in one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +83,7 @@ def build(variants: Sequence[Variant]) -> None:
             )
         with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
             list(pool.map(_load, variants))
-    except (RuntimeError, OSError, SubprocessError) as error:
+    except Exception as error:  # FlashInfer raises what it meets
         raise Unavailable(
             "FlashInfer's kernels could not be compiled (it needs the CUDA toolkit's nvcc and a C++ compiler): "
             + _gist(str(error))

@@ -19,11 +19,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import AttentionBatch, LayerSpec, StepShape, ranges
+from .base import AttentionBatch, Int32, Int64, LayerSpec, StepShape, ranges
 from .partial import attend, merge_
 from .sharing import shared_runs
-
-Int64 = npt.NDArray[np.int64]
 
 SHARE_TOKENS = 512  # token reads a shared run must save to be worth its own call
 GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once: still in cache when they are read (1 to 2 MiB: 1.4 x 8 MiB)
@@ -61,6 +59,8 @@ class TorchAttention:
         share: whether shared pages are attended once; off for comparison.
     """
 
+    captures = False
+
     def __init__(self, pool: Tensor, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
         self._pool, self._layers, self._share = pool, layers, share
         _, _, _, self._page_size, self._kv_heads, self._head_dim = pool.shape
@@ -68,8 +68,6 @@ class TorchAttention:
         self._token_bytes = self._kv_heads * self._head_dim * pool.element_size()
         self._plans: dict[int | None, _Plan] = {}
         self._scratch = [pool.new_empty(0), pool.new_empty(0)]  # gathered keys and values; grown, never shrunk
-
-    captures = False
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
         if shape is not None:
@@ -229,7 +227,7 @@ class TorchAttention:
                 mask = None if whole else self._mask(visible[:, None, None])
                 yield [_Part(queries, len(some), self._index(pages.ravel()), length, mask)]
 
-    def _read(self, queries: slice | Tensor, pages: npt.NDArray[np.int32], length: int) -> list[_Part]:
+    def _read(self, queries: slice | Tensor, pages: Int32, length: int) -> list[_Part]:
         """Parts over the first ``length`` tokens of ``pages``, in place where long runs of pages are consecutive."""
         runs = np.split(pages, np.flatnonzero(np.diff(pages) != 1) + 1)
         if len(runs) > 1 and length < len(runs) * RUN_TOKENS:

@@ -19,6 +19,7 @@ from .base import AttentionBatch, Int64, LayerSpec, StepShape
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, cut
 from .triton_kernels import attend, merge
 
+HEAD_DIMS = range(16, 257)
 MERGE_PIECES = 16  # partial results read at a time
 CAPTURED_CHUNK = 16  # query tokens that a chunk of a captured step is taken to have
 
@@ -86,7 +87,7 @@ class TritonAttention:
         self, pool: Tensor, layers: list[LayerSpec], num_heads: int, max_requests: int = 1024, max_tokens: int = 16384
     ) -> None:
         _, _, _, self._page_size, kv_heads, self._head_dim = pool.shape
-        if not 16 <= self._head_dim <= 256 or num_heads % kv_heads:
+        if self._head_dim not in HEAD_DIMS or num_heads % kv_heads:
             raise ValueError(f"no kernel for {num_heads} and {kv_heads} heads of {self._head_dim} channels")
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")

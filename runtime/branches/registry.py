@@ -10,12 +10,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 from ...radix.hold import Hold
+from ...radix.node import Namespace
 from ...radix.tree import RadixTree
 from ..errors import InvalidRequest
 from .ids import BranchIds
 from .trail import EMPTY, Trail
-
-Namespace = tuple[str, str]
 
 MAX_FORK = 1024  # branches one fork may make
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import msgspec
 
+from ...radix.node import Namespace
 from ..messages import CacheReport
-
-Namespace = tuple[str, str]
 
 MAX_NAMESPACES = 4096  # those whose requests came last are remembered one by one; a key's own sums are never dropped
 MAX_SHOWN = 256

@@ -16,12 +16,10 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ...radix.hold import Hold
-from ...radix.node import Node
+from ...radix.node import Namespace, Node
 from ...radix.tree import RadixTree
 from ..errors import InvalidRequest
 from ..step import Int32
-
-Namespace = tuple[str, str]
 
 MAX_PINS = 4096  # of one key
 FULL = 429  # status: nothing is wrong with the request, and it may be granted later

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from ...kernels import ops as torch_ops
-from ...kernels.attention.base import AttentionBackend, LayerSpec
-from ...kernels.attention.flashinfer_backend import FlashInferAttention
-from ...kernels.attention.flashinfer_module import Unavailable, check_available
+from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ..config import EngineConfig
 from ..errors import LoadError
-from .graphs import CHUNK_TOKENS, CHUNKS
+from .graphs import CHUNK_TOKENS, CHUNKS, DECODES
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -35,36 +33,50 @@ def pick_ops(device: torch.device) -> Ops:
 def make_attention(
     config: EngineConfig, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
-    """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch,
-    with a warning that says why it was not the first.
+    """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch.
 
     ``max_tokens``: the most query tokens of a step, padding included.
 
     Raises `LoadError` where a named one cannot run here, with the reason.
     """
-    choice, max_requests = config.attention_backend, len(table.host) - 1
-
-    def flashinfer() -> AttentionBackend:
-        check_available(pool.device, pool.dtype, pool.shape[-1])
-        captured = CHUNK_TOKENS[-1], CHUNKS
-        return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
-
-    if choice == "auto" and pool.device.type == "cpu":
-        choice = "torch"
-    if choice in ("auto", "flashinfer"):
-        try:
-            return flashinfer()
-        except Unavailable as error:
-            if choice == "flashinfer":
-                raise LoadError(f"--attention-backend flashinfer: {error}") from error
-            choice = "torch" if find_spec("triton") is None else "triton"
-            logger.warning("attention runs on %s: %s", choice, error)
-    if choice == "torch":
+    choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
+    if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)
-    if find_spec("triton") is None:
-        raise LoadError("--attention-backend triton: Triton is not installed: pip install 'branchwise[gpu]'")
-    if pool.device.type != "cuda":
-        raise LoadError(f"--attention-backend triton runs on CUDA devices, not on {pool.device}")
-    from ...kernels.attention.triton_backend import TritonAttention
+    for name in makers if choice == "auto" else [choice]:
+        try:
+            return makers[name](pool, layers, num_heads, table, max_tokens)
+        except Unavailable as error:
+            if choice == name:
+                raise LoadError(f"--attention-backend {name}: {error}") from error
+            logger.warning("attention does not run on %s: %s", name, error)
+    return TorchAttention(pool, layers, num_heads)
 
-    return TritonAttention(pool, layers, num_heads, max_requests, max_tokens)
+
+def _flashinfer(
+    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+) -> AttentionBackend:
+    from ...kernels.attention.flashinfer_backend import FlashInferAttention
+    from ...kernels.attention.flashinfer_module import check_available
+
+    check_available(pool.device, pool.dtype, pool.shape[-1])
+    max_requests = len(table.host) - 1
+    captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
+    return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
+
+
+def _triton(
+    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+) -> AttentionBackend:
+    if find_spec("triton") is None:
+        raise Unavailable("Triton is not installed: pip install 'branchwise[gpu]'")
+    if pool.device.type != "cuda":
+        raise Unavailable(f"Triton runs on CUDA devices, not on {pool.device}")
+    if torch.cuda.get_device_capability(pool.device) < (8, 0):
+        raise Unavailable("Triton supports compute capability 8.0 or newer")
+    from ...kernels.attention.triton_backend import HEAD_DIMS, TritonAttention
+
+    if pool.shape[-1] not in HEAD_DIMS:
+        raise Unavailable(
+            f"there is no Triton kernel for head_dim {pool.shape[-1]} ({HEAD_DIMS[0]} to {HEAD_DIMS[-1]})"
+        )
+    return TritonAttention(pool, layers, num_heads, len(table.host) - 1, max_tokens)

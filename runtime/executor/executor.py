@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +20,18 @@ from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.loader import Progress, dummy_weights, load_weights
-from ..step import PENDING, Int32, StepPlan, StepResult
+from ..step import PENDING, Int32, Int64, StepPlan, StepResult
 from .backends import make_attention, pick_ops
 from .graphs import StepGraphs, largest_shape
-from .inputs import InputStaging, Int64, PageTable, StepInputs
+from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler, Words
 from .threads import ThreadChoice
 from .token_history import to_device
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -62,7 +65,7 @@ class ModelExecutor:
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, decoder: Decoder, memory: MemoryPlan) -> None:
-        """Allocates the pool and the page table, captures graphs. Most callers want `load`."""
+        """Allocates the pool and the page table, captures graphs. Most callers want `load`, which picks the device."""
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.page_size, model.vocab_size
@@ -83,6 +86,7 @@ class ModelExecutor:
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
+        self._logits = torch.empty(0, device=self.device)  # of captured steps
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
 
@@ -94,6 +98,7 @@ class ModelExecutor:
         """
         check(config)
         device = pick_device(config)
+        _enter(device)
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
@@ -107,12 +112,14 @@ class ModelExecutor:
         weight_bytes = sum(weight.nbytes for weight in weights.values())
         decoder = Decoder(model, weights, pick_ops(device))
         if device.type == "cuda":
-            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs)
+            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
             memory = plan_memory(config, model, dtype, device, length, batched, measured)
         return cls(config, model, decoder, memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Enqueues the step: see `runtime.step.Executor`."""
+        _enter(self.device)
         self._threads.set_for(plan)
         with torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
@@ -124,8 +131,10 @@ class ModelExecutor:
             return self._forward(plan)
 
     def close(self) -> None:
-        """Drops the weights and the pool. The executor is of no use afterwards."""
-        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs
+        """Gives the memory of weights, pool and graphs back. The executor is of no use afterwards."""
+        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs, self._logits
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
@@ -220,7 +229,7 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """The device ``config.device`` names; ``auto`` is a GPU if there is one."""
+    """The device ``config.device`` names, with its number if it is a GPU; ``auto`` is a GPU if there is one."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -234,13 +243,26 @@ def pick_device(config: EngineConfig) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
+def _enter(device: torch.device) -> None:
+    """Makes the device the calling thread's own: kernels run, and events are recorded, where the thread is, wherever
+    their tensors are."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV; ``auto`` is the checkpoint's on a GPU and float32 on a CPU."""
-    name = config.dtype
+    """The dtype of weights and KV; ``auto`` is the checkpoint's on a GPU that has it, and float32 on a CPU."""
+    name: str = config.dtype
     if name == "auto":
-        name = "float32" if device.type == "cpu" else model.dtype  # type: ignore[assignment]
+        name = "float32" if device.type == "cpu" else model.dtype
+        if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
+            # What Gemma computes outgrows float16, which ends at 65,504.
+            name = "float32" if model.sandwich_norms else "float16"
+            logger.warning("this GPU does not compute in bfloat16, the checkpoint's dtype: serving in %s", name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype

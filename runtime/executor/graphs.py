@@ -54,6 +54,7 @@ class StepGraphs:
         return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
 
     def capture(self) -> None:
+        """Once, before the first step. Kernels that have not run yet compile here, not while somebody waits."""
         pool = torch.cuda.graph_pool_handle()
         for i, shape in enumerate(self.shapes()):
             self._prepare(shape)

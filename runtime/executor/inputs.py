@@ -11,9 +11,7 @@ from torch import Tensor
 
 from ...kernels.attention.base import AttentionBatch, Int32, StepShape, query_slots
 from ...kernels.staging import Staging
-from ..step import StepPlan
-
-Int64 = npt.NDArray[np.int64]
+from ..step import Int64, StepPlan
 
 
 @dataclass(slots=True)

@@ -26,20 +26,29 @@ class _NoAttention:
 
 
 def measure_activations(
-    decoder: Decoder, model: ModelConfig, dtype: torch.dtype, device: torch.device, tokens: int, rows: int
+    decoder: Decoder,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    rows: int,
+    max_model_len: int,
 ) -> int:
-    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests sample the most expensive way."""
+    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests (no more than tokens) sample the most
+    expensive way. What penalties remember of every row counts too, and so do the positions that the decoder prepares.
+    """
+    rows = min(rows, tokens)
     pool = torch.zeros((model.num_layers, 2, 1, 1, model.num_kv_heads, model.head_dim), dtype=dtype, device=device)
-    params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, logprobs=20)
-    sampler = Sampler(rows, model.vocab_size, device)
-    for row in range(rows):
-        sampler.start(RowStart(row, params, row, np.zeros(1, np.int32), 1))
+    params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
-    decoder.reserve(1)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    decoder.reserve(max_model_len)
     with torch.inference_mode():
+        sampler = Sampler(rows, model.vocab_size, device)
+        for row in range(rows):
+            sampler.start(RowStart(row, params, row, np.zeros(1, np.int32), 1))
         hidden = decoder.forward(StepTokens(zeros, zeros, zeros), pool, _NoAttention(), zeros[:rows])
         sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.ones(rows, np.int64))
     torch.cuda.synchronize(device)

@@ -16,8 +16,9 @@ from ..models.config import ModelConfig
 from ..models.weights import weight_specs
 
 GIB = 1024**3
-# Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, index buffers, libraries.
+# Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
 GPU_RESERVE = 3 * GIB // 2
+TABLES = 3  # as large as the page table: itself on the device, and FlashInfer's indices of decodes and of chunks
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens says otherwise: a CPU rarely profits from more
 
 
@@ -106,10 +107,10 @@ def plan_memory(
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
     if measured is not None:
         free, weights, activations = measured
-    reserve = GPU_RESERVE if device.type == "cuda" else 0
     token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
     page = token * config.page_size
     row_pages = -(-max_model_len // config.page_size)
+    reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
     if config.kv_cache_tokens is not None:
         pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"
         short = weights + activations + reserve + pages * page - free
@@ -134,9 +135,11 @@ def plan_memory(
             candidates.append((CPU_KV_LIMIT // page, "the most a CPU takes unasked (--kv-cache-tokens sets it)"))
         pages, limit = min(candidates)
         if pages < 1:
+            held = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
             raise LoadError(
                 f"no memory for a KV cache: weights take {human_bytes(weights)}, activations "
-                f"{human_bytes(activations)}, of {human_bytes(int(budget))}; raise --gpu-memory-utilization, lower "
+                f"{human_bytes(activations)}{held}, of {human_bytes(max(0, int(budget)))} ({human_bytes(free)} of "
+                f"{human_bytes(total)} are free on {device}); raise --gpu-memory-utilization, lower "
                 "--max-num-batched-tokens or use a smaller model"
             )
     return MemoryPlan(
@@ -178,6 +181,7 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: 
 def device_memory(device: torch.device) -> tuple[int, int]:
     """(free, total) bytes. On a CPU, what the kernel calls available, within the container's limit if it has one."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps of another engine of this process is free
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -194,18 +198,30 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def container_memory(root: Path) -> tuple[int, int] | None:
-    """(free, limit) of the control group (version 2, then 1), None where there is no limit."""
-    for limit_name, used_name in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """(free, limit) of the control group (version 2, then 1), None where there is no limit. Files that were read and
+    are kept until somebody needs the memory count as free: weights that were loaded once are such."""
+    for folder, limit_name, used_name, reclaimable in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit, used = (root / limit_name).read_text().strip(), (root / used_name).read_text().strip()
+            limit, used = (folder / limit_name).read_text().strip(), (folder / used_name).read_text().strip()
         except OSError:
             continue
         if limit.isdigit() and used.isdigit():
-            return max(int(limit) - int(used), 0), int(limit)
+            kept = _statistics(folder / "memory.stat").get(reclaimable, 0)
+            return max(int(limit) - max(int(used) - kept, 0), 0), int(limit)
     return None
+
+
+def _statistics(path: Path) -> dict[str, int]:
+    """A control group's ``memory.stat``: bytes by name."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines)
+    return {pair[0]: int(pair[1]) for pair in fields if len(pair) == 2 and pair[1].isdigit()}
 
 
 def human_bytes(count: float) -> str:

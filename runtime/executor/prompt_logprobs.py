@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from ...kernels import sampling
 from ..models.decoder import Decoder
-from ..step import Int32, RowStart, StepPlan, TokenLogprobs
+from ..step import Int32, Int64, RowStart, StepPlan, TokenLogprobs
 
 SLICE = 256  # rows of logits held at once
 
@@ -23,7 +22,7 @@ class PromptSpan:
     index: int  # into the plan's requests
     k: int
     start: int  # position of the first such token
-    offsets: npt.NDArray[np.int64]  # query tokens of the request's chunk whose logits tell them
+    offsets: Int64  # query tokens of the request's chunk whose logits tell them
     targets: Int32  # the tokens themselves
 
 

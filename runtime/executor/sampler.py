@@ -18,10 +18,9 @@ from torch import Tensor
 
 from ...kernels import sampling
 from ..sampling_params import SamplingParams
-from ..step import Int32, RowStart, TokenLogprobs
+from ..step import Int32, Int64, RowStart, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
-Int64 = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint32]
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.

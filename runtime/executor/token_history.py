@@ -7,9 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ..step import Int32
-
-Int64 = npt.NDArray[np.int64]
+from ..step import Int32, Int64
 
 
 class TokenHistory:

@@ -6,6 +6,7 @@ requests sit out the steps until they know what may come next, and nobody else w
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -22,12 +23,16 @@ if TYPE_CHECKING:
     from .compiler import GrammarCompiler
     from .llg import Words
 
+logger = logging.getLogger(__name__)
+
 COMPILE_SECONDS = 10.0  # a request waits no longer than this for its grammar
 TOGETHER = 4  # masks are worth filling in parallel from here on
 STEP_SECONDS = 0.05  # of one step's masks: past it, outputs of grammars that have just turned out slow are given up
 
 
 class Guides:
+    """All requests that have a constraint. ``compiler``: None where constraints are not served."""
+
     def __init__(self, compiler: GrammarCompiler | None) -> None:
         self._compiler = compiler
         self._compiling: dict[int, tuple[Request, Future[Grammar]]] = {}
@@ -79,8 +84,9 @@ class Guides:
                 yield request, None
             elif isinstance(error, InvalidRequest):
                 yield request, _about(request, error)
-            else:
-                raise error
+            else:  # be it a panic of Rust's, which is no `Exception`: it is this request's end and nobody else's
+                logger.error("a grammar could not be compiled", exc_info=error)
+                yield request, _about(request, InvalidRequest("could not be compiled: the compiler broke", status=500))
 
     # -- following -----------------------------------------------------------------------------------------------------
 
@@ -120,8 +126,10 @@ class Guides:
         matcher = _matcher(request)
         del self._jobs[request.id]
         if matcher.job is not None:
-            matcher.job.result()
-            matcher.job = None
+            broken, matcher.job = matcher.job.exception(), None
+            if broken is not None:
+                logger.error("an output could not be followed", exc_info=broken)
+                matcher.error = InvalidRequest("could not be enforced: the matcher broke", status=500)
 
     def refusal(self, request: Request) -> InvalidRequest | None:
         """Why the request's output cannot go on, if it cannot."""
@@ -176,4 +184,4 @@ def _about(request: Request, error: InvalidRequest) -> InvalidRequest:
     """``error``, in a sentence about the field that the client sent."""
     params = request.params
     field = params.constraint_name or next((kind for kind in KINDS if getattr(params, kind) is not None), "constraint")
-    return InvalidRequest(f"{field} {error.message}", field=field)
+    return InvalidRequest(f"{field} {error.message}", field=field, status=error.status)

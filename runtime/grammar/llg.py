@@ -36,6 +36,7 @@ _LIMITS = LLParserLimits(
 )
 _MOST_THREADS = 8  # that fill masks together
 _MAX_BRACKETS = 200  # of an EBNF grammar inside each other: its reader is recursive
+_MAX_RULES_LENGTH = 20_000_000  # rules × characters: that reader may go through all of it once a rule, 30 ns each
 
 
 class Backend:
@@ -107,6 +108,11 @@ def _grammar(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     if _depth(text) > _MAX_BRACKETS:
         raise InvalidRequest(f"must have at most {_MAX_BRACKETS} brackets inside each other")
+    rules = text.count("::=")
+    if rules * len(text) > _MAX_RULES_LENGTH:
+        raise InvalidRequest(
+            f"has {rules} rules in {len(text)} characters, of which the product must be at most {_MAX_RULES_LENGTH}"
+        )
     try:
         return LLMatcher.grammar_from_lark(any_to_lark(text))
     except RecursionError:

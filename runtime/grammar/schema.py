@@ -12,6 +12,8 @@ from ..errors import InvalidRequest
 MAX_DEPTH = 64  # of objects and lists inside each other
 MAX_VALUES = 20_000  # objects, lists, strings and numbers in all
 
+_MAX_COMPARED = 64  # objects compared pair by pair: more would keep the GIL from the engine's thread for seconds
+
 # A space, or a line break and its indentation. Unbounded whitespace is a hole that small models fall into.
 WHITESPACE = r" ?|\n[ \t]{0,40}"
 _OPTIONS = {"lenient": False, "whitespace_pattern": WHITESPACE}
@@ -68,16 +70,16 @@ def _checked(value: Any, root: Any, named: bool = False) -> Any:
         return {name: _checked(inner, root) for name, inner in value.items()}
     if "x-guidance" in value:
         raise InvalidRequest("uses x-guidance, which is not a JSON schema keyword")
-    result = {}
-    for key, inner in value.items():
-        named = key in _NAMING
-        result[key] = inner if key in _LITERALS else _checked(inner, root, named)
+    result = {key: inner if key in _LITERALS else _checked(inner, root, key in _NAMING) for key, inner in value.items()}
     branches = result.get("oneOf")
-    if isinstance(branches, list) and branches and "anyOf" not in result:
-        seen = [_resolve(branch, root) for branch in branches]
-        if all(_disjoint(a, b) for a, b in combinations(seen, 2)):
-            result["anyOf"] = result.pop("oneOf")
-            result.pop("discriminator", None)  # OpenAPI's, which pydantic adds: it says the same
+    if (
+        isinstance(branches, list)
+        and branches
+        and "anyOf" not in result
+        and _exclusive([_resolve(branch, root) for branch in branches])
+    ):
+        result["anyOf"] = result.pop("oneOf")
+        result.pop("discriminator", None)  # OpenAPI's, which pydantic adds: it says the same
     return result
 
 
@@ -130,15 +132,32 @@ def _resolve(schema: Any, root: Any) -> Any:
     return schema
 
 
-def _disjoint(a: Any, b: Any) -> bool:
-    """Is it certain, at a glance, that no value satisfies both?"""
-    if not isinstance(a, dict) or not isinstance(b, dict):
+def _exclusive(branches: list[Any]) -> bool:
+    """Is it certain, at a glance, that no value satisfies two of these?"""
+    taken: set[str] = set()
+    objects: list[dict[str, Any]] = []
+    for branch in branches:
+        if not isinstance(branch, dict):
+            return False
+        types = _types(branch)
+        if types == {"object"}:
+            objects.append(branch)
+        elif types & taken:
+            return False
+        else:
+            taken |= types
+    if objects and "object" in taken:
         return False
-    types_a, types_b = _types(a), _types(b)
-    if not types_a & types_b:
-        return True
-    if types_a != {"object"} or types_b != {"object"}:
-        return False
+    shared = frozenset.intersection(*map(_required, objects)) if objects else frozenset()
+    for name in shared:  # a tag that all of them have: no need to look at pairs
+        tags = [_tags(branch, name) for branch in objects]
+        if all(tags) and sum(map(len, tags)) == len(frozenset().union(*tags)):
+            return True
+    return len(objects) <= _MAX_COMPARED and all(_tagged_apart(a, b) for a, b in combinations(objects, 2))
+
+
+def _tagged_apart(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Do two kinds of objects have a required property that cannot be the same string?"""
     shared = _required(a) & _required(b)
     return any(_tags(a, name) and _tags(b, name) and not _tags(a, name) & _tags(b, name) for name in shared)
 

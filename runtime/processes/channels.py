@@ -55,6 +55,7 @@ M = TypeVar("M")
 
 
 def address(run_dir: Path, name: str) -> str:
+    """Where the inbox of that name is bound."""
     return f"ipc://{run_dir / name}.sock"
 
 

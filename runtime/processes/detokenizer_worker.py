@@ -15,6 +15,8 @@ from .channels import Inbox, Outbox, ToDetokenizer
 
 
 class DetokenizerWorker:
+    """Hears the scheduler; tells HTTP what to send, and the scheduler which outputs have met a stop string."""
+
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToDetokenizer] = Inbox(context, run_dir, "detokenizer")
         self._scheduler = Outbox(context, run_dir, "scheduler")
@@ -23,6 +25,7 @@ class DetokenizerWorker:
         http.send([Ready("detokenizer")])
 
     def run(self) -> None:
+        """One frame to HTTP and one to the scheduler for all that has arrived; returns after `Shutdown`."""
         while True:
             deltas: list[Delta] = []
             stopped: list[int] = []

@@ -21,7 +21,7 @@ _LONGEST = "/branchwise-xxxxxxxx/detokenizer.sock"
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What every child reads when it starts. The API key is none of their business and is not written."""
+    """What every child reads when it starts. API keys are none of their business and are not written."""
 
     parent: int  # process id
     config: ServerConfig
@@ -38,7 +38,8 @@ class RunDirectory:
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
         self.path = Path(tempfile.mkdtemp(prefix="branchwise-", dir=base))  # mkdtemp: mode 0700
-        launch = Launch(os.getpid(), msgspec.structs.replace(config, api_key=None))
+        keyless = msgspec.structs.replace(config, api_key=None, extra_api_keys=(), admin_api_key=None)
+        launch = Launch(os.getpid(), keyless)
         (self.path / "launch.json").write_bytes(msgspec.json.encode(launch))
 
     def remove(self) -> None:
@@ -46,4 +47,5 @@ class RunDirectory:
 
 
 def read_launch(run_dir: Path) -> Launch:
+    """What `RunDirectory` wrote, as a child reads it."""
     return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)

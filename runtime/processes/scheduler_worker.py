@@ -39,6 +39,8 @@ NULL_CONTEXT = 32_768
 
 
 class SchedulerWorker:
+    """Owns the engine core. What it hears comes from the tokenizer, the detokenizer and HTTP."""
+
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToScheduler] = Inbox(context, run_dir, "scheduler")
         self._detokenizer = Outbox(context, run_dir, "detokenizer")
@@ -74,6 +76,8 @@ class SchedulerWorker:
         http.send([Ready("scheduler", info)])
 
     def run(self) -> None:
+        """Steps for as long as there is work, sleeps where there is none; returns when `Shutdown` has come and every
+        request has ended."""
         core = self._core
         leaving = False
         timeout_ms: int | None = None
@@ -168,7 +172,7 @@ def _load(config: ServerConfig, http: Outbox) -> _Loaded:
 def _load_null(engine: EngineConfig, step_seconds: float) -> _Loaded:
     from ..executor.null import NullExecutor
 
-    pages = (engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size
+    pages = -(-(engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size)
     vocab_size = Tokenizer.load(Path(engine.model)).vocab_size
     executor = NullExecutor(pages, engine.page_size, vocab_size, step_seconds)
     return _Loaded(executor, (), engine.max_model_len or NULL_CONTEXT, ["no model: tokens are made up"], gpu=False)

@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerWorker:
+    """Hears HTTP; hands on to the scheduler what is good, and refuses the rest itself."""
+
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToTokenizer] = Inbox(context, run_dir, "tokenizer")
         self._scheduler = Outbox(context, run_dir, "scheduler")
@@ -45,6 +47,7 @@ class TokenizerWorker:
         http.send([Ready("tokenizer")])
 
     def run(self) -> None:
+        """Messages leave in the order in which they came; returns after `Shutdown`."""
         while True:
             forward: list[Message] = []
             refused: list[Delta] = []
@@ -77,8 +80,7 @@ class TokenizerWorker:
         except InvalidRequest as error:
             refused += _refusals(message, error.message, error.field, error.status)
             return
-        except Exception:
-            # The tokenizer library fails in its own ways; one text it cannot take must not stop everybody's server.
+        except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
             logger.exception("could not tokenize a prompt")
             refused += _refusals(message, "the prompt could not be tokenized", None, 500)
             return
@@ -101,7 +103,7 @@ class TokenizerWorker:
         """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
         try:
             encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
-        except Exception:
+        except BaseException:  # likewise
             logger.exception("could not tokenize a text")
             message.refusal = Refusal("the text could not be tokenized", None, 500)
 

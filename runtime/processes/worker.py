@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
+    """One role of a child process."""
+
     def run(self) -> None:
         """Serves until `Shutdown`, then returns."""
         ...
@@ -46,6 +48,7 @@ def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_
 
 
 def main(role: str, run_dir: Path) -> int:
+    """Serves one role until it is told to leave, or its parent ends. Returns the exit code."""
     ignore_stop_signals()
     launch = read_launch(run_dir)
     # The detokenizer never blocks for long, so it is the one that cleans up after a killed server.

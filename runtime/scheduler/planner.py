@@ -25,6 +25,8 @@ _REFRESH = 2  # waiting requests whose cached prefix is looked up anew each step
 
 
 class Planner:
+    """Plans one step after another over the ledger's requests. ``max_batched_tokens``: query tokens of a step."""
+
     def __init__(self, ledger: Ledger, *, policy: SchedulePolicy, max_batched_tokens: int) -> None:
         self._ledger = ledger
         self._rows = ledger.rows

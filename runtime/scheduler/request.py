@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 
 class Status(enum.Enum):
+    """Where a request stands. Retraction leads from RUNNING back to WAITING; FINISHED is for ever."""
+
     COMPILING = enum.auto()  # waits for its grammar
     WAITING = enum.auto()
     RUNNING = enum.auto()

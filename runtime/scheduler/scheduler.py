@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -157,6 +157,7 @@ class Scheduler:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def plan(self) -> ScheduledStep | None:
+        """The next step, or None if nothing can run now. What it says is a promise: it must be launched, in order."""
         if self._guides.busy:
             self._hear_guides()
         step = self.planner.plan()
@@ -379,10 +380,12 @@ class Scheduler:
         if request.on_end is not None:
             request.on_end(request)
 
-    def fail_running(self, error: str) -> None:
+    def fail_running(self, error: str, dropped: Sequence[ScheduledStep] = ()) -> None:
         """A step broke: everything it may have touched is worthless. Running requests end with ``error`` and the
-        tree forgets all it knows; waiting requests stay."""
-        for request in self.ledger.rows.running():
+        tree forgets all it knows; waiting requests stay, but for those of which a ``dropped`` step (launched, and its
+        result lost) would have told logprobs of their prompt: no later step will."""
+        scored = [request for step in dropped for request in step.prompt_logprobs.values()]
+        for request in [*self.ledger.rows.running(), *scored]:
             self._finish(request, "error", error=error)
         if self.ledger.holders is not None:
             self.ledger.holders.forget()
@@ -392,7 +395,7 @@ class Scheduler:
 
     def fail_oldest(self, error: str) -> None:
         """Breaks a stalemate that the rules above should make impossible."""
-        candidates = self.ledger.rows.running() or list(self.ledger.waiting.values())
+        candidates = self.ledger.rows.running() or list(self._live.values())
         refusal = InvalidRequest(error, status=503) if self.cache.pins.pages else None  # there will be room
         self._finish(candidates[0], "error", error=error, refusal=refusal)
 
@@ -416,6 +419,7 @@ class Scheduler:
         return out
 
     def stats(self) -> Stats:
+        """The counters as they are now: one object, which changes with the next call."""
         totals, tree = self._totals, self.tree
         totals.running = len(self.ledger.rows)
         totals.waiting = len(self.ledger.waiting) + self._guides.compiling

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
+from branchwise.kernels.attention.base import StepShape
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor
 from branchwise.runtime.messages import Generate
+from branchwise.runtime.step import StepPlan
 
 RNG = np.random.default_rng(0)
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -35,7 +37,7 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
     with torch.inference_mode():
         for shape in graphs.shapes():
             found = []
-            inputs = executor._stage(step_like(shape, executor.page_size), shape, [])
+            inputs = executor._stage(step_like(shape), shape, [])
             before = pool.clone()
             for run in ("eager", "replay"):
                 pool.copy_(before)
@@ -52,10 +54,8 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
             assert torch.equal(found[0][1][:, :, :-1], found[1][1][:, :, :-1]), shape
 
 
-def step_like(shape, page_size):  # type: ignore[no-untyped-def]
+def step_like(shape: StepShape) -> StepPlan:
     """A step that fills about three quarters of a shape."""
-    from branchwise.runtime.step import StepPlan
-
     decodes = (shape.decodes * 3 + 3) // 4
     chunks = 0 if not shape.tokens else min(3, 16 - decodes, shape.requests)
     q_lens = np.array([1] * decodes + [max(1, shape.tokens // 4)] * max(chunks, 0), np.int32)
@@ -139,3 +139,34 @@ def test_memory_stays_within_what_was_asked(gpu_checkpoint: Callable[[str], Path
     used = total - torch.cuda.mem_get_info()[0]
     assert used <= 0.5 * total + 64 * 2**20
     print(f"used {used / total:.3f} of the memory; asked 0.5; pool {executor.memory_plan.kv_bytes / total:.3f}")
+
+
+def test_engines_follow_one_another(gpu_checkpoint: Callable[[str], Path]) -> None:
+    """Each takes most of the device, and gives it back."""
+    prompt = RNG.integers(2, 300, 40).tolist()
+    texts = []
+    for _ in range(2):
+        with Engine(str(gpu_checkpoint("llama-gqa")), device="cuda", dtype="bfloat16") as engine:
+            texts.append(engine.generate(prompt, GREEDY).token_ids)
+    assert texts[0] == texts[1]
+
+
+def test_fewer_tokens_in_a_step_than_requests(gpu_checkpoint: Callable[[str], Path]) -> None:
+    limits = {"kv_cache_tokens": 8192, "max_num_seqs": 64, "max_num_batched_tokens": 16}
+    with Engine(str(gpu_checkpoint("llama-gqa")), device="cuda", dtype="bfloat16", **limits) as engine:
+        prompts = [RNG.integers(2, 300, 40).tolist() for _ in range(80)]
+        assert all(len(output.token_ids) == 24 for output in engine.generate(prompts, GREEDY))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second CUDA device")
+@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+def test_a_second_device(backend: str, gpu_checkpoint: Callable[[str], Path]) -> None:
+    if backend == "flashinfer":
+        pytest.importorskip("flashinfer")
+    prompts = [RNG.integers(2, 300, n).tolist() for n in (5, 40, 300)]
+    settings = {"dtype": "bfloat16", "kv_cache_tokens": 4096, "attention_backend": backend}
+    found = []
+    for device in ("cuda:1", "cuda:0"):
+        with Engine(str(gpu_checkpoint("llama-gqa")), device=device, **settings) as engine:
+            found.append([output.token_ids for output in engine.generate(prompts, GREEDY)])
+    assert found[0] == found[1]

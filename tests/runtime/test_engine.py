@@ -264,14 +264,16 @@ def test_a_prompt_may_be_an_array(engine):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypatch):
+@pytest.mark.parametrize("kind", [RuntimeError, BaseException], ids=["error", "panic"])
+def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypatch, kind):
+    """Also where Rust panics, in a tokenizer for one: pyo3 makes a BaseException of that."""
     with Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024) as engine:
         stepping, go = threading.Event(), threading.Event()
 
         def step():
             stepping.set()
             go.wait(5)
-            raise RuntimeError("broken")
+            raise kind("broken")
 
         monkeypatch.setattr(engine._core, "step", step)
         failures: list[Exception] = []

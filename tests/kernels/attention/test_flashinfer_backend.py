@@ -9,8 +9,9 @@ import torch
 
 from branchwise.kernels import ops
 from branchwise.kernels.attention import flashinfer_backend as subject
-from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
-from branchwise.kernels.attention.flashinfer_module import OLDEST, Unavailable, check_available
+from branchwise.kernels.attention import flashinfer_module
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape, Unavailable
+from branchwise.kernels.attention.flashinfer_module import OLDEST, Variant, check_available
 from branchwise.kernels.attention.torch_backend import TorchAttention
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
@@ -116,6 +117,32 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
         assert [call.variant.kernel for call in flashinfer._members[-1].calls.values()] == [kernel, "fa2", "fa2"]
 
 
+def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, captured):
+    """What FlashInfer's planner takes of the workspace at most (`PrefillPlan` and `PrefillSplitQOKVIndptr` of its
+    scheduler.cuh): with a graph by the shape alone, else by the tiles of a step that it splits."""
+    group = num_heads // kv_heads
+    rows = ((tokens - requests + 1) % 2**32 if captured else tokens / requests) * group
+    tile = 128 if rows > 64 and head_dim < 256 else 64 if rows > 16 else 16
+    tiles = 2 * processors // kv_heads
+    if captured:
+        tiles = max(tiles, -(-tokens * group // tile) + requests - 1)
+    return -(-num_heads * tiles * tile * head_dim * 4 // 16) * 16 + num_heads * tiles * tile * 4
+
+
+@pytest.mark.parametrize("processors", [20, 78, 132, 170, 188], ids="{} processors".format)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(32, 8, 128), (14, 2, 64), (16, 2, 128), (4, 1, 256), (32, 32, 64), (64, 2, 128), (32, 1, 128), (71, 1, 64)],
+)
+def test_the_workspace_holds_what_any_step_is_planned_to_take(processors, heads, kv_heads, head_dim):
+    for most in (1, 8, 64, 512):
+        size = subject.workspace_bytes(heads, kv_heads, head_dim, processors, most, 1024, min(64, most))
+        shapes = [(n, n, True) for n in (1, most)] + [(n, min(64, most), True) for n in (32, 256, 1024)]
+        steps = [(n, requests, False) for n in (1, 100, 8192) for requests in (1, 4, 64, 4096) if requests <= n]
+        for step in shapes + steps:
+            assert planned_bytes(heads, kv_heads, head_dim, processors, *step) <= size, step
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
@@ -131,10 +158,19 @@ def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
             raise subject_metadata.PackageNotFoundError(name)
         return version
 
-    from branchwise.kernels.attention import flashinfer_module
-
     subject_metadata = flashinfer_module.metadata
     monkeypatch.setattr(flashinfer_module.metadata, "version", installed)
     with pytest.raises(Unavailable, match="FlashInfer") as error:
         check_available(torch.device("cpu"), torch.bfloat16, 128)
     assert message in str(error.value)
+
+
+def test_it_says_so_where_nothing_can_be_compiled(monkeypatch):
+    def load(variant):
+        raise RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist\nand more")
+
+    monkeypatch.setattr(flashinfer_module, "_load", load)
+    with pytest.raises(Unavailable) as error:
+        flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
+    assert str(error.value).startswith("FlashInfer's kernels could not be compiled: Could not find nvcc")
+    assert "\n" not in str(error.value)

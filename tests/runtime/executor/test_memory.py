@@ -57,6 +57,18 @@ def test_four_gibibytes_at_most(model: ModelConfig, monkeypatch: pytest.MonkeyPa
     assert found.kv_bytes <= 4 * GIB < found.kv_bytes + 16 * 768
 
 
+def test_a_gpu_keeps_room_for_the_page_table_and_its_copies(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pages and long contexts make them large: 1.6 GiB with 1,024 rows of 131,072 pages."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: (30 * GIB, 40 * GIB))
+    config = EngineConfig(page_size=1, max_num_seqs=1024)
+    found = plan_memory(config, model, torch.bfloat16, torch.device("cuda"), 131_072, 8192)
+    taken = 10 * GIB + found.weight_bytes + found.activation_bytes + found.kv_bytes + 3 * found.page_table_bytes
+    assert found.page_table_bytes == 1024 * 131_072 * 4
+    assert taken + memory.GPU_RESERVE <= 0.9 * 40 * GIB < taken + memory.GPU_RESERVE + found.token_bytes
+
+
 def test_nothing_left(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "device_memory", lambda device: (1024**2, GIB))
     with pytest.raises(LoadError, match="no memory for a KV cache: weights take"):
@@ -69,6 +81,15 @@ def test_lines_tell_the_formula(model: ModelConfig) -> None:
     text = "\n".join(plan(model, kv_cache_tokens=1600).lines())
     for part in ("2 (K, V) × 3 layers × 2 KV heads × 16 × 4 B (float32)", "768 B", "100 × 16 tokens", "1,600"):
         assert part in text
+
+
+def test_a_gpu_that_another_process_fills(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts that do not fit are all named, and who has the rest can be seen."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: (3 * GIB // 2, 80 * GIB))
+    with pytest.raises(LoadError) as caught:
+        plan_memory(EngineConfig(), model, torch.bfloat16, torch.device("cuda:0"), 512, 8192)
+    said = str(caught.value)
+    assert "workspaces and CUDA graphs 1.5 GiB, of 0 B (1.5 GiB of 80.0 GiB are free on cuda:0)" in said
 
 
 @pytest.mark.parametrize(("family", "tied"), [("llama-mqa", False), ("gemma2", True)])
@@ -89,8 +110,18 @@ def test_planned_weights_are_the_weights_loaded(
     [
         ({"memory.max": "1000\n", "memory.current": "300\n"}, (700, 1000)),
         ({"memory.max": "1000", "memory.current": "3000"}, (0, 1000)),
+        # A checkpoint that was read lies in the page cache, which the kernel gives up for whoever asks.
+        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "file 700\ninactive_file 600\n"}, (700, 1000)),
         ({"memory.max": "max", "memory.current": "300"}, None),
         ({"memory/memory.limit_in_bytes": "900", "memory/memory.usage_in_bytes": "100"}, (800, 900)),
+        (
+            {
+                "memory/memory.limit_in_bytes": "900",
+                "memory/memory.usage_in_bytes": "500",
+                "memory/memory.stat": "inactive_file 7\ntotal_inactive_file 300\n",
+            },
+            (700, 900),
+        ),
         ({}, None),
     ],
 )

@@ -22,6 +22,11 @@ def nested(depth):
     return json.dumps(schema)
 
 
+def chain(rules):
+    lines = [f'r{i} ::= "a" r{i + 1}' for i in range(rules)]
+    return "\n".join([*lines, f'r{rules} ::= "x"', "root ::= r0"])
+
+
 REFUSED = [
     ("json_schema", '{"not": {"type": "string"}}', "uses not"),
     ("json_schema", '{"type": "array", "contains": {"type": "string"}}', "uses contains"),
@@ -49,6 +54,7 @@ REFUSED = [
     ("ebnf", 'root ::= "a" missing', "missing"),
     ("ebnf", "nothing at all", "is not a grammar"),
     ("ebnf", "root ::= " + "(" * 300 + '"a"' + ")" * 300, "brackets"),
+    ("ebnf", chain(5000), "has 5002 rules in [0-9]+ characters"),  # it took the GIL for 19 seconds
 ]
 
 
@@ -67,6 +73,10 @@ def test_refused_with_the_reason(compiler, kind, text, reason):
     assert error.status == 400
     assert re.search(reason, error.message), error.message
     assert "\n" not in error.message and len(error.message) < 600
+
+
+def test_a_grammar_of_many_rules_compiles(compiler):
+    assert compiler.compile(Constraint("ebnf", chain(600))).exception(10) is None
 
 
 def test_a_schema_at_the_limit_of_depth_compiles(compiler):

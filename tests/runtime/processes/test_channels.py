@@ -20,7 +20,8 @@ from branchwise.runtime.sampling_params import SamplingParams
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
-    directory = RunDirectory(ServerConfig(engine=EngineConfig(), api_key="secret"))
+    keys = {"api_key": "secret", "extra_api_keys": ("another secret",), "admin_api_key": "the operator's secret"}
+    directory = RunDirectory(ServerConfig(engine=EngineConfig(), **keys))  # type: ignore[arg-type]
     yield directory.path
     directory.remove()
     assert not directory.path.exists()
@@ -102,7 +103,7 @@ def test_nothing_is_dropped_while_nobody_reads(context: zmq.Context[Any], run_di
 def test_the_run_directory_is_private(run_dir: Path) -> None:
     assert run_dir.stat().st_mode & 0o777 == 0o700
     launch = read_launch(run_dir)
-    assert launch.config.api_key is None
+    assert (launch.config.api_key, launch.config.extra_api_keys, launch.config.admin_api_key) == (None, (), None)
     assert "secret" not in (run_dir / "launch.json").read_text()
 
 

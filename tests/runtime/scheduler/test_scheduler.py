@@ -229,6 +229,27 @@ def test_a_broken_step_ends_what_it_touched_and_nothing_else(make_driver, overla
     driver.verify()
 
 
+def test_prompt_logprobs_lost_with_a_step_are_not_left_out_in_silence(make_driver, monkeypatch):
+    """Their request, retracted meanwhile, would go on behind what no later step tells."""
+    driver = make_driver(overlap=True, max_num_batched_tokens=8, num_pages=128)
+    scored = driver.add(prompt(40), prompt_logprobs=1)
+    driver.step()
+    assert driver.executor.plans[-1].prompt_logprobs == [(0, 1, 1)]
+    waiting = driver.add(prompt(6, start=9))
+
+    def breaks():
+        raise RuntimeError("injected")
+
+    scheduler, pending = driver.core.scheduler, driver.core._inflight[0][1]
+    with monkeypatch.context() as patch:
+        patch.setattr(pending, "result", breaks)
+        patch.setattr(scheduler, "plan", lambda: scheduler.ledger.retract(scheduler.ledger.rows.request(0)))
+        driver.step()
+    driver.drain()
+    assert (driver.finished[scored].reason, driver.finished[scored].status) == ("error", 500)
+    assert driver.finished[waiting].reason == "length"
+
+
 def test_errors_that_surface_when_results_are_read_end_the_engine(make_driver):
     """A broken CUDA device lets steps launch and fails when they are read: that is no recovery."""
     driver = make_driver(overlap=True)
