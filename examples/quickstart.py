@@ -10,6 +10,7 @@ Python: plain HTTP. The prompts are ChatML, which the shipped model and Qwen's s
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import urllib.error
@@ -126,7 +127,10 @@ def reason(error: OSError) -> str:
 
 
 if __name__ == "__main__":
-    address = sys.argv[1].rstrip("/") if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = "a Branchwise server; without: %(default)s"
+    parser.add_argument("url", metavar="URL", nargs="?", default="http://127.0.0.1:8000", help=where)
+    address = parser.parse_args().url.rstrip("/")
     address = address if "://" in address else f"http://{address}"
     try:
         main(address)
