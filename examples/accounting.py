@@ -21,7 +21,9 @@ def show(title: str, work: Callable[[], str]) -> None:
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(sys.modules["__main__"]), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = "a Branchwise server (its key: BRANCHWISE_API_KEY), or an OpenAI-compatible one; without: the shipped model, here"
+    what = (
+        "a Branchwise server (its key: BRANCHWISE_API_KEY), or an OpenAI-compatible one; without: the model that ships"
+    )
     parser.add_argument("url", metavar="URL", nargs="?", help=what)
     url = parser.parse_args().url
     print(title)
