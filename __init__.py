@@ -28,6 +28,7 @@ _PUBLIC = {
     "Engine": ".runtime.engine",
     "EngineConfig": ".runtime.config",
     "RequestOutput": ".runtime.request_output",
+    **dict.fromkeys(("BranchwiseError", "EngineDead", "InvalidRequest", "LoadError"), ".runtime.errors"),
     "SamplingParams": ".runtime.sampling_params",
 }
 
@@ -69,6 +70,10 @@ if TYPE_CHECKING:
     from .runtime.async_engine import AsyncEngine as AsyncEngine
     from .runtime.config import EngineConfig as EngineConfig
     from .runtime.engine import Engine as Engine
+    from .runtime.errors import BranchwiseError as BranchwiseError
+    from .runtime.errors import EngineDead as EngineDead
+    from .runtime.errors import InvalidRequest as InvalidRequest
+    from .runtime.errors import LoadError as LoadError
     from .runtime.request_output import RequestOutput as RequestOutput
     from .runtime.sampling_params import SamplingParams as SamplingParams
 

@@ -7,6 +7,8 @@ python examples/multi_turn_chat.py http://127.0.0.1:8000   # or an OpenAI-compat
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import sys
 import time
 from collections.abc import Callable
@@ -16,13 +18,21 @@ import branchwise as bw
 
 def show(title: str, work: Callable[[], str]) -> None:
     """Runs ``work`` with the cache and without, and prints its result and what was sent, computed and cached."""
+    parser = argparse.ArgumentParser(
+        description=inspect.getdoc(sys.modules["__main__"]), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = (
+        "a Branchwise server (its key: BRANCHWISE_API_KEY), or an OpenAI-compatible one; without: the model that ships"
+    )
+    parser.add_argument("url", metavar="URL", nargs="?", help=what)
+    url = parser.parse_args().url
     print(title)
-    if len(sys.argv) == 1:
+    if url is None:
         with bw.Engine(kv_cache_tokens=32768) as engine:
             _account(engine, work)
         return
     try:
-        _account(bw.connect(sys.argv[1]), work)
+        _account(bw.connect(url), work)
     except (bw.ProgramError, bw.BackendError) as error:
         sys.exit(str(error))
 

@@ -10,7 +10,9 @@ Python: plain HTTP. The prompts are ChatML, which the shipped model and Qwen's s
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
@@ -36,15 +38,21 @@ WHY = {
 }
 
 
+def http(url: str, body: dict | None = None, timeout: float = 120) -> bytes:
+    """A POST of ``body``, or a GET. A server that has a key is given the environment's."""
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get("BRANCHWISE_API_KEY"):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, data=json.dumps(body).encode() if body else None, headers=headers)
+    with urllib.request.urlopen(request, timeout=timeout) as response:
+        return response.read()
+
+
 def ask(url: str, prompt: str) -> dict:
     """One completion. `meta_info` in the reply says what the tree saved."""
     sampling = {"max_new_tokens": 24, "temperature": 0}
     body = {"text": prompt, "sampling_params": sampling, "return_prompt_token_ids": True}
-    request = urllib.request.Request(
-        f"{url}/generate", data=json.dumps(body).encode(), headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        return json.load(response)
+    return json.loads(http(f"{url}/generate", body))
 
 
 def printable(text: str, width: int = 40) -> str:
@@ -78,7 +86,7 @@ def distinct_tokens(prompts: list[list[int]]) -> int:
 
 
 def main(url: str) -> None:
-    urllib.request.urlopen(f"{url}/health", timeout=10).close()  # nobody there: say so before anything else
+    http(f"{url}/health", timeout=10)  # nobody there: say so before anything else
     with ThreadPoolExecutor(max_workers=8) as pool:
         prompts = [f"{OPENING}{question}{ANSWER}" for question in QUESTIONS]
         print("One question on a text of sixteen facts:           tokens of the prompt")
@@ -111,8 +119,7 @@ def main(url: str) -> None:
     print(f"  {reused / sent:>5.0%} not computed again")
 
     print("\nWhat the server remembers (a line is a branch; what hangs below it continues it):")
-    with urllib.request.urlopen(f"{url}/cache/tree?format=text&max_nodes=40", timeout=30) as response:
-        print(response.read().decode())
+    print(http(f"{url}/cache/tree?format=text&max_nodes=40").decode())
 
 
 def reason(error: OSError) -> str:
@@ -126,7 +133,10 @@ def reason(error: OSError) -> str:
 
 
 if __name__ == "__main__":
-    address = sys.argv[1].rstrip("/") if len(sys.argv) > 1 else "http://127.0.0.1:8000"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    where = "a Branchwise server (its key: BRANCHWISE_API_KEY); without: %(default)s"
+    parser.add_argument("url", metavar="URL", nargs="?", default="http://127.0.0.1:8000", help=where)
+    address = parser.parse_args().url.rstrip("/")
     address = address if "://" in address else f"http://{address}"
     try:
         main(address)

@@ -109,7 +109,9 @@ class ServerClient:
         if status == 401:
             refused = "refused this key: give another" if self._has_key else "wants a key: give it"
             return ServerError(f"{self.url} {refused} with {self._key_from}", status)
-        return ServerError(f"{self.url} answered {status}: {said or 'without saying why'}", status)
+        return ServerError(
+            f"{self.url} answered {status}: {said or 'without saying why; is it a model server?'}", status
+        )
 
     def _parse(self, data: bytes) -> Any:
         try:

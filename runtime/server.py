@@ -301,8 +301,9 @@ class _Server:
         self._client.state = "draining"
         if self._client.in_flight:
             logger.info(
-                "stopping: %d requests in flight get up to %g s to finish; a second signal ends them now",
+                "stopping: %d request%s in flight may take up to %g s to finish; a second signal ends what is left",
                 self._client.in_flight,
+                "" if self._client.in_flight == 1 else "s",
                 self._config.drain_seconds,
             )
         http.should_exit = True

@@ -45,7 +45,7 @@ def bench(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of a table.")] = False,
 ) -> None:
-    """Measure a server with seven programs that branch.
+    """Measure a server with seven workloads, six of which branch.
 
     Speaks the OpenAI **/v1/completions** protocol with token-id prompts, so that the same run drives any server:
     few-shot questions, tool-calling agents, tree search, chat, best-of-n, many questions on long documents, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, chat, doctor, generate, serve, tree
+from . import bench, chat, doctor, generate, peers, serve, tree
 
 app = typer.Typer(
     name="branchwise",
@@ -35,7 +35,7 @@ def _root(
     pass
 
 
-app.command("serve")(serve.serve)
+app.command("serve", cls=peers.KnowsPeers)(serve.serve)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("tree")(tree.tree)

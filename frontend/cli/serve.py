@@ -163,7 +163,7 @@ def _run(config: ServerConfig) -> None:
     from ...runtime.server import run_server
     from . import checkup
 
-    handler = RichHandler(console=err, show_path=False, markup=False)
+    handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     model_folder(config.engine.model)  # a path that holds no model is said before "loading"
     # and so is a taken port: then the start fails at once and says why itself
@@ -189,6 +189,7 @@ class _Startup:
             TimeElapsedColumn(),
             console=err,
             transient=True,
+            disable=not err.is_terminal,  # where nobody watches, all it leaves is an empty line
         )
         self._task: TaskID | None = None
 

@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 from .chat import Variables
 from .errors import ProgramError, call_site
@@ -52,6 +52,9 @@ class BaseState:
         for expr in parts(body):
             self._strand.append(expr, site)
         return self
+
+    def __add__(self, body: Body) -> NoReturn:
+        raise TypeError("a state is appended to in place: write s += ..., not s + ...")
 
     def fork(self: S, size: int = 1, position_ids_offset: Any = None) -> Group[S]:
         """``size`` states that go on from here, each on its own. Costs no copy and no computation.

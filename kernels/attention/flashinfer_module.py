@@ -85,8 +85,7 @@ def build(variants: Sequence[Variant]) -> None:
             list(pool.map(_load, variants))
     except Exception as error:  # FlashInfer raises what it meets
         raise Unavailable(
-            "FlashInfer's kernels could not be compiled (it needs the CUDA toolkit's nvcc and a C++ compiler): "
-            + _gist(str(error))
+            f"FlashInfer's kernels could not be compiled: {_gist(str(error))} (it needs CUDA's nvcc and a C++ compiler)"
         ) from error
 
 

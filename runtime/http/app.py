@@ -27,7 +27,7 @@ def make_app(site: Site) -> FastAPI:
     for module in (responses, branches, models, tokens, cache, admin):
         app.include_router(module.router(site))
     openapi.document(app, keyed=site.config.api_key is not None)
-    errors.install(app)
+    errors.install(app, {*busy, "/v1/models"})
     # The last one added runs first: nobody without the key gets to send a body.
     app.add_middleware(Shortcut, handlers=busy)
     app.add_middleware(BodyLimit, max_bytes=site.config.max_body_bytes, max_depth=site.config.max_json_depth)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -100,8 +100,14 @@ def response_for(error: Exception) -> Response:
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
 
 
-def install(app: FastAPI) -> None:
-    async def handle(_request: Request, error: Exception) -> Response:
+def install(app: FastAPI, paths: Collection[str]) -> None:
+    """``paths``: what a client that has the wrong base_url may have meant."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        meant = request.scope["path"].removeprefix("/v1") if _is_no_route(error) else ""
+        for path in (meant, f"/v1{meant}"):
+            if path in paths:
+                return error_response(404, f"no such route: did you mean {path}? {_BASE_URLS}")
         return response_for(error)
 
     for kind in (
@@ -117,8 +123,15 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
+_BASE_URLS = "The base_url of OpenAI's clients ends with /v1, that of Anthropic's does not"
+
+
+def _is_no_route(error: Exception) -> bool:
+    return isinstance(error, HTTPException) and (error.status_code, error.detail) == (404, HTTPStatus.NOT_FOUND.phrase)
+
+
 def _http_message(error: HTTPException) -> str:
-    if error.status_code == 404 and error.detail == HTTPStatus.NOT_FOUND.phrase:
+    if _is_no_route(error):
         return "no such route: GET /openapi.json lists what there is, POST /v1/chat/completions and /generate among it"
     if error.status_code == 405:
         return "this route does not take that method"

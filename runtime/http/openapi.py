@@ -420,7 +420,8 @@ def _error_schema() -> dict[str, Any]:
 
 def _anthropic_schema() -> dict[str, Any]:
     inner = {"type": {"type": "string", "description": "Follows from the status."}, "message": _MESSAGE}
-    error = {"type": "object", "required": list(inner), "properties": inner, "additionalProperties": False}
+    properties = inner | {"details": {"type": "object", "description": "Only where a thread was asked for."}}
+    error = {"type": "object", "required": list(inner), "properties": properties, "additionalProperties": False}
     return {
         "type": "object",
         "title": "MessagesError",

@@ -242,6 +242,30 @@ def test_a_conversation_with_tools_goes_on(shipped: Any, client: anthropic.Anthr
     assert last.usage.cache_read_input_tokens >= prompt_tokens(first.usage) + first.usage.output_tokens - 1
 
 
+def test_the_packages_tool_runner_sends_whole_conversations(shipped: Any, client: anthropic.Anthropic) -> None:
+    """It asks for a conversation that the server holds first: told that there is none, it sends all the messages."""
+    painted: list[dict[str, Any]] = []
+
+    @anthropic.beta_tool(name="paint_legoax", description="Paint the legoax.", input_schema=PAINT_TOOL["input_schema"])
+    def paint(koayi: int, repeat: bool) -> str:
+        painted.append({"koayi": koayi, "repeat": repeat})
+        return '{"colour": "GW-725"}'
+
+    more: Any = {"extra_body": {"temperature": 0}}
+    runner = client.beta.messages.tool_runner(model="branchwise", max_tokens=100, messages=PAINT, tools=[paint], **more)
+    called, answered = list(runner)
+    assert (called.stop_reason, answered.stop_reason) == ("tool_use", "end_turn")
+    assert painted == [PAINTED]
+    assert "GW-725" in text_of(answered)
+    for thread in ({"type": "create"}, {"type": "continue", "previous_message_id": called.id}):
+        for path in ("/v1/messages", "/v1/messages/count_tokens"):
+            answer = shipped.http.post(path, json={"max_tokens": 9, "messages": SUM, "thread": thread})
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["message"].startswith("thread is not supported")
+            assert error["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
 def test_an_input_that_is_cut_off_is_an_object(client: anthropic.Anthropic) -> None:
     """With the members that were whole, and the same in a stream."""
     found = set()

@@ -147,6 +147,23 @@ def test_unknown_routes_and_methods(server: Any) -> None:
         assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
 
 
+def test_a_wrong_base_url_is_told_the_right_path(server: Any) -> None:
+    for path, meant in (
+        ("/chat/completions", "/v1/chat/completions"),  # openai without /v1
+        ("/v1/v1/messages", "/v1/messages"),  # anthropic with it
+        ("/v1/generate", "/generate"),
+        ("/models", "/v1/models"),
+        ("/v1/embeddings", None),
+        ("/v1", None),
+    ):
+        answer = server.http.post(path, json={})
+        assert answer.status_code == 404
+        assert answer.json()["error"]["type"] == "not_found_error"
+        message = answer.json()["error"]["message"]
+        assert message.startswith("no such route: ")
+        assert (f"did you mean {meant}? " in message) == (meant is not None), message
+
+
 def test_unknown_fields_that_change_nothing_are_ignored(server: Any) -> None:
     body = completion(user="me", metadata={"a": 1}, store=True, unheard_of=[1])
     assert server.http.post("/v1/completions", json=body).status_code == 200

@@ -68,6 +68,19 @@ def test_in_process(name: str) -> None:
     assert cached[4] > 0 and cached[3] < uncached[3], "something is with it"
 
 
+def test_help_says_what_it_is_and_what_it_takes() -> None:
+    for name in [*sorted(KNOWN), "quickstart"]:
+        done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py"), "--help"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), name
+        first, _, rest = done.stdout.partition("\n\n")
+        assert first == f"usage: {name}.py [-h] [URL]"
+        title = (EXAMPLES / f"{name}.py").read_text().split('"""')[1].split(":")[0]
+        assert rest.startswith(title) and "a Branchwise server" in rest
+    wrong = subprocess.run([sys.executable, str(EXAMPLES / "react.py"), "--url", "x"], capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "unrecognized arguments: --url" in wrong.stderr
+
+
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     command = [sys.executable, "-m", "branchwise", "serve", "--port", "0", "--kv-cache-tokens", "32768"]

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from branchwise.frontend.cli import serve as serve_command
 from branchwise.frontend.cli.main import app
+from branchwise.frontend.cli.peers import PEERS
 from branchwise.frontend.client import ServerClient
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
@@ -65,7 +66,7 @@ def branchwise(*arguments: str, stdin: str = "", env: dict[str, str] | None = No
 
 def assert_one_line_error(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     assert done.returncode == code, done.stderr
-    lines = done.stderr.strip().splitlines()
+    lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
     for word in words:
         assert word in lines[0]
@@ -320,3 +321,35 @@ def test_version() -> None:
     import branchwise as package
 
     assert branchwise("--version").stdout.strip() == f"branchwise {package.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--model=Qwen/Qwen3-0.6B", "--model: the model is an argument: branchwise serve Qwen/Qwen3-0.6B"),
+        ("--model-path", "--model-path: the model is an argument: branchwise serve Qwen/Qwen3-0.6B"),
+        ("--tp", "--tp: called --tensor-parallel-size here"),
+        ("--enforce-eager", "--enforce-eager: called --no-cuda-graphs here"),
+        ("--trust-remote-code", "--trust-remote-code: a model's own code is never run"),
+        ("--quantization", "--quantization: not there yet"),
+        ("--enable-prefix-caching", "--enable-prefix-caching: always on"),
+    ],
+)
+def test_flags_of_vllm_and_sglang_say_what_to_write_instead(flag: str, said: str) -> None:
+    done = branchwise("serve", flag, "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = plain(done.stderr).splitlines()
+    assert line.startswith(f"error: {said}")
+
+
+def test_what_is_said_of_their_flags_is_true() -> None:
+    shown = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "200"}).output)
+    ours = set(re.findall(r"--[a-z][a-z-]+", shown))
+    assert not ours & PEERS.keys(), "a flag of ours is never taken for theirs"
+    named = {word for said in PEERS.values() for word in re.findall(r"--[a-z][a-z-]+", said)}
+    assert named and named <= ours
+
+
+def test_a_value_that_looks_like_one_of_their_flags_is_a_value() -> None:
+    done = branchwise("serve", "--served-model-name", "x", "--", "--model")
+    assert done.returncode == 2 and "--model: not a folder" in plain(done.stderr)

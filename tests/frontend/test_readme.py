@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -80,6 +81,18 @@ def test_quickstart_runs(open_server: Running) -> None:
     assert counts[0][0] < int(re.search(r"(\d+) distinct tokens", done.stdout)[1]) < sent  # type: ignore[index]
     assert done.stdout.replace("\n", "").isprintable()
     assert "What the server remembers" in done.stdout and "└─" in done.stdout
+
+
+def test_quickstart_has_the_key_from_where_the_other_clients_have_it(server: Running) -> None:
+    command = [sys.executable, str(ROOT / "examples" / "quickstart.py"), server.url]
+    for key, code in (("the-key", 0), ("another", 1), ("", 1)):
+        env = os.environ | {"BRANCHWISE_API_KEY": key}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
+        assert done.returncode == code, done.stderr
+        assert (code == 0) == ("What the server remembers" in done.stdout)
+        assert code == 0 or done.stderr.startswith(
+            f"the server at {server.url} answered 401: a valid API key is needed"
+        )
 
 
 def test_quickstart_without_a_server_is_one_line(unused_port: int) -> None:

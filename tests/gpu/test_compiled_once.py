@@ -76,5 +76,5 @@ except Unavailable as error:
     said = subprocess.run(
         [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    assert "needs the CUDA toolkit's nvcc" in said.stdout
+    assert "needs CUDA's nvcc" in said.stdout
     assert str(tmp_path / "nvcc") in said.stdout, "and what the shell said"

@@ -12,8 +12,7 @@ import time
 
 import pytest
 
-from branchwise import AsyncEngine, Engine, SamplingParams
-from branchwise.runtime.errors import EngineDead, InvalidRequest, LoadError
+from branchwise import AsyncEngine, BranchwiseError, Engine, EngineDead, InvalidRequest, LoadError, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 TEXT = "def fork(program, branches): return [program.copy() for _ in range(branches)]"
@@ -296,6 +295,10 @@ def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypa
             thread.join(5)
             assert not thread.is_alive()
         assert [type(f) for f in failures] == [EngineDead, EngineDead]
+
+
+def test_everything_raised_on_purpose_is_caught_by_one_name():
+    assert all(issubclass(kind, BranchwiseError) for kind in (EngineDead, InvalidRequest, LoadError))
 
 
 def test_a_missing_model_is_one_line_that_says_what_to_give(tmp_path):

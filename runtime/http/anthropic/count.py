@@ -11,13 +11,12 @@ from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
 from ..openapi import takes
-from ..requests import parse
 from ..shortcut import Handler
 from ..site import Site
 from ..sse import json_response
 from ..tokens import token_ids
 from .errors import ROOT
-from .request import MESSAGES_UNSUPPORTED, CountRequest
+from .request import CountRequest, read
 from .translate import chat_request
 
 PATH = f"{ROOT}/count_tokens"
@@ -28,7 +27,7 @@ def handler(site: Site) -> Handler:
 
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
-        body = parse(CountRequest, await read_json_object(request), unsupported=MESSAGES_UNSUPPORTED)
+        body = read(CountRequest, await read_json_object(request))
         site.check_model(body.model)
         chat, sources = chat_request(body, site.config.max_messages)
         try:

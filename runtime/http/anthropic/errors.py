@@ -22,12 +22,14 @@ _TYPES = {
     429: "rate_limit_error",
     OVERLOADED: "overloaded_error",
 }
+NO_THREADS = "thread_unsupported_request"  # a code: told this, Anthropic's package sends whole conversations
 _ID = "branchwise.request_id"  # in the scope of a request
 
 
-def error_body(status: int, message: str, id: str) -> dict[str, Any]:
+def error_body(status: int, message: str, id: str, code: str | None = None) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
-    return {"type": "error", "error": {"type": kind, "message": message}, "request_id": id}
+    details = {"details": {"error_code": code, "unsupported": ["thread"]}} if code == NO_THREADS else {}
+    return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": id}
 
 
 def error_event(error: Exception, scope: Scope) -> bytes:
@@ -66,8 +68,8 @@ class ErrorShape:
                 body += message.get("body", b"")
                 if message.get("more_body"):
                     return
-                said = msgspec.json.decode(body)["error"]["message"]
-                message["body"] = msgspec.json.encode(error_body(held["status"], said, id))
+                said = msgspec.json.decode(body)["error"]
+                message["body"] = msgspec.json.encode(error_body(held["status"], said["message"], id, said["code"]))
                 MutableHeaders(raw=held["headers"])["content-length"] = str(len(message["body"]))
                 await send(held)
             await send(message)

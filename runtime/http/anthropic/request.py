@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
 
 from pydantic import Field
 
-from ..requests import UNSUPPORTED, Strict, models_own
+from ...errors import InvalidRequest
+from ..requests import UNSUPPORTED, Strict, models_own, parse
+from .errors import NO_THREADS
+
+R = TypeVar("R", bound="CountRequest")
 
 
 class CacheControl(Strict):
@@ -115,3 +120,14 @@ class MessagesRequest(CountRequest):
 
 # Fields that would change the result and that we do not have; those of our other routes among them.
 MESSAGES_UNSUPPORTED = (UNSUPPORTED - MessagesRequest.model_fields.keys()) | {"container", "mcp_servers"}
+
+
+def read(kind: type[R], raw: Mapping[str, Any]) -> R:
+    """Raises `InvalidRequest`."""
+    if raw.get("thread") is not None:
+        raise InvalidRequest(
+            "thread is not supported by this server, which stores no conversations: send all messages",
+            field="thread",
+            code=NO_THREADS,
+        )
+    return parse(kind, raw, unsupported=MESSAGES_UNSUPPORTED)

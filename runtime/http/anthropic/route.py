@@ -12,13 +12,12 @@ from ..body import read_json_object
 from ..chat.renamed import renamed
 from ..chat.turn import Turns
 from ..openapi import takes
-from ..requests import parse
 from ..respond import respond
 from ..shortcut import Handler
 from ..site import Site
 from .errors import ROOT, error_event
 from .message import MessageAnswer
-from .request import MESSAGES_UNSUPPORTED, MessagesRequest
+from .request import MessagesRequest, read
 from .translate import chat_request
 
 PATH = ROOT
@@ -29,7 +28,7 @@ def handler(site: Site) -> Handler:
 
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
-        body = parse(MessagesRequest, await read_json_object(request), unsupported=MESSAGES_UNSUPPORTED)
+        body = read(MessagesRequest, await read_json_object(request))
         site.check_model(body.model)
         chat, sources = chat_request(body, site.config.max_messages)
         try:

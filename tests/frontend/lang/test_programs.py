@@ -77,6 +77,19 @@ def test_an_unknown_argument_is_an_error_at_the_call(echo):
         other.run(backend=echo(ok))
 
 
+def test_a_plus_without_its_equals_sign_is_told_what_to_write(echo):
+    """It would append to nothing, and the program go on without the text."""
+    backend = echo(ok)
+    for what in ("text", bw.gen("a"), bw.user("x")):
+
+        @bw.function
+        def program(s, what=what):
+            s + what
+
+        with pytest.raises(TypeError, match=r"write s \+= \.\.\."):
+            program.run(backend=backend)
+
+
 def test_a_fork_of_a_failed_state(echo):
     @bw.function
     def program(s):

@@ -24,7 +24,7 @@ async def test_a_client_that_leaves_leaves_no_traceback(caplog):
         sent.append(message)
 
     app = Starlette(routes=[Route("/x", route)])
-    install(app)  # type: ignore[arg-type]
+    install(app, ())  # type: ignore[arg-type]
     scope = {
         "type": "http",
         "method": "GET",
