@@ -3,6 +3,8 @@ FlashInfer's is given. What only FlashInfer itself can show is in tests/gpu."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -170,6 +172,7 @@ def test_it_says_so_where_nothing_can_be_compiled(monkeypatch):
         raise RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist\nand more")
 
     monkeypatch.setattr(flashinfer_module, "_load", load)
+    monkeypatch.setattr(Variant, "spec", lambda variant: SimpleNamespace(is_compiled=False))
     with pytest.raises(Unavailable) as error:
         flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
     assert str(error.value).startswith("FlashInfer's kernels could not be compiled: Could not find nvcc")
