@@ -121,6 +121,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         reasoning_parser: How the model writes its thinking: think, mistral, none, or auto: as its chat template says.
         drain_seconds: Seconds that requests in flight get to finish after SIGTERM or Ctrl-C.
         log_level: debug, info, warning or error.
+        stats_log_seconds: Seconds from one line about the load to the next, while there is work. 0: no such lines.
         null_executor: Measure the HTTP path without a model: tokens are a hash of their position.
         null_step_seconds: Seconds each step takes then.
     """
@@ -153,6 +154,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     reasoning_parser: str = "auto"
     drain_seconds: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    stats_log_seconds: float = 10.0
     null_executor: bool = False
     null_step_seconds: float = 0.0
 

@@ -26,6 +26,7 @@ from .model_folder import model_folder
 from .processes.channels import Inbox, Outbox, ToHttp
 from .processes.launch import ROLES, Role, RunDirectory
 from .processes.supervisor import Supervisor
+from .throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
     import uvicorn
@@ -157,6 +158,7 @@ class _Server:
         from .http.site import Site
 
         metrics = Metrics()
+        self._throughput = ThroughputLog(self._config.stats_log_seconds, logger.info)
         self._lag = LoopLag(metrics.observe_loop_lag)
         self._client = EngineClient(
             self._to_tokenizer.send,
@@ -206,6 +208,7 @@ class _Server:
                     self._client.deliver(message.items)
                 case Stats():
                     self._site.metrics.update(message)
+                    self._throughput.update(message)
                 case ControlReply():
                     self._client.answer(message)
                 case Progress():

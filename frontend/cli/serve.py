@@ -89,6 +89,9 @@ def serve(
     reasoning_parser: Annotated[str, flag("reasoning_parser", MODEL, metavar="NAME")] = _SERVER.reasoning_parser,
     drain_seconds: Annotated[float, flag("drain_seconds", SERVER, min=0, metavar="SECONDS")] = _SERVER.drain_seconds,
     log_level: Annotated[LogLevel, flag("log_level", SERVER, metavar="NAME")] = _SERVER.log_level,
+    stats_log_seconds: Annotated[
+        float, flag("stats_log_seconds", SERVER, min=0, metavar="SECONDS")
+    ] = _SERVER.stats_log_seconds,
     load_format: LoadFormatFlag = _ENGINE.load_format,
     dtype: DtypeFlag = _ENGINE.dtype,
     device: Device = _ENGINE.device,

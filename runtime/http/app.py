@@ -12,6 +12,7 @@ from .anthropic.errors import ErrorShape
 from .auth import AuthMiddleware
 from .body import BodyLimit
 from .chat import route as chat
+from .request_id import RequestId
 from .responses import route as responses
 from .shortcut import Handler, Shortcut
 from .site import Site
@@ -38,4 +39,5 @@ def make_app(site: Site) -> FastAPI:
         admin_api_key=site.config.admin_api_key,
     )
     app.add_middleware(ErrorShape)
+    app.add_middleware(RequestId)
     return app

@@ -197,6 +197,12 @@ def test_what_is_not_done_is_refused_by_name(client: openai.OpenAI, field: str, 
     assert field in refused.value.message
 
 
+def test_an_answer_has_the_id_that_the_client_shows(client: openai.OpenAI) -> None:
+    assert (complete(client, "Hello", max_tokens=1)._request_id or "").startswith("req_")
+    kept = complete(client, "Hello", max_tokens=1, extra_headers={"X-Request-Id": "trace-7"})
+    assert kept._request_id == "trace-7"
+
+
 def test_models(shipped: Any, client: openai.OpenAI) -> None:
     [model] = client.models.list().data
     assert (model.id, model.object, model.owned_by) == ("branchwise", "model", "branchwise")

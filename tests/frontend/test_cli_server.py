@@ -38,6 +38,22 @@ def test_serve_says_what_it_does(server: Running) -> None:
     assert f"curl {server.url}/v1/chat/completions" in server.output and "the-key" not in server.output
 
 
+def test_a_server_at_work_says_so_in_its_log() -> None:
+    arguments = ["serve", "--port", "0", "--kv-cache-tokens", "8192", "--stats-log-seconds", "0.05"]
+    command = [sys.executable, "-m", "branchwise", *arguments]
+    wide = os.environ | {"COLUMNS": "200"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=wide)
+    assert process.stdout is not None
+    url = next(found[1] for line in process.stdout if (found := re.search(r"ready at (http://\S+)", line)))
+    done = branchwise(
+        "generate", "--url", url, "--max-tokens", "150", "--temperature", "1", "Once upon a time", key=False
+    )
+    process.terminate()
+    _, log = process.communicate(timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"1 running, 0 waiting; [\d.,]+ tokens/s generated; prompts [\d.,]+ tokens/s", log), log
+
+
 def test_the_curl_line_works_as_printed(server: Running) -> None:
     line = next(line for line in server.output.splitlines() if "curl" in line)
     done = subprocess.run(["bash", "-c", f"{line} -sS"], capture_output=True, text=True, env=os.environ | KEY)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
 
 import msgspec
@@ -10,6 +9,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import describe
+from ..request_id import KEY
 from ..sse import typed_event
 
 ROOT = "/v1/messages"
@@ -23,7 +23,6 @@ _TYPES = {
     OVERLOADED: "overloaded_error",
 }
 NO_THREADS = "thread_unsupported_request"  # a code: told this, Anthropic's package sends whole conversations
-_ID = "branchwise.request_id"  # in the scope of a request
 
 
 def error_body(status: int, message: str, id: str, code: str | None = None) -> dict[str, Any]:
@@ -35,7 +34,7 @@ def error_body(status: int, message: str, id: str, code: str | None = None) -> d
 def error_event(error: Exception, scope: Scope) -> bytes:
     """What ends a stream that cannot go on."""
     status, body = describe(error)
-    return typed_event(error_body(status_of(status), body["error"]["message"], scope[_ID]))
+    return typed_event(error_body(status_of(status), body["error"]["message"], scope[KEY]))
 
 
 class ErrorShape:
@@ -51,7 +50,7 @@ class ErrorShape:
         if scope["type"] != "http" or not f"{scope['path']}/".startswith(f"{ROOT}/"):
             await self._app(scope, receive, send)
             return
-        id = scope[_ID] = f"req_{uuid.uuid4().hex}"
+        id = scope[KEY]
         held: Message | None = None  # the head of an error, until its body is here
         body = b""
 

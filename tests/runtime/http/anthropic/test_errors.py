@@ -15,6 +15,7 @@ from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.http.anthropic.errors import ErrorShape, error_event
 from branchwise.runtime.http.app import make_app
 from branchwise.runtime.http.errors import ClientGone
+from branchwise.runtime.http.request_id import RequestId
 from branchwise.runtime.http.shortcut import Shortcut
 from branchwise.runtime.http.site import Site
 
@@ -36,7 +37,7 @@ def error_of(answer: httpx.Response, status: int, kind: str) -> str:
     assert body["type"] == "error"
     assert body["error"].keys() == {"type", "message"}
     assert body["error"]["type"] == kind
-    assert body["request_id"] == answer.headers["request-id"]
+    assert body["request_id"] == answer.headers["request-id"] == answer.headers["x-request-id"]
     assert body["request_id"].startswith("req_")
     return body["error"]["message"]
 
@@ -67,7 +68,7 @@ async def test_before_the_route(make_site: Callable[..., Site], path: str) -> No
             answer = await http.post(other, content=b"{")
             assert "type" not in answer.json()
             assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
-            assert "request-id" not in answer.headers
+            assert "request-id" not in answer.headers and answer.headers["x-request-id"].startswith("req_")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ async def test_from_the_route(error: Exception, status: int, kind: str) -> None:
     async def application(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise AssertionError("the handler is there to answer")
 
-    async with connect(ErrorShape(Shortcut(application, {"/v1/messages": handler}))) as http:
+    async with connect(RequestId(ErrorShape(Shortcut(application, {"/v1/messages": handler})))) as http:
         answer = await http.post("/v1/messages")
     assert "secret" not in error_of(answer, status, kind)
     assert ("retry-after" in answer.headers) == (status in (429, 529))
@@ -98,7 +99,8 @@ async def test_nobody_is_told_when_the_client_has_gone() -> None:
     async def handler(_request: Request) -> Response:
         raise ClientGone
 
-    async with connect(ErrorShape(Shortcut(None, {"/v1/messages": handler}))) as http:  # type: ignore[arg-type]
+    app = RequestId(ErrorShape(Shortcut(None, {"/v1/messages": handler})))  # type: ignore[arg-type]
+    async with connect(app) as http:
         answer = await http.post("/v1/messages")
     assert (answer.status_code, answer.content) == (499, b"")
 

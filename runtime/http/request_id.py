@@ -1,0 +1,34 @@
+"""Gives every answer an ``x-request-id``, which OpenAI's clients show as ``_request_id``: the client's or a new one."""
+
+from __future__ import annotations
+
+import re
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+KEY = "branchwise.request_id"  # in the scope of a request
+_HEADER = b"x-request-id"
+_GIVEN = re.compile(rb"[!-~]{1,128}")
+
+
+class RequestId:
+    """Around all other middleware, for they answer too. A client's id is kept if it is 1 to 128 visible characters."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
+        id = given if _GIVEN.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+        scope[KEY] = id.decode()
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (_HEADER, id)]
+            await send(message)
+
+        await self._app(scope, receive, named)
