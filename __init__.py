@@ -24,7 +24,7 @@ _LANGUAGE = {
 }
 _PUBLIC = {
     **{name: module for module, names in _LANGUAGE.items() for name in names.split()},
-    "AsyncEngine": ".runtime.engine",
+    "AsyncEngine": ".runtime.async_engine",
     "Engine": ".runtime.engine",
     "EngineConfig": ".runtime.config",
     "RequestOutput": ".runtime.request_output",
@@ -66,8 +66,8 @@ if TYPE_CHECKING:
     from .frontend.lang.state import Group as Group
     from .frontend.lang.state import State as State
     from .frontend.lang.tools import tool_loop as tool_loop
+    from .runtime.async_engine import AsyncEngine as AsyncEngine
     from .runtime.config import EngineConfig as EngineConfig
-    from .runtime.engine import AsyncEngine as AsyncEngine
     from .runtime.engine import Engine as Engine
     from .runtime.request_output import RequestOutput as RequestOutput
     from .runtime.sampling_params import SamplingParams as SamplingParams

@@ -13,75 +13,148 @@ from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGT
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
+SamplingDefaults = Literal["model", "neutral", "openai"]  # openai: SGLang's word for neutral
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One engine: a model on a device, a KV pool, a tree, a scheduler."""
+    """One engine: a model on a device, a KV pool, a tree, a scheduler.
 
-    model: str = ""  # a folder or a hub id; "" is the model that ships with the package
-    load_format: Literal["auto", "dummy"] = "auto"  # dummy: random weights of the config's shape
-    dtype: Dtype = "auto"  # auto: the checkpoint's on a GPU, float32 on a CPU
-    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    Args:
+        model: A folder, a Hugging Face hub id, or nothing for the model that ships with the package.
+        load_format: auto, or dummy: random weights of the config's shape, for measuring.
+        dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU, float32 on a
+            CPU.
+        device: auto, cpu, cuda or cuda:N.
+        seed: For requests that bring no seed, and for dummy weights; 0 or more.
+        max_model_len: Longest prompt and answer together, in tokens; 1 or more. Default: the model's own.
+        max_num_seqs: Requests running at once. From 1 to 4096.
+        max_num_batched_tokens: Tokens of one step: prompt chunks and decodes; 1 or more. Default: 2048 on a CPU, 8192
+            on a GPU.
+        page_size: Tokens of one KV page. From 1 to 256. Reuse is exact to the token at any size.
+        kv_cache_dtype: Type of cached keys and values: auto, the weights' own.
+        kv_cache_tokens: Tokens the KV cache holds; 1 or more. Default: by memory.
+        gpu_memory_utilization: Share of the GPU's memory to use; on a CPU, of half the free memory. From 0.05 to 0.98.
+        tensor_parallel_size: GPUs to split the model over; only 1 so far.
+        attention_backend: Attention kernels: flashinfer or triton (on a GPU), torch, or auto: the fastest that runs
+            here.
+        sampling_defaults: How tokens are drawn where a request does not say: model, as its generation_config.json wants
+            it, or neutral (SGLang's word: openai), with temperature and top_p 1 and no other filter.
+        cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.
+        schedule_policy: Who goes first: hrrn weighs waiting time against uncached work, lpm takes the longest cached
+            prefix, fcfs the oldest, priority what requests ask for.
+        eviction_policy: What to forget first when memory is short: lru, lfu, fifo or priority.
+        disable_radix_cache: Remember nothing, to compare.
+        max_branches: Branches kept at once; beyond this clients get a 429 until some have ended. From 0 to 1000000.
+        branch_ttl: Seconds a branch lives after its last use. From 1 to 604800.
+        max_pinned_share: Share of the KV cache that pins and cache breakpoints may keep from eviction. From 0 to 0.9.
+        pinned_share_per_key: Share of that for one API key. From 0 to 1.
+        max_pin_ttl: Seconds a pin or breakpoint may last at most. From 1 to 31536000.
+        jump_forward: Tokens that a request's grammar leaves no choice about take no forward pass each.
+        overlap: Plan step N+1 while step N runs. Default: on a GPU only.
+        profile: Folder that POST /start_profile and /stop_profile may write Chrome traces of the engine's steps to.
+            Default: they may not.
+        check_when_idle: Debugging: verify tree and pages whenever the engine falls idle.
+    """
+
+    model: str = ""
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Dtype = "auto"
+    device: str = "auto"
     seed: int = 0
 
-    max_model_len: int | None = None  # None: the model's own
-    max_num_seqs: int = 256  # rows of the page table: requests running at once
-    max_num_batched_tokens: int | None = None  # a step's token budget; None: 2048 on a CPU, 8192 on a GPU
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
     page_size: int = 16
     kv_cache_dtype: Literal["auto"] = "auto"
-    kv_cache_tokens: int | None = None  # None: by memory
-    gpu_memory_utilization: float = 0.9  # of the GPU's memory; of free memory on a CPU, half of it at most
+    kv_cache_tokens: int | None = None
+    gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1
-    attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"  # auto: the fastest that runs here
-    cuda_graphs: bool = True  # capture steps of up to about a thousand tokens; off: launch every kernel by itself
+    attention_backend: Literal["auto", "torch", "flashinfer", "triton"] = "auto"
+    sampling_defaults: SamplingDefaults = "model"
+    cuda_graphs: bool = True
 
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
     disable_radix_cache: bool = False
-    max_branches: int = 4096  # past it no more are made until some have ended
-    branch_ttl: float = 600.0  # seconds a branch lives after its last use
-    max_pinned_share: float = 0.25  # of the KV pool, that pins and cache breakpoints may keep from eviction
-    pinned_share_per_key: float = 1.0  # of that, for one API key
-    max_pin_ttl: float = 86_400.0  # seconds
-    jump_forward: bool = True  # tokens a grammar leaves no choice about take no forward pass each
-    overlap: bool | None = None  # plan step N+1 while N runs; None: on a GPU only
-    profile: str | None = None  # a folder: recordings of steps may be started and stopped, and are written there
-    check_when_idle: bool = False  # debug: walk the tree and the pages whenever the engine falls idle
+    max_branches: int = 4096
+    branch_ttl: float = 600.0
+    max_pinned_share: float = 0.25
+    pinned_share_per_key: float = 1.0
+    max_pin_ttl: float = 86_400.0
+    jump_forward: bool = True
+    overlap: bool | None = None
+    profile: str | None = None
+    check_when_idle: bool = False
 
 
 class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One server: an engine behind processes and HTTP."""
+    """One server: an engine behind processes and HTTP.
+
+    Args:
+        engine: What it serves, and how.
+        host: Address to listen on.
+        port: Port to listen on. 0: any free one.
+        api_key: Key every route but /health asks for. Default: none is asked for.
+        extra_api_keys: Further keys, each with a cache of its own.
+        admin_api_key: Key for what touches everybody's cache: flush, evict, tree, all stats. Default: api_key.
+        served_model_name: Name clients use. Default: the model's.
+        max_queued_requests: Unfinished requests; beyond this there is a 503.
+        max_queued_per_key: Of those, one API key's; beyond this it gets a 429. Default: all of them.
+        request_timeout: Seconds after which a request is ended with an error (504). Default: none.
+        max_body_bytes: Bytes of a request's body.
+        max_prompts_per_request: Prompts of one request.
+        max_samples_per_request: Prompts × n of one request.
+        max_n: Samples of one prompt.
+        max_stop_strings: Stop strings of one request.
+        max_stop_length: Characters of a stop string.
+        max_logit_bias: Entries of logit_bias.
+        max_top_logprobs: Alternatives beside a token's logprob.
+        max_messages: Messages of one conversation.
+        max_tools: Tools of one request.
+        max_schema_bytes: Bytes of a JSON schema, a pattern or a grammar. A tool's parameters: 65536 at most.
+        max_schema_depth: Levels of a schema's objects and lists.
+        max_json_depth: Levels of a body's objects and lists.
+        max_header_bytes: Bytes of a request's line and headers.
+        tool_call_parser: How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic, none, or
+            auto: as its chat template says.
+        reasoning_parser: How the model writes its thinking: think, mistral, none, or auto: as its chat template says.
+        drain_seconds: Seconds that requests in flight get to finish after SIGTERM or Ctrl-C.
+        log_level: debug, info, warning or error.
+        null_executor: Measure the HTTP path without a model: tokens are a hash of their position.
+        null_step_seconds: Seconds each step takes then.
+    """
 
     engine: EngineConfig
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
-    extra_api_keys: tuple[str, ...] = ()  # of other tenants: each key has a cache of its own
-    admin_api_key: str | None = None  # for what touches everybody's cache; None: api_key
+    extra_api_keys: tuple[str, ...] = ()
+    admin_api_key: str | None = None
     served_model_name: str | None = None
-    max_queued_requests: int = 4096  # submitted and not finished; past it the answer is 503
-    max_queued_per_key: int | None = None  # of those, one API key's; past it the answer is 429. None: all of them
-    request_timeout: float | None = None  # seconds; None: a client that waits may wait as long as its answer takes
+    max_queued_requests: int = 4096
+    max_queued_per_key: int | None = None
+    request_timeout: float | None = None
     max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024
-    max_samples_per_request: int = 1024  # prompts × n
+    max_samples_per_request: int = 1024
     max_n: int = MAX_N
     max_stop_strings: int = MAX_STOPS
-    max_stop_length: int = MAX_STOP_LENGTH  # characters of one
-    max_logit_bias: int = MAX_LOGIT_BIAS  # entries
+    max_stop_length: int = MAX_STOP_LENGTH
+    max_logit_bias: int = MAX_LOGIT_BIAS
     max_top_logprobs: int = MAX_LOGPROBS
-    max_messages: int = 4096  # of one conversation
+    max_messages: int = 4096
     max_tools: int = 128
-    max_schema_bytes: int = MAX_BYTES  # of a JSON schema, a pattern or a grammar
-    max_schema_depth: int = 64  # objects and lists inside one another
-    max_json_depth: int = 64  # objects and lists inside one another
-    max_header_bytes: int = 64 * 1024  # request line and headers
-    tool_call_parser: str = "auto"  # how the model writes calls: a name of `runtime.tools`, auto or none
-    reasoning_parser: str = "auto"  # and its thinking
-    drain_seconds: float = 30.0  # SIGTERM: time in-flight requests get to finish
+    max_schema_bytes: int = MAX_BYTES
+    max_schema_depth: int = 64
+    max_json_depth: int = 64
+    max_header_bytes: int = 64 * 1024
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    drain_seconds: float = 30.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-    null_executor: bool = False  # measure the HTTP path without a model: tokens are a hash of the position
-    null_step_seconds: float = 0.0  # and how long each of its steps takes
+    null_executor: bool = False
+    null_step_seconds: float = 0.0
 
 
 def _choices(field: str) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,10 @@ class EngineCore:
         *,
         gpu: bool = False,
         grammars: GrammarCompiler | None = None,
+        preferred: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
+        self.preferred = dict(preferred or {})  # `sampling_defaults`, for whoever makes the requests' parameters
         self.executor = executor
         limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
         budget = step_budget(config, gpu=gpu)
@@ -177,6 +180,7 @@ class EngineCore:
             "eviction_policy": self.config.eviction_policy,
             "radix_cache": not self.config.disable_radix_cache,
             "overlap": bool(self._depth),
+            "preferred_sampling_params": self.preferred or None,
         }
 
     def stats(self) -> Stats:

@@ -2,63 +2,57 @@
 
 engine = Engine("path/to/model")
 print(engine.generate("Once upon a time", SamplingParams(max_tokens=32)).text)
+print(engine.chat([{"role": "user", "content": "Who are you?"}]).text)
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
-import itertools
-import os
 import queue
-import threading
-import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import msgspec
 import numpy as np
 
-from .branches.pieces import encode_message
+from .async_inbox import AsyncInbox
+from .chat_prompt import chat_prompt, tool_definitions
 from .config import EngineConfig, check
 from .core import EngineCore
-from .detokenizer import DetokenizerCore
-from .errors import EngineDead, InvalidRequest
+from .engine_thread import EngineThread
+from .errors import InvalidRequest, bad
 from .grammar.compiler import GrammarCompiler
 from .limits import check_token_ids
-from .messages import Control, Delta, Finished, Generate, Stats
+from .messages import Control, Delta, Generate, Stats
 from .model_folder import model_folder
 from .request_output import Collector, RequestOutput, StreamChunk
+from .sampling_defaults import sampling_defaults
 from .sampling_params import SamplingParams, validate
 from .tokenizer import Tokenizer
 from .torch_environment import prepare_torch
 
 if TYPE_CHECKING:
-    from .branches.handle import AsyncBranch, Branch
+    from .branches.handle import Branch
 
 Prompt = str | Sequence[int]
-BranchPiece = Prompt | Sequence[Mapping[str, Any]]  # messages, where a branch begins
+Messages = Sequence[Mapping[str, Any]]  # of one conversation, as OpenAI's chat completions have them
+BranchPiece = Prompt | Messages  # messages, where a branch begins
 
-_running: weakref.WeakSet[Engine] = weakref.WeakSet()
 
-
-class Engine:
-    """Serves a model in process. Thread-safe; one background thread drives the core.
-
-    ``model``: a folder, a hub id, or "" for the model that ships with the package. Other keywords are the fields of
-    `EngineConfig`. Raises `LoadError` if the model or a setting cannot be loaded.
-    """
+class EngineBase(EngineThread):
+    """What `Engine` and `AsyncEngine` share: loading, submitting, what they know, and what they do for asyncio."""
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
         prepare_torch()
         from .executor.executor import ModelExecutor  # torch: seconds to import
 
         config = check(EngineConfig(model=str(model), **settings))
+        folder = model_folder(config.model)
+        preferred = sampling_defaults(config, folder)
         executor = ModelExecutor.load(config)
-        tokenizer = Tokenizer.load(model_folder(config.model))
+        tokenizer = Tokenizer.load(folder)
         core = EngineCore(
             config,
             executor,
@@ -66,109 +60,27 @@ class Engine:
             executor.max_model_len,
             gpu=executor.device.type == "cuda",
             grammars=GrammarCompiler(tokenizer, executor.vocab_size, executor.eos_ids),
+            preferred=preferred,
         )
         self._start(core, tokenizer)
 
     @classmethod
-    def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Engine:
+    def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Self:
         """An engine around a core that is already built (tests, other executors)."""
         engine = cls.__new__(cls)
         engine._start(core, tokenizer)
         return engine
 
-    def _start(self, core: EngineCore, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self._core = core
-        self._detokenizer = DetokenizerCore(tokenizer)
-        core.branches.encode = partial(encode_message, tokenizer)
-        self._ids = itertools.count(1)
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._sinks: dict[int, Callable[[Delta], None]] = {}
-        self._dead: str | None = None
-        self._gate = threading.Lock()  # between submitting and ending: no request slips in behind the end
-        self._thread = threading.Thread(target=self._run, name="branchwise-engine", daemon=True)
-        self._thread.start()
-        _running.add(self)
-
-    # -- the engine's thread -------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        try:
-            while True:
-                wait: float | None = None
-                if self._core.has_work:  # with nothing to compute, wait a moment for news instead of spinning
-                    wait = 0.0 if self._core.advanced else 0.001
-                try:
-                    while True:
-                        job = self._inbox.get(timeout=wait)
-                        if job is None:
-                            self._end("the engine was closed")
-                            return
-                        job()
-                        wait = 0.0
-                except queue.Empty:
-                    pass
-                self._step()
-        except BaseException as error:  # a panic of Rust's is no `Exception`, and whoever waits must hear of it
-            self._end(f"the engine failed: {type(error).__name__}: {error}")
-            raise
-
-    def _step(self) -> None:
-        output = self._core.step()
-        if output is None:
-            return
-        deltas, stopped = self._detokenizer.feed(output)
-        for settled in self._detokenizer.take_settled():
-            self._core.branches.settled(settled)
-        for id_ in stopped:
-            self._core.stop_matched(id_)
-        for delta in deltas:
-            sink = self._sinks.get(delta.id) if delta.finish is None else self._sinks.pop(delta.id, None)
-            if sink is not None:
-                sink(delta)
-
-    def _end(self, why: str) -> None:
-        with self._gate:
-            self._dead = why
-            sinks, self._sinks = self._sinks, {}
-        for id_, sink in sinks.items():
-            sink(Delta(id_, finish=Finished(id_, "error", error=why)))
-        self._core.close()
-
-    def _on_thread(self, job: Callable[[], None], sinks: Mapping[int, Callable[[Delta], None]] | None = None) -> None:
-        """Queues ``job``. From here on each of ``sinks`` hears how its request ends, also if the engine dies first."""
-        with self._gate:
-            if self._dead is not None:
-                raise EngineDead(self._dead)
-            self._sinks.update(sinks or {})
-            self._inbox.put(job)
-
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-        def job() -> None:
-            try:
-                answer.put((True, question()))
-            except Exception as error:  # handed to the caller, who raises it
-                answer.put((False, error))
-
-        self._on_thread(job)
-        while True:
-            try:
-                ok, value = answer.get(timeout=1.0)
-                break
-            except queue.Empty:
-                if self._dead is not None:
-                    raise EngineDead(self._dead) from None
-        if not ok:
-            raise value
-        return value
-
-    # -- submitting ----------------------------------------------------------------------------------------------------
-
     def _submit(
-        self, prompt: Prompt, params: SamplingParams, sink: Callable[[Delta], None], cache_salt: str, priority: int
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        sink: Callable[[Delta], None],
+        cache_salt: str,
+        priority: int,
     ) -> list[int]:
+        if params is None:
+            params = self.default_params()
         vocab_size = self._core.scheduler.limits.vocab_size
         validate(params, vocab_size)
         if isinstance(prompt, str):
@@ -200,7 +112,203 @@ class Engine:
         if self._dead is None:
             self._inbox.put(job)
 
-    # -- what people call ----------------------------------------------------------------------------------------------
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """What is drawn with where ``params`` are left out: `SamplingParams` with the model's own defaults, and
+        ``changes`` to them. `SamplingParams(...)` itself has none of the model's."""
+        return SamplingParams(**{**self._core.preferred, **changes})
+
+    def chat_prompt(
+        self,
+        messages: Messages,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """The token ids of the prompt that a conversation becomes, the very ones ``/v1/chat/completions`` would send:
+        for `stream` and `branch`, or to count them. `chat` says what the arguments are."""
+        checked = chat_prompt(
+            self.tokenizer.chat_template,
+            messages,
+            definitions=tool_definitions(tools),
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        ids: list[int] = self.tokenizer.encode(checked.text(), add_special_tokens=False).tolist()
+        return ids
+
+    def _chat_prompts(self, messages: Messages | Sequence[Messages], **how: Any) -> tuple[bool, list[list[int]]]:
+        """Whether it is one conversation, and the prompts of all."""
+        if not isinstance(messages, list | tuple):
+            raise bad("messages", f"must be a list of messages or of such lists, got {type(messages).__name__}")
+        if not messages or not isinstance(messages[0], list | tuple):
+            return True, [self.chat_prompt(messages, **how)]
+        prompts = []
+        for i, one in enumerate(messages):
+            if not isinstance(one, list | tuple):
+                raise bad(f"messages[{i}]", f"must be a list of messages like the first, got {type(one).__name__}")
+            try:
+                prompts.append(self.chat_prompt(one, **how))
+            except InvalidRequest as error:
+                raise InvalidRequest(f"conversation {i}: {error.message}", field=error.field) from error
+        return False, prompts
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> AsyncIterator[StreamChunk]:
+        """`stream` for asyncio. Cancelling the task aborts the request."""
+        async with AsyncInbox() as inbox:
+            ids = self._submit(prompt, params, inbox.put, cache_salt, priority)
+            collector = Collector(ids)
+            try:
+                while not collector.done:
+                    yield collector.feed(await inbox.get())
+            finally:
+                if not collector.done:
+                    self._abort(ids)
+
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too, and one prompt
+        self, prompts: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> RequestOutput: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> RequestOutput | list[RequestOutput]:
+        """`generate` for asyncio."""
+        single, items = _as_batch(prompts, params)
+
+        async def one(prompt: Prompt, param: SamplingParams | None) -> RequestOutput:
+            async with AsyncInbox() as inbox:
+                ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
+                collector = Collector(ids)
+                try:
+                    while not collector.done:
+                        collector.feed(await inbox.get())
+                finally:
+                    if not collector.done:
+                        self._abort(ids)
+            return collector.result
+
+        tasks = [asyncio.ensure_future(one(prompt, param)) for prompt, param in items]
+        try:
+            results = await asyncio.gather(*tasks)
+        except BaseException:  # the first failure ends its siblings: their requests are aborted
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        return results[0] if single else results
+
+    @overload
+    async def achat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> RequestOutput: ...
+
+    @overload
+    async def achat(
+        self,
+        messages: Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
+
+    async def achat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> RequestOutput | list[RequestOutput]:
+        """`chat` for asyncio. Conversations are made into prompts beside the loop."""
+        single, prompts = await asyncio.to_thread(
+            self._chat_prompts,
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        results = await self.agenerate(prompts, params, cache_salt=cache_salt, priority=priority)
+        return results[0] if single else results
+
+    def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
+        """What the cache holds, as nested dicts."""
+        return self._ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
+
+    def stats(self) -> Stats:
+        return self._ask(lambda: msgspec.structs.replace(self._core.stats()))
+
+    def info(self) -> dict[str, Any]:
+        return self._ask(self._core.info)
+
+    def flush_cache(self) -> int:
+        """Forgets everything no running request holds; returns the pages freed."""
+        return self._ask(lambda: self._core.control(Control(0, "flush_cache")).value["evicted_pages"])
+
+    def check(self) -> None:
+        """Raises if any invariant of rows, leases, tree or pages is broken."""
+        self._ask(self._core.check)
+
+
+class Engine(EngineBase):
+    """Serves a model in process. Thread-safe; one background thread drives the core.
+
+    ``model``: a folder, a hub id, or "" for the model that ships with the package. Other keywords are the fields of
+    `EngineConfig`. Raises `LoadError` if the model or a setting cannot be loaded.
+    """
+
+    @overload
+    def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too, and one prompt
+        self, prompts: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> RequestOutput: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
 
     def generate(
         self,
@@ -209,7 +317,7 @@ class Engine:
         *,
         cache_salt: str = "",
         priority: int = 0,
-    ) -> Any:
+    ) -> RequestOutput | list[RequestOutput]:
         """Blocks until everything is generated. One prompt (text or token ids) gives a `RequestOutput`, a list of
         prompts a list of them in order. Raises `InvalidRequest` (a ValueError) naming the field and the limit."""
         single, items = _as_batch(prompts, params)
@@ -235,7 +343,7 @@ class Engine:
     ) -> Iterator[StreamChunk]:
         """Yields text as it is generated; leaving the loop early aborts the request."""
         inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
+        ids = self._submit(prompt, params, inbox.put, cache_salt, priority)
         collector = Collector(ids)
         try:
             while not collector.done:
@@ -244,51 +352,63 @@ class Engine:
             if not collector.done:
                 self._abort(ids)
 
-    async def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
-    ) -> AsyncIterator[StreamChunk]:
-        """`stream` for asyncio. Cancelling the task aborts the request."""
-        async with _AsyncInbox() as inbox:
-            ids = self._submit(prompt, params or SamplingParams(), inbox.put, cache_salt, priority)
-            collector = Collector(ids)
-            try:
-                while not collector.done:
-                    yield collector.feed(await inbox.get())
-            finally:
-                if not collector.done:
-                    self._abort(ids)
-
-    async def agenerate(
+    @overload
+    def chat(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        messages: Messages,
+        params: SamplingParams | None = None,
         *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
-    ) -> Any:
-        """`generate` for asyncio."""
-        single, items = _as_batch(prompts, params)
+    ) -> RequestOutput: ...
 
-        async def one(prompt: Prompt, param: SamplingParams) -> RequestOutput:
-            async with _AsyncInbox() as inbox:
-                ids = self._submit(prompt, param, inbox.put, cache_salt, priority)
-                collector = Collector(ids)
-                try:
-                    while not collector.done:
-                        collector.feed(await inbox.get())
-                finally:
-                    if not collector.done:
-                        self._abort(ids)
-            return collector.result
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
 
-        tasks = [asyncio.ensure_future(one(prompt, param)) for prompt, param in items]
-        try:
-            results = await asyncio.gather(*tasks)
-        except BaseException:  # the first failure ends its siblings: their requests are aborted
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            raise
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> RequestOutput | list[RequestOutput]:
+        """The next turn of a conversation, as `generate` of the prompt that the model's chat template makes of it: a
+        list of messages gives a `RequestOutput`, a list of conversations a list of them in order. The text is as the
+        model wrote it, calls and thinking included. Stream it with ``engine.stream(engine.chat_prompt(messages))``.
+
+        Messages and ``tools`` are OpenAI's; ``chat_template_kwargs`` are variables of the template, such as
+        ``{"enable_thinking": False}``. ``add_generation_prompt``: whether the assistant's turn is begun; None: unless
+        ``continue_final_message``, which goes on with the last message instead. Raises `InvalidRequest` naming the
+        field, also where the model has no chat template.
+        """
+        single, prompts = self._chat_prompts(
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+        )
+        results = self.generate(prompts, params, cache_salt=cache_salt, priority=priority)
         return results[0] if single else results
 
     def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> Branch:
@@ -298,31 +418,7 @@ class Engine:
 
         return Branch.create(self, prompt, cache_salt, ttl)
 
-    def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
-        """What the cache holds, as nested dicts."""
-        return self._ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
-
-    def stats(self) -> Stats:
-        return self._ask(lambda: msgspec.structs.replace(self._core.stats()))
-
-    def info(self) -> dict[str, Any]:
-        return self._ask(self._core.info)
-
-    def flush_cache(self) -> int:
-        """Forgets everything no running request holds; returns the pages freed."""
-        return self._ask(lambda: self._core.control(Control(0, "flush_cache")).value["evicted_pages"])
-
-    def check(self) -> None:
-        """Raises if any invariant of rows, leases, tree or pages is broken."""
-        self._ask(self._core.check)
-
-    def close(self) -> None:
-        """Ends what is in flight with an error and frees the device. Idempotent."""
-        if self._dead is None:
-            self._inbox.put(None)
-        self._thread.join()
-
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -331,76 +427,13 @@ class Engine:
         self.close()
 
 
-@atexit.register
-def _close_all() -> None:
-    """A thread that is cut down inside a step takes the process with it: torch aborts."""
-    for engine in list(_running):
-        engine.close()
-
-
-def _disown() -> None:
-    """In a forked process, which has the engines but not their threads."""
-    for engine in _running:
-        engine._gate = threading.Lock()
-        engine._dead = "the engine belongs to the process that made it: make one in this process"
-
-
-os.register_at_fork(after_in_child=_disown)
-
-
-class AsyncEngine(Engine):
-    """`Engine` whose ``generate`` and ``stream`` are the asynchronous ones."""
-
-    generate = Engine.agenerate
-    stream = Engine.astream  # type: ignore[assignment]
-
-    async def branch(  # type: ignore[override]
-        self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None
-    ) -> AsyncBranch:
-        from .branches.handle import AsyncBranch
-
-        return await AsyncBranch.create(self, prompt, cache_salt, ttl)
-
-    async def __aenter__(self) -> AsyncEngine:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await asyncio.to_thread(self.close)
-
-
-class _AsyncInbox:
-    """Deltas from the engine's thread to one asyncio task. Closed first, so that a late delta meets no dead loop."""
-
-    async def __aenter__(self) -> _AsyncInbox:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Delta] = asyncio.Queue()
-        self._open = True
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self._open = False
-
-    def put(self, delta: Delta) -> None:
-        if self._open:
-            try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, delta)
-            except RuntimeError:  # the loop was closed without closing us: nobody is left to tell
-                self._open = False
-
-    async def get(self) -> Delta:
-        return await self._queue.get()
-
-
 def _as_batch(
     prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[bool, list[tuple[Prompt, SamplingParams]]]:
+) -> tuple[bool, list[tuple[Prompt, SamplingParams | None]]]:
     single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, (int, np.integer)) for p in prompts))
     batch: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item, arg-type]
-    if params is None:
-        params = SamplingParams()
-    each = [params] * len(batch) if isinstance(params, SamplingParams | Mapping) else list(params)
+    alike = params is None or isinstance(params, SamplingParams | Mapping)
+    each: list[Any] = [params] * len(batch) if alike else list(params)  # type: ignore[arg-type]
     if len(each) != len(batch):
         raise InvalidRequest(f"params has {len(each)} entries for {len(batch)} prompts", field="params")
     if not batch:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
+from typing import Any
+
+MAX_SHOWN = 60  # characters of a value that was sent, in an error
+
+_repr = reprlib.Repr()  # looks at a few elements only: a value may have millions
+_repr.maxstring = _repr.maxlong = _repr.maxother = MAX_SHOWN
+
 
 class BranchwiseError(Exception):
     """Base of every error this package raises on purpose."""
@@ -35,3 +43,13 @@ class LoadError(BranchwiseError):
 
 class EngineDead(BranchwiseError):
     """The engine failed or stopped while the request was in flight. Not the request's fault."""
+
+
+def bad(field: str, problem: str) -> InvalidRequest:
+    """What is wrong with a field, named by the path to it."""
+    return InvalidRequest(f"{field} {problem}", field=field)
+
+
+def shown(value: Any) -> str:
+    """A value that was sent, as an error quotes it."""
+    return _repr.repr(value)[:MAX_SHOWN]

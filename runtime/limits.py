@@ -11,6 +11,9 @@ from .errors import InvalidRequest
 from .messages import Limits
 from .sampling_params import SamplingParams
 
+MAX_LABEL = 512  # characters of a name or an id that a client chooses
+MAX_DEPTH = 64  # objects and lists inside one another, of what a client sends
+
 
 def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
     """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from .errors import LoadError
 
@@ -34,6 +36,17 @@ def model_folder(model: str) -> Path:
         raise LoadError(f"{model}: no such folder, and {reason}") from error
     except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
         raise LoadError(f"{model}: no such folder, and cannot reach the hub: {_why(error)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a model's files. Raises `LoadError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
 
 
 def _why(error: BaseException) -> str:

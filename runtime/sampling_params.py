@@ -21,13 +21,44 @@ MAX_SEED = 2**63 - 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Sampling of one request. ``temperature=0`` is greedy; ``max_tokens=0`` computes and caches the prompt only."""
+    """How one request wants its tokens drawn.
 
-    max_tokens: int | None = 128  # None: as many as the context allows
+    Args:
+        max_tokens: Longest answer, in tokens; 0 or more. 0 computes the prompt and remembers it, nothing else. None: as
+            many as the context allows.
+        min_tokens: Tokens before a stop token may end the answer; 0 or more, and at most max_tokens.
+        temperature: From 0 to 100. 0 takes the likeliest token every time.
+        top_p: Draw from the likeliest tokens whose probabilities sum to this; more than 0, at most 1. 1: from all.
+        top_k: Draw from this many likeliest tokens; -1 or more. 0 or -1: from all.
+        min_p: Draw from tokens at least this share as likely as the likeliest. From 0 to 1. 0: from all.
+        frequency_penalty: Taken from a token's logit for every time the answer has it already. From -2 to 2.
+        presence_penalty: Taken once from the logit of every token the answer has already. From -2 to 2.
+        repetition_penalty: Makes tokens of the prompt and the answer less likely by this factor; more than 0, at most
+            100. 1: off.
+        logit_bias: Added to the logits of tokens: id to -100 to 100. 1024 entries at most.
+        seed: The same seed gives the same text, whatever else runs; 0 or more. None: another text every time.
+        n: Samples of the prompt, each an answer of its own. From 1 to 128.
+        stop: Texts that end the answer before them. 64 at most, of 1024 characters at most.
+        stop_token_ids: Tokens that end the answer, beside the model's own. 256 at most.
+        ignore_eos: Go on after the model's end tokens.
+        include_stop: Keep the stop string that ended the answer.
+        skip_special_tokens: Leave special tokens out of the text.
+        logprobs: How many of the likeliest tokens to report beside each token's own logprob. From 0 to 20. None: no
+            logprobs.
+        prompt_logprobs: The same for the prompt's tokens. From 0 to 20. None: no logprobs.
+        prompt_logprob_start: First prompt position whose logprob is wanted; 0 or more.
+        regex: The whole answer matches this regular expression. Of regex, json_schema, ebnf and choices one at most.
+        json_schema: The whole answer is JSON that this schema, a dict or its text, allows.
+        ebnf: The whole answer is of this grammar, in EBNF (``root ::= …``) or Lark (``start: …``).
+        choices: The whole answer is one of these. 1024 at most.
+        constraint_name: What the client calls the constraint, for messages about it. None: the name of its field.
+    """
+
+    max_tokens: int | None = 128
     min_tokens: int = 0
     temperature: float = 1.0
     top_p: float = 1.0
-    top_k: int = 0  # 0 or -1: off
+    top_k: int = 0
     min_p: float = 0.0
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
@@ -38,17 +69,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
-    include_stop: bool = False  # keep the matched stop string (SGLang's no_stop_trim)
+    include_stop: bool = False  # SGLang's no_stop_trim
     skip_special_tokens: bool = True
-    logprobs: int | None = None  # None: off; 0: the chosen token's; k: the chosen token's and the k best
-    prompt_logprobs: int | None = None  # the same for prompt tokens
-    prompt_logprob_start: int = 0  # first prompt position whose logprob is wanted
-    # What the whole output must be: one of these at most.
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    prompt_logprob_start: int = 0
     regex: str | None = None
     json_schema: str | dict[str, Any] | None = None
-    ebnf: str | None = None  # a grammar in EBNF (``root ::= …``) or Lark (``start: …``)
+    ebnf: str | None = None
     choices: tuple[str, ...] | None = None
-    constraint_name: str | None = None  # what the client calls the constraint, for messages about it
+    constraint_name: str | None = None
 
     def sample(self, i: int) -> SamplingParams:
         """The parameters of sample ``i`` of ``n``: one sample, seeded with ``seed + i``."""
@@ -87,6 +117,11 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "prompt_logprob_start": (0, 2**31 - 1, False),
 }
 _INTEGERS = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "prompt_logprob_start"}
+_CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
+    ("stop", (tuple, list), "a tuple of strings"),
+    ("stop_token_ids", (tuple, list), "a tuple of token ids"),
+    ("logit_bias", (dict,), "a dict of token ids"),
+)
 _OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 
 
@@ -121,6 +156,9 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
             raise bad(field, f"must be {edge} and at most {high}, got {value}")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
+    for field, types, kind in _CONTAINERS:  # a str is a sequence of strings too: "ab" would stop at a and at b
+        if not isinstance(getattr(params, field), types):
+            raise bad(field, f"must be {kind}, got {type(getattr(params, field)).__name__}")
     if len(params.stop) > MAX_STOPS:
         raise bad("stop", f"must hold at most {MAX_STOPS} strings, got {len(params.stop)}")
     for text in params.stop:

@@ -49,8 +49,9 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
     """Serves until SIGTERM or SIGINT (0, after draining) or until a child dies (1). Call it from the main thread.
 
     ``on_ready`` gets ``url, host, port, model, seconds, pids`` and what the scheduler says: ``vocab_size,
-    max_model_len, pool_tokens, num_pages, page_size, memory_plan`` (lines). ``on_progress(stage, done, total)``
-    is called while weights load. Raises `LoadError` if the server cannot start. A second signal ends it at once.
+    max_model_len, pool_tokens, num_pages, page_size, preferred_sampling_params, memory_plan`` (lines).
+    ``on_progress(stage, done, total)`` is called while weights load. Raises `LoadError` if the server cannot start. A
+    second signal ends it at once.
     """
     started = time.monotonic()
     check(config.engine)
@@ -258,6 +259,7 @@ class _Server:
         self._site.tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.engine.model)
         await self._all_ready.wait()
         info = self._ready["scheduler"]
+        self._site.preferred = info["preferred_sampling_params"]
         # What start-up left behind lives as long as the process: the collector need not walk it between events.
         gc.collect()
         gc.freeze()

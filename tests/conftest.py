@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -42,5 +44,24 @@ def checkpoint(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory
         if family not in built:
             built[family] = checkpoints.build(family, tmp_path_factory.mktemp("checkpoints") / family)
         return built[family]
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint_wanting(
+    checkpoint: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``checkpoint_wanting(temperature=0.9)``: a small checkpoint whose maker wants it sampled like that."""
+
+    def folder(**wanted: Any) -> Path:
+        made = tmp_path_factory.mktemp("wanting")
+        for file in checkpoint("llama-gqa").iterdir():
+            (made / file.name).symlink_to(file)
+        own = made / "generation_config.json"
+        values = {**json.loads(own.read_text()), **wanted}
+        own.unlink()
+        own.write_text(json.dumps(values))
+        return made
 
     return folder

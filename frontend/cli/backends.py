@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from ...runtime.errors import InvalidRequest, LoadError
+from ...runtime.sampling_defaults import DEFAULTED
+from ...runtime.sampling_params import SamplingParams
 from ..client import ServerClient, ServerError
 
 if TYPE_CHECKING:
     from ...runtime.engine import Engine
-    from ...runtime.sampling_params import SamplingParams
 
 Message = dict[str, str]
 
@@ -25,7 +26,7 @@ class Answer:
     """One prompt's answer, and what the tree saved on it."""
 
     text: str
-    finish_reason: str
+    finish_reason: str | None
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -38,6 +39,11 @@ class Backend(Protocol):
     @property
     def has_template(self) -> bool:
         """Whether the model has a chat template; without one a conversation is written as plain text."""
+        ...
+
+    @property
+    def preferred(self) -> Mapping[str, Any]:
+        """The sampling that the model itself wants; empty: it says nothing, or is not asked."""
         ...
 
     def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
@@ -59,7 +65,7 @@ class InProcess:
                 prompt_tokens=output.prompt_tokens,
                 completion_tokens=len(output.token_ids),
                 cached_tokens=output.cached_tokens,
-                cache_reason=output.cache.reason,
+                cache_reason="" if output.cache is None else output.cache.reason,
             )
             for output in self.engine.generate(list(prompts), params)
         ]
@@ -68,10 +74,16 @@ class InProcess:
     def has_template(self) -> bool:
         return self.engine.tokenizer.chat_template is not None
 
+    @property
+    def preferred(self) -> Mapping[str, Any]:
+        return self.engine.info()["preferred_sampling_params"] or {}
+
     def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
-        tokenizer, facts = self.engine.tokenizer, self.engine.info()
-        text = tokenizer.apply_chat_template(messages) if self.has_template else plain(messages)
-        prompt = tokenizer.encode(text, add_special_tokens=not self.has_template).tolist()
+        facts = self.engine.info()
+        if self.has_template:
+            prompt = self.engine.chat_prompt(messages)
+        else:
+            prompt = self.engine.tokenizer.encode(plain(messages)).tolist()
         params = _fitting(params, len(prompt), min(facts["max_model_len"], facts["pool_tokens"]))
         for chunk in self.engine.stream(prompt, params):
             yield chunk.text
@@ -92,18 +104,31 @@ class Remote:
             raise ServerError(f"{self.client.url}/generate answered in another shape; is it Branchwise?") from error
 
     @cached_property
+    def _model(self) -> Mapping[str, Any]:
+        return self.client.get("/get_model_info")
+
+    @property
     def has_template(self) -> bool:
-        return bool(self.client.get("/get_model_info")["has_chat_template"])
+        return bool(self._model["has_chat_template"])
+
+    @property
+    def preferred(self) -> Mapping[str, Any]:
+        return self._model.get("preferred_sampling_params") or {}
 
     def converse(self, messages: list[Message], params: SamplingParams) -> Iterator[str]:
         prompt: dict[str, Any] = {"messages": messages} if self.has_template else {"prompt": plain(messages)}
         counted, facts = self.client.post("/tokenize", prompt), self.client.get("/get_server_info")["engine"]
         params = _fitting(params, counted["count"], min(facts["max_model_len"], facts["pool_tokens"]))
-        body = {**prompt, "stream": True, "max_tokens": params.max_tokens, "seed": params.seed}
-        body |= {"temperature": params.temperature, "top_p": params.top_p}
+        body = {**prompt, "stream": True, "max_tokens": params.max_tokens, "seed": params.seed, **_drawn(params)}
         for event in self.client.events("/v1/chat/completions" if self.has_template else "/v1/completions", body):
             for choice in event["choices"]:
                 yield choice["delta"].get("content") or "" if self.has_template else choice["text"]
+
+
+def sampling(backend: Backend, flags: Mapping[str, Any], **own: Any) -> SamplingParams:
+    """As the flags say (None: not given), else as the model wants it, or the command's ``own`` if that is silent."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    return SamplingParams(**{**(backend.preferred or own), **given})
 
 
 def plain(messages: list[Message]) -> str:
@@ -120,13 +145,12 @@ def _fitting(params: SamplingParams, prompt_tokens: int, limit: int) -> Sampling
     return msgspec.structs.replace(params, max_tokens=room if most is None else min(most, room))
 
 
+def _drawn(params: SamplingParams) -> dict[str, Any]:
+    return {name: getattr(params, name) for name in DEFAULTED}
+
+
 def _wire(params: SamplingParams) -> dict[str, Any]:
-    wire: dict[str, Any] = {
-        "max_new_tokens": params.max_tokens,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k or -1,
-    }
+    wire: dict[str, Any] = {"max_new_tokens": params.max_tokens, **_drawn(params)}
     if params.seed is not None:
         wire["sampling_seed"] = params.seed
     if params.stop:

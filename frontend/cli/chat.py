@@ -30,8 +30,8 @@ def chat(
         str | None, typer.Option("--system", "-s", help="What the model is told first.", show_default=False)
     ] = None,
     max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 1.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     seed: Seed = None,
     max_model_len: MaxModelLen = None,
     dtype: DtypeFlag = "auto",
@@ -43,13 +43,12 @@ def chat(
     the commands, **/exit** or Ctrl-D leaves, Ctrl-C cuts an answer short.
     """
     with expected_failures():
-        from ...runtime.sampling_params import SamplingParams
-        from .backends import open_backend
+        from .backends import open_backend, sampling
 
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
         engine = {"max_model_len": max_model_len, "dtype": dtype, "device": device}
         with open_backend(url, api_key, model, **engine) as backend:
-            talk = _Talk(backend, params, system)
+            flags = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
+            talk = _Talk(backend, sampling(backend, flags, temperature=0.7), system)
             for line in _lines():
                 if line == "/exit":
                     break

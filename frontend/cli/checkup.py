@@ -128,12 +128,14 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         from ...runtime.executor.memory import human_bytes, plan_memory
         from ...runtime.model_folder import model_folder
         from ...runtime.models.config import load_config
+        from ...runtime.sampling_defaults import sampling_defaults
     except (ImportError, OSError) as error:
         yield Finding("model", f"{name} was not looked at: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     try:
         folder = model_folder(config.model)
         shape = load_config(folder)
+        sampling_defaults(config, folder)
         device = pick_device(config)
         longest = max_model_len(config, shape)
         batched = step_budget(config, gpu=device.type == "cuda")

@@ -37,9 +37,9 @@ def generate(
         bool, typer.Option("--json", help="Print a JSON list with text, tokens and cache facts.")
     ] = False,
     max_tokens: MaxTokens = 128,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     stop: Stop = None,
     max_model_len: MaxModelLen = None,
@@ -53,16 +53,14 @@ def generate(
     which answers if neither is given, wants a chat template, so talk to it with **branchwise chat**.
     """
     with expected_failures():
-        from ...runtime.sampling_params import SamplingParams
-        from .backends import open_backend
+        from .backends import open_backend, sampling
 
         texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in prompts]
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=tuple(stop or ())
-        )
+        drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+        flags = {**drawn, "max_tokens": max_tokens, "stop": tuple(stop or ())}
         engine = {"max_model_len": max_model_len, "dtype": dtype, "device": device}
         with open_backend(url, api_key, model, **engine) as backend:
-            answers = backend.generate(texts, params)
+            answers = backend.generate(texts, sampling(backend, flags, temperature=0.0))
         if as_json:
             typer.echo(json.dumps([dataclasses.asdict(answer) for answer in answers], indent=1, ensure_ascii=False))
             return

@@ -7,7 +7,8 @@ takes and gives them (``codec`` is set), else text, else whole messages (a serve
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, Union
 
 from ...runtime.sampling_params import SamplingParams
@@ -63,12 +64,23 @@ class Usage:
 
 @dataclass(frozen=True)
 class Ask:
-    """One generation. ``tools``: where messages are sent; elsewhere the chat template has written them."""
+    """One generation. ``options``: what the program says of it, in `SamplingParams`' names; the rest is for the backend
+    to choose. ``tools``: where messages are sent; elsewhere the chat template has written them."""
 
-    params: SamplingParams
+    options: Mapping[str, Any]
     constraint: Mapping[str, str] = field(default_factory=dict)
     text_in_logprobs: bool = False
     tools: Sequence[Mapping[str, Any]] = ()
+
+    @cached_property
+    def params(self) -> SamplingParams:
+        """With `SamplingParams`' own values for what is unsaid: for counts, not for how tokens are drawn."""
+        return SamplingParams(**self.options)
+
+    def sample(self, i: int) -> Ask:
+        """Sample ``i`` of ``n`` by itself."""
+        one = self.params.sample(i)
+        return replace(self, options={**self.options, "n": one.n, "seed": one.seed})
 
 
 @dataclass

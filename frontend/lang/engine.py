@@ -8,8 +8,6 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
 from ...runtime.errors import BranchwiseError, InvalidRequest
 from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
@@ -17,7 +15,7 @@ from .codec import Codec
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.engine import Engine
+    from ...runtime.engine import EngineBase
     from ...runtime.logprobs import TokenLogprob
     from ...runtime.messages import CacheReport
     from ...runtime.request_output import RequestOutput, StreamChunk
@@ -60,7 +58,7 @@ class _Streamed:
 class EngineBackend:
     """``cached=False``: nothing is reused from one request to the next (each gets a salt of its own), to compare."""
 
-    def __init__(self, engine: Engine, *, cache_salt: str = "", cached: bool = True) -> None:
+    def __init__(self, engine: EngineBase, *, cache_salt: str = "", cached: bool = True) -> None:
         self.name = "the engine in this process"
         self.usage = Usage()
         self.capabilities = Capabilities(constraints=CONSTRAINTS, prefill=cached)
@@ -84,14 +82,14 @@ class EngineBackend:
         handle.extend(_ids(piece))
 
     async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
-        params = msgspec.structs.replace(ask.params, **ask.constraint) if ask.constraint else ask.params
+        params = self._engine.default_params(**ask.options, **ask.constraint)
         prompt = array("i", handle.tokens())  # it is kept until the answer is there: four bytes a token, not eight
         self._sent(prompt)
         try:
             if on_delta is not None and params.n == 1:
                 found: Sequence[_Sample] = [await self._stream(prompt, params, on_delta)]
             elif self._cached:
-                request: RequestOutput = await self._engine.agenerate(prompt, params, cache_salt=self._salt)
+                request = await self._engine.agenerate(prompt, params, cache_salt=self._salt)
                 found = request.outputs
             else:
                 alone = await self._apart([prompt] * params.n, [params.sample(i) for i in range(params.n)])
@@ -128,7 +126,7 @@ class EngineBackend:
             self._sent(whole)
         try:
             if self._cached:
-                found: list[RequestOutput] = await self._engine.agenerate(wholes, params, cache_salt=self._salt)
+                found = await self._engine.agenerate(wholes, params, cache_salt=self._salt)
             else:
                 found = await self._apart(wholes, [params] * len(wholes))
         except BranchwiseError as error:

@@ -74,9 +74,6 @@ class Sampling:
             self.text_in_logprobs or defaults.text_in_logprobs,
         )
 
-    def params(self, **more: Any) -> SamplingParams:
-        return SamplingParams(**{**self.options, **more})
-
 
 @dataclass(frozen=True)
 class Gen(Expr):
@@ -145,11 +142,12 @@ def gen(
 ) -> Expr:
     """Let the model write here; the text becomes variable ``name``.
 
-    What is None comes from the program's ``run(...)``, then from `SamplingParams`. ``n`` > 1 makes the variable a list;
-    the text goes on with the first. ``logprobs=k``: of every generated token and its k likeliest, in ``s.meta(name)``.
-    ``regex``, ``json_schema`` (a string, a dict or a pydantic model) and ``dtype`` (int, float, str, bool: the variable
-    has that type) constrain what may be written; a backend that cannot do so is an error. ``choices`` makes it a
-    ``select``. Raises `InvalidRequest` (a ValueError) for a value out of bounds, TypeError for an unknown argument.
+    What is None comes from the program's ``run(...)``, then from the served model's own sampling defaults, then from
+    `SamplingParams`. ``n`` > 1 makes the variable a list; the text goes on with the first. ``logprobs=k``: of every
+    generated token and its k likeliest, in ``s.meta(name)``. ``regex``, ``json_schema`` (a string, a dict or a
+    pydantic model) and ``dtype`` (int, float, str, bool: the variable has that type) constrain what may be written; a
+    backend that cannot do so is an error. ``choices`` makes it a ``select``. Raises `InvalidRequest` (a ValueError)
+    for a value out of bounds, TypeError for an unknown argument.
     """
     site = call_site()
     if choices is not None:

@@ -19,7 +19,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
     transcript = await strand.written()
     sampling = gen.sampling.over(strand.session.defaults)
     check_constraint(strand.backend, sampling.constraint)
-    params = sampling.params() if sampling.options.get("seed") is not None else sampling.params(seed=seed)
+    options = {"seed": seed, **sampling.options}
 
     def on_delta(text: str) -> None:
         strand.show_delta(text)
@@ -34,7 +34,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
         await strand.hand_over(transcript.take())
         if not strand.handle.length:
             raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = Ask(params, sampling.constraint, sampling.text_in_logprobs, tools)
+    ask = Ask(options, sampling.constraint, sampling.text_in_logprobs, tools)
     streams = strand.session.streams
     done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
     transcript.wrote(done[0].ids, done[0].text)
@@ -48,7 +48,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
     except (ValueError, KeyError) as error:
         kind = getattr(gen.dtype, "__name__", "value")
         raise BackendError(f"the text is not a complete {kind}: {done[0].text!r} ({_why(done[0])})") from error
-    many = params.n > 1
+    many = ask.params.n > 1
     slot.set(values if many else values[0], [one.meta for one in done] if many else done[0].meta)
 
 

@@ -6,15 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Capabilities, Completion, Message, OnDelta, Piece, Rope, Usage
 from .errors import BackendError
 from .http import Http
 
 _SAME = ("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "seed")  # what everybody knows
-# Fields beyond OpenAI's that vLLM, SGLang and others take. Sent only when set: a server that refuses them says so.
+# Fields beyond OpenAI's that vLLM, SGLang and others take. Sent only when said: a server that refuses them says so.
 _MORE = ("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens")
-_DEFAULT = SamplingParams()
 
 
 class OpenAIBackend:
@@ -75,7 +73,7 @@ class OpenAIBackend:
         if params.max_tokens is not None:
             body["max_tokens"] = params.max_tokens
         for name in (*_SAME, *_MORE):
-            if (value := getattr(params, name)) != getattr(_DEFAULT, name):
+            if (value := ask.options.get(name)) is not None:
                 body[name] = value
         if params.stop:
             body["stop"] = list(params.stop)

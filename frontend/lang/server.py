@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
 from .codec import Codec
 from .errors import BackendError
@@ -16,8 +14,6 @@ from .http import TIMEOUT, Http
 from .loop import Once
 
 _WIRE = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
-_NOT_SAMPLING = {"logprobs", "prompt_logprobs", "prompt_logprob_start", "include_stop"}
-_DEFAULT = SamplingParams()
 
 
 class ServerBackend:
@@ -130,7 +126,7 @@ class ServerBackend:
 
     def _alone(self, handle: Rope, ask: Ask, i: int) -> dict[str, Any]:
         """Sample ``i`` as a request of its own."""
-        return {**self._prompt(handle), **wire(replace(ask, params=ask.params.sample(i)))}
+        return {**self._prompt(handle), **wire(ask.sample(i))}
 
     def _prompt(self, handle: Rope) -> dict[str, Any]:
         return {"input_ids": handle.tokens(), **self._salted()}
@@ -141,11 +137,10 @@ class ServerBackend:
 
 
 def wire(ask: Ask) -> dict[str, Any]:
-    """SGLang's fields of a generation. What has its default value is not sent."""
+    """SGLang's fields of a generation: what the program says, so that the rest is the server's to choose."""
     sampling: dict[str, Any] = {"max_new_tokens": ask.params.max_tokens}
-    for name in SamplingParams.__struct_fields__:
-        value = getattr(ask.params, name)
-        if name not in _NOT_SAMPLING and name not in ask.constraint and value != getattr(_DEFAULT, name):
+    for name, value in ask.options.items():
+        if name != "logprobs" and value is not None:
             sampling[_WIRE.get(name, name)] = value
     body: dict[str, Any] = {"sampling_params": {**sampling, **ask.constraint}}
     if ask.params.logprobs is not None:

@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, Protocol
 
 from ...runtime.errors import BranchwiseError
-from ...runtime.sampling_params import SamplingParams
 from .backend import Ask, Backend
 from .errors import ProgramError
 from .expressions import Chain, Expr, Gen, RoleBegin, RoleEnd, Select, Text
@@ -357,7 +356,7 @@ class Strand:
 
     async def prefill(self) -> None:
         """Computes what has been handed over, so that no two branches compute it twice."""
-        await self.backend.generate(self.handle, Ask(SamplingParams(max_tokens=0)))
+        await self.backend.generate(self.handle, Ask({"max_tokens": 0}))
         self.uncomputed = 0
 
     def show(self) -> None:

@@ -8,11 +8,13 @@ copies of buffers that all our calls can share. `gen_batch_prefill_module` is pu
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from subprocess import SubprocessError
 from typing import Any, Literal
 
 import torch
@@ -21,8 +23,11 @@ from torch import Tensor
 
 from .base import Unavailable
 
+logger = logging.getLogger(__name__)
+
 OLDEST, TOO_NEW = "0.6.12", "0.8"
 HEAD_DIMS = (64, 128, 256)
+_TELLING = ("error:", "not found", "No such file")
 _NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
 
 Kernel = Literal["fa2", "fa3"]
@@ -71,15 +76,25 @@ def build(variants: Sequence[Variant]) -> None:
 
     FlashInfer's own `build_jit_specs` is no help: it runs ninja in another folder than `build_and_load` does, and each
     ninja holds the other's output for stale, so that both compile everything again at every start (0.6.12).
-
-    Raises `Unavailable` where that fails: most often for want of nvcc.
     """
     try:
+        if not all(variant.spec().is_compiled for variant in variants):
+            logger.warning(
+                "compiling FlashInfer's attention kernels for this model: a minute or two, the first time only"
+            )
         with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
             list(pool.map(_load, variants))
-    except Exception as error:  # FlashInfer raises what it meets
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise Unavailable(f"FlashInfer's kernels could not be compiled: {said[0][:200]}") from error
+    except (RuntimeError, OSError, SubprocessError, ImportError) as error:
+        raise Unavailable(
+            "FlashInfer's kernels could not be compiled (it needs the CUDA toolkit's nvcc and a C++ compiler): "
+            + _gist(str(error))
+        ) from error
+
+
+def _gist(output: str) -> str:
+    """The line of a compiler's output that says most, or the first."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
+    return next((line for line in lines if any(word in line for word in _TELLING)), lines[0])[:300]
 
 
 @cache

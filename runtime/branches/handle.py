@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..engine import BranchPiece, Engine, Prompt, _AsyncInbox
+from ..async_inbox import AsyncInbox
+from ..engine import BranchPiece, EngineBase, Prompt
 from ..errors import EngineDead, InvalidRequest
 from ..limits import check_token_ids
 from ..messages import BranchOp, BranchRun, ControlReply, Delta, Piece
@@ -24,7 +25,7 @@ from .scores import Score, ScoreCollector
 class _Handle:
     """What both kinds share: the engine, the branch's name, and how operations become messages."""
 
-    def __init__(self, engine: Engine, id: str) -> None:
+    def __init__(self, engine: EngineBase, id: str) -> None:
         self._engine = engine
         self.id = id
 
@@ -39,7 +40,7 @@ class _Handle:
     def _generation(
         self, params: SamplingParams | None, extend: Prompt | None, parse_special: bool, priority: int
     ) -> BranchRun:
-        params = params or SamplingParams()
+        params = self._engine.default_params() if params is None else params
         validate(params, _vocab_size(self._engine))
         piece = None if extend is None else _piece(self._engine, extend, parse_special)
         return self._numbered(BranchRun([], self.id, ("", ""), params, piece, priority=priority), params.n)
@@ -70,7 +71,7 @@ class Branch(_Handle):
     """
 
     @classmethod
-    def create(cls, engine: Engine, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> Branch:
+    def create(cls, engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> Branch:
         return cls(engine, _ask(engine, _creation(engine, prompt, cache_salt, ttl))["id"])
 
     def fork(self, n: int = 1) -> list[Branch]:
@@ -182,7 +183,7 @@ class AsyncBranch(_Handle):
     """`Branch` for asyncio: the same methods, awaitable; ``await branch.tokens()`` and ``text()`` are methods here."""
 
     @classmethod
-    async def create(cls, engine: Engine, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> AsyncBranch:
+    async def create(cls, engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> AsyncBranch:
         return cls(engine, (await _aask(engine, _creation(engine, prompt, cache_salt, ttl)))["id"])
 
     async def fork(self, n: int = 1) -> list[AsyncBranch]:
@@ -237,7 +238,7 @@ class AsyncBranch(_Handle):
     async def _deltas(self, run: BranchRun) -> AsyncIterator[Delta]:
         """Until every request of the run has ended; leaving before aborts it."""
         open_ids = set(run.ids)
-        async with _AsyncInbox() as inbox:
+        async with AsyncInbox() as inbox:
             self._submit(run, inbox.put)
             try:
                 while open_ids:
@@ -269,18 +270,18 @@ class AsyncBranch(_Handle):
         await self.close()
 
 
-def _creation(engine: Engine, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> BranchOp:
+def _creation(engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> BranchOp:
     piece = None if not isinstance(prompt, str) and not len(prompt) else _first_piece(engine, prompt)
     return BranchOp(0, "create", ("", cache_salt), piece=piece, ttl=ttl)
 
 
-def _first_piece(engine: Engine, prompt: Any) -> Piece:
+def _first_piece(engine: EngineBase, prompt: Any) -> Piece:
     if not isinstance(prompt, str) and isinstance(prompt[0], Mapping):
         return chat_piece(engine.tokenizer, prompt)
     return _piece(engine, prompt, parse_special=True)
 
 
-def _piece(engine: Engine, piece: Prompt, parse_special: bool) -> Piece:
+def _piece(engine: EngineBase, piece: Prompt, parse_special: bool) -> Piece:
     if isinstance(piece, str):
         return Piece(piece, parse_special=parse_special)
     ids = piece.tolist() if isinstance(piece, np.ndarray) else list(piece)
@@ -289,11 +290,11 @@ def _piece(engine: Engine, piece: Prompt, parse_special: bool) -> Piece:
     return Piece(tokens=tokens_to_bytes(np.array(ids, np.int32)))
 
 
-def _vocab_size(engine: Engine) -> int:
+def _vocab_size(engine: EngineBase) -> int:
     return engine._core.scheduler.limits.vocab_size
 
 
-def _send(engine: Engine, op: BranchOp, waiter: Callable[[ControlReply], None]) -> None:
+def _send(engine: EngineBase, op: BranchOp, waiter: Callable[[ControlReply], None]) -> None:
     """``waiter`` hears the answer on the engine's thread, unless the engine dies. Text is tokenized here, on the
     caller's thread."""
     op.id = next(engine._ids)
@@ -307,7 +308,7 @@ def _send(engine: Engine, op: BranchOp, waiter: Callable[[ControlReply], None]) 
     engine._on_thread(job)
 
 
-def _ask(engine: Engine, op: BranchOp) -> Any:
+def _ask(engine: EngineBase, op: BranchOp) -> Any:
     answer: queue.SimpleQueue[ControlReply] = queue.SimpleQueue()
     _send(engine, op, answer.put)
     while True:
@@ -318,7 +319,7 @@ def _ask(engine: Engine, op: BranchOp) -> Any:
                 raise EngineDead(engine._dead) from None
 
 
-async def _aask(engine: Engine, op: BranchOp) -> Any:
+async def _aask(engine: EngineBase, op: BranchOp) -> Any:
     """`_ask` without blocking the loop."""
     loop = asyncio.get_running_loop()
     answer: asyncio.Future[ControlReply] = loop.create_future()
@@ -360,7 +361,7 @@ def _tokens(info: Mapping[str, Any]) -> list[int]:
     return list(tokens_from_bytes(info["tokens"]).tolist())
 
 
-def _text(engine: Engine, info: Mapping[str, Any]) -> str:
+def _text(engine: EngineBase, info: Mapping[str, Any]) -> str:
     return engine.tokenizer.decode(_tokens(info), skip_special_tokens=False) + str(info["pending_text"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..chat_prompt import chat_prompt
 from ..errors import InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece, Refusal
 from ..step import Int32
@@ -66,9 +67,10 @@ def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], pars
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
+    text = chat_prompt(tokenizer.chat_template, messages).text()
     if not parse_special:
         check_no_special(tokenizer, messages)
-    return rendered_piece(tokenizer.apply_chat_template(messages))
+    return rendered_piece(text)
 
 
 def check_no_special(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> None:

@@ -11,12 +11,11 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from ..limits import deeper_than
+from ..limits import MAX_DEPTH, deeper_than
 from .errors import response_for
 
 _IDS = ("prompt", "input_ids")  # fields that may hold thousands of token ids
 _ID_BYTES = b"0123456789, \n\r\t"  # what is left of a list of ids between its brackets
-MAX_DEPTH = 64  # objects and lists inside one another, the body among them
 _DEPTH = "branchwise.max_json_depth"  # in the scope of a request
 _HUGE = 2**62  # what is larger may have been clipped to an int64
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode

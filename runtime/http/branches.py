@@ -167,6 +167,7 @@ def router(site: Site) -> APIRouter:
         params = prepare_params(
             generate_sampling(
                 parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
+                site.preferred,
                 body.top_logprobs_num if body.return_logprob else None,
                 body.logprob_start_len,
             ),

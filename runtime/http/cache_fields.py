@@ -16,7 +16,6 @@ from .site import Site
 MAX_BREAKPOINTS = 4  # of one prompt, as OpenAI and Anthropic have it
 DEFAULT_TTL = 1800.0  # seconds: OpenAI's
 ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
-MARKS = ("prompt_cache_breakpoint", "cache_control")  # what a part, a call or a tool says to stay cached: ours, theirs
 MODES = ("auto", "implicit", "explicit", "off")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _END = -1  # the position that means the end of the prompt

@@ -46,7 +46,7 @@ class _Answer(Choices):
     def __init__(self, site: Site, body: CompletionRequest) -> None:
         limits = site.client.limits
         raw, _ = split_prompts(body.prompt, "prompt")
-        params = prepare_params(completion_sampling(body), limits, COMPLETION_NAMES, site.config)
+        params = prepare_params(completion_sampling(body, site.preferred), limits, COMPLETION_NAMES, site.config)
         check_prompts(len(raw), params.n, site.config, "prompt")
         where = caching(site, body)
         if body.stream_options is not None and not body.stream:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import reprlib
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -14,12 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ..errors import EngineDead, InvalidRequest, Overloaded, TimedOut
+from ..errors import bad as bad
+from ..errors import shown as shown
 
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
 MAX_MESSAGE = 480  # characters; of the name of a field too
-MAX_SHOWN = 60  # of them, those of a value that was sent
 
 _TYPES = {
     401: "authentication_error",
@@ -34,20 +34,6 @@ _TYPES = {
 ERROR_TYPES = tuple(sorted({*_TYPES.values(), "invalid_request_error", "server_error"}))
 _CODES = {401: "invalid_api_key", 429: "too_many_branches", 503: "overloaded"}
 _BRANCH_CODES = {409: "branch_busy", 410: "branch_gone"}
-
-
-_repr = reprlib.Repr()  # looks at a few elements only: a value may have millions
-_repr.maxstring = _repr.maxlong = _repr.maxother = MAX_SHOWN
-
-
-def bad(field: str, problem: str) -> InvalidRequest:
-    """What is wrong with a field, named by the path to it."""
-    return InvalidRequest(f"{field} {problem}", field=field)
-
-
-def shown(value: Any) -> str:
-    """A value that was sent, as an error quotes it."""
-    return _repr.repr(value)[:MAX_SHOWN]
 
 
 def error_body(

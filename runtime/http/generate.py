@@ -78,7 +78,10 @@ class _Answer(Answer):
                 raise bad("logprob_start_len", f"must be -1 or a prompt position, got {starts[i]}")
             params = prepare_params(
                 generate_sampling(
-                    parse(GenerateSampling, sampling[i], where), tops[i] if wanted[i] else None, starts[i]
+                    parse(GenerateSampling, sampling[i], where),
+                    site.preferred,
+                    tops[i] if wanted[i] else None,
+                    starts[i],
                 ),
                 limits,
                 GENERATE_NAMES,

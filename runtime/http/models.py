@@ -52,7 +52,7 @@ def router(site: Site) -> APIRouter:
                 "tokenizer_path": site.config.engine.model,
                 "served_model_name": site.model_name,
                 "is_generation": True,
-                "preferred_sampling_params": None,
+                "preferred_sampling_params": site.preferred or None,
                 "weight_version": "default",
                 "has_image_understanding": False,
                 "has_audio_understanding": False,

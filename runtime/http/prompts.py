@@ -13,7 +13,7 @@ import numpy as np
 from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..grammar.constraint import Constraint, constraint_of
-from ..limits import check_token_ids, deeper_than, fit
+from ..limits import MAX_LABEL, check_token_ids, deeper_than, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
@@ -21,7 +21,6 @@ from .errors import bad
 
 Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
 MAX_PRIORITY = 2**31 - 1
-MAX_LABEL = 512  # characters of a salt or a request's label
 
 
 def prepare_params(

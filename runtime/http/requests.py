@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest
 from ..grammar.constraint import KINDS
+from ..sampling_defaults import DEFAULTED
 from ..sampling_params import SamplingParams
 from .cache_fields import CacheFields
 from .errors import bad, shown
@@ -42,18 +43,24 @@ class Structured(Strict):
     ebnf: str | None = None
 
 
+def models_own(name: str) -> Any:
+    """A request's field that is in `DEFAULTED`: what it is where nobody says anything depends on the model."""
+    neutral = getattr(SamplingParams(), name)
+    return Field(None, description=f"null: the served model's own (`/get_model_info` shows it), else {neutral:g}.")
+
+
 class SamplingFields(Strict):
     """How tokens are drawn, by the names that all dialects have for it."""
 
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    temperature: float | None = models_own("temperature")
+    top_p: float | None = models_own("top_p")
+    top_k: int | None = models_own("top_k")
+    min_p: float | None = models_own("min_p")
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = models_own("repetition_penalty")
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool = False
     skip_special_tokens: bool = True
@@ -90,7 +97,6 @@ class GenerateSampling(SamplingFields):
 
     max_new_tokens: int | None = Field(128, description="null: as many as the context allows.")
     min_new_tokens: int = 0
-    top_k: int = -1
     n: int = 1
     spaces_between_special_tokens: bool = Field(True, description="Accepted; it means nothing to fast tokenizers.")
     no_stop_trim: bool = False
@@ -211,8 +217,11 @@ def _bounded(kind: type[BaseModel], body: Mapping[str, Any], within: str) -> Non
         )
 
 
-def completion_sampling(request: CompletionRequest) -> SamplingParams:
-    """Not checked against its bounds yet: `prompts.prepare_params` does that."""
+def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> SamplingParams:
+    """``preferred``: the served model's `sampling_defaults`, here and below.
+
+    Not checked against its bounds yet: `prompts.prepare_params` does that.
+    """
     if request.best_of is not None and request.best_of != request.n:
         raise bad(
             "best_of",
@@ -220,6 +229,7 @@ def completion_sampling(request: CompletionRequest) -> SamplingParams:
         )
     return openai_sampling(
         request,
+        preferred,
         max_tokens=request.max_tokens,
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,
@@ -228,19 +238,21 @@ def completion_sampling(request: CompletionRequest) -> SamplingParams:
     )
 
 
-def openai_sampling(request: OpenAIFields, **own: Any) -> SamplingParams:
+def openai_sampling(request: OpenAIFields, preferred: Mapping[str, float], **own: Any) -> SamplingParams:
     """``own``: what the route has its own words for."""
     return SamplingParams(
         min_tokens=request.min_tokens,
         seed=request.seed,
         include_stop=request.include_stop_str_in_output,
-        **_sampling(request),
+        **_sampling(request, preferred),
         **constraint(request),
         **own,
     )
 
 
-def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: int) -> SamplingParams:
+def generate_sampling(
+    sampling: GenerateSampling, preferred: Mapping[str, float], logprobs: int | None, start: int
+) -> SamplingParams:
     """``logprobs``: None for off, else how many alternatives; ``start``: first prompt position, or -1 for no prompt's.
 
     Not checked against its bounds yet: `prompts.prepare_params` does that.
@@ -261,22 +273,20 @@ def generate_sampling(sampling: GenerateSampling, logprobs: int | None, start: i
         logprobs=logprobs,
         prompt_logprobs=logprobs if logprobs is not None and start != -1 else None,
         prompt_logprob_start=start if logprobs is not None and start != -1 else 0,
-        **_sampling(sampling, "sampling_params."),
+        **_sampling(sampling, preferred, "sampling_params."),
     )
 
 
-def _sampling(request: SamplingFields, within: str = "") -> dict[str, Any]:
+def _sampling(request: SamplingFields, preferred: Mapping[str, float], within: str = "") -> dict[str, Any]:
     """The `SamplingFields`, but for skip_special_tokens: that is not always for the client to say."""
+    said = {name: value for name in DEFAULTED if (value := getattr(request, name)) is not None}
     return {
+        **preferred,
+        **said,
         "stop": _stops(request.stop),
         "stop_token_ids": tuple(request.stop_token_ids or ()),
-        "temperature": request.temperature,
-        "top_p": request.top_p,
-        "top_k": request.top_k,
-        "min_p": request.min_p,
         "frequency_penalty": request.frequency_penalty,
         "presence_penalty": request.presence_penalty,
-        "repetition_penalty": request.repetition_penalty,
         "logit_bias": _logit_bias(request.logit_bias, f"{within}logit_bias"),
         "ignore_eos": request.ignore_eos,
     }

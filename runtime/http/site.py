@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..config import ServerConfig
@@ -15,7 +16,8 @@ from .metrics import Metrics
 
 @dataclass(slots=True)
 class Site:
-    """Routes ask ``client.limits`` before ``tokenizer``: that raises until the server is ready, this is set by then."""
+    """Routes ask ``client.limits`` before ``tokenizer`` and ``preferred``: that raises until the server is ready, these
+    are set by then."""
 
     config: ServerConfig
     client: EngineClient
@@ -23,6 +25,7 @@ class Site:
     namespaces: Namespaces
     model_name: str
     _tokenizer: Tokenizer | None = None
+    preferred: Mapping[str, float] = field(default_factory=dict)  # the model's `sampling_defaults`
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     @property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
+from ..model_folder import read_json
 from .registry import ARCHITECTURES, Architecture, Bias
 from .rope import RopeConfig, parse_rope
 
@@ -83,7 +83,7 @@ def load_config(folder: Path) -> ModelConfig:
     if not path.is_file():
         raise LoadError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     generation = folder / "generation_config.json"
-    return parse_config(_read_json(path), _read_json(generation) if generation.is_file() else {}, str(path))
+    return parse_config(read_json(path), read_json(generation) if generation.is_file() else {}, str(path))
 
 
 def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
@@ -231,13 +231,3 @@ def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """Null means the family's default, except where null itself says something."""
     says = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "eos_token_id"}
     return {key: value for key, value in values.items() if value is not None or key in says}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise LoadError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value

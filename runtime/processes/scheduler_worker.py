@@ -27,6 +27,7 @@ from ..messages import (
     StopMatched,
 )
 from ..model_folder import model_folder
+from ..sampling_defaults import sampling_defaults
 from ..step import Executor
 from ..tokenizer import Tokenizer
 from ..torch_environment import prepare_torch
@@ -45,9 +46,11 @@ class SchedulerWorker:
         self._detokenizer = Outbox(context, run_dir, "detokenizer")
         self._tokenizer = Outbox(context, run_dir, "tokenizer")
         self._http = http
+        folder = model_folder(config.engine.model)
+        preferred = sampling_defaults(config.engine, folder)
         loaded = _load(config, http)
         executor = loaded.executor
-        tokenizer = Tokenizer.load(model_folder(config.engine.model))
+        tokenizer = Tokenizer.load(folder)
         self._core = EngineCore(
             config.engine,
             executor,
@@ -55,6 +58,7 @@ class SchedulerWorker:
             loaded.max_model_len,
             gpu=loaded.gpu,
             grammars=GrammarCompiler(tokenizer, executor.vocab_size, loaded.eos_ids),
+            preferred=preferred,
         )
         self._stats_at = 0.0
         # What set-up left behind lives as long as the process: the collector need not walk it during a step.
@@ -67,6 +71,7 @@ class SchedulerWorker:
             "page_size": executor.page_size,
             "num_pages": executor.num_pages,
             "memory_plan": loaded.memory_plan,
+            "preferred_sampling_params": preferred,
         }
         http.send([Ready("scheduler", info)])
 

@@ -68,6 +68,13 @@ def test_nesting_is_bounded_on_every_route(server: Any) -> None:
         assert server.http.post(path, json=body).status_code == 200
 
 
+def test_tools_that_the_template_would_leave_out_are_refused_on_every_route(server: Any) -> None:
+    """Where a conversation is only counted or looked up too: its prompt would be another than was meant."""
+    body = {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f"}}]}
+    for path in (PATH, "/tokenize", "/cache/explain", "/branches"):
+        assert "are not supported: this model's chat template" in server.refused(path, "tools", json=body)
+
+
 def test_what_changes_nothing_is_ignored(server: Any) -> None:
     body = {
         "messages": [USER],

@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,20 @@ def server() -> Iterator[Server]:
 def open_server() -> Iterator[Server]:
     """One without a key."""
     running = Server()
+    yield running
+    assert running.stop() == 0
+
+
+@pytest.fixture(scope="session")
+def wanting_folder(checkpoint_wanting: Callable[..., Path]) -> Path:
+    """A small model that wants to be greedy, in its own words."""
+    return checkpoint_wanting(temperature=1.7, top_k=1)
+
+
+@pytest.fixture(scope="session")
+def wanting_server(wanting_folder: Path) -> Iterator[Server]:
+    """A server of it, without a key."""
+    running = Server(str(wanting_folder))
     yield running
     assert running.stop() == 0
 

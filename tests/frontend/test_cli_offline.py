@@ -44,6 +44,7 @@ FLAGS = [
     "--max-queued-requests",
     "--log-level",
     "--check-when-idle",
+    "--sampling-defaults",
 ]
 
 
@@ -149,6 +150,8 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
         "--log-level",
         "debug",
         "--check-when-idle",
+        "--sampling-defaults",
+        "openai",
     ]
     result = CliRunner().invoke(app, ["serve", *arguments])
     assert result.exit_code == 0, result.output
@@ -169,6 +172,7 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
         device="cpu",
         seed=5,
         check_when_idle=True,
+        sampling_defaults="openai",
     )
     assert seen == [
         ServerConfig(

@@ -1,4 +1,4 @@
-"""FlashInfer's kernels are compiled by the first process that wants them, and by no other."""
+"""FlashInfer's kernels are compiled by the first process that wants them, and by no other; or not at all."""
 
 from __future__ import annotations
 
@@ -49,12 +49,32 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
         "FLASHINFER_NVCC": str(compiler),
         "CXX": str(compiler),
     }
-    counts = []
+    counts, told = [], []
     for _ in range(3):
         runs.write_text("")
-        subprocess.run([sys.executable, "-c", PROGRAM], env=environment, check=True, timeout=240)
+        command = [sys.executable, "-c", PROGRAM]
+        said = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=True, timeout=240)
+        told.append("compiling FlashInfer's attention kernels" in said.stderr)
         outputs = runs.read_text().splitlines()
         assert len(outputs) == len(set(outputs)), "something was compiled twice"
         counts.append(len(outputs))
     assert counts[0] > 10
     assert counts[1:] == [0, 0]
+    assert told == [True, False, False], "who waits for a compiler should know"
+
+
+def test_no_compiler_is_a_reason_not_a_crash(tmp_path: Path) -> None:
+    """Most machines have PyTorch's CUDA libraries and no nvcc: there Triton serves."""
+    program = f"""
+from branchwise.kernels.attention.flashinfer_module import Unavailable
+try:
+    {PROGRAM.strip().replace(chr(10), chr(10) + "    ")}
+except Unavailable as error:
+    print(error)
+"""
+    environment = os.environ | {"FLASHINFER_WORKSPACE_BASE": str(tmp_path), "FLASHINFER_NVCC": str(tmp_path / "nvcc")}
+    said = subprocess.run(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert "needs the CUDA toolkit's nvcc" in said.stdout
+    assert str(tmp_path / "nvcc") in said.stdout, "and what the shell said"

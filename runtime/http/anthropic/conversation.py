@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from ...chat_messages import MAX_PARTS, label
 from ..cache_fields import MAX_BREAKPOINTS
-from ..chat.messages import MAX_PARTS, label
 from ..errors import bad, shown
 from ..requests import parse
 from .request import (

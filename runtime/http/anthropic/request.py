@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..requests import UNSUPPORTED, Strict
+from ..requests import UNSUPPORTED, Strict, models_own
 
 
 class CacheControl(Strict):
@@ -103,12 +103,12 @@ class MessagesRequest(CountRequest):
     max_tokens: int
     stream: bool = False
     stop_sequences: list[str] | None = None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
+    temperature: float | None = models_own("temperature")
+    top_p: float | None = models_own("top_p")
+    top_k: int | None = models_own("top_k")
     metadata: Metadata | None = None
     seed: int | None = None
-    min_p: float = 0.0
+    min_p: float | None = models_own("min_p")
     cache_salt: str | None = None
     prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
 

@@ -7,12 +7,9 @@ from typing import Any
 
 from pydantic import Field
 
-from ...chat_template import ChatTemplate
-from ...errors import InvalidRequest
 from ...sampling_params import SamplingParams
 from ..errors import bad
 from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, openai_sampling
-from .messages import label
 
 
 class ChatFields(OpenAIFields):
@@ -48,12 +45,6 @@ CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
     *("mm_processor_kwargs", "media_io_kwargs", "return_token_ids", "return_tokens_as_token_ids"),
 }
 
-# Variables that many clients send whatever the model: a template that does not read them ignores them.
-_COMMON_VARIABLES = frozenset(
-    {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
-)
-MAX_VARIABLES = 64
-
 
 def names(request: ChatRequest) -> dict[str, str]:
     """Our names of the fields, in this request's words."""
@@ -64,7 +55,7 @@ def names(request: ChatRequest) -> dict[str, str]:
     }
 
 
-def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingParams:
+def sampling(request: ChatRequest, preferred: Mapping[str, float], *, skip_special_tokens: bool) -> SamplingParams:
     """Not checked against its bounds yet: `prompts.prepare_params` does that."""
     limit = request.max_completion_tokens
     if limit is None:
@@ -79,41 +70,9 @@ def sampling(request: ChatRequest, *, skip_special_tokens: bool) -> SamplingPara
         raise bad("modalities", 'must be ["text"]: this server writes text only')
     return openai_sampling(
         request,
+        preferred,
         max_tokens=limit,
         n=request.n,
         skip_special_tokens=skip_special_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
-
-
-def variables(
-    kwargs: Mapping[str, Any] | None,
-    template: ChatTemplate,
-    documents: list[Any] | None = None,
-    reasoning_effort: str | None = None,
-) -> dict[str, Any]:
-    """What the template is told beside messages and tools. A name nobody reads is refused: it would change nothing."""
-    if len(kwargs or {}) > MAX_VARIABLES:
-        raise bad("chat_template_kwargs", f"must have at most {MAX_VARIABLES} entries, got {len(kwargs or {})}")
-    result: dict[str, Any] = {}
-    for name, value in (kwargs or {}).items():
-        if not template.reads(name) and name not in _COMMON_VARIABLES:
-            raise InvalidRequest(
-                f"chat_template_kwargs.{name[:60]} is not a variable of this model's chat template",
-                field="chat_template_kwargs",
-            )
-        result[name] = value
-    if reasoning_effort is not None:
-        result.setdefault("reasoning_effort", label(reasoning_effort, "reasoning_effort"))
-    if documents is not None:
-        if not all(isinstance(document, dict) for document in documents):
-            raise bad("documents", "must be a list of objects")
-        result["documents"] = documents
-    return result
-
-
-def generation_prompt(add: bool | None, continue_final: bool) -> bool:
-    """Whether the prompt ends with the assistant's turn begun."""
-    if add and continue_final:
-        raise bad("continue_final_message", "and add_generation_prompt cannot both be true")
-    return not continue_final if add is None else add

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat_messages import label
+from ...chat_prompt import definition
 from ...chat_template import ChatTemplate
 from ...config import ServerConfig
 from ...errors import InvalidRequest
@@ -24,10 +26,8 @@ from ...tools import (
     validate_tools,
 )
 from ...tools.grammar import CallGrammar
-from ..cache_fields import MARKS
 from ..errors import bad, shown
 from .grammar import OutputGrammar, calls_for
-from .messages import label
 from .request import ChatRequest
 
 AUTO, NONE = "auto", "none"  # of the flags: what the checkpoint seems to write; nothing
@@ -59,7 +59,7 @@ class ToolUse:
     """The tools of one request. Raises `InvalidRequest` for what cannot be done."""
 
     def __init__(self, request: ChatRequest, formats: Formats, template: ChatTemplate, config: ServerConfig) -> None:
-        self.tools = validate_tools(request.tools, _limits(config))
+        self.tools = validate_tools(request.tools, tool_limits(config))
         self._parallel = request.parallel_tool_calls
         self._separate = request.separate_reasoning
         self._formats = formats
@@ -77,7 +77,7 @@ class ToolUse:
             named=self._choice[1:] if self._choice.startswith("=") else None,
             parallel=self._parallel,
         )
-        self.definitions = [_definition(tool) for tool in request.tools or []]
+        self.definitions = [definition(tool) for tool in request.tools or []]
 
     @property
     def keeps_special(self) -> bool:
@@ -105,25 +105,13 @@ class ToolUse:
         return StreamParser(calls, thoughts, self.tools, reasoning_open=ends_in_reasoning(prompt, thoughts))
 
 
-def definitions(tools: list[Any] | None, config: ServerConfig) -> list[dict[str, Any]] | None:
-    """Checked, and as the template gets them."""
-    return [_definition(tool) for tool in tools or []] if validate_tools(tools, _limits(config)) else None
-
-
-def _limits(config: ServerConfig) -> ToolLimits:
+def tool_limits(config: ServerConfig) -> ToolLimits:
     usual = ToolLimits()
     return ToolLimits(
         tools=config.max_tools,
         schema_bytes=min(usual.schema_bytes, config.max_schema_bytes),
         schema_depth=min(usual.schema_depth, config.max_schema_depth),
     )
-
-
-def _definition(tool: dict[str, Any]) -> dict[str, Any]:
-    """As the template gets it: as the client wrote it, but for what is not the model's business."""
-    function = tool.get("function", tool)
-    shown = {name: value for name, value in function.items() if name not in ("type", "strict", *MARKS)}
-    return {"type": "function", "function": shown}
 
 
 def _choice(choice: Any, tools: list[Tool]) -> str:

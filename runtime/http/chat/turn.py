@@ -10,20 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...chat_prompt import chat_prompt, tool_definitions
 from ...chat_template import ChatTemplate
 from ...errors import InvalidRequest
 from ...sampling_params import validate
 from ..cache_fields import caching
 from ..client import Prompt
-from ..errors import bad
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
 from ..requests import parse
 from ..site import Site
 from .choice import Choice
 from .marks import chat_marks
-from .messages import conversation
-from .request import CHAT_UNSUPPORTED, ChatRequest, generation_prompt, names, sampling, variables
-from .tools import Formats, ToolUse, definitions
+from .request import CHAT_UNSUPPORTED, ChatRequest, names, sampling
+from .tools import Formats, ToolUse, tool_limits
 
 INLINE = 32_768  # characters of a conversation that is rendered right here; a longer one must not stall the loop
 
@@ -52,7 +51,8 @@ class Turns:
             self._formats = Formats.of(site.config, site.tokenizer, template)
         tools = ToolUse(body, self._formats, template, site.config)
         called = names(body)
-        params = sampling(body, skip_special_tokens=body.skip_special_tokens and not tools.keeps_special)
+        skips = body.skip_special_tokens and not tools.keeps_special
+        params = sampling(body, site.preferred, skip_special_tokens=skips)
         params = prepare_params(params, limits, called, site.config)
         check_count(params.n, site.config.max_samples_per_request, "n")
         text = await rendered(site, body, tools.definitions)
@@ -88,23 +88,23 @@ async def conversation_text(site: Site, raw: Mapping[str, Any], within: str = ""
     """The prompt that a body's conversation becomes, where a body may also hold one: its fields are a chat's."""
     site.client.limits  # noqa: B018 - raises until there is a tokenizer
     chat = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
-    return await rendered(site, chat, definitions(chat.tools, site.config)), chat
+    return await rendered(site, chat, tool_definitions(chat.tools, tool_limits(site.config))), chat
 
 
 async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | None) -> str:
     """The prompt's text. A long conversation is rendered in a thread."""
-    template = chat_template(site)
-    if not body.messages:
-        raise bad("messages", "must not be empty")
-    if len(body.messages) > site.config.max_messages:
-        raise bad("messages", f"must have at most {site.config.max_messages} entries, got {len(body.messages)}")
-    add = generation_prompt(body.add_generation_prompt, body.continue_final_message)
-    messages = conversation(body.messages, template)
-    if body.continue_final_message and messages[-1]["role"] != "assistant":
-        raise bad("continue_final_message", "needs a last message of role assistant")
-    named = variables(body.chat_template_kwargs, template, body.documents, body.reasoning_effort)
-    if tools is not None:
-        named["tools"] = tools
+    prompt = chat_prompt(
+        chat_template(site),
+        body.messages,
+        definitions=tools,
+        chat_template_kwargs=body.chat_template_kwargs,
+        documents=body.documents,
+        reasoning_effort=body.reasoning_effort,
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        max_messages=site.config.max_messages,
+    )
+    messages = prompt.messages
     if len(messages) <= 64 and sum(len(message["content"]) for message in messages) <= INLINE and not body.documents:
-        return template.render(messages, add, named, body.continue_final_message)
-    return await asyncio.to_thread(template.render, messages, add, named, body.continue_final_message)
+        return prompt.text()
+    return await asyncio.to_thread(prompt.text)

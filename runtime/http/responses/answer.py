@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ...errors import InvalidRequest
+from ...sampling_params import SamplingParams
 from ..chat.places import TokenPlaces
 from ..chat.renamed import renamed
 from ..chat.turn import Turn
@@ -45,7 +46,7 @@ class Answer:
             "created_at": int(time.time()),
             "model": site.model_name,
         }
-        self._settings = _settings(body)
+        self._settings = _settings(body, params)
 
     def whole(self, batch: Batch) -> dict[str, Any]:
         for _ in self._changes(batch):
@@ -119,8 +120,8 @@ class Answer:
         }
 
 
-def _settings(body: ResponsesRequest) -> dict[str, Any]:
-    """What was asked for, as it is given back; null for what this server does not have."""
+def _settings(body: ResponsesRequest, params: SamplingParams) -> dict[str, Any]:
+    """What was asked for, as it is given back, and how tokens are drawn; null for what this server does not have."""
     text, reasoning, options = body.text, body.reasoning, body.prompt_cache_options
     return {
         "instructions": body.instructions,
@@ -136,7 +137,7 @@ def _settings(body: ResponsesRequest) -> dict[str, Any]:
         },
         "safety_identifier": body.safety_identifier,
         "store": False,
-        "temperature": body.temperature,
+        "temperature": params.temperature,
         "text": {
             "format": {"type": "text"} if text is None or text.format is None else text.format,
             "verbosity": None if text is None else text.verbosity,
@@ -144,7 +145,7 @@ def _settings(body: ResponsesRequest) -> dict[str, Any]:
         "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
         "tools": [{"strict": False, "parameters": None, **tool} for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": body.top_p,
+        "top_p": params.top_p,
         "truncation": "disabled",
         "user": body.user,
         **dict.fromkeys(_NONE),

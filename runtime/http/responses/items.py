@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..chat.messages import MAX_PARTS, label
+from ...chat_messages import MAX_PARTS, label
 from ..errors import bad, shown
 
 ROLES = ("user", "system", "developer", "assistant")

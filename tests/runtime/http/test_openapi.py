@@ -149,3 +149,18 @@ def test_a_key_is_asked_for_where_there_is_one(make_site: Callable[..., Site], d
     assert document["paths"]["/health"]["get"]["security"] == []
     assert set(document["components"]["securitySchemes"]) == {"bearer", "key"}
     assert "security" not in make_app(make_site()).openapi()
+
+
+def test_what_depends_on_the_model_has_no_default_of_its_own(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for name in ("ChatRequest", "CompletionRequest", "ResponsesRequest", "MessagesRequest"):
+        fields = schemas[name]["properties"]
+        for field, neutral in (("temperature", 1), ("top_p", 1), ("top_k", 0), ("min_p", 0), ("repetition_penalty", 1)):
+            if field not in fields:
+                assert (name, field) == ("MessagesRequest", "repetition_penalty")
+                continue
+            assert "default" not in fields[field], f"{name}.{field}"
+            assert {"type": "null"} in fields[field]["anyOf"]
+            assert fields[field]["description"] == (
+                f"null: the served model's own (`/get_model_info` shows it), else {neutral}."
+            )

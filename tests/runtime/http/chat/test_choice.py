@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat_messages import conversation
 from branchwise.runtime.chat_template import ChatTemplate
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.http.chat.choice import Choice
-from branchwise.runtime.http.chat.messages import conversation
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.token_text import open_stream

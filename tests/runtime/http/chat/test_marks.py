@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat_messages import conversation
+from branchwise.runtime.chat_prompt import tool_definitions
 from branchwise.runtime.chat_template import ChatTemplate
-from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.http.chat.marks import chat_marks
-from branchwise.runtime.http.chat.messages import conversation
-from branchwise.runtime.http.chat.tools import definitions
 
 TEMPLATES = Path(__file__).parents[2] / "templates"
 MARK = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
@@ -105,5 +104,4 @@ def test_a_template_is_not_told_of_marks() -> None:
     """Neither beside a function nor, as in the responses API, in it."""
     nested = tool("first", **MARK, **FROM_US)
     flat = {"type": "function", **nested["function"], **MARK, **FROM_US}
-    config = ServerConfig(engine=EngineConfig())
-    assert definitions([nested], config) == definitions([flat], config) == [tool("first")]
+    assert tool_definitions([nested]) == tool_definitions([flat]) == [tool("first")]

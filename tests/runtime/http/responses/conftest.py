@@ -75,7 +75,8 @@ def make_answer(make_site: Callable[..., Site], tokenizer: Tokenizer) -> Callabl
     """``make_answer(parser, **fields of the request)``."""
 
     def make(parser: StreamParser | None, *, one_call: bool = False, **fields: Any) -> Answer:
-        params = SamplingParams(logprobs=0 if fields.get("include") else None)
+        drawn = {name: fields[name] for name in ("temperature", "top_p") if name in fields}
+        params = SamplingParams(logprobs=0 if fields.get("include") else None, **drawn)
         turn = Turn(Prompt(params), [Choice(tokenizer, params, parser, one_call=one_call)])
         return Answer(make_site(), read({"input": "x", **fields}), turn)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat_messages import conversation
 from branchwise.runtime.chat_template import ChatTemplate
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.http.chat.messages import conversation
 from branchwise.runtime.http.chat.renamed import renamed
 from branchwise.runtime.http.chat.request import ChatRequest
 from branchwise.runtime.http.responses.items import Conversation

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from ...chat_template import ChatTemplate
-from ...limits import deeper_than
-from ..body import MAX_DEPTH
-from ..errors import bad, shown
-from ..prompts import MAX_LABEL
+from .chat_template import ChatTemplate
+from .errors import bad, shown
+from .limits import MAX_DEPTH, MAX_LABEL, deeper_than
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -30,7 +28,7 @@ def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[s
     """
     pieces = 0
     for message in messages:
-        for name in ("content", "tool_calls") if isinstance(message, dict) else ():
+        for name in ("content", "tool_calls") if isinstance(message, Mapping) else ():
             value = message.get(name)
             pieces += len(value) if isinstance(value, list) else 0
     if pieces > MAX_PIECES:
@@ -42,7 +40,7 @@ class _Message:
     """One message on its way; ``where`` names it in errors."""
 
     def __init__(self, message: Any, where: str, template: ChatTemplate) -> None:
-        if not isinstance(message, dict):
+        if not isinstance(message, Mapping):
             raise bad(where, f"must be an object, got {type(message).__name__}")
         self._message = message
         self._where = where
