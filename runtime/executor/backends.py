@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ...kernels import ops as torch_ops
 from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
-from ...kernels.attention.flashinfer_backend import FlashInferAttention
-from ...kernels.attention.flashinfer_module import check_available
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ..config import EngineConfig
@@ -35,8 +33,8 @@ def pick_ops(device: torch.device) -> Ops:
 def _problem_with_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
         return "Triton is not installed: pip install 'branchwise[gpu]'"
-    if device.type == "cpu":
-        return "Triton runs on CUDA devices, not on a CPU"
+    if device.type != "cuda":
+        return f"Triton runs on CUDA devices, not on {device}"
     if torch.cuda.get_device_capability(device) < (8, 0):
         return "Triton supports compute capability 8.0 or newer"
     return None
@@ -45,8 +43,7 @@ def _problem_with_triton(device: torch.device) -> str | None:
 def make_attention(
     config: EngineConfig, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
-    """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch,
-    with a warning that says why it is not one before.
+    """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch.
 
     ``max_tokens``: the most query tokens of a step, padding included.
 
@@ -68,6 +65,9 @@ def make_attention(
 def _flashinfer(
     pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
+    from ...kernels.attention.flashinfer_backend import FlashInferAttention
+    from ...kernels.attention.flashinfer_module import check_available
+
     check_available(pool.device, pool.dtype, pool.shape[-1])
     max_requests = len(table.host) - 1
     captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
