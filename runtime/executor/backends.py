@@ -22,12 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 def pick_ops(device: torch.device) -> Ops:
-    """Triton's on a GPU that has it, torch's otherwise."""
-    if device.type == "cuda" and find_spec("triton") is not None:
+    """Triton's where it runs, torch's otherwise."""
+    if _problem_with_triton(device) is None:
         from ...kernels import triton_ops
 
         return cast(Ops, triton_ops)
     return cast(Ops, torch_ops)
+
+
+def _problem_with_triton(device: torch.device) -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed: pip install 'branchwise[gpu]'"
+    if device.type != "cuda":
+        return f"Triton runs on CUDA devices, not on {device}"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "Triton supports compute capability 8.0 or newer"
+    return None
 
 
 def make_attention(
@@ -67,12 +77,9 @@ def _flashinfer(
 def _triton(
     pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
-    if find_spec("triton") is None:
-        raise Unavailable("Triton is not installed: pip install 'branchwise[gpu]'")
-    if pool.device.type != "cuda":
-        raise Unavailable(f"Triton runs on CUDA devices, not on {pool.device}")
-    if torch.cuda.get_device_capability(pool.device) < (8, 0):
-        raise Unavailable("Triton supports compute capability 8.0 or newer")
+    problem = _problem_with_triton(pool.device)
+    if problem is not None:
+        raise Unavailable(problem)
     from ...kernels.attention.triton_backend import HEAD_DIMS, TritonAttention
 
     if pool.shape[-1] not in HEAD_DIMS:

@@ -3,8 +3,6 @@ FlashInfer's is given. What only FlashInfer itself can show is in tests/gpu."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -167,13 +165,28 @@ def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
     assert message in str(error.value)
 
 
-def test_it_says_so_where_nothing_can_be_compiled(monkeypatch):
-    def load(variant):
-        raise RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist\nand more")
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            RuntimeError("Could not find nvcc and default cuda_home='/usr/local/cuda' doesn't exist\nmore"),
+            "Could not fi",
+        ),
+        (
+            RuntimeError("Ninja build failed.\n[1/9] c++ -c x\n/bin/sh: c++: not found\nstopped"),
+            "/bin/sh: c++: not found",
+        ),
+        (ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"), "libcuda.so.1: can"),
+    ],
+)
+def test_it_says_in_a_line_why_nothing_can_be_compiled(error, said, monkeypatch):
+    class Broken:
+        @property
+        def is_compiled(self):
+            raise error
 
-    monkeypatch.setattr(flashinfer_module, "_load", load)
-    monkeypatch.setattr(Variant, "spec", lambda variant: SimpleNamespace(is_compiled=False))
-    with pytest.raises(Unavailable) as error:
+    monkeypatch.setattr(Variant, "spec", lambda variant: Broken())
+    with pytest.raises(Unavailable) as caught:
         flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
-    assert str(error.value).startswith("FlashInfer's kernels could not be compiled: Could not find nvcc")
-    assert "\n" not in str(error.value)
+    assert f"nvcc and a C++ compiler): {said}" in str(caught.value)
+    assert "\n" not in str(caught.value)

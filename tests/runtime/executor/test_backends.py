@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 
+from branchwise.kernels import ops
 from branchwise.kernels.attention import flashinfer_backend, flashinfer_module, triton_backend
 from branchwise.kernels.attention.base import LayerSpec, Unavailable
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
-from branchwise.runtime.executor.backends import make_attention
+from branchwise.runtime.executor.backends import make_attention, pick_ops
 from branchwise.runtime.executor.executor import pick_dtype
 from branchwise.runtime.models.config import load_config
 
@@ -59,6 +60,7 @@ def test_a_gpu_before_ampere_has_torch_and_no_bfloat16(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert isinstance(make("auto"), TorchAttention)
+    assert pick_ops(torch.device("cuda:0")) is ops
     for family, dtype in (("llama-gqa", torch.float16), ("gemma2", torch.float32)):
         model = dataclasses.replace(load_config(checkpoint(family)), dtype="bfloat16")
         assert pick_dtype(EngineConfig(), model, torch.device("cuda:0")) == dtype
