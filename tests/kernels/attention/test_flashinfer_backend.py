@@ -188,5 +188,5 @@ def test_it_says_in_a_line_why_nothing_can_be_compiled(error, said, monkeypatch)
     monkeypatch.setattr(Variant, "spec", lambda variant: Broken())
     with pytest.raises(Unavailable) as caught:
         flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
-    assert f"nvcc and a C++ compiler): {said}" in str(caught.value)
+    assert str(caught.value).startswith(f"FlashInfer's kernels could not be compiled: {said}")
     assert "\n" not in str(caught.value)
