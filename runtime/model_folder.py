@@ -31,11 +31,11 @@ def model_folder(model: str) -> Path:
 
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
-    except RepositoryNotFoundError as error:
+    except RepositoryNotFoundError:
         reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
-        raise LoadError(f"{model}: no such folder, and {reason}") from error
     except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
-        raise LoadError(f"{model}: no such folder, and cannot reach the hub: {_why(error)}") from error
+        reason = f"cannot reach the hub: {_why(error)}"
+    raise LoadError(f"{model}: no such folder, and {reason}")  # alone: the hub's own traceback is eighty lines
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -23,12 +24,19 @@ def router(site: Site) -> APIRouter:
             "root": site.config.engine.model,
             "parent": None,
             "max_model_len": site.client.limits.max_model_len,
+            # What Anthropic's clients read of a model:
+            "type": "model",
+            "display_name": site.model_name,
+            "created_at": datetime.fromtimestamp(site.created, UTC).isoformat(),
+            "lifecycle": "active",
         }
 
     @routes.get("/v1/models")
     async def list_models() -> Response:
-        """The one model that is served (OpenAI's list)."""
-        return json_response({"object": "list", "data": [card()]})
+        """The one model that is served (OpenAI's list, and Anthropic's page)."""
+        name = site.model_name
+        page = {"first_id": name, "last_id": name, "has_more": False}
+        return json_response({"object": "list", "data": [card()], **page})
 
     @routes.get("/v1/models/{id:path}")
     async def get_model(id: str) -> Response:

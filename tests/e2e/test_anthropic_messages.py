@@ -102,6 +102,13 @@ def prompt_tokens(usage: Any) -> int:
     return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
 
 
+def test_models(client: anthropic.Anthropic) -> None:
+    [model] = client.models.list()
+    assert (model.id, model.type, model.display_name) == ("branchwise", "model", "branchwise")
+    assert model.created_at.tzinfo is not None
+    assert client.models.retrieve("branchwise") == model
+
+
 def test_an_answer_has_every_field(client: anthropic.Anthropic) -> None:
     message = ask(client, SUM, system="You are Twig.")
     assert message.id.startswith("msg_")

@@ -401,6 +401,8 @@ def test_nothing_is_stored(shipped: Any, client: openai.OpenAI) -> None:
         with pytest.raises(openai.NotFoundError, match="stores none"):
             ask()
     assert shipped.http.get(PATH).status_code == 405
+    with pytest.raises(openai.NotFoundError, match="/tokenize and /v1/messages/count_tokens count"):
+        client.responses.input_tokens.count(model="branchwise", input="Hello")
 
 
 def test_the_schema_has_the_route(shipped: Any) -> None:

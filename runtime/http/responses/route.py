@@ -56,6 +56,13 @@ def router(_site: Site) -> APIRouter:
             status=404,
         )
 
+    @routes.post("/v1/responses/input_tokens", include_in_schema=False)
+    @routes.post("/v1/responses/compact", include_in_schema=False)
+    async def absent() -> Response:
+        raise InvalidRequest(
+            "this server has no such route: /tokenize and /v1/messages/count_tokens count; nothing compacts", status=404
+        )
+
     return routes
 
 
