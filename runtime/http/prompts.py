@@ -72,7 +72,7 @@ def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> Non
 def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     """The prompts of a field that takes ``str | list[str] | list[int] | list[list[int]]``, and whether it is a list.
 
-    An array is one prompt of token ids.
+    An array is one prompt of token ids; see `id_arrays`.
 
     Raises `InvalidRequest` for anything else, naming the element.
     """
@@ -86,7 +86,7 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
         )
     if not value:
         raise bad(field, "must not be empty")
-    if not isinstance(value[0], (str, list)):
+    if not isinstance(value[0], (str, list, np.ndarray)):
         return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
     kind = type(value[0])
     for i, element in enumerate(value):
@@ -98,7 +98,7 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     return value, True
 
 
-_NAMES: dict[type, str] = {str: "string", list: "list of token ids"}
+_NAMES: dict[type, str] = {str: "string", list: "list of token ids", np.ndarray: "list of token ids"}
 
 
 def check_count(samples: int, bound: int, field: str) -> None:
@@ -130,11 +130,8 @@ def make_prompt(
 
 def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
     """Checked token ids as int32 bytes."""
-    if isinstance(ids, np.ndarray) and ids.min() >= 0 and ids.max() < vocab_size:
-        return ids.astype("<i4").tobytes()
-    listed: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    check_token_ids(listed, vocab_size, field)
-    return array("i", listed).tobytes()
+    check_token_ids(ids, vocab_size, field)
+    return ids.astype("<i4").tobytes() if isinstance(ids, np.ndarray) else array("i", ids).tobytes()
 
 
 def check_label(value: str | None, field: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -12,6 +12,7 @@ from ...limits import deeper_than
 from ..body import MAX_DEPTH
 from ..errors import bad, shown
 from ..prompts import MAX_LABEL
+from ..values import count_values
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -36,6 +37,29 @@ def conversation(messages: Sequence[Any], template: ChatTemplate) -> list[dict[s
     if pieces > MAX_PIECES:
         raise bad("messages", f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
     return [_Message(message, f"messages[{i}]", template).rendered() for i, message in enumerate(messages)]
+
+
+async def bound_arguments(messages: Sequence[Any], template: ChatTemplate, most: int) -> None:
+    """Calls' arguments come as text, so that nobody has counted what `conversation` makes of them."""
+    if template.keeps_arguments:
+        return
+    texts = [text for message in messages for text in _argument_texts(message)]
+    if sum(text.count(mark) for text in texts for mark in ",:[{") <= most:
+        return
+    values = 0
+    for text in texts:
+        values += (await count_values(text.encode("utf-8", "surrogatepass"), 0)).all
+        if values > most:
+            raise bad("messages", f"must have at most {most} names and values in the arguments of calls")
+
+
+def _argument_texts(message: Any) -> Iterator[str]:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            yield arguments
 
 
 class _Message:

@@ -21,7 +21,7 @@ from ..requests import parse
 from ..site import Site
 from .choice import Choice
 from .marks import chat_marks
-from .messages import conversation
+from .messages import bound_arguments, conversation
 from .request import CHAT_UNSUPPORTED, ChatRequest, generation_prompt, names, sampling, variables
 from .tools import Formats, ToolUse, definitions
 
@@ -99,6 +99,7 @@ async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | 
     if len(body.messages) > site.config.max_messages:
         raise bad("messages", f"must have at most {site.config.max_messages} entries, got {len(body.messages)}")
     add = generation_prompt(body.add_generation_prompt, body.continue_final_message)
+    await bound_arguments(body.messages, template, site.config.max_json_values)
     messages = conversation(body.messages, template)
     if body.continue_final_message and messages[-1]["role"] != "assistant":
         raise bad("continue_final_message", "needs a last message of role assistant")

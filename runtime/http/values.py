@@ -1,0 +1,94 @@
+"""How many values a JSON text has, counted in its bytes: each becomes an object, and all of them hold up the loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+SLICE = 1 << 18  # bytes that are looked at before others have their turn: a millisecond
+_QUOTE, _COMMA, _COLON, _LIST, _BACKSLASH, _OBJECT = b'",:[\\{'
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Values(NamedTuple):
+    """Of a text that is valid, at least as many as it has: names of fields are values too, an empty list counts two.
+
+    Of one that is not, as many as a parser makes before it says so.
+    """
+
+    all: int
+    large: int  # of them: strings, lists and objects; neither numbers nor true, false and null
+    escapes: int  # backslashes
+
+
+async def count_values(text: bytes, most: int) -> Values:
+    """Exact only where it is more than ``most``: what stands in strings counts as well until that matters."""
+    found = Values(0, 0, 0)
+    if len(text) <= most:  # a value takes a byte
+        return found
+    for part in _slices(text):
+        found = _added(found, _rough(part))
+        await asyncio.sleep(0)
+    if found.all <= most:
+        return found
+    exact, outside = Values(0, 0, found.escapes), _Outside()
+    for part in _slices(text):
+        exact = _added(exact, outside.count(part))
+        await asyncio.sleep(0)
+    return exact
+
+
+def _slices(text: bytes) -> Iterator[Bytes]:
+    whole = np.frombuffer(text, np.uint8)
+    return (whole[start : start + SLICE] for start in range(0, len(whole), SLICE))
+
+
+def _added(a: Values, b: Values) -> Values:
+    return Values(a.all + b.all, a.large + b.large, a.escapes + b.escapes)
+
+
+def _rough(part: Bytes) -> Values:
+    values = sum(int(np.count_nonzero(part == one)) for one in (_COMMA, _COLON, _LIST, _OBJECT))
+    return Values(values, values, int(np.count_nonzero(part == _BACKSLASH)))
+
+
+class _Outside:
+    """Counts what is not within strings, slice after slice of one text."""
+
+    def __init__(self) -> None:
+        self._inside = 0  # whether the last slice ended in a string
+        self._backslashes = 0  # that it ended in, modulo 2
+
+    def count(self, part: Bytes) -> Values:
+        """But for `Values.escapes`."""
+        quotes = self._quotes(part)
+        within = np.zeros(len(part), np.uint8)
+        within[quotes] = 1
+        within[0] ^= self._inside
+        np.bitwise_xor.accumulate(within, out=within)
+        self._inside = int(within[-1])
+        opening = (part == _LIST) | (part == _OBJECT)
+        between = (part == _COMMA) | (part == _COLON)
+        outside = within == 0
+        opened = int(np.count_nonzero(opening & outside))
+        strings = int(np.count_nonzero(within[quotes]))  # those that begin here
+        return Values(opened + int(np.count_nonzero(between & outside)), opened + strings, 0)
+
+    def _quotes(self, part: Bytes) -> npt.NDArray[np.intp]:
+        """Where strings begin and end: at quotes with an even number of backslashes before them."""
+        quotes = np.flatnonzero(part == _QUOTE)
+        backslash = part == _BACKSLASH
+        carried = self._backslashes
+        if not carried and not backslash.any():
+            return quotes
+        # The last place at or before each that is no backslash; what the last slice ended in stands before this one.
+        places = np.where(backslash, np.int32(-1 - carried), np.arange(len(part), dtype=np.int32))
+        np.maximum.accumulate(places, out=places)
+        self._backslashes = int(len(part) - 1 - places[-1]) & 1
+        before = np.where(quotes > 0, places[quotes - 1], -1 - carried)
+        return quotes[(quotes - 1 - before) & 1 == 0]
