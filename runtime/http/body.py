@@ -15,7 +15,7 @@ from ..errors import InvalidRequest
 from ..limits import deeper_than
 from .errors import response_for
 from .id_arrays import Array, count_ids, id_arrays
-from .values import count_values
+from .values import NONE, count_values
 
 MAX_DEPTH = 64  # objects and lists inside one another, the body among them
 MAX_VALUES = 262_144  # as `values` counts them, but for token ids: what is parsed, checked and freed in 50 ms
@@ -80,11 +80,15 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     if not body:
         raise InvalidRequest("the body is empty: it must be a JSON object")
     most = request.scope.get(_VALUES, MAX_VALUES)
-    values = await count_values(body, most)
+    levels = request.scope.get(_DEPTH, MAX_DEPTH)
+    large = len(body) > most
+    values = await count_values(body, most) if large else NONE  # a value takes a byte
     if values.escapes > ESCAPES * most:
         what = f"backslashes in its strings, got {values.escapes}"
         raise InvalidRequest(f"the body must have at most {ESCAPES * most} {what}", status=413)
     fields = _fields(body) if values.large <= most else {}
+    if large:
+        await asyncio.sleep(0)
     arrays = await id_arrays(fields)
     counted = values.all - count_ids(arrays)
     if counted > most:
@@ -93,13 +97,14 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     value = _decode_beside(fields, arrays) if arrays else None
     if value is None:
         value = _decode(body)
-    if len(body) > most:
+    if large:
         await asyncio.sleep(0)
-    levels = request.scope.get(_DEPTH, MAX_DEPTH)
-    if body.count(b"[") + body.count(b"{") > levels:
+    if large or body.count(b"[") + body.count(b"{") > levels:
         for name, field in value.items():
             if name not in arrays and isinstance(field, (dict, list)) and deeper_than(field, levels - 1):
                 raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
+    if large:
+        await asyncio.sleep(0)
     return value
 
 

@@ -30,12 +30,14 @@ async def id_arrays(fields: Mapping[str, msgspec.Raw]) -> dict[str, Array | list
     for name in fields.keys() & (_FLAT | _NESTED):
         raw = bytes(fields[name])
         brackets = raw.translate(None, _ID_BYTES) if raw[:1] == b"[" else b""
+        if len(raw) > SLICE:
+            await asyncio.sleep(0)
+        lists = len(brackets) // 2 - 1  # inside the outer one
         ids: Array | list[Array] | None = None
         if brackets == b"[]" and name in _FLAT:
             ids = await _flat(raw[1:-1])
-        elif brackets[1:2] == b"[" and name in _NESTED and len(raw) >= _LONG * len(brackets) // 2:
-            if brackets == b"[" + b"[]" * (len(brackets) // 2 - 1) + b"]":
-                ids = await _nested(raw[1:-1])
+        elif name in _NESTED and len(raw) >= _LONG * lists > 0 and brackets == b"[" + b"[]" * lists + b"]":
+            ids = await _nested(raw[1:-1])
         if ids is not None:
             found[name] = ids
     return found
@@ -45,18 +47,23 @@ async def _flat(inside: bytes) -> Array | None:
     """None: there are none, or one is too large."""
     if not inside.strip():
         return None
-    parts: list[Array] = []
-    start = 0
+    if len(inside) <= SLICE:
+        return _small(np.fromstring(inside, np.int64, sep=","))
+    ids: Array = np.empty(inside.count(b",") + 1, np.int64)
+    start = filled = 0
     while start < len(inside):
+        await asyncio.sleep(0)
         comma = inside.find(b",", start + SLICE)
         end = len(inside) if comma < 0 else comma
-        parts.append(np.fromstring(inside[start:end], np.int64, sep=","))
-        if parts[-1].max() >= _HUGE:
-            return None
-        start = end + 1
-        if start < len(inside):
-            await asyncio.sleep(0)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        part = np.fromstring(inside[start:end], np.int64, sep=",")
+        ids[filled : filled + len(part)] = part
+        start, filled = end + 1, filled + len(part)
+    await asyncio.sleep(0)
+    return _small(ids)
+
+
+def _small(ids: Array) -> Array | None:
+    return ids if ids.max() < _HUGE else None
 
 
 async def _nested(inside: bytes) -> list[Array] | None:

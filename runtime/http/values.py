@@ -26,17 +26,21 @@ class Values(NamedTuple):
     escapes: int  # backslashes
 
 
+NONE = Values(0, 0, 0)
+
+
 async def count_values(text: bytes, most: int) -> Values:
-    """Exact only where it is more than ``most``: what stands in strings counts as well until that matters."""
-    found = Values(0, 0, 0)
-    if len(text) <= most:  # a value takes a byte
-        return found
+    """Exact only where it is more than ``most``: what stands in strings counts as well until that matters.
+
+    Others have their turn now and then.
+    """
+    found = NONE
     for part in _slices(text):
         found = _added(found, _rough(part))
         await asyncio.sleep(0)
     if found.all <= most:
         return found
-    exact, outside = Values(0, 0, found.escapes), _Outside()
+    exact, outside = NONE._replace(escapes=found.escapes), _Outside()
     for part in _slices(text):
         exact = _added(exact, outside.count(part))
         await asyncio.sleep(0)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from ..requests import UNSUPPORTED, Strict
+from ..requests import UNSUPPORTED, Strict, Strings
 
 
 class CacheControl(Strict):
@@ -102,7 +102,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Strings | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0

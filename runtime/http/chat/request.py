@@ -11,7 +11,7 @@ from ...chat_template import ChatTemplate
 from ...errors import InvalidRequest
 from ...sampling_params import SamplingParams
 from ..errors import bad
-from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, openai_sampling
+from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, Strings, openai_sampling
 from .messages import label
 
 
@@ -39,7 +39,7 @@ class ChatRequest(ChatFields):
     top_logprobs: int | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
-    modalities: list[str] | None = None
+    modalities: Strings | None = None
 
 
 # Fields other servers take that would change the result; of those of the other routes, some are this one's own.
