@@ -19,9 +19,11 @@ from .values import NONE, count_values
 
 MAX_DEPTH = 64  # objects and lists inside one another, the body among them
 MAX_VALUES = 262_144  # as `values` counts them, but for token ids: what is parsed, checked and freed in 50 ms
-ESCAPES = 4  # times as many backslashes in its strings
+IDS = 16  # times as many with token ids
+ESCAPES = 4  # times as many backslashes in strings
 _DEPTH = "branchwise.max_json_depth"  # in the scope of a request
 _VALUES = "branchwise.max_json_values"
+_INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
@@ -84,17 +86,18 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     large = len(body) > most
     values = await count_values(body, most) if large else NONE  # a value takes a byte
     if values.escapes > ESCAPES * most:
-        what = f"backslashes in its strings, got {values.escapes}"
-        raise InvalidRequest(f"the body must have at most {ESCAPES * most} {what}", status=413)
-    fields = _fields(body) if values.large <= most else {}
+        raise _too_many(ESCAPES * most, "backslashes in its strings", values.escapes)
+    if values.all > IDS * most:
+        raise _too_many(IDS * most, "names, values and token ids", values.all)
+    many = values.all > most
+    fields = _fields(body, many) if values.large <= most else {}
     if large:
         await asyncio.sleep(0)
     arrays = await id_arrays(fields)
     counted = values.all - count_ids(arrays)
     if counted > most:
-        what = f"names and values beside token ids (--max-json-values), got {counted}"
-        raise InvalidRequest(f"the body must have at most {most} {what}", status=413)
-    value = _decode_beside(fields, arrays) if arrays else None
+        raise _too_many(most, "names and values (--max-json-values) beside token ids", counted)
+    value = _decode_beside(fields, arrays, many) if arrays else None
     if value is None:
         value = _decode(body)
     if large:
@@ -108,34 +111,47 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     return value
 
 
-def _fields(body: bytes) -> dict[str, msgspec.Raw]:
-    """None at all if it is not valid, and `_decode` says how."""
+def _too_many(most: int, what: str, found: int) -> InvalidRequest:
+    return InvalidRequest(f"the body must have at most {most} {what}, got {found}", status=413)
+
+
+def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
+    """None at all if it is not valid: `_decode` says how, but of ``many`` values it makes none."""
     try:
         return _decode_fields(body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except msgspec.ValidationError:  # no object
+        return {}
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
         return {}
 
 
 def _decode_beside(
-    fields: Mapping[str, msgspec.Raw], arrays: Mapping[str, Array | list[Array]]
+    fields: Mapping[str, msgspec.Raw], arrays: Mapping[str, Array | list[Array]], many: bool
 ) -> dict[str, Any] | None:
-    """None: one of the others is not valid."""
+    """None if one of the others is not valid, as of `_fields`."""
     try:
         return {name: arrays[name] if name in arrays else _decoded(raw) for name, raw in fields.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
         return None
 
 
 def _decode(body: bytes) -> dict[str, Any]:
     try:
         value = _decoded(body)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("the body is not valid UTF-8") from error
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
+    except _INVALID as error:
+        raise _invalid(error) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _invalid(error: Exception) -> InvalidRequest:
+    utf8 = isinstance(error, UnicodeDecodeError)
+    return InvalidRequest("the body is not valid UTF-8" if utf8 else f"the body is not valid JSON: {error}")
 
 
 def _decoded(text: bytes | msgspec.Raw) -> Any:

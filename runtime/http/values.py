@@ -16,13 +16,13 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Values(NamedTuple):
-    """Of a text that is valid, at least as many as it has: names of fields are values too, an empty list counts two.
+    """Of a text that is valid, at least as many as there are in it: names of fields count too, an empty list is two.
 
     Of one that is not, as many as a parser makes before it says so.
     """
 
     all: int
-    large: int  # of them: strings, lists and objects; neither numbers nor true, false and null
+    large: int  # strings, lists and objects, itself among them; neither numbers nor true, false and null
     escapes: int  # backslashes
 
 

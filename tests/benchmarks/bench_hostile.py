@@ -12,6 +12,7 @@ a folder (or link) named ``branchwise``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import http.client
 import json
 import multiprocessing
@@ -154,7 +155,8 @@ def bodies() -> Iterator[Body]:
     yield Body(MESSAGES, "messages {}", full(b'{"max_tokens":1,"messages":[', b"{}", b"]}"))
     block = b'{"type":"text","text":"a"}'
     yield Body(MESSAGES, "system of blocks", full(b"{" + A + b',"system":[', block, b"]}"))
-    use = b'{"max_tokens":1,"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"f","input":{"a":['
+    use = b'{"max_tokens":1,"messages":[{"role":"assistant","content":[{"type":"tool_use","id":"a","name":"f",'
+    use += b'"input":{"a":['
     yield Body(MESSAGES, "a tool_use's input, a megabyte of lists", full(use, nest, b"]}}]}]}", MEGABYTE))
     yield Body(MESSAGES, "a tool_use's input, nested lists", full(use, nest, b"]}}]}]}"))
     yield Body(MESSAGES, "a tool_use's input of 語", text(use + b'"', wide, b'"]}}]}]}'))
@@ -212,10 +214,8 @@ def read(port: int, marks: Connection) -> None:
 def send(port: int, body: Body) -> str:
     """Status and message."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
-    try:
+    with contextlib.suppress(OSError):  # refused before all of it was sent: the answer may still be there
         connection.request("POST", body.path, body.content)
-    except OSError:
-        pass  # refused before all of it was sent: the answer may still be there
     try:
         answer = connection.getresponse()
         said = answer.read()
