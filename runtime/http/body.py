@@ -15,7 +15,7 @@ from ..errors import InvalidRequest
 from ..limits import deeper_than
 from .errors import response_for
 from .id_arrays import Array, count_ids, id_arrays
-from .values import NONE, count_values
+from .values import NONE, SLICE, count_values
 
 MAX_DEPTH = 64  # objects and lists inside one another, the body among them
 MAX_VALUES = 262_144  # as `values` counts them, but for token ids: what is parsed, checked and freed in 50 ms
@@ -83,8 +83,8 @@ async def read_json_object(request: Request) -> dict[str, Any]:
         raise InvalidRequest("the body is empty: it must be a JSON object")
     most = request.scope.get(_VALUES, MAX_VALUES)
     levels = request.scope.get(_DEPTH, MAX_DEPTH)
-    large = len(body) > most
-    values = await count_values(body, most) if large else NONE  # a value takes a byte
+    large = len(body) > SLICE
+    values = await count_values(body, most) if len(body) > most else NONE  # a value takes a byte
     if values.escapes > ESCAPES * most:
         raise _too_many(ESCAPES * most, "backslashes in its strings", values.escapes)
     if values.all > IDS * most:

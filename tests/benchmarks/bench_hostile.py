@@ -2,9 +2,10 @@
 
     python tests/benchmarks/bench_hostile.py [--only chat,ids] [--rounds 3] [--branchwise DIR]
 
-A server with the null executor, steps of 5 ms, one stream that never ends; beside it bodies of 16 MiB that are written
-to be slow: millions of values, names, escapes, digits, tools, stop strings, ids. For each body the stream's longest gap
-from its first byte sent until the server answers others again, best and worst of the rounds, and what the answer was.
+A server with the null executor, steps of 5 ms, one stream that never ends; beside it bodies of up to 16 MiB that are
+written to be slow: millions of values, names, escapes, digits, tools, stop strings, ids; and each that has too many
+values once more with almost too many. For each body the stream's longest gap from its first byte sent until the server
+answers others again, best and worst of the rounds, and what the answer was.
 ``--only``: bodies whose names or paths contain one of these. ``--branchwise DIR`` measures another checkout: DIR holds
 a folder (or link) named ``branchwise``.
 """
@@ -31,6 +32,7 @@ from branchwise.runtime.model_folder import SHIPPED
 
 STEP_SECONDS = 0.005
 BYTES = 16 * 1024 * 1024
+VALUES = 262_144  # --max-json-values
 MEGABYTE = 1_000_000
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 MESSAGES, GENERATE, BRANCHES = "/v1/messages", "/generate", "/branches"
@@ -38,16 +40,39 @@ USER = b'"messages":[{"role":"user","content":"a"}]'
 A = USER + b',"max_tokens":1'
 
 
+class Repeated(NamedTuple):
+    """A unit again and again, a comma after each but the last."""
+
+    start: bytes
+    unit: bytes
+    end: bytes
+    size: int = BYTES
+
+    def times(self, count: int) -> bytes:
+        return b"".join((self.start, (self.unit + b",") * (count - 1), self.unit, self.end))
+
+    def whole(self) -> bytes:
+        return self.times((self.size - len(self.start) - len(self.end)) // (len(self.unit) + 1))
+
+    def almost(self) -> bytes | None:
+        """With as many values as a server takes, where the whole has more."""
+        around, each = marks(self.start + self.end), marks(self.unit) + 1
+        return self.times((VALUES - around) // each) if marks(self.whole()) > VALUES else None
+
+
 class Body(NamedTuple):
     path: str
     name: str
-    content: bytes
+    content: bytes | Repeated
 
 
-def full(start: bytes, unit: bytes, end: bytes, size: int = BYTES) -> bytes:
-    """``unit``, a comma after each, as often as fits into ``size`` bytes."""
-    times = (size - len(start) - len(end)) // (len(unit) + 1)
-    return b"".join((start, (unit + b",") * (times - 1), unit, end))
+def marks(text: bytes) -> int:
+    """What the server counts of a text whose strings have none of it."""
+    return sum(map(text.count, (b",", b":", b"[", b"{")))
+
+
+def full(start: bytes, unit: bytes, end: bytes, size: int = BYTES) -> Repeated:
+    return Repeated(start, unit, end, size)
 
 
 def text(start: bytes, unit: bytes, end: bytes, size: int = BYTES) -> bytes:
@@ -72,6 +97,14 @@ def bodies() -> Iterator[Body]:
         yield Body(CHAT, f"a field nobody knows, of {shown}", full(b"{" + A + b',"x":[', unit, b"]}"))
     yield Body(CHAT, "names, all different", b"{" + A + b',"x":{' + names(1_300_000) + b"}}")
     yield Body(CHAT, "fields of the body, all different", b"{" + A + b"," + names(1_300_000) + b"}")
+    yield Body(CHAT, "names, almost too many", b"{" + A + b',"x":{' + names(VALUES // 2 - 20) + b"}}")
+    many = b'{"prompt":[1],' + names(VALUES // 2 - 20) + b"}"
+    yield Body(COMPLETIONS, "ids and fields of the body, almost too many", many)
+    escapes = text(b'{"max_tokens":1,"prompt":"', b"\\u00e4", b'"}', 6 * VALUES * 4)
+    yield Body(COMPLETIONS, "prompt of \\u00e4, almost too many", escapes)
+    yield Body(
+        COMPLETIONS, "prompt, a list of 1, almost too many", full(b'{"prompt":[', b"1", b"]}", 32 * VALUES - 9).whole()
+    )
     yield Body(CHAT, "one name again and again", full(b"{" + A + b",", b'"x":0', b"}"))
     yield Body(CHAT, "one deep nest", text(b'{"x":', b"[", b"", BYTES))
     yield Body(CHAT, "truncated, of {}", full(b"{" + A + b',"x":[', b"{}", b""))
@@ -106,12 +139,14 @@ def bodies() -> Iterator[Body]:
     schema = b',"response_format":{"type":"json_schema","json_schema":{"name":"a","schema":{"enum":['
     yield Body(CHAT, "a schema of numbers", full(b"{" + A + schema, b"7", b"]}}}}"))
     yield Body(CHAT, "a schema of 語", text(b"{" + A + schema + b'"', wide, b'"]}}}}'))
-    lists = quoted(full(b'{"enum":[', b"[]", b"]}", 15 * MEGABYTE))
+    lists = quoted(full(b'{"enum":[', b"[]", b"]}", 15 * MEGABYTE).whole())
     yield Body(CHAT, "a schema in a string", b"{" + A + b',"json_schema":' + lists + b"}")
     call = b'{"messages":[{"role":"assistant","tool_calls":[{"type":"function","function":{"name":"f","arguments":'
     yield Body(CHAT, "a call's arguments in a string", call + lists + b"}}]}]}")
     yield Body(
-        CHAT, "a call's arguments, a megabyte of lists", call + full(b'{"a":[', nest, b"]}", MEGABYTE) + b"}}]}]}"
+        CHAT,
+        "a call's arguments, a megabyte of lists",
+        call + full(b'{"a":[', nest, b"]}", MEGABYTE).whole() + b"}}]}]}",
     )
     yield Body(CHAT, "calls", full(b'{"messages":[{"role":"assistant","tool_calls":[', b"{}", b"]}]}"))
     for size, what in ((MEGABYTE, "a megabyte of lists"), (BYTES, "nested lists")):
@@ -188,6 +223,17 @@ def bodies() -> Iterator[Body]:
     yield Body("/abort_request", "rid of {}", full(b'{"rid":[', b"{}", b"]}"))
 
 
+def written_out(found: Iterator[Body]) -> Iterator[Body]:
+    """And with each body that has too many values one that has almost too many."""
+    for body in found:
+        if not isinstance(body.content, Repeated):
+            yield body
+            continue
+        yield body._replace(content=body.content.whole())
+        if (few := body.content.almost()) is not None:
+            yield body._replace(name=f"{body.name}, almost too many", content=few)
+
+
 def read(port: int, marks: Connection) -> None:
     """A stream without end; whenever ``marks`` says so, the longest gap in seconds since it last did."""
     longest, last = 0.0, time.perf_counter()
@@ -251,7 +297,7 @@ def main() -> None:
             return float(marks.recv())
 
         time.sleep(1)
-        for body in [Body("-", "nothing", b""), *bodies()]:
+        for body in (Body("-", "nothing", b""), *written_out(bodies())):
             if body.content and not any(word in f"{body.path} {body.name}" for word in args.only.split(",")):
                 continue
             gaps, seconds, said = [], [], ""
