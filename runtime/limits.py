@@ -35,21 +35,6 @@ def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.int64], vocab_size: int,
             )
 
 
-def deeper_than(value: Any, most: int) -> bool:
-    """Whether objects and lists stand more than ``most`` deep in one another. Needs no stack of Python's."""
-    level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
-
-
 def fit(
     prompt_tokens: int,
     params: SamplingParams,

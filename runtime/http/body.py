@@ -12,14 +12,14 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from ..limits import deeper_than
 from .errors import response_for
 from .id_arrays import Array, count_ids, id_arrays
-from .values import NONE, SLICE, count_values
+from .values import NONE, SLICE, count_values, deeper_than
 
 MAX_DEPTH = 64  # objects and lists inside one another, the body among them
 MAX_VALUES = 262_144  # as `values` counts them, but for token ids: what is parsed, checked and freed in 50 ms
 IDS = 16  # times as many with token ids
+MAX_FIELDS = 256
 ESCAPES = 4  # times as many backslashes in strings
 _DEPTH = "branchwise.max_json_depth"  # in the scope of a request
 _VALUES = "branchwise.max_json_values"
@@ -91,21 +91,21 @@ async def read_json_object(request: Request) -> dict[str, Any]:
         raise _too_many(IDS * most, "names, values and token ids", values.all)
     many = values.all > most
     fields = _fields(body, many) if values.large <= most else {}
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequest(f"the body must have at most {MAX_FIELDS} fields, got {len(fields)}")
     if large:
         await asyncio.sleep(0)
     arrays = await id_arrays(fields)
     counted = values.all - count_ids(arrays)
     if counted > most:
         raise _too_many(most, "names and values (--max-json-values) beside token ids", counted)
+    if await deeper_than(body, levels):
+        for name, raw in fields.items():
+            if await deeper_than(bytes(raw), levels - 1):
+                raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
     value = _decode_beside(fields, arrays, many) if arrays else None
     if value is None:
         value = _decode(body)
-    if large:
-        await asyncio.sleep(0)
-    if large or body.count(b"[") + body.count(b"{") > levels:
-        for name, field in value.items():
-            if name not in arrays and isinstance(field, (dict, list)) and deeper_than(field, levels - 1):
-                raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
     if large:
         await asyncio.sleep(0)
     return value

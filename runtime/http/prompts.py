@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +12,12 @@ import numpy as np
 from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..grammar.constraint import Constraint, constraint_of
-from ..limits import check_token_ids, deeper_than, fit
+from ..limits import check_token_ids, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
 from .errors import bad
+from .values import deeper_than_now
 
 Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
 MAX_PRIORITY = 2**31 - 1
@@ -53,13 +53,11 @@ def prepare_params(
 
 def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:
     """Size and depth; whether it can be enforced is for the compiler to say."""
-    size, most = len(constraint.text.encode()), config.max_schema_bytes
-    if size > most:
-        raise bad(name, f"must be at most {most} bytes, got {size}")
-    if constraint.kind == "json_schema":
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # the compiler will say so
-            if deeper_than(msgspec.json.decode(constraint.text), config.max_schema_depth):
-                raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
+    text, most = constraint.text.encode(), config.max_schema_bytes
+    if len(text) > most:
+        raise bad(name, f"must be at most {most} bytes, got {len(text)}")
+    if constraint.kind == "json_schema" and deeper_than_now(text, config.max_schema_depth):
+        raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ..errors import InvalidRequest
 from ..grammar.constraint import KINDS
 from ..sampling_params import MAX_LOGIT_BIAS, SamplingParams
+from .body import MAX_FIELDS
 from .cache_fields import CacheFields
 from .errors import bad, shown
 from .structured import constraint
@@ -158,7 +159,6 @@ GENERATE_NAMES = {
     **{name: f"sampling_params.{name}" for name in (*SamplingFields.model_fields, "n")},
 }
 
-MAX_FIELDS = 256
 MAX_ENTRIES = 16_384  # of a field that holds many; token ids are as many as the body holds
 _IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may be one flat list of them
 

@@ -1,4 +1,4 @@
-"""How many values a JSON text has, counted in its bytes: each becomes an object, and all of them hold up the loop."""
+"""How many values a JSON text has and how deep they stand, by its bytes: as objects, all of them hold up the loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 SLICE = 1 << 18  # bytes that are looked at before others have their turn: a millisecond
-_QUOTE, _COMMA, _COLON, _LIST, _BACKSLASH, _OBJECT = b'",:[\\{'
+_QUOTE, _COMMA, _COLON, _BACKSLASH, _OPENING, _CLOSING = b'",:\\[]'
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -47,6 +47,29 @@ async def count_values(text: bytes, most: int) -> Values:
     return exact
 
 
+async def deeper_than(text: bytes, most: int) -> bool:
+    """`deeper_than_now`; others have their turn now and then."""
+    if len(text) <= SLICE:
+        return deeper_than_now(text, most)
+    outside = _Outside()
+    for part in _slices(text):
+        if outside.depth(part) > most:
+            return True
+        await asyncio.sleep(0)
+    return False
+
+
+def deeper_than_now(text: bytes, most: int) -> bool:
+    """Whether lists and objects stand more than ``most`` deep in one another.
+
+    Of a text that is no JSON, whether a parser goes deeper before it says so.
+    """
+    if text.count(b"[") + text.count(b"{") <= most:
+        return False
+    outside = _Outside()
+    return any(outside.depth(part) > most for part in _slices(text))
+
+
 def _slices(text: bytes) -> Iterator[Bytes]:
     whole = np.frombuffer(text, np.uint8)
     return (whole[start : start + SLICE] for start in range(0, len(whole), SLICE))
@@ -57,31 +80,50 @@ def _added(a: Values, b: Values) -> Values:
 
 
 def _rough(part: Bytes) -> Values:
-    values = sum(int(np.count_nonzero(part == one)) for one in (_COMMA, _COLON, _LIST, _OBJECT))
+    values = sum(int(np.count_nonzero(one)) for one in (part == _COMMA, part == _COLON, _bracket(part, _OPENING)))
     return Values(values, values, int(np.count_nonzero(part == _BACKSLASH)))
 
 
+def _bracket(part: Bytes, which: int) -> npt.NDArray[np.bool_]:
+    """Of a list or of an object: they differ in one bit."""
+    return (part & 0xDF) == which
+
+
 class _Outside:
-    """Counts what is not within strings, slice after slice of one text."""
+    """Looks at what is not within strings, slice after slice of one text."""
 
     def __init__(self) -> None:
         self._inside = 0  # whether the last slice ended in a string
         self._backslashes = 0  # that it ended in, modulo 2
+        self._depth = 0  # of lists and objects, where it ended
 
     def count(self, part: Bytes) -> Values:
         """But for `Values.escapes`."""
+        within, quotes = self._within(part)
+        outside = within == 0
+        opened = int(np.count_nonzero(_bracket(part, _OPENING) & outside))
+        between = int(np.count_nonzero(((part == _COMMA) | (part == _COLON)) & outside))
+        strings = int(np.count_nonzero(within[quotes]))  # those that begin here
+        return Values(opened + between, opened + strings, 0)
+
+    def depth(self, part: Bytes) -> int:
+        """The largest in this slice."""
+        outside = self._within(part)[0] == 0
+        steps = (_bracket(part, _OPENING) & outside).astype(np.int8)
+        steps -= _bracket(part, _CLOSING) & outside
+        depths = np.cumsum(steps, dtype=np.int64)
+        deepest, self._depth = self._depth + int(depths.max()), self._depth + int(depths[-1])
+        return deepest
+
+    def _within(self, part: Bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.intp]]:
+        """1 from each string's first quote to before its last, and where the quotes are."""
         quotes = self._quotes(part)
         within = np.zeros(len(part), np.uint8)
         within[quotes] = 1
         within[0] ^= self._inside
         np.bitwise_xor.accumulate(within, out=within)
         self._inside = int(within[-1])
-        opening = (part == _LIST) | (part == _OBJECT)
-        between = (part == _COMMA) | (part == _COLON)
-        outside = within == 0
-        opened = int(np.count_nonzero(opening & outside))
-        strings = int(np.count_nonzero(within[quotes]))  # those that begin here
-        return Values(opened + int(np.count_nonzero(between & outside)), opened + strings, 0)
+        return within, quotes
 
     def _quotes(self, part: Bytes) -> npt.NDArray[np.intp]:
         """Where strings begin and end: at quotes with an even number of backslashes before them."""

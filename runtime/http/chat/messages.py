@@ -8,11 +8,10 @@ from typing import Any
 import msgspec
 
 from ...chat_template import ChatTemplate
-from ...limits import deeper_than
 from ..body import MAX_DEPTH
 from ..errors import bad, shown
 from ..prompts import MAX_LABEL
-from ..values import count_values
+from ..values import count_values, deeper_than
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -43,23 +42,31 @@ async def bound_arguments(messages: Sequence[Any], template: ChatTemplate, most:
     """Calls' arguments come as text, so that nobody has counted what `conversation` makes of them."""
     if template.keeps_arguments:
         return
-    texts = [text for message in messages for text in _argument_texts(message)]
-    if sum(text.count(mark) for text in texts for mark in ",:[{") <= most:
+    texts = {where: text for i, message in enumerate(messages) for where, text in _arguments(message, f"messages[{i}]")}
+    for where, text in texts.items():
+        if text.count("[") + text.count("{") > MAX_DEPTH and await deeper_than(_bytes(text), MAX_DEPTH):
+            raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
+    if sum(text.count(mark) for text in texts.values() for mark in ",:[{") <= most:
         return
     values = 0
-    for text in texts:
-        values += (await count_values(text.encode("utf-8", "surrogatepass"), 0)).all
+    for text in texts.values():
+        values += (await count_values(_bytes(text), 0)).all
         if values > most:
             raise bad("messages", f"must have at most {most} names and values in the arguments of calls")
 
 
-def _argument_texts(message: Any) -> Iterator[str]:
+def _arguments(message: Any, where: str) -> Iterator[tuple[str, str]]:
+    """The texts among them, and where they are."""
     calls = message.get("tool_calls") if isinstance(message, dict) else None
-    for call in calls if isinstance(calls, list) else ():
+    for i, call in enumerate(calls if isinstance(calls, list) else ()):
         function = call.get("function") if isinstance(call, dict) else None
         arguments = function.get("arguments") if isinstance(function, dict) else None
         if isinstance(arguments, str):
-            yield arguments
+            yield f"{where}.tool_calls[{i}].function.arguments", arguments
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 class _Message:
@@ -168,8 +175,6 @@ class _Message:
             raise bad(where, "must be valid JSON: this model's chat template writes it anew") from error
         if not isinstance(value, dict):
             raise bad(where, f"must be a JSON object, got {type(value).__name__}")
-        if deeper_than(value, MAX_DEPTH):
-            raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
         return value
 
 

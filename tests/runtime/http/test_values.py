@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.http import values
-from branchwise.runtime.http.values import Values, count_values
+from branchwise.runtime.http.values import Values, count_values, deeper_than, deeper_than_now
 
 
 def made(value: Any) -> tuple[int, int]:
@@ -24,6 +24,12 @@ def made(value: Any) -> tuple[int, int]:
     below = [made(one) for one in inside]
     large = sum(isinstance(one, (str, list, dict)) for one in inside)
     return len(inside) + sum(one[0] for one in below), large + sum(one[1] for one in below)
+
+
+def depth(value: Any) -> int:
+    if not isinstance(value, (dict, list)):
+        return 0
+    return 1 + max(map(depth, value.values() if isinstance(value, dict) else value), default=0)
 
 
 def empties(value: Any) -> int:
@@ -60,6 +66,10 @@ def test_as_many_as_a_parser_makes_wherever_a_slice_ends(size: int, monkeypatch:
             found = asyncio.run(count_values(text, 0))
             count, large = made(value)
             assert found == Values(count + empties(value), large + 1, text.count(b"\\")), text
+            for most in range(8):
+                assert deeper_than_now(text, most) == (depth(value) > most), (text, most)
+            assert asyncio.run(deeper_than(text, depth(value) - 1))
+            assert not asyncio.run(deeper_than(text, depth(value)))
 
 
 def test_what_stands_in_strings_is_not_counted() -> None:

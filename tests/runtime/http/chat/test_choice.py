@@ -184,3 +184,8 @@ async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
     with pytest.raises(InvalidRequest, match="at most 600 names and values in the arguments of calls") as refused:
         await bound_arguments(saying(half, code, half), PLAIN, 600)
     assert refused.value.field == "messages"
+    deep = "[" * 64 + "]" * 64
+    await bound_arguments(saying(deep, '{"a": "[[[["}' * 100), PLAIN, 10**6)
+    with pytest.raises(InvalidRequest, match="must be nested at most 64 deep") as refused:
+        await bound_arguments(saying("{}", f'{{"a": {deep}}}'), PLAIN, 10**6)
+    assert refused.value.field == "messages[2].tool_calls[1].function.arguments"
