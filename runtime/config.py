@@ -75,7 +75,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_schema_bytes: int = MAX_BYTES  # of a JSON schema, a pattern or a grammar
     max_schema_depth: int = 64  # objects and lists inside one another
     max_json_depth: int = 64  # objects and lists inside one another
-    max_json_values: int = 262_144  # names and values of a body, but for token ids
+    max_json_values: int = 262_144  # names and values of a body, lists and objects twice, but for token ids
     max_header_bytes: int = 64 * 1024  # request line and headers
     tool_call_parser: str = "auto"  # how the model writes calls: a name of `runtime.tools`, auto or none
     reasoning_parser: str = "auto"  # and its thinking

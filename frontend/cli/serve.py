@@ -172,7 +172,12 @@ def serve(
     ] = _SERVER.max_json_depth,
     max_json_values: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Names and values of a body, but for token ids.", rich_help_panel=LIMITS),
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Names and values of a body, lists and objects twice, but for token ids.",
+            rich_help_panel=LIMITS,
+        ),
     ] = _SERVER.max_json_values,
     max_body_bytes: Annotated[
         int, typer.Option(min=1, metavar="N", help="Bytes of a request's body.", rich_help_panel=LIMITS)

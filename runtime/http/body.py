@@ -17,7 +17,7 @@ from .id_arrays import Array, count_ids, id_arrays
 from .values import NONE, SLICE, count_values, deeper_than
 
 MAX_DEPTH = 64  # objects and lists inside one another, the body among them
-MAX_VALUES = 262_144  # as `values` counts them, but for token ids: what is parsed, checked and freed in 50 ms
+MAX_VALUES = 262_144  # as `values` counts them, but for token ids: made, checked and let go of in less than 50 ms
 IDS = 16  # times as many with token ids
 MAX_FIELDS = 256
 ESCAPES = 4  # times as many backslashes in strings

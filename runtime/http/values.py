@@ -16,7 +16,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class Values(NamedTuple):
-    """Of a text that is valid, at least as many as there are in it: names of fields count too, an empty list is two.
+    """Of a text that is valid, at least as many as there are in it: names of fields count too, lists and objects twice,
+    for so long they take, and empty ones thrice.
 
     Of one that is not, as many as a parser makes before it says so.
     """
@@ -80,7 +81,8 @@ def _added(a: Values, b: Values) -> Values:
 
 
 def _rough(part: Bytes) -> Values:
-    values = sum(int(np.count_nonzero(one)) for one in (part == _COMMA, part == _COLON, _bracket(part, _OPENING)))
+    opening = _bracket(part, _OPENING)
+    values = sum(int(np.count_nonzero(one)) for one in (part == _COMMA, part == _COLON, opening, opening))
     return Values(values, values, int(np.count_nonzero(part == _BACKSLASH)))
 
 
@@ -104,7 +106,7 @@ class _Outside:
         opened = int(np.count_nonzero(_bracket(part, _OPENING) & outside))
         between = int(np.count_nonzero(((part == _COMMA) | (part == _COLON)) & outside))
         strings = int(np.count_nonzero(within[quotes]))  # those that begin here
-        return Values(opened + between, opened + strings, 0)
+        return Values(2 * opened + between, opened + strings, 0)
 
     def depth(self, part: Bytes) -> int:
         """The largest in this slice."""

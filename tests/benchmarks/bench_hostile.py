@@ -68,7 +68,7 @@ class Body(NamedTuple):
 
 def marks(text: bytes) -> int:
     """What the server counts of a text whose strings have none of it."""
-    return sum(map(text.count, (b",", b":", b"[", b"{")))
+    return sum(map(text.count, (b",", b":", b"[", b"[", b"{", b"{")))
 
 
 def full(start: bytes, unit: bytes, end: bytes, size: int = BYTES) -> Repeated:

@@ -366,8 +366,11 @@ TEXT = {"prompt": "Hello"}
 BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens of prompt and completion": ("/v1/completions", {"prompt": [5], "max_tokens": 5000}),
     "bytes of a body": ("/generate", {"text": "x" * 16_777_216}),
-    "names and values of a body, but for token ids": (CHAT, {"messages": [USER], "metadata": [0] * 299_993}),
-    "the same with token ids": ("/v1/completions", {"prompt": [7] * 4_194_303}),
+    "names and values of a body, lists and objects twice, but for token ids": (
+        CHAT,
+        {"messages": [USER], "metadata": [0] * 299_989},
+    ),
+    "the same with token ids": ("/v1/completions", {"prompt": [7] * 4_194_301}),
     "backslashes in the strings of a body": ("/v1/completions", {"prompt": "\n" * 1_048_577}),
     "levels of objects and lists": (CHAT, {"messages": [USER], "metadata": json.loads("[" * 65 + "]" * 65)}),
     "fields of a body": ("/generate", {f"x{i}": 1 for i in range(257)}),

@@ -46,7 +46,7 @@ async def bound_arguments(messages: Sequence[Any], template: ChatTemplate, most:
     for where, text in texts.items():
         if text.count("[") + text.count("{") > MAX_DEPTH and await deeper_than(_bytes(text), MAX_DEPTH):
             raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
-    if sum(text.count(mark) for text in texts.values() for mark in ",:[{") <= most:
+    if sum(text.count(mark) for text in texts.values() for mark in ",:[[{{") <= most:
         return
     values = 0
     for text in texts.values():

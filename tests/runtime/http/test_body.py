@@ -169,8 +169,8 @@ async def test_millions_of_values_are_refused_before_any_is_made(
 
 
 async def test_names_are_counted_and_an_escaped_quote_ends_no_string(monkeypatch: pytest.MonkeyPatch) -> None:
-    half = b'{"x":{' + b",".join(b'"k%d":1' % i for i in range(MAX_VALUES // 2 - 1)) + b"}}"
-    assert len((await read(half))["x"]) == MAX_VALUES // 2 - 1
+    half = b'{"x":{' + b",".join(b'"k%d":1' % i for i in range(MAX_VALUES // 2 - 2)) + b"}}"
+    assert len((await read(half))["x"]) == MAX_VALUES // 2 - 2
     with pytest.raises(InvalidRequest, match=f"got {MAX_VALUES + 4}"):
         await read(half.replace(b'"k1"', b'"k,":1,"k1"').replace(b"}}", b',"\\"{":1}}'))
 
@@ -197,9 +197,9 @@ async def test_ids_of_prompts_are_no_values_and_others_are() -> None:
 
 async def test_ids_and_escapes_have_bounds_of_their_own() -> None:
     most = IDS * MAX_VALUES
-    assert len((await read(b'{"prompt":[' + b"7," * (most - 3) + b"7]}"))["prompt"]) == most - 2
+    assert len((await read(b'{"prompt":[' + b"7," * (most - 5) + b"7]}"))["prompt"]) == most - 4
     with pytest.raises(InvalidRequest, match=f"at most {most} names, values and token ids, got {most + 1}"):
-        await read(b'{"prompt":[' + b"7," * (most - 2) + b"7]}")
+        await read(b'{"prompt":[' + b"7," * (most - 4) + b"7]}")
     most = ESCAPES * MAX_VALUES
     assert len((await read(b'{"a":"' + b"\\n" * most + b'"}'))["a"]) == most
     with pytest.raises(InvalidRequest, match=f"at most {most} backslashes in its strings, got {most + 1}"):

@@ -178,7 +178,7 @@ async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
         return ["x", {"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
 
     code = json.dumps({"code": "f(a, b, c, d)[0] = {1: 2}" * 100})
-    half = json.dumps({"a": [[]] * 250})
+    half = json.dumps({"a": [[]] * 170})
     await bound_arguments(saying(code, half), PLAIN, 600)
     await bound_arguments(saying(half, half), VERBATIM, 600)
     with pytest.raises(InvalidRequest, match="at most 600 names and values in the arguments of calls") as refused:
