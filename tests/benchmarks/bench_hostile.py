@@ -102,9 +102,8 @@ def bodies() -> Iterator[Body]:
     yield Body(COMPLETIONS, "ids and fields of the body, almost too many", many)
     escapes = text(b'{"max_tokens":1,"prompt":"', b"\\u00e4", b'"}', 6 * VALUES * 4)
     yield Body(COMPLETIONS, "prompt of \\u00e4, almost too many", escapes)
-    yield Body(
-        COMPLETIONS, "prompt, a list of 1, almost too many", full(b'{"prompt":[', b"1", b"]}", 32 * VALUES - 9).whole()
-    )
+    ids = full(b'{"prompt":[', b"1", b"]}", 32 * VALUES - 9)
+    yield Body(COMPLETIONS, "prompt, almost too many ids", ids.whole())
     yield Body(CHAT, "one name again and again", full(b"{" + A + b",", b'"x":0', b"}"))
     yield Body(CHAT, "one deep nest", text(b'{"x":', b"[", b"", BYTES))
     yield Body(CHAT, "truncated, of {}", full(b"{" + A + b',"x":[', b"{}", b""))
