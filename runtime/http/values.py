@@ -101,42 +101,42 @@ class _Outside:
 
     def count(self, part: Bytes) -> Values:
         """But for `Values.escapes`."""
-        within, quotes = self._within(part)
-        outside = within == 0
-        opened = int(np.count_nonzero(_bracket(part, _OPENING) & outside))
-        between = int(np.count_nonzero(((part == _COMMA) | (part == _COLON)) & outside))
-        strings = int(np.count_nonzero(within[quotes]))  # those that begin here
-        return Values(2 * opened + between, opened + strings, 0)
+        opening = _bracket(part, _OPENING)
+        marks, strings = self._marks(part, opening | (part == _COMMA) | (part == _COLON))
+        opened = int(np.count_nonzero(_bracket(marks, _OPENING)))
+        return Values(len(marks) + opened, opened + strings, 0)
 
     def depth(self, part: Bytes) -> int:
         """The largest in this slice."""
-        outside = self._within(part)[0] == 0
-        steps = (_bracket(part, _OPENING) & outside).astype(np.int8)
-        steps -= _bracket(part, _CLOSING) & outside
-        depths = np.cumsum(steps, dtype=np.int64)
+        marks, _ = self._marks(part, _bracket(part, _OPENING) | _bracket(part, _CLOSING))
+        if not len(marks):
+            return self._depth
+        depths = np.cumsum(np.where(_bracket(marks, _OPENING), 1, -1))
         deepest, self._depth = self._depth + int(depths.max()), self._depth + int(depths[-1])
         return deepest
 
-    def _within(self, part: Bytes) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.intp]]:
-        """1 from each string's first quote to before its last, and where the quotes are."""
-        quotes = self._quotes(part)
-        within = np.zeros(len(part), np.uint8)
-        within[quotes] = 1
-        within[0] ^= self._inside
-        np.bitwise_xor.accumulate(within, out=within)
-        self._inside = int(within[-1])
-        return within, quotes
+    def _marks(self, part: Bytes, wanted: npt.NDArray[np.bool_]) -> tuple[Bytes, int]:
+        """Those ``wanted`` that stand in no string, and how many strings begin."""
+        quotes = part == _QUOTE
+        self._drop_escaped(part, quotes)
+        marks = part[quotes | wanted]
+        quotes = marks == _QUOTE
+        within = np.cumsum(quotes, dtype=np.uint8) + self._inside & 1
+        if len(marks):
+            self._inside = int(within[-1])
+        return marks[(within == 0) & ~quotes], int(np.count_nonzero(within[quotes]))
 
-    def _quotes(self, part: Bytes) -> npt.NDArray[np.intp]:
-        """Where strings begin and end: at quotes with an even number of backslashes before them."""
-        quotes = np.flatnonzero(part == _QUOTE)
-        backslash = part == _BACKSLASH
-        carried = self._backslashes
-        if not carried and not backslash.any():
-            return quotes
-        # The last place at or before each that is no backslash; what the last slice ended in stands before this one.
-        places = np.where(backslash, np.int32(-1 - carried), np.arange(len(part), dtype=np.int32))
-        np.maximum.accumulate(places, out=places)
-        self._backslashes = int(len(part) - 1 - places[-1]) & 1
-        before = np.where(quotes > 0, places[quotes - 1], -1 - carried)
-        return quotes[(quotes - 1 - before) & 1 == 0]
+    def _drop_escaped(self, part: Bytes, quotes: npt.NDArray[np.bool_]) -> None:
+        """Of ``quotes``, those with an odd number of backslashes before them: no string begins or ends there."""
+        quotes[0] &= not self._backslashes
+        places = np.flatnonzero(part == _BACKSLASH)
+        if not len(places):
+            self._backslashes = 0
+            return
+        begins = np.concatenate(([True], np.diff(places) > 1))
+        begun = np.maximum.accumulate(np.where(begins, places, 0))
+        # What the last slice ended in goes on with a run from the first byte.
+        lengths = places - begun + 1 + np.where(begun == 0, self._backslashes, 0)
+        odd = places[lengths & 1 == 1] + 1
+        quotes[odd[odd < len(part)]] = False
+        self._backslashes = int(lengths[-1]) & 1 if places[-1] == len(part) - 1 else 0
