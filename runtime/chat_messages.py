@@ -9,7 +9,8 @@ import msgspec
 
 from .chat_template import ChatTemplate
 from .errors import bad, shown
-from .limits import MAX_DEPTH, MAX_LABEL, deeper_than
+from .json_values import deeper_than_now
+from .limits import MAX_DEPTH, MAX_LABEL
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -136,14 +137,14 @@ class _Message:
             text = "{}"
         if self._template.keeps_arguments:
             return text
+        if deeper_than_now(text.encode("utf-8", "surrogatepass"), MAX_DEPTH):
+            raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
         try:
             value = msgspec.json.decode(text)
         except (msgspec.DecodeError, RecursionError) as error:
             raise bad(where, "must be valid JSON: this model's chat template writes it anew") from error
         if not isinstance(value, dict):
             raise bad(where, f"must be a JSON object, got {type(value).__name__}")
-        if deeper_than(value, MAX_DEPTH):
-            raise bad(where, f"must be nested at most {MAX_DEPTH} deep")
         return value
 
 

@@ -115,6 +115,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_schema_bytes: Bytes of a JSON schema, a pattern or a grammar. A tool's parameters: 65536 at most.
         max_schema_depth: Levels of a schema's objects and lists.
         max_json_depth: Levels of a body's objects and lists.
+        max_json_values: Names and values of a body, lists and objects twice, but for token ids.
         max_header_bytes: Bytes of a request's line and headers.
         tool_call_parser: How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic, none, or
             auto: as its chat template says.
@@ -149,6 +150,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_schema_bytes: int = MAX_BYTES
     max_schema_depth: int = 64
     max_json_depth: int = 64
+    max_json_values: int = 262_144
     max_header_bytes: int = 64 * 1024
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from .errors import InvalidRequest
 from .messages import Limits
@@ -15,36 +17,25 @@ MAX_LABEL = 512  # characters of a name or an id that a client chooses
 MAX_DEPTH = 64  # objects and lists inside one another, of what a client sends
 
 
-def check_token_ids(ids: Sequence[Any], vocab_size: int, field: str) -> None:
+def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.int64], vocab_size: int, field: str) -> None:
     """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""
-    if not ids:
+    if not len(ids):
         raise InvalidRequest(f"{field} must not be empty", field=field)
-    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+    if isinstance(ids, np.ndarray):
+        wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
+        suspects: Iterable[tuple[int, Any]] = [(int(position), int(ids[position])) for position in wrong[:1]]
+    elif set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
         return
-    for position, token in enumerate(ids):
+    else:
+        suspects = enumerate(ids)
+    for position, token in suspects:
         if type(token) is not int:
-            raise InvalidRequest(
-                f"{field}[{position}] must be an integer token id, got {type(token).__name__}", field=field
-            )
+            kind = "list" if isinstance(token, np.ndarray) else type(token).__name__
+            raise InvalidRequest(f"{field}[{position}] must be an integer token id, got {kind}", field=field)
         if not 0 <= token < vocab_size:
             raise InvalidRequest(
                 f"{field}[{position}] must be a token id from 0 to {vocab_size - 1}, got {token}", field=field
             )
-
-
-def deeper_than(value: Any, most: int) -> bool:
-    """Whether objects and lists stand more than ``most`` deep in one another. Needs no stack of Python's."""
-    level = [value]
-    for _ in range(most):
-        level = [
-            inner
-            for outer in level
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
 
 
 def fit(

@@ -91,17 +91,18 @@ class Tokenizer:
         self, text: str, marks: Sequence[int], add_special_tokens: bool = True
     ) -> tuple[npt.NDArray[np.int32], list[int]]:
         """`encode`, and how many leading tokens end at or before each of ``marks`` (positions in characters)."""
-        encoding = self._encoding(text, add_special_tokens)
         if not marks:
-            return np.array(encoding.ids, np.int32), []
+            return self.encode(text, add_special_tokens), []
+        encoding = self._encoding(text, add_special_tokens, offsets=True)
         ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
         counts = np.searchsorted(ends, np.array(marks, np.int64), side="right").tolist()
         return np.array(encoding.ids, np.int32), counts
 
-    def _encoding(self, text: str, add_special_tokens: bool) -> Encoding:
+    def _encoding(self, text: str, add_special_tokens: bool, *, offsets: bool = False) -> Encoding:
         try:
-            if len(text) > SHORT:
-                return self.backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+            if len(text) > SHORT:  # without offsets there is five times less to let go of, which no thread may watch
+                batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+                return batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
             if not isinstance(text, str):

@@ -83,6 +83,7 @@ def serve(
         int, flag("max_schema_depth", LIMITS, min=1, max=_SERVER.max_schema_depth, metavar="N")
     ] = _SERVER.max_schema_depth,
     max_json_depth: Annotated[int, flag("max_json_depth", LIMITS, min=1, metavar="N")] = _SERVER.max_json_depth,
+    max_json_values: Annotated[int, flag("max_json_values", LIMITS, min=1, metavar="N")] = _SERVER.max_json_values,
     max_body_bytes: Annotated[int, flag("max_body_bytes", LIMITS, min=1, metavar="N")] = _SERVER.max_body_bytes,
     max_header_bytes: Annotated[int, flag("max_header_bytes", LIMITS, min=1, metavar="N")] = _SERVER.max_header_bytes,
     tool_call_parser: Annotated[str, flag("tool_call_parser", MODEL, metavar="NAME")] = _SERVER.tool_call_parser,

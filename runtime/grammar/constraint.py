@@ -66,8 +66,7 @@ def problem_with(params: SamplingParams) -> tuple[Kind, str] | None:
     elif not value and kind != "json_schema":
         return kind, "must not be empty"
     try:
-        constraint = constraint_of(params)
-        size = len(constraint.text.encode()) if constraint is not None else 0
+        size = len(value.encode() if isinstance(value, str) else msgspec.json.encode(value))
     except (TypeError, ValueError, RecursionError) as error:  # not JSON, or a lone surrogate
         return kind, f"must be valid JSON and Unicode: {error}"
     if size > MAX_BYTES:

@@ -31,7 +31,13 @@ def make_app(site: Site) -> FastAPI:
     errors.install(app, {*busy, "/v1/models"})
     # The last one added runs first: nobody without the key gets to send a body.
     app.add_middleware(Shortcut, handlers=busy)
-    app.add_middleware(BodyLimit, max_bytes=site.config.max_body_bytes, max_depth=site.config.max_json_depth)
+    config = site.config
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=config.max_body_bytes,
+        max_depth=config.max_json_depth,
+        max_values=config.max_json_values,
+    )
     app.add_middleware(
         AuthMiddleware,
         api_key=site.config.api_key,

@@ -1,42 +1,49 @@
-"""Request bodies: bounded, and parsed as strict JSON; a flat list of token ids becomes an array without a detour."""
+"""Request bodies: bounded, and parsed as strict JSON; lists of token ids become arrays without a detour."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import numpy as np
 from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import InvalidRequest
-from ..limits import MAX_DEPTH, deeper_than
+from ..json_values import NONE, SLICE, count_values, deeper_than
+from ..limits import MAX_DEPTH
 from .errors import response_for
+from .id_arrays import Array, count_ids, id_arrays
 
-_IDS = ("prompt", "input_ids")  # fields that may hold thousands of token ids
-_ID_BYTES = b"0123456789, \n\r\t"  # what is left of a list of ids between its brackets
+MAX_VALUES = 262_144  # as `values` counts them, but for token ids: made, checked and let go of in less than 50 ms
+IDS = 16  # times as many with token ids
+MAX_FIELDS = 256
+ESCAPES = 4  # times as many backslashes in strings
 _DEPTH = "branchwise.max_json_depth"  # in the scope of a request
-_HUGE = 2**62  # what is larger may have been clipped to an int64
+_VALUES = "branchwise.max_json_values"
+_INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class BodyLimit:
     """Refuses bodies over ``max_bytes``: by their Content-Length before reading, by counting otherwise.
 
-    ``max_depth`` is for those who decode them.
+    ``max_depth`` and ``max_values`` are for those who decode them.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int = MAX_DEPTH) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> None:
         self._app = app
         self._max = max_bytes
         self._max_depth = max_depth
+        self._max_values = max_values
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope[_DEPTH] = self._max_depth
+        scope[_DEPTH], scope[_VALUES] = self._max_depth, self._max_values
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max:
             # Whatever follows on this connection is the body we will not read.
@@ -64,56 +71,93 @@ class BodyLimit:
 async def read_json_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. NaN, Infinity, lone surrogates, invalid UTF-8 and absurd nesting are a 400.
 
-    A ``prompt`` or ``input_ids`` that is a flat list of numbers without a sign is an int64 array [n], any other list a
-    list: 33,000 ids cost a third of what as many Python objects do, and a burst of such requests waits for each other.
+    So many values that everybody would wait for them are a 413, before any of them is made. What takes long all the
+    same is done a piece at a time, and others have their turn between.
+
+    A field that may hold token ids and is a list of numbers without a sign is an int64 array [n], a list of long ones
+    a list of arrays, any other list a list: 33,000 ids cost a third of what as many Python objects do, and a burst of
+    such requests waits for each other.
     """
     body = await request.body()
     if not body:
         raise InvalidRequest("the body is empty: it must be a JSON object")
-    value = _with_arrays(body)
+    most = request.scope.get(_VALUES, MAX_VALUES)
+    levels = request.scope.get(_DEPTH, MAX_DEPTH)
+    large = len(body) > SLICE
+    values = await count_values(body, most) if len(body) > most else NONE  # a value takes a byte
+    if values.escapes > ESCAPES * most:
+        raise _too_many(ESCAPES * most, "backslashes in its strings", values.escapes)
+    if values.all > IDS * most:
+        raise _too_many(IDS * most, "names, values and token ids", values.all)
+    many = values.all > most
+    fields = _fields(body, many) if values.large <= most else {}
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequest(f"the body must have at most {MAX_FIELDS} fields, got {len(fields)}")
+    if large:
+        await asyncio.sleep(0)
+    arrays = await id_arrays(fields)
+    counted = values.all - count_ids(arrays)
+    if counted > most:
+        raise _too_many(most, "names and values (--max-json-values) beside token ids", counted)
+    if await deeper_than(body, levels):
+        for name, raw in fields.items():
+            if await deeper_than(bytes(raw), levels - 1):
+                raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
+    value = _decode_beside(fields, arrays, many) if arrays else None
     if value is None:
         value = _decode(body)
-    most = request.scope.get(_DEPTH, MAX_DEPTH)
-    if body.count(b"[") + body.count(b"{") > most:
-        for name, field in value.items():
-            # Prompts are looked at element by element anyway, and can be long.
-            if name not in _IDS and isinstance(field, (dict, list)) and deeper_than(field, most - 1):
-                raise InvalidRequest(f"{name[:60]} must be nested at most {most} deep", field=name[:60])
+    if large:
+        await asyncio.sleep(0)
     return value
 
 
-def _with_arrays(body: bytes) -> dict[str, Any] | None:
-    """None: there are no arrays in it, or it is not valid (and `_decode` says how)."""
+def _too_many(most: int, what: str, found: int) -> InvalidRequest:
+    return InvalidRequest(f"the body must have at most {most} {what}, got {found}", status=413)
+
+
+def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
+    """None at all if it is not valid: `_decode` says how, but of ``many`` values it makes none."""
     try:
-        fields = _decode_fields(body)
-        arrays = {name: ids for name in _IDS if name in fields and (ids := _ids(bytes(fields[name]))) is not None}
-        if not arrays:
-            return None
-        return {name: arrays[name] if name in arrays else msgspec.json.decode(raw) for name, raw in fields.items()}
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
+        return _decode_fields(body)
+    except msgspec.ValidationError:  # no object
+        return {}
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
+        return {}
 
 
-def _ids(raw: bytes) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """Valid JSON as an array, if it is a flat list of integers without a sign; no vocabulary need have them."""
-    inside = raw[1:-1]
-    if raw[:1] != b"[" or not inside.strip() or inside.translate(None, _ID_BYTES):
+def _decode_beside(
+    fields: Mapping[str, msgspec.Raw], arrays: Mapping[str, Array | list[Array]], many: bool
+) -> dict[str, Any] | None:
+    """None if one of the others is not valid, as of `_fields`."""
+    try:
+        return {name: arrays[name] if name in arrays else _decoded(raw) for name, raw in fields.items()}
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
         return None
-    ids = np.fromstring(inside, np.int64, sep=",")
-    return ids if ids.max() < _HUGE else None
 
 
 def _decode(body: bytes) -> dict[str, Any]:
-    # Decoding makes one object after the other and no garbage: the collector would walk them all again and again.
-    gc.disable()
     try:
-        value = msgspec.json.decode(body)
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("the body is not valid UTF-8") from error
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from error
-    finally:
-        gc.enable()
+        value = _decoded(body)
+    except _INVALID as error:
+        raise _invalid(error) from error
     if not isinstance(value, dict):
         raise InvalidRequest(f"the body must be a JSON object, got {type(value).__name__}")
     return value
+
+
+def _invalid(error: Exception) -> InvalidRequest:
+    utf8 = isinstance(error, UnicodeDecodeError)
+    return InvalidRequest("the body is not valid UTF-8" if utf8 else f"the body is not valid JSON: {error}")
+
+
+def _decoded(text: bytes | msgspec.Raw) -> Any:
+    # Decoding makes one object after the other and no garbage: the collector would walk them all again and again.
+    gc.disable()
+    try:
+        return msgspec.json.decode(text)
+    finally:
+        gc.enable()

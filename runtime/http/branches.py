@@ -15,6 +15,7 @@ from ..branches.pieces import check_no_special, rendered_piece
 from ..branches.registry import MAX_FORK
 from ..branches.scores import Score, ScoreCollector
 from ..errors import BranchwiseError, InvalidRequest
+from ..limits import fit
 from ..messages import BranchOp, BranchRun, Piece
 from ..sampling_params import SamplingParams
 from .answer import Answer
@@ -30,6 +31,7 @@ from .site import Site
 from .sse import json_response, wait
 
 MAX_OPS = 1024  # of one batch
+_NO_TOKENS = SamplingParams(max_tokens=0)
 _FLAG = {"type": "boolean", "default": False}
 
 Tokens = Any  # list[int], or an array: checked with the vocabulary at hand
@@ -324,7 +326,11 @@ def _piece(site: Site, value: Any, parse_special: bool, field: str) -> Piece:
         return Piece(value, parse_special=parse_special)
     if not isinstance(value, (list, np.ndarray)):
         raise bad(field, f"must be a string or a list of token ids, got {type(value).__name__}")
-    return Piece(tokens=token_bytes(value, site.client.limits.vocab_size, field) if len(value) else b"")
+    if not len(value):
+        return Piece(tokens=b"")
+    limits = site.client.limits
+    fit(len(value), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+    return Piece(tokens=token_bytes(value, limits.vocab_size, field))
 
 
 def _about(site: Site, id: str, what: Literal["fork", "extend", "get", "delete"], **fields: Any) -> BranchOp:

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from ..errors import InvalidRequest
+from ..limits import fit
 from ..messages import ControlWhat
 from ..outputs import Output
 from ..sampling_params import SamplingParams
@@ -179,7 +180,9 @@ async def _prompt(site: Site, body: PromptRequest, raw: Mapping[str, Any]) -> tu
 async def _tokens(site: Site, prompt: Text, field: str, *, rendered: bool) -> bytes:
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
-        return token_bytes(prompt, site.client.limits.vocab_size, field)
+        limits = site.client.limits
+        fit(len(prompt), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+        return token_bytes(prompt, limits.vocab_size, field)
     ids = await token_ids(site, prompt, field, special=not rendered)
     return ids.astype("<i4", copy=False).tobytes()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from array import array
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,8 @@ import numpy as np
 from ..config import ServerConfig
 from ..errors import InvalidRequest
 from ..grammar.constraint import Constraint, constraint_of
-from ..limits import MAX_LABEL, check_token_ids, deeper_than, fit
+from ..json_values import deeper_than_now
+from ..limits import MAX_LABEL, check_token_ids, fit
 from ..messages import Limits
 from ..sampling_params import SamplingParams, validate
 from .client import Prompt
@@ -52,13 +52,11 @@ def prepare_params(
 
 def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:
     """Size and depth; whether it can be enforced is for the compiler to say."""
-    size, most = len(constraint.text.encode()), config.max_schema_bytes
-    if size > most:
-        raise bad(name, f"must be at most {most} bytes, got {size}")
-    if constraint.kind == "json_schema":
-        with contextlib.suppress(msgspec.DecodeError, RecursionError):  # the compiler will say so
-            if deeper_than(msgspec.json.decode(constraint.text), config.max_schema_depth):
-                raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
+    text, most = constraint.text.encode(), config.max_schema_bytes
+    if len(text) > most:
+        raise bad(name, f"must be at most {most} bytes, got {len(text)}")
+    if constraint.kind == "json_schema" and deeper_than_now(text, config.max_schema_depth):
+        raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
@@ -71,7 +69,7 @@ def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> Non
 def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     """The prompts of a field that takes ``str | list[str] | list[int] | list[list[int]]``, and whether it is a list.
 
-    An array is one prompt of token ids.
+    An array is one prompt of token ids; see `id_arrays`.
 
     Raises `InvalidRequest` for anything else, naming the element.
     """
@@ -85,7 +83,7 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
         )
     if not value:
         raise bad(field, "must not be empty")
-    if not isinstance(value[0], (str, list)):
+    if not isinstance(value[0], (str, list, np.ndarray)):
         return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
     kind = type(value[0])
     for i, element in enumerate(value):
@@ -97,7 +95,7 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     return value, True
 
 
-_NAMES: dict[type, str] = {str: "string", list: "list of token ids"}
+_NAMES: dict[type, str] = {str: "string", list: "list of token ids", np.ndarray: "list of token ids"}
 
 
 def check_count(samples: int, bound: int, field: str) -> None:
@@ -129,11 +127,8 @@ def make_prompt(
 
 def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
     """Checked token ids as int32 bytes."""
-    if isinstance(ids, np.ndarray) and ids.min() >= 0 and ids.max() < vocab_size:
-        return ids.astype("<i4").tobytes()
-    listed: list[int] = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    check_token_ids(listed, vocab_size, field)
-    return array("i", listed).tobytes()
+    check_token_ids(ids, vocab_size, field)
+    return ids.astype("<i4").tobytes() if isinstance(ids, np.ndarray) else array("i", ids).tobytes()
 
 
 def check_label(value: str | None, field: str) -> None:

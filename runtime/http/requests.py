@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidRequest
 from ..grammar.constraint import KINDS
 from ..sampling_defaults import DEFAULTED
-from ..sampling_params import SamplingParams
+from ..sampling_params import MAX_LOGIT_BIAS, SamplingParams
+from .body import MAX_FIELDS
 from .cache_fields import CacheFields
 from .errors import bad, shown
 from .structured import constraint
 
+Strings = Annotated[list[str], Field(fail_fast=True)]  # an error for each of thousands would be slow to tell
+Integers = Annotated[list[int], Field(fail_fast=True)]
 Prompts = Any  # str | list[int] | list[str] | list[list[int]], or an array: checked by `prompts.split_prompts`
 
 
@@ -36,7 +39,7 @@ class Structured(Strict):
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice or grammar.")
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Strings | None = None
     guided_grammar: str | None = Field(None, description="EBNF or Lark.")
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -52,8 +55,8 @@ def models_own(name: str) -> Any:
 class SamplingFields(Strict):
     """How tokens are drawn, by the names that all dialects have for it."""
 
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Strings | None = None
+    stop_token_ids: Integers | None = None
     temperature: float | None = models_own("temperature")
     top_p: float | None = models_own("top_p")
     top_k: int | None = models_own("top_k")
@@ -104,21 +107,21 @@ class GenerateSampling(SamplingFields):
     regex: str | None = None
     json_schema: str | dict[str, Any] | None = None
     ebnf: str | None = Field(None, description="EBNF or Lark.")
-    choices: list[str] | None = Field(None, description="The output is one of these.")
+    choices: Strings | None = Field(None, description="The output is one of these.")
     stream_interval: int | None = Field(None, description="Accepted; every token is sent as soon as there is one.")
 
 
 class GenerateRequest(CacheFields):
     """SGLang's ``/generate``. Exactly one of ``text`` and ``input_ids``; a list of either is a batch."""
 
-    text: str | list[str] | None = None
+    text: str | Strings | None = None
     input_ids: Prompts = Field(None, description="A list of token ids, or a list of such lists.")
-    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    sampling_params: dict[str, Any] | Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     stream: bool = False
-    rid: str | list[str] | None = None
-    return_logprob: bool | list[bool] = False
-    logprob_start_len: int | list[int] = -1
-    top_logprobs_num: int | list[int] = 0
+    rid: str | Strings | None = None
+    return_logprob: bool | Annotated[list[bool], Field(fail_fast=True)] = False
+    logprob_start_len: int | Integers = -1
+    top_logprobs_num: int | Integers = 0
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     extra_key: str | None = None
@@ -162,7 +165,6 @@ GENERATE_NAMES = {
     **{name: f"sampling_params.{name}" for name in (*SamplingFields.model_fields, "n")},
 }
 
-MAX_FIELDS = 256
 MAX_ENTRIES = 16_384  # of a field that holds many; token ids are as many as the body holds
 _IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may be one flat list of them
 
@@ -211,6 +213,9 @@ def _bounded(kind: type[BaseModel], body: Mapping[str, Any], within: str) -> Non
             continue
         if isinstance(value, dict) or name not in _IDS or not isinstance(value[0], int):
             raise bad(f"{within}{name}", f"must have at most {MAX_ENTRIES} entries, got {len(value)}")
+    bias = body.get("logit_bias")
+    if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
+        raise bad(f"{within}logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(bias)}")
     if body.get("add_special_tokens") is False:
         raise InvalidRequest(
             "add_special_tokens: false is not supported; send token ids instead of text", field="add_special_tokens"

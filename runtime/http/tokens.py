@@ -73,11 +73,11 @@ def router(site: Site) -> APIRouter:
         body = parse(DetokenizeRequest, await read_json_object(request))
         site.check_model(body.model)
         vocab_size = site.client.limits.vocab_size
-        if not isinstance(body.tokens, list):
+        if not isinstance(body.tokens, (list, np.ndarray)):
             raise bad("tokens", f"must be a list, got {type(body.tokens).__name__}")
         if len(body.tokens) > MAX_IDS:
             raise bad("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
-        if body.tokens:
+        if len(body.tokens):
             check_token_ids(body.tokens, vocab_size, "tokens")
         if len(body.tokens) > INLINE:
             text = await asyncio.to_thread(site.tokenizer.decode, body.tokens, False)

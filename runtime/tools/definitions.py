@@ -148,10 +148,16 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
 
 def _too_much(schema: Any, limits: ToolLimits) -> str | None:
     """Whether objects and lists stand too deep in one another, or hold more than the bytes allowed can spell, at two
-    for each value: millions are not written out to be measured. Needs no stack of Python's."""
+    for each value and one for each character: megabytes are not written out to be measured. Needs no stack of
+    Python's."""
     level, size = [schema], 0
     for _ in range(limits.schema_depth):
         size += 2 * sum(map(len, level))
+        if size <= limits.schema_bytes:
+            texts = (
+                text for outer in level for text in (*outer, *(outer.values() if isinstance(outer, Mapping) else ()))
+            )
+            size += sum(len(text) for text in texts if isinstance(text, str))
         if size > limits.schema_bytes:
             return f"has more than the {limits.schema_bytes} bytes allowed"
         level = [

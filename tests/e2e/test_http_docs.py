@@ -366,6 +366,12 @@ TEXT = {"prompt": "Hello"}
 BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "tokens of prompt and completion": ("/v1/completions", {"prompt": [5], "max_tokens": 5000}),
     "bytes of a body": ("/generate", {"text": "x" * 16_777_216}),
+    "names and values of a body, lists and objects twice, but for token ids": (
+        CHAT,
+        {"messages": [USER], "metadata": [0] * 299_989},
+    ),
+    "the same with token ids": ("/v1/completions", {"prompt": [7] * 4_194_301}),
+    "backslashes in the strings of a body": ("/v1/completions", {"prompt": "\n" * 1_048_577}),
     "levels of objects and lists": (CHAT, {"messages": [USER], "metadata": json.loads("[" * 65 + "]" * 65)}),
     "fields of a body": ("/generate", {f"x{i}": 1 for i in range(257)}),
     "entries of a field, but for token ids": ("/v1/completions", {**TEXT, "stop": ["x"] * 16_385}),
@@ -422,6 +428,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "nodes of `/cache/tree`": ("/cache/tree?max_nodes=100001", {}),
 }
 ELSEWHERE = {
+    "names and values in calls' arguments, where a template reads them": "tests/runtime/http/chat/test_choice.py",
     "the same, where the cache is smaller": "tests/runtime/test_fit.py",
     "seconds of a request": "tests/e2e/test_server_timeouts.py",
     "requests of a key that have not finished": "tests/runtime/http/test_client.py",

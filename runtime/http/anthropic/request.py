@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from ...errors import InvalidRequest
-from ..requests import UNSUPPORTED, Strict, models_own, parse
+from ..requests import UNSUPPORTED, Strict, Strings, models_own, parse
 from .errors import NO_THREADS
 
 R = TypeVar("R", bound="CountRequest")
@@ -107,7 +107,7 @@ class MessagesRequest(CountRequest):
 
     max_tokens: int
     stream: bool = False
-    stop_sequences: list[str] | None = None
+    stop_sequences: Strings | None = None
     temperature: float | None = models_own("temperature")
     top_p: float | None = models_own("top_p")
     top_k: int | None = models_own("top_k")

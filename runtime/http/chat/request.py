@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ...sampling_params import SamplingParams
 from ..errors import bad
-from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, openai_sampling
+from ..requests import UNSUPPORTED, OpenAIFields, StreamOptions, Strings, openai_sampling
 
 
 class ChatFields(OpenAIFields):
@@ -36,7 +36,7 @@ class ChatRequest(ChatFields):
     top_logprobs: int | None = None
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
-    modalities: list[str] | None = None
+    modalities: Strings | None = None
 
 
 # Fields other servers take that would change the result; of those of the other routes, some are this one's own.

@@ -19,6 +19,7 @@ from ..client import Prompt
 from ..prompts import check_count, check_priority, make_prompt, prepare_params
 from ..requests import parse
 from ..site import Site
+from .arguments import bound_arguments
 from .choice import Choice
 from .marks import chat_marks
 from .request import CHAT_UNSUPPORTED, ChatRequest, names, sampling
@@ -93,8 +94,11 @@ async def conversation_text(site: Site, raw: Mapping[str, Any], within: str = ""
 
 async def rendered(site: Site, body: ChatRequest, tools: list[dict[str, Any]] | None) -> str:
     """The prompt's text. A long conversation is rendered in a thread."""
+    template = chat_template(site)
+    if len(body.messages) <= site.config.max_messages:  # more are about to be refused
+        await bound_arguments(body.messages, template, site.config.max_json_values)
     prompt = chat_prompt(
-        chat_template(site),
+        template,
         body.messages,
         definitions=tools,
         chat_template_kwargs=body.chat_template_kwargs,

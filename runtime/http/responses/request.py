@@ -11,7 +11,7 @@ from ...config import ServerConfig
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, ChatRequest
 from ..errors import bad, shown
 from ..prompts import check_label
-from ..requests import Strict, parse
+from ..requests import Strict, Strings, parse
 from .items import Conversation
 
 LOGPROBS = "message.output_text.logprobs"
@@ -50,7 +50,7 @@ class ResponsesRequest(ChatFields):
     instructions: str | None = Field(None, description="A system message before the input.")
     max_output_tokens: int | None = Field(None, description="null: as many as the context allows.")
     text: TextOptions | None = None
-    include: list[str] | None = Field(None, description=f"{LOGPROBS}, for top_logprobs.")
+    include: Strings | None = Field(None, description=f"{LOGPROBS}, for top_logprobs.")
     top_logprobs: int | None = None
     stream_options: ResponsesStreamOptions | None = None
     reasoning: ReasoningOptions | None = None

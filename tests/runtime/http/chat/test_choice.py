@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from branchwise.runtime.chat_messages import conversation
 from branchwise.runtime.chat_template import ChatTemplate
 from branchwise.runtime.errors import InvalidRequest
+from branchwise.runtime.http.chat.arguments import bound_arguments
 from branchwise.runtime.http.chat.choice import Choice
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
@@ -167,3 +169,24 @@ def test_arguments_that_are_no_object_are_refused_where_they_are_written_anew(ar
     for empty in ("", " ", None, {}):
         call["function"]["arguments"] = empty  # type: ignore[index]
         assert conversation(messages, PLAIN)[1]["tool_calls"][0]["function"]["arguments"] == {}
+
+
+async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
+    """They come as text, so that the body has none of them: fifteen megabytes of lists held the loop for seconds."""
+
+    def saying(*arguments: str) -> list[Any]:
+        calls = [{"type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
+        return ["x", {"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
+
+    code = json.dumps({"code": "f(a, b, c, d)[0] = {1: 2}" * 100})
+    half = json.dumps({"a": [[]] * 170})
+    await bound_arguments(saying(code, half), PLAIN, 600)
+    await bound_arguments(saying(half, half), VERBATIM, 600)
+    with pytest.raises(InvalidRequest, match="at most 600 names and values in the arguments of calls") as refused:
+        await bound_arguments(saying(half, code, half), PLAIN, 600)
+    assert refused.value.field == "messages"
+    deep = "[" * 64 + "]" * 64
+    await bound_arguments(saying(deep, '{"a": "[[[["}' * 100), PLAIN, 10**6)
+    with pytest.raises(InvalidRequest, match="must be nested at most 64 deep") as refused:
+        await bound_arguments(saying("{}", f'{{"a": {deep}}}'), PLAIN, 10**6)
+    assert refused.value.field == "messages[2].tool_calls[1].function.arguments"
