@@ -12,7 +12,7 @@ import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, overload
+from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 
 import msgspec
 import numpy as np
@@ -39,6 +39,15 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]  # of one conversation, as OpenAI's chat completions have them
 BranchPiece = Prompt | Messages  # messages, where a branch begins
+
+
+class ChatOptions(TypedDict, total=False):
+    """What `EngineBase.chat_prompt` takes beside the messages; `Engine.chat` says what each is."""
+
+    tools: list[dict[str, Any]] | None
+    chat_template_kwargs: Mapping[str, Any] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool
 
 
 class EngineBase(EngineThread):
@@ -139,7 +148,9 @@ class EngineBase(EngineThread):
         ids: list[int] = self.tokenizer.encode(checked.text(), add_special_tokens=False).tolist()
         return ids
 
-    def _chat_prompts(self, messages: Messages | Sequence[Messages], **how: Any) -> tuple[bool, list[list[int]]]:
+    def _chat_prompts(
+        self, messages: Messages | Sequence[Messages], **how: Unpack[ChatOptions]
+    ) -> tuple[bool, list[list[int]]]:
         """Whether it is one conversation, and the prompts of all."""
         if not isinstance(messages, list | tuple):
             raise bad("messages", f"must be a list of messages or of such lists, got {type(messages).__name__}")
@@ -223,12 +234,9 @@ class EngineBase(EngineThread):
         messages: Messages,
         params: SamplingParams | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> RequestOutput: ...
 
     @overload
@@ -237,12 +245,9 @@ class EngineBase(EngineThread):
         messages: Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> list[RequestOutput]: ...
 
     async def achat(
@@ -250,22 +255,12 @@ class EngineBase(EngineThread):
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> RequestOutput | list[RequestOutput]:
         """`chat` for asyncio. Conversations are made into prompts beside the loop."""
-        single, prompts = await asyncio.to_thread(
-            self._chat_prompts,
-            messages,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
+        single, prompts = await asyncio.to_thread(self._chat_prompts, messages, **how)
         results = await self.agenerate(prompts, params, cache_salt=cache_salt, priority=priority)
         return results[0] if single else results
 
@@ -358,12 +353,9 @@ class Engine(EngineBase):
         messages: Messages,
         params: SamplingParams | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> RequestOutput: ...
 
     @overload
@@ -372,12 +364,9 @@ class Engine(EngineBase):
         messages: Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> list[RequestOutput]: ...
 
     def chat(
@@ -385,12 +374,9 @@ class Engine(EngineBase):
         messages: Messages | Sequence[Messages],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        tools: list[dict[str, Any]] | None = None,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
         cache_salt: str = "",
         priority: int = 0,
+        **how: Unpack[ChatOptions],
     ) -> RequestOutput | list[RequestOutput]:
         """The next turn of a conversation, as `generate` of the prompt that the model's chat template makes of it: a
         list of messages gives a `RequestOutput`, a list of conversations a list of them in order. The text is as the
@@ -401,13 +387,7 @@ class Engine(EngineBase):
         ``continue_final_message``, which goes on with the last message instead. Raises `InvalidRequest` naming the
         field, also where the model has no chat template.
         """
-        single, prompts = self._chat_prompts(
-            messages,
-            tools=tools,
-            chat_template_kwargs=chat_template_kwargs,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
+        single, prompts = self._chat_prompts(messages, **how)
         results = self.generate(prompts, params, cache_salt=cache_salt, priority=priority)
         return results[0] if single else results
 
