@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,27 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels run in its interpreter. Read when Triton is first imported, by torch if not by us.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def turns_during() -> Callable[[Awaitable[object]], Awaitable[int]]:
+    """``await turns_during(work)``: how often another task of the loop has its turn before the work is done."""
+
+    async def count(work: Awaitable[object]) -> int:
+        turns = 0
+
+        async def other() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        task = asyncio.create_task(other())
+        await work
+        task.cancel()
+        return turns
+
+    return count
 
 
 def _checkpoints() -> ModuleType:
