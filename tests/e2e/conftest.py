@@ -68,6 +68,17 @@ class RunningServer:
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self.http = httpx.Client(base_url=self.url, headers=headers, timeout=60)
 
+    def __enter__(self) -> RunningServer:
+        assert self.info, self.log.read_text()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """It must end with exit code 0, unless something went wrong with it before."""
+        try:
+            assert kind is not None or self.stop() == 0
+        finally:
+            self.close()
+
     @property
     def run_dirs(self) -> list[Path]:
         return list(self.run_root.glob("branchwise-*"))
@@ -178,14 +189,11 @@ def start_server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(scope="session")
 def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """One server without a model for all tests that leave it as they found it; it must end with exit code 0."""
-    running = RunningServer(null_config(tokenizer_folder, max_queued_requests=300), tmp_path_factory.mktemp("run"))
-    try:
+    config = null_config(tokenizer_folder, max_queued_requests=300)
+    with RunningServer(config, tmp_path_factory.mktemp("run")) as running:
         yield running
         running.idle()
-        assert running.stop() == 0
-        assert not running.run_dirs
-    finally:
-        running.close()
+    assert not running.run_dirs
 
 
 @pytest.fixture(scope="session")
@@ -197,13 +205,9 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
             yield server
         return
     engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
-    server = RunningServer(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
-    try:
+    with RunningServer(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped")) as server:
         yield server
         server.idle()
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="session")

@@ -58,14 +58,10 @@ class Person(pydantic.BaseModel):
 @pytest.fixture(scope="module")
 def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
-    server = run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
-    try:
+    with run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped")) as server:
         yield server
         server.http.post("/flush_cache").raise_for_status()  # what breakpoints keep is not idle
         server.idle()
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture(scope="module")

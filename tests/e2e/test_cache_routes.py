@@ -28,12 +28,8 @@ def running(tokenizer_folder: Any, run_server_process: Any, tmp_path_factory: py
     config = ServerConfig(
         engine=engine, port=0, null_executor=True, api_key=KEY, extra_api_keys=(OTHER,), admin_api_key=ADMIN
     )
-    server = run_server_process(config, tmp_path_factory.mktemp("run"))
-    try:
+    with run_server_process(config, tmp_path_factory.mktemp("run")) as server:
         yield server
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 @pytest.fixture

@@ -217,14 +217,10 @@ def small(
 ) -> Iterator[Any]:
     """A short context, so that no answer is long; few branches and pins, so that there is no room as often as not."""
     engine = {"max_model_len": 256, "max_branches": 40, "kv_cache_tokens": 20_000, "max_pin_ttl": 5.0}
-    running = run_server_process(null_settings(tokenizer_folder, engine=engine), tmp_path_factory.mktemp("run"))
-    running.http.timeout = httpx.Timeout(LONGEST)
-    try:
+    with run_server_process(null_settings(tokenizer_folder, engine=engine), tmp_path_factory.mktemp("run")) as running:
+        running.http.timeout = httpx.Timeout(LONGEST)
         yield running
         assert "Traceback" not in running.log.read_text()
-        assert running.stop() == 0
-    finally:
-        running.close()
 
 
 def check(answer: httpx.Response) -> None:

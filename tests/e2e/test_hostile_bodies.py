@@ -61,14 +61,10 @@ def stream(server: Any) -> Iterator[list[float]]:
 
 @pytest.fixture(scope="module")
 def steady(tokenizer_folder: Any, tmp_path_factory: Any, run_server_process: Any, null_settings: Any) -> Iterator[Any]:
-    server = run_server_process(
+    with run_server_process(
         null_settings(tokenizer_folder, null_step_seconds=0.005), tmp_path_factory.mktemp("run")
-    )
-    try:
+    ) as server:
         yield server
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 def test_every_route_refuses_them_while_a_stream_goes_on(steady: Any) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -57,24 +56,6 @@ class Paint(pydantic.BaseModel):
 class Person(pydantic.BaseModel):
     name: str
     age: int
-
-
-@pytest.fixture(scope="module")
-def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
-    server = run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped"))
-    try:
-        yield server
-        server.idle()
-        assert server.stop() == 0
-    finally:
-        server.close()
-
-
-@pytest.fixture(scope="module")
-def client(shipped: Any) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{shipped.url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def respond(client: openai.OpenAI, input: Any, **more: Any) -> Any:

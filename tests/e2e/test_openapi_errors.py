@@ -77,12 +77,8 @@ def api(tokenizer_folder: Any, run_server_process: Any, tmp_path_factory: pytest
         max_queued_requests=4,
         max_body_bytes=10_000,
     )
-    server = run_server_process(config, tmp_path_factory.mktemp("run"))
-    try:
+    with run_server_process(config, tmp_path_factory.mktemp("run")) as server:
         yield Api(server)
-        assert server.stop() == 0
-    finally:
-        server.close()
 
 
 def busy(api: Api) -> httpx.Response:

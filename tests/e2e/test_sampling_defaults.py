@@ -31,14 +31,9 @@ def serve(folder: Path, run_server_process: Any, run_root: Path, setting: Any) -
     engine = EngineConfig(
         model=str(folder), kv_cache_tokens=8192, device="cpu", check_when_idle=True, sampling_defaults=setting
     )
-    running = run_server_process(ServerConfig(engine=engine, port=0), run_root)
-    try:
-        assert running.info, running.log.read_text()
+    with run_server_process(ServerConfig(engine=engine, port=0), run_root) as running:
         yield running
         running.idle()
-        assert running.stop() == 0
-    finally:
-        running.close()
 
 
 @pytest.fixture(scope="module")

@@ -35,15 +35,10 @@ def branch_server(
         branch_ttl=60.0,
     )
     config = ServerConfig(engine=engine, port=0, api_key=KEY, extra_api_keys=(NEIGHBOUR,))
-    running = run_server_process(config, tmp_path_factory.mktemp("run"))
-    try:
-        assert running.info, running.log.read_text()
+    with run_server_process(config, tmp_path_factory.mktemp("run")) as running:
         yield running
         running.idle()
         assert running.http.get("/cache/check").json() == {"check": "clean"}
-        assert running.stop() == 0
-    finally:
-        running.close()
 
 
 @pytest.fixture

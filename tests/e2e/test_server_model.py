@@ -21,14 +21,9 @@ PROMPT = "The tree remembers every page it has seen"
 def model_server(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory, run_server_process: Any) -> Iterator[Any]:
     folder: Path = checkpoint("llama-gqa")
     engine = EngineConfig(model=str(folder), kv_cache_tokens=4096, device="cpu", check_when_idle=True)
-    running = run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("run"))
-    try:
-        assert running.info, running.log.read_text()
+    with run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("run")) as running:
         yield running
         running.idle()
-        assert running.stop() == 0
-    finally:
-        running.close()
 
 
 @pytest.fixture

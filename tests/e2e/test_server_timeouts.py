@@ -29,12 +29,8 @@ def hasty(
     run_server_process: Any, null_settings: Any, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Any]:
     config = null_settings(tokenizer_folder, request_timeout=SECONDS, null_step_seconds=0.01)
-    running = run_server_process(config, tmp_path_factory.mktemp("run"))
-    try:
+    with run_server_process(config, tmp_path_factory.mktemp("run")) as running:
         yield running
-        assert running.stop() == 0
-    finally:
-        running.close()
 
 
 @pytest.fixture(autouse=True)
