@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
 OPENAI_2 := .ci/openai-2.txt
 PACKAGES := radix kernels runtime frontend
-# torch's threads must not spin where tests and servers share two cores (runtime/torch_environment.py says how much it costs)
+# torch's threads must not spin where tests and servers share two cores (runtime/executor/torch_environment.py says how much it costs)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help

@@ -24,10 +24,10 @@ _LANGUAGE = {
 }
 _PUBLIC = {
     **{name: module for module, names in _LANGUAGE.items() for name in names.split()},
-    "AsyncEngine": ".runtime.async_engine",
-    "Engine": ".runtime.engine",
+    "AsyncEngine": ".runtime.engine.async_engine",
+    "Engine": ".runtime.engine.engine",
     "EngineConfig": ".runtime.config",
-    "RequestOutput": ".runtime.request_output",
+    "RequestOutput": ".runtime.engine.request_output",
     **dict.fromkeys(("BranchwiseError", "EngineDead", "InvalidRequest", "LoadError"), ".runtime.errors"),
     "SamplingParams": ".runtime.sampling_params",
 }
@@ -67,14 +67,14 @@ if TYPE_CHECKING:
     from .frontend.lang.state import Group as Group
     from .frontend.lang.state import State as State
     from .frontend.lang.tools import tool_loop as tool_loop
-    from .runtime.async_engine import AsyncEngine as AsyncEngine
     from .runtime.config import EngineConfig as EngineConfig
-    from .runtime.engine import Engine as Engine
+    from .runtime.engine.async_engine import AsyncEngine as AsyncEngine
+    from .runtime.engine.engine import Engine as Engine
+    from .runtime.engine.request_output import RequestOutput as RequestOutput
     from .runtime.errors import BranchwiseError as BranchwiseError
     from .runtime.errors import EngineDead as EngineDead
     from .runtime.errors import InvalidRequest as InvalidRequest
     from .runtime.errors import LoadError as LoadError
-    from .runtime.request_output import RequestOutput as RequestOutput
     from .runtime.sampling_params import SamplingParams as SamplingParams
 
 __all__ = [*_PUBLIC, "__version__"]

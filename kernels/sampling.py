@@ -21,7 +21,7 @@ from torch import Tensor
 
 LOGPROB_FLOOR = -9999.0  # stands for log 0: JSON has no infinity
 TOP_WINDOW = 128  # best weights looked at first when top-p has no top-k to bound it
-_BLOCK = 128  # columns looked at together by `draw` and `greedy`
+_BLOCK = 128  # columns looked at together by `sample` and `greedy`
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -137,7 +137,7 @@ def keep_threshold(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor,
     return torch.maximum(nucleus, min_p[:, None])
 
 
-def draw(weights: Tensor, uniform: Tensor) -> Tensor:
+def sample(weights: Tensor, uniform: Tensor) -> Tensor:
     """One token a row by inverse CDF in vocabulary order: int64 [S].
 
     ``weights`` [S, V] float32 >= 0, need not sum to 1; ``uniform`` [S] float64 in [0, 1). Two levels (blocks of

@@ -6,8 +6,8 @@ from typing import Literal, get_args, get_type_hints
 
 import msgspec
 
+from .constraint import MAX_BYTES
 from .errors import LoadError
-from .grammar.constraint import MAX_BYTES
 from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOPS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -192,7 +192,7 @@ class CacheReport(msgspec.Struct, array_like=True):
     pinned_tokens: int = 0  # known at the end: the longest prefix that its breakpoints keep
 
 
-class Opened(Message):
+class RequestStarted(Message):
     """First word of the scheduler about a request: what the detokenizer needs. Precedes its first token."""
 
     id: int
@@ -245,7 +245,7 @@ class StepOutput(Message):
     stop token that ends a request is included.
     """
 
-    opened: list[Opened] = []
+    opened: list[RequestStarted] = []
     ids: bytes = b""  # int64 [n]
     tokens: bytes = b""  # int32 [n]
     logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1; who asks for them gets one token a step

@@ -8,8 +8,8 @@ from typing import Any
 
 import msgspec
 
+from .constraint import problem_with
 from .errors import InvalidRequest
-from .grammar.constraint import problem_with
 
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 1024  # characters

@@ -61,7 +61,7 @@ class StepPlan:
     # the query token at position p give the logprob of token p + 1; the last prompt token's are sampled, not returned.
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
     # [K] indices into samples of requests that may not draw any token: the step is launched without sampling, and
-    # `PendingStep.draw` says which tokens they may.
+    # `PendingStep.sample` says which tokens they may.
     constrained: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
 
     @property
@@ -91,7 +91,7 @@ class StepResult:
 class PendingStep(Protocol):
     """A step that has been launched."""
 
-    def draw(self, masks: npt.NDArray[np.uint32]) -> None:
+    def sample(self, masks: npt.NDArray[np.uint32]) -> None:
         """Enqueues the sampling of a step that has ``plan.constrained``; called once, before the next launch.
 
         ``masks`` [K, ceil(vocab_size / 32)]: bit ``t % 32`` of word ``t // 32`` says whether token t may be drawn.
@@ -99,7 +99,7 @@ class PendingStep(Protocol):
         ...
 
     def result(self) -> StepResult:
-        """Blocks until the step has run. Called exactly once, in launch order, after `draw` where that is needed."""
+        """Blocks until the step has run. Called exactly once, in launch order, after `sample` where that is needed."""
         ...
 
 

@@ -64,7 +64,7 @@ def test_imports_run_one_way(room: str) -> None:
         ("branchwise.radix.tree", ["torch", "zmq", "fastapi", "triton", "flashinfer", "branchwise.kernels"]),
         ("branchwise.frontend.cli.main", ["torch", "transformers", "numpy", "aiohttp", "fastapi", "zmq"]),
         ("branchwise.frontend.bench.runner", ["torch", "transformers", "fastapi", "zmq"]),
-        ("branchwise.runtime.model_folder", ["torch", "transformers", "huggingface_hub"]),
+        ("branchwise.runtime.models.folder", ["torch", "transformers", "huggingface_hub"]),
         ("branchwise.kernels.ops", ["triton"]),
         ("branchwise.kernels.attention.torch_backend", ["triton"]),
         ("branchwise.runtime.executor.backends", ["triton", "flashinfer"]),

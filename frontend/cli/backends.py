@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 
 from ...runtime.errors import InvalidRequest, LoadError
-from ...runtime.sampling_defaults import DEFAULTED
+from ...runtime.models.sampling_defaults import DEFAULTED
 from ...runtime.sampling_params import SamplingParams
 from ..client import ServerClient, ServerError
 
 if TYPE_CHECKING:
-    from ...runtime.engine import Engine
+    from ...runtime.engine.engine import Engine
 
 Message = dict[str, str]
 
@@ -185,7 +185,7 @@ def open_backend(
     from .console import err
 
     with Status("loading", console=err):
-        from ...runtime.engine import Engine
+        from ...runtime.engine.engine import Engine
 
         engine = Engine(model, **engine_fields)
     try:

@@ -126,9 +126,9 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     try:
         from ...runtime.executor.executor import max_model_len, pick_device, pick_dtype
         from ...runtime.executor.memory import human_bytes, plan_memory
-        from ...runtime.model_folder import model_folder
         from ...runtime.models.config import load_config
-        from ...runtime.sampling_defaults import sampling_defaults
+        from ...runtime.models.folder import model_folder
+        from ...runtime.models.sampling_defaults import sampling_defaults
     except (ImportError, OSError) as error:
         yield Finding("model", f"{name} was not looked at: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return

@@ -35,7 +35,10 @@ ServerUrl = Annotated[str, typer.Argument(metavar="URL", help="A running server,
 UrlFlag = Annotated[
     str | None,
     typer.Option(
-        "--url", metavar="URL", help="Ask this running server instead of loading a model here.", show_default=False
+        "--url",
+        metavar="URL",
+        help="Ask this running server instead of loading a model here.",
+        show_default=False,
     ),
 ]
 ApiKey = Annotated[

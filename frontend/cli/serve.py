@@ -163,8 +163,8 @@ def serve(
 def _run(config: ServerConfig) -> None:
     from rich.logging import RichHandler
 
-    from ...runtime.model_folder import model_folder
-    from ...runtime.server import run_server
+    from ...runtime.models.folder import model_folder
+    from ...runtime.server.server import run_server
     from . import checkup
 
     handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")

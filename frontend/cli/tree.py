@@ -46,7 +46,7 @@ def draw(dump: dict[str, Any]) -> Tree:
     """The tree as rich draws it: a branch per node, with its tokens, what it begins with, and who uses it."""
     from rich.tree import Tree
 
-    from ...runtime.http.tree_text import counted, namespace_title
+    from ...runtime.server.http.native.tree_text import counted, namespace_title
 
     totals = dump["totals"]
     page_size = totals["page_size"]
@@ -74,7 +74,7 @@ def _line(markup: str) -> Text:
 
 
 def _draw_children(parent: Tree, node: dict[str, Any]) -> None:
-    from ...runtime.http.tree_text import branch_labels, counted
+    from ...runtime.server.http.native.tree_text import branch_labels, counted
 
     for child, begins in zip(node["children"], branch_labels(node["children"], _SHOWN), strict=True):
         facts = [f"[bold]{child['tokens']:,}[/] {'token' if child['tokens'] == 1 else 'tokens'}"]

@@ -63,7 +63,7 @@ class Usage:
 
 
 @dataclass(frozen=True)
-class Ask:
+class GenerationRequest:
     """One generation. ``options``: what the program says of it, in `SamplingParams`' names; the rest is for the backend
     to choose. ``tools``: where messages are sent; elsewhere the chat template has written them."""
 
@@ -77,7 +77,7 @@ class Ask:
         """With `SamplingParams`' own values for what is unsaid: for counts, not for how tokens are drawn."""
         return SamplingParams(**self.options)
 
-    def sample(self, i: int) -> Ask:
+    def sample(self, i: int) -> GenerationRequest:
         """Sample ``i`` of ``n`` by itself."""
         one = self.params.sample(i)
         return replace(self, options={**self.options, "n": one.n, "seed": one.seed})
@@ -112,7 +112,7 @@ class Backend(Protocol):
 
     async def extend(self, handle: Any, piece: Piece) -> None: ...
 
-    async def generate(self, handle: Any, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
+    async def generate(self, handle: Any, ask: GenerationRequest, on_delta: OnDelta | None = None) -> list[Completion]:
         """``ask.params.n`` samples; the first one's text stays in the handle. ``on_delta`` gets it as it comes."""
         ...
 
@@ -130,13 +130,13 @@ class Backend(Protocol):
     async def flush_cache(self) -> None: ...
 
 
-class Rope:
+class SharedTokens:
     """A prompt that only grows, and is shared when it forks: a child begins with its parent's pieces, not copies."""
 
     __slots__ = ("_parent", "_pieces", "length")
     length: int  # of all pieces together
 
-    def __init__(self, parent: Rope | None = None) -> None:
+    def __init__(self, parent: SharedTokens | None = None) -> None:
         self._parent = parent
         self._pieces: list[Any] = []
         self.length = 0 if parent is None else parent.length
@@ -146,13 +146,13 @@ class Rope:
             self._pieces.append(items)
             self.length += len(items)
 
-    def fork(self) -> Rope:
+    def fork(self) -> SharedTokens:
         """A child. Both see what is here now; neither sees what the other adds."""
         if self._pieces:
-            below = Rope(self._parent)
+            below = SharedTokens(self._parent)
             below._pieces, below.length = self._pieces, self.length
             self._parent, self._pieces = below, []
-        return Rope(self._parent)
+        return SharedTokens(self._parent)
 
     def pieces(self) -> list[Any]:
         chain = [self]
@@ -169,7 +169,7 @@ class Rope:
     def tail(self) -> list[Any]:
         """The last few tokens."""
         found: list[Any] = []
-        rope: Rope | None = self
+        rope: SharedTokens | None = self
         while rope is not None and len(found) < TAIL:
             for piece in reversed(rope._pieces):
                 found[:0] = piece[-TAIL:]

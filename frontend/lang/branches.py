@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope
+from .backend import Capabilities, Completion, GenerationRequest, OnDelta, Piece, SharedTokens
 from .codec import Run
 from .errors import BackendError
 from .server import ServerBackend, wire
@@ -28,7 +28,7 @@ class BranchHandle:
 
     __slots__ = ("id", "new", "rope")
 
-    def __init__(self, rope: Rope, id: str | None = None) -> None:
+    def __init__(self, rope: SharedTokens, id: str | None = None) -> None:
         self.rope = rope
         self.id = id
         self.new: list[int] = []
@@ -45,7 +45,7 @@ class BranchBackend(ServerBackend):
         self._closing: dict[asyncio.AbstractEventLoop, tuple[list[str], asyncio.Future[None]]] = {}
 
     async def create(self) -> BranchHandle:  # type: ignore[override]
-        return BranchHandle(Rope())
+        return BranchHandle(SharedTokens())
 
     async def extend(self, handle: BranchHandle, piece: Piece) -> None:  # type: ignore[override]
         await super().extend(handle.rope, piece)
@@ -64,7 +64,7 @@ class BranchBackend(ServerBackend):
         return [BranchHandle(handle.rope.fork(), id) for id in [*ids, *[None] * (n - len(ids))]]
 
     async def generate(  # type: ignore[override]
-        self, handle: BranchHandle, ask: Ask, on_delta: OnDelta | None = None
+        self, handle: BranchHandle, ask: GenerationRequest, on_delta: OnDelta | None = None
     ) -> list[Completion]:
         codec = await self.codec()
         if not await self._have(handle):

@@ -18,7 +18,7 @@ from ...runtime.errors import InvalidRequest
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.chat_template import ChatTemplate
+    from ...runtime.chat.template import ChatTemplate
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: no template strips or splits at them
 

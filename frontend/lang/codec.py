@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from .chat import Turns
 
 if TYPE_CHECKING:
-    from ...runtime.tokenizer import Tokenizer
-    from ...runtime.tools import ReasoningFormat, ToolFormat
+    from ...runtime.chat.tools import ReasoningFormat, ToolFormat
+    from ...runtime.tokenizer.tokenizer import Tokenizer
 
 TAIL = 8  # tokens before a piece that decide how its first one reads (a leading space)
 # A space between two letters or digits: every tokenizer we know begins a new token there, so cutting changes nothing.
@@ -51,7 +51,7 @@ class Codec:
 
     @cached_property
     def _formats(self) -> tuple[ToolFormat | None, ReasoningFormat | None]:
-        from ...runtime.tools import detect, reasoning_format, tool_format
+        from ...runtime.chat.tools import detect, reasoning_format, tool_format
 
         template = self.tokenizer.chat_template
         if template is None:

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...runtime.errors import BranchwiseError, InvalidRequest
 from ...runtime.sampling_params import SamplingParams
-from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
+from .backend import Capabilities, Completion, GenerationRequest, OnDelta, Piece, SharedTokens, Usage, settle
 from .codec import Codec
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.engine import EngineBase
+    from ...runtime.engine.engine import EngineBase
+    from ...runtime.engine.request_output import RequestOutput, StreamChunk
     from ...runtime.logprobs import TokenLogprob
     from ...runtime.messages import CacheReport
-    from ...runtime.request_output import RequestOutput, StreamChunk
 
 CONSTRAINTS = frozenset({"regex", "json_schema"}) & set(SamplingParams.__struct_fields__)
 
@@ -72,16 +72,18 @@ class EngineBackend:
             self._codec = Codec(self._engine.tokenizer)
         return self._codec
 
-    async def create(self) -> Rope:
-        return Rope()
+    async def create(self) -> SharedTokens:
+        return SharedTokens()
 
-    async def fork(self, handle: Rope, n: int) -> list[Rope]:
+    async def fork(self, handle: SharedTokens, n: int) -> list[SharedTokens]:
         return [handle.fork() for _ in range(n)]
 
-    async def extend(self, handle: Rope, piece: Piece) -> None:
+    async def extend(self, handle: SharedTokens, piece: Piece) -> None:
         handle.extend(_ids(piece))
 
-    async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
+    async def generate(
+        self, handle: SharedTokens, ask: GenerationRequest, on_delta: OnDelta | None = None
+    ) -> list[Completion]:
         params = self._engine.default_params(**ask.options, **ask.constraint)
         prompt = array("i", handle.tokens())  # it is kept until the answer is there: four bytes a token, not eight
         self._sent(prompt)
@@ -118,7 +120,7 @@ class EngineBackend:
                 on_delta(chunk.text)
         return whole
 
-    async def score(self, handle: Rope, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
+    async def score(self, handle: SharedTokens, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
         prompt = handle.tokens()
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprob_start=len(prompt))
         wholes = [[*prompt, *_ids(piece)] for piece in continuations]
@@ -137,7 +139,7 @@ class EngineBackend:
             rows.append([(whole[i], one.prompt_logprobs[i].logprob) for i in range(len(prompt), len(whole))])
         return rows
 
-    async def close(self, handle: Rope) -> None:
+    async def close(self, handle: SharedTokens) -> None:
         pass
 
     async def flush_cache(self) -> None:

@@ -14,10 +14,10 @@ from .backend import Backend
 from .backends import as_backend, default_backend
 from .errors import ProgramError, call_site
 from .expressions import Sampling, gen, make_sampling
+from .interpreter import Interpreter
 from .loop import MAX_THREADS, aside, background_loop, in_thread
 from .session import Path, Session
 from .state import AsyncState, BaseState, State
-from .strand import Strand
 
 MAX_TASKS = 1024  # programs of a batch that are ``async def``: no threads, but every one holds connections and branches
 
@@ -232,7 +232,7 @@ class _Job:
     ) -> None:
         self._body, self._is_async, self._args, self._kwargs = body, is_async, args, dict(kwargs)
         self.session = session
-        self.strand = Strand(session)
+        self.strand = Interpreter(session)
         self.state = State(self.strand)  # those for whoever asked for the run; the program has one of its own
         self.awaitable = AsyncState(self.strand)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .backend import Ask, Completion, check_constraint
+from .backend import Completion, GenerationRequest, check_constraint
 from .errors import BackendError
 from .expressions import Gen, convert
 
 if TYPE_CHECKING:
+    from .interpreter import Interpreter
     from .slots import Slot
-    from .strand import Strand
 
 
-async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> None:
+async def run_gen(strand: Interpreter, gen: Gen, slot: Slot, seed: int | None) -> None:
     """The prompt so far goes to the backend, what comes back into the state and the variable."""
     transcript = await strand.written()
     sampling = gen.sampling.over(strand.session.defaults)
@@ -34,7 +34,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
         await strand.hand_over(transcript.take())
         if not strand.handle.length:
             raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = Ask(options, sampling.constraint, sampling.text_in_logprobs, tools)
+    ask = GenerationRequest(options, sampling.constraint, sampling.text_in_logprobs, tools)
     streams = strand.session.streams
     done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
     transcript.wrote(done[0].ids, done[0].text)
@@ -52,7 +52,7 @@ async def run_gen(strand: Strand, gen: Gen, slot: Slot, seed: int | None) -> Non
     slot.set(values if many else values[0], [one.meta for one in done] if many else done[0].meta)
 
 
-async def _put_messages(strand: Strand) -> None:
+async def _put_messages(strand: Interpreter) -> None:
     """For a server that only chats: the conversation, which the server's own template turns into a prompt."""
     transcript = strand.transcript
     if transcript is None or transcript.speaking != "assistant":

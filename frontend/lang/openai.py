@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .backend import Ask, Capabilities, Completion, Message, OnDelta, Piece, Rope, Usage
+from .backend import Capabilities, Completion, GenerationRequest, Message, OnDelta, Piece, SharedTokens, Usage
 from .errors import BackendError
 from .http import Http
 
@@ -31,16 +31,18 @@ class OpenAIBackend:
     async def codec(self) -> None:
         return None
 
-    async def create(self) -> Rope:
-        return Rope()
+    async def create(self) -> SharedTokens:
+        return SharedTokens()
 
-    async def fork(self, handle: Rope, n: int) -> list[Rope]:
+    async def fork(self, handle: SharedTokens, n: int) -> list[SharedTokens]:
         return [handle.fork() for _ in range(n)]
 
-    async def extend(self, handle: Rope, piece: Piece) -> None:
+    async def extend(self, handle: SharedTokens, piece: Piece) -> None:
         handle.extend([piece] if isinstance(piece, Message) else piece)
 
-    async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
+    async def generate(
+        self, handle: SharedTokens, ask: GenerationRequest, on_delta: OnDelta | None = None
+    ) -> list[Completion]:
         items = handle.tokens()
         chats = bool(items) and isinstance(items[0], Message)
         if not chats and self._chat:
@@ -67,7 +69,7 @@ class OpenAIBackend:
             handle.extend(done[0].text)
         return done
 
-    def _body(self, ask: Ask, chats: bool) -> dict[str, Any]:
+    def _body(self, ask: GenerationRequest, chats: bool) -> dict[str, Any]:
         params = ask.params
         body: dict[str, Any] = {"model": self.model}
         if params.max_tokens is not None:
@@ -128,7 +130,7 @@ class OpenAIBackend:
             meta["output_token_logprobs"] = [[row["logprob"], None, row["token"]] for row in logprobs["content"] or ()]
         return meta
 
-    async def score(self, handle: Rope, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
+    async def score(self, handle: SharedTokens, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
         """Through ``echo`` with logprobs. The first token of a choice is the one that holds its first character."""
         prompt = handle.text()
         wholes = [prompt + str(piece) for piece in continuations]
@@ -153,14 +155,14 @@ class OpenAIBackend:
             )
         return rows
 
-    async def close(self, handle: Rope) -> None:
+    async def close(self, handle: SharedTokens) -> None:
         pass
 
     async def flush_cache(self) -> None:
         raise BackendError(f"{self.name} has no cache to flush that we know of")
 
 
-def _conversation(items: Sequence[Message], ask: Ask) -> dict[str, Any]:
+def _conversation(items: Sequence[Message], ask: GenerationRequest) -> dict[str, Any]:
     if not ask.tools:
         return {"messages": [{"role": one.role, "content": one.content} for one in items]}
     from .openai_tools import conversation

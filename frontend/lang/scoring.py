@@ -16,13 +16,13 @@ from .errors import BackendError
 from .expressions import Select
 
 if TYPE_CHECKING:
+    from .interpreter import Interpreter
     from .slots import Slot
-    from .strand import Strand
 
 Pairs = list[tuple[int | str, float]]
 
 
-async def run_select(strand: Strand, select: Select, slot: Slot) -> None:
+async def run_select(strand: Interpreter, select: Select, slot: Slot) -> None:
     transcript = await strand.written()
     check_score(strand.backend)
     if transcript.as_messages:
@@ -49,7 +49,9 @@ async def run_select(strand: Strand, select: Select, slot: Slot) -> None:
     slot.set(choice, _meta(select, scored, best))
 
 
-async def _select_tokens(strand: Strand, codec: Codec, select: Select, outs: list[Any]) -> tuple[int, list[Scored]]:
+async def _select_tokens(
+    strand: Interpreter, codec: Codec, select: Select, outs: list[Any]
+) -> tuple[int, list[Scored]]:
     waiting: list[Run] = []
     if outs and isinstance(outs[-1], Run):
         last = outs[-1]

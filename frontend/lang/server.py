@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .backend import Ask, Capabilities, Completion, OnDelta, Piece, Rope, Usage, settle
+from .backend import Capabilities, Completion, GenerationRequest, OnDelta, Piece, SharedTokens, Usage, settle
 from .codec import Codec
 from .errors import BackendError
 from .http import TIMEOUT, Http
@@ -42,21 +42,23 @@ class ServerBackend:
         return await self._codec.get()
 
     async def _fetch_codec(self) -> Codec:
-        from ...runtime.tokenizer import Tokenizer
+        from ...runtime.tokenizer.tokenizer import Tokenizer
 
         dump = await self.http.get("/tokenizer")
         return Codec(await asyncio.to_thread(Tokenizer.of_dump, dump))
 
-    async def create(self) -> Rope:
-        return Rope()
+    async def create(self) -> SharedTokens:
+        return SharedTokens()
 
-    async def fork(self, handle: Rope, n: int) -> list[Rope]:
+    async def fork(self, handle: SharedTokens, n: int) -> list[SharedTokens]:
         return [handle.fork() for _ in range(n)]
 
-    async def extend(self, handle: Rope, piece: Piece) -> None:
+    async def extend(self, handle: SharedTokens, piece: Piece) -> None:
         handle.extend(piece)  # type: ignore[arg-type]
 
-    async def generate(self, handle: Rope, ask: Ask, on_delta: OnDelta | None = None) -> list[Completion]:
+    async def generate(
+        self, handle: SharedTokens, ask: GenerationRequest, on_delta: OnDelta | None = None
+    ) -> list[Completion]:
         body = {**self._prompt(handle), **wire(ask)}
         self.usage.sent_tokens += handle.length
         if on_delta is not None and ask.params.n == 1:
@@ -92,7 +94,7 @@ class ServerBackend:
             shown = len(event["text"])
         return last
 
-    async def score(self, handle: Rope, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
+    async def score(self, handle: SharedTokens, continuations: Sequence[Piece]) -> list[list[tuple[int | str, float]]]:
         prompt = handle.tokens()
         wholes = [[*prompt, *piece] for piece in continuations]  # type: ignore[misc]
         self.usage.sent_tokens += sum(map(len, wholes))
@@ -107,7 +109,7 @@ class ServerBackend:
             rows.append([(id, value) for value, id, _ in meta["input_token_logprobs"]])
         return rows
 
-    async def close(self, handle: Rope) -> None:
+    async def close(self, handle: SharedTokens) -> None:
         pass
 
     async def flush_cache(self) -> None:
@@ -124,11 +126,11 @@ class ServerBackend:
         reply = await self.http.post("/generate", body)
         return reply if isinstance(reply, list) else [reply]
 
-    def _alone(self, handle: Rope, ask: Ask, i: int) -> dict[str, Any]:
+    def _alone(self, handle: SharedTokens, ask: GenerationRequest, i: int) -> dict[str, Any]:
         """Sample ``i`` as a request of its own."""
         return {**self._prompt(handle), **wire(ask.sample(i))}
 
-    def _prompt(self, handle: Rope) -> dict[str, Any]:
+    def _prompt(self, handle: SharedTokens) -> dict[str, Any]:
         return {"input_ids": handle.tokens(), **self._salted()}
 
     def _salted(self) -> dict[str, Any]:
@@ -136,7 +138,7 @@ class ServerBackend:
         return {} if salt is None else {"cache_salt": salt}
 
 
-def wire(ask: Ask) -> dict[str, Any]:
+def wire(ask: GenerationRequest) -> dict[str, Any]:
     """SGLang's fields of a generation: what the program says, so that the rest is the server's to choose."""
     sampling: dict[str, Any] = {"max_new_tokens": ask.params.max_tokens}
     for name, value in ask.options.items():

@@ -13,8 +13,8 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 from .chat import Variables
 from .errors import ProgramError, call_site
 from .expressions import RoleBegin, RoleEnd, parts
+from .interpreter import Interpreter, Op
 from .slots import Feed, Slot
-from .strand import Op, Strand
 from .transcript import Transcript
 
 S = TypeVar("S", bound="BaseState")
@@ -33,7 +33,7 @@ class Run(Protocol):
 class BaseState:
     """Appending, forking, joining: the part that never blocks and so is the same for both kinds."""
 
-    def __init__(self, strand: Strand, run: Run | None = None) -> None:
+    def __init__(self, strand: Interpreter, run: Run | None = None) -> None:
         self._strand = strand
         self._run = run
         self._origin: BaseState | None = None  # what it is a copy of

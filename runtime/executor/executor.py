@@ -16,9 +16,9 @@ from ...kernels import ops as torch_ops
 from ...kernels.attention.base import AttentionBatch, StepShape
 from ..config import EngineConfig, check, step_budget
 from ..errors import LoadError
-from ..model_folder import model_folder
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
+from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult
 from .backends import make_attention, pick_ops
@@ -27,7 +27,7 @@ from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
-from .sampler import Sampled, SampleMasks, Sampler, Words
+from .sampler import Sampled, SampleMasks, Sampler, TokenBitmask
 from .threads import ThreadChoice
 from .token_history import to_device
 
@@ -43,7 +43,7 @@ class LaunchedStep:
     _draw: Callable[[SampleMasks], Sampled] | None = None  # what is left to enqueue, of a constrained step
     _constrained: Int32 | None = None
 
-    def draw(self, masks: Words) -> None:
+    def sample(self, masks: TokenBitmask) -> None:
         if self._draw is None or self._constrained is None:
             raise RuntimeError("this step has been sampled")
         with torch.inference_mode():
@@ -153,8 +153,8 @@ class ModelExecutor:
     def _launched(
         self, plan: StepPlan, inputs: StepInputs, logits: Tensor | None, prompt: list[PromptRows]
     ) -> LaunchedStep:
-        """Enqueues the sampling, or leaves it to `LaunchedStep.draw`: until then nothing else is launched, so what the
-        forward pass left behind stays as it is."""
+        """Enqueues the sampling, or leaves it to `LaunchedStep.sample`: until then nothing else is launched, so what
+        the forward pass left behind stays as it is."""
         if logits is None or not len(plan.samples):
             return LaunchedStep(None, prompt)
         if not len(plan.constrained):

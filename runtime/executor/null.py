@@ -16,7 +16,7 @@ class _Step:
         self._ends = ends  # monotonic seconds
         self._constrained = constrained
 
-    def draw(self, masks: npt.NDArray[np.uint32]) -> None:
+    def sample(self, masks: npt.NDArray[np.uint32]) -> None:
         """The hash chooses among the tokens that each may draw."""
         tokens = self._result.tokens
         for i, mask in zip(self._constrained.tolist(), masks, strict=True):

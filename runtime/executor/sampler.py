@@ -21,7 +21,7 @@ from ..sampling_params import SamplingParams
 from ..step import Int32, Int64, RowStart, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
-Words = npt.NDArray[np.uint32]
+TokenBitmask = npt.NDArray[np.uint32]
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALARS = range(8)
@@ -32,7 +32,7 @@ class SampleMasks:
     """Which tokens some of a step's samples may draw: bit ``t % 32`` of word ``t // 32`` stands for token t."""
 
     samples: Int32  # [K] indices into the samples
-    words: Words  # [K, ceil(vocab_size / 32)]
+    words: TokenBitmask  # [K, ceil(vocab_size / 32)]
 
 
 @dataclass(slots=True)
@@ -201,7 +201,7 @@ class Sampler:
                 some, settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float(), window
             )
             weights[index] = torch.where(some >= keep, some, 0.0)
-        return sampling.draw(weights, packed[-1])
+        return sampling.sample(weights, packed[-1])
 
     def _finish(
         self, tokens: Tensor, found: tuple[Tensor, Tensor, Tensor] | None, samples: list[tuple[int, int]]

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from ..constraint import Constraint
 from ..errors import InvalidRequest
-from .constraint import Constraint
 from .matcher import Grammar, Matcher
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
+    from ..tokenizer.tokenizer import Tokenizer
     from .llg import Backend
 
 CACHE_BYTES = 64 * 1024 * 1024

@@ -18,10 +18,10 @@ from ..errors import InvalidRequest
 from . import schema
 
 if TYPE_CHECKING:
-    from ..tokenizer import Tokenizer
-    from .constraint import Constraint
+    from ..constraint import Constraint
+    from ..tokenizer.tokenizer import Tokenizer
 
-Words = npt.NDArray[np.uint32]  # bit masks over the vocabulary: token t is bit t % 32 of word t // 32
+TokenBitmask = npt.NDArray[np.uint32]  # bit masks over the vocabulary: token t is bit t % 32 of word t // 32
 
 # Compiling takes milliseconds and a mask fractions of one. These bound the worst: about 50 ms a step on this project's
 # machine, for grammars written to be slow. Memory is 1 to 2 KB a lexer state.
@@ -67,7 +67,7 @@ class Backend:
         self.check(matcher)
         return matcher
 
-    def fill(self, matcher: LLMatcher, mask: Words) -> None:
+    def fill(self, matcher: LLMatcher, mask: TokenBitmask) -> None:
         """The tokens that may come next, as bits: ``mask`` [words] is overwritten. Releases the GIL.
 
         Raises `InvalidRequest` when that goes beyond the limits.
@@ -77,7 +77,7 @@ class Backend:
         self.check(matcher)
         mask[:] = full[: self.words]
 
-    def fill_all(self, matchers: Sequence[LLMatcher]) -> Words:
+    def fill_all(self, matchers: Sequence[LLMatcher]) -> TokenBitmask:
         """The masks of several matchers [len(matchers), words], in parallel and off the GIL. `check` each afterwards:
         what went beyond the limits is not in its mask."""
         full = np.empty((len(matchers), self._width), np.uint32)

@@ -14,7 +14,7 @@ from ..errors import InvalidRequest
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from .llg import Backend, Words
+    from .llg import Backend, TokenBitmask
 
 SLOW = 1e-3  # processor seconds a token, on average: from here on nobody waits for this grammar but its own requests
 _FAST = 0.3e-3  # and below this they are quick again
@@ -61,7 +61,7 @@ class Matcher:
         self.error: InvalidRequest | None = None  # the output cannot go on
         self.job: Future[None] | None = None
         self._matcher = matcher
-        self._mask: Words | None = grammar.first  # of the next token, if it is known
+        self._mask: TokenBitmask | None = grammar.first  # of the next token, if it is known
         self.forced = grammar.forced  # tokens that must come next; may be known without their masks
         self._unspent = 0.0  # seconds since the cost was told last
         self._taken = 0  # tokens that they went to
@@ -102,7 +102,7 @@ class Matcher:
         self.grammar.spent(self._unspent / max(1, self._taken) + time.thread_time() - began)
         self._unspent, self._taken = 0.0, 0
 
-    def _see(self, mask: Words) -> None:
+    def _see(self, mask: TokenBitmask) -> None:
         self._mask = mask
         self._see_end()
         if not self.forced and not self.finished and _single(mask):
@@ -137,7 +137,7 @@ class Matcher:
         return self.finished or self.error is not None
 
     @property
-    def mask(self) -> Words:
+    def mask(self) -> TokenBitmask:
         """The tokens that may come next. `look` comes first."""
         if self._mask is None:
             raise RuntimeError("look() first")
@@ -164,20 +164,20 @@ def look_together(matchers: Sequence[Matcher]) -> None:
             matcher.error = error
 
 
-def _single(mask: Words) -> bool:
+def _single(mask: TokenBitmask) -> bool:
     """Whether exactly one token is allowed."""
     words = mask[mask != 0]
     return len(words) == 1 and not int(words[0]) & (int(words[0]) - 1)
 
 
-def _only(token: int, words: int) -> Words:
+def _only(token: int, words: int) -> TokenBitmask:
     """The mask that allows it and nothing else."""
     mask = np.zeros(words, np.uint32)
     mask[token >> 5] = np.uint32(1 << (token & 31))
     return mask
 
 
-def hold_open(mask: Words, tokens: frozenset[int]) -> None:
+def hold_open(mask: TokenBitmask, tokens: frozenset[int]) -> None:
     """Takes ``tokens`` from the choice, unless nothing would be left of it."""
     rest = mask.copy()
     for token in tokens:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
-from ..model_folder import read_json
+from .folder import read_json
 from .registry import ARCHITECTURES, Architecture, Bias
 from .rope import RopeConfig, parse_rope
 

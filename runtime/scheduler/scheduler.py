@@ -10,12 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ...radix.tree import RadixTree
-from ..cache_control.service import CacheService
 from ..config import EngineConfig
+from ..constraint import constraint_of, without_constraint
 from ..errors import InvalidRequest
 from ..grammar.compiler import GrammarCompiler
-from ..grammar.constraint import constraint_of, without_constraint
-from ..grammar.guides import Guides
 from ..limits import check_token_ids, fit
 from ..logprobs import pack as pack_logprobs
 from ..messages import (
@@ -23,13 +21,15 @@ from ..messages import (
     FinishReason,
     Generate,
     Limits,
-    Opened,
     PromptLogprobs,
+    RequestStarted,
     Stats,
     StepOutput,
 )
 from ..sampling_params import MAX_SEED
 from ..step import StepResult
+from .cache.service import CacheService
+from .constraints import ConstraintManager
 from .draft import ScheduledStep
 from .ledger import Ledger
 from .planner import Planner
@@ -70,7 +70,7 @@ class Scheduler:
         self.ledger.keep = self.cache.keep
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
-        self._guides = Guides(grammars)
+        self._guides = ConstraintManager(grammars)
         self._jump_forward = config.jump_forward
         self._now = now
         self._seeds = random.Random(config.seed)
@@ -97,7 +97,7 @@ class Scheduler:
             if params.constrained and not self._guides.available:
                 raise InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
         except InvalidRequest as error:
-            self._out.opened.append(Opened(message.id, len(tokens), b"", message.params))
+            self._out.opened.append(RequestStarted(message.id, len(tokens), b"", message.params))
             self._out.finished.append(
                 Finished(
                     message.id,
@@ -126,7 +126,7 @@ class Scheduler:
         self._totals.prompt_tokens += request.prompt_len
         echo = request.echo_tokens or request.params.prompt_logprobs is not None
         self._out.opened.append(
-            Opened(
+            RequestStarted(
                 request.id,
                 request.prompt_len,
                 request.prompt[-_TAIL:].tobytes(),
@@ -177,7 +177,7 @@ class Scheduler:
         return step
 
     def masks(self, step: ScheduledStep) -> npt.NDArray[np.uint32]:
-        """Which tokens the step's constrained samples may draw, as `PendingStep.draw` wants it. Every step before it
+        """Which tokens the step's constrained samples may draw, as `PendingStep.sample` wants it. Every step before it
         must have been completed: what is allowed depends on what was drawn."""
         requests = [step.sampled[i] for i in step.plan.constrained.tolist()]
         live = [None if request.status is Status.FINISHED else request for request in requests]

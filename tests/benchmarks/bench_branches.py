@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from branchwise.runtime.config import EngineConfig
-from branchwise.runtime.core import EngineCore
+from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.null import NullExecutor
 from branchwise.runtime.messages import BranchOp, BranchRun, Generate, Piece, Settled
 from branchwise.runtime.sampling_params import SamplingParams

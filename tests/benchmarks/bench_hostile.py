@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from bench_http import server
 
-from branchwise.runtime.model_folder import SHIPPED
+from branchwise.runtime.models.folder import SHIPPED
 
 STEP_SECONDS = 0.005
 BYTES = 16 * 1024 * 1024

@@ -44,7 +44,7 @@ LAUNCH = """
 import json, sys
 import msgspec
 from branchwise.runtime.config import ServerConfig
-from branchwise.runtime.server import run_server
+from branchwise.runtime.server.server import run_server
 
 config = msgspec.json.decode(sys.argv[1], type=ServerConfig)
 sys.exit(run_server(config, lambda info: print(json.dumps(info), flush=True)))

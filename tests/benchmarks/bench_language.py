@@ -12,10 +12,10 @@ import time
 import branchwise as bw
 from branchwise.frontend.lang.engine import EngineBackend
 from branchwise.runtime.config import EngineConfig
-from branchwise.runtime.core import EngineCore
+from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.null import NullExecutor
-from branchwise.runtime.model_folder import SHIPPED
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.models.folder import SHIPPED
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 WIDTH = 50  # branches at the same time
 PARAMS = bw.SamplingParams(max_tokens=2, ignore_eos=True)

@@ -24,7 +24,7 @@ import httpx
 from bench_http import server
 
 from branchwise import Engine, SamplingParams
-from branchwise.runtime.model_folder import SHIPPED
+from branchwise.runtime.models.folder import SHIPPED
 
 QUESTION = [{"role": "user", "content": "Bruno lives in Milford. Bruno is 31 years old. Write it as JSON."}]
 LONG = ("full_name_of_the_person", "age_of_the_person_in_years", "city_in_which_the_person_lives")

@@ -19,13 +19,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import branchwise as bw
-from branchwise.runtime.model_folder import SHIPPED
+from branchwise.runtime.models.folder import SHIPPED
 
 LAUNCH = """
 import json, sys
 import msgspec
 from branchwise.runtime.config import ServerConfig
-from branchwise.runtime.server import run_server
+from branchwise.runtime.server.server import run_server
 
 config = msgspec.json.decode(sys.argv[1], type=ServerConfig)
 sys.exit(run_server(config, lambda info: print(json.dumps(info), flush=True)))

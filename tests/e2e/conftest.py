@@ -24,7 +24,7 @@ import json, sys
 import msgspec
 from branchwise.runtime.config import ServerConfig
 from branchwise.runtime.errors import LoadError
-from branchwise.runtime.server import run_server
+from branchwise.runtime.server.server import run_server
 
 def ready(info):
     print(json.dumps(info), flush=True)

@@ -14,13 +14,24 @@ import httpx
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from branchwise.runtime.http.admin import AbortRequest
-from branchwise.runtime.http.branches import CreateRequest, ForkRequest, Operation, RunRequest, ScoreRequest
-from branchwise.runtime.http.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
-from branchwise.runtime.http.cache_fields import PromptCacheOptions
-from branchwise.runtime.http.chat.request import ChatRequest
-from branchwise.runtime.http.requests import CompletionRequest, GenerateRequest, GenerateSampling, StreamOptions
-from branchwise.runtime.http.tokens import DetokenizeRequest, TokenizeRequest
+from branchwise.runtime.server.http.fields.cache import PromptCacheOptions
+from branchwise.runtime.server.http.fields.requests import (
+    CompletionRequest,
+    GenerateRequest,
+    GenerateSampling,
+    StreamOptions,
+)
+from branchwise.runtime.server.http.native.admin import AbortRequest
+from branchwise.runtime.server.http.native.branches import (
+    CreateRequest,
+    ForkRequest,
+    Operation,
+    RunRequest,
+    ScoreRequest,
+)
+from branchwise.runtime.server.http.native.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
+from branchwise.runtime.server.http.native.tokens import DetokenizeRequest, TokenizeRequest
+from branchwise.runtime.server.http.openai.chat.request import ChatRequest
 
 HUGE = 10**30
 USER = {"role": "user", "content": "hello"}

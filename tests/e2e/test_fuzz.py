@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from branchwise.runtime.http.admin import AbortRequest
-from branchwise.runtime.http.branches import CreateRequest, ForkRequest, RunRequest, ScoreRequest
-from branchwise.runtime.http.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
-from branchwise.runtime.http.chat.request import ChatRequest
-from branchwise.runtime.http.requests import CompletionRequest, GenerateRequest, GenerateSampling
-from branchwise.runtime.http.tokens import DetokenizeRequest, TokenizeRequest
+from branchwise.runtime.server.http.fields.requests import CompletionRequest, GenerateRequest, GenerateSampling
+from branchwise.runtime.server.http.native.admin import AbortRequest
+from branchwise.runtime.server.http.native.branches import CreateRequest, ForkRequest, RunRequest, ScoreRequest
+from branchwise.runtime.server.http.native.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
+from branchwise.runtime.server.http.native.tokens import DetokenizeRequest, TokenizeRequest
+from branchwise.runtime.server.http.openai.chat.request import ChatRequest
 
 EXAMPLES = 150
 LONGEST = 20.0  # seconds an answer may take; the most there is to do is some 128 × 250 made-up tokens

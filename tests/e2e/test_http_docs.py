@@ -23,9 +23,9 @@ from typer.testing import CliRunner
 from branchwise.frontend.cli.main import app as cli
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
-HTTP = Path(__file__).resolve().parents[2] / "runtime" / "http"
+HTTP = Path(__file__).resolve().parents[2] / "docs" / "http"
 README = HTTP / "README.md"
-PAGES = [README, *sorted((HTTP / "docs").glob("*.md"))]
+PAGES = [README, *sorted(page for page in HTTP.glob("*.md") if page != README)]
 URL = "http://127.0.0.1:8000"
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -231,7 +231,7 @@ def index() -> dict[Route, str]:
     """The README's table: routes and the names of their pages."""
     found: dict[Route, str] = {}
     for line in README.read_text().splitlines():
-        if line.startswith("| `") and "](docs/" in line:
+        if line.startswith("| `") and "](" in line:
             routes, _, page = line.strip("| ").split(" | ")
             found |= dict.fromkeys(ROUTE.findall(routes), page.rpartition("/")[2].removesuffix(".md)"))
     return found

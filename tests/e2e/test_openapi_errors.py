@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.http.openapi import FAILURES
+from branchwise.runtime.server.http.plumbing.openapi import FAILURES
 
 KEY, ADMIN = "ann-key", "operator-key"
 # tests/runtime/http/test_openapi.py, and test_client.py beside it

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 TEXT = "A tree of tokens grows a branch for every question that is asked of one document."
 NEIGHBOUR = "another-tenant"

@@ -289,8 +289,9 @@ def test_only_the_scheduler_imports_torch() -> None:
     """HTTP, tokenizer and detokenizer must come up in a fraction of a second."""
     code = (
         "import sys\n"
-        "import branchwise.runtime.server, branchwise.runtime.http.app\n"
-        "import branchwise.runtime.processes.tokenizer_worker, branchwise.runtime.processes.detokenizer_worker\n"
+        "import branchwise.runtime.server.server, branchwise.runtime.server.http.app\n"
+        "import branchwise.runtime.server.processes.tokenizer_worker\n"
+        "import branchwise.runtime.server.processes.detokenizer_worker\n"
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
     )

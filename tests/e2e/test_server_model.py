@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 PROMPT = "The tree remembers every page it has seen"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 from corpus import extraction, fewshot, lookup, mixture, puzzle, recall, tools
 from corpus import tokenizer as corpus_tokenizer
 from corpus.conversation import Conversation, clean, render, split_marks

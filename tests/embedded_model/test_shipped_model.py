@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from branchwise import Engine
-from branchwise.runtime.model_folder import SHIPPED
+from branchwise.runtime.models.folder import SHIPPED
 from corpus import arithmetic, dialogue, extraction, fewshot, puzzle, recall, tools
 from corpus.conversation import Conversation, user
 from corpus.draw import Draw

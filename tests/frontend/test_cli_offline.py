@@ -248,7 +248,7 @@ def test_the_hub_out_of_reach_is_said_without_class_names(unused_port: int, tmp_
 
 def test_in_process_the_hub_out_of_reach_is_no_page_of_tracebacks(unused_port: int, tmp_path: Path) -> None:
     away = {"HF_ENDPOINT": f"http://127.0.0.1:{unused_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    program = "from branchwise.runtime.model_folder import model_folder\nmodel_folder('nobody/nothing')"
+    program = "from branchwise.runtime.models.folder import model_folder\nmodel_folder('nobody/nothing')"
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | away, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith(
         "branchwise.runtime.errors.LoadError: nobody/nothing: no such folder"

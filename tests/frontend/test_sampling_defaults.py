@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.lang.backend import Ask
+from branchwise.frontend.lang.backend import GenerationRequest
 from branchwise.frontend.lang.openai import OpenAIBackend
 
 PROMPT = "A tree of tokens grows a branch"
@@ -65,8 +65,8 @@ def test_a_program_that_says_what_is_usual_gets_it(backends: list[Any], engine: 
 
 def test_other_servers_are_told_what_is_said_and_nothing_else() -> None:
     backend = OpenAIBackend("http://127.0.0.1:1", "m")
-    assert backend._body(Ask({"max_tokens": 5}), chats=False) == {"model": "m", "max_tokens": 5}
-    body = backend._body(Ask({"max_tokens": 5, "seed": None, **NEUTRAL}), chats=True)
+    assert backend._body(GenerationRequest({"max_tokens": 5}), chats=False) == {"model": "m", "max_tokens": 5}
+    body = backend._body(GenerationRequest({"max_tokens": 5, "seed": None, **NEUTRAL}), chats=True)
     assert body == {"model": "m", "max_tokens": 5, **NEUTRAL}
 
 

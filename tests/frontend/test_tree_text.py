@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from branchwise.frontend.cli.tree import draw
-from branchwise.runtime.http.tree_text import branch_labels, tree_text
+from branchwise.runtime.server.http.native.tree_text import branch_labels, tree_text
 
 
 def node(text: str, *children: dict[str, Any], **facts: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 from branchwise import Engine, SamplingParams
 from branchwise.kernels.attention.base import StepShape
 from branchwise.runtime.config import EngineConfig
-from branchwise.runtime.core import EngineCore
+from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor
 from branchwise.runtime.messages import Generate
 from branchwise.runtime.step import StepPlan

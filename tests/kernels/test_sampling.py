@@ -117,7 +117,7 @@ def test_one_finite_logit_is_always_drawn() -> None:
     logits[:, 137] = 2.5
     weights = sampling.weigh(logits, torch.full((3,), 0.3))
     for u in (0.0, 0.5, 1.0 - 2**-53):
-        assert sampling.draw(weights, torch.full((3,), u, dtype=torch.float64)).tolist() == [137] * 3
+        assert sampling.sample(weights, torch.full((3,), u, dtype=torch.float64)).tolist() == [137] * 3
     assert keep(logits, top_p=0.5).nonzero().tolist() == [[i, 137] for i in range(3)]
 
 
@@ -126,7 +126,7 @@ def test_hopeless_rows_still_yield_a_token_of_the_vocabulary(row: list[float]) -
     weights = sampling.weigh(torch.tensor([row]), torch.ones(1))
     assert torch.isfinite(weights).all()
     for u in (0.0, 0.999):
-        assert 0 <= int(sampling.draw(weights, torch.tensor([u], dtype=torch.float64))) < len(row)
+        assert 0 <= int(sampling.sample(weights, torch.tensor([u], dtype=torch.float64))) < len(row)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
@@ -154,7 +154,7 @@ def test_draw_is_inverse_cdf_in_vocabulary_order(vocab_size: int) -> None:
     weights[:, vocab_size // 2] = 0.5
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1.0 - 2**-53])
-    drawn = sampling.draw(weights, uniform).numpy()
+    drawn = sampling.sample(weights, uniform).numpy()
     cdf = np.cumsum(weights.double().numpy(), axis=1)
     for row in range(64):
         target = min(float(uniform[row]) * cdf[row, -1], np.nextafter(cdf[row, -1], 0))
@@ -172,7 +172,7 @@ def test_frequencies_follow_the_distribution(filtered: bool) -> None:
     if filtered:
         weights = torch.where(keep(logits, 1.3, top_k=60, top_p=0.9), weights, 0.0)
     uniform = sampling.uniforms(np.full(count, 11, np.uint64), np.arange(count))
-    drawn = sampling.draw(weights.expand(count, -1).contiguous(), torch.from_numpy(uniform))
+    drawn = sampling.sample(weights.expand(count, -1).contiguous(), torch.from_numpy(uniform))
     observed = np.bincount(drawn.numpy(), minlength=vocab_size)
     expected = (weights[0].double() / weights.double().sum()).numpy() * count
     assert observed[expected == 0].sum() == 0

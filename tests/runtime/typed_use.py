@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any, assert_type
 
 from branchwise import AsyncEngine, Engine, RequestOutput, SamplingParams
-from branchwise.runtime.request_output import StreamChunk
+from branchwise.runtime.engine.request_output import StreamChunk
 
 GREEDY = SamplingParams(temperature=0)
 HELLO = [{"role": "user", "content": "Hello."}]

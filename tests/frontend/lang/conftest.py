@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 
 from branchwise import Engine
-from branchwise.frontend.lang.backend import Ask, Capabilities, Completion, Piece, Rope, Usage
+from branchwise.frontend.lang.backend import Capabilities, Completion, GenerationRequest, Piece, SharedTokens, Usage
 from branchwise.frontend.lang.backends import set_default_backend
 from branchwise.frontend.lang.engine import EngineBackend
 from branchwise.frontend.lang.errors import BackendError
 from branchwise.runtime.config import EngineConfig
-from branchwise.runtime.core import EngineCore
+from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.null import NullExecutor
-from branchwise.runtime.model_folder import SHIPPED
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.models.folder import SHIPPED
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -64,21 +64,21 @@ class Echo:
         self.capabilities = Capabilities(**{"score": False, **capabilities})
         self.answer = answer
         self.prompts: list[str] = []
-        self.asked: list[Ask] = []
+        self.asked: list[GenerationRequest] = []
 
     async def codec(self) -> None:
         return None
 
-    async def create(self) -> Rope:
-        return Rope()
+    async def create(self) -> SharedTokens:
+        return SharedTokens()
 
-    async def fork(self, handle: Rope, n: int) -> list[Rope]:
+    async def fork(self, handle: SharedTokens, n: int) -> list[SharedTokens]:
         return [handle.fork() for _ in range(n)]
 
-    async def extend(self, handle: Rope, piece: Piece) -> None:
+    async def extend(self, handle: SharedTokens, piece: Piece) -> None:
         handle.extend(piece)  # type: ignore[arg-type]
 
-    async def generate(self, handle: Rope, ask: Ask, on_delta: Any = None) -> list[Completion]:
+    async def generate(self, handle: SharedTokens, ask: GenerationRequest, on_delta: Any = None) -> list[Completion]:
         self.prompts.append(handle.text())
         self.asked.append(ask)
         said = self.answer(handle.text())
@@ -92,10 +92,10 @@ class Echo:
                 on_delta(letter)
         return [Completion(said, dict(meta)) for _ in range(ask.params.n)]
 
-    async def score(self, handle: Rope, continuations: Sequence[Piece]) -> Any:
+    async def score(self, handle: SharedTokens, continuations: Sequence[Piece]) -> Any:
         raise BackendError("never asked")
 
-    async def close(self, handle: Rope) -> None:
+    async def close(self, handle: SharedTokens) -> None:
         pass
 
     async def flush_cache(self) -> None:

@@ -15,8 +15,8 @@ import branchwise as bw
 from branchwise.frontend.lang.codec import Codec
 from branchwise.frontend.lang.tool_schema import fitted, schema_of
 from branchwise.frontend.lang.tools import Call, parse_calls
-from branchwise.runtime.tokenizer import Tokenizer
-from branchwise.runtime.tools import validate_tools
+from branchwise.runtime.chat.tools import validate_tools
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
 def call(name: str, **arguments: object) -> str:
@@ -83,7 +83,7 @@ def test_calls_are_parsed_and_broken_ones_say_so(tokenizer):
     assert number.name == "x" and "arguments" in number.error
 
 
-TEMPLATES = Path(__file__).resolve().parents[2] / "runtime" / "templates"
+TEMPLATES = Path(__file__).resolve().parents[2] / "runtime" / "chat" / "templates"
 
 
 @pytest.mark.parametrize(

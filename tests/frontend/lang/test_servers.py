@@ -387,7 +387,7 @@ def test_the_tokenizer_is_the_servers_fetched_once(server: Any, monkeypatch: pyt
         return await get(self, path)
 
     monkeypatch.setattr(Http, "get", counted)
-    monkeypatch.setattr("branchwise.runtime.tokenizer.Tokenizer.load", None)
+    monkeypatch.setattr("branchwise.runtime.tokenizer.tokenizer.Tokenizer.load", None)
     backend = bw.RuntimeEndpoint(f"{server.url}/", KEY)
     assert everything.run(backend=backend, **OPTIONS)["choice"] in ("yes", "no")
     assert len(everything.run_batch([{}] * 4, backend=backend, **OPTIONS)) == 4

@@ -17,8 +17,8 @@ from branchwise.frontend.lang.choices import Scored
 from branchwise.frontend.lang.codec import Codec, Run, safe_cut
 from branchwise.frontend.lang.errors import BackendError
 from branchwise.frontend.lang.transcript import Close, Open, Transcript
-from branchwise.runtime.chat_template import ChatTemplate
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.chat.template import ChatTemplate
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 CHATML = (

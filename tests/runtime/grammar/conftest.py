@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from branchwise import Engine
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 TINY = ["<eos>", "a", "b", "c", "ab", "bc", "abc", "ca"]
 

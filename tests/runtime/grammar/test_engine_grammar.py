@@ -13,7 +13,8 @@ import pytest
 
 from branchwise import Engine, SamplingParams
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.grammar import guides, matcher
+from branchwise.runtime.grammar import matcher
+from branchwise.runtime.scheduler import constraints
 
 PROMPT = "Compute every shared prefix once"
 CITY = {
@@ -104,9 +105,11 @@ def test_slow_grammars_run_in_threads_and_draw_the_same_tokens(make_engine, monk
     monkeypatch.setattr(matcher, "SLOW", 0.0)
     monkeypatch.setattr(matcher, "_FAST", 0.0)
     seen = []
-    follow = guides.Guides.follow
+    follow = constraints.ConstraintManager.follow
     monkeypatch.setattr(
-        guides.Guides, "follow", lambda self, *a, **k: seen.append(ready := follow(self, *a, **k)) or ready
+        constraints.ConstraintManager,
+        "follow",
+        lambda self, *a, **k: seen.append(r := follow(self, *a, **k)) or r,
     )
     for overlap in (False, True):
         engine = make_engine(overlap=overlap, seed=7)  # an engine that has compiled nothing
@@ -118,7 +121,7 @@ def test_a_grammar_that_turns_slow_leaves_the_engines_thread_within_two_steps(ma
     params = SamplingParams(regex="[a-z]{240}", seed=4, max_tokens=240)
     expected = make_engine(overlap=False).generate(PROMPT, params).token_ids
     calls, followed = [], []
-    follow = guides.Guides.follow
+    follow = constraints.ConstraintManager.follow
 
     def spent(self, seconds):
         calls.append(seconds)
@@ -129,7 +132,7 @@ def test_a_grammar_that_turns_slow_leaves_the_engines_thread_within_two_steps(ma
         return followed[-1]
 
     monkeypatch.setattr(matcher.Grammar, "spent", spent)
-    monkeypatch.setattr(guides.Guides, "follow", noted)
+    monkeypatch.setattr(constraints.ConstraintManager, "follow", noted)
     assert make_engine(overlap=True).generate(PROMPT, params).token_ids == expected
     assert followed.count(False) > 30
     assert not any(followed[followed.index(False) :])
@@ -223,7 +226,7 @@ def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_eng
     while engine.stats().waiting:
         time.sleep(0.01)
     assert [delta.finish.reason for delta in seen] == ["abort"]
-    monkeypatch.setattr(guides, "COMPILE_SECONDS", 0.05)
+    monkeypatch.setattr(constraints, "COMPILE_SECONDS", 0.05)
     with pytest.raises(InvalidRequest, match="could not be compiled within"):
         engine.generate(PROMPT, SamplingParams(regex="late[0-9]"))
     go.set()

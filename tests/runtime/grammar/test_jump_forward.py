@@ -7,8 +7,8 @@ import json
 import pytest
 
 from branchwise import Engine, SamplingParams
+from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar import matcher
-from branchwise.runtime.grammar.constraint import Constraint
 from branchwise.runtime.grammar.llg import Backend
 
 PROMPT = "Compute every shared prefix once"

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from branchwise.kernels import sampling
+from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.grammar.constraint import Constraint
 from branchwise.runtime.grammar.llg import Backend
 from branchwise.runtime.grammar.matcher import Grammar, hold_open, look_together
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 EOS, LONGEST = 0, 7
 PATTERNS = ["abc", "a*", "(ab|c)+", "a{2,3}b?", "[ab]*ca", "(a|ab)(c|bcd?)", "c(abc)*", "b|", "(?:a|b|c){4}"]

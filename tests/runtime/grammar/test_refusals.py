@@ -7,12 +7,12 @@ import re
 
 import pytest
 
+from branchwise.runtime.constraint import MAX_BYTES, MAX_CHOICES, Constraint
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.compiler import GrammarCompiler
-from branchwise.runtime.grammar.constraint import MAX_BYTES, MAX_CHOICES, Constraint
 from branchwise.runtime.grammar.schema import MAX_DEPTH, MAX_VALUES
 from branchwise.runtime.sampling_params import SamplingParams, validate
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
 def nested(depth):

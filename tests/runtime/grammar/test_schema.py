@@ -9,11 +9,11 @@ from typing import Any
 import jsonschema
 import pytest
 
+from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar import schema
-from branchwise.runtime.grammar.constraint import Constraint
 from branchwise.runtime.grammar.llg import Backend
-from branchwise.runtime.model_folder import SHIPPED
-from branchwise.runtime.tokenizer import Tokenizer
+from branchwise.runtime.models.folder import SHIPPED
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 A = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TWO = [A, {"type": "object", "properties": {"b": {"type": "integer"}}}]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from branchwise.runtime.config import EngineConfig
-from branchwise.runtime.core import EngineCore
+from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.messages import Finished, Generate, StepOutput
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.step import PENDING, StepPlan, StepResult

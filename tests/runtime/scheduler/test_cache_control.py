@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from branchwise.runtime.cache_control.accounts import MAX_NAMESPACES, Accounts
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.messages import CacheReport, Control, Generate
 from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.scheduler.cache.accounts import MAX_NAMESPACES, Accounts
 
 BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["read-at-once", "read-one-late"])
 PAGES = pytest.mark.parametrize("page_size", [1, 4, 16])
@@ -273,7 +273,7 @@ def test_pins_and_branches_hold_side_by_side(make_driver):
     run(driver, prompt(40))
     driver.drain()
     registry = driver.core.branches.registry
-    from branchwise.runtime.branches.trail import EMPTY
+    from branchwise.runtime.scheduler.branches.trail import EMPTY
 
     registry.create(("", ""), EMPTY.then(np.array(prompt(36), np.int32)))
     ask(driver, "cache_pin", prompt(24), ttl=60)
@@ -374,7 +374,7 @@ def test_eviction_takes_one_prompt_and_leaves_the_pinned(make_driver):
 
 
 def test_a_key_has_so_many_pins_and_no_more(make_driver, monkeypatch):
-    monkeypatch.setattr("branchwise.runtime.cache_control.pins.MAX_PINS", 3)
+    monkeypatch.setattr("branchwise.runtime.scheduler.cache.pins.MAX_PINS", 3)
     driver = make_driver(num_pages=64, page_size=4, max_pinned_share=0.9)
     for owner in ("ann", "bob"):
         run(driver, prompt(16), namespace=(owner, ""))

@@ -1,0 +1,33 @@
+"""The engine in process for asyncio: `Engine`'s names, awaitable."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from .engine import BranchPiece, EngineBase
+
+if TYPE_CHECKING:
+    from .branch import AsyncBranch
+
+
+class AsyncEngine(EngineBase):
+    """`Engine` whose ``generate``, ``chat`` and ``stream`` are the asynchronous ones, and branches too."""
+
+    generate = EngineBase.agenerate
+    chat = EngineBase.achat
+    stream = EngineBase.astream
+
+    async def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> AsyncBranch:
+        from .branch import AsyncBranch
+
+        return await AsyncBranch.create(self, prompt, cache_salt, ttl)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)

@@ -1,0 +1,202 @@
+"""The engine's heart: a scheduler, an executor, and the pipeline between them. No sockets, no text."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config import EngineConfig, step_budget
+from ..errors import InvalidRequest
+from ..grammar.compiler import GrammarCompiler
+from ..messages import Control, ControlReply, Generate, Limits, Stats, StepOutput
+from ..scheduler.branches.service import BranchService
+from ..scheduler.draft import ScheduledStep
+from ..scheduler.scheduler import Scheduler
+from ..step import Executor, PendingStep
+from .profiling import StepProfiler
+
+logger = logging.getLogger(__name__)
+
+_MAX_FAILURES = 3  # steps that may break in a row before the engine gives up
+
+
+class EngineCore:
+    """Drives one scheduler and one executor. Not thread-safe: one thread calls everything.
+
+    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and results are
+    read one step late; without it each step is read at once. The data flow is the same: a token whose value the host
+    does not know yet is fed from the device.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        eos_ids: tuple[int, ...],
+        max_model_len: int,
+        *,
+        gpu: bool = False,
+        grammars: GrammarCompiler | None = None,
+        preferred: Mapping[str, float] | None = None,
+    ) -> None:
+        self.config = config
+        self.preferred = dict(preferred or {})  # `sampling_defaults`, for whoever makes the requests' parameters
+        self.executor = executor
+        limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
+        budget = step_budget(config, gpu=gpu)
+        self.scheduler = Scheduler(
+            config,
+            limits,
+            num_pages=executor.num_pages,
+            max_rows=min(config.max_num_seqs, budget),
+            max_batched_tokens=budget,
+            eos_ids=eos_ids,
+            grammars=grammars,
+        )
+        self._grammars = grammars
+        self.branches = BranchService(self.scheduler, config)
+        self._depth = int(config.overlap if config.overlap is not None else gpu)
+        self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
+        self._failures = 0
+        self._profiler = StepProfiler(Path(config.profile)) if config.profile else None
+        self.advanced = False  # did the last `step` launch or read anything? If not, there is time to wait for news
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_requests or bool(self._inflight)
+
+    def add(self, message: Generate) -> None:
+        self.scheduler.add(message)
+
+    def abort(self, request_id: int) -> None:
+        self.branches.abort(request_id)
+        self.scheduler.abort(request_id)
+
+    def stop_matched(self, request_id: int) -> None:
+        """The detokenizer saw a stop string; its client has been told already."""
+        self.scheduler.abort(request_id, "stop")
+
+    def step(self) -> StepOutput | None:
+        """One scheduling iteration. None: nothing was said (and, if ``has_work`` is false, nothing is left to do).
+
+        A step that breaks ends the requests it may have touched with an error and the engine goes on; several in a
+        row raise.
+        """
+        self.sweep()
+        try:
+            self._advance()
+        except Exception as error:
+            self._failures += 1
+            logger.exception("a step failed")
+            dropped = [scheduled for scheduled, _ in self._inflight]
+            self._inflight.clear()
+            self.scheduler.fail_running(f"the engine failed while computing: {type(error).__name__}", dropped)
+            if self._failures >= _MAX_FAILURES:
+                raise
+        output = self.scheduler.take_output()
+        if self.config.check_when_idle and not self.has_work:
+            self.check()
+        return output
+
+    def sweep(self) -> float | None:
+        """Ends branches and pins that have expired. Returns the seconds until there may be more of them, if any."""
+        waits = (self.branches.registry.sweep(), self.scheduler.cache.pins.sweep())
+        return min((seconds for seconds in waits if seconds is not None), default=None)
+
+    def _advance(self) -> None:
+        scheduled = self.scheduler.plan()
+        self.advanced = scheduled is not None or bool(self._inflight)
+        if scheduled is not None:
+            pending = self.executor.launch(scheduled.plan)
+            self._inflight.append((scheduled, pending))
+            if len(scheduled.plan.constrained):  # what may be drawn depends on the tokens of the step before
+                while len(self._inflight) > 1:
+                    self._complete()
+                pending.sample(self.scheduler.masks(scheduled))
+        elif not self._inflight:
+            if self.scheduler.has_requests and not self.scheduler.waits_for_grammars:
+                logger.error("no request can advance: %s", self.stats())
+                self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
+            return
+        if len(self._inflight) > self._depth or scheduled is None:
+            self._complete()
+
+    def _complete(self) -> None:
+        oldest, pending = self._inflight[0]
+        self.scheduler.complete(oldest, pending.result())
+        self._inflight.popleft()
+        self._failures = 0  # not before: a device's errors surface when results are read
+
+    def control(self, message: Control) -> ControlReply:
+        """flush_cache: evict all that no running request leases, pinned or not. tree: a dump. info: facts.
+        check: the invariants. cache_*: see `CacheService.answer`."""
+        try:
+            return ControlReply(message.id, True, self._control(message))
+        except InvalidRequest as error:
+            return ControlReply(message.id, False, None, error.message, error_field=error.field, status=error.status)
+        except Exception as error:  # a question must not stop the engine: the answer says what broke
+            logger.exception("control %s failed", message.what)
+            return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
+
+    def _control(self, message: Control) -> Any:
+        if message.what == "flush_cache":
+            self.branches.registry.forget()
+            unpinned = self.scheduler.cache.pins.forget()
+            return {"evicted_pages": self.scheduler.tree.flush(), "unpinned": unpinned}
+        if message.what.startswith("cache_"):
+            return self.scheduler.cache.answer(message.what, message.argument)
+        if message.what == "branches":
+            return self.branches.counts()
+        if message.what == "tree":
+            options = message.argument or {}
+            return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
+        if message.what == "info":
+            return self.info()
+        if message.what in ("start_profile", "stop_profile"):
+            return self._profile(message.what == "start_profile")
+        self.check()
+        return "clean"
+
+    def _profile(self, start: bool) -> Any:
+        if self._profiler is None:
+            raise RuntimeError("the engine was started without --profile")
+        steps = self.stats().steps
+        return self._profiler.start(steps) if start else self._profiler.stop(steps)
+
+    def info(self) -> dict[str, Any]:
+        """What the engine was started with, and what came of it. JSON-able."""
+        limits = self.scheduler.limits
+        return {
+            "vocab_size": limits.vocab_size,
+            "max_model_len": limits.max_model_len,
+            "pool_tokens": limits.pool_tokens,
+            "num_pages": self.executor.num_pages,
+            "page_size": self.executor.page_size,
+            "max_running_requests": self.scheduler.ledger.rows.max_rows,
+            "schedule_policy": self.config.schedule_policy,
+            "eviction_policy": self.config.eviction_policy,
+            "radix_cache": not self.config.disable_radix_cache,
+            "overlap": bool(self._depth),
+            "preferred_sampling_params": self.preferred or None,
+        }
+
+    def stats(self) -> Stats:
+        stats, branches = self.scheduler.stats(), self.branches.registry
+        stats.branches, stats.branches_holding = len(branches), branches.holding
+        stats.branch_holds_lost = branches.holds_lost
+        return stats
+
+    def check(self) -> None:
+        """Every invariant of rows, leases, branches, tree and pages; raises on the first that does not hold."""
+        self.branches.check()
+        self.scheduler.cache.pins.check()
+        self.scheduler.ledger.check()
+
+    def close(self) -> None:
+        self._inflight.clear()
+        if self._grammars is not None:
+            self._grammars.close()
+        self.executor.close()

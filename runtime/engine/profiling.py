@@ -1,0 +1,67 @@
+"""Where a step's time goes: torch's profiler around the engine's loop, behind ``--profile``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import InvalidRequest
+
+TOP_KERNELS = 20
+
+
+class StepProfiler:
+    """Records from `start` to `stop`; each recording is a Chrome trace in ``folder`` (chrome://tracing, Perfetto).
+
+    One recording at a time; keep it to a few seconds: a trace of 1,000 steps has some million events.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._recording: Any = None
+        self._steps = 0
+
+    def start(self, steps: int) -> None:
+        """Raises `InvalidRequest` (409) if a recording is under way. ``steps``: how many the engine has made so far."""
+        from torch.profiler import ProfilerActivity, profile
+
+        if self._recording is not None:
+            raise InvalidRequest("a recording is under way: stop it first", status=409)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        recording = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
+        recording.start()
+        self._recording, self._steps = recording, steps
+
+    def stop(self, steps: int) -> dict[str, Any]:
+        """Ends the recording and writes its trace.
+
+        Returns the file and the steps recorded; the seconds from the device's first kernel to its last, those in which
+        it computed, and its idle share; the kernels that took most: seconds, launches. Raises `InvalidRequest` (409) if
+        there is none.
+        """
+        if self._recording is None:
+            raise InvalidRequest("no recording is under way", status=409)
+        from torch.autograd import DeviceType
+
+        recording, self._recording = self._recording, None
+        recording.stop()
+        path = self._folder / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
+        recording.export_chrome_trace(str(path))
+        kernels = [row for row in recording.key_averages() if row.device_type == DeviceType.CUDA]
+        kernels.sort(key=lambda row: -row.self_device_time_total)
+        busy = sum(row.self_device_time_total for row in kernels) / 1e6
+        # From the first kernel to the end of the last: starting and stopping the profiler itself takes a while.
+        ranges = [event.time_range for event in recording.events() if event.device_type == DeviceType.CUDA]
+        seconds = (max(r.end for r in ranges) - min(r.start for r in ranges)) / 1e6 if ranges else 0.0
+        return {
+            "trace": str(path),
+            "steps": steps - self._steps,
+            "seconds": seconds,
+            "device_seconds": busy,
+            "device_idle_share": max(0.0, 1 - busy / seconds) if seconds else None,
+            "kernels": [
+                {"name": row.key, "seconds": row.self_device_time_total / 1e6, "launches": row.count}
+                for row in kernels[:TOP_KERNELS]
+            ],
+        }

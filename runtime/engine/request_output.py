@@ -1,0 +1,108 @@
+"""What comes of one prompt in process: its samples while they arrive, what is new of one, and all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import BranchwiseError, EngineDead, InvalidRequest
+from ..logprobs import TokenLogprob
+from ..messages import CacheReport, Delta, Finished
+from ..outputs import Output
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """All samples of one prompt; the short names are the first one's."""
+
+    outputs: list[Output]
+
+    @property
+    def text(self) -> str:
+        return self.outputs[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.outputs[0].token_ids
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.outputs[0].finish_reason
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """One a generated token, if asked for."""
+        return self.outputs[0].logprobs
+
+    @property
+    def prompt_logprobs(self) -> dict[int, TokenLogprob]:
+        """By position, from 1 (or ``prompt_logprob_start``) on, if asked for."""
+        return self.outputs[0].prompt_logprobs
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.outputs[0].prompt_tokens
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.outputs[0].cached_tokens
+
+    @property
+    def cache(self) -> CacheReport | None:
+        """What the tree held of the prompt, and why not more."""
+        return self.outputs[0].cache
+
+
+@dataclass(slots=True, frozen=True)
+class StreamChunk:
+    """What is new about one sample. ``finish_reason`` is set on its last chunk, ``matched`` if something ended it."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    cache: CacheReport | None = None
+    matched: int | str | None = None  # the stop token id or stop string
+    logprobs: Sequence[TokenLogprob] = ()
+
+
+class Collector:
+    """The samples of one prompt while they come in."""
+
+    def __init__(self, ids: list[int]) -> None:
+        self._outputs = {id_: Output(i) for i, id_ in enumerate(ids)}
+        self._open = len(ids)
+
+    @property
+    def done(self) -> bool:
+        return self._open == 0
+
+    @property
+    def result(self) -> RequestOutput:
+        return RequestOutput(list(self._outputs.values()))
+
+    def feed(self, delta: Delta) -> StreamChunk:
+        """Raises the request's error, if that is how it ended."""
+        output = self._outputs[delta.id]
+        known, known_logprobs = len(output.token_ids), len(output.logprobs)
+        output.feed(delta)
+        if delta.finish is not None:
+            self._open -= 1
+            if delta.finish.reason == "error":
+                raise error_of(delta.finish)
+        return StreamChunk(
+            output.index,
+            delta.text,
+            output.token_ids[known:],
+            output.finish_reason,
+            delta.cache,
+            output.matched,
+            output.logprobs[known_logprobs:],
+        )
+
+
+def error_of(finish: Finished) -> BranchwiseError:
+    message = finish.error or "the request failed"
+    if 400 <= finish.status < 500:
+        return InvalidRequest(message, field=finish.error_field, status=finish.status)
+    return EngineDead(message)

@@ -1,0 +1,59 @@
+"""Where a model lives. No torch here: the processes that do not compute call this too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import LoadError
+
+SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is the model's card
+HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+
+
+def model_folder(model: str) -> Path:
+    """The folder of ``model``: a folder, a hub id whose files are fetched, or "" for the model that ships with us.
+
+    Raises `LoadError` with one line that says what is wrong and what to give instead.
+    """
+    if not model:
+        return SHIPPED
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(f"{path} has no config.json: it is not a Hugging Face model folder")
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise LoadError(f"{model}: not a folder; give a model folder or a hub id such as Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download  # here: it costs time to import and most loads do not need it
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+    except RepositoryNotFoundError:
+        reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
+    except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
+        reason = f"cannot reach the hub: {_why(error)}"
+    raise LoadError(f"{model}: no such folder, and {reason}")  # alone: the hub's own traceback is eighty lines
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in one of a model's files. Raises `LoadError` naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise LoadError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _why(error: BaseException) -> str:
+    """What the system said at the bottom of a chain of errors, else how the top one begins. No names of classes."""
+    bottom: BaseException | None = error
+    while bottom is not None:
+        if isinstance(bottom, OSError) and bottom.strerror:
+            return bottom.strerror
+        bottom = bottom.__cause__ or bottom.__context__
+    return str(error).strip().partition("\n")[0] or "no reason given"

@@ -1,0 +1,166 @@
+"""What the scheduler does with its cache beyond using it: pins, sums, and answers to those who ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from ....radix.tree import RadixTree
+from ...config import EngineConfig
+from ...errors import InvalidRequest
+from ...step import Int32
+from .accounts import Accounts
+from .pins import Pin, Pins
+
+if TYPE_CHECKING:
+    from ..request import Request
+
+_EVERYTHING = np.empty(0, np.int32)
+
+
+class CacheQuestion(msgspec.Struct):
+    """The argument of a cache `Control`. ``namespace`` is the caller's: nothing here reaches beyond it, except that
+    ``everything`` (of the operator) asks for everybody's sums."""
+
+    namespace: tuple[str, str]
+    tokens: bytes = b""  # int32
+    ttl: float = 0.0  # seconds
+    pin: str = ""
+    everything: bool = False
+
+    @property
+    def ids(self) -> Int32:
+        return np.frombuffer(self.tokens, "<i4").astype(np.int32, copy=False)
+
+
+class CacheService:
+    """The scheduler's own: it is told when requests begin and end, and asked by whoever runs the engine."""
+
+    def __init__(self, tree: RadixTree, config: EngineConfig, now: Callable[[], float]) -> None:
+        self._tree = tree
+        self.pins = Pins(
+            tree,
+            share=config.max_pinned_share,
+            share_per_key=config.pinned_share_per_key,
+            max_ttl=config.max_pin_ttl,
+            now=now,
+        )
+        self._accounts = Accounts()
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def begun(self, request: Request) -> None:
+        """Its first chunk is scheduled, or all of it was here."""
+        if request.cache is not None:
+            self._accounts.add(request.namespace, request.prompt_len, request.cache, private=request.private)
+
+    def leaving(self, request: Request, computed: int) -> None:
+        """It gives up its row, and of its tokens ``computed`` have keys and values: an aborted one wrote no more."""
+        if request.cache is not None and not request.retractions:
+            written = max(0, computed - request.cache.hit_tokens)
+            request.cache.write_tokens = min(request.cache.write_tokens, written)
+
+    def ended(self, request: Request, *, well: bool) -> None:
+        """It has left the tree to others: what it asked to be kept is kept, if it ended ``well``."""
+        if request.private:
+            self._tree.prune(_EVERYTHING, request.namespace)
+        elif well:
+            self.keep(request)
+
+    def keep(self, request: Request) -> None:
+        """Takes the pins of the request's breakpoints, once."""
+        if request.breakpoints and request.cache is not None:
+            request.cache.pinned_tokens = self.pins.keep(request.prompt, request.namespace, request.breakpoints)
+            request.breakpoints = []
+
+    # -- questions -----------------------------------------------------------------------------------------------------
+
+    def answer(self, what: str, argument: Any) -> dict[str, Any]:
+        """JSON-able. Raises `InvalidRequest` for what cannot be done."""
+        question = msgspec.convert(argument, CacheQuestion)
+        match what:
+            case "cache_stats":
+                return self._stats(question)
+            case "cache_explain":
+                return self._explain(question)
+            case "cache_pin":
+                pin = self.pins.pin(question.ids, question.namespace, question.ttl)
+                return self._pin_facts(pin, len(question.ids), question.ttl)
+            case "cache_unpin":
+                pin = self.pins.unpin(question.pin, question.namespace[0])
+                return {"id": pin.id, "unpinned_tokens": pin.hold.tokens}
+            case "cache_evict":
+                return self._evict(question)
+        raise InvalidRequest(f"there is no cache operation {what!r}")
+
+    def _stats(self, question: CacheQuestion) -> dict[str, Any]:
+        self.pins.sweep()
+        owner, size = question.namespace[0], self._tree.page_size
+        pins, pages = self.pins.of(owner)
+        facts: dict[str, Any] = {
+            **self._accounts.owner(owner).facts(),
+            "pins": {
+                "count": pins,
+                "tokens": pages * size,
+                "max_tokens": self.pins.max_pages_per_key * size,
+            },
+            "namespaces": self._accounts.namespaces(owner),
+        }
+        if question.everything:
+            facts["everybody"] = {
+                **self._accounts.total.facts(),
+                "pages": self._pages(),
+                "evicted_pages": self._tree.evicted_total,
+                "pins": {
+                    "count": len(self.pins),
+                    "tokens": self.pins.pages * size,
+                    "max_tokens": self.pins.max_pages * size,
+                },
+                "namespaces": self._accounts.namespaces(None),
+            }
+        return facts
+
+    def _pages(self) -> dict[str, int]:
+        """``free``, ``cached`` (evictable), ``held`` (leased by requests or held by branches or pins) and
+        ``quarantined`` are all there are; ``pinned`` are some of the held ones."""
+        tree = self._tree
+        free, quarantined = tree.allocator.free, tree.allocator.quarantined
+        return {
+            "page_size": tree.page_size,
+            "total": tree.allocator.total,
+            "free": free,
+            "cached": tree.evictable,
+            "held": tree.allocator.total - free - quarantined - tree.evictable,
+            "quarantined": quarantined,
+            "pinned": self.pins.pages,
+        }
+
+    def _explain(self, question: CacheQuestion) -> dict[str, Any]:
+        """As for a request that generates: the prompt's last token is always computed."""
+        self.pins.sweep()
+        ids = question.ids
+        seen = self._tree.inspect(ids, question.namespace, max(0, len(ids) - 1))
+        hit = seen.report.hit_tokens
+        pinned = min(hit, self.pins.pinned(seen.pages) * self._tree.page_size)
+        return {
+            "prompt_tokens": len(ids),
+            "hit_tokens": hit,
+            "computed_tokens": len(ids) - hit,
+            "reason": seen.report.reason,
+            "diverged_at": seen.report.diverged_at,
+            "pinned_tokens": pinned,
+            "protected_tokens": seen.locked,
+        }
+
+    def _pin_facts(self, pin: Pin, wanted: int, ttl: float) -> dict[str, Any]:
+        tokens = pin.hold.tokens
+        return {"id": pin.id, "tokens": tokens, "missing_tokens": wanted - tokens, "expires_in": ttl}
+
+    def _evict(self, question: CacheQuestion) -> dict[str, Any]:
+        self.pins.sweep()
+        pages = self._tree.prune(question.ids, question.namespace)
+        left = self._tree.inspect(question.ids, question.namespace).report.hit_tokens
+        return {"evicted_pages": pages, "remaining_tokens": left}

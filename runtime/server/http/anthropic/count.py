@@ -1,0 +1,44 @@
+"""``POST /v1/messages/count_tokens``: how many tokens a request's prompt would have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import Request, Response
+
+from ....errors import InvalidRequest
+from ..native.tokens import token_ids
+from ..openai.chat.renamed import renamed
+from ..openai.chat.turn import Turns
+from ..plumbing.body import read_json_object
+from ..plumbing.openapi import takes
+from ..plumbing.shortcut import Handler
+from ..plumbing.sse import json_response
+from ..state import AppState
+from .errors import ROOT
+from .request import CountRequest, read
+from .translate import chat_request
+
+PATH = f"{ROOT}/count_tokens"
+
+
+def handler(state: AppState) -> Handler:
+    turns = Turns(state)
+
+    async def count_tokens(request: Request) -> Response:
+        """How many tokens the prompt of such a request has."""
+        body = read(CountRequest, await read_json_object(request))
+        state.check_model(body.model)
+        chat, sources = chat_request(body, state.config.max_messages)
+        try:
+            turn = await turns.turn(chat)
+        except InvalidRequest as error:
+            raise renamed(error, sources) from error
+        ids = await token_ids(state, turn.prompt.text or "", "messages", special=False)
+        return json_response({"input_tokens": len(ids)})
+
+    return count_tokens
+
+
+def schema() -> dict[str, Any]:
+    return takes(CountRequest)

@@ -1,0 +1,81 @@
+"""Errors in Anthropic's shape, whoever refused: the key's check, the body's bound or a route."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..plumbing.errors import describe
+from ..plumbing.request_id import KEY
+from ..plumbing.sse import typed_event
+
+ROOT = "/v1/messages"
+OVERLOADED = 529  # Anthropic's own; its clients know it
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    OVERLOADED: "overloaded_error",
+}
+NO_THREADS = "thread_unsupported_request"  # a code: told this, Anthropic's package sends whole conversations
+
+
+def error_body(status: int, message: str, id: str, code: str | None = None) -> dict[str, Any]:
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
+    details = {"details": {"error_code": code, "unsupported": ["thread"]}} if code == NO_THREADS else {}
+    return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": id}
+
+
+def error_event(error: Exception, scope: Scope) -> bytes:
+    """What ends a stream that cannot go on."""
+    status, body = describe(error)
+    return typed_event(error_body(status_of(status), body["error"]["message"], scope[KEY]))
+
+
+class ErrorShape:
+    """Gives every answer below `ROOT` a ``request-id``, and every error Anthropic's body and status.
+
+    Around all the others, for they refuse in OpenAI's shape before any route is reached.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not f"{scope['path']}/".startswith(f"{ROOT}/"):
+            await self._app(scope, receive, send)
+            return
+        id = scope[KEY]
+        held: Message | None = None  # the head of an error, until its body is here
+        body = b""
+
+        async def reshaped(message: Message) -> None:
+            nonlocal held, body
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(raw=message["headers"])
+                headers["request-id"] = id
+                if message["status"] >= 400 and headers.get("content-type") == "application/json":
+                    message["status"] = status_of(message["status"])
+                    held = message
+                    return
+            elif held is not None:
+                body += message.get("body", b"")
+                if message.get("more_body"):
+                    return
+                said = msgspec.json.decode(body)["error"]
+                message["body"] = msgspec.json.encode(error_body(held["status"], said["message"], id, said["code"]))
+                MutableHeaders(raw=held["headers"])["content-length"] = str(len(message["body"]))
+                await send(held)
+            await send(message)
+
+        await self._app(scope, receive, reshaped)
+
+
+def status_of(status: int) -> int:
+    """The status Anthropic's clients know for one of ours."""
+    return OVERLOADED if status == 503 else status

@@ -1,0 +1,52 @@
+"""The HTTP application: routes, errors, and the two checks every request passes first."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from .... import __version__
+from .anthropic import count as messages_count
+from .anthropic import route as messages
+from .anthropic.errors import ErrorShape
+from .native import admin, branches, cache, models, tokens
+from .openai import completions
+from .openai.chat import route as chat
+from .openai.responses import route as responses
+from .plumbing import errors, openapi
+from .plumbing.auth import AuthMiddleware
+from .plumbing.body import BodyLimit
+from .plumbing.request_id import RequestId
+from .plumbing.shortcut import Handler, Shortcut
+from .sglang import generate
+from .state import AppState
+
+
+def make_app(state: AppState) -> FastAPI:
+    # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
+    app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
+    busy: dict[str, Handler] = {}
+    for module in (chat, responses, completions, generate, messages, messages_count):
+        busy[module.PATH] = module.handler(state)
+        app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
+    for module in (responses, branches, models, tokens, cache, admin):
+        app.include_router(module.router(state))
+    openapi.document(app, keyed=state.config.api_key is not None)
+    errors.install(app, {*busy, "/v1/models"})
+    # The last one added runs first: nobody without the key gets to send a body.
+    app.add_middleware(Shortcut, handlers=busy)
+    config = state.config
+    app.add_middleware(
+        BodyLimit,
+        max_bytes=config.max_body_bytes,
+        max_depth=config.max_json_depth,
+        max_values=config.max_json_values,
+    )
+    app.add_middleware(
+        AuthMiddleware,
+        api_key=state.config.api_key,
+        extra_api_keys=state.config.extra_api_keys,
+        admin_api_key=state.config.admin_api_key,
+    )
+    app.add_middleware(ErrorShape)
+    app.add_middleware(RequestId)
+    return app

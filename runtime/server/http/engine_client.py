@@ -1,0 +1,397 @@
+"""HTTP's side of the engine: requests go out, deltas come back to whoever waits for them.
+
+One `Call` stands for one HTTP request and owns all of its engine requests (prompts × n). A call's engine requests are
+remembered until the scheduler's terminal message about each has arrived, also when the client has left: what counts
+against the queue's bound is what the engine still holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+from ...errors import EngineDead, InvalidRequest, Overloaded, TimedOut
+from ...messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Limits, Message, Submit
+from ...sampling_params import SamplingParams
+from .plumbing.metrics import Metrics
+
+State = Literal["starting", "ready", "draining", "dead"]
+
+CONTROL_SECONDS = 30.0
+
+Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, what came of it)
+
+
+@dataclass(slots=True, frozen=True)
+class Prompt:
+    """One prompt of a call: as text or as token ids (int32 bytes), sampled ``params.n`` times."""
+
+    params: SamplingParams
+    text: str | None = None
+    tokens: bytes | None = None
+    namespace: tuple[str, str] = ("", "")
+    priority: int = 0
+    echo_tokens: bool = False
+    names: tuple[str, str] = ("prompt", "max_tokens")  # the client's words for them
+    whole: bool = False  # the answer is sent as one: the engine need not tell every token as it comes
+    breakpoints: tuple[tuple[int, float], ...] = ()  # as `Submit` has them
+    private: bool = False
+    rendered: bool = False  # the text is a chat template's: it has its special tokens already
+
+
+class Call:
+    """The engine requests of one HTTP request, in order: prompt by prompt, sample by sample.
+
+    Leaving the context aborts whatever has not finished. Only one task may wait on a call.
+    """
+
+    def __init__(self, client: EngineClient, ids: range) -> None:
+        self._client = client
+        self.ids = ids
+        self._open = set(ids)
+        self._pending: Batch = []
+        self._waiter: asyncio.Future[None] | None = None
+        self._patient = False  # wake the waiter only once everything has finished
+        self._error: Exception | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def batch(self) -> Batch:
+        """What has arrived since last time; empty once all have finished.
+
+        Raises `InvalidRequest`, `EngineDead`, `TimedOut` or `ClientGone`.
+        """
+        if not self._pending and self._open and self._error is None:
+            await self._wait(patient=False)
+        return self._take()
+
+    async def all(self) -> Batch:
+        """Every delta until all have finished. Raises as `batch` does."""
+        if self._open and self._error is None:
+            await self._wait(patient=True)
+        return self._take()
+
+    @property
+    def finished(self) -> bool:
+        return not self._open
+
+    def end_within(self, seconds: float) -> None:
+        """After that what has not finished is aborted, whether or not anybody waits, and who waits gets `TimedOut`."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._time_out, seconds)
+
+    def _time_out(self, seconds: float) -> None:
+        if self._open:
+            self.fail(TimedOut(f"the request did not finish within the {seconds:g} s it may take (--request-timeout)"))
+            self.close()
+
+    def fail(self, error: Exception) -> None:
+        """Whoever waits, now or next, gets ``error``."""
+        if self._error is None:
+            self._error = error
+        self._wake()
+
+    def push(self, delta: Delta) -> None:
+        if delta.finish is not None:
+            self._open.discard(delta.id)
+            if delta.finish.reason == "error":
+                error = InvalidRequest(
+                    delta.finish.error or "the request failed",
+                    field=delta.finish.error_field,
+                    status=delta.finish.status,
+                )
+                self.fail(Overloaded(error.message) if error.status == 503 else error)
+        self._pending.append((delta.id - self.ids.start, delta))
+        if not self._patient or not self._open:
+            self._wake()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._client.abandon(self._open)
+        self._open.clear()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    async def _wait(self, patient: bool) -> None:
+        self._patient = patient
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take(self) -> Batch:
+        if self._error is not None:
+            raise self._error
+        taken, self._pending = self._pending, []
+        return taken
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """One engine request. ``call`` is None once the client has left."""
+
+    call: Call | None
+    owner: str  # of its namespace: whose API key it came with
+    arrived: float  # monotonic seconds
+    last: float = 0.0  # when its latest token came; 0: none yet
+
+
+class EngineClient:
+    """Sends requests to the engine's processes and hands their answers to calls.
+
+    ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block. ``request_timeout``: seconds a
+    call may take. ``max_requests_per_key``: how many of ``max_requests`` one API key may hold.
+    """
+
+    def __init__(
+        self,
+        to_tokenizer: Callable[[Sequence[Message]], None],
+        to_scheduler: Callable[[Sequence[Message]], None],
+        max_requests: int,
+        metrics: Metrics,
+        request_timeout: float | None = None,
+        max_requests_per_key: int | None = None,
+    ) -> None:
+        self._to_tokenizer = to_tokenizer
+        self._to_scheduler = to_scheduler
+        self._max_requests = max_requests
+        self._metrics = metrics
+        self._request_timeout = request_timeout
+        self._max_requests_per_key = max_requests_per_key
+        self._next_id = 1
+        self._control_ids = itertools.count(1)
+        self._in_flight: dict[int, _InFlight] = {}
+        self._held: Counter[str] = Counter()  # of those in flight, by owner
+        self._labels: dict[str, set[int]] = {}
+        self._label_of: dict[int, str] = {}
+        self._controls: dict[int, asyncio.Future[ControlReply]] = {}
+        self._limits: Limits | None = None
+        self.state: State = "starting"
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """The model's limits. Raises `Overloaded` before the engine is ready."""
+        if self._limits is None:
+            raise self._unavailable()
+        return self._limits
+
+    @property
+    def in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def ready(self, limits: Limits) -> None:
+        self._limits = limits
+        self._to_tokenizer([limits])
+        self.state = "ready"
+
+    def open(self, prompts: Sequence[Prompt], labels: Sequence[str | None] = ()) -> Call:
+        """Submits every prompt. ``labels[i]`` is the name by which a client may abort prompt i (not unique, not an id).
+
+        All are of one owner. Raises `Overloaded` when the queue is full or the server is not serving, `InvalidRequest`
+        (429) when the owner has its share of it, `EngineDead` after the engine died.
+        """
+        owner = prompts[0].namespace[0]
+        call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
+        messages: list[Submit] = []
+        start = call.ids.start
+        for prompt in prompts:
+            ids = range(start, start + prompt.params.n)
+            start = ids.stop
+            messages.append(
+                Submit(
+                    list(ids),
+                    prompt.params,
+                    prompt.text,
+                    prompt.tokens,
+                    prompt.namespace,
+                    prompt.priority,
+                    prompt.echo_tokens,
+                    prompt.names,
+                    prompt.whole,
+                    prompt.rendered,
+                    list(prompt.breakpoints),
+                    prompt.private,
+                )
+            )
+        self._to_tokenizer(messages)  # what cannot be sent must not be waited for
+        for i, message in enumerate(messages):
+            self._expect(message.ids, call, owner, labels[i] if i < len(labels) else None)
+        return call
+
+    def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
+        """Submits a run on a branch, whose ``ids`` are given here: one for each engine request. Raises as `open`."""
+        owner = run.namespace[0]
+        call = self._new_call(requests, owner)
+        run.ids = list(call.ids)
+        self._to_tokenizer([run])
+        self._expect(run.ids, call, owner, label)
+        return call
+
+    def _new_call(self, count: int, owner: str) -> Call:
+        if self.state != "ready":
+            raise self._unavailable()
+        if len(self._in_flight) + count > self._max_requests:
+            raise Overloaded(
+                f"{len(self._in_flight)} requests are queued and {count} more would pass the limit of "
+                f"{self._max_requests}; try again later"
+            )
+        most = self._max_requests_per_key
+        if most is not None and self._held[owner] + count > most:
+            raise InvalidRequest(
+                f"this key has {self._held[owner]} unfinished requests and {count} more would pass its limit of {most} "
+                "(--max-queued-per-key); try again later",
+                status=429,
+                code="rate_limit_exceeded",
+            )
+        call = Call(self, range(self._next_id, self._next_id + count))
+        self._next_id += count
+        if self._request_timeout is not None:
+            call.end_within(self._request_timeout)
+        return call
+
+    def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
+        """After they have been sent: what could not be would be waited for for ever."""
+        now = time.monotonic()
+        self._held[owner] += len(ids)
+        for id in ids:
+            self._in_flight[id] = _InFlight(call, owner, now)
+            if label is not None:
+                self._labels.setdefault(label, set()).add(id)
+                self._label_of[id] = label
+
+    def abandon(self, ids: Iterable[int]) -> None:
+        """The client of these requests has left: the engine is told; they are forgotten when it has answered."""
+        messages: list[Message] = []
+        for id in sorted(ids):
+            request = self._in_flight.get(id)
+            if request is not None and request.call is not None:
+                request.call = None
+                messages.append(Abort(id))
+        if self.state != "dead":
+            self._to_tokenizer(messages)
+
+    def abort(self, label: str | None, owner: str | None = None) -> int:
+        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many.
+
+        ``owner``: only those of this one; None: anybody's.
+        """
+        named = self._in_flight if label is None else self._labels.get(label, ())
+        ids = sorted(id for id in named if owner is None or self._in_flight[id].owner == owner)
+        self._to_tokenizer([Abort(id) for id in ids])
+        return len(ids)
+
+    # -- answers -------------------------------------------------------------------------------------------------------
+
+    def deliver(self, deltas: Sequence[Delta]) -> None:
+        """One step's deltas. Called for every step: it does as little as it can."""
+        now = time.monotonic()
+        in_flight = self._in_flight
+        for delta in deltas:
+            request = in_flight.get(delta.id)
+            if request is None:
+                continue
+            if delta.tokens:
+                if request.last:
+                    count = len(delta.tokens) // 4
+                    self._metrics.observe_token((now - request.last) / count, count)
+                else:
+                    self._metrics.observe_first_token(now - request.arrived)
+                request.last = now
+            if delta.finish is not None:
+                del in_flight[delta.id]
+                self._let_go(request.owner)
+                self._forget_label(delta.id)
+                self._metrics.observe_finish(delta.finish, now - request.arrived)
+            if request.call is not None:
+                request.call.push(delta)
+
+    def _let_go(self, owner: str) -> None:
+        self._held[owner] -= 1
+        if not self._held[owner]:
+            del self._held[owner]
+
+    def _forget_label(self, id: int) -> None:
+        label = self._label_of.pop(id, None)
+        if label is not None:
+            self._labels[label].discard(id)
+            if not self._labels[label]:
+                del self._labels[label]
+
+    def fail_all(self, error: Exception) -> None:
+        """Every waiting client gets ``error`` now."""
+        calls = {id(request.call): request.call for request in self._in_flight.values() if request.call is not None}
+        for call in calls.values():
+            call.fail(error)
+        for control in self._controls.values():
+            if not control.done():
+                control.set_exception(error)
+
+    def died(self, error: EngineDead) -> None:
+        """The engine is gone: nothing more will come."""
+        self.state = "dead"
+        self.fail_all(error)
+
+    # -- control -------------------------------------------------------------------------------------------------------
+
+    async def control(
+        self,
+        what: ControlWhat,
+        argument: Any = None,
+        seconds: float = CONTROL_SECONDS,
+    ) -> Any:
+        """Asks the scheduler; returns the reply's value.
+
+        Raises `InvalidRequest` when it says no, `Overloaded` when it does not answer in ``seconds``.
+        """
+        return await self._ask(Control(next(self._control_ids), what, argument), self._to_scheduler, seconds)
+
+    async def operate(self, op: BranchOp) -> Any:
+        """An operation on a branch, whose ``id`` is given here; returns the reply's value. Raises as `control`."""
+        op.id = next(self._control_ids)
+        return await self._ask(op, self._to_tokenizer, CONTROL_SECONDS)
+
+    async def _ask(
+        self, question: Control | BranchOp, send: Callable[[Sequence[Message]], None], seconds: float
+    ) -> Any:
+        if self.state not in ("ready", "draining"):
+            raise self._unavailable()
+        future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
+        self._controls[question.id] = future
+        try:
+            send([question])
+            reply = await asyncio.wait_for(future, seconds)
+        except TimeoutError as error:
+            raise Overloaded(f"the scheduler did not answer {question.what} within {seconds:g} s") from error
+        finally:
+            del self._controls[question.id]
+        if not reply.ok:
+            raise InvalidRequest(reply.error or f"{question.what} failed", field=reply.error_field, status=reply.status)
+        return reply.value
+
+    def answer(self, reply: ControlReply) -> None:
+        future = self._controls.get(reply.id)
+        if future is not None and not future.done():
+            future.set_result(reply)
+
+    def _unavailable(self) -> Exception:
+        if self.state == "dead":
+            return EngineDead("the engine has stopped; the server is going down")
+        if self.state == "draining":
+            return Overloaded("the server is shutting down")
+        return Overloaded("the model is still loading")

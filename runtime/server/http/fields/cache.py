@@ -1,0 +1,146 @@
+"""What a request may say about the cache: which part of it, for how long, and up to where."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..plumbing.errors import bad, shown
+from ..state import AppState
+from .prompts import check_label
+
+MAX_BREAKPOINTS = 4  # of one prompt, as OpenAI and Anthropic have it
+DEFAULT_TTL = 1800.0  # seconds: OpenAI's
+ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
+MODES = ("auto", "implicit", "explicit", "off")
+_UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+_END = -1  # the position that means the end of the prompt
+
+
+class PromptCacheOptions(BaseModel):
+    """``auto`` (OpenAI's ``implicit``): everything is remembered while there is room, and with a ``ttl`` the prompt
+    stays that long. ``explicit``: the ttl is for the breakpoints alone. ``off``: the request reads nothing from the
+    cache and leaves nothing in it."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    mode: str | None = None
+    ttl: str | float | int | None = Field(None, description="Seconds, or a number with s, m, h or d: 30m.")
+
+
+class CacheFields(BaseModel):
+    """The fields, for a request's model to inherit."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    cache_salt: str | None = None
+    prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
+    prompt_cache_options: PromptCacheOptions | None = None
+    prompt_cache_breakpoint: Any = Field(
+        None,
+        description="Keep the prompt's beginning cached: true, or {ttl, at}, or up to 4 of them. at: characters of a "
+        "text, tokens of token ids; null: to its end.",
+    )
+
+
+def caching(
+    state: AppState,
+    body: CacheFields,
+    *,
+    extra_key: str | None = None,
+    marks: Sequence[tuple[int, str | float | None]] = (),
+) -> dict[str, Any]:
+    """``namespace``, ``breakpoints`` and ``private`` of a `Prompt`, from what the request says.
+
+    ``marks``: breakpoints within a rendered conversation, (position in characters, ttl); see `chat.marks`. Of more
+    than four the last four count, as OpenAI has it. Raises `InvalidRequest`.
+    """
+    for name, label in (
+        ("cache_salt", body.cache_salt),
+        ("extra_key", extra_key),
+        ("prompt_cache_key", body.prompt_cache_key),
+    ):
+        check_label(label, name)
+    options = body.prompt_cache_options or PromptCacheOptions(ttl=None)
+    mode = options.mode or "auto"
+    if mode not in MODES:
+        raise bad("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {shown(mode)}")
+    longest = state.config.engine.max_pin_ttl
+    usual = min(DEFAULT_TTL, longest)
+    if options.ttl is not None:
+        usual = seconds(options.ttl, longest, "prompt_cache_options.ttl")
+    found = [*marks, *_asked(body.prompt_cache_breakpoint)]
+    breakpoints = [
+        (at, usual if ttl is None else seconds(ttl, longest, "prompt_cache_breakpoint.ttl")) for at, ttl in found
+    ]
+    if mode == "off":
+        if breakpoints or options.ttl is not None:
+            raise bad(
+                "prompt_cache_options.mode", "off keeps nothing, and a breakpoint or a ttl asks to keep something"
+            )
+        owner, _ = state.namespaces.of(None)
+        return {"namespace": (owner, f"private-{secrets.token_hex(16)}"), "private": True}
+    if options.ttl is not None and mode != "explicit":
+        breakpoints.append((_END, usual))
+    return {
+        "namespace": state.namespaces.of(body.cache_salt, extra_key, body.prompt_cache_key),
+        "breakpoints": tuple(breakpoints[-MAX_BREAKPOINTS:]),
+    }
+
+
+def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -> float:
+    """``30``, ``"30s"``, ``"5m"``, ``"1h"``, ``"1d"``. ``flag``: what sets the bound."""
+    value = -1.0
+    if isinstance(ttl, str):
+        match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", ttl)
+        value = float(match[1]) * _UNITS[match[2]] if match else -1.0
+    elif isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
+        value = float(ttl)
+    if not 0 < value <= longest:
+        raise bad(
+            field,
+            f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown(ttl)}",
+        )
+    return value
+
+
+def part_ttl(part: Mapping[str, Any], where: str) -> tuple[str | float | None] | None:
+    """Whether a content part ends a prefix to keep, in OpenAI's words or Anthropic's: (its ttl,), or None."""
+    ours, theirs = part.get("prompt_cache_breakpoint"), part.get("cache_control")
+    if ours is None and theirs is None:
+        return None
+    name = "prompt_cache_breakpoint" if ours is not None else "cache_control"
+    given = ours if ours is not None else theirs
+    if given is True and ours is not None:
+        return (None,)
+    if not isinstance(given, Mapping):
+        raise bad(f"{where}.{name}", f"must be an object, got {type(given).__name__}")
+    if theirs is not None and ours is None and given.get("type") != "ephemeral":
+        raise bad(f"{where}.cache_control.type", f"must be ephemeral, got {shown(given.get('type'))}")
+    ttl = given.get("ttl")
+    return (ANTHROPIC_TTL if ttl is None and ours is None else ttl,)
+
+
+def _asked(value: Any) -> list[tuple[int, str | float | None]]:
+    field = "prompt_cache_breakpoint"
+    if value is None or value is False:
+        return []
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > MAX_BREAKPOINTS:
+        raise bad(field, f"must be at most {MAX_BREAKPOINTS}, got {len(entries)}")
+    found: list[tuple[int, str | float | None]] = []
+    for entry in entries:
+        if entry is True:
+            found.append((_END, None))
+            continue
+        if not isinstance(entry, dict):
+            raise bad(field, f"must be true or an object with ttl and at, got {type(entry).__name__}")
+        at = entry.get("at")
+        if at is None:
+            at = _END
+        elif not isinstance(at, int) or isinstance(at, bool) or not 0 < at < 2**31:
+            raise bad(f"{field}.at", f"must be a position from 1 on, got {shown(at)}")
+        found.append((at, entry.get("ttl")))
+    return found

@@ -1,0 +1,142 @@
+"""From a request's prompts to what the engine client takes: one validator for both dialects."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from ....chat.json_bounds import deeper_than_now
+from ....config import ServerConfig
+from ....constraint import Constraint, constraint_of
+from ....errors import InvalidRequest
+from ....limits import MAX_LABEL, check_token_ids, fit
+from ....messages import Limits
+from ....sampling_params import SamplingParams, validate
+from ..engine_client import Prompt
+from ..plumbing.errors import bad
+
+Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
+MAX_PRIORITY = 2**31 - 1
+
+
+def prepare_params(
+    params: SamplingParams, limits: Limits, names: Mapping[str, str], config: ServerConfig
+) -> SamplingParams:
+    """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`.
+
+    What the output must be is bounded as the client sent it: before anything is added to it. A schema becomes text: it
+    may hold numbers that no message between processes does.
+    """
+    validate(params, limits.vocab_size, names)
+    for field, asked, most, what in (
+        ("n", params.n, config.max_n, "must be at most"),
+        ("stop", len(params.stop), config.max_stop_strings, "must hold no more strings than"),
+        ("stop", max(map(len, params.stop), default=0), config.max_stop_length, "must hold no string longer than"),
+        ("logit_bias", len(params.logit_bias), config.max_logit_bias, "must hold no more entries than"),
+        ("logprobs", params.logprobs or 0, config.max_top_logprobs, "must be at most"),
+    ):
+        if asked > most:
+            name = names.get(field, field)
+            raise bad(name, f"{what} {most}, got {asked}")
+    constraint = constraint_of(params)
+    if constraint is not None:
+        _check_constraint(constraint, params.constraint_name or constraint.kind, config)
+        if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's
+            return msgspec.structs.replace(params, json_schema=constraint.text)
+    return params
+
+
+def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:
+    """Size and depth; whether it can be enforced is for the compiler to say."""
+    text, most = constraint.text.encode(), config.max_schema_bytes
+    if len(text) > most:
+        raise bad(name, f"must be at most {most} bytes, got {len(text)}")
+    if constraint.kind == "json_schema" and deeper_than_now(text, config.max_schema_depth):
+        raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
+
+
+def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
+    """How many prompts, and how many samples of them all."""
+    if prompts > config.max_prompts_per_request:
+        raise bad(field, f"must be at most {config.max_prompts_per_request} prompts, got {prompts}")
+    check_count(prompts * n, config.max_samples_per_request, field)
+
+
+def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
+    """The prompts of a field that takes ``str | list[str] | list[int] | list[list[int]]``, and whether it is a list.
+
+    An array is one prompt of token ids; see `id_arrays`.
+
+    Raises `InvalidRequest` for anything else, naming the element.
+    """
+    if isinstance(value, (str, np.ndarray)):
+        return [value], False
+    if not isinstance(value, list):
+        raise bad(
+            field,
+            "must be a string, a list of strings, a list of token ids or a list of such lists, "
+            f"got {type(value).__name__}",
+        )
+    if not value:
+        raise bad(field, "must not be empty")
+    if not isinstance(value[0], (str, list, np.ndarray)):
+        return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
+    kind = type(value[0])
+    for i, element in enumerate(value):
+        if type(element) is not kind:
+            raise InvalidRequest(
+                f"{field}[{i}] must be a {_NAMES[kind]} like the first element, got {type(element).__name__}",
+                field=field,
+            )
+    return value, True
+
+
+_NAMES: dict[type, str] = {str: "string", list: "list of token ids", np.ndarray: "list of token ids"}
+
+
+def check_count(samples: int, bound: int, field: str) -> None:
+    """Prompts × n against the server's bound."""
+    if samples > bound:
+        raise InvalidRequest(
+            f"{field}: prompts × n = {samples} is more than the {bound} samples one request may ask for", field=field
+        )
+
+
+def make_prompt(
+    prompt: str | Ids,
+    params: SamplingParams,
+    limits: Limits,
+    field: str,
+    names: Mapping[str, str],
+    **where: Any,
+) -> Prompt:
+    """Token ids are checked here; a text's length in tokens is checked by the tokenizer process, the same way."""
+    called = (field, names.get("max_tokens", "max_tokens"))
+    if isinstance(prompt, str):
+        if not prompt:
+            raise bad(field, "must not be empty")
+        return Prompt(params, text=prompt, names=called, **where)
+    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])  # first: it bounds what is looked at
+    tokens = token_bytes(prompt, limits.vocab_size, field)
+    return Prompt(params, tokens=tokens, names=called, **where)
+
+
+def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
+    """Checked token ids as int32 bytes."""
+    check_token_ids(ids, vocab_size, field)
+    return ids.astype("<i4").tobytes() if isinstance(ids, np.ndarray) else array("i", ids).tobytes()
+
+
+def check_label(value: str | None, field: str) -> None:
+    if value is not None and len(value) > MAX_LABEL:
+        raise bad(field, f"must be at most {MAX_LABEL} characters, got {len(value)}")
+
+
+def check_priority(value: int, field: str = "priority") -> int:
+    if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
+        raise bad(field, f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
+    return value

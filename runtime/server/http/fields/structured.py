@@ -1,0 +1,72 @@
+"""The constraint on an output, in the words of OpenAI, vLLM and SGLang: each becomes one field of `SamplingParams`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..plumbing.errors import bad, shown
+
+if TYPE_CHECKING:
+    from .requests import Structured
+
+_ANY_OBJECT = '{"type":"object"}'
+
+# vLLM's names within structured_outputs, and after "guided_".
+_VLLM = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "ebnf"}
+
+
+def constraint(request: Structured) -> dict[str, Any]:
+    """Fields of `SamplingParams`: the one that constrains, and what the client calls it; none if nothing does.
+
+    Sizes and contents are checked later, here only who says what. Raises `InvalidRequest`.
+    """
+    found: list[tuple[str, str, Any]] = []  # our field, the client's, its value
+    for ours in ("regex", "json_schema", "ebnf"):
+        found.append((ours, ours, getattr(request, ours)))
+    for theirs, ours in _VLLM.items():
+        found.append((ours, f"guided_{theirs}", getattr(request, f"guided_{theirs}")))
+    if request.structured_outputs is not None:
+        found += _structured_outputs(request.structured_outputs)
+    if request.response_format is not None:
+        found.append(("json_schema", "response_format", _response_format(request.response_format)))
+    given = [one for one in found if one[2] is not None]
+    if not given:
+        return {}
+    if len(given) > 1:
+        first, second = given[0][1], given[1][1]
+        raise bad(second, f"cannot be combined with {first}: an output has one constraint")
+    ours, theirs, value = given[0]
+    return {ours: tuple(value) if isinstance(value, list) else value, "constraint_name": theirs}
+
+
+def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    found: list[tuple[str, str, Any]] = []
+    for name, value in options.items():
+        field = f"structured_outputs.{name[:60]}"
+        if value is None or value is False:
+            continue
+        if name == "json_object":
+            found.append(("json_schema", field, _ANY_OBJECT))
+        elif name in _VLLM:
+            found.append((_VLLM[name], field, value))
+        else:
+            raise bad(field, "is not supported by this server")
+    if not found:
+        raise bad("structured_outputs", "must have json, regex, choice or grammar")
+    return found
+
+
+def _response_format(wanted: Mapping[str, Any]) -> Any:
+    """The JSON schema asked for, or None where any text will do."""
+    kind = wanted.get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return _ANY_OBJECT
+    if kind != "json_schema":
+        raise bad("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    named = wanted.get("json_schema")
+    if not isinstance(named, Mapping) or not isinstance(named.get("schema"), (Mapping, str)):
+        raise bad("response_format.json_schema", "must be an object with a schema")
+    return named["schema"]

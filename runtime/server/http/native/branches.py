@@ -1,0 +1,361 @@
+"""``/branches``: prompts the server remembers, so that a client sends only what is new."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ....errors import BranchwiseError, InvalidRequest
+from ....limits import fit
+from ....messages import BranchOp, BranchRun, Piece
+from ....sampling_params import SamplingParams
+from ....scheduler.branches.registry import MAX_FORK
+from ....scheduler.branches.scores import Score, ScoreCollector
+from ....tokenizer.pieces import check_no_special, rendered_piece
+from ..fields.answer import Answer
+from ..fields.cache import seconds
+from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
+from ..fields.requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
+from ..openai.chat.turn import conversation_text
+from ..plumbing.body import read_json_object
+from ..plumbing.errors import bad, describe, shown
+from ..plumbing.openapi import query, takes
+from ..plumbing.respond import respond
+from ..plumbing.sse import json_response, wait
+from ..state import AppState
+
+MAX_OPS = 1024  # of one batch
+_NO_TOKENS = SamplingParams(max_tokens=0)
+_FLAG = {"type": "boolean", "default": False}
+
+Tokens = Any  # list[int], or an array: checked with the vocabulary at hand
+
+
+class ExtendRequest(Strict):
+    """Exactly one of ``text`` and ``input_ids``."""
+
+    text: str | None = None
+    input_ids: Tokens = Field(None, description="A list of token ids.")
+    parse_special: bool | None = Field(None, description="Whether special tokens may be spelled out in the text.")
+
+
+class CreateRequest(ExtendRequest):
+    """A branch of a text, of token ids, of messages, of another branch, or of nothing yet."""
+
+    messages: list[Any] | None = Field(
+        None, description="A conversation, with the fields of a chat that shape its prompt: tools and so on."
+    )
+    parent: str | None = None
+    cache_salt: str | None = None
+    extra_key: str | None = None
+    prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
+    ttl: str | float | int | None = Field(
+        None, description="Seconds it lives after each use, or a number with s, m, h or d. Default: the server's."
+    )
+
+
+# A branch has its part of the cache from the beginning, and holds what it has of it: nothing to say later.
+_PARTITION = ("cache_salt", "extra_key", "prompt_cache_key")
+_CREATE_UNSUPPORTED = UNSUPPORTED | {"prompt_cache_options", "prompt_cache_breakpoint"}
+_UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION}
+
+
+class ForkRequest(Strict):
+    n: int = 1
+
+
+class RunRequest(Strict):
+    """SGLang's ``/generate`` on a branch: the same fields, the same answer. ``extend`` is appended first."""
+
+    extend: str | Tokens = None
+    parse_special: bool = False
+    sampling_params: dict[str, Any] | None = None
+    stream: bool = False
+    rid: str | None = None
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    return_text_in_logprobs: bool = False
+    return_prompt_token_ids: bool = False
+    priority: int = 0
+
+
+class ScoreRequest(Strict):
+    """``continuations``: texts or lists of token ids."""
+
+    continuations: list[Any]
+    parse_special: bool = False
+    unconditional: bool = False
+    priority: int = 0
+
+
+class BatchRequest(Strict):
+    ops: list[Any] = Field(
+        description=f"1 to {MAX_OPS} operations: each has op (create, fork, extend or delete), id but for create, and "
+        "the fields of its own route."
+    )
+
+
+class Operation(Strict):
+    """One of a batch: the fields of its own route, what it is, and the branch's id where the route has one."""
+
+    op: Literal["create", "fork", "extend", "delete"]
+    id: str = ""
+
+
+def router(state: AppState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/branches", openapi_extra=takes(CreateRequest))
+    async def create(request: Request) -> Response:
+        """A new branch: of a text, of token ids, of messages, of another branch, or of nothing yet."""
+        return json_response(await _create(state, await read_json_object(request)))
+
+    @routes.get("/branches")
+    async def counts() -> Response:
+        """How many branches there are and what they hold."""
+        facts = await state.client.control("branches")
+        return json_response(facts | {"max_branches": state.config.engine.max_branches})
+
+    @routes.post("/branches/batch", openapi_extra=takes(BatchRequest))
+    async def batch(request: Request) -> Response:
+        """Creates, forks, extensions and deletions in one round trip. They are done in order; one that fails has its
+        error in its place, and the others go on."""
+        ops = parse(BatchRequest, await read_json_object(request)).ops
+        if not 1 <= len(ops) <= MAX_OPS:
+            raise bad("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
+        return json_response({"results": await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))})
+
+    @routes.get(
+        "/branches/{id}", openapi_extra=query(text=(_FLAG, "Add its text."), input_ids=(_FLAG, "Add its tokens."))
+    )
+    async def get(id: str, request: Request) -> Response:
+        """What a branch is. All of its text and tokens only if asked for."""
+        with_text, with_ids = (_flag(request, name) for name in ("text", "input_ids"))
+        facts = await state.client.operate(_about(state, id, "get", tokens=with_text or with_ids))
+        tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()
+        if with_text:
+            facts["text"] = state.tokenizer.decode(tokens, skip_special_tokens=False) + facts["pending_text"]
+        if with_ids:
+            facts["input_ids"] = tokens
+        return json_response(facts)
+
+    @routes.delete("/branches/{id}")
+    async def delete(id: str) -> Response:
+        """Ends a branch, and what it is generating."""
+        return json_response(await state.client.operate(_about(state, id, "delete")))
+
+    @routes.post("/branches/{id}/fork", openapi_extra=takes(ForkRequest))
+    async def fork(id: str, request: Request) -> Response:
+        """Makes ``n`` branches that are as this one is now."""
+        return json_response(await _fork(state, id, await read_json_object(request)))
+
+    @routes.post("/branches/{id}/extend", openapi_extra=takes(ExtendRequest))
+    async def extend(id: str, request: Request) -> Response:
+        """Appends text, tokenized by itself, or token ids, to a branch."""
+        return json_response(await _extend(state, id, await read_json_object(request)))
+
+    @routes.post("/branches/{id}/generate", openapi_extra=takes(RunRequest))
+    async def generate(id: str, request: Request) -> Response:
+        """Generates on a branch. What is returned stays in it, but for stop tokens and stop strings. Of ``n`` samples
+        the first one stays."""
+        body = parse(RunRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
+        params = prepare_params(
+            generate_sampling(
+                parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
+                state.preferred,
+                body.top_logprobs_num if body.return_logprob else None,
+                body.logprob_start_len,
+            ),
+            state.client.limits,
+            GENERATE_NAMES,
+            state.config,
+        )
+        check_label(body.rid, "rid")
+        answer = _BranchAnswer(state, body, id, params)
+        run = BranchRun(
+            [],
+            id,
+            state.namespaces.of(None),
+            params,
+            None if body.extend is None else _piece(state, body.extend, body.parse_special, "extend"),
+            priority=check_priority(body.priority),
+            echo_tokens=body.return_prompt_token_ids,
+            max_tokens=GENERATE_NAMES["max_tokens"],
+            whole=not body.stream,
+        )
+        call = state.client.open_run(run, params.n, body.rid or None)
+        return await respond(call, request, answer, stream=body.stream)
+
+    @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
+    async def score(id: str, request: Request) -> Response:
+        """Logprobs of every continuation's tokens after a branch, which stays as it is. ``unconditional``: also those
+        of the same tokens by themselves."""
+        body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
+        if not body.continuations:
+            raise bad("continuations", "must not be empty")
+        requests = len(body.continuations) * (1 + body.unconditional)
+        check_count(requests, state.config.max_samples_per_request, "continuations")
+        pieces = [
+            _piece(state, continuation, body.parse_special, f"continuations[{i}]")
+            for i, continuation in enumerate(body.continuations)
+        ]
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        run = BranchRun([], id, state.namespaces.of(None), params, continuations=pieces, whole=True)
+        run.unconditional, run.priority = body.unconditional, check_priority(body.priority)
+        collector = ScoreCollector(requests, unconditional=body.unconditional)
+        call = state.client.open_run(run, requests)
+        with call:
+            for index, delta in await wait(call, request.receive, call.all):
+                if delta.finish is not None and delta.finish.reason == "abort":
+                    raise InvalidRequest("the branch was deleted while it was scored", field="branch", status=410)
+                collector.feed(index, delta)
+        return json_response({"scores": [_described(score) for score in collector.scores]})
+
+    return routes
+
+
+class _BranchAnswer(Answer):
+    """``meta_info.cache`` has ``refilled`` too: tokens computed again, for their pages were lost to memory pressure.
+    ``meta_info.branch`` in the end: how many of ``output_ids`` stay, and the text after them that has no tokens yet."""
+
+    def __init__(self, state: AppState, body: RunRequest, branch: str, params: SamplingParams) -> None:
+        super().__init__(state.tokenizer, body.return_text_in_logprobs, body.return_prompt_token_ids)
+        self._branch = branch
+        self.expect(body.rid or uuid.uuid4().hex, params)
+        self.is_list = params.n > 1
+
+    def result(self, index: int) -> dict[str, Any]:
+        result, output = super().result(index), self.outputs[index]
+        if output.cache is not None:
+            result["meta_info"]["cache"]["refilled"] = output.cache.refilled
+        if output.settled is not None:
+            settled = output.settled
+            result["meta_info"]["branch"] = {
+                "id": self._branch,
+                "num_tokens": output.prompt_tokens + settled.kept,
+                "kept_tokens": settled.kept,
+                "pending_text": settled.rest,
+            }
+        return result
+
+
+async def _one(state: AppState, i: int, raw: Any) -> Any:
+    try:
+        if not isinstance(raw, dict):
+            raise InvalidRequest(f"ops[{i}] must be an object, got {type(raw).__name__}", field=f"ops[{i}]")
+        op = parse(Operation, raw, f"ops[{i}].")
+        match op.op:
+            case "create":
+                return await _create(state, raw, f"ops[{i}].")
+            case "fork":
+                return await _fork(state, op.id, raw, f"ops[{i}].")
+            case "extend":
+                return await _extend(state, op.id, raw, f"ops[{i}].")
+            case "delete":
+                return await state.client.operate(_about(state, op.id, "delete"))
+    except BranchwiseError as error:
+        status, body = describe(error)
+        return body | {"status": status}
+
+
+async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> Any:
+    body = parse(CreateRequest, raw, within, _CREATE_UNSUPPORTED)
+    if sum(given is not None for given in (body.text, body.input_ids, body.messages)) > 1:
+        raise InvalidRequest(f"{within}give one of text, input_ids and messages", field=f"{within}text")
+    partition = [getattr(body, name) for name in _PARTITION]
+    for name, label in zip(_PARTITION, partition, strict=True):
+        check_label(label, f"{within}{name}")
+    for name in (*_PARTITION, "messages"):
+        if body.parent and getattr(body, name):
+            raise bad(f"{within}{name}", "is its parent's; leave it out")
+    if body.messages is not None:
+        piece: Piece | None = await _conversation(state, raw, within, bool(body.parse_special))
+    else:
+        # A prompt is read as /generate reads it; what goes on from another branch, as /extend does.
+        trusted = not body.parent if body.parse_special is None else body.parse_special
+        piece = _given(state, body, trusted, within)
+    longest = state.config.engine.branch_ttl
+    ttl = None if body.ttl is None else seconds(body.ttl, longest, f"{within}ttl", "--branch-ttl")
+    op = BranchOp(0, "create", state.namespaces.of(*partition), body.parent or "", piece, ttl=ttl)
+    return await state.client.operate(op)
+
+
+async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
+    """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
+    text, chat = await conversation_text(state, raw, within)
+    if not parse_special:
+        check_no_special(state.tokenizer, chat.messages)
+    return rendered_piece(text)
+
+
+async def _fork(state: AppState, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
+    n = parse(ForkRequest, raw, within, _UNSUPPORTED).n
+    if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
+        raise bad(f"{within}n", f"must be between 1 and {MAX_FORK}, got {n}")
+    return await state.client.operate(_about(state, id, "fork", n=n))
+
+
+async def _extend(state: AppState, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
+    body = parse(ExtendRequest, raw, within, _UNSUPPORTED)
+    piece = _given(state, body, bool(body.parse_special), within)
+    if piece is None:
+        raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
+    return await state.client.operate(_about(state, id, "extend", piece=piece))
+
+
+def _given(state: AppState, body: ExtendRequest, parse_special: bool, within: str) -> Piece | None:
+    if body.text is not None and body.input_ids is not None:
+        raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
+    if body.text is not None:
+        return _piece(state, body.text, parse_special, f"{within}text")
+    if isinstance(body.input_ids, str):
+        raise bad(f"{within}input_ids", "must hold token ids, got str")
+    return None if body.input_ids is None else _piece(state, body.input_ids, False, f"{within}input_ids")
+
+
+def _piece(state: AppState, value: Any, parse_special: bool, field: str) -> Piece:
+    """Raises `InvalidRequest` unless it is text or token ids of the model's vocabulary."""
+    if isinstance(value, str):
+        return Piece(value, parse_special=parse_special)
+    if not isinstance(value, (list, np.ndarray)):
+        raise bad(field, f"must be a string or a list of token ids, got {type(value).__name__}")
+    if not len(value):
+        return Piece(tokens=b"")
+    limits = state.client.limits
+    fit(len(value), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+    return Piece(tokens=token_bytes(value, limits.vocab_size, field))
+
+
+def _about(state: AppState, id: str, what: Literal["fork", "extend", "get", "delete"], **fields: Any) -> BranchOp:
+    if not id:
+        raise InvalidRequest("a branch must be named", field="id")
+    return BranchOp(0, what, state.namespaces.of(None), id, **fields)
+
+
+def _described(score: Score) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "token_ids": score.token_ids,
+        "logprobs": score.logprobs,
+        "sum": score.sum,
+        "mean": score.mean,
+        "cached_tokens": score.cached_tokens,
+        "prompt_tokens": score.prompt_tokens,
+    }
+    if score.unconditional is not None:
+        alone = score.unconditional
+        described["unconditional"] = {"logprobs": alone.logprobs, "sum": alone.sum, "mean": alone.mean}
+    return described
+
+
+def _flag(request: Request, name: str) -> bool:
+    value = request.query_params.get(name, "false")
+    if value not in ("true", "false", "1", "0"):
+        raise bad(name, f"must be true or false, got {shown(value)}")
+    return value in ("true", "1")

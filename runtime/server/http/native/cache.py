@@ -1,0 +1,215 @@
+"""``/cache/...``: what the cache did, would do, and is asked to do. Everything is about the caller's own part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ....errors import InvalidRequest
+from ....limits import fit
+from ....messages import ControlWhat
+from ....outputs import Output
+from ....sampling_params import SamplingParams
+from ..fields.cache import CacheFields, caching, seconds
+from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
+from ..fields.requests import Prompts, Strict, parse
+from ..openai.chat.turn import conversation_text
+from ..plumbing.auth import is_admin, require_admin
+from ..plumbing.body import read_json_object
+from ..plumbing.errors import bad
+from ..plumbing.openapi import takes
+from ..plumbing.sse import json_response, wait
+from ..state import AppState
+from .tokens import token_ids
+
+DEFAULT_TTL = 300.0  # seconds, of a pin
+_WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
+_NO_TOKENS = SamplingParams(max_tokens=0)
+_CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
+
+Text = str | Ids
+
+
+class PromptRequest(CacheFields):
+    """One prompt: ``prompt`` (text or token ids), ``input_ids``, or ``messages`` with the fields of a chat."""
+
+    prompt: Prompts = Field(None, description="A string or a list of token ids.")
+    input_ids: Prompts = Field(None, description="A list of token ids.")
+    messages: list[Any] | None = None
+    extra_key: str | None = None
+
+
+class PinRequest(PromptRequest):
+    ttl: str | float | int | None = Field(None, description="Seconds, or a number with s, m, h or d. Default: 300.")
+    warm: bool = Field(False, description="Compute first what is not cached.")
+
+
+class UnpinRequest(Strict):
+    id: str
+
+
+class WarmRequest(CacheFields):
+    """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay, as for any other request."""
+
+    prompts: Prompts = Field(description="A list of strings, or a list of lists of token ids.")
+    extra_key: str | None = None
+    priority: int = 0
+
+
+def router(state: AppState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/cache/stats")
+    async def stats() -> Response:
+        """What the cache did: sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's
+        pages and all keys' sums: with the admin key only."""
+        return json_response(await _ask(state, "cache_stats", state.namespaces.of(None), everything=is_admin()))
+
+    @routes.post("/cache/explain", openapi_extra=takes(PromptRequest))
+    async def explain(request: Request) -> Response:
+        """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
+        raw = await read_json_object(request)
+        body = parse(PromptRequest, raw, unsupported=frozenset())
+        prompt, field = await _prompt(state, body, raw)
+        tokens = await _tokens(state, prompt, field, rendered=raw.get("messages") is not None)
+        facts = await _ask(state, "cache_explain", _namespace(state, body), tokens=tokens)
+        stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
+        following = memoryview(stopped).cast("i").tolist()
+        facts["continues_with"] = state.tokenizer.decode(following, skip_special_tokens=False)
+        return json_response(facts)
+
+    @routes.post("/cache/pin", openapi_extra=takes(PinRequest))
+    async def pin(request: Request) -> Response:
+        """Keeps what is cached of a prompt until its ``ttl`` is over. Neither memory pressure nor others end it.
+
+        ``missing_tokens``: those that are not cached and so not kept; ``warm`` computes them first.
+        """
+        raw = await read_json_object(request)
+        body = parse(PinRequest, raw, unsupported=frozenset())
+        longest = state.config.engine.max_pin_ttl
+        ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
+        prompt, field = await _prompt(state, body, raw)
+        is_chat = raw.get("messages") is not None
+        tokens = await _tokens(state, prompt, field, rendered=is_chat)
+        namespace = _namespace(state, body)
+        facts: dict[str, Any] = {}
+        for _ in range(_WARM_TRIES if body.warm else 1):
+            if facts:  # the try before kept less than all
+                await _ask(state, "cache_unpin", namespace, pin=facts["id"])
+            if body.warm:
+                await _compute(state, request, [prompt], field, {"namespace": namespace, "rendered": is_chat})
+            facts = await _ask(state, "cache_pin", namespace, tokens=tokens, ttl=ttl)
+            if not facts["missing_tokens"]:
+                break
+        return json_response(facts)
+
+    @routes.post("/cache/unpin", openapi_extra=takes(UnpinRequest))
+    async def unpin(request: Request) -> Response:
+        """Ends a pin before its time."""
+        body = parse(UnpinRequest, await read_json_object(request))
+        if not body.id:
+            raise bad("id", "must not be empty")
+        return json_response(await _ask(state, "cache_unpin", state.namespaces.of(None), pin=body.id))
+
+    @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
+    async def evict(request: Request) -> Response:
+        """Forgets a prompt and all that begins with it. What is running, held by a branch, or pinned stays, and what
+        other prompts share with it."""
+        require_admin()
+        raw = await read_json_object(request)
+        body = parse(PromptRequest, raw, unsupported=frozenset())
+        prompt, field = await _prompt(state, body, raw)
+        tokens = await _tokens(state, prompt, field, rendered=raw.get("messages") is not None)
+        return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
+
+    @routes.post("/cache/warm", openapi_extra=takes(WarmRequest))
+    async def warm(request: Request) -> Response:
+        """Computes prompts without generating anything."""
+        body = parse(WarmRequest, await read_json_object(request))
+        prompts, is_list = split_prompts(body.prompts, "prompts")
+        if not is_list:
+            raise bad("prompts", "must be a list of strings or of lists of token ids")
+        where = caching(state, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
+        if where.get("private"):
+            raise bad("prompt_cache_options.mode", "off would leave nothing")
+        outputs = await _compute(state, request, prompts, "prompts", where)
+        return json_response({"results": [_warmed(output) for output in outputs]})
+
+    return routes
+
+
+async def _ask(state: AppState, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = await state.client.control(what, {"namespace": namespace, **question})
+    except InvalidRequest as error:
+        error.code = _CODES.get(error.status)
+        raise
+    return answer
+
+
+def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
+    where = caching(state, body, extra_key=body.extra_key)
+    if where.get("private") or where["breakpoints"]:
+        field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
+        raise bad(field, "means nothing here: this route asks about a prompt, it sends none")
+    namespace: tuple[str, str] = where["namespace"]
+    return namespace
+
+
+async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) -> tuple[Text, str]:
+    """The one prompt, and what the client calls it."""
+    state.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
+    given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
+    if len(given) != 1:
+        raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
+    [field] = given
+    if field == "messages":
+        text, _ = await conversation_text(state, raw)
+        return text, field
+    prompts, is_list = split_prompts(getattr(body, field), field)
+    if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
+        raise bad(field, "must be one prompt")
+    if not len(prompts[0]):
+        raise bad(field, "must not be empty")
+    return prompts[0], field
+
+
+async def _tokens(state: AppState, prompt: Text, field: str, *, rendered: bool) -> bytes:
+    """int32 bytes, as the prompt's requests will have them."""
+    if not isinstance(prompt, str):
+        limits = state.client.limits
+        fit(len(prompt), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+        return token_bytes(prompt, limits.vocab_size, field)
+    ids = await token_ids(state, prompt, field, special=not rendered)
+    return ids.astype("<i4", copy=False).tobytes()
+
+
+async def _compute(
+    state: AppState, request: Request, prompts: list[Text], field: str, where: Mapping[str, Any]
+) -> list[Output]:
+    check_prompts(len(prompts), 1, state.config, field)
+    limits = state.client.limits
+    called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
+    call = state.client.open(
+        [
+            make_prompt(prompt, _NO_TOKENS, limits, name, {}, whole=True, **where)
+            for prompt, name in zip(prompts, called, strict=True)
+        ]
+    )
+    outputs = [Output() for _ in prompts]
+    with call:
+        for index, delta in await wait(call, request.receive, call.all):
+            outputs[index].feed(delta)
+    return outputs
+
+
+def _warmed(output: Output) -> dict[str, Any]:
+    report = output.cache
+    facts: dict[str, Any] = {"prompt_tokens": output.prompt_tokens, "cached_tokens": output.cached_tokens}
+    if report is not None:
+        facts |= {"cache_write_tokens": report.write_tokens, "pinned_tokens": report.pinned_tokens}
+        facts["reason"] = report.reason
+    return facts

@@ -1,0 +1,133 @@
+"""The model's tokenizer: ``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info`` in vLLM's shapes, and
+``GET /tokenizer``, all of it, for clients that keep tokens themselves."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from ....errors import InvalidRequest
+from ....limits import check_token_ids
+from ..fields.requests import Prompts, Strict, parse
+from ..openai.chat.turn import conversation_text
+from ..plumbing.body import read_json_object
+from ..plumbing.errors import bad
+from ..plumbing.openapi import takes
+from ..plumbing.sse import json_response
+from ..state import AppState
+
+MAX_IDS = 1_000_000  # of one request to /detokenize
+MAX_TEXT = 1_000_000  # bytes of a text that is tokenized for its own sake
+INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
+
+
+class TokenizeRequest(Strict):
+    """A ``prompt``, or ``messages`` with the fields of a chat that shape its prompt."""
+
+    prompt: str | None = None
+    messages: list[Any] | None = None
+    model: str | None = None
+    add_special_tokens: bool | None = Field(None, description="null: for a prompt, not for messages.")
+    return_token_strs: bool = False
+
+
+class DetokenizeRequest(Strict):
+    tokens: Prompts = Field(description="A list of token ids.")
+    model: str | None = None
+
+
+def router(state: AppState) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+    async def tokenize(request: Request) -> Response:
+        """The tokens of a prompt, or of the prompt that a conversation becomes."""
+        raw = await read_json_object(request)
+        asked = raw.pop("add_special_tokens", None)  # `parse` knows it as a field that no route takes
+        if asked is not None and not isinstance(asked, bool):
+            raise bad("add_special_tokens", f"must be true or false, got {type(asked).__name__}")
+        body = parse(TokenizeRequest, raw, unsupported=frozenset())
+        state.check_model(body.model)
+        limits = state.client.limits
+        if (body.prompt is None) == (raw.get("messages") is None):
+            raise InvalidRequest("give exactly one of prompt and messages", field="prompt")
+        if body.prompt is not None:
+            text, special, field = body.prompt, asked is not False, "prompt"
+        else:
+            text, _ = await conversation_text(state, raw)
+            special, field = bool(asked), "messages"
+        tokens = (await token_ids(state, text, field, special=special)).tolist()
+        named = await _texts(state, tokens) if body.return_token_strs else None
+        answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
+        return json_response(answer)
+
+    @routes.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+    async def detokenize(request: Request) -> Response:
+        """The text of tokens, special ones spelled out."""
+        body = parse(DetokenizeRequest, await read_json_object(request))
+        state.check_model(body.model)
+        vocab_size = state.client.limits.vocab_size
+        if not isinstance(body.tokens, (list, np.ndarray)):
+            raise bad("tokens", f"must be a list, got {type(body.tokens).__name__}")
+        if len(body.tokens) > MAX_IDS:
+            raise bad("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
+        if len(body.tokens):
+            check_token_ids(body.tokens, vocab_size, "tokens")
+        if len(body.tokens) > INLINE:
+            text = await asyncio.to_thread(state.tokenizer.decode, body.tokens, False)
+        else:
+            text = state.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        return json_response({"prompt": text})
+
+    @routes.get("/tokenizer_info")
+    async def tokenizer_info() -> Response:
+        """The tokenizer: its size, its special tokens, its chat template."""
+        limits = state.client.limits
+        tokenizer = state.tokenizer
+        template = tokenizer.chat_template
+        return json_response(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": limits.max_model_len,
+                **tokenizer.special_tokens,
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token_id": tokenizer.eos_id,
+                "special_tokens": {tokenizer.token_text(id): id for id in sorted(tokenizer.special_ids)},
+                "chat_template": None if template is None else template.source,
+            }
+        )
+
+    whole: list[bytes] = []  # megabytes, and the same for everybody
+
+    @routes.get("/tokenizer")
+    async def tokenizer() -> Response:
+        """As `Tokenizer.dump` has it."""
+        _ = state.client.limits  # raises until there is a tokenizer
+        if not whole:
+            whole.append(await asyncio.to_thread(lambda: msgspec.json.encode(state.tokenizer.dump())))
+        return Response(whole[0], media_type="application/json")
+
+    return routes
+
+
+async def token_ids(state: AppState, text: str, field: str, *, special: bool) -> npt.NDArray[np.int32]:
+    """int32 [n]. ``special``: with the tokens the tokenizer puts around a text; ``field``: what the client calls it."""
+    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    if size > MAX_TEXT:
+        raise InvalidRequest(f"{field} must be at most {MAX_TEXT} bytes to be tokenized, got {size}", field=field)
+    encode = state.tokenizer.encode
+    return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+
+
+async def _texts(state: AppState, tokens: list[int]) -> list[str]:
+    def texts() -> list[str]:
+        return [state.tokenizer.token_text(id) for id in tokens]
+
+    return texts() if len(tokens) <= INLINE else await asyncio.to_thread(texts)

@@ -1,0 +1,99 @@
+"""The radix tree for people: the dump with the text of each node's first tokens, and a drawing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from ....tokenizer.tokenizer import Tokenizer
+
+_SHOWN = 48  # characters of a node's text
+_HEAD = 8  # of those, how many stay of a beginning that siblings share
+_BEFORE = 6  # and how many before the place where they part
+
+
+def add_text(dump: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+    """Gives every node of ``RadixTree.dump`` a ``text``: that of the tokens in its ``preview``. Changes it in place."""
+    nodes = [child for namespace in dump["namespaces"] for child in namespace["children"]]
+    while nodes:
+        node = nodes.pop()
+        node["text"] = tokenizer.decode(node["preview"], skip_special_tokens=False)
+        nodes += node["children"]
+    return dump
+
+
+def tree_text(dump: dict[str, Any]) -> str:
+    """One line a node: tokens, leases, hits, and how its text begins. Takes what `add_text` returns."""
+    lines: list[str] = []
+    for namespace in dump["namespaces"]:
+        lines.append(f"{namespace_title(namespace)}  [{counted(namespace['leases'], 'lease')}]")
+        lines += _branches(namespace, "")
+    if dump["omitted"]:
+        lines.append(f"… {counted(dump['omitted'], 'more namespace')}")
+    totals = dump["totals"]
+    lines.append(
+        f"{counted(totals['nodes'], 'node')}, {totals['cached']:,} of {counted(totals['pages'], 'page')} cached, "
+        f"{totals['free']:,} free, {counted(totals['page_size'], 'token')} a page"
+    )
+    return "\n".join(lines) + "\n"
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 hit``, ``1,200 hits``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def namespace_title(namespace: dict[str, Any]) -> str:
+    """Whose part of the tree this is. Owner and salt are digests: their beginnings tell them apart."""
+    parts = [f"{word} {namespace[name][:8]}" for name, word in (("owner", "key"), ("salt", "salt")) if namespace[name]]
+    return ", ".join(parts) or "default (requests without key and salt)"
+
+
+def branch_labels(nodes: Sequence[dict[str, Any]], width: int = _SHOWN) -> list[str]:
+    """What siblings are called: their texts in quotes, cut to ``width`` characters.
+
+    A branch begins at a page, so the texts of siblings may begin alike: then the middle of what they share is left
+    out, and the place where they part is shown.
+    """
+    texts = [str(node["text"]) for node in nodes]
+    order = sorted(range(len(texts)), key=texts.__getitem__)
+    shared = [0] * len(texts)  # characters in common with the most similar sibling: a neighbour in sorted order
+    for left, right in pairwise(order):
+        same = _in_common(texts[left], texts[right])
+        shared[left], shared[right] = max(shared[left], same), max(shared[right], same)
+    labels = []
+    for node, text, same in zip(nodes, texts, shared, strict=True):
+        begin = same - _BEFORE
+        if len(text) > width and begin > _HEAD + 1:
+            rest = text[begin : begin + width - _HEAD - 1]
+            label, whole = f"{text[:_HEAD]}…{rest}", begin + len(rest) == len(text)
+        else:
+            label, whole = text[:width], len(text) <= width
+        more = "" if whole and node["tokens"] <= len(node["preview"]) else "…"
+        labels.append(f"{label!r}{more}")
+    return labels
+
+
+def _in_common(left: str, right: str) -> int:
+    """Characters both begin with."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(left), len(right)))
+
+
+def _branches(parent: dict[str, Any], indent: str) -> Iterator[str]:
+    children = parent["children"]
+    omitted = parent.get("omitted", 0)
+    for i, (child, label) in enumerate(zip(children, branch_labels(children), strict=True)):
+        last = i == len(children) - 1 and not omitted
+        yield f"{indent}{'└─' if last else '├─'} {label}  [{', '.join(_facts(child))}]"
+        yield from _branches(child, indent + ("   " if last else "│  "))
+    if omitted:
+        yield f"{indent}└─ … {omitted:,} more"
+
+
+def _facts(node: dict[str, Any]) -> Iterator[str]:
+    yield counted(node["tokens"], "token")
+    for name in ("lease", "hit"):
+        if node[f"{name}s"]:
+            yield counted(node[f"{name}s"], name)

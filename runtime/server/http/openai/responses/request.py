@@ -1,0 +1,173 @@
+"""``/v1/responses``: what clients may send, and the chat it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field
+
+from .....config import ServerConfig
+from ...fields.prompts import check_label
+from ...fields.requests import Strict, Strings, parse
+from ...plumbing.errors import bad, shown
+from ..chat.request import CHAT_UNSUPPORTED, ChatFields, ChatRequest
+from .items import Conversation
+
+LOGPROBS = "message.output_text.logprobs"
+# What `include` may name. Of the rest, this server has no such thing to leave out, or has it in every answer.
+INCLUDABLE = (
+    LOGPROBS,
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+)
+MAX_METADATA, MAX_KEY, MAX_VALUE = 16, 64, 512  # entries; characters: OpenAI's
+
+
+class TextOptions(Strict):
+    format: dict[str, Any] | None = Field(None, description="type: text, json_object, or json_schema with a schema.")
+    verbosity: Literal["low", "medium", "high"] | None = Field(None, description="Accepted; it changes nothing.")
+
+
+class ReasoningOptions(Strict):
+    effort: str | None = Field(None, description="The chat template's reasoning_effort.")
+    summary: str | None = Field(None, description="Accepted; the thinking itself is in the answer.")
+
+
+class ResponsesStreamOptions(Strict):
+    include_obfuscation: bool | None = Field(None, description="Accepted; nothing is padded.")
+
+
+class ResponsesRequest(ChatFields):
+    """OpenAI's responses, as far as they need no memory of earlier ones, and the fields vLLM and SGLang add."""
+
+    input: Any = Field(description="A string, or a list of items: messages, function calls, their outputs, reasoning.")
+    instructions: str | None = Field(None, description="A system message before the input.")
+    max_output_tokens: int | None = Field(None, description="null: as many as the context allows.")
+    text: TextOptions | None = None
+    include: Strings | None = Field(None, description=f"{LOGPROBS}, for top_logprobs.")
+    top_logprobs: int | None = None
+    stream_options: ResponsesStreamOptions | None = None
+    reasoning: ReasoningOptions | None = None
+    metadata: dict[str, Any] | None = Field(None, description="Up to 16 strings, given back as they are.")
+    store: bool | None = Field(None, description="Accepted; nothing is stored.")
+    truncation: str | None = Field(None, description="disabled: what does not fit is refused.")
+    max_tool_calls: int | None = Field(None, description="Accepted; it is about tools that run on a server.")
+    safety_identifier: str | None = None
+    response_format: None = Field(None, description="text.format, on this route.")
+
+
+_STORED = "is not supported by this server, which stores no responses: send the whole conversation as input"
+_ELSEWHERE = "is not a field of this route: it is called "
+# Fields with more to say about them than that they are not supported.
+REFUSED = {
+    "previous_response_id": _STORED,
+    "conversation": _STORED,
+    "background": "is not supported by this server: wait for the answer, or stream it",
+    "prompt": "is not supported by this server, which has no prompt templates: send instructions and input",
+    "messages": f"{_ELSEWHERE}input",
+    "max_tokens": f"{_ELSEWHERE}max_output_tokens",
+    "max_completion_tokens": f"{_ELSEWHERE}max_output_tokens",
+    "response_format": f"{_ELSEWHERE}text.format",
+    "reasoning_effort": f"{_ELSEWHERE}reasoning.effort",
+    "logprobs": f'is not a field of this route: ask with include: ["{LOGPROBS}"]',
+    "n": "is not a field of this route: a request makes one response",
+}
+UNSUPPORTED = CHAT_UNSUPPORTED | {"context_management"}
+
+# Our names of the fields, in this route's words.
+_NAMES = {
+    "max_tokens": "max_output_tokens",
+    "max_completion_tokens": "max_output_tokens",
+    "reasoning_effort": "reasoning.effort",
+    "response_format": "text.format",
+    "tools[].function": "tools[]",
+    "tool_choice.function": "tool_choice",
+}
+
+
+def read(raw: Mapping[str, Any]) -> ResponsesRequest:
+    """Raises `InvalidRequest`."""
+    for name, why in REFUSED.items():
+        if raw.get(name) is not None and raw[name] is not False:
+            raise bad(name, why)
+    body = parse(ResponsesRequest, raw, unsupported=UNSUPPORTED)
+    if body.truncation not in (None, "disabled"):
+        raise bad("truncation", "must be disabled: what of the input does not fit is refused, not left out")
+    if body.stream_options is not None and not body.stream:
+        raise bad("stream_options", "needs stream to be true")
+    for i, name in enumerate(body.include or ()):
+        if name not in INCLUDABLE:
+            raise bad(f"include[{i}]", f"must be one of {', '.join(INCLUDABLE)}, got {shown(name)}")
+    if body.top_logprobs and LOGPROBS not in (body.include or ()):
+        raise bad("top_logprobs", f'needs include to have "{LOGPROBS}"')
+    if body.max_tool_calls is not None and body.max_tool_calls < 1:
+        raise bad("max_tool_calls", f"must be at least 1, got {body.max_tool_calls}")
+    for field in ("user", "safety_identifier"):
+        check_label(getattr(body, field), field)
+    _check_metadata(body.metadata or {})
+    return body
+
+
+def chat_of(body: ResponsesRequest, config: ServerConfig) -> tuple[ChatRequest, dict[str, str]]:
+    """The chat it asks for, and the sources for what is `renamed` in errors about it. Raises `InvalidRequest`."""
+    conversation = Conversation(body.instructions, body.input, config.max_messages)
+    wants_logprobs = LOGPROBS in (body.include or ())
+    shared = {name: getattr(body, name) for name in ChatFields.model_fields if name != "response_format"}
+    tools = body.tools
+    if tools is not None and len(tools) <= config.max_tools:  # more than that are refused by the chat
+        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
+    chat = ChatRequest(
+        **{**shared, "tools": tools},
+        messages=conversation.messages,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=wants_logprobs,
+        top_logprobs=body.top_logprobs if wants_logprobs else None,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        response_format=_format(body.text),
+    )
+    return chat, {**_NAMES, **conversation.sources}
+
+
+def _format(text: TextOptions | None) -> dict[str, Any] | None:
+    """As the chat route calls it."""
+    wanted = None if text is None else text.format
+    if wanted is None:
+        return None
+    kind = wanted.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise bad("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    if kind != "json_schema":
+        return {"type": kind}
+    if not isinstance(wanted.get("schema"), dict):
+        raise bad("text.format.schema", f"must be a JSON schema, an object, got {type(wanted.get('schema')).__name__}")
+    return {"type": kind, "json_schema": {"name": wanted.get("name"), "schema": wanted["schema"]}}
+
+
+def _tool(tool: Any, where: str) -> Any:
+    """As the chat route has it. What is none of a function's fields is not for the model to see."""
+    if not isinstance(tool, dict) or tool.get("type") != "function":
+        return tool  # the chat says what is wrong
+    for name in ("defer_loading", "async"):
+        if tool.get(name):
+            raise bad(f"{where}.{name}", "is not supported by this server")
+    shown = ("name", "description", "parameters", "strict")
+    function = {name: value for name, value in tool.items() if name in shown and value is not None}
+    return {"type": "function", "function": function}
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    if len(metadata) > MAX_METADATA:
+        raise bad("metadata", f"must have at most {MAX_METADATA} entries, got {len(metadata)}")
+    for key, value in metadata.items():
+        if len(key) > MAX_KEY:
+            raise bad("metadata", f"keys must be at most {MAX_KEY} characters, got {len(key)}")
+        if not isinstance(value, str):
+            raise bad(f"metadata.{key}", f"must be a string, got {type(value).__name__}")
+        if len(value) > MAX_VALUE:
+            raise bad(f"metadata.{key}", f"must be at most {MAX_VALUE} characters, got {len(value)}")

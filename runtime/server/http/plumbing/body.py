@@ -1,0 +1,163 @@
+"""Request bodies: bounded, and parsed as strict JSON; lists of token ids become arrays without a detour."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ....chat.json_bounds import NONE, SLICE, count_values, deeper_than
+from ....errors import InvalidRequest
+from ....limits import MAX_DEPTH
+from .errors import response_for
+from .id_arrays import Array, count_ids, id_arrays
+
+MAX_VALUES = 262_144  # as `values` counts them, but for token ids: made, checked and let go of in less than 50 ms
+IDS = 16  # times as many with token ids
+MAX_FIELDS = 256
+ESCAPES = 4  # times as many backslashes in strings
+_DEPTH = "branchwise.max_json_depth"  # in the scope of a request
+_VALUES = "branchwise.max_json_values"
+_INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+_decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
+
+
+class BodyLimit:
+    """Refuses bodies over ``max_bytes``: by their Content-Length before reading, by counting otherwise.
+
+    ``max_depth`` and ``max_values`` are for those who decode them.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> None:
+        self._app = app
+        self._max = max_bytes
+        self._max_depth = max_depth
+        self._max_values = max_values
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope[_DEPTH], scope[_VALUES] = self._max_depth, self._max_values
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max:
+            # Whatever follows on this connection is the body we will not read.
+            response = response_for(self._too_large())
+            response.headers["Connection"] = "close"
+            await response(scope, receive, send)
+            return
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            if message["type"] == "http.request":
+                seen += len(message.get("body", b""))
+                if seen > self._max:
+                    raise self._too_large()
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _too_large(self) -> InvalidRequest:
+        return InvalidRequest(f"the request body must be at most {self._max} bytes", status=413)
+
+
+async def read_json_object(request: Request) -> dict[str, Any]:
+    """The body as a JSON object. NaN, Infinity, lone surrogates, invalid UTF-8 and absurd nesting are a 400.
+
+    So many values that everybody would wait for them are a 413, before any of them is made. What takes long all the
+    same is done a piece at a time, and others have their turn between.
+
+    A field that may hold token ids and is a list of numbers without a sign is an int64 array [n], a list of long ones
+    a list of arrays, any other list a list: 33,000 ids cost a third of what as many Python objects do, and a burst of
+    such requests waits for each other.
+    """
+    body = await request.body()
+    if not body:
+        raise InvalidRequest("the body is empty: it must be a JSON object")
+    most = request.scope.get(_VALUES, MAX_VALUES)
+    levels = request.scope.get(_DEPTH, MAX_DEPTH)
+    large = len(body) > SLICE
+    values = await count_values(body, most) if len(body) > most else NONE  # a value takes a byte
+    if values.escapes > ESCAPES * most:
+        raise _too_many(ESCAPES * most, "backslashes in its strings", values.escapes)
+    if values.all > IDS * most:
+        raise _too_many(IDS * most, "names, values and token ids", values.all)
+    many = values.all > most
+    fields = _fields(body, many) if values.large <= most else {}
+    if len(fields) > MAX_FIELDS:
+        raise InvalidRequest(f"the body must have at most {MAX_FIELDS} fields, got {len(fields)}")
+    if large:
+        await asyncio.sleep(0)
+    arrays = await id_arrays(fields)
+    counted = values.all - count_ids(arrays)
+    if counted > most:
+        raise _too_many(most, "names and values (--max-json-values) beside token ids", counted)
+    if await deeper_than(body, levels):
+        for name, raw in fields.items():
+            if await deeper_than(bytes(raw), levels - 1):
+                raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
+    value = _decode_beside(fields, arrays, many) if arrays else None
+    if value is None:
+        value = _decode(body)
+    if large:
+        await asyncio.sleep(0)
+    return value
+
+
+def _too_many(most: int, what: str, found: int) -> InvalidRequest:
+    return InvalidRequest(f"the body must have at most {most} {what}, got {found}", status=413)
+
+
+def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
+    """None at all if it is not valid: `_decode` says how, but of ``many`` values it makes none."""
+    try:
+        return _decode_fields(body)
+    except msgspec.ValidationError:  # no object
+        return {}
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
+        return {}
+
+
+def _decode_beside(
+    fields: Mapping[str, msgspec.Raw], arrays: Mapping[str, Array | list[Array]], many: bool
+) -> dict[str, Any] | None:
+    """None if one of the others is not valid, as of `_fields`."""
+    try:
+        return {name: arrays[name] if name in arrays else _decoded(raw) for name, raw in fields.items()}
+    except _INVALID as error:
+        if many:
+            raise _invalid(error) from error
+        return None
+
+
+def _decode(body: bytes) -> dict[str, Any]:
+    try:
+        value = _decoded(body)
+    except _INVALID as error:
+        raise _invalid(error) from error
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"the body must be a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _invalid(error: Exception) -> InvalidRequest:
+    utf8 = isinstance(error, UnicodeDecodeError)
+    return InvalidRequest("the body is not valid UTF-8" if utf8 else f"the body is not valid JSON: {error}")
+
+
+def _decoded(text: bytes | msgspec.Raw) -> Any:
+    # Decoding makes one object after the other and no garbage: the collector would walk them all again and again.
+    gc.disable()
+    try:
+        return msgspec.json.decode(text)
+    finally:
+        gc.enable()

@@ -1,0 +1,47 @@
+"""The one way to answer a call: as a whole, or as the events of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+from fastapi import Request, Response
+
+from ..engine_client import Batch, Call
+from ..fields.usage import cache_headers
+from .sse import EventStream, error_event, json_response, wait
+
+
+class Reply(Protocol):
+    """What has come of a call, in the words of a dialect."""
+
+    def whole(self, batch: Batch) -> Any:
+        """The answer as JSON; ``batch``: all of it."""
+        ...
+
+    def events(self, batch: Batch) -> Iterable[bytes]: ...
+
+    def end(self) -> Iterable[bytes]:
+        """The events after the last batch's."""
+        ...
+
+
+async def respond(
+    call: Call,
+    request: Request,
+    reply: Reply,
+    *,
+    stream: bool,
+    n: int = 1,
+    fail: Callable[[Exception], bytes] = error_event,
+) -> Response:
+    """The whole answer, or a stream whose first event is there. The call is closed in the end.
+
+    ``n``: samples of each prompt, for the cache's header. ``fail``: as `EventStream` has it.
+    """
+    if stream:
+        first = await wait(call, request.receive, call.batch)
+        return EventStream(call, first, reply.events, reply.end, cache_headers(request.headers, first, n), fail)
+    with call:
+        batch = await wait(call, request.receive, call.all)
+    return json_response(reply.whole(batch), headers=cache_headers(request.headers, batch, n))

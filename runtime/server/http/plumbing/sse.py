@@ -1,0 +1,117 @@
+"""Server-sent events over a call, and the watch for clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from ..engine_client import Batch, Call
+from .errors import ClientGone, describe
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.Encoder().encode
+
+T = TypeVar("T")
+
+
+def event(value: object) -> bytes:
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+def typed_event(value: Mapping[str, Any]) -> bytes:
+    """With an ``event:`` line, which says the value's ``type``."""
+    return b"event: " + value["type"].encode() + b"\n" + event(value)
+
+
+def error_event(error: Exception) -> bytes:
+    return event(describe(error)[1])
+
+
+@contextmanager
+def watched(call: Call, receive: Receive) -> Iterator[None]:
+    """While inside, a client that closes its connection fails the call with `ClientGone`."""
+    task = asyncio.create_task(_watch(call, receive))
+    try:
+        yield
+    finally:
+        task.cancel()
+
+
+async def _watch(call: Call, receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    call.fail(ClientGone())
+
+
+async def wait(call: Call, receive: Receive, what: Callable[[], Awaitable[T]]) -> T:
+    """``await what()``, ended by `ClientGone` when the client leaves. On any error the call is closed."""
+    try:
+        with watched(call, receive):
+            return await what()
+    except BaseException:
+        call.close()
+        raise
+
+
+class EventStream(Response):
+    """Streams a call whose first batch has arrived (so errors before it had their own status).
+
+    ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the one that is last
+    if it fails midway. The call is closed whatever happens: a client that leaves stops its requests at once.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        call: Call,
+        first: Batch,
+        render: Callable[[Batch], Iterable[bytes]],
+        end: Callable[[], Iterable[bytes]],
+        headers: Mapping[str, str] | None = None,
+        fail: Callable[[Exception], bytes] = error_event,
+    ) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
+        del self.headers["content-length"]
+        self._call = call
+        self._first = first
+        self._render = render
+        self._end = end
+        self._fail = fail
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with watched(self._call, receive):
+                await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+                await self._stream(send)
+        except ClientGone:
+            pass  # nobody is left to tell; closing the call is the answer
+        finally:
+            self._call.close()
+
+    async def _stream(self, send: Send) -> None:
+        render, call = self._render, self._call
+        try:
+            batch = self._first
+            while batch:
+                chunk = b"".join(render(batch))
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                batch = await call.batch()
+            last = b"".join(self._end())
+        except ClientGone:
+            raise
+        except Exception as error:
+            # The status line is long gone: the error is the last event, and no [DONE] follows it.
+            last = self._fail(error)
+        await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(_encode(value), status, headers, media_type="application/json")

@@ -1,0 +1,119 @@
+"""``POST /generate``: SGLang's native request and response, plus what the cache did (``meta_info.cache``)."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, TypeVar
+
+from fastapi import Request, Response
+
+from ....errors import InvalidRequest
+from ..engine_client import Prompt
+from ..fields.answer import Answer
+from ..fields.cache import caching
+from ..fields.prompts import (
+    check_count,
+    check_label,
+    check_priority,
+    check_prompts,
+    make_prompt,
+    prepare_params,
+    split_prompts,
+)
+from ..fields.requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
+from ..plumbing.body import read_json_object
+from ..plumbing.errors import bad
+from ..plumbing.openapi import takes
+from ..plumbing.respond import respond
+from ..plumbing.shortcut import Handler
+from ..state import AppState
+
+PATH = "/generate"
+
+T = TypeVar("T")
+
+
+def handler(state: AppState) -> Handler:
+    async def generate(request: Request) -> Response:
+        """Go on from a prompt, or from several (SGLang's)."""
+        raw = await read_json_object(request)
+        for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
+            raise bad(misplaced, "belongs in sampling_params")
+        body = parse(GenerateRequest, raw)
+        answer = _Answer(state, body)
+        call = state.client.open(answer.prompts, answer.labels)
+        return await respond(call, request, answer, stream=body.stream)
+
+    return generate
+
+
+class _Answer(Answer):
+    """One request: its prompts, and what has come of each of its samples."""
+
+    def __init__(self, state: AppState, body: GenerateRequest) -> None:
+        limits = state.client.limits
+        super().__init__(state.tokenizer, body.return_text_in_logprobs, body.return_prompt_token_ids)
+        if (body.text is None) == (body.input_ids is None):
+            raise InvalidRequest("give exactly one of text and input_ids", field="text")
+        field = "text" if body.text is not None else "input_ids"
+        raw, is_list = split_prompts(body.text if body.text is not None else body.input_ids, field)
+        if field == "input_ids" and any(isinstance(prompt, str) for prompt in raw):
+            raise InvalidRequest("input_ids must hold token ids, got str", field=field)
+        check_prompts(len(raw), 1, state.config, field)
+        cache = caching(state, body, extra_key=body.extra_key)
+        priority = check_priority(body.priority)
+        sampling = _spread(
+            body.sampling_params if body.sampling_params is not None else {}, len(raw), "sampling_params"
+        )
+        wanted = _spread(body.return_logprob, len(raw), "return_logprob")
+        starts = _spread(body.logprob_start_len, len(raw), "logprob_start_len")
+        tops = _spread(body.top_logprobs_num, len(raw), "top_logprobs_num")
+        rids = _spread(body.rid if body.rid is not None else "", len(raw), "rid")
+        self.prompts: list[Prompt] = []
+        self.labels: list[str | None] = [rid or None for rid in rids]
+        for i, prompt in enumerate(raw):
+            check_label(rids[i], "rid")
+            where = f"sampling_params[{i}]." if isinstance(body.sampling_params, list) else "sampling_params."
+            if starts[i] < -1:
+                raise bad("logprob_start_len", f"must be -1 or a prompt position, got {starts[i]}")
+            params = prepare_params(
+                generate_sampling(
+                    parse(GenerateSampling, sampling[i], where),
+                    state.preferred,
+                    tops[i] if wanted[i] else None,
+                    starts[i],
+                ),
+                limits,
+                GENERATE_NAMES,
+                state.config,
+            )
+            self.prompts.append(
+                make_prompt(
+                    prompt,
+                    params,
+                    limits,
+                    f"{field}[{i}]" if is_list else field,
+                    GENERATE_NAMES,
+                    priority=priority,
+                    echo_tokens=body.return_prompt_token_ids,
+                    whole=not body.stream,
+                    **cache,
+                )
+            )
+            id = rids[i] or uuid.uuid4().hex
+            self.expect(id, params)
+            check_count(len(self.outputs), state.config.max_samples_per_request, field)
+        self.is_list = is_list or len(self.outputs) > 1
+
+
+def _spread(value: T | list[T], count: int, field: str) -> list[T]:
+    """A value for all prompts, or a list with one for each."""
+    if not isinstance(value, list):
+        return [value] * count
+    if len(value) != count:
+        raise bad(field, f"must have one element for each of the {count} prompts, got {len(value)}")
+    return value
+
+
+def schema() -> dict[str, Any]:
+    return takes(GenerateRequest)

@@ -1,0 +1,44 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...config import ServerConfig
+from ...tokenizer.tokenizer import Tokenizer
+from .engine_client import EngineClient
+from .plumbing.auth import Namespaces
+from .plumbing.errors import ModelNotFound
+from .plumbing.metrics import Metrics
+
+
+@dataclass(slots=True)
+class AppState:
+    """Routes ask ``client.limits`` before ``tokenizer`` and ``preferred``: that raises until the server is ready, these
+    are set by then."""
+
+    config: ServerConfig
+    client: EngineClient
+    metrics: Metrics
+    namespaces: Namespaces
+    model_name: str
+    _tokenizer: Tokenizer | None = None
+    preferred: Mapping[str, float] = field(default_factory=dict)  # the model's `sampling_defaults`
+    created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise RuntimeError("a route used the tokenizer before the server was ready")
+        return self._tokenizer
+
+    @tokenizer.setter
+    def tokenizer(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def check_model(self, name: str | None) -> None:
+        """A request may leave the model out; another model's name is a 404."""
+        if name is not None and name not in (self.model_name, self.config.engine.model):
+            raise ModelNotFound(name, self.model_name)

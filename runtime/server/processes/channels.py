@@ -1,0 +1,108 @@
+"""Typed, one-way channels between the processes: ZeroMQ PUSH/PULL over ``ipc://``, msgspec msgpack, never pickle.
+
+A frame is a list of messages, so what one step has to say travels as one frame. The sockets live in a private directory
+(mode 0700): whoever can open them is the user who started the server. No high-water mark: a full queue would block a
+step or drop a message, so the bound is where requests are admitted (HTTP).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+
+from ...messages import (
+    Abort,
+    BranchOp,
+    BranchRun,
+    Control,
+    ControlReply,
+    Deltas,
+    Failed,
+    Generate,
+    Limits,
+    Message,
+    Progress,
+    Ready,
+    Settled,
+    Shutdown,
+    Stats,
+    StepOutput,
+    StopMatched,
+    Submit,
+)
+
+LINGER_MS = 2000  # how long a leaving process may try to deliver its last words
+MAX_PATH = 100  # bytes of a Unix socket's path (sun_path holds 108)
+
+ToTokenizer = Submit | BranchOp | BranchRun | Abort | Limits | Shutdown
+ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | Control | Shutdown
+ToDetokenizer = StepOutput | Shutdown
+ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed
+
+# What each inbox understands; anything else is a decoding error, not a surprise further in.
+INBOXES: dict[str, Any] = {
+    "tokenizer": list[ToTokenizer],
+    "scheduler": list[ToScheduler],
+    "detokenizer": list[ToDetokenizer],
+    "http": list[ToHttp],
+}
+
+M = TypeVar("M")
+
+
+def address(run_dir: Path, name: str) -> str:
+    """Where the inbox of that name is bound."""
+    return f"ipc://{run_dir / name}.sock"
+
+
+class Inbox(Generic[M]):
+    """The receiving end. Bound by its owner; frames of one sender arrive in the order they were sent."""
+
+    def __init__(self, context: zmq.Context[Any], run_dir: Path, name: str) -> None:
+        self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(INBOXES[name])
+        self._socket = context.socket(zmq.PULL)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(address(run_dir, name))
+
+    @property
+    def fd(self) -> int:
+        """Readable when something may have arrived; then call `receive` with timeout 0 (it drains everything)."""
+        return int(self._socket.getsockopt(zmq.FD))
+
+    def receive(self, timeout_ms: int | None = 0) -> list[M]:
+        """All that has arrived, in order. Waits for the first frame up to ``timeout_ms`` (None: for ever)."""
+        messages: list[M] = []
+        if timeout_ms != 0 and not self._socket.poll(timeout_ms):
+            return messages
+        while True:
+            try:
+                frame = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return messages
+            messages += self._decoder.decode(frame)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Outbox:
+    """The sending end. `send` never blocks and never drops: there is no high-water mark."""
+
+    def __init__(self, context: zmq.Context[Any], run_dir: Path, name: str) -> None:
+        self._encoder = msgspec.msgpack.Encoder()
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
+        self._socket.connect(address(run_dir, name))
+
+    def send(self, messages: Sequence[Message]) -> None:
+        if messages:
+            self._socket.send(self._encoder.encode(messages), zmq.NOBLOCK)
+
+    def close(self, linger_ms: int | None = None) -> None:
+        self._socket.close(linger_ms)

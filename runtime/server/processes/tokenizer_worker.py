@@ -1,0 +1,154 @@
+"""The tokenizer process: text in, token ids out, and the one place where a text's length in tokens is checked."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from ...config import ServerConfig
+from ...errors import InvalidRequest
+from ...limits import fit
+from ...messages import (
+    Abort,
+    BranchOp,
+    BranchRun,
+    Delta,
+    Deltas,
+    Finished,
+    Generate,
+    Limits,
+    Message,
+    Ready,
+    Refusal,
+    Shutdown,
+    Submit,
+)
+from ...sampling_params import SamplingParams
+from ...tokenizer.pieces import encode_message
+from ...tokenizer.tokenizer import Tokenizer
+from .channels import Inbox, Outbox, ToTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class TokenizerWorker:
+    """Hears HTTP; hands on to the scheduler what is good, and refuses the rest itself."""
+
+    def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
+        self._inbox: Inbox[ToTokenizer] = Inbox(context, run_dir, "tokenizer")
+        self._scheduler = Outbox(context, run_dir, "scheduler")
+        self._http = http
+        self._limits: Limits | None = None
+        self._tokenizer = Tokenizer.load(Path(config.engine.model))
+        self._longest_token = _longest_token(self._tokenizer)
+        http.send([Ready("tokenizer")])
+
+    def run(self) -> None:
+        """Messages leave in the order in which they came; returns after `Shutdown`."""
+        while True:
+            forward: list[Message] = []
+            refused: list[Delta] = []
+            leaving = False
+            for message in self._inbox.receive(None):
+                match message:
+                    case Submit():
+                        self._submit(message, forward, refused)
+                    case BranchOp() | BranchRun():
+                        self._encode(message)
+                        forward.append(message)
+                    case Abort():
+                        forward.append(message)
+                    case Limits():
+                        self._limits = message
+                    case Shutdown():
+                        forward.append(message)
+                        leaving = True
+            if refused:  # first: one bad prompt refuses the whole request, before its neighbours' tokens begin it
+                self._http.send([Deltas(refused)])
+            self._scheduler.send(forward)
+            if leaving:
+                self._scheduler.close()
+                self._inbox.close()
+                return
+
+    def _submit(self, message: Submit, forward: list[Message], refused: list[Delta]) -> None:
+        try:
+            tokens, params = self._prepare(message)
+        except InvalidRequest as error:
+            refused += _refusals(message, error.message, error.field, error.status)
+            return
+        except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
+            logger.exception("could not tokenize a prompt")
+            refused += _refusals(message, "the prompt could not be tokenized", None, 500)
+            return
+        for i, id in enumerate(message.ids):
+            forward.append(
+                Generate(
+                    id,
+                    tokens,
+                    params.sample(i),
+                    message.namespace,
+                    message.priority,
+                    message.echo_tokens,
+                    message.whole,
+                    breakpoints=message.breakpoints,
+                    private=message.private,
+                )
+            )
+
+    def _encode(self, message: BranchOp | BranchRun) -> None:
+        """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
+        try:
+            encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
+        except BaseException:  # likewise
+            logger.exception("could not tokenize a text")
+            message.refusal = Refusal("the text could not be tokenized", None, 500)
+
+    def _prepare(self, message: Submit) -> tuple[bytes, SamplingParams]:
+        if self._limits is None:
+            raise RuntimeError("a request arrived before the limits")
+        field, max_tokens = message.names
+        if message.tokens is not None:
+            tokens = message.tokens
+        else:
+            text = message.text or ""
+            self._check_bytes(text, field)
+            marks = [position for position, _ in message.breakpoints]
+            ids, counts = self._tokenizer.encode_marked(text, marks, not message.rendered)
+            message.breakpoints = [
+                (len(ids) if position < 0 else count, seconds)
+                for (position, seconds), count in zip(message.breakpoints, counts, strict=True)
+            ]
+            tokens = ids.astype("<i4", copy=False).tobytes()
+        return tokens, fit(len(tokens) // 4, message.params, self._limits, field=field, max_tokens=max_tokens)
+
+    def _check_bytes(self, text: str, field: str) -> None:
+        """Megabytes that cannot fit are refused before they are tokenized: everybody else would wait for them."""
+        if self._limits is None or self._longest_token is None:
+            return
+        bound = min(self._limits.max_model_len, self._limits.pool_tokens)
+        size = len(text.encode())
+        if size > bound * self._longest_token:
+            raise InvalidRequest(
+                f"{field} has {size} bytes, at least {size // self._longest_token} tokens; the limit is {bound} tokens",
+                field=field,
+            )
+
+
+def _longest_token(tokenizer: Tokenizer) -> int | None:
+    """Bytes of the longest token, if every byte of a text ends up in exactly one token; None if that is not certain."""
+    backend = tokenizer.backend
+    greedy = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
+    if not tokenizer.byte_level or backend.normalizer is not None or greedy:
+        return None
+    return max(len(token.encode()) for token in backend.get_vocab())
+
+
+def _refusals(message: Submit, error: str, field: str | None, status: int) -> list[Delta]:
+    """The terminal message of each of the request's samples: the scheduler never hears of them."""
+    return [
+        Delta(id, finish=Finished(id, "error", error=error, error_field=field, status=status)) for id in message.ids
+    ]

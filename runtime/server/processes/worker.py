@@ -1,0 +1,83 @@
+"""Entry point of every child: ``python -m branchwise.runtime.server.processes.worker ROLE RUN_DIR``.
+
+Exit codes: 0 after `Shutdown`, 1 for a bug, 2 when it could not set itself up (after saying why in a `Failed`).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any, Protocol
+
+import zmq
+
+from ...config import ServerConfig
+from ...errors import BranchwiseError
+from ...messages import Failed
+from .channels import Outbox
+from .launch import read_launch
+from .lifeline import die_with_parent, ignore_stop_signals
+
+logger = logging.getLogger(__name__)
+
+
+class Worker(Protocol):
+    """One role of a child process."""
+
+    def run(self) -> None:
+        """Serves until `Shutdown`, then returns."""
+        ...
+
+
+def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> Worker:
+    """Sets one role up and tells HTTP it is ready. Imports are here: only the scheduler may pay for torch."""
+    if role == "tokenizer":
+        from .tokenizer_worker import TokenizerWorker
+
+        return TokenizerWorker(config, context, run_dir, http)
+    if role == "detokenizer":
+        from .detokenizer_worker import DetokenizerWorker
+
+        return DetokenizerWorker(config, context, run_dir, http)
+    if role == "scheduler":
+        from .scheduler_worker import SchedulerWorker
+
+        return SchedulerWorker(config, context, run_dir, http)
+    raise ValueError(f"no such role: {role}")
+
+
+def main(role: str, run_dir: Path) -> int:
+    """Serves one role until it is told to leave, or its parent ends. Returns the exit code."""
+    ignore_stop_signals()
+    launch = read_launch(run_dir)
+    # The detokenizer never blocks for long, so it is the one that cleans up after a killed server.
+    die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
+    logging.basicConfig(
+        level=launch.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s"
+    )
+    context: zmq.Context[Any] = zmq.Context()
+    http = Outbox(context, run_dir, "http")
+    try:
+        try:
+            worker = make_worker(role, launch.config, context, run_dir, http)
+        except BranchwiseError as error:
+            http.send([Failed(role, str(error))])
+            return 2
+        except Exception as error:
+            logger.exception("could not start")
+            http.send([Failed(role, f"{type(error).__name__}: {error}")])
+            return 2
+        try:
+            worker.run()
+        except Exception:
+            logger.exception("stopped by a bug")
+            return 1
+        return 0
+    finally:
+        http.close()
+        context.destroy()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

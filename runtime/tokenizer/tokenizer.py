@@ -1,0 +1,295 @@
+"""Text to token ids and back, from a Hugging Face folder: the `tokenizers` package alone, imported in milliseconds."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from tokenizers import AddedToken, Encoding
+from tokenizers import Tokenizer as Backend
+
+from ..chat.template import ChatTemplate
+from ..errors import InvalidRequest, LoadError
+
+# Characters, or tokens. Longer ones go as a batch of one: only for batches does the library let other threads run.
+SHORT = 16_384
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with what its ``tokenizer_config.json`` adds. Equal to Hugging Face's AutoTokenizer.
+
+    Special tokens around a text come from ``tokenizer.json``'s post-processor, as in transformers 5: the config's
+    ``add_bos_token`` has no say where there is a ``tokenizer.json``.
+    """
+
+    def __init__(self, backend: Backend, config: Mapping[str, Any] | None = None, template: str | None = None) -> None:
+        config = config or {}
+        self.backend = backend
+        backend.no_truncation()
+        backend.no_padding()
+        self.special_tokens = _named_tokens(config)  # {"bos_token": "<s>", ...}: what templates may name
+        _add_missing(backend, config, self.special_tokens)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
+        kinds = _decoder_kinds(json.loads(backend.decoder.__getstate__()) if backend.decoder is not None else None)
+        self.byte_level = kinds == ["ByteLevel"]  # every token is bytes on its own
+        self.byte_token_ids = _byte_tokens(backend) if "ByteFallback" in kinds else frozenset()
+        self._bytes: dict[int, bytes] = {}
+        self.chat_template = None if template is None else ChatTemplate(template, self.special_tokens)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """From ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja``; the last two may be absent.
+
+        Raises `LoadError` if there is no tokenizer or a file of it cannot be read.
+        """
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise LoadError(f"no tokenizer in {folder}: it needs a tokenizer.json")
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise LoadError(f"cannot read {path}: {error}") from error
+        config: Any = {}
+        config_path = folder / "tokenizer_config.json"
+        if config_path.is_file():
+            try:
+                config = msgspec.json.decode(config_path.read_bytes())
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise LoadError(f"cannot read {config_path}: {error}") from error
+            if not isinstance(config, dict):
+                raise LoadError(f"cannot read {config_path}: it must hold a JSON object")
+        return cls(backend, config, _find_template(folder, config))
+
+    def dump(self) -> dict[str, Any]:
+        """All of it as JSON, for `of_dump` on another machine."""
+        template = None if self.chat_template is None else self.chat_template.source
+        return {"tokenizer": self.backend.to_str(), "special_tokens": self.special_tokens, "chat_template": template}
+
+    @classmethod
+    def of_dump(cls, dump: Any) -> Tokenizer:
+        """Raises `LoadError` for what is no `dump`."""
+        try:
+            return cls(Backend.from_str(dump["tokenizer"]), dict(dump["special_tokens"]), dump["chat_template"])
+        except Exception as error:  # tokenizers raises plain Exception
+            raise LoadError(f"this is no tokenizer: {type(error).__name__}: {error}") from error
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
+        """Token ids int32 [n]. Raises `InvalidRequest` for text that is not valid Unicode (lone surrogates)."""
+        return np.array(self._encoding(text, add_special_tokens).ids, np.int32)
+
+    def encode_marked(
+        self, text: str, marks: Sequence[int], add_special_tokens: bool = True
+    ) -> tuple[npt.NDArray[np.int32], list[int]]:
+        """`encode`, and how many leading tokens end at or before each of ``marks`` (positions in characters)."""
+        if not marks:
+            return self.encode(text, add_special_tokens), []
+        encoding = self._encoding(text, add_special_tokens, offsets=True)
+        ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
+        counts = np.searchsorted(ends, np.array(marks, np.int64), side="right").tolist()
+        return np.array(encoding.ids, np.int32), counts
+
+    def _encoding(self, text: str, add_special_tokens: bool, *, offsets: bool = False) -> Encoding:
+        try:
+            if len(text) > SHORT:  # without offsets there is five times less to let go of, which no thread may watch
+                batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
+                return batch([text], add_special_tokens=add_special_tokens)[0]
+            return self.backend.encode(text, add_special_tokens=add_special_tokens)
+        except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
+            if not isinstance(text, str):
+                raise
+            raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
+
+    def encode_first(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """Token ids int32 [n] of a text's beginning, without the `opening` that goes before it.
+
+        Unless ``parse_special``, what looks like a special token in it is ordinary text. Raises `InvalidRequest` as
+        `encode` does.
+        """
+        return np.array(self._ids(text, parse_special), np.int32)
+
+    def encode_more(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """As `encode_first`, of text that goes on after other text: no space is made up before it either."""
+        if not self.begins_with_space:
+            return self.encode_first(text, parse_special)
+        before, ids = self._anchor, self._ids("\n" + text, parse_special)
+        if ids[: len(before)] != before:  # the anchor became one token with what follows it
+            return self.encode_first(text, parse_special)
+        return np.array(ids[len(before) :], np.int32)
+
+    def _ids(self, text: str, parse_special: bool) -> list[int]:
+        backend = self.backend if parse_special else self._literal
+        try:
+            return list(backend.encode(text, add_special_tokens=False).ids)
+        except TypeError as error:
+            raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
+
+    def special_in(self, text: str) -> str | None:
+        """A special token that ``text`` spells out, if it does."""
+        found = None if self._special is None else self._special.search(text)
+        return None if found is None else found.group()
+
+    @cached_property
+    def _special(self) -> re.Pattern[str] | None:
+        tokens = self.backend.get_added_tokens_decoder().values()
+        names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names))) if names else None
+
+    @cached_property
+    def opening(self) -> npt.NDArray[np.int32]:
+        """The special tokens that a text begins with: a lone <bos>, or none. int32 [n]."""
+        bare = self.backend.encode("\n", add_special_tokens=False).ids
+        whole = self.backend.encode("\n", add_special_tokens=True).ids
+        found = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        return np.array(whole[:found], np.int32)
+
+    @cached_property
+    def _literal(self) -> Backend:
+        """The same tokenizer, to which special tokens are text like any other."""
+        copy = Backend.from_str(self.backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
+
+    @cached_property
+    def _anchor(self) -> list[int]:
+        """Encoded before a text that is not to begin with a space of the tokenizer's making, and then taken away."""
+        return list(self.backend.encode("\n", add_special_tokens=False).ids)
+
+    @cached_property
+    def begins_with_space(self) -> bool:
+        """Whether a text's first word is encoded as if a space stood before it (SentencePiece's dummy prefix)."""
+        first = self.backend.encode("a", add_special_tokens=False).ids
+        return bool(first) and self.token_text(first[0]).startswith(" ")
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids`` as a whole. Ids outside the vocabulary have no text."""
+        if isinstance(ids, np.ndarray):
+            ids = ids.tolist()
+        listed = list(ids)
+        if len(listed) > SHORT:
+            return self.backend.decode_batch([listed], skip_special_tokens=skip_special_tokens)[0]
+        return self.backend.decode(listed, skip_special_tokens=skip_special_tokens)
+
+    def token_text(self, id: int) -> str:
+        """One token on its own, with its leading space, special or not. Bytes that are not UTF-8 become U+FFFD."""
+        return self.token_bytes(id).decode("utf-8", "replace")
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes one token stands for; b"" outside the vocabulary."""
+        data = self._bytes.get(id)
+        if data is None:
+            data = self._bytes[id] = self._find_bytes(id)
+        return data
+
+    @property
+    def bos_id(self) -> int | None:
+        return self._named_id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        return self._named_id("eos_token")
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The prompt text of a conversation. It holds its own special tokens: encode it without adding any.
+
+        Raises `InvalidRequest` if the model has no chat template or the template refuses the messages.
+        """
+        if self.chat_template is None:
+            raise InvalidRequest("this model has no chat template: send a prompt instead", field="messages")
+        return self.chat_template.render(messages, add_generation_prompt, variables)
+
+    def _named_id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    def _find_bytes(self, id: int) -> bytes:
+        token = self.backend.id_to_token(id)
+        if token is None:
+            return b""
+        if self.byte_level:
+            # As the ByteLevel decoder: a token with any character outside the byte alphabet stands for itself.
+            table = self._byte_alphabet
+            if all(character in table for character in token):
+                return bytes(table[character] for character in token)
+            return token.encode()
+        if id in self.byte_token_ids:
+            return bytes([int(token[3:5], 16)])
+        return token.replace("▁", " ").encode()
+
+    @cached_property
+    def _byte_alphabet(self) -> dict[str, int]:
+        """GPT-2's printable stand-in of each byte."""
+        printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        table = {chr(byte): byte for byte in printable}
+        others = (byte for byte in range(256) if chr(byte) not in table)
+        return table | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+def _decoder_kinds(state: Any) -> list[str]:
+    if state is None:
+        return []
+    if state["type"] == "Sequence":
+        return [kind for part in state["decoders"] for kind in _decoder_kinds(part)]
+    return [state["type"]]
+
+
+def _byte_tokens(backend: Backend) -> frozenset[int]:
+    """Ids of the raw bytes of a byte-fallback vocabulary, written ``<0x00>`` to ``<0xFF>``."""
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(id for id in ids if id is not None)
+
+
+def _content(value: Any) -> str | None:
+    """A token in a config: its text, or an object that holds it."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def _add_missing(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Tokens that only ``tokenizer_config.json`` knows: added in the order of their ids, as Hugging Face does."""
+    known = set(backend.get_vocab(with_added_tokens=True)) if config.get("added_tokens_decoder") or named else set()
+    missing: dict[str, AddedToken] = {}
+    decoder = config.get("added_tokens_decoder") or {}
+    for _, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
+        content = _content(entry)
+        if content is not None and content not in known:
+            flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            special = bool(entry.get("special", False)) or content in named.values()
+            missing[content] = AddedToken(content, special=special, **flags)
+    for content in named.values():
+        if content not in known and content not in missing:
+            missing[content] = AddedToken(content, special=True)
+    if missing:
+        backend.add_tokens(list(missing.values()))
+
+
+def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """``chat_template.jinja`` before the config's; of several named ones, ``default``."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise LoadError(f"cannot read {path}: {error}") from error
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,93 @@
+"""Tool definitions: what is taken, and what each refusal says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from branchwise.runtime.chat.tools import Tool, ToolLimits, validate_tools
+from branchwise.runtime.errors import InvalidRequest
+
+LIMITS = ToolLimits(
+    tools=3, name_characters=8, description_characters=20, schema_bytes=200, total_bytes=300, schema_depth=5
+)
+
+
+def function(name: Any = "f", **fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, **fields}}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        schema = {"not": schema}
+    return schema
+
+
+def test_what_is_taken() -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    tools = validate_tools(
+        [
+            function("get-it_2", description="Gets it.", parameters=schema, strict=True, other=1),
+            function("g", description=None, parameters=None, strict=None),
+            {"type": "function", "name": "h", "parameters": {"properties": {}}},
+        ]
+    )
+    empty = {"type": "object", "properties": {}}
+    assert tools == [Tool("get-it_2", schema, "Gets it.", True), Tool("g", empty), Tool("h", empty)]
+    assert validate_tools(None) == validate_tools([]) == []
+    assert tools[0].definition() == {
+        "type": "function",
+        "function": {"name": "get-it_2", "description": "Gets it.", "parameters": schema},
+    }
+
+
+def test_at_the_limits() -> None:
+    text = "x" * (200 - len('{"title":""}'))
+    assert validate_tools([function("a" * 8, description="x" * 20, parameters={"title": text})], LIMITS)
+    assert validate_tools([function(name) for name in "abc"], LIMITS)
+    assert validate_tools([function(parameters=nested(5))], LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("tools", "field", "message"),
+    [
+        ({}, "tools", "tools must be a list, got an object"),
+        ("f", "tools", "must be a list, got a string"),
+        ([function(name) for name in "abcd"], "tools", "has 4 tools, more than the 3 allowed"),
+        ([1], "tools[0]", r"tools\[0\] must be an object, got a number"),
+        ([None], "tools[0]", "got nothing"),
+        ([{}], "tools[0].type", 'must be "function".*got None'),
+        ([{"type": "web_search"}], "tools[0].type", "got 'web_search'"),
+        ([{"type": {"x": "y" * 1000}}], "tools[0].type", r"got .{77}\.\.\.$"),
+        ([{"type": "function"}], "tools[0].function", "must be an object, got nothing"),
+        ([{"type": "function", "function": []}], "tools[0].function", "got a list"),
+        ([function(None)], "tools[0].function.name", "must be a string, got nothing"),
+        ([function(True)], "tools[0].function.name", "got a boolean"),
+        ([function("")], "tools[0].function.name", "one or more of a-z"),
+        ([function("a b")], "tools[0].function.name", "got 'a b'"),
+        ([function("a\n")], "tools[0].function.name", "one or more of a-z"),
+        ([function("é")], "tools[0].function.name", "one or more of a-z"),
+        ([function("a" * 9)], "tools[0].function.name", "has 9 characters, more than the 8 allowed"),
+        ([{"type": "function", "name": 1.5}], "tools[0].name", "must be a string, got a number"),
+        ([function(), function("g"), function()], "tools", r"tools\[2\] and tools\[0\] have the same name, 'f'"),
+        ([function(description=1)], "tools[0].function.description", "must be a string"),
+        ([function(description="x" * 21)], "tools[0].function.description", "has 21 characters"),
+        ([function(strict="yes")], "tools[0].function.strict", "must be true or false, got a string"),
+        ([function(parameters=[])], "tools[0].function.parameters", "an object, got a list"),
+        ([function(parameters=nested(6))], "tools[0].function.parameters", "deeper than the 5 levels"),
+        ([function(parameters=nested(100_000))], "tools[0].function.parameters", "deeper than the 5 levels"),
+        ([function(parameters={"a": "é" * 100})], "tools[0].function.parameters", "has 208 bytes, more than the 200"),
+        ([function(parameters={"a": [7] * 101})], "tools[0].function.parameters", "has more than the 200 bytes"),
+        ([function(parameters={"a": {1, 2}})], "tools[0].function.parameters", "not a JSON value"),
+        ([function(n, parameters={"a": "x" * 150}) for n in "ab"], "tools", "more than the 300 bytes allowed together"),
+        ([function(parameters={"type": "array"})], "tools[0].function.parameters.type", "must be \"object\".*'array'"),
+        ([function(parameters={"properties": 1})], "tools[0].function.parameters.properties", "must be an object"),
+    ],
+)
+def test_what_is_refused(tools: Any, field: str, message: str) -> None:
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        validate_tools(tools, LIMITS)
+    assert caught.value.field == field and caught.value.status == 400
+    assert len(caught.value.message) < 300

@@ -1,0 +1,182 @@
+"""The grammar of calls: what it allows is what the parser reads, judged by the engine that will enforce it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from branchwise.runtime.chat.tools import Tool, parse, validate_tools
+from branchwise.runtime.chat.tools.formats import TOOL_FORMATS
+from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
+
+llguidance = pytest.importorskip("llguidance")
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "days": {"type": "integer", "minimum": 1},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+        "tags": {"type": "array", "items": {"$ref": "#/$defs/tag"}},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+    "$defs": {"tag": {"type": "boolean"}},
+}
+TOOLS = [Tool("weather", SCHEMA, strict=True), Tool("now", {"type": "object", "properties": {}})]
+ARGUMENTS = {"city": 'Köln "x" <b>', "days": 3, "tags": [True]}
+
+
+def accepts(grammar: str, text: str, specials: dict[str, int] | None = None) -> bool:
+    """Whether the whole of ``text`` is in ``grammar``, over bytes as tokens and ``specials``."""
+    tokens = [bytes([i]) for i in range(256)]
+    names = sorted(specials or {}, key=lambda name: (specials or {})[name])
+    tokens += [b"\xff" + name.encode() for name in names] + [b"\xff<eos>"]
+    eos = len(tokens) - 1
+
+    class Wrapper:
+        eos_token_id = eos
+        bos_token_id = None
+
+        def __init__(self) -> None:
+            self.tokens = tokens
+            self.special_token_ids = list(range(256, len(tokens)))
+
+        def __call__(self, text: str) -> list[int]:
+            return list(text.encode() if isinstance(text, str) else text)
+
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Wrapper()))
+    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
+    assert not matcher.is_error(), matcher.get_error()
+    ids: list[int] = []
+    while text:
+        name = next((name for name in names if text.startswith(name)), "")
+        ids += [256 + names.index(name)] if name else list(text[0].encode())
+        text = text[len(name) or 1 :]
+    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+
+def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
+    """As the checkpoints' templates write calls."""
+
+    def xml(value: Any) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    def envelope(name: str, arguments: dict[str, Any], key: str = "arguments") -> str:
+        return f'{{"name": "{name}", "{key}": {json.dumps(arguments, ensure_ascii=False)}}}'
+
+    match format:
+        case "hermes":
+            return "\n".join(f"<tool_call>\n{envelope(*call)}\n</tool_call>" for call in calls)
+        case "llama3_json":
+            return "; ".join(envelope(*call, key="parameters") for call in calls)
+        case "mistral":
+            return f"[TOOL_CALLS] [{', '.join(envelope(*call) for call in calls)}]"
+        case "mistral_named":
+            return "".join(f"[TOOL_CALLS]{name}[ARGS]{json.dumps(a, ensure_ascii=False)}" for name, a in calls)
+        case "pythonic":
+            keywords = [", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in a.items()) for _, a in calls]
+            return f"[{', '.join(f'{name}({words})' for (name, _), words in zip(calls, keywords, strict=True))}]"
+    blocks = []
+    for name, arguments in calls:
+        parameters = "".join(f"<parameter={k}>\n{xml(v)}\n</parameter>\n" for k, v in arguments.items())
+        blocks.append(f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>")
+    return "\n".join(blocks)
+
+
+@pytest.fixture(params=sorted(TOOL_FORMATS))
+def format(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_what_it_allows_is_what_is_parsed(format: str) -> None:
+    grammar = call_grammar(format, TOOLS).lark()
+    calls = [("weather", ARGUMENTS), ("now", {}), ("weather", {"city": "", "days": 1, "unit": "C"})]
+    for count in (1, 2, 3):
+        text = written(format, *calls[:count])
+        assert accepts(grammar, text), text
+        parsed = parse(text, format, tools=TOOLS)
+        assert [(call.name, json.loads(call.arguments)) for call in parsed.calls] == calls[:count]
+        assert not parsed.content and all(call.complete for call in parsed.calls)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("weather", {"city": "x"}),
+        ("weather", {"city": "x", "days": 0}),
+        ("weather", {"city": "x", "days": "soon"}),
+        ("weather", {"city": "x", "days": 1, "unit": "K"}),
+        ("weather", {"city": "x", "days": 1, "tags": [1]}),
+        ("weather", {"city": "x", "days": 1, "other": 1}),
+        ("then", {}),
+    ],
+)
+def test_what_it_forbids(format: str, name: str, arguments: dict[str, Any]) -> None:
+    text = written(format, (name, arguments))
+    assert not accepts(call_grammar(format, TOOLS).lark(), text)
+
+
+def test_an_answer_without_calls_is_forbidden(format: str) -> None:
+    grammar = call_grammar(format, TOOLS).lark()
+    assert not accepts(grammar, "") and not accepts(grammar, "Hello.")
+
+
+def test_a_named_tool(format: str) -> None:
+    grammar = call_grammar(format, TOOLS, named="now").lark()
+    assert accepts(grammar, written(format, ("now", {})))
+    assert not accepts(grammar, written(format, ("weather", ARGUMENTS)))
+    with pytest.raises(ValueError, match="no tool named 'then'"):
+        call_grammar(format, TOOLS, named="then")
+
+
+def test_one_call_only(format: str) -> None:
+    grammar = call_grammar(format, TOOLS, parallel=False).lark()
+    assert accepts(grammar, written(format, ("now", {})))
+    assert not accepts(grammar, written(format, ("now", {}), ("now", {})))
+
+
+def test_armed_by_a_trigger(format: str) -> None:
+    grammar = call_grammar(format, TOOLS)
+    text = written(format, ("weather", ARGUMENTS), ("now", {}))
+    fired = [trigger for trigger in grammar.triggers if text.startswith(trigger)]
+    assert len(fired) == 1
+    assert accepts(grammar.lark(after=fired[0]), text[len(fired[0]) :])
+    assert not accepts(grammar.lark(after=fired[0]), text)
+    with pytest.raises(ValueError, match="no call begins with"):
+        grammar.lark(after="Hello")
+
+
+def test_markers_that_are_special_tokens() -> None:
+    specials = {"[TOOL_CALLS]": 256, "[ARGS]": 257}
+    grammar = call_grammar("mistral_named", TOOLS).lark(specials)
+    assert "<[256]>" in grammar and "<[257]>" in grammar and "TOOL_CALLS" not in grammar
+    text = written("mistral_named", ("weather", ARGUMENTS), ("now", {}))
+    assert accepts(grammar, text, specials)
+    plain = call_grammar("mistral_named", TOOLS).lark()
+    assert accepts(plain, text) and not accepts(plain, text, specials), "a special token is not its text"
+
+
+def test_only_strict_tools_are_held_to_their_schema() -> None:
+    loose = [
+        Tool("weather", SCHEMA),
+        Tool("now", {"type": "object", "properties": {}, "additionalProperties": False}, strict=True),
+    ]
+    grammar = call_grammar("hermes", loose, only_strict=True).lark()
+    assert accepts(grammar, written("hermes", ("weather", {"days": "soon"})))
+    assert not accepts(grammar, written("hermes", ("now", {"x": 1})))
+
+
+def test_tags_are_plain_data() -> None:
+    grammar = call_grammar("hermes", TOOLS)
+    assert isinstance(grammar, CallGrammar)
+    tag = grammar.tags[0]
+    assert (tag.begin, tag.end) == ('<tool_call>\n{"name": "weather", "arguments": ', "}\n</tool_call>")
+    assert tag.schema is SCHEMA and grammar.triggers == ("<tool_call>",) and not grammar.at_start
+
+
+def test_tools_of_a_request() -> None:
+    tools = validate_tools([{"type": "function", "function": {"name": "now"}}])
+    assert accepts(call_grammar("hermes", tools).lark(), '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')

@@ -1,0 +1,31 @@
+"""Recordings of the engine's steps."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from branchwise.runtime.engine.profiling import StepProfiler
+from branchwise.runtime.errors import InvalidRequest
+
+
+def test_a_recording_is_a_chrome_trace(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    profiler = StepProfiler(tmp_path / "traces")
+    with pytest.raises(InvalidRequest, match="no recording is under way"):
+        profiler.stop(0)
+    profiler.start(10)
+    with pytest.raises(InvalidRequest, match="a recording is under way"):
+        profiler.start(11)
+    torch.ones(64, 64) @ torch.ones(64, 64)
+    report = profiler.stop(13)
+    assert report["steps"] == 3
+    if not torch.cuda.is_available():
+        assert report["seconds"] == 0.0 and report["device_idle_share"] is None
+    with gzip.open(report["trace"]) as file:
+        assert any("aten::mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
+    profiler.start(13)
+    assert profiler.stop(14)["steps"] == 1

@@ -1,0 +1,160 @@
+"""The grammar of a chat's whole output, walked with llguidance: what it takes and what not, for every format."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from branchwise.runtime.chat.tools import Tool, reasoning_format
+from branchwise.runtime.constraint import constraint_of
+from branchwise.runtime.errors import InvalidRequest
+from branchwise.runtime.grammar.llg import Backend
+from branchwise.runtime.models.folder import SHIPPED
+from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.server.http.openai.chat.grammar import OutputGrammar, calls_for
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
+
+SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
+TOOLS = [Tool("f", SCHEMA, strict=True), Tool("g", {"type": "object", "properties": {"y": {"type": "string"}}})]
+CALLS = {  # a right call, and the same with a wrong argument
+    "hermes": ('<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', ('"x": 1', '"x": "a"')),
+    "llama3_json": ('{"name": "f", "parameters": {"x": 1}}', ('"x": 1', '"x": "a"')),
+    "mistral": ('[TOOL_CALLS] [{"name": "f", "arguments": {"x": 1}}]', ('"x": 1', '"x": "a"')),
+    "mistral_named": ('[TOOL_CALLS]f[ARGS]{"x": 1}', ('"x": 1', '"x": "a"')),
+    "qwen3_coder": (
+        "<tool_call>\n<function=f>\n<parameter=x>\n1\n</parameter>\n</function>\n</tool_call>",
+        ("\n1\n", "\na\n"),
+    ),
+    "pythonic": ("[f(x=1)]", ("x=1", 'x="a"')),
+}
+THINK = reasoning_format("think")
+ASKED = "<|im_start|>assistant\n"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load(SHIPPED)
+
+
+@pytest.fixture(scope="module")
+def takes(tokenizer: Tokenizer) -> Any:
+    """Whether an output may be exactly this text."""
+    backend = Backend(tokenizer, tokenizer.vocab_size, [2, 0])
+
+    def walk(params: SamplingParams, text: str) -> bool:
+        constraint = constraint_of(params)
+        assert constraint is not None
+        matcher = backend.compile(constraint)
+        ids = tokenizer.encode(text, add_special_tokens=False).tolist()
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    return walk
+
+
+def applied(format: str, prompt: str = ASKED, params: SamplingParams | None = None, **how: Any) -> SamplingParams:
+    thoughts = how.pop("thoughts", None)
+    forced = how.setdefault("forced", False)
+    calls = calls_for(format, TOOLS, **{"named": None, "parallel": True, **how})
+    return OutputGrammar(calls, forced, thoughts, {}).applied(params or SamplingParams(), prompt)
+
+
+@pytest.mark.parametrize("format", CALLS)
+def test_a_forced_call_and_nothing_else(takes: Any, format: str) -> None:
+    call, (right, wrong) = CALLS[format]
+    for params in (applied(format, forced=True), applied(format, forced=True, named="f", parallel=False)):
+        assert takes(params, call)
+        assert not takes(params, call.replace(right, wrong))
+        assert not takes(params, "Hello.")
+        assert not takes(params, "")
+    assert not takes(applied(format, forced=True, named="g"), call)
+
+
+@pytest.mark.parametrize("format", CALLS)
+def test_a_strict_tool_leaves_the_answer_free(takes: Any, format: str) -> None:
+    call, (right, wrong) = CALLS[format]
+    params = applied(format)
+    assert takes(params, call)
+    assert not takes(params, call.replace(right, wrong))
+    for text in ("Hello.", "", "a < b, {x} and [y]", "two\nlines"):
+        assert takes(params, text)
+    if format in ("hermes", "qwen3_coder", "mistral", "mistral_named"):
+        assert takes(params, "Let me see. " + call)
+
+
+@pytest.mark.parametrize("format", ["hermes", "llama3_json", "pythonic"])
+def test_thinking_comes_before_calls(takes: Any, format: str) -> None:
+    call, _ = CALLS[format]
+    params = applied(format, forced=True, thoughts=THINK)
+    assert takes(params, call)
+    assert takes(params, f"<think>\nf or g?\n</think>\n\n{call}")
+    assert not takes(params, "<think>\nf or g?\n</think>\n\nNeither.")
+    opened = applied(format, ASKED + "<think>\n", forced=True, thoughts=THINK)
+    assert takes(opened, f"f or g?\n</think>\n\n{call}")
+    assert not takes(opened, call)
+    closed = applied(format, ASKED + "<think>\n\n</think>\n\n", forced=True, thoughts=THINK)
+    assert takes(closed, call)
+    assert not takes(closed, f"<think>\n</think>\n\n{call}")
+
+
+def test_an_answers_schema_holds_after_thinking_and_not_for_calls(takes: Any) -> None:
+    asked = SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format")
+    grammar = OutputGrammar(None, False, THINK, {})
+    params = grammar.applied(asked, ASKED)
+    assert params.constraint_name == "response_format"
+    assert takes(params, '{"x": 1}')
+    assert takes(params, '<think>one</think>\n\n{"x": 1}')
+    assert not takes(params, '{"x": "a"}')
+    assert not takes(params, "<think>one</think>\n\nOne.")
+    assert grammar.applied(asked, ASKED + "<think>\n\n</think>\n\n") is asked, "nothing to add"
+    chosen = grammar.applied(
+        SamplingParams(choices=("yes", "no"), constraint_name="guided_choice"), ASKED + "<think>\n"
+    )
+    assert takes(chosen, "hm</think>\n\nyes")
+    assert not takes(chosen, "yes")
+
+
+@pytest.mark.parametrize("format", CALLS)
+def test_a_strict_tool_beside_an_answer_with_a_schema(takes: Any, format: str) -> None:
+    call, (right, wrong) = CALLS[format]
+    both = applied(format, params=SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format"))
+    assert takes(both, call)
+    assert takes(both, '{"x": 1}')
+    assert not takes(both, "Hello.")
+    assert not takes(both, call.replace(right, wrong))
+
+
+def test_nothing_to_enforce_is_no_grammar() -> None:
+    params = SamplingParams()
+    assert calls_for("hermes", TOOLS[1:], forced=False, named=None, parallel=True) is None
+    assert OutputGrammar(None, False, THINK, {}).applied(params, ASKED) is params
+
+
+def test_what_does_not_go_together() -> None:
+    regex = SamplingParams(regex="a+", constraint_name="regex")
+    schema = SamplingParams(json_schema="{}", constraint_name="response_format")
+    for params, forced in ((regex, False), (regex, True), (schema, True)):
+        with pytest.raises(InvalidRequest, match="cannot be combined") as refused:
+            applied("hermes", params=params, forced=forced)
+        assert refused.value.field == params.constraint_name
+
+
+def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
+    tools = [*TOOLS, Tool("h", {"type": "object", "x-guidance": {}}, strict=True)]
+    with pytest.raises(InvalidRequest) as refused:
+        calls_for("hermes", tools, forced=False, named=None, parallel=True)
+    assert refused.value.field == "tools[2].function.parameters"
+
+
+def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:
+    """They are tokens of the grammar, never text."""
+    special = {"[TOOL_CALLS]": 1}
+    backend = Backend(tokenizer, tokenizer.vocab_size, [2, 0])
+    calls = calls_for("mistral_named", TOOLS, forced=False, named=None, parallel=True)
+    constraint = constraint_of(OutputGrammar(calls, False, None, special).applied(SamplingParams(), ASKED))
+    assert constraint is not None
+    for first, rest, right in (([1], 'f[ARGS]{"x": 1}', True), ([1], 'f[ARGS]{"x": "a"}', False), ([], "Hi.", True)):
+        ids = first + tokenizer.encode(rest, add_special_tokens=False).tolist()
+        matcher = backend.compile(constraint)
+        assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) is right

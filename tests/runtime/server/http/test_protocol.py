@@ -1,0 +1,185 @@
+"""What slow clients may do to a connection, over real sockets, with bounds of tenths of a second."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+import uvicorn
+
+from branchwise.runtime.server.http.plumbing.protocol import HttpProtocol
+
+HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+LARGE = 32 << 20  # bytes of an answer: more than the sockets of a connection hold
+
+
+class Hasty(HttpProtocol):
+    head_seconds = 0.3
+    body_seconds = 0.3
+    body_bytes = 1000  # a second more for each thousand
+    unread_seconds = 0.3
+
+
+class App:
+    """Answers with the length of the body; /slow takes longer than a body may, /early does not read it, /large."""
+
+    def __init__(self) -> None:
+        self.ended = 0  # requests whose client has left or been answered
+        self.left = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            size = 0
+            if scope["path"] == "/slow":
+                await asyncio.sleep(0.8)
+            while scope["path"] != "/early":
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    self.left += 1
+                    return
+                size += len(message["body"])
+                if not message["more_body"]:
+                    break
+            body = b"x" * LARGE if scope["path"] == "/large" else b"%d bytes" % size
+            length = [(b"content-length", b"%d" % len(body))]
+            await send({"type": "http.response.start", "status": 200, "headers": length})
+            for start in range(0, len(body), 1 << 16):
+                await send({"type": "http.response.body", "body": body[start : start + (1 << 16)], "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            self.ended += 1
+
+
+Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
+
+
+@pytest.fixture
+async def app() -> App:
+    return App()
+
+
+@pytest.fixture
+async def connect(app: App) -> AsyncIterator[Connect]:
+    listening = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=Hasty, ws="none", lifespan="off", log_config=None))
+    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
+    serving = asyncio.create_task(server.serve(sockets=[listening]))
+    writers: list[asyncio.StreamWriter] = []
+
+    async def connect(**options: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection(*listening.getsockname(), **options)
+        writers.append(writer)
+        return reader, writer
+
+    yield connect
+    for writer in writers:
+        writer.close()
+    server.should_exit = True
+    await asyncio.wait_for(serving, 5)
+
+
+async def said(reader: asyncio.StreamReader) -> bytes:
+    """Everything until the server closes the connection."""
+    return await asyncio.wait_for(reader.read(), 5)
+
+
+@pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"])
+async def test_a_head_that_does_not_come_is_not_waited_for(connect: Connect, app: App, data: bytes) -> None:
+    reader, writer = await connect()
+    writer.write(data)
+    started = time.monotonic()
+    assert await said(reader) == b""
+    assert 0.2 < time.monotonic() - started < 2
+    assert app.ended == 0
+
+
+async def test_a_trickling_head_has_no_more_time(connect: Connect) -> None:
+    reader, writer = await connect()
+    started = time.monotonic()
+    with contextlib.suppress(ConnectionError):
+        for byte in b"GET / HTTP/1.1\r\nX: " + b"x" * 1000:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.02)
+            if reader.at_eof():
+                break
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("piece", [b"", b"x"], ids=["stopped", "trickling"])
+async def test_a_body_that_does_not_come_is_a_408(connect: Connect, app: App, piece: bytes) -> None:
+    reader, writer = await connect()
+    writer.write(HEAD % 10_000 + b"begun")
+    answer = asyncio.create_task(said(reader))
+    started = time.monotonic()
+    while not answer.done():
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+        assert time.monotonic() - started < 3
+    head, _, body = answer.result().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 408 Request Timeout")
+    assert b"connection: close" in head
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "timeout_error"
+    assert "body did not come in time" in error["message"]
+    assert time.monotonic() - started > 0.25
+    await asyncio.sleep(0.05)
+    assert (app.left, app.ended) == (1, 1), "whoever waited for the body knows"
+
+
+async def test_a_large_body_has_the_time_it_needs(connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(HEAD % 1000)
+    for _ in range(10):
+        writer.write(b"x" * 100)
+        await asyncio.sleep(0.08)
+    assert (await reader.readuntil(b"1000 bytes")).startswith(b"HTTP/1.1 200")
+    writer.write(HEAD % 1 + b"x")  # and the connection goes on
+    assert (await reader.readuntil(b"1 bytes")).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_body_after_its_answer_is_not_waited_for_either(connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(HEAD.replace(b"/ ", b"/early ") % 10_000 + b"begun")
+    answer = await said(reader)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"0 bytes"), "and no second answer"
+
+
+async def test_a_request_behind_a_slow_one_is_not_to_blame(connect: Connect) -> None:
+    """Nobody reads its body until the one before it is answered."""
+    reader, writer = await connect()
+    writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD % 5 + b"ab")
+    assert (await asyncio.wait_for(reader.readuntil(b"0 bytes"), 5)).startswith(b"HTTP/1.1 200")
+    writer.write(b"cde")
+    assert (await asyncio.wait_for(reader.readuntil(b"5 bytes"), 5)).startswith(b"HTTP/1.1 200")
+
+
+async def test_an_answer_that_nobody_reads_is_given_up(connect: Connect, app: App) -> None:
+    raw = socket.socket()
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    raw.setblocking(False)
+    _, port = (await connect())[1].get_extra_info("peername")
+    await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", port))
+    with raw:
+        await asyncio.get_running_loop().sock_sendall(raw, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        for _ in range(50):
+            await asyncio.sleep(0.1)
+            if app.ended:
+                break
+        assert app.ended == 1, "its sender still waits"
+
+
+async def test_an_answer_read_slowly_comes_whole(connect: Connect) -> None:
+    reader, writer = await connect(limit=1 << 16)
+    writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    size = 0
+    while piece := await asyncio.wait_for(reader.read(1 << 20), 5):
+        size += len(piece)
+        await asyncio.sleep(0.01)
+    assert size > LARGE
