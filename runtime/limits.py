@@ -17,11 +17,13 @@ MAX_LABEL = 512  # characters of a name or an id that a client chooses
 MAX_DEPTH = 64  # objects and lists inside one another, of what a client sends
 
 
-def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.int64], vocab_size: int, field: str) -> None:
+def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_size: int, field: str) -> None:
     """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""
     if not len(ids):
         raise InvalidRequest(f"{field} must not be empty", field=field)
     if isinstance(ids, np.ndarray):
+        if ids.min() >= 0 and ids.max() < vocab_size:
+            return
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         suspects: Iterable[tuple[int, Any]] = [(int(position), int(ids[position])) for position in wrong[:1]]
     elif set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:

@@ -1,6 +1,7 @@
 """Everything the processes say to each other: msgspec tagged structs in msgpack, one batch a frame.
 
-    http ──Submit, Abort──► tokenizer ──Generate, Abort──► scheduler ──StepOutput──► detokenizer ──Deltas──► http
+    http ──Generate, Abort──► tokenizer ──the same, with token ids──► scheduler
+    scheduler ──StepOutput──► detokenizer ──Deltas──► http
     http ──BranchRun, BranchOp──► tokenizer ──the same, with token ids──► scheduler
     scheduler ──the same once more──► tokenizer    where a branch ends in text that has no tokens yet
     http ──Control──► scheduler ──ControlReply──► http
@@ -27,38 +28,26 @@ class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True):
 # -- towards the scheduler ---------------------------------------------------------------------------------------------
 
 
-class Submit(Message):
-    """http → tokenizer. One prompt, sampled ``len(ids)`` times: sample i has ``ids[i]`` and seed + i."""
+class Generate(Message):
+    """http → tokenizer → scheduler (and into `EngineCore.add`): one prompt, sampled ``len(ids)`` times.
+
+    Sample i is engine request ``ids[i]`` with seed ``params.seed + i``. The prompt is ``text`` or ``tokens``; the
+    tokenizer replaces the text by its tokens, and character positions in ``breakpoints`` by token positions.
+    """
 
     ids: list[int]
     params: SamplingParams
-    text: str | None = None  # the prompt, as text or as token ids (int32 bytes)
-    tokens: bytes | None = None
+    text: str | None = None
+    tokens: bytes = b""  # int32
     namespace: tuple[str, str] = ("", "")  # (owner, salt): owner from the API key, salt from the request
     priority: int = 0  # larger is more urgent
-    echo_tokens: bool = False  # ask for the prompt's token ids in the first delta
-    names: tuple[str, str] = ("prompt", "max_tokens")  # what the client calls these, for messages about them
-    whole: bool = False  # nobody reads along: the answer may come in large pieces
-    rendered: bool = False  # the text is a chat template's: it has its special tokens already
-    # (position, seconds): prefixes to keep cached. In characters of a text, else in tokens; -1: the prompt's end
+    stream: bool = True  # False: only the whole answer is of use, so deltas may be few and large
+    echo_tokens: bool = False  # return the prompt's token ids in the first delta
+    add_special_tokens: bool = True  # to ``text``; a chat template has written its own
+    # (position, seconds): prefixes to keep cached after the request. Characters of a text, else tokens; -1: its end
     breakpoints: list[tuple[int, float]] = []
-    private: bool = False  # shares nothing: its namespace is its own and is forgotten with it
-
-
-class Generate(Message):
-    """tokenizer → scheduler (and into `EngineCore.add`)."""
-
-    id: int
-    tokens: bytes
-    params: SamplingParams
-    namespace: tuple[str, str] = ("", "")
-    priority: int = 0
-    echo_tokens: bool = False
-    whole: bool = False
-    echo_from: int = 0  # first prompt token to echo
-    settle: bool = False  # of a branch: the detokenizer says where the returned text ended
-    breakpoints: list[tuple[int, float]] = []  # (prompt tokens, seconds): prefixes to keep cached after it ends
-    private: bool = False  # what it computes is forgotten when it ends
+    no_cache: bool = False  # shares nothing: its namespace is its own and is forgotten with it
+    names: tuple[str, str] = ("prompt", "max_tokens")  # what the client calls these, for error messages
 
 
 class Abort(Message):
@@ -137,7 +126,7 @@ class BranchRun(Message):
     priority: int = 0
     echo_tokens: bool = False
     max_tokens: str = "max_tokens"  # what the client calls it
-    whole: bool = False
+    stream: bool = True
     refusal: Refusal | None = None
     again: bool = False
 
@@ -200,7 +189,7 @@ class RequestStarted(Message):
     tail: bytes  # the last few prompt tokens, to prime incremental decoding
     params: SamplingParams
     prompt: bytes | None = None  # the prompt's tokens, if ``echo_tokens`` or prompt logprobs were asked for
-    whole: bool = False  # the first token is told at once, what follows in large pieces
+    stream: bool = True  # False: a delta for the first token, then few and large ones
     settle: bool = False  # of a branch: its end is followed by a `Settled`
 
 

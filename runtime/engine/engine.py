@@ -102,15 +102,8 @@ class EngineBase(EngineThread):
             tokens = np.array(ids, dtype=np.int32)
         data = np.asarray(tokens, dtype="<i4").tobytes()
         ids = [next(self._ids) for _ in range(params.n)]
-        messages = []
-        for i, id_ in enumerate(ids):
-            messages.append(Generate(id_, data, params.sample(i), ("", cache_salt), priority))
-
-        def job() -> None:
-            for message in messages:
-                self._core.add(message)
-
-        self._on_thread(job, dict.fromkeys(ids, sink))
+        message = Generate(ids, params, tokens=data, namespace=("", cache_salt), priority=priority)
+        self._on_thread(lambda: self._core.add(message), dict.fromkeys(ids, sink))
         return ids
 
     def _abort(self, ids: list[int]) -> None:

@@ -243,7 +243,7 @@ class Planner:
         if request.cache is None:
             report = lease.report
             refilled = max(0, min(request.remembered, request.reuse_limit) - lease.hit)
-            reason = "disabled" if request.private else report.reason
+            reason = "disabled" if request.no_cache else report.reason
             written = 0 if reason == "disabled" else max(0, request.prompt_len - lease.hit)
             request.cache = CacheReport(report.hit_tokens, reason, report.diverged_at, refilled, written)
         if lease.hit == request.num_tokens:  # max_tokens=0 and everything is there

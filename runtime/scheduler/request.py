@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..messages import CacheReport, Generate
+from ..messages import CacheReport
 from ..sampling_params import SamplingParams
 from ..step import Int32
 
@@ -27,8 +27,9 @@ class Status(enum.Enum):
 
 
 class Request:
-    """Tokens known so far (prompt, then outputs) and where the request stands.
+    """One sample of a prompt: its tokens (prompt, then outputs) and where it stands. Samples share the prompt's array.
 
+    ``params.max_tokens`` is set and fits the limits; the prompt's ids are in the vocabulary (see `Scheduler.add`).
     While it runs, how far its KV reaches lives in `Rows`, indexed by ``row``; ``lease`` holds its pages.
     """
 
@@ -37,7 +38,7 @@ class Request:
         "arrival_clock",
         "breakpoints",
         "cache",
-        "echo_tokens",
+        "echo_from",
         "held_back",
         "hit_estimate",
         "id",
@@ -47,12 +48,12 @@ class Request:
         "limit",
         "matcher",
         "namespace",
+        "no_cache",
         "num_tokens",
         "on_end",
         "opened",
         "params",
         "priority",
-        "private",
         "prompt_len",
         "prompt_logprob_next",
         "queue_seconds",
@@ -60,28 +61,46 @@ class Request:
         "retractions",
         "row",
         "seed",
+        "settle",
         "skips",
         "status",
         "stop_ids",
+        "stream",
         "token_buffer",
     )
 
-    def __init__(self, message: Generate, *, seed: int, max_tokens: int, eos_ids: tuple[int, ...]) -> None:
-        params = message.params
-        prompt = np.frombuffer(message.tokens, dtype="<i4").astype(np.int32, copy=False)
-        self.id: int = message.id
-        self.params: SamplingParams = params
-        self.namespace: tuple[str, str] = message.namespace
-        self.priority: int = message.priority
-        self.echo_tokens: bool = message.echo_tokens
-        self.breakpoints: list[tuple[int, float]] = message.breakpoints  # to pin, until that has been done
-        self.private: bool = message.private
-        self.seed: int = seed
-        self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids) | frozenset(
-            () if params.ignore_eos else eos_ids
-        )
+    def __init__(
+        self,
+        id: int,
+        prompt: Int32,
+        params: SamplingParams,
+        *,
+        namespace: tuple[str, str] = ("", ""),
+        priority: int = 0,
+        stream: bool = True,
+        echo_from: int | None = None,
+        breakpoints: Sequence[tuple[int, float]] = (),
+        no_cache: bool = False,
+        settle: bool = False,
+        remembered: int = 0,
+        on_end: Callable[[Request], None] | None = None,
+    ) -> None:
+        self.id: int = id
+        self.params: SamplingParams = params  # of one sample
+        self.namespace: tuple[str, str] = namespace
+        self.priority: int = priority
+        self.stream: bool = stream
+        self.echo_from: int | None = echo_from  # first prompt token to return; None: the prompt is not returned
+        self.breakpoints: Sequence[tuple[int, float]] = breakpoints  # (prompt tokens, seconds) to pin; empty once done
+        self.no_cache: bool = no_cache  # what it computes is forgotten when it ends
+        self.settle: bool = settle  # of a branch: the detokenizer says where the returned text ended
+        self.remembered: int = remembered  # prompt tokens whose KV its branch has computed before
+        self.on_end: Callable[[Request], None] | None = on_end  # called once, after its terminal message
+        self.seed: int = -1 if params.seed is None else params.seed  # -1: `Scheduler.submit` draws one
+        self.stop_ids: frozenset[int] = frozenset(params.stop_token_ids)  # `Scheduler.submit` adds the model's own
         self.prompt_len: int = len(prompt)
-        self.limit: int = len(prompt) + max_tokens  # tokens at which it ends with reason ``length``
+        # Tokens at which it ends with reason ``length``.
+        self.limit: int = len(prompt) + (params.max_tokens or 0)
         self.token_buffer: Int32 = prompt
         self.num_tokens: int = len(prompt)
 
@@ -101,8 +120,6 @@ class Request:
         self.opened: bool = False
         self.retractions: int = 0
         self.queue_seconds: float = 0.0
-        self.remembered: int = 0  # prompt tokens whose KV its branch has computed before
-        self.on_end: Callable[[Request], None] | None = None  # called once, after its terminal message
         # next prompt position whose logprob is still to be delivered; position 0 has none
         self.prompt_logprob_next: int = max(1, params.prompt_logprob_start)
 

@@ -80,63 +80,65 @@ class Scheduler:
 
     # -- in ------------------------------------------------------------------------------------------------------------
 
-    def add(
-        self, message: Generate, *, remembered: int = 0, on_end: Callable[[Request], None] | None = None
-    ) -> Request | None:
-        """Queues a request. One that can never be served is answered with an ``error`` at once: then None.
-
-        ``remembered``: prompt tokens whose KV was there before, for the report. ``on_end`` hears of every other end.
-        """
-        if message.id in self._live:
-            raise ValueError(f"request id {message.id} is in use")
-        tokens = np.frombuffer(message.tokens, dtype="<i4")
+    def add(self, message: Generate) -> None:
+        """Queues every sample of a prompt. If it can never be served, all of them are answered with an ``error``."""
+        prompt = np.frombuffer(message.tokens, dtype="<i4").astype(np.int32, copy=False)
         try:
-            params = fit(len(tokens), message.params, self.limits)
-            if tokens.min() < 0 or tokens.max() >= self.limits.vocab_size:
-                check_token_ids(tokens.tolist(), self.limits.vocab_size, "prompt")
-            if params.constrained and not self._guides.available:
-                raise InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
+            params = fit(len(prompt), message.params, self.limits)
+            check_token_ids(prompt, self.limits.vocab_size, "prompt")
         except InvalidRequest as error:
-            self._out.opened.append(RequestStarted(message.id, len(tokens), b"", message.params))
-            self._out.finished.append(
-                Finished(
-                    message.id,
-                    "error",
-                    prompt_tokens=len(tokens),
-                    error=error.message,
-                    error_field=error.field,
-                    status=error.status,
+            for id in message.ids:
+                self.refuse(id, error)
+            return
+        for i, id in enumerate(message.ids):
+            self.submit(
+                Request(
+                    id,
+                    prompt,
+                    params.sample(i),
+                    namespace=message.namespace,
+                    priority=message.priority,
+                    stream=message.stream,
+                    echo_from=0 if message.echo_tokens else None,
+                    breakpoints=message.breakpoints,
+                    no_cache=message.no_cache,
                 )
             )
-            return None
-        seed = message.params.seed
-        if seed is None:
-            seed = self._seeds.randrange(MAX_SEED)
-        request = Request(message, seed=seed, max_tokens=params.max_tokens or 0, eos_ids=self._eos_ids)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request whose prompt and limits have been checked."""
+        if request.id in self._live:
+            raise ValueError(f"request id {request.id} is in use")
+        params = request.params
+        if request.seed < 0:
+            request.seed = self._seeds.randrange(MAX_SEED)
+        if not params.ignore_eos:
+            request.stop_ids = request.stop_ids.union(self._eos_ids)
         request.arrival, request.arrival_clock = self._now(), self.ledger.clock
         request.hit_estimate = self.tree.peek(request.tokens, request.namespace, request.reuse_limit)
-        request.remembered, request.on_end = remembered, on_end
         self._live[request.id] = request
-        constraint = constraint_of(params)
-        if constraint is None:
-            self.ledger.waiting[request.id] = request
-        else:
-            request.status = Status.COMPILING
-            self._guides.begin(request, constraint)
         self._totals.prompt_tokens += request.prompt_len
-        echo = request.echo_tokens or request.params.prompt_logprobs is not None
+        echo_from = 0 if request.echo_from is None and params.prompt_logprobs is not None else request.echo_from
         self._out.opened.append(
             RequestStarted(
                 request.id,
                 request.prompt_len,
                 request.prompt[-_TAIL:].tobytes(),
-                without_constraint(request.params),
-                request.prompt[message.echo_from :].tobytes() if echo else None,
-                message.whole,
-                message.settle,
+                without_constraint(params),
+                None if echo_from is None else request.prompt[echo_from:].tobytes(),
+                request.stream,
+                request.settle,
             )
         )
-        return request
+        constraint = constraint_of(params)
+        if constraint is None:
+            self.ledger.waiting[request.id] = request
+        elif self._guides.available:
+            request.status = Status.COMPILING
+            self._guides.begin(request, constraint)
+        else:
+            refusal = InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
+            self._finish(request, "error", refusal=refusal)
 
     def refuse(self, request_id: int, error: InvalidRequest) -> None:
         """Answers a request that was never added."""

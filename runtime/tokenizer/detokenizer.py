@@ -98,7 +98,7 @@ class _Request:
     prompt_tokens: int
     include_stop: bool
     settle: bool  # of a branch: its end is followed by a `Settled`
-    whole: bool  # nobody reads along: after the first token, deltas are gathered in ``held``
+    stream: bool  # False: after the first token, deltas are gathered in ``held``
     held: Delta | None = None  # what has not been told yet
     cache: CacheReport | None = None
     queue_seconds: float = 0.0
@@ -126,7 +126,7 @@ class DetokenizerCore:
             tail = np.frombuffer(opened.tail, np.int32).tolist()
             text = IncrementalDetokenizer(self._tokenizer, opened.params, tail, trace=opened.settle)
             self._requests[opened.id] = _Request(
-                text, opened.prompt_tokens, opened.params.include_stop, opened.settle, opened.whole
+                text, opened.prompt_tokens, opened.params.include_stop, opened.settle, opened.stream
             )
         deltas: dict[int, Delta] = {}
         for opened in step.opened:
@@ -227,10 +227,10 @@ class DetokenizerCore:
         if delta is None:
             request = request or self._requests[id]
             delta = request.held or Delta(id=id, prompt_tokens=request.prompt_tokens)
-            if request.whole:
-                request.held = delta
-            else:
+            if request.stream:
                 deltas[id] = delta
+            else:
+                request.held = delta
         return delta
 
     def _tell(self, deltas: dict[int, Delta], request: _Request) -> None:

@@ -48,7 +48,7 @@ class Bench:
         self.core.branches.settled(Settled(id, 4))
 
     def plain_turn(self, tokens: bytes) -> None:
-        self.core.add(Generate(next(self.ids), tokens, self.params))
+        self.core.add(Generate([next(self.ids)], self.params, tokens=tokens))
         self.run()
 
 

@@ -41,7 +41,7 @@ def build(running: int, waiting: int, *, spare_rows: int, pages: int) -> tuple[S
     def add(id_: int, max_tokens: int) -> None:
         tokens = np.concatenate([shared[: 16 * int(rng.integers(1, 128))], rng.integers(0, VOCAB, 64, dtype=np.int32)])
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        scheduler.add(Generate(id_, tokens.astype("<i4").tobytes(), params))
+        scheduler.add(Generate([id_], params, tokens=tokens.astype("<i4").tobytes()))
 
     for id_ in range(running):
         add(id_, 100_000)

@@ -113,7 +113,7 @@ def test_branching_traffic_in_a_tiny_pool(graphs: bool, gpu_checkpoint: Callable
                 logprobs=3 if rng.random() < 0.1 else None,
                 repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
             )  # fmt: skip
-            core.add(Generate(submitted, prompt.tobytes(), params))
+            core.add(Generate([submitted], params, tokens=prompt.tobytes()))
             live.add(submitted)
             submitted += 1
         if rng.random() < 0.1 and live:

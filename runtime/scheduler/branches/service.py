@@ -14,8 +14,8 @@ import numpy as np
 
 from ...config import EngineConfig
 from ...errors import InvalidRequest
-from ...limits import fit
-from ...messages import BranchOp, BranchRun, ControlReply, Generate, Piece, Settled
+from ...limits import check_token_ids, fit
+from ...messages import BranchOp, BranchRun, ControlReply, Piece, Settled
 from ...sampling_params import SamplingParams
 from ...step import Int32
 from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
@@ -203,8 +203,10 @@ class BranchService:
         if piece is None or piece.empty:
             return trail
         tokens = tokens_from_bytes(piece.tokens if trail.length or piece.first is None else piece.first)
-        if trail.length + len(tokens):
-            fit(trail.length + len(tokens), SamplingParams(max_tokens=0), self._scheduler.limits, field="the branch")
+        if len(tokens):
+            limits = self._scheduler.limits
+            fit(trail.length + len(tokens), SamplingParams(max_tokens=0), limits, field="the branch")
+            check_token_ids(tokens, limits.vocab_size, "the branch")
         return trail.then(tokens)
 
     def _rest_after(self, branch: Branch, piece: Piece | None) -> str:
@@ -235,24 +237,10 @@ class BranchService:
         params = fit(trail.length, run.params, self._scheduler.limits, field="the branch", max_tokens=run.max_tokens)
         # From here on it cannot fail: what is appended stays, even if the client has left.
         branch.trail, branch.rest = trail, rest
-        tokens = tokens_to_bytes(trail.tokens())
+        prompt = trail.tokens()
         for i, id in enumerate(run.ids):  # the first sample stays in the branch
-            message = Generate(
-                id,
-                tokens,
-                params.sample(i),
-                branch.namespace,
-                run.priority,
-                run.echo_tokens,
-                run.whole,
-                settle=i == 0,
-            )
-            if not self._add(message, branch):
-                continue
-            if i == 0:
-                branch.run, branch.state = id, State.GENERATING
-            else:
-                branch.readers.add(id)
+            echo_from = 0 if run.echo_tokens else None
+            self._submit(self._request(id, prompt, params.sample(i), run, branch, echo_from, settle=i == 0), branch)
 
     def _score(self, run: BranchRun, branch: Branch, continuations: list[Piece]) -> None:
         if not branch.trail.length:
@@ -270,25 +258,48 @@ class BranchService:
                 raise InvalidRequest(f"{field} must not be empty", field=field)
             longest = max(len(trunk), len(opening)) + len(tokens)
             fit(longest, SamplingParams(max_tokens=0), limits, field=f"the branch with {field}")
+            check_token_ids(tokens, limits.vocab_size, field)
             wholes.append((np.concatenate((trunk, tokens)), len(trunk) + piece.left))
             alone.append((np.concatenate((opening, tokens[piece.left :])), len(opening)))
         for id, (whole, start) in zip(run.ids, [*wholes, *(alone if run.unconditional else [])], strict=True):
             params = msgspec.structs.replace(run.params, prompt_logprob_start=start)
-            message = Generate(
-                id, tokens_to_bytes(whole), params, branch.namespace, run.priority, whole=run.whole, echo_from=start
-            )
-            if self._add(message, branch):
-                branch.readers.add(id)
+            self._submit(self._request(id, whole, params, run, branch, start), branch)
 
-    def _add(self, message: Generate, branch: Branch) -> bool:
-        """Hands it to the scheduler, unless its client has left. False: it has been answered."""
-        if self._held_back.pop(message.id):
-            self._scheduler.refuse_aborted(message.id)
-            return False
-        if self._scheduler.add(message, remembered=branch.remembered, on_end=self._ended) is None:
-            return False
-        self._running[message.id] = branch
-        return True
+    def _request(
+        self,
+        id: int,
+        prompt: Int32,
+        params: SamplingParams,
+        run: BranchRun,
+        branch: Branch,
+        echo_from: int | None,
+        *,
+        settle: bool = False,
+    ) -> Request:
+        return Request(
+            id,
+            prompt,
+            params,
+            namespace=branch.namespace,
+            priority=run.priority,
+            stream=run.stream,
+            echo_from=echo_from,
+            settle=settle,
+            remembered=branch.remembered,
+            on_end=self._ended,
+        )
+
+    def _submit(self, request: Request, branch: Branch) -> None:
+        """Hands it to the scheduler, unless its client has left."""
+        if self._held_back.pop(request.id):
+            self._scheduler.refuse_aborted(request.id)
+            return
+        self._running[request.id] = branch
+        if request.settle:
+            branch.run, branch.state = request.id, State.GENERATING
+        else:
+            branch.readers.add(request.id)
+        self._scheduler.submit(request)
 
     def _ended(self, request: Request) -> None:
         """The scheduler's last word about a request."""

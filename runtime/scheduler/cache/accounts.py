@@ -54,10 +54,10 @@ class Accounts:
         self._owners: dict[str, Account] = {}
         self._namespaces: OrderedDict[Namespace, Account] = OrderedDict()  # the last to be used at the end
 
-    def add(self, namespace: Namespace, prompt_tokens: int, report: CacheReport, *, private: bool) -> None:
-        """``private``: of a request that shares nothing, whose namespace nobody will ask for."""
+    def add(self, namespace: Namespace, prompt_tokens: int, report: CacheReport, *, no_cache: bool) -> None:
+        """``no_cache``: of a request that shares nothing, whose namespace nobody will ask for."""
         accounts = [self.total, self._owners.setdefault(namespace[0], Account())]
-        if not private:
+        if not no_cache:
             accounts.append(self._namespaces.setdefault(namespace, Account()))
             self._namespaces.move_to_end(namespace)
             if len(self._namespaces) > MAX_NAMESPACES:

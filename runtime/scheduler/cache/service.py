@@ -55,7 +55,7 @@ class CacheService:
     def begun(self, request: Request) -> None:
         """Its first chunk is scheduled, or all of it was here."""
         if request.cache is not None:
-            self._accounts.add(request.namespace, request.prompt_len, request.cache, private=request.private)
+            self._accounts.add(request.namespace, request.prompt_len, request.cache, no_cache=request.no_cache)
 
     def leaving(self, request: Request, computed: int) -> None:
         """It gives up its row, and of its tokens ``computed`` have keys and values: an aborted one wrote no more."""
@@ -65,7 +65,7 @@ class CacheService:
 
     def ended(self, request: Request, *, well: bool) -> None:
         """It has left the tree to others: what it asked to be kept is kept, if it ended ``well``."""
-        if request.private:
+        if request.no_cache:
             self._tree.prune(_EVERYTHING, request.namespace)
         elif well:
             self.keep(request)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
+import msgspec
+
 from ...errors import EngineDead, InvalidRequest, Overloaded, TimedOut
-from ...messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Limits, Message, Submit
-from ...sampling_params import SamplingParams
+from ...messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Generate, Limits, Message
 from .plumbing.metrics import Metrics
 
 State = Literal["starting", "ready", "draining", "dead"]
@@ -26,23 +27,6 @@ State = Literal["starting", "ready", "draining", "dead"]
 CONTROL_SECONDS = 30.0
 
 Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, what came of it)
-
-
-@dataclass(slots=True, frozen=True)
-class Prompt:
-    """One prompt of a call: as text or as token ids (int32 bytes), sampled ``params.n`` times."""
-
-    params: SamplingParams
-    text: str | None = None
-    tokens: bytes | None = None
-    namespace: tuple[str, str] = ("", "")
-    priority: int = 0
-    echo_tokens: bool = False
-    names: tuple[str, str] = ("prompt", "max_tokens")  # the client's words for them
-    whole: bool = False  # the answer is sent as one: the engine need not tell every token as it comes
-    breakpoints: tuple[tuple[int, float], ...] = ()  # as `Submit` has them
-    private: bool = False
-    rendered: bool = False  # the text is a chat template's: it has its special tokens already
 
 
 class Call:
@@ -200,38 +184,20 @@ class EngineClient:
         self._to_tokenizer([limits])
         self.state = "ready"
 
-    def open(self, prompts: Sequence[Prompt], labels: Sequence[str | None] = ()) -> Call:
-        """Submits every prompt. ``labels[i]`` is the name by which a client may abort prompt i (not unique, not an id).
+    def open(self, prompts: Sequence[Generate], labels: Sequence[str | None] = ()) -> Call:
+        """Submits every prompt; their ``ids`` are given here, ``params.n`` each. ``labels[i]`` is the name by which a
+        client may abort prompt i (not unique, not an id).
 
         All are of one owner. Raises `Overloaded` when the queue is full or the server is not serving, `InvalidRequest`
         (429) when the owner has its share of it, `EngineDead` after the engine died.
         """
         owner = prompts[0].namespace[0]
         call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
-        messages: list[Submit] = []
-        start = call.ids.start
-        for prompt in prompts:
-            ids = range(start, start + prompt.params.n)
-            start = ids.stop
-            messages.append(
-                Submit(
-                    list(ids),
-                    prompt.params,
-                    prompt.text,
-                    prompt.tokens,
-                    prompt.namespace,
-                    prompt.priority,
-                    prompt.echo_tokens,
-                    prompt.names,
-                    prompt.whole,
-                    prompt.rendered,
-                    list(prompt.breakpoints),
-                    prompt.private,
-                )
-            )
-        self._to_tokenizer(messages)  # what cannot be sent must not be waited for
-        for i, message in enumerate(messages):
-            self._expect(message.ids, call, owner, labels[i] if i < len(labels) else None)
+        ids = iter(call.ids)
+        messages = [msgspec.structs.replace(each, ids=list(itertools.islice(ids, each.params.n))) for each in prompts]
+        self._to_tokenizer(messages)
+        for message, label in itertools.zip_longest(messages, labels):
+            self._expect(message.ids, call, owner, label)
         return call
 
     def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
@@ -266,7 +232,7 @@ class EngineClient:
         return call
 
     def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
-        """After they have been sent: what could not be would be waited for for ever."""
+        """Registers requests that have been sent. Not before: a failed send would otherwise leave them open forever."""
         now = time.monotonic()
         self._held[owner] += len(ids)
         for id in ids:

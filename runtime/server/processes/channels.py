@@ -32,13 +32,12 @@ from ...messages import (
     Stats,
     StepOutput,
     StopMatched,
-    Submit,
 )
 
 LINGER_MS = 2000  # how long a leaving process may try to deliver its last words
 MAX_PATH = 100  # bytes of a Unix socket's path (sun_path holds 108)
 
-ToTokenizer = Submit | BranchOp | BranchRun | Abort | Limits | Shutdown
+ToTokenizer = Generate | BranchOp | BranchRun | Abort | Limits | Shutdown
 ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | Control | Shutdown
 ToDetokenizer = StepOutput | Shutdown
 ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed

@@ -24,9 +24,7 @@ from ...messages import (
     Ready,
     Refusal,
     Shutdown,
-    Submit,
 )
-from ...sampling_params import SamplingParams
 from ...tokenizer.pieces import encode_message
 from ...tokenizer.tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToTokenizer
@@ -54,8 +52,8 @@ class TokenizerWorker:
             leaving = False
             for message in self._inbox.receive(None):
                 match message:
-                    case Submit():
-                        self._submit(message, forward, refused)
+                    case Generate():
+                        self._prepare(message, forward, refused)
                     case BranchOp() | BranchRun():
                         self._encode(message)
                         forward.append(message)
@@ -74,30 +72,31 @@ class TokenizerWorker:
                 self._inbox.close()
                 return
 
-    def _submit(self, message: Submit, forward: list[Message], refused: list[Delta]) -> None:
+    def _prepare(self, message: Generate, forward: list[Message], refused: list[Delta]) -> None:
         try:
-            tokens, params = self._prepare(message)
+            if message.text is not None:
+                self._tokenize(message, message.text)
+            forward.append(message)
         except InvalidRequest as error:
             refused += _refusals(message, error.message, error.field, error.status)
-            return
         except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
             logger.exception("could not tokenize a prompt")
             refused += _refusals(message, "the prompt could not be tokenized", None, 500)
-            return
-        for i, id in enumerate(message.ids):
-            forward.append(
-                Generate(
-                    id,
-                    tokens,
-                    params.sample(i),
-                    message.namespace,
-                    message.priority,
-                    message.echo_tokens,
-                    message.whole,
-                    breakpoints=message.breakpoints,
-                    private=message.private,
-                )
-            )
+
+    def _tokenize(self, message: Generate, text: str) -> None:
+        """Replaces the message's text by its tokens. Raises `InvalidRequest` if they exceed the limits."""
+        if self._limits is None:
+            raise RuntimeError("a request arrived before the limits")
+        field, max_tokens = message.names
+        self._check_bytes(text, field)
+        marks = [position for position, _ in message.breakpoints]
+        ids, counts = self._tokenizer.encode_marked(text, marks, message.add_special_tokens)
+        message.params = fit(len(ids), message.params, self._limits, field=field, max_tokens=max_tokens)
+        message.breakpoints = [
+            (len(ids) if position < 0 else count, seconds)
+            for (position, seconds), count in zip(message.breakpoints, counts, strict=True)
+        ]
+        message.text, message.tokens = None, ids.astype("<i4", copy=False).tobytes()
 
     def _encode(self, message: BranchOp | BranchRun) -> None:
         """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
@@ -106,24 +105,6 @@ class TokenizerWorker:
         except BaseException:  # likewise
             logger.exception("could not tokenize a text")
             message.refusal = Refusal("the text could not be tokenized", None, 500)
-
-    def _prepare(self, message: Submit) -> tuple[bytes, SamplingParams]:
-        if self._limits is None:
-            raise RuntimeError("a request arrived before the limits")
-        field, max_tokens = message.names
-        if message.tokens is not None:
-            tokens = message.tokens
-        else:
-            text = message.text or ""
-            self._check_bytes(text, field)
-            marks = [position for position, _ in message.breakpoints]
-            ids, counts = self._tokenizer.encode_marked(text, marks, not message.rendered)
-            message.breakpoints = [
-                (len(ids) if position < 0 else count, seconds)
-                for (position, seconds), count in zip(message.breakpoints, counts, strict=True)
-            ]
-            tokens = ids.astype("<i4", copy=False).tobytes()
-        return tokens, fit(len(tokens) // 4, message.params, self._limits, field=field, max_tokens=max_tokens)
 
     def _check_bytes(self, text: str, field: str) -> None:
         """Megabytes that cannot fit are refused before they are tokenized: everybody else would wait for them."""
@@ -147,7 +128,7 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
     return max(len(token.encode()) for token in backend.get_vocab())
 
 
-def _refusals(message: Submit, error: str, field: str | None, status: int) -> list[Delta]:
+def _refusals(message: Generate, error: str, field: str | None, status: int) -> list[Delta]:
     """The terminal message of each of the request's samples: the scheduler never hears of them."""
     return [
         Delta(id, finish=Finished(id, "error", error=error, error_field=field, status=status)) for id in message.ids

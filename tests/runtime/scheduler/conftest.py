@@ -129,7 +129,7 @@ class Driver:
         self.prompts[id_] = list(prompt)
         self.outputs[id_] = []
         data = np.asarray(prompt, dtype="<i4").tobytes()
-        self.core.add(Generate(id_, data, self.params[id_], ("", salt), priority))
+        self.core.add(Generate([id_], self.params[id_], tokens=data, namespace=("", salt), priority=priority))
         return id_
 
     def abort(self, id_: int) -> None:

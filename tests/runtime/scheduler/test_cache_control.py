@@ -32,14 +32,19 @@ def ask(driver, what, tokens=(), namespace=("", ""), **fields):
     return reply.value
 
 
-def run(driver, tokens, *, breakpoints=(), private=False, namespace=("", ""), **params):
+def run(driver, tokens, *, breakpoints=(), no_cache=False, namespace=("", ""), **params):
     id_ = driver.next_id
     driver.next_id += 1
     driver.params[id_] = SamplingParams(**({"max_tokens": 3, "seed": id_, "ignore_eos": True} | params))
     driver.prompts[id_], driver.outputs[id_] = list(tokens), []
     data = np.asarray(tokens, "<i4").tobytes()
     message = Generate(
-        id_, data, driver.params[id_], namespace, breakpoints=[tuple(each) for each in breakpoints], private=private
+        [id_],
+        driver.params[id_],
+        tokens=data,
+        namespace=namespace,
+        breakpoints=[tuple(each) for each in breakpoints],
+        no_cache=no_cache,
     )
     driver.core.add(message)
     return id_
@@ -239,7 +244,7 @@ def test_a_private_request_reads_nothing_and_leaves_nothing(make_driver, overlap
     run(driver, prompt(40))
     driver.drain()
     cached = driver.core.scheduler.tree.cached
-    ids = [run(driver, prompt(40), private=True, namespace=("", f"private-{i % 2}")) for i in range(4)]
+    ids = [run(driver, prompt(40), no_cache=True, namespace=("", f"private-{i % 2}")) for i in range(4)]
     while driver.core.has_work:
         driver.step()
     for id_ in ids:
@@ -355,7 +360,7 @@ def test_sums_by_key_and_reason(make_driver):
 def test_namespaces_are_remembered_up_to_a_bound():
     accounts = Accounts()
     for i in range(MAX_NAMESPACES + 10):
-        accounts.add(("ann", str(i)), 10, CacheReport(0, "cold", write_tokens=10), private=False)
+        accounts.add(("ann", str(i)), 10, CacheReport(0, "cold", write_tokens=10), no_cache=False)
     assert accounts.owner("ann").requests == MAX_NAMESPACES + 10
     assert len(accounts._namespaces) == MAX_NAMESPACES
     assert accounts.namespaces("ann")[0]["salt"] == str(MAX_NAMESPACES + 9)

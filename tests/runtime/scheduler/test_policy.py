@@ -7,7 +7,6 @@ import random
 import numpy as np
 import pytest
 
-from branchwise.runtime.messages import Generate
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.scheduler.estimator import OutputEstimator
 from branchwise.runtime.scheduler.policy import admission_order
@@ -16,8 +15,7 @@ from branchwise.runtime.scheduler.rows import Rows
 
 
 def waiting(id_, *, tokens=100, hit=0, arrived=0, priority=0, retractions=0):
-    message = Generate(id_, np.full(tokens, 2, dtype="<i4").tobytes(), SamplingParams(), priority=priority)
-    request = Request(message, seed=0, max_tokens=8, eos_ids=())
+    request = Request(id_, np.full(tokens, 2, np.int32), SamplingParams(max_tokens=8, seed=0), priority=priority)
     request.hit_estimate, request.arrival_clock, request.retractions = hit, arrived, retractions
     return request
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from branchwise.runtime.messages import Generate
@@ -335,7 +336,7 @@ def test_an_id_in_use_is_refused(make_driver):
     driver = make_driver()
     id_ = driver.add([2, 3])
     with pytest.raises(ValueError, match="in use"):
-        driver.core.add(Generate(id_, b"\x02\0\0\0", SamplingParams()))
+        driver.core.add(Generate([id_], SamplingParams(), tokens=b"\x02\0\0\0"))
 
 
 @BOTH
@@ -375,3 +376,16 @@ def test_random_branching_traffic_in_a_tiny_pool(make_driver, overlap, policy, p
     driver.drain()
     driver.verify()
     assert driver.core.stats().evicted_pages > 0
+
+
+def test_samples_of_a_prompt_share_its_tokens(make_driver):
+    driver = make_driver()
+    scheduler = driver.core.scheduler
+    scheduler.add(Generate([7, 8], SamplingParams(max_tokens=4, seed=5, n=2), tokens=b"\x02\0\0\0" * 40))
+    first, second = scheduler.ledger.waiting.values()
+    assert (first.id, second.id) == (7, 8)
+    assert np.shares_memory(first.tokens, second.tokens)
+    assert ((first.seed, first.params.n), (second.seed, second.params.n)) == ((5, 1), (6, 1))
+    scheduler.add(Generate([9, 10], SamplingParams(max_tokens=4, n=2), tokens=b"\x02\0\0\0" * 600))
+    refused = scheduler.take_output().finished
+    assert [(one.id, one.status) for one in refused] == [(9, 400), (10, 400)]

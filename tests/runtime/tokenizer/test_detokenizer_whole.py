@@ -33,8 +33,8 @@ def step(tokens: dict[int, int], **more: object) -> StepOutput:
     return StepOutput(ids=ids.tobytes(), tokens=values.tobytes(), **more)  # type: ignore[arg-type]
 
 
-def open_(id: int, *, whole: bool = True, **params: object) -> RequestStarted:
-    return RequestStarted(id, 3, b"", SamplingParams(**params), whole=whole)  # type: ignore[arg-type]
+def open_(id: int, *, stream: bool = False, **params: object) -> RequestStarted:
+    return RequestStarted(id, 3, b"", SamplingParams(**params), stream=stream)  # type: ignore[arg-type]
 
 
 def test_the_first_token_at_once_then_nothing_until_the_end() -> None:
@@ -84,14 +84,14 @@ def test_whole_and_streamed_answers_are_equal() -> None:
         scripts = [[rng.randrange(6) for _ in range(rng.randrange(1, 300 if seed < 5 else 12))] for _ in range(4)]
         stops = [tuple(rng.choices(["ab", "ä", "dd", "cab"], k=rng.randrange(3))) for _ in scripts]
         reasons = [rng.choice(["length", "abort", "stop"]) for _ in scripts]
-        answers = [fold(scripts, stops, reasons, whole=whole) for whole in (False, True)]
+        answers = [fold(scripts, stops, reasons, stream=stream) for stream in (True, False)]
         for (streamed, many), (at_once, few) in zip(*answers, strict=True):
             assert streamed == at_once
             assert few <= min(many, 2 + len(streamed.token_ids) // HOLD_TOKENS)
 
 
 def fold(
-    scripts: list[list[int]], stops: list[tuple[str, ...]], reasons: list[str], *, whole: bool
+    scripts: list[list[int]], stops: list[tuple[str, ...]], reasons: list[str], *, stream: bool
 ) -> list[tuple[Output, int]]:
     """What has come of each request, and in how many deltas."""
     core = DetokenizerCore(TOKENIZER)
@@ -99,7 +99,7 @@ def fold(
     for now in range(max(map(len, scripts)) + 1):
         tokens = {id: script[now] for id, script in enumerate(scripts) if now < len(script)}
         rows = {id: row(-now) for id in tokens if id % 2}
-        opening = [open_(id, whole=whole, stop=stops[id], logprobs=0) for id in tokens] if now == 0 else []
+        opening = [open_(id, stream=stream, stop=stops[id], logprobs=0) for id in tokens] if now == 0 else []
         ended = [id for id, script in enumerate(scripts) if now == len(script) - (reasons[id] != "abort")]
         finished = [
             Finished(id, reasons[id], 3, len(scripts[id]), matched=scripts[id][-1] if reasons[id] == "stop" else None)  # type: ignore[arg-type]

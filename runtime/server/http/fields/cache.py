@@ -52,7 +52,7 @@ def caching(
     extra_key: str | None = None,
     marks: Sequence[tuple[int, str | float | None]] = (),
 ) -> dict[str, Any]:
-    """``namespace``, ``breakpoints`` and ``private`` of a `Prompt`, from what the request says.
+    """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from what the request says.
 
     ``marks``: breakpoints within a rendered conversation, (position in characters, ttl); see `chat.marks`. Of more
     than four the last four count, as OpenAI has it. Raises `InvalidRequest`.
@@ -81,12 +81,12 @@ def caching(
                 "prompt_cache_options.mode", "off keeps nothing, and a breakpoint or a ttl asks to keep something"
             )
         owner, _ = state.namespaces.of(None)
-        return {"namespace": (owner, f"private-{secrets.token_hex(16)}"), "private": True}
+        return {"namespace": (owner, f"private-{secrets.token_hex(16)}"), "no_cache": True}
     if options.ttl is not None and mode != "explicit":
         breakpoints.append((_END, usual))
     return {
         "namespace": state.namespaces.of(body.cache_salt, extra_key, body.prompt_cache_key),
-        "breakpoints": tuple(breakpoints[-MAX_BREAKPOINTS:]),
+        "breakpoints": breakpoints[-MAX_BREAKPOINTS:],
     }
 
 

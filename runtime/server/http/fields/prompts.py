@@ -14,9 +14,8 @@ from ....config import ServerConfig
 from ....constraint import Constraint, constraint_of
 from ....errors import InvalidRequest
 from ....limits import MAX_LABEL, check_token_ids, fit
-from ....messages import Limits
+from ....messages import Generate, Limits
 from ....sampling_params import SamplingParams, validate
-from ..engine_client import Prompt
 from ..plumbing.errors import bad
 
 Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
@@ -113,16 +112,16 @@ def make_prompt(
     field: str,
     names: Mapping[str, str],
     **where: Any,
-) -> Prompt:
+) -> Generate:
     """Token ids are checked here; a text's length in tokens is checked by the tokenizer process, the same way."""
     called = (field, names.get("max_tokens", "max_tokens"))
     if isinstance(prompt, str):
         if not prompt:
             raise bad(field, "must not be empty")
-        return Prompt(params, text=prompt, names=called, **where)
+        return Generate([], params, text=prompt, names=called, **where)
     params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])  # first: it bounds what is looked at
     tokens = token_bytes(prompt, limits.vocab_size, field)
-    return Prompt(params, tokens=tokens, names=called, **where)
+    return Generate([], params, tokens=tokens, names=called, **where)
 
 
 def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:

@@ -188,7 +188,7 @@ def router(state: AppState) -> APIRouter:
             priority=check_priority(body.priority),
             echo_tokens=body.return_prompt_token_ids,
             max_tokens=GENERATE_NAMES["max_tokens"],
-            whole=not body.stream,
+            stream=body.stream,
         )
         call = state.client.open_run(run, params.n, body.rid or None)
         return await respond(call, request, answer, stream=body.stream)
@@ -207,7 +207,7 @@ def router(state: AppState) -> APIRouter:
             for i, continuation in enumerate(body.continuations)
         ]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        run = BranchRun([], id, state.namespaces.of(None), params, continuations=pieces, whole=True)
+        run = BranchRun([], id, state.namespaces.of(None), params, continuations=pieces, stream=False)
         run.unconditional, run.priority = body.unconditional, check_priority(body.priority)
         collector = ScoreCollector(requests, unconditional=body.unconditional)
         call = state.client.open_run(run, requests)

@@ -74,7 +74,7 @@ def router(state: AppState) -> APIRouter:
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
         prompt, field = await _prompt(state, body, raw)
-        tokens = await _tokens(state, prompt, field, rendered=raw.get("messages") is not None)
+        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         facts = await _ask(state, "cache_explain", _namespace(state, body), tokens=tokens)
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
@@ -93,14 +93,16 @@ def router(state: AppState) -> APIRouter:
         ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
         prompt, field = await _prompt(state, body, raw)
         is_chat = raw.get("messages") is not None
-        tokens = await _tokens(state, prompt, field, rendered=is_chat)
+        tokens = await _tokens(state, prompt, field, add_special_tokens=not is_chat)
         namespace = _namespace(state, body)
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
             if facts:  # the try before kept less than all
                 await _ask(state, "cache_unpin", namespace, pin=facts["id"])
             if body.warm:
-                await _compute(state, request, [prompt], field, {"namespace": namespace, "rendered": is_chat})
+                await _compute(
+                    state, request, [prompt], field, {"namespace": namespace, "add_special_tokens": not is_chat}
+                )
             facts = await _ask(state, "cache_pin", namespace, tokens=tokens, ttl=ttl)
             if not facts["missing_tokens"]:
                 break
@@ -122,7 +124,7 @@ def router(state: AppState) -> APIRouter:
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
         prompt, field = await _prompt(state, body, raw)
-        tokens = await _tokens(state, prompt, field, rendered=raw.get("messages") is not None)
+        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
 
     @routes.post("/cache/warm", openapi_extra=takes(WarmRequest))
@@ -133,7 +135,7 @@ def router(state: AppState) -> APIRouter:
         if not is_list:
             raise bad("prompts", "must be a list of strings or of lists of token ids")
         where = caching(state, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
-        if where.get("private"):
+        if where.get("no_cache"):
             raise bad("prompt_cache_options.mode", "off would leave nothing")
         outputs = await _compute(state, request, prompts, "prompts", where)
         return json_response({"results": [_warmed(output) for output in outputs]})
@@ -152,7 +154,7 @@ async def _ask(state: AppState, what: ControlWhat, namespace: tuple[str, str], *
 
 def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
     where = caching(state, body, extra_key=body.extra_key)
-    if where.get("private") or where["breakpoints"]:
+    if where.get("no_cache") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
         raise bad(field, "means nothing here: this route asks about a prompt, it sends none")
     namespace: tuple[str, str] = where["namespace"]
@@ -177,13 +179,13 @@ async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) 
     return prompts[0], field
 
 
-async def _tokens(state: AppState, prompt: Text, field: str, *, rendered: bool) -> bytes:
+async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
         limits = state.client.limits
         fit(len(prompt), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
         return token_bytes(prompt, limits.vocab_size, field)
-    ids = await token_ids(state, prompt, field, special=not rendered)
+    ids = await token_ids(state, prompt, field, special=add_special_tokens)
     return ids.astype("<i4", copy=False).tobytes()
 
 
@@ -195,7 +197,7 @@ async def _compute(
     called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
     call = state.client.open(
         [
-            make_prompt(prompt, _NO_TOKENS, limits, name, {}, whole=True, **where)
+            make_prompt(prompt, _NO_TOKENS, limits, name, {}, stream=False, **where)
             for prompt, name in zip(prompts, called, strict=True)
         ]
     )

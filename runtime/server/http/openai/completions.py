@@ -59,7 +59,7 @@ class _Answer(Choices):
                 f"prompt[{i}]" if len(raw) > 1 else "prompt",
                 COMPLETION_NAMES,
                 priority=check_priority(body.priority),
-                whole=not body.stream,
+                stream=body.stream,
                 **where,
             )
             for i, prompt in enumerate(raw)

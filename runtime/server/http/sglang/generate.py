@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from fastapi import Request, Response
 
 from ....errors import InvalidRequest
-from ..engine_client import Prompt
+from ....messages import Generate
 from ..fields.answer import Answer
 from ..fields.cache import caching
 from ..fields.prompts import (
@@ -69,7 +69,7 @@ class _Answer(Answer):
         starts = _spread(body.logprob_start_len, len(raw), "logprob_start_len")
         tops = _spread(body.top_logprobs_num, len(raw), "top_logprobs_num")
         rids = _spread(body.rid if body.rid is not None else "", len(raw), "rid")
-        self.prompts: list[Prompt] = []
+        self.prompts: list[Generate] = []
         self.labels: list[str | None] = [rid or None for rid in rids]
         for i, prompt in enumerate(raw):
             check_label(rids[i], "rid")
@@ -96,7 +96,7 @@ class _Answer(Answer):
                     GENERATE_NAMES,
                     priority=priority,
                     echo_tokens=body.return_prompt_token_ids,
-                    whole=not body.stream,
+                    stream=body.stream,
                     **cache,
                 )
             )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from branchwise.runtime.messages import (
@@ -16,18 +16,18 @@ from branchwise.runtime.messages import (
     ControlReply,
     Delta,
     Finished,
+    Generate,
     Limits,
     Message,
-    Submit,
 )
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.engine_client import EngineClient, Prompt
+from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.plumbing.errors import ClientGone, describe
 from branchwise.runtime.server.http.plumbing.metrics import Metrics
 from branchwise.runtime.server.http.plumbing.openapi import FAILURES
 
-TWO = Prompt(SamplingParams(n=2), text="hello")
-ONE = Prompt(SamplingParams(), tokens=b"\1\0\0\0")
+TWO = Generate([], SamplingParams(n=2), text="hello")
+ONE = Generate([], SamplingParams(), tokens=b"\1\0\0\0")
 
 
 def end(id: int, reason: str = "length", **fields: object) -> Delta:
@@ -36,7 +36,7 @@ def end(id: int, reason: str = "length", **fields: object) -> Delta:
 
 def test_ids_are_ours_and_never_repeat(client: EngineClient, sent: list[Message]) -> None:
     first, second = client.open([TWO, ONE]), client.open([ONE])
-    submits = [message for message in sent if isinstance(message, Submit)]
+    submits = [message for message in sent if isinstance(message, Generate)]
     assert [message.ids for message in submits] == [[1, 2], [3], [4]]
     assert (list(first.ids), list(second.ids)) == ([1, 2, 3], [4])
 
@@ -107,8 +107,8 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
     client = EngineClient(sent.extend, sent.extend, 8, Metrics(), max_requests_per_key=3)
     client.ready(Limits(400, 512, 1024))
 
-    def of(owner: str, n: int = 1) -> Prompt:
-        return Prompt(SamplingParams(n=n), text="hello", namespace=(owner, "any salt"))
+    def of(owner: str, n: int = 1) -> Generate:
+        return Generate([], SamplingParams(n=n), text="hello", namespace=(owner, "any salt"))
 
     client.open([of("a", 2)])
     with pytest.raises(InvalidRequest, match=r"this key has 2 unfinished .* limit of 3") as refused:
@@ -131,7 +131,7 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
 def test_what_cannot_be_sent_is_not_waited_for(sent: list[Message]) -> None:
     def send(messages: Sequence[Message]) -> None:
         sent.extend(messages)
-        if any(isinstance(message, (Submit, BranchRun)) for message in messages):
+        if any(isinstance(message, (Generate, BranchRun)) for message in messages):
             raise OverflowError("can't serialize ints > 2**64 - 1")
 
     client = EngineClient(send, send, 8, Metrics(), max_requests_per_key=8)

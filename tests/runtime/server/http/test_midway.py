@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from branchwise.runtime.messages import Abort, Delta, Finished, Message, Submit
+from branchwise.runtime.messages import Abort, Delta, Finished, Generate, Message
 from branchwise.runtime.server.http.app import make_app
 from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.state import AppState
@@ -31,7 +31,7 @@ async def test_the_error_is_the_last_event_and_what_ran_beside_it_is_aborted(
         asking = asyncio.create_task(http.post(path, json={**BODIES[path], "stream": True}))
         while not sent:
             await asyncio.sleep(0.01)
-        ids = [id for message in sent if isinstance(message, Submit) for id in message.ids]
+        ids = [id for message in sent if isinstance(message, Generate) for id in message.ids]
         assert len(ids) == 2
         client.deliver([Delta(id, "so far", b"\1\0\0\0", prompt_tokens=3) for id in ids])
         await asyncio.sleep(0.02)

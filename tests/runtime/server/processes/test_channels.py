@@ -46,7 +46,7 @@ def receive(inbox: Inbox[Any], count: int) -> list[Any]:
 def test_messages_arrive_whole_and_in_order(context: zmq.Context[Any], run_dir: Path) -> None:
     outbox = Outbox(context, run_dir, "scheduler")  # connects before the other end is there
     params = SamplingParams(max_tokens=3, stop=("a",), logit_bias={5: 1.5}, seed=7)
-    first = [Generate(1, b"\1\0\0\0", params, ("owner", "salt"), -3, True), Abort(2)]
+    first = [Generate([1, 2], params, None, b"\1\0\0\0", ("owner", "salt"), -3, False), Abort(2)]
     outbox.send(first)
     inbox: Inbox[Any] = Inbox(context, run_dir, "scheduler")
     outbox.send([Abort(i) for i in range(3, 5000)])

@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.messages import BranchOp, Deltas, Generate, Limits, Piece, Ready, Shutdown, Submit
+from branchwise.runtime.messages import BranchOp, Deltas, Generate, Limits, Piece, Ready, Shutdown
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.processes.channels import Inbox, Outbox
 from branchwise.runtime.server.processes.launch import RunDirectory
@@ -61,10 +61,12 @@ def test_what_breaks_the_tokenizer_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(worker._tokenizer, "encode_marked", breaks)
         patch.setattr(worker._tokenizer, "encode_more", breaks)
-        answer = said(Submit([7], SamplingParams(), text="broken"))
+        answer = said(Generate([7], SamplingParams(), text="broken"))
         assert isinstance(answer, Deltas)
         (delta,) = answer.items
         assert (delta.id, delta.finish.error, delta.finish.status) == (7, "the prompt could not be tokenized", 500)
         told = said(BranchOp(8, "extend", ("", ""), "b", Piece("broken")))
         assert (told.id, told.refusal.message, told.refusal.status) == (8, "the text could not be tokenized", 500)
-    assert isinstance(said(Submit([9], SamplingParams(max_tokens=1), text="whole")), Generate)
+    passed = said(Generate([9, 10], SamplingParams(max_tokens=1, n=2), text="whole"))
+    assert isinstance(passed, Generate)
+    assert (passed.ids, passed.text, len(passed.tokens) > 0) == ([9, 10], None, True)

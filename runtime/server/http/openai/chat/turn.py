@@ -13,8 +13,8 @@ from typing import Any
 from .....chat.prompt import chat_prompt, tool_definitions
 from .....chat.template import ChatTemplate
 from .....errors import InvalidRequest
+from .....messages import Generate
 from .....sampling_params import validate
-from ...engine_client import Prompt
 from ...fields.cache import caching
 from ...fields.prompts import check_count, check_priority, make_prompt, prepare_params
 from ...fields.requests import parse
@@ -32,7 +32,7 @@ INLINE = 32_768  # characters of a conversation that is rendered right here; a l
 class Turn:
     """One engine prompt and the readers of its samples."""
 
-    prompt: Prompt
+    prompt: Generate
     choices: list[Choice]
 
 
@@ -68,8 +68,8 @@ class Turns:
             "messages",
             called,
             priority=check_priority(body.priority),
-            whole=not body.stream,
-            rendered=True,
+            stream=body.stream,
+            add_special_tokens=False,
             **caching(state, body, marks=await chat_marks(body.messages, body.tools, tools.definitions, text, again)),
         )
         choices = [

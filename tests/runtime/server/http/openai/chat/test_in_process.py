@@ -67,7 +67,7 @@ async def sent_by_the_server(state: AppState, body: dict[str, Any]) -> list[int]
     """As the tokenizer process makes it of what the route sends it."""
     prompt = (await Turns(state).turn(parse(ChatRequest, body, unsupported=CHAT_UNSUPPORTED))).prompt
     assert prompt.text is not None
-    ids, _ = state.tokenizer.encode_marked(prompt.text, [], not prompt.rendered)
+    ids, _ = state.tokenizer.encode_marked(prompt.text, [], prompt.add_special_tokens)
     return list(ids.tolist())
 
 

@@ -15,9 +15,8 @@ import pytest
 
 from branchwise.runtime.chat.tools import StreamParser
 from branchwise.runtime.logprobs import pack
-from branchwise.runtime.messages import Delta, Finished
+from branchwise.runtime.messages import Delta, Finished, Generate
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.engine_client import Prompt
 from branchwise.runtime.server.http.openai.chat.choice import Choice
 from branchwise.runtime.server.http.openai.chat.turn import Turn
 from branchwise.runtime.server.http.openai.responses.answer import Answer
@@ -77,7 +76,7 @@ def make_answer(make_state: Callable[..., AppState], tokenizer: Tokenizer) -> Ca
     def make(parser: StreamParser | None, *, one_call: bool = False, **fields: Any) -> Answer:
         drawn = {name: fields[name] for name in ("temperature", "top_p") if name in fields}
         params = SamplingParams(logprobs=0 if fields.get("include") else None, **drawn)
-        turn = Turn(Prompt(params), [Choice(tokenizer, params, parser, one_call=one_call)])
+        turn = Turn(Generate([], params), [Choice(tokenizer, params, parser, one_call=one_call)])
         return Answer(make_state(), read({"input": "x", **fields}), turn)
 
     return make
