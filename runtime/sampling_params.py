@@ -1,4 +1,4 @@
-"""How one request wants its tokens drawn. Validated once, at the boundary, by `validate`."""
+"""Sampling parameters of one request. Validated once, at the boundary, by `validate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from .constraint import problem_with
+from .constraint import KINDS, Constraint, Kind, constraint_problem
 from .errors import InvalidRequest
 
 MAX_STOPS = 64
@@ -21,37 +21,38 @@ MAX_SEED = 2**63 - 1
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one request wants its tokens drawn.
+    """Sampling parameters of one request.
 
     Args:
-        max_tokens: Longest answer, in tokens; 0 or more. 0 computes the prompt and remembers it, nothing else. None: as
-            many as the context allows.
-        min_tokens: Tokens before a stop token may end the answer; 0 or more, and at most max_tokens.
-        temperature: From 0 to 100. 0 takes the likeliest token every time.
-        top_p: Draw from the likeliest tokens whose probabilities sum to this; more than 0, at most 1. 1: from all.
-        top_k: Draw from this many likeliest tokens; -1 or more. 0 or -1: from all.
-        min_p: Draw from tokens at least this share as likely as the likeliest. From 0 to 1. 0: from all.
-        frequency_penalty: Taken from a token's logit for every time the answer has it already. From -2 to 2.
-        presence_penalty: Taken once from the logit of every token the answer has already. From -2 to 2.
-        repetition_penalty: Makes tokens of the prompt and the answer less likely by this factor; more than 0, at most
-            100. 1: off.
+        max_tokens: Maximum number of output tokens; 0 or more. 0 computes and caches the prompt and generates nothing.
+            None: as many as the context allows.
+        min_tokens: Output tokens before a stop token may end the output; 0 or more, and at most max_tokens.
+        temperature: From 0 to 100. 0 is greedy.
+        top_p: Sample from the most likely tokens whose probabilities sum to this; more than 0, at most 1. 1: off.
+        top_k: Sample from this many most likely tokens; -1 or more. 0 or -1: off.
+        min_p: Sample from tokens whose probability is at least this share of the most likely token's. From 0 to 1.
+            0: off.
+        frequency_penalty: Subtracted from a token's logit once for each of its occurrences in the output. From -2 to 2.
+        presence_penalty: Subtracted once from the logit of each token that occurs in the output. From -2 to 2.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in the prompt or the
+            output; more than 0, at most 100. 1: off.
         logit_bias: Added to the logits of tokens: id to -100 to 100. 1024 entries at most.
-        seed: The same seed gives the same text, whatever else runs; 0 or more. None: another text every time.
-        n: Samples of the prompt, each an answer of its own. From 1 to 128.
-        stop: Texts that end the answer before them. 64 at most, of 1024 characters at most.
-        stop_token_ids: Tokens that end the answer, beside the model's own. 256 at most.
-        ignore_eos: Go on after the model's end tokens.
-        include_stop: Keep the stop string that ended the answer.
-        skip_special_tokens: Leave special tokens out of the text.
-        logprobs: How many of the likeliest tokens to report beside each token's own logprob. From 0 to 20. None: no
+        seed: The same seed gives the same text, whatever else runs; 0 or more. None: a new seed for each request.
+        n: Number of samples of the prompt. From 1 to 128.
+        stop: Strings that end the output and are removed from it. 64 at most, of 1024 characters at most.
+        stop_token_ids: Token ids that end the output, besides the model's own. 256 at most.
+        ignore_eos: Continue after the model's end-of-sequence tokens.
+        include_stop: Keep the stop string that ended the output.
+        skip_special_tokens: Omit special tokens from the text.
+        logprobs: Number of most likely tokens to report beside each output token's logprob. From 0 to 20. None: no
             logprobs.
-        prompt_logprobs: The same for the prompt's tokens. From 0 to 20. None: no logprobs.
-        prompt_logprob_start: First prompt position whose logprob is wanted; 0 or more.
-        regex: The whole answer matches this regular expression. Of regex, json_schema, ebnf and choices one at most.
-        json_schema: The whole answer is JSON that this schema, a dict or its text, allows.
-        ebnf: The whole answer is of this grammar, in EBNF (``root ::= …``) or Lark (``start: …``).
-        choices: The whole answer is one of these. 1024 at most.
-        constraint_name: What the client calls the constraint, for messages about it. None: the name of its field.
+        prompt_logprobs: The same for prompt tokens. From 0 to 20. None: no logprobs.
+        prompt_logprob_start: First prompt position to report a logprob for; 0 or more.
+        regex: The whole output matches this regular expression. At most one of regex, json_schema, ebnf and choices.
+        json_schema: The whole output is JSON that satisfies this schema, a dict or its text.
+        ebnf: The whole output is derived from this grammar, in EBNF (``root ::= …``) or Lark (``start: …``).
+        choices: The whole output is one of these strings. 1024 at most.
+        constraint_name: The client's name of the constraint, used in error messages. None: the name of its field.
     """
 
     max_tokens: int | None = 128
@@ -86,12 +87,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return msgspec.structs.replace(self, n=1, seed=seed)
 
     @property
+    def constraint_kind(self) -> Kind | None:
+        """The field that constrains the output, if one does."""
+        return next((kind for kind in KINDS if getattr(self, kind) is not None), None)
+
+    @property
     def constrained(self) -> bool:
-        return any(value is not None for value in (self.regex, self.json_schema, self.ebnf, self.choices))
+        return self.constraint_kind is not None
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """The constraint on the output. Only for validated parameters."""
+        kind = self.constraint_kind
+        return None if kind is None else Constraint.of_value(kind, getattr(self, kind))
+
+    def without_constraint(self) -> SamplingParams:
+        """The same parameters without the constraint, which may be large: for readers of the output."""
+        if self.constraint_kind is None:
+            return self
+        return msgspec.structs.replace(self, regex=None, json_schema=None, ebnf=None, choices=None)
 
     @property
     def penalized(self) -> bool:
-        """Whether what has been said changes what is likely."""
+        """Whether the logits depend on the tokens so far."""
         return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
     @property
@@ -99,7 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < 1e-6 or self.top_k == 1
 
 
-# field: (low, high, low is exclusive). Both bounds, for every counted or real-valued field.
+# field: (low, high, low is exclusive)
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "max_tokens": (0, 2**31 - 1, False),
     "min_tokens": (0, 2**31 - 1, False),
@@ -126,9 +144,9 @@ _OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 
 
 def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] | None = None) -> SamplingParams:
-    """Checks every field against both of its bounds; ids against ``vocab_size``.
+    """Check every field against its bounds, and token ids against ``vocab_size``.
 
-    ``names`` maps our field names to the caller's dialect, so the message names the field the caller sent.
+    ``names`` maps our field names to the caller's dialect, so that messages name the field the caller sent.
     Raises `InvalidRequest` naming the field, the value and the limit.
     """
     if not isinstance(params, SamplingParams):
@@ -156,7 +174,7 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
             raise bad(field, f"must be {edge} and at most {high}, got {value}")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
-    for field, types, kind in _CONTAINERS:  # a str is a sequence of strings too: "ab" would stop at a and at b
+    for field, types, kind in _CONTAINERS:  # a str is also a sequence: stop="ab" would stop at "a" and at "b"
         if not isinstance(getattr(params, field), types):
             raise bad(field, f"must be {kind}, got {type(getattr(params, field)).__name__}")
     if len(params.stop) > MAX_STOPS:
@@ -179,9 +197,13 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
     for field in ("logprobs", "prompt_logprobs"):
         if (getattr(params, field) or 0) > vocab_size:
             raise bad(field, f"must be at most the vocabulary size ({vocab_size}), got {getattr(params, field)}")
-    constraint = problem_with(params)
-    if constraint is not None:
-        raise bad(params.constraint_name or constraint[0], constraint[1])
+    given = [kind for kind in KINDS if getattr(params, kind) is not None]
+    if given:
+        problem = constraint_problem(given[0], getattr(params, given[0]), params.n)
+        if len(given) > 1:
+            problem = f"cannot be combined with {given[1]}: an output has one constraint"
+        if problem is not None:
+            raise bad(params.constraint_name or given[0], problem)
     return params
 
 

@@ -107,7 +107,7 @@ class EngineCore:
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
     def _advance(self) -> None:
-        scheduled = self.scheduler.plan()
+        scheduled = self.scheduler.plan(self.scheduler.poll())
         self.advanced = scheduled is not None or bool(self._inflight)
         if scheduled is not None:
             pending = self.executor.launch(scheduled.plan)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ...kernels import sampling
+from ..constraint import TokenBitmask
 from ..sampling_params import SamplingParams
 from ..step import Int32, Int64, RowStart, TokenLogprobs
 from .token_history import TokenHistory, to_device
-
-TokenBitmask = npt.NDArray[np.uint32]
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALARS = range(8)

@@ -1,4 +1,4 @@
-"""Compiles constraints in threads of its own and remembers the compiled ones, least recently used first to go."""
+"""Compiles constraints in threads, and caches compiled grammars (LRU by estimated memory)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ..constraint import Constraint
-from ..errors import InvalidRequest
+from ..constraint import Constraint, ConstraintError
 from .matcher import Grammar, Matcher
 
 if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
-    from .llg import Backend
+    from .llg import GrammarBackend
 
 CACHE_BYTES = 64 * 1024 * 1024
-_MOST_THREADS = 4
-_NICE = 10  # the engine's thread goes first where processors are scarce
-_FIXED, _PER_BYTE = 64 * 1024, 40  # of memory: a compiled grammar, and each byte of its text (measured, rounded up)
-_REFUSED = 1024  # bytes kept of a refusal, besides the text
+_MAX_THREADS = 4
+_NICE = 10  # compiler threads yield to the engine's thread where CPUs are scarce
+_GRAMMAR_BYTES, _BYTES_PER_BYTE = (
+    64 * 1024,
+    40,
+)  # of memory: a grammar, and each byte of its text (measured, rounded up)
+_ERROR_BYTES = 1024  # of a cached error, besides the text
 
 
 class GrammarCompiler:
-    """Thread-safe. The tokenizer is prepared at once: that holds the GIL, which nobody should wait for later.
+    """Thread-safe. The constructor prepares the tokenizer, which holds the GIL: better at start than during serving.
 
-    A model whose tokenizer llguidance cannot use has a compiler too: it refuses every constraint and says why.
+    For a tokenizer that llguidance cannot use, every constraint is refused with the reason.
     """
 
     def __init__(
@@ -39,16 +41,16 @@ class GrammarCompiler:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        from .llg import Backend  # llguidance: 0.1 s to import, and only engines need it
+        from .llg import GrammarBackend  # llguidance takes 0.1 s to import, and only engines need it
 
-        self._backend: Backend | None = None
-        self._unusable: InvalidRequest | None = None
+        self._backend: GrammarBackend | None = None
+        self._unusable: ConstraintError | None = None
         try:
-            self._backend = Backend(tokenizer, vocab_size, eos_ids)
-        except InvalidRequest as error:
+            self._backend = GrammarBackend(tokenizer, vocab_size, eos_ids)
+        except ConstraintError as error:
             self._unusable = error
         self._pool = ThreadPoolExecutor(
-            max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2)), "branchwise-grammar", initializer=_yield_to_others
+            max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)), "branchwise-grammar", initializer=_yield_to_others
         )
         self._lock = threading.Lock()
         self._cache: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()
@@ -58,17 +60,12 @@ class GrammarCompiler:
         self.compiled = 0  # grammars compiled so far, refused ones included
 
     @property
-    def eos_ids(self) -> frozenset[int]:
-        """Tokens that may end an output, besides those that are part of it."""
-        return frozenset() if self._backend is None else self._backend.eos_ids
-
-    @property
-    def words(self) -> int:
-        """32-bit words of a mask."""
-        return 0 if self._backend is None else self._backend.words
+    def mask_words(self) -> int:
+        """Length of a token bitmask, in 32-bit words."""
+        return 0 if self._backend is None else self._backend.mask_words
 
     def compile(self, constraint: Constraint) -> Future[Grammar]:
-        """The grammar, now or later. Its exception is an `InvalidRequest` whose message continues "<field> …"."""
+        """The grammar, from the cache or a thread. The future's exception for a bad constraint is `ConstraintError`."""
         with self._lock:
             found = self._cache.get(constraint)
             if found is not None:
@@ -79,20 +76,20 @@ class GrammarCompiler:
             self._keep(constraint, len(constraint.text))
         return future
 
-    def run(self, matcher: Matcher, token: int) -> Future[None]:
-        """`Matcher.step`, in a thread."""
-        return self._pool.submit(matcher.step, token)
+    def advance(self, matcher: Matcher, token: int) -> Future[None]:
+        """`Matcher.advance_and_compute_mask` in a thread."""
+        return self._pool.submit(matcher.advance_and_compute_mask, token)
 
     def close(self) -> None:
-        """What is being compiled is finished by its thread and forgotten."""
+        """Cancel queued work; a compilation that runs is finished by its thread and dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, constraint: Constraint) -> Grammar:
-        size = _REFUSED + len(constraint.text)
+        size = _ERROR_BYTES + len(constraint.text)
         try:
             if self._backend is None:
-                raise self._unusable or InvalidRequest("cannot be enforced")
-            size = _FIXED + _PER_BYTE * len(constraint.text)
+                raise self._unusable or ConstraintError("cannot be enforced")
+            size = _GRAMMAR_BYTES + _BYTES_PER_BYTE * len(constraint.text)
             return Grammar(self._backend, self._backend.compile(constraint), size)
         finally:
             with self._lock:
@@ -101,7 +98,7 @@ class GrammarCompiler:
                     self._keep(constraint, size)
 
     def _keep(self, constraint: Constraint, size: int) -> None:
-        """Accounts for an entry and lets go of the least recently used while there is too much."""
+        """Account for an entry, and evict the least recently used while the cache is too large."""
         self.cached_bytes += size - self._sizes.get(constraint, 0)
         self._sizes[constraint] = size
         while self.cached_bytes > self._cache_bytes and len(self._cache) > 1:
@@ -110,6 +107,6 @@ class GrammarCompiler:
 
 
 def _yield_to_others() -> None:
-    """Lowers the priority of this thread alone: Linux has one for each."""
+    """Lower the priority of this thread only: on Linux each thread has its own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

@@ -1,4 +1,4 @@
-"""The one file that knows llguidance: a tokenizer, grammars compiled within limits, and matchers that walk them."""
+"""The only file that uses llguidance: compiles constraints within limits, and fills token masks."""
 
 from __future__ import annotations
 
@@ -10,21 +10,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from ..errors import InvalidRequest
+from ..constraint import Constraint, ConstraintError, TokenBitmask
 from . import schema
 
 if TYPE_CHECKING:
-    from ..constraint import Constraint
     from ..tokenizer.tokenizer import Tokenizer
 
-TokenBitmask = npt.NDArray[np.uint32]  # bit masks over the vocabulary: token t is bit t % 32 of word t // 32
-
-# Compiling takes milliseconds and a mask fractions of one. These bound the worst: about 50 ms a step on this project's
-# machine, for grammars written to be slow. Memory is 1 to 2 KB a lexer state.
+# Compilation takes milliseconds and a mask fractions of one. These limits bound the worst case: about 50 ms a step on
+# this project's machine, for grammars written to be slow. A lexer state takes 1 to 2 KB of memory.
 _LIMITS = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=500_000,
@@ -34,15 +30,15 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
-_MOST_THREADS = 8  # that fill masks together
-_MAX_BRACKETS = 200  # of an EBNF grammar inside each other: its reader is recursive
-_MAX_RULES_LENGTH = 20_000_000  # rules × characters: that reader may go through all of it once a rule, 30 ns each
+_MAX_THREADS = 8  # of one parallel mask fill
+_MAX_BRACKETS = 200  # nested brackets in an EBNF grammar: llguidance's converter is recursive
+_MAX_RULES_LENGTH = 20_000_000  # rules × characters: the converter scans the text once a rule, 30 ns a character
 
 
-class Backend:
-    """A model's tokenizer as llguidance sees it. ``eos_ids`` are the tokens that may end an output.
+class GrammarBackend:
+    """llguidance for one model's tokenizer. ``eos_ids``: tokens that may end an output.
 
-    Takes about 6 ms for every thousand tokens, holding the GIL. Raises `InvalidRequest` if llguidance cannot use the
+    Takes about 6 ms for every thousand tokens, holding the GIL. Raises `ConstraintError` if llguidance cannot use the
     tokenizer.
     """
 
@@ -51,48 +47,52 @@ class Backend:
         try:
             self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=sorted(eos_ids) or None)
         except Exception as error:  # llguidance raises plain ValueError and more
-            raise InvalidRequest(f"cannot be enforced with this model's tokenizer: {_one_line(str(error))}") from error
+            raise ConstraintError(f"cannot be enforced with this model's tokenizer: {_one_line(str(error))}") from error
         self.eos_ids = frozenset(self._tokenizer.eos_tokens)
-        self.words = -(-vocab_size // 32)
+        self.mask_words = -(-vocab_size // 32)
         self._width = -(-size // 32)  # words of llguidance's own masks
-        self._executor = LLExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
+        self._executor = LLExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
 
     def compile(self, constraint: Constraint) -> LLMatcher:
-        """A matcher at its start. Releases the GIL. Raises `InvalidRequest` saying what cannot be compiled."""
+        """A matcher at the grammar's start. Releases the GIL. Raises `ConstraintError` for what it cannot compile."""
         try:
             grammar = _grammar(constraint)
         except RecursionError as error:
-            raise InvalidRequest("is nested too deeply") from error
+            raise ConstraintError("is nested too deeply") from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
         self.check(matcher)
         return matcher
 
-    def fill(self, matcher: LLMatcher, mask: TokenBitmask) -> None:
-        """The tokens that may come next, as bits: ``mask`` [words] is overwritten. Releases the GIL.
+    def fill_mask(self, matcher: LLMatcher, mask: TokenBitmask) -> None:
+        """Overwrite ``mask`` [mask_words] with the tokens allowed next. Releases the GIL.
 
-        Raises `InvalidRequest` when that goes beyond the limits.
+        Raises `ConstraintError` beyond the limits.
         """
         full = np.empty(self._width, np.uint32)
         matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
         self.check(matcher)
-        mask[:] = full[: self.words]
+        mask[:] = full[: self.mask_words]
 
-    def fill_all(self, matchers: Sequence[LLMatcher]) -> TokenBitmask:
-        """The masks of several matchers [len(matchers), words], in parallel and off the GIL. `check` each afterwards:
-        what went beyond the limits is not in its mask."""
+    def fill_masks(self, matchers: Sequence[LLMatcher]) -> TokenBitmask:
+        """Masks of several matchers, uint32 [len(matchers), mask_words], in parallel and without the GIL.
+
+        `check` each matcher afterwards: the mask of one that went beyond the limits is undefined.
+        """
         full = np.empty((len(matchers), self._width), np.uint32)
         places = [(matcher, i) for i, matcher in enumerate(matchers)]
         self._executor.unsafe_compute_mask_ptr(places, full.ctypes.data, full.strides[0], len(matchers))
-        return full[:, : self.words]
+        return full[:, : self.mask_words]
 
     def check(self, matcher: LLMatcher) -> None:
-        """Raises `InvalidRequest` if the matcher has gone beyond the limits."""
+        """Raise `ConstraintError` if the matcher has gone beyond the limits."""
         if matcher.is_error():
-            raise InvalidRequest(_reason(matcher.get_error()))
+            raise ConstraintError(_reason(matcher.get_error()))
 
-    def forced(self, matcher: LLMatcher) -> list[int]:
-        """The tokens that must come next, as far as there is no choice: where there are any, the mask allows exactly
-        the first. A token that could be written in two ways is not among them."""
+    def forced_tokens(self, matcher: LLMatcher) -> list[int]:
+        """The tokens that must come next, up to the first choice: if there are any, the mask allows exactly the first.
+
+        Text that several token sequences could spell is left out.
+        """
         return list(matcher.compute_ff_tokens())
 
 
@@ -101,16 +101,16 @@ def _grammar(constraint: Constraint) -> str:
     if kind == "json_schema":
         return LLMatcher.grammar_from_json_schema(json.dumps(schema.parse(text)))
     if kind == "regex":
-        # \d as [0-9]: what people mean, and what every reader of the output takes for a digit.
+        # \d means [0-9], as in most regex users' minds; Unicode digits would surprise the output's reader.
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
     if kind == "choices":
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     if _depth(text) > _MAX_BRACKETS:
-        raise InvalidRequest(f"must have at most {_MAX_BRACKETS} brackets inside each other")
+        raise ConstraintError(f"must have at most {_MAX_BRACKETS} nested brackets")
     rules = text.count("::=")
     if rules * len(text) > _MAX_RULES_LENGTH:
-        raise InvalidRequest(
+        raise ConstraintError(
             f"has {rules} rules in {len(text)} characters, of which the product must be at most {_MAX_RULES_LENGTH}"
         )
     try:
@@ -118,7 +118,7 @@ def _grammar(constraint: Constraint) -> str:
     except RecursionError:
         raise
     except Exception as error:
-        raise InvalidRequest(f"is not a grammar: {_one_line(str(error))}") from error
+        raise ConstraintError(f"is not a grammar: {_one_line(str(error))}") from error
 
 
 def _depth(text: str) -> int:
@@ -130,7 +130,7 @@ def _depth(text: str) -> int:
 
 
 def _reason(error: str) -> str:
-    """llguidance's message in a line, without its state dump, as the end of a sentence about the field."""
+    """llguidance's message in one line, without its state dump, as the end of a sentence about the field."""
     error = error.split("<state>")[0].split("<non-verbose/>")[0].strip()
     if match := re.match(r"Unimplemented keys: \[(.*)\]", error):
         names = match[1].replace('"', "")
@@ -145,7 +145,7 @@ def _reason(error: str) -> str:
 
 
 def _one_line(error: str) -> str:
-    """Of a message with a picture of the place, the lines that say something."""
+    """A multi-line message without its source excerpt and markers."""
     if "regex parse error:" in error and "\nerror: " in error:
         return f"bad regular expression: {error.rsplit('error: ', 1)[1].splitlines()[0]}"
     lines = [line.strip() for line in error.splitlines()]

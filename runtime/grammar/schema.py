@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import InvalidRequest
+from ..constraint import ConstraintError
 
 MAX_DEPTH = 64  # of objects and lists inside each other
 MAX_VALUES = 20_000  # objects, lists, strings and numbers in all
@@ -21,13 +21,13 @@ _TYPES = frozenset({"string", "number", "integer", "boolean", "null", "array", "
 
 
 def parse(text: str) -> Any:
-    """``text`` as a schema in the form that llguidance takes. Raises `InvalidRequest` that says what is wrong."""
+    """``text`` as a schema in the form that llguidance takes. Raises `ConstraintError` that says what is wrong."""
     try:
         schema = msgspec.json.decode(text)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise InvalidRequest(f"is not valid JSON: {error}") from error
+        raise ConstraintError(f"is not valid JSON: {error}") from error
     if not isinstance(schema, (dict, bool)):
-        raise InvalidRequest(f"must be a JSON object, got {type(schema).__name__}")
+        raise ConstraintError(f"must be a JSON object, got {type(schema).__name__}")
     _bound(schema)
     schema = _checked(schema, schema)
     if not _composes(schema):
@@ -40,11 +40,11 @@ def _bound(schema: Any) -> None:
     for _ in range(MAX_DEPTH + 1):
         values += len(level)
         if values > MAX_VALUES:
-            raise InvalidRequest(f"must hold at most {MAX_VALUES} values")
+            raise ConstraintError(f"must hold at most {MAX_VALUES} values")
         level = [inner for value in level for inner in _inside(value)]
         if not level:
             return
-    raise InvalidRequest(f"must be at most {MAX_DEPTH} levels deep")
+    raise ConstraintError(f"must be at most {MAX_DEPTH} levels deep")
 
 
 def _inside(value: Any) -> list[Any]:
@@ -69,7 +69,7 @@ def _checked(value: Any, root: Any, named: bool = False) -> Any:
     if named:
         return {name: _checked(inner, root) for name, inner in value.items()}
     if "x-guidance" in value:
-        raise InvalidRequest("uses x-guidance, which is not a JSON schema keyword")
+        raise ConstraintError("uses x-guidance, which is not a JSON schema keyword")
     result = {key: inner if key in _LITERALS else _checked(inner, root, key in _NAMING) for key, inner in value.items()}
     branches = result.get("oneOf")
     if (

@@ -1,42 +1,58 @@
-"""The scheduler's side of constraints: requests that wait for their grammar, matchers that follow tokens, masks.
+"""The scheduler's side of constraints: grammar compilation, matchers of running requests, and token masks.
 
-A quick grammar is followed on the engine's thread while the forward pass runs. A slow one is followed in a thread: its
-requests sit out the steps until they know what may come next, and nobody else waits for them.
+A fast grammar advances on the engine's thread while the forward pass runs. A slow one advances in a thread: its
+requests skip steps until their next mask is known, and no other request waits for them.
+
+Grammar threads finish at times that no plan can predict, so what they finished is an explicit input of a plan:
+`ConstraintManager.poll` collects it as `ConstraintEvents` and `Scheduler.plan` takes it. Given the same messages,
+events and results, the planner makes the same plans. One measured quantity remains: `Grammar.slow`, from CPU times,
+decides whether a row skips a step. It changes when a token is sampled, never which.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..constraint import KINDS, Constraint
+from ..constraint import Constraint, ConstraintError, TokenBitmask
 from ..errors import InvalidRequest
-from ..grammar.matcher import Grammar, Matcher, hold_open, look_together
+from ..grammar.matcher import Grammar, Matcher, compute_masks, suppress
 
 if TYPE_CHECKING:
     from ..grammar.compiler import GrammarCompiler
-    from ..grammar.llg import TokenBitmask
     from .request import Request
 
 logger = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 10.0  # a request waits no longer than this for its grammar
-TOGETHER = 4  # masks are worth filling in parallel from here on
-STEP_SECONDS = 0.05  # of one step's masks: past it, outputs of grammars that have just turned out slow are given up
+COMPILE_SECONDS = 10.0  # from a request's arrival until its grammar must be compiled
+PARALLEL_MASKS = 4  # fewer masks than this are filled one by one
+STEP_SECONDS = 0.05  # of one step's masks: beyond it, outputs of slow grammars end with an error
+
+
+class ConstraintEvents(NamedTuple):
+    """What grammar threads have finished since the last poll.
+
+    Attributes:
+        compiled: requests whose grammar is ready (None), or why it will not be.
+        advanced: requests whose slow matcher has consumed its token.
+    """
+
+    compiled: Sequence[tuple[Request, InvalidRequest | None]] = ()
+    advanced: Sequence[Request] = ()
 
 
 class ConstraintManager:
-    """All requests that have a constraint. ``compiler``: None where constraints are not served."""
+    """All constrained requests of a scheduler. ``compiler`` None: constraints are not served."""
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
         self._compiler = compiler
         self._compiling: dict[int, tuple[Request, Future[Grammar]]] = {}
-        self._jobs: dict[int, Request] = {}  # whose matcher's job has not been taken in
+        self._advancing: dict[int, Request] = {}  # requests whose matcher's job `poll` has not reported
 
     @property
     def available(self) -> bool:
@@ -44,133 +60,134 @@ class ConstraintManager:
 
     @property
     def busy(self) -> bool:
-        """Is there something under way that `compiled` or `settled` will tell?"""
-        return bool(self._compiling or self._jobs)
+        """Whether a later `poll` will report something."""
+        return bool(self._compiling or self._advancing)
 
     @property
     def compiling(self) -> int:
-        """Requests that wait for their grammar."""
+        """Number of requests whose grammar is not compiled yet."""
         return len(self._compiling)
 
-    # -- compiling -----------------------------------------------------------------------------------------------------
+    # -- threads -------------------------------------------------------------------------------------------------------
 
-    def begin(self, request: Request, constraint: Constraint) -> None:
-        """`compiled` will tell when the request may run. Needs `available`."""
+    def compile(self, request: Request, constraint: Constraint) -> None:
+        """Start compiling; `poll` reports when the request may run. Needs `available`."""
         if self._compiler is None:
-            raise LookupError("there is no compiler")
+            raise LookupError("this scheduler has no grammar compiler")
         self._compiling[request.id] = request, self._compiler.compile(constraint)
 
     def forget(self, request: Request) -> None:
         """The request has ended."""
         self._compiling.pop(request.id, None)
-        self._jobs.pop(request.id, None)
+        self._advancing.pop(request.id, None)
 
-    def compiled(self, now: float) -> Iterator[tuple[Request, InvalidRequest | None]]:
-        """Requests that have their matcher now, or a reason why they will not get one."""
+    def poll(self, now: float) -> ConstraintEvents:
+        """Collect what threads have finished. A compiled request has its matcher afterwards."""
+        if not self.busy:
+            return ConstraintEvents()
+        compiled = []
         for request, future in list(self._compiling.values()):
-            if not future.done():
-                if now - request.arrival <= COMPILE_SECONDS:
-                    continue
-                refusal = InvalidRequest(f"could not be compiled within {COMPILE_SECONDS:.0f} seconds")
+            if future.done() or now - request.arrival > COMPILE_SECONDS:
                 del self._compiling[request.id]
-                yield request, _about(request, refusal)
-                continue
-            del self._compiling[request.id]
-            error = future.exception()
-            if error is None:
-                request.matcher = future.result().matcher()
-                if self._compiler is not None:
-                    request.stop_ids |= self._compiler.eos_ids
-                yield request, None
-            elif isinstance(error, InvalidRequest):
-                yield request, _about(request, error)
-            else:  # be it a panic of Rust's, which is no `Exception`: it is this request's end and nobody else's
-                logger.error("a grammar could not be compiled", exc_info=error)
-                yield request, _about(request, InvalidRequest("could not be compiled: the compiler broke", status=500))
+                compiled.append((request, self._start(request, future)))
+        advanced = []
+        for request in list(self._advancing.values()):
+            job = _matcher(request).job
+            if job is None or job.done():
+                self._take_job(request)
+                advanced.append(request)
+        return ConstraintEvents(compiled, advanced)
 
-    # -- following -----------------------------------------------------------------------------------------------------
+    def _start(self, request: Request, future: Future[Grammar]) -> InvalidRequest | None:
+        """Give the request its matcher, or return why there is none."""
+        if not future.done():
+            return _about(request, ConstraintError(f"could not be compiled within {COMPILE_SECONDS:.0f} seconds"))
+        error = future.exception()
+        if isinstance(error, ConstraintError):
+            return _about(request, error)
+        if error is not None:  # including a Rust panic, which is no `Exception`: it ends this request only
+            logger.error("a grammar could not be compiled", exc_info=error)
+            return _about(request, ConstraintError("could not be compiled: the compiler failed", status=500))
+        request.matcher = future.result().matcher()
+        request.stop_ids |= request.matcher.grammar.backend.eos_ids
+        return None
 
-    def follow(self, request: Request, token: int, *, wanted: bool) -> bool:
-        """Takes in a token that the request drew. ``wanted``: a step that is launched waits for the next mask.
+    def _take_job(self, request: Request) -> None:
+        """Wait for the job that advances the request's matcher, and take its result."""
+        matcher = _matcher(request)
+        del self._advancing[request.id]
+        if matcher.job is not None:
+            failure, matcher.job = matcher.job.exception(), None
+            if failure is not None:
+                logger.error("an output could not be matched", exc_info=failure)
+                matcher.error = ConstraintError("could not be enforced: the matcher failed", status=500)
 
-        Returns whether the request can be scheduled; if not, `settled` will tell when.
+    # -- tokens --------------------------------------------------------------------------------------------------------
+
+    def advance(self, request: Request, token: int, *, mask_needed: bool) -> bool:
+        """Consume a token sampled for the request. ``mask_needed``: a launched step needs the next mask.
+
+        Returns whether the request can be scheduled; if not, `poll` reports when it can.
         """
         matcher = _matcher(request)
-        if self._compiler is None or wanted or not matcher.grammar.slow:
+        if self._compiler is None or mask_needed or not matcher.grammar.slow:
             matcher.advance(token)
             return True
-        matcher.job = self._compiler.run(matcher, token)
-        self._jobs[request.id] = request
+        matcher.job = self._compiler.advance(matcher, token)
+        self._advancing[request.id] = request
         return False
 
     def jump(self, request: Request) -> list[int]:
-        """Takes in the tokens that the request's output cannot do without: no forward pass is needed to know them.
+        """Consume and return the tokens that the grammar leaves no choice about: they need no forward pass.
 
-        None that could end it by its stop tokens, and none beyond its limit.
+        None of the request's stop tokens, and none beyond its limit.
         """
         return _matcher(request).jump(request.limit - request.num_tokens, request.stop_ids)
 
-    def under_way(self, request: Request) -> bool:
-        """Whether a thread is at the request's matcher: nobody else looks at it then."""
-        return request.id in self._jobs
-
-    def settled(self) -> Iterator[Request]:
-        """Requests that know now what may come next, or that they have ended."""
-        for request in list(self._jobs.values()):
-            job = _matcher(request).job
-            if job is None or job.done():
-                self._settle(request)
-                yield request
-
-    def _settle(self, request: Request) -> None:
-        matcher = _matcher(request)
-        del self._jobs[request.id]
-        if matcher.job is not None:
-            broken, matcher.job = matcher.job.exception(), None
-            if broken is not None:
-                logger.error("an output could not be followed", exc_info=broken)
-                matcher.error = InvalidRequest("could not be enforced: the matcher broke", status=500)
+    def is_advancing(self, request: Request) -> bool:
+        """Whether a thread uses the request's matcher, so that no other may."""
+        return request.id in self._advancing
 
     def refusal(self, request: Request) -> InvalidRequest | None:
-        """Why the request's output cannot go on, if it cannot."""
+        """Why the request's output cannot continue, if it cannot."""
         error = _matcher(request).error
         return None if error is None else _about(request, error)
 
-    def look(self, requests: Sequence[Request]) -> None:
-        """Where several quick grammars must say what may come next, they do so in parallel."""
-        matchers = [one.matcher for one in requests if one.matcher is not None and not self.under_way(one)]
-        unsure = [one for one in matchers if one.blank and not one.forced]
-        quick = [one for one in unsure if not one.grammar.slow and not one.grammar.alone]
-        if len(quick) >= TOGETHER:
-            look_together(quick)
-
     # -- masks ---------------------------------------------------------------------------------------------------------
 
-    def masks(self, live: list[Request | None]) -> TokenBitmask:
-        """Bits [len(live), words] of the tokens that each may draw.
+    def compute_masks(self, requests: Sequence[Request]) -> None:
+        """Compute the masks of fast grammars in parallel, where there are enough of them to gain by it."""
+        matchers = [one.matcher for one in requests if one.matcher is not None and not self.is_advancing(one)]
+        unknown = [one for one in matchers if one.needs_mask and not one.forced]
+        fast = [one for one in unknown if not one.grammar.slow and not one.grammar.masks_to_measure]
+        if len(fast) >= PARALLEL_MASKS:
+            compute_masks(fast)
 
-        ``live``: the request of each, or None if it has ended: then anything goes, and is dropped. A request that is
-        found to have ended has `Matcher.error` or `Matcher.finished` set afterwards, and all bits too.
+    def masks(self, live: list[Request | None]) -> TokenBitmask:
+        """Tokens that each request may sample: uint32 [len(live), mask_words].
+
+        ``live``: None for a request that has ended; its mask allows everything and its token is dropped. A request
+        found to have ended has `Matcher.error` or `Matcher.finished` set afterwards, and its mask allows everything.
         """
-        words = 0 if self._compiler is None else self._compiler.words
+        words = 0 if self._compiler is None else self._compiler.mask_words
         masks = np.full((len(live), words), 0xFFFFFFFF, np.uint32)
         began = time.monotonic()
-        self.look([request for request in live if request is not None])
+        self.compute_masks([request for request in live if request is not None])
         for mask, request in zip(masks, live, strict=True):
             if request is None:
                 continue
             matcher = _matcher(request)
-            if request.id in self._jobs:  # retracted and back before its thread was done
-                self._settle(request)
+            if self.is_advancing(request):  # retracted and admitted again before its job was done
+                self._take_job(request)
             if matcher.grammar.slow and time.monotonic() - began > STEP_SECONDS:
-                matcher.error = InvalidRequest("is too slow to be enforced for so many outputs at once")
-            matcher.look()
+                matcher.error = ConstraintError("is too slow to be enforced for so many outputs at once")
+            matcher.compute_mask()
             if matcher.error is None and not matcher.finished:
                 mask[:] = matcher.mask
-                if request.params.ignore_eos and self._compiler is not None:
-                    hold_open(mask, self._compiler.eos_ids)
+                if request.params.ignore_eos:
+                    suppress(mask, matcher.grammar.backend.eos_ids)
                 if request.num_outputs < request.params.min_tokens:
-                    hold_open(mask, request.stop_ids)
+                    suppress(mask, request.stop_ids)
         return masks
 
 
@@ -180,8 +197,7 @@ def _matcher(request: Request) -> Matcher:
     return request.matcher
 
 
-def _about(request: Request, error: InvalidRequest) -> InvalidRequest:
-    """``error``, in a sentence about the field that the client sent."""
-    params = request.params
-    field = params.constraint_name or next((kind for kind in KINDS if getattr(params, kind) is not None), "constraint")
-    return InvalidRequest(f"{field} {error.message}", field=field, status=error.status)
+def _about(request: Request, error: ConstraintError) -> InvalidRequest:
+    """``error`` as a sentence about the field that the client sent."""
+    field = request.params.constraint_name or request.params.constraint_kind or "constraint"
+    return InvalidRequest(f"{field} {error.problem}", field=field, status=error.status)

@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from ...radix.tree import RadixTree
 from ..config import EngineConfig
-from ..constraint import constraint_of, without_constraint
 from ..errors import InvalidRequest
 from ..grammar.compiler import GrammarCompiler
 from ..limits import check_token_ids, fit
@@ -29,7 +28,7 @@ from ..messages import (
 from ..sampling_params import MAX_SEED
 from ..step import StepResult
 from .cache.service import CacheService
-from .constraints import ConstraintManager
+from .constraints import ConstraintEvents, ConstraintManager
 from .draft import ScheduledStep
 from .ledger import Ledger
 from .planner import Planner
@@ -37,6 +36,7 @@ from .request import Request, Status
 from .rows import DECODE
 
 _TAIL = 8  # prompt tokens the detokenizer is primed with
+_NO_EVENTS = ConstraintEvents()
 _WORTH_A_STEP = 2  # more forced tokens than this are worth sitting out a step for, where steps overlap
 
 
@@ -70,7 +70,7 @@ class Scheduler:
         self.ledger.keep = self.cache.keep
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
-        self._guides = ConstraintManager(grammars)
+        self._constraints = ConstraintManager(grammars)
         self._jump_forward = config.jump_forward
         self._now = now
         self._seeds = random.Random(config.seed)
@@ -124,18 +124,18 @@ class Scheduler:
                 request.id,
                 request.prompt_len,
                 request.prompt[-_TAIL:].tobytes(),
-                without_constraint(params),
+                params.without_constraint(),
                 None if echo_from is None else request.prompt[echo_from:].tobytes(),
                 request.stream,
                 request.settle,
             )
         )
-        constraint = constraint_of(params)
+        constraint = params.constraint
         if constraint is None:
             self.ledger.waiting[request.id] = request
-        elif self._guides.available:
+        elif self._constraints.available:
             request.status = Status.COMPILING
-            self._guides.begin(request, constraint)
+            self._constraints.compile(request, constraint)
         else:
             refusal = InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
             self._finish(request, "error", refusal=refusal)
@@ -158,10 +158,16 @@ class Scheduler:
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> ScheduledStep | None:
-        """The next step, or None if nothing can run now. What it says is a promise: it must be launched, in order."""
-        if self._guides.busy:
-            self._hear_guides()
+    def poll(self) -> ConstraintEvents:
+        """What grammar threads have finished, for the next `plan`."""
+        return self._constraints.poll(self._now())
+
+    def plan(self, events: ConstraintEvents = _NO_EVENTS) -> ScheduledStep | None:
+        """The next step, or None if nothing can run now. It must be launched, in order.
+
+        ``events``: which grammars and masks became ready since the last plan. Threads are not asked here.
+        """
+        self._apply(events)
         step = self.planner.plan()
         for request in self.planner.served:
             self._first_scheduled(request)
@@ -183,36 +189,38 @@ class Scheduler:
         must have been completed: what is allowed depends on what was drawn."""
         requests = [step.sampled[i] for i in step.plan.constrained.tolist()]
         live = [None if request.status is Status.FINISHED else request for request in requests]
-        masks = self._guides.masks(live)
+        masks = self._constraints.masks(live)
         for request in live:
             if request is not None:
-                self._end_guided(request)
+                self._end_matched(request)
                 if self._may_jump(request) and request.matcher and len(request.matcher.forced) > _WORTH_A_STEP:
                     self.ledger.rows.blocked[request.row] = True  # until `complete` jumps: a step launched before
                     # that could not take the tokens in
         return masks
 
-    def _hear_guides(self) -> None:
-        """Requests whose grammar is there begin to wait like all others; those whose thread is done may go on."""
-        for request, refusal in self._guides.compiled(self._now()):
+    def _apply(self, events: ConstraintEvents) -> None:
+        """Queue requests whose grammar is compiled, and unblock those whose mask is known."""
+        for request, refusal in events.compiled:
+            if request.status is not Status.COMPILING:
+                continue  # aborted since the poll
             if refusal is not None:
                 self._finish(request, "error", refusal=refusal)
             else:
                 request.status = Status.WAITING
                 self.ledger.waiting[request.id] = request
-        for request in self._guides.settled():
+        for request in events.advanced:
             if request.row >= 0:
                 self.ledger.rows.blocked[request.row] = False
                 if self._may_jump(request) and self._at_rest(request):
                     self._say(request, self._jump(request))
-            self._end_guided(request)
+            self._end_matched(request)
 
-    def _end_guided(self, request: Request) -> None:
-        """Ends a request whose grammar allows no more tokens."""
+    def _end_matched(self, request: Request) -> None:
+        """Finish a request whose grammar allows no further token."""
         if request.matcher is None:
             return
         if request.matcher.error is not None:
-            self._finish(request, "error", refusal=self._guides.refusal(request))
+            self._finish(request, "error", refusal=self._constraints.refusal(request))
         elif request.matcher.finished:
             self._finish(request, "stop")
 
@@ -256,7 +264,7 @@ class Scheduler:
                 ended.append((request, "stop", token))
                 continue
             if request.matcher is not None:
-                self._follow(request, token)
+                self._advance(request, token)
                 constrained.append(request)
             elif request.num_tokens == request.limit:
                 ended.append((request, "length", None))
@@ -273,8 +281,8 @@ class Scheduler:
         for request, reason, matched in ended:
             self._finish(request, reason, matched=matched)
         for request in constrained:
-            if not self._guides.under_way(request):
-                self._end_guided(request)
+            if not self._constraints.is_advancing(request):
+                self._end_matched(request)
         for request in step.finishing:
             self._finish(request, "length")
 
@@ -290,13 +298,13 @@ class Scheduler:
 
     # -- grammars ------------------------------------------------------------------------------------------------------
 
-    def _follow(self, request: Request, token: int) -> None:
-        """The request's grammar takes in the token."""
+    def _advance(self, request: Request, token: int) -> None:
+        """Advance the request's matcher by the token."""
         row, rows = request.row, self.ledger.rows
         in_flight = row >= 0 and rows.length[row] != request.num_tokens
-        ready = self._guides.follow(request, token, wanted=in_flight)
+        ready = self._constraints.advance(request, token, mask_needed=in_flight)
         if row >= 0 and request.matcher is not None:
-            # A slow one sits out what follows the step in flight, whose token a thread will take in.
+            # A slow grammar skips the step after the one in flight, whose token a thread will consume.
             rows.blocked[row] = not ready or (in_flight and request.matcher.grammar.slow)
 
     def _may_jump(self, request: Request) -> bool:
@@ -306,17 +314,19 @@ class Scheduler:
         """Whether no step draws the request's next token, and no thread is at its matcher."""
         rows, row = self.ledger.rows, request.row
         still = rows.phase[row] == DECODE and rows.length[row] == request.num_tokens
-        return bool(still) and not self._guides.under_way(request)
+        return bool(still) and not self._constraints.is_advancing(request)
 
     def _jump_all(self, constrained: list[Request], ids: list[int], drawn: list[int]) -> list[Request]:
         """`_jump` for all of them; their tokens are added to ``ids`` and ``drawn``. Returns those that go on."""
         free = [request for request in constrained if self._may_jump(request) and self._at_rest(request)]
-        self._guides.look(free)
+        self._constraints.compute_masks(free)
         for request in free:
             tokens = self._jump(request)
             ids += [request.id] * len(tokens)
             drawn += tokens
-        return [one for one in constrained if one.matcher and (self._guides.under_way(one) or not one.matcher.ended)]
+        return [
+            one for one in constrained if one.matcher and (self._constraints.is_advancing(one) or not one.matcher.ended)
+        ]
 
     def _jump(self, request: Request) -> list[int]:
         """Jump-forward decoding (an idea of SGLang's): what the grammar leaves no choice about is appended as if it
@@ -324,7 +334,7 @@ class Scheduler:
 
         The request is at rest, and `_may_jump`.
         """
-        tokens = self._guides.jump(request)
+        tokens = self._constraints.jump(request)
         if tokens:
             for token in tokens:
                 request.append(token)
@@ -355,7 +365,7 @@ class Scheduler:
             self.ledger.leave(request, keep=reason != "error")
         else:
             self.ledger.waiting.pop(request.id, None)
-        self._guides.forget(request)
+        self._constraints.forget(request)
         request.status = Status.FINISHED
         self.cache.ended(request, well=reason in ("stop", "length"))
         del self._live[request.id]
@@ -409,8 +419,8 @@ class Scheduler:
 
     @property
     def waits_for_grammars(self) -> bool:
-        """May there be a step to plan in a moment, though there is none now?"""
-        return self._guides.busy
+        """Whether grammar threads will make a request schedulable, though none may be now."""
+        return self._constraints.busy
 
     def take_output(self) -> StepOutput | None:
         """Everything said since the last call, or None."""
@@ -424,7 +434,7 @@ class Scheduler:
         """The counters as they are now: one object, which changes with the next call."""
         totals, tree = self._totals, self.tree
         totals.running = len(self.ledger.rows)
-        totals.waiting = len(self.ledger.waiting) + self._guides.compiling
+        totals.waiting = len(self.ledger.waiting) + self._constraints.compiling
         totals.pages_free = tree.allocator.free
         totals.pages_cached = tree.evictable
         totals.evicted_pages = tree.evicted_total

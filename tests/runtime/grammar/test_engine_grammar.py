@@ -102,14 +102,14 @@ def test_overlap_changes_no_token_and_free_rows_do_not_notice_their_neighbours(m
 
 def test_slow_grammars_run_in_threads_and_draw_the_same_tokens(make_engine, monkeypatch):
     expected = tokens(make_engine(overlap=False), mixed())
-    monkeypatch.setattr(matcher, "SLOW", 0.0)
-    monkeypatch.setattr(matcher, "_FAST", 0.0)
+    monkeypatch.setattr(matcher, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(matcher, "FAST_SECONDS", 0.0)
     seen = []
-    follow = constraints.ConstraintManager.follow
+    advance = constraints.ConstraintManager.advance
     monkeypatch.setattr(
         constraints.ConstraintManager,
-        "follow",
-        lambda self, *a, **k: seen.append(r := follow(self, *a, **k)) or r,
+        "advance",
+        lambda self, *a, **k: seen.append(r := advance(self, *a, **k)) or r,
     )
     for overlap in (False, True):
         engine = make_engine(overlap=overlap, seed=7)  # an engine that has compiled nothing
@@ -121,18 +121,18 @@ def test_a_grammar_that_turns_slow_leaves_the_engines_thread_within_two_steps(ma
     params = SamplingParams(regex="[a-z]{240}", seed=4, max_tokens=240)
     expected = make_engine(overlap=False).generate(PROMPT, params).token_ids
     calls, followed = [], []
-    follow = constraints.ConstraintManager.follow
+    advance = constraints.ConstraintManager.advance
 
-    def spent(self, seconds):
+    def record_cost(self, seconds):
         calls.append(seconds)
         self.slow = len(calls) > 10
 
-    def noted(self, request, token, *, wanted):
-        followed.append(follow(self, request, token, wanted=wanted))
+    def noted(self, request, token, *, mask_needed):
+        followed.append(advance(self, request, token, mask_needed=mask_needed))
         return followed[-1]
 
-    monkeypatch.setattr(matcher.Grammar, "spent", spent)
-    monkeypatch.setattr(constraints.ConstraintManager, "follow", noted)
+    monkeypatch.setattr(matcher.Grammar, "record_cost", record_cost)
+    monkeypatch.setattr(constraints.ConstraintManager, "advance", noted)
     assert make_engine(overlap=True).generate(PROMPT, params).token_ids == expected
     assert followed.count(False) > 30
     assert not any(followed[followed.index(False) :])

@@ -9,7 +9,7 @@ import pytest
 from branchwise import Engine, SamplingParams
 from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar import matcher
-from branchwise.runtime.grammar.llg import Backend
+from branchwise.runtime.grammar.llg import GrammarBackend
 
 PROMPT = "Compute every shared prefix once"
 REPORT = {
@@ -125,8 +125,8 @@ def test_a_stream_has_the_same_text(make_engine):
 @pytest.mark.parametrize("overlap", [False, True])
 def test_slow_grammars_jump_too(make_engine, monkeypatch, overlap):
     expected = tokens(answers(make_engine(jump_forward=False), asked()))
-    monkeypatch.setattr(matcher, "SLOW", 0.0)
-    monkeypatch.setattr(matcher, "_FAST", 0.0)
+    monkeypatch.setattr(matcher, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(matcher, "FAST_SECONDS", 0.0)
     engine = make_engine(overlap=overlap, seed=11)  # an engine that has compiled nothing
     outputs = answers(engine, asked())
     assert tokens(outputs) == expected
@@ -182,7 +182,7 @@ def test_a_long_stretch_is_taken_in_piece_by_piece(make_engine, monkeypatch):
     engine = make_engine()
     output = engine.generate(PROMPT, SamplingParams(choices=(text,), max_tokens=450))
     assert output.text == text
-    assert max(pieces) <= matcher.STRETCH < len(output.token_ids)
+    assert max(pieces) <= matcher.MAX_JUMP < len(output.token_ids)
     assert saved([output])[0] >= len(output.token_ids) - len(pieces) - 1
     engine.check()
 
@@ -193,21 +193,21 @@ def test_a_long_stretch_does_not_make_its_grammar_slow(make_engine):
     compiler = engine._core._grammars
     constraint = Constraint("json_schema", json.dumps({"const": "lorem ipsum dolor " * 40}))
     walk = compiler.compile(constraint).result().matcher()
-    walk.look()
+    walk.compute_mask()
     monotone = iter(range(10_000))
-    walk.grammar._cost = walk._unspent = 0.0
+    walk.grammar._cost = walk._unrecorded_seconds = 0.0
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matcher.time, "thread_time", lambda: next(monotone) * matcher.SLOW / 4)
+        patch.setattr(matcher.time, "thread_time", lambda: next(monotone) * matcher.SLOW_SECONDS / 4)
         assert len(walk.jump(100, frozenset())) == 100
         walk.forced = []
-        walk.look()
+        walk.compute_mask()
     assert not walk.grammar.slow
 
 
 def test_where_there_is_no_choice_nobody_asks_for_a_mask(make_engine, monkeypatch):
     fills = []
-    fill = Backend.fill
-    monkeypatch.setattr(Backend, "fill", lambda self, *given: (fills.append(1), fill(self, *given)))
+    fill = GrammarBackend.fill_mask
+    monkeypatch.setattr(GrammarBackend, "fill_mask", lambda self, *given: (fills.append(1), fill(self, *given)))
     engine = make_engine(jump_forward=False)
     text = "the one thing " * 20
     output = engine.generate(PROMPT, SamplingParams(choices=(text,), max_tokens=300))
@@ -219,7 +219,7 @@ def test_a_slow_grammar_is_not_asked_on_the_engines_thread(make_engine):
     engine = make_engine()
     constraint = Constraint("regex", r"one stretch [ab] another stretch [ab] the end")
     walk = engine._core._grammars.compile(constraint).result().matcher()
-    walk.look()
+    walk.compute_mask()
     walk.grammar.slow = True
     taken = walk.jump(100, frozenset())
-    assert taken and walk.blank, "what may follow the stretch is for a thread to find out"
+    assert taken and walk.needs_mask, "what may follow the stretch is for a thread to find out"

@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from branchwise.kernels import sampling
-from branchwise.runtime.constraint import Constraint
-from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.grammar.llg import Backend
-from branchwise.runtime.grammar.matcher import Grammar, hold_open, look_together
+from branchwise.runtime.constraint import Constraint, ConstraintError
+from branchwise.runtime.grammar.llg import GrammarBackend
+from branchwise.runtime.grammar.matcher import Grammar, compute_masks, suppress
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 EOS, LONGEST = 0, 7
@@ -33,7 +32,7 @@ def compiled(backend, text, kind="regex"):
 
 @pytest.fixture(scope="module")
 def backend(tiny_tokenizer):
-    return Backend(tiny_tokenizer, tiny_tokenizer.vocab_size, (EOS,))
+    return GrammarBackend(tiny_tokenizer, tiny_tokenizer.vocab_size, (EOS,))
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -49,7 +48,7 @@ def test_a_mask_holds_the_tokens_after_which_a_match_is_possible_and_no_others(b
             allowed = {t for t in range(1, len(words)) if said + words[t] in prefixes}
             if said in matches:
                 allowed.add(EOS)
-            matcher.look()
+            matcher.compute_mask()
             if matcher.finished:
                 assert allowed == {EOS}
                 break
@@ -71,16 +70,16 @@ def test_a_mask_holds_the_tokens_after_which_a_match_is_possible_and_no_others(b
 
 def test_choices_may_begin_like_each_other_and_hold_anything(checkpoint):
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
-    backend = Backend(tokenizer, tokenizer.vocab_size, (1,))
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, (1,))
     choices = ["no", "nob", 'a"b\\', "é\n🌳", "x/y", "$x %json", "a.*b"]
     grammar = compiled(backend, json.dumps(choices), "choices")
     for choice in choices:
         matcher = grammar.matcher()
         for token in tokenizer.encode(choice)[1:].tolist():  # without <bos>
-            matcher.look()
+            matcher.compute_mask()
             assert token in bits(matcher.mask)
             matcher.advance(token)
-        matcher.look()
+        matcher.compute_mask()
         assert matcher.finished or 1 in bits(matcher.mask)
     matcher = grammar.matcher()
     assert not bits(matcher.mask) & set(tokenizer.encode("q")[1:].tolist())
@@ -90,7 +89,7 @@ def test_a_forbidden_token_and_a_grammar_that_nothing_satisfies_are_errors(backe
     matcher = compiled(backend, "ab").matcher()
     matcher.advance(3)
     assert matcher.error is not None and matcher.ended and not matcher.finished
-    with pytest.raises(InvalidRequest, match="cannot be satisfied"):
+    with pytest.raises(ConstraintError, match="cannot be satisfied"):
         compiled(backend, '{"$ref": "#"}', "json_schema")
 
 
@@ -98,17 +97,17 @@ def test_every_matcher_goes_its_own_way(backend):
     grammar = compiled(backend, "(ab|c)+")
     one, other = grammar.matcher(), grammar.matcher()
     one.advance(1)
-    one.look()
-    other.look()
+    one.compute_mask()
+    other.compute_mask()
     assert bits(one.mask) == {2, 5}  # b, bc
     assert bits(other.mask) == {1, 3, 4, 6, 7}  # a, c, ab, abc, ca
 
 
-def test_hold_open_takes_tokens_away_unless_nothing_else_is_left():
+def test_suppress_takes_tokens_away_unless_nothing_else_is_left():
     mask = np.array([0b1011, 1 << 5], np.uint32)
-    hold_open(mask, frozenset({0, 37, 999}))
+    suppress(mask, frozenset({0, 37, 999}))
     assert bits(mask) == {1, 3}
-    hold_open(mask, frozenset({1, 3}))
+    suppress(mask, frozenset({1, 3}))
     assert bits(mask) == {1, 3}
 
 
@@ -141,10 +140,10 @@ def test_masks_filled_together_are_those_filled_alone(backend):
                 token = int(rng.choice(allowed))
                 mine.advance(token)
                 other.advance(token)
-        blank = [one for one in together if one.blank]
+        blank = [one for one in together if one.needs_mask]
         if blank:
-            look_together(blank)
+            compute_masks(blank)
         for mine, other in zip(together, alone, strict=True):
-            other.look()
+            other.compute_mask()
             assert (mine.finished, mine.forced, mine.error) == (other.finished, other.forced, other.error)
             assert mine.finished or np.array_equal(mine.mask, other.mask)

@@ -11,7 +11,7 @@ import pytest
 
 from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar import schema
-from branchwise.runtime.grammar.llg import Backend
+from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -23,7 +23,7 @@ TWO = [A, {"type": "object", "properties": {"b": {"type": "integer"}}}]
 def takes() -> Any:
     """Whether an output may be exactly this text."""
     tokenizer = Tokenizer.load(SHIPPED)
-    backend = Backend(tokenizer, tokenizer.vocab_size, [2, 0])
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [2, 0])
 
     def walk(wanted: Any, text: str) -> bool:
         matcher = backend.compile(Constraint("json_schema", json.dumps(wanted)))

@@ -42,19 +42,19 @@ def test_a_compiler_that_breaks_refuses_one_request(make_engine, monkeypatch, er
     monkeypatch.setattr(engine._core._grammars._backend, "compile", breaks)
     finish = end_beside_another(engine, SamplingParams(regex=f"breaks with {error.__name__}"))
     assert (finish.reason, finish.status, finish.error_field) == ("error", 500, "regex")
-    assert finish.error == "regex could not be compiled: the compiler broke"
+    assert finish.error == "regex could not be compiled: the compiler failed"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Panic])
 def test_a_matcher_that_breaks_in_its_thread_ends_one_request(make_engine, monkeypatch, error):
     engine = make_engine()
-    monkeypatch.setattr(matcher, "SLOW", -1.0)  # every grammar is followed in a thread
-    monkeypatch.setattr(matcher, "_FAST", -2.0)
+    monkeypatch.setattr(matcher, "SLOW_SECONDS", -1.0)  # every grammar is followed in a thread
+    monkeypatch.setattr(matcher, "FAST_SECONDS", -2.0)
 
     def breaks(self, token):
         raise error("unreachable code was reached")
 
-    monkeypatch.setattr(matcher.Matcher, "step", breaks)
+    monkeypatch.setattr(matcher.Matcher, "advance_and_compute_mask", breaks)
     finish = end_beside_another(engine, SamplingParams(regex=f"[a-z]{{20}} {error.__name__}", max_tokens=60))
     assert (finish.reason, finish.status, finish.error_field) == ("error", 500, "regex")
-    assert finish.error == "regex could not be enforced: the matcher broke"
+    assert finish.error == "regex could not be enforced: the matcher failed"

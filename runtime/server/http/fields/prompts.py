@@ -11,7 +11,7 @@ import numpy as np
 
 from ....chat.json_bounds import deeper_than_now
 from ....config import ServerConfig
-from ....constraint import Constraint, constraint_of
+from ....constraint import Constraint
 from ....errors import InvalidRequest
 from ....limits import MAX_LABEL, check_token_ids, fit
 from ....messages import Generate, Limits
@@ -41,7 +41,7 @@ def prepare_params(
         if asked > most:
             name = names.get(field, field)
             raise bad(name, f"{what} {most}, got {asked}")
-    constraint = constraint_of(params)
+    constraint = params.constraint
     if constraint is not None:
         _check_constraint(constraint, params.constraint_name or constraint.kind, config)
         if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's

@@ -14,8 +14,7 @@ import msgspec
 
 from .....chat.tools import ReasoningFormat, Tool
 from .....chat.tools.grammar import CallGrammar, call_grammar
-from .....constraint import Constraint, constraint_of, without_constraint
-from .....errors import InvalidRequest
+from .....constraint import Constraint, ConstraintError
 from .....grammar import schema
 from .....sampling_params import SamplingParams
 from ...plumbing.errors import bad
@@ -29,9 +28,8 @@ def prepared(tools: Sequence[Tool]) -> list[Tool]:
     for i, tool in enumerate(tools):
         try:
             parameters = schema.parse(json.dumps(tool.parameters))
-        except InvalidRequest as error:
-            field = f"tools[{i}].function.parameters"
-            raise bad(field, f"{error.message}") from error
+        except ConstraintError as error:
+            raise bad(f"tools[{i}].function.parameters", f"of {tool.name!r} {error.problem}") from error
         result.append(msgspec.structs.replace(tool, parameters=parameters))
     return result
 
@@ -53,7 +51,7 @@ class OutputGrammar:
         What the client asked of the answer holds for the answer: not for thinking before it, nor for calls instead of
         it. Raises `InvalidRequest` for what does not go together.
         """
-        asked = constraint_of(params)
+        asked = params.constraint
         name = params.constraint_name
         if self._calls is not None and asked is not None and (self._forced or asked.kind != "json_schema"):
             raise bad(name or asked.kind, "cannot be combined with these tools and tool_choice")
@@ -63,7 +61,7 @@ class OutputGrammar:
         rules = self._rules(asked)
         start = "start: body" if not thought else f"start: {thought[0]} body"
         return msgspec.structs.replace(
-            without_constraint(params),
+            params.without_constraint(),
             ebnf="\n".join([start, *rules, *thought[1:], ""]),
             constraint_name=name or "tools",
         )

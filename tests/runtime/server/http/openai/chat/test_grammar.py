@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.chat.tools import Tool, reasoning_format
-from branchwise.runtime.constraint import constraint_of
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.grammar.llg import Backend
+from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.openai.chat.grammar import OutputGrammar, calls_for
@@ -41,10 +40,10 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def takes(tokenizer: Tokenizer) -> Any:
     """Whether an output may be exactly this text."""
-    backend = Backend(tokenizer, tokenizer.vocab_size, [2, 0])
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [2, 0])
 
     def walk(params: SamplingParams, text: str) -> bool:
-        constraint = constraint_of(params)
+        constraint = params.constraint
         assert constraint is not None
         matcher = backend.compile(constraint)
         ids = tokenizer.encode(text, add_special_tokens=False).tolist()
@@ -150,9 +149,9 @@ def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
 def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:
     """They are tokens of the grammar, never text."""
     special = {"[TOOL_CALLS]": 1}
-    backend = Backend(tokenizer, tokenizer.vocab_size, [2, 0])
+    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [2, 0])
     calls = calls_for("mistral_named", TOOLS, forced=False, named=None, parallel=True)
-    constraint = constraint_of(OutputGrammar(calls, False, None, special).applied(SamplingParams(), ASKED))
+    constraint = OutputGrammar(calls, False, None, special).applied(SamplingParams(), ASKED).constraint
     assert constraint is not None
     for first, rest, right in (([1], 'f[ARGS]{"x": 1}', True), ([1], 'f[ARGS]{"x": "a"}', False), ([], "Hi.", True)):
         ids = first + tokenizer.encode(rest, add_special_tokens=False).tolist()
