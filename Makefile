@@ -1,6 +1,6 @@
 # make demo: serve the shipped model and watch branching prompts share what they have in common.
-# make test: lint, type-check, run every test that needs no GPU.
-# Both make .venv first; nothing outside it is touched. PYTHON=python3.12 make demo picks the interpreter.
+# make check: lint, type-check and the fast tests. make test: every test that needs no GPU.
+# All make .venv first; nothing outside it is touched. PYTHON=python3.12 make demo picks the interpreter.
 
 PYTHON ?= python3
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
@@ -10,11 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
 OPENAI_2 := .ci/openai-2.txt
 PACKAGES := radix kernels runtime frontend
+FAST := tests/test_layout.py tests/radix tests/kernels tests/runtime/scheduler tests/runtime/executor tests/runtime/models tests/runtime/tokenizer
 # torch's threads must not spin where tests and servers share two cores (runtime/executor/torch_environment.py says how much it costs)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint test-gpu bench bench-gpu install clean
+.PHONY: help demo check test lint test-gpu bench bench-gpu install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,6 +25,9 @@ demo: $(VENV)/.installed ## install, start a server on the shipped model, run ex
 
 test: lint ## install with the test extras, lint, type-check, then every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
+
+check: lint ## lint, types and the tests of a minute or two: the loop to work in
+	$(BIN)/python -m pytest -m "not gpu" $(FAST)
 
 lint: $(VENV)/.installed-test ## ruff and mypy
 	$(BIN)/ruff check .
