@@ -31,8 +31,8 @@ OUT = Path(__file__).resolve().parent.parent.parent / ".bench"
 START_SECONDS = 600  # FlashInfer compiles its kernels the first time
 PROFILE_AFTER, PROFILE_FOR = 0.5, 1.0  # seconds into the workload's makespan (a share of it), and length
 
-# Makespans in seconds on one H200, the same load from the same client, each server with its defaults; ``ready``: from the
-# command to the first answer, compiled kernels in place where a server keeps them.
+# Makespans in seconds on one H200, the same load from the same client, each server with its defaults. READY: from the
+# command to the first answer, with the kernels compiled before where a server keeps them.
 PEER_NAMES = ("vLLM 0.24.0", "vLLM 0.33.0", "SGLang 0.5.15", "SGLang 0.5.23")
 PEERS = {
     "no_sharing": (11.69, 11.74, 11.94, 11.83),
