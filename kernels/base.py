@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .kv_pool import KVLayer
+
 
 class Ops(Protocol):
     """See `ops` for shapes, dtypes and effects. Both modules are implementations of this."""
@@ -24,7 +26,7 @@ class Ops(Protocol):
         heads: int,
         cos: Tensor,
         sin: Tensor,
-        pool: Tensor,
+        kv: KVLayer,
         slots: Tensor,
         qk_norm: Tensor | None = None,
         eps: float = 0.0,

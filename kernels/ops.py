@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-COPY_BYTES = 64 * 1024 * 1024  # held at once while pages are copied
+from .kv_pool import KVLayer
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -30,7 +30,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (Su et al., 2021) in the half-split layout of Hugging Face checkpoints.
 
-    ``x``: ``[T, heads, D]``; ``cos`` and ``sin``: float32 ``[T, R / 2]``. The first R of D channels turn.
+    ``x``: ``[T, heads, D]``; ``cos`` and ``sin``: float32 ``[T, R / 2]``. The first R of D channels are rotated.
     """
     half = cos.shape[-1]
     cos, sin = cos[:, None, :], sin[:, None, :]
@@ -60,19 +60,19 @@ def rope_write(
     heads: int,
     cos: Tensor,
     sin: Tensor,
-    pool: Tensor,
+    kv: KVLayer,
     slots: Tensor,
     qk_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Norms (if asked) and turns queries and keys, and writes the keys and values of T tokens to one layer's pool.
+    """Norms (if asked) and rotates queries and keys, and writes the keys and values of T tokens to the KV pool.
 
     Args:
-        qkv: ``[T, heads + 2 * kv_heads, D]``: queries, keys, values. The caller gives it away.
+        qkv: ``[T, heads + 2 * kv_heads, D]``: queries, keys, values. May be overwritten.
         cos, sin: as for `rope`.
-        pool: ``[2, pages, page_size, kv_heads, D]``.
-        slots: int64 ``[T]``, page * page_size + offset. Distinct, but for tokens that only pad the step: those may
-            share the slot of a page that nobody reads.
+        kv: one layer of the pool.
+        slots: int64 ``[T]``, page * page_size + offset. Distinct, except that tokens which only pad the step may share
+            a slot of the scratch page.
         qk_norm: float32 ``[heads + kv_heads, D]`` or None.
 
     Returns:
@@ -83,9 +83,7 @@ def rope_write(
     if qk_norm is not None:
         qk = rms_norm(qk, qk_norm, eps)
     q, k = rope(qk, cos, sin).split([heads, kv_heads], dim=1)
-    flat = pool.flatten(1, 2)
-    flat[0].index_copy_(0, slots, k)
-    flat[1].index_copy_(0, slots, v)
+    kv.write(slots, k, v)
     return q, k, v
 
 
@@ -99,17 +97,3 @@ def page_indices(table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, ou
     columns = torch.arange(max_pages, dtype=torch.int32, device=table.device)
     pages = table[rows.long(), :max_pages][columns < counts]
     out[: len(pages)] = pages
-
-
-def copy_pages(pool: Tensor, copies: Tensor) -> None:
-    """Copies whole pages in every layer: copy-on-write of a page whose first tokens are reused.
-
-    ``pool``: ``[layers, 2, pages, ...]``; ``copies``: int64 ``[C, 2]`` of (source, destination). In each layer ALL
-    sources are gathered before a destination is written, so a page may be the source of one pair and the destination of
-    another.
-    """
-    sources, destinations = copies.unbind(1)
-    pair = pool[:, :, 0].nbytes * len(copies)
-    layers = max(1, len(pool) * COPY_BYTES // max(pair, 1))
-    for some in pool.split(layers):
-        some.index_copy_(2, destinations, some.index_select(2, sources))

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .kv_pool import KVLayer
 from .triton_launch import kernel
 
 TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread
@@ -177,13 +178,13 @@ def _rope_write(
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ) -> None:
-    """One token, some of its heads. The turning channels are two tiles: each thread holds both ends of its pairs."""
+    """One token, some of its heads. The rotated channels are two tiles: each thread has both ends of its pairs."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     pair = tl.arange(0, BLOCK_HALF)[None, :]
     rest = 2 * HALF + tl.arange(0, BLOCK_REST)[None, :]
     is_head = head < HEADS + 2 * KV_HEADS
-    turns = head < HEADS + KV_HEADS
+    rotated = head < HEADS + KV_HEADS
     pairs, rests = is_head & (pair < HALF), is_head & (rest < D)
     base = qkv_ptr + token * ((HEADS + 2 * KV_HEADS) * D) + head * D
     first = tl.load(base + pair, pairs, other=0.0)
@@ -198,20 +199,20 @@ def _rope_write(
             squares += tl.sum(x3 * x3, axis=1, keep_dims=True)
         scale = tl.rsqrt(squares / D + EPS)
         weight = norm_ptr + head * D
-        # Rounded before they turn, as where the two are separate operations.
-        x1 = (x1 * scale * tl.load(weight + pair, turns & pairs, other=0.0)).to(first.dtype).to(tl.float32)
-        x2 = (x2 * scale * tl.load(weight + HALF + pair, turns & pairs, other=0.0)).to(first.dtype).to(tl.float32)
+        # Rounded before the rotation, as when the two are separate operations.
+        x1 = (x1 * scale * tl.load(weight + pair, rotated & pairs, other=0.0)).to(first.dtype).to(tl.float32)
+        x2 = (x2 * scale * tl.load(weight + HALF + pair, rotated & pairs, other=0.0)).to(first.dtype).to(tl.float32)
         if 2 * HALF < D:
-            normed = (x3 * scale * tl.load(weight + rest, turns & rests, other=0.0)).to(last.dtype)
-            last = tl.where(turns, normed, last)
+            normed = (x3 * scale * tl.load(weight + rest, rotated & rests, other=0.0)).to(last.dtype)
+            last = tl.where(rotated, normed, last)
     cos = tl.load(cos_ptr + token * COS_STRIDE + pair, pair < HALF, other=0.0)
     sin = tl.load(sin_ptr + token * SIN_STRIDE + pair, pair < HALF, other=0.0)
-    first = tl.where(turns, (x1 * cos - x2 * sin).to(first.dtype), first)
-    second = tl.where(turns, (x2 * cos + x1 * sin).to(second.dtype), second)
+    first = tl.where(rotated, (x1 * cos - x2 * sin).to(first.dtype), first)
+    second = tl.where(rotated, (x2 * cos + x1 * sin).to(second.dtype), second)
 
     tl.debug_barrier()  # as in `_add_rms_norm`
-    tl.store(base + pair, first, turns & pairs)
-    tl.store(base + HALF + pair, second, turns & pairs)
+    tl.store(base + pair, first, rotated & pairs)
+    tl.store(base + HALF + pair, second, rotated & pairs)
     is_kv = head >= HEADS
     kv_head = tl.where(is_kv, head - HEADS, 0)
     slot = tl.load(slots_ptr + token) + (kv_head // KV_HEADS) * num_slots.to(tl.int64)
@@ -220,7 +221,7 @@ def _rope_write(
     tl.store(target + HALF + pair, second.to(pool_ptr.dtype.element_ty), is_kv & pairs)
     if 2 * HALF < D:
         if NORM:
-            tl.store(base + rest, last, turns & rests)
+            tl.store(base + rest, last, rotated & rests)
         tl.store(target + rest, last.to(pool_ptr.dtype.element_ty), is_kv & rests)
 
 
@@ -229,12 +230,12 @@ def rope_write(
     heads: int,
     cos: Tensor,
     sin: Tensor,
-    pool: Tensor,
+    kv: KVLayer,
     slots: Tensor,
     qk_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `ops.rope_write`. In place: what is returned are views of ``qkv``. ``qkv`` and ``pool`` are contiguous."""
+    """See `ops.rope_write`. In place: what is returned are views of ``qkv``. ``qkv`` is contiguous."""
     tokens, all_heads, size = qkv.shape
     kv_heads, half = (all_heads - heads) // 2, cos.shape[1]
     if tokens:
@@ -247,8 +248,8 @@ def rope_write(
         )
         _rope_write(
             (tokens, triton.cdiv(all_heads, block_heads), 1),
-            (qkv, cos, sin, pool, slots, cos if qk_norm is None else qk_norm),
-            (pool.shape[1] * pool.shape[2],),
+            (qkv, cos, sin, kv.data, slots, cos if qk_norm is None else qk_norm),
+            (kv.k.shape[0] * kv.k.shape[1],),
             constants,
             warps=4,
         )

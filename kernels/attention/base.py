@@ -1,16 +1,15 @@
-"""What an attention backend is: planned once a step, run once a layer (FlashInfer's split; Ye et al., 2025)."""
+"""The contract of an attention backend: planned once a step, run once a layer (FlashInfer's split; Ye et al., 2025)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
+from ..arrays import Int32, Int64, ranges
+from .sharing import SharedRuns, shared_runs
 
 
 class Unavailable(Exception):
@@ -19,7 +18,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What differs between a model's layers, as far as attention can tell."""
+    """What differs between the attention of a model's layers."""
 
     scale: float  # multiplies q·k
     window: int | None = None  # a token sees the last ``window`` tokens, itself included; None: all of them
@@ -28,7 +27,7 @@ class LayerSpec:
 
 @dataclass(slots=True)
 class AttentionBatch:
-    """One step's requests (R) and where their keys and values lie. Host arrays but for the page table.
+    """One step's requests (R), and where their keys and values are. All arrays but ``page_table`` are on the host.
 
     The query tokens of request i are the last ``q_lens[i]`` of its ``kv_lens[i]`` tokens; queries are concatenated in
     request order. The first ``num_decodes`` requests have one query token each.
@@ -38,17 +37,41 @@ class AttentionBatch:
     q_lens: Int32  # [R]
     kv_lens: Int32  # [R] tokens once this step's are written
     num_decodes: int
-    page_table: Tensor  # int32 [max_rows, max_pages], on the device
+    page_size: int
+    page_table: Tensor  # int32 [max_rows, max_pages], on the device; the last row is the scratch page's
     host_page_table: Int32  # the same on the host; on a CPU the same memory
+    _shared: dict[int, SharedRuns] = field(default_factory=dict, init=False, repr=False)
+
+    def query_slots(self) -> Int64:
+        """Pool slots of every query token, int64 ``[T]``: page * page_size + offset."""
+        positions = ranges((self.kv_lens - self.q_lens).astype(np.int64), self.q_lens.astype(np.int64))
+        pages = self.host_page_table[np.repeat(self.rows, self.q_lens), positions // self.page_size]
+        return pages.astype(np.int64) * self.page_size + positions % self.page_size
+
+    def shared_runs(self, min_saved: int) -> SharedRuns:
+        """The runs of pages that several requests see in full with all of their query tokens.
+
+        Found at the first call of a step, from page identity; later calls return the same object.
+
+        Args:
+            min_saved: a run is taken if it saves the reads of at least so many tokens (see `sharing.shared_runs`).
+        """
+        found = self._shared.get(min_saved)
+        if found is None:
+            columns = -(-int(self.kv_lens.max(initial=0)) // self.page_size)
+            table = self.host_page_table[:, :columns][self.rows]
+            # A request's own query tokens see its newest pages in part only.
+            limits = (self.kv_lens - self.q_lens).astype(np.int64) // self.page_size
+            found = self._shared[min_saved] = shared_runs(table, limits, -(-min_saved // self.page_size))
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """The padded shape of a step that runs as a CUDA graph.
 
-    Query tokens 0 … decodes - 1 are the decodes, then come ``tokens`` tokens of at most ``requests`` chunks. What a
-    step has less of is padding: a decode that pads reads the first token of the page table's last row, which belongs to
-    no request.
+    Query tokens 0 … decodes - 1 are the decodes, then come ``tokens`` tokens of at most ``requests`` chunks. A step
+    with fewer is padded. A padding decode reads at most the first token of the scratch page, which no request owns.
     """
 
     decodes: int
@@ -61,48 +84,81 @@ class StepShape:
 
     @property
     def num_outputs(self) -> int:
-        """The most requests that can sample."""
+        """The most query tokens that can be sampled: one a request."""
         return self.decodes + self.requests
 
 
-class AttentionBackend(Protocol):
-    """Attention over a paged KV pool ``[layers, 2, pages, page_size, kv_heads, head_dim]``.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The decodes or the chunks of a step: what a GPU backend attends with one call.
 
-    Built with the pool, one `LayerSpec` a layer and the number of query heads.
+    The arrays have no padding. ``tokens`` and ``max_requests`` are the shape's where a step is padded to one, and
+    otherwise those of the requests themselves.
     """
+
+    rows: Int32  # [R] rows of the page table
+    q_lens: Int32  # [R]
+    kv_lens: Int32  # [R]
+    tokens: slice  # of the step's query tokens
+    max_requests: int
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.tokens.stop - self.tokens.start)
+
+    @property
+    def mean_q_len(self) -> float:
+        """Query tokens of the request that the average query token belongs to."""
+        lengths = self.q_lens.astype(np.int64)
+        return float((lengths * lengths).sum() / max(int(lengths.sum()), 1))
+
+
+def split_step(batch: AttentionBatch, shape: StepShape | None) -> tuple[Group | None, Group | None]:
+    """The step's decodes and chunks; None where it has no place for any."""
+    n, total = batch.num_decodes, len(batch.rows)
+    if shape is None:
+        shape = StepShape(n, int(batch.q_lens[n:].sum()), total - n)
+
+    def group(requests: slice, tokens: slice, max_requests: int) -> Group | None:
+        if not max_requests:
+            return None
+        arrays = batch.rows[requests], batch.q_lens[requests], batch.kv_lens[requests]
+        return Group(*arrays, tokens, max_requests)
+
+    decodes = group(slice(0, n), slice(0, shape.decodes), shape.decodes)
+    return decodes, group(slice(n, total), slice(shape.decodes, shape.num_tokens), shape.requests)
+
+
+def padded(array: Int32, size: int, pad: int = 0) -> Int32:
+    """``array`` filled up with ``pad`` to ``size`` elements."""
+    return np.concatenate([array, np.full(size - len(array), pad, np.int32)])
+
+
+class AttentionBackend(Protocol):
+    """Attention over a `KVPool`. Built with the pool, one `LayerSpec` a layer and the number of query heads."""
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
-        """Everything about the step that does not depend on a layer's values. Replaces the previous plan.
+        """Prepares everything about the step that does not depend on a layer's values. Replaces the previous plan.
 
-        ``shape``: the step is padded to it, and what is planned is read from the same addresses as in any other step of
-        this shape. Only where ``captures``.
+        Args:
+            batch: the step's requests.
+            shape: pad the step to it. Kernels then read the plan from the same addresses as in any other step of this
+                shape. Only where ``captures``.
         """
         ...
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        """Attends. The step's own keys and values are in the pool already.
+        """Attends. The step's own keys and values are already in the pool.
 
         Args:
             layer: index of the layer.
             q: ``[T, heads, head_dim]``, rotated. Rows may be strided.
-            k, v: ``[T, kv_heads, head_dim]``, what the step wrote, for backends that would rather not gather it.
-            out: where to put the result.
+            k, v: ``[T, kv_heads, head_dim]``, what the step wrote, for backends that do not read it from the pool.
+            out: ``[T, heads, head_dim]``, where to put the result.
 
         Returns:
             ``[T, heads, head_dim]``, in ``q``'s dtype.
         """
         ...
-
-
-def query_slots(batch: AttentionBatch, page_size: int) -> Int64:
-    """Pool slots of every query token, int64 ``[T]``: page * page_size + offset."""
-    positions = ranges((batch.kv_lens - batch.q_lens).astype(np.int64), batch.q_lens.astype(np.int64))
-    pages = batch.host_page_table[np.repeat(batch.rows, batch.q_lens), positions // page_size]
-    return pages.astype(np.int64) * page_size + positions % page_size
-
-
-def ranges(starts: Int64, lengths: Int64) -> Int64:
-    """``starts[0] … starts[0] + lengths[0] - 1``, then the same for the next, concatenated."""
-    return np.arange(int(lengths.sum())) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)

@@ -1,8 +1,9 @@
 """Attention on a GPU by FlashInfer (Ye et al., 2025): `fa2` with tensor cores for decodes and short chunks, `fa3` for
-long ones on Hopper.
+long chunks on Hopper.
 
-A step is two calls a layer: its decodes (query tiles of 16 rows, long keys split over the device), then its chunks. The
-index arrays are laid out from the page table by one kernel; the host only says how many pages each request has.
+A step takes two calls a layer: one for its decodes (query tiles of 16 rows, long keys split over the device), one for
+its chunks. One kernel lays out the page indices from the page table on the device; the host only sends the number of
+pages of each request.
 """
 
 from __future__ import annotations
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..arrays import Int32
 from ..base import Ops
+from ..kv_pool import KVPool
 from ..staging import Fence, Staging
-from .base import AttentionBatch, Int32, LayerSpec, StepShape
+from .base import AttentionBatch, LayerSpec, StepShape, padded, split_step
 from .flashinfer_module import Kernel, PagedCall, Variant, build
 
 TILES = (16, 64, 128)  # rows of `fa2`'s query tiles: query tokens times the heads of a group
@@ -30,10 +33,10 @@ Kind = tuple[int | None, float | None]  # window and soft-cap: layers that agree
 
 
 @dataclass(slots=True)
-class _Members:
-    """The decodes or the chunks of a step: what the host plans from and what every layer reads on the device.
+class _Planned:
+    """A padded `Group`: what the host plans from, and what every layer reads on the device.
 
-    int32 all: ``indptr`` ``[R + 1]``, the others ``[R]``, but ``kv_indices``, which holds every request's pages.
+    All are int32. Each ``indptr`` is ``[R + 1]``; ``kv_indices`` has the pages of all requests; the others are ``[R]``.
     """
 
     calls: dict[Kind, PagedCall]
@@ -49,10 +52,10 @@ class _Members:
 
 
 class FlashInferAttention:
-    """See `AttentionBackend`. All memory is allocated here, at addresses that stay.
+    """See `AttentionBackend`. Allocates all its memory at construction; addresses never change.
 
     Args:
-        pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``, bfloat16 or float16, on a CUDA device.
+        pool: bfloat16 or float16, on a CUDA device.
         layers: one spec a layer.
         num_heads: query heads, a multiple of kv_heads.
         table: int32 ``[rows, columns]``, the page table on the device.
@@ -65,7 +68,7 @@ class FlashInferAttention:
 
     def __init__(
         self,
-        pool: Tensor,
+        pool: KVPool,
         layers: list[LayerSpec],
         num_heads: int,
         table: Tensor,
@@ -74,10 +77,10 @@ class FlashInferAttention:
         captured: tuple[int, int, int] = (512, 1024, 64),
     ) -> None:
         self._pool, self._layers, self._table, self._ops = pool, layers, table, ops
-        _, _, _, self._page_size, kv_heads, head_dim = pool.shape
-        device = pool.device
+        layout, device = pool.layout, pool.device
+        self._page_size, kv_heads, head_dim = layout.page_size, layout.kv_heads, layout.head_dim
         variants = dict.fromkeys(
-            Variant(kernel, pool.dtype, head_dim, spec.window is not None, spec.softcap is not None)
+            Variant(kernel, layout.dtype, head_dim, spec.window is not None, spec.softcap is not None)
             for spec in layers
             for kernel in kernels(device, spec, head_dim)
         )
@@ -102,57 +105,55 @@ class FlashInferAttention:
             if "fa3" in kernels(device, spec, head_dim)
         }
         self._ints = Staging(8 * max_requests + 64, torch.int32, device)
-        # A page may be in many rows: requests that share a prefix each list it.
+        # Requests that share a prefix each list its pages.
         most = max_requests * table.shape[1]
         self._decode_indices, self._chunk_indices = (
             torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2)
         )
         self._scratch_row = len(table) - 1
-        self._planned = Fence(device)  # the copies of the last plan have run
-        self._members: list[_Members] = []
+        self._copied = Fence(device)  # the last plan's copies to the device
+        self._planned: list[_Planned] = []
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
-        n, requests = batch.num_decodes, len(batch.rows)
-        self._planned.wait()
+        self._copied.wait()
         self._ints.begin()
-        self._members = []
-        decodes = n if shape is None else shape.decodes
-        if decodes:
-            rows = _padded(batch.rows[:n], decodes, self._scratch_row)
-            ones, kv_lens = np.ones(decodes, np.int32), _padded(batch.kv_lens[:n], decodes, 1)
-            self._add(self._decode, slice(0, decodes), rows, ones, kv_lens, self._decode_indices)
-        chunks = requests - n if shape is None else shape.requests
-        if chunks:
-            q_lens = batch.q_lens[n:]
-            tokens = int(q_lens.sum()) if shape is None else shape.tokens
-            calls = self._long if shape is None and _mean_length(q_lens) >= LONG_CHUNK else self._short
-            rows, q_lens, kv_lens = (_padded(x[n:], chunks, 0) for x in (batch.rows, batch.q_lens, batch.kv_lens))
-            self._add(calls, slice(decodes, decodes + tokens), rows, q_lens, kv_lens, self._chunk_indices)
+        self._planned = []
+        decodes, chunks = split_step(batch, shape)
+        if decodes is not None:
+            size = decodes.max_requests
+            rows, kv_lens = padded(decodes.rows, size, self._scratch_row), padded(decodes.kv_lens, size, 1)
+            self._add(self._decode, decodes.tokens, rows, np.ones(size, np.int32), kv_lens, self._decode_indices)
+        if chunks is not None:
+            calls = self._long if shape is None and chunks.mean_q_len >= LONG_CHUNK else self._short
+            rows, q_lens, kv_lens = (
+                padded(x, chunks.max_requests) for x in (chunks.rows, chunks.q_lens, chunks.kv_lens)
+            )
+            self._add(calls, chunks.tokens, rows, q_lens, kv_lens, self._chunk_indices)
         self._ints.send()
-        for m in self._members:
-            longest = int(np.diff(m.host_kv_indptr).max())
-            self._ops.page_indices(self._table, m.rows, m.kv_indptr, longest, m.kv_indices)
-            qo_indptr, kv_indptr = torch.from_numpy(m.host_qo_indptr), torch.from_numpy(m.host_kv_indptr)
-            kv_lens_on_host, tokens = torch.from_numpy(m.host_kv_lens), m.tokens.stop - m.tokens.start
-            for call in m.calls.values():
+        for p in self._planned:
+            longest = int(np.diff(p.host_kv_indptr).max())
+            self._ops.page_indices(self._table, p.rows, p.kv_indptr, longest, p.kv_indices)
+            qo_indptr, kv_indptr = torch.from_numpy(p.host_qo_indptr), torch.from_numpy(p.host_kv_indptr)
+            kv_lens_on_host, tokens = torch.from_numpy(p.host_kv_lens), p.tokens.stop - p.tokens.start
+            for call in p.calls.values():
                 call.plan(qo_indptr, kv_indptr, kv_lens_on_host, tokens, capture=shape is not None)
-        self._planned.record()
+        self._copied.record()
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         spec = self._layers[layer]
-        k_pages, v_pages = self._pool[layer]
-        for m in self._members:
-            m.calls[_kind(spec)].run(
-                q[m.tokens],
-                k_pages,
-                v_pages,
-                out[m.tokens],
-                m.qo_indptr,
-                m.kv_indptr,
-                m.kv_indices,
-                m.last_page_lens,
+        kv = self._pool.layer(layer)
+        for p in self._planned:
+            p.calls[_kind(spec)].run(
+                q[p.tokens],
+                kv.k,
+                kv.v,
+                out[p.tokens],
+                p.qo_indptr,
+                p.kv_indptr,
+                p.kv_indices,
+                p.last_page_lens,
                 spec.scale,
                 spec.softcap or 0.0,
             )
@@ -172,15 +173,15 @@ class FlashInferAttention:
         qo_indptr, kv_indptr = _indptr(q_lens), _indptr(num_pages)
         last_page_lens = kv_lens - (num_pages - 1) * page
         on_device = put(rows), put(qo_indptr), put(kv_indptr), kv_indices, put(last_page_lens)
-        self._members.append(_Members(calls, tokens, qo_indptr, kv_indptr, kv_lens, *on_device))
+        self._planned.append(_Planned(calls, tokens, qo_indptr, kv_indptr, kv_lens, *on_device))
 
 
 def workspace_bytes(
     num_heads: int, kv_heads: int, head_dim: int, processors: int, decodes: int, chunk_tokens: int, chunks: int
 ) -> int:
-    """Room for `fa2`'s partial results, as its planner lays them out: float32 rows of head_dim values and one sum, for
-    each query tile and head. A captured step has as many tiles as its shape could need; others, like one that is split
-    at all, only as many as fill the device's ``processors``."""
+    """Bytes of `fa2`'s partial results, as its planner lays them out: float32 rows of head_dim values and one sum for
+    each query tile and head. A captured step has as many tiles as its shape can need; a step that is not captured has
+    partial results only where it splits keys, and then at most the tiles that fill the device's ``processors``."""
     group = num_heads // kv_heads
     filling = CTAS_PER_PROCESSOR * processors // kv_heads
 
@@ -197,10 +198,10 @@ def _processors(device: torch.device) -> int:
 
 
 def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel]:
-    """Which of FlashInfer's kernels serve a layer: `fa2` anywhere, `fa3` on Hopper where it is worth its compiling.
+    """Which of FlashInfer's kernels serve a layer: `fa2` everywhere, also `fa3` on Hopper for plain heads of 128.
 
-    That takes a minute the first time: models whose heads are not of 128 channels, or which need a window or a
-    soft-cap, do without.
+    Compiling `fa3` takes a minute the first time, so layers with other head sizes, a window or a soft-cap use `fa2`
+    alone.
     """
     plain = spec.window is None and spec.softcap is None and head_dim == FA3_HEAD_DIM
     return ["fa2", "fa3"] if plain and torch.cuda.get_device_capability(device)[0] == 9 else ["fa2"]
@@ -214,15 +215,5 @@ def _fits(variant: Variant, spec: LayerSpec) -> bool:
     return variant.window == (spec.window is not None) and variant.softcap == (spec.softcap is not None)
 
 
-def _padded(array: Int32, size: int, pad: int) -> Int32:
-    return np.concatenate([array, np.full(size - len(array), pad, np.int32)])
-
-
 def _indptr(lengths: Int32) -> Int32:
     return np.concatenate([np.zeros(1, np.int32), np.cumsum(lengths, dtype=np.int32)])
-
-
-def _mean_length(lengths: Int32) -> float:
-    """The length of the chunk that the average query token is in."""
-    lengths = lengths.astype(np.int64)
-    return float((lengths * lengths).sum() / max(int(lengths.sum()), 1))

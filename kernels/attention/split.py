@@ -1,43 +1,60 @@
-"""Cuts a step's attention into pieces of work of about equal length, for devices that run hundreds at once.
+"""Cuts a step's attention into pieces of about equal work, for devices that run hundreds at once.
 
-A tile is some consecutive query tokens of one request, with all the query heads of one key head. Long key ranges are
-split further (flash-decoding; Dao et al., 2023): every piece yields a partial softmax and `merges` says how they are
-put together. The numbers of pieces are bounded by the numbers of requests and tokens alone, so that a grid in a CUDA
-graph can hold any step of its shape.
+A tile is some query tokens with all the query heads of one key head. Long key ranges are split further (flash-decoding;
+Dao et al., 2023): each piece yields a partial softmax, and `Pieces.merges` says which partial results belong together.
+The number of pieces is bounded by the numbers of requests and tokens alone, so that the grid of a CUDA graph can serve
+every step of its shape.
+
+Pieces name their query tokens by indices into two lists on the device: query tokens of the step, and their positions.
+`cut` makes tiles of consecutive tokens of one request; the kernels accept any list, so a piece can also serve the
+queries of several requests that read the same pages.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from .base import Int32, Int64, ranges
+from ..arrays import Int64, ranges
 
-ALIGN = 64  # key ranges begin at multiples of this: a power of two, and of the keys a kernel reads at a time
+ALIGN = 64  # key ranges begin at multiples of this: a power of two, and a multiple of the keys a kernel reads at a time
 MIN_KEYS = 256  # a piece with fewer costs more to merge than it saves
 
-# Columns of `Pieces.items` and `Pieces.merges`. Queries are tokens of the step, keys are positions in the request.
-ROW, FIRST, TOKENS, POSITION, START, STOP, SLOT, ITEM_FIELDS = 0, 1, 2, 3, 4, 5, 6, 8
-MERGE_FIRST, MERGE_TOKENS, MERGE_SLOT, MERGE_COUNT, MERGE_FIELDS = 0, 1, 2, 3, 4
+# Both records are int32 throughout: kernels read them as rows of integers, in this order. Their sizes are multiples of
+# 16 bytes, which keeps all staged arrays aligned: `triton_launch` compiles a kernel for each combination of alignments.
+ITEM = np.dtype(
+    [
+        ("row", np.int32),  # of the page table
+        ("query", np.int32),  # index of the first query in the lists
+        ("num_queries", np.int32),  # 0: the record only fills up a captured grid
+        ("start", np.int32),  # keys start … stop - 1, positions in the request
+        ("stop", np.int32),
+        ("full", np.int32),  # every query sees keys start … full - 1; the others are masked by the queries' positions
+        ("partial", np.int32),  # first row of the partial results, one a query; -1: the piece is all of its tile
+        ("unused", np.int32),
+    ]
+)
+MERGE = np.dtype(
+    [
+        ("query", np.int32),
+        ("num_queries", np.int32),
+        ("partial", np.int32),  # first row of the partial results: num_queries rows a piece, piece after piece
+        ("num_pieces", np.int32),
+    ]
+)
+ITEM_FIELDS, MERGE_FIELDS = ITEM.itemsize // 4, MERGE.itemsize // 4
+Records = npt.NDArray[Any]  # of `ITEM` or `MERGE`
 
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """What to compute, longest first.
+    """The work of a step. Either array may end with zeros: records without queries."""
 
-    Args:
-        items: int32 ``[N, ITEM_FIELDS]``: row of the page table; first query token; number of query tokens; position of
-            the first; range of keys, ``START … STOP - 1``; first row of the partial results, or -1 where the piece is
-            all of its tile. Keys of a range are visible to a query unless they lie after it or outside its window.
-        merges: int32 ``[M, MERGE_FIELDS]``: first query token; number of query tokens; first row of the partial
-            results, which follow one another, a row for each query token; number of pieces.
-
-    Both may be filled up with zeros: pieces of no tokens.
-    """
-
-    items: Int32
-    merges: Int32
+    items: Records  # [N] `ITEM`, longest key range first
+    merges: Records  # [M] `MERGE`
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +79,6 @@ class Bounds:
 
 def cut(
     rows: Int64,
-    firsts: Int64,
     q_lens: Int64,
     kv_lens: Int64,
     window: int | None,
@@ -70,21 +86,22 @@ def cut(
     target: int,
     bounds: Bounds | None = None,
 ) -> Pieces:
-    """Pieces of these requests.
+    """Pieces of these requests, whose queries are listed one request after the other.
 
     Args:
         rows: ``[R]`` rows of the page table.
-        firsts: ``[R]`` first query tokens.
-        q_lens, kv_lens: as in `AttentionBatch`; requests without keys are padding, and yield zeros.
+        q_lens, kv_lens: ``[R]`` as in `AttentionBatch`. Requests without keys are padding; their queries get zeros.
+        window: as in `LayerSpec`.
         tile: query tokens of a tile, at most.
-        target: pieces wanted for each key head: as many as it takes to fill the device.
-        bounds: what to fill the result up to.
+        target: the number of pieces, for each key head, that fills the device.
+        bounds: fill the result up to this size.
     """
     tiles = -(-q_lens // tile)
     request = np.repeat(np.arange(len(rows)), tiles)
     offset = ranges(np.zeros_like(tiles), tiles) * tile
+    query = (np.cumsum(q_lens) - q_lens)[request] + offset
     tokens = np.minimum(q_lens[request] - offset, tile)
-    position = (kv_lens - q_lens)[request] + offset
+    position = (kv_lens - q_lens)[request] + offset  # of the tile's first query
     stop = np.maximum(position + tokens, 0)
     start = np.zeros_like(stop) if window is None else np.maximum(position - window + 1, 0) // ALIGN * ALIGN
     length = stop - start
@@ -94,28 +111,29 @@ def cut(
     count = np.maximum(-(-length // size), 1)
 
     split = count > 1
-    slots = np.where(split, count * tokens, 0)
-    slot = np.cumsum(slots) - slots
+    partials = np.where(split, count * tokens, 0)
+    partial = np.cumsum(partials) - partials
     of = np.repeat(np.arange(len(count)), count)  # the tile of each piece
     nth = ranges(np.zeros_like(count), count)
-    items = np.zeros((len(of), ITEM_FIELDS), np.int32)
-    items[:, ROW] = rows[request][of]
-    items[:, FIRST] = (firsts[request] + offset)[of]
-    items[:, TOKENS] = tokens[of]
-    items[:, POSITION] = position[of]
-    items[:, START] = start[of] + nth * size[of]
-    items[:, STOP] = np.minimum(items[:, START] + size[of], stop[of])
-    items[:, SLOT] = np.where(split[of], slot[of] + nth * tokens[of], -1)
-    items = items[np.argsort(items[:, START] - items[:, STOP], kind="stable")]  # the last to start is the shortest
-    merges = np.zeros((int(split.sum()), MERGE_FIELDS), np.int32)
-    merges[:, MERGE_FIRST] = (firsts[request] + offset)[split]
-    merges[:, MERGE_TOKENS] = tokens[split]
-    merges[:, MERGE_SLOT] = slot[split]
-    merges[:, MERGE_COUNT] = count[split]
+    items = np.zeros(len(of), ITEM)
+    items["row"] = rows[request][of]
+    items["query"] = query[of]
+    items["num_queries"] = tokens[of]
+    items["start"] = start[of] + nth * size[of]
+    items["stop"] = np.minimum(items["start"] + size[of], stop[of])
+    seen = position + 1 if window is None else np.zeros_like(position)
+    items["full"] = np.clip(seen[of], items["start"], items["stop"])
+    items["partial"] = np.where(split[of], partial[of] + nth * tokens[of], -1)
+    items = items[np.argsort(items["start"] - items["stop"], kind="stable")]  # the shortest start last
+    merges = np.zeros(int(split.sum()), MERGE)
+    merges["query"] = query[split]
+    merges["num_queries"] = tokens[split]
+    merges["partial"] = partial[split]
+    merges["num_pieces"] = count[split]
     if bounds is None:
         return Pieces(items, merges)
     return Pieces(_filled_up(items, bounds.items), _filled_up(merges, bounds.merges))
 
 
-def _filled_up(array: Int32, size: int) -> Int32:
-    return np.concatenate([array, np.zeros((size - len(array), array.shape[1]), np.int32)])
+def _filled_up(records: Records, size: int) -> Records:
+    return np.concatenate([records, np.zeros(size - len(records), records.dtype)])

@@ -1,12 +1,12 @@
-"""Attention in plain torch: the executable specification, and what a CPU serves with.
+"""Attention in plain torch: the executable specification, and the backend of CPUs.
 
-A step's keys are split into parts, each attended by few calls for many requests, and the parts are merged:
+A step's keys are split into parts. Each part is attended with few calls for many requests, and the parts are merged:
 
-- runs of pages that several requests share, once for all their queries (`sharing`);
-- what is a decode's alone: requests of similar length padded to one call;
-- what is a prefill chunk's alone: its cached prefix, and causally its own tokens, whose keys need no gathering.
+- runs of pages that several requests share: once for all their queries (`sharing`);
+- the other keys of decodes: requests of similar length are padded to one call;
+- the other keys of prefill chunks: the cached prefix, and causally the chunk's own tokens, which need no gathering.
 
-Layers with a window see few keys and share less: requests that outgrew the window take a plain masked path.
+In layers with a window, requests that are longer than the window take a masked path without sharing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from .base import AttentionBatch, Int32, Int64, LayerSpec, StepShape, ranges
+from ..arrays import Int32, Int64, ranges
+from ..kv_pool import KVLayer, KVPool
+from .base import AttentionBatch, LayerSpec, StepShape
 from .partial import attend, merge_
-from .sharing import shared_runs
 
-SHARE_TOKENS = 512  # token reads a shared run must save to be worth its own call
-GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once: still in cache when they are read (1 to 2 MiB: 1.4 x 8 MiB)
-RUN_TOKENS = 512  # runs of consecutive pages at least this long, on average, are read in place
-WINDOW_BLOCK = 256  # queries that share one stretch of keys on the windowed path
+SHARE_TOKENS = 512  # token reads that a shared run must save to pay for its own call
+GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once, so that the cache still has them (8 MiB: 1.4 times slower)
+RUN_TOKENS = 512  # runs of consecutive pages with at least this mean length are read in place
+WINDOW_BLOCK = 256  # queries of a chunk that are masked together on the windowed path
 
 
 @dataclass(slots=True)
@@ -53,37 +54,40 @@ class TorchAttention:
     """See `AttentionBackend`.
 
     Args:
-        pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``; must hold finite values everywhere.
+        pool: keys and values.
         layers: one spec a layer.
         num_heads: query heads, a multiple of kv_heads.
-        share: whether shared pages are attended once; off for comparison.
+        share: whether shared pages are attended once; off for comparison in tests.
     """
 
     captures = False
 
-    def __init__(self, pool: Tensor, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
+    def __init__(self, pool: KVPool, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
         self._pool, self._layers, self._share = pool, layers, share
-        _, _, _, self._page_size, self._kv_heads, self._head_dim = pool.shape
+        layout = pool.layout
+        self._page_size, self._kv_heads, self._head_dim = layout.page_size, layout.kv_heads, layout.head_dim
         self._group = num_heads // self._kv_heads
-        self._token_bytes = self._kv_heads * self._head_dim * pool.element_size()
+        self._key_bytes = self._kv_heads * self._head_dim * layout.dtype.itemsize  # of a token in one layer
         self._plans: dict[int | None, _Plan] = {}
-        self._scratch = [pool.new_empty(0), pool.new_empty(0)]  # gathered keys and values; grown, never shrunk
+        self._scratch = [
+            pool.layer(0).k.new_empty(0) for _ in range(2)
+        ]  # gathered keys and values; grown, never shrunk
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
         if shape is not None:
-            raise ValueError("attention in torch is planned by values: its steps cannot be captured")
-        whole: _Plan | None = None
+            raise ValueError("the torch backend does not support padded steps: its plan depends on the values")
+        full: _Plan | None = None
         self._plans = {}
         for window in dict.fromkeys(spec.window for spec in self._layers):
             slides = batch.kv_lens > (np.inf if window is None else window)
             if window is not None and slides.any():
                 self._plans[window] = self._plan_windowed(batch, slides, window)
-            else:  # a window that nobody has outgrown is none
-                whole = whole or self._plan_whole(batch, np.arange(len(batch.rows)))
-                self._plans[window] = whole
+            else:  # no request is longer than the window
+                full = full or self._plan_full(batch, np.arange(len(batch.rows)))
+                self._plans[window] = full
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
-        pool, spec = self._pool[layer], self._layers[layer]
+        kv, spec = self._pool.layer(layer), self._layers[layer]
         plan = self._plans[spec.window]
         # Merging rounds once more, so it is done in float32.
         result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
@@ -92,13 +96,13 @@ class TorchAttention:
             found, lse[queries] = self._causal(spec, requests, q[queries], k[queries], v[queries])
             result[queries] = found.to(result.dtype)
         for part in plan.own:
-            found, lse[part.queries] = self._paged(pool, spec, part, q[part.queries])
+            found, lse[part.queries] = self._paged(kv, spec, part, q[part.queries])
             result[part.queries] = found.to(result.dtype)
         for part in plan.merged:
-            merge_(result, lse, part.queries, *self._paged(pool, spec, part, q[part.queries]))
+            merge_(result, lse, part.queries, *self._paged(kv, spec, part, q[part.queries]))
         return result.to(q.dtype) if out is None else out.copy_(result)
 
-    # -- run: one part. Queries come and go as [N, heads, D]; a key head meets all queries of its group, unexpanded. ---
+    # -- run: one part. Queries are [N, heads, D]; a key head meets all queries of its group without being expanded. ---
 
     def _causal(self, spec: LayerSpec, requests: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         kv_heads, group, dim = self._kv_heads, self._group, self._head_dim
@@ -111,10 +115,10 @@ class TorchAttention:
         lse = lse.unflatten(0, (requests, kv_heads)).permute(0, 3, 1, 2)
         return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
-    def _paged(self, pool: Tensor, spec: LayerSpec, part: _Part, q: Tensor) -> tuple[Tensor, Tensor]:
+    def _paged(self, kv: KVLayer, spec: LayerSpec, part: _Part, q: Tensor) -> tuple[Tensor, Tensor]:
         kv_heads, group, dim, requests = self._kv_heads, self._group, self._head_dim, part.num_requests
-        k, v = self._gather(pool, part)
-        if part.mask is not None and part.mask.shape[2] > 1:  # a mask by query: heads take the place of requests
+        k, v = self._gather(kv, part)
+        if part.mask is not None and part.mask.shape[2] > 1:  # one mask row per query: heads take the place of requests
             folded = q.view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
             k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
             out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
@@ -125,13 +129,13 @@ class TorchAttention:
         lse = lse.unflatten(2, (-1, group)).transpose(1, 2)
         return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
-    def _gather(self, pool: Tensor, part: _Part) -> tuple[Tensor, Tensor]:
-        """Keys and values ``[B, kv_heads, L, D]``; they live until the next call."""
+    def _gather(self, kv: KVLayer, part: _Part) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, kv_heads, L, D]``, valid until the next call."""
         shape = (part.num_requests, -1, self._kv_heads, self._head_dim)
         if isinstance(part.pages, slice):
-            k, v = pool[:, part.pages]
+            k, v = kv.k[part.pages], kv.v[part.pages]
         else:
-            k, v = (self._gather_into(i, pool[i], part.pages) for i in (0, 1))
+            k, v = self._gather_into(0, kv.k, part.pages), self._gather_into(1, kv.v, part.pages)
         k, v = k.reshape(shape), v.reshape(shape)
         return k[:, : part.length].transpose(1, 2), v[:, : part.length].transpose(1, 2)
 
@@ -139,24 +143,24 @@ class TorchAttention:
         shape = (len(pages), *source.shape[1:])
         size = len(pages) * source[0].numel()
         if self._scratch[which].numel() < size:
-            # Reused from call to call: fresh memory of this size costs more in page faults than the copy itself.
+            # Reused between calls: page faults of new memory of this size cost more than the copy itself.
             self._scratch[which] = source.new_empty(max(size, GATHER_BYTES // source.element_size()))
         return torch.index_select(source, 0, pages, out=self._scratch[which][:size].view(shape))
 
     # -- plan ----------------------------------------------------------------------------------------------------------
 
-    def _plan_whole(self, batch: AttentionBatch, members: Int64) -> _Plan:
-        """Requests whose every query sees everything before it."""
+    def _plan_full(self, batch: AttentionBatch, members: Int64) -> _Plan:
+        """Requests whose queries see all tokens before them."""
         plan, requests = _Plan(), _Requests(batch, members, self._page_size)
         q_lens, page = requests.q_lens, self._page_size
         decodes = q_lens == 1
-        # What all of a request's queries see: a chunk's cached prefix; of a decode, its own token too.
+        # Tokens that all of a request's queries see: a chunk's cached prefix; for a decode also its own token.
         seen = requests.kv_lens - np.where(decodes, 0, q_lens)
         covered = np.zeros(len(members), np.int64)
         if self._share:
-            # A decode's newest page is its own, so the last token never counts.
-            runs, covered = shared_runs(requests.table, (seen - decodes) // page, -(-SHARE_TOKENS // page))
-            for run in runs:
+            shared = batch.shared_runs(SHARE_TOKENS).among(members)
+            covered = shared.covered
+            for run in shared.runs:
                 pages = requests.table[run.members[0], run.start : run.stop]
                 plan.merged += self._read(self._queries(requests.tokens(run.members)), pages, len(pages) * page)
         rest = seen - covered * page
@@ -173,8 +177,8 @@ class TorchAttention:
         return plan
 
     def _plan_windowed(self, batch: AttentionBatch, slides: npt.NDArray[np.bool_], window: int) -> _Plan:
-        """Requests that outgrew the window (``slides``) read what their queries see of it; the others everything."""
-        plan = self._plan_whole(batch, np.flatnonzero(~slides))
+        """Requests longer than the window (``slides``) read only what it covers; the others read everything."""
+        plan = self._plan_full(batch, np.flatnonzero(~slides))
         requests = _Requests(batch, np.flatnonzero(slides), self._page_size)
         kv_lens, page = requests.kv_lens, self._page_size
         decodes = requests.q_lens == 1
@@ -205,26 +209,26 @@ class TorchAttention:
     ) -> Iterator[list[_Part]]:
         """Parts over positions ``first_page * page_size … end - 1`` of each request, in batches that fit the cache.
 
-        What is yielded together is about the same query tokens.
+        The parts of one list have the same query tokens.
         """
         page = self._page_size
         longest = int((-(-end[bucket] // page) - first_page[bucket]).max()) * page
-        size = max(1, GATHER_BYTES // (longest * self._token_bytes))
+        size = max(1, GATHER_BYTES // (longest * self._key_bytes))
         for some in (bucket[at : at + size] for at in range(0, len(bucket), size)):
             begin, num_pages = first_page[some] * page, -(-end[some] // page) - first_page[some]
             length = int((end[some] - begin).max())
-            # Padding repeats a request's own last page: it never reads another's.
+            # Padding repeats the request's own last page, so that no other request's page is read.
             columns = first_page[some, None] + np.minimum(np.arange(num_pages.max()), num_pages[:, None] - 1)
             pages = requests.table[some[:, None], columns]
             positions = begin[:, None] + np.arange(length)
             visible = positions < end[some, None]
             if window is not None:
                 visible &= positions >= end[some, None] - window
-            queries, whole = self._queries(requests.tokens(some)), bool(visible.all())
-            if len(some) == 1 and whole:
+            queries, all_visible = self._queries(requests.tokens(some)), bool(visible.all())
+            if len(some) == 1 and all_visible:
                 yield self._read(queries, pages[0], length)
             else:
-                mask = None if whole else self._mask(visible[:, None, None])
+                mask = None if all_visible else self._mask(visible[:, None, None])
                 yield [_Part(queries, len(some), self._index(pages.ravel()), length, mask)]
 
     def _read(self, queries: slice | Tensor, pages: Int32, length: int) -> list[_Part]:
@@ -246,7 +250,7 @@ class TorchAttention:
 
     def _mask(self, visible: npt.NDArray[np.bool_]) -> Tensor:
         mask = np.where(visible, np.float32(0), np.float32("-inf"))
-        return torch.from_numpy(mask).to(self._pool.device, self._pool.dtype)
+        return torch.from_numpy(mask).to(self._pool.device, self._pool.layout.dtype)
 
     def _index(self, array: npt.NDArray[np.integer]) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(self._pool.device)
@@ -269,7 +273,7 @@ class _Requests:
 def length_buckets(lengths: Int64, some: Int64, ratio: float = 1.5, small: int = 128) -> list[Int64]:
     """Splits the requests ``some`` so that the longest of a bucket is at most ``ratio`` times its shortest.
 
-    Lengths below ``small`` count as ``small``: padding that little costs less than another call.
+    Lengths below ``small`` count as ``small``: the padding costs less than another call.
     """
     if not len(some):
         return []

@@ -10,18 +10,23 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import triton
 from torch import Tensor
 
+from ..arrays import Int64, ranges
+from ..kv_pool import KVPool
 from ..staging import Staging
-from .base import AttentionBatch, Int64, LayerSpec, StepShape
-from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, cut
+from ..triton_launch import ALIGNMENT
+from .base import AttentionBatch, Group, LayerSpec, StepShape, split_step
+from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
 HEAD_DIMS = range(16, 257)
 MERGE_PIECES = 16  # partial results read at a time
-CAPTURED_CHUNK = 16  # query tokens that a chunk of a captured step is taken to have
+CAPTURED_CHUNK = 16  # query tokens that a chunk of a captured step is assumed to have
+ALIGNMENT_INTS = ALIGNMENT // 4
 
 
 class Tile(NamedTuple):
@@ -47,58 +52,65 @@ def tile_for(rows: int, head_dim: int, itemsize: int) -> Tile:
 
 @dataclass(slots=True)
 class _Call:
-    """One launch of `attend`: what it computes, on the device, and how."""
+    """One launch of `attend`, and of `merge` where key ranges were split. Tensors are int32 on the device."""
 
     tile: Tile
     tokens: int  # query tokens of a tile
-    items: Tensor  # int32 [N * ITEM_FIELDS]
-    merges: Tensor  # int32 [M * MERGE_FIELDS]
+    queries: Tensor  # query tokens of the step
+    positions: Tensor  # of the queries
+    items: Tensor  # `ITEM` records
+    merges: Tensor  # `MERGE` records
 
 
 @dataclass(slots=True)
-class _Members:
-    """The decodes or the chunks of a step."""
+class _Cut:
+    """A `Group` cut into pieces, on the host."""
 
-    rows: Int64
-    firsts: Int64  # query tokens
-    q_lens: Int64
-    kv_lens: Int64
-    typical: int  # query tokens of the request that the average query token is in
-    longest: int  # the most query tokens of a request
-    padded: tuple[int, int] | None = None  # the most requests and query tokens of the shape
+    tile: Tile
+    tokens: int  # query tokens of a tile
+    queries: Int64
+    positions: Int64
+    pieces: list[Pieces]  # for each window
+
+    @property
+    def size(self) -> int:
+        """int32 elements, with room for alignment."""
+        records = sum(pieces.items.nbytes + pieces.merges.nbytes for pieces in self.pieces) // 4
+        return 2 * (len(self.queries) + ALIGNMENT_INTS) + records
 
 
 class TritonAttention:
     """See `AttentionBackend`. `plan` and `run` are for one stream.
 
-    Which requests are planned with which tile depends, with a `StepShape`, on the shape alone, and so do the grids and
-    every address that `run` hands to a kernel: plan, capture the `run` calls, and from then on plan and replay.
+    With a `StepShape`, the tiles, the grids and every address that `run` hands to a kernel depend on the shape alone:
+    plan, capture the `run` calls, and from then on plan and replay.
 
     Args:
-        pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``, head_dim 16 to 256.
+        pool: keys and values, head_dim 16 to 256.
         layers: one spec a layer; scales are positive.
         num_heads: query heads, a multiple of kv_heads.
-        max_requests, max_tokens: of one step. A larger one moves the buffers, which shapes captured before would miss.
+        max_requests, max_tokens: of one step. A larger step moves the buffers, which invalidates captured graphs.
     """
 
     captures = True
 
     def __init__(
-        self, pool: Tensor, layers: list[LayerSpec], num_heads: int, max_requests: int = 1024, max_tokens: int = 16384
+        self, pool: KVPool, layers: list[LayerSpec], num_heads: int, max_requests: int = 1024, max_tokens: int = 16384
     ) -> None:
-        _, _, _, self._page_size, kv_heads, self._head_dim = pool.shape
+        layout, device = pool.layout, pool.device
+        self._page_size, kv_heads, self._head_dim = layout.page_size, layout.kv_heads, layout.head_dim
         if self._head_dim not in HEAD_DIMS or num_heads % kv_heads:
             raise ValueError(f"no kernel for {num_heads} and {kv_heads} heads of {self._head_dim} channels")
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")
-        self._pool, self._layers = [(kv[0], kv[1]) for kv in pool], layers
+        self._pool, self._layers = pool, layers
         self._heads, self._kv_heads, self._group = num_heads, kv_heads, num_heads // kv_heads
-        self._itemsize = pool.element_size()
-        self._precision = "ieee" if pool.dtype == torch.float32 else "tf32"
+        self._itemsize = layout.dtype.itemsize
+        self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
         self._block_d = triton.next_power_of_2(self._head_dim)
         self._processors = 4
-        if pool.device.type == "cuda":
-            self._processors = torch.cuda.get_device_properties(pool.device).multi_processor_count
+        if device.type == "cuda":
+            self._processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._windows = list(dict.fromkeys(spec.window for spec in layers))
         partial_rows = ints = 0
         for typical in (1, CAPTURED_CHUNK, max_tokens):  # a step's decodes and chunks take less than these together
@@ -108,32 +120,31 @@ class TritonAttention:
             partial_rows = max(partial_rows, Bounds.partial_rows(tokens, target))
             ints += bounds.items * ITEM_FIELDS + bounds.merges * MERGE_FIELDS
         shape = (partial_rows, num_heads, self._head_dim)
-        self._partial = torch.empty(shape, dtype=torch.float32, device=pool.device)
-        self._lse = torch.empty(shape[:2], dtype=torch.float32, device=pool.device)
-        self._staging = Staging(ints * len(self._windows), torch.int32, pool.device)
-        self._table = pool.new_empty((0, 0), dtype=torch.int32)  # the plan's
+        self._partial = torch.empty(shape, dtype=torch.float32, device=device)
+        self._lse = torch.empty(shape[:2], dtype=torch.float32, device=device)
+        ints = ints * len(self._windows) + 2 * (max_tokens + 2 * ALIGNMENT_INTS)
+        self._staging = Staging(ints, torch.int32, device)
+        self._table = torch.empty((0, 0), dtype=torch.int32, device=device)  # the plan's
         self._calls: dict[int | None, list[_Call]] = {}
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
         self._table = batch.page_table
-        planned = []
-        for members in self._members(batch, shape):
-            tile, tokens = self._tile(members.typical)
-            tokens = min(tokens, members.longest)
-            target = self._target(tile)
-            bounds = None if members.padded is None else Bounds.of(*members.padded, tokens, target)
-            for window in self._windows:
-                pieces = cut(
-                    members.rows, members.firsts, members.q_lens, members.kv_lens, window, tokens, target, bounds
-                )
-                planned.append((window, tile, tokens, pieces))
-        staging = self._staging
-        staging.begin(sum(pieces.items.size + pieces.merges.size for *_, pieces in planned))
+        decodes, chunks = split_step(batch, shape)
+        groups = []
+        if decodes is not None:
+            groups.append(self._cut(decodes, 1, 1, shape is not None))
+        if chunks is not None:
+            # A shape has room for more requests than most of its steps bring, so their mean length is no guide.
+            typical = math.ceil(chunks.mean_q_len) if shape is None else min(chunks.num_tokens, CAPTURED_CHUNK)
+            groups.append(self._cut(chunks, typical, chunks.num_tokens, shape is not None))
+        self._staging.begin(sum(group.size for group in groups))
         self._calls = {window: [] for window in self._windows}
-        for window, tile, tokens, pieces in planned:
-            items, merges = staging.put(pieces.items.ravel()), staging.put(pieces.merges.ravel())
-            self._calls[window].append(_Call(tile, tokens, items, merges))
-        staging.send()
+        for group in groups:
+            queries, positions = self._put(group.queries), self._put(group.positions)
+            for window, pieces in zip(self._windows, group.pieces, strict=True):
+                items, merges = (self._put(records.view(np.int32)) for records in (pieces.items, pieces.merges))
+                self._calls[window].append(_Call(group.tile, group.tokens, queries, positions, items, merges))
+        self._staging.send()
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -141,13 +152,13 @@ class TritonAttention:
         if q.stride()[1:] != (self._head_dim, 1) or out.stride()[1:] != (self._head_dim, 1):
             raise ValueError("the heads of a token must be contiguous")
         spec = self._layers[layer]
-        k_pages, v_pages = self._pool[layer]
+        kv = self._pool.layer(layer)
         heads, dim, table = self._heads, self._head_dim, self._table
         for call in self._calls[spec.window]:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
             attend(
                 (self._kv_heads, items, 1),
-                (q, k_pages, v_pages, table, call.items, out, self._partial, self._lse),
+                (q, kv.k, kv.v, table, call.queries, call.positions, call.items, out, self._partial, self._lse),
                 (),
                 (
                     *(heads, self._kv_heads, dim, self._page_size, q.stride(0), out.stride(0), table.stride(0)),
@@ -160,37 +171,32 @@ class TritonAttention:
             if merges:
                 merge(
                     (heads, merges, call.tokens),
-                    (self._partial, self._lse, call.merges, out),
+                    (self._partial, self._lse, call.queries, call.merges, out),
                     (),
                     (heads, dim, out.stride(0), MERGE_PIECES, self._block_d),
                     warps=4,
                 )
         return out
 
-    def _members(self, batch: AttentionBatch, shape: StepShape | None) -> list[_Members]:
-        """The decodes and the chunks, without those that are none."""
-        n, found = batch.num_decodes, []
-        decodes = n if shape is None else shape.decodes
-        if decodes:
-            # A padding decode has no keys.
-            rows, kv_lens = (_pad(array[:n], decodes) for array in (batch.rows, batch.kv_lens))
-            padded = None if shape is None else (decodes, decodes)
-            found.append(_Members(rows, np.arange(decodes), np.ones(decodes, np.int64), kv_lens, 1, 1, padded))
-        q_lens = batch.q_lens[n:].astype(np.int64)
-        tokens, chunks = int(q_lens.sum()), len(q_lens)
-        if shape is None and chunks:
-            rows, kv_lens = (_pad(array[n:], chunks) for array in (batch.rows, batch.kv_lens))
-            typical = -(-int((q_lens * q_lens).sum()) // tokens)
-            found.append(_Members(rows, n + np.cumsum(q_lens) - q_lens, q_lens, kv_lens, typical, tokens))
-        if shape is not None and shape.tokens:
-            # Tokens that only pad are one more request, without keys.
-            q_lens = np.append(q_lens, shape.tokens - tokens)
-            rows, kv_lens = (_pad(array[n:], chunks + 1) for array in (batch.rows, batch.kv_lens))
-            firsts = decodes + np.cumsum(q_lens) - q_lens
-            # A shape has room for more requests than most of its steps bring, so their mean is no guide.
-            typical, padded = min(shape.tokens, CAPTURED_CHUNK), (shape.requests + 1, shape.tokens)
-            found.append(_Members(rows, firsts, q_lens, kv_lens, typical, shape.tokens, padded))
-        return found
+    def _cut(self, group: Group, typical: int, longest: int, captured: bool) -> _Cut:
+        """``typical``, ``longest``: query tokens of a request. ``captured``: as many records as the shape can need."""
+        tile, tokens = self._tile(typical)
+        tokens = min(tokens, longest)
+        target = self._target(tile)
+        bounds = Bounds.of(group.max_requests + 1, group.num_tokens, tokens, target) if captured else None
+        # Padding tokens are one more request, without keys.
+        padding = group.num_tokens - int(group.q_lens.sum())
+        rows, q_lens, kv_lens = (
+            np.append(array, last).astype(np.int64)
+            for array, last in ((group.rows, 0), (group.q_lens, padding), (group.kv_lens, 0))
+        )
+        queries = np.arange(group.tokens.start, group.tokens.stop)
+        pieces = [cut(rows, q_lens, kv_lens, window, tokens, target, bounds) for window in self._windows]
+        return _Cut(tile, tokens, queries, ranges(kv_lens - q_lens, q_lens), pieces)
+
+    def _put(self, array: npt.NDArray[np.integer]) -> Tensor:
+        """Keeps what follows aligned: see `split`."""
+        return self._staging.put(array, -(-len(array) // ALIGNMENT_INTS) * ALIGNMENT_INTS)
 
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and how many of them it holds: whole tokens."""
@@ -200,8 +206,3 @@ class TritonAttention:
 
     def _target(self, tile: Tile) -> int:
         return math.ceil(self._processors * tile.per_sm / self._kv_heads)
-
-
-def _pad(array: np.ndarray[tuple[int], np.dtype[np.int32]], size: int) -> Int64:
-    """As int64, with zeros behind."""
-    return np.concatenate([array, np.zeros(size - len(array), np.int64)])

@@ -1,6 +1,7 @@
-"""Attention over paged keys and values in Triton: FlashAttention-2 (Dao, 2023) over the pieces that `split` cuts.
+"""Attention over paged keys and values in Triton: FlashAttention-2 (Dao, 2023) over the pieces of `split`.
 
-The query heads that share a key head are rows of one tile, so a key is read once for all of them. Softmax is in base 2.
+The query heads that share a key head are rows of one tile, so each key is read once for the whole group. The softmax
+is in base 2.
 """
 
 from __future__ import annotations
@@ -9,33 +10,27 @@ import triton
 import triton.language as tl
 
 from ..triton_launch import kernel
-from .split import (
-    FIRST,
-    ITEM_FIELDS,
-    MERGE_COUNT,
-    MERGE_FIELDS,
-    MERGE_FIRST,
-    MERGE_SLOT,
-    MERGE_TOKENS,
-    POSITION,
-    ROW,
-    SLOT,
-    START,
-    STOP,
-    TOKENS,
-)
+from .split import ITEM_FIELDS, MERGE_FIELDS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
-_ROW, _FIRST, _TOKENS, _POSITION = tl.constexpr(ROW), tl.constexpr(FIRST), tl.constexpr(TOKENS), tl.constexpr(POSITION)
-_START, _STOP, _SLOT, _ITEM_FIELDS = (
-    tl.constexpr(START),
-    tl.constexpr(STOP),
-    tl.constexpr(SLOT),
-    tl.constexpr(ITEM_FIELDS),
-)
-_MERGE_FIRST, _MERGE_TOKENS = tl.constexpr(MERGE_FIRST), tl.constexpr(MERGE_TOKENS)
-_MERGE_SLOT, _MERGE_COUNT = tl.constexpr(MERGE_SLOT), tl.constexpr(MERGE_COUNT)
+_ITEM_FIELDS = tl.constexpr(ITEM_FIELDS)
 _MERGE_FIELDS = tl.constexpr(MERGE_FIELDS)
+
+
+@triton.jit
+def _read_item(items_ptr: tl.tensor, index: tl.tensor) -> tuple[tl.tensor, ...]:
+    """The fields of `split.ITEM`, in its order, without ``unused``."""
+    at = items_ptr + index * _ITEM_FIELDS
+    row, query, num_queries = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    start, stop, full, partial = tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+    return row, query, num_queries, start, stop, full, partial
+
+
+@triton.jit
+def _read_merge(merges_ptr: tl.tensor, index: tl.tensor) -> tuple[tl.tensor, ...]:
+    """The fields of `split.MERGE`, in its order."""
+    at = merges_ptr + index * _MERGE_FIELDS
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
 
 
 @triton.jit
@@ -110,6 +105,8 @@ def attend(
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
     table_ptr: tl.tensor,
+    queries_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
     items_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
@@ -129,32 +126,31 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One item of `Pieces`, one key head. Items without tokens fill up a captured grid. SOFTCAP, WINDOW: 0 for none."""
+    """One item of `Pieces`, one key head. SOFTCAP, WINDOW: 0 for none."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
-    item = items_ptr + tl.program_id(1) * _ITEM_FIELDS
-    tokens = tl.load(item + _TOKENS)
-    if tokens == 0:
+    row, first, num_queries, start, stop, full, partial = _read_item(items_ptr, tl.program_id(1))
+    if num_queries == 0:
         return
-    row, first, position = tl.load(item + _ROW), tl.load(item + _FIRST), tl.load(item + _POSITION)
-    start, stop, slot = tl.load(item + _START), tl.load(item + _STOP), tl.load(item + _SLOT)
 
-    token = tl.arange(0, BLOCK_M) // GROUP
+    nth = tl.arange(0, BLOCK_M) // GROUP
     head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
     channel = tl.arange(0, BLOCK_D)
-    mask = (token < tokens)[:, None] & (channel < D)[None, :]
-    at = (first + token).to(tl.int64)
-    q = tl.load(q_ptr + (at * Q_STRIDE + head * D)[:, None] + channel[None, :], mask, other=0.0)
+    is_query = nth < num_queries
+    mask = is_query[:, None] & (channel < D)[None, :]
+    query = tl.load(queries_ptr + first + nth, is_query, other=0).to(tl.int64)
+    position = tl.load(positions_ptr + first + nth, is_query, other=0)
+    q = tl.load(q_ptr + (query * Q_STRIDE + head * D)[:, None] + channel[None, :], mask, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    highest = tl.minimum(position + token, stop - 1)
-    lowest = position + token - (WINDOW - 1)
+    highest = tl.minimum(position, stop - 1)
+    lowest = position - (WINDOW - 1)
     k_head, v_head = k_ptr + kv_head * D, v_ptr + kv_head * D
     pages = table_ptr + row.to(tl.int64) * TABLE_STRIDE
     middle = start
-    if WINDOW == 0:  # whole blocks that every row sees need no mask
-        middle = start + tl.maximum(tl.minimum(position + 1, stop) - start, 0) // BLOCK_N * BLOCK_N
+    if WINDOW == 0:  # whole blocks that every query sees need no mask
+        middle = start + (full - start) // BLOCK_N * BLOCK_N
         acc, peak, total = _attend_range(
             acc, peak, total, q, k_head, v_head, pages, start, middle, lowest, highest,
             D, PAGE_SIZE, KV_HEADS * D, SCALE, SOFTCAP, False, False, PRECISION, BLOCK_N, BLOCK_D,
@@ -166,20 +162,21 @@ def attend(
 
     seen = total > 0.0
     acc = acc / tl.where(seen, total, 1.0)[:, None]
-    if slot < 0:
-        out_ptrs = out_ptr + (at * OUT_STRIDE + head * D)[:, None] + channel[None, :]
+    if partial < 0:
+        out_ptrs = out_ptr + (query * OUT_STRIDE + head * D)[:, None] + channel[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask)
     else:
-        to = (slot + token).to(tl.int64) * HEADS + head
+        to = (partial + nth).to(tl.int64) * HEADS + head
         tl.store(partial_ptr + (to * D)[:, None] + channel[None, :], acc, mask)
         lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
-        tl.store(lse_ptr + to, lse, token < tokens)
+        tl.store(lse_ptr + to, lse, is_query)
 
 
 @kernel()
 def merge(
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
+    queries_ptr: tl.tensor,
     merges_ptr: tl.tensor,
     out_ptr: tl.tensor,
     HEADS: tl.constexpr,
@@ -188,20 +185,19 @@ def merge(
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """Puts the pieces of one query token and head together, in a fixed order."""
+    """Merges the partial results of one query token and head, in a fixed order."""
     head, nth = tl.program_id(0), tl.program_id(2)
-    entry = merges_ptr + tl.program_id(1) * _MERGE_FIELDS
-    tokens = tl.load(entry + _MERGE_TOKENS)
-    if nth >= tokens:
+    first, num_queries, partial, count = _read_merge(merges_ptr, tl.program_id(1))
+    if nth >= num_queries:
         return
-    first, slot, count = tl.load(entry + _MERGE_FIRST), tl.load(entry + _MERGE_SLOT), tl.load(entry + _MERGE_COUNT)
+    query = tl.load(queries_ptr + first + nth).to(tl.int64)
     channel = tl.arange(0, BLOCK_D)
     acc = tl.zeros([BLOCK_D], tl.float32)
     peak = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     for at in range(0, count, BLOCK_S):
         piece = at + tl.arange(0, BLOCK_S)
-        row = (slot + nth + piece * tokens).to(tl.int64) * HEADS + head
+        row = (partial + nth + piece * num_queries).to(tl.int64) * HEADS + head
         lse = tl.load(lse_ptr + row, piece < count, other=float("-inf"))
         mask = (piece < count)[:, None] & (channel < D)[None, :]
         part = tl.load(partial_ptr + (row * D)[:, None] + channel[None, :], mask, other=0.0)
@@ -212,5 +208,5 @@ def merge(
         total = total * alpha + tl.sum(weights, axis=0)
         peak = new_peak
     out = acc / tl.where(total > 0.0, total, 1.0)
-    to = out_ptr + (first + nth).to(tl.int64) * OUT_STRIDE + head * D + channel
+    to = out_ptr + query * OUT_STRIDE + head * D + channel
     tl.store(to, out.to(out_ptr.dtype.element_ty), channel < D)

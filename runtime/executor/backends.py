@@ -7,12 +7,12 @@ from importlib.util import find_spec
 from typing import cast
 
 import torch
-from torch import Tensor
 
 from ...kernels import ops as torch_ops
 from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
+from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
 from .graphs import CHUNK_TOKENS, CHUNKS, DECODES
@@ -41,7 +41,7 @@ def _problem_with_triton(device: torch.device) -> str | None:
 
 
 def make_attention(
-    config: EngineConfig, pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+    config: EngineConfig, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
     """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch.
 
@@ -63,27 +63,26 @@ def make_attention(
 
 
 def _flashinfer(
-    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+    pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
     from ...kernels.attention.flashinfer_backend import FlashInferAttention
     from ...kernels.attention.flashinfer_module import check_available
 
-    check_available(pool.device, pool.dtype, pool.shape[-1])
+    check_available(pool.device, pool.layout.dtype, pool.layout.head_dim)
     max_requests = len(table.host) - 1
     captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 
 def _triton(
-    pool: Tensor, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+    pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
     problem = _problem_with_triton(pool.device)
     if problem is not None:
         raise Unavailable(problem)
     from ...kernels.attention.triton_backend import HEAD_DIMS, TritonAttention
 
-    if pool.shape[-1] not in HEAD_DIMS:
-        raise Unavailable(
-            f"there is no Triton kernel for head_dim {pool.shape[-1]} ({HEAD_DIMS[0]} to {HEAD_DIMS[-1]})"
-        )
+    head_dim = pool.layout.head_dim
+    if head_dim not in HEAD_DIMS:
+        raise Unavailable(f"there is no Triton kernel for head_dim {head_dim} ({HEAD_DIMS[0]} to {HEAD_DIMS[-1]})")
     return TritonAttention(pool, layers, num_heads, len(table.host) - 1, max_tokens)

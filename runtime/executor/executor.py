@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -12,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels import ops as torch_ops
 from ...kernels.attention.base import AttentionBatch, StepShape
+from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig, check, step_budget
 from ..errors import LoadError
 from ..models.config import ModelConfig, load_config
@@ -68,17 +67,16 @@ class ModelExecutor:
         """Allocates the pool and the page table, captures graphs. Most callers want `load`, which picks the device."""
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
-        self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.page_size, model.vocab_size
+        self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.layout.page_size, model.vocab_size
         self.max_model_len = max_model_len(config, model)
         self.eos_ids = model.eos_ids
         self._decoder = decoder
         rows, scratch_page = memory.max_num_seqs, memory.num_pages
-        # One page more than the tree knows of: padding tokens write there.
-        pool_shape = (model.num_layers, 2, self.num_pages + 1, self.page_size, model.num_kv_heads, model.head_dim)
-        self._pool = _zeros(pool_shape, memory.dtype, self.device)
+        # The last page is the scratch page, which the tree does not know of: padding tokens write there.
+        self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
         max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)
-        self._inputs = InputStaging(self.device, self.page_size, scratch_page * self.page_size, max_tokens, rows)
+        self._inputs = InputStaging(self.device, scratch_page * self.page_size, max_tokens, rows)
         self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         specs = decoder.layer_specs()
         self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
@@ -124,7 +122,7 @@ class ModelExecutor:
         with torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
             if len(plan.copies):
-                torch_ops.copy_pages(self._pool, to_device(plan.copies.astype(np.int64), self.device))
+                self._pool.copy_pages(to_device(plan.copies.astype(np.int64), self.device))
             for start in plan.starts:
                 self._sampler.start(start)
                 self._prompt_logprobs.start(start)
@@ -162,8 +160,9 @@ class ModelExecutor:
         return LaunchedStep(None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
 
     def _stage(self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]) -> StepInputs:
+        table = self._table
         batch = AttentionBatch(
-            plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self._table.device, self._table.host
+            plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self.page_size, table.device, table.host
         )
         self._attention.plan(batch, shape)
         return self._inputs.stage(plan, batch, shape, extra_outputs)
@@ -205,18 +204,6 @@ def _padding(shape: StepShape) -> StepPlan:
     """A step of this shape in which nothing runs but padding."""
     none = np.empty(0, np.int32)
     return StepPlan(0, none, none, none, none, 0, none, none, none, none, none.reshape(0, 2))
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The KV pool. Zeros, not garbage: what is masked is multiplied by 0, and 0 * NaN would be NaN.
-
-    On a CPU the memory comes from calloc, which the kernel zeroes page by page as it is first written: 4 GiB cost
-    5 ms instead of seconds, and memory that is never used is never taken.
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    size = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ...kernels.attention.base import AttentionBatch, Int32, StepShape, query_slots
+from ...kernels.attention.base import AttentionBatch, StepShape
 from ...kernels.staging import Staging
-from ..step import Int64, StepPlan
+from ..step import Int32, Int64, StepPlan
 
 
 @dataclass(slots=True)
@@ -31,17 +31,14 @@ class InputStaging:
 
     Args:
         device: where the steps run.
-        page_size: of the pool.
         scratch_slot: where padding tokens write their keys and values.
         max_tokens, max_requests: the most of a step, padding included. The buffer never moves: graphs read it.
     """
 
-    def __init__(
-        self, device: torch.device, page_size: int, scratch_slot: int, max_tokens: int, max_requests: int
-    ) -> None:
+    def __init__(self, device: torch.device, scratch_slot: int, max_tokens: int, max_requests: int) -> None:
         # Four arrays of all tokens; outputs, which may be every token too; rows.
         self._staging = Staging(5 * max_tokens + 3 * max_requests, torch.int64, device)
-        self._page_size, self._scratch_slot = page_size, scratch_slot
+        self._scratch_slot = scratch_slot
 
     def stage(
         self, plan: StepPlan, batch: AttentionBatch, shape: StepShape | None, extra_outputs: list[Int64]
@@ -49,7 +46,7 @@ class InputStaging:
         """``shape``: padded to it. ``extra_outputs``: more query tokens whose hidden states are wanted."""
         starts = np.cumsum(plan.q_lens, dtype=np.int64) - plan.q_lens  # first query token of each request
         positions = np.arange(plan.num_tokens) + np.repeat(plan.kv_lens - plan.q_lens - starts, plan.q_lens)
-        slots = query_slots(batch, self._page_size)
+        slots = batch.query_slots()
         rows = np.repeat(plan.rows, plan.q_lens)
         outputs = np.concatenate([(starts + plan.q_lens - 1)[plan.samples], *extra_outputs])
         tokens, num_outputs = plan.num_tokens, len(outputs)

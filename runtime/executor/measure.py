@@ -1,4 +1,4 @@
-"""What a step takes of a GPU's memory, by running the largest one."""
+"""How much GPU memory a step takes, measured by running the largest one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention.base import AttentionBatch, StepShape
+from ...kernels.kv_pool import KVLayout, KVPool
 from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepTokens
 from ..sampling_params import SamplingParams
@@ -15,7 +16,7 @@ from .sampler import Sampler
 
 
 class _NoAttention:
-    """Takes attention's place: its result is as large as the queries."""
+    """Stands in for attention: its result is as large as the queries."""
 
     captures = False
 
@@ -34,11 +35,12 @@ def measure_activations(
     rows: int,
     max_model_len: int,
 ) -> int:
-    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests (no more than tokens) sample the most
-    expensive way. What penalties remember of every row counts too, and so do the positions that the decoder prepares.
+    """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests (at most one a token) sample with the
+    most expensive parameters. Includes the penalties' token history of every row and the decoder's rotary tables.
     """
     rows = min(rows, tokens)
-    pool = torch.zeros((model.num_layers, 2, 1, 1, model.num_kv_heads, model.head_dim), dtype=dtype, device=device)
+    layout = KVLayout(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
+    pool = KVPool.allocate(layout, 1, device)
     params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)

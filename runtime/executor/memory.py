@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.kv_pool import KVLayout
 from ...kernels.linear import packs
 from ..config import EngineConfig
 from ..errors import LoadError
@@ -32,27 +33,19 @@ class MemoryPlan:
     weight_bytes: int
     activation_bytes: int  # of the largest step: measured on a GPU, an upper estimate on a CPU
     reserve_bytes: int  # for what else a GPU has to hold
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    page_size: int
+    layout: KVLayout
     num_pages: int
     max_num_seqs: int
     max_pages_per_row: int
     limit: str  # what bounded the pool
 
     @property
-    def token_bytes(self) -> int:
-        """KV bytes of one token: keys and values, every layer."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype.itemsize
-
-    @property
     def kv_tokens(self) -> int:
-        return self.num_pages * self.page_size
+        return self.num_pages * self.layout.page_size
 
     @property
     def kv_bytes(self) -> int:
-        return self.kv_tokens * self.token_bytes
+        return self.num_pages * self.layout.page_bytes
 
     @property
     def page_table_bytes(self) -> int:
@@ -60,10 +53,10 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, size, how it comes about), for a table."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype, layout = str(self.dtype).removeprefix("torch."), self.layout
         token = (
-            f"2 (K, V) × {self.num_layers} layers × {self.num_kv_heads} KV heads × {self.head_dim}"
-            f" × {self.dtype.itemsize} B ({dtype})"
+            f"2 (K, V) × {layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_dim}"
+            f" × {layout.dtype.itemsize} B ({str(layout.dtype).removeprefix('torch.')})"
         )
         return [
             ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
@@ -71,8 +64,8 @@ class MemoryPlan:
             ("activations", human_bytes(self.activation_bytes), "the largest step, at most"),
             *([("reserve", human_bytes(self.reserve_bytes), "workspaces, CUDA graphs")] if self.reserve_bytes else []),
             ("page table", human_bytes(self.page_table_bytes), f"{self.max_num_seqs} rows × {self.max_pages_per_row}"),
-            ("KV of a token", human_bytes(self.token_bytes), token),
-            ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {self.page_size} tokens, {self.limit}"),
+            ("KV of a token", human_bytes(layout.token_bytes), token),
+            ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {layout.page_size} tokens, {self.limit}"),
             ("KV tokens", f"{self.kv_tokens:,}", "held at once, shared prefixes once"),
         ]
 
@@ -107,8 +100,8 @@ def plan_memory(
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
     if measured is not None:
         free, weights, activations = measured
-    token = 2 * model.num_layers * model.num_kv_heads * model.head_dim * dtype.itemsize
-    page = token * config.page_size
+    layout = KVLayout(model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
+    page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
     reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
     if config.kv_cache_tokens is not None:
@@ -149,10 +142,7 @@ def plan_memory(
         weight_bytes=weights,
         activation_bytes=activations,
         reserve_bytes=reserve,
-        num_layers=model.num_layers,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        page_size=config.page_size,
+        layout=layout,
         num_pages=pages,
         max_num_seqs=config.max_num_seqs,
         max_pages_per_row=min(row_pages, pages),  # a row holds no page twice

@@ -33,7 +33,7 @@ class ThreadChoice:
         self._now = torch.get_num_threads()
         # torch counts the machine's processors; a container's quota of them may be smaller.
         self._all = min(self._now, container_processors(Path("/sys/fs/cgroup")) or self._now)
-        self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.token_bytes
+        self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.layout.token_bytes
         self._weights = memory.weight_bytes // memory.dtype.itemsize
 
     def seconds(self, plan: StepPlan) -> float:

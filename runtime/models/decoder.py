@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
+from ...kernels.kv_pool import KVLayer, KVPool
 from ...kernels.linear import Linear
 from .config import ModelConfig
 from .rope import RopeTable
@@ -54,13 +55,13 @@ class Decoder:
             table.reserve(length)
 
     def forward(
-        self, tokens: StepTokens, pool: Tensor, attention: AttentionBackend, outputs: Tensor | None = None
+        self, tokens: StepTokens, pool: KVPool, attention: AttentionBackend, outputs: Tensor | None = None
     ) -> Tensor:
         """Hidden states after the last norm.
 
         Args:
             tokens: the step's.
-            pool: ``[layers, 2, pages, page_size, kv_heads, head_dim]``.
+            pool: keys and values of every layer.
             attention: planned for this step.
             outputs: int64 ``[S]``, the query tokens whose hidden states are wanted; None: all. The last layer's MLP
                 runs for these alone, since the others' only lasting effect is their keys and values.
@@ -72,12 +73,12 @@ class Decoder:
         hidden = F.embedding(tokens.ids, self._embedding)
         if config.embed_scale != 1.0:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
-        turns = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
+        cos_sin = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
         last = config.num_layers - 1
         delta: Tensor | None = None
         for i, layer in enumerate(self._layers):
-            cos, sin = turns[config.layers[i].rope]
-            q, k, v = layer.queries_keys_values(delta, hidden, cos, sin, pool[i], tokens.slots)
+            cos, sin = cos_sin[config.layers[i].rope]
+            q, k, v = layer.queries_keys_values(delta, hidden, cos, sin, pool.layer(i), tokens.slots)
             attended = attention.run(i, q, k, v)
             if i == last and outputs is not None:
                 hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
@@ -121,16 +122,16 @@ class _Layer:
             self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
 
     def queries_keys_values(
-        self, delta: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, pool: Tensor, slots: Tensor
+        self, delta: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds ``delta`` into ``hidden``; turned queries and keys, values; the latter two also written to the pool."""
+        """Adds ``delta`` into ``hidden``. Returns rotated queries and keys, and values; also stores keys and values."""
         config, eps = self.config, self.config.norm_eps
         if delta is None:
             x = self.ops.rms_norm(hidden, self.attention_norm, eps)
         else:
             x = self.ops.add_rms_norm(delta, hidden, self.attention_norm, eps)
         qkv = self.qkv(x).view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        return self.ops.rope_write(qkv, config.num_heads, cos, sin, pool, slots, self.qk_norm, eps)
+        return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, eps)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, added into ``hidden`` in place, and MLP. Returns the MLP's delta."""

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape, query_slots
+from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.partial import attend_reference
+from branchwise.kernels.kv_pool import KVPool
 
 HEADS, KV_HEADS, PAGES = 8, 2, 700
 SPECS = {
@@ -41,12 +42,12 @@ class World:
         if backend == "triton":
             from branchwise.kernels.attention.triton_backend import TritonAttention
 
-            return TritonAttention(self.pool, self.specs, HEADS)
+            return TritonAttention(KVPool(self.pool), self.specs, HEADS)
         pytest.importorskip("flashinfer")
         from branchwise.kernels import triton_ops
         from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
 
-        return FlashInferAttention(self.pool, self.specs, HEADS, self.device_table, triton_ops, rows)
+        return FlashInferAttention(KVPool(self.pool), self.specs, HEADS, self.device_table, triton_ops, rows)
 
     def step(self, requests: list[tuple[int, int]], shape: StepShape | None = None) -> None:
         """Runs one step of ``requests`` over pages scattered anew, and checks every layer."""
@@ -59,7 +60,7 @@ class World:
             self.table[row, :count] = [next(pages) for _ in range(count)]
         self.device_table.copy_(torch.from_numpy(self.table))
         decodes = int((np.cumsum(q_lens != 1) == 0).sum())
-        batch = AttentionBatch(rows, q_lens, kv_lens, decodes, self.device_table, self.table)
+        batch = AttentionBatch(rows, q_lens, kv_lens, decodes, self.page, self.device_table, self.table)
         tokens = int(q_lens.sum())
         q = torch.randn(tokens, HEADS + 2 * KV_HEADS, self.dim, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
         self.backend.plan(batch, shape)
@@ -68,7 +69,7 @@ class World:
             given = torch.randn(shape.num_tokens, HEADS + 2, self.dim, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
             given[:decodes] = q[:decodes]
             given[shape.decodes : shape.decodes + tokens - decodes] = q[decodes:]
-        slots = torch.from_numpy(query_slots(batch, self.page)).cuda()
+        slots = torch.from_numpy(batch.query_slots()).cuda()
         for layer, spec in enumerate(self.specs):
             flat = self.pool[layer].flatten(1, 2)
             out = self.backend.run(layer, given, flat[0, slots], flat[1, slots])

@@ -29,7 +29,7 @@ def load(folder: Path, **settings: object) -> ModelExecutor:
 def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) -> None:
     """Every captured shape, over a pool of noise: logits and what was written to the pool."""
     executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=16 * 512)
-    graphs, pool, table = executor._graphs, executor._pool, executor._table
+    graphs, pool, table = executor._graphs, executor._pool._data, executor._table
     assert graphs is not None
     pool.normal_()
     table.host[:-1] = RNG.permutation(executor.num_pages).reshape(16, -1)  # no page in two rows

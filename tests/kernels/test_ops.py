@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
+from branchwise.kernels.kv_pool import KVLayer
 from branchwise.kernels.linear import Linear, packs
 
 
@@ -69,7 +70,7 @@ def test_rope_write_is_its_parts_and_touches_its_slots_alone(normed: bool) -> No
     expected = pool.flatten(1, 2).clone()
     slots = torch.tensor([11, 2, 5])
     expected[0, slots], expected[1, slots] = k, v
-    got = ops.rope_write(qkv, heads, cos, sin, pool, slots, norm, 1e-5)
+    got = ops.rope_write(qkv, heads, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
     for mine, theirs in zip(got, (q, k, v), strict=True):
         torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(pool.flatten(1, 2), expected)
@@ -81,14 +82,6 @@ def test_page_indices_lays_rows_end_to_end() -> None:
     out = torch.full((10,), -1, dtype=torch.int32)
     ops.page_indices(table, rows, indptr, 5, out)
     assert out.tolist() == [10, 11, 12, 15, 16, 17, 18, 19, -1, -1]
-
-
-def test_copy_pages_reads_every_source_first() -> None:
-    pool = torch.arange(2 * 2 * 4 * 3, dtype=torch.float32).reshape(2, 2, 4, 3)
-    before = pool.clone()
-    ops.copy_pages(pool, torch.tensor([[0, 1], [1, 2], [2, 0]]))  # a ring: any order of single copies would be wrong
-    assert torch.equal(pool[:, :, [1, 2, 0]], before[:, :, [0, 1, 2]])
-    assert torch.equal(pool[:, :, 3], before[:, :, 3])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

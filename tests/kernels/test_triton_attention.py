@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from branchwise.kernels.attention import split
-from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape, query_slots
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from branchwise.kernels import triton_launch
 from branchwise.kernels.attention.triton_backend import TritonAttention, tile_for
+from branchwise.kernels.attention.triton_kernels import attend, merge
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # float32 and float16: the interpreter multiplies the raw bits of bfloat16. Partial sums are float32 in either.
@@ -54,6 +56,7 @@ class Case:
             q_lens=q_lens,
             kv_lens=q_lens + np.array([before for _, before in requests], np.int32),
             num_decodes=int((np.cumsum(q_lens != 1) == 0).sum()),
+            page_size=self.page,
             page_table=self.device_table,
             host_page_table=self.table,
         )
@@ -66,9 +69,9 @@ class Case:
         return q.to(DEVICE, self.pool.dtype)[:, :heads]
 
     def expected(self, specs: list[LayerSpec], batch: AttentionBatch, q: torch.Tensor, layer: int) -> torch.Tensor:
-        reference = TorchAttention(self.pool.float(), specs, q.shape[1], share=False)
+        reference = TorchAttention(KVPool(self.pool.float()), specs, q.shape[1], share=False)
         reference.plan(batch)
-        slots = torch.from_numpy(query_slots(batch, self.page)).to(DEVICE)
+        slots = torch.from_numpy(batch.query_slots()).to(DEVICE)
         k, v = self.pool[layer].flatten(1, 2)[:, slots].float()
         return reference.run(layer, q.float().contiguous(), k, v)
 
@@ -99,7 +102,7 @@ def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int, ste
     q = case.queries(batch, heads)
     expected = [case.expected(SPECS, batch, q, layer) for layer in range(len(SPECS))]
     case.poison(batch)
-    attention = TritonAttention(case.pool, SPECS, heads)
+    attention = TritonAttention(KVPool(case.pool), SPECS, heads)
     attention.plan(batch)
     for layer in range(len(SPECS)):
         got = attention.run(layer, q, q, q)
@@ -116,7 +119,7 @@ def test_shapes_of_heads(heads: int, kv_heads: int, dim: int, page: int, dtype: 
     q = case.queries(batch, heads)
     expected = case.expected([PLAIN], batch, q, 0).to(dtype)
     case.poison(batch)
-    attention = TritonAttention(case.pool, [PLAIN], heads)
+    attention = TritonAttention(KVPool(case.pool), [PLAIN], heads)
     attention.plan(batch)
     out = torch.full((len(q), heads + 1, dim), 7.0, dtype=dtype, device=DEVICE)
     got = attention.run(0, q, q, q, out[:, :heads])
@@ -132,9 +135,51 @@ def test_sizes_of_pages(page: int) -> None:
     q = case.queries(batch, 4)
     expected = case.expected([PLAIN], batch, q, 0)
     case.poison(batch)
-    attention = TritonAttention(case.pool, [PLAIN], 4)
+    attention = TritonAttention(KVPool(case.pool), [PLAIN], 4)
     attention.plan(batch)
     torch.testing.assert_close(attention.run(0, q, q, q), expected, atol=3e-6, rtol=3e-6)
+
+
+def test_a_piece_serves_queries_of_requests_that_are_not_neighbours() -> None:
+    """Requests 0 and 2 share five pages: one piece reads them for both, and their own keys are merged in."""
+    case, heads = Case(7, 2, 16, 16), 4
+    batch = case.batch([(1, 100), (1, 63), (1, 119)])
+    batch.rows[:] = [1, 5, 3]
+    q = case.queries(batch, heads)
+    expected = case.expected([PLAIN], batch, q, 0)
+    case.poison(batch)
+    items = np.array(
+        [  # row, query, num_queries, start, stop, full, partial, unused
+            (1, 0, 2, 0, 80, 80, 0, 0),  # partial rows 0 and 1
+            (1, 0, 1, 80, 101, 101, 2, 0),
+            (3, 1, 1, 80, 120, 120, 3, 0),
+            (5, 2, 1, 0, 64, 64, -1, 0),
+        ],
+        split.ITEM,
+    )
+    merges = np.array([(0, 2, 0, 2)], split.MERGE)
+    queries, positions = np.array([0, 2, 1], np.int32), np.array([100, 119, 63], np.int32)
+    given = [
+        torch.from_numpy(array.view(np.int32)).to(DEVICE).contiguous() for array in (queries, positions, items, merges)
+    ]
+    partial, lse = torch.zeros(4, heads, 16, device=DEVICE), torch.zeros(4, heads, device=DEVICE)
+    out, table = torch.empty(3, heads, 16, device=DEVICE), case.device_table
+    k, v = case.pool[0]
+    attend(
+        (2, len(items), 1),
+        (q, k, v, table, given[0], given[1], given[2], out, partial, lse),
+        (),
+        (heads, 2, 16, 16, q.stride(0), out.stride(0), table.stride(0), PLAIN.scale, 0.0, 0, "ieee", 16, 32, 16),
+        warps=4,
+    )
+    merge(
+        (heads, len(merges), 2),
+        (partial, lse, given[0], given[3], out),
+        (),
+        (heads, 16, out.stride(0), 16, 16),
+        warps=4,
+    )
+    torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)
 
 
 def test_extreme_scores() -> None:
@@ -147,7 +192,7 @@ def test_extreme_scores() -> None:
     q = case.queries(batch, 2) * 100
     q[:, 1] *= -1  # that key's weight is 0 for one of the heads
     expected = case.expected([PLAIN], batch, q, 0)
-    attention = TritonAttention(case.pool, [PLAIN], 2)
+    attention = TritonAttention(KVPool(case.pool), [PLAIN], 2)
     attention.plan(batch)
     torch.testing.assert_close(attention.run(0, q, q, q), expected, atol=1e-4, rtol=1e-4)
 
@@ -178,7 +223,7 @@ def test_a_shape_is_planned_again_and_replayed(layers: list[LayerSpec], monkeypa
         [(1, 3), (4, 150), (3, 0)],
         [(1, 0), (1, 318)],
     ]
-    attention = TritonAttention(case.pool, layers, heads, max_requests=8, max_tokens=64)
+    attention = TritonAttention(KVPool(case.pool), layers, heads, max_requests=8, max_tokens=64)
     q, out = torch.zeros(11, heads, 16, device=DEVICE), torch.zeros(len(layers), 11, heads, 16, device=DEVICE)
     recorder = Recorder(monkeypatch)
     for requests in steps:
@@ -212,7 +257,7 @@ def test_a_shape_is_planned_again_and_replayed(layers: list[LayerSpec], monkeypa
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
 def test_graph_replay_equals_eager() -> None:
     case, heads, shape = Case(6, 2, 128, 16, dtype=torch.float16), 8, StepShape(decodes=4, tokens=64, requests=2)
-    attention = TritonAttention(case.pool, [PLAIN], heads, max_requests=8, max_tokens=64)
+    attention = TritonAttention(KVPool(case.pool), [PLAIN], heads, max_requests=8, max_tokens=64)
     q = torch.randn(68, heads, 128, device=DEVICE, dtype=torch.float16)
     out = torch.empty_like(q)
     attention.plan(case.batch([(1, 300), (64, 100)]), shape)
@@ -232,12 +277,12 @@ def test_graph_replay_equals_eager() -> None:
 def test_what_cannot_be_served_is_refused() -> None:
     pool = torch.zeros(1, 2, 2, 4, 2, 16, device=DEVICE)
     with pytest.raises(ValueError, match="3 and 2 heads"):
-        TritonAttention(pool, [PLAIN], 3)
+        TritonAttention(KVPool(pool), [PLAIN], 3)
     with pytest.raises(ValueError, match="8 channels"):
-        TritonAttention(pool[..., :8], [PLAIN], 4)
+        TritonAttention(KVPool(pool[..., :8]), [PLAIN], 4)
     with pytest.raises(ValueError, match="positive"):
-        TritonAttention(pool, [LayerSpec(0.0)], 4)
-    attention = TritonAttention(pool, [PLAIN], 4)
+        TritonAttention(KVPool(pool), [LayerSpec(0.0)], 4)
+    attention = TritonAttention(KVPool(pool), [PLAIN], 4)
     with pytest.raises(ValueError, match="contiguous"):
         attention.run(0, torch.zeros(3, 4, 32, device=DEVICE)[..., ::2], pool, pool)
 

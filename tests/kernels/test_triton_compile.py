@@ -85,6 +85,7 @@ def call_everything() -> None:
     from branchwise.kernels import triton_ops
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
     from branchwise.kernels.attention.triton_backend import TritonAttention
+    from branchwise.kernels.kv_pool import KVLayer, KVPool
 
     def zeros(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
@@ -97,10 +98,10 @@ def call_everything() -> None:
     triton_ops.gelu_mul(zeros(4, 2 * 333))
     triton_ops.gelu_mul(zeros(4, 28672), "none")
     for size, turning, norm in ((128, 128, None), (128, 128, zeros(40, 128, dtype=float32)), (80, 32, None)):
-        turns = zeros(4, turning, dtype=float32)
-        cos, sin = turns[:, : turning // 2], turns[:, turning // 2 :]
+        cos_sin = zeros(4, turning, dtype=float32)
+        cos, sin = cos_sin[:, : turning // 2], cos_sin[:, turning // 2 :]
         slots, pool = torch.arange(4), zeros(2, 4, 16, 8, size)
-        triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, pool, slots, norm, 1e-5)
+        triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
     table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
     triton_ops.page_indices(table, zeros(4, dtype=int32), indptr, 64, zeros(256, dtype=int32))
 
@@ -113,7 +114,7 @@ def call_everything() -> None:
         (80, LayerSpec(0.09), every[2:3]),
         (256, windowed, every[::2]),
     ):
-        attention = TritonAttention(zeros(1, 2, 4, 16, 8, size), [spec], 32)
+        attention = TritonAttention(KVPool(zeros(1, 2, 4, 16, 8, size)), [spec], 32)
         for decodes, chunk in steps:
             q_lens = np.array([1] * decodes + [chunk] * (chunk > 0), np.int32)
             batch = AttentionBatch(
@@ -121,6 +122,7 @@ def call_everything() -> None:
                 q_lens=q_lens,
                 kv_lens=q_lens + 800,
                 num_decodes=decodes,
+                page_size=16,
                 page_table=torch.from_numpy(host_table),
                 host_page_table=host_table,
             )

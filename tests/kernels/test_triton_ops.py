@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
+from branchwise.kernels.kv_pool import KVLayer
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -108,9 +109,9 @@ def test_rope_write(
     norm = randn(heads + kv_heads, size) if normed else None
     slots = torch.randperm(pages * page, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
     pool, expected_pool = (torch.full((2, pages, page, kv_heads, size), 7.0, dtype=dtype, device=DEVICE) for _ in "ab")
-    expected = ops.rope_write(qkv.clone(), heads, cos, sin, expected_pool, slots, norm, 1e-6)
+    expected = ops.rope_write(qkv.clone(), heads, cos, sin, KVLayer.of(expected_pool), slots, norm, 1e-6)
     given = qkv.clone()
-    got = triton_ops.rope_write(given, heads, cos, sin, pool, slots, norm, 1e-6)
+    got = triton_ops.rope_write(given, heads, cos, sin, KVLayer.of(pool), slots, norm, 1e-6)
     for mine, theirs in zip(got, expected, strict=True):
         close(mine, theirs)
         assert mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
@@ -124,7 +125,7 @@ def test_rope_write_of_padding_that_shares_a_slot() -> None:
     qkv, angles = randn(6, 4, 32), randn(6, 16)
     slots = torch.tensor([9, 0, 4, 0, 0, 0], device=DEVICE)
     pool = torch.zeros(2, 5, 2, 1, 32, device=DEVICE)
-    _, k, v = triton_ops.rope_write(qkv, 2, angles.cos(), angles.sin(), pool, slots)
+    _, k, v = triton_ops.rope_write(qkv, 2, angles.cos(), angles.sin(), KVLayer.of(pool), slots)
     flat = pool.flatten(1, 2)
     assert torch.equal(flat[:, [9, 4]], torch.stack([k[[0, 2]], v[[0, 2]]]))
     assert not flat[:, [1, 2, 3, 5, 6, 7, 8]].any()
@@ -133,7 +134,7 @@ def test_rope_write_of_padding_that_shares_a_slot() -> None:
 def test_rope_write_of_nothing() -> None:
     pool = torch.zeros(2, 1, 1, 1, 16, device=DEVICE)
     slots = torch.zeros(0, dtype=torch.int64, device=DEVICE)
-    q, k, v = triton_ops.rope_write(randn(0, 4, 16), 2, randn(0, 8), randn(0, 8), pool, slots)
+    q, k, v = triton_ops.rope_write(randn(0, 4, 16), 2, randn(0, 8), randn(0, 8), KVLayer.of(pool), slots)
     assert (q.shape, k.shape, v.shape) == ((0, 2, 16), (0, 1, 16), (0, 1, 16))
     assert not pool.any()
 

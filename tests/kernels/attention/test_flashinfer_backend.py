@@ -13,6 +13,7 @@ from branchwise.kernels.attention import flashinfer_module
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape, Unavailable
 from branchwise.kernels.attention.flashinfer_module import OLDEST, Variant, check_available
 from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVPool
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
 SPECS = [LayerSpec(0.25), LayerSpec(0.25, window=9), LayerSpec(0.3, softcap=3.0)]
@@ -62,7 +63,7 @@ def backend(monkeypatch):
         subject, "kernels", lambda device, spec, head_dim: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"]
     )
     torch.manual_seed(0)
-    pool = torch.randn(len(SPECS), 2, 101, PAGE, KV_HEADS, DIM)
+    pool = KVPool(torch.randn(len(SPECS), 2, 101, PAGE, KV_HEADS, DIM))
     table = torch.from_numpy(np.random.default_rng(0).permutation(96).reshape(8, 12).astype(np.int32))
     table = torch.cat([table, torch.full((1, 12), 100, dtype=torch.int32)])
     return subject.FlashInferAttention(pool, SPECS, HEADS, table, ops, 8), TorchAttention(pool, SPECS, HEADS)
@@ -71,7 +72,8 @@ def backend(monkeypatch):
 def batch_of(requests, table):
     q_lens, kv_lens = (np.array(column, np.int32) for column in zip(*requests, strict=True))
     rows = np.array([5, 2, 7, 0, 3, 1][: len(requests)], np.int32)
-    return AttentionBatch(rows, q_lens, kv_lens, int((np.cumsum(q_lens != 1) == 0).sum()), table, table.numpy())
+    decodes = int((np.cumsum(q_lens != 1) == 0).sum())
+    return AttentionBatch(rows, q_lens, kv_lens, decodes, PAGE, table, table.numpy())
 
 
 @pytest.mark.parametrize("shape", [None, (0, 0, 0), (2, 5, 1)], ids=["as it is", "exact", "padded"])
@@ -103,7 +105,7 @@ def test_what_flashinfer_is_given(backend, requests, shape):
         ]
     )
     for layer in range(len(SPECS)):
-        flat = pool[layer].flatten(1, 2)
+        flat = pool.layer(layer).data.flatten(1, 2)
         expected = reference.run(layer, q, flat[0, slots], flat[1, slots])
         out = flashinfer.run(layer, given, flat[0, slots], flat[1, slots])
         torch.testing.assert_close(out[where], expected, atol=1e-5, rtol=1e-5)
@@ -114,7 +116,7 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
     monkeypatch.setattr(subject, "LONG_CHUNK", 16)
     for requests, kernel in ([(1, 5), (20, 20)], "fa3"), ([(1, 5), (3, 20), (4, 9)], "fa2"):
         flashinfer.plan(batch_of(requests, flashinfer._table))
-        assert [call.variant.kernel for call in flashinfer._members[-1].calls.values()] == [kernel, "fa2", "fa2"]
+        assert [call.variant.kernel for call in flashinfer._planned[-1].calls.values()] == [kernel, "fa2", "fa2"]
 
 
 def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, captured):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.sharing import shared_runs
 
 
 def runs_of(
     table: list[list[int]], limits: list[int], worth: int = 1
 ) -> tuple[list[tuple[list[int], int, int]], list[int]]:
-    runs, covered = shared_runs(np.array(table, np.int32), np.array(limits), worth)
-    return sorted((run.members.tolist(), run.start, run.stop) for run in runs), covered.tolist()
+    shared = shared_runs(np.array(table, np.int32), np.array(limits), worth)
+    return sorted((run.members.tolist(), run.start, run.stop) for run in shared.runs), shared.covered.tolist()
 
 
 def test_one_prefix() -> None:
@@ -52,7 +54,8 @@ def test_runs_tile_true_sharing(data: st.DataObject) -> None:
     )
     limits = np.array(data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows)))
     worth = data.draw(st.integers(1, 6))
-    runs, covered = shared_runs(table.astype(np.int32), limits, worth)
+    shared = shared_runs(table.astype(np.int32), limits, worth)
+    runs, covered = shared.runs, shared.covered
     depth = np.zeros(rows, int)
     for run in sorted(runs, key=lambda run: run.start):
         assert len(run.members) >= 2
@@ -68,3 +71,28 @@ def test_runs_tile_true_sharing(data: st.DataObject) -> None:
                 k = covered[i]
                 if covered[j] == k < min(limits[i], limits[j]):
                     assert (table[i, : k + 1] != table[j, : k + 1]).any()
+    some = np.array(sorted(data.draw(st.sets(st.integers(0, rows - 1)))), np.int64)
+    among = shared.among(some)
+    depth = np.zeros(len(some), int)
+    for run in among.runs:  # in this order: a run comes after those it continues
+        assert len(run.members) >= 2
+        assert (depth[run.members] == run.start).all()
+        pages = table[some[run.members], : run.stop]
+        assert (pages == pages[0]).all()
+        depth[run.members] = run.stop
+    assert (depth == among.covered).all() and (depth <= covered[some]).all()
+
+
+def test_a_step_finds_its_runs_once() -> None:
+    """Every layer kind and backend gets the same object; full pages alone count, not those a query sees in part."""
+    table = np.array([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 0], [9, 9, 9, 9]], np.int32)
+    q_lens, kv_lens = np.array([1, 1, 6], np.int32), np.array([15, 13, 12], np.int32)
+    rows = np.array([1, 0, 2], np.int32)
+    batch = AttentionBatch(rows, q_lens, kv_lens, 2, 4, torch.from_numpy(table), table)
+    shared = batch.shared_runs(4)
+    assert batch.shared_runs(4) is shared
+    found = sorted((run.members.tolist(), run.start, run.stop) for run in shared.runs)
+    assert found == [([0, 1], 1, 3), ([0, 1, 2], 0, 1)]
+    assert shared.covered.tolist() == [3, 3, 1]
+    (run,) = batch.shared_runs(12).runs  # three pages: the run of all three requests saves two
+    assert (run.members.tolist(), run.start, run.stop) == ([0, 1], 0, 3)

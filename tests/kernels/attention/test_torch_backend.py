@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from branchwise.kernels.attention import torch_backend
-from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, query_slots
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
 from branchwise.kernels.attention.torch_backend import TorchAttention, length_buckets
+from branchwise.kernels.kv_pool import KVPool
 
 DIM = 16
 
@@ -39,11 +40,6 @@ class Request:
     v: np.ndarray
 
 
-def write_kv(pool: torch.Tensor, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """What a model does before it attends."""
-    pool[0].flatten(0, 1)[slots], pool[1].flatten(0, 1)[slots] = k, v
-
-
 class World:
     """A poisoned pool and requests that grow in it. What the backend writes must be what a later step reads."""
 
@@ -51,9 +47,9 @@ class World:
         self.rng = np.random.default_rng(seed)
         self.specs, self.heads, self.kv_heads, self.page = specs, heads, kv_heads, page
         self.free = (self.rng.permutation(4000 // page) + 1).tolist()
-        pool = torch.full((len(specs), 2, len(self.free) + 1, page, kv_heads, DIM), 1e4)  # page 0 stays poison
-        self.pool = pool
-        self.backend = TorchAttention(pool, specs, heads, share=share)
+        data = torch.full((len(specs), 2, len(self.free) + 1, page, kv_heads, DIM), 1e4)  # page 0 stays poison
+        self.pool = KVPool(data)
+        self.backend = TorchAttention(self.pool, specs, heads, share=share)
         self.table = np.zeros((16, 800 // page + 1), np.int32)
         self.requests: dict[int, Request] = {}
 
@@ -76,6 +72,7 @@ class World:
             q_lens=q_lens,
             kv_lens=np.array([len(self.requests[row].k) + n for row, n in chunks], np.int32),
             num_decodes=int((np.cumsum(q_lens != 1) == 0).sum()),
+            page_size=self.page,
             page_table=torch.from_numpy(self.table),
             host_page_table=self.table,
         )
@@ -94,10 +91,10 @@ class World:
             self.table[row, : len(request.pages)] = request.pages
             at += n
         self.backend.plan(batch)
-        slots = torch.from_numpy(query_slots(batch, self.page))
+        slots = torch.from_numpy(batch.query_slots())
         with torch.inference_mode():
             for layer, spec in enumerate(self.specs):
-                write_kv(self.pool[layer], slots, torch.from_numpy(k), torch.from_numpy(v))
+                self.pool.layer(layer).write(slots, torch.from_numpy(k), torch.from_numpy(v))
                 out = self.backend.run(layer, *(torch.from_numpy(x) for x in (q, k, v))).numpy()
                 at = 0
                 for row, n in chunks:
@@ -211,16 +208,17 @@ def test_bfloat16_is_as_exact_as_its_pool() -> None:
         np.array([1, 1, 3], np.int32),
         np.array([830, 850, 880], np.int32),
         2,
+        16,
         torch.from_numpy(table),
         table,
     )
     q, k, v = (torch.randn(5, heads, DIM).bfloat16() for heads in (4, 2, 2))
     results = []
     for dtype in (torch.bfloat16, torch.float32):
-        own = pool.to(dtype).clone()
+        own = KVPool(pool.to(dtype).clone())
         backend = TorchAttention(own, SPECS["full"], 4)
         backend.plan(batch)
-        write_kv(own[0], torch.from_numpy(query_slots(batch, 16)), k.to(dtype), v.to(dtype))
+        own.layer(0).write(torch.from_numpy(batch.query_slots()), k.to(dtype), v.to(dtype))
         results.append(backend.run(0, q.to(dtype), k.to(dtype), v.to(dtype)).float())
     assert (results[0] - results[1]).abs().max() < 0.01
 

@@ -17,6 +17,7 @@ from branchwise.kernels import ops
 from branchwise.kernels.attention import flashinfer_backend, flashinfer_module, triton_backend
 from branchwise.kernels.attention.base import LayerSpec, Unavailable
 from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.backends import make_attention, pick_ops
@@ -25,8 +26,8 @@ from branchwise.runtime.models.config import load_config
 
 
 def make(choice: str, head_dim: int = 128, device: str = "cuda") -> Any:
-    pool: Any = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16, shape=(1, 2, 9, 16, 2, head_dim))
-    pool.element_size, pool.new_empty = lambda: 2, torch.empty
+    pool: Any = KVPool(torch.zeros(1, 2, 9, 16, 2, head_dim, dtype=torch.bfloat16))
+    pool.device = torch.device(device)
     table: Any = SimpleNamespace(host=np.zeros((9, 4), np.int32), device=torch.zeros(9, 4, dtype=torch.int32))
     config = EngineConfig(attention_backend=choice)  # type: ignore[arg-type]
     return make_attention(config, pool, [LayerSpec(0.1)], 4, table, 64)

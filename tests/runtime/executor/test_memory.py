@@ -30,7 +30,7 @@ def plan(model: ModelConfig, max_model_len: int = 512, tokens: int = 64, **confi
 
 def test_as_many_tokens_as_asked_rounded_up_to_pages(model: ModelConfig) -> None:
     found = plan(model, kv_cache_tokens=100, page_size=16)
-    assert (found.num_pages, found.kv_tokens, found.token_bytes) == (7, 112, 768)
+    assert (found.num_pages, found.kv_tokens, found.layout.token_bytes) == (7, 112, 768)
     assert found.kv_bytes == 112 * 768
     assert found.max_pages_per_row == 7  # a row cannot hold more pages than there are
 
@@ -66,7 +66,7 @@ def test_a_gpu_keeps_room_for_the_page_table_and_its_copies(
     found = plan_memory(config, model, torch.bfloat16, torch.device("cuda"), 131_072, 8192)
     taken = 10 * GIB + found.weight_bytes + found.activation_bytes + found.kv_bytes + 3 * found.page_table_bytes
     assert found.page_table_bytes == 1024 * 131_072 * 4
-    assert taken + memory.GPU_RESERVE <= 0.9 * 40 * GIB < taken + memory.GPU_RESERVE + found.token_bytes
+    assert taken + memory.GPU_RESERVE <= 0.9 * 40 * GIB < taken + memory.GPU_RESERVE + found.layout.token_bytes
 
 
 def test_nothing_left(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

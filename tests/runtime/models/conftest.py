@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
-from branchwise.kernels.attention.base import AttentionBatch, query_slots
+from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.decoder import Decoder, StepTokens
 from branchwise.runtime.models.loader import load_weights
@@ -30,8 +31,10 @@ class Harness:
         pages = -(-max_len // page_size)
         order = np.random.default_rng(7).permutation(rows * pages) + 1
         self.table = order.reshape(rows, pages).astype(np.int32)
-        self.pool = torch.zeros(config.num_layers, 2, rows * pages + 1, page_size, config.num_kv_heads, config.head_dim)
-        self.pool[:, :, 0] = 1e4
+        shape = (config.num_layers, 2, rows * pages + 1, page_size, config.num_kv_heads, config.head_dim)
+        data = torch.zeros(shape)
+        data[:, :, 0] = 1e4
+        self.pool = KVPool(data)
         self.attention = TorchAttention(self.pool, self.decoder.layer_specs(), config.num_heads)
 
     def step(
@@ -42,11 +45,13 @@ class Harness:
         rows = np.array([row for row, _, _ in chunks], np.int32)
         q_lens = np.array([len(tokens) for _, tokens, _ in chunks], np.int32)
         kv_lens = np.array([start + len(tokens) for _, tokens, start in chunks], np.int32)
-        batch = AttentionBatch(rows, q_lens, kv_lens, num_decodes, torch.from_numpy(self.table), self.table)
+        batch = AttentionBatch(
+            rows, q_lens, kv_lens, num_decodes, self.pool.layout.page_size, torch.from_numpy(self.table), self.table
+        )
         tokens = StepTokens(
             torch.from_numpy(np.concatenate([tokens for _, tokens, _ in chunks])),
             torch.cat([torch.arange(start, start + len(tokens)) for _, tokens, start in chunks]),
-            torch.from_numpy(query_slots(batch, self.pool.shape[3])),
+            torch.from_numpy(batch.query_slots()),
         )
         with torch.inference_mode():
             self.attention.plan(batch)

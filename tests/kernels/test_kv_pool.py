@@ -1,0 +1,45 @@
+"""The KV pool: its figures, what it stores and what it copies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from branchwise.kernels import kv_pool
+from branchwise.kernels.kv_pool import KVLayout, KVPool
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_layout_counts_what_is_allocated(dtype: torch.dtype) -> None:
+    layout = KVLayout(num_layers=3, page_size=4, kv_heads=2, head_dim=8, dtype=dtype)
+    pool = KVPool.allocate(layout, 5, CPU)
+    assert (pool.layout, pool.num_pages, pool.device) == (layout, 5, CPU)
+    layers = [pool.layer(i) for i in range(3)]
+    assert sum(layer.data.nbytes for layer in layers) == 5 * layout.page_bytes == 5 * 4 * layout.token_bytes
+    for layer in layers:
+        assert layer.k.shape == layer.v.shape == (5, 4, 2, 8) and layer.k.dtype == layer.v.dtype == dtype
+        assert not layer.data.any()
+
+
+def test_a_write_touches_its_slots_alone() -> None:
+    pool = KVPool(torch.zeros(2, 2, 3, 4, 2, 8))
+    k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    slots = torch.tensor([11, 2, 5])
+    pool.layer(1).write(slots, k, v)
+    expected = torch.zeros(2, 12, 2, 8)
+    expected[:, slots] = torch.stack([k, v])
+    assert torch.equal(pool.layer(1).data.flatten(1, 2), expected)
+    assert torch.equal(pool.layer(1).k.flatten(0, 1), expected[0]) and not pool.layer(0).data.any()
+
+
+@pytest.mark.parametrize("bytes_in_flight", [1, 2**26], ids=["layer by layer", "at once"])
+def test_copies_read_every_source_first(bytes_in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kv_pool, "COPY_BYTES", bytes_in_flight)
+    data = torch.arange(2 * 2 * 4 * 3 * 2, dtype=torch.float32).reshape(2, 2, 4, 3, 1, 2)
+    before = data.clone()
+    # A ring: copying pair by pair would be wrong in any order.
+    KVPool(data).copy_pages(torch.tensor([[0, 1], [1, 2], [2, 0]]))
+    assert torch.equal(data[:, :, [1, 2, 0]], before[:, :, [0, 1, 2]])
+    assert torch.equal(data[:, :, 3], before[:, :, 3])
