@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
 import msgspec
@@ -96,6 +97,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         host: Address to listen on.
         port: Port to listen on. 0: any free one.
         api_key: Key every route but /health asks for. Default: none is asked for.
+        api_key_file: File that holds api_key, such as a mounted secret. Default: none.
         extra_api_keys: Further keys, each with a cache of its own.
         admin_api_key: Key for what touches everybody's cache: flush, evict, tree, all stats. Default: api_key.
         served_model_name: Name clients use. Default: the model's.
@@ -131,6 +133,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: str | None = None
+    api_key_file: str | None = None
     extra_api_keys: tuple[str, ...] = ()
     admin_api_key: str | None = None
     served_model_name: str | None = None
@@ -204,3 +207,33 @@ def check(config: EngineConfig) -> EngineConfig:
     if config.tensor_parallel_size != 1:
         raise LoadError(f"--tensor-parallel-size {config.tensor_parallel_size}: only 1 is supported in this version")
     return config
+
+
+def check_server(config: ServerConfig) -> ServerConfig:
+    """Checks the engine's settings and the API keys; returns the config with ``api_key`` read from ``api_key_file``.
+
+    Raises `LoadError` naming the flag. An empty key is an error rather than no key: the server would be open to all.
+    """
+    check(config.engine)
+    if config.api_key_file is not None:
+        if config.api_key is not None:
+            raise LoadError("--api-key and --api-key-file: give one of them")
+        config = msgspec.structs.replace(config, api_key=_read_key(config.api_key_file), api_key_file=None)
+    for flag, keys in (
+        ("--api-key", (config.api_key,)),
+        ("--extra-api-key", config.extra_api_keys),
+        ("--admin-api-key", (config.admin_api_key,)),
+    ):
+        for key in keys:
+            if key is not None and (not key or not key.isprintable() or any(map(str.isspace, key))):
+                raise LoadError(f"{flag}: a key must not be empty or hold spaces or control characters")
+    if config.extra_api_keys and config.api_key is None:
+        raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
+    return config
+
+
+def _read_key(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise LoadError(f"--api-key-file {path} cannot be read: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -37,6 +38,9 @@ def serve(
     api_key: Annotated[
         str | None, flag("api_key", SERVER, metavar="KEY", envvar="BRANCHWISE_API_KEY", show_default=False)
     ] = _SERVER.api_key,
+    api_key_file: Annotated[
+        str | None, flag("api_key_file", SERVER, metavar="FILE", show_default=False)
+    ] = _SERVER.api_key_file,
     extra_api_keys: Annotated[
         list[str] | None, flag("extra_api_keys", SERVER, "--extra-api-key", metavar="KEY", show_default=False)
     ] = None,
@@ -151,13 +155,17 @@ def serve(
     """
     flags = dict(locals()) | {"extra_api_keys": tuple(extra_api_keys or ())}
     with expected_failures():
-        from ...runtime.config import check
+        from ...runtime.config import check_server
+        from ...runtime.errors import LoadError
 
-        engine = check(EngineConfig(**{name: flags[name] for name in EngineConfig.__struct_fields__ if name in flags}))
+        for key, variable in ((api_key, "BRANCHWISE_API_KEY"), (admin_api_key, "BRANCHWISE_ADMIN_API_KEY")):
+            if key is None and os.environ.get(variable) == "":  # typer ignores it, and the server would be open to all
+                raise LoadError(f"{variable} is set and empty: set it to a key, or unset it")
+        engine = EngineConfig(**{name: flags[name] for name in EngineConfig.__struct_fields__ if name in flags})
         config = ServerConfig(
             engine=engine, **{name: flags[name] for name in ServerConfig.__struct_fields__ if name in flags}
         )
-        _run(config)
+        _run(check_server(config))
 
 
 def _run(config: ServerConfig) -> None:

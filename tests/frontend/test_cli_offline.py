@@ -193,6 +193,16 @@ def test_serve_hands_every_flag_to_the_config(monkeypatch: pytest.MonkeyPatch) -
     assert seen[1] == ServerConfig(engine=EngineConfig())
 
 
+@pytest.mark.parametrize("variable", ["BRANCHWISE_API_KEY", "BRANCHWISE_ADMIN_API_KEY"])
+def test_an_empty_key_in_the_environment_does_not_mean_none(monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    seen: list[ServerConfig] = []
+    monkeypatch.setattr(serve_command, "_run", seen.append)
+    for value in ("", " "):
+        assert CliRunner().invoke(app, ["serve"], env={variable: value}).exit_code == 2
+    assert not seen
+    assert CliRunner().invoke(app, ["serve"], env={variable: "K"}).exit_code == 0
+
+
 def test_choices_are_the_configs() -> None:
     ours = typing.get_type_hints(serve_command.serve)
     for struct in (EngineConfig, ServerConfig):

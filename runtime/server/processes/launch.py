@@ -38,7 +38,9 @@ class RunDirectory:
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
         self.path = Path(tempfile.mkdtemp(prefix="branchwise-", dir=base))  # mkdtemp: mode 0700
-        keyless = msgspec.structs.replace(config, api_key=None, extra_api_keys=(), admin_api_key=None)
+        keyless = msgspec.structs.replace(
+            config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None
+        )
         launch = Launch(os.getpid(), keyless)
         (self.path / "launch.json").write_bytes(msgspec.json.encode(launch))
 

@@ -24,7 +24,7 @@ class Supervisor:
     wanted or not: the caller knows which.
     """
 
-    def __init__(self, run_dir: Path, on_exit: Callable[[Role, int], None]) -> None:
+    def __init__(self, run_dir: Path, on_exit: Callable[[Role, int], object]) -> None:
         self._run_dir = run_dir
         self._on_exit = on_exit
         self._children: dict[Role, subprocess.Popen[bytes]] = {}

@@ -1,0 +1,119 @@
+"""The three processes behind one server, as the HTTP side sees them: started, heard, told to leave, cleaned up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import zmq
+
+from ..config import ServerConfig
+from ..errors import LoadError
+from ..messages import Failed, Ready, Shutdown
+from .processes.channels import Inbox, Outbox, ToHttp
+from .processes.launch import ROLES, Role, RunDirectory
+from .processes.supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+FAILURE_SECONDS = 0.5  # how long the reason of a process that could not start may take to arrive after its exit
+EXIT_SECONDS = 5.0  # how long the processes may take to exit after `Shutdown`
+
+
+class EngineProcesses:
+    """Tokenizer, scheduler and detokenizer of one engine, and the channels to them.
+
+    ``receive`` takes every message for HTTP, on the event loop, but for `Ready` and `Failed`, which are handled here.
+    Made, started and closed on one running loop.
+    """
+
+    def __init__(self, config: ServerConfig, receive: Callable[[ToHttp], None]) -> None:
+        self._receive = receive
+        self._run_dir = RunDirectory(config)
+        self._context: zmq.Context[Any] = zmq.Context()
+        self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")
+        self._to_tokenizer = Outbox(self._context, self._run_dir.path, "tokenizer")
+        self._to_scheduler = Outbox(self._context, self._run_dir.path, "scheduler")
+        self.to_tokenizer, self.to_scheduler = self._to_tokenizer.send, self._to_scheduler.send
+        self._loop = asyncio.get_running_loop()
+        self._supervisor = Supervisor(
+            self._run_dir.path, lambda role, code: self._loop.call_soon_threadsafe(self._on_exit, role, code)
+        )
+        self._ready: dict[str, dict[str, Any]] = {}
+        self._all_ready = asyncio.Event()
+        self._failure: asyncio.Future[str] = self._loop.create_future()
+        self._leaving = False
+        self.ended: asyncio.Future[tuple[Role, int]] = self._loop.create_future()
+
+    @property
+    def pids(self) -> dict[Role, int]:
+        return self._supervisor.pids
+
+    def start(self) -> None:
+        """Starts the processes. ``ended`` then becomes the (role, exit code) of the first that ends unasked."""
+        self._loop.add_reader(self._inbox.fd, self._drain_inbox)
+        self._supervisor.start()
+
+    async def ready(self) -> dict[str, Any]:
+        """Waits until every process is ready; returns what the scheduler says about the model.
+
+        Raises `LoadError` with the reason if one ends instead.
+        """
+        ready = asyncio.create_task(self._all_ready.wait())
+        try:
+            await asyncio.wait((ready, self.ended), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+        if self._all_ready.is_set():
+            return self._ready["scheduler"]
+        await asyncio.wait((self._failure,), timeout=FAILURE_SECONDS)
+        role, code = self.ended.result()
+        raise LoadError(
+            self._failure.result() if self._failure.done() else f"the {role} process {_how(code)} while starting"
+        )
+
+    def describe_end(self) -> str:
+        """Which process ended unasked, and how."""
+        role, code = self.ended.result()
+        return f"the {role} process {_how(code)}"
+
+    async def leave(self) -> None:
+        """Lets the processes exit, in the order of the pipeline. `close` kills those that do not."""
+        self._leaving = True
+        self.to_tokenizer([Shutdown()])
+        if not await asyncio.to_thread(self._supervisor.wait, EXIT_SECONDS):
+            logger.warning("the engine's processes did not exit in time and were killed")
+
+    def close(self) -> None:
+        """Kills and reaps what is left, and removes the run directory."""
+        self._leaving = True
+        self._loop.remove_reader(self._inbox.fd)
+        self._supervisor.kill()
+        for outbox in (self._to_tokenizer, self._to_scheduler):
+            outbox.close(0)  # nobody is left to deliver to
+        self._inbox.close()
+        self._context.destroy(0)
+        self._run_dir.remove()
+
+    def _drain_inbox(self) -> None:
+        for message in self._inbox.receive():
+            match message:
+                case Ready():
+                    self._ready[message.role] = message.info
+                    if len(self._ready) == len(ROLES):
+                        self._all_ready.set()
+                case Failed():
+                    if not self._failure.done():
+                        self._failure.set_result(message.error)
+                case _:
+                    self._receive(message)
+
+    def _on_exit(self, role: Role, code: int) -> None:
+        if not self._leaving and not self.ended.done():
+            self.ended.set_result((role, code))
+
+
+def _how(code: int) -> str:
+    return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

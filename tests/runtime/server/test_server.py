@@ -1,0 +1,155 @@
+"""A server inside another process: on a thread of its own, or on somebody's event loop. Nothing of it is left after."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from branchwise.runtime.config import EngineConfig, ServerConfig, check_server
+from branchwise.runtime.errors import EngineDead, LoadError
+from branchwise.runtime.server.server import Server, ServerStopped
+
+
+@pytest.fixture
+def config(checkpoints: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., ServerConfig]:
+    """A server without a model; its run directories are made in ``tmp_path / "run"``."""
+    folder, run = tmp_path / "model", tmp_path / "run"
+    folder.mkdir()
+    run.mkdir()
+    checkpoints.write_tokenizer(folder)
+    (folder / "config.json").write_text("{}")
+    monkeypatch.setattr("tempfile.tempdir", str(run))
+
+    def make(**settings: Any) -> ServerConfig:
+        return ServerConfig(engine=EngineConfig(model=str(folder)), port=0, null_executor=True, **settings)
+
+    return make
+
+
+def complete(server: Server, tokens: int = 5) -> int:
+    body = {"prompt": "hello", "max_tokens": tokens}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=30).json()["usage"]["completion_tokens"]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_twice_one_after_the_other(config: Callable[..., ServerConfig], tmp_path: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for _ in range(2):
+        with Server(config()) as server:
+            assert complete(server) == 5
+            pids = server.info["pids"].values()
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+        assert not any(map(alive, pids))
+        assert not list((tmp_path / "run").iterdir())
+        assert not [thread for thread in threading.enumerate() if thread.name == "branchwise-server"]
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+def test_two_at_once(config: Callable[..., ServerConfig]) -> None:
+    with Server(config(served_model_name="one")) as one:
+        with Server(config(served_model_name="two")) as two:
+            names = [httpx.get(f"{server.url}/v1/models").json()["data"][0]["id"] for server in (one, two)]
+            assert names == ["one", "two"]
+            assert (complete(one), complete(two)) == (5, 5)
+        assert complete(one) == 5
+
+
+async def test_on_an_event_loop_requests_in_flight_finish(config: Callable[..., ServerConfig]) -> None:
+    server = Server(config(null_step_seconds=0.005))
+    with pytest.raises(RuntimeError, match="not ready"):
+        _ = server.info
+    info = await server.start()
+    assert info["pids"].keys() == {"tokenizer", "scheduler", "detokenizer"}
+    with pytest.raises(RuntimeError, match="make another"):
+        await server.start()
+    request = asyncio.create_task(asyncio.to_thread(complete, server, 100))
+    while not await busy(server):
+        await asyncio.sleep(0.01)
+    await server.stop()
+    assert await request == 100
+    await server.wait()
+
+
+async def busy(server: Server) -> bool:
+    async with httpx.AsyncClient() as client:
+        return bool((await client.get(f"{server.url}/get_server_info")).json()["requests_in_flight"])
+
+
+async def test_a_stop_before_it_is_ready(config: Callable[..., ServerConfig], tmp_path: Path) -> None:
+    server = Server(config())
+    starting = asyncio.create_task(server.start())
+    await asyncio.sleep(0.1)
+    await server.stop()
+    with pytest.raises(ServerStopped):
+        await starting
+    assert not list((tmp_path / "run").iterdir())
+
+
+async def test_a_cancelled_start_leaves_nothing(config: Callable[..., ServerConfig], tmp_path: Path) -> None:
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(Server(config()).start(), 0.2)
+    assert not list((tmp_path / "run").iterdir())
+
+
+async def test_a_killed_process_is_an_error_for_who_waits(config: Callable[..., ServerConfig]) -> None:
+    server = Server(config())
+    info = await server.start()
+    waiting = asyncio.create_task(server.wait())
+    os.kill(info["pids"]["scheduler"], signal.SIGKILL)
+    with pytest.raises(EngineDead, match="the scheduler process has stopped"):
+        await asyncio.wait_for(waiting, 10)
+
+
+def test_what_cannot_start_says_why(config: Callable[..., ServerConfig]) -> None:
+    with Server(config()) as server:
+        taken = config()
+        settings = {name: getattr(taken, name) for name in taken.__struct_fields__} | {"port": server.info["port"]}
+        with pytest.raises(LoadError, match="already in use"), Server(ServerConfig(**settings)):
+            pass
+    with pytest.raises(LoadError, match="--tool-call-parser"):
+        Server(config(tool_call_parser="nonsense"))
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t", "two words", "line\n", "\0"])
+@pytest.mark.parametrize("flag", ["--api-key", "--extra-api-key", "--admin-api-key", "--api-key-file"])
+def test_a_key_that_no_client_can_send_is_refused(
+    config: Callable[..., ServerConfig], tmp_path: Path, flag: str, key: str
+) -> None:
+    """An empty key must not mean a server that asks for none."""
+    (tmp_path / "key").write_text(key + "x\n" if key.strip() == "line" else key)
+    settings: dict[str, Any] = {
+        "--api-key": {"api_key": key},
+        "--extra-api-key": {"api_key": "good", "extra_api_keys": ("fine", key)},
+        "--admin-api-key": {"api_key": "good", "admin_api_key": key},
+        "--api-key-file": {"api_key_file": str(tmp_path / "key")},
+    }[flag]
+    with pytest.raises(LoadError, match=f"{flag.removesuffix('-file')}: a key must not be empty"):
+        Server(config(**settings))
+
+
+def test_a_key_from_a_file(config: Callable[..., ServerConfig], tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    file = str(tmp_path / "key")
+    with Server(config(api_key_file=file)) as server:
+        assert httpx.get(f"{server.url}/v1/models").status_code == 401
+        answer = httpx.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer secret"})
+        assert answer.status_code == 200
+    with pytest.raises(LoadError, match="give one of them"):
+        check_server(config(api_key="a", api_key_file=file))
+    with pytest.raises(LoadError, match="cannot be read"):
+        check_server(config(api_key_file=str(tmp_path / "none")))
