@@ -1,6 +1,7 @@
-"""What is remembered: a radix tree of token prefixes over pages of keys and values. NumPy only, no device, no torch."""
+"""The prefix cache: a radix tree of token prefixes over pages of keys and values. NumPy only: no device, no torch."""
 
 from .errors import InvariantError, LeaseError, OutOfPages, RadixError
+from .events import PagesEntered, PagesLeft, TreeObserver
 from .explain import Explanation
 from .hold import Hold
 from .inspection import Inspection
@@ -20,6 +21,9 @@ __all__ = [
     "Namespace",
     "OutOfPages",
     "PageAllocator",
+    "PagesEntered",
+    "PagesLeft",
     "RadixError",
     "RadixTree",
+    "TreeObserver",
 ]

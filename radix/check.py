@@ -1,41 +1,43 @@
-"""The whole tree, walked: every claim the rest of the room relies on, stated once more as code."""
+"""Every invariant of the room (README.md), checked by walking the whole tree: for tests and debug runs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 import numpy as np
 
 from .errors import InvariantError
+from .hold import Hold
 from .lease import Lease
-from .node import Node, Root, page_key
+from .node import DEVICE, Node, Root, page_key
+from .pages import PageAllocator
+from .structure import PrefixTree
 
-if TYPE_CHECKING:
-    from .tree import RadixTree
 
-
-def check_tree(tree: RadixTree, leases: Collection[Lease] | None = None) -> None:
-    """Raises `InvariantError` at the first thing that is wrong. O(everything): for tests, and for idle debug runs.
-
-    ``leases``: those the caller believes to be live; the tree must know exactly these.
-    """
-    if leases is not None:
-        _require(set(leases) == set(tree.leases), f"{len(tree.leases)} leases are live, the caller knows {len(leases)}")
+def check_structure(tree: PrefixTree) -> list[Node]:
+    """Raises `InvariantError` at the first inconsistency in nodes, counters or index. Returns all nodes but roots."""
     nodes: list[Node] = []
     for namespace, root in tree.roots.items():
-        _require(root.namespace == namespace == root.serial and root.parent is None, f"root {namespace} is another's")
-        _require(bool(root.children or root.locks), f"root {namespace} is empty and unused, yet there")
+        _require(root.namespace == namespace == root.serial and root.parent is None, f"root {namespace} is misfiled")
+        _require(bool(root.children or root.locks), f"root {namespace} is empty and unused")
         nodes += _subtree(tree, root)
-    _require(len({id(node) for node in nodes}) == len(nodes), "a node hangs in two places")
+    _require(len({id(node) for node in nodes}) == len(nodes), "a node is in two places")
     _require(tree.num_nodes == len(nodes), f"num_nodes is {tree.num_nodes}, {len(nodes)} were found")
-    _check_leases(tree, nodes)
-    _check_pages(tree, nodes)
-    _check_counters(tree, nodes)
+    cached = sum(len(node.pages) for node in nodes)
+    evictable = sum(len(node.pages) for node in nodes if not node.locks)
+    _require(tree.cached == cached, f"cached is {tree.cached}, counted {cached}")
+    _require(tree.evictable == evictable, f"evictable is {tree.evictable}, counted {evictable}")
+    indexed = list(tree.leaves)
+    leaves = sorted(tree.leaves.entry(node) for node in nodes if not node.locks and not node.children)
+    _require(indexed == leaves, "the eviction index is not the unlocked leaves under their present keys")
+    salts = Counter(namespace[0] for namespace, root in tree.roots.items() if root.children)
+    _require(tree.salts_in_use == salts, "the count of salts in use is wrong")
+    _require(not tree.events.pending, "events were not delivered")
+    return nodes
 
 
-def _subtree(tree: RadixTree, root: Root) -> list[Node]:
+def _subtree(tree: PrefixTree, root: Root) -> list[Node]:
     """Every node below the root, each checked against its parent."""
     found: list[Node] = []
     stack: list[Node] = [root]
@@ -44,16 +46,17 @@ def _subtree(tree: RadixTree, root: Root) -> list[Node]:
         for key, child in parent.children.items():
             where = f"node {child.serial}"
             full = len(child.tokens) == len(child.pages) * tree.page_size
-            stub = len(child.pages) == 1 and len(child.tokens) < tree.page_size
+            partial = len(child.pages) == 1 and tree.is_partial(child)
             _require(child.parent is parent, f"{where} has another parent")
-            _require(len(child.tokens) > 0 and (full or stub), f"{where}: tokens do not fill its pages")
-            _require(not (stub and child.children), f"{where} is a stub with children")
+            _require(len(child.tokens) > 0 and (full or partial), f"{where}: tokens do not fill its pages")
+            _require(not (partial and child.children), f"{where} is a partial page with children")
             _require(
                 key == child.key == page_key(child.tokens[: tree.page_size]), f"{where}: key is not its first page"
             )
+            _require(child.residency == DEVICE, f"{where}: residency is {child.residency}, and there is no other tier")
             _require(child.locks >= 0, f"{where} has {child.locks} locks")
             in_order = child.locks > 0 or parent is root or child.last_access <= parent.last_access
-            _require(in_order, f"{where} is unused, yet seems younger than its parent")
+            _require(in_order, f"{where} is unlocked and was used after its parent")
             found.append(child)
             stack.append(child)
         locked = sum(child.locks for child in parent.children.values())
@@ -61,11 +64,11 @@ def _subtree(tree: RadixTree, root: Root) -> list[Node]:
     return found
 
 
-def _check_leases(tree: RadixTree, nodes: list[Node]) -> None:
-    """Locks are what leases and holds explain, and no more; what a lease believes of its path is so."""
+def check_locks(tree: PrefixTree, nodes: list[Node], leases: Iterable[Lease], holds: Iterable[Hold]) -> None:
+    """Locks are exactly those of leases and holds, and the path of each is as it records it."""
     known = {id(node) for node in nodes} | {id(root) for root in tree.roots.values()}
     locks: Counter[int] = Counter()
-    for lease in tree.leases:
+    for lease in leases:
         _require(not lease.released, "a released lease is still registered")
         _require(id(lease.node) in known, "a lease ends at a node that is not in the tree")
         path = list(lease.node.upwards())
@@ -81,43 +84,31 @@ def _check_leases(tree: RadixTree, nodes: list[Node]) -> None:
             _require(below[-1].parent is lease.node, "a lease copies from elsewhere than below its path")
             copied = lease.copy[0] if lease.copy else -1
             _require(any(copied in node.pages for node in below), "a lease copies a page that is not its source's")
-    for hold in tree.holds:
+    for hold in holds:
         _require(hold.count > 0, "a hold without sharers")
         _require(id(hold.node) in known, "a hold ends at a node that is not in the tree")
         path = list(hold.node.upwards())
         locks.update(id(node) for node in path)
         _require(path[-1] is tree.roots.get(hold.namespace), "a hold reaches into another namespace")
-        whole = sum(len(node.tokens) for node in path)
-        _require(whole - tree.page_size < hold.tokens <= whole, "a hold is longer or shorter than its path")
+        length = sum(len(node.tokens) for node in path)
+        _require(length - tree.page_size < hold.tokens <= length, "a hold is longer or shorter than its path")
     for node in [*nodes, *tree.roots.values()]:
         _require(node.locks == locks[id(node)], f"node {node.serial}: {node.locks} locks, {locks[id(node)]} explained")
 
 
-def _check_pages(tree: RadixTree, nodes: list[Node]) -> None:
-    """Free, quarantined, of the tree, of a lease: every page is exactly one of these."""
-    free, quarantined = tree.allocator.holders()
-    _require(len(free) == tree.allocator.free, "the allocator miscounts its free pages")
-    _require(len(quarantined) == tree.allocator.quarantined, "the allocator miscounts its quarantined pages")
-    owned = [lease.pages[len(lease.pages) - lease.owned :] for lease in tree.leases]
+def check_pages(allocator: PageAllocator, nodes: list[Node], leases: Iterable[Lease]) -> None:
+    """Every page is in exactly one place: free, quarantined, in the tree, or owned by a lease."""
+    free, quarantined = allocator.listing()
+    _require(len(free) == allocator.free, "the allocator miscounts its free pages")
+    _require(len(quarantined) == allocator.quarantined, "the allocator miscounts its quarantined pages")
+    owned = [lease.pages[len(lease.pages) - lease.owned :] for lease in leases]
     everything = np.concatenate([free, quarantined, *(node.pages for node in nodes), *owned])
-    times = np.bincount(everything, minlength=tree.allocator.total)
-    _require(len(times) == tree.allocator.total, "a page beyond the pool")
+    times = np.bincount(everything, minlength=allocator.total)
+    _require(len(times) == allocator.total, "a page beyond the pool")
     _require(bool((times > 0).all()), f"pages lost: {np.flatnonzero(times == 0).tolist()}")
     _require(bool((times < 2).all()), f"pages in two places: {np.flatnonzero(times > 1).tolist()}")
 
 
-def _check_counters(tree: RadixTree, nodes: list[Node]) -> None:
-    cached = sum(len(node.pages) for node in nodes)
-    evictable = sum(len(node.pages) for node in nodes if not node.locks)
-    _require(tree.cached == cached, f"cached is {tree.cached}, counted {cached}")
-    _require(tree.evictable == evictable, f"evictable is {tree.evictable}, counted {evictable}")
-    indexed = list(tree.leaves)
-    leaves = sorted(tree.leaves.entry(node) for node in nodes if not node.locks and not node.children)
-    _require(indexed == leaves, "the eviction index is not the unlocked leaves under their present keys")
-    salts = Counter(namespace[0] for namespace, root in tree.roots.items() if root.children)
-    _require(tree.salts_in_use == salts, "the count of salts in use is wrong")
-
-
-def _require(holds: bool, otherwise: str) -> None:
-    if not holds:
+def _require(condition: bool, otherwise: str) -> None:
+    if not condition:
         raise InvariantError(otherwise)

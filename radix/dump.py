@@ -1,26 +1,24 @@
-"""The tree as data, for `/cache/tree` and for people."""
+"""The tree as JSON-able data, for ``/cache/tree`` and for people."""
 
 from __future__ import annotations
 
 from collections import deque
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .node import Node
-
-if TYPE_CHECKING:
-    from .tree import RadixTree
+from .structure import PrefixTree
 
 MAX_DEPTH = 100  # JSON encoders recurse
 
 
-def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
-    """``{"namespaces": [{"owner", "salt", "leases", "children": [node...]}...], "omitted", "totals"}``, JSON-able.
+def dump_namespaces(tree: PrefixTree, max_nodes: int, preview: int | None) -> tuple[list[dict[str, Any]], int]:
+    """``[{"owner", "salt", "leases", "children": [node...]}...]``, and the number of namespaces left out.
 
-    A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids; by default a page and eight more, for
-    siblings may share all but the last of a page), ``leases`` (locks), ``hits``, ``last_access`` (logical time),
-    ``stub``, ``children``; ``omitted`` counts children left out. Level by level, so that what ``max_nodes`` cuts off
-    is what hangs deepest. Namespaces are as many at most (and one at least); the first ``omitted`` counts the others.
+    A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids; by default a page and eight more, as
+    siblings may share all but the last token of a page), ``leases`` (locks), ``hits``, ``last_access`` (logical time),
+    ``stub`` (it is a partial page), ``children``; ``omitted`` counts children left out. Breadth-first, so that
+    ``max_nodes`` cuts off the deepest nodes. At most ``max_nodes`` namespaces are listed, and at least one.
     """
     preview = tree.page_size + 8 if preview is None else preview
     namespaces: list[dict[str, Any]] = []
@@ -38,10 +36,10 @@ def dump_tree(tree: RadixTree, max_nodes: int = 1000, preview: int | None = None
             room -= 1
             shown["children"].append(_describe(tree, child, preview))
             queue.append((child, shown["children"][-1], depth + 1))
-    return {"namespaces": namespaces, "omitted": len(tree.roots) - len(namespaces), "totals": _totals(tree)}
+    return namespaces, len(tree.roots) - len(namespaces)
 
 
-def _describe(tree: RadixTree, node: Node, preview: int) -> dict[str, Any]:
+def _describe(tree: PrefixTree, node: Node, preview: int) -> dict[str, Any]:
     return {
         "tokens": len(node.tokens),
         "pages": len(node.pages),
@@ -49,21 +47,6 @@ def _describe(tree: RadixTree, node: Node, preview: int) -> dict[str, Any]:
         "leases": node.locks,
         "hits": node.hits,
         "last_access": node.last_access,
-        "stub": len(node.tokens) < tree.page_size,
+        "stub": tree.is_partial(node),
         "children": [],
-    }
-
-
-def _totals(tree: RadixTree) -> dict[str, Any]:
-    return {
-        "page_size": tree.page_size,
-        "pages": tree.allocator.total,
-        "free": tree.allocator.free,
-        "quarantined": tree.allocator.quarantined,
-        "cached": tree.cached,
-        "evictable": tree.evictable,
-        "evicted": tree.evicted_total,
-        "nodes": tree.num_nodes,
-        "leases": len(tree.leases),
-        "reasons": dict(tree.reasons),
     }

@@ -1,4 +1,4 @@
-"""Who goes first when pages run out: an index of the evictable leaves, kept in the policy's order."""
+"""Eviction order: an index of the evictable leaves, sorted by the policy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sortedcontainers import SortedList
 
 from .node import Node
 
-Policy = Callable[[Node], Any]  # what sorts lower is evicted sooner; times are logical, so runs repeat exactly
+Policy = Callable[[Node], Any]  # lower keys are evicted first; times are logical, so runs are reproducible
 
 
 def lru(node: Node) -> int:
@@ -18,7 +18,7 @@ def lru(node: Node) -> int:
 
 
 def lfu(node: Node) -> tuple[int, int]:
-    """Least often used, and of those the least recently."""
+    """Least frequently used; ties by least recently used."""
     return node.hits, node.last_access
 
 
@@ -28,7 +28,7 @@ def fifo(node: Node) -> int:
 
 
 def priority(node: Node) -> tuple[int, int]:
-    """Lowest priority of the requests that used it, and of those the least recently used."""
+    """Lowest priority of the requests that used it; ties by least recently used."""
     return node.priority, node.last_access
 
 
@@ -36,9 +36,10 @@ POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "fifo": fifo, "priority":
 
 
 class EvictionIndex:
-    """The unlocked leaves in eviction order. Every change costs O(log n); nothing is ever walked or rebuilt.
+    """The unlocked leaves in eviction order. Each change costs O(log n); nothing is scanned or rebuilt.
 
-    A node's times, hits and priority change only while it is locked, hence not in here: a filed key stays true.
+    A node's times, hits and priority change only while it is locked, and locked nodes are not indexed, so an entry's
+    key never goes stale.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -61,6 +62,6 @@ class EvictionIndex:
         self._leaves.remove(self.entry(leaf))
 
     def pop(self) -> Node:
-        """Takes out the leaf to evict next."""
+        """Removes and returns the leaf to evict next."""
         node: Node = self._leaves.pop(0)[2]
         return node

@@ -1,4 +1,4 @@
-"""A hold: what keeps a cached prefix from eviction while nobody runs on it. Sharing it is counting."""
+"""A hold: protects a cached prefix from eviction while no request runs on it."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .node import Int32, Namespace, Node
 class Hold:
     """Made by `RadixTree.hold` and ended by `RadixTree.unhold`, once for each of its ``count`` sharers.
 
-    It reads nothing and writes nothing: whoever wants the pages matches them, as for any other prefix. ``node`` is
-    where the locked path ends: after the last whole page, or one page beyond, of which the first tokens are held.
+    A hold gives no access to pages: a request matches them like any other prefix. ``node`` is where the locked path
+    ends: after the last whole page, or one page further if the hold ends inside a page.
     """
 
     namespace: Namespace
-    tokens: int  # cached tokens that stay: whole pages, and the first tokens of one page more
-    node: Node  # the tree's
+    tokens: int  # tokens protected: whole pages, and the first tokens of one more page
+    node: Node  # internal
     count: int = 1  # sharers
-    pinned: bool = False  # a promise: whoever frees memory must leave it alone
+    pinned: bool = False  # must not be given up to free memory
 
     @property
     def pages(self) -> Int32:
-        """The pages it keeps, in order: the same ones as long as it lasts."""
+        """The protected pages in order. They stay the same while the hold lasts."""
         return np.concatenate([node.pages for node in reversed(list(self.node.upwards()))])

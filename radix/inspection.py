@@ -1,29 +1,45 @@
-"""A look at a prompt without a lease: what of it is here, in which pages, and which of those nothing may evict."""
+"""Reads of the tree without a lease: why a match stops where it does, and what of a prompt is cached."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from .explain import Explanation, explain
-from .matching import closest_page, follow
-from .node import Int32, Namespace, Root
-
-if TYPE_CHECKING:
-    from .tree import RadixTree
+from .explain import Explanation
+from .matching import Partial, Walk, closest_page, follow
+from .node import Int32, Namespace, Root, join, page_key
+from .structure import PrefixTree
 
 
 class Inspection(NamedTuple):
-    """``pages``: those of the reusable tokens, in order; of the last one only some tokens may be meant."""
+    """``pages``: those of the reusable tokens, in order; of the last page perhaps only the first tokens are."""
 
     report: Explanation
     pages: Int32
-    locked: int  # of the reusable tokens, how many are leased or held: always the first ones
+    locked: int  # how many of the reusable tokens are leased or held: always the first ones
 
 
-def inspect(tree: RadixTree, tokens: Int32, namespace: Namespace, limit: int) -> Inspection:
-    """See `RadixTree.inspect`. Nothing is split, locked, counted or made younger, not even an empty namespace made."""
+def explain(
+    tree: PrefixTree, namespace: Namespace, tokens: Int32, limit: int, walk: Walk, partial: Partial
+) -> Explanation:
+    """Why a match of ``tokens[:limit]`` ended as ``walk`` and ``partial`` say."""
+    hit, present = walk.length + partial.tokens, walk.length + partial.common
+    if hit == limit > 0:
+        return Explanation(hit, "hit")
+    next_page = page_key(tokens[walk.length : walk.length + tree.page_size])
+    at_node_end = present < limit and not walk.stopped_inside  # pages can be missing only after the end of a node
+    if at_node_end and tree.evictions.evicted(walk.node.serial, next_page, partial.common):
+        return Explanation(hit, "evicted")
+    if hit and hit == present and partial.diverges:
+        return Explanation(hit, "diverged", hit)
+    if not hit and tree.salts_in_use.get(namespace[0]) and not walk.node.children:
+        return Explanation(hit, "namespace")
+    return Explanation(hit, "cold")
+
+
+def inspect(tree: PrefixTree, tokens: Int32, namespace: Namespace, limit: int) -> Inspection:
+    """See `RadixTree.inspect`. Changes nothing: no split, lock, count or time, and no new namespace."""
     root = tree.roots.get(namespace) or Root(namespace)
     walk = follow(root, tokens, 0, limit, tree.page_size)
     partial = closest_page(walk, tokens, limit, tree.page_size, lambda _page: True)
@@ -34,4 +50,4 @@ def inspect(tree: RadixTree, tokens: Int32, namespace: Namespace, limit: int) ->
     locked *= tree.page_size
     if partial.node is not None and partial.node.locks:
         locked += partial.tokens
-    return Inspection(report, np.concatenate(pages) if pages else np.empty(0, np.int32), locked)
+    return Inspection(report, join(pages), locked)

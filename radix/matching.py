@@ -1,4 +1,4 @@
-"""How far a token sequence follows the tree, and which page comes closest where it stops. Reads only."""
+"""How far a token sequence follows the tree, and the page to copy where it stops. Read-only."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from .node import TOKEN_BYTES, Int32, Node, common_tokens, page_key
+from .node import DEVICE, TOKEN_BYTES, Int32, Node, common_tokens, page_key
 
-_SIBLINGS = 32  # looked at in either direction for a page that may be copied
+_SIBLINGS = 32  # examined in either direction for a page that may be copied
 
 
 class Walk(NamedTuple):
@@ -26,31 +26,34 @@ class Walk(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """What the tree holds of the page at which a walk stopped."""
+    """What the tree has of the page at which a walk stopped."""
 
-    tokens: int  # how many may be reused by copying a page; 0: none
+    tokens: int  # tokens that can be reused by copying a page; 0: none
     page: int
-    node: Node | None  # where that page is
-    common: int  # how many the closest page shares; more than ``tokens`` if that one may not be copied
-    diverges: bool  # a cached token follows those, and it is another one
+    node: Node | None  # the node of that page
+    common: int  # tokens shared with the closest page; more than ``tokens`` if that page may not be copied
+    diverges: bool  # a cached token follows those, and it differs
 
 
 class _Candidate(NamedTuple):
-    common: int  # tokens it shares with the page wanted
-    ends: bool  # it has no token after those
+    common: int  # tokens shared with the wanted page
+    ends: bool  # no token follows those
     page: int
     node: Node
 
 
 def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) -> Walk:
-    """Follows ``tokens[start:limit]`` down from the end of ``node``: per node one look-up and one array comparison."""
+    """Follows ``tokens[start:limit]`` down from the end of ``node``, through nodes on the device only.
+
+    Costs one dictionary lookup and one array comparison a node.
+    """
     length, pages = start, []
     while length + page_size <= limit:
         child = node.children.get(page_key(tokens[length : length + page_size]))
-        if child is None:
+        if child is None or not child.residency & DEVICE:
             break
         node = child
-        n = min(len(node.tokens), limit - length)  # at least a page, which the look-up compared
+        n = min(len(node.tokens), limit - length)  # at least a page: the lookup compared it
         differs = node.tokens[:n] != tokens[length : length + n]
         same = int(differs.argmax())
         if not differs[same]:
@@ -66,7 +69,8 @@ def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) ->
 def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: Callable[[int], bool]) -> Partial:
     """The page to copy where a walk stopped: the node's own next page, or the first page of a child.
 
-    Among the children it is the neighbour of the wanted page: in the order of keys, nobody shares more leading tokens.
+    ``usable``: whether a page may be copied from. Of the children, the best is a neighbour of the wanted page: in the
+    order of keys, no other shares more leading tokens.
     """
     wanted = page_key(tokens[walk.length : min(walk.length + page_size, limit)])
     if not wanted:
@@ -75,9 +79,11 @@ def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: 
         candidates = [_Candidate(walk.beyond, False, int(walk.node.pages[walk.inside]), walk.node)]
     else:
         candidates = []
-        for side in walk.node.from_nearest(wanted):
-            # Past the nearest only where that may not be copied: requests that come together leave such siblings.
+        for side in walk.node.nearest_first(wanted):
+            # Look past the nearest only if it may not be copied: requests that arrive together leave such siblings.
             for child in islice(side, _SIBLINGS):
+                if not child.residency & DEVICE:
+                    continue
                 common = common_tokens(child.key, wanted)
                 page = int(child.pages[0])
                 candidates.append(_Candidate(common, common * TOKEN_BYTES == len(child.key), page, child))

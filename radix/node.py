@@ -1,8 +1,9 @@
-"""One node of the tree: a run of whole pages, or a stub of less than one page."""
+"""One node of the tree: a run of whole pages, or one partial page."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
@@ -11,16 +12,19 @@ import numpy.typing as npt
 from sortedcontainers import SortedDict
 
 Int32 = npt.NDArray[np.int32]
-Namespace = tuple[str, str]  # (owner, salt): trees of different namespaces never meet
+Namespace = tuple[str, str]  # (owner, salt); no lookup crosses from one namespace to another
 
 DEFAULT: Namespace = ("", "")
 TOKEN_BYTES = 4
+DEVICE = 1  # bit of `Node.residency`: the pages are in the KV pool. Other tiers will add bits of their own.
 
+_EMPTY: Int32 = np.empty(0, np.int32)
+_EMPTY.setflags(write=False)
 _CHILDLESS: Any = MappingProxyType({})  # shared by all leaves: a SortedDict of its own would cost 2 kB
 
 
 def page_key(tokens: Int32) -> bytes:
-    """Up to a page of tokens as big-endian bytes: byte order is then token order, and prefixes are prefixes."""
+    """Encodes up to a page of tokens big-endian, so that byte order is token order and prefixes stay prefixes."""
     return tokens.astype(">i4").tobytes()
 
 
@@ -31,12 +35,17 @@ def common_tokens(a: bytes, b: bytes) -> int:
     return (8 * n - differing.bit_length()) // (8 * TOKEN_BYTES)
 
 
-class Node:
-    """A run of tokens and the pages that hold their keys and values.
+def join(arrays: list[Int32]) -> Int32:
+    """Concatenates; no arrays give an empty one, which is shared and read-only."""
+    return np.concatenate(arrays) if arrays else _EMPTY
 
-    ``len(tokens) == page_size * len(pages)``, except for a *stub*: a leaf with one page and fewer tokens than it
-    has room for. ``serial`` names the place where the node *ends*: it changes whenever that place moves, so a note
-    about what once followed (see `explain.EvictionRecord`) can never be read at another place.
+
+class Node:
+    """A run of tokens, int32 [n], and the pages that hold their keys and values, int32 [n / page_size].
+
+    A *partial page* is a leaf with one page and fewer tokens than fit in it. ``serial`` identifies the position at
+    which the node *ends*. It changes whenever that position moves, so that an `explain.EvictionRecord` entry about
+    what followed a node never applies to another position.
     """
 
     __slots__ = (
@@ -49,6 +58,7 @@ class Node:
         "pages",
         "parent",
         "priority",
+        "residency",
         "serial",
         "tokens",
     )
@@ -56,36 +66,35 @@ class Node:
     def __init__(self, tokens: Int32, pages: Int32, key: bytes, parent: Node | None, serial: int | Namespace) -> None:
         self.tokens = tokens
         self.pages = pages
-        self.key = key  # page_key of the first page: the name under which the parent knows this node
+        self.key = key  # page_key of the first page: the key under which the parent files this node
         self.parent = parent
         self.children: SortedDict = _CHILDLESS  # key -> Node
         self.serial = serial
-        self.locks = 0  # leases whose path runs through here, or that copy from here
+        self.residency = DEVICE  # where the pages are, as bits; a match uses only nodes with `DEVICE` set
+        self.locks = 0  # leases and holds whose path includes this node, and leases that copy from it
         self.hits = 0  # matches that reused this node
-        self.priority = 0  # the highest of the requests that used it
+        self.priority = 0  # the highest priority of the requests that used it
         self.created = 0  # logical time
         self.last_access = 0  # logical time
 
-    def adopt(self, child: Node) -> None:
+    def add_child(self, child: Node) -> None:
         if self.children is _CHILDLESS:
             self.children = SortedDict()
         self.children[child.key] = child
         child.parent = self
 
-    def disown(self, child: Node) -> None:
+    def remove_child(self, child: Node) -> None:
         del self.children[child.key]
         if not self.children:
             self.children = _CHILDLESS
 
-    def neighbours(self, key: bytes) -> list[Node]:
-        """The children just before and at or after a key: no other child shares more leading tokens with it."""
-        if not self.children:
-            return []
-        at = self.children.bisect_left(key)
-        return [self.children.peekitem(i)[1] for i in (at - 1, at) if 0 <= i < len(self.children)]
+    def covers(self, key: bytes, but: Node | None = None) -> bool:
+        """Whether the first page of a child other than ``but`` begins with ``key``: one of the next two, as sorted."""
+        _, after = self.nearest_first(key)
+        return any(child is not but and child.key.startswith(key) for child in islice(after, 2))
 
-    def from_nearest(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
-        """The children before a key and those at or after it, each nearest first: ever fewer leading tokens shared."""
+    def nearest_first(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
+        """The children before ``key`` and those at or after it; in each, ever fewer leading tokens are shared."""
         children = self.children
         at = children.bisect_left(key) if children else 0
         before = (children.peekitem(i)[1] for i in range(at - 1, -1, -1))
@@ -101,11 +110,10 @@ class Node:
 
 
 class Root(Node):
-    """The root of one namespace: no tokens, no pages. Its serial is the namespace, so notes about it outlive it."""
+    """The root of one namespace: no tokens, no pages. Its serial is the namespace, so records of it survive it."""
 
     __slots__ = ("namespace",)
 
     def __init__(self, namespace: Namespace) -> None:
-        empty = np.empty(0, np.int32)
-        super().__init__(empty, empty, b"", None, namespace)
+        super().__init__(_EMPTY, _EMPTY, b"", None, namespace)
         self.namespace = namespace

@@ -1,7 +1,7 @@
-"""Page numbers: which are free, and which must wait for the steps in flight before they may be free again.
+"""Page numbers: which are free, and which become free only when the steps in flight have ended.
 
-A page is ``page_size`` consecutive tokens' keys and values in the pool on the device. The allocator owns the
-*numbers* and nothing else: who uses a page is the tree's and the leases' business.
+A page is the keys and values of ``page_size`` consecutive tokens in the KV pool on the device. The allocator knows
+only page numbers; the tree and the leases know who uses a page.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from .node import Int32
 class PageAllocator:
     """A stack of free page numbers and a queue of quarantined ones.
 
-    **Quarantine.** A page that a running step may still read or write must not reach a new owner. Steps are
-    numbered by `begin_step`; a quarantined page waits until every step begun so far has ended. A page that no
-    step in flight can name (an evicted one: evicted means unleased) is given back at once, because whatever
-    writes to it next runs in a later step, and steps run in order.
+    **Quarantine.** A page that a step in flight may still read or write must not get a new owner. `begin_step`
+    numbers the steps; a quarantined page becomes free when every step begun before has ended. A page that no step in
+    flight uses (an evicted one was not leased) is free at once: what writes to it next runs in a later step, and
+    steps run in order.
 
-    The same calls give the same page numbers in the same order, always: ranks agree without talking.
+    Deterministic: the same calls return the same page numbers in the same order, so that ranks agree without
+    communication.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -32,33 +33,35 @@ class PageAllocator:
         self.page_size = page_size
         self.free = num_pages
         self.quarantined = 0
-        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # the free ones: [:free], next to go at the end
+        self._stack = np.arange(
+            num_pages - 1, -1, -1, dtype=np.int32
+        )  # free pages: [:free]; the last is the next allocated
         self._in_use = np.zeros(num_pages, np.bool_)
         self._waiting: deque[tuple[int, Int32]] = deque()  # (step that must end first, pages), steps ascending
         self._begun = 0  # the last step begun
         self._ended = 0  # every step up to this one has ended
 
     def allocate(self, n: int) -> Int32:
-        """Takes n free pages. Raises `OutOfPages`, with nothing changed, when there are fewer."""
+        """Takes n free pages. Raises `OutOfPages`, and changes nothing, when there are fewer."""
         if n < 0:
             raise ValueError(f"cannot allocate {n} pages")
         if n > self.free:
-            raise OutOfPages(f"{n} pages wanted, {self.free} of {self.total} are free")
+            raise OutOfPages(f"{n} pages requested, {self.free} of {self.total} are free")
         self.free -= n
         pages = self._stack[self.free : self.free + n][::-1].copy()
         self._in_use.put(pages, True)
         return pages
 
     def give_back(self, pages: Int32) -> None:
-        """Frees pages that no step in flight can touch; the next `allocate` hands them out in this order."""
-        self._leave(pages)
+        """Frees pages that no step in flight uses; the next `allocate` returns them in this order."""
+        self._mark_unused(pages)
         self._push(pages)
 
     def quarantine(self, pages: Int32) -> None:
-        """Frees pages once every step begun so far has ended; at once when none is in flight."""
+        """Frees pages when every step begun so far has ended: at once if none is in flight."""
         if not len(pages):
             return
-        self._leave(pages)
+        self._mark_unused(pages)
         if self._begun == self._ended:
             self._push(pages)
             return
@@ -66,12 +69,12 @@ class PageAllocator:
         self._waiting.append((self._begun, pages.copy()))
 
     def begin_step(self) -> int:
-        """A new step: what is quarantined from now on waits for this one too. Returns its number, from 1 up."""
+        """Begins a step; pages quarantined from now on also wait for its end. Returns its number, from 1."""
         self._begun += 1
         return self._begun
 
     def end_step(self, step: int) -> None:
-        """Every step up to and including this one has ended: what waited for them is free."""
+        """Every step up to and including this one has ended: pages quarantined for them become free."""
         if step > self._begun:
             raise ValueError(f"step {step} has not begun; the last was {self._begun}")
         self._ended = max(self._ended, step)
@@ -81,20 +84,20 @@ class PageAllocator:
             self._push(pages)
 
     def cancel_step(self, step: int) -> None:
-        """The step just begun will not run: what waited for it waits for the one before."""
+        """The step begun last will not run: pages quarantined for it wait for the step before instead."""
         if step != self._begun:
             raise ValueError(f"step {step} cannot be cancelled; the last begun is {self._begun}")
         self._begun -= 1
         self._waiting = deque((min(until, self._begun), pages) for until, pages in self._waiting)
         self.end_step(self._ended)
 
-    def holders(self) -> tuple[Int32, Int32]:
-        """(free pages, quarantined pages), as the allocator has them listed: for `RadixTree.check`."""
+    def listing(self) -> tuple[Int32, Int32]:
+        """(free pages, quarantined pages) as the allocator records them, for `RadixTree.check`."""
         waiting = [pages for _, pages in self._waiting]
         return self._stack[: self.free].copy(), np.concatenate(waiting) if waiting else np.empty(0, np.int32)
 
-    def _leave(self, pages: Int32) -> None:
-        """A page freed twice would get two owners, so it is refused here, before anything is changed."""
+    def _mark_unused(self, pages: Int32) -> None:
+        """Refuses a page that is not in use, before any change: a page freed twice would get two owners."""
         in_use = self._in_use.take(pages)
         if np.count_nonzero(in_use) < len(pages):
             raise InvariantError(f"pages freed that are not in use: {pages[~in_use].tolist()}")

@@ -197,8 +197,8 @@ class Planner:
         if request.held_back:
             return False
         now, soon = (
-            self._tree.peek(request.tokens, request.namespace, request.reuse_limit, fresh=fresh)
-            for fresh in (False, True)
+            self._tree.peek(request.tokens, request.namespace, request.reuse_limit, in_flight=in_flight)
+            for in_flight in (False, True)
         )
         request.held_back = soon - now >= _COPY_MIN
         return request.held_back

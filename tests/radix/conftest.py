@@ -2,20 +2,80 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from branchwise.radix import DEFAULT, Lease, Namespace, RadixTree
+from branchwise.radix import DEFAULT, Lease, Namespace, PagesEntered, PagesLeft, RadixTree
+
+Prefix = tuple[Namespace, tuple[int, ...]]
+
+
+class Mirror:
+    """A copy of the tree, page by page, made from its events alone. An event that does not fit it is an error."""
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.prefixes: dict[int, Prefix] = {}  # page -> every token up to its end
+        self.left: Counter[str] = Counter()  # pages by the reason they left
+
+    def pages_entered(self, event: PagesEntered) -> None:
+        before = self._before(event)
+        assert len(event.pages) == -(-len(event.tokens) // self.page_size) > 0
+        for i, page in enumerate(event.pages.tolist(), start=1):
+            assert page not in self.prefixes, "a page entered twice"
+            self.prefixes[page] = event.namespace, before + tuple(event.tokens[: i * self.page_size].tolist())
+
+    def pages_left(self, event: PagesLeft) -> None:
+        before = self._before(event)
+        self.left[event.reason] += len(event.pages)
+        for i, page in enumerate(event.pages.tolist(), start=1):
+            expected = event.namespace, before + tuple(event.tokens[: i * self.page_size].tolist())
+            assert self.prefixes.pop(page) == expected
+        tokens = before + tuple(event.tokens[: self.page_size].tolist())
+        if len(tokens) % self.page_size == 0:
+            orphans = [p for n, p in self.prefixes.values() if n == event.namespace and p[: len(tokens)] == tokens]
+            assert not orphans, "pages left before those that continue them"
+
+    def _before(self, event: PagesEntered | PagesLeft) -> tuple[int, ...]:
+        if event.parent == -1:
+            return ()
+        namespace, tokens = self.prefixes[event.parent]
+        assert namespace == event.namespace and len(tokens) % self.page_size == 0
+        return tokens
+
+    def compare(self, tree: RadixTree) -> None:
+        """The mirror is what a walk of the tree finds, and what a subscriber that comes now is told."""
+        found: dict[int, Prefix] = {}
+        stack = [(namespace, (), node) for namespace, root in tree.roots.items() for node in root.children.values()]
+        while stack:
+            namespace, before, node = stack.pop()
+            tokens = before + tuple(node.tokens.tolist())
+            for i, page in enumerate(node.pages.tolist(), start=1):
+                found[page] = namespace, tokens[: len(before) + i * self.page_size]
+            stack += [(namespace, tokens, child) for child in node.children.values()]
+        assert self.prefixes == found
+        assert self.left["evicted"] + self.left["pruned"] + self.left["flushed"] == tree.evicted_total
+        late = Mirror(self.page_size)
+        tree.subscribe(late)
+        tree.unsubscribe(late)
+        assert late.prefixes == found
 
 
 class Driver:
-    """Wraps a tree; ``check()`` runs after every move."""
+    """Wraps a tree; after every move its `check` runs and it is compared with a `Mirror`."""
 
     def __init__(self, num_pages: int = 32, page_size: int = 4, policy: str = "lru", enabled: bool = True) -> None:
         self.tree = RadixTree(num_pages, page_size, policy, enabled)
+        self.mirror = Mirror(page_size)
+        self.tree.subscribe(self.mirror)
         self.tree.begin_step()
+
+    def check(self) -> None:
+        self.tree.check()
+        self.mirror.compare(self.tree)
 
     def match(
         self, tokens: Sequence[int], namespace: Namespace = DEFAULT, limit: int | None = None, priority: int = 0
@@ -23,7 +83,7 @@ class Driver:
         """Looks tokens up, as the scheduler does: all but the last may be reused, unless a limit says otherwise."""
         limit = len(tokens) - 1 if limit is None else limit
         lease = self.tree.match(array(tokens), namespace, limit, priority)
-        self.tree.check()
+        self.check()
         return lease
 
     def compute(self, lease: Lease, tokens: Sequence[int]) -> tuple[int, list[int]] | None:
@@ -31,17 +91,17 @@ class Driver:
         missing = -(-len(tokens) // self.tree.page_size) - len(lease.pages)
         assert self.tree.reserve(lease, max(0, missing)) is not None
         replaced = self.tree.publish(lease, array(tokens))
-        self.tree.check()
+        self.check()
         return None if replaced is None else (replaced[0], replaced[1].tolist())
 
     def release(self, lease: Lease, tokens: Sequence[int] | None = None) -> None:
         self.tree.release(lease, None if tokens is None else array(tokens))
-        self.tree.check()
+        self.check()
 
     def next_step(self) -> None:
         """The step planned so far runs and ends; another is planned."""
         self.tree.end_step(self.tree.begin_step() - 1)
-        self.tree.check()
+        self.check()
 
     def remember(self, tokens: Sequence[int], namespace: Namespace = DEFAULT, priority: int = 0) -> list[int]:
         """One request from arrival to end; the pages it had."""
@@ -65,6 +125,11 @@ class Driver:
 
 def array(tokens: Sequence[int]) -> np.ndarray:
     return np.array(tokens, np.int32)
+
+
+@pytest.fixture
+def mirror() -> type[Mirror]:
+    return Mirror
 
 
 @pytest.fixture

@@ -33,12 +33,12 @@ def test_diverged_names_the_token(drive, at):
     assert report(d.match([*A[:at], 7, 7, 7, 7])) == (at, "diverged", at)
 
 
-def test_diverged_among_children_and_stubs(drive):
+def test_diverged_among_children_and_partial_pages(drive):
     d = drive()
     d.remember([*A[:4], 1, 2, 3, 4])
     d.remember([*A[:4], 1, 2, 9])
     assert report(d.match([*A[:4], 1, 5, 5])) == (5, "diverged", 5)
-    assert report(d.match([*A[:4], 1, 2, 9, 9, 9])) == (7, "cold", None), "the stub ends there, nothing differs"
+    assert report(d.match([*A[:4], 1, 2, 9, 9, 9])) == (7, "cold", None), "the partial page ends there, nothing differs"
     assert report(d.match([*A[:4], 8, 8])) == (4, "diverged", 4)
 
 
@@ -56,13 +56,13 @@ def test_evicted_leaf(drive):
     assert report(d.match(A)) == (11, "hit", None)
 
 
-def test_evicted_root_and_stub(drive):
+def test_evicted_root_and_partial_page(drive):
     d = drive(num_pages=4)
     d.remember(A[:6])
     lease = d.fill()
     d.tree.reserve(lease, 1)
     stopped = d.match(A)
-    assert report(stopped) == (4, "evicted", None), "the stub went"
+    assert report(stopped) == (4, "evicted", None), "the partial page was evicted"
     d.release(stopped)
     d.tree.reserve(lease, 1)
     assert not any(root.children for root in d.tree.roots.values())
@@ -134,7 +134,7 @@ def test_namespace_of_the_same_owner_only(drive):
     assert d.match(A, ("ann", "two")).report.reason == "cold"
 
 
-def test_a_fresh_page_that_cannot_be_copied_is_no_divergence(drive):
+def test_a_page_in_flight_that_cannot_be_copied_is_no_divergence(drive):
     d = drive()
     d.compute(d.match(A), A)
     assert report(d.match([*A[:6], 9, 9])) == (4, "cold", None)
@@ -152,7 +152,7 @@ def test_a_hit_never_looks_in_the_eviction_record(drive, monkeypatch):
     d = drive()
     d.remember(A)
     looked: list[object] = []
-    monkeypatch.setattr(EvictionRecord, "went", lambda *key: bool(looked.append(key)))
+    monkeypatch.setattr(EvictionRecord, "evicted", lambda *key: bool(looked.append(key)))
     for length in range(2, 13):
         assert d.match(A[:length]).report.reason == "hit"
     assert not looked
@@ -161,7 +161,7 @@ def test_a_hit_never_looks_in_the_eviction_record(drive, monkeypatch):
 
 
 def places(record: EvictionRecord, keys: Iterable[int]) -> list[bool]:
-    return [record.went(1, bytes([key] * 4), 0) for key in keys]
+    return [record.evicted(1, bytes([key] * 4), 0) for key in keys]
 
 
 def test_eviction_record_is_bounded_and_forgets_the_oldest():
@@ -170,4 +170,4 @@ def test_eviction_record_is_bounded_and_forgets_the_oldest():
         record.note(1, bytes([key] * 4))
     assert len(record) == 3
     assert places(record, (1, 2, 3, 4)) == [True, False, True, True]
-    assert not record.went(2, bytes([1] * 4), 0), "another place"
+    assert not record.evicted(2, bytes([1] * 4), 0), "another place"

@@ -83,11 +83,11 @@ def test_a_node_does_not_grow_under_a_hold(drive):
     driver.tree.check()
 
 
-def test_a_covered_stub_goes_with_its_hold(drive):
+def test_a_covered_partial_page_goes_with_its_hold(drive):
     driver = drive(page_size=4)
     driver.remember(ids(6))
     hold = driver.tree.hold(array(ids(6)))
-    driver.remember(ids(12))  # the second page whole: the stub stays, for it is held
+    driver.remember(ids(12))  # the second page whole: the partial page stays, for it is held
     before = driver.tree.cached
     driver.tree.unhold(hold)
     driver.tree.check()

@@ -205,7 +205,7 @@ def test_copy_source_stays_locked_when_it_is_split(drive):
     assert d.tree.evictable == d.tree.cached == 3
 
 
-def test_a_fresh_page_is_never_a_copy_source(drive):
+def test_a_page_in_flight_is_never_a_copy_source(drive):
     """Copies run before the step's writes: a page written by the same step would be copied empty."""
     d = drive()
     lease = d.match(A[:4])
@@ -218,7 +218,7 @@ def test_a_fresh_page_is_never_a_copy_source(drive):
     assert late.copy == (int(lease.pages[0]), 3)
 
 
-def test_fresh_stub_is_never_a_copy_source(drive):
+def test_in_flight_partial_page_is_never_a_copy_source(drive):
     d = drive()
     lease = d.match([1, 2])
     d.compute(lease, [1, 2])
@@ -270,7 +270,7 @@ def test_namespaces_leave_nothing_behind(drive):
         d.remember(A[:5], ("ann", salt))
     assert len(d.tree.roots) == 16, "the pool holds two pages of each of sixteen"
     d.tree.flush()
-    assert not d.tree.roots and not d.tree.salts_in_use
+    assert not d.tree.roots and not d.tree.structure.salts_in_use
 
 
 def test_disabled_cache_remembers_nothing(drive):

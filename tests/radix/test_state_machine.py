@@ -4,12 +4,14 @@ The oracle is a dictionary: whole token prefix -> the one page that ends it. It 
 decides evictions page by page, and keeps its own clock. Beside it runs a device that executes steps late and in
 order (copies, then writes, then reads) on a pool where each slot holds a fingerprint of the whole prefix up to it:
 a request that reads a wrong page, or a page too early, or one that was given away, reads a wrong fingerprint.
+A subscriber keeps a third copy from the tree's events alone.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,6 +76,7 @@ class Step:
 class Machine(RuleBasedStateMachine):
     policy = "lru"
     operations = 0
+    mirror_type: type[Any]
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
@@ -84,11 +87,13 @@ class Machine(RuleBasedStateMachine):
         self.size, self.pages, self.enabled = page_size, pages, enabled
         self.longest = 6 * page_size  # tokens of a request
         self.tree = RadixTree(pages, page_size, self.policy, enabled)
+        self.mirror = self.mirror_type(page_size)
+        self.tree.subscribe(self.mirror)
         self.kv = np.full((pages, page_size), EMPTY, np.int64)
         self.cache: dict[Prefix, Cached] = {}
         self.gone: set[Prefix] = set()  # evicted at some time
         self.waiting: dict[int, int] = {}  # quarantined page -> the step that must end
-        self.fresh: set[int] = set()
+        self.in_flight_pages: set[int] = set()
         self.requests: list[Request] = []
         self.seen: list[tuple[int, ...]] = [(X,) * page_size + (Y,) * page_size]
         self.clock = self.uids = self.evicted = self.ended = 0
@@ -144,7 +149,7 @@ class Machine(RuleBasedStateMachine):
         return length, best, {page for page, k in shared.items() if k == best}
 
     def evict(self, n: int) -> None:
-        """Page by page: of the unlocked pages that nothing cached continues (a stub never is), the policy's first."""
+        """Page by page, in the order of the policy: unlocked pages that no cached page continues."""
         order = {
             "lru": lambda c: c.last_access,
             "lfu": lambda c: (c.hits, c.last_access),
@@ -161,12 +166,12 @@ class Machine(RuleBasedStateMachine):
             self.gone.add(victim)
         self.evicted += n
 
-    def drop_covered_stubs(self, prefix: Prefix, border: int) -> None:
+    def drop_covered_pages(self, prefix: Prefix, border: int) -> None:
         locked = self.locked()
         for end in range(border + 1, len(prefix[1])):
-            stub = prefix[0], prefix[1][:end]
-            if stub in self.cache and stub not in locked:
-                self.quarantine(self.cache.pop(stub).page)
+            partial = prefix[0], prefix[1][:end]
+            if partial in self.cache and partial not in locked:
+                self.quarantine(self.cache.pop(partial).page)
 
     # ---- what a program does ----
 
@@ -218,15 +223,15 @@ class Machine(RuleBasedStateMachine):
         used = [self.cache[prefix] for prefix in path]
         if lease.copy is None:
             assert lease.hit == length
-            assert not shared or closest <= self.fresh, "a page could have been copied"
+            assert not shared or closest <= self.in_flight_pages, "a page could have been copied"
         else:
             page, k = lease.copy
             assert k >= 1 and lease.hit == length + k <= limit
-            assert page not in self.fresh
+            assert page not in self.in_flight_pages
             source = next(p for p, cached in self.cache.items() if cached.page == page)
             assert source[0] == namespace and source[1][: length + k] == tokens[: length + k]
-            assert k == shared or closest <= self.fresh, "a better page could have been copied"
-            if len(source[1]) % self.size:  # a stub: all of it is used
+            assert k == shared or closest <= self.in_flight_pages, "a better page could have been copied"
+            if len(source[1]) % self.size:  # a partial page: all of it is used
                 used.append(self.cache[source])
         now = self.now()
         for cached in used:
@@ -327,7 +332,7 @@ class Machine(RuleBasedStateMachine):
 
     def grow(self, r: Request, known: int, last: int, pages: list[int]) -> None:
         border, now = known * self.size, self.now()
-        self.drop_covered_stubs(r.prefix(border + self.size), border)
+        self.drop_covered_pages(r.prefix(border + self.size), border)
         parent, created = self.cache.get(r.prefix(border)), now
         if parent is not None and self.policy == "fifo":
             alone = not any(
@@ -341,7 +346,7 @@ class Machine(RuleBasedStateMachine):
                 created = parent.created  # the run it belongs to began then
         for i in range(known, last):
             self.cache[r.prefix((i + 1) * self.size)] = Cached(pages[i], created, now, r.priority, r.uid)
-            self.fresh.add(pages[i])
+            self.in_flight_pages.add(pages[i])
 
     @precondition(lambda self: any(r.scheduled_in < self.step for r in self.requests))
     @rule(data=st.data(), keep=st.sampled_from([True, True, False]))
@@ -360,10 +365,10 @@ class Machine(RuleBasedStateMachine):
         covered = any(w == r.namespace and p[:computed] == tail[1] for w, p in self.cache)
         r.lease.source = None
         if keep and self.enabled and computed > len(path) * self.size and not covered:
-            self.drop_covered_stubs(tail, len(path) * self.size)
+            self.drop_covered_pages(tail, len(path) * self.size)
             now = self.now()
             self.cache[tail] = Cached(owned[0], now, now, r.priority, r.uid)
-            self.fresh.add(owned.pop(0))
+            self.in_flight_pages.add(owned.pop(0))
         for page in owned:
             self.quarantine(page)
         now = self.now()
@@ -376,7 +381,7 @@ class Machine(RuleBasedStateMachine):
         """The step is launched and the next one planned, while up to ``lag`` are still running."""
         self.in_flight.append((self.step, self.draft))
         self.step, self.draft = self.tree.begin_step(), Step()
-        self.fresh = set()
+        self.in_flight_pages = set()
         while len(self.in_flight) > lag:
             self.end_step()
 
@@ -409,15 +414,8 @@ class Machine(RuleBasedStateMachine):
         type(self).operations += 1
         tree = self.tree
         tree.check([r.lease for r in self.requests])
-        found: dict[Prefix, int] = {}
-        stack = [(namespace, (), node) for namespace, root in tree.roots.items() for node in root.children.values()]
-        while stack:
-            namespace, before, node = stack.pop()
-            tokens = before + tuple(node.tokens.tolist())
-            for i, page in enumerate(node.pages.tolist()):
-                found[namespace, tokens[: len(before) + (i + 1) * self.size]] = page
-            stack += [(namespace, tokens, child) for child in node.children.values()]
-        assert found == {prefix: cached.page for prefix, cached in self.cache.items()}
+        self.mirror.compare(tree)
+        assert self.mirror.prefixes == {cached.page: prefix for prefix, cached in self.cache.items()}
         locked = self.locked()
         assert tree.evictable == sum(prefix not in locked for prefix in self.cache)
         assert tree.allocator.free == self.free()
@@ -439,8 +437,8 @@ class Machine(RuleBasedStateMachine):
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
-def test_random_programs_against_the_oracle(policy: str) -> None:
-    machine = type("Machine", (Machine,), {"policy": policy, "operations": 0})
+def test_random_programs_against_the_oracle(policy: str, mirror: type[Any]) -> None:
+    machine = type("Machine", (Machine,), {"policy": policy, "operations": 0, "mirror_type": mirror})
     run_state_machine_as_test(
         machine,
         settings=settings(

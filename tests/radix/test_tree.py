@@ -1,4 +1,4 @@
-"""The tree where no bug is known to have been: policies, copies, stubs, the dump, the check itself, its imports."""
+"""The tree where no bug is known to have been: policies, copies, partial pages, the dump, the check, its imports."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_the_best_page_to_copy_is_found_among_many(drive):
         d.release(lease)
 
 
-def test_a_longer_stub_takes_the_place_of_a_shorter_one(drive):
+def test_a_longer_partial_page_takes_the_place_of_a_shorter_one(drive):
     d = drive()
     d.remember([1, 2])
     d.remember([1, 2, 3])
@@ -121,12 +121,12 @@ def test_a_longer_stub_takes_the_place_of_a_shorter_one(drive):
     d.remember([1, 2])
     assert d.tree.cached == 1, "covered by the longer one"
     d.remember([1, 2, 3, 4])
-    assert d.tree.cached == 1 and d.tree.num_nodes == 1, "a page took the place of its stub"
+    assert d.tree.cached == 1 and d.tree.num_nodes == 1, "a page took the place of its beginning"
     d.remember([1, 2, 3])
     assert d.tree.cached == 1, "covered by the page"
 
 
-def test_a_stub_somebody_copies_from_stays(drive):
+def test_a_partial_page_somebody_copies_from_stays(drive):
     d = drive()
     page = d.remember([1, 2])[0]
     reader = d.match([1, 2, 9])
@@ -221,12 +221,12 @@ def test_dump_is_bounded_in_namespaces(drive):
         (lambda t, n: setattr(n, "last_access", 99), "index"),
         (lambda t, n: n.pages.__setitem__(0, 31), "pages lost"),
         (lambda t, n: n.tokens.__setitem__(0, 9), "first page"),
-        (lambda t, n: setattr(t, "evictable", 9), "evictable"),
-        (lambda t, n: setattr(t, "cached", 9), "cached"),
-        (lambda t, n: setattr(t, "num_nodes", 9), "num_nodes"),
-        (lambda t, n: t.leaves.remove(n), "index"),
+        (lambda t, n: setattr(t.structure, "evictable", 9), "evictable"),
+        (lambda t, n: setattr(t.structure, "cached", 9), "cached"),
+        (lambda t, n: setattr(t.structure, "num_nodes", 9), "num_nodes"),
+        (lambda t, n: t.structure.leaves.remove(n), "index"),
         (lambda t, n: t.allocator.allocate(1), "pages lost"),
-        (lambda t, n: t.salts_in_use.clear(), "salts"),
+        (lambda t, n: t.structure.salts_in_use.clear(), "salts"),
         (lambda t, n: setattr(n, "tokens", n.tokens[:3]), "fill"),
         (lambda t, n: t.match(np.array(A, np.int32)), "leases are live"),
     ],

@@ -235,7 +235,7 @@ class Branches:
 
     def resident(self, branch: Branch) -> int:
         """Tokens of it that the tree has now, held or not, those being written in this step among them."""
-        return self._tree.peek(branch.trail.tokens(), branch.namespace, fresh=True) if branch.trail.length else 0
+        return self._tree.peek(branch.trail.tokens(), branch.namespace, in_flight=True) if branch.trail.length else 0
 
     def check(self) -> None:
         """Raises RuntimeError if holds and branches do not add up. The tree's own check counts the locks."""
