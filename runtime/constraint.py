@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple, get_args
 
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
 Kind = Literal["regex", "json_schema", "ebnf", "choices"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -14,8 +12,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 MAX_BYTES = 128 * 1024  # of one constraint, as UTF-8
 MAX_SAMPLES_BYTES = 8 * 1024 * 1024  # of one constraint times n: each sample's message carries a copy
 MAX_CHOICES = 1024
-
-TokenBitmask = npt.NDArray[np.uint32]  # uint32 [..., ceil(vocab_size / 32)]: token t is bit t % 32 of word t // 32
 
 
 class Constraint(NamedTuple):

@@ -1,7 +1,7 @@
-"""What the planner hands the executor, and what comes back: the contract of one step.
+"""The contract of one step: what the planner hands the executor, and what comes back.
 
-Everything is a NumPy array over the scheduled requests (R), their query tokens (T) or the rows that sample (S).
-Nothing here knows torch.
+Arrays are NumPy's, over the step's requests (R), query tokens (T) or sampled query tokens (S). Nothing here uses torch.
+Plans and results have a byte form (`step_codec`), so that a plan can be sent to an executor in another process.
 """
 
 from __future__ import annotations
@@ -12,20 +12,29 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from ..radix.node import Int32 as Int32
 from .sampling_params import SamplingParams
 
-Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+TokenBitmask = npt.NDArray[np.uint32]  # [..., ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is token t
 
-PENDING = -1  # a token id whose value is on the device: the last token its row sampled
+PENDING = -1  # stands for a token id that only the device knows: the last token its row sampled
+
+
+def _no_indices() -> Int32:
+    return np.empty(0, np.int32)
+
+
+def _no_pairs() -> Int32:
+    return np.empty((0, 2), np.int32)
 
 
 @dataclass(slots=True, frozen=True)
 class RowStart:
-    """A request takes a row of the page table: everything the device side needs to know about it.
+    """A request takes a row of the page table: everything the executor needs to know about it.
 
-    ``tokens`` are the known tokens (prompt, and outputs if it resumes after a retraction); the first
-    ``prompt_len`` are the prompt. ``seed`` is always set: an unseeded request gets one from the engine.
+    ``tokens`` are the known tokens (the prompt, and outputs if it resumes after a retraction); the first
+    ``prompt_len`` are the prompt. ``seed`` is always set: the engine chooses one for an unseeded request.
     """
 
     row: int
@@ -37,36 +46,59 @@ class RowStart:
 
 @dataclass(slots=True)
 class StepPlan:
-    """One forward pass: chunks of prompts and decodes together. Decodes (q_len 1, sampling) come first.
+    """One forward pass: chunks of prompts and decodes together. Decodes (q_len 1, sampled) come first.
 
-    A step first applies ``table_*``, then ``copies``, then writes K/V of every query token to the pool before
-    attention reads it, layer by layer: so a page may be read by a request whose producer is in the same step.
+    A step applies, in this order: ``table_*``, ``host_stores``, ``host_loads``, ``copies``, ``starts``. Then each layer
+    writes the keys and values of all query tokens to the pool before its attention reads the pool. So a request may
+    read a page that another request of the same step writes.
     """
 
     step: int
     rows: Int32  # [R] page-table row of each request; no row appears twice
     q_lens: Int32  # [R] query tokens of each, >= 1
     kv_lens: Int32  # [R] tokens in the KV pool once this step has written
-    token_ids: Int32  # [T] query tokens, requests concatenated; PENDING where the device knows the value
-    num_decodes: int  # the first num_decodes requests have q_len 1 and sample
-    samples: Int32  # [S] indices into R, ascending: requests whose last query token's logits are sampled
+    token_ids: Int32  # [T] query tokens, requests concatenated; PENDING where only the device knows the value
+    num_decodes: int  # the first num_decodes requests have q_len 1 and are sampled
+    # [S] indices into T, ascending: query tokens whose logits are sampled. A request may have several; the row's last
+    # token is then the sample of its last query token.
+    samples: Int32
     table_rows: Int32  # [U] page-table writes: table[rows[i], cols[i]] = pages[i]
     table_cols: Int32
     table_pages: Int32
-    # [C, 2] (source page, destination page): copy-on-write, before anything is written. All sources are read before any
-    # destination is written: a source evicted while this step was planned may be another copy's destination.
+    # [C, 2] (source page, destination page): copy-on-write. All sources are read before any destination is written: a
+    # source that was evicted while this step was planned may be the destination of another copy.
     copies: Int32
     starts: list[RowStart] = field(default_factory=list)
-    # requests of this step that want logprobs of prompt tokens: (index into R, k, first wanted position). Logits of
-    # the query token at position p give the logprob of token p + 1; the last prompt token's are sampled, not returned.
+    # Logprobs of prompt tokens: (index into R, k, first position). The logits of the query token at position p give the
+    # logprob of token p + 1; those of the last prompt token are sampled instead.
     prompt_logprobs: list[tuple[int, int, int]] = field(default_factory=list)
-    # [K] indices into samples of requests that may not draw any token: the step is launched without sampling, and
-    # `PendingStep.sample` says which tokens they may.
-    constrained: Int32 = field(default_factory=lambda: np.empty(0, dtype=np.int32))
+    # [K] indices into samples whose tokens are constrained: the step is launched without sampling, and
+    # `PendingStep.sample` brings the allowed tokens.
+    constrained: Int32 = field(default_factory=_no_indices)
+    # Copies between the pool and a tier in host memory, whole pages in all layers. Empty without such a tier; an
+    # executor that has none refuses them.
+    host_stores: Int32 = field(default_factory=_no_pairs)  # [_, 2] (page, host page): read before this step writes
+    host_loads: Int32 = field(default_factory=_no_pairs)  # [_, 2] (host page, page)
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def query_starts(self) -> Int64:
+        """[R] the first query token of each request."""
+        return np.cumsum(self.q_lens, dtype=np.int64) - self.q_lens
+
+    @property
+    def sampled_requests(self) -> Int64:
+        """[S] index into R of the request of each sample."""
+        return np.searchsorted(np.cumsum(self.q_lens, dtype=np.int64), self.samples, side="right")
+
+    @property
+    def sample_positions(self) -> Int64:
+        """[S] the position in its request that each sampled token gets: behind the query token."""
+        of = self.sampled_requests
+        return (self.kv_lens - self.q_lens)[of] + (self.samples - self.query_starts[of]) + 1
 
 
 @dataclass(slots=True)
@@ -88,13 +120,19 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[int, TokenLogprobs]] = field(default_factory=dict)
 
 
+def refuse_host_copies(plan: StepPlan) -> None:
+    """For executors without a host tier. Raises `ValueError`: running the step without its copies would be wrong."""
+    if len(plan.host_stores) or len(plan.host_loads):
+        raise ValueError(f"step {plan.step} copies pages to or from host memory, and this executor has no host tier")
+
+
 class PendingStep(Protocol):
     """A step that has been launched."""
 
-    def sample(self, masks: npt.NDArray[np.uint32]) -> None:
-        """Enqueues the sampling of a step that has ``plan.constrained``; called once, before the next launch.
+    def sample(self, masks: TokenBitmask) -> None:
+        """Enqueues the sampling of a step with ``plan.constrained``. Called once, before the next launch.
 
-        ``masks`` [K, ceil(vocab_size / 32)]: bit ``t % 32`` of word ``t // 32`` says whether token t may be drawn.
+        ``masks`` [K, ceil(vocab_size / 32)]: the allowed tokens of each constrained sample.
         """
         ...
 
@@ -104,14 +142,14 @@ class PendingStep(Protocol):
 
 
 class Executor(Protocol):
-    """The device side: owns weights, KV pool, page table and sampler state. One rank is a world of size one."""
+    """Owns weights, KV pool, page table and sampler state of one device, and runs steps on it."""
 
     num_pages: int
     page_size: int
     vocab_size: int
 
     def launch(self, plan: StepPlan) -> PendingStep:
-        """Enqueues one step after all earlier ones (of one with ``plan.constrained``, all but the sampling).
+        """Enqueues one step after all earlier ones; a step with ``plan.constrained`` without its sampling.
 
         The plan's arrays must not be modified afterwards.
         """

@@ -19,14 +19,14 @@ from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
-from ..step import PENDING, Int32, Int64, StepPlan, StepResult
+from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
 from .backends import make_attention, pick_ops
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobs, PromptRows
-from .sampler import Sampled, SampleMasks, Sampler, TokenBitmask
+from .sampler import Sampled, SampleMasks, Sampler
 from .threads import ThreadChoice
 from .token_history import to_device
 
@@ -117,6 +117,7 @@ class ModelExecutor:
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""
+        refuse_host_copies(plan)
         _enter(self.device)
         self._threads.set_for(plan)
         with torch.inference_mode():
@@ -137,7 +138,7 @@ class ModelExecutor:
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
         wanted = self._prompt_logprobs.spans(plan)
-        starts = np.cumsum(plan.q_lens, dtype=np.int64) - plan.q_lens
+        starts = plan.query_starts
         inputs = self._stage(plan, shape, [starts[span.index] + span.offsets for span in wanted])
         count = len(plan.samples)
         if self._graphs is not None and shape is not None:
@@ -176,9 +177,9 @@ class ModelExecutor:
         return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
-        positions = plan.kv_lens[plan.samples].astype(np.int64)
-        sampled = self._sampler.sample(logits, plan.rows[plan.samples], positions, masks)
-        self._last_token.index_copy_(0, inputs.sampled_rows, sampled.tokens)
+        rows = plan.rows[plan.sampled_requests]
+        sampled = self._sampler.sample(logits, rows, plan.sample_positions, masks)
+        self._last_token.index_copy_(0, inputs.last_token_rows, sampled.tokens)
         return sampled
 
     def _capture(self, max_tokens: int) -> StepGraphs:

@@ -72,7 +72,7 @@ class StepGraphs:
         """The captured shape this step runs as, or None."""
         n = plan.num_decodes
         chunks, tokens = len(plan.rows) - n, plan.num_tokens - n
-        if plan.prompt_logprobs or chunks > self._chunks:
+        if plan.prompt_logprobs or chunks > self._chunks or len(plan.samples) > len(plan.rows):
             return None
         decodes = _at_least(self._mixed if chunks else self._decodes, n)
         chunk_tokens = _at_least(self._chunk_tokens, tokens) if chunks else 0

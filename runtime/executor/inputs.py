@@ -18,12 +18,12 @@ from ..step import Int32, Int64, StepPlan
 class StepInputs:
     """int64 on the device. T query tokens, padding included."""
 
-    ids: Tensor  # [T], PENDING where the row's last token is meant
+    ids: Tensor  # [T], PENDING stands for the row's last token
     positions: Tensor  # [T]
     slots: Tensor  # [T]
     rows: Tensor  # [T], page-table row of each token
-    outputs: Tensor  # [O], query tokens whose hidden states are wanted: those that sample, in order, come first
-    sampled_rows: Tensor  # [S], page-table rows that sample
+    outputs: Tensor  # [O], query tokens whose hidden states are computed: the samples come first, in order
+    last_token_rows: Tensor  # [S], the row whose last token the sample becomes; else the scratch row
 
 
 class InputStaging:
@@ -32,23 +32,22 @@ class InputStaging:
     Args:
         device: where the steps run.
         scratch_slot: where padding tokens write their keys and values.
-        max_tokens, max_requests: the most of a step, padding included. The buffer never moves: graphs read it.
+        max_tokens, max_requests: of one step, padding included. The buffer never moves, because graphs read it.
     """
 
     def __init__(self, device: torch.device, scratch_slot: int, max_tokens: int, max_requests: int) -> None:
-        # Four arrays of all tokens; outputs, which may be every token too; rows.
-        self._staging = Staging(5 * max_tokens + 3 * max_requests, torch.int64, device)
-        self._scratch_slot = scratch_slot
+        # Six arrays of at most all tokens; samples and extra outputs are padded to one a request.
+        self._staging = Staging(6 * max_tokens + 3 * max_requests, torch.int64, device)
+        self._scratch_slot, self._scratch_row = scratch_slot, max_requests
 
     def stage(
         self, plan: StepPlan, batch: AttentionBatch, shape: StepShape | None, extra_outputs: list[Int64]
     ) -> StepInputs:
-        """``shape``: padded to it. ``extra_outputs``: more query tokens whose hidden states are wanted."""
-        starts = np.cumsum(plan.q_lens, dtype=np.int64) - plan.q_lens  # first query token of each request
-        positions = np.arange(plan.num_tokens) + np.repeat(plan.kv_lens - plan.q_lens - starts, plan.q_lens)
+        """``shape``: pad to it. ``extra_outputs``: query tokens besides the samples whose hidden states are needed."""
+        positions = np.arange(plan.num_tokens) + np.repeat(plan.kv_lens - plan.q_lens - plan.query_starts, plan.q_lens)
         slots = batch.query_slots()
         rows = np.repeat(plan.rows, plan.q_lens)
-        outputs = np.concatenate([(starts + plan.q_lens - 1)[plan.samples], *extra_outputs])
+        outputs = np.concatenate([plan.samples.astype(np.int64), *extra_outputs])
         tokens, num_outputs = plan.num_tokens, len(outputs)
         if shape is not None:
             tokens, num_outputs = shape.num_tokens, shape.num_outputs
@@ -69,16 +68,23 @@ class InputStaging:
             slots=put(slots, self._scratch_slot),
             rows=put(rows),
             outputs=self._staging.put(outputs, num_outputs),
-            sampled_rows=self._staging.put(plan.rows[plan.samples]),
+            last_token_rows=self._staging.put(_last_token_rows(plan, self._scratch_row)),
         )
         self._staging.send()
         return inputs
 
 
+def _last_token_rows(plan: StepPlan, scratch_row: int) -> Int64:
+    """The page-table row of each request's last sample; the scratch row for the samples before it."""
+    rows = plan.rows[plan.sampled_requests].astype(np.int64)
+    rows[:-1][rows[:-1] == rows[1:]] = scratch_row
+    return rows
+
+
 class PageTable:
     """``[rows, columns]`` page numbers, on the host and on the device; on a CPU they are the same memory.
 
-    The last row belongs to no request: it names the pool's last page, which nobody owns.
+    The last row is the scratch row: no request's, and filled with the pool's last page, the scratch page.
     """
 
     def __init__(self, rows: int, columns: int, scratch_page: int, device: torch.device) -> None:

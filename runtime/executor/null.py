@@ -1,13 +1,12 @@
-"""An executor without a model: every token is a hash of its row's position. For measuring everything else."""
+"""An executor without a model: every token is a hash of its position. For measuring everything else."""
 
 from __future__ import annotations
 
 import time
 
 import numpy as np
-import numpy.typing as npt
 
-from ..step import Int32, StepPlan, StepResult
+from ..step import Int32, StepPlan, StepResult, TokenBitmask, refuse_host_copies
 
 
 class _Step:
@@ -16,8 +15,8 @@ class _Step:
         self._ends = ends  # monotonic seconds
         self._constrained = constrained
 
-    def sample(self, masks: npt.NDArray[np.uint32]) -> None:
-        """The hash chooses among the tokens that each may draw."""
+    def sample(self, masks: TokenBitmask) -> None:
+        """The hash chooses among the allowed tokens."""
         tokens = self._result.tokens
         for i, mask in zip(self._constrained.tolist(), masks, strict=True):
             allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
@@ -33,8 +32,8 @@ class _Step:
 class NullExecutor:
     """Implements `runtime.step.Executor`; a step costs a few microseconds.
 
-    ``step_seconds`` is how long a step takes, as on a device: steps run one after the other, and who asks for a result
-    waits without using the processor.
+    ``step_seconds`` is how long a step takes, as on a device: steps run one after the other, and waiting for a result
+    does not use the processor.
     """
 
     def __init__(self, num_pages: int, page_size: int, vocab_size: int, step_seconds: float = 0.0) -> None:
@@ -45,7 +44,8 @@ class NullExecutor:
         self._idle_at = 0.0  # monotonic seconds: when everything launched so far has run
 
     def launch(self, plan: StepPlan) -> _Step:
-        positions = plan.kv_lens[plan.samples].astype(np.uint64)
+        refuse_host_copies(plan)
+        positions = plan.sample_positions.astype(np.uint64)
         mixed = positions * np.uint64(0x9E3779B97F4A7C15)
         tokens = (mixed >> np.uint64(33)) % np.uint64(self.vocab_size)
         self._idle_at = max(self._idle_at, time.monotonic()) + self._step_seconds

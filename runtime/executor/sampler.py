@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ...kernels import sampling
-from ..constraint import TokenBitmask
 from ..sampling_params import SamplingParams
-from ..step import Int32, Int64, RowStart, TokenLogprobs
+from ..step import Int32, Int64, RowStart, TokenBitmask, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
@@ -152,7 +151,8 @@ class Sampler:
         """Penalties, bias, suppression: a new tensor if there is any of them, else ``logits`` itself."""
         penalized = np.flatnonzero(self._penalized[rows])
         biased = np.flatnonzero(self._biased[rows])
-        suppressed = np.flatnonzero(positions - self._prompt_lens[rows] < self._min_tokens[rows])
+        min_tokens = self._min_tokens[rows]
+        suppressed = np.flatnonzero((min_tokens > 0) & (positions - self._prompt_lens[rows] < min_tokens))
         if not (len(penalized) or len(biased) or len(suppressed)):
             return logits
         logits = logits.clone()

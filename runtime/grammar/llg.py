@@ -13,7 +13,8 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
-from ..constraint import Constraint, ConstraintError, TokenBitmask
+from ..constraint import Constraint, ConstraintError
+from ..step import TokenBitmask
 from . import schema
 
 if TYPE_CHECKING:

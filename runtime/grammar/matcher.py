@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..constraint import ConstraintError, TokenBitmask
+from ..constraint import ConstraintError
+from ..step import TokenBitmask
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..constraint import Constraint, ConstraintError, TokenBitmask
+from ..constraint import Constraint, ConstraintError
 from ..errors import InvalidRequest
 from ..grammar.matcher import Grammar, Matcher, compute_masks, suppress
+from ..step import TokenBitmask
 
 if TYPE_CHECKING:
     from ..grammar.compiler import GrammarCompiler

@@ -1,4 +1,4 @@
-"""A step while it is being planned, and its assembly into the arrays of a `StepPlan`."""
+"""A step while it is planned, and its assembly into the arrays of a `StepPlan`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Chunk(NamedTuple):
     row: int
     tokens: Int32
     start: int
-    samples: bool
+    samples: bool  # the last token's logits
 
     @property
     def end(self) -> int:
@@ -30,18 +30,18 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class ScheduledStep:
-    """A plan with the host objects its results belong to. Results are matched by request, never by row."""
+    """A plan with the requests that its results belong to. Results are matched by request, never by row."""
 
     plan: StepPlan
     sampled: list[Request]  # parallel to plan.samples
     prompt_logprobs: dict[int, Request]  # by index into the plan's requests
-    finishing: list[Request]  # end with this step without sampling (max_tokens=0)
-    prompt_tokens: int  # of the step's tokens, those that belong to prompts
+    finishing: list[Request]  # finish with this step without a sample (max_tokens=0)
+    prompt_tokens: int  # of the step's query tokens, those of prompts
 
 
 @dataclass(slots=True)
 class Draft:
-    """What has been decided about a step so far. ``budget``: query tokens that may still be scheduled."""
+    """The decisions about a step so far. ``budget``: query tokens that can still be scheduled."""
 
     step: int
     budget: int
@@ -70,31 +70,31 @@ class Draft:
         chunks = singles + longer
 
         requests = [rows.request(row) for row in decode.tolist()] + [c.request for c in chunks]
-        samples = np.fromiter(
-            (i for i in range(len(requests)) if i < len(decode) or chunks[i - len(decode)].samples), dtype=np.int32
-        )
+        n, extra = len(decode), len(chunks)
+        q_lens = np.ones(n + extra, dtype=np.int32)
+        q_lens[n:] = [len(c.tokens) for c in chunks]
+        is_sampled = np.ones(n + extra, dtype=np.bool_)
+        is_sampled[n:] = [c.samples for c in chunks]
+        sampled = np.flatnonzero(is_sampled)  # one sample each: of the last query token
         logprobs: list[tuple[int, int, int]] = []
-        wanting: dict[int, Request] = {}
+        prompt_logprobs: dict[int, Request] = {}
         for i, chunk in enumerate(chunks, start=len(decode)):
             request = chunk.request
             k = request.params.prompt_logprobs
             if k is not None and request.prompt_logprob_next <= min(chunk.end, request.prompt_len - 1):
                 logprobs.append((i, k, request.prompt_logprob_next))
-                wanting[i] = request
+                prompt_logprobs[i] = request
                 request.prompt_logprob_next = min(chunk.end, request.prompt_len - 1) + 1
         table_rows, table_cols, table_pages = ledger.take_writes()
         ledger.swap(self.swaps)
-        n, extra = len(decode), len(chunks)
         plan = StepPlan(
             step=self.step,
             rows=np.concatenate([decode, np.fromiter((c.row for c in chunks), np.int32, extra)]),
-            q_lens=np.concatenate(
-                [np.ones(n, dtype=np.int32), np.fromiter((len(c.tokens) for c in chunks), np.int32, extra)]
-            ),
+            q_lens=q_lens,
             kv_lens=np.concatenate([rows.computed[decode], np.fromiter((c.end for c in chunks), np.int32, extra)]),
             token_ids=np.concatenate(tokens + [c.tokens for c in chunks]),
             num_decodes=n + len(singles),
-            samples=samples,
+            samples=(np.cumsum(q_lens, dtype=np.int32) - 1)[sampled],
             table_rows=table_rows,
             table_cols=table_cols,
             table_pages=table_pages,
@@ -103,7 +103,9 @@ class Draft:
             prompt_logprobs=logprobs,
         )
         if rows.constrained.any():
-            plan.constrained = np.flatnonzero(rows.constrained[plan.rows[samples]]).astype(np.int32)
+            plan.constrained = np.flatnonzero(rows.constrained[plan.rows[sampled]]).astype(np.int32)
         ledger.clock += plan.num_tokens
         prompt_tokens = sum(max(0, min(c.end, c.request.prompt_len) - c.start) for c in chunks)
-        return ScheduledStep(plan, [requests[i] for i in samples.tolist()], wanting, self.finishing, prompt_tokens)
+        return ScheduledStep(
+            plan, [requests[i] for i in sampled.tolist()], prompt_logprobs, self.finishing, prompt_tokens
+        )

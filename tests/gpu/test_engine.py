@@ -63,7 +63,8 @@ def step_like(shape: StepShape) -> StepPlan:
     tokens = RNG.integers(2, 300, int(q_lens.sum())).astype(np.int32)
     none = np.empty(0, np.int32)
     kv_lens = q_lens + RNG.integers(0, 100, len(q_lens)).astype(np.int32)
-    return StepPlan(0, rows, q_lens, kv_lens, tokens, decodes, rows, none, none, none, none.reshape(0, 2))
+    samples = (np.cumsum(q_lens) - 1).astype(np.int32)
+    return StepPlan(0, rows, q_lens, kv_lens, tokens, decodes, samples, none, none, none, none.reshape(0, 2))
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton"])

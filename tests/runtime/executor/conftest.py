@@ -34,23 +34,28 @@ class Driver:
         copies: Sequence[tuple[int, int]] = (),
         starts: Sequence[RowStart] = (),
         prompt_logprobs: Sequence[tuple[int, int, int]] = (),
+        samples: Sequence[int] | None = None,  # query tokens; None: the last ones of the chunks that sample
+        **rest: Any,
     ) -> Any:
         self.steps += 1
+        q_lens = np.array([len(tokens) for _, tokens, _, _ in chunks], np.int32)
+        last = (np.cumsum(q_lens) - 1)[[bool(chunk[3]) for chunk in chunks]]
         writes = np.array(list(table), np.int32).reshape(-1, 3)
         plan = StepPlan(
             step=self.steps,
             rows=np.array([row for row, _, _, _ in chunks], np.int32),
-            q_lens=np.array([len(tokens) for _, tokens, _, _ in chunks], np.int32),
+            q_lens=q_lens,
             kv_lens=np.array([start + len(tokens) for _, tokens, start, _ in chunks], np.int32),
             token_ids=np.concatenate([np.asarray(tokens, np.int32) for _, tokens, _, _ in chunks]),
             num_decodes=num_decodes,
-            samples=np.array([i for i, chunk in enumerate(chunks) if chunk[3]], np.int32),
+            samples=np.asarray(last if samples is None else samples, np.int32),
             table_rows=writes[:, 0],
             table_cols=writes[:, 1],
             table_pages=writes[:, 2],
             copies=np.array(list(copies), np.int32).reshape(-1, 2),
             starts=list(starts),
             prompt_logprobs=list(prompt_logprobs),
+            **rest,
         )
         return self.executor.launch(plan)
 

@@ -64,6 +64,54 @@ def test_chunk_that_does_not_sample_beside_a_decode(driver: Drive, make: SimpleN
     assert result.tokens.tolist() == [int(oracle("llama-gqa", OTHER[:25])[-1].argmax())]
 
 
+def test_several_samples_of_one_request(driver: Drive, make: SimpleNamespace, oracle: Oracle) -> None:
+    """A draft's tokens are verified in one step. The row's last token is the sample of its last query token."""
+    drive = driver()
+    tokens = PROMPT[:12] + continuation(oracle, "llama-gqa", PROMPT[:12], 4)
+    drive.step(
+        [(1, PROMPT[:11], 0, False), (4, OTHER[:5], 0, False)],
+        table=make.columns(1, [9, 3, 30]) + make.columns(4, [7]),
+        starts=[make.start(1, PROMPT[:12]), make.start(4, OTHER[:6])],
+    )
+    result = drive.step(
+        [(4, OTHER[5:6], 5, True), (1, tokens[11:15], 11, True)], num_decodes=1, samples=[0, 1, 2, 4]
+    )  # query token 3 is not sampled
+    expected = oracle("llama-gqa", tokens[:15]).argmax(-1).tolist()
+    other = int(oracle("llama-gqa", OTHER[:6])[-1].argmax())
+    assert result.tokens.tolist() == [other, expected[11], expected[12], expected[14]]
+    result = drive.step([(1, [PENDING], 15, True), (4, [PENDING], 6, True)], num_decodes=2)
+    grown = [continuation(oracle, "llama-gqa", t, 2)[1] for t in (tokens[:15], OTHER[:6])]
+    assert result.tokens.tolist() == grown
+
+
+def test_sampled_tokens_depend_on_their_position_alone(driver: Drive, make: SimpleNamespace) -> None:
+    """Several samples in one step are the tokens that a step for each would have drawn."""
+    params = SamplingParams(temperature=1.0, top_p=0.9)
+    found = []
+    for steps in ([[0, 1, 2]], [[0], [1], [2]]):
+        drive = driver()
+        drive.step(
+            [(1, PROMPT[:9], 0, False)], table=make.columns(1, [9, 3]), starts=[make.start(1, PROMPT[:12], params)]
+        )
+        found.append([])
+        for some in steps:
+            chunk = PROMPT[9 + some[0] : 10 + some[-1]]
+            samples = list(range(len(some)))
+            found[-1] += drive.step([(1, chunk, 9 + some[0], True)], samples=samples).tokens.tolist()
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("copies", ["host_stores", "host_loads"])
+def test_copies_to_a_tier_that_is_not_there_are_refused(copies: str, driver: Drive, make: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match="no host tier"):
+        driver().step(
+            [(0, PROMPT[:8], 0, True)],
+            table=make.columns(0, [4]),
+            starts=[make.start(0, PROMPT[:8])],
+            **{copies: np.array([[1, 2]], np.int32)},
+        )
+
+
 def test_copy_on_write_reuses_part_of_a_page(driver: Drive, make: SimpleNamespace, oracle: Oracle) -> None:
     """The second request shares 12 tokens with the first: a page and half of the next, which is copied."""
     drive = driver()

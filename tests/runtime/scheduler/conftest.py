@@ -97,7 +97,7 @@ class CanaryExecutor:
             positions = np.arange(kv_len)
             read = self.slots[self.table[row, positions // page] * page + positions % page]
             assert (read[:, 1] == positions).all(), "a slot of the context belongs to another position"
-            if index in plan.samples:
+            if index in plan.sampled_requests:
                 token = next_token(read[:, 0].tolist(), int(self.seeds[row]))
                 self.last_token[row] = token
                 drawn.append(token)
