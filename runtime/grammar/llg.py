@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
@@ -16,6 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from ..constraint import Constraint, ConstraintError
 from ..step import TokenBitmask
 from . import schema
+from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
@@ -46,7 +47,9 @@ class GrammarBackend:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         size = max(vocab_size, tokenizer.vocab_size)
         try:
-            self._tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=sorted(eos_ids) or None)
+            vocabulary = Vocabulary(tokenizer, size, eos_ids)
+            self._tokenizer = LLTokenizer(cast("Any", vocabulary), eos_token=sorted(eos_ids) or None)
+            self._tokenizer.tokenize_str("a")  # what the tokenizer builds at its first use
         except Exception as error:  # llguidance raises plain ValueError and more
             raise ConstraintError(f"cannot be enforced with this model's tokenizer: {_one_line(str(error))}") from error
         self.eos_ids = frozenset(self._tokenizer.eos_tokens)
