@@ -1,0 +1,295 @@
+"""JSON schema keywords that llguidance does not enforce: rewritten where that is possible, otherwise refused.
+
+`simplified` removes keywords that have no effect and rewrites others into ones that llguidance enforces. `check` then
+refuses what is left, naming the keyword's path. It follows references from the root, so that definitions nobody uses
+may say anything.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeGuard
+
+from ..constraint import ConstraintError
+from .patterns import matched_names, matches_only, without_lookahead
+
+Schema = dict[str, Any]
+
+# Formats that llguidance enforces. Any other is an annotation, as JSON Schema says.
+FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
+LITERALS = frozenset({"const", "enum", "default", "examples", "example"})  # their values are data, not schemas
+MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
+
+_ANNOTATIONS = frozenset({"title", "description", "$comment", "default", "examples", "deprecated"})
+_APPLICATORS = frozenset({"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "$dynamicRef"})
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_UNSUPPORTED = (  # by llguidance
+    "not",
+    "if",
+    "then",
+    "else",
+    "$dynamicRef",
+    "$recursiveRef",
+    "contains",
+    "minContains",
+    "maxContains",
+    "uniqueItems",
+    "unevaluatedItems",
+    "propertyNames",
+    "dependencies",
+    "dependentRequired",
+    "dependentSchemas",
+    "unevaluatedProperties",
+)
+_TYPES = {  # keywords that apply to values of one type, and say nothing of others
+    "array": ("contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems"),
+    "object": (
+        "propertyNames",
+        "dependencies",
+        "dependentRequired",
+        "dependentSchemas",
+        "unevaluatedProperties",
+        "minProperties",
+        "maxProperties",
+    ),
+    "string": ("format", "pattern"),
+}
+
+
+def simplified(schema: Schema, root: Any) -> Schema:
+    """A copy of ``schema``, whose subschemas are simplified already, that accepts the same values or fewer."""
+    schema = dict(schema)
+    for type, keywords in _TYPES.items():
+        if not _may_be(schema, type):
+            for keyword in keywords:
+                schema.pop(keyword, None)
+    for keyword in [keyword for keyword in schema if _has_no_effect(keyword, schema)]:
+        del schema[keyword]
+    _rewrite_unevaluated(schema)
+    _rewrite_property_names(schema, root)
+    _fold_patterns(schema)
+    if isinstance(schema.get("pattern"), str):
+        patterns = without_lookahead(schema["pattern"])
+        if patterns is not None and len(patterns) > 1:
+            schema["pattern"] = patterns[0]
+            schema["allOf"] = [*_list(schema.get("allOf")), *({"pattern": pattern} for pattern in patterns[1:])]
+    if re.fullmatch("uuid[1-8]", str(schema.get("format"))):
+        schema["format"] = "uuid"
+    elif isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
+        del schema["format"]
+    return schema
+
+
+def _has_no_effect(keyword: str, schema: Schema) -> bool:
+    value = schema[keyword]
+    match keyword:
+        case "not":
+            return value is False
+        case "if":
+            return not {"then", "else"} & schema.keys()
+        case "then" | "else":
+            return "if" not in schema
+        case "$dynamicAnchor" | "$recursiveAnchor":
+            return True  # only a dynamic reference would read it
+        case "contains":
+            return schema.get("minContains") == 0 and "maxContains" not in schema
+        case "minContains":
+            return "contains" not in schema or (value == 0 and "maxContains" not in schema)
+        case "maxContains":
+            return "contains" not in schema
+        case "uniqueItems":
+            return value is False or _at_most(schema.get("maxItems"), 1)
+        case "unevaluatedItems":
+            return _accepts_all(value) or ("items" in schema and not isinstance(schema["items"], list))
+        case "unevaluatedProperties":
+            return _accepts_all(value) or "additionalProperties" in schema
+        case "propertyNames":
+            return _accepts_all(value) or (_accepts_all(value, "type") and value["type"] == "string")
+        case "dependentSchemas" | "dependencies":
+            return not value
+        case "dependentRequired":
+            return isinstance(value, dict) and all(set(_list(names)) <= _required(schema) for names in value.values())
+        case "minProperties":
+            return _at_most(value, len(_required(schema)))
+        case "maxProperties":
+            return _is_closed(schema) and _at_most(len(_dict(schema.get("properties"))), value)
+    return False
+
+
+def _rewrite_unevaluated(schema: Schema) -> None:
+    """Where no other schema applies to the same value, what is unevaluated is what is additional."""
+    if _APPLICATORS & schema.keys():
+        return
+    if "unevaluatedProperties" in schema:
+        schema["additionalProperties"] = schema.pop("unevaluatedProperties")
+    if "unevaluatedItems" in schema and not isinstance(schema.get("items"), list):
+        schema["items"] = schema.pop("unevaluatedItems")
+
+
+def _rewrite_property_names(schema: Schema, root: Any) -> None:
+    """Names of a closed list become properties; names of one pattern become a pattern property."""
+    if "propertyNames" not in schema:
+        return
+    names = resolve(schema["propertyNames"], root)
+    if not isinstance(names, dict):
+        return
+    others = schema.get("additionalProperties", True)
+    keys = names.keys() - _ANNOTATIONS - {"type"}
+    listed = names.get("enum", [names["const"]] if "const" in names else None)
+    if keys <= {"enum", "const"} and isinstance(listed, list) and "patternProperties" not in schema:
+        declared = _dict(schema.get("properties"))
+        schema["properties"] = {name: declared.get(name, others) for name in listed if isinstance(name, str)}
+    elif keys and keys <= {"pattern", "minLength", "maxLength"} and not _dict(schema.get("properties")):
+        if "patternProperties" in schema or ("pattern" in keys and len(keys) > 1):
+            return
+        low, high = names.get("minLength", 0), names.get("maxLength", "")
+        schema["patternProperties"] = {names.get("pattern", rf"^[\s\S]{{{low},{high}}}$"): others}
+    else:
+        return
+    schema["additionalProperties"] = False
+    del schema["propertyNames"]
+
+
+def _fold_patterns(schema: Schema) -> None:
+    """Drop pattern properties that can only match declared properties, after adding their schemas to those."""
+    properties, patterns = _dict(schema.get("properties")), _dict(schema.get("patternProperties"))
+    for pattern, inner in patterns.items():
+        names = matched_names(pattern, list(properties))
+        if not matches_only(pattern, names):
+            continue
+        for name in names:
+            if not _accepts_all(inner) and properties[name] != inner:
+                properties = {**properties, name: {"allOf": [properties[name], inner]}}
+        schema["properties"] = properties
+        schema["patternProperties"] = {
+            key: value for key, value in schema["patternProperties"].items() if key != pattern
+        }
+    if not schema.get("patternProperties", True):
+        del schema["patternProperties"]
+
+
+def check(root: Any) -> None:
+    """Raise `ConstraintError` for the first keyword, reachable from the root, that cannot be enforced."""
+    seen: set[int] = set()
+    pending: list[tuple[str, Any]] = [("", root)]
+    while pending:
+        path, schema = pending.pop()
+        if not isinstance(schema, dict) or id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        _check_one(path, schema)
+        target = resolve(schema, root)
+        if target is not schema:
+            pending.append((_pointer(schema["$ref"]), target))
+        pending += reversed(list(subschemas(schema, path)))
+
+
+def subschemas(schema: Schema, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The schemas inside ``schema`` that apply to its values or to parts of them, each with its path."""
+    for keyword, value in schema.items():
+        at = f"{path}.{keyword}" if path else keyword
+        if keyword in ("$defs", "definitions") or keyword in LITERALS:
+            continue
+        if keyword in NAMED_SCHEMAS and isinstance(value, dict):
+            yield from ((f"{at}.{name}", inner) for name, inner in value.items())
+        elif isinstance(value, list):
+            yield from ((f"{at}[{i}]", inner) for i, inner in enumerate(value))
+        elif isinstance(value, dict):
+            yield at, value
+
+
+def _check_one(path: str, schema: Schema) -> None:
+    def refuse(keyword: str, why: str = "which cannot be enforced") -> ConstraintError:
+        return ConstraintError(f"uses {keyword} at {path}.{keyword}, {why}" if path else f"uses {keyword}, {why}")
+
+    for keyword in _UNSUPPORTED:
+        if keyword in schema:
+            raise refuse(keyword)
+    for keyword in ("pattern", "patternProperties"):
+        patterns = [schema["pattern"]] if keyword == "pattern" and keyword in schema else _dict(schema.get(keyword))
+        for pattern in patterns:
+            if isinstance(pattern, str) and without_lookahead(pattern) != [pattern]:
+                raise refuse(keyword, "with look-around, which cannot be enforced")
+    for keyword in _BOUNDS:
+        bound = schema.get(keyword)
+        if _is_number(bound) and abs(bound) > MAX_EXACT and (_may_be(schema, "integer") or isinstance(bound, int)):
+            raise refuse(keyword, f"with {bound}: bounds beyond ±{MAX_EXACT} cannot be enforced exactly")
+    for keyword in ("const", "enum"):
+        if keyword in schema:
+            for number in _integers(schema[keyword]):
+                if not _is_exact(number):
+                    raise refuse(keyword, f"with {number}: integers beyond ±{MAX_EXACT} cannot be enforced exactly")
+    least = len(_required(schema)) + 1
+    if not _is_closed(schema) and not _at_most(schema.get("minProperties", 0), least):
+        raise refuse("minProperties", f"which counts repeated names: at most {least} can be enforced here")
+
+
+def resolve(schema: Any, root: Any) -> Any:
+    """The schema that a local ``$ref`` leads to; ``schema`` itself if there is none. None: it leads nowhere."""
+    for _ in range(8):
+        reference = schema.get("$ref") if isinstance(schema, dict) else None
+        if not isinstance(reference, str) or not (reference + "/").startswith("#/"):
+            break
+        schema = root
+        for part in reference[2:].split("/") if len(reference) > 2 else []:
+            name = part.replace("~1", "/").replace("~0", "~")
+            if isinstance(schema, list):
+                schema = schema[int(name)] if name.isdecimal() and int(name) < len(schema) else None
+            else:
+                schema = schema.get(name) if isinstance(schema, dict) else None
+    return schema
+
+
+def _pointer(reference: str) -> str:
+    return reference.removeprefix("#/").replace("/", ".").removeprefix("#")
+
+
+def _may_be(schema: Schema, type: str) -> bool:
+    """Whether values of ``type`` satisfy the schema's ``type`` keyword."""
+    given = schema.get("type")
+    types = [given] if isinstance(given, str) else given
+    return not isinstance(types, list) or type in types
+
+
+def _accepts_all(value: Any, *ignored: str) -> bool:
+    return value is True or (isinstance(value, dict) and not value.keys() - _ANNOTATIONS - set(ignored))
+
+
+def _required(schema: Schema) -> set[str]:
+    return {name for name in _list(schema.get("required")) if isinstance(name, str)}
+
+
+def _is_closed(schema: Schema) -> bool:
+    return schema.get("additionalProperties") is False and not schema.get("patternProperties")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _at_most(value: Any, limit: Any) -> bool:
+    return _is_number(value) and _is_number(limit) and value <= limit
+
+
+def _is_exact(number: int) -> bool:
+    """Whether llguidance, which computes with float64 and int64, writes the number as it is."""
+    return abs(number) < 2**63 and float(number) == number
+
+
+def _integers(value: Any) -> Iterator[int]:
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, int) and not isinstance(one, bool):
+            yield one
+        pending += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list) else []
