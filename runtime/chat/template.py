@@ -34,6 +34,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
+        self._separators: dict[str, str | None] = {}  # by role: see `_between_parts`
 
     def render(
         self,
@@ -88,16 +89,46 @@ class ChatTemplate:
         template's way.
         """
         written = '{"branchwise":   [1,2]}'
-        call = {"type": "function", "id": "branchwis", "function": {"name": "probe", "arguments": written}}
         messages: list[dict[str, Any]] = [
             {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": "y", "tool_call_id": "branchwis", "name": "probe"},
+            {"role": "assistant", "content": "", "tool_calls": [_probe_call(written)]},
+            {"role": "tool", "content": "y", "tool_call_id": _PROBE_ID, "name": "probe"},
         ]
         try:
             return written in self.render(messages, False, {})
         except InvalidRequest:
             return False
+
+    def reads_parts(self, role: str) -> bool:
+        """Whether the template writes a content that is a list of text parts, in a message of ``role``."""
+        return self._between_parts(role) is not None
+
+    def part_separator(self, role: str) -> str:
+        """What joins text parts that become one string: what the template writes between them, else a newline."""
+        return next((found for name in (role, "user") if (found := self._between_parts(name)) is not None), "\n")
+
+    def _between_parts(self, role: str) -> str | None:
+        """What the template writes between two text parts; None where it cannot read a list of them."""
+        if role not in self._separators:
+            self._separators[role] = self._probe_parts(role)
+        return self._separators[role]
+
+    def _probe_parts(self, role: str) -> str | None:
+        first, second = "branchwise-first", "branchwise-second"
+        user = {"role": "user", "content": "x"}
+        asked = {"role": role, "content": [{"type": "text", "text": first}, {"type": "text", "text": second}]}
+        before: list[dict[str, Any]] = [user] if role == "assistant" else []
+        if role == "tool":
+            before = [user, {"role": "assistant", "content": "", "tool_calls": [_probe_call("{}")]}]
+            asked |= {"tool_call_id": _PROBE_ID, "name": "probe"}
+        after = [] if role in ("user", "tool") else [user]
+        try:
+            text = self.render([*before, asked, *after], False, {})
+        except InvalidRequest:
+            return None
+        between = text.partition(first)[2].partition(second)
+        # Printing the list itself writes the dicts, with quoted keys.
+        return between[0] if between[1] and '"' not in between[0] and "'" not in between[0] else None
 
     @cached_property
     def _compiled(self) -> tuple[Sandbox, Template, frozenset[str]]:
@@ -111,6 +142,13 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise LoadError(f"the model's chat template is not valid: line {error.lineno}: {error.message}") from error
         return sandbox, template, names
+
+
+_PROBE_ID = "branchwis"  # some templates want nine characters
+
+
+def _probe_call(arguments: str) -> dict[str, Any]:
+    return {"type": "function", "id": _PROBE_ID, "function": {"name": "probe", "arguments": arguments}}
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any, Self, TypedDict, Unpack, overload
 import msgspec
 import numpy as np
 
-from ..chat.prompt import chat_prompt, tool_definitions
+from ..chat.conversation import Conversation
+from ..chat.openai_messages import openai_turns
+from ..chat.openai_tools import openai_tools
+from ..chat.prompt import chat_prompt
 from ..config import EngineConfig, check
 from ..errors import InvalidRequest, bad
 from ..executor.torch_environment import prepare_torch
@@ -130,14 +133,14 @@ class EngineBase(EngineThread):
     ) -> list[int]:
         """The token ids of the prompt that a conversation becomes, the very ones ``/v1/chat/completions`` would send:
         for `stream` and `branch`, or to count them. `chat` says what the arguments are."""
-        checked = chat_prompt(
-            self.tokenizer.chat_template,
-            messages,
-            definitions=tool_definitions(tools),
+        conversation = Conversation(
+            turns=openai_turns(messages),
+            tools=openai_tools(tools),
             chat_template_kwargs=chat_template_kwargs,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
         )
+        checked = chat_prompt(self.tokenizer.chat_template, conversation)
         ids: list[int] = self.tokenizer.encode(checked.text(), add_special_tokens=False).tolist()
         return ids
 

@@ -8,6 +8,8 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from ..chat.conversation import Conversation
+from ..chat.openai_messages import openai_turns
 from ..chat.prompt import chat_prompt
 from ..errors import InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece, Refusal
@@ -67,7 +69,7 @@ def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], pars
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
-    text = chat_prompt(tokenizer.chat_template, messages).text()
+    text = chat_prompt(tokenizer.chat_template, Conversation(turns=openai_turns(messages))).text()
     if not parse_special:
         check_no_special(tokenizer, messages)
     return rendered_piece(text)

@@ -112,7 +112,7 @@ CONVERSATION: list[tuple[str, list[Any]]] = [
         [[{"input_schema": {}}], [{**TOOL, "name": 7}], [{**TOOL, "name": ""}], [{**TOOL, "name": "a b"}]],
     ),
     ("tools[0].name", [[{**TOOL, "name": "x" * 600}], [{"type": "custom", "name": None, "input_schema": {}}]]),
-    ("tools[0].description", [[{**TOOL, "description": 7}], [{**TOOL, "description": "x" * 20_000}]]),
+    ("tools[0].description", [[{**TOOL, "description": 7}]]),
     ("tools[0].input_schema", [[{"name": "f"}], [{**TOOL, "input_schema": "{}"}], [{**TOOL, "input_schema": [1]}]]),
     ("tools[0].input_schema", [[{**TOOL, "input_schema": {"x": "y" * 70_000}}], [{**TOOL, "input_schema": None}]]),
     ("tools[0].input_schema.type", [[{**TOOL, "input_schema": {"type": "string"}}]]),

@@ -389,8 +389,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4096}] * 5},
     ),
     "tools": (CHAT, {"messages": [USER], "tools": [tool(f"f{i}") for i in range(129)]}),
-    "characters of a tool's name": (CHAT, {"messages": [USER], "tools": [tool("f" * 65)]}),
-    "characters of a tool's description": (CHAT, {"messages": [USER], "tools": [tool(description="x" * 16_385)]}),
+    "characters of a tool's name": (CHAT, {"messages": [USER], "tools": [tool("f" * 129)]}),
     "bytes of a tool's schema": (
         CHAT,
         {"messages": [USER], "tools": [tool(parameters={"type": "object", "description": "x" * 65_503})]},

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import InvalidRequest
+from ...errors import InvalidRequest, bad
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 _repr = reprlib.Repr()  # looks at a few elements only
@@ -32,14 +32,57 @@ class Tool(msgspec.Struct, frozen=True):
 
 
 class ToolLimits(msgspec.Struct, frozen=True):
-    """Bounds on the tools of one request."""
+    """Bounds on the tools of one request. A description has none of its own: the body and the context bound it."""
 
     tools: int = 128
-    name_characters: int = 64
-    description_characters: int = 16_384
+    name_characters: int = 128
     schema_bytes: int = 65_536  # of one tool's parameters, as compact JSON
     total_bytes: int = 524_288  # of all of them
     schema_depth: int = 64  # objects and lists inside one another
+
+
+class ToolReader:
+    """Reads the tools of one request, one by one, in any dialect: names are unique, sizes bounded."""
+
+    def __init__(self, limits: ToolLimits | None = None) -> None:
+        self._limits = limits or ToolLimits()
+        self._paths: dict[str, str] = {}  # of the tools read so far, by name
+        self._bytes = 0
+
+    def check_count(self, tools: Any, path: str = "tools") -> None:
+        """That ``tools`` is a list, and not too long."""
+        if not isinstance(tools, list):
+            raise bad(path, f"must be a list, got {_kind(tools)}")
+        if len(tools) > self._limits.tools:
+            raise bad(path, f"has {len(tools)} tools, more than the {self._limits.tools} allowed")
+
+    def read(self, function: Any, path: str, within: str | None = None, schema: str = "parameters") -> Tool:
+        """A function: an object with a name, a description, ``strict``, and its parameters in the field ``schema``.
+
+        ``path`` is the tool's in the request, ``within`` the function's if that is an object inside it. Raises
+        `InvalidRequest` naming the place and the limit.
+        """
+        within = within or path
+        if not isinstance(function, Mapping):
+            raise bad(within, f"must be an object, got {_kind(function)}")
+        name = _name(function.get("name"), f"{within}.name", self._limits)
+        description = function.get("description")
+        if description is not None and not isinstance(description, str):
+            raise bad(f"{within}.description", f"must be a string, got {_kind(description)}")
+        strict = function.get("strict")
+        if strict is not None and not isinstance(strict, bool):
+            raise bad(f"{within}.strict", f"must be true or false, got {_kind(strict)}")
+        parameters, size = _parameters(function.get(schema), f"{within}.{schema}", self._limits)
+        first = self._paths.setdefault(name, path)
+        if first != path:
+            raise InvalidRequest(f"{path} and {first} have the same name, {name!r}", field="tools")
+        self._bytes += size
+        if self._bytes > self._limits.total_bytes:
+            raise InvalidRequest(
+                f"the parameters of tools have more than the {self._limits.total_bytes} bytes allowed together",
+                field="tools",
+            )
+        return Tool(name, parameters, description or "", bool(strict))
 
 
 def validate_tools(tools: Any, limits: ToolLimits | None = None) -> list[Tool]:
@@ -48,101 +91,58 @@ def validate_tools(tools: Any, limits: ToolLimits | None = None) -> list[Tool]:
     Takes the shape of the chat completions API (``{"type": "function", "function": {...}}``) and that of the
     responses API (``{"type": "function", "name": ...}``). Raises `InvalidRequest` naming the place and the limit.
     """
-    limits = limits or ToolLimits()
     if tools is None:
         return []
-    if not isinstance(tools, list):
-        raise InvalidRequest(f"tools must be a list, got {_kind(tools)}", field="tools")
-    if len(tools) > limits.tools:
-        raise InvalidRequest(f"tools has {len(tools)} tools, more than the {limits.tools} allowed", field="tools")
-    checked: list[Tool] = []
-    places: dict[str, int] = {}
-    total = 0
-    for i, tool in enumerate(tools):
-        found, size = _tool(tool, f"tools[{i}]", limits)
-        first = places.setdefault(found.name, i)
-        if first != i:
-            raise InvalidRequest(f"tools[{i}] and tools[{first}] have the same name, {found.name!r}", field="tools")
-        total += size
-        if total > limits.total_bytes:
-            raise InvalidRequest(
-                f"the parameters of tools have more than the {limits.total_bytes} bytes allowed together", field="tools"
-            )
-        checked.append(found)
-    return checked
+    reader = ToolReader(limits)
+    reader.check_count(tools)
+    return [reader.read(*function_of(tool, f"tools[{i}]")) for i, tool in enumerate(tools)]
 
 
-def _tool(tool: Any, field: str, limits: ToolLimits) -> tuple[Tool, int]:
-    """The tool, and the bytes of its schema."""
+def function_of(tool: Any, path: str, *, flat: bool = False) -> tuple[Any, str, str]:
+    """Arguments of `ToolReader.read` for OpenAI's ``tool``: its function, its path and the function's path.
+
+    ``flat``: the tool is the function, as in the responses API; otherwise it may be.
+    """
     if not isinstance(tool, Mapping):
-        raise InvalidRequest(f"{field} must be an object, got {_kind(tool)}", field=field)
-    kind = tool.get("type")
-    if kind != "function":
-        raise InvalidRequest(
-            f'{field}.type must be "function", the only kind of tool this server has, got {_shown(kind)}',
-            field=f"{field}.type",
-        )
-    function: Any = tool
-    if "function" in tool or "name" not in tool:
-        field = f"{field}.function"
-        function = tool.get("function")
-        if not isinstance(function, Mapping):
-            raise InvalidRequest(f"{field} must be an object, got {_kind(function)}", field=field)
-    name = _name(function.get("name"), f"{field}.name", limits)
-    description = function.get("description")
-    if description is not None and not isinstance(description, str):
-        raise InvalidRequest(
-            f"{field}.description must be a string, got {_kind(description)}", field=f"{field}.description"
-        )
-    if description and len(description) > limits.description_characters:
-        raise InvalidRequest(
-            f"{field}.description has {len(description)} characters, "
-            f"more than the {limits.description_characters} allowed",
-            field=f"{field}.description",
-        )
-    strict = function.get("strict")
-    if strict is not None and not isinstance(strict, bool):
-        raise InvalidRequest(f"{field}.strict must be true or false, got {_kind(strict)}", field=f"{field}.strict")
-    parameters, size = _parameters(function.get("parameters"), f"{field}.parameters", limits)
-    return Tool(name, parameters, description or "", bool(strict)), size
+        raise bad(path, f"must be an object, got {_kind(tool)}")
+    if tool.get("type") != "function":
+        problem = f'must be "function", the only kind of tool this server has, got {_shown(tool.get("type"))}'
+        raise bad(f"{path}.type", problem)
+    if not flat and ("function" in tool or "name" not in tool):
+        return tool.get("function"), path, f"{path}.function"
+    return tool, path, path
 
 
 def _name(name: Any, field: str, limits: ToolLimits) -> str:
     if not isinstance(name, str):
-        raise InvalidRequest(f"{field} must be a string, got {_kind(name)}", field=field)
+        raise bad(field, f"must be a string, got {_kind(name)}")
     if len(name) > limits.name_characters:
-        raise InvalidRequest(
-            f"{field} has {len(name)} characters, more than the {limits.name_characters} allowed", field=field
-        )
+        raise bad(field, f"has {len(name)} characters, more than the {limits.name_characters} allowed")
     if not _NAME.fullmatch(name):
-        raise InvalidRequest(f"{field} must be one or more of a-z, A-Z, 0-9, _ and -, got {_shown(name)}", field=field)
+        raise bad(field, f"must be one or more of a-z, A-Z, 0-9, _ and -, got {_shown(name)}")
     return name
 
 
 def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, Any], int]:
+    """The schema, and its bytes as compact JSON."""
     if schema is None or schema == {}:
         return {"type": "object", "properties": {}}, 2
     if not isinstance(schema, Mapping):
-        raise InvalidRequest(f"{field} must be a JSON schema, an object, got {_kind(schema)}", field=field)
+        raise bad(field, f"must be a JSON schema, an object, got {_kind(schema)}")
     problem = _too_much(schema, limits)
     if problem is not None:
-        raise InvalidRequest(f"{field} {problem}", field=field)
+        raise bad(field, problem)
     try:
         size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{field} is not a JSON value: {error}", field=field) from error
+        raise bad(field, f"is not a JSON value: {error}") from error
     if size > limits.schema_bytes:
-        raise InvalidRequest(f"{field} has {size} bytes, more than the {limits.schema_bytes} allowed", field=field)
+        raise bad(field, f"has {size} bytes, more than the {limits.schema_bytes} allowed")
     if schema.get("type", "object") != "object":
-        raise InvalidRequest(
-            f'{field}.type must be "object": arguments are passed by name; got {_shown(schema["type"])}',
-            field=f"{field}.type",
-        )
+        raise bad(f"{field}.type", f'must be "object": arguments are passed by name; got {_shown(schema["type"])}')
     properties = schema.get("properties", {})
     if not isinstance(properties, Mapping):
-        raise InvalidRequest(
-            f"{field}.properties must be an object, got {_kind(properties)}", field=f"{field}.properties"
-        )
+        raise bad(f"{field}.properties", f"must be an object, got {_kind(properties)}")
     return {"type": "object", **schema}, size
 
 

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from branchwise import AsyncEngine, Engine
-from branchwise.runtime.config import EngineConfig, ServerConfig, check
+from branchwise.runtime.config import EngineConfig, check
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.models.sampling_defaults import DEFAULTED, sampling_defaults
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.anthropic.request import MessagesRequest
-from branchwise.runtime.server.http.anthropic.translate import chat_request
+from branchwise.runtime.server.http.anthropic.spec import messages_sampling
 from branchwise.runtime.server.http.fields.requests import (
     CompletionRequest,
     GenerateSampling,
@@ -26,9 +26,8 @@ from branchwise.runtime.server.http.fields.requests import (
     generate_sampling,
     parse,
 )
-from branchwise.runtime.server.http.openai.chat.request import ChatRequest
-from branchwise.runtime.server.http.openai.chat.request import sampling as chat_sampling
-from branchwise.runtime.server.http.openai.responses.request import chat_of, read
+from branchwise.runtime.server.http.openai.chat.request import ChatRequest, chat_sampling
+from branchwise.runtime.server.http.openai.responses.request import read, response_sampling
 
 QWEN3 = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # its generation_config.json, as of its release
 OTHER = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
@@ -114,7 +113,7 @@ def completions(body: dict[str, Any], preferred: Mapping[str, float]) -> Samplin
 
 
 def chat(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
-    return chat_sampling(parse(ChatRequest, {"messages": [], **body}), preferred, skip_special_tokens=True)
+    return chat_sampling(parse(ChatRequest, {"messages": [], **body}), preferred)
 
 
 def generate(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
@@ -122,14 +121,12 @@ def generate(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingPa
 
 
 def responses(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
-    asked, _ = chat_of(read({"input": "x", **body}), ServerConfig(engine=EngineConfig()))
-    return chat_sampling(asked, preferred, skip_special_tokens=True)
+    return response_sampling(read({"input": "x", **body}), preferred)
 
 
 def messages(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
     said = {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], **body}
-    asked, _ = chat_request(parse(MessagesRequest, said), 16)
-    return chat_sampling(asked, preferred, skip_special_tokens=True)
+    return messages_sampling(parse(MessagesRequest, said), preferred)
 
 
 def drawn(params: SamplingParams) -> dict[str, float]:

@@ -7,9 +7,9 @@ from typing import Any
 from fastapi import Request, Response
 
 from ....errors import InvalidRequest
+from ..chat.prepare import ChatPreparer
 from ..native.tokens import token_ids
 from ..openai.chat.renamed import renamed
-from ..openai.chat.turn import Turns
 from ..plumbing.body import read_json_object
 from ..plumbing.openapi import takes
 from ..plumbing.shortcut import Handler
@@ -17,24 +17,24 @@ from ..plumbing.sse import json_response
 from ..state import AppState
 from .errors import ROOT
 from .request import CountRequest, read
-from .translate import chat_request
+from .spec import NAMES, messages_spec
 
 PATH = f"{ROOT}/count_tokens"
 
 
 def handler(state: AppState) -> Handler:
-    turns = Turns(state)
+    preparer = ChatPreparer(state)
 
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         body = read(CountRequest, await read_json_object(request))
         state.check_model(body.model)
-        chat, sources = chat_request(body, state.config.max_messages)
+        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         try:
-            turn = await turns.turn(chat)
+            chat = await preparer.prepare(messages_spec(body, state))
         except InvalidRequest as error:
-            raise renamed(error, sources) from error
-        ids = await token_ids(state, turn.prompt.text or "", "messages", special=False)
+            raise renamed(error, NAMES) from error
+        ids = await token_ids(state, chat.prompt.text or "", "messages", special=False)
         return json_response({"input_tokens": len(ids)})
 
     return count_tokens

@@ -8,37 +8,37 @@ from typing import Any
 from fastapi import Request, Response
 
 from ....errors import InvalidRequest
+from ..chat.prepare import ChatPreparer
 from ..openai.chat.renamed import renamed
-from ..openai.chat.turn import Turns
 from ..plumbing.body import read_json_object
 from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
 from ..plumbing.shortcut import Handler
 from ..state import AppState
 from .errors import ROOT, error_event
-from .message import MessageAnswer
+from .reply import MessageReply
 from .request import MessagesRequest, read
-from .translate import chat_request
+from .spec import NAMES, messages_spec
 
 PATH = ROOT
 
 
 def handler(state: AppState) -> Handler:
-    turns = Turns(state)
+    preparer = ChatPreparer(state)
 
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body = read(MessagesRequest, await read_json_object(request))
         state.check_model(body.model)
-        chat, sources = chat_request(body, state.config.max_messages)
+        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         try:
-            turn = await turns.turn(chat)
-            answer = MessageAnswer(state.model_name, turn.choices[0])
-            call = state.client.open([turn.prompt])
+            chat = await preparer.prepare(messages_spec(body, state))
+            reply = MessageReply(state.model_name, chat.samples[0])
+            call = state.client.open([chat.prompt])
             fail = partial(error_event, scope=request.scope)
-            return await respond(call, request, answer, stream=body.stream, fail=fail)
+            return await respond(call, request, reply, stream=body.stream, fail=fail)
         except InvalidRequest as error:
-            raise renamed(error, sources) from error
+            raise renamed(error, NAMES) from error
 
     return messages
 

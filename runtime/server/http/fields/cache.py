@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,7 +15,6 @@ from .prompts import check_label
 
 MAX_BREAKPOINTS = 4  # of one prompt, as OpenAI and Anthropic have it
 DEFAULT_TTL = 1800.0  # seconds: OpenAI's
-ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
 MODES = ("auto", "implicit", "explicit", "off")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
 _END = -1  # the position that means the end of the prompt
@@ -54,8 +53,8 @@ def caching(
 ) -> dict[str, Any]:
     """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from what the request says.
 
-    ``marks``: breakpoints within a rendered conversation, (position in characters, ttl); see `chat.marks`. Of more
-    than four the last four count, as OpenAI has it. Raises `InvalidRequest`.
+    ``marks``: breakpoints within a rendered conversation, (position in characters, ttl). Of more than four the last
+    four count, as in OpenAI's API. Raises `InvalidRequest`.
     """
     for name, label in (
         ("cache_salt", body.cache_salt),
@@ -104,23 +103,6 @@ def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -
             f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown(ttl)}",
         )
     return value
-
-
-def part_ttl(part: Mapping[str, Any], where: str) -> tuple[str | float | None] | None:
-    """Whether a content part ends a prefix to keep, in OpenAI's words or Anthropic's: (its ttl,), or None."""
-    ours, theirs = part.get("prompt_cache_breakpoint"), part.get("cache_control")
-    if ours is None and theirs is None:
-        return None
-    name = "prompt_cache_breakpoint" if ours is not None else "cache_control"
-    given = ours if ours is not None else theirs
-    if given is True and ours is not None:
-        return (None,)
-    if not isinstance(given, Mapping):
-        raise bad(f"{where}.{name}", f"must be an object, got {type(given).__name__}")
-    if theirs is not None and ours is None and given.get("type") != "ephemeral":
-        raise bad(f"{where}.cache_control.type", f"must be ephemeral, got {shown(given.get('type'))}")
-    ttl = given.get("ttl")
-    return (ANTHROPIC_TTL if ttl is None and ours is None else ttl,)
 
 
 def _asked(value: Any) -> list[tuple[int, str | float | None]]:

@@ -10,7 +10,7 @@ from ..plumbing.errors import bad, shown
 if TYPE_CHECKING:
     from .requests import Structured
 
-_ANY_OBJECT = '{"type":"object"}'
+ANY_OBJECT = '{"type":"object"}'
 
 # vLLM's names within structured_outputs, and after "guided_".
 _VLLM = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "ebnf"}
@@ -47,7 +47,7 @@ def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]
         if value is None or value is False:
             continue
         if name == "json_object":
-            found.append(("json_schema", field, _ANY_OBJECT))
+            found.append(("json_schema", field, ANY_OBJECT))
         elif name in _VLLM:
             found.append((_VLLM[name], field, value))
         else:
@@ -63,7 +63,7 @@ def _response_format(wanted: Mapping[str, Any]) -> Any:
     if kind == "text":
         return None
     if kind == "json_object":
-        return _ANY_OBJECT
+        return ANY_OBJECT
     if kind != "json_schema":
         raise bad("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
     named = wanted.get("json_schema")

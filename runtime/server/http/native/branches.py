@@ -22,7 +22,7 @@ from ..fields.answer import Answer
 from ..fields.cache import seconds
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
 from ..fields.requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
-from ..openai.chat.turn import conversation_text
+from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
 from ..plumbing.errors import bad, describe, shown
 from ..plumbing.openapi import query, takes
@@ -289,9 +289,9 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
 
 async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
     """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
-    text, chat = await conversation_text(state, raw, within)
+    text, messages = await chat_text(state, raw, within)
     if not parse_special:
-        check_no_special(state.tokenizer, chat.messages)
+        check_no_special(state.tokenizer, messages)
     return rendered_piece(text)
 
 

@@ -16,7 +16,7 @@ from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields, caching, seconds
 from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from ..fields.requests import Prompts, Strict, parse
-from ..openai.chat.turn import conversation_text
+from ..openai.chat.request import chat_text
 from ..plumbing.auth import is_admin, require_admin
 from ..plumbing.body import read_json_object
 from ..plumbing.errors import bad
@@ -169,7 +169,7 @@ async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) 
         raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
     [field] = given
     if field == "messages":
-        text, _ = await conversation_text(state, raw)
+        text, _ = await chat_text(state, raw)
         return text, field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):

@@ -15,7 +15,7 @@ from pydantic import Field
 from ....errors import InvalidRequest
 from ....limits import check_token_ids
 from ..fields.requests import Prompts, Strict, parse
-from ..openai.chat.turn import conversation_text
+from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
 from ..plumbing.errors import bad
 from ..plumbing.openapi import takes
@@ -60,7 +60,7 @@ def router(state: AppState) -> APIRouter:
         if body.prompt is not None:
             text, special, field = body.prompt, asked is not False, "prompt"
         else:
-            text, _ = await conversation_text(state, raw)
+            text, _ = await chat_text(state, raw)
             special, field = bool(asked), "messages"
         tokens = (await token_ids(state, text, field, special=special)).tolist()
         named = await _texts(state, tokens) if body.return_token_strs else None

@@ -9,9 +9,7 @@ import pytest
 from branchwise.runtime.chat.tools import Tool, ToolLimits, validate_tools
 from branchwise.runtime.errors import InvalidRequest
 
-LIMITS = ToolLimits(
-    tools=3, name_characters=8, description_characters=20, schema_bytes=200, total_bytes=300, schema_depth=5
-)
+LIMITS = ToolLimits(tools=3, name_characters=8, schema_bytes=200, total_bytes=300, schema_depth=5)
 
 
 def function(name: Any = "f", **fields: Any) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def test_what_is_taken() -> None:
 
 def test_at_the_limits() -> None:
     text = "x" * (200 - len('{"title":""}'))
-    assert validate_tools([function("a" * 8, description="x" * 20, parameters={"title": text})], LIMITS)
+    assert validate_tools([function("a" * 8, description="x" * 20_000, parameters={"title": text})], LIMITS)
     assert validate_tools([function(name) for name in "abc"], LIMITS)
     assert validate_tools([function(parameters=nested(5))], LIMITS)
 
@@ -73,7 +71,6 @@ def test_at_the_limits() -> None:
         ([{"type": "function", "name": 1.5}], "tools[0].name", "must be a string, got a number"),
         ([function(), function("g"), function()], "tools", r"tools\[2\] and tools\[0\] have the same name, 'f'"),
         ([function(description=1)], "tools[0].function.description", "must be a string"),
-        ([function(description="x" * 21)], "tools[0].function.description", "has 21 characters"),
         ([function(strict="yes")], "tools[0].function.strict", "must be true or false, got a string"),
         ([function(parameters=[])], "tools[0].function.parameters", "an object, got a list"),
         ([function(parameters=nested(6))], "tools[0].function.parameters", "deeper than the 5 levels"),

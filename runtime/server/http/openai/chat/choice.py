@@ -1,114 +1,69 @@
-"""One sample of a chat: from its deltas to ``message``, or to the pieces of it a stream sends."""
+"""One sample as a choice of chat completions: a whole message, or the deltas of a stream."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
-from .....chat.tools import (
-    ArgumentsDelta,
-    CallEnd,
-    CallStart,
-    ContentDelta,
-    Event,
-    Markup,
-    Parsed,
-    ReasoningDelta,
-    StreamParser,
-    assemble,
-)
-from .....logprobs import TokenLogprob
+from .....chat.blocks import BlockDelta, BlockEvent, BlockKind, BlockStart
 from .....messages import Delta
 from .....outputs import Output
-from .....sampling_params import SamplingParams
 from .....tokenizer.tokenizer import Tokenizer
-from .places import TokenPlaces
+from ...chat.sample import Sample
+from .logprobs import describe_logprob
 
-LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
+class ChatChoice:
+    """Implements `chunks.Choice`."""
 
-class Choice:
-    """What has come of one sample. ``parser`` splits its text; None: all of it is content.
-
-    ``one_call``: calls after the first are left out.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, parser: StreamParser | None, *, one_call: bool
-    ) -> None:
-        self.output = Output()
-        self.reasoning_tokens = 0  # of thinking, without the markers around it
+    def __init__(self, tokenizer: Tokenizer, sample: Sample) -> None:
+        self.sample = sample
         self._tokenizer = tokenizer
-        self._params = params
-        self._parser = parser
-        self._one_call = one_call
-        self._places = None
-        if parser is not None:
-            self._places = TokenPlaces(tokenizer, skip_special_tokens=params.skip_special_tokens)
-        self._new: list[Event] = []  # since the last `take`
-        self._all: list[Event] = []
-        self._calls = 0
-        self._said_tokens = 0
+        self._new: list[BlockEvent] = []  # since the last `pieces`
         self._begun = False
 
-    def feed(self, delta: Delta) -> None:
-        before = len(self.output.token_ids)
-        self.output.feed(delta)
-        if self._parser is None or self._places is None:
-            if delta.text:
-                self._new.append(ContentDelta(delta.text))
-            return
-        self._places.add(self.output.token_ids[before:])
-        events = self._parser.feed(delta.text)
-        if delta.finish is not None:
-            events += self._parser.finish()
-        for event in events:
-            count = self._places.through(event.source)
-            if isinstance(event, ReasoningDelta):
-                self.reasoning_tokens += count
-        self._new += events
-
     @property
-    def finish_reason(self) -> str | None:
-        reason = self.output.finish_reason
-        return "tool_calls" if reason == "stop" and self._calls else reason
+    def output(self) -> Output:
+        return self.sample.output
+
+    def feed(self, delta: Delta) -> None:
+        self._new += self.sample.feed(delta)
 
     def whole(self, index: int) -> dict[str, Any]:
-        """The choice of an answer that is sent as one."""
-        self.take()
-        parsed = assemble(self._all)
         return {
             "index": index,
-            "message": self._message(parsed),
+            "message": self._message(),
             "logprobs": self._logprobs(),
-            "finish_reason": self.finish_reason,
+            "finish_reason": self.sample.finish_reason,
         }
 
-    def _message(self, parsed: Parsed) -> dict[str, Any]:
-        calls = parsed.calls
-        message: dict[str, Any] = {
-            "role": "assistant",
-            "content": parsed.content if parsed.content or not calls else None,
-            "refusal": None,
-        }
-        if parsed.reasoning:
-            message["reasoning_content"] = parsed.reasoning
+    def _message(self) -> dict[str, Any]:
+        content, reasoning = self._joined("text"), self._joined("thinking")
+        calls = [
+            {"id": block.call_id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
+            for block in self.sample.blocks
+            if block.kind == "call"
+        ]
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        message["refusal"] = None
+        if reasoning:
+            message["reasoning_content"] = reasoning
         if calls:
-            message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-                for call in calls
-            ]
+            message["tool_calls"] = calls
         return message
+
+    def _joined(self, kind: BlockKind) -> str:
+        return "".join(block.text for block in self.sample.blocks if block.kind == kind)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
         """What is new, as the choices of as many chunks. The last of all has the finish reason."""
-        new = self.take()
-        deltas = [piece for event in new if (piece := self._piece(event)) is not None]
+        new, self._new = self._new, []
+        deltas = [delta for event in new if (delta := _delta(event)) is not None]
         if not self._begun:
             self._begun = True
-            said = None if new and isinstance(new[0], CallStart) else ""
-            deltas.insert(0, {"role": "assistant", "content": said, "refusal": None})
-        logprobs, reason = self._logprobs(), self.finish_reason
+            first_is_call = bool(new) and isinstance(new[0], BlockStart) and new[0].block.kind == "call"
+            deltas.insert(0, {"role": "assistant", "content": None if first_is_call else "", "refusal": None})
+        logprobs, reason = self._logprobs(), self.sample.finish_reason
         if not deltas and (reason is not None or (logprobs is not None and logprobs["content"])):
             deltas.append({})
         for i, delta in enumerate(deltas, 1):
@@ -120,57 +75,25 @@ class Choice:
                 "finish_reason": reason if last else None,
             }
 
-    def take(self) -> Sequence[Event]:
-        """What the text that is new turns out to be. Of a call that is left out only the `Markup` remains."""
-        new, self._new = self._new, []
-        if self._one_call:
-            new = [_without_more_calls(event) for event in new]
-        self._calls += sum(isinstance(event, CallStart) for event in new)
-        if self._parser is not None:
-            self._all += new
-        elif not self._all:
-            self._all = new  # of an answer in one piece; nobody asks about a stream's
-        return new
-
-    def _piece(self, event: Event) -> dict[str, Any] | None:
-        match event:
-            case ContentDelta(text=text):
-                return {"content": text}
-            case ReasoningDelta(text=text):
-                return {"reasoning_content": text}
-            case CallStart(index=index, id=id, name=name):
-                function = {"name": name, "arguments": ""}
-                return {"tool_calls": [{"index": index, "id": id, "type": "function", "function": function}]}
-            case ArgumentsDelta(index=index, text=text) if text:
-                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
-        return None
-
-    # -- logprobs ------------------------------------------------------------------------------------------------------
-
     def _logprobs(self) -> dict[str, Any] | None:
-        if self._params.logprobs is None:
+        alternatives = self.sample.params.logprobs
+        if alternatives is None:
             return None
-        return {"content": [self.described(row) for row in self.take_logprobs()], "refusal": None}
-
-    def take_logprobs(self) -> Sequence[TokenLogprob]:
-        """Of the tokens that are new; a stop token that is not shown has none."""
-        rows = self.output.logprobs
-        end = len(rows) - (isinstance(self.output.matched, int) and not self._params.include_stop)
-        new, self._said_tokens = rows[self._said_tokens : end], max(end, self._said_tokens)
-        return new
-
-    def described(self, row: TokenLogprob) -> dict[str, Any]:
-        """In OpenAI's words."""
-        best = row.top[: self._params.logprobs]
-        return {**self._token(row.token, row.logprob), "top_logprobs": [self._token(*entry) for entry in best]}
-
-    def _token(self, token: int, logprob: float) -> dict[str, Any]:
-        data = self._tokenizer.token_bytes(token)
-        return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+        rows = self.sample.new_logprobs()
+        return {"content": [describe_logprob(self._tokenizer, row, alternatives) for row in rows], "refusal": None}
 
 
-def _without_more_calls(event: Event) -> Event:
-    """``event``, unless it is of a call after the first."""
-    if isinstance(event, (CallStart, ArgumentsDelta, CallEnd)) and event.index:
-        return Markup(event.source)
-    return event
+_FIELDS = {"text": "content", "thinking": "reasoning_content"}
+
+
+def _delta(event: BlockEvent) -> dict[str, Any] | None:
+    match event:
+        case BlockDelta(block=block, text=text) if text:
+            if block.kind != "call":
+                return {_FIELDS[block.kind]: text}
+            return {"tool_calls": [{"index": block.call_index, "function": {"arguments": text}}]}
+        case BlockStart(block=block) if block.kind == "call":
+            function = {"name": block.name, "arguments": ""}
+            call = {"index": block.call_index, "id": block.call_id, "type": "function", "function": function}
+            return {"tool_calls": [call]}
+    return None

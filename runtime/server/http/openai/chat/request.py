@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: what clients may send, and what it says about sampling."""
+"""``/v1/chat/completions``: what clients may send, and what it asks for."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any
 
 from pydantic import Field
 
+from .....chat.conversation import Conversation
+from .....chat.openai_messages import openai_turns
+from .....chat.openai_tools import openai_tools
 from .....sampling_params import SamplingParams
-from ...fields.requests import UNSUPPORTED, OpenAIFields, StreamOptions, Strings, openai_sampling
+from ...chat.prepare import conversation_text
+from ...chat.spec import ChatSpec, openai_tool_choice
+from ...chat.tool_use import tool_limits
+from ...fields.requests import UNSUPPORTED, OpenAIFields, StreamOptions, Strings, openai_sampling, parse
 from ...plumbing.errors import bad
+from ...state import AppState
 
 
 class ChatFields(OpenAIFields):
-    """What every route that talks in conversations takes beside the conversation itself."""
+    """What OpenAI's chat routes take beside the conversation itself."""
 
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
@@ -46,17 +53,61 @@ CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
 }
 
 
-def names(request: ChatRequest) -> dict[str, str]:
-    """Our names of the fields, in this request's words."""
+def chat_spec(body: ChatRequest, state: AppState) -> ChatSpec:
+    """Raises `InvalidRequest`."""
+    conversation = chat_conversation(body, state)
+    return ChatSpec(
+        conversation=conversation,
+        params=chat_sampling(body, state.preferred),
+        cache=body,
+        tool_choice=openai_tool_choice(body.tool_choice, conversation.tools),
+        names={
+            "max_tokens": "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
+            "include_stop": "include_stop_str_in_output",
+            "logprobs": "top_logprobs",
+        },
+        **shared_fields(body),
+    )
+
+
+def shared_fields(body: ChatFields) -> dict[str, Any]:
+    """Of a `ChatSpec`: the fields that both of OpenAI's chat routes call by the same names."""
     return {
-        "max_tokens": "max_completion_tokens" if request.max_completion_tokens is not None else "max_tokens",
-        "include_stop": "include_stop_str_in_output",
-        "logprobs": "top_logprobs",
+        "parallel_tool_calls": body.parallel_tool_calls,
+        "separate_reasoning": body.separate_reasoning,
+        "priority": body.priority,
+        "stream": body.stream,
     }
 
 
-def sampling(request: ChatRequest, preferred: Mapping[str, float], *, skip_special_tokens: bool) -> SamplingParams:
-    """Not checked against its bounds yet: `prompts.prepare_params` does that."""
+def template_options(body: ChatFields) -> dict[str, Any]:
+    """Of a `Conversation`: what the chat template is told beside turns and tools."""
+    return {
+        "chat_template_kwargs": body.chat_template_kwargs,
+        "documents": body.documents,
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": body.continue_final_message,
+    }
+
+
+def chat_conversation(body: ChatRequest, state: AppState) -> Conversation:
+    return Conversation(
+        turns=openai_turns(body.messages, state.config.max_messages),
+        tools=openai_tools(body.tools, tool_limits(state.config)),
+        reasoning_effort=body.reasoning_effort,
+        **template_options(body),
+    )
+
+
+async def chat_text(state: AppState, raw: Mapping[str, Any], within: str = "") -> tuple[str, list[Any]]:
+    """The prompt of a conversation in another route's body, where it has a chat's fields; and its messages."""
+    state.client.limits  # noqa: B018 - raises until there is a tokenizer
+    body = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
+    return await conversation_text(state, chat_conversation(body, state)), body.messages
+
+
+def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> SamplingParams:
+    """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
     limit = request.max_completion_tokens
     if limit is None:
         limit = request.max_tokens
@@ -73,6 +124,6 @@ def sampling(request: ChatRequest, preferred: Mapping[str, float], *, skip_speci
         preferred,
         max_tokens=limit,
         n=request.n,
-        skip_special_tokens=skip_special_tokens,
+        skip_special_tokens=request.skip_special_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from ...chat.prepare import ChatPreparer, PreparedChat
 from ...fields.requests import parse
 from ...plumbing.body import read_json_object
 from ...plumbing.openapi import takes
@@ -15,33 +16,33 @@ from ...plumbing.respond import respond
 from ...plumbing.shortcut import Handler
 from ...state import AppState
 from ..chunks import Choices
-from .choice import Choice
-from .request import CHAT_UNSUPPORTED, ChatRequest
-from .turn import Turns
+from .choice import ChatChoice
+from .request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
 
 PATH = "/v1/chat/completions"
 
 
 def handler(state: AppState) -> Handler:
-    turns = Turns(state)
+    preparer = ChatPreparer(state)
 
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)
         state.check_model(body.model)
-        turn = await turns.turn(body)
-        answer = _Answer(state, body, turn.choices)
-        call = state.client.open([turn.prompt])
-        return await respond(call, request, answer, stream=body.stream, n=body.n)
+        state.client.limits  # noqa: B018 - raises until there is a tokenizer
+        chat = await preparer.prepare(chat_spec(body, state))
+        reply = _ChatReply(state, body, chat)
+        call = state.client.open([chat.prompt])
+        return await respond(call, request, reply, stream=body.stream, n=body.n)
 
     return chat_completions
 
 
-class _Answer(Choices):
-    """One request: what has come of each of its samples, in OpenAI's words."""
+class _ChatReply(Choices):
+    """The choices of one request."""
 
-    def __init__(self, state: AppState, body: ChatRequest, choices: list[Choice]) -> None:
-        self._readers = choices
+    def __init__(self, state: AppState, body: ChatRequest, chat: PreparedChat) -> None:
+        self._samples = chat.samples
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -50,10 +51,11 @@ class _Answer(Choices):
             "service_tier": None,
             "system_fingerprint": None,
         }
+        choices = [ChatChoice(state.tokenizer, sample) for sample in chat.samples]
         super().__init__(head, choices, len(choices), body.stream_options)
 
     def _usage(self) -> dict[str, Any]:
-        thinking = sum(choice.reasoning_tokens for choice in self._readers)
+        thinking = sum(sample.reasoning_tokens for sample in self._samples)
         return super()._usage() | {"completion_tokens_details": {"reasoning_tokens": thinking}}
 
 

@@ -1,18 +1,25 @@
-"""``/v1/responses``: what clients may send, and the chat it asks for."""
+"""``/v1/responses``: what clients may send, and what it asks for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import msgspec
 from pydantic import Field
 
-from .....config import ServerConfig
+from .....chat.conversation import Conversation
+from .....chat.openai_tools import openai_tools
+from .....sampling_params import SamplingParams
+from ...chat.spec import ChatSpec, openai_tool_choice
+from ...chat.tool_use import tool_limits
 from ...fields.prompts import check_label
-from ...fields.requests import Strict, Strings, parse
+from ...fields.requests import Strict, Strings, openai_sampling, parse
+from ...fields.structured import ANY_OBJECT
 from ...plumbing.errors import bad, shown
-from ..chat.request import CHAT_UNSUPPORTED, ChatFields, ChatRequest
-from .items import Conversation
+from ...state import AppState
+from ..chat.request import CHAT_UNSUPPORTED, ChatFields, shared_fields, template_options
+from .items import response_turns
 
 LOGPROBS = "message.output_text.logprobs"
 # What `include` may name. Of the rest, this server has no such thing to leave out, or has it in every answer.
@@ -80,14 +87,12 @@ REFUSED = {
 }
 UNSUPPORTED = CHAT_UNSUPPORTED | {"context_management"}
 
-# Our names of the fields, in this route's words.
-_NAMES = {
+# This route's names of the fields that errors may be about.
+NAMES = {
+    "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
     "reasoning_effort": "reasoning.effort",
-    "response_format": "text.format",
-    "tools[].function": "tools[]",
-    "tool_choice.function": "tool_choice",
 }
 
 
@@ -114,51 +119,55 @@ def read(raw: Mapping[str, Any]) -> ResponsesRequest:
     return body
 
 
-def chat_of(body: ResponsesRequest, config: ServerConfig) -> tuple[ChatRequest, dict[str, str]]:
-    """The chat it asks for, and the sources for what is `renamed` in errors about it. Raises `InvalidRequest`."""
-    conversation = Conversation(body.instructions, body.input, config.max_messages)
-    wants_logprobs = LOGPROBS in (body.include or ())
-    shared = {name: getattr(body, name) for name in ChatFields.model_fields if name != "response_format"}
-    tools = body.tools
-    if tools is not None and len(tools) <= config.max_tools:  # more than that are refused by the chat
-        tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(tools)]
-    chat = ChatRequest(
-        **{**shared, "tools": tools},
-        messages=conversation.messages,
-        max_completion_tokens=body.max_output_tokens,
-        logprobs=wants_logprobs,
-        top_logprobs=body.top_logprobs if wants_logprobs else None,
+def response_spec(body: ResponsesRequest, state: AppState) -> ChatSpec:
+    """Raises `InvalidRequest`."""
+    conversation = Conversation(
+        turns=response_turns(body.instructions, body.input, state.config.max_messages),
+        tools=openai_tools(body.tools, tool_limits(state.config), flat=True),
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
-        response_format=_format(body.text),
+        **template_options(body),
     )
-    return chat, {**_NAMES, **conversation.sources}
+    return ChatSpec(
+        conversation=conversation,
+        params=response_sampling(body, state.preferred),
+        cache=body,
+        tool_choice=openai_tool_choice(body.tool_choice, conversation.tools),
+        names={"include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"},
+        **shared_fields(body),
+    )
 
 
-def _format(text: TextOptions | None) -> dict[str, Any] | None:
-    """As the chat route calls it."""
+def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> SamplingParams:
+    """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
+    wanted = LOGPROBS in (body.include or ())
+    params = openai_sampling(
+        body,
+        preferred,
+        max_tokens=body.max_output_tokens,
+        skip_special_tokens=body.skip_special_tokens,
+        logprobs=(body.top_logprobs or 0) if wanted else None,
+    )
+    schema = _schema(body.text)
+    if schema is None:
+        return params
+    if params.constrained:
+        raise bad("text.format", f"cannot be combined with {params.constraint_name}: an output has one constraint")
+    return msgspec.structs.replace(params, json_schema=schema, constraint_name="text.format")
+
+
+def _schema(text: TextOptions | None) -> dict[str, Any] | str | None:
+    """The JSON schema that the text must follow; None: it may be any text."""
     wanted = None if text is None else text.format
-    if wanted is None:
+    if wanted is None or wanted.get("type") == "text":
         return None
-    kind = wanted.get("type")
-    if kind not in ("text", "json_object", "json_schema"):
-        raise bad("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    kind, schema = wanted.get("type"), wanted.get("schema")
+    if kind == "json_object":
+        return ANY_OBJECT
     if kind != "json_schema":
-        return {"type": kind}
-    if not isinstance(wanted.get("schema"), dict):
-        raise bad("text.format.schema", f"must be a JSON schema, an object, got {type(wanted.get('schema')).__name__}")
-    return {"type": kind, "json_schema": {"name": wanted.get("name"), "schema": wanted["schema"]}}
-
-
-def _tool(tool: Any, where: str) -> Any:
-    """As the chat route has it. What is none of a function's fields is not for the model to see."""
-    if not isinstance(tool, dict) or tool.get("type") != "function":
-        return tool  # the chat says what is wrong
-    for name in ("defer_loading", "async"):
-        if tool.get(name):
-            raise bad(f"{where}.{name}", "is not supported by this server")
-    shown = ("name", "description", "parameters", "strict")
-    function = {name: value for name, value in tool.items() if name in shown and value is not None}
-    return {"type": "function", "function": function}
+        raise bad("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    if not isinstance(schema, dict):
+        raise bad("text.format.schema", f"must be a JSON schema, an object, got {type(schema).__name__}")
+    return schema
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:

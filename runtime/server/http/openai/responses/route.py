@@ -1,48 +1,46 @@
-"""``POST /v1/responses``: OpenAI's responses, as a chat that nobody remembers."""
+"""``POST /v1/responses``: OpenAI's responses. Nothing is stored."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from .....errors import InvalidRequest
+from ...chat.prepare import ChatPreparer
 from ...plumbing.body import read_json_object
 from ...plumbing.openapi import takes
 from ...plumbing.respond import respond
 from ...plumbing.shortcut import Handler
 from ...state import AppState
 from ..chat.renamed import renamed
-from ..chat.turn import Turns
-from .answer import Answer
-from .request import ResponsesRequest, chat_of, read
+from .reply import ResponseReply
+from .request import NAMES, ResponsesRequest, read, response_spec
 
 PATH = "/v1/responses"
 
 
 def handler(state: AppState) -> Handler:
-    turns = Turns(state)
+    preparer = ChatPreparer(state)
 
     async def responses(request: Request) -> Response:
         """Answer a conversation (OpenAI's responses). Nothing is stored."""
         body = read(await read_json_object(request))
         state.check_model(body.model)
-        chat, sources = chat_of(body, state.config)
+        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         try:
-            turn = await turns.turn(chat)
-            answer = Answer(state, body, turn)
-            call = state.client.open([turn.prompt])
-            fail = partial(answer.fail, sources=sources)
-            return await respond(call, request, answer, stream=body.stream, fail=fail)
+            chat = await preparer.prepare(response_spec(body, state))
+            reply = ResponseReply(state, body, chat.samples[0])
+            call = state.client.open([chat.prompt])
+            return await respond(call, request, reply, stream=body.stream, fail=reply.fail)
         except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens
-            raise renamed(error, sources) from error
+            raise renamed(error, NAMES) from error
 
     return responses
 
 
-def router(_site: AppState) -> APIRouter:
-    """What OpenAI has for responses that are stored, to say that none are."""
+def router(_state: AppState) -> APIRouter:
+    """OpenAI's routes for stored responses, to say that none are."""
     routes = APIRouter()
 
     @routes.get("/v1/responses/{id}", include_in_schema=False)

@@ -1,17 +1,20 @@
-"""Anthropic's system, messages and tools as a chat has them; what cannot be said is refused in the client's words."""
+"""Anthropic's system, messages and tools as turns; errors name the client's own blocks."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat.conversation import MAX_PIECES, Breakpoint, Call, Text, Thinking, Turn
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.server.http.anthropic.conversation import MAX_BLOCKS, Conversation
+from branchwise.runtime.server.http.anthropic.conversation import ConversationReader
 from branchwise.runtime.server.http.anthropic.request import MESSAGES_UNSUPPORTED, MessagesRequest
-from branchwise.runtime.server.http.anthropic.translate import chat_request
+from branchwise.runtime.server.http.anthropic.spec import messages_spec
+from branchwise.runtime.server.http.chat.spec import ChatSpec
 from branchwise.runtime.server.http.fields.requests import parse
-from branchwise.runtime.server.http.openai.chat.request import ChatRequest
+from branchwise.runtime.server.http.state import AppState
 
 HI = {"role": "user", "content": "Hi."}
 USE = {"type": "tool_use", "id": "toolu_1", "name": "look", "input": {"at": "é", "n": 1.5}}
@@ -24,12 +27,14 @@ def request(messages: Any, **fields: Any) -> MessagesRequest:
     return parse(MessagesRequest, {"max_tokens": 100, "messages": messages, **fields}, unsupported=MESSAGES_UNSUPPORTED)
 
 
-def said(messages: Any, **fields: Any) -> list[dict[str, Any]]:
-    return Conversation(request(messages, **fields), 100).messages
+def said(messages: Any, **fields: Any) -> list[Turn]:
+    return ConversationReader(request(messages, **fields), 100).turns
 
 
-def chat(**fields: Any) -> ChatRequest:
-    return chat_request(request([HI], **fields), 100)[0]
+@pytest.fixture
+def asked(make_state: Callable[..., AppState]) -> Callable[..., ChatSpec]:
+    state = make_state()
+    return lambda messages=(HI,), **fields: messages_spec(request(list(messages), **fields), state)
 
 
 def part(text: str, **more: Any) -> dict[str, Any]:
@@ -37,19 +42,20 @@ def part(text: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_string_is_a_block_of_text() -> None:
-    expected = [{"role": "system", "content": [part("Be brief.")]}, {"role": "user", "content": [part("Hi.")]}]
-    assert said([HI], system="Be brief.") == expected
-    assert said([{"role": "user", "content": [part("Hi.")]}], system=[part("Be brief.")]) == expected
-    assert said([HI], system="") == said([HI], system=[]) == expected[1:]
+    hi = Turn("user", [Text("Hi.", "messages[0].content")], "messages[0]")
+    assert said([HI], system="Be brief.") == [Turn("system", [Text("Be brief.", "system")], "system"), hi]
+    blocks = said([{"role": "user", "content": [part("Hi.")]}], system=[part("Be brief.")])
+    assert [(turn.role, turn.texts) for turn in blocks] == [("system", ["Be brief."]), ("user", ["Hi."])]
+    assert said([HI], system="") == said([HI], system=[]) == [hi]
 
 
 def test_turns_in_a_row_are_one() -> None:
     messages = [HI, HI, {"role": "assistant", "content": "Yes?"}, {"role": "assistant", "content": [USE]}]
     found = said([*messages, {"role": "user", "content": [RESULT]}])
-    assert [message["role"] for message in found] == ["user", "assistant", "tool"]
-    assert found[0]["content"] == [part("Hi."), part("Hi.")]
-    assert found[1]["content"] == [part("Yes?")]
-    assert [call["id"] for call in found[1]["tool_calls"]] == ["toolu_1"]
+    assert [turn.role for turn in found] == ["user", "assistant", "tool"]
+    assert found[0].texts == ["Hi.", "Hi."]
+    assert found[1].texts == ["Yes?"]
+    assert [call.id for call in found[1].calls] == ["toolu_1"]
 
 
 def test_calls_and_results() -> None:
@@ -64,25 +70,18 @@ def test_calls_and_results() -> None:
             {"role": "user", "content": [RESULT, failed, part("So?")]},
         ]
     )
-    function = {"name": "look", "arguments": '{"at": "é", "n": 1.5}'}
+    one, two = "messages[1].content", "messages[2].content"
+    calls = [Call("look", USE["input"], "toolu_1", f"{one}[3]"), Call("look", {}, "toolu_2", f"{one}[4]")]
+    failure = [Text("Error:", f"{two}[1]"), Text("No", f"{two}[1].content[0]"), Text("way.", f"{two}[1].content[1]")]
     assert found[1:] == [
-        {
-            "role": "assistant",
-            "content": [part("Let me see.")],
-            "reasoning_content": "Hm.\nHm.",
-            "tool_calls": [
-                {"id": "toolu_1", "type": "function", "function": function},
-                {"id": "toolu_2", "type": "function", "function": {"name": "look", "arguments": "{}"}},
-            ],
-        },
-        {"role": "tool", "tool_call_id": "toolu_1", "name": "look", "content": [part("Found.")]},
-        {
-            "role": "tool",
-            "tool_call_id": "toolu_2",
-            "name": "look",
-            "content": [part("Error:"), part("No"), part("way.")],
-        },
-        {"role": "user", "content": [part("So?")]},
+        Turn(
+            "assistant",
+            [Thinking("Hm."), Text("Let me see.", f"{one}[2]"), *calls, Thinking("Hm.")],
+            "messages[1]",
+        ),
+        Turn("tool", [Text("Found.", f"{two}[0].content")], f"{two}[0]", "look", "toolu_1"),
+        Turn("tool", failure, f"{two}[1]", "look", "toolu_2"),
+        Turn("user", [Text("So?", f"{two}[2]")], "messages[2]"),
     ]
 
 
@@ -90,47 +89,26 @@ def test_a_result_may_be_empty() -> None:
     use = {"role": "assistant", "content": [USE]}
     for empty in ({}, {"content": ""}, {"content": []}, {"content": None}):
         result = {"type": "tool_result", "tool_use_id": "toolu_1", **empty}
-        assert said([HI, use, {"role": "user", "content": [result]}])[2]["content"] == [part("")]
+        assert said([HI, use, {"role": "user", "content": [result]}])[2].texts == [""]
 
 
-def test_where_a_chats_messages_come_from() -> None:
-    conversation = Conversation(
-        request(
-            [HI, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT, part("So?")]}],
-            system="x",
-        ),
-        100,
-    )
-    assert conversation.sources == {
-        "messages[0]": "system",
-        "messages[1]": "messages[0]",
-        "messages[2]": "messages[1]",
-        "messages[3]": "messages[2].content[0]",
-        "messages[4]": "messages[2]",
-    }
-
-
-def test_the_last_message_may_begin_the_answer() -> None:
+def test_the_last_message_may_begin_the_answer(asked: Callable[..., ChatSpec]) -> None:
     for content in ("12 + 30 =", "", []):
-        messages = [HI, {"role": "assistant", "content": content}]
-        assert chat_request(request(messages), 100)[0].continue_final_message
-    assert not chat().continue_final_message
+        assert asked([HI, {"role": "assistant", "content": content}]).conversation.continue_final_message
+    assert not asked().conversation.continue_final_message
 
 
 # -- what a breakpoint is on -------------------------------------------------------------------------------------------
 
 
-def marks(messages: Any, **fields: Any) -> list[tuple[str, str]]:
+def marks(messages: Any, **fields: Any) -> list[tuple[str, Any]]:
     """What is marked, and for how long."""
-    conversation = Conversation(request(messages, **fields), 100)
-    places = [*(conversation.tools or ())]
-    for message in conversation.messages:
-        places += [*message["content"], *message.get("tool_calls", ())]
-    return [
-        (place.get("text") or place["function"]["name"], place["cache_control"]["ttl"])
-        for place in places
-        if "cache_control" in place
-    ]
+    read = ConversationReader(request(messages, **fields), 100)
+    found: list[tuple[str, Breakpoint | None]] = [(tool.tool.name, tool.breakpoint) for tool in read.tools]
+    for part in (part for turn in read.turns for part in turn.parts):
+        if not isinstance(part, Thinking):
+            found.append((part.text if isinstance(part, Text) else part.name, part.breakpoint))
+    return [(name, breakpoint.ttl) for name, breakpoint in found if breakpoint is not None]
 
 
 def test_every_kind_of_block_can_be_marked() -> None:
@@ -157,8 +135,8 @@ def test_the_requests_own_mark_is_the_last_blocks() -> None:
 # -- the other fields --------------------------------------------------------------------------------------------------
 
 
-def test_fields_of_a_chat() -> None:
-    found = chat(
+def test_fields_of_a_chat(asked: Callable[..., ChatSpec]) -> None:
+    spec = asked(
         tools=[{**TOOL, "strict": True, "type": "custom", "eager_input_streaming": True}],
         tool_choice={"type": "tool", "name": "look", "disable_parallel_tool_use": True},
         stop_sequences=["a"],
@@ -175,38 +153,42 @@ def test_fields_of_a_chat() -> None:
         thinking={"type": "enabled", "budget_tokens": 50},
         output_config={"effort": "low", "format": {"type": "json_schema", "schema": {"type": "object"}}},
     )
-    function = {"name": "look", "description": "Look.", "parameters": {"type": "object"}, "strict": True}
-    assert found.tools == [{"type": "function", "function": function}]
-    assert found.tool_choice == {"type": "function", "function": {"name": "look"}}
-    assert found.parallel_tool_calls is False
-    assert (found.max_tokens, found.stop, found.temperature, found.top_p, found.top_k) == (100, ["a"], 0, 0.5, 4)
-    assert (found.min_p, found.seed, found.cache_salt, found.prompt_cache_key) == (0.1, 7, "s", "k")
-    assert found.stream is True
-    assert found.chat_template_kwargs == {"enable_thinking": True, "thinking": True, "thinking_budget": 50}
-    assert found.reasoning_effort == "low"
-    assert found.response_format is not None
-    assert found.response_format["json_schema"]["schema"] == {"type": "object"}
+    [offered] = spec.conversation.tools
+    function = {"name": "look", "description": "Look.", "parameters": {"type": "object"}}
+    assert offered.definition == {"type": "function", "function": function}
+    assert (offered.tool.strict, offered.schema_path) == (True, "tools[0].input_schema")
+    assert spec.tool_choice == ("required", ("look",))
+    assert spec.parallel_tool_calls is False
+    params = spec.params
+    assert (params.max_tokens, params.stop, params.temperature, params.top_p, params.top_k) == (100, ("a",), 0, 0.5, 4)
+    assert (params.min_p, params.seed) == (0.1, 7)
+    assert (spec.cache.cache_salt, spec.cache.prompt_cache_key, spec.stream) == ("s", "k", True)
+    told = {"enable_thinking": True, "thinking": True, "thinking_budget": 50}
+    assert spec.conversation.chat_template_kwargs == told
+    assert spec.conversation.reasoning_effort == "low"
+    assert (params.json_schema, params.constraint_name) == ({"type": "object"}, "output_config.format")
 
 
 @pytest.mark.parametrize(("type", "expected"), [("enabled", True), ("adaptive", True), ("disabled", False)])
-def test_thinking_is_the_templates_business(type: str, expected: bool) -> None:
-    assert chat(thinking={"type": type}).chat_template_kwargs == {"enable_thinking": expected, "thinking": expected}
-    assert chat().chat_template_kwargs is None
+def test_thinking_is_the_templates_business(asked: Callable[..., ChatSpec], type: str, expected: bool) -> None:
+    told = asked(thinking={"type": type}).conversation.chat_template_kwargs
+    assert told == {"enable_thinking": expected, "thinking": expected}
+    assert asked().conversation.chat_template_kwargs is None
 
 
 @pytest.mark.parametrize(("type", "expected"), [("auto", "auto"), ("any", "required"), ("none", "none")])
-def test_tool_choices(type: str, expected: str) -> None:
-    found = chat(tools=[TOOL], tool_choice={"type": type})
-    assert (found.tool_choice, found.parallel_tool_calls) == (expected, True)
+def test_tool_choices(asked: Callable[..., ChatSpec], type: str, expected: str) -> None:
+    spec = asked(tools=[TOOL], tool_choice={"type": type})
+    assert (spec.tool_choice, spec.parallel_tool_calls) == ((expected, None), True)
 
 
-def test_what_a_schema_is_called_by() -> None:
+def test_what_a_schema_is_called_by(asked: Callable[..., ChatSpec]) -> None:
     format = {"type": "json_schema", "schema": {}}
     for fields, name in (
         ({"output_format": format}, "output_format"),
         ({"output_config": {"format": format}}, "output_config.format"),
     ):
-        assert chat_request(request([HI], **fields), 100)[1]["response_format"] == name
+        assert asked(**fields).params.constraint_name == name
 
 
 @pytest.mark.parametrize(
@@ -239,17 +221,17 @@ def test_what_is_refused(field: str, messages: Any) -> None:
         if "messages[0].content[0].content" in field:
             messages = [HI, {"role": "assistant", "content": [USE]}, *messages]
             field = field.replace("[0]", "[2]", 1)
-        Conversation(request(messages), 100)
+        ConversationReader(request(messages), 100)
     assert refused.value.field == field
     assert field in refused.value.message
 
 
 def test_counts_are_bounded() -> None:
     with pytest.raises(InvalidRequest, match="messages must have at most 100 entries, got 101"):
-        Conversation(request([HI] * 101), 100)
-    with pytest.raises(InvalidRequest, match=rf"at most {MAX_BLOCKS} blocks"):
-        Conversation(request([{"role": "user", "content": [part("x")] * (MAX_BLOCKS // 8 + 1)}] * 8), 100)
+        ConversationReader(request([HI] * 101), 100)
+    with pytest.raises(InvalidRequest, match=rf"at most {MAX_PIECES} blocks"):
+        ConversationReader(request([{"role": "user", "content": [part("x")] * (MAX_PIECES // 8 + 1)}] * 8), 100)
     with pytest.raises(InvalidRequest, match=r"messages\[0\].content must have at most 4096 blocks, got 4097"):
-        Conversation(request([{"role": "user", "content": [part("x")] * 4097}]), 100)
+        ConversationReader(request([{"role": "user", "content": [part("x")] * 4097}]), 100)
     with pytest.raises(InvalidRequest, match=r"^cache_control is one too many"):
-        Conversation(request([{"role": "user", "content": [*[part("x", **MARK)] * 4, part("y")]}], **MARK), 100)
+        ConversationReader(request([{"role": "user", "content": [*[part("x", **MARK)] * 4, part("y")]}], **MARK), 100)

@@ -1,21 +1,17 @@
-"""One sample of a chat: however its text arrives, the stream adds up to the message. What templates get of messages."""
+"""One sample of a chat: however its text arrives, the stream adds up to the message."""
 
 from __future__ import annotations
 
-import json
 from array import array
 from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.messages import conversation
-from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.chat.tools import StreamParser, Tool
-from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.openai.chat.arguments import bound_arguments
-from branchwise.runtime.server.http.openai.chat.choice import Choice
+from branchwise.runtime.server.http.chat.sample import Sample
+from branchwise.runtime.server.http.openai.chat.choice import ChatChoice
 from branchwise.runtime.tokenizer.incremental import open_stream
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -40,8 +36,9 @@ def deltas(text: str, size: int, reason: Any) -> list[Delta]:
     return [*found, Delta(1, pieces[-1], array("i", [5]).tobytes(), prompt_tokens=4, finish=last)]
 
 
-def choice(tokenizer: Tokenizer, one_call: bool = False) -> Choice:
-    return Choice(tokenizer, SamplingParams(), StreamParser("hermes", "think", [TOOL]), one_call=one_call)
+def choice(tokenizer: Tokenizer, one_call: bool = False) -> ChatChoice:
+    sample = Sample(tokenizer, SamplingParams(), StreamParser("hermes", "think", [TOOL]), one_call=one_call)
+    return ChatChoice(tokenizer, sample)
 
 
 def assembled(pieces: list[dict[str, Any]]) -> dict[str, Any]:
@@ -102,7 +99,7 @@ def test_thinking_is_counted_in_tokens_however_they_come(tokenizer: Tokenizer, s
             last = Finished(1, "stop", completion_tokens=len(ids)) if at + size >= len(ids) else None
             tokens = array("i", ids[at : at + size]).tobytes()
             one.feed(Delta(1, "".join(texts[at : at + size]), tokens, finish=last))
-        assert one.reasoning_tokens == want
+        assert one.sample.reasoning_tokens == want
 
 
 @pytest.mark.parametrize(
@@ -121,72 +118,7 @@ def test_thinking_counts_the_same_in_one_piece(tokenizer: Tokenizer, text: str) 
             data = array("i", tokens[i : i + size]).tobytes()
             finish = Finished(1, "stop", completion_tokens=len(tokens)) if i + size >= len(tokens) else None
             one.feed(Delta(1, "".join(pieces[i : i + size]), data, finish=finish))
-        found.append(one.reasoning_tokens)
+        found.append(one.sample.reasoning_tokens)
     assert found == [found[0]] * 3
     assert bool(found[0]) == text.startswith("<think>")
     assert found[0] < len(tokens) or "</think>" not in text
-
-
-# -- messages ----------------------------------------------------------------------------------------------------------
-
-PLAIN = ChatTemplate("{% for m in messages %}{{ m.role }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", {})
-VERBATIM = ChatTemplate(
-    "{% for m in messages %}{{ m.role }}{% for c in m.tool_calls or [] %}{{ c.function.arguments if"
-    " c.function.arguments is string else c.function.arguments | tojson }}{% endfor %}{% endfor %}{# developer #}",
-    {},
-)
-
-
-def test_messages_become_what_templates_know() -> None:
-    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":  1}'}}
-    messages: list[Any] = [
-        {"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}], "x": 1},
-        {"role": "user", "content": "hi", "name": "Ann"},
-        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None, "reasoning": "hm"},
-        {"role": "tool", "content": "1", "tool_call_id": "c"},
-        {"role": "assistant", "content": "ok", "tool_calls": []},
-    ]
-    plain = conversation(messages, PLAIN)
-    assert plain[0] == {"role": "system", "content": "a\nb"}
-    assert plain[1] == {"role": "user", "content": "hi", "name": "Ann"}
-    [made] = plain[2]["tool_calls"]
-    assert made["function"] == {"name": "f", "arguments": {"a": 1}}
-    assert (plain[2]["content"], plain[2]["reasoning_content"]) == ("", "hm")
-    assert plain[3] == {"role": "tool", "content": "1", "tool_call_id": "c"}
-    assert plain[4] == {"role": "assistant", "content": "ok"}
-    verbatim = conversation(messages, VERBATIM)
-    assert verbatim[0]["role"] == "developer"
-    assert verbatim[2]["tool_calls"][0]["function"]["arguments"] == '{"a":  1}'
-
-
-@pytest.mark.parametrize("arguments", ["{", "[1]", "1", '"x"'])
-def test_arguments_that_are_no_object_are_refused_where_they_are_written_anew(arguments: str) -> None:
-    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
-    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
-    with pytest.raises(InvalidRequest) as refused:
-        conversation(messages, PLAIN)
-    assert refused.value.field == "messages[1].tool_calls[0].function.arguments"
-    for empty in ("", " ", None, {}):
-        call["function"]["arguments"] = empty  # type: ignore[index]
-        assert conversation(messages, PLAIN)[1]["tool_calls"][0]["function"]["arguments"] == {}
-
-
-async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
-    """They come as text, so that the body has none of them: fifteen megabytes of lists held the loop for seconds."""
-
-    def saying(*arguments: str) -> list[Any]:
-        calls = [{"type": "function", "function": {"name": "f", "arguments": one}} for one in arguments]
-        return ["x", {"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": calls}]
-
-    code = json.dumps({"code": "f(a, b, c, d)[0] = {1: 2}" * 100})
-    half = json.dumps({"a": [[]] * 170})
-    await bound_arguments(saying(code, half), PLAIN, 600)
-    await bound_arguments(saying(half, half), VERBATIM, 600)
-    with pytest.raises(InvalidRequest, match="at most 600 names and values in the arguments of calls") as refused:
-        await bound_arguments(saying(half, code, half), PLAIN, 600)
-    assert refused.value.field == "messages"
-    deep = "[" * 64 + "]" * 64
-    await bound_arguments(saying(deep, '{"a": "[[[["}' * 100), PLAIN, 10**6)
-    with pytest.raises(InvalidRequest, match="must be nested at most 64 deep") as refused:
-        await bound_arguments(saying("{}", f'{{"a": {deep}}}'), PLAIN, 10**6)
-    assert refused.value.field == "messages[2].tool_calls[1].function.arguments"

@@ -10,9 +10,9 @@ import pytest
 
 from branchwise import Engine
 from branchwise.runtime.errors import InvalidRequest
+from branchwise.runtime.server.http.chat.prepare import ChatPreparer
 from branchwise.runtime.server.http.fields.requests import parse
-from branchwise.runtime.server.http.openai.chat.request import CHAT_UNSUPPORTED, ChatRequest
-from branchwise.runtime.server.http.openai.chat.turn import Turns
+from branchwise.runtime.server.http.openai.chat.request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
 from branchwise.runtime.server.http.state import AppState
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -65,7 +65,8 @@ def engine(checkpoint: Callable[[str], Path]) -> Iterator[Engine]:
 
 async def sent_by_the_server(state: AppState, body: dict[str, Any]) -> list[int]:
     """As the tokenizer process makes it of what the route sends it."""
-    prompt = (await Turns(state).turn(parse(ChatRequest, body, unsupported=CHAT_UNSUPPORTED))).prompt
+    spec = chat_spec(parse(ChatRequest, body, unsupported=CHAT_UNSUPPORTED), state)
+    prompt = (await ChatPreparer(state).prepare(spec)).prompt
     assert prompt.text is not None
     ids, _ = state.tokenizer.encode_marked(prompt.text, [], prompt.add_special_tokens)
     return list(ids.tolist())

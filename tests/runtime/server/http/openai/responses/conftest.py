@@ -15,11 +15,10 @@ import pytest
 
 from branchwise.runtime.chat.tools import StreamParser
 from branchwise.runtime.logprobs import pack
-from branchwise.runtime.messages import Delta, Finished, Generate
+from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.openai.chat.choice import Choice
-from branchwise.runtime.server.http.openai.chat.turn import Turn
-from branchwise.runtime.server.http.openai.responses.answer import Answer
+from branchwise.runtime.server.http.chat.sample import Sample
+from branchwise.runtime.server.http.openai.responses.reply import ResponseReply
 from branchwise.runtime.server.http.openai.responses.request import read
 from branchwise.runtime.server.http.state import AppState
 from branchwise.runtime.step import TokenLogprobs
@@ -70,13 +69,13 @@ def told(tokenizer: Tokenizer) -> Callable[..., list[Delta]]:
 
 
 @pytest.fixture
-def make_answer(make_state: Callable[..., AppState], tokenizer: Tokenizer) -> Callable[..., Answer]:
+def make_answer(make_state: Callable[..., AppState], tokenizer: Tokenizer) -> Callable[..., ResponseReply]:
     """``make_answer(parser, **fields of the request)``."""
 
-    def make(parser: StreamParser | None, *, one_call: bool = False, **fields: Any) -> Answer:
+    def make(parser: StreamParser | None, *, one_call: bool = False, **fields: Any) -> ResponseReply:
         drawn = {name: fields[name] for name in ("temperature", "top_p") if name in fields}
         params = SamplingParams(logprobs=0 if fields.get("include") else None, **drawn)
-        turn = Turn(Generate([], params), [Choice(tokenizer, params, parser, one_call=one_call)])
-        return Answer(make_state(), read({"input": "x", **fields}), turn)
+        sample = Sample(tokenizer, params, parser, one_call=one_call)
+        return ResponseReply(make_state(), read({"input": "x", **fields}), sample)
 
     return make

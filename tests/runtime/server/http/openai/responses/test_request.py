@@ -1,31 +1,33 @@
-"""From a responses request to a chat: the same conversation, and errors in the words of the one who sent it."""
+"""From a responses request to what it asks for, and errors that name the client's own fields."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.messages import conversation
+from branchwise.runtime.chat.conversation import Call, Text, Thinking, Turn
+from branchwise.runtime.chat.messages import template_messages
 from branchwise.runtime.chat.template import ChatTemplate
-from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import InvalidRequest
-from branchwise.runtime.server.http.openai.chat.renamed import renamed
-from branchwise.runtime.server.http.openai.chat.request import ChatRequest
-from branchwise.runtime.server.http.openai.responses.items import Conversation
-from branchwise.runtime.server.http.openai.responses.request import chat_of, read
+from branchwise.runtime.server.http.chat.spec import ChatSpec
+from branchwise.runtime.server.http.openai.responses.items import response_turns
+from branchwise.runtime.server.http.openai.responses.request import read, response_spec
 from branchwise.runtime.server.http.openai.responses.route import schema
+from branchwise.runtime.server.http.state import AppState
 
-CONFIG = ServerConfig(engine=EngineConfig(), max_messages=8, max_tools=2)
 TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", {})
 
 
-def chat(**fields: Any) -> tuple[ChatRequest, dict[str, str]]:
-    return chat_of(read({"input": "hi", **fields}), CONFIG)
+@pytest.fixture
+def asked(make_state: Callable[..., AppState]) -> Callable[..., ChatSpec]:
+    state = make_state(max_messages=8, max_tools=2)
+    return lambda **fields: response_spec(read({"input": "hi", **fields}), state)
 
 
-def messages(*items: Any, instructions: str | None = None) -> list[dict[str, Any]]:
-    return Conversation(instructions, list(items), 100).messages
+def turns(*items: Any) -> list[Turn]:
+    return response_turns(None, list(items), 100)
 
 
 def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -34,10 +36,6 @@ def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
 
 def call(id: str, name: str = "f") -> dict[str, Any]:
     return {"type": "function_call", "id": f"fc_{id}", "call_id": id, "name": name, "arguments": "{}"}
-
-
-def made(id: str, name: str = "f") -> dict[str, Any]:
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": "{}"}}
 
 
 def output(id: str, value: Any = "ok") -> dict[str, Any]:
@@ -58,15 +56,14 @@ USER = {"role": "user", "content": "x"}
 
 
 def test_a_string_is_what_the_user_says() -> None:
-    assert Conversation(None, "hello", 1).messages == [{"role": "user", "content": "hello"}]
-    assert Conversation("Be brief.", "hello", 1).messages == [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "hello"},
-    ]
+    said = Turn("user", [Text("hello", "input")], "input")
+    assert response_turns(None, "hello", 1) == [said]
+    system = Turn("system", [Text("Be brief.", "instructions")], "instructions")
+    assert response_turns("Be brief.", "hello", 1) == [system, said]
 
 
-def test_what_one_turn_wrote_is_one_message() -> None:
-    found = messages(
+def test_what_one_turn_wrote_is_one_turn() -> None:
+    found = turns(
         USER,
         thought("hm"),
         said("assistant", [{"type": "output_text", "text": "let me see", "annotations": []}]),
@@ -77,13 +74,14 @@ def test_what_one_turn_wrote_is_one_message() -> None:
         thought("so"),
         said("assistant", "Done."),
     )
-    assert [message["role"] for message in found] == ["user", "assistant", "tool", "tool", "assistant"]
-    assert found[1]["reasoning_content"] == "hm"
-    assert found[1]["content"] == [{"type": "output_text", "text": "let me see", "annotations": []}]
-    assert found[1]["tool_calls"] == [made("a"), made("b", "g")]
-    assert found[2] == {"role": "tool", "tool_call_id": "a", "content": "ok"}
-    assert found[3]["content"] == [{"type": "input_text", "text": "fine"}]
-    assert found[4] == {"role": "assistant", "reasoning_content": "so", "content": "Done."}
+    calls = [Call("f", "{}", "a", "input[3]"), Call("g", "{}", "b", "input[4]")]
+    assert found == [
+        Turn("user", [Text("x", "input[0].content")], "input[0]"),
+        Turn("assistant", [Thinking("hm"), Text("let me see", "input[2].content[0]"), *calls], "input[1]"),
+        Turn("tool", [Text("ok", "input[5].output")], "input[5]", call_id="a"),
+        Turn("tool", [Text("fine", "input[6].output[0]")], "input[6]", call_id="b"),
+        Turn("assistant", [Thinking("so"), Text("Done.", "input[8].content")], "input[7]"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -100,14 +98,14 @@ def test_what_one_turn_wrote_is_one_message() -> None:
     ],
 )
 def test_where_a_message_ends(items: list[Any], roles: list[str]) -> None:
-    assert [message["role"] for message in messages(*items)] == roles
+    assert [turn.role for turn in turns(*items)] == roles
 
 
 def test_reasoning_may_be_empty_or_a_summary() -> None:
     bare = {"type": "reasoning", "id": "rs_1", "summary": []}
-    assert messages(USER, bare, {**bare, "content": None, "encrypted_content": None}) == [USER]
+    assert len(turns(USER, bare, {**bare, "content": None, "encrypted_content": None})) == 1
     summed = {**bare, "summary": [{"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b"}]}
-    assert messages(USER, summed)[1] == {"role": "assistant", "reasoning_content": "a\nb"}
+    assert turns(USER, summed)[1].thinking == "a\nb"
 
 
 ITEM_ERRORS: list[tuple[list[Any], str]] = [
@@ -143,44 +141,46 @@ ITEM_ERRORS: list[tuple[list[Any], str]] = [
 @pytest.mark.parametrize("instructions", [None, "Be brief."])
 @pytest.mark.parametrize(("items", "field"), ITEM_ERRORS)
 def test_errors_name_the_item(items: list[Any], field: str, instructions: str | None) -> None:
-    """Also what only the chat finds out, whatever items became of messages before it."""
-    sources: dict[str, str] = {}
+    """Also where only the chat template cannot read them, whatever turns came before."""
     with pytest.raises(InvalidRequest) as refused:
-        try:
-            found = Conversation(instructions, items, 100)
-            sources = found.sources
-            conversation(found.messages, TEMPLATE)
-        except InvalidRequest as error:
-            raise renamed(error, sources) from error
+        template_messages(response_turns(instructions, items, 100), TEMPLATE)
     assert refused.value.field == field
     assert field in refused.value.message
     assert "messages" not in refused.value.message
 
 
-def test_a_field_of_the_chat_is_the_same_field() -> None:
-    made, _ = chat(
+def test_sampling_fields_have_their_names(asked: Callable[..., ChatSpec]) -> None:
+    spec = asked(
         temperature=0.5, top_k=3, seed=1, stop=["a"], prompt_cache_key="k", priority=2, regex="a+", max_output_tokens=5
     )
-    assert (made.temperature, made.top_k, made.seed, made.stop, made.priority) == (0.5, 3, 1, ["a"], 2)
-    assert (made.prompt_cache_key, made.regex, made.max_completion_tokens, made.n) == ("k", "a+", 5, 1)
-    assert (made.logprobs, made.top_logprobs) == (False, None)
-    wanted, _ = chat(include=["message.output_text.logprobs"], top_logprobs=2)
-    assert (wanted.logprobs, wanted.top_logprobs) == (True, 2)
-    assert chat(reasoning={"effort": "low"})[0].reasoning_effort == "low"
+    params = spec.params
+    assert (params.temperature, params.top_k, params.seed, params.stop) == (0.5, 3, 1, ("a",))
+    assert (spec.cache.prompt_cache_key, spec.priority) == ("k", 2)
+    assert (params.regex, params.max_tokens, params.n, params.logprobs) == ("a+", 5, 1, None)
+    assert asked(include=["message.output_text.logprobs"], top_logprobs=2).params.logprobs == 2
+    assert asked(reasoning={"effort": "low"}).conversation.reasoning_effort == "low"
 
 
-def test_tools_and_formats_in_the_chats_words() -> None:
+def test_tools_are_functions_without_a_level_between(asked: Callable[..., ChatSpec]) -> None:
     tool = {"type": "function", "name": "f", "parameters": {}, "strict": True, "description": None, "output_schema": {}}
-    made, sources = chat(tools=[tool], tool_choice={"type": "function", "name": "f"})
-    assert made.tools == [{"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}]
-    assert made.tool_choice == {"type": "function", "name": "f"}
-    error = InvalidRequest("no", field="tools[0].function.name")
-    assert renamed(error, sources).field == "tools[0].name"
+    spec = asked(tools=[tool], tool_choice={"type": "function", "name": "f"})
+    [offered] = spec.conversation.tools
+    assert offered.definition == {"type": "function", "function": {"name": "f", "parameters": {}}}
+    assert (offered.tool.strict, offered.schema_path) == (True, "tools[0].parameters")
+    assert spec.tool_choice == ("required", ("f",))
+    with pytest.raises(InvalidRequest) as refused:
+        asked(tools=[{**tool, "name": "a b"}])
+    assert refused.value.field == "tools[0].name"
+
+
+def test_the_format_of_the_text(asked: Callable[..., ChatSpec]) -> None:
     schema = {"type": "object"}
-    wanted, _ = chat(text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})
-    assert wanted.response_format == {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    assert chat(text={"format": {"type": "json_object"}})[0].response_format == {"type": "json_object"}
-    assert chat(text={"verbosity": "low"})[0].response_format is None
+    wanted = asked(text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}).params
+    assert (wanted.json_schema, wanted.constraint_name) == (schema, "text.format")
+    assert asked(text={"format": {"type": "json_object"}}).params.json_schema == '{"type":"object"}'
+    assert asked(text={"verbosity": "low"}).params.json_schema is None
+    with pytest.raises(InvalidRequest, match=r"text\.format cannot be combined with regex"):
+        asked(text={"format": {"type": "json_object"}}, regex="a")
 
 
 def test_the_schema_tells_what_it_takes() -> None:
@@ -192,7 +192,7 @@ def test_the_schema_tells_what_it_takes() -> None:
     assert described["properties"]["response_format"]["type"] == "null"
 
 
-def test_what_is_called_something_else_here_says_so() -> None:
+def test_what_is_called_something_else_here_says_so(asked: Callable[..., ChatSpec]) -> None:
     for name, value, said in (
         ("max_tokens", 5, "max_output_tokens"),
         ("messages", [USER], "input"),
@@ -202,7 +202,7 @@ def test_what_is_called_something_else_here_says_so() -> None:
         ("prompt", {"id": "pmpt_1"}, "instructions"),
     ):
         with pytest.raises(InvalidRequest) as refused:
-            chat(**{name: value})
+            asked(**{name: value})
         assert refused.value.field == name
         assert said in refused.value.message
-    chat(background=False, logprobs=False, previous_response_id=None)
+    asked(background=False, logprobs=False, previous_response_id=None)

@@ -13,7 +13,7 @@ import pytest
 from branchwise.runtime.chat.tools import StreamParser, Tool
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.messages import Delta
-from branchwise.runtime.server.http.openai.responses.answer import Answer
+from branchwise.runtime.server.http.openai.responses.reply import ResponseReply
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 LOGPROBS = {"include": ["message.output_text.logprobs"]}
@@ -24,7 +24,7 @@ EVENTS: dict[str, Any] = {
 SIZES = (1, 2, 3, 7, 1000)  # tokens in a delta
 
 
-def streamed(answer: Answer, deltas: list[Delta]) -> list[dict[str, Any]]:
+def streamed(answer: ResponseReply, deltas: list[Delta]) -> list[dict[str, Any]]:
     sent = [event for delta in deltas for event in answer.events([(0, delta)])]
     return decoded([*sent, *answer.end()])
 
@@ -194,7 +194,7 @@ def test_how_it_ended(told: Any, make_answer: Any, reason: str, status: str, det
         (Overloaded("the server is shutting down"), "server_error", "the server is shutting down"),
         (ZeroDivisionError("secret"), "server_error", "internal error; the server's log says more"),
         (
-            InvalidRequest("response_format is no use", field="response_format"),
+            InvalidRequest("text.format is no use", field="text.format"),
             "invalid_prompt",
             "text.format is no use",
         ),
@@ -205,7 +205,7 @@ def test_a_failure_midway_is_told_with_what_there_was(
 ) -> None:
     answer = make_answer(None)
     [first, *_] = told("some text", 1)
-    events = decoded([*answer.events([(0, first)]), answer.fail(error, {"response_format": "text.format"})])
+    events = decoded([*answer.events([(0, first)]), answer.fail(error)])
     last = events[-1]
     assert last["type"] == "response.failed"
     assert last["response"]["id"] == events[0]["response"]["id"]
@@ -216,7 +216,7 @@ def test_a_failure_midway_is_told_with_what_there_was(
     assert item["content"][0]["text"] == first.text
 
 
-def test_what_was_asked_for_is_given_back(make_answer: Callable[..., Answer], told: Any) -> None:
+def test_what_was_asked_for_is_given_back(make_answer: Callable[..., ResponseReply], told: Any) -> None:
     tool = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "description": "d"}
     form = {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}
     asked: dict[str, Any] = {

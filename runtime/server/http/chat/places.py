@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 
-from .....tokenizer.tokenizer import Tokenizer
+from ....tokenizer.tokenizer import Tokenizer
 
 
 class TokenPlaces:

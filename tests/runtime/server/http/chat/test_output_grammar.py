@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat.conversation import OfferedTool
 from branchwise.runtime.chat.tools import Tool, reasoning_format
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.openai.chat.grammar import OutputGrammar, calls_for
+from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar, calls_for
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
@@ -52,10 +53,15 @@ def takes(tokenizer: Tokenizer) -> Any:
     return walk
 
 
+def offered(tools: list[Tool]) -> list[OfferedTool]:
+    return [OfferedTool(tool, {}, f"tools[{i}].parameters") for i, tool in enumerate(tools)]
+
+
 def applied(format: str, prompt: str = ASKED, params: SamplingParams | None = None, **how: Any) -> SamplingParams:
     thoughts = how.pop("thoughts", None)
-    forced = how.setdefault("forced", False)
-    calls = calls_for(format, TOOLS, **{"named": None, "parallel": True, **how})
+    forced, named = how.pop("forced", False), how.pop("named", None)
+    chosen = [tool for tool in offered(TOOLS) if named in (None, tool.tool.name)]
+    calls = calls_for(format, chosen, **{"enforced": forced, "parallel": True, **how})
     return OutputGrammar(calls, forced, thoughts, {}).applied(params or SamplingParams(), prompt)
 
 
@@ -126,31 +132,42 @@ def test_a_strict_tool_beside_an_answer_with_a_schema(takes: Any, format: str) -
 
 def test_nothing_to_enforce_is_no_grammar() -> None:
     params = SamplingParams()
-    assert calls_for("hermes", TOOLS[1:], forced=False, named=None, parallel=True) is None
+    assert calls_for("hermes", offered(TOOLS[1:]), enforced=False, parallel=True) is None
     assert OutputGrammar(None, False, THINK, {}).applied(params, ASKED) is params
 
 
 def test_what_does_not_go_together() -> None:
     regex = SamplingParams(regex="a+", constraint_name="regex")
-    schema = SamplingParams(json_schema="{}", constraint_name="response_format")
-    for params, forced in ((regex, False), (regex, True), (schema, True)):
+    for forced in (False, True):
         with pytest.raises(InvalidRequest, match="cannot be combined") as refused:
-            applied("hermes", params=params, forced=forced)
-        assert refused.value.field == params.constraint_name
+            applied("hermes", params=regex, forced=forced)
+        assert refused.value.field == "regex"
+
+
+@pytest.mark.parametrize("format", CALLS)
+def test_a_forced_call_leaves_no_answer_to_format(takes: Any, format: str) -> None:
+    """Clients send both: instructor names a tool and the same schema as the answer's format."""
+    asked = SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format")
+    params = applied(format, params=asked, forced=True)
+    call, (right, wrong) = CALLS[format]
+    assert takes(params, call)
+    assert not takes(params, call.replace(right, wrong))
+    assert not takes(params, '{"x": 1}') and params.json_schema is None
+    assert params == applied(format, forced=True)
 
 
 def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
     tools = [*TOOLS, Tool("h", {"type": "object", "x-guidance": {}}, strict=True)]
     with pytest.raises(InvalidRequest) as refused:
-        calls_for("hermes", tools, forced=False, named=None, parallel=True)
-    assert refused.value.field == "tools[2].function.parameters"
+        calls_for("hermes", offered(tools), enforced=False, parallel=True)
+    assert refused.value.field == "tools[2].parameters"
 
 
 def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:
     """They are tokens of the grammar, never text."""
     special = {"[TOOL_CALLS]": 1}
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [2, 0])
-    calls = calls_for("mistral_named", TOOLS, forced=False, named=None, parallel=True)
+    calls = calls_for("mistral_named", offered(TOOLS), enforced=False, parallel=True)
     constraint = OutputGrammar(calls, False, None, special).applied(SamplingParams(), ASKED).constraint
     assert constraint is not None
     for first, rest, right in (([1], 'f[ARGS]{"x": 1}', True), ([1], 'f[ARGS]{"x": "a"}', False), ([], "Hi.", True)):

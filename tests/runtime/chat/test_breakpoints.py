@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.messages import conversation
-from branchwise.runtime.chat.prompt import tool_definitions
+from branchwise.runtime.chat.breakpoints import breakpoint_positions
+from branchwise.runtime.chat.openai_messages import openai_turns
+from branchwise.runtime.chat.openai_tools import openai_tools
+from branchwise.runtime.chat.prompt import ChatPrompt
 from branchwise.runtime.chat.template import ChatTemplate
-from branchwise.runtime.server.http.openai.chat.marks import chat_marks
 
-TEMPLATES = Path(__file__).parents[5] / "runtime" / "chat" / "templates"
+TEMPLATES = Path(__file__).parent / "templates"
 MARK = {"cache_control": {"type": "ephemeral", "ttl": "1h"}}
 FROM_US = {"prompt_cache_breakpoint": True}
 
@@ -32,50 +33,46 @@ def parts(*texts: str, **more: Any) -> list[dict[str, Any]]:
     return found
 
 
-async def prefixes(name: str, messages: list[Any], tools: list[Any] | None = None) -> list[tuple[str, Any]]:
+def prefixes(name: str, messages: list[Any], tools: list[Any] | None = None) -> list[tuple[str, Any]]:
     """(what comes before a mark, its ttl) of each."""
     template = ChatTemplate((TEMPLATES / name).read_text(), {"bos_token": "<s>", "eos_token": "</s>"})
-    definitions = None if tools is None else [{"type": "function", "function": one["function"]} for one in tools]
-
-    async def render(messages: list[Any], definitions: Any) -> str:
-        return template.render(conversation(messages, template), True, {"tools": definitions} if definitions else {})
-
-    text = await render(messages, definitions)
-    return [(text[:at], ttl) for at, ttl in await chat_marks(messages, tools, definitions, text, render)]
+    prompt = ChatPrompt(template, openai_turns(messages), openai_tools(tools), {}, True, False)
+    text = prompt.text()
+    return [(text[:at], breakpoint.ttl) for at, breakpoint in breakpoint_positions(prompt, text, 4)]
 
 
 @pytest.mark.parametrize("name", ["qwen2.5.jinja", "qwen3.jinja", "llama3.jinja", "mistral.jinja"])
 @pytest.mark.parametrize("arguments", ['{"city":  "Rome"}', {"city": "Rome"}, "{}", "{ }", "", None])
-async def test_a_call_stays_with_its_arguments(name: str, arguments: Any) -> None:
+def test_a_call_stays_with_its_arguments(name: str, arguments: Any) -> None:
     messages = [
         {"role": "user", "content": "Go."},
         {"role": "assistant", "content": None, "tool_calls": [call(arguments, **MARK)]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": "Gone."},
     ]
-    [(before, ttl)] = await prefixes(name, messages)
+    [(before, ttl)] = prefixes(name, messages)
     assert ttl == "1h"
     assert before.rstrip().endswith('"Rome"' if arguments and "city" in arguments else "{")
     assert "Gone." not in before
 
 
 @pytest.mark.parametrize("name", ["qwen2.5.jinja", "qwen3.jinja", "llama3.jinja", "mistral.jinja"])
-async def test_a_result_stays_with_its_text(name: str) -> None:
+def test_a_result_stays_with_its_text(name: str) -> None:
     messages = [
         {"role": "user", "content": "Go."},
         {"role": "assistant", "content": None, "tool_calls": [call("{}")]},
         {"role": "tool", "tool_call_id": "abcdefghi", "content": parts("Gone", "far.", **MARK)},
         {"role": "assistant", "content": "Yes."},
     ]
-    [(before, _)] = await prefixes(name, messages)
+    [(before, _)] = prefixes(name, messages)
     assert before.endswith("far.")
 
 
 @pytest.mark.parametrize("name", ["qwen2.5.jinja", "qwen3.jinja", "llama3.jinja", "mistral.jinja"])
 @pytest.mark.parametrize("marked", [0, 1])
-async def test_a_tool_stays_with_its_definition(name: str, marked: int) -> None:
+def test_a_tool_stays_with_its_definition(name: str, marked: int) -> None:
     tools = [tool("first"), tool("second")]
     tools[marked] |= FROM_US
-    [(before, ttl)] = await prefixes(name, [{"role": "user", "content": "Hello."}], tools)
+    [(before, ttl)] = prefixes(name, [{"role": "user", "content": "Hello."}], tools)
     assert ttl is None
     assert before.count('"city"') == marked + 1, "all of it"
     assert '"first"' in before
@@ -83,25 +80,26 @@ async def test_a_tool_stays_with_its_definition(name: str, marked: int) -> None:
     assert "Hello." not in before
 
 
-async def test_the_last_four_count_and_tools_come_first() -> None:
+def test_the_last_four_count_and_tools_come_first() -> None:
     tools = [tool("first", **FROM_US), tool("second", **FROM_US)]
     content = [{"type": "text", "text": f"{word}.", **FROM_US} for word in ("one", "two", "three")]
-    found = await prefixes("qwen2.5.jinja", [{"role": "user", "content": content}], tools)
+    found = prefixes("qwen2.5.jinja", [{"role": "user", "content": content}], tools)
     assert '"second"' in found[0][0]
     assert [before[-3:] for before, _ in found[1:]] == ["ne.", "wo.", "ee."]
 
 
-async def test_what_a_template_leaves_out_is_no_breakpoint() -> None:
+def test_what_a_template_leaves_out_is_no_breakpoint() -> None:
     messages = [
         {"role": "user", "content": "Go."},
         {"role": "assistant", "content": "", "tool_calls": [call("{}", **MARK)]},
     ]
-    assert await prefixes("gemma.jinja", messages) == []
-    assert await prefixes("gemma.jinja", [{"role": "user", "content": "Go."}], [tool("first", **MARK)]) == []
+    assert prefixes("gemma.jinja", messages) == []
+    assert prefixes("gemma.jinja", [{"role": "user", "content": "Go."}], [tool("first", **MARK)]) == []
 
 
 def test_a_template_is_not_told_of_marks() -> None:
     """Neither beside a function nor, as in the responses API, in it."""
     nested = tool("first", **MARK, **FROM_US)
     flat = {"type": "function", **nested["function"], **MARK, **FROM_US}
-    assert tool_definitions([nested]) == tool_definitions([flat]) == [tool("first")]
+    assert [offered.definition for offered in openai_tools([nested])] == [tool("first")]
+    assert [offered.definition for offered in openai_tools([flat])] == [tool("first")]

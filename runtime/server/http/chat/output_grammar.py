@@ -12,25 +12,26 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from .....chat.tools import ReasoningFormat, Tool
-from .....chat.tools.grammar import CallGrammar, call_grammar
-from .....constraint import Constraint, ConstraintError
-from .....grammar import schema
-from .....sampling_params import SamplingParams
-from ...plumbing.errors import bad
+from ....chat.conversation import OfferedTool
+from ....chat.tools import ReasoningFormat, Tool
+from ....chat.tools.grammar import CallGrammar, call_grammar
+from ....constraint import Constraint, ConstraintError
+from ....grammar import schema
+from ....sampling_params import SamplingParams
+from ..plumbing.errors import bad
 
 _ANY = "/(?s:.*)/"
 
 
-def prepared(tools: Sequence[Tool]) -> list[Tool]:
-    """The tools with schemas as the grammar wants them. Raises `InvalidRequest` naming the tool."""
+def prepared(tools: Sequence[OfferedTool]) -> list[Tool]:
+    """The tools with schemas as the grammar engine takes them. Raises `InvalidRequest` naming the schema."""
     result = []
-    for i, tool in enumerate(tools):
+    for offered in tools:
         try:
-            parameters = schema.parse(json.dumps(tool.parameters))
+            parameters = schema.parse(json.dumps(offered.tool.parameters))
         except ConstraintError as error:
-            raise bad(f"tools[{i}].function.parameters", f"of {tool.name!r} {error.problem}") from error
-        result.append(msgspec.structs.replace(tool, parameters=parameters))
+            raise bad(offered.schema_path, f"of {offered.tool.name!r} {error.problem}") from error
+        result.append(msgspec.structs.replace(offered.tool, parameters=parameters))
     return result
 
 
@@ -49,12 +50,15 @@ class OutputGrammar:
         """``params`` with the constraint that the answer to ``prompt`` has.
 
         What the client asked of the answer holds for the answer: not for thinking before it, nor for calls instead of
-        it. Raises `InvalidRequest` for what does not go together.
+        it. A JSON schema is dropped where calls are forced, which leaves no answer to format. Raises `InvalidRequest`
+        for what does not go together.
         """
         asked = params.constraint
         name = params.constraint_name
-        if self._calls is not None and asked is not None and (self._forced or asked.kind != "json_schema"):
+        if self._calls is not None and asked is not None and asked.kind != "json_schema":
             raise bad(name or asked.kind, "cannot be combined with these tools and tool_choice")
+        if self._forced:
+            asked = name = None
         thought = self._thought(prompt)
         if self._calls is None and (asked is None or not thought or asked.kind not in ("json_schema", "choices")):
             return params
@@ -70,29 +74,29 @@ class OutputGrammar:
         if self._calls is None:
             return [f"body: {_answer(asked)}"]
         if self._forced:
-            return ["body: calls", self._renamed("")]
+            return ["body: calls", self._call_rule("")]
         trigger = self._calls.triggers[0]
         begun = f"<[{self._special[trigger]}]>" if trigger in self._special else json.dumps(trigger)
         if asked is not None:
             # No text before a call: the lexer takes the longest match, and text that may be anything swallows answers.
             if self._calls.at_start:
-                return ["body: answer | calls", self._renamed("", beside_json=True), f"answer: {_answer(asked)}"]
-            return [f"body: answer | {begun} calls", self._renamed(trigger), f"answer: {_answer(asked)}"]
+                return ["body: answer | calls", self._call_rule("", beside_json=True), f"answer: {_answer(asked)}"]
+            return [f"body: answer | {begun} calls", self._call_rule(trigger), f"answer: {_answer(asked)}"]
         # An answer is what does not begin a call.
         triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in self._calls.triggers)
         if self._calls.at_start:
             plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
-            return ["body: PLAIN | calls", self._renamed(""), plain]
+            return ["body: PLAIN | calls", self._call_rule(""), plain]
         if trigger in self._special:  # no text is ever equal to it
-            return [f"body: PLAIN | PLAIN {begun} calls", self._renamed(trigger), f"PLAIN: {_ANY}"]
+            return [f"body: PLAIN | PLAIN {begun} calls", self._call_rule(trigger), f"PLAIN: {_ANY}"]
         return [
             "body: PLAIN | before calls",
-            self._renamed(trigger),
+            self._call_rule(trigger),
             f"before[suffix={begun}]: {_ANY}",
             f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/",
         ]
 
-    def _renamed(self, after: str, *, beside_json: bool = False) -> str:
+    def _call_rule(self, after: str, *, beside_json: bool = False) -> str:
         if self._calls is None:
             raise RuntimeError("there are no calls")
         lark = self._calls.lark(self._special, after=after, beside_json=beside_json)
@@ -114,13 +118,12 @@ class OutputGrammar:
         return ["thought?", f"thought: {begin} inner", *inner]
 
 
-def calls_for(
-    format: str, tools: Sequence[Tool], *, forced: bool, named: str | None, parallel: bool
-) -> CallGrammar | None:
-    """None where nothing about calls must be enforced: any may come, or none, with any arguments."""
-    if not forced and not any(tool.strict for tool in tools):
+def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, parallel: bool) -> CallGrammar | None:
+    """``enforced``: calls of these tools only, whose arguments follow their schemas. Otherwise any tool may be called
+    and only the arguments of strict tools are constrained; None if there are none."""
+    if not tools or not (enforced or any(offered.tool.strict for offered in tools)):
         return None
-    return call_grammar(format, prepared(tools), named=named, parallel=parallel, only_strict=not forced)
+    return call_grammar(format, prepared(tools), parallel=parallel, only_strict=not enforced)
 
 
 def _answer(asked: Constraint | None) -> str:

@@ -18,8 +18,8 @@ from branchwise.runtime.chat.tools import StreamParser, Tool, assemble
 from branchwise.runtime.messages import CacheReport, Delta, Finished
 from branchwise.runtime.outputs import Output
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.anthropic.message import MessageAnswer, input_usage
-from branchwise.runtime.server.http.openai.chat.choice import Choice
+from branchwise.runtime.server.http.anthropic.reply import MessageReply, input_usage
+from branchwise.runtime.server.http.chat.sample import Sample
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
@@ -69,12 +69,12 @@ def batches(pieces: list[str], reason: Any, matched: str | None = None) -> Itera
 
 
 def whole(tokenizer: Tokenizer, parser: Any, text: str, reason: str = "stop", **more: Any) -> dict[str, Any]:
-    answer = MessageAnswer("m", Choice(tokenizer, SamplingParams(), parser, one_call=False))
+    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False))
     return answer.whole([entry for batch in batches([text], reason, **more) for entry in batch])
 
 
 def stream(tokenizer: Tokenizer, parser: Any, pieces: list[str], reason: str = "stop", **more: Any) -> bytes:
-    answer = MessageAnswer("m", Choice(tokenizer, SamplingParams(), parser, one_call=False))
+    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False))
     sent = b"".join(b"".join(answer.events(batch)) for batch in batches(pieces, reason, **more))
     return sent + b"".join(answer.end())
 

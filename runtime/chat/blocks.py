@@ -1,0 +1,109 @@
+"""An answer as blocks of text, thinking and calls, in the order in which the model wrote them.
+
+`BlockReader` turns the parser's events into the start, the deltas and the stop of each block, one block at a time. Each
+dialect renders these events for a stream and the finished blocks for a whole answer, so both say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeAlias
+
+import msgspec
+
+from ..logprobs import TokenLogprob
+from .tools.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, ReasoningDelta
+
+BlockKind = Literal["text", "thinking", "call"]
+
+
+class Block(msgspec.Struct, eq=False):
+    """``index`` counts the answer's blocks, ``call_index`` its calls. ``text`` is a call's arguments, as JSON text."""
+
+    index: int
+    kind: BlockKind
+    call_index: int = 0
+    call_id: str = ""
+    name: str = ""
+    complete: bool = False  # the model ended it: neither was it cut off nor does it still go on
+    _pieces: list[str] = []
+    logprobs: list[TokenLogprob] = []  # of the tokens that begin in the text, if they were asked for
+
+    @property
+    def text(self) -> str:
+        if len(self._pieces) > 1:
+            self._pieces = ["".join(self._pieces)]
+        return self._pieces[0] if self._pieces else ""
+
+    def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        self._pieces.append(text)
+        self.logprobs += logprobs
+
+
+class BlockStart(msgspec.Struct, frozen=True, gc=False):
+    block: Block
+
+
+class BlockDelta(msgspec.Struct, frozen=True, gc=False):
+    block: Block
+    text: str
+    logprobs: Sequence[TokenLogprob]
+
+
+class BlockStop(msgspec.Struct, frozen=True, gc=False):
+    block: Block
+
+
+BlockEvent: TypeAlias = BlockStart | BlockDelta | BlockStop
+
+
+class BlockReader:
+    """`read` the parser's events, then `finish`. A block ends where the next begins."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self._open: Block | None = None  # the last one, while it goes on
+
+    def read(self, event: Event, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[BlockEvent]:
+        """``logprobs``: of the tokens that begin in ``event.source``."""
+        match event:
+            case ContentDelta(text=text) if text:
+                yield from self._text("text", text, logprobs)
+            case ReasoningDelta(text=text) if text:
+                yield from self._text("thinking", text, logprobs)
+            case CallStart(index=index, id=id, name=name):
+                yield from self._start("call", index, id, name)
+            case ArgumentsDelta(text=text) if text and self._open is not None:
+                yield self._delta(self._open, text, logprobs)
+            case CallEnd(complete=complete):
+                yield from self._stop(complete)
+
+    def finish(self, complete: bool, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[BlockEvent]:
+        """The output has ended. Not ``complete``: in the middle of what the model was writing. ``logprobs``: of the
+        tokens after all text, such as those of a stop string."""
+        if logprobs and self._open is not None and self._open.kind == "text":
+            yield self._delta(self._open, "", logprobs)
+        yield from self._stop(complete)
+
+    def _text(self, kind: BlockKind, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[BlockEvent]:
+        block = self._open
+        if block is None or block.kind != kind:
+            yield from self._start(kind)
+            block = self.blocks[-1]
+        yield self._delta(block, text, logprobs)
+
+    def _start(self, kind: BlockKind, call_index: int = 0, call_id: str = "", name: str = "") -> Iterator[BlockEvent]:
+        yield from self._stop(True)
+        self._open = Block(len(self.blocks), kind, call_index, call_id, name)
+        self.blocks.append(self._open)
+        yield BlockStart(self._open)
+
+    def _delta(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> BlockDelta:
+        block.append(text, logprobs)
+        return BlockDelta(block, text, logprobs)
+
+    def _stop(self, complete: bool) -> Iterator[BlockEvent]:
+        block, self._open = self._open, None
+        if block is not None:
+            block.complete = complete
+            yield BlockStop(block)

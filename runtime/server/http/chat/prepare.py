@@ -1,0 +1,110 @@
+"""From a chat request to what is run for it: the prompt its template makes, and a reader for each sample's answer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+
+from ....chat.breakpoints import breakpoint_positions
+from ....chat.conversation import Conversation
+from ....chat.prompt import ChatPrompt, chat_prompt
+from ....chat.template import ChatTemplate
+from ....errors import InvalidRequest
+from ....messages import Generate
+from ....sampling_params import validate
+from ..fields.cache import MAX_BREAKPOINTS, caching
+from ..fields.prompts import check_count, check_priority, make_prompt, prepare_params
+from ..state import AppState
+from .arguments import bound_arguments
+from .sample import Sample
+from .spec import ChatSpec
+from .tool_use import Formats, ToolUse
+
+INLINE = 32_768  # characters of a conversation rendered on the event loop; a longer one would stall it
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedChat:
+    """One engine prompt and the readers of its samples."""
+
+    prompt: Generate
+    samples: list[Sample]
+
+
+class ChatPreparer:
+    """For one server; learns how its model writes calls and thinking when the first request comes."""
+
+    def __init__(self, state: AppState) -> None:
+        self._state = state
+        self._formats: Formats | None = None
+
+    async def prepare(self, spec: ChatSpec) -> PreparedChat:
+        """Raises `InvalidRequest`."""
+        state = self._state
+        limits = state.client.limits  # before the tokenizer: it raises while there is none
+        template = chat_template(state)
+        if self._formats is None:
+            self._formats = Formats.of(state.config, state.tokenizer, template)
+        tools = ToolUse(spec, self._formats, template)
+        skips = spec.params.skip_special_tokens and not tools.keeps_special
+        params = msgspec.structs.replace(spec.params, skip_special_tokens=skips)
+        params = prepare_params(params, limits, spec.names, state.config)
+        check_count(params.n, state.config.max_samples_per_request, "n")
+        prompt = await _checked_prompt(state, msgspec.structs.replace(spec.conversation, tools=tools.offered))
+
+        def rendered() -> tuple[str, list[tuple[int, str | float | None]]]:
+            text = prompt.text()
+            found = breakpoint_positions(prompt, text, MAX_BREAKPOINTS)
+            return text, [(at, breakpoint.ttl) for at, breakpoint in found]
+
+        text, marks = await _beside_the_loop(prompt, rendered)
+        made = make_prompt(
+            text,
+            validate(tools.constrained(params, text), limits.vocab_size, spec.names),
+            limits,
+            "messages",
+            spec.names,
+            priority=check_priority(spec.priority),
+            stream=spec.stream,
+            add_special_tokens=False,
+            **caching(state, spec.cache, marks=marks),
+        )
+        one_call = not spec.parallel_tool_calls
+        samples = [Sample(state.tokenizer, params, tools.parser(text), one_call=one_call) for _ in range(params.n)]
+        return PreparedChat(made, samples)
+
+
+def chat_template(state: AppState) -> ChatTemplate:
+    template = state.tokenizer.chat_template
+    if template is None:
+        raise InvalidRequest(
+            "this model has no chat template: send a prompt to /v1/completions instead", field="messages"
+        )
+    return template
+
+
+async def conversation_text(state: AppState, conversation: Conversation) -> str:
+    """The prompt that a conversation becomes."""
+    prompt = await _checked_prompt(state, conversation)
+    return await _beside_the_loop(prompt, prompt.text)
+
+
+async def _checked_prompt(state: AppState, conversation: Conversation) -> ChatPrompt:
+    template = chat_template(state)
+    await bound_arguments(conversation.turns, template, state.config.max_json_values)
+    return chat_prompt(template, conversation)
+
+
+async def _beside_the_loop(prompt: ChatPrompt, render: Callable[[], T]) -> T:
+    """``render()``, in a thread for a long conversation."""
+    turns = prompt.turns
+    short = len(turns) <= 64 and sum(len(text) for turn in turns for text in turn.texts) <= INLINE
+    if short and "documents" not in prompt.variables:
+        return render()
+    return await asyncio.to_thread(render)

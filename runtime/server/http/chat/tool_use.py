@@ -1,0 +1,95 @@
+"""How one request may use its tools, and how the model's calls and thinking are read from its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ....chat.conversation import OfferedTool
+from ....chat.template import ChatTemplate
+from ....chat.tools import (
+    ReasoningFormat,
+    StreamParser,
+    ToolFormat,
+    ToolLimits,
+    detect,
+    ends_in_reasoning,
+    markers,
+    reasoning_format,
+    tool_format,
+)
+from ....config import ServerConfig
+from ....sampling_params import SamplingParams
+from ....tokenizer.tokenizer import Tokenizer
+from ..plumbing.errors import bad
+from .output_grammar import OutputGrammar, calls_for
+from .spec import ChatSpec
+
+AUTO, NONE = "auto", "none"  # of the flags: what the chat template seems to write; nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """How the served model writes calls and thinking. None: not at all, as far as the server knows."""
+
+    tools: ToolFormat | None
+    reasoning: ReasoningFormat | None
+    tools_name: str  # as the grammar knows it
+    special: dict[str, int]  # markers that are special tokens, and their ids
+
+    @classmethod
+    def of(cls, config: ServerConfig, tokenizer: Tokenizer, template: ChatTemplate) -> Formats:
+        """By the flags, else read off the checkpoint."""
+        special = {tokenizer.token_text(id): id for id in tokenizer.special_ids}
+        found = detect(template.source, special)
+        tools = found.tools if config.tool_call_parser == AUTO else config.tool_call_parser
+        reasoning = found.reasoning if config.reasoning_parser == AUTO else config.reasoning_parser
+        calls = tool_format(tools) if tools and tools != NONE else None
+        thoughts = reasoning_format(reasoning) if reasoning and reasoning != NONE else None
+        known = {marker: special[marker] for marker in markers(calls, thoughts) if marker in special}
+        return cls(calls, thoughts, tools or "", known)
+
+
+class ToolUse:
+    """The tools of one request. Raises `InvalidRequest` for what cannot be done."""
+
+    def __init__(self, spec: ChatSpec, formats: Formats, template: ChatTemplate) -> None:
+        choice, offered = spec.tool_choice, spec.conversation.tools
+        used = bool(offered) and choice.mode != "none"
+        if used and (formats.tools is None or not template.writes_tools):
+            raise bad("tools", "are not supported: this model's chat template has none that this server can read")
+        self.offered: Sequence[OfferedTool] = offered if used else ()
+        self._special = formats.special
+        self._calls = formats.tools if used else None
+        self._thoughts = formats.reasoning if spec.separate_reasoning else None
+        callable = [tool for tool in self.offered if choice.allows(tool.tool.name)]
+        self._tools = [tool.tool for tool in callable]
+        forced = used and choice.mode == "required"
+        enforced = forced or choice.names is not None
+        calls = calls_for(formats.tools_name, callable, enforced=enforced, parallel=spec.parallel_tool_calls)
+        self._grammar = OutputGrammar(calls, forced, self._thoughts, formats.special)
+
+    @property
+    def keeps_special(self) -> bool:
+        """Whether the answer's text must still have its special tokens, for its parser to see them."""
+        return bool(markers(self._calls, self._thoughts) & self._special.keys())
+
+    def constrained(self, params: SamplingParams, prompt: str) -> SamplingParams:
+        """With the grammar of what may be written after ``prompt``."""
+        return self._grammar.applied(params, prompt)
+
+    def parser(self, prompt: str) -> StreamParser | None:
+        """For one sample's answer to ``prompt``; None: all of it is content."""
+        if self._calls is None and self._thoughts is None:
+            return None
+        opened = ends_in_reasoning(prompt, self._thoughts)
+        return StreamParser(self._calls, self._thoughts, self._tools, reasoning_open=opened)
+
+
+def tool_limits(config: ServerConfig) -> ToolLimits:
+    usual = ToolLimits()
+    return ToolLimits(
+        tools=config.max_tools,
+        schema_bytes=min(usual.schema_bytes, config.max_schema_bytes),
+        schema_depth=min(usual.schema_depth, config.max_schema_depth),
+    )
