@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
@@ -172,6 +174,16 @@ def _choices(field: str) -> tuple[str, ...]:
 def step_budget(config: EngineConfig, *, gpu: bool) -> int:
     """Query tokens one step may hold: the flag, or what suits the device."""
     return config.max_num_batched_tokens or max(config.max_num_seqs, 8192 if gpu else 2048)
+
+
+def engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
+    """The checked config of an `Engine`. Raises `LoadError`; TypeError for an unknown keyword, naming the closest."""
+    for name in settings:
+        if name not in EngineConfig.__struct_fields__:
+            close = difflib.get_close_matches(name, EngineConfig.__struct_fields__, 1)
+            hint = f"did you mean {close[0]!r}?" if close else "see EngineConfig for all of them"
+            raise TypeError(f"the engine has no setting {name!r}: {hint}")
+    return check(EngineConfig(model=model, **settings))
 
 
 def check(config: EngineConfig) -> EngineConfig:

@@ -15,7 +15,7 @@ from .codec import Codec
 from .errors import BackendError
 
 if TYPE_CHECKING:
-    from ...runtime.engine.engine import EngineBase
+    from ...runtime.engine.base import EngineBase
     from ...runtime.engine.request_output import RequestOutput, StreamChunk
     from ...runtime.logprobs import TokenLogprob
     from ...runtime.messages import CacheReport

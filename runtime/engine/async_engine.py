@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
-from .engine import BranchPiece, EngineBase
-
-if TYPE_CHECKING:
-    from .branch import AsyncBranch
+from .async_branch import AsyncBranch
+from .base import EngineBase
+from .prompts import BranchPiece
 
 
 class AsyncEngine(EngineBase):
-    """`Engine` whose ``generate``, ``chat`` and ``stream`` are the asynchronous ones, and branches too."""
+    """`Engine` whose ``generate``, ``chat``, ``stream`` and branches are asynchronous."""
 
     generate = EngineBase.agenerate
     chat = EngineBase.achat
     stream = EngineBase.astream
 
     async def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> AsyncBranch:
-        from .branch import AsyncBranch
-
+        """`Engine.branch` for asyncio."""
         return await AsyncBranch.create(self, prompt, cache_salt, ttl)
 
     async def __aenter__(self) -> Self:

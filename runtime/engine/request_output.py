@@ -1,4 +1,4 @@
-"""What comes of one prompt in process: its samples while they arrive, what is new of one, and all of them."""
+"""The outputs of prompts in process: collected from deltas, in chunks or as a whole."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..errors import BranchwiseError, EngineDead, InvalidRequest
 from ..logprobs import TokenLogprob
-from ..messages import CacheReport, Delta, Finished
+from ..messages import CacheReport, Delta, Finished, Generate
 from ..outputs import Output
 
 
@@ -70,12 +70,7 @@ class Collector:
     """The samples of one prompt while they come in."""
 
     def __init__(self, ids: list[int]) -> None:
-        self._outputs = {id_: Output(i) for i, id_ in enumerate(ids)}
-        self._open = len(ids)
-
-    @property
-    def done(self) -> bool:
-        return self._open == 0
+        self._outputs = {id: Output(i) for i, id in enumerate(ids)}
 
     @property
     def result(self) -> RequestOutput:
@@ -86,10 +81,8 @@ class Collector:
         output = self._outputs[delta.id]
         known, known_logprobs = len(output.token_ids), len(output.logprobs)
         output.feed(delta)
-        if delta.finish is not None:
-            self._open -= 1
-            if delta.finish.reason == "error":
-                raise error_of(delta.finish)
+        if delta.finish is not None and delta.finish.reason == "error":
+            raise error_of(delta.finish)
         return StreamChunk(
             output.index,
             delta.text,
@@ -99,6 +92,22 @@ class Collector:
             output.matched,
             output.logprobs[known_logprobs:],
         )
+
+
+class BatchCollector:
+    """The outputs of several prompts while they arrive."""
+
+    def __init__(self, requests: Sequence[Generate]) -> None:
+        self._collectors = [Collector(request.ids) for request in requests]
+        self._of = {id: each for each, request in zip(self._collectors, requests, strict=True) for id in request.ids}
+
+    @property
+    def results(self) -> list[RequestOutput]:
+        return [collector.result for collector in self._collectors]
+
+    def feed(self, delta: Delta) -> None:
+        """Raises the request's error, if that is how it ended."""
+        self._of[delta.id].feed(delta)
 
 
 def error_of(finish: Finished) -> BranchwiseError:

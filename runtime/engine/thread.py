@@ -1,74 +1,211 @@
-"""The thread that drives an engine in process: others queue work for it, and hear through sinks what comes of it."""
+"""The thread that drives an engine in process: other threads queue messages and questions for it."""
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import itertools
 import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
-from ..errors import EngineDead
-from ..messages import Delta, Finished
+from ..errors import EngineDead, InvalidRequest
+from ..messages import BranchOp, BranchRun, ControlReply, Delta, Finished, Generate
 from ..tokenizer.detokenizer import DetokenizerCore
 from ..tokenizer.pieces import encode_message
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
+T = TypeVar("T")
+Sink = Callable[[Delta], None]
+
+_IDLE_SECONDS = 0.001  # between looks at the core while it has work but can advance nothing: grammars are compiling
+
 _running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 
 class EngineThread:
-    """Only its thread touches the core. Every request's sink hears exactly one end, also if the engine dies first."""
+    """Owns an `EngineCore`: only this thread steps it.
 
-    def _start(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+    Every request's sink gets exactly one terminal delta and every future a result, also if the engine fails first.
+    The thread holds no reference to the `Engine` in front of it, so that one can be garbage-collected.
+    """
+
+    def __init__(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+        self.core = core
         self.tokenizer = tokenizer
-        self._core = core
         self._detokenizer = DetokenizerCore(tokenizer)
         core.branches.encode = partial(encode_message, tokenizer)
         self._ids = itertools.count(1)
-        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._sinks: dict[int, Callable[[Delta], None]] = {}
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._sinks: dict[int, Sink] = {}
+        self._futures: set[Future[Any]] = set()  # unanswered
         self._dead: str | None = None
-        self._gate = threading.Lock()  # between submitting and ending: no request slips in behind the end
+        self._gate = threading.Lock()  # a job is queued before the end and answered, or refused after it
         self._thread = threading.Thread(target=self._run, name="branchwise-engine", daemon=True)
         self._thread.start()
         _running.add(self)
 
+    # -- for other threads ---------------------------------------------------------------------------------------------
+
+    def new_ids(self, count: int) -> list[int]:
+        return list(itertools.islice(self._ids, count))
+
+    def submit(self, messages: Sequence[Generate | BranchRun], sink: Sink) -> None:
+        """Queues requests. ``sink`` is called on the engine's thread. Raises `EngineDead`."""
+
+        def job() -> None:
+            for message in messages:
+                if isinstance(message, Generate):
+                    self.core.add(message)
+                else:
+                    self.core.branches.take(message)
+
+        self._queue(job, sinks=dict.fromkeys(_ids_of(messages), sink))
+
+    def abort(self, ids: Iterable[int]) -> None:
+        """Ends requests; their sinks get a terminal delta. Nothing happens to those that have ended or never began."""
+        ids = list(ids)
+
+        def job() -> None:
+            for id in ids:
+                self.core.abort(id)
+
+        with contextlib.suppress(EngineDead):
+            self._queue(job)
+
+    def follow(self, messages: Sequence[Generate | BranchRun]) -> Generator[Delta, None, None]:
+        """Submits requests and yields their deltas until all have ended. Closing the iterator aborts what is left."""
+        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
+        unfinished = set(_ids_of(messages))
+        try:  # also around `submit`: an interrupt inside it must not leave a request running
+            self.submit(messages, inbox.put)
+            while unfinished:
+                delta = inbox.get()
+                if delta.finish is not None:
+                    unfinished.discard(delta.id)
+                yield delta
+        finally:
+            if unfinished:
+                self.abort(unfinished)
+
+    async def afollow(self, messages: Sequence[Generate | BranchRun]) -> AsyncGenerator[Delta, None]:
+        """`follow` for asyncio."""
+        loop = asyncio.get_running_loop()
+        inbox: asyncio.Queue[Delta] = asyncio.Queue()
+
+        def sink(delta: Delta) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(inbox.put_nowait, delta)
+
+        unfinished = set(_ids_of(messages))
+        try:
+            self.submit(messages, sink)
+            while unfinished:
+                delta = await inbox.get()
+                if delta.finish is not None:
+                    unfinished.discard(delta.id)
+                yield delta
+        finally:
+            if unfinished:
+                self.abort(unfinished)
+
+    def ask(self, question: Callable[[], T]) -> Future[T]:
+        """What ``question`` returns or raises on the engine's thread. Raises `EngineDead`."""
+
+        def job(future: Future[T]) -> None:
+            try:
+                future.set_result(question())
+            except Exception as error:  # the caller's to handle
+                future.set_exception(error)
+
+        return self._promise(job)
+
+    def operate(self, op: BranchOp) -> Future[Any]:
+        """The value that an operation on a branch is answered with, or `InvalidRequest`. Raises `EngineDead`.
+
+        Its text is tokenized here, on the caller's thread.
+        """
+        [op.id] = self.new_ids(1)
+        encode_message(self.tokenizer, op)
+
+        def job(future: Future[Any]) -> None:
+            self.core.branches.waiters[op.id] = partial(_answer, future)
+            self.core.branches.take(op)
+
+        return self._promise(job)
+
+    def stop(self) -> None:
+        """Tells the thread to end, without waiting for it."""
+        self._jobs.put(None)
+
+    def close(self) -> None:
+        """Ends requests in flight with an error and frees the device. Idempotent."""
+        self.stop()
+        self._thread.join()
+
+    def _promise(self, job: Callable[[Future[T]], None]) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if future.set_running_or_notify_cancel():
+                job(future)
+
+        future.add_done_callback(self._futures.discard)
+        self._queue(run, future=future)
+        return future
+
+    def _queue(
+        self, job: Callable[[], None], sinks: dict[int, Sink] | None = None, future: Future[Any] | None = None
+    ) -> None:
+        with self._gate:
+            if self._dead is not None:
+                raise EngineDead(self._dead)
+            self._sinks.update(sinks or {})
+            if future is not None:
+                self._futures.add(future)
+            self._jobs.put(job)
+
+    # -- the thread ----------------------------------------------------------------------------------------------------
+
     def _run(self) -> None:
         try:
-            while True:
-                wait: float | None = None
-                if self._core.has_work:  # with nothing to compute, wait a moment for news instead of spinning
-                    wait = 0.0 if self._core.advanced else 0.001
-                try:
-                    while True:
-                        job = self._inbox.get(timeout=wait)
-                        if job is None:
-                            self._end("the engine was closed")
-                            return
-                        job()
-                        wait = 0.0
-                except queue.Empty:
-                    pass
+            while self._run_jobs():
                 self._step()
-        except BaseException as error:  # a panic of Rust's is no `Exception`, and whoever waits must hear of it
+            self._end("the engine was closed")
+        except BaseException as error:  # a panic in Rust is no `Exception`, and callers must hear of it too
             self._end(f"the engine failed: {type(error).__name__}: {error}")
             raise
 
+    def _run_jobs(self) -> bool:
+        """Runs what is queued; blocks while there is nothing to compute. Returns False when told to end."""
+        wait: float | None = None
+        if self.core.has_work:
+            wait = 0.0 if self.core.advanced else _IDLE_SECONDS
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get(timeout=wait)
+                if job is None:
+                    return False
+                job()
+                wait = 0.0
+        return True
+
     def _step(self) -> None:
-        output = self._core.step()
+        output = self.core.step()
         if output is None:
             return
         deltas, stopped = self._detokenizer.feed(output)
         for settled in self._detokenizer.take_settled():
-            self._core.branches.settled(settled)
-        for id_ in stopped:
-            self._core.stop_matched(id_)
+            self.core.branches.settled(settled)
+        for id in stopped:
+            self.core.stop_matched(id)
         for delta in deltas:
             sink = self._sinks.get(delta.id) if delta.finish is None else self._sinks.pop(delta.id, None)
             if sink is not None:
@@ -78,58 +215,41 @@ class EngineThread:
         with self._gate:
             self._dead = why
             sinks, self._sinks = self._sinks, {}
-        for id_, sink in sinks.items():
-            sink(Delta(id_, finish=Finished(id_, "error", error=why)))
-        self._core.close()
+            futures = list(self._futures)
+        for id, sink in sinks.items():
+            sink(Delta(id, finish=Finished(id, "error", error=why)))
+        for future in futures:
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(EngineDead(why))
+        self.core.close()
 
-    def _on_thread(self, job: Callable[[], None], sinks: Mapping[int, Callable[[Delta], None]] | None = None) -> None:
-        """Queues ``job``. From here on each of ``sinks`` hears how its request ends, also if the engine dies first."""
-        with self._gate:
-            if self._dead is not None:
-                raise EngineDead(self._dead)
-            self._sinks.update(sinks or {})
-            self._inbox.put(job)
+    def disown(self) -> None:
+        """For a forked process, which has the engine's memory but not its thread."""
+        self._gate = threading.Lock()
+        self._dead = "the engine belongs to the process that made it: make one in this process"
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
-        answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
-        def job() -> None:
-            try:
-                answer.put((True, question()))
-            except Exception as error:  # handed to the caller, who raises it
-                answer.put((False, error))
+def _ids_of(messages: Sequence[Generate | BranchRun]) -> list[int]:
+    return [id for message in messages for id in message.ids]
 
-        self._on_thread(job)
-        while True:
-            try:
-                ok, value = answer.get(timeout=1.0)
-                break
-            except queue.Empty:
-                if self._dead is not None:
-                    raise EngineDead(self._dead) from None
-        if not ok:
-            raise value
-        return value
 
-    def close(self) -> None:
-        """Ends what is in flight with an error and frees the device. Idempotent."""
-        if self._dead is None:
-            self._inbox.put(None)
-        self._thread.join()
+def _answer(future: Future[Any], reply: ControlReply) -> None:
+    if reply.ok:
+        future.set_result(reply.value)
+    else:
+        future.set_exception(InvalidRequest(reply.error or "", field=reply.error_field, status=reply.status))
 
 
 @atexit.register
 def _close_all() -> None:
-    """A thread that is cut down inside a step takes the process with it: torch aborts."""
-    for engine in list(_running):
-        engine.close()
+    """A thread that the interpreter kills inside a step takes the process with it: torch aborts."""
+    for thread in list(_running):
+        thread.close()
 
 
-def _disown() -> None:
-    """In a forked process, which has the engines but not their threads."""
-    for engine in _running:
-        engine._gate = threading.Lock()
-        engine._dead = "the engine belongs to the process that made it: make one in this process"
+def _disown_all() -> None:
+    for thread in list(_running):
+        thread.disown()
 
 
-os.register_at_fork(after_in_child=_disown)
+os.register_at_fork(after_in_child=_disown_all)

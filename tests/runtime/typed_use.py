@@ -37,6 +37,12 @@ def chat(engine: Engine, messages: list[dict[str, Any]]) -> None:
     engine.chat("Hello.")  # type: ignore[arg-type]
 
 
+def branch(engine: Engine) -> None:
+    with engine.branch("x") as branch:
+        assert_type(branch.generate(GREEDY), RequestOutput)
+        assert_type(branch.generate(GREEDY, stream=True), Iterator[StreamChunk])
+
+
 async def asynchronous(engine: AsyncEngine, other: Engine, messages: list[dict[str, Any]]) -> None:
     assert_type(await engine.generate("x", GREEDY), RequestOutput)
     assert_type(await engine.generate(["x"]), list[RequestOutput])
@@ -48,6 +54,8 @@ async def asynchronous(engine: AsyncEngine, other: Engine, messages: list[dict[s
     async with engine as same, await same.branch(messages) as branch:
         assert_type(same, AsyncEngine)
         assert_type(await branch.tokens(), list[int])
+        assert_type(await branch.generate(GREEDY), RequestOutput)
+        assert_type(branch.generate(GREEDY, stream=True), AsyncIterator[StreamChunk])
 
 
 with Engine() as running:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -257,6 +258,64 @@ def test_bad_settings_are_named(checkpoint, settings, says):
         Engine(checkpoint("llama-gqa"), **settings)
 
 
+@pytest.mark.parametrize(
+    ("keyword", "says"),
+    [("kv_tokens", "no setting 'kv_tokens': did you mean 'kv_cache_tokens'"), ("zzz", "no setting 'zzz': see EngineC")],
+)
+def test_an_unknown_setting_is_named_with_the_closest_one(keyword, says):
+    with pytest.raises(TypeError, match=says):
+        Engine(**{keyword: 5})
+
+
+@pytest.mark.parametrize("kind", [Engine, AsyncEngine])
+def test_an_engine_that_nobody_holds_is_freed_with_its_thread(checkpoint, kind):
+    before = set(threading.enumerate())
+    engine = kind(checkpoint("llama-gqa"), kv_cache_tokens=1024)
+    executor = weakref.ref(engine._core.executor)
+    (thread,) = [each for each in threading.enumerate() if each.name == "branchwise-engine" and each not in before]
+    assert asyncio.run(engine.agenerate(TEXT, GREEDY)).token_ids
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
+    gc.collect()
+    assert executor() is None
+
+
+def test_an_engine_that_is_in_use_is_not_freed(checkpoint):
+    with Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024).branch(TEXT) as branch:
+        gc.collect()
+        assert branch.generate(GREEDY).token_ids
+    stream = Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024).stream(TEXT, GREEDY)
+    gc.collect()
+    assert sum(len(chunk.token_ids) for chunk in stream) == 12
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupt_while_a_request_is_submitted_leaves_nothing_running(engine, monkeypatch, when):
+    submit = engine._thread.submit
+
+    def interrupted(*arguments):
+        if when == "after":
+            submit(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine._thread, "submit", interrupted)
+    for prompts in (TEXT, [TEXT, TEXT + "x"]):
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate(prompts, SamplingParams(max_tokens=450, ignore_eos=True))
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.stream(TEXT, SamplingParams(max_tokens=450, ignore_eos=True)))
+    wait_until_idle(engine)
+
+
+def test_a_bad_prompt_of_several_is_refused_before_any_runs(engine):
+    before = engine.stats().prompt_tokens
+    with pytest.raises(InvalidRequest, match="prompt must not be empty"):
+        engine.generate([TEXT, ""], GREEDY)
+    assert engine.stats().prompt_tokens == before
+
+
 def test_a_prompt_may_be_an_array(engine):
     ids = engine.tokenizer.encode(TEXT)
     assert engine.generate(ids, GREEDY).token_ids == engine.generate(ids.tolist(), GREEDY).token_ids
@@ -288,7 +347,7 @@ def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypa
         stepping.wait(5)
         second = threading.Thread(target=ask)  # its job is queued behind the step that breaks
         second.start()
-        while engine._inbox.empty():
+        while engine._thread._jobs.empty():
             time.sleep(0.001)
         go.set()
         for thread in (first, second):

@@ -219,10 +219,11 @@ def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_eng
     compile_now, go = compiler._backend.compile, threading.Event()
     monkeypatch.setattr(compiler._backend, "compile", lambda c: go.wait(20) and compile_now(c))
     seen = []
-    ids = engine._submit(PROMPT, SamplingParams(regex="aborted[0-9]"), seen.append, "", 0)
+    request = engine._request(PROMPT, SamplingParams(regex="aborted[0-9]"), "", 0)
+    engine._thread.submit([request], seen.append)
     while engine.stats().waiting == 0:
         time.sleep(0.01)
-    engine._abort(ids)
+    engine._thread.abort(request.ids)
     while engine.stats().waiting:
         time.sleep(0.01)
     assert [delta.finish.reason for delta in seen] == ["abort"]

@@ -23,7 +23,7 @@ def end_beside_another(engine, params):
     free = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0)
     other = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, free)))
     other.start()
-    engine._submit(PROMPT, params, ends.put, "", 0)
+    engine._thread.submit([engine._request(PROMPT, params, "", 0)], ends.put)
     while (finish := ends.get(timeout=20).finish) is None:
         pass
     other.join(20)

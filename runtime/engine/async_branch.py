@@ -1,0 +1,127 @@
+"""Branches for asyncio: `AsyncEngine.branch`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import Any, Literal, overload
+
+from ..messages import BranchOp
+from ..sampling_params import SamplingParams
+from ..scheduler.branches.scores import Score, ScoreCollector
+from .base import EngineBase
+from .branch import BranchBase, ignore_gone, scored, token_ids
+from .prompts import BranchPiece, Prompt
+from .request_output import Collector, RequestOutput, StreamChunk
+
+
+class AsyncBranch(BranchBase):
+    """`Branch` for asyncio: the same methods, awaitable; ``await branch.tokens()`` and ``text()`` are methods here."""
+
+    @classmethod
+    async def create(cls, engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> AsyncBranch:
+        op = cls._creation(engine, prompt, cache_salt, ttl)
+        return cls(engine, (await asyncio.wrap_future(engine._thread.operate(op)))["id"])
+
+    async def fork(self, n: int = 1) -> list[AsyncBranch]:
+        ids = (await self._operate(self._operation("fork", n=n)))["ids"]
+        return [AsyncBranch(self._engine, id) for id in ids]
+
+    async def extend(self, piece: Prompt, *, parse_special: bool = False) -> int:
+        return int((await self._operate(self._extension(piece, parse_special)))["num_tokens"])
+
+    @overload
+    def generate(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        extend: Prompt | None = None,
+        parse_special: bool = False,
+        priority: int = 0,
+        stream: Literal[False] = False,
+    ) -> Awaitable[RequestOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        extend: Prompt | None = None,
+        parse_special: bool = False,
+        priority: int = 0,
+        stream: Literal[True],
+    ) -> AsyncIterator[StreamChunk]: ...
+
+    def generate(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        extend: Prompt | None = None,
+        parse_special: bool = False,
+        priority: int = 0,
+        stream: bool = False,
+    ) -> Awaitable[RequestOutput] | AsyncIterator[StreamChunk]:
+        """`Branch.generate`: an awaitable of a `RequestOutput`; with ``stream`` an asynchronous iterator."""
+        if stream:
+            return self.stream(params, extend=extend, parse_special=parse_special, priority=priority)
+        return self._generate(params, extend, parse_special, priority)
+
+    async def _generate(
+        self, params: SamplingParams | None, extend: Prompt | None, parse_special: bool, priority: int
+    ) -> RequestOutput:
+        run = self._generation(params, extend, parse_special, priority)
+        collector = Collector(run.ids)
+        async with contextlib.aclosing(self._thread.afollow([run])) as deltas:
+            async for delta in deltas:
+                collector.feed(delta)
+        return collector.result
+
+    async def stream(
+        self,
+        params: SamplingParams | None = None,
+        *,
+        extend: Prompt | None = None,
+        parse_special: bool = False,
+        priority: int = 0,
+    ) -> AsyncIterator[StreamChunk]:
+        """`Branch.stream`."""
+        run = self._generation(params, extend, parse_special, priority)
+        collector = Collector(run.ids)
+        async with contextlib.aclosing(self._thread.afollow([run])) as deltas:
+            async for delta in deltas:
+                yield collector.feed(delta)
+
+    async def score(
+        self, continuations: Sequence[Prompt], *, parse_special: bool = False, unconditional: bool = False
+    ) -> list[Score]:
+        """`Branch.score`."""
+        run = self._scoring(continuations, parse_special, unconditional)
+        collector = ScoreCollector(len(run.ids), unconditional=unconditional)
+        async with contextlib.aclosing(self._thread.afollow([run])) as deltas:
+            async for delta in deltas:
+                collector.feed(delta.id - run.ids[0], scored(delta))
+        return collector.scores
+
+    async def tokens(self) -> list[int]:
+        return token_ids(await self.info(tokens=True))
+
+    async def text(self) -> str:
+        return self._text_of(await self.info(tokens=True))
+
+    async def info(self, *, tokens: bool = False) -> dict[str, Any]:
+        """`Branch.info`."""
+        return dict(await self._operate(self._operation("get", tokens=tokens)))
+
+    async def close(self) -> None:
+        with ignore_gone():
+            await self._operate(self._operation("delete"))
+
+    async def _operate(self, op: BranchOp) -> Any:
+        return await asyncio.wrap_future(self._thread.operate(op))
+
+    async def __aenter__(self) -> AsyncBranch:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()

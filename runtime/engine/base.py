@@ -1,0 +1,196 @@
+"""What `Engine` and `AsyncEngine` share: loading a model, and generation for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import weakref
+from collections.abc import AsyncIterator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Self, Unpack, overload
+
+import msgspec
+
+from ..config import engine_config
+from ..executor.torch_environment import prepare_torch
+from ..grammar.compiler import GrammarCompiler
+from ..messages import Control, Generate, Stats
+from ..models.folder import model_folder
+from ..models.sampling_defaults import sampling_defaults
+from ..sampling_params import SamplingParams, validate
+from ..tokenizer.tokenizer import Tokenizer
+from .core import EngineCore
+from .prompts import ChatOptions, Messages, Prompt, chat_batch, chat_tokens, prompt_batch, prompt_tokens
+from .request_output import BatchCollector, Collector, RequestOutput, StreamChunk
+from .thread import EngineThread
+
+
+class EngineBase:
+    """Loads a model and starts the thread that drives it, which ends with `close` or when the object is collected."""
+
+    def __init__(self, model: str | Path = "", **settings: Any) -> None:
+        config = engine_config(str(model), settings)
+        prepare_torch()
+        from ..executor.executor import ModelExecutor  # torch: seconds to import
+
+        folder = model_folder(config.model)
+        preferred = sampling_defaults(config, folder)
+        executor = ModelExecutor.load(config)
+        tokenizer = Tokenizer.load(folder)
+        core = EngineCore(
+            config,
+            executor,
+            executor.eos_ids,
+            executor.max_model_len,
+            gpu=executor.device.type == "cuda",
+            grammars=GrammarCompiler(tokenizer, executor.vocab_size, executor.eos_ids),
+            preferred=preferred,
+        )
+        self._start(core, tokenizer)
+
+    @classmethod
+    def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Self:
+        """An engine around a core that is already built (tests, other executors)."""
+        engine = cls.__new__(cls)
+        engine._start(core, tokenizer)
+        return engine
+
+    def _start(self, core: EngineCore, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._core = core
+        self._thread = EngineThread(core, tokenizer)
+        weakref.finalize(self, self._thread.stop).atexit = False
+
+    def close(self) -> None:
+        """Ends requests in flight with an error and frees the device. Idempotent."""
+        self._thread.close()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._core.scheduler.limits.vocab_size
+
+    def default_params(self, **changes: Any) -> SamplingParams:
+        """Parameters used where ``params`` is left out: `SamplingParams` with the model's own defaults, and ``changes``
+        to them. `SamplingParams(...)` itself has none of the model's."""
+        return SamplingParams(**{**self._core.preferred, **changes})
+
+    def chat_prompt(self, messages: Messages, **options: Unpack[ChatOptions]) -> list[int]:
+        """Token ids of the prompt that a conversation becomes, the same as ``/v1/chat/completions`` makes: for `stream`
+        and `branch`, or to count them. `Engine.chat` describes the arguments."""
+        return chat_tokens(self.tokenizer, messages, **options)
+
+    # -- requests ------------------------------------------------------------------------------------------------------
+
+    def _checked(self, params: SamplingParams | None) -> SamplingParams:
+        return validate(self.default_params() if params is None else params, self.vocab_size)
+
+    def _request(self, prompt: Prompt, params: SamplingParams | None, cache_salt: str, priority: int) -> Generate:
+        params = self._checked(params)
+        tokens = prompt_tokens(self.tokenizer, prompt, self.vocab_size).astype("<i4", copy=False).tobytes()
+        ids = self._thread.new_ids(params.n)
+        return Generate(ids, params, tokens=tokens, namespace=("", cache_salt), priority=priority)
+
+    def _requests(
+        self, items: Iterable[tuple[Prompt, SamplingParams | None]], cache_salt: str, priority: int
+    ) -> list[Generate]:
+        return [self._request(prompt, params, cache_salt, priority) for prompt, params in items]
+
+    async def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> AsyncIterator[StreamChunk]:
+        """`Engine.stream` for asyncio. Cancelling the task aborts the request."""
+        request = self._request(prompt, params, cache_salt, priority)
+        collector = Collector(request.ids)
+        async with contextlib.aclosing(self._thread.afollow([request])) as deltas:
+            async for delta in deltas:
+                yield collector.feed(delta)
+
+    @overload
+    async def agenerate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too, and one prompt
+        self, prompts: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    ) -> RequestOutput: ...
+
+    @overload
+    async def agenerate(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> list[RequestOutput]: ...
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> RequestOutput | list[RequestOutput]:
+        """`Engine.generate` for asyncio. Cancelling the task, or a failure of one prompt, aborts all of them."""
+        single, items = prompt_batch(prompts, params)
+        requests = self._requests(items, cache_salt, priority)
+        batch = BatchCollector(requests)
+        async with contextlib.aclosing(self._thread.afollow(requests)) as deltas:
+            async for delta in deltas:
+                batch.feed(delta)
+        return batch.results[0] if single else batch.results
+
+    @overload
+    async def achat(
+        self,
+        messages: Messages,
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        **options: Unpack[ChatOptions],
+    ) -> RequestOutput: ...
+
+    @overload
+    async def achat(
+        self,
+        messages: Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        **options: Unpack[ChatOptions],
+    ) -> list[RequestOutput]: ...
+
+    async def achat(
+        self,
+        messages: Messages | Sequence[Messages],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        cache_salt: str = "",
+        priority: int = 0,
+        **options: Unpack[ChatOptions],
+    ) -> RequestOutput | list[RequestOutput]:
+        """`Engine.chat` for asyncio. Templates are rendered in a thread."""
+        single, prompts = await asyncio.to_thread(chat_batch, self.tokenizer, messages, **options)
+        results = await self.agenerate(prompts, params, cache_salt=cache_salt, priority=priority)
+        return results[0] if single else results
+
+    # -- the engine ----------------------------------------------------------------------------------------------------
+
+    def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
+        """What the cache holds, as nested dicts."""
+        return self._thread.ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes)).result()
+
+    def stats(self) -> Stats:
+        return self._thread.ask(lambda: msgspec.structs.replace(self._core.stats())).result()
+
+    def info(self) -> dict[str, Any]:
+        return self._thread.ask(self._core.info).result()
+
+    def flush_cache(self) -> int:
+        """Evicts everything that no running request uses, pins and branches included; returns the pages freed."""
+        return int(
+            self._thread.ask(lambda: self._core.control(Control(0, "flush_cache"))).result().value["evicted_pages"]
+        )
+
+    def check(self) -> None:
+        """Raises if an invariant of rows, leases, tree or pages is broken."""
+        self._thread.ask(self._core.check).result()
