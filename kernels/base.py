@@ -1,4 +1,4 @@
-"""The small operations a decoder needs: `ops` (torch) says what each computes, `triton_ops` is faster on a GPU."""
+"""The elementwise operations of a decoder: `ops` (torch) specifies each, `triton_ops` is faster on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .kv_pool import KVLayer
 
 
 class Ops(Protocol):
-    """See `ops` for shapes, dtypes and effects. Both modules are implementations of this."""
+    """Both modules implement this. See `ops` for shapes, dtypes and effects."""
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
 

@@ -1,4 +1,4 @@
-"""The small operations of a decoder, in torch: the specification that faster kernels are measured against.
+"""The elementwise operations of a decoder in torch: the specification of the faster kernels.
 
 T is tokens of a step, H hidden size, D head size. Inputs are on one device; no value is read back to the host.
 """

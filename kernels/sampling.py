@@ -1,13 +1,13 @@
-"""Drawing tokens from logits: each function works on all rows at once, and no row's result depends on another row.
+"""Sampling tokens from logits: each function works on all rows at once, and no row's result depends on another row.
 
-The order is that of Hugging Face and SGLang: penalties, logit bias, suppression, what a grammar forbids, temperature,
-top-k, top-p, min-p, draw: so filters choose among what is allowed, and no bias allows what is not. After the
-temperature a row is held as *weights*, ``exp((logit - max) / temperature)``: the largest is exactly 1, so min-p is a
-plain threshold and nothing overflows however small the temperature.
+The order is that of Hugging Face and SGLang: penalties, logit bias, suppression, grammar mask, temperature, top-k,
+top-p, min-p, sample. So filters choose among the allowed tokens, and no bias can allow a forbidden one. After the
+temperature a row is held as *unnormalized probabilities*, ``exp((logit - max) / temperature)``: the largest is exactly
+1, so min-p is a plain threshold, and nothing overflows however small the temperature is.
 
-Filters are thresholds on a weight, not cuts in a sorted order: top-k, top-p and min-p each say "keep weights of at
-least t". So only values are sorted, ties at the edge are kept together (as Hugging Face's top-k does), and the draw
-always runs in vocabulary order: a filtered row whose filter keeps everything draws what an unfiltered one does.
+Filters are thresholds, not cuts in a sorted order: top-k, top-p and min-p each keep probabilities of at least t. So
+only values are sorted, ties at the edge are kept together (as Hugging Face's top-k does), and sampling always runs in
+vocabulary order: a row whose filters keep everything gives the token of an unfiltered row.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 
 LOGPROB_FLOOR = -9999.0  # stands for log 0: JSON has no infinity
-TOP_WINDOW = 128  # best weights looked at first when top-p has no top-k to bound it
-_BLOCK = 128  # columns looked at together by `sample` and `greedy`
+TOP_WINDOW = 128  # largest probabilities that top-p looks at first when no top-k bounds it
+_BLOCK = 128  # columns that `sample` and `greedy` look at together
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(seeds: npt.NDArray[np.uint64], positions: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """One number in [0, 1) a row from (seed, position): a counter-based generator, so there is no state to carry.
+    """One number in [0, 1) a row from (seed, position): a counter-based generator, which has no state.
 
-    Two rounds of splitmix64 (Steele, Lea, Flood 2014), 53 bits. Runs on the host: both inputs live there and the
-    result is one number a row, which travels with the other parameters of the step.
+    Two rounds of splitmix64 (Steele, Lea, Flood 2014), 53 bits. Runs on the host, where both inputs are; the result
+    is sent to the device with the other parameters of the step.
     """
     mixed = _splitmix64(seeds.astype(np.uint64)) + positions.astype(np.uint64) * _GOLDEN
     return (_splitmix64(mixed) >> np.uint64(11)).astype(np.float64) * 2.0**-53
@@ -47,9 +47,9 @@ def penalize(
 ) -> Tensor:
     """Penalised copy of ``logits`` [S, V].
 
-    ``counts`` [S, V] int32 is how often the *output* holds each token, ``seen`` [S, V] bool whether prompt or output
-    does; the penalties are [S]. Repetition (CTRL, Keskar et al. 2019) divides positive and multiplies negative
-    logits of seen tokens; frequency and presence (OpenAI) subtract.
+    ``counts`` [S, V] int32 is how often each token occurs in the *output*, ``seen`` [S, V] bool whether it occurs in
+    prompt or output; the penalties are [S]. Repetition (CTRL, Keskar et al. 2019) divides positive and multiplies
+    negative logits of seen tokens; frequency and presence (OpenAI) subtract.
     """
     factor = repetition[:, None]
     logits = torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
@@ -68,13 +68,13 @@ def suppress_(logits: Tensor, rows: Tensor, tokens: Tensor) -> None:
     logits.view(-1).index_fill_(0, rows * logits.shape[1] + tokens, float("-inf"))
 
 
-def forbid(logits: Tensor, rows: Tensor, words: Tensor) -> Tensor:
-    """A copy of ``logits`` [S, V] in which row ``rows[j]`` is -inf wherever ``words[j]`` has a 0.
+def apply_bitmask(logits: Tensor, rows: Tensor, bitmask: Tensor) -> Tensor:
+    """A copy of ``logits`` [S, V] in which row ``rows[j]`` is -inf wherever ``bitmask[j]`` has a 0.
 
-    ``rows`` [K] int64, ascending; ``words`` [K, ceil(V / 32)] int32: bit ``t % 32`` of word ``t // 32`` is token t.
+    ``rows`` [K] int64, ascending; ``bitmask`` [K, ceil(V / 32)] int32: bit ``t % 32`` of word ``t // 32`` is token t.
     """
-    bits = torch.arange(32, dtype=torch.int32, device=words.device)
-    forbidden = (words[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]] == 0
+    bits = torch.arange(32, dtype=torch.int32, device=bitmask.device)
+    forbidden = (bitmask[:, :, None] >> bits).bitwise_and_(1).flatten(1)[:, : logits.shape[1]] == 0
     if len(rows) == len(logits):
         return logits.masked_fill(forbidden, float("-inf"))
     logits = logits.clone()
@@ -87,26 +87,26 @@ def greedy(logits: Tensor) -> Tensor:
     block = math.gcd(logits.shape[1], _BLOCK)
     if logits.device.type != "cpu" or block < 16:
         return logits.argmax(dim=-1)
-    # torch's CPU argmax is scalar, its amax is not: 3 to 8 times faster to find the block first.
+    # torch's CPU argmax is scalar, its amax is vectorized: finding the block first is 3 to 8 times faster.
     blocks = logits.unflatten(1, (-1, block))
     at = blocks.amax(dim=-1).argmax(dim=-1)
     inside = blocks.gather(1, at[:, None, None].expand(-1, 1, block)).squeeze(1).argmax(dim=-1)
     return at * block + inside
 
 
-def weigh(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Logits [S, V] and temperatures [S] > 0 to weights [S, V] float32 in [0, 1]; a row without a finite logit is 0."""
+def unnormalized_probs(logits: Tensor, temperature: Tensor) -> Tensor:
+    """float32 [S, V] in [0, 1] of logits [S, V] and temperatures [S] > 0. A row without a finite logit is 0."""
     best = logits.amax(dim=-1, keepdim=True)
     best = torch.where(torch.isfinite(best), best, 0.0)
     return logits.sub(best).div_(temperature[:, None]).exp_().nan_to_num_(nan=0.0, posinf=1.0)
 
 
 def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], vocab_size: int, synchronous: bool) -> int:
-    """How many of the best weights `keep_threshold` should look at, decided on the host.
+    """How many of the largest probabilities `keep_threshold` looks at, decided on the host.
 
-    ``top_k`` is ``vocab_size`` where off. Where the host may look at results (``synchronous``), a row of top-p alone
-    starts with `TOP_WINDOW` and is widened if that does not hold its mass; on a GPU that would be a wait for the
-    device, so such a row has everything sorted.
+    ``top_k`` is ``vocab_size`` where off. If the host may read results (``synchronous``), a row with top-p alone starts
+    with `TOP_WINDOW`, which is widened where it does not hold the row's mass. On a GPU reading results would stall the
+    host, so such a row is sorted completely.
     """
     narrow = np.where(top_k < vocab_size, top_k, 1)
     if np.any((top_p < 1.0) & (top_k >= vocab_size)):
@@ -114,40 +114,40 @@ def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], voc
     return int(min(narrow.max(initial=1), vocab_size))
 
 
-def keep_threshold(weights: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int) -> Tensor:
-    """The smallest weight [S, 1] that survives top-k, then top-p of what is left, then min-p.
+def keep_threshold(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int) -> Tensor:
+    """The smallest probability [S, 1] that top-k, then top-p of the rest, then min-p keep.
 
-    ``weights`` [S, V] float32; ``top_k`` [S] int64 in [1, V], V is off; ``top_p`` [S] float64 in (0, 1], 1 is off;
+    ``probs`` [S, V] float32; ``top_k`` [S] int64 in [1, V], V is off; ``top_p`` [S] float64 in (0, 1], 1 is off;
     ``min_p`` [S] float32 in [0, 1], 0 is off. ``window`` from `window_for`. The threshold does not depend on it.
     """
-    vocab_size = weights.shape[1]
-    best = weights.topk(window, dim=-1).values
+    vocab_size = probs.shape[1]
+    best = probs.topk(window, dim=-1).values
     kth = best.gather(1, top_k.clamp(max=window)[:, None] - 1).masked_fill_((top_k >= vocab_size)[:, None], 0.0)
-    mass = torch.where(weights >= kth, weights, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    mass = torch.where(probs >= kth, probs, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     through = torch.where(best >= kth, best, 0.0).cumsum(dim=-1, dtype=torch.float64)
     before = through - best
     wanted = top_p[:, None] * mass
     last_kept = (before < wanted).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
     nucleus = torch.where(top_p[:, None] < 1.0, torch.maximum(best.gather(1, last_kept), kth), kth)
-    if window < vocab_size and weights.device.type == "cpu":
+    if window < vocab_size and probs.device.type == "cpu":
         short = (through[:, -1] < wanted[:, 0]) & (top_p < 1.0) & (top_k > window)
         if bool(short.any()):
             wider = min(window * 8, vocab_size)
-            nucleus[short] = keep_threshold(weights[short], top_k[short], top_p[short], min_p[short], wider)
+            nucleus[short] = keep_threshold(probs[short], top_k[short], top_p[short], min_p[short], wider)
     return torch.maximum(nucleus, min_p[:, None])
 
 
-def sample(weights: Tensor, uniform: Tensor) -> Tensor:
+def sample(probs: Tensor, uniform: Tensor) -> Tensor:
     """One token a row by inverse CDF in vocabulary order: int64 [S].
 
-    ``weights`` [S, V] float32 >= 0, need not sum to 1; ``uniform`` [S] float64 in [0, 1). Two levels (blocks of
-    columns, then inside the block) keep the float64 sums small. A token of weight 0 is never drawn, unless the whole
-    row is 0: then the result is the last token.
+    ``probs`` [S, V] float32 >= 0, unnormalized; ``uniform`` [S] float64 in [0, 1). Two levels (blocks of columns,
+    then inside the block) keep the float64 sums small. A token of probability 0 is never sampled, unless the whole row
+    is 0: then the result is the last token.
     """
-    rows, vocab_size = weights.shape
+    rows, vocab_size = probs.shape
     if vocab_size % _BLOCK:
-        weights = torch.nn.functional.pad(weights, (0, -vocab_size % _BLOCK))
-    blocks = weights.view(rows, -1, _BLOCK)
+        probs = torch.nn.functional.pad(probs, (0, -vocab_size % _BLOCK))
+    blocks = probs.view(rows, -1, _BLOCK)
     through = blocks.sum(dim=-1, dtype=torch.float64).cumsum_(dim=-1)
     target = _below(uniform[:, None] * through[:, -1:], through[:, -1:])
     block = torch.searchsorted(through, target, right=True).clamp_(max=blocks.shape[1] - 1)
@@ -158,14 +158,14 @@ def sample(weights: Tensor, uniform: Tensor) -> Tensor:
 
 
 def _below(target: Tensor, total: Tensor) -> Tensor:
-    """``target`` strictly below ``total``, so the search ends on a token of positive weight despite rounding."""
+    """``target`` strictly below ``total``: the search then ends on a token of positive probability despite rounding."""
     return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the raw logits [S, V]: of ``tokens`` [S] and of the ``k`` best, descending.
 
-    Returns float32 [S], int64 [S, k], float32 [S, k]. Finite always: log 0 is `LOGPROB_FLOOR`.
+    Returns float32 [S], int64 [S, k], float32 [S, k]. Always finite: log 0 is `LOGPROB_FLOOR`.
     """
     normal = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
     normal = normal.nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR, max=0.0)

@@ -1,4 +1,4 @@
-"""Small arrays on their way to the device: one pinned buffer, one copy, the same address for the same layout."""
+"""Copying small arrays to the device: one pinned buffer, one copy, the same addresses for the same layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Fence:
-    """A point in the device's stream that the host can wait for. On a CPU there is nothing to wait for."""
+    """A point in the device's current stream that the host can wait for. On a CPU it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self._event: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
@@ -26,12 +26,12 @@ class Fence:
 class Staging:
     """Packs a step's arrays and copies them all at once.
 
-    A step calls `begin`, then `put` for each array, then `send`. Views that `put` returns hold the values once `send`'s
-    copy has run, in stream order, and keep their addresses as long as the sizes put before them do not change: so a
-    CUDA graph that was captured over them reads whatever was sent last.
+    A step calls `begin`, then `put` for each array, then `send`. The views that `put` returns have their values once
+    `send`'s copy has run, in stream order. Their addresses depend only on the sizes put before them, so a CUDA graph
+    that was captured over them reads what was sent last.
 
     Args:
-        size: elements. `begin` can grow it, at new addresses: not where a graph reads them.
+        size: elements. `begin` can grow it, which changes the addresses that captured graphs read.
         dtype: int32 or int64.
         device: on a CPU the views are the staging memory itself.
     """
@@ -48,14 +48,14 @@ class Staging:
         self._on_device = torch.empty_like(self._host, device=self._device) if self._host.is_pinned() else self._host
 
     def begin(self, size: int = 0) -> None:
-        """Starts over, with room for ``size`` elements. Waits for the last copy, which the step before it hides."""
+        """Starts over, with room for ``size`` elements. Waits for the previous copy, which normally ended long ago."""
         self._copied.wait()
         self._used = 0
         if size > len(self._host):
             self._allocate(2 * size)
 
     def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int = 0) -> Tensor:
-        """The array's place on the device; filled up with ``pad`` to ``padded`` elements."""
+        """Returns the array's place on the device, filled up with ``pad`` to ``padded`` elements."""
         start, size = self._used, max(padded, len(array))
         end = start + size
         if end > len(self._host):

@@ -8,17 +8,17 @@ from typing import Any
 import triton
 from torch import Tensor
 
-DEFAULT_STAGES = 3  # Triton's own; of no effect without a loop
-ALIGNMENT = 16  # bytes; for pointers that are multiples of it Triton compiles wider loads and stores
+DEFAULT_STAGES = 3  # Triton's default; only loops use it
+ALIGNMENT = 16  # bytes; Triton compiles wider loads and stores for pointers that are multiples of it
 
 
 class Kernel:
     """A compiled kernel for each combination of dtypes, alignments and constants it has been called with.
 
-    Triton's own launch examines every argument each time, which costs more than most kernels of a decode step run.
-    Here the arguments come sorted: tensors, then integers (compiled once for all values), then constants. A call looks
-    the compiled kernel up and launches that. Nothing is allocated, nothing waits: calls can be captured in CUDA graphs
-    once they have run.
+    Triton's own launch examines every argument each time, which takes longer than most kernels of a decode step run.
+    Here the arguments are sorted: tensors, then integers (compiled once for all values), then constants. A call looks
+    up the compiled kernel and launches it, without allocating or waiting. Once a call has run, it can be captured in a
+    CUDA graph.
     """
 
     def __init__(self, function: Callable[..., None], integers: Sequence[str]) -> None:
@@ -52,5 +52,5 @@ class Kernel:
 
 
 def kernel(*integers: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorates a Triton kernel; ``integers`` are the names of its integer parameters that are no constants."""
+    """Decorates a Triton kernel; ``integers`` names its integer parameters that are not constants."""
     return lambda function: Kernel(function, integers)

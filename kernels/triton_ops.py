@@ -1,7 +1,7 @@
-"""The small operations in Triton: `ops` says what they compute, shape by shape; this is how a GPU does it in one pass.
+"""The operations of `ops` in Triton, each in one pass.
 
 Every operation is bound by memory bandwidth, or at few tokens by the launch. So each is one kernel that reads its input
-once, computes in float32 and rounds once; nothing but the result is allocated and nothing is read back.
+once, computes in float32 and rounds once; nothing but the result is allocated, and the host does not wait.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _add_rms_norm(
     x = tl.load(x_ptr + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
     total = tl.load(residual_ptrs, mask, other=0.0).to(tl.float32) + x
     rounded = total.to(residual_ptr.dtype.element_ty)
-    tl.debug_barrier()  # threads may hold copies of one element: all must have read it before one overwrites it
+    tl.debug_barrier()  # several threads may read one element: all must have read it before one overwrites it
     tl.store(residual_ptrs, rounded, mask)
     total = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask, other=0.0)
@@ -108,7 +108,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
 
 
 def _row_warps(block: int) -> int:
-    """Warps for rows that one program holds: 16 elements a thread, which leaves several accesses in flight."""
+    """Warps for rows of one program: 16 elements a thread, so that several accesses are in flight."""
     return min(max(block // 512, 4), 16)
 
 

@@ -1,8 +1,8 @@
-"""The one place that knows FlashInfer's compiled modules: which there are, and how they are called.
+"""FlashInfer's compiled modules: which there are, and how they are called. No other file knows.
 
 FlashInfer's wrapper classes are not used. Their `plan` walks tensors element by element in Python (0.46 to 0.85 ms at
-256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each holds its own
-copies of buffers that all our calls can share. `gen_batch_prefill_module` is public; the signatures of ``plan`` and
+256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each allocates
+buffers that all our calls can share. `gen_batch_prefill_module` is public; the signatures of ``plan`` and
 ``paged_run`` are those of ``csrc/batch_prefill.cu`` and ``csrc/batch_prefill_sm90.cu``, read in 0.6.12 and 0.7.2.
 """
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 OLDEST, TOO_NEW = "0.6.12", "0.8"
 HEAD_DIMS = (64, 128, 256)
-_TELLING = ("error:", "not found", "No such file")
+_INFORMATIVE = ("error:", "not found", "No such file")
 _NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
 
 Kernel = Literal["fa2", "fa3"]
@@ -71,10 +71,10 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 def build(variants: Sequence[Variant]) -> None:
-    """Loads the modules; compiles what is not in FlashInfer's cache yet, all at once: a minute or two the first time.
+    """Loads the modules, and compiles those that FlashInfer's cache lacks in parallel: a minute or two the first time.
 
-    FlashInfer's own `build_jit_specs` is no help: it runs ninja in another folder than `build_and_load` does, and each
-    ninja holds the other's output for stale, so that both compile everything again at every start (0.6.12).
+    FlashInfer's own `build_jit_specs` does not help: it runs ninja in another folder than `build_and_load` does, and
+    each ninja considers the other's output stale, so both compile everything again at every start (0.6.12).
     """
     try:
         if not all(variant.spec().is_compiled for variant in variants):
@@ -83,16 +83,16 @@ def build(variants: Sequence[Variant]) -> None:
             )
         with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
             list(pool.map(_load, variants))
-    except Exception as error:  # FlashInfer raises what it meets
+    except Exception as error:  # FlashInfer lets errors of any kind through
         raise Unavailable(
             f"FlashInfer's kernels could not be compiled: {_gist(str(error))} (it needs CUDA's nvcc and a C++ compiler)"
         ) from error
 
 
 def _gist(output: str) -> str:
-    """The line of a compiler's output that says most, or the first."""
+    """The most informative line of a compiler's output, or the first."""
     lines = [line.strip() for line in output.splitlines() if line.strip()] or ["no output"]
-    return next((line for line in lines if any(word in line for word in _TELLING)), lines[0])[:300]
+    return next((line for line in lines if any(word in line for word in _INFORMATIVE)), lines[0])[:300]
 
 
 @cache
@@ -106,12 +106,12 @@ class PagedCall:
     Args:
         variant: which compiled module.
         window: a token sees the last ``window`` tokens, itself included; None: all.
-        causal: False where each request has one query token, which sees all: there is nothing to mask.
+        causal: False where each request has one query token, which sees all keys.
         heads, kv_heads, page_size: the model's and the pool's.
         workspace: uint8 on the device, for partial results of split keys. Shared by calls that follow each other.
-        int_workspace: uint8 on the device and pinned on the host, of one size. A call's own: `plan` writes them and
-            every `run` until the next `plan` reads them. The host side is copied asynchronously, so a step may not plan
-            before the copies of the step before it have run.
+        int_workspace: uint8 on the device and pinned on the host, of equal size, not shared with other calls: `plan`
+            writes them and every `run` until the next `plan` reads them. The host side is copied asynchronously, so the
+            copies of a step must have run before the next step plans.
     """
 
     def __init__(

@@ -1,11 +1,11 @@
-"""Attention over a part of the keys, and how parts are put together (online softmax; Milakov & Gimelshein, 2018)."""
+"""Attention over a part of the keys, and the merging of parts (online softmax; Milakov & Gimelshein, 2018)."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-SCORES_BYTES = 64 * 1024 * 1024  # held at once where scores are written out
+SCORES_BYTES = 64 * 1024 * 1024  # of scores in memory at once, where they are written out
 
 
 def attend(
@@ -17,18 +17,18 @@ def attend(
     mask: Tensor | None = None,
     causal: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q·k) v over these keys alone, and what it takes to merge the result with other keys'.
+    """softmax(q·k) v over these keys alone, and the log-sum-exp that merges the result with other keys'.
 
     Args:
         q: ``[B, H, Q, D]``; k, v: ``[B, H, L, D]``. Any strides but for the last dimension.
-        mask: added to the scores, 0 or -inf, in ``q``'s dtype, broadcast to ``[B, H, Q, L]``. Every query sees a key.
+        mask: added to the scores, 0 or -inf, in ``q``'s dtype, broadcast to ``[B, H, Q, L]``. Each query sees a key.
         causal: query i sees keys 0 … i (Q = L).
 
     Returns:
         ``[B, H, Q, D]`` in ``q``'s dtype, and the log of the softmax's denominator, float32 ``[B, H, Q]``.
     """
     if q.device.type == "cpu" and softcap is None:
-        # torch's own CPU kernel behind scaled_dot_product_attention, called directly for its second result.
+        # The CPU kernel behind scaled_dot_product_attention, called directly because it also returns the log-sum-exp.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, causal, attn_mask=mask, scale=scale
         )
@@ -39,7 +39,7 @@ def attend(
 def attend_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, mask: Tensor | None, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """`attend` written out: for soft-caps, which no library kernel has, and as the specification."""
+    """`attend` written out: the specification, and the path for soft-caps, which no library kernel supports."""
     heads = q.shape[0] * q.shape[1]
     block = max(1, SCORES_BYTES // (4 * heads * k.shape[2]))
     outs, lses = [], []
@@ -55,8 +55,8 @@ def attend_reference(
             hidden = torch.ones(part.shape[2], last, dtype=torch.bool, device=q.device).triu_(start + 1)
             scores.masked_fill_(hidden, float("-inf"))
         lse = torch.logsumexp(scores, dim=-1)
-        weights = scores.sub_(lse[..., None]).exp_()
-        outs.append(torch.matmul(weights.to(v.dtype), v[:, :, :last]))
+        probs = scores.sub_(lse[..., None]).exp_()
+        outs.append(torch.matmul(probs.to(v.dtype), v[:, :, :last]))
         lses.append(lse)
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
@@ -64,8 +64,8 @@ def attend_reference(
 def merge_(out: Tensor, lse: Tensor, queries: slice | Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Merges attention over further keys into ``out`` and ``lse`` in place.
 
-    ``out``: float32 ``[T, H, D]``; ``lse``: float32 ``[T, H]``; ``other`` and ``other_lse`` are of the N tokens that
-    ``queries`` picks: ``[N, H, D]`` and ``[N, H]``.
+    ``out``: float32 ``[T, H, D]``; ``lse``: float32 ``[T, H]``; ``other`` ``[N, H, D]`` and ``other_lse`` ``[N, H]``
+    belong to the N query tokens ``queries``.
     """
     mine, theirs = out[queries], lse[queries]
     total = torch.logaddexp(theirs, other_lse)

@@ -69,7 +69,7 @@ def _attend_range(
         offset = (page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE) * TOKEN_STRIDE
         k_ptrs = k_ptr + offset[None, :] + channel[:, None]
         v_ptrs = v_ptr + offset[:, None] + channel[None, :]
-        # Masked values are 0, not whatever the pool holds there: 0 * nan would spread.
+        # Masked values are 0, not what the pool has there: 0 * NaN would be NaN.
         if MASKED:
             k = tl.load(k_ptrs, (key < stop)[None, :] & (channel < D)[:, None], other=0.0)
             v = tl.load(v_ptrs, (key < stop)[:, None] & (channel < D)[None, :], other=0.0)
@@ -89,12 +89,12 @@ def _attend_range(
             scores = tl.where(visible, scores, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(scores, axis=1) * FACTOR)
         safe = new_peak
-        if MASKED:  # a row that has seen nothing yet
+        if MASKED:  # a row that has seen no key yet
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights = tl.exp2(scores * FACTOR - safe[:, None])
+        probs = tl.exp2(scores * FACTOR - safe[:, None])
         alpha = tl.exp2(peak - safe)
-        total = total * alpha + tl.sum(weights, axis=1)
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        total = total * alpha + tl.sum(probs, axis=1)
+        acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
         peak = new_peak
     return acc, peak, total
 
@@ -203,9 +203,9 @@ def merge(
         part = tl.load(partial_ptr + (row * D)[:, None] + channel[None, :], mask, other=0.0)
         new_peak = tl.maximum(peak, tl.max(lse, axis=0))
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights, alpha = tl.exp2(lse - safe), tl.exp2(peak - safe)
-        acc = acc * alpha + tl.sum(part * weights[:, None], axis=0)
-        total = total * alpha + tl.sum(weights, axis=0)
+        probs, alpha = tl.exp2(lse - safe), tl.exp2(peak - safe)
+        acc = acc * alpha + tl.sum(part * probs[:, None], axis=0)
+        total = total * alpha + tl.sum(probs, axis=0)
         peak = new_peak
     out = acc / tl.where(total > 0.0, total, 1.0)
     to = out_ptr + query * OUT_STRIDE + head * D + channel

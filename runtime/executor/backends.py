@@ -1,4 +1,4 @@
-"""Which kernels serve a device: the choice behind ``--attention-backend``."""
+"""Which kernels run on a device: the choice behind ``--attention-backend``."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def _problem_with_triton(device: torch.device) -> str | None:
 def make_attention(
     config: EngineConfig, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
-    """The backend that ``config.attention_backend`` names; ``auto``: FlashInfer, then Triton, then torch.
+    """The backend of ``config.attention_backend``; ``auto`` tries FlashInfer, then Triton, then torch.
 
     ``max_tokens``: the most query tokens of a step, padding included.
 
-    Raises `LoadError` where a named one cannot run here, with the reason.
+    Raises `LoadError` with the reason where a backend that was named cannot run.
     """
     choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
     if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):

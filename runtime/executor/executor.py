@@ -35,19 +35,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `PendingStep`: reading the result is the only wait for the device."""
+    """A `PendingStep`: reading the result is the only wait for the device."""
 
     _sampled: Sampled | None
     _prompt: list[PromptRows]
-    _draw: Callable[[SampleMasks], Sampled] | None = None  # what is left to enqueue, of a constrained step
+    _sample: Callable[[SampleMasks], Sampled] | None = None  # enqueues the sampling of a constrained step
     _constrained: Int32 | None = None
 
     def sample(self, masks: TokenBitmask) -> None:
-        if self._draw is None or self._constrained is None:
-            raise RuntimeError("this step has been sampled")
+        if self._sample is None or self._constrained is None:
+            raise RuntimeError("sample() was called for a step without constrained samples, or twice")
         with torch.inference_mode():
-            self._sampled = self._draw(SampleMasks(self._constrained, masks))
-        self._draw = None
+            self._sampled = self._sample(SampleMasks(self._constrained, masks))
+        self._sample = None
 
     def result(self) -> StepResult:
         step = StepResult(np.empty(0, np.int32))
@@ -58,13 +58,13 @@ class LaunchedStep:
 
 
 class ModelExecutor:
-    """One rank on one device. Not thread-safe: the scheduler's thread alone calls it.
+    """The executor of one device. Not thread-safe: only the scheduler's thread calls it.
 
-    Rows and pages are the planner's business: nothing here checks that a page belongs to a row.
+    The planner owns rows and pages: nothing here checks that a page belongs to a row.
     """
 
     def __init__(self, config: EngineConfig, model: ModelConfig, decoder: Decoder, memory: MemoryPlan) -> None:
-        """Allocates the pool and the page table, captures graphs. Most callers want `load`, which picks the device."""
+        """Allocates the pool and the page table, and captures graphs. Usually called by `load`."""
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.layout.page_size, model.vocab_size
@@ -84,13 +84,13 @@ class ModelExecutor:
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
-        self._logits = torch.empty(0, device=self.device)  # of captured steps
+        self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
 
     @classmethod
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:
-        """Reads the model of ``config.model`` and sets everything up. ``progress`` hears (bytes loaded, bytes in all).
+        """Loads the model of ``config.model`` and allocates everything. ``progress`` gets (bytes loaded, total bytes).
 
         Raises `LoadError`: one line that says what is wrong and what to do.
         """
@@ -130,7 +130,7 @@ class ModelExecutor:
             return self._forward(plan)
 
     def close(self) -> None:
-        """Gives the memory of weights, pool and graphs back. The executor is of no use afterwards."""
+        """Frees the memory of weights, pool and graphs. The executor cannot be used afterwards."""
         del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs, self._logits
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -152,8 +152,8 @@ class ModelExecutor:
     def _launched(
         self, plan: StepPlan, inputs: StepInputs, logits: Tensor | None, prompt: list[PromptRows]
     ) -> LaunchedStep:
-        """Enqueues the sampling, or leaves it to `LaunchedStep.sample`: until then nothing else is launched, so what
-        the forward pass left behind stays as it is."""
+        """Enqueues the sampling, or leaves it to `LaunchedStep.sample`. Nothing else is launched before that call, so
+        the outputs of the forward pass stay valid."""
         if logits is None or not len(plan.samples):
             return LaunchedStep(None, prompt)
         if not len(plan.constrained):
@@ -169,7 +169,7 @@ class ModelExecutor:
         return self._inputs.stage(plan, batch, shape, extra_outputs)
 
     def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
-        """Hidden states of the outputs. ``pending``: some token ids are known to the device alone."""
+        """Hidden states of the outputs. ``pending``: only the device knows some of the token ids."""
         ids = inputs.ids
         if pending:
             ids = torch.where(ids == PENDING, self._last_token[inputs.rows], ids)
@@ -186,7 +186,7 @@ class ModelExecutor:
         staged: dict[StepShape, StepInputs] = {}
 
         def prepare(shape: StepShape) -> None:
-            staged[shape] = self._stage(_padding(shape), shape, [])
+            staged[shape] = self._stage(_empty_plan(), shape, [])
 
         def run(shape: StepShape) -> None:
             hidden = self._hidden(staged[shape], pending=True)
@@ -195,20 +195,20 @@ class ModelExecutor:
         graphs = StepGraphs(run, prepare, self._table.host.shape[0] - 1, max_tokens)
         largest = max(shape.num_outputs for shape in graphs.shapes())
         self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
-        self._decoder.reserve(self.max_model_len)  # what a graph reads must not move
+        self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move
         with torch.inference_mode():
             graphs.capture()
         return graphs
 
 
-def _padding(shape: StepShape) -> StepPlan:
-    """A step of this shape in which nothing runs but padding."""
+def _empty_plan() -> StepPlan:
+    """A step of nothing but padding."""
     none = np.empty(0, np.int32)
     return StepPlan(0, none, none, none, none, 0, none, none, none, none, none.reshape(0, 2))
 
 
 def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
-    """Tokens a request may hold. Raises `LoadError` if more is asked than the model was made for."""
+    """The most tokens of a request. Raises `LoadError` if the config asks for more than the model supports."""
     if config.max_model_len is None:
         return model.max_model_len
     if config.max_model_len > model.max_model_len:
@@ -217,7 +217,7 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
 
 
 def pick_device(config: EngineConfig) -> torch.device:
-    """The device ``config.device`` names, with its number if it is a GPU; ``auto`` is a GPU if there is one."""
+    """The device that ``config.device`` names; a GPU with its index. ``auto`` is a GPU if there is one."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,13 +244,13 @@ def _enter(device: torch.device) -> None:
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV; ``auto`` is the checkpoint's on a GPU that has it, and float32 on a CPU."""
+    """The dtype of weights and KV. ``auto`` is the checkpoint's on a GPU that supports it, and float32 on a CPU."""
     name: str = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else model.dtype
         if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
-            # What Gemma computes outgrows float16, which ends at 65,504.
+            # Gemma's activations exceed the range of float16 (65,504).
             name = "float32" if model.sandwich_norms else "float16"
-            logger.warning("this GPU does not compute in bfloat16, the checkpoint's dtype: serving in %s", name)
+            logger.warning("this GPU does not support bfloat16, the checkpoint's dtype: serving in %s", name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype

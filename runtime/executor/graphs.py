@@ -1,8 +1,8 @@
 """Steps captured as CUDA graphs: one launch instead of some four hundred.
 
-A captured step has a `StepShape`; a step runs as the smallest shape that holds it. Chunks of prompts and decodes are
-captured together, so a step that continues a few branches costs the host no more than one that only decodes. Steps
-beyond the largest shape keep the device busy for longer than their launches take, and run eagerly.
+A captured step has a `StepShape`; a step runs as the smallest shape that fits it. Chunks of prompts and decodes are
+captured together, so a step that continues a few branches costs the host no more than one that only decodes. Larger
+steps run eagerly: they keep the device busy for longer than their launches take.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256,
 MIXED_DECODES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 CHUNKS = 64  # the most chunks in a captured step
-WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries set up on first use
+WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries initialized on first use
 
 
 class StepGraphs:
     """Captures every shape at once, largest first, in one memory pool.
 
     Args:
-        run: enqueues the step of a shape over its staged inputs. What it leaves behind must lie in memory allocated
-            before: what it allocates itself is another shape's as soon as that is captured.
+        run: enqueues the step of a shape over its staged inputs. Its results must be in memory allocated before:
+            memory that it allocates itself is reused by the shapes captured later.
         prepare: stages a step of nothing but padding.
         max_requests: the most requests in a step.
         max_tokens: the most query tokens in a step.
@@ -48,13 +48,13 @@ class StepGraphs:
         self._captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
 
     def shapes(self) -> list[StepShape]:
-        """Largest first, so that smaller ones fit into memory that is there."""
+        """Largest first, so that smaller ones fit into memory that is already allocated."""
         decodes = [StepShape(n, 0, 0) for n in self._decodes]
         mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
         return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
 
     def capture(self) -> None:
-        """Once, before the first step. Kernels that have not run yet compile here, not while somebody waits."""
+        """Called once, before the first step. Kernels that have not run yet are compiled here, not during a request."""
         pool = torch.cuda.graph_pool_handle()
         for i, shape in enumerate(self.shapes()):
             self._prepare(shape)

@@ -1,4 +1,4 @@
-"""A step's arrays on the device: one packed copy, at addresses that a captured step can rely on."""
+"""A step's arrays on the device: one packed copy, at addresses that captured steps read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepInputs:
 
 
 class InputStaging:
-    """Lays out and copies the inputs of one step after another.
+    """Lays out a step's inputs and copies them to the device.
 
     Args:
         device: where the steps run.

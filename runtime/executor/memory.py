@@ -1,4 +1,4 @@
-"""The memory plan: what weights, KV pages, page table and activations take, decided before anything is allocated."""
+"""The memory plan: bytes of weights, KV pages, page table and activations, decided before anything is allocated."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from ..models.weights import weight_specs
 GIB = 1024**3
 # Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
 GPU_RESERVE = 3 * GIB // 2
-TABLES = 3  # as large as the page table: itself on the device, and FlashInfer's indices of decodes and of chunks
-CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens says otherwise: a CPU rarely profits from more
+TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
+CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of everything large. Pages hold ``page_size`` tokens in every layer."""
+    """Bytes of everything large on one device."""
 
     device: str
     dtype: torch.dtype
     free_bytes: int  # before the weights were loaded
     weight_bytes: int
     activation_bytes: int  # of the largest step: measured on a GPU, an upper estimate on a CPU
-    reserve_bytes: int  # for what else a GPU has to hold
+    reserve_bytes: int  # on a GPU, for everything else
     layout: KVLayout
     num_pages: int
     max_num_seqs: int
     max_pages_per_row: int
-    limit: str  # what bounded the pool
+    limit: str  # why the pool is not larger
 
     @property
     def kv_tokens(self) -> int:
@@ -85,9 +85,9 @@ def plan_memory(
     max_num_batched_tokens: int,
     measured: tuple[int, int, int] | None = None,
 ) -> MemoryPlan:
-    """Decides the number of KV pages; raises `LoadError` if nothing is left.
+    """Decides the number of KV pages. Raises `LoadError` if no memory is left for them.
 
-    Call before the weights are loaded, or, on a GPU, once more after that with what was ``measured``: bytes free before
+    Called before the weights are loaded, and on a GPU again afterwards with what was ``measured``: bytes free before
     loading, bytes of the weights, bytes of the largest step.
 
     With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise, on a CPU, it is the
@@ -145,18 +145,18 @@ def plan_memory(
         layout=layout,
         num_pages=pages,
         max_num_seqs=config.max_num_seqs,
-        max_pages_per_row=min(row_pages, pages),  # a row holds no page twice
+        max_pages_per_row=min(row_pages, pages),  # a row has no page twice
         limit=limit,
     )
 
 
 def weight_bytes(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of all weights in ``dtype`` (norms in float32), with the copies that `kernels.linear` makes."""
+    """Bytes of all weights in ``dtype`` (norms in float32), and of the packed copies of `kernels.linear`."""
     total = sum(
         math.prod(spec.shape) * (torch.float32.itemsize if spec.norm else dtype.itemsize)
         for spec in weight_specs(model)
     )
-    if model.tied_embeddings and packs(device, dtype):  # the output layer is laid out anew, the embedding stays
+    if model.tied_embeddings and packs(device, dtype):  # the output layer is packed, the embedding stays
         total += model.vocab_size * model.hidden_size * dtype.itemsize
     return total
 
@@ -169,9 +169,9 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: 
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes. On a CPU, what the kernel calls available, within the container's limit if it has one."""
+    """(free, total) bytes. On a CPU the available memory as the kernel counts it, within the container's limit."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # what torch keeps of another engine of this process is free
+        torch.cuda.empty_cache()  # memory that torch caches from another engine of this process is free
         free, total = torch.cuda.mem_get_info(device)
         return free, total
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -188,8 +188,8 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def container_memory(root: Path) -> tuple[int, int] | None:
-    """(free, limit) of the control group (version 2, then 1), None where there is no limit. Files that were read and
-    are kept until somebody needs the memory count as free: weights that were loaded once are such."""
+    """(free, limit) bytes of the control group (version 2, then 1); None without a limit. Cached file contents, such as
+    weights that were loaded once, count as free: the kernel drops them when memory is needed."""
     for folder, limit_name, used_name, reclaimable in (
         (root, "memory.max", "memory.current", "inactive_file"),
         (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

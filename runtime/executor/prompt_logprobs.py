@@ -1,4 +1,4 @@
-"""Logprobs of prompt tokens: many rows of logits at once, in slices so that memory stays bounded."""
+"""Logprobs of prompt tokens: many rows of logits, in slices that bound the memory."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ...kernels import sampling
 from ..models.decoder import Decoder
 from ..step import Int32, Int64, RowStart, StepPlan, TokenLogprobs
 
-SLICE = 256  # rows of logits held at once
+SLICE = 256  # rows of logits computed at once
 
 
 @dataclass(slots=True)
 class PromptSpan:
-    """The prompt tokens of one request whose logprobs this step can tell."""
+    """The prompt tokens of one request whose logprobs this step computes."""
 
     index: int  # into the plan's requests
     k: int
     start: int  # position of the first such token
-    offsets: Int64  # query tokens of the request's chunk whose logits tell them
-    targets: Int32  # the tokens themselves
+    offsets: Int64  # query tokens of the request's chunk whose logits give them
+    targets: Int32  # the prompt tokens
 
 
 @dataclass(slots=True)
@@ -43,22 +43,22 @@ class PromptRows:
 
 
 class PromptLogprobs:
-    """Remembers prompts whose logprobs were asked for: a chunk's last logits speak of a token of the next chunk."""
+    """Keeps the prompts whose logprobs were requested: a chunk's last logits belong to a token of the next chunk."""
 
     def __init__(self, decoder: Decoder, device: torch.device) -> None:
         self._decoder, self._device = decoder, device
         self._prompts: dict[int, Int32] = {}  # page-table row -> prompt
 
     def start(self, start: RowStart) -> None:
-        """A request takes a row; whatever its former request asked for is forgotten."""
+        """A request takes a row, which forgets its previous request."""
         self._prompts.pop(start.row, None)
         if start.params.prompt_logprobs is not None:
             self._prompts[start.row] = start.tokens[: start.prompt_len]
 
     def spans(self, plan: StepPlan) -> list[PromptSpan]:
-        """What the plan's chunks can tell of what it asks for; requests of which it can tell nothing are left out.
+        """The requested logprobs that the plan's chunks can give. Requests without any are left out.
 
-        The query token at position p tells the token at p + 1. The prompt's first token has no logprob.
+        The query token at position p gives the token at p + 1. The prompt's first token has no logprob.
         """
         spans = []
         for index, k, wanted in plan.prompt_logprobs:

@@ -1,9 +1,9 @@
-"""Sampler state by page-table row, and one call a step that draws a token for each row that samples.
+"""Sampler state by page-table row, and one call a step that samples a token for each sampled query token.
 
-Scalars live on the host, indexed by row, and travel to the device in one small packed copy a step, together with the
-step's uniform numbers. So the host knows without asking the device which work a step needs, and `start` overwrites
-everything a former request of the row left behind. Only what depends on drawn tokens, the counts that penalties
-need, lives on the device, where the tokens are: the host may learn them a step late.
+Scalars are on the host, indexed by row. One small packed copy a step sends them to the device with the step's uniform
+numbers. So the host knows without asking the device which work a step needs, and `start` overwrites everything that
+the row's previous request left. Only the token counts that penalties need are on the device, where the sampled tokens
+are: the host may learn them a step later.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALA
 
 @dataclass(slots=True, frozen=True)
 class SampleMasks:
-    """Which tokens some of a step's samples may draw: bit ``t % 32`` of word ``t // 32`` stands for token t."""
+    """The allowed tokens of a step's constrained samples."""
 
     samples: Int32  # [K] indices into the samples
-    words: TokenBitmask  # [K, ceil(vocab_size / 32)]
+    bitmask: TokenBitmask  # [K, ceil(vocab_size / 32)]
 
 
 @dataclass(slots=True)
 class Sampled:
-    """What one step drew. ``tokens`` [S] int64 stays on the device; `to_result` brings everything to the host."""
+    """The tokens of one step. ``tokens`` [S] int64 stays on the device; `to_result` brings everything to the host."""
 
     tokens: Tensor
-    _host_tokens: Tensor  # the copy is under way since the draw, so reading it does not wait for later steps
+    _host_tokens: Tensor  # copied right behind the sampling, so that reading it does not wait for later steps
     _logprobs: tuple[Tensor, Tensor, Tensor] | None
     _logprob_samples: list[tuple[int, int]]  # (index into the samples, k) of each row of _logprobs
     _copied: torch.cuda.Event | None
@@ -57,10 +57,10 @@ class Sampled:
 
 
 class Sampler:
-    """Draws tokens for ``max_rows`` page-table rows over a vocabulary of ``vocab_size`` logits.
+    """Samples tokens for ``max_rows`` page-table rows over a vocabulary of ``vocab_size`` logits.
 
-    ``eos_ids`` are the model's own end tokens: suppressed, with a request's ``stop_token_ids``, while it has produced
-    fewer than ``min_tokens`` (unless it ignores eos).
+    ``eos_ids`` are the model's end-of-sequence tokens. They are suppressed, with a request's ``stop_token_ids``, while
+    the request has produced fewer than ``min_tokens`` (unless it ignores end-of-sequence tokens).
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str, eos_ids: Sequence[int] = ()) -> None:
@@ -78,11 +78,11 @@ class Sampler:
         self._biased = np.zeros(max_rows, np.bool_)
         self._penalized = np.zeros(max_rows, np.bool_)
         self._bias: dict[int, tuple[Int64, npt.NDArray[np.float32]]] = {}
-        self._enders: dict[int, Int64] = {}
+        self._stop_ids: dict[int, Int64] = {}
         self._history = TokenHistory(max_rows, vocab_size, self.device)
 
     def start(self, start: RowStart) -> None:
-        """Gives the row to a request (or back to one that resumes); nothing of the row's former request remains."""
+        """Gives the row to a request, new or resumed. Nothing of the row's previous request remains."""
         row, params = start.row, start.params
         greedy, filtered = params.greedy, _filters(params, self.vocab_size)
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else self.vocab_size
@@ -101,11 +101,11 @@ class Sampler:
         self._greedy[row] = greedy
         self._filtered[row] = filtered and not greedy
 
-        self._enders.pop(row, None)
+        self._stop_ids.pop(row, None)
         self._min_tokens[row] = 0
-        enders = [*params.stop_token_ids, *([] if params.ignore_eos else self._eos_ids)]
-        if params.min_tokens and enders and not params.constrained:  # a constrained row's masks say it
-            self._enders[row] = np.unique(np.array(enders, np.int64))
+        stop_ids = [*params.stop_token_ids, *([] if params.ignore_eos else self._eos_ids)]
+        if params.min_tokens and stop_ids and not params.constrained:  # a constraint's masks already suppress them
+            self._stop_ids[row] = np.unique(np.array(stop_ids, np.int64))
             self._min_tokens[row] = params.min_tokens
 
         self._bias.pop(row, None)
@@ -124,20 +124,21 @@ class Sampler:
         )
 
     def sample(self, logits: Tensor, rows: Int32, positions: Int64, masks: SampleMasks | None = None) -> Sampled:
-        """Draws one token for each row; does not modify ``logits`` and does not wait for the device.
+        """Samples one token for each row of ``logits``, without modifying them and without waiting for the device.
 
-        ``logits`` [S, V] float32 raw; ``rows`` [S] page-table rows, none twice; ``positions`` [S] absolute index of
-        the token drawn. The token is a function of the row's logits, its request, its mask and its position alone.
+        ``logits`` [S, V] float32 raw; ``rows`` [S] page-table rows; ``positions`` [S] position of the new token in its
+        request. The token depends on the logits, the request, its mask and the position alone. A row that occurs
+        several times has the same penalties for all its samples: those of the tokens before this step.
         """
         at = rows.astype(np.int64)
         plain = bool(self._plain_greedy[at].all())
         adjusted = logits if plain else self._adjust(logits, at, positions)
         if masks is not None:
-            words = self._to_device(masks.words.view(np.int32))
-            adjusted = sampling.forbid(adjusted, self._to_device(masks.samples.astype(np.int64)), words)
+            bitmask = self._to_device(masks.bitmask.view(np.int32))
+            adjusted = sampling.apply_bitmask(adjusted, self._to_device(masks.samples.astype(np.int64)), bitmask)
         if plain:
             return self._finish(sampling.greedy(adjusted), None, [])
-        tokens = self._draw(adjusted, at, positions)
+        tokens = self._sample(adjusted, at, positions)
         self._history.append(at, tokens, self._penalized[at])
         wanted = np.flatnonzero(self._logprobs[at] >= 0)
         if not len(wanted):
@@ -148,7 +149,7 @@ class Sampler:
         return self._finish(tokens, found, list(zip(wanted.tolist(), ks.tolist(), strict=True)))
 
     def _adjust(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
-        """Penalties, bias, suppression: a new tensor if there is any of them, else ``logits`` itself."""
+        """Applies penalties, bias and suppression to a copy; without any of them, returns ``logits`` itself."""
         penalized = np.flatnonzero(self._penalized[rows])
         biased = np.flatnonzero(self._biased[rows])
         min_tokens = self._min_tokens[rows]
@@ -168,39 +169,39 @@ class Sampler:
             values = np.concatenate([values for _, values in bias])
             sampling.add_bias_(logits, self._to_device(at), self._to_device(tokens), self._to_device(values))
         if len(suppressed):
-            enders = [self._enders[row] for row in rows[suppressed].tolist()]
-            at = np.repeat(suppressed, [len(ids) for ids in enders])
-            sampling.suppress_(logits, self._to_device(at), self._to_device(np.concatenate(enders)))
+            stop_ids = [self._stop_ids[row] for row in rows[suppressed].tolist()]
+            at = np.repeat(suppressed, [len(ids) for ids in stop_ids])
+            sampling.suppress_(logits, self._to_device(at), self._to_device(np.concatenate(stop_ids)))
         return logits
 
-    def _draw(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+    def _sample(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
         random = np.flatnonzero(~self._greedy[rows])
         if not len(random):
             return sampling.greedy(logits)
         all_random = len(random) == len(rows)
         where = None if all_random else self._to_device(random)
-        drawn = self._draw_random(logits if where is None else logits[where], rows[random], positions[random])
+        sampled = self._sample_random(logits if where is None else logits[where], rows[random], positions[random])
         if where is None:
-            return drawn
+            return sampled
         tokens = sampling.greedy(logits)
-        tokens[where] = drawn
+        tokens[where] = sampled
         return tokens
 
-    def _draw_random(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+    def _sample_random(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
         scalars = self._scalars[rows]
         packed = self._to_device(np.vstack([scalars.T[:_REPETITION], sampling.uniforms(self._seeds[rows], positions)]))
-        weights = sampling.weigh(logits, packed[_TEMPERATURE].float())
+        probs = sampling.unnormalized_probs(logits, packed[_TEMPERATURE].float())
         filtered = np.flatnonzero(self._filtered[rows])
         if len(filtered):
             top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
             window = sampling.window_for(top_k, top_p, self.vocab_size, self.device.type == "cpu")
             index = self._to_device(filtered)
-            some, settings = weights[index], packed[:, index]
+            some, settings = probs[index], packed[:, index]
             keep = sampling.keep_threshold(
                 some, settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float(), window
             )
-            weights[index] = torch.where(some >= keep, some, 0.0)
-        return sampling.sample(weights, packed[-1])
+            probs[index] = torch.where(some >= keep, some, 0.0)
+        return sampling.sample(probs, packed[-1])
 
     def _finish(
         self, tokens: Tensor, found: tuple[Tensor, Tensor, Tensor] | None, samples: list[tuple[int, int]]

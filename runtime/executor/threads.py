@@ -1,7 +1,7 @@
-"""How many threads a step is worth on a CPU.
+"""How many threads a step gets on a CPU.
 
 Waking threads that sleep between parallel regions costs tens of microseconds, a hundred times a step. A small decode
-step is faster on one thread, and leaves the other cores to the processes around it; a prompt or a large model is not.
+step is faster on one thread, and leaves the other cores to other processes; prompts and large models need all threads.
 Measured on 2 cores, 4-layer model of 5 M weights, 3 requests at 4k tokens: 13 ms a step on one thread, 15 to 19 on two.
 """
 
@@ -15,14 +15,14 @@ import torch
 from ..step import StepPlan
 from .memory import MemoryPlan
 
-# What one thread does, roughly: only the order of magnitude matters.
+# Of one thread, roughly: only the order of magnitude matters.
 _BYTES_PER_SECOND = 5e9
 _FLOPS_PER_SECOND = 50e9
 _WORTH_SHARING = 0.025  # seconds of one thread's work
 
 
 class ThreadChoice:
-    """Sets torch's threads for each step; they are the calling thread's own. Does nothing on a GPU.
+    """Sets the calling thread's number of torch threads for each step. Does nothing on a GPU.
 
     Args:
         memory: its weights are read once a step, and each costs a multiplication and an addition a token.
@@ -31,13 +31,13 @@ class ThreadChoice:
     def __init__(self, memory: MemoryPlan) -> None:
         self._on_cpu = memory.device == "cpu"
         self._now = torch.get_num_threads()
-        # torch counts the machine's processors; a container's quota of them may be smaller.
+        # torch counts the machine's processors; a container's quota may be smaller.
         self._all = min(self._now, container_processors(Path("/sys/fs/cgroup")) or self._now)
         self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.layout.token_bytes
         self._weights = memory.weight_bytes // memory.dtype.itemsize
 
     def seconds(self, plan: StepPlan) -> float:
-        """What the step would take one thread. What requests share is counted for each: an upper bound."""
+        """Estimated duration on one thread. An upper bound: pages that requests share are counted for each."""
         read = self._weight_bytes + int(plan.kv_lens.sum()) * self._token_bytes
         return read / _BYTES_PER_SECOND + 2 * self._weights * plan.num_tokens / _FLOPS_PER_SECOND
 
@@ -51,7 +51,7 @@ class ThreadChoice:
 
 
 def container_processors(root: Path) -> int | None:
-    """Processors the control group (version 2, then 1) may keep busy, rounded up; None where there is no quota."""
+    """The control group's (version 2, then 1) quota of processors, rounded up; None without a quota."""
     for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
             quota, period = " ".join((root / name).read_text() for name in names).split()

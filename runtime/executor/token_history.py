@@ -1,4 +1,4 @@
-"""Which tokens each penalised row holds, on the device: entered there without the host knowing them."""
+"""The tokens of each penalised row, on the device: sampled tokens are counted before the host knows them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ..step import Int32, Int64
 
 
 class TokenHistory:
-    """Counts of output tokens and a mark of every token seen, in tables [slots, V] that grow by doubling.
+    """Counts of output tokens and marks of all tokens seen, in tables [slots, V] that grow by doubling.
 
-    A row has a slot only while its request asks for penalties: five bytes a vocabulary entry.
+    A row has a slot, of five bytes a vocabulary entry, only while its request uses penalties.
     """
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
@@ -24,7 +24,7 @@ class TokenHistory:
         self._seen = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)  # in prompt or output
 
     def start(self, row: int, tokens: Int32, prompt_len: int) -> None:
-        """Gives the row a clean slot that holds ``tokens``; those from ``prompt_len`` on are output."""
+        """Gives the row a cleared slot and enters ``tokens``; those from ``prompt_len`` on are output."""
         if self._slot[row] < 0:
             if not self._free:
                 self._grow()
@@ -39,7 +39,7 @@ class TokenHistory:
             self._counts[slot].index_copy_(0, at, to_device(counts.astype(np.int32), self._device))
 
     def forget(self, row: int) -> None:
-        """The row's request asks for no penalties: its slot, if any, is free."""
+        """Frees the row's slot, if it has one: its request uses no penalties."""
         if self._slot[row] >= 0:
             self._free.append(int(self._slot[row]))
             self._slot[row] = -1
@@ -50,7 +50,7 @@ class TokenHistory:
         return self._counts[slots], self._seen[slots]
 
     def append(self, rows: Int64, tokens: Tensor, penalized: npt.NDArray[np.bool_]) -> None:
-        """Enters ``tokens`` [S], which the host may not know yet, for those of ``rows`` [S] that are penalised."""
+        """Enters ``tokens`` [S], which the host may not know yet, for the penalised ones of ``rows`` [S]."""
         index = np.flatnonzero(penalized)
         if not len(index):
             return
@@ -60,14 +60,14 @@ class TokenHistory:
         self._seen.view(-1).index_fill_(0, at, True)
 
     def _grow(self) -> None:
-        held = len(self._counts)
-        more = min(max(held, 4), self._max_rows - held)
+        size = len(self._counts)
+        more = min(max(size, 4), self._max_rows - size)
         self._counts = torch.cat([self._counts, self._counts.new_zeros((more, self._vocab_size))])
         self._seen = torch.cat([self._seen, self._seen.new_zeros((more, self._vocab_size))])
-        self._free.extend(range(held + more - 1, held - 1, -1))
+        self._free.extend(range(size + more - 1, size - 1, -1))
 
 
 def to_device(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """A copy that does not wait for the device, from pinned memory where there is a device to copy to."""
+    """A copy on ``device``. On a GPU it is asynchronous, from pinned memory."""
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

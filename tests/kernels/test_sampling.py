@@ -40,15 +40,15 @@ def keep(
 ) -> torch.Tensor:
     """The surviving tokens [S, V] under the same settings in every row."""
     rows, vocab_size = logits.shape
-    weights = sampling.weigh(logits, torch.full((rows,), temperature))
+    probs = sampling.unnormalized_probs(logits, torch.full((rows,), temperature))
     ks = np.full(rows, top_k if 0 < top_k < vocab_size else vocab_size)
     ps = np.full(rows, top_p)
     if window is None:
         window = sampling.window_for(ks, ps, vocab_size, synchronous=True)
     threshold = sampling.keep_threshold(
-        weights, torch.from_numpy(ks), torch.from_numpy(ps), torch.full((rows,), min_p), window
+        probs, torch.from_numpy(ks), torch.from_numpy(ps), torch.full((rows,), min_p), window
     )
-    return weights >= threshold
+    return probs >= threshold
 
 
 @pytest.mark.parametrize("spread", [0.05, 1.0, 6.0])
@@ -115,24 +115,24 @@ def test_ties_at_the_edge_are_kept_together() -> None:
 def test_one_finite_logit_is_always_drawn() -> None:
     logits = torch.full((3, 300), -INF)
     logits[:, 137] = 2.5
-    weights = sampling.weigh(logits, torch.full((3,), 0.3))
+    probs = sampling.unnormalized_probs(logits, torch.full((3,), 0.3))
     for u in (0.0, 0.5, 1.0 - 2**-53):
-        assert sampling.sample(weights, torch.full((3,), u, dtype=torch.float64)).tolist() == [137] * 3
+        assert sampling.sample(probs, torch.full((3,), u, dtype=torch.float64)).tolist() == [137] * 3
     assert keep(logits, top_p=0.5).nonzero().tolist() == [[i, 137] for i in range(3)]
 
 
 @pytest.mark.parametrize("row", [[-INF, -INF, -INF], [math.nan, math.nan, math.nan], [INF, 0.0, INF], [0.0]])
 def test_hopeless_rows_still_yield_a_token_of_the_vocabulary(row: list[float]) -> None:
-    weights = sampling.weigh(torch.tensor([row]), torch.ones(1))
-    assert torch.isfinite(weights).all()
+    probs = sampling.unnormalized_probs(torch.tensor([row]), torch.ones(1))
+    assert torch.isfinite(probs).all()
     for u in (0.0, 0.999):
-        assert 0 <= int(sampling.sample(weights, torch.tensor([u], dtype=torch.float64))) < len(row)
+        assert 0 <= int(sampling.sample(probs, torch.tensor([u], dtype=torch.float64))) < len(row)
 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
     logits = torch.tensor([[1e30, -1e30, 9.9e29], [5.0, 5.001, 4.0]])
-    weights = sampling.weigh(logits, torch.full((2,), 1e-6))
-    assert weights.tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
+    probs = sampling.unnormalized_probs(logits, torch.full((2,), 1e-6))
+    assert probs.tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("vocab_size", [1, 7, 16, 128, 129, 1000, 4096])
@@ -149,18 +149,18 @@ def test_greedy_is_the_first_of_equals(vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 1000])
 def test_draw_is_inverse_cdf_in_vocabulary_order(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
-    weights = torch.rand(64, vocab_size, generator=generator)
-    weights[torch.rand(64, vocab_size, generator=generator) < 0.7] = 0.0
-    weights[:, vocab_size // 2] = 0.5
+    probs = torch.rand(64, vocab_size, generator=generator)
+    probs[torch.rand(64, vocab_size, generator=generator) < 0.7] = 0.0
+    probs[:, vocab_size // 2] = 0.5
     uniform = torch.rand(64, generator=generator, dtype=torch.float64)
     uniform[:2] = torch.tensor([0.0, 1.0 - 2**-53])
-    drawn = sampling.sample(weights, uniform).numpy()
-    cdf = np.cumsum(weights.double().numpy(), axis=1)
+    drawn = sampling.sample(probs, uniform).numpy()
+    cdf = np.cumsum(probs.double().numpy(), axis=1)
     for row in range(64):
         target = min(float(uniform[row]) * cdf[row, -1], np.nextafter(cdf[row, -1], 0))
         expected = int(np.searchsorted(cdf[row], target, side="right"))
         assert drawn[row] == expected or abs(cdf[row, min(expected, drawn[row])] - target) < 1e-12
-        assert weights[row, drawn[row]] > 0
+        assert probs[row, drawn[row]] > 0
 
 
 @pytest.mark.parametrize("filtered", [False, True])
@@ -168,13 +168,13 @@ def test_frequencies_follow_the_distribution(filtered: bool) -> None:
     """Chi-square over 40,000 positions of one seed; five standard deviations, and the seed is fixed."""
     count, vocab_size = 40_000, 300
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(3)) * 1.5
-    weights = sampling.weigh(logits, torch.full((1,), 1.3))
+    probs = sampling.unnormalized_probs(logits, torch.full((1,), 1.3))
     if filtered:
-        weights = torch.where(keep(logits, 1.3, top_k=60, top_p=0.9), weights, 0.0)
+        probs = torch.where(keep(logits, 1.3, top_k=60, top_p=0.9), probs, 0.0)
     uniform = sampling.uniforms(np.full(count, 11, np.uint64), np.arange(count))
-    drawn = sampling.sample(weights.expand(count, -1).contiguous(), torch.from_numpy(uniform))
+    drawn = sampling.sample(probs.expand(count, -1).contiguous(), torch.from_numpy(uniform))
     observed = np.bincount(drawn.numpy(), minlength=vocab_size)
-    expected = (weights[0].double() / weights.double().sum()).numpy() * count
+    expected = (probs[0].double() / probs.double().sum()).numpy() * count
     assert observed[expected == 0].sum() == 0
     big = expected > 5
     chi2 = float(((observed[big] - expected[big]) ** 2 / expected[big]).sum())

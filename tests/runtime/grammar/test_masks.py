@@ -119,12 +119,12 @@ def test_forbid_reaches_the_tokens_and_the_rows_it_is_told_and_no_others(vocab_s
     allowed = rng.random((2, vocab_size)) < 0.4
     padded = np.pad(allowed, ((0, 0), (0, -vocab_size % 32)), constant_values=True)
     words = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
-    some = sampling.forbid(logits, torch.tensor([1, 3]), words)
+    some = sampling.apply_bitmask(logits, torch.tensor([1, 3]), words)
     assert torch.equal(logits, before)
     assert torch.equal(some[[0, 2]], before[[0, 2]])
     expected = torch.where(torch.from_numpy(allowed), before[[1, 3]], float("-inf"))
     assert torch.equal(some[[1, 3]], expected)
-    assert torch.equal(sampling.forbid(before[[1, 3]], torch.tensor([0, 1]), words), expected)
+    assert torch.equal(sampling.apply_bitmask(before[[1, 3]], torch.tensor([0, 1]), words), expected)
 
 
 def test_masks_filled_together_are_those_filled_alone(backend):
