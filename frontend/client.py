@@ -13,17 +13,25 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..runtime.errors import BranchwiseError
+from ..runtime.errors import BranchwiseError, InvalidRequest
 
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class ServerError(BranchwiseError):
-    """A server that cannot be reached or says no: one line for the person who asked. ``status`` is 0 if unreachable."""
+    """A server that cannot be reached or that refuses a request: one line for the user.
 
-    def __init__(self, message: str, status: int = 0) -> None:
+    ``status`` is 0 if the server is unreachable. ``answered`` says who refused and how, ``invalid`` what is wrong with
+    the request, where the server named a field.
+    """
+
+    def __init__(
+        self, message: str, status: int = 0, *, answered: str = "", invalid: InvalidRequest | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
+        self.answered = answered
+        self.invalid = invalid
 
 
 class ServerClient:
@@ -102,22 +110,29 @@ class ServerClient:
             raise ServerError(f"the connection to {self.url} broke: {error}") from error
 
     def _refused(self, status: int, body: bytes) -> ServerError:
-        try:
-            said = error_message(json.loads(body))
-        except ValueError:
-            said = None
         if status == 401:
-            refused = "refused this key: give another" if self._has_key else "wants a key: give it"
-            return ServerError(f"{self.url} {refused} with {self._key_from}", status)
-        return ServerError(
-            f"{self.url} answered {status}: {said or 'without saying why; is it a model server?'}", status
-        )
+            problem = "refused this key: give another" if self._has_key else "wants a key: give it"
+            return ServerError(f"{self.url} {problem} with {self._key_from}", status)
+        try:
+            return refused(self.url, status, json.loads(body))
+        except ValueError:
+            return refused(self.url, status, None)
 
     def _parse(self, data: bytes) -> Any:
         try:
             return json.loads(data)
         except ValueError as error:
             raise ServerError(f"{self.url} answered something that is not JSON; is it a model server?") from error
+
+
+def refused(url: str, status: int, reply: Any) -> ServerError:
+    """The error for an answer with an error status; ``reply``: its JSON, None if it is not JSON."""
+    said = error_message(reply) or "without saying why; is it a model server?"
+    answered, invalid = f"{url} answered {status}", None
+    param = reply["error"].get("param") if isinstance(reply, dict) and isinstance(reply.get("error"), dict) else None
+    if isinstance(param, str) and said.startswith(f"{param} "):
+        invalid = InvalidRequest(param, said.removeprefix(f"{param} "), status=status)
+    return ServerError(f"{answered}: {said}", status, answered=answered, invalid=invalid)
 
 
 def error_message(reply: Any) -> str | None:

@@ -1,14 +1,23 @@
-"""The errors people meet. Anything else that escapes is a bug."""
+"""The errors that callers handle. Any other exception that escapes is a bug."""
 
 from __future__ import annotations
 
+import re
 import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
-MAX_SHOWN = 60  # characters of a value that was sent, in an error
+MAX_SHOWN = 60  # characters of a quoted value in an error message
 
-_repr = reprlib.Repr()  # looks at a few elements only: a value may have millions
+_repr = reprlib.Repr()  # bounded: reads a few elements of a value that may hold millions
 _repr.maxstring = _repr.maxlong = _repr.maxother = MAX_SHOWN
+
+_OTHER = re.compile(r"\{(\d)\}")
+_SEGMENT = re.compile(r"(?:^|\.)[^.\[]+|\[[^\]]*\]")
+_INDEX = re.compile(r"\[(\d+)\]")
+_MAX_SEGMENTS = 8  # of a path's beginning that `renamed` looks up
 
 
 class BranchwiseError(Exception):
@@ -16,17 +25,69 @@ class BranchwiseError(Exception):
 
 
 class InvalidRequest(BranchwiseError, ValueError):
-    """A request that cannot be served as asked: names the field, the limit, and the HTTP status it becomes.
+    """A request that cannot be served as sent. ``str(error)`` is ``path problem``.
 
-    ``code``: a word for programs, where the status alone does not say enough.
+    Below the dialects (HTTP routes, the CLI), paths are canonical: the fields of `SamplingParams`, ``prompt``,
+    ``messages[2].content``. A dialect translates them once, last, with `renamed`.
+
+    Args:
+        path: The field at fault; None where none is (the whole body, the server's state).
+        problem: The rest of the sentence. ``{0}``, ``{1}`` … stand for ``others``.
+        others: Further fields that the sentence names.
+        value: What was sent, where the problem is a value beyond a limit.
+        limit: The limit it is beyond.
+        status: The HTTP status this becomes.
+        code: A word for programs, where the status alone does not say enough.
     """
 
-    def __init__(self, message: str, *, field: str | None = None, status: int = 400, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.field = field
+    def __init__(
+        self,
+        path: str | None,
+        problem: str,
+        *,
+        others: Sequence[str] = (),
+        value: Any = None,
+        limit: Any = None,
+        status: int = 400,
+        code: str | None = None,
+    ) -> None:
+        self.path = path
+        self.problem = problem
+        self.others = tuple(others)
+        self.value = value
+        self.limit = limit
         self.status = status
         self.code = code
+        sentence = _OTHER.sub(self._other, problem) if others else problem
+        self.message = f"{path} {sentence}" if path else sentence
+        super().__init__(self.message)
+
+    def _other(self, match: re.Match[str]) -> str:
+        i = int(match[1])
+        return self.others[i] if i < len(self.others) else match[0]
+
+    def at(self, path: str | None, others: Sequence[str] | None = None) -> InvalidRequest:
+        """The same error about another path."""
+        return InvalidRequest(
+            path,
+            self.problem,
+            others=self.others if others is None else others,
+            value=self.value,
+            limit=self.limit,
+            status=self.status,
+            code=self.code,
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
+        """The error in a dialect's names for our paths.
+
+        ``names`` maps a path (``messages[2].content``) to the client's (``input[5].output``), and with it all paths
+        below. ``[]`` stands for any index: with ``{"tools[].function": "tools[]"}``, ``tools[3].function.name`` becomes
+        ``tools[3].name``. The longest rule that fits counts; a path without one stays as it is.
+        """
+        path = self.path and _renamed(self.path, names)
+        others = tuple(_renamed(other, names) for other in self.others)
+        return self if (path, others) == (self.path, self.others) else self.at(path, others)
 
 
 class Overloaded(BranchwiseError):
@@ -45,11 +106,26 @@ class EngineDead(BranchwiseError):
     """The engine failed or stopped while the request was in flight. Not the request's fault."""
 
 
-def bad(field: str, problem: str) -> InvalidRequest:
-    """What is wrong with a field, named by the path to it."""
-    return InvalidRequest(f"{field} {problem}", field=field)
+@contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """While inside, every `InvalidRequest` is `renamed`: for calls that speak our paths, in code that does not."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise error.renamed(names) from error
 
 
 def shown(value: Any) -> str:
-    """A value that was sent, as an error quotes it."""
+    """A client's value as an error message quotes it: at most `MAX_SHOWN` characters."""
     return _repr.repr(value)[:MAX_SHOWN]
+
+
+def _renamed(path: str, names: Mapping[str, str]) -> str:
+    for end in reversed([found.end() for found in islice(_SEGMENT.finditer(path), _MAX_SEGMENTS)]):
+        ours = path[:end]
+        theirs = names.get(ours) or names.get(_INDEX.sub("[]", ours))
+        if theirs is not None:
+            for index in _INDEX.findall(ours):
+                theirs = theirs.replace("[]", f"[{index}]", 1)
+            return theirs + path[end:]
+    return path

@@ -17,10 +17,10 @@ MAX_LABEL = 512  # characters of a name or an id that a client chooses
 MAX_DEPTH = 64  # objects and lists inside one another, of what a client sends
 
 
-def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_size: int, field: str) -> None:
+def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_size: int, path: str) -> None:
     """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""
     if not len(ids):
-        raise InvalidRequest(f"{field} must not be empty", field=field)
+        raise InvalidRequest(path, "must not be empty")
     if isinstance(ids, np.ndarray):
         if ids.min() >= 0 and ids.max() < vocab_size:
             return
@@ -33,48 +33,46 @@ def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_siz
     for position, token in suspects:
         if type(token) is not int:
             kind = "list" if isinstance(token, np.ndarray) else type(token).__name__
-            raise InvalidRequest(f"{field}[{position}] must be an integer token id, got {kind}", field=field)
+            raise InvalidRequest(f"{path}[{position}]", f"must be an integer token id, got {kind}")
         if not 0 <= token < vocab_size:
             raise InvalidRequest(
-                f"{field}[{position}] must be a token id from 0 to {vocab_size - 1}, got {token}", field=field
+                f"{path}[{position}]",
+                f"must be a token id from 0 to {vocab_size - 1}, got {token}",
+                value=token,
+                limit=vocab_size - 1,
             )
 
 
 def fit(
-    prompt_tokens: int,
-    params: SamplingParams,
-    limits: Limits,
-    *,
-    field: str = "prompt",
-    max_tokens: str = "max_tokens",
+    prompt_tokens: int, params: SamplingParams, limits: Limits, *, path: str = "prompt", counted: str = "tokens"
 ) -> SamplingParams:
-    """Prompt and completion against the context length and the whole KV pool, in tokens.
+    """Check prompt and completion, in tokens, against the context length and the whole KV pool.
 
-    ``params.max_tokens=None`` becomes what is left. ``field`` and ``max_tokens`` are what the caller calls the prompt
-    and the bound. Raises `InvalidRequest` naming the field, the value and the limit.
+    ``params.max_tokens=None`` becomes what is left. ``path`` names the prompt in errors, ``counted`` what was counted.
+    Raises `InvalidRequest` with the value and the limit.
     """
     if prompt_tokens == 0:
-        raise InvalidRequest(f"{field} must not be empty", field=field)
+        raise InvalidRequest(path, "must not be empty")
     if limits.max_model_len <= limits.pool_tokens:
         bound, what, flag = limits.max_model_len, "tokens of the model's context", "--max-model-len"
     else:
         bound, what, flag = limits.pool_tokens, "tokens of the whole KV pool", "--kv-cache-tokens"
     if prompt_tokens > bound:
-        raise InvalidRequest(
-            f"{field} has {prompt_tokens} tokens, more than the {bound} {what}; shorten it or raise {flag}", field=field
-        )
+        problem = f"has {prompt_tokens} {counted}, more than the {bound} {what}; shorten it or raise {flag}"
+        raise InvalidRequest(path, problem, value=prompt_tokens, limit=bound)
     room = bound - prompt_tokens
     if params.max_tokens is None:
         if room == 0:
-            raise InvalidRequest(
-                f"{field} has {prompt_tokens} tokens and leaves no room to generate: the limit is {bound} {what}",
-                field=field,
-            )
+            problem = f"has {prompt_tokens} {counted} and leaves no room to generate: the limit is {bound} {what}"
+            raise InvalidRequest(path, problem, value=prompt_tokens, limit=bound)
         return msgspec.structs.replace(params, max_tokens=room, min_tokens=min(params.min_tokens, room))
     if params.max_tokens > room:
         raise InvalidRequest(
-            f"{field} {prompt_tokens} + {max_tokens} {params.max_tokens} = {prompt_tokens + params.max_tokens} tokens, "
-            f"more than the {bound} {what}; lower {max_tokens} or raise {flag}",
-            field=max_tokens,
+            "max_tokens",
+            f"{params.max_tokens} + {{0}} {prompt_tokens} = {params.max_tokens + prompt_tokens} tokens, "
+            f"more than the {bound} {what}; lower it or raise {flag}",
+            others=(path,),
+            value=params.max_tokens,
+            limit=room,
         )
     return params

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from .errors import InvalidRequest
 from .sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -47,7 +48,6 @@ class Generate(Message):
     # (position, seconds): prefixes to keep cached after the request. Characters of a text, else tokens; -1: its end
     breakpoints: list[tuple[int, float]] = []
     no_cache: bool = False  # shares nothing: its namespace is its own and is forgotten with it
-    names: tuple[str, str] = ("prompt", "max_tokens")  # what the client calls these, for error messages
 
 
 class Abort(Message):
@@ -70,12 +70,31 @@ class Settled(Message):
     rest: str = ""  # and text after them: what a stop string left of a token it cut
 
 
-class Refusal(msgspec.Struct, array_like=True):
-    """Why a request cannot be served: the fields of `InvalidRequest`."""
+class Refusal(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Why a request cannot be served: an `InvalidRequest` between processes. Status 500: the engine's own failure."""
 
-    message: str
-    field: str | None
-    status: int
+    path: str | None
+    problem: str
+    status: int = 400
+    others: tuple[str, ...] = ()
+    value: Any = None
+    limit: Any = None
+    code: str | None = None
+
+    @classmethod
+    def of(cls, error: InvalidRequest) -> Refusal:
+        return cls(error.path, error.problem, error.status, error.others, error.value, error.limit, error.code)
+
+    def error(self) -> InvalidRequest:
+        return InvalidRequest(
+            self.path,
+            self.problem,
+            others=self.others,
+            value=self.value,
+            limit=self.limit,
+            status=self.status,
+            code=self.code,
+        )
 
 
 class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -125,7 +144,6 @@ class BranchRun(Message):
     opening: bytes = b""  # int32: what an unconditional continuation follows
     priority: int = 0
     echo_tokens: bool = False
-    max_tokens: str = "max_tokens"  # what the client calls it
     stream: bool = True
     refusal: Refusal | None = None
     again: bool = False
@@ -219,9 +237,7 @@ class Finished(Message):
     completion_tokens: int = 0
     cache: CacheReport | None = None
     matched: int | None = None  # the stop token id, for ``stop``
-    error: str | None = None
-    error_field: str | None = None
-    status: int = 500  # HTTP status for ``error``
+    error: Refusal | None = None
     retractions: int = 0
     jumped_tokens: int | None = None  # of the completion's, those a grammar left no choice about: passes saved
     queue_seconds: float = 0.0  # from arrival at the scheduler to the first scheduled chunk
@@ -296,9 +312,7 @@ class ControlReply(Message):
     id: int
     ok: bool
     value: Any = None  # JSON-able
-    error: str | None = None
-    error_field: str | None = None
-    status: int = 500  # HTTP status for ``error``
+    error: Refusal | None = None
 
 
 class Progress(Message):

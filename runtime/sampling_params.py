@@ -52,7 +52,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         json_schema: The whole output is JSON that satisfies this schema, a dict or its text.
         ebnf: The whole output is derived from this grammar, in EBNF (``root ::= …``) or Lark (``start: …``).
         choices: The whole output is one of these strings. 1024 at most.
-        constraint_name: The client's name of the constraint, used in error messages. None: the name of its field.
     """
 
     max_tokens: int | None = 128
@@ -79,7 +78,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     json_schema: str | dict[str, Any] | None = None
     ebnf: str | None = None
     choices: tuple[str, ...] | None = None
-    constraint_name: str | None = None
 
     def sample(self, i: int) -> SamplingParams:
         """The parameters of sample ``i`` of ``n``: one sample, seeded with ``seed + i``."""
@@ -143,7 +141,7 @@ _CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
 _OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 
 
-def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] | None = None) -> SamplingParams:
+def validate(params: SamplingParams, vocab_size: int) -> SamplingParams:
     """Check every field against its bounds, and token ids against ``vocab_size``.
 
     ``names`` maps our field names to the caller's dialect, so that messages name the field the caller sent.
@@ -151,62 +149,68 @@ def validate(params: SamplingParams, vocab_size: int, names: Mapping[str, str] |
     """
     if not isinstance(params, SamplingParams):
         hint = ": write SamplingParams(**params)" if isinstance(params, Mapping) else ""
-        raise InvalidRequest(f"params must be a SamplingParams, got {type(params).__name__}{hint}", field="params")
-    names = names or {}
-
-    def bad(field: str, problem: str) -> InvalidRequest:
-        shown = names.get(field, field)
-        return InvalidRequest(f"{shown} {problem}", field=shown)
-
+        raise InvalidRequest("params", f"must be a SamplingParams, got {type(params).__name__}{hint}")
     for field, (low, high, exclusive) in _RANGES.items():
         value = getattr(params, field)
         if value is None:
             if field in _OPTIONAL:
                 continue
-            raise bad(field, "must not be null")
+            raise InvalidRequest(field, "must not be null")
         if isinstance(value, bool) or not isinstance(value, int if field in _INTEGERS else (int, float)):
             kind = "an integer" if field in _INTEGERS else "a number"
-            raise bad(field, f"must be {kind}, got {type(value).__name__}")
+            raise InvalidRequest(field, f"must be {kind}, got {type(value).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise bad(field, f"must be finite, got {value}")
+            raise InvalidRequest(field, f"must be finite, got {value}")
         if value < low or value > high or (exclusive and value == low):
             edge = f"greater than {low}" if exclusive else f"at least {low}"
-            raise bad(field, f"must be {edge} and at most {high}, got {value}")
+            problem = f"must be {edge} and at most {high}, got {value}"
+            raise InvalidRequest(field, problem, value=value, limit=high if value > high else low)
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise bad("min_tokens", f"must be at most max_tokens ({params.max_tokens}), got {params.min_tokens}")
+        raise InvalidRequest(
+            "min_tokens",
+            f"must be at most {{0}} ({params.max_tokens}), got {params.min_tokens}",
+            others=("max_tokens",),
+            value=params.min_tokens,
+            limit=params.max_tokens,
+        )
     for field, types, kind in _CONTAINERS:  # a str is also a sequence: stop="ab" would stop at "a" and at "b"
         if not isinstance(getattr(params, field), types):
-            raise bad(field, f"must be {kind}, got {type(getattr(params, field)).__name__}")
+            raise InvalidRequest(field, f"must be {kind}, got {type(getattr(params, field)).__name__}")
     if len(params.stop) > MAX_STOPS:
-        raise bad("stop", f"must hold at most {MAX_STOPS} strings, got {len(params.stop)}")
+        raise InvalidRequest("stop", f"must hold at most {MAX_STOPS} strings, got {len(params.stop)}")
     for text in params.stop:
         if not isinstance(text, str) or not text:
-            raise bad("stop", "must hold non-empty strings")
+            raise InvalidRequest("stop", "must hold non-empty strings")
         if len(text) > MAX_STOP_LENGTH:
-            raise bad("stop", f"strings must be at most {MAX_STOP_LENGTH} characters, got {len(text)}")
+            raise InvalidRequest("stop", f"strings must be at most {MAX_STOP_LENGTH} characters, got {len(text)}")
     if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise bad("stop_token_ids", f"must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(params.stop_token_ids)}")
+        raise InvalidRequest(
+            "stop_token_ids", f"must hold at most {MAX_STOP_TOKEN_IDS} ids, got {len(params.stop_token_ids)}"
+        )
     for token in params.stop_token_ids:
-        _check_id(bad, "stop_token_ids", token, vocab_size)
+        _check_id("stop_token_ids", token, vocab_size)
     if len(params.logit_bias) > MAX_LOGIT_BIAS:
-        raise bad("logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(params.logit_bias)}")
+        raise InvalidRequest("logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(params.logit_bias)}")
     for token, bias in params.logit_bias.items():
-        _check_id(bad, "logit_bias", token, vocab_size)
+        _check_id("logit_bias", token, vocab_size)
         if isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
-            raise bad("logit_bias", f"values must be between -100 and 100, got {bias}")
+            raise InvalidRequest("logit_bias", f"values must be between -100 and 100, got {bias}")
     for field in ("logprobs", "prompt_logprobs"):
         if (getattr(params, field) or 0) > vocab_size:
-            raise bad(field, f"must be at most the vocabulary size ({vocab_size}), got {getattr(params, field)}")
+            raise InvalidRequest(
+                field, f"must be at most the vocabulary size ({vocab_size}), got {getattr(params, field)}"
+            )
     given = [kind for kind in KINDS if getattr(params, kind) is not None]
     if given:
-        problem = constraint_problem(given[0], getattr(params, given[0]), params.n)
         if len(given) > 1:
-            problem = f"cannot be combined with {given[1]}: an output has one constraint"
-        if problem is not None:
-            raise bad(params.constraint_name or given[0], problem)
+            problem = "cannot be combined with {0}: an output has one constraint"
+            raise InvalidRequest(given[0], problem, others=given[1:2])
+        wrong = constraint_problem(given[0], getattr(params, given[0]), params.n)
+        if wrong is not None:
+            raise InvalidRequest(given[0], wrong)
     return params
 
 
-def _check_id(bad: Any, field: str, token: Any, vocab_size: int) -> None:
+def _check_id(field: str, token: Any, vocab_size: int) -> None:
     if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
-        raise bad(field, f"must hold token ids from 0 to {vocab_size - 1}, got {token!r}")
+        raise InvalidRequest(field, f"must hold token ids from 0 to {vocab_size - 1}, got {token!r}")

@@ -140,7 +140,7 @@ def _fitting(params: SamplingParams, prompt_tokens: int, limit: int) -> Sampling
     """The parameters with no more tokens to generate than fit behind the prompt."""
     room = limit - prompt_tokens
     if room < 1:
-        raise InvalidRequest(f"the conversation has {prompt_tokens:,} tokens and {limit:,} fit")
+        raise InvalidRequest(None, f"the conversation has {prompt_tokens:,} tokens and {limit:,} fit")
     most = params.max_tokens
     return msgspec.structs.replace(params, max_tokens=room if most is None else min(most, room))
 

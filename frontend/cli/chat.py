@@ -90,7 +90,7 @@ class _Talk:
             raise  # nothing can be asked of it any more
         except BranchwiseError as error:
             self.failed = True
-            err.print(f"[bold red]error:[/] {escape(in_flags(str(error)))}", soft_wrap=True)
+            err.print(f"[bold red]error:[/] {escape(in_flags(error))}", soft_wrap=True)
             err.print("your last message was dropped; /reset starts over", style="dim")
             return
         self._history = [*asked, {"role": "assistant", "content": answer}]

@@ -38,7 +38,7 @@ def fail(message: str, code: int = EXIT_FAILED) -> None:
 def expected_failures() -> Iterator[None]:
     """Turns failures people can mend into one line on stderr: `LoadError` exits 2, the others 1, Ctrl-C 130.
 
-    Messages about a request's fields are said in flags.
+    Errors about a request name flags instead of fields.
     """
     from ...runtime.errors import LoadError
 
@@ -47,7 +47,7 @@ def expected_failures() -> Iterator[None]:
     except LoadError as error:
         fail(str(error), EXIT_UNUSABLE)
     except BranchwiseError as error:
-        fail(in_flags(str(error)))
+        fail(in_flags(error))
     except KeyboardInterrupt:
         err.print()
         raise SystemExit(130) from None

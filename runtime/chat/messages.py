@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from ..errors import bad
+from ..errors import InvalidRequest
 from ..limits import MAX_DEPTH
 from .conversation import Call, Turn
 from .json_bounds import deeper_than_now
@@ -76,11 +76,11 @@ def _arguments(call: Call, template: ChatTemplate) -> str | dict[str, Any]:
         return call.arguments
     path = f"{call.path}.arguments"
     if deeper_than_now(call.arguments.encode("utf-8", "surrogatepass"), MAX_DEPTH):
-        raise bad(path, f"must be nested at most {MAX_DEPTH} deep")
+        raise InvalidRequest(path, f"must be nested at most {MAX_DEPTH} deep")
     try:
         value = msgspec.json.decode(call.arguments)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise bad(path, "must be valid JSON: this model's chat template writes it anew") from error
+        raise InvalidRequest(path, "must be valid JSON: this model's chat template writes it anew") from error
     if not isinstance(value, dict):
-        raise bad(path, f"must be a JSON object, got {type(value).__name__}")
+        raise InvalidRequest(path, f"must be a JSON object, got {type(value).__name__}")
     return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast, get_args
 
-from ..errors import bad, shown
+from ..errors import InvalidRequest, shown
 from ..limits import MAX_LABEL
 from .conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, Part, Role, Text, Thinking, Turn
 
@@ -18,9 +18,9 @@ _ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
 def openai_turns(messages: Sequence[Any], max_messages: int | None = None) -> list[Turn]:
     """Raises `InvalidRequest` naming the message and the field in it."""
     if not messages:
-        raise bad("messages", "must not be empty")
+        raise InvalidRequest("messages", "must not be empty")
     if max_messages is not None and len(messages) > max_messages:
-        raise bad("messages", f"must have at most {max_messages} entries, got {len(messages)}")
+        raise InvalidRequest("messages", f"must have at most {max_messages} entries, got {len(messages)}")
     check_pieces(messages, ("content", "tool_calls"), "messages")
     return [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
 
@@ -30,20 +30,20 @@ def check_pieces(entries: Sequence[Any], fields: Sequence[str], path: str) -> No
     lists = (entry.get(name) for entry in entries if isinstance(entry, Mapping) for name in fields)
     pieces = sum(len(value) for value in lists if isinstance(value, list))
     if pieces > MAX_PIECES:
-        raise bad(path, f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
+        raise InvalidRequest(path, f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
 
 
 def _turn(message: Any, path: str) -> Turn:
     if not isinstance(message, Mapping):
-        raise bad(path, f"must be an object, got {type(message).__name__}")
+        raise InvalidRequest(path, f"must be an object, got {type(message).__name__}")
     role = message.get("role")
     if role == "function":
-        raise bad(f"{path}.role", "function is not supported; answer a call with a message of role tool")
+        raise InvalidRequest(f"{path}.role", "function is not supported; answer a call with a message of role tool")
     if not isinstance(role, str) or role not in ROLES:
-        raise bad(f"{path}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
+        raise InvalidRequest(f"{path}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
     for name in ("function_call", "audio"):
         if message.get(name) is not None:
-            raise bad(f"{path}.{name}", "is not supported by this server")
+            raise InvalidRequest(f"{path}.{name}", "is not supported by this server")
     turn = Turn(cast(Role, role), [], path)
     if role == "assistant":
         for name in ("reasoning_content", "reasoning"):
@@ -66,11 +66,11 @@ def read_texts(content: Any, path: str, role: str) -> list[Part]:
     if isinstance(content, str):
         return [Text(content, path)]
     if content is None:
-        raise bad(path, "is required")
+        raise InvalidRequest(path, "is required")
     if not isinstance(content, list):
-        raise bad(path, f"must be a string or a list of parts, got {type(content).__name__}")
+        raise InvalidRequest(path, f"must be a string or a list of parts, got {type(content).__name__}")
     if len(content) > MAX_PARTS:
-        raise bad(path, f"must have at most {MAX_PARTS} parts, got {len(content)}")
+        raise InvalidRequest(path, f"must have at most {MAX_PARTS} parts, got {len(content)}")
     return [_text(part, f"{path}[{i}]", role) for i, part in enumerate(content)]
 
 
@@ -78,35 +78,37 @@ def _text(part: Any, path: str, role: str) -> Text:
     if isinstance(part, str):
         return Text(part, path)
     if not isinstance(part, dict):
-        raise bad(path, f"must be an object, got {type(part).__name__}")
+        raise InvalidRequest(path, f"must be an object, got {type(part).__name__}")
     kind = part.get("type")
     if kind in _TEXT_PARTS:
         return Text(string(part.get("text"), f"{path}.text"), path, read_breakpoint(part, path))
     if kind == "refusal" and role == "assistant":
         return Text(string(part.get("refusal"), f"{path}.refusal"), path, read_breakpoint(part, path))
     if kind in _OTHER_PARTS:
-        raise bad(f"{path}.type", f"{kind} is not supported: this server reads text only and fetches nothing")
-    raise bad(f"{path}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}")
+        raise InvalidRequest(
+            f"{path}.type", f"{kind} is not supported: this server reads text only and fetches nothing"
+        )
+    raise InvalidRequest(f"{path}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}")
 
 
 def _calls(calls: Any, role: str, path: str) -> list[Call]:
     if not calls:
         return []
     if role != "assistant":
-        raise bad(path, f"belong to a message of role assistant, not {role}")
+        raise InvalidRequest(path, f"belong to a message of role assistant, not {role}")
     if not isinstance(calls, list):
-        raise bad(path, f"must be a list, got {type(calls).__name__}")
+        raise InvalidRequest(path, f"must be a list, got {type(calls).__name__}")
     return [_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
 
 
 def _call(call: Any, path: str) -> Call:
     if not isinstance(call, dict):
-        raise bad(path, f"must be an object, got {type(call).__name__}")
+        raise InvalidRequest(path, f"must be an object, got {type(call).__name__}")
     if call.get("type", "function") != "function":
-        raise bad(f"{path}.type", f"must be function, got {shown(call['type'])}")
+        raise InvalidRequest(f"{path}.type", f"must be function, got {shown(call['type'])}")
     function = call.get("function")
     if not isinstance(function, dict):
-        raise bad(f"{path}.function", "must be an object")
+        raise InvalidRequest(f"{path}.function", "must be an object")
     id = None if call.get("id") is None else label(call["id"], f"{path}.id")
     return read_call(function, id, f"{path}.function", read_breakpoint(call, path))
 
@@ -128,14 +130,14 @@ def read_breakpoint(value: Mapping[str, Any], path: str) -> Breakpoint | None:
         return Breakpoint()
     if ours is not None:
         if not isinstance(ours, Mapping):
-            raise bad(f"{path}.prompt_cache_breakpoint", f"must be an object, got {type(ours).__name__}")
+            raise InvalidRequest(f"{path}.prompt_cache_breakpoint", f"must be an object, got {type(ours).__name__}")
         return Breakpoint(ours.get("ttl"))
     if theirs is None:
         return None
     if not isinstance(theirs, Mapping):
-        raise bad(f"{path}.cache_control", f"must be an object, got {type(theirs).__name__}")
+        raise InvalidRequest(f"{path}.cache_control", f"must be an object, got {type(theirs).__name__}")
     if theirs.get("type") != "ephemeral":
-        raise bad(f"{path}.cache_control.type", f"must be ephemeral, got {shown(theirs.get('type'))}")
+        raise InvalidRequest(f"{path}.cache_control.type", f"must be ephemeral, got {shown(theirs.get('type'))}")
     ttl = theirs.get("ttl")
     return Breakpoint(_ANTHROPIC_TTL if ttl is None else ttl)
 
@@ -144,11 +146,11 @@ def label(value: Any, path: str) -> str:
     """A short string: a name or an id."""
     text = string(value, path)
     if not 0 < len(text) <= MAX_LABEL:
-        raise bad(path, f"must have 1 to {MAX_LABEL} characters, got {len(text)}")
+        raise InvalidRequest(path, f"must have 1 to {MAX_LABEL} characters, got {len(text)}")
     return text
 
 
 def string(value: Any, path: str) -> str:
     if not isinstance(value, str):
-        raise bad(path, "is required" if value is None else f"must be a string, got {type(value).__name__}")
+        raise InvalidRequest(path, "is required" if value is None else f"must be a string, got {type(value).__name__}")
     return value

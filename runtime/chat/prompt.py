@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import InvalidRequest, bad
+from ..errors import InvalidRequest
 from .conversation import Conversation, OfferedTool, Turn
 from .messages import template_messages
 from .openai_messages import label
@@ -50,15 +50,15 @@ class ChatPrompt:
 def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> ChatPrompt:
     """Raises `InvalidRequest` naming the field, also where the model has no template."""
     if template is None:
-        raise InvalidRequest("this model has no chat template: send a prompt instead", field="messages")
+        raise InvalidRequest("messages", "cannot be rendered: this model has no chat template; send a prompt instead")
     if conversation.tools and not template.writes_tools:
-        raise bad("tools", "are not supported: this model's chat template does not write them")
+        raise InvalidRequest("tools", "are not supported: this model's chat template does not write them")
     continued = conversation.continue_final_message
     if conversation.add_generation_prompt and continued:
-        raise bad("continue_final_message", "and add_generation_prompt cannot both be true")
+        raise InvalidRequest("continue_final_message", "and {0} cannot both be true", others=("add_generation_prompt",))
     add = not continued if conversation.add_generation_prompt is None else conversation.add_generation_prompt
     if continued and conversation.turns[-1].role != "assistant":
-        raise bad("continue_final_message", "needs a last message of role assistant")
+        raise InvalidRequest("continue_final_message", "needs a last message of role assistant")
     variables = _variables(template, conversation)
     return ChatPrompt(template, conversation.turns, conversation.tools, variables, add, continued)
 
@@ -67,19 +67,16 @@ def _variables(template: ChatTemplate, conversation: Conversation) -> dict[str, 
     """What the template is told beside messages and tools. A name it does not read is refused: it would do nothing."""
     kwargs: Mapping[str, Any] = conversation.chat_template_kwargs or {}
     if len(kwargs) > _MAX_VARIABLES:
-        raise bad("chat_template_kwargs", f"must have at most {_MAX_VARIABLES} entries, got {len(kwargs)}")
+        raise InvalidRequest("chat_template_kwargs", f"must have at most {_MAX_VARIABLES} entries, got {len(kwargs)}")
     result: dict[str, Any] = {}
     for name, value in kwargs.items():
         if not template.reads(name) and name not in _COMMON_VARIABLES:
-            raise InvalidRequest(
-                f"chat_template_kwargs.{name[:60]} is not a variable of this model's chat template",
-                field="chat_template_kwargs",
-            )
+            raise InvalidRequest(f"chat_template_kwargs.{name[:60]}", "is not a variable of this model's chat template")
         result[name] = value
     if conversation.reasoning_effort is not None:
         result.setdefault("reasoning_effort", label(conversation.reasoning_effort, "reasoning_effort"))
     if conversation.documents is not None:
         if not all(isinstance(document, dict) for document in conversation.documents):
-            raise bad("documents", "must be a list of objects")
+            raise InvalidRequest("documents", "must be a list of objects")
         result["documents"] = conversation.documents
     return result

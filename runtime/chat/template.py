@@ -61,11 +61,11 @@ class ChatTemplate:
         try:
             text = sandbox.run(template, names, Budget(seconds, MAX_CHARACTERS))
         except Exhausted as error:
-            raise InvalidRequest(f"the chat template was stopped: {error}", field="messages") from error
-        except Exception as error:  # a template can raise whatever an expression can
             raise InvalidRequest(
-                f"the chat template refused the messages: {str(error)[:MAX_REASON]}", field="messages"
+                "messages", f"could not be rendered: the chat template was stopped: {error}"
             ) from error
+        except Exception as error:  # a template can raise whatever an expression can
+            raise InvalidRequest("messages", f"were refused by the chat template: {str(error)[:MAX_REASON]}") from error
         return _up_to_tag(text, messages[-1]["content"]) if continue_final_message else text
 
     def reads(self, name: str) -> bool:
@@ -159,7 +159,7 @@ def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _tag(conversation: list[dict[str, Any]]) -> None:
     if not conversation or not isinstance(conversation[-1].get("content"), str):
-        raise InvalidRequest("continue_final_message needs a last message with text to continue", field="messages")
+        raise InvalidRequest("continue_final_message", "needs a last message with text to continue")
     conversation[-1]["content"] += _TAG
 
 
@@ -167,6 +167,6 @@ def _up_to_tag(text: str, final: str) -> str:
     at = text.rfind(_TAG.strip())
     if at < 0 or final.strip() not in text:
         raise InvalidRequest(
-            "the chat template does not write the last message as it is, so it cannot be continued", field="messages"
+            "continue_final_message", "is not possible: the chat template does not write the last message unchanged"
         )
     return text[:at] if text.startswith(_TAG, at) else text[:at].rstrip()

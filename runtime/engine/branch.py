@@ -51,7 +51,7 @@ class BranchBase:
 
     def _scoring(self, continuations: Sequence[Prompt], parse_special: bool, unconditional: bool) -> BranchRun:
         if not continuations:
-            raise InvalidRequest("continuations must not be empty", field="continuations")
+            raise InvalidRequest("continuations", "must not be empty")
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
         pieces = [_piece(self._engine, piece, parse_special) for piece in continuations]
         ids = self._thread.new_ids(len(pieces) * (1 + unconditional))
@@ -211,7 +211,7 @@ def scored(delta: Delta) -> Delta:
         if delta.finish.reason == "error":
             raise error_of(delta.finish)
         if delta.finish.reason == "abort":
-            raise InvalidRequest("the branch was deleted while it was scored", field="branch", status=410)
+            raise InvalidRequest("branch", "was deleted while it was being scored", status=410)
     return delta
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..config import EngineConfig, step_budget
 from ..errors import InvalidRequest
 from ..grammar.compiler import GrammarCompiler
-from ..messages import Control, ControlReply, Generate, Limits, Stats, StepOutput
+from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, StepOutput
 from ..scheduler.branches.service import BranchService
 from ..scheduler.draft import ScheduledStep
 from ..scheduler.scheduler import Scheduler
@@ -136,10 +136,10 @@ class EngineCore:
         try:
             return ControlReply(message.id, True, self._control(message))
         except InvalidRequest as error:
-            return ControlReply(message.id, False, None, error.message, error_field=error.field, status=error.status)
+            return ControlReply(message.id, False, None, Refusal.of(error))
         except Exception as error:  # a question must not stop the engine: the answer says what broke
             logger.exception("control %s failed", message.what)
-            return ControlReply(message.id, False, None, f"{type(error).__name__}: {error}")
+            return ControlReply(message.id, False, None, Refusal(None, f"{type(error).__name__}: {error}", 500))
 
     def _control(self, message: Control) -> Any:
         if message.what == "flush_cache":

@@ -27,7 +27,7 @@ class StepProfiler:
         from torch.profiler import ProfilerActivity, profile
 
         if self._recording is not None:
-            raise InvalidRequest("a recording is under way: stop it first", status=409)
+            raise InvalidRequest(None, "a recording is under way: stop it first", status=409)
         self._folder.mkdir(parents=True, exist_ok=True)
         recording = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
         recording.start()
@@ -41,7 +41,7 @@ class StepProfiler:
         there is none.
         """
         if self._recording is None:
-            raise InvalidRequest("no recording is under way", status=409)
+            raise InvalidRequest(None, "no recording is under way", status=409)
         from torch.autograd import DeviceType
 
         recording, self._recording = self._recording, None

@@ -11,7 +11,7 @@ from ..chat.conversation import Conversation
 from ..chat.openai_messages import openai_turns
 from ..chat.openai_tools import openai_tools
 from ..chat.prompt import chat_prompt
-from ..errors import InvalidRequest, bad
+from ..errors import InvalidRequest
 from ..limits import check_token_ids
 from ..sampling_params import SamplingParams
 from ..step import Int32
@@ -43,7 +43,7 @@ def prompt_tokens(tokenizer: Tokenizer, prompt: Prompt, vocab_size: int) -> Int3
     if not isinstance(prompt, str):
         return token_array(prompt, vocab_size, "prompt")
     if not prompt:  # also where the tokenizer would make a lone <bos> of it
-        raise InvalidRequest("prompt must not be empty", field="prompt")
+        raise InvalidRequest("prompt", "must not be empty")
     return tokenizer.encode(prompt)
 
 
@@ -63,17 +63,19 @@ def chat_batch(
 ) -> tuple[bool, list[list[int]]]:
     """Whether ``messages`` is one conversation, and the token ids of each conversation's prompt."""
     if not isinstance(messages, list | tuple):
-        raise bad("messages", f"must be a list of messages or of such lists, got {type(messages).__name__}")
+        raise InvalidRequest("messages", f"must be a list of messages or of such lists, got {type(messages).__name__}")
     if not messages or not isinstance(messages[0], list | tuple):
         return True, [chat_tokens(tokenizer, messages, **options)]
     prompts = []
     for i, one in enumerate(messages):
         if not isinstance(one, list | tuple):
-            raise bad(f"messages[{i}]", f"must be a list of messages like the first, got {type(one).__name__}")
+            raise InvalidRequest(
+                f"messages[{i}]", f"must be a list of messages like the first, got {type(one).__name__}"
+            )
         try:
             prompts.append(chat_tokens(tokenizer, one, **options))
         except InvalidRequest as error:
-            raise InvalidRequest(f"conversation {i}: {error.message}", field=error.field) from error
+            raise error.renamed({"messages": f"messages[{i}]"}) from error
     return False, prompts
 
 
@@ -86,7 +88,7 @@ def prompt_batch(
     shared = params is None or isinstance(params, SamplingParams | Mapping)
     each: list[Any] = [params] * len(batch) if shared else list(params)  # type: ignore[arg-type]
     if len(each) != len(batch):
-        raise InvalidRequest(f"params has {len(each)} entries for {len(batch)} prompts", field="params")
+        raise InvalidRequest("params", f"has {len(each)} entries for {len(batch)} prompts")
     if not batch:
-        raise InvalidRequest("prompts must not be empty", field="prompts")
+        raise InvalidRequest("prompts", "must not be empty")
     return single, list(zip(batch, each, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import BranchwiseError, EngineDead, InvalidRequest
+from ..errors import BranchwiseError, EngineDead
 from ..logprobs import TokenLogprob
 from ..messages import CacheReport, Delta, Finished, Generate
 from ..outputs import Output
@@ -111,7 +111,7 @@ class BatchCollector:
 
 
 def error_of(finish: Finished) -> BranchwiseError:
-    message = finish.error or "the request failed"
-    if 400 <= finish.status < 500:
-        return InvalidRequest(message, field=finish.error_field, status=finish.status)
-    return EngineDead(message)
+    if finish.error is None:
+        return EngineDead("the request failed")
+    error = finish.error.error()
+    return error if 400 <= error.status < 500 else EngineDead(error.message)

@@ -15,8 +15,8 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
 
-from ..errors import EngineDead, InvalidRequest
-from ..messages import BranchOp, BranchRun, ControlReply, Delta, Finished, Generate
+from ..errors import EngineDead
+from ..messages import BranchOp, BranchRun, ControlReply, Delta, Finished, Generate, Refusal
 from ..tokenizer.detokenizer import DetokenizerCore
 from ..tokenizer.pieces import encode_message
 from ..tokenizer.tokenizer import Tokenizer
@@ -217,7 +217,7 @@ class EngineThread:
             sinks, self._sinks = self._sinks, {}
             futures = list(self._futures)
         for id, sink in sinks.items():
-            sink(Delta(id, finish=Finished(id, "error", error=why)))
+            sink(Delta(id, finish=Finished(id, "error", error=Refusal(None, why, 500))))
         for future in futures:
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(why))
@@ -234,10 +234,10 @@ def _ids_of(messages: Sequence[Generate | BranchRun]) -> list[int]:
 
 
 def _answer(future: Future[Any], reply: ControlReply) -> None:
-    if reply.ok:
+    if reply.error is None:
         future.set_result(reply.value)
     else:
-        future.set_exception(InvalidRequest(reply.error or "", field=reply.error_field, status=reply.status))
+        future.set_exception(reply.error.error())
 
 
 @atexit.register

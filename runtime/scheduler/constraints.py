@@ -199,6 +199,4 @@ def _matcher(request: Request) -> Matcher:
 
 
 def _about(request: Request, error: ConstraintError) -> InvalidRequest:
-    """``error`` as a sentence about the field that the client sent."""
-    field = request.params.constraint_name or request.params.constraint_kind or "constraint"
-    return InvalidRequest(f"{field} {error.problem}", field=field, status=error.status)
+    return InvalidRequest(request.params.constraint_kind, error.problem, status=error.status)

@@ -21,6 +21,7 @@ from ..messages import (
     Generate,
     Limits,
     PromptLogprobs,
+    Refusal,
     RequestStarted,
     Stats,
     StepOutput,
@@ -137,14 +138,12 @@ class Scheduler:
             request.status = Status.COMPILING
             self._constraints.compile(request, constraint)
         else:
-            refusal = InvalidRequest("this engine has no tokenizer, so it cannot constrain outputs")
-            self._finish(request, "error", refusal=refusal)
+            refusal = InvalidRequest(None, "this engine has no tokenizer, so it cannot constrain outputs")
+            self._finish(request, "error", error=refusal)
 
     def refuse(self, request_id: int, error: InvalidRequest) -> None:
         """Answers a request that was never added."""
-        self._out.finished.append(
-            Finished(request_id, "error", error=error.message, error_field=error.field, status=error.status)
-        )
+        self._out.finished.append(Finished(request_id, "error", error=Refusal.of(error)))
 
     def refuse_aborted(self, request_id: int) -> None:
         """The same for one whose client left before it was added."""
@@ -204,7 +203,7 @@ class Scheduler:
             if request.status is not Status.COMPILING:
                 continue  # aborted since the poll
             if refusal is not None:
-                self._finish(request, "error", refusal=refusal)
+                self._finish(request, "error", error=refusal)
             else:
                 request.status = Status.WAITING
                 self.ledger.waiting[request.id] = request
@@ -220,7 +219,7 @@ class Scheduler:
         if request.matcher is None:
             return
         if request.matcher.error is not None:
-            self._finish(request, "error", refusal=self._constraints.refusal(request))
+            self._finish(request, "error", error=self._constraints.refusal(request))
         elif request.matcher.finished:
             self._finish(request, "stop")
 
@@ -354,8 +353,7 @@ class Scheduler:
         reason: FinishReason,
         *,
         matched: int | None = None,
-        error: str | None = None,
-        refusal: InvalidRequest | None = None,
+        error: InvalidRequest | None = None,
     ) -> None:
         """The one end of every request."""
         if request.status is Status.FINISHED:
@@ -381,9 +379,7 @@ class Scheduler:
                 completion_tokens=request.num_outputs,
                 cache=request.cache,
                 matched=matched,
-                error=error if refusal is None else refusal.message,
-                error_field=None if refusal is None else refusal.field,
-                status=500 if refusal is None else refusal.status,
+                error=None if error is None else Refusal.of(error),
                 retractions=request.retractions,
                 jumped_tokens=request.jumped,
                 queue_seconds=request.queue_seconds,
@@ -398,7 +394,7 @@ class Scheduler:
         result lost) would have told logprobs of their prompt: no later step will."""
         scored = [request for step in dropped for request in step.prompt_logprobs.values()]
         for request in [*self.ledger.rows.running(), *scored]:
-            self._finish(request, "error", error=error)
+            self._finish(request, "error", error=InvalidRequest(None, error, status=500))
         if self.ledger.holders is not None:
             self.ledger.holders.forget()
         self.cache.pins.forget()
@@ -408,8 +404,8 @@ class Scheduler:
     def fail_oldest(self, error: str) -> None:
         """Breaks a stalemate that the rules above should make impossible."""
         candidates = self.ledger.rows.running() or list(self._live.values())
-        refusal = InvalidRequest(error, status=503) if self.cache.pins.pages else None  # there will be room
-        self._finish(candidates[0], "error", error=error, refusal=refusal)
+        status = 503 if self.cache.pins.pages else 500  # 503: there is room again when pins expire
+        self._finish(candidates[0], "error", error=InvalidRequest(None, error, status=status))
 
     # -- out -----------------------------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ def encode_message(
             if message.unconditional:
                 message.opening = tokens_to_bytes(tokenizer.opening)
     except InvalidRequest as error:
-        message.refusal = Refusal(error.message, error.field, error.status)
+        message.refusal = Refusal.of(error)
 
 
 def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
@@ -82,9 +82,8 @@ def check_no_special(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
             special = tokenizer.special_in(value if isinstance(value, str) else repr(value))
             if special is not None:
                 raise InvalidRequest(
-                    f"messages[{i}].{name} spells out the special token {special}; if it is to be one, send "
-                    "parse_special: true",
-                    field="messages",
+                    f"messages[{i}].{name}",
+                    f"spells out the special token {special}; if it is meant to be one, send parse_special: true",
                 )
 
 

@@ -107,7 +107,7 @@ class Tokenizer:
         except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
             if not isinstance(text, str):
                 raise
-            raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
+            raise InvalidRequest("text", "must be valid Unicode, without lone surrogates") from error
 
     def encode_first(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
         """Token ids int32 [n] of a text's beginning, without the `opening` that goes before it.
@@ -131,7 +131,7 @@ class Tokenizer:
         try:
             return list(backend.encode(text, add_special_tokens=False).ids)
         except TypeError as error:
-            raise InvalidRequest("text must be valid Unicode, without lone surrogates", field="text") from error
+            raise InvalidRequest("text", "must be valid Unicode, without lone surrogates") from error
 
     def special_in(self, text: str) -> str | None:
         """A special token that ``text`` spells out, if it does."""
@@ -206,7 +206,9 @@ class Tokenizer:
         Raises `InvalidRequest` if the model has no chat template or the template refuses the messages.
         """
         if self.chat_template is None:
-            raise InvalidRequest("this model has no chat template: send a prompt instead", field="messages")
+            raise InvalidRequest(
+                "messages", "cannot be rendered: this model has no chat template; send a prompt instead"
+            )
         return self.chat_template.render(messages, add_generation_prompt, variables)
 
     def _named_id(self, name: str) -> int | None:

@@ -360,7 +360,7 @@ def test_a_branch_is_there_only_for_the_key_that_made_it(api: Api) -> None:
     ]
     for method, path, body in uses:
         answer = api.http.request(method, path, json=body, headers=neighbour)
-        assert answer.status_code == 404 and f"there is no branch {branch}" in answer.text, (path, answer.text)
+        assert answer.status_code == 404 and f"branch {branch} does not exist" in answer.text, (path, answer.text)
     ops = [{"op": "delete", "id": branch}, {"op": "fork", "id": branch}]
     answer = api.http.post("/branches/batch", json={"ops": ops}, headers=neighbour)
     assert [result["status"] for result in answer.json()["results"]] == [404, 404]

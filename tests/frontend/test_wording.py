@@ -1,29 +1,40 @@
-"""Errors of a request are said in the words of the command line."""
+"""Errors about a request name the flags of the command line."""
 
 from __future__ import annotations
 
 import pytest
 
 from branchwise.frontend.cli.wording import in_flags
+from branchwise.frontend.client import ServerError, refused
+from branchwise.runtime.errors import EngineDead, InvalidRequest
 
 
 @pytest.mark.parametrize(
-    ("wire", "said"),
+    ("path", "problem", "others", "said"),
     [
-        ("temperature must be at least 0, got -1", "--temperature must be at least 0, got -1"),
-        ("http://h:1 answered 400: sampling_params.top_p must be", "http://h:1 answered 400: --top-p must be"),
-        ("sampling_params[1].stop must be", "--stop must be"),
-        ("text[1] has 9 tokens, more than the 8", "prompt 2 has 9 tokens, more than the 8"),
-        (
-            "text 90 + max_new_tokens 20 = 110 tokens; lower max_new_tokens or raise --max-model-len",
-            "prompt 90 + --max-tokens 20 = 110 tokens; lower --max-tokens or raise --max-model-len",
-        ),
-        ("text 2 + sampling_params.max_new_tokens 5 = 7", "prompt 2 + --max-tokens 5 = 7"),
-        ("sampling_seed must be an integer", "--seed must be an integer"),
-        ("prompt must not be empty", "prompt must not be empty"),
-        ("the temperature of the text may stop", "the temperature of the text may stop"),
-        ("--max-tokens and text-2 stay", "--max-tokens and text-2 stay"),
+        ("temperature", "must be at least 0, got -1", (), "--temperature must be at least 0, got -1"),
+        ("sampling_params.top_p", "must be", (), "--top-p must be"),
+        ("sampling_params[1].stop", "must be", (), "--stop must be"),
+        ("text[1]", "has 9 tokens, more than the 8", (), "prompt[1] has 9 tokens, more than the 8"),
+        ("max_tokens", "20 + {0} 90 = 110 tokens", ("prompt",), "--max-tokens 20 + prompt 90 = 110 tokens"),
+        ("min_tokens", "must be at most {0}", ("max_tokens",), "min_tokens must be at most --max-tokens"),
+        ("sampling_seed", "must be an integer", (), "--seed must be an integer"),
+        ("prompt", "must not be empty", (), "prompt must not be empty"),
+        (None, "the temperature of the text may stop", (), "the temperature of the text may stop"),
     ],
 )
-def test_fields_become_flags(wire: str, said: str) -> None:
-    assert in_flags(wire) == said
+def test_fields_become_flags(path: str | None, problem: str, others: tuple[str, ...], said: str) -> None:
+    assert in_flags(InvalidRequest(path, problem, others=others)) == said
+
+
+def test_a_servers_error_names_flags_too() -> None:
+    body = {"error": {"message": "sampling_params.top_p must be at most 1", "param": "sampling_params.top_p"}}
+    error = refused("http://h:1", 400, body)
+    assert str(error) == "http://h:1 answered 400: sampling_params.top_p must be at most 1"
+    assert in_flags(error) == "http://h:1 answered 400: --top-p must be at most 1"
+    assert in_flags(refused("http://h:1", 500, {"detail": "stop"})) == "http://h:1 answered 500: stop"
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    assert in_flags(EngineDead("temperature is too high")) == "temperature is too high"
+    assert in_flags(ServerError("no server answers")) == "no server answers"

@@ -27,6 +27,6 @@ def test_the_smaller_bound_is_named_with_its_flag(context: int, pool: int, what:
     ):
         with pytest.raises(InvalidRequest, match=what) as refused:
             fit(prompt_tokens, params, limits)
-        assert refused.value.field == field
+        assert refused.value.path == field
     with pytest.raises(InvalidRequest, match="no room to generate"):
         fit(100, SamplingParams(max_tokens=None), limits)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from ...errors import InvalidRequest, bad
+from ...errors import InvalidRequest
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
 _repr = reprlib.Repr()  # looks at a few elements only
@@ -52,9 +52,9 @@ class ToolReader:
     def check_count(self, tools: Any, path: str = "tools") -> None:
         """That ``tools`` is a list, and not too long."""
         if not isinstance(tools, list):
-            raise bad(path, f"must be a list, got {_kind(tools)}")
+            raise InvalidRequest(path, f"must be a list, got {_kind(tools)}")
         if len(tools) > self._limits.tools:
-            raise bad(path, f"has {len(tools)} tools, more than the {self._limits.tools} allowed")
+            raise InvalidRequest(path, f"has {len(tools)} tools, more than the {self._limits.tools} allowed")
 
     def read(self, function: Any, path: str, within: str | None = None, schema: str = "parameters") -> Tool:
         """A function: an object with a name, a description, ``strict``, and its parameters in the field ``schema``.
@@ -64,23 +64,22 @@ class ToolReader:
         """
         within = within or path
         if not isinstance(function, Mapping):
-            raise bad(within, f"must be an object, got {_kind(function)}")
+            raise InvalidRequest(within, f"must be an object, got {_kind(function)}")
         name = _name(function.get("name"), f"{within}.name", self._limits)
         description = function.get("description")
         if description is not None and not isinstance(description, str):
-            raise bad(f"{within}.description", f"must be a string, got {_kind(description)}")
+            raise InvalidRequest(f"{within}.description", f"must be a string, got {_kind(description)}")
         strict = function.get("strict")
         if strict is not None and not isinstance(strict, bool):
-            raise bad(f"{within}.strict", f"must be true or false, got {_kind(strict)}")
+            raise InvalidRequest(f"{within}.strict", f"must be true or false, got {_kind(strict)}")
         parameters, size = _parameters(function.get(schema), f"{within}.{schema}", self._limits)
         first = self._paths.setdefault(name, path)
         if first != path:
-            raise InvalidRequest(f"{path} and {first} have the same name, {name!r}", field="tools")
+            raise InvalidRequest(path, f"and {{0}} have the same name, {name!r}", others=(first,))
         self._bytes += size
         if self._bytes > self._limits.total_bytes:
             raise InvalidRequest(
-                f"the parameters of tools have more than the {self._limits.total_bytes} bytes allowed together",
-                field="tools",
+                "tools", f"have parameters of more than the {self._limits.total_bytes} bytes allowed together"
             )
         return Tool(name, parameters, description or "", bool(strict))
 
@@ -104,10 +103,10 @@ def function_of(tool: Any, path: str, *, flat: bool = False) -> tuple[Any, str, 
     ``flat``: the tool is the function, as in the responses API; otherwise it may be.
     """
     if not isinstance(tool, Mapping):
-        raise bad(path, f"must be an object, got {_kind(tool)}")
+        raise InvalidRequest(path, f"must be an object, got {_kind(tool)}")
     if tool.get("type") != "function":
         problem = f'must be "function", the only kind of tool this server has, got {_shown(tool.get("type"))}'
-        raise bad(f"{path}.type", problem)
+        raise InvalidRequest(f"{path}.type", problem)
     if not flat and ("function" in tool or "name" not in tool):
         return tool.get("function"), path, f"{path}.function"
     return tool, path, path
@@ -115,11 +114,11 @@ def function_of(tool: Any, path: str, *, flat: bool = False) -> tuple[Any, str, 
 
 def _name(name: Any, field: str, limits: ToolLimits) -> str:
     if not isinstance(name, str):
-        raise bad(field, f"must be a string, got {_kind(name)}")
+        raise InvalidRequest(field, f"must be a string, got {_kind(name)}")
     if len(name) > limits.name_characters:
-        raise bad(field, f"has {len(name)} characters, more than the {limits.name_characters} allowed")
+        raise InvalidRequest(field, f"has {len(name)} characters, more than the {limits.name_characters} allowed")
     if not _NAME.fullmatch(name):
-        raise bad(field, f"must be one or more of a-z, A-Z, 0-9, _ and -, got {_shown(name)}")
+        raise InvalidRequest(field, f"must be one or more of a-z, A-Z, 0-9, _ and -, got {_shown(name)}")
     return name
 
 
@@ -128,21 +127,23 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
     if schema is None or schema == {}:
         return {"type": "object", "properties": {}}, 2
     if not isinstance(schema, Mapping):
-        raise bad(field, f"must be a JSON schema, an object, got {_kind(schema)}")
+        raise InvalidRequest(field, f"must be a JSON schema, an object, got {_kind(schema)}")
     problem = _too_much(schema, limits)
     if problem is not None:
-        raise bad(field, problem)
+        raise InvalidRequest(field, problem)
     try:
         size = len(json.dumps(schema, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass"))
     except (TypeError, ValueError) as error:
-        raise bad(field, f"is not a JSON value: {error}") from error
+        raise InvalidRequest(field, f"is not a JSON value: {error}") from error
     if size > limits.schema_bytes:
-        raise bad(field, f"has {size} bytes, more than the {limits.schema_bytes} allowed")
+        raise InvalidRequest(field, f"has {size} bytes, more than the {limits.schema_bytes} allowed")
     if schema.get("type", "object") != "object":
-        raise bad(f"{field}.type", f'must be "object": arguments are passed by name; got {_shown(schema["type"])}')
+        raise InvalidRequest(
+            f"{field}.type", f'must be "object": arguments are passed by name; got {_shown(schema["type"])}'
+        )
     properties = schema.get("properties", {})
     if not isinstance(properties, Mapping):
-        raise bad(f"{field}.properties", f"must be an object, got {_kind(properties)}")
+        raise InvalidRequest(f"{field}.properties", f"must be an object, got {_kind(properties)}")
     return {"type": "object", **schema}, size
 
 

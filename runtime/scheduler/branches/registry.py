@@ -101,7 +101,7 @@ class Branches:
     def fork(self, branch: Branch, n: int, ttl: float | None = None) -> list[Branch]:
         """``n`` branches that are as this one is now. Nothing is copied or looked up: tokens and hold are shared."""
         if not 1 <= n <= MAX_FORK:
-            raise InvalidRequest(f"n must be between 1 and {MAX_FORK}, got {n}", field="n")
+            raise InvalidRequest("n", f"must be between 1 and {MAX_FORK}, got {n}")
         ttl = branch.ttl if ttl is None else self._check_ttl(ttl)
         self._make_room(n)
         if branch.hold is not None:
@@ -119,7 +119,7 @@ class Branches:
             return self._ttl
         if not 0 < ttl <= self._ttl:
             raise InvalidRequest(
-                f"ttl must be greater than 0 and at most {self._ttl:g} seconds (--branch-ttl), got {ttl:g}", field="ttl"
+                "ttl", f"must be greater than 0 and at most {self._ttl:g} seconds (--branch-ttl), got {ttl:g}"
             )
         return ttl
 
@@ -127,6 +127,7 @@ class Branches:
         self.sweep()
         if len(self._branches) + n > self._max:
             raise InvalidRequest(
+                None,
                 f"there are {len(self._branches)} branches and {n} more would pass the limit of {self._max} "
                 "(--max-branches); delete some, or try again when others have expired",
                 status=429,
@@ -176,8 +177,8 @@ class Branches:
                 return branch
             self.remove(branch)
         elif branch is not None or not self._ids.made(id, owner):
-            raise InvalidRequest(f"there is no branch {id[:64]}", field="branch", status=404)
-        raise InvalidRequest(f"the branch {id} has expired or was deleted", field="branch", status=410)
+            raise InvalidRequest("branch", f"{id[:64]} does not exist", status=404)
+        raise InvalidRequest("branch", f"{id} has expired or was deleted", status=410)
 
     def touch(self, branch: Branch) -> None:
         """A use: it lives on, and is the last to lose its hold."""

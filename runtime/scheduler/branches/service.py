@@ -15,7 +15,7 @@ import numpy as np
 from ...config import EngineConfig
 from ...errors import InvalidRequest
 from ...limits import check_token_ids, fit
-from ...messages import BranchOp, BranchRun, ControlReply, Piece, Settled
+from ...messages import BranchOp, BranchRun, ControlReply, Piece, Refusal, Settled
 from ...sampling_params import SamplingParams
 from ...step import Int32
 from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
@@ -80,13 +80,12 @@ class BranchService:
                 if not self._is_its_turn(branch, message):
                     return
             if message.refusal is not None:
-                refusal = message.refusal
-                raise InvalidRequest(refusal.message, field=refusal.field, status=refusal.status)
+                raise message.refusal.error()
             if isinstance(message, BranchOp):
                 value = self._operate(message, branch)
                 self._reply(ControlReply(message.id, True, value))
             elif branch is None:
-                raise InvalidRequest("a branch must be named", field="branch")
+                raise InvalidRequest("branch", "must be named")
             else:
                 self._run(message, branch)
         except InvalidRequest as error:
@@ -107,8 +106,8 @@ class BranchService:
             return False
         if branch.state is State.GENERATING and kind != "get":
             raise InvalidRequest(
-                f"the branch {branch.id} is generating: wait for its answer, fork it before, or delete it",
-                field="branch",
+                "branch",
+                f"{branch.id} is generating: wait for its answer, fork it before it generates, or delete it",
                 status=409,
             )
         if branch.rest and message.refusal is None and self._needs_all_tokens(message):
@@ -139,9 +138,7 @@ class BranchService:
 
     def _refuse(self, message: Message, error: InvalidRequest) -> None:
         if isinstance(message, BranchOp):
-            self._reply(
-                ControlReply(message.id, False, None, error.message, error_field=error.field, status=error.status)
-            )
+            self._reply(ControlReply(message.id, False, None, Refusal.of(error)))
             return
         for id in message.ids:
             if id in self._held_back:  # not those of it that the scheduler has taken already
@@ -167,7 +164,7 @@ class BranchService:
         if op.what == "create":
             return self._create(op, branch)
         if branch is None:
-            raise InvalidRequest("a branch must be named", field="branch")
+            raise InvalidRequest("branch", "must be named")
         if op.what == "fork":
             return {"ids": [child.id for child in registry.fork(branch, op.n)], **self._facts(branch)}
         if op.what == "extend":
@@ -205,8 +202,8 @@ class BranchService:
         tokens = tokens_from_bytes(piece.tokens if trail.length or piece.first is None else piece.first)
         if len(tokens):
             limits = self._scheduler.limits
-            fit(trail.length + len(tokens), SamplingParams(max_tokens=0), limits, field="the branch")
-            check_token_ids(tokens, limits.vocab_size, "the branch")
+            fit(trail.length + len(tokens), SamplingParams(max_tokens=0), limits, path="branch")
+            check_token_ids(tokens, limits.vocab_size, "branch")
         return trail.then(tokens)
 
     def _rest_after(self, branch: Branch, piece: Piece | None) -> str:
@@ -233,8 +230,8 @@ class BranchService:
     def _generate(self, run: BranchRun, branch: Branch) -> None:
         trail, rest = self._extended(branch.trail, run.piece), self._rest_after(branch, run.piece)
         if not trail.length:
-            raise InvalidRequest(f"the branch {branch.id} is empty: extend it before it generates", field="branch")
-        params = fit(trail.length, run.params, self._scheduler.limits, field="the branch", max_tokens=run.max_tokens)
+            raise InvalidRequest("branch", f"{branch.id} is empty: extend it before it generates")
+        params = fit(trail.length, run.params, self._scheduler.limits, path="branch")
         # From here on it cannot fail: what is appended stays, even if the client has left.
         branch.trail, branch.rest = trail, rest
         prompt = trail.tokens()
@@ -244,9 +241,7 @@ class BranchService:
 
     def _score(self, run: BranchRun, branch: Branch, continuations: list[Piece]) -> None:
         if not branch.trail.length:
-            raise InvalidRequest(
-                f"the branch {branch.id} is empty: there is nothing that a continuation could follow", field="branch"
-            )
+            raise InvalidRequest("branch", f"{branch.id} is empty: a continuation has nothing to follow")
         limits = self._scheduler.limits
         opening = tokens_from_bytes(run.opening)
         trunk = branch.trail.tokens()
@@ -255,9 +250,9 @@ class BranchService:
         for i, piece in enumerate(continuations):
             field, tokens = f"continuations[{i}]", tokens_from_bytes(piece.tokens)
             if len(tokens) == piece.left:
-                raise InvalidRequest(f"{field} must not be empty", field=field)
+                raise InvalidRequest(field, "must not be empty")
             longest = max(len(trunk), len(opening)) + len(tokens)
-            fit(longest, SamplingParams(max_tokens=0), limits, field=f"the branch with {field}")
+            fit(longest, SamplingParams(max_tokens=0), limits, path=field, counted="tokens with its branch")
             check_token_ids(tokens, limits.vocab_size, field)
             wholes.append((np.concatenate((trunk, tokens)), len(trunk) + piece.left))
             alone.append((np.concatenate((opening, tokens[piece.left :])), len(opening)))

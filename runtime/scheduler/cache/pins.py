@@ -81,6 +81,7 @@ class Pins:
         hold = self._tree.hold(tokens, namespace)
         if hold is None:
             raise InvalidRequest(
+                None,
                 f"none of these {len(tokens)} tokens is cached: there is nothing to pin (warm: true computes them)",
                 status=409,
             )
@@ -116,7 +117,7 @@ class Pins:
         self.sweep()
         pin = self._named.get(id)
         if pin is None or pin.namespace[0] != owner:
-            raise InvalidRequest(f"there is no pin {id[:64]}: it has expired or never was", field="id", status=404)
+            raise InvalidRequest("id", f"{id[:64]} is not a pin: it has expired or never existed", status=404)
         self._end(pin)
         return pin
 
@@ -162,7 +163,7 @@ class Pins:
             )
         if problem is not None:
             self._tree.unhold(hold)
-            raise InvalidRequest(problem, status=FULL)
+            raise InvalidRequest(None, problem, status=FULL)
         hold.pinned = True
         pin = Pin(id, namespace, hold, pages)
         self._times[pages] += 1
@@ -196,8 +197,8 @@ class Pins:
     def _check_ttl(self, ttl: float) -> None:
         if not 0 < ttl <= self.max_ttl:
             raise InvalidRequest(
-                f"ttl must be greater than 0 and at most {self.max_ttl:g} seconds (--max-pin-ttl), got {ttl:g}",
-                field="ttl",
+                "ttl",
+                f"must be greater than 0 and at most {self.max_ttl:g} seconds (--max-pin-ttl), got {ttl:g}",
             )
 
     # -- looking -------------------------------------------------------------------------------------------------------

@@ -94,7 +94,7 @@ class CacheService:
                 return {"id": pin.id, "unpinned_tokens": pin.hold.tokens}
             case "cache_evict":
                 return self._evict(question)
-        raise InvalidRequest(f"there is no cache operation {what!r}")
+        raise InvalidRequest(None, f"there is no cache operation {what!r}")
 
     def _stats(self, question: CacheQuestion) -> dict[str, Any]:
         self.pins.sweep()

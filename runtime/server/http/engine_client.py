@@ -19,7 +19,19 @@ from typing import Any, Literal
 import msgspec
 
 from ...errors import EngineDead, InvalidRequest, Overloaded, TimedOut
-from ...messages import Abort, BranchOp, BranchRun, Control, ControlReply, ControlWhat, Delta, Generate, Limits, Message
+from ...messages import (
+    Abort,
+    BranchOp,
+    BranchRun,
+    Control,
+    ControlReply,
+    ControlWhat,
+    Delta,
+    Generate,
+    Limits,
+    Message,
+    Refusal,
+)
 from .plumbing.metrics import Metrics
 
 State = Literal["starting", "ready", "draining", "dead"]
@@ -37,6 +49,7 @@ class Call:
 
     def __init__(self, client: EngineClient, ids: range) -> None:
         self._client = client
+        self.prompts: list[int] = []  # of several: the prompt of each engine request
         self.ids = ids
         self._open = set(ids)
         self._pending: Batch = []
@@ -83,11 +96,10 @@ class Call:
         if delta.finish is not None:
             self._open.discard(delta.id)
             if delta.finish.reason == "error":
-                error = InvalidRequest(
-                    delta.finish.error or "the request failed",
-                    field=delta.finish.error_field,
-                    status=delta.finish.status,
-                )
+                refusal = delta.finish.error or Refusal(None, "the request failed", 500)
+                error = refusal.error()
+                if self.prompts:
+                    error = error.renamed({"prompt": f"prompt[{self.prompts[delta.id - self.ids.start]}]"})
                 self.fail(Overloaded(error.message) if error.status == 503 else error)
         self._pending.append((delta.id - self.ids.start, delta))
         if not self._patient or not self._open:
@@ -193,6 +205,8 @@ class EngineClient:
         """
         owner = prompts[0].namespace[0]
         call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
+        if len(prompts) > 1:
+            call.prompts = [i for i, prompt in enumerate(prompts) for _ in range(prompt.params.n)]
         ids = iter(call.ids)
         messages = [msgspec.structs.replace(each, ids=list(itertools.islice(ids, each.params.n))) for each in prompts]
         self._to_tokenizer(messages)
@@ -220,6 +234,7 @@ class EngineClient:
         most = self._max_requests_per_key
         if most is not None and self._held[owner] + count > most:
             raise InvalidRequest(
+                None,
                 f"this key has {self._held[owner]} unfinished requests and {count} more would pass its limit of {most} "
                 "(--max-queued-per-key); try again later",
                 status=429,
@@ -346,8 +361,8 @@ class EngineClient:
             raise Overloaded(f"the scheduler did not answer {question.what} within {seconds:g} s") from error
         finally:
             del self._controls[question.id]
-        if not reply.ok:
-            raise InvalidRequest(reply.error or f"{question.what} failed", field=reply.error_field, status=reply.status)
+        if reply.error is not None:
+            raise reply.error.error()
         return reply.value
 
     def answer(self, reply: ControlReply) -> None:

@@ -78,20 +78,19 @@ class TokenizerWorker:
                 self._tokenize(message, message.text)
             forward.append(message)
         except InvalidRequest as error:
-            refused += _refusals(message, error.message, error.field, error.status)
+            refused += _refusals(message, Refusal.of(error))
         except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
             logger.exception("could not tokenize a prompt")
-            refused += _refusals(message, "the prompt could not be tokenized", None, 500)
+            refused += _refusals(message, Refusal(None, "the prompt could not be tokenized", 500))
 
     def _tokenize(self, message: Generate, text: str) -> None:
         """Replaces the message's text by its tokens. Raises `InvalidRequest` if they exceed the limits."""
         if self._limits is None:
             raise RuntimeError("a request arrived before the limits")
-        field, max_tokens = message.names
-        self._check_bytes(text, field)
+        self._check_bytes(text, "prompt")
         marks = [position for position, _ in message.breakpoints]
         ids, counts = self._tokenizer.encode_marked(text, marks, message.add_special_tokens)
-        message.params = fit(len(ids), message.params, self._limits, field=field, max_tokens=max_tokens)
+        message.params = fit(len(ids), message.params, self._limits)
         message.breakpoints = [
             (len(ids) if position < 0 else count, seconds)
             for (position, seconds), count in zip(message.breakpoints, counts, strict=True)
@@ -104,7 +103,7 @@ class TokenizerWorker:
             encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
         except BaseException:  # likewise
             logger.exception("could not tokenize a text")
-            message.refusal = Refusal("the text could not be tokenized", None, 500)
+            message.refusal = Refusal(None, "the text could not be tokenized", 500)
 
     def _check_bytes(self, text: str, field: str) -> None:
         """Megabytes that cannot fit are refused before they are tokenized: everybody else would wait for them."""
@@ -114,8 +113,8 @@ class TokenizerWorker:
         size = len(text.encode())
         if size > bound * self._longest_token:
             raise InvalidRequest(
-                f"{field} has {size} bytes, at least {size // self._longest_token} tokens; the limit is {bound} tokens",
-                field=field,
+                field,
+                f"has {size} bytes, at least {size // self._longest_token} tokens; the limit is {bound} tokens",
             )
 
 
@@ -128,8 +127,6 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
     return max(len(token.encode()) for token in backend.get_vocab())
 
 
-def _refusals(message: Generate, error: str, field: str | None, status: int) -> list[Delta]:
+def _refusals(message: Generate, refusal: Refusal) -> list[Delta]:
     """The terminal message of each of the request's samples: the scheduler never hears of them."""
-    return [
-        Delta(id, finish=Finished(id, "error", error=error, error_field=field, status=status)) for id in message.ids
-    ]
+    return [Delta(id, finish=Finished(id, "error", error=refusal)) for id in message.ids]

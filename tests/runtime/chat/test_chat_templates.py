@@ -181,7 +181,7 @@ def test_no_template_takes_more_than_its_share(source: str) -> None:
         template.render([{"role": "user", "content": "x" * 1000}], True, {}, seconds=0.5)
     assert time.monotonic() - started < 5
     assert len(refused.value.message) < 500
-    assert refused.value.field == "messages"
+    assert refused.value.path == "messages"
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_the_sandbox_lets_nothing_out(source: str) -> None:
     with pytest.raises(InvalidRequest):
         text = ChatTemplate(source, SPECIAL).render(messages, True, {})
         if not text.strip():  # an undefined attribute renders as nothing
-            raise InvalidRequest("nothing")
+            raise InvalidRequest(None, "nothing")
     assert messages == [{"role": "user", "content": "x"}]
 
 

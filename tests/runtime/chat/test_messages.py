@@ -49,7 +49,7 @@ def test_arguments_that_are_no_object_are_refused_where_they_are_written_anew(ar
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
     with pytest.raises(InvalidRequest) as refused:
         template_messages(openai_turns(messages), PLAIN)
-    assert refused.value.field == "messages[1].tool_calls[0].function.arguments"
+    assert refused.value.path == "messages[1].tool_calls[0].function.arguments"
     for empty in ("", " ", None, {}):
         call["function"]["arguments"] = empty  # type: ignore[index]
         assert template_messages(openai_turns(messages), PLAIN)[1]["tool_calls"][0]["function"]["arguments"] == {}
@@ -68,9 +68,9 @@ async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
     await bound_arguments(saying(half, half), VERBATIM, 600)
     with pytest.raises(InvalidRequest, match="at most 600 names and values in the arguments of calls") as refused:
         await bound_arguments(saying(half, code, half), PLAIN, 600)
-    assert refused.value.field == "messages"
+    assert refused.value.path == "messages"
     deep = "[" * 64 + "]" * 64
     await bound_arguments(saying(deep, '{"a": "[[[["}' * 100), PLAIN, 10**6)
     with pytest.raises(InvalidRequest, match="must be nested at most 64 deep") as refused:
         await bound_arguments(saying("{}", f'{{"a": {deep}}}'), PLAIN, 10**6)
-    assert refused.value.field == "messages[1].tool_calls[1].function.arguments"
+    assert refused.value.path == "messages[1].tool_calls[1].function.arguments"

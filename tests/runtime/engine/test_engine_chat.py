@@ -76,16 +76,16 @@ def test_a_salt_and_a_priority_reach_the_request(engine):
         (["Hello."], {}, "messages[0]", "messages[0] must be an object, got str"),
         ([{"role": "king", "content": "x"}], {}, "messages[0].role", "must be one of system, developer"),
         ([{"role": "user"}], {}, "messages[0].content", "is required"),
-        ([HELLO, []], {}, "messages", "conversation 1: messages must not be empty"),
+        ([HELLO, []], {}, "messages[1]", "messages[1] must not be empty"),
         ([HELLO, HELLO[0]], {}, "messages[1]", "must be a list of messages like the first, got dict"),
-        ([HELLO, [*HELLO, {"role": "king"}]], {}, "messages[1].role", "conversation 1: messages[1].role"),
+        ([HELLO, [*HELLO, {"role": "king"}]], {}, "messages[1][1].role", "messages[1][1].role must be"),
         (HELLO, {"tools": [{"type": "function"}]}, "tools[0].function", "must be an object"),
         (HELLO, {"tools": {"name": "f"}}, "tools", "must be a list"),
         (HELLO, {"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "does not write them"),
-        (HELLO, {"chat_template_kwargs": {"unheard_of": 1}}, "chat_template_kwargs", "is not a variable of"),
+        (HELLO, {"chat_template_kwargs": {"unheard_of": 1}}, "chat_template_kwargs.unheard_of", "is not a variable of"),
         (HELLO, {"continue_final_message": True}, "continue_final_message", "needs a last message of role assistant"),
         (HELLO, {"params": [GREEDY, GREEDY]}, "params", "params has 2 entries for 1 prompts"),
-        (HELLO, {"params": SamplingParams(max_tokens=10**6)}, "max_tokens", "lower max_tokens"),
+        (HELLO, {"params": SamplingParams(max_tokens=10**6)}, "max_tokens", "lower it or raise"),
         ([{"role": "user", "content": "long " * 600}], {}, "prompt", "more than the 512 tokens of the model's context"),
     ],
 )
@@ -93,10 +93,10 @@ async def test_bad_conversations_are_refused_by_name(engine, messages: Any, opti
     options = {"params": GREEDY, **options}
     with pytest.raises(InvalidRequest) as refused:
         engine.chat(messages, **options)
-    assert refused.value.field == field and says in refused.value.message
+    assert refused.value.path == field and says in refused.value.message
     with pytest.raises(InvalidRequest) as again:
         await engine.achat(messages, **options)
-    assert (again.value.field, again.value.message) == (refused.value.field, refused.value.message)
+    assert (again.value.path, again.value.message) == (refused.value.path, refused.value.message)
     assert engine.chat(HELLO, GREEDY).finish_reason == "length"
 
 
@@ -110,9 +110,9 @@ async def test_a_model_without_a_template_says_so(checkpoints, tmp_path):
     config = folder / "tokenizer_config.json"
     config.write_text(config.read_text().replace('"chat_template"', '"no_template"'))
     async with AsyncEngine(folder, kv_cache_tokens=512) as engine:
-        with pytest.raises(InvalidRequest, match="no chat template: send a prompt instead") as refused:
+        with pytest.raises(InvalidRequest, match="no chat template; send a prompt instead") as refused:
             await engine.chat(HELLO, GREEDY)
-        assert refused.value.field == "messages"
+        assert refused.value.path == "messages"
 
 
 async def test_the_asynchronous_engine_chats_by_the_same_name(engine, checkpoint):

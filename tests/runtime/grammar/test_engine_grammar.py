@@ -181,7 +181,7 @@ def test_refusals_name_the_field_and_leave_the_engine_whole(make_engine):
     engine = make_engine()
     with pytest.raises(InvalidRequest, match="json_schema uses not") as caught:
         engine.generate(PROMPT, SamplingParams(json_schema={"not": {}}))
-    assert (caught.value.field, caught.value.status) == ("json_schema", 400)
+    assert (caught.value.path, caught.value.status) == ("json_schema", 400)
     with pytest.raises(InvalidRequest, match="too complex"):  # found out while generating
         engine.generate(PROMPT, SamplingParams(regex="((a{1,100}){1,100}){1,100}", max_tokens=200, ignore_eos=True))
     assert engine.generate(PROMPT, SamplingParams(choices=("fine",))).text == "fine"

@@ -41,8 +41,8 @@ def test_a_compiler_that_breaks_refuses_one_request(make_engine, monkeypatch, er
 
     monkeypatch.setattr(engine._core._grammars._backend, "compile", breaks)
     finish = end_beside_another(engine, SamplingParams(regex=f"breaks with {error.__name__}"))
-    assert (finish.reason, finish.status, finish.error_field) == ("error", 500, "regex")
-    assert finish.error == "regex could not be compiled: the compiler failed"
+    assert (finish.reason, finish.error.status, finish.error.path) == ("error", 500, "regex")
+    assert finish.error.problem == "could not be compiled: the compiler failed"
 
 
 @pytest.mark.parametrize("error", [RuntimeError, Panic])
@@ -56,5 +56,5 @@ def test_a_matcher_that_breaks_in_its_thread_ends_one_request(make_engine, monke
 
     monkeypatch.setattr(matcher.Matcher, "advance_and_compute_mask", breaks)
     finish = end_beside_another(engine, SamplingParams(regex=f"[a-z]{{20}} {error.__name__}", max_tokens=60))
-    assert (finish.reason, finish.status, finish.error_field) == ("error", 500, "regex")
-    assert finish.error == "regex could not be enforced: the matcher failed"
+    assert (finish.reason, finish.error.status, finish.error.path) == ("error", 500, "regex")
+    assert finish.error.problem == "could not be enforced: the matcher failed"

@@ -30,8 +30,8 @@ def common(a, b):
 
 class Refused(Exception):
     def __init__(self, reply):
-        super().__init__(reply.error)
-        self.status = reply.status
+        super().__init__(reply.error.error().message)
+        self.status = reply.error.status
 
 
 class Forest:

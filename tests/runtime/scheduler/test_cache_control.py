@@ -28,7 +28,7 @@ def ask(driver, what, tokens=(), namespace=("", ""), **fields):
     reply = driver.core.control(Control(1, what, argument))
     driver.core.check()
     if not reply.ok:
-        raise InvalidRequest(reply.error, field=reply.error_field, status=reply.status)
+        raise reply.error.error()
     return reply.value
 
 
@@ -153,7 +153,7 @@ def test_what_cannot_run_beside_the_pins_hears_so_and_nobody_else(make_driver):
     small = run(driver, prompt(20, 5))
     driver.drain()
     assert driver.finished[large].reason == "error"
-    assert driver.finished[large].status == 503, "there will be room when the pin has ended"
+    assert driver.finished[large].error.status == 503, "there will be room when the pin has ended"
     assert driver.finished[small].reason == "length"
     assert driver.core.scheduler.tree.peek(np.array(prompt(60), np.int32)) == 60
 

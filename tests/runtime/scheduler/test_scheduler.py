@@ -195,8 +195,8 @@ def test_a_disabled_cache_reuses_nothing(make_driver):
         ([2] * 513, {}, "prompt"),
         ([2] * 300, {}, "prompt"),  # the pool holds 256
         ([2] * 200, {"max_tokens": 57}, "max_tokens"),
-        ([2, 50], {}, "prompt"),
-        ([-1], {}, "prompt"),
+        ([2, 50], {}, "prompt[1]"),
+        ([-1], {}, "prompt[0]"),
     ],
 )
 def test_what_can_never_be_served_is_answered_at_once(make_driver, tokens, params, field):
@@ -205,8 +205,8 @@ def test_what_can_never_be_served_is_answered_at_once(make_driver, tokens, param
     good = driver.add([2, 3])
     driver.step()
     assert driver.finished[bad].reason == "error"
-    assert driver.finished[bad].status == 400
-    assert driver.finished[bad].error_field == field
+    assert driver.finished[bad].error.status == 400
+    assert driver.finished[bad].error.path == field
     del driver.prompts[bad]
     driver.drain()
     assert driver.finished[good].reason == "length"
@@ -247,7 +247,7 @@ def test_prompt_logprobs_lost_with_a_step_are_not_left_out_in_silence(make_drive
         patch.setattr(scheduler, "plan", lambda: scheduler.ledger.retract(scheduler.ledger.rows.request(0)))
         driver.step()
     driver.drain()
-    assert (driver.finished[scored].reason, driver.finished[scored].status) == ("error", 500)
+    assert (driver.finished[scored].reason, driver.finished[scored].error.status) == ("error", 500)
     assert driver.finished[waiting].reason == "length"
 
 
@@ -388,4 +388,4 @@ def test_samples_of_a_prompt_share_its_tokens(make_driver):
     assert ((first.seed, first.params.n), (second.seed, second.params.n)) == ((5, 1), (6, 1))
     scheduler.add(Generate([9, 10], SamplingParams(max_tokens=4, n=2), tokens=b"\x02\0\0\0" * 600))
     refused = scheduler.take_output().finished
-    assert [(one.id, one.status) for one in refused] == [(9, 400), (10, 400)]
+    assert [(one.id, one.error.status) for one in refused] == [(9, 400), (10, 400)]

@@ -20,6 +20,7 @@ from branchwise.runtime.messages import (
     Finished,
     LogprobRows,
     PromptLogprobs,
+    Refusal,
     RequestStarted,
     StepOutput,
 )
@@ -397,7 +398,7 @@ def test_ignored_eos_in_mid_text_is_silent_but_counted(core: DetokenizerCore, le
 
 
 def test_refused_and_empty_requests_get_their_one_end(core: DetokenizerCore) -> None:
-    refused = Finished(3, "error", error="no room", status=503)
+    refused = Finished(3, "error", error=Refusal(None, "no room", 503))
     assert core.feed(step(finished=[refused])) == ([Delta(3, finish=refused)], [])
     done = Finished(4, "length", 6, 0)
     assert core.feed(step(opened=[opened(4, [1] * 6)], finished=[done])) == (
@@ -409,7 +410,7 @@ def test_refused_and_empty_requests_get_their_one_end(core: DetokenizerCore) -> 
 
 def test_an_error_is_not_turned_into_a_stop(core: DetokenizerCore, letter: Callable[[str], int]) -> None:
     core.feed(step(opened=[opened(1, stop=("a",))]))
-    error = Finished(1, "error", error="boom")
+    error = Finished(1, "error", error=Refusal(None, "boom", 500))
     deltas, stopped = core.feed(step({1: letter("a")}, finished=[error]))
     assert deltas[0].finish == error and stopped == []
 

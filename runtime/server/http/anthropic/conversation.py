@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from ....chat.conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, OfferedTool, Part, Text, Thinking, Turn
 from ....chat.openai_messages import label
 from ....chat.tools.definitions import ToolLimits, ToolReader
+from ....errors import InvalidRequest, shown
 from ..fields.cache import MAX_BREAKPOINTS
 from ..fields.requests import parse
-from ..plumbing.errors import bad, shown
 from .request import (
     CacheControl,
     CountRequest,
@@ -71,23 +71,25 @@ class ConversationReader:
 
     def _read_messages(self, messages: Sequence[Any], most: int) -> None:
         if not messages:
-            raise bad("messages", "must not be empty")
+            raise InvalidRequest("messages", "must not be empty")
         if len(messages) > most:
-            raise bad("messages", f"must have at most {most} entries, got {len(messages)}")
+            raise InvalidRequest("messages", f"must have at most {most} entries, got {len(messages)}")
         for i, message in enumerate(messages):
             self._message(message, f"messages[{i}]", last=i == len(messages) - 1)
         if self.continued and self.turns[-1].calls:
-            raise bad(f"messages[{len(messages) - 1}]", "must be followed by one with the tool_result of its tool_use")
+            raise InvalidRequest(
+                f"messages[{len(messages) - 1}]", "must be followed by one with the tool_result of its tool_use"
+            )
 
     def _message(self, message: Any, path: str, *, last: bool) -> None:
         if not isinstance(message, dict):
-            raise bad(path, f"must be an object, got {type(message).__name__}")
+            raise InvalidRequest(path, f"must be an object, got {type(message).__name__}")
         role = message.get("role")
         if not isinstance(role, str) or role not in _BLOCKS:
-            raise bad(f"{path}.role", f"must be user, assistant or system, got {shown(role)}")
+            raise InvalidRequest(f"{path}.role", f"must be user, assistant or system, got {shown(role)}")
         content = message.get("content")
         if content is not None and not content and not (last and role == "assistant"):
-            raise bad(f"{path}.content", "must not be empty, but in a last message of role assistant")
+            raise InvalidRequest(f"{path}.content", "must not be empty, but in a last message of role assistant")
         if role == "assistant":
             self._turn(role, path)  # it may be empty
         for block, place in self._read(content, f"{path}.content", _BLOCKS[role]):
@@ -108,29 +110,33 @@ class ConversationReader:
             return
         if not isinstance(content, list):
             problem = f"must be a string or a list of blocks, got {type(content).__name__}"
-            raise bad(path, "is required" if content is None else problem)
+            raise InvalidRequest(path, "is required" if content is None else problem)
         if len(content) > MAX_PARTS:
-            raise bad(path, f"must have at most {MAX_PARTS} blocks, got {len(content)}")
+            raise InvalidRequest(path, f"must have at most {MAX_PARTS} blocks, got {len(content)}")
         for i, block in enumerate(content):
             yield self._block(block, f"{path}[{i}]", kinds), f"{path}[{i}]"
 
     def _block(self, block: Any, path: str, kinds: Mapping[str, type[BaseModel]]) -> BaseModel:
         if not isinstance(block, dict):
-            raise bad(path, f"must be an object, got {type(block).__name__}")
+            raise InvalidRequest(path, f"must be an object, got {type(block).__name__}")
         kind = block.get("type")
         model = kinds.get(kind) if isinstance(kind, str) else None
         if model is None:
             if kind in _OTHER_MEDIA:
-                raise bad(f"{path}.type", f"{kind} is not supported: this server reads text only and fetches nothing")
-            raise bad(f"{path}.type", f"must be one of {', '.join(kinds)} here, got {shown(kind)}")
+                raise InvalidRequest(
+                    f"{path}.type", f"{kind} is not supported: this server reads text only and fetches nothing"
+                )
+            raise InvalidRequest(f"{path}.type", f"must be one of {', '.join(kinds)} here, got {shown(kind)}")
         if "cache_control" not in model.model_fields and block.get("cache_control") is not None:
-            raise bad(f"{path}.cache_control", f"cannot be set on {kind}: mark the block before it or after it")
+            raise InvalidRequest(
+                f"{path}.cache_control", f"cannot be set on {kind}: mark the block before it or after it"
+            )
         return self._parsed(model, block, path)
 
     def _parsed(self, model: type[M], value: dict[str, Any], path: str) -> M:
         self._blocks += 1
         if self._blocks > MAX_PIECES:
-            raise bad(path, f"is one too many: a request must have at most {MAX_PIECES} blocks and tools")
+            raise InvalidRequest(path, f"is one too many: a request must have at most {MAX_PIECES} blocks and tools")
         try:
             return model.model_validate(value)
         except ValidationError:  # with a null where a field may be left out, or wrong
@@ -160,7 +166,9 @@ class ConversationReader:
     def _result(self, block: ToolResultBlock, path: str) -> None:
         name = self._tool_names.get(block.tool_use_id)
         if name is None:
-            raise bad(f"{path}.tool_use_id", f"is that of no tool_use before it, got {shown(block.tool_use_id)}")
+            raise InvalidRequest(
+                f"{path}.tool_use_id", f"is that of no tool_use before it, got {shown(block.tool_use_id)}"
+            )
         last = Text(ERROR if block.is_error else "", path)
         turn = Turn("tool", [last] if block.is_error else [], path, name, block.tool_use_id)
         self.turns.append(turn)
@@ -179,13 +187,15 @@ class ConversationReader:
 
     def _tool(self, tool: Any, path: str, reader: ToolReader) -> None:
         if not isinstance(tool, dict):
-            raise bad(path, f"must be an object, got {type(tool).__name__}")
+            raise InvalidRequest(path, f"must be an object, got {type(tool).__name__}")
         kind = tool.get("type")
         if kind not in (None, "custom"):
-            raise bad(f"{path}.type", f"must be custom: this server runs no tools of its own, got {shown(kind)}")
+            raise InvalidRequest(
+                f"{path}.type", f"must be custom: this server runs no tools of its own, got {shown(kind)}"
+            )
         for name in _OTHER_TOOLS:
             if tool.get(name) not in (None, False, []):
-                raise bad(f"{path}.{name}", "is not supported by this server")
+                raise InvalidRequest(f"{path}.{name}", "is not supported by this server")
         found = self._parsed(ToolDefinition, tool, path)
         checked = reader.read(tool, path, path, "input_schema")
         function: dict[str, Any] = {"name": found.name}
@@ -200,5 +210,5 @@ class ConversationReader:
             return None
         self._breakpoints += 1
         if self._breakpoints > MAX_BREAKPOINTS:
-            raise bad(path, f"is one too many: a request must have at most {MAX_BREAKPOINTS} of them")
+            raise InvalidRequest(path, f"is one too many: a request must have at most {MAX_BREAKPOINTS} of them")
         return Breakpoint(control.ttl)

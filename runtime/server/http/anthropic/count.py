@@ -6,10 +6,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from ....errors import InvalidRequest
+from ....errors import renaming
 from ..chat.prepare import ChatPreparer
 from ..native.tokens import token_ids
-from ..openai.chat.renamed import renamed
 from ..plumbing.body import read_json_object
 from ..plumbing.openapi import takes
 from ..plumbing.shortcut import Handler
@@ -30,10 +29,8 @@ def handler(state: AppState) -> Handler:
         body = read(CountRequest, await read_json_object(request))
         state.check_model(body.model)
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
-        try:
+        with renaming(NAMES):
             chat = await preparer.prepare(messages_spec(body, state))
-        except InvalidRequest as error:
-            raise renamed(error, NAMES) from error
         ids = await token_ids(state, chat.prompt.text or "", "messages", special=False)
         return json_response({"input_tokens": len(ids)})
 

@@ -126,8 +126,8 @@ def read(kind: type[R], raw: Mapping[str, Any]) -> R:
     """Raises `InvalidRequest`."""
     if raw.get("thread") is not None:
         raise InvalidRequest(
-            "thread is not supported by this server, which stores no conversations: send all messages",
-            field="thread",
+            "thread",
+            "is not supported by this server, which stores no conversations: send all messages",
             code=NO_THREADS,
         )
     return parse(kind, raw, unsupported=MESSAGES_UNSUPPORTED)

@@ -7,9 +7,8 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from ....errors import InvalidRequest
+from ....errors import renaming
 from ..chat.prepare import ChatPreparer
-from ..openai.chat.renamed import renamed
 from ..plumbing.body import read_json_object
 from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
@@ -31,14 +30,12 @@ def handler(state: AppState) -> Handler:
         body = read(MessagesRequest, await read_json_object(request))
         state.check_model(body.model)
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
-        try:
+        with renaming(NAMES):
             chat = await preparer.prepare(messages_spec(body, state))
-            reply = MessageReply(state.model_name, chat.samples[0])
-            call = state.client.open([chat.prompt])
-            fail = partial(error_event, scope=request.scope)
-            return await respond(call, request, reply, stream=body.stream, fail=fail)
-        except InvalidRequest as error:
-            raise renamed(error, NAMES) from error
+        reply = MessageReply(state.model_name, chat.samples[0])
+        call = state.client.open([chat.prompt])
+        fail = partial(error_event, scope=request.scope)
+        return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=fail)
 
     return messages
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ....chat.conversation import Conversation, OfferedTool
+from ....errors import InvalidRequest
 from ....models.sampling_defaults import DEFAULTED
 from ....sampling_params import SamplingParams
 from ..chat.spec import ChatSpec, ToolChoice, named_tool
 from ..chat.tool_use import tool_limits
 from ..fields.cache import CacheFields
-from ..plumbing.errors import bad
 from ..state import AppState
 from .conversation import ConversationReader
 from .request import CountRequest, MessagesRequest, Thinking
@@ -30,6 +31,7 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
     """Raises `InvalidRequest`."""
     read = ConversationReader(body, state.config.max_messages, tool_limits(state.config))
     choice, config = body.tool_choice, body.output_config
+    format, names = _answer_format(body)
     spec = ChatSpec(
         conversation=Conversation(
             turns=read.turns,
@@ -38,13 +40,14 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
             reasoning_effort=None if config is None else config.effort,
             continue_final_message=read.continued,
         ),
-        params=SamplingParams(**_answer_format(body)),
+        params=SamplingParams(**format),
+        names={**NAMES, "prompt": "messages", **names},
         cache=CacheFields.model_validate({}),
         tool_choice=ToolChoice() if choice is None else _choice(choice, read.tools),
         parallel_tool_calls=choice is None or not choice.disable_parallel_tool_use,
     )
     if isinstance(body, MessagesRequest):
-        spec.params = messages_sampling(body, state.preferred)
+        spec.params = messages_sampling(body, state.preferred, format)
         spec.stream = body.stream
         spec.cache = CacheFields.model_validate(
             {name: getattr(body, name) for name in ("cache_salt", "prompt_cache_key")}
@@ -52,43 +55,46 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
     return spec
 
 
-def messages_sampling(body: MessagesRequest, preferred: Any) -> SamplingParams:
-    """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
+def messages_sampling(body: MessagesRequest, preferred: Any, format: Mapping[str, Any]) -> SamplingParams:
+    """``preferred``: the served model's `sampling_defaults`; ``format``: the field with the answer's schema.
+
+    Bounds are checked later, by `prepare_params`.
+    """
     budget = None if body.thinking is None else body.thinking.budget_tokens
     if budget is not None and not 0 < budget < body.max_tokens:
-        raise bad(
+        raise InvalidRequest(
             "thinking.budget_tokens", f"must be at least 1 and less than max_tokens ({body.max_tokens}), got {budget}"
         )
     said = {name: value for name in DEFAULTED if (value := getattr(body, name, None)) is not None}
     return SamplingParams(
         **{**preferred, **said},
-        **_answer_format(body),
+        **format,
         max_tokens=body.max_tokens,
         stop=tuple(body.stop_sequences or ()),
         seed=body.seed,
     )
 
 
-def _answer_format(body: CountRequest) -> dict[str, Any]:
-    """Fields of `SamplingParams`: the schema of the answer, and its name in the request."""
+def _answer_format(body: CountRequest) -> tuple[dict[str, Any], dict[str, str]]:
+    """The field of `SamplingParams` with the answer's schema, and its name in the request; empty without one."""
     config = body.output_config
     name, format = "output_config.format", None if config is None else config.format
     if format is not None and body.output_format is not None:
-        raise bad(name, "and output_format cannot both be given")
+        raise InvalidRequest(name, "and output_format cannot both be given")
     if format is None:
         name, format = "output_format", body.output_format
-    return {} if format is None else {"json_schema": format.schema_, "constraint_name": name}
+    return ({}, {}) if format is None else ({"json_schema": format.schema_}, {"json_schema": name})
 
 
 def _choice(choice: AskedChoice, tools: list[OfferedTool]) -> ToolChoice:
     match choice.type:
         case "any" if not tools:
-            raise bad("tool_choice.type", "any needs tools")
+            raise InvalidRequest("tool_choice.type", "any needs tools")
         case "any":
             return ToolChoice("required")
         case "tool":
             if choice.name is None:
-                raise bad("tool_choice.name", "is required with type tool")
+                raise InvalidRequest("tool_choice.name", "is required with type tool")
             return named_tool(choice.name, tools)
         case "auto" | "none":
             return ToolChoice(choice.type)

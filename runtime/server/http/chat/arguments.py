@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from ....chat.conversation import Turn
 from ....chat.json_bounds import count_values, deeper_than
 from ....chat.template import ChatTemplate
+from ....errors import InvalidRequest
 from ....limits import MAX_DEPTH
-from ..plumbing.errors import bad
 
 
 async def bound_arguments(turns: Sequence[Turn], template: ChatTemplate, most: int) -> None:
@@ -19,14 +19,14 @@ async def bound_arguments(turns: Sequence[Turn], template: ChatTemplate, most: i
     texts = [(path, arguments) for path, arguments in calls if isinstance(arguments, str)]
     for path, text in texts:
         if text.count("[") + text.count("{") > MAX_DEPTH and await deeper_than(_bytes(text), MAX_DEPTH):
-            raise bad(f"{path}.arguments", f"must be nested at most {MAX_DEPTH} deep")
+            raise InvalidRequest(f"{path}.arguments", f"must be nested at most {MAX_DEPTH} deep")
     if sum(text.count(mark) for _, text in texts for mark in ",:[[{{") <= most:
         return
     values = 0
     for _, text in texts:
         values += (await count_values(_bytes(text), 0)).all
         if values > most:
-            raise bad("messages", f"must have at most {most} names and values in the arguments of calls")
+            raise InvalidRequest("messages", f"must have at most {most} names and values in the arguments of calls")
 
 
 def _bytes(text: str) -> bytes:

@@ -16,9 +16,9 @@ from ....chat.conversation import OfferedTool
 from ....chat.tools import ReasoningFormat, Tool
 from ....chat.tools.grammar import CallGrammar, call_grammar
 from ....constraint import Constraint, ConstraintError
+from ....errors import InvalidRequest
 from ....grammar import schema
 from ....sampling_params import SamplingParams
-from ..plumbing.errors import bad
 
 _ANY = "/(?s:.*)/"
 
@@ -30,7 +30,7 @@ def prepared(tools: Sequence[OfferedTool]) -> list[Tool]:
         try:
             parameters = schema.parse(json.dumps(offered.tool.parameters))
         except ConstraintError as error:
-            raise bad(offered.schema_path, f"of {offered.tool.name!r} {error.problem}") from error
+            raise InvalidRequest(offered.schema_path, f"of {offered.tool.name!r} {error.problem}") from error
         result.append(msgspec.structs.replace(offered.tool, parameters=parameters))
     return result
 
@@ -54,21 +54,17 @@ class OutputGrammar:
         for what does not go together.
         """
         asked = params.constraint
-        name = params.constraint_name
         if self._calls is not None and asked is not None and asked.kind != "json_schema":
-            raise bad(name or asked.kind, "cannot be combined with these tools and tool_choice")
+            raise InvalidRequest(asked.kind, "cannot be combined with these tools and tool_choice")
         if self._forced:
-            asked = name = None
+            asked = None
         thought = self._thought(prompt)
         if self._calls is None and (asked is None or not thought or asked.kind not in ("json_schema", "choices")):
             return params
         rules = self._rules(asked)
         start = "start: body" if not thought else f"start: {thought[0]} body"
-        return msgspec.structs.replace(
-            params.without_constraint(),
-            ebnf="\n".join([start, *rules, *thought[1:], ""]),
-            constraint_name=name or "tools",
-        )
+        grammar = "\n".join([start, *rules, *thought[1:], ""])
+        return msgspec.structs.replace(params.without_constraint(), ebnf=grammar)
 
     def _rules(self, asked: Constraint | None) -> list[str]:
         if self._calls is None:

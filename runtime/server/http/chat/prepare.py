@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ from ....chat.breakpoints import breakpoint_positions
 from ....chat.conversation import Conversation
 from ....chat.prompt import ChatPrompt, chat_prompt
 from ....chat.template import ChatTemplate
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, renaming
 from ....messages import Generate
 from ....sampling_params import validate
 from ..fields.cache import MAX_BREAKPOINTS, caching
@@ -35,6 +35,7 @@ class PreparedChat:
 
     prompt: Generate
     samples: list[Sample]
+    names: Mapping[str, str]  # the client's names of our fields, for errors of the engine
 
 
 class ChatPreparer:
@@ -54,7 +55,8 @@ class ChatPreparer:
         tools = ToolUse(spec, self._formats, template)
         skips = spec.params.skip_special_tokens and not tools.keeps_special
         params = msgspec.structs.replace(spec.params, skip_special_tokens=skips)
-        params = prepare_params(params, limits, spec.names, state.config)
+        with renaming(spec.names):
+            params = prepare_params(params, limits, state.config)
         check_count(params.n, state.config.max_samples_per_request, "n")
         prompt = await _checked_prompt(state, msgspec.structs.replace(spec.conversation, tools=tools.offered))
 
@@ -64,12 +66,17 @@ class ChatPreparer:
             return text, [(at, breakpoint.ttl) for at, breakpoint in found]
 
         text, marks = await _beside_the_loop(prompt, rendered)
+        with renaming(spec.names):
+            constrained = validate(tools.constrained(params, text), limits.vocab_size)
+        names = dict(spec.names)
+        if constrained is not params:  # our grammar stands for what the client asked for
+            kind = params.constraint_kind
+            names["ebnf"] = "tools" if kind is None or tools.forced else names.get(kind, kind)
         made = make_prompt(
             text,
-            validate(tools.constrained(params, text), limits.vocab_size, spec.names),
+            constrained,
             limits,
-            "messages",
-            spec.names,
+            names["prompt"],
             priority=check_priority(spec.priority),
             stream=spec.stream,
             add_special_tokens=False,
@@ -77,14 +84,14 @@ class ChatPreparer:
         )
         one_call = not spec.parallel_tool_calls
         samples = [Sample(state.tokenizer, params, tools.parser(text), one_call=one_call) for _ in range(params.n)]
-        return PreparedChat(made, samples)
+        return PreparedChat(made, samples, names)
 
 
 def chat_template(state: AppState) -> ChatTemplate:
     template = state.tokenizer.chat_template
     if template is None:
         raise InvalidRequest(
-            "this model has no chat template: send a prompt to /v1/completions instead", field="messages"
+            "messages", "cannot be rendered: this model has no chat template; send a prompt to /v1/completions instead"
         )
     return template
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 from ....chat.conversation import Conversation, OfferedTool
 from ....chat.openai_messages import label
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, shown
 from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields
-from ..plumbing.errors import bad, shown
 
 Mode = Literal["none", "auto", "required"]
 
@@ -41,7 +40,7 @@ class ChatSpec:
     separate_reasoning: bool = True
     priority: int = 0
     stream: bool = False
-    names: Mapping[str, str] = field(default_factory=dict)  # the client's names of our fields
+    names: Mapping[str, str]  # the client's names of our fields, as `InvalidRequest.renamed` takes them
 
 
 def openai_tool_choice(choice: Any, tools: Sequence[OfferedTool]) -> ToolChoice:
@@ -50,12 +49,12 @@ def openai_tool_choice(choice: Any, tools: Sequence[OfferedTool]) -> ToolChoice:
         return _ANY_CALLS
     if isinstance(choice, str):
         if choice not in get_args(Mode):
-            raise bad("tool_choice", f"must be none, auto, required or a function, got {shown(choice)}")
+            raise InvalidRequest("tool_choice", f"must be none, auto, required or a function, got {shown(choice)}")
         if choice == "required" and not tools:
-            raise bad("tool_choice", "cannot be required without tools")
+            raise InvalidRequest("tool_choice", "cannot be required without tools")
         return ToolChoice(cast(Mode, choice))
     if choice.get("type") != "function":
-        raise bad("tool_choice.type", f"must be function, got {shown(choice.get('type'))}")
+        raise InvalidRequest("tool_choice.type", f"must be function, got {shown(choice.get('type'))}")
     function = choice.get("function", choice)
     within = "tool_choice" if function is choice else "tool_choice.function"
     name = label(function.get("name") if isinstance(function, dict) else None, f"{within}.name")
@@ -65,5 +64,5 @@ def openai_tool_choice(choice: Any, tools: Sequence[OfferedTool]) -> ToolChoice:
 def named_tool(name: str, tools: Sequence[OfferedTool]) -> ToolChoice:
     """A call of this tool is required. Raises `InvalidRequest` if it is none of ``tools``."""
     if all(offered.tool.name != name for offered in tools):
-        raise InvalidRequest(f"tool_choice names {shown(name)}, which is not one of tools", field="tool_choice")
+        raise InvalidRequest("tool_choice", f"names {shown(name)}, which is not one of tools")
     return ToolChoice("required", (name,))

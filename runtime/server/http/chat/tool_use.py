@@ -19,9 +19,9 @@ from ....chat.tools import (
     tool_format,
 )
 from ....config import ServerConfig
+from ....errors import InvalidRequest
 from ....sampling_params import SamplingParams
 from ....tokenizer.tokenizer import Tokenizer
-from ..plumbing.errors import bad
 from .output_grammar import OutputGrammar, calls_for
 from .spec import ChatSpec
 
@@ -57,17 +57,19 @@ class ToolUse:
         choice, offered = spec.tool_choice, spec.conversation.tools
         used = bool(offered) and choice.mode != "none"
         if used and (formats.tools is None or not template.writes_tools):
-            raise bad("tools", "are not supported: this model's chat template has none that this server can read")
+            raise InvalidRequest(
+                "tools", "are not supported: this model's chat template has none that this server can read"
+            )
         self.offered: Sequence[OfferedTool] = offered if used else ()
         self._special = formats.special
         self._calls = formats.tools if used else None
         self._thoughts = formats.reasoning if spec.separate_reasoning else None
         callable = [tool for tool in self.offered if choice.allows(tool.tool.name)]
         self._tools = [tool.tool for tool in callable]
-        forced = used and choice.mode == "required"
-        enforced = forced or choice.names is not None
+        self.forced = used and choice.mode == "required"
+        enforced = self.forced or choice.names is not None
         calls = calls_for(formats.tools_name, callable, enforced=enforced, parallel=spec.parallel_tool_calls)
-        self._grammar = OutputGrammar(calls, forced, self._thoughts, formats.special)
+        self._grammar = OutputGrammar(calls, self.forced, self._thoughts, formats.special)
 
     @property
     def keeps_special(self) -> bool:
@@ -75,7 +77,7 @@ class ToolUse:
         return bool(markers(self._calls, self._thoughts) & self._special.keys())
 
     def constrained(self, params: SamplingParams, prompt: str) -> SamplingParams:
-        """With the grammar of what may be written after ``prompt``."""
+        """As `OutputGrammar.applied`."""
         return self._grammar.applied(params, prompt)
 
     def parser(self, prompt: str) -> StreamParser | None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..plumbing.errors import bad, shown
+from ....errors import InvalidRequest, shown
 from ..state import AppState
 from .prompts import check_label
 
@@ -65,7 +65,7 @@ def caching(
     options = body.prompt_cache_options or PromptCacheOptions(ttl=None)
     mode = options.mode or "auto"
     if mode not in MODES:
-        raise bad("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {shown(mode)}")
+        raise InvalidRequest("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {shown(mode)}")
     longest = state.config.engine.max_pin_ttl
     usual = min(DEFAULT_TTL, longest)
     if options.ttl is not None:
@@ -76,7 +76,7 @@ def caching(
     ]
     if mode == "off":
         if breakpoints or options.ttl is not None:
-            raise bad(
+            raise InvalidRequest(
                 "prompt_cache_options.mode", "off keeps nothing, and a breakpoint or a ttl asks to keep something"
             )
         owner, _ = state.namespaces.of(None)
@@ -98,7 +98,7 @@ def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -
     elif isinstance(ttl, (int, float)) and not isinstance(ttl, bool):
         value = float(ttl)
     if not 0 < value <= longest:
-        raise bad(
+        raise InvalidRequest(
             field,
             f"must be more than 0 and at most {longest:g} seconds ({flag}), such as 300 or '5m', got {shown(ttl)}",
         )
@@ -111,18 +111,18 @@ def _asked(value: Any) -> list[tuple[int, str | float | None]]:
         return []
     entries = value if isinstance(value, list) else [value]
     if len(entries) > MAX_BREAKPOINTS:
-        raise bad(field, f"must be at most {MAX_BREAKPOINTS}, got {len(entries)}")
+        raise InvalidRequest(field, f"must be at most {MAX_BREAKPOINTS}, got {len(entries)}")
     found: list[tuple[int, str | float | None]] = []
     for entry in entries:
         if entry is True:
             found.append((_END, None))
             continue
         if not isinstance(entry, dict):
-            raise bad(field, f"must be true or an object with ttl and at, got {type(entry).__name__}")
+            raise InvalidRequest(field, f"must be true or an object with ttl and at, got {type(entry).__name__}")
         at = entry.get("at")
         if at is None:
             at = _END
         elif not isinstance(at, int) or isinstance(at, bool) or not 0 < at < 2**31:
-            raise bad(f"{field}.at", f"must be a position from 1 on, got {shown(at)}")
+            raise InvalidRequest(f"{field}.at", f"must be a position from 1 on, got {shown(at)}")
         found.append((at, entry.get("ttl")))
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -16,21 +15,18 @@ from ....errors import InvalidRequest
 from ....limits import MAX_LABEL, check_token_ids, fit
 from ....messages import Generate, Limits
 from ....sampling_params import SamplingParams, validate
-from ..plumbing.errors import bad
 
 Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids; an array as `body` makes them
 MAX_PRIORITY = 2**31 - 1
 
 
-def prepare_params(
-    params: SamplingParams, limits: Limits, names: Mapping[str, str], config: ServerConfig
-) -> SamplingParams:
-    """Every bound, in the client's words: the engine's and what this server was told. Raises `InvalidRequest`.
+def prepare_params(params: SamplingParams, limits: Limits, config: ServerConfig) -> SamplingParams:
+    """Check every bound: the engine's and this server's. Raises `InvalidRequest` with `SamplingParams`' field names.
 
     What the output must be is bounded as the client sent it: before anything is added to it. A schema becomes text: it
     may hold numbers that no message between processes does.
     """
-    validate(params, limits.vocab_size, names)
+    validate(params, limits.vocab_size)
     for field, asked, most, what in (
         ("n", params.n, config.max_n, "must be at most"),
         ("stop", len(params.stop), config.max_stop_strings, "must hold no more strings than"),
@@ -39,29 +35,28 @@ def prepare_params(
         ("logprobs", params.logprobs or 0, config.max_top_logprobs, "must be at most"),
     ):
         if asked > most:
-            name = names.get(field, field)
-            raise bad(name, f"{what} {most}, got {asked}")
+            raise InvalidRequest(field, f"{what} {most}, got {asked}", value=asked, limit=most)
     constraint = params.constraint
     if constraint is not None:
-        _check_constraint(constraint, params.constraint_name or constraint.kind, config)
+        _check_constraint(constraint, config)
         if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's
             return msgspec.structs.replace(params, json_schema=constraint.text)
     return params
 
 
-def _check_constraint(constraint: Constraint, name: str, config: ServerConfig) -> None:
+def _check_constraint(constraint: Constraint, config: ServerConfig) -> None:
     """Size and depth; whether it can be enforced is for the compiler to say."""
     text, most = constraint.text.encode(), config.max_schema_bytes
     if len(text) > most:
-        raise bad(name, f"must be at most {most} bytes, got {len(text)}")
+        raise InvalidRequest(constraint.kind, f"must be at most {most} bytes, got {len(text)}")
     if constraint.kind == "json_schema" and deeper_than_now(text, config.max_schema_depth):
-        raise bad(name, f"must be nested at most {config.max_schema_depth} deep")
+        raise InvalidRequest(constraint.kind, f"must be nested at most {config.max_schema_depth} deep")
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
     """How many prompts, and how many samples of them all."""
     if prompts > config.max_prompts_per_request:
-        raise bad(field, f"must be at most {config.max_prompts_per_request} prompts, got {prompts}")
+        raise InvalidRequest(field, f"must be at most {config.max_prompts_per_request} prompts, got {prompts}")
     check_count(prompts * n, config.max_samples_per_request, field)
 
 
@@ -75,21 +70,20 @@ def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
     if isinstance(value, (str, np.ndarray)):
         return [value], False
     if not isinstance(value, list):
-        raise bad(
+        raise InvalidRequest(
             field,
             "must be a string, a list of strings, a list of token ids or a list of such lists, "
             f"got {type(value).__name__}",
         )
     if not value:
-        raise bad(field, "must not be empty")
+        raise InvalidRequest(field, "must not be empty")
     if not isinstance(value[0], (str, list, np.ndarray)):
         return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
     kind = type(value[0])
     for i, element in enumerate(value):
         if type(element) is not kind:
             raise InvalidRequest(
-                f"{field}[{i}] must be a {_NAMES[kind]} like the first element, got {type(element).__name__}",
-                field=field,
+                f"{field}[{i}]", f"must be a {_NAMES[kind]} like the first element, got {type(element).__name__}"
             )
     return value, True
 
@@ -101,27 +95,24 @@ def check_count(samples: int, bound: int, field: str) -> None:
     """Prompts × n against the server's bound."""
     if samples > bound:
         raise InvalidRequest(
-            f"{field}: prompts × n = {samples} is more than the {bound} samples one request may ask for", field=field
+            field,
+            f"times n is {samples}, more than the {bound} samples that one request may ask for",
+            value=samples,
+            limit=bound,
         )
 
 
-def make_prompt(
-    prompt: str | Ids,
-    params: SamplingParams,
-    limits: Limits,
-    field: str,
-    names: Mapping[str, str],
-    **where: Any,
-) -> Generate:
-    """Token ids are checked here; a text's length in tokens is checked by the tokenizer process, the same way."""
-    called = (field, names.get("max_tokens", "max_tokens"))
+def make_prompt(prompt: str | Ids, params: SamplingParams, limits: Limits, path: str, **options: Any) -> Generate:
+    """Token ids are checked here, as ``path``; a text's length in tokens is checked by the tokenizer process.
+
+    ``options``: further fields of `Generate`.
+    """
     if isinstance(prompt, str):
         if not prompt:
-            raise bad(field, "must not be empty")
-        return Generate([], params, text=prompt, names=called, **where)
-    params = fit(len(prompt), params, limits, field=field, max_tokens=called[1])  # first: it bounds what is looked at
-    tokens = token_bytes(prompt, limits.vocab_size, field)
-    return Generate([], params, tokens=tokens, names=called, **where)
+            raise InvalidRequest(path, "must not be empty")
+        return Generate([], params, text=prompt, **options)
+    params = fit(len(prompt), params, limits, path=path)  # first: it bounds the ids that are looked at
+    return Generate([], params, tokens=token_bytes(prompt, limits.vocab_size, path), **options)
 
 
 def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
@@ -132,10 +123,10 @@ def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
 
 def check_label(value: str | None, field: str) -> None:
     if value is not None and len(value) > MAX_LABEL:
-        raise bad(field, f"must be at most {MAX_LABEL} characters, got {len(value)}")
+        raise InvalidRequest(field, f"must be at most {MAX_LABEL} characters, got {len(value)}")
 
 
 def check_priority(value: int, field: str = "priority") -> int:
     if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
-        raise bad(field, f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
+        raise InvalidRequest(field, f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
     return value

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ....constraint import KINDS
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, shown
 from ....models.sampling_defaults import DEFAULTED
 from ....sampling_params import MAX_LOGIT_BIAS, SamplingParams
 from ..plumbing.body import MAX_FIELDS
-from ..plumbing.errors import bad, shown
 from .cache import CacheFields
 from .structured import constraint
 
@@ -152,18 +151,22 @@ UNSUPPORTED = frozenset(
     }
 )
 
-# Our names of the fields, in each dialect's words.
+# A dialect's names of our fields, for `InvalidRequest.renamed`.
 COMPLETION_NAMES = {"include_stop": "include_stop_str_in_output", "prompt_logprobs": "logprobs"}
-GENERATE_NAMES = {
-    "max_tokens": "sampling_params.max_new_tokens",
-    "min_tokens": "sampling_params.min_new_tokens",
-    "seed": "sampling_params.sampling_seed",
-    "include_stop": "sampling_params.no_stop_trim",
-    "logprobs": "top_logprobs_num",
-    "prompt_logprobs": "top_logprobs_num",
-    "prompt_logprob_start": "logprob_start_len",
-    **{name: f"sampling_params.{name}" for name in (*SamplingFields.model_fields, "n")},
-}
+
+
+def generate_names(prompt: str, within: str = "sampling_params") -> dict[str, str]:
+    """SGLang's names of our fields. ``prompt``: the field with the prompt; ``within``: with its sampling."""
+    own = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "seed": "sampling_seed"}
+    own |= {"include_stop": "no_stop_trim", **{name: name for name in (*SamplingFields.model_fields, *KINDS, "n")}}
+    return {
+        **{ours: f"{within}.{theirs}" for ours, theirs in own.items()},
+        "prompt": prompt,
+        "logprobs": "top_logprobs_num",
+        "prompt_logprobs": "top_logprobs_num",
+        "prompt_logprob_start": "logprob_start_len",
+    }
+
 
 MAX_ENTRIES = 16_384  # of a field that holds many; token ids are as many as the body holds
 _IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may be one flat list of them
@@ -171,6 +174,14 @@ _IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may
 _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 
 R = TypeVar("R", bound=BaseModel)
+
+
+class Sampling(NamedTuple):
+    """Parameters that are not checked against their bounds yet (`prompts.prepare_params`), and the client's names of
+    their fields, for `InvalidRequest.renamed`."""
+
+    params: SamplingParams
+    names: Mapping[str, str]
 
 
 def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported: frozenset[str] = UNSUPPORTED) -> R:
@@ -181,7 +192,7 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported:
     _bounded(kind, body, within)
     for name in body:
         if name in unsupported and name not in kind.model_fields and body[name] not in (None, False, "", [], {}):
-            raise bad(f"{within}{name}", "is not supported by this server")
+            raise InvalidRequest(f"{within}{name}", "is not supported by this server")
     given = {name: value for name, value in body.items() if value is not None or name in _NULL_MEANS_SOMETHING}
     if kind.model_config.get("extra") == "forbid":
         given = {name: value for name, value in given.items() if name not in unsupported - kind.model_fields.keys()}
@@ -198,7 +209,7 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported:
         else:
             expected = first["msg"].removeprefix("Input should be ")
             problem = f"must be {expected}, got {type(first['input']).__name__}"
-        raise bad(field, f"{problem}") from error
+        raise InvalidRequest(field, f"{problem}") from error
 
 
 def _bounded(kind: type[BaseModel], body: Mapping[str, Any], within: str) -> None:
@@ -206,35 +217,31 @@ def _bounded(kind: type[BaseModel], body: Mapping[str, Any], within: str) -> Non
     Of a list of four million that are all wrong, pydantic tells all: it took a minute."""
     if len(body) > MAX_FIELDS:
         about = within.rstrip(".") or "the body"
-        raise InvalidRequest(f"{about} must have at most {MAX_FIELDS} fields, got {len(body)}")
+        raise InvalidRequest(None, f"{about} must have at most {MAX_FIELDS} fields, got {len(body)}")
     for name in kind.model_fields:
         value = body.get(name)
         if not isinstance(value, (dict, list)) or len(value) <= MAX_ENTRIES:
             continue
         if isinstance(value, dict) or name not in _IDS or not isinstance(value[0], int):
-            raise bad(f"{within}{name}", f"must have at most {MAX_ENTRIES} entries, got {len(value)}")
+            raise InvalidRequest(f"{within}{name}", f"must have at most {MAX_ENTRIES} entries, got {len(value)}")
     bias = body.get("logit_bias")
     if isinstance(bias, dict) and len(bias) > MAX_LOGIT_BIAS:
-        raise bad(f"{within}logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(bias)}")
+        raise InvalidRequest(f"{within}logit_bias", f"must hold at most {MAX_LOGIT_BIAS} entries, got {len(bias)}")
     if body.get("add_special_tokens") is False:
-        raise InvalidRequest(
-            "add_special_tokens: false is not supported; send token ids instead of text", field="add_special_tokens"
-        )
+        raise InvalidRequest("add_special_tokens", "must be true; send token ids instead of text to add none")
 
 
-def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> SamplingParams:
-    """``preferred``: the served model's `sampling_defaults`, here and below.
-
-    Not checked against its bounds yet: `prompts.prepare_params` does that.
-    """
+def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> Sampling:
+    """``preferred``: the served model's `sampling_defaults`, here and below."""
     if request.best_of is not None and request.best_of != request.n:
-        raise bad(
+        raise InvalidRequest(
             "best_of",
             f"must equal n ({request.n}): choosing the best of more samples is not supported, got {request.best_of}",
         )
     return openai_sampling(
         request,
         preferred,
+        COMPLETION_NAMES,
         max_tokens=request.max_tokens,
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,
@@ -243,26 +250,28 @@ def completion_sampling(request: CompletionRequest, preferred: Mapping[str, floa
     )
 
 
-def openai_sampling(request: OpenAIFields, preferred: Mapping[str, float], **own: Any) -> SamplingParams:
-    """``own``: what the route has its own words for."""
-    return SamplingParams(
+def openai_sampling(
+    request: OpenAIFields, preferred: Mapping[str, float], names: Mapping[str, str], **own: Any
+) -> Sampling:
+    """``own``: the fields for which the route has names of its own, ``names``."""
+    constrained, called = constraint(request)
+    params = SamplingParams(
         min_tokens=request.min_tokens,
         seed=request.seed,
         include_stop=request.include_stop_str_in_output,
         **_sampling(request, preferred),
-        **constraint(request),
+        **constrained,
         **own,
     )
+    return Sampling(params, {**names, **called})
 
 
 def generate_sampling(
     sampling: GenerateSampling, preferred: Mapping[str, float], logprobs: int | None, start: int
 ) -> SamplingParams:
-    """``logprobs``: None for off, else how many alternatives; ``start``: first prompt position, or -1 for no prompt's.
-
-    Not checked against its bounds yet: `prompts.prepare_params` does that.
+    """``logprobs``: alternatives of each token, None for no logprobs; ``start``: first prompt position with logprobs,
+    -1 for none. Errors about the result are `renamed` by `generate_names`.
     """
-    constrained = next((kind for kind in KINDS if getattr(sampling, kind) is not None), None)
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,
@@ -272,7 +281,6 @@ def generate_sampling(
         json_schema=sampling.json_schema,
         ebnf=sampling.ebnf,
         choices=None if sampling.choices is None else tuple(sampling.choices),
-        constraint_name=None if constrained is None else f"sampling_params.{constrained}",
         include_stop=sampling.no_stop_trim,
         skip_special_tokens=sampling.skip_special_tokens,
         logprobs=logprobs,
@@ -308,7 +316,7 @@ def _logit_bias(bias: Mapping[str, float] | None, field: str) -> dict[int, float
     for key, value in (bias or {}).items():
         # isascii and isdigit together: int() alone would also take " 7", "1_000" and other alphabets' digits.
         if not (key.isascii() and key.isdigit()):
-            raise bad(field, f"keys must be token ids, got {shown(key)}")
+            raise InvalidRequest(field, f"keys must be token ids, got {shown(key)}")
         result[int(key) if len(key) < 20 else -1] = value
     return result
 

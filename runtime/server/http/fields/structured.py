@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..plumbing.errors import bad, shown
+from ....errors import InvalidRequest, shown
 
 if TYPE_CHECKING:
     from .requests import Structured
@@ -16,10 +16,10 @@ ANY_OBJECT = '{"type":"object"}'
 _VLLM = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "ebnf"}
 
 
-def constraint(request: Structured) -> dict[str, Any]:
-    """Fields of `SamplingParams`: the one that constrains, and what the client calls it; none if nothing does.
+def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
+    """The field of `SamplingParams` that constrains the output, and the client's name of it; empty if nothing does.
 
-    Sizes and contents are checked later, here only who says what. Raises `InvalidRequest`.
+    Sizes and contents are checked later. Raises `InvalidRequest` where several fields constrain.
     """
     found: list[tuple[str, str, Any]] = []  # our field, the client's, its value
     for ours in ("regex", "json_schema", "ebnf"):
@@ -32,12 +32,12 @@ def constraint(request: Structured) -> dict[str, Any]:
         found.append(("json_schema", "response_format", _response_format(request.response_format)))
     given = [one for one in found if one[2] is not None]
     if not given:
-        return {}
+        return {}, {}
     if len(given) > 1:
         first, second = given[0][1], given[1][1]
-        raise bad(second, f"cannot be combined with {first}: an output has one constraint")
+        raise InvalidRequest(second, "cannot be combined with {0}: an output has one constraint", others=(first,))
     ours, theirs, value = given[0]
-    return {ours: tuple(value) if isinstance(value, list) else value, "constraint_name": theirs}
+    return {ours: tuple(value) if isinstance(value, list) else value}, {ours: theirs}
 
 
 def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
@@ -51,9 +51,9 @@ def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]
         elif name in _VLLM:
             found.append((_VLLM[name], field, value))
         else:
-            raise bad(field, "is not supported by this server")
+            raise InvalidRequest(field, "is not supported by this server")
     if not found:
-        raise bad("structured_outputs", "must have json, regex, choice or grammar")
+        raise InvalidRequest("structured_outputs", "must have json, regex, choice or grammar")
     return found
 
 
@@ -65,8 +65,8 @@ def _response_format(wanted: Mapping[str, Any]) -> Any:
     if kind == "json_object":
         return ANY_OBJECT
     if kind != "json_schema":
-        raise bad("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+        raise InvalidRequest("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
     named = wanted.get("json_schema")
     if not isinstance(named, Mapping) or not isinstance(named.get("schema"), (Mapping, str)):
-        raise bad("response_format.json_schema", "must be an object with a schema")
+        raise InvalidRequest("response_format.json_schema", "must be an object with a schema")
     return named["schema"]

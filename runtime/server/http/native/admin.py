@@ -9,12 +9,11 @@ import msgspec
 from fastapi import APIRouter, Request, Response
 from starlette.responses import PlainTextResponse
 
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, shown
 from ....messages import ControlWhat
 from ..fields.requests import AbortRequest, parse
 from ..plumbing.auth import is_admin, require_admin
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad, shown
 from ..plumbing.metrics import CONTENT_TYPE
 from ..plumbing.openapi import query, takes
 from ..plumbing.sse import json_response
@@ -58,7 +57,7 @@ def router(state: AppState) -> APIRouter:
         require_admin()
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
-            raise bad("format", f"must be json or text, got {shown(form)}")
+            raise InvalidRequest("format", f"must be json or text, got {shown(form)}")
         nodes = _count(request.query_params.get("max_nodes"))
         dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), state.tokenizer)
         return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
@@ -83,7 +82,7 @@ def router(state: AppState) -> APIRouter:
         with its path, the device's idle share and the kernels that took most."""
         require_admin()
         if state.config.engine.profile is None:
-            raise InvalidRequest("the server was started without --profile FOLDER")
+            raise InvalidRequest(None, "the server was started without --profile FOLDER")
         what: ControlWhat = "start_profile" if request.url.path.endswith("/start_profile") else "stop_profile"
         return json_response({"profile": await state.client.control(what)})
 
@@ -93,7 +92,7 @@ def router(state: AppState) -> APIRouter:
         generated. Other keys' requests and all of them need the admin key."""
         body = parse(AbortRequest, await read_json_object(request))
         if not body.abort_all and not body.rid:
-            raise InvalidRequest("give rid, or abort_all: true", field="rid")
+            raise InvalidRequest("rid", "is required unless abort_all is true")
         if body.abort_all:
             require_admin()
         owner = None if is_admin() else state.namespaces.of(None)[0]
@@ -126,5 +125,5 @@ def _count(text: str | None) -> int:
     if text is None:
         return DEFAULT_NODES
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_NODES and len(text) < 9):
-        raise bad("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
+        raise InvalidRequest("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
     return int(text)

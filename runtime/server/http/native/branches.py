@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from ....errors import BranchwiseError, InvalidRequest
+from ....errors import BranchwiseError, InvalidRequest, renaming, shown
 from ....limits import fit
 from ....messages import BranchOp, BranchRun, Piece
 from ....sampling_params import SamplingParams
@@ -21,10 +21,10 @@ from ....tokenizer.pieces import check_no_special, rendered_piece
 from ..fields.answer import Answer
 from ..fields.cache import seconds
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
-from ..fields.requests import GENERATE_NAMES, UNSUPPORTED, GenerateSampling, Strict, generate_sampling, parse
+from ..fields.requests import UNSUPPORTED, GenerateSampling, Strict, generate_names, generate_sampling, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad, describe, shown
+from ..plumbing.errors import describe
 from ..plumbing.openapi import query, takes
 from ..plumbing.respond import respond
 from ..plumbing.sse import json_response, wait
@@ -32,6 +32,7 @@ from ..state import AppState
 
 MAX_OPS = 1024  # of one batch
 _NO_TOKENS = SamplingParams(max_tokens=0)
+_RUN_NAMES = generate_names("branch")
 _FLAG = {"type": "boolean", "default": False}
 
 Tokens = Any  # list[int], or an array: checked with the vocabulary at hand
@@ -129,7 +130,7 @@ def router(state: AppState) -> APIRouter:
         error in its place, and the others go on."""
         ops = parse(BatchRequest, await read_json_object(request)).ops
         if not 1 <= len(ops) <= MAX_OPS:
-            raise bad("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
+            raise InvalidRequest("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
         return json_response({"results": await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))})
 
     @routes.get(
@@ -166,17 +167,14 @@ def router(state: AppState) -> APIRouter:
         """Generates on a branch. What is returned stays in it, but for stop tokens and stop strings. Of ``n`` samples
         the first one stays."""
         body = parse(RunRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
-        params = prepare_params(
-            generate_sampling(
-                parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
-                state.preferred,
-                body.top_logprobs_num if body.return_logprob else None,
-                body.logprob_start_len,
-            ),
-            state.client.limits,
-            GENERATE_NAMES,
-            state.config,
+        params = generate_sampling(
+            parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
+            state.preferred,
+            body.top_logprobs_num if body.return_logprob else None,
+            body.logprob_start_len,
         )
+        with renaming(_RUN_NAMES):
+            params = prepare_params(params, state.client.limits, state.config)
         check_label(body.rid, "rid")
         answer = _BranchAnswer(state, body, id, params)
         run = BranchRun(
@@ -187,11 +185,10 @@ def router(state: AppState) -> APIRouter:
             None if body.extend is None else _piece(state, body.extend, body.parse_special, "extend"),
             priority=check_priority(body.priority),
             echo_tokens=body.return_prompt_token_ids,
-            max_tokens=GENERATE_NAMES["max_tokens"],
             stream=body.stream,
         )
         call = state.client.open_run(run, params.n, body.rid or None)
-        return await respond(call, request, answer, stream=body.stream)
+        return await respond(call, request, answer, stream=body.stream, names=_RUN_NAMES)
 
     @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
     async def score(id: str, request: Request) -> Response:
@@ -199,7 +196,7 @@ def router(state: AppState) -> APIRouter:
         of the same tokens by themselves."""
         body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         if not body.continuations:
-            raise bad("continuations", "must not be empty")
+            raise InvalidRequest("continuations", "must not be empty")
         requests = len(body.continuations) * (1 + body.unconditional)
         check_count(requests, state.config.max_samples_per_request, "continuations")
         pieces = [
@@ -214,7 +211,7 @@ def router(state: AppState) -> APIRouter:
         with call:
             for index, delta in await wait(call, request.receive, call.all):
                 if delta.finish is not None and delta.finish.reason == "abort":
-                    raise InvalidRequest("the branch was deleted while it was scored", field="branch", status=410)
+                    raise InvalidRequest("branch", "was deleted while it was being scored", status=410)
                 collector.feed(index, delta)
         return json_response({"scores": [_described(score) for score in collector.scores]})
 
@@ -249,7 +246,7 @@ class _BranchAnswer(Answer):
 async def _one(state: AppState, i: int, raw: Any) -> Any:
     try:
         if not isinstance(raw, dict):
-            raise InvalidRequest(f"ops[{i}] must be an object, got {type(raw).__name__}", field=f"ops[{i}]")
+            raise InvalidRequest(f"ops[{i}]", f"must be an object, got {type(raw).__name__}")
         op = parse(Operation, raw, f"ops[{i}].")
         match op.op:
             case "create":
@@ -268,13 +265,13 @@ async def _one(state: AppState, i: int, raw: Any) -> Any:
 async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> Any:
     body = parse(CreateRequest, raw, within, _CREATE_UNSUPPORTED)
     if sum(given is not None for given in (body.text, body.input_ids, body.messages)) > 1:
-        raise InvalidRequest(f"{within}give one of text, input_ids and messages", field=f"{within}text")
+        raise InvalidRequest(f"{within}text", "cannot be combined with input_ids or messages: give one of the three")
     partition = [getattr(body, name) for name in _PARTITION]
     for name, label in zip(_PARTITION, partition, strict=True):
         check_label(label, f"{within}{name}")
     for name in (*_PARTITION, "messages"):
         if body.parent and getattr(body, name):
-            raise bad(f"{within}{name}", "is its parent's; leave it out")
+            raise InvalidRequest(f"{within}{name}", "is its parent's; leave it out")
     if body.messages is not None:
         piece: Piece | None = await _conversation(state, raw, within, bool(body.parse_special))
     else:
@@ -298,7 +295,7 @@ async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, pa
 async def _fork(state: AppState, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
     n = parse(ForkRequest, raw, within, _UNSUPPORTED).n
     if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
-        raise bad(f"{within}n", f"must be between 1 and {MAX_FORK}, got {n}")
+        raise InvalidRequest(f"{within}n", f"must be between 1 and {MAX_FORK}, got {n}")
     return await state.client.operate(_about(state, id, "fork", n=n))
 
 
@@ -306,17 +303,17 @@ async def _extend(state: AppState, id: str, raw: Mapping[str, Any], within: str 
     body = parse(ExtendRequest, raw, within, _UNSUPPORTED)
     piece = _given(state, body, bool(body.parse_special), within)
     if piece is None:
-        raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
+        raise InvalidRequest(f"{within}text", "or input_ids is required: give exactly one")
     return await state.client.operate(_about(state, id, "extend", piece=piece))
 
 
 def _given(state: AppState, body: ExtendRequest, parse_special: bool, within: str) -> Piece | None:
     if body.text is not None and body.input_ids is not None:
-        raise InvalidRequest(f"{within}give exactly one of text and input_ids", field=f"{within}text")
+        raise InvalidRequest(f"{within}text", "or input_ids is required: give exactly one")
     if body.text is not None:
         return _piece(state, body.text, parse_special, f"{within}text")
     if isinstance(body.input_ids, str):
-        raise bad(f"{within}input_ids", "must hold token ids, got str")
+        raise InvalidRequest(f"{within}input_ids", "must hold token ids, got str")
     return None if body.input_ids is None else _piece(state, body.input_ids, False, f"{within}input_ids")
 
 
@@ -325,17 +322,17 @@ def _piece(state: AppState, value: Any, parse_special: bool, field: str) -> Piec
     if isinstance(value, str):
         return Piece(value, parse_special=parse_special)
     if not isinstance(value, (list, np.ndarray)):
-        raise bad(field, f"must be a string or a list of token ids, got {type(value).__name__}")
+        raise InvalidRequest(field, f"must be a string or a list of token ids, got {type(value).__name__}")
     if not len(value):
         return Piece(tokens=b"")
     limits = state.client.limits
-    fit(len(value), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+    fit(len(value), _NO_TOKENS, limits, path=field)  # first: it bounds what is looked at
     return Piece(tokens=token_bytes(value, limits.vocab_size, field))
 
 
 def _about(state: AppState, id: str, what: Literal["fork", "extend", "get", "delete"], **fields: Any) -> BranchOp:
     if not id:
-        raise InvalidRequest("a branch must be named", field="id")
+        raise InvalidRequest("id", "must name a branch")
     return BranchOp(0, what, state.namespaces.of(None), id, **fields)
 
 
@@ -357,5 +354,5 @@ def _described(score: Score) -> dict[str, Any]:
 def _flag(request: Request, name: str) -> bool:
     value = request.query_params.get(name, "false")
     if value not in ("true", "false", "1", "0"):
-        raise bad(name, f"must be true or false, got {shown(value)}")
+        raise InvalidRequest(name, f"must be true or false, got {shown(value)}")
     return value in ("true", "1")

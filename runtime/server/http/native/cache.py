@@ -8,7 +8,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, renaming
 from ....limits import fit
 from ....messages import ControlWhat
 from ....outputs import Output
@@ -19,7 +19,6 @@ from ..fields.requests import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.auth import is_admin, require_admin
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad
 from ..plumbing.openapi import takes
 from ..plumbing.sse import json_response, wait
 from ..state import AppState
@@ -113,7 +112,7 @@ def router(state: AppState) -> APIRouter:
         """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
         if not body.id:
-            raise bad("id", "must not be empty")
+            raise InvalidRequest("id", "must not be empty")
         return json_response(await _ask(state, "cache_unpin", state.namespaces.of(None), pin=body.id))
 
     @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
@@ -133,10 +132,10 @@ def router(state: AppState) -> APIRouter:
         body = parse(WarmRequest, await read_json_object(request))
         prompts, is_list = split_prompts(body.prompts, "prompts")
         if not is_list:
-            raise bad("prompts", "must be a list of strings or of lists of token ids")
+            raise InvalidRequest("prompts", "must be a list of strings or of lists of token ids")
         where = caching(state, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
         if where.get("no_cache"):
-            raise bad("prompt_cache_options.mode", "off would leave nothing")
+            raise InvalidRequest("prompt_cache_options.mode", "off would leave nothing")
         outputs = await _compute(state, request, prompts, "prompts", where)
         return json_response({"results": [_warmed(output) for output in outputs]})
 
@@ -156,7 +155,7 @@ def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
     where = caching(state, body, extra_key=body.extra_key)
     if where.get("no_cache") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
-        raise bad(field, "means nothing here: this route asks about a prompt, it sends none")
+        raise InvalidRequest(field, "means nothing here: this route asks about a prompt, it sends none")
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -166,16 +165,16 @@ async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) 
     state.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
     given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
     if len(given) != 1:
-        raise InvalidRequest("give exactly one of prompt, input_ids and messages", field="prompt")
+        raise InvalidRequest("prompt", "or input_ids or messages is required: give exactly one")
     [field] = given
     if field == "messages":
         text, _ = await chat_text(state, raw)
         return text, field
     prompts, is_list = split_prompts(getattr(body, field), field)
     if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
-        raise bad(field, "must be one prompt")
+        raise InvalidRequest(field, "must be one prompt")
     if not len(prompts[0]):
-        raise bad(field, "must not be empty")
+        raise InvalidRequest(field, "must not be empty")
     return prompts[0], field
 
 
@@ -183,7 +182,7 @@ async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_toke
     """int32 bytes, as the prompt's requests will have them."""
     if not isinstance(prompt, str):
         limits = state.client.limits
-        fit(len(prompt), _NO_TOKENS, limits, field=field)  # first: it bounds what is looked at
+        fit(len(prompt), _NO_TOKENS, limits, path=field)  # first: it bounds what is looked at
         return token_bytes(prompt, limits.vocab_size, field)
     ids = await token_ids(state, prompt, field, special=add_special_tokens)
     return ids.astype("<i4", copy=False).tobytes()
@@ -197,12 +196,12 @@ async def _compute(
     called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
     call = state.client.open(
         [
-            make_prompt(prompt, _NO_TOKENS, limits, name, {}, stream=False, **where)
+            make_prompt(prompt, _NO_TOKENS, limits, name, stream=False, **where)
             for prompt, name in zip(prompts, called, strict=True)
         ]
     )
     outputs = [Output() for _ in prompts]
-    with call:
+    with call, renaming({"prompt[]": f"{field}[]", "prompt": called[0]}):
         for index, delta in await wait(call, request.receive, call.all):
             outputs[index].feed(delta)
     return outputs

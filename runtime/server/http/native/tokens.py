@@ -17,7 +17,6 @@ from ....limits import check_token_ids
 from ..fields.requests import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad
 from ..plumbing.openapi import takes
 from ..plumbing.sse import json_response
 from ..state import AppState
@@ -51,12 +50,12 @@ def router(state: AppState) -> APIRouter:
         raw = await read_json_object(request)
         asked = raw.pop("add_special_tokens", None)  # `parse` knows it as a field that no route takes
         if asked is not None and not isinstance(asked, bool):
-            raise bad("add_special_tokens", f"must be true or false, got {type(asked).__name__}")
+            raise InvalidRequest("add_special_tokens", f"must be true or false, got {type(asked).__name__}")
         body = parse(TokenizeRequest, raw, unsupported=frozenset())
         state.check_model(body.model)
         limits = state.client.limits
         if (body.prompt is None) == (raw.get("messages") is None):
-            raise InvalidRequest("give exactly one of prompt and messages", field="prompt")
+            raise InvalidRequest("prompt", "or messages is required: give exactly one")
         if body.prompt is not None:
             text, special, field = body.prompt, asked is not False, "prompt"
         else:
@@ -74,9 +73,9 @@ def router(state: AppState) -> APIRouter:
         state.check_model(body.model)
         vocab_size = state.client.limits.vocab_size
         if not isinstance(body.tokens, (list, np.ndarray)):
-            raise bad("tokens", f"must be a list, got {type(body.tokens).__name__}")
+            raise InvalidRequest("tokens", f"must be a list, got {type(body.tokens).__name__}")
         if len(body.tokens) > MAX_IDS:
-            raise bad("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
+            raise InvalidRequest("tokens", f"must have at most {MAX_IDS} entries, got {len(body.tokens)}")
         if len(body.tokens):
             check_token_ids(body.tokens, vocab_size, "tokens")
         if len(body.tokens) > INLINE:
@@ -121,7 +120,7 @@ async def token_ids(state: AppState, text: str, field: str, *, special: bool) ->
     """int32 [n]. ``special``: with the tokens the tokenizer puts around a text; ``field``: what the client calls it."""
     size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
     if size > MAX_TEXT:
-        raise InvalidRequest(f"{field} must be at most {MAX_TEXT} bytes to be tokenized, got {size}", field=field)
+        raise InvalidRequest(field, f"must be at most {MAX_TEXT} bytes to be tokenized, got {size}")
     encode = state.tokenizer.encode
     return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from fastapi import Request, Response
 
+from ....errors import InvalidRequest, renaming
 from ....logprobs import TokenLogprob
 from ....messages import Delta
 from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ..fields.cache import caching
 from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
-from ..fields.requests import COMPLETION_NAMES, CompletionRequest, completion_sampling, parse
+from ..fields.requests import CompletionRequest, completion_sampling, parse
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad
 from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
 from ..plumbing.shortcut import Handler
@@ -35,7 +35,7 @@ def handler(state: AppState) -> Handler:
         state.check_model(body.model)
         answer = _Answer(state, body)
         call = state.client.open(answer.prompts)
-        return await respond(call, request, answer, stream=body.stream, n=body.n)
+        return await respond(call, request, answer, stream=body.stream, n=body.n, names=answer.names)
 
     return completions
 
@@ -46,24 +46,19 @@ class _Answer(Choices):
     def __init__(self, state: AppState, body: CompletionRequest) -> None:
         limits = state.client.limits
         raw, _ = split_prompts(body.prompt, "prompt")
-        params = prepare_params(completion_sampling(body, state.preferred), limits, COMPLETION_NAMES, state.config)
+        params, self.names = completion_sampling(body, state.preferred)
+        with renaming(self.names):
+            params = prepare_params(params, limits, state.config)
         check_prompts(len(raw), params.n, state.config, "prompt")
         where = caching(state, body)
         if body.stream_options is not None and not body.stream:
-            raise bad("stream_options", "needs stream to be true")
-        self.prompts = [
-            make_prompt(
-                prompt,
-                params,
-                limits,
-                f"prompt[{i}]" if len(raw) > 1 else "prompt",
-                COMPLETION_NAMES,
-                priority=check_priority(body.priority),
-                stream=body.stream,
-                **where,
-            )
-            for i, prompt in enumerate(raw)
-        ]
+            raise InvalidRequest("stream_options", "needs stream to be true")
+        where |= {"priority": check_priority(body.priority), "stream": body.stream}
+        with renaming(self.names):
+            self.prompts = [
+                make_prompt(prompt, params, limits, f"prompt[{i}]" if len(raw) > 1 else "prompt", **where)
+                for i, prompt in enumerate(raw)
+            ]
         echoes = [_echo_text(state, prompt, params) if body.echo else None for prompt in raw]
         choices = [_Choice(state, params, echo) for echo in echoes for _ in range(params.n)]
         head = {

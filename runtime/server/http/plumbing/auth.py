@@ -36,7 +36,7 @@ def is_admin() -> bool:
 def require_admin() -> None:
     """Raises `InvalidRequest` (403) unless the request being served came with the operator's key."""
     if not is_admin():
-        raise InvalidRequest("this route needs the admin key (--admin-api-key)", status=403)
+        raise InvalidRequest(None, "this route needs the admin key (--admin-api-key)", status=403)
 
 
 class AuthMiddleware:

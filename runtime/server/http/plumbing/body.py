@@ -65,7 +65,7 @@ class BodyLimit:
         await self._app(scope, counted, send)
 
     def _too_large(self) -> InvalidRequest:
-        return InvalidRequest(f"the request body must be at most {self._max} bytes", status=413)
+        return InvalidRequest(None, f"the request body must be at most {self._max} bytes", status=413)
 
 
 async def read_json_object(request: Request) -> dict[str, Any]:
@@ -80,7 +80,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     """
     body = await request.body()
     if not body:
-        raise InvalidRequest("the body is empty: it must be a JSON object")
+        raise InvalidRequest(None, "the body is empty: it must be a JSON object")
     most = request.scope.get(_VALUES, MAX_VALUES)
     levels = request.scope.get(_DEPTH, MAX_DEPTH)
     large = len(body) > SLICE
@@ -92,7 +92,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     many = values.all > most
     fields = _fields(body, many) if values.large <= most else {}
     if len(fields) > MAX_FIELDS:
-        raise InvalidRequest(f"the body must have at most {MAX_FIELDS} fields, got {len(fields)}")
+        raise InvalidRequest(None, f"the body must have at most {MAX_FIELDS} fields, got {len(fields)}")
     if large:
         await asyncio.sleep(0)
     arrays = await id_arrays(fields)
@@ -102,7 +102,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     if await deeper_than(body, levels):
         for name, raw in fields.items():
             if await deeper_than(bytes(raw), levels - 1):
-                raise InvalidRequest(f"{name[:60]} must be nested at most {levels} deep", field=name[:60])
+                raise InvalidRequest(name[:60], f"must be nested at most {levels} deep")
     value = _decode_beside(fields, arrays, many) if arrays else None
     if value is None:
         value = _decode(body)
@@ -112,7 +112,7 @@ async def read_json_object(request: Request) -> dict[str, Any]:
 
 
 def _too_many(most: int, what: str, found: int) -> InvalidRequest:
-    return InvalidRequest(f"the body must have at most {most} {what}, got {found}", status=413)
+    return InvalidRequest(None, f"the body must have at most {most} {what}, got {found}", status=413)
 
 
 def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
@@ -145,13 +145,13 @@ def _decode(body: bytes) -> dict[str, Any]:
     except _INVALID as error:
         raise _invalid(error) from error
     if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {type(value).__name__}")
+        raise InvalidRequest(None, f"the body must be a JSON object, got {type(value).__name__}")
     return value
 
 
 def _invalid(error: Exception) -> InvalidRequest:
     utf8 = isinstance(error, UnicodeDecodeError)
-    return InvalidRequest("the body is not valid UTF-8" if utf8 else f"the body is not valid JSON: {error}")
+    return InvalidRequest(None, "the body is not valid UTF-8" if utf8 else f"the body is not valid JSON: {error}")
 
 
 def _decoded(text: bytes | msgspec.Raw) -> Any:

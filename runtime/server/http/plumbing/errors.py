@@ -13,8 +13,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ....errors import EngineDead, InvalidRequest, Overloaded, TimedOut
-from ....errors import bad as bad
-from ....errors import shown as shown
 
 logger = logging.getLogger(__name__)
 
@@ -68,14 +66,14 @@ class ModelNotFound(InvalidRequest):
     """The request names a model this server does not serve."""
 
     def __init__(self, asked: str, served: str) -> None:
-        message = f"the model {asked[:MAX_MESSAGE]!r} does not exist; this server serves {served!r}"
-        super().__init__(message, field="model", status=404, code="model_not_found")
+        problem = f"{asked[:MAX_MESSAGE]!r} does not exist; this server serves {served!r}"
+        super().__init__("model", problem, status=404, code="model_not_found")
 
 
 def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
     """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
     if isinstance(error, InvalidRequest):
-        return error.status, error_body(error.status, error.message, error.field, error.code)
+        return error.status, error_body(error.status, error.message, error.path, error.code)
     if isinstance(error, Overloaded):
         return 503, error_body(503, str(error))
     if isinstance(error, TimedOut):

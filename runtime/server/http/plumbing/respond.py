@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 from fastapi import Request, Response
 
+from ....errors import renaming
 from ..engine_client import Batch, Call
 from ..fields.usage import cache_headers
 from .sse import EventStream, error_event, json_response, wait
@@ -33,15 +34,20 @@ async def respond(
     *,
     stream: bool,
     n: int = 1,
+    names: Mapping[str, str] | None = None,
     fail: Callable[[Exception], bytes] = error_event,
 ) -> Response:
     """The whole answer, or a stream whose first event is there. The call is closed in the end.
 
-    ``n``: samples of each prompt, for the cache's header. ``fail``: as `EventStream` has it.
+    ``n``: samples of each prompt, for the cache's header. ``names``: the client's names in the engine's errors, as
+    `InvalidRequest.renamed` takes them. ``fail``: as `EventStream` has it.
     """
+    names = names or {}
     if stream:
-        first = await wait(call, request.receive, call.batch)
-        return EventStream(call, first, reply.events, reply.end, cache_headers(request.headers, first, n), fail)
-    with call:
+        with renaming(names):
+            first = await wait(call, request.receive, call.batch)
+        headers = cache_headers(request.headers, first, n)
+        return EventStream(call, first, reply.events, reply.end, headers, names, fail)
+    with call, renaming(names):
         batch = await wait(call, request.receive, call.all)
     return json_response(reply.whole(batch), headers=cache_headers(request.headers, batch, n))

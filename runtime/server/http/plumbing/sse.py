@@ -11,6 +11,7 @@ import msgspec
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from ....errors import InvalidRequest
 from ..engine_client import Batch, Call
 from .errors import ClientGone, describe
 
@@ -63,8 +64,9 @@ async def wait(call: Call, receive: Receive, what: Callable[[], Awaitable[T]]) -
 class EventStream(Response):
     """Streams a call whose first batch has arrived (so errors before it had their own status).
 
-    ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the one that is last
-    if it fails midway. The call is closed whatever happens: a client that leaves stops its requests at once.
+    ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the last event of a
+    stream that fails midway, its fields `renamed` by ``names``. The call is closed whatever happens: a client that
+    leaves stops its requests at once.
     """
 
     media_type = "text/event-stream"
@@ -76,6 +78,7 @@ class EventStream(Response):
         render: Callable[[Batch], Iterable[bytes]],
         end: Callable[[], Iterable[bytes]],
         headers: Mapping[str, str] | None = None,
+        names: Mapping[str, str] | None = None,
         fail: Callable[[Exception], bytes] = error_event,
     ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
@@ -84,6 +87,7 @@ class EventStream(Response):
         self._first = first
         self._render = render
         self._end = end
+        self._names = names or {}
         self._fail = fail
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,7 +113,7 @@ class EventStream(Response):
             raise
         except Exception as error:
             # The status line is long gone: the error is the last event, and no [DONE] follows it.
-            last = self._fail(error)
+            last = self._fail(error.renamed(self._names) if isinstance(error, InvalidRequest) else error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, renaming
 from ....messages import Generate
 from ..fields.answer import Answer
 from ..fields.cache import caching
@@ -20,9 +20,8 @@ from ..fields.prompts import (
     prepare_params,
     split_prompts,
 )
-from ..fields.requests import GENERATE_NAMES, GenerateRequest, GenerateSampling, generate_sampling, parse
+from ..fields.requests import GenerateRequest, GenerateSampling, generate_names, generate_sampling, parse
 from ..plumbing.body import read_json_object
-from ..plumbing.errors import bad
 from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
 from ..plumbing.shortcut import Handler
@@ -38,11 +37,11 @@ def handler(state: AppState) -> Handler:
         """Go on from a prompt, or from several (SGLang's)."""
         raw = await read_json_object(request)
         for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
-            raise bad(misplaced, "belongs in sampling_params")
+            raise InvalidRequest(misplaced, "belongs in sampling_params")
         body = parse(GenerateRequest, raw)
         answer = _Answer(state, body)
         call = state.client.open(answer.prompts, answer.labels)
-        return await respond(call, request, answer, stream=body.stream)
+        return await respond(call, request, answer, stream=body.stream, names=answer.names)
 
     return generate
 
@@ -54,14 +53,18 @@ class _Answer(Answer):
         limits = state.client.limits
         super().__init__(state.tokenizer, body.return_text_in_logprobs, body.return_prompt_token_ids)
         if (body.text is None) == (body.input_ids is None):
-            raise InvalidRequest("give exactly one of text and input_ids", field="text")
+            raise InvalidRequest("text", "or input_ids is required: give exactly one")
         field = "text" if body.text is not None else "input_ids"
         raw, is_list = split_prompts(body.text if body.text is not None else body.input_ids, field)
         if field == "input_ids" and any(isinstance(prompt, str) for prompt in raw):
-            raise InvalidRequest("input_ids must hold token ids, got str", field=field)
+            raise InvalidRequest(field, "must hold token ids, got str")
         check_prompts(len(raw), 1, state.config, field)
-        cache = caching(state, body, extra_key=body.extra_key)
-        priority = check_priority(body.priority)
+        self.names = generate_names(field)
+        options = caching(state, body, extra_key=body.extra_key) | {
+            "priority": check_priority(body.priority),
+            "echo_tokens": body.return_prompt_token_ids,
+            "stream": body.stream,
+        }
         sampling = _spread(
             body.sampling_params if body.sampling_params is not None else {}, len(raw), "sampling_params"
         )
@@ -73,33 +76,18 @@ class _Answer(Answer):
         self.labels: list[str | None] = [rid or None for rid in rids]
         for i, prompt in enumerate(raw):
             check_label(rids[i], "rid")
-            where = f"sampling_params[{i}]." if isinstance(body.sampling_params, list) else "sampling_params."
+            where = f"sampling_params[{i}]" if isinstance(body.sampling_params, list) else "sampling_params"
             if starts[i] < -1:
-                raise bad("logprob_start_len", f"must be -1 or a prompt position, got {starts[i]}")
-            params = prepare_params(
-                generate_sampling(
-                    parse(GenerateSampling, sampling[i], where),
-                    state.preferred,
-                    tops[i] if wanted[i] else None,
-                    starts[i],
-                ),
-                limits,
-                GENERATE_NAMES,
-                state.config,
+                raise InvalidRequest("logprob_start_len", f"must be -1 or a prompt position, got {starts[i]}")
+            params = generate_sampling(
+                parse(GenerateSampling, sampling[i], f"{where}."),
+                state.preferred,
+                tops[i] if wanted[i] else None,
+                starts[i],
             )
-            self.prompts.append(
-                make_prompt(
-                    prompt,
-                    params,
-                    limits,
-                    f"{field}[{i}]" if is_list else field,
-                    GENERATE_NAMES,
-                    priority=priority,
-                    echo_tokens=body.return_prompt_token_ids,
-                    stream=body.stream,
-                    **cache,
-                )
-            )
+            with renaming(generate_names(f"{field}[{i}]" if is_list else field, where)):
+                params = prepare_params(params, limits, state.config)
+                self.prompts.append(make_prompt(prompt, params, limits, "prompt", **options))
             id = rids[i] or uuid.uuid4().hex
             self.expect(id, params)
             check_count(len(self.outputs), state.config.max_samples_per_request, field)
@@ -111,7 +99,7 @@ def _spread(value: T | list[T], count: int, field: str) -> list[T]:
     if not isinstance(value, list):
         return [value] * count
     if len(value) != count:
-        raise bad(field, f"must have one element for each of the {count} prompts, got {len(value)}")
+        raise InvalidRequest(field, f"must have one element for each of the {count} prompts, got {len(value)}")
     return value
 
 

@@ -69,7 +69,7 @@ def test_at_the_limits() -> None:
         ([function("é")], "tools[0].function.name", "one or more of a-z"),
         ([function("a" * 9)], "tools[0].function.name", "has 9 characters, more than the 8 allowed"),
         ([{"type": "function", "name": 1.5}], "tools[0].name", "must be a string, got a number"),
-        ([function(), function("g"), function()], "tools", r"tools\[2\] and tools\[0\] have the same name, 'f'"),
+        ([function(), function("g"), function()], "tools[2]", r"tools\[2\] and tools\[0\] have the same name, 'f'"),
         ([function(description=1)], "tools[0].function.description", "must be a string"),
         ([function(strict="yes")], "tools[0].function.strict", "must be true or false, got a string"),
         ([function(parameters=[])], "tools[0].function.parameters", "an object, got a list"),
@@ -86,5 +86,5 @@ def test_at_the_limits() -> None:
 def test_what_is_refused(tools: Any, field: str, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as caught:
         validate_tools(tools, LIMITS)
-    assert caught.value.field == field and caught.value.status == 400
+    assert caught.value.path == field and caught.value.status == 400
     assert len(caught.value.message) < 300

@@ -101,14 +101,14 @@ def test_nobody_speaks_for_another_in_messages(byte_level):
 def test_what_cannot_be_tokenized_travels_as_a_refusal(byte_level):
     op = BranchOp(1, "extend", ("", ""), "b", Piece("lone \ud800 surrogate"))
     encode_message(byte_level, op)
-    assert op.refusal is not None and op.refusal.status == 400 and "Unicode" in op.refusal.message
+    assert op.refusal is not None and op.refusal.status == 400 and "Unicode" in op.refusal.problem
     run = BranchRun([1, 2], "b", ("", ""), SamplingParams(), continuations=[Piece("a"), Piece("\udfff")])
     encode_message(byte_level, run)
     assert run.refusal is not None
 
     def too_long(text):
-        raise InvalidRequest("too long", field="text")
+        raise InvalidRequest("text", "is too long")
 
     op = BranchOp(1, "extend", ("", ""), "b", Piece("a"))
     encode_message(byte_level, op, too_long)
-    assert op.refusal is not None and op.refusal.message == "too long"
+    assert op.refusal is not None and op.refusal.problem == "is too long"

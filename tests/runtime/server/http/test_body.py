@@ -124,9 +124,9 @@ def test_an_array_is_checked_as_a_list_is(ids: list[int]) -> None:
         ((one,), is_list) = split_prompts(prompt, "prompt")
         assert not is_list
         try:
-            return make_prompt(one, SamplingParams(max_tokens=4), LIMITS, "prompt", {})
+            return make_prompt(one, SamplingParams(max_tokens=4), LIMITS, "prompt")
         except InvalidRequest as error:
-            return (error.message, error.field, error.status)
+            return (error.message, error.path, error.status)
 
     assert outcome(np.array(ids, np.int64)) == outcome(ids)
 

@@ -19,6 +19,7 @@ from branchwise.runtime.messages import (
     Generate,
     Limits,
     Message,
+    Refusal,
 )
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.engine_client import EngineClient
@@ -80,9 +81,9 @@ async def test_leaving_aborts_what_is_open_and_waits_for_the_engine(client: Engi
 
 async def test_one_failure_fails_the_call(client: EngineClient, sent: list[Message]) -> None:
     with pytest.raises(InvalidRequest) as failed, client.open([TWO]) as call:
-        client.deliver([end(1, "error", error="prompt is bad", error_field="prompt", status=400)])
+        client.deliver([end(1, "error", error=Refusal("prompt", "is bad"))])
         await call.all()
-    assert (failed.value.message, failed.value.field, failed.value.status) == ("prompt is bad", "prompt", 400)
+    assert (failed.value.message, failed.value.path, failed.value.status) == ("prompt is bad", "prompt", 400)
     assert sent[-1] == Abort(2)
 
 
@@ -250,7 +251,7 @@ async def test_control(client: EngineClient, sent: list[Message]) -> None:
     client.answer(ControlReply(1, True, "late"))
     refused = asyncio.create_task(client.control("check"))
     await asyncio.sleep(0)
-    client.answer(ControlReply(2, False, None, "the books do not balance"))
+    client.answer(ControlReply(2, False, None, Refusal(None, "the books do not balance", 500)))
     with pytest.raises(InvalidRequest, match="balance"):
         await refused
     with pytest.raises(Overloaded, match=r"within 0\.01 s"):

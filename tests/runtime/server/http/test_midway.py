@@ -10,11 +10,12 @@ from typing import Any
 import httpx
 import pytest
 
-from branchwise.runtime.messages import Abort, Delta, Finished, Generate, Message
+from branchwise.runtime.messages import Abort, Delta, Finished, Generate, Message, Refusal
 from branchwise.runtime.server.http.app import make_app
 from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.state import AppState
 
+PROMPTS = {"/v1/completions": "prompt[0]", "/v1/chat/completions": "messages", "/generate": "text[0]"}
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": ["a", "b"], "max_tokens": 5},
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 5, "n": 2},
@@ -36,14 +37,16 @@ async def test_the_error_is_the_last_event_and_what_ran_beside_it_is_aborted(
         client.deliver([Delta(id, "so far", b"\1\0\0\0", prompt_tokens=3) for id in ids])
         await asyncio.sleep(0.02)
         sent.clear()
-        failure = Finished(ids[0], "error", error="the page tore", error_field="prompt", status=status)
+        named = status != 503
+        failure = Finished(ids[0], "error", error=Refusal("prompt" if named else None, "tore a page", status))
         client.deliver([Delta(ids[0], finish=failure)])
         answer = await asyncio.wait_for(asking, 5)
     assert answer.status_code == 200, "it had begun"
     *events, last = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n") if line]
     assert len(events) >= 2
     assert not any("error" in event for event in events)
-    assert last["error"]["message"] == "the page tore"
+    assert last["error"]["message"] == f"{PROMPTS[path]} tore a page" if named else "tore a page"
+    assert last["error"]["param"] == (PROMPTS[path] if named else None)
     assert last["error"]["type"] == {500: "server_error", 503: "overloaded_error", 400: "invalid_request_error"}[status]
     assert sent == [Abort(ids[1])]
     assert client.in_flight == 1

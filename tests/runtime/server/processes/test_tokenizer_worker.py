@@ -11,7 +11,7 @@ import pytest
 import zmq
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.messages import BranchOp, Deltas, Generate, Limits, Piece, Ready, Shutdown
+from branchwise.runtime.messages import BranchOp, Deltas, Generate, Limits, Piece, Ready, Refusal, Shutdown
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.processes.channels import Inbox, Outbox
 from branchwise.runtime.server.processes.launch import RunDirectory
@@ -64,9 +64,9 @@ def test_what_breaks_the_tokenizer_is_refused(
         answer = said(Generate([7], SamplingParams(), text="broken"))
         assert isinstance(answer, Deltas)
         (delta,) = answer.items
-        assert (delta.id, delta.finish.error, delta.finish.status) == (7, "the prompt could not be tokenized", 500)
+        assert (delta.id, delta.finish.error) == (7, Refusal(None, "the prompt could not be tokenized", 500))
         told = said(BranchOp(8, "extend", ("", ""), "b", Piece("broken")))
-        assert (told.id, told.refusal.message, told.refusal.status) == (8, "the text could not be tokenized", 500)
+        assert (told.id, told.refusal.problem, told.refusal.status) == (8, "the text could not be tokenized", 500)
     passed = said(Generate([9, 10], SamplingParams(max_tokens=1, n=2), text="whole"))
     assert isinstance(passed, Generate)
     assert (passed.ids, passed.text, len(passed.tokens) > 0) == ([9, 10], None, True)

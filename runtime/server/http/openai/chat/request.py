@@ -10,12 +10,11 @@ from pydantic import Field
 from .....chat.conversation import Conversation
 from .....chat.openai_messages import openai_turns
 from .....chat.openai_tools import openai_tools
-from .....sampling_params import SamplingParams
+from .....errors import InvalidRequest
 from ...chat.prepare import conversation_text
 from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
-from ...fields.requests import UNSUPPORTED, OpenAIFields, StreamOptions, Strings, openai_sampling, parse
-from ...plumbing.errors import bad
+from ...fields.requests import UNSUPPORTED, OpenAIFields, Sampling, StreamOptions, Strings, openai_sampling, parse
 from ...state import AppState
 
 
@@ -56,16 +55,13 @@ CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
 def chat_spec(body: ChatRequest, state: AppState) -> ChatSpec:
     """Raises `InvalidRequest`."""
     conversation = chat_conversation(body, state)
+    params, names = chat_sampling(body, state.preferred)
     return ChatSpec(
         conversation=conversation,
-        params=chat_sampling(body, state.preferred),
+        params=params,
+        names=names,
         cache=body,
         tool_choice=openai_tool_choice(body.tool_choice, conversation.tools),
-        names={
-            "max_tokens": "max_completion_tokens" if body.max_completion_tokens is not None else "max_tokens",
-            "include_stop": "include_stop_str_in_output",
-            "logprobs": "top_logprobs",
-        },
         **shared_fields(body),
     )
 
@@ -106,22 +102,26 @@ async def chat_text(state: AppState, raw: Mapping[str, Any], within: str = "") -
     return await conversation_text(state, chat_conversation(body, state)), body.messages
 
 
-def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> SamplingParams:
+def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> Sampling:
     """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
-    limit = request.max_completion_tokens
-    if limit is None:
-        limit = request.max_tokens
-    elif request.max_tokens is not None and request.max_tokens != limit:
-        raise bad("max_tokens", f"must equal max_completion_tokens ({limit}) or be left out, got {request.max_tokens}")
+    names = {"prompt": "messages", "include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"}
+    limit = request.max_tokens
+    if request.max_completion_tokens is not None:
+        limit, names["max_tokens"] = request.max_completion_tokens, "max_completion_tokens"
+    if request.max_tokens is not None and request.max_tokens != limit:
+        raise InvalidRequest(
+            "max_tokens", f"must equal max_completion_tokens ({limit}) or be left out, got {request.max_tokens}"
+        )
     if request.top_logprobs is not None and not request.logprobs:
-        raise bad("top_logprobs", "needs logprobs to be true")
+        raise InvalidRequest("top_logprobs", "needs logprobs to be true")
     if request.stream_options is not None and not request.stream:
-        raise bad("stream_options", "needs stream to be true")
+        raise InvalidRequest("stream_options", "needs stream to be true")
     if request.modalities is not None and request.modalities != ["text"]:
-        raise bad("modalities", 'must be ["text"]: this server writes text only')
+        raise InvalidRequest("modalities", 'must be ["text"]: this server writes text only')
     return openai_sampling(
         request,
         preferred,
+        names,
         max_tokens=limit,
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,

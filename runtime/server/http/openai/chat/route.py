@@ -33,7 +33,7 @@ def handler(state: AppState) -> Handler:
         chat = await preparer.prepare(chat_spec(body, state))
         reply = _ChatReply(state, body, chat)
         call = state.client.open([chat.prompt])
-        return await respond(call, request, reply, stream=body.stream, n=body.n)
+        return await respond(call, request, reply, stream=body.stream, n=body.n, names=chat.names)
 
     return chat_completions
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from .....chat.conversation import MAX_PARTS, Part, Text, Thinking, Turn
 from .....chat.openai_messages import check_pieces, label, read_breakpoint, read_call, read_texts
-from ...plumbing.errors import bad, shown
+from .....errors import InvalidRequest, shown
 
 ROLES = ("user", "system", "developer", "assistant")
 _TYPES = ("message", "function_call", "function_call_output", "reasoning")
@@ -18,11 +18,11 @@ def response_turns(instructions: str | None, input: Any, max_items: int) -> list
     if isinstance(input, str):
         return [*turns, Turn("user", [Text(input, "input")], "input")]
     if not isinstance(input, list):
-        raise bad("input", f"must be a string or a list of items, got {type(input).__name__}")
+        raise InvalidRequest("input", f"must be a string or a list of items, got {type(input).__name__}")
     if not input:
-        raise bad("input", "must not be empty")
+        raise InvalidRequest("input", "must not be empty")
     if len(input) > max_items:
-        raise bad("input", f"must have at most {max_items} items, got {len(input)}")
+        raise InvalidRequest("input", f"must have at most {max_items} items, got {len(input)}")
     check_pieces(input, ("content", "output"), "input")
     reader = _ItemReader(turns)
     for i, item in enumerate(input):
@@ -42,7 +42,7 @@ class _ItemReader:
 
     def read(self, item: Any, path: str) -> None:
         if not isinstance(item, dict):
-            raise bad(path, f"must be an object, got {type(item).__name__}")
+            raise InvalidRequest(path, f"must be an object, got {type(item).__name__}")
         kind = item.get("type")
         if kind is None and "role" in item:
             kind = "message"
@@ -59,15 +59,15 @@ class _ItemReader:
             case "reasoning":
                 self._reasoning(item, path)
             case None:
-                raise bad(f"{path}.type", "is required")
+                raise InvalidRequest(f"{path}.type", "is required")
             case _:
                 known = f"it takes {', '.join(_TYPES)}"
-                raise bad(f"{path}.type", f"{shown(kind)} is not supported by this server: {known}")
+                raise InvalidRequest(f"{path}.type", f"{shown(kind)} is not supported by this server: {known}")
 
     def _message(self, item: dict[str, Any], path: str) -> None:
         role = item.get("role")
         if role not in ROLES:
-            raise bad(f"{path}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
+            raise InvalidRequest(f"{path}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
         texts = read_texts(item.get("content"), f"{path}.content", role)
         if role != "assistant":
             self._add(Turn(role, texts, path))
@@ -76,7 +76,9 @@ class _ItemReader:
 
     def _reasoning(self, item: dict[str, Any], path: str) -> None:
         if item.get("encrypted_content") is not None:
-            raise bad(f"{path}.encrypted_content", "is not supported: this server's thinking is in content, readable")
+            raise InvalidRequest(
+                f"{path}.encrypted_content", "is not supported: this server's thinking is in content, readable"
+            )
         texts = _texts(item.get("content"), f"{path}.content") or _texts(item.get("summary"), f"{path}.summary")
         if texts:
             self._assistant(path, unless=Part).parts += [Thinking(text) for text in texts]
@@ -99,13 +101,13 @@ def _texts(parts: Any, path: str) -> list[str]:
     if parts is None:
         return []
     if not isinstance(parts, list):
-        raise bad(path, f"must be a list of parts, got {type(parts).__name__}")
+        raise InvalidRequest(path, f"must be a list of parts, got {type(parts).__name__}")
     if len(parts) > MAX_PARTS:
-        raise bad(path, f"must have at most {MAX_PARTS} parts, got {len(parts)}")
+        raise InvalidRequest(path, f"must have at most {MAX_PARTS} parts, got {len(parts)}")
     texts = []
     for i, part in enumerate(parts):
         text = part.get("text") if isinstance(part, dict) else None
         if not isinstance(text, str):
-            raise bad(f"{path}[{i}]", "must be an object with a text, a string")
+            raise InvalidRequest(f"{path}[{i}]", "must be an object with a text, a string")
         texts.append(text)
     return texts

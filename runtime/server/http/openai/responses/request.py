@@ -10,13 +10,12 @@ from pydantic import Field
 
 from .....chat.conversation import Conversation
 from .....chat.openai_tools import openai_tools
-from .....sampling_params import SamplingParams
+from .....errors import InvalidRequest, shown
 from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
 from ...fields.prompts import check_label
-from ...fields.requests import Strict, Strings, openai_sampling, parse
+from ...fields.requests import Sampling, Strict, Strings, openai_sampling, parse
 from ...fields.structured import ANY_OBJECT
-from ...plumbing.errors import bad, shown
 from ...state import AppState
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, shared_fields, template_options
 from .items import response_turns
@@ -100,19 +99,19 @@ def read(raw: Mapping[str, Any]) -> ResponsesRequest:
     """Raises `InvalidRequest`."""
     for name, why in REFUSED.items():
         if raw.get(name) is not None and raw[name] is not False:
-            raise bad(name, why)
+            raise InvalidRequest(name, why)
     body = parse(ResponsesRequest, raw, unsupported=UNSUPPORTED)
     if body.truncation not in (None, "disabled"):
-        raise bad("truncation", "must be disabled: what of the input does not fit is refused, not left out")
+        raise InvalidRequest("truncation", "must be disabled: what of the input does not fit is refused, not left out")
     if body.stream_options is not None and not body.stream:
-        raise bad("stream_options", "needs stream to be true")
+        raise InvalidRequest("stream_options", "needs stream to be true")
     for i, name in enumerate(body.include or ()):
         if name not in INCLUDABLE:
-            raise bad(f"include[{i}]", f"must be one of {', '.join(INCLUDABLE)}, got {shown(name)}")
+            raise InvalidRequest(f"include[{i}]", f"must be one of {', '.join(INCLUDABLE)}, got {shown(name)}")
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
-        raise bad("top_logprobs", f'needs include to have "{LOGPROBS}"')
+        raise InvalidRequest("top_logprobs", f'needs include to have "{LOGPROBS}"')
     if body.max_tool_calls is not None and body.max_tool_calls < 1:
-        raise bad("max_tool_calls", f"must be at least 1, got {body.max_tool_calls}")
+        raise InvalidRequest("max_tool_calls", f"must be at least 1, got {body.max_tool_calls}")
     for field in ("user", "safety_identifier"):
         check_label(getattr(body, field), field)
     _check_metadata(body.metadata or {})
@@ -127,32 +126,35 @@ def response_spec(body: ResponsesRequest, state: AppState) -> ChatSpec:
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         **template_options(body),
     )
+    params, names = response_sampling(body, state.preferred)
     return ChatSpec(
         conversation=conversation,
-        params=response_sampling(body, state.preferred),
+        params=params,
+        names=names,
         cache=body,
         tool_choice=openai_tool_choice(body.tool_choice, conversation.tools),
-        names={"include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"},
         **shared_fields(body),
     )
 
 
-def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> SamplingParams:
+def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> Sampling:
     """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
     wanted = LOGPROBS in (body.include or ())
-    params = openai_sampling(
+    params, names = openai_sampling(
         body,
         preferred,
+        {**NAMES, "prompt": "input", "include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"},
         max_tokens=body.max_output_tokens,
         skip_special_tokens=body.skip_special_tokens,
         logprobs=(body.top_logprobs or 0) if wanted else None,
     )
     schema = _schema(body.text)
     if schema is None:
-        return params
-    if params.constrained:
-        raise bad("text.format", f"cannot be combined with {params.constraint_name}: an output has one constraint")
-    return msgspec.structs.replace(params, json_schema=schema, constraint_name="text.format")
+        return Sampling(params, names)
+    kind = params.constraint_kind
+    if kind is not None:
+        raise InvalidRequest("text.format", f"cannot be combined with {names[kind]}: an output has one constraint")
+    return Sampling(msgspec.structs.replace(params, json_schema=schema), {**names, "json_schema": "text.format"})
 
 
 def _schema(text: TextOptions | None) -> dict[str, Any] | str | None:
@@ -164,19 +166,19 @@ def _schema(text: TextOptions | None) -> dict[str, Any] | str | None:
     if kind == "json_object":
         return ANY_OBJECT
     if kind != "json_schema":
-        raise bad("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+        raise InvalidRequest("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
     if not isinstance(schema, dict):
-        raise bad("text.format.schema", f"must be a JSON schema, an object, got {type(schema).__name__}")
+        raise InvalidRequest("text.format.schema", f"must be a JSON schema, an object, got {type(schema).__name__}")
     return schema
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
     if len(metadata) > MAX_METADATA:
-        raise bad("metadata", f"must have at most {MAX_METADATA} entries, got {len(metadata)}")
+        raise InvalidRequest("metadata", f"must have at most {MAX_METADATA} entries, got {len(metadata)}")
     for key, value in metadata.items():
         if len(key) > MAX_KEY:
-            raise bad("metadata", f"keys must be at most {MAX_KEY} characters, got {len(key)}")
+            raise InvalidRequest("metadata", f"keys must be at most {MAX_KEY} characters, got {len(key)}")
         if not isinstance(value, str):
-            raise bad(f"metadata.{key}", f"must be a string, got {type(value).__name__}")
+            raise InvalidRequest(f"metadata.{key}", f"must be a string, got {type(value).__name__}")
         if len(value) > MAX_VALUE:
-            raise bad(f"metadata.{key}", f"must be at most {MAX_VALUE} characters, got {len(value)}")
+            raise InvalidRequest(f"metadata.{key}", f"must be at most {MAX_VALUE} characters, got {len(value)}")

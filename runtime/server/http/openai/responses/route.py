@@ -6,14 +6,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from .....errors import InvalidRequest
+from .....errors import InvalidRequest, renaming
 from ...chat.prepare import ChatPreparer
 from ...plumbing.body import read_json_object
 from ...plumbing.openapi import takes
 from ...plumbing.respond import respond
 from ...plumbing.shortcut import Handler
 from ...state import AppState
-from ..chat.renamed import renamed
 from .reply import ResponseReply
 from .request import NAMES, ResponsesRequest, read, response_spec
 
@@ -28,13 +27,11 @@ def handler(state: AppState) -> Handler:
         body = read(await read_json_object(request))
         state.check_model(body.model)
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
-        try:
+        with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
-            reply = ResponseReply(state, body, chat.samples[0])
-            call = state.client.open([chat.prompt])
-            return await respond(call, request, reply, stream=body.stream, fail=reply.fail)
-        except InvalidRequest as error:  # from the engine too: it compiles schemas and counts the prompt's tokens
-            raise renamed(error, NAMES) from error
+        reply = ResponseReply(state, body, chat.samples[0])
+        call = state.client.open([chat.prompt])
+        return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=reply.fail)
 
     return responses
 
@@ -49,8 +46,8 @@ def router(_state: AppState) -> APIRouter:
     @routes.get("/v1/responses/{id}/input_items", include_in_schema=False)
     async def stored(id: str) -> Response:
         raise InvalidRequest(
-            f"there is no response {id[:80]!r}: this server stores none. A client that closes its connection cancels.",
-            field="response_id",
+            "response_id",
+            f"{id[:80]!r} does not exist: this server stores no responses. Closing the connection cancels one.",
             status=404,
         )
 
@@ -58,7 +55,9 @@ def router(_state: AppState) -> APIRouter:
     @routes.post("/v1/responses/compact", include_in_schema=False)
     async def absent() -> Response:
         raise InvalidRequest(
-            "this server has no such route: /tokenize and /v1/messages/count_tokens count; nothing compacts", status=404
+            None,
+            "this server has no such route: /tokenize and /v1/messages/count_tokens count; nothing compacts",
+            status=404,
         )
 
     return routes

@@ -166,7 +166,7 @@ def test_fields_of_a_chat(asked: Callable[..., ChatSpec]) -> None:
     told = {"enable_thinking": True, "thinking": True, "thinking_budget": 50}
     assert spec.conversation.chat_template_kwargs == told
     assert spec.conversation.reasoning_effort == "low"
-    assert (params.json_schema, params.constraint_name) == ({"type": "object"}, "output_config.format")
+    assert (params.json_schema, spec.names["json_schema"]) == ({"type": "object"}, "output_config.format")
 
 
 @pytest.mark.parametrize(("type", "expected"), [("enabled", True), ("adaptive", True), ("disabled", False)])
@@ -188,7 +188,7 @@ def test_what_a_schema_is_called_by(asked: Callable[..., ChatSpec]) -> None:
         ({"output_format": format}, "output_format"),
         ({"output_config": {"format": format}}, "output_config.format"),
     ):
-        assert asked(**fields).params.constraint_name == name
+        assert asked(**fields).names["json_schema"] == name
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_what_is_refused(field: str, messages: Any) -> None:
             messages = [HI, {"role": "assistant", "content": [USE]}, *messages]
             field = field.replace("[0]", "[2]", 1)
         ConversationReader(request(messages), 100)
-    assert refused.value.field == field
+    assert refused.value.path == field
     assert field in refused.value.message
 
 

@@ -74,9 +74,9 @@ async def test_before_the_route(make_state: Callable[..., AppState], path: str) 
 @pytest.mark.parametrize(
     ("error", "status", "kind"),
     [
-        (InvalidRequest("no", status=403), 403, "permission_error"),
-        (InvalidRequest("no", status=409), 409, "invalid_request_error"),
-        (InvalidRequest("no", status=429), 429, "rate_limit_error"),
+        (InvalidRequest(None, "no", status=403), 403, "permission_error"),
+        (InvalidRequest(None, "no", status=409), 409, "invalid_request_error"),
+        (InvalidRequest(None, "no", status=429), 429, "rate_limit_error"),
         (Overloaded("full"), 529, "overloaded_error"),
         (EngineDead("dead"), 500, "api_error"),
         (ZeroDivisionError("secret"), 500, "api_error"),

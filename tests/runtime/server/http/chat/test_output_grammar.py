@@ -104,18 +104,15 @@ def test_thinking_comes_before_calls(takes: Any, format: str) -> None:
 
 
 def test_an_answers_schema_holds_after_thinking_and_not_for_calls(takes: Any) -> None:
-    asked = SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format")
+    asked = SamplingParams(json_schema=json.dumps(SCHEMA))
     grammar = OutputGrammar(None, False, THINK, {})
     params = grammar.applied(asked, ASKED)
-    assert params.constraint_name == "response_format"
     assert takes(params, '{"x": 1}')
     assert takes(params, '<think>one</think>\n\n{"x": 1}')
     assert not takes(params, '{"x": "a"}')
     assert not takes(params, "<think>one</think>\n\nOne.")
     assert grammar.applied(asked, ASKED + "<think>\n\n</think>\n\n") is asked, "nothing to add"
-    chosen = grammar.applied(
-        SamplingParams(choices=("yes", "no"), constraint_name="guided_choice"), ASKED + "<think>\n"
-    )
+    chosen = grammar.applied(SamplingParams(choices=("yes", "no")), ASKED + "<think>\n")
     assert takes(chosen, "hm</think>\n\nyes")
     assert not takes(chosen, "yes")
 
@@ -123,7 +120,7 @@ def test_an_answers_schema_holds_after_thinking_and_not_for_calls(takes: Any) ->
 @pytest.mark.parametrize("format", CALLS)
 def test_a_strict_tool_beside_an_answer_with_a_schema(takes: Any, format: str) -> None:
     call, (right, wrong) = CALLS[format]
-    both = applied(format, params=SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format"))
+    both = applied(format, params=SamplingParams(json_schema=json.dumps(SCHEMA)))
     assert takes(both, call)
     assert takes(both, '{"x": 1}')
     assert not takes(both, "Hello.")
@@ -137,17 +134,17 @@ def test_nothing_to_enforce_is_no_grammar() -> None:
 
 
 def test_what_does_not_go_together() -> None:
-    regex = SamplingParams(regex="a+", constraint_name="regex")
+    regex = SamplingParams(regex="a+")
     for forced in (False, True):
         with pytest.raises(InvalidRequest, match="cannot be combined") as refused:
             applied("hermes", params=regex, forced=forced)
-        assert refused.value.field == "regex"
+        assert refused.value.path == "regex"
 
 
 @pytest.mark.parametrize("format", CALLS)
 def test_a_forced_call_leaves_no_answer_to_format(takes: Any, format: str) -> None:
     """Clients send both: instructor names a tool and the same schema as the answer's format."""
-    asked = SamplingParams(json_schema=json.dumps(SCHEMA), constraint_name="response_format")
+    asked = SamplingParams(json_schema=json.dumps(SCHEMA))
     params = applied(format, params=asked, forced=True)
     call, (right, wrong) = CALLS[format]
     assert takes(params, call)
@@ -160,7 +157,7 @@ def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
     tools = [*TOOLS, Tool("h", {"type": "object", "x-guidance": {}}, strict=True)]
     with pytest.raises(InvalidRequest) as refused:
         calls_for("hermes", offered(tools), enforced=False, parallel=True)
-    assert refused.value.field == "tools[2].parameters"
+    assert refused.value.path == "tools[2].parameters"
 
 
 def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:

@@ -88,11 +88,11 @@ async def test_the_tokens_are_those_of_the_route(
             theirs: Any = await sent_by_the_server(state, body)
             compared += 1
         except InvalidRequest as error:
-            theirs = error.field
+            theirs = error.path
         try:
             ours: Any = engine.chat_prompt(**body)
         except InvalidRequest as error:
-            ours = error.field
+            ours = error.path
         assert ours == theirs, name
     assert compared >= 5
     twice = [own.backend.token_to_id("<|begin|>")] * 2

@@ -194,7 +194,7 @@ def test_how_it_ended(told: Any, make_answer: Any, reason: str, status: str, det
         (Overloaded("the server is shutting down"), "server_error", "the server is shutting down"),
         (ZeroDivisionError("secret"), "server_error", "internal error; the server's log says more"),
         (
-            InvalidRequest("text.format is no use", field="text.format"),
+            InvalidRequest("text.format", "is no use"),
             "invalid_prompt",
             "text.format is no use",
         ),

@@ -144,7 +144,7 @@ def test_errors_name_the_item(items: list[Any], field: str, instructions: str | 
     """Also where only the chat template cannot read them, whatever turns came before."""
     with pytest.raises(InvalidRequest) as refused:
         template_messages(response_turns(instructions, items, 100), TEMPLATE)
-    assert refused.value.field == field
+    assert refused.value.path == field
     assert field in refused.value.message
     assert "messages" not in refused.value.message
 
@@ -170,13 +170,13 @@ def test_tools_are_functions_without_a_level_between(asked: Callable[..., ChatSp
     assert spec.tool_choice == ("required", ("f",))
     with pytest.raises(InvalidRequest) as refused:
         asked(tools=[{**tool, "name": "a b"}])
-    assert refused.value.field == "tools[0].name"
+    assert refused.value.path == "tools[0].name"
 
 
 def test_the_format_of_the_text(asked: Callable[..., ChatSpec]) -> None:
     schema = {"type": "object"}
-    wanted = asked(text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}}).params
-    assert (wanted.json_schema, wanted.constraint_name) == (schema, "text.format")
+    wanted = asked(text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})
+    assert (wanted.params.json_schema, wanted.names["json_schema"]) == (schema, "text.format")
     assert asked(text={"format": {"type": "json_object"}}).params.json_schema == '{"type":"object"}'
     assert asked(text={"verbosity": "low"}).params.json_schema is None
     with pytest.raises(InvalidRequest, match=r"text\.format cannot be combined with regex"):
@@ -203,6 +203,6 @@ def test_what_is_called_something_else_here_says_so(asked: Callable[..., ChatSpe
     ):
         with pytest.raises(InvalidRequest) as refused:
             asked(**{name: value})
-        assert refused.value.field == name
+        assert refused.value.path == name
         assert said in refused.value.message
     asked(background=False, logprobs=False, previous_response_id=None)
