@@ -131,6 +131,26 @@ def test_a_killed_server_leaves_nothing_behind(start_server: Any, process_alive:
     assert gone(server, process_alive)
 
 
+def test_what_a_killed_server_could_not_clean_up_is_cleaned_up_by_the_next(
+    start_server: Any, process_alive: Any, run_server_process: Any, null_settings: Any, tokenizer_folder: Path
+) -> None:
+    """A child that is stopped when its server is killed cannot end by itself, nor remove the run directory."""
+    server = start_server()
+    os.kill(server.pids["detokenizer"], signal.SIGSTOP)
+    server.process.kill()
+    server.process.wait()
+    [left] = server.run_dirs
+    assert process_alive(server.pids["detokenizer"])
+    with run_server_process(null_settings(tokenizer_folder), server.run_root) as second:
+        assert left not in second.run_dirs
+        assert not process_alive(server.pids["detokenizer"])
+        assert second.http.get("/health").status_code == 200
+        # What belongs to a living server stays, whoever starts beside it.
+        with run_server_process(null_settings(tokenizer_folder), server.run_root) as third:
+            assert len(third.run_dirs) == 2
+        assert second.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200
+
+
 def test_sigterm_drains(start_server: Any, process_alive: Any) -> None:
     server = start_server()
     requests = [streaming(server, 3000), waiting(server, 3000)]

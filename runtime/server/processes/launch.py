@@ -1,12 +1,15 @@
-"""The run directory: a private place for the sockets and for what the children are told."""
+"""The run directory: a private place for the sockets and for what the child processes read at their start."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 import msgspec
 
@@ -17,18 +20,22 @@ from .channels import MAX_PATH
 Role = Literal["tokenizer", "scheduler", "detokenizer"]
 # The scheduler first: it has the most to import and to load.
 ROLES: tuple[Role, ...] = ("scheduler", "detokenizer", "tokenizer")
-_LONGEST = "/branchwise-xxxxxxxx/detokenizer.sock"
+_PREFIX = "branchwise-"
+_LONGEST = f"/{_PREFIX}xxxxxxxx/detokenizer.sock"
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What every child reads when it starts. API keys are none of their business and are not written."""
+    """What every child reads when it starts. API keys are not written: no child needs them."""
 
     parent: int  # process id
     config: ServerConfig
 
 
 class RunDirectory:
-    """A fresh directory, mode 0700. Paths of Unix sockets are short, so a long TMPDIR falls back to /tmp."""
+    """A new directory, mode 0700, in the temporary directory, or in /tmp where that path is too long for a socket's.
+
+    Removes the directories of servers that were killed first.
+    """
 
     def __init__(self, config: ServerConfig) -> None:
         try:
@@ -37,7 +44,9 @@ class RunDirectory:
             raise LoadError("no temporary directory can be written to; set TMPDIR to one that can") from error
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
-        self.path = Path(tempfile.mkdtemp(prefix="branchwise-", dir=base))  # mkdtemp: mode 0700
+        remove_stale(Path(base))
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # mkdtemp: mode 0700
+        self._lock = hold_lock(self.path, "http")
         keyless = msgspec.structs.replace(
             config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None
         )
@@ -46,8 +55,49 @@ class RunDirectory:
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
+        self._lock.close()
 
 
 def read_launch(run_dir: Path) -> Launch:
     """What `RunDirectory` wrote, as a child reads it."""
     return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)
+
+
+def hold_lock(run_dir: Path, name: str) -> IO[str]:
+    """Locks a file in the run directory until it is closed or this process ends, however that ends. Holds our pid."""
+    path = run_dir / f".{name}.lock"
+    file = path.open("w")
+    fcntl.flock(file, fcntl.LOCK_EX)
+    file.write(str(os.getpid()))
+    file.flush()
+    path.rename(run_dir / f"{name}.lock")  # after locking: nobody may find it unlocked while its owner lives
+    return file
+
+
+def remove_stale(base: Path) -> None:
+    """Removes this user's run directories in ``base`` whose server has ended without doing so, and kills what is left
+    of its children: one that was stopped (SIGSTOP) or stuck when its server was killed could not end by itself."""
+    for run_dir in base.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if run_dir.is_symlink() or run_dir.stat().st_uid != os.getuid():
+                continue
+            if not (run_dir / "http.lock").exists() or _owner(run_dir, "http") is not None:
+                continue
+            for role in ROLES:
+                pid = _owner(run_dir, role)
+                if pid is not None:
+                    os.kill(pid, signal.SIGKILL)
+            shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def _owner(run_dir: Path, name: str) -> int | None:
+    """The process that holds the lock: it is alive, so its pid has not been given to another. None: nobody does."""
+    try:
+        with (run_dir / f"{name}.lock").open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return int(file.read())
+    except (FileNotFoundError, ValueError):
+        pass
+    return None

@@ -16,7 +16,7 @@ from ...config import ServerConfig
 from ...errors import BranchwiseError
 from ...messages import Failed
 from .channels import Outbox
-from .launch import read_launch
+from .launch import hold_lock, read_launch
 from .lifeline import die_with_parent, ignore_stop_signals
 
 logger = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def main(role: str, run_dir: Path) -> int:
     launch = read_launch(run_dir)
     # The detokenizer never blocks for long, so it is the one that cleans up after a killed server.
     die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
+    lock = hold_lock(run_dir, role)
     logging.basicConfig(
         level=launch.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s"
     )
@@ -77,6 +78,7 @@ def main(role: str, run_dir: Path) -> int:
     finally:
         http.close()
         context.destroy()
+        lock.close()
 
 
 if __name__ == "__main__":
