@@ -1,4 +1,7 @@
-"""How many values a JSON text has and how deep they stand, by its bytes: as objects, all of them hold up the loop."""
+"""Estimates of the value count and nesting depth of a JSON text from its bytes, before it is parsed.
+
+Parsing a hostile body would block the event loop; these scans are vectorised and yield to the loop between slices.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-SLICE = 1 << 18  # bytes that are looked at before others have their turn: a millisecond
+SLICE = 1 << 18  # bytes scanned between two yields to the event loop: about a millisecond
 _QUOTE, _COMMA, _COLON, _BACKSLASH, _OPENING, _CLOSING = b'",:\\[]'
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class Values(NamedTuple):
-    """Of a text that is valid, at least as many as there are in it: names of fields count too, lists and objects twice,
-    for so long they take, and empty ones thrice.
+    """Upper bounds on the values that a parser makes of a text before it succeeds or fails.
 
-    Of one that is not, as many as a parser makes before it says so.
+    Object keys count too; lists and objects count twice, empty ones three times, which is what they cost to parse.
     """
 
     all: int
-    large: int  # strings, lists and objects, itself among them; neither numbers nor true, false and null
+    large: int  # strings, lists and objects, the text itself included
     escapes: int  # backslashes
 
 
@@ -31,9 +33,9 @@ NONE = Values(0, 0, 0)
 
 
 async def count_values(text: bytes, most: int) -> Values:
-    """Exact only where it is more than ``most``: what stands in strings counts as well until that matters.
+    """Counts exactly only if a rough count, which includes punctuation inside strings, exceeds ``most``.
 
-    Others have their turn now and then.
+    Yields to the event loop between slices.
     """
     found = NONE
     for part in _slices(text):
@@ -49,7 +51,7 @@ async def count_values(text: bytes, most: int) -> Values:
 
 
 async def deeper_than(text: bytes, most: int) -> bool:
-    """`deeper_than_now`; others have their turn now and then."""
+    """`deeper_than_now`, but yields to the event loop between slices."""
     if len(text) <= SLICE:
         return deeper_than_now(text, most)
     outside = _Outside()
@@ -61,10 +63,7 @@ async def deeper_than(text: bytes, most: int) -> bool:
 
 
 def deeper_than_now(text: bytes, most: int) -> bool:
-    """Whether lists and objects stand more than ``most`` deep in one another.
-
-    Of a text that is no JSON, whether a parser goes deeper before it says so.
-    """
+    """Whether lists and objects are nested more than ``most`` deep, as far as a parser would read the text."""
     if text.count(b"[") + text.count(b"{") <= most:
         return False
     outside = _Outside()
@@ -87,27 +86,27 @@ def _rough(part: Bytes) -> Values:
 
 
 def _bracket(part: Bytes, which: int) -> npt.NDArray[np.bool_]:
-    """Of a list or of an object: they differ in one bit."""
+    """Where a list or an object opens (or closes): the two brackets differ in one bit."""
     return (part & 0xDF) == which
 
 
 class _Outside:
-    """Looks at what is not within strings, slice after slice of one text."""
+    """Scans one text slice by slice, skipping the insides of strings."""
 
     def __init__(self) -> None:
-        self._inside = 0  # whether the last slice ended in a string
-        self._backslashes = 0  # that it ended in, modulo 2
-        self._depth = 0  # of lists and objects, where it ended
+        self._inside = 0  # 1 if the last slice ended inside a string
+        self._backslashes = 0  # at the end of the last slice, modulo 2
+        self._depth = 0  # of lists and objects at the end of the last slice
 
     def count(self, part: Bytes) -> Values:
-        """But for `Values.escapes`."""
+        """Everything but `Values.escapes`."""
         opening = _bracket(part, _OPENING)
         marks, strings = self._marks(part, opening | (part == _COMMA) | (part == _COLON))
         opened = int(np.count_nonzero(_bracket(marks, _OPENING)))
         return Values(len(marks) + opened, opened + strings, 0)
 
     def depth(self, part: Bytes) -> int:
-        """The largest in this slice."""
+        """The largest depth in this slice."""
         marks, _ = self._marks(part, _bracket(part, _OPENING) | _bracket(part, _CLOSING))
         if not len(marks):
             return self._depth
@@ -116,7 +115,7 @@ class _Outside:
         return deepest
 
     def _marks(self, part: Bytes, wanted: npt.NDArray[np.bool_]) -> tuple[Bytes, int]:
-        """Those ``wanted`` that stand in no string, and how many strings begin."""
+        """The ``wanted`` bytes outside strings, and how many strings begin."""
         quotes = part == _QUOTE
         self._drop_escaped(part, quotes)
         marks = part[quotes | wanted]
@@ -127,7 +126,7 @@ class _Outside:
         return marks[(within == 0) & ~quotes], int(np.count_nonzero(within[quotes]))
 
     def _drop_escaped(self, part: Bytes, quotes: npt.NDArray[np.bool_]) -> None:
-        """Of ``quotes``, those with an odd number of backslashes before them: no string begins or ends there."""
+        """Clears quotes that an odd number of backslashes precedes: they neither begin nor end a string."""
         quotes[0] &= not self._backslashes
         places = np.flatnonzero(part == _BACKSLASH)
         if not len(places):
@@ -135,7 +134,7 @@ class _Outside:
             return
         begins = np.concatenate(([True], np.diff(places) > 1))
         begun = np.maximum.accumulate(np.where(begins, places, 0))
-        # What the last slice ended in goes on with a run from the first byte.
+        # A run of backslashes at the end of the last slice continues at the first byte of this one.
         lengths = places - begun + 1 + np.where(begun == 0, self._backslashes, 0)
         odd = places[lengths & 1 == 1] + 1
         quotes[odd[odd < len(part)]] = False

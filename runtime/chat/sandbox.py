@@ -1,8 +1,8 @@
 """The sandbox chat templates run in: Jinja's immutable one, with Hugging Face's extensions, and bounded.
 
-A template comes with a checkpoint, so it is code from a stranger. Jinja's sandbox keeps it from reaching Python, not
-from looping for ever or from writing gigabytes. So every turn of a loop and every call looks at a clock, and whatever
-makes long texts or big numbers out of short ones is asked for their size first.
+A template comes with a checkpoint, so it is untrusted code. Jinja's sandbox keeps it away from Python's internals but
+does not bound its time or memory. Here every loop iteration and every call checks a deadline, and operations that turn
+short values into long texts or large numbers check the size of their result first.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 MAX_INTEGER_BITS = 4096  # of a product or a power
-MAX_WIDTH = 100_000  # any integer handed to a filter or a method: widths, counts, indentation
+MAX_WIDTH = 100_000  # of any integer argument of a filter or a method: widths, counts, indentation
 _WIDTHS = re.compile(r"\d{6,}|\*")  # in a %-format
 
 
 class Exhausted(Exception):
-    """The template did more than one rendering may."""
+    """The template exceeded the budget of one rendering."""
 
 
 class Budget:
-    """What one rendering may take. Shared by everything a template does while it is rendered."""
+    """Time and characters that one rendering may use."""
 
     __slots__ = ("_deadline", "_seconds", "characters")
 
@@ -53,7 +53,7 @@ class Budget:
             raise Exhausted(f"it makes texts of more than {self.characters} characters")
 
 
-_COMPILING = Budget(float("inf"), MAX_WIDTH)  # constants are folded then
+_COMPILING = Budget(float("inf"), MAX_WIDTH)  # compiling folds constants
 _budget: ContextVar[Budget] = ContextVar("budget", default=_COMPILING)
 
 
@@ -64,7 +64,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
         self.filters["tojson"] = _to_json
         self.filters = {name: _guarded(name, function) for name, function in self.filters.items()}
-        self.filters[_TURNS], self.filters[_JOINED] = _turns, _joined
+        self.filters[_ITERATIONS], self.filters[_JOINED] = _iterations, _joined
         del self.globals["lipsum"]  # writes as much as it is told to
         self.globals |= {
             "raise_exception": _raise_exception,
@@ -74,11 +74,11 @@ class Sandbox(ImmutableSandboxedEnvironment):
         }
 
     def compiled(self, source: str) -> tuple[Template, frozenset[str]]:
-        """The template, and the names it reads that it does not set itself. Raises `TemplateSyntaxError`."""
+        """The template and the variables it reads but does not set. Raises `TemplateSyntaxError`."""
         return self.from_string(source), frozenset(meta.find_undeclared_variables(self.parse(source)))
 
     def run(self, template: Template, names: dict[str, Any], budget: Budget) -> str:
-        """Raises `Exhausted`, or whatever an expression of a template can."""
+        """Renders. Raises `Exhausted`, or any exception that an expression of the template raises."""
         token = _budget.set(budget)
         try:
             pieces: list[str] = []
@@ -121,7 +121,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        """Jinja's own, for ``str.format``, whose widths are numbers too: in the pattern or handed over."""
+        """``str.format``, with the widths in its pattern and its arguments checked."""
         safe = super().wrap_str_format(value)
         if safe is None:
             return None
@@ -135,21 +135,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     @staticmethod
     def concat(pieces: Iterable[str]) -> str:
-        """What a macro or a ``{% set %}`` block has written."""
+        """Joins the output of a macro or a ``{% set %}`` block."""
         pieces = list(pieces)
         _budget.get().text(sum(map(len, pieces)))
         return "".join(pieces)
 
 
-_TURNS, _JOINED = "branchwise turns", "branchwise joined"  # no template can write these names
+_ITERATIONS, _JOINED = "branchwise iterations", "branchwise joined"  # no template can write these names
 
 
 class _Watched(NodeTransformer):
-    """Loops and ``~`` are compiled to code nobody can watch; as filters they can be."""
+    """Routes loops and ``~`` through filters: the code that Jinja compiles them to has no hook for the budget."""
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, _TURNS, [], [], None, None, lineno=node.lineno)
+        node.iter = nodes.Filter(node.iter, _ITERATIONS, [], [], None, None, lineno=node.lineno)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
@@ -157,7 +157,7 @@ class _Watched(NodeTransformer):
         return nodes.Filter(nodes.Tuple(node.nodes, "load"), _JOINED, [], [], None, None, lineno=node.lineno)
 
 
-def _turns(values: Iterable[Any]) -> Iterator[Any]:
+def _iterations(values: Iterable[Any]) -> Iterator[Any]:
     tick = _budget.get().tick
     for value in values:
         tick()
@@ -184,7 +184,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_arguments(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Of a filter or of a method of a string; ``args[0]`` is what it works on."""
+    """Checks a call of a filter or string method, whose subject is ``args[0]``, against the budget."""
     for value in (*args[1:], *kwargs.values()):
         if isinstance(value, int) and abs(value) > MAX_WIDTH:
             raise Exhausted(f"{name} was given a number larger than {MAX_WIDTH}")
@@ -224,7 +224,7 @@ def _check_format(pattern: str) -> None:
 
 
 class _Generation(Extension):
-    """``{% generation %}``: marks the assistant's share for training masks; means nothing here."""
+    """``{% generation %}`` marks the assistant's text for training masks; rendering ignores it."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own protocol
 
@@ -244,7 +244,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """Takes no name that begins with an underscore."""
+    """Refuses names that begin with an underscore."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:  # no ``self``: a template may use the name
         self, *rest = args
@@ -274,7 +274,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter would escape HTML."""
+    """Replaces Jinja's own filter, which escapes HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -1,4 +1,4 @@
-"""A model's own chat template: from a conversation to the prompt's text. Clients never send templates."""
+"""A model's own chat template, which renders a conversation to the prompt's text. Clients cannot send templates."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 RENDER_SECONDS = 5.0
 MAX_CHARACTERS = 16 * 1024 * 1024  # of one rendering
-MAX_REASON = 300  # characters of what a template says when it refuses
+MAX_REASON = 300  # characters of a template's own error message
 
-# What a request's variables may not be called: what the conversation is made of, and what the sandbox provides.
+# Names that a request's variables may not have: the conversation's parts, and what the sandbox provides.
 RESERVED = frozenset(
     {
         *("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize"),
         *("raise_exception", "strftime_now", "namespace", "dict", "range", "cycler", "joiner"),
     }
 )
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what models' templates call a message's reasoning
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for a message's reasoning
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with a space at its end, which says whether the template trims
 
 
 class ChatTemplate:
-    """Renders conversations. Compiled when first used, so a server that is never asked to chat pays nothing."""
+    """Renders conversations. Compiled on first use: servers without chat requests never import Jinja."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         self.source = source
@@ -44,11 +44,11 @@ class ChatTemplate:
         continue_final_message: bool = False,
         seconds: float = RENDER_SECONDS,
     ) -> str:
-        """The prompt's text; ``variables`` are extra names the template may use (such as ``tools``).
+        """The prompt's text. ``variables``: further names that the template may read, such as ``tools``.
 
-        ``continue_final_message``: the text ends where the last message's content does, for the model to go on with it.
-        Equal to transformers' ``apply_chat_template``. Raises `InvalidRequest` if the template refuses or cannot cope
-        with the messages, or takes longer than ``seconds``; `LoadError` if it is not a valid template.
+        ``continue_final_message``: the text ends with the last message's content, for the model to continue.
+        Equal to transformers' ``apply_chat_template``. Raises `InvalidRequest` if the template raises an
+        error or takes longer than ``seconds``; `LoadError` if it is not a valid template.
         """
         from .sandbox import Budget, Exhausted
 
@@ -69,7 +69,7 @@ class ChatTemplate:
         return _up_to_tag(text, messages[-1]["content"]) if continue_final_message else text
 
     def reads(self, name: str) -> bool:
-        """Whether the template looks at a variable of this name. Special tokens and `RESERVED` names do not count."""
+        """Whether the template reads a variable of this name. Special tokens and `RESERVED` names do not count."""
         return name not in RESERVED and name not in self._special_tokens and name in self._compiled[2]
 
     @property
@@ -78,15 +78,15 @@ class ChatTemplate:
 
     @cached_property
     def knows_developer(self) -> bool:
-        """Whether the template has anything to say about the role ``developer``; most call it ``system``."""
+        """Whether the template handles the role ``developer``; most know only ``system``."""
         return "developer" in self.source
 
     @cached_property
     def keeps_arguments(self) -> bool:
-        """Whether a tool call's arguments may be handed over as the text the model wrote, and are written as such.
+        """Whether the template writes a tool call's arguments verbatim if they are text.
 
-        The prompt then continues with the very tokens the model generated; an object is written anew, in the
-        template's way.
+        The prompt then repeats exactly the tokens that the model generated. An object is serialised again, in the
+        template's own way.
         """
         written = '{"branchwise":   [1,2]}'
         messages: list[dict[str, Any]] = [
@@ -152,7 +152,7 @@ def _probe_call(arguments: str) -> dict[str, Any]:
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Templates call it by several names: it is given all that this one may look for."""
+    """Gives a message's reasoning every name that the template may look for."""
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
     return dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 

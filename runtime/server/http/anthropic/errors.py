@@ -1,4 +1,4 @@
-"""Errors in Anthropic's shape, whoever refused: the key's check, the body's bound or a route."""
+"""Errors in Anthropic's shape, wherever they arise: key check, body limit or route."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TYPES = {
     429: "rate_limit_error",
     OVERLOADED: "overloaded_error",
 }
-NO_THREADS = "thread_unsupported_request"  # a code: told this, Anthropic's package sends whole conversations
+NO_THREADS = "thread_unsupported_request"  # error code that makes Anthropic's package send whole conversations
 
 
 def error_body(status: int, message: str, id: str, code: str | None = None) -> dict[str, Any]:
@@ -32,15 +32,15 @@ def error_body(status: int, message: str, id: str, code: str | None = None) -> d
 
 
 def error_event(error: Exception, scope: Scope) -> bytes:
-    """What ends a stream that cannot go on."""
+    """The last event of a stream that fails midway."""
     status, body = describe(error)
     return typed_event(error_body(status_of(status), body["error"]["message"], scope[KEY]))
 
 
 class ErrorShape:
-    """Gives every answer below `ROOT` a ``request-id``, and every error Anthropic's body and status.
+    """Gives every response below `ROOT` a ``request-id``, and every error Anthropic's body and status.
 
-    Around all the others, for they refuse in OpenAI's shape before any route is reached.
+    The outermost middleware but one: the others refuse in OpenAI's shape before any route is reached.
     """
 
     def __init__(self, app: ASGIApp) -> None:

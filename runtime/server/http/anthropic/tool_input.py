@@ -1,4 +1,4 @@
-"""A call's arguments as the ``input`` of a tool_use, which must be an object, however far the model came with them."""
+"""A call's arguments as the ``input`` of a tool_use: always a JSON object, even if the model was cut off."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ class _Next(Enum):
     COLON = auto()
     FIRST_VALUE = auto()  # or the end of a list
     VALUE = auto()
-    COMMA = auto()  # or the end of what is open
+    COMMA = auto()  # or the end of an object or list
     IN_KEY = auto()
     IN_STRING = auto()
-    NOTHING = auto()  # the object is whole, or what came is not JSON
+    NOTHING = auto()  # the object is complete, or the text is not JSON
 
 
 class ToolInput:
-    """The longest beginning of the arguments that is the beginning of a JSON object, character for character.
+    """The longest prefix of the arguments that is a prefix of a JSON object, character for character.
 
-    What follows, or everything where they are no object, is left out. The grammar of a strict or forced call never
-    writes such arguments; a model on its own may, and any model whose ``max_tokens`` are used up.
+    The rest is left out, or everything if they are no object. Unconstrained models may write such arguments, and
+    ``max_tokens`` may end any; the grammar of a strict or forced call writes an object.
     """
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
         self._length = 0
-        self._held = ""  # what may yet turn out to be wrong: an escape or a number in the making
+        self._held = ""  # an incomplete escape or number, which may yet turn out to be invalid
         self._next = _Next.OBJECT
-        self._open: list[str] = []  # the closers of what is open
-        self._whole = 0  # characters up to the last value that is whole, or bracket that opened
+        self._open: list[str] = []  # closing brackets of the open objects and lists
+        self._whole = 0  # characters up to the last complete value or opening bracket
 
     def feed(self, text: str) -> str:
-        """What the arguments go on with, for a client that adds up their text."""
+        """The text that ``text`` adds to the prefix, for a client that concatenates it."""
         text, at = self._held + text, 0
         if self._next is _Next.OBJECT:
             text = text.lstrip(" \t\r\n")
@@ -63,14 +63,14 @@ class ToolInput:
 
     @property
     def text(self) -> str:
-        """A whole object: what was fed, without a last member that is not whole. It is what clients make of `feed`'s
-        text when there is no more of it."""
+        """The object: what was fed, without an incomplete last member. Clients' lenient parsers make the same of the
+        concatenated text."""
         if not self._length:
             return "{}"
         return "".join(self._pieces)[: self._whole] + "".join(reversed(self._open))
 
     def _read(self, text: str, at: int) -> int:
-        """To the end of the next token that is whole; ``at`` where more must come first, or nothing may."""
+        """The end of the next complete token; ``at`` if it is incomplete or invalid."""
         if self._next in (_Next.IN_KEY, _Next.IN_STRING):
             return self._read_string(text, at)
         space = _SPACE.match(text, at)

@@ -1,7 +1,6 @@
-"""What a chat's output must be, as one grammar: thinking, then calls or an answer, each where the request wants it.
+"""The grammar of a chat's whole output: thinking, then calls or an answer, in llguidance's dialect of Lark.
 
-`runtime.tools.grammar` knows what a call looks like, `runtime.grammar` enforces. Here the parts are put together, in
-llguidance's dialect of Lark.
+`chat.tools.grammar` describes calls and `runtime.grammar` enforces grammars; this module combines the parts.
 """
 
 from __future__ import annotations
@@ -36,7 +35,8 @@ def prepared(tools: Sequence[OfferedTool]) -> list[Tool]:
 
 
 class OutputGrammar:
-    """``calls``: those the output may have, or must if ``forced``. ``special``: markers that are special tokens."""
+    """``calls``: those that the output may have, or must have if ``forced``. ``special``: markers that are special
+    tokens, and their ids."""
 
     def __init__(
         self, calls: CallGrammar | None, forced: bool, thoughts: ReasoningFormat | None, special: Mapping[str, int]
@@ -47,11 +47,11 @@ class OutputGrammar:
         self._special = special
 
     def applied(self, params: SamplingParams, prompt: str) -> SamplingParams:
-        """``params`` with the constraint that the answer to ``prompt`` has.
+        """``params`` with the constraint on the whole output after ``prompt``.
 
-        What the client asked of the answer holds for the answer: not for thinking before it, nor for calls instead of
-        it. A JSON schema is dropped where calls are forced, which leaves no answer to format. Raises `InvalidRequest`
-        for what does not go together.
+        The client's own constraint applies to the answer, not to thinking before it or calls instead of it. A JSON
+        schema is dropped where calls are forced, which leaves no answer to format. Raises `InvalidRequest` for a
+        constraint that cannot be combined with calls.
         """
         asked = params.constraint
         if self._calls is not None and asked is not None and asked.kind != "json_schema":
@@ -61,45 +61,48 @@ class OutputGrammar:
         thought = self._thought(prompt)
         if self._calls is None and (asked is None or not thought or asked.kind not in ("json_schema", "choices")):
             return params
-        rules = self._rules(asked)
+        try:
+            rules = self._rules(asked)
+        except ConstraintError as error:  # of the answer's schema
+            raise InvalidRequest("json_schema", error.problem) from error
         start = "start: body" if not thought else f"start: {thought[0]} body"
         grammar = "\n".join([start, *rules, *thought[1:], ""])
         return msgspec.structs.replace(params.without_constraint(), ebnf=grammar)
 
     def _rules(self, asked: Constraint | None) -> list[str]:
-        if self._calls is None:
-            return [f"body: {_answer(asked)}"]
+        calls = self._calls
+        answer = [] if asked is None else [f"answer: {_answer(asked)}"]
+        if calls is None:
+            return ["body: answer", *answer]
         if self._forced:
-            return ["body: calls", self._call_rule("")]
-        trigger = self._calls.triggers[0]
+            return ["body: calls", self._call_rule(calls)]
+        trigger = calls.triggers[0]
         begun = f"<[{self._special[trigger]}]>" if trigger in self._special else json.dumps(trigger)
-        if asked is not None:
-            # No text before a call: the lexer takes the longest match, and text that may be anything swallows answers.
-            if self._calls.at_start:
-                return ["body: answer | calls", self._call_rule("", beside_json=True), f"answer: {_answer(asked)}"]
-            return [f"body: answer | {begun} calls", self._call_rule(trigger), f"answer: {_answer(asked)}"]
-        # An answer is what does not begin a call.
-        triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in self._calls.triggers)
-        if self._calls.at_start:
+        if answer:
+            # No text before a call: the lexer takes the longest match, and a rule for any text would match answers too.
+            if calls.at_start:
+                return ["body: answer | calls", self._call_rule(calls, beside_json=True), *answer]
+            return [f"body: answer | {begun} calls", self._call_rule(calls, trigger), *answer]
+        # Any text that does not begin a call is an answer.
+        triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in calls.triggers)
+        if calls.at_start:
             plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
-            return ["body: PLAIN | calls", self._call_rule(""), plain]
+            return ["body: PLAIN | calls", self._call_rule(calls), plain]
         if trigger in self._special:  # no text is ever equal to it
-            return [f"body: PLAIN | PLAIN {begun} calls", self._call_rule(trigger), f"PLAIN: {_ANY}"]
+            return [f"body: PLAIN | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {_ANY}"]
         return [
             "body: PLAIN | before calls",
-            self._call_rule(trigger),
+            self._call_rule(calls, trigger),
             f"before[suffix={begun}]: {_ANY}",
             f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/",
         ]
 
-    def _call_rule(self, after: str, *, beside_json: bool = False) -> str:
-        if self._calls is None:
-            raise RuntimeError("there are no calls")
-        lark = self._calls.lark(self._special, after=after, beside_json=beside_json)
+    def _call_rule(self, calls: CallGrammar, after: str = "", *, beside_json: bool = False) -> str:
+        lark = calls.lark(self._special, after=after, beside_json=beside_json)
         return "calls: " + lark.removeprefix("start: ").rstrip("\n")
 
     def _thought(self, prompt: str) -> list[str]:
-        """The word for it in ``start``, and its rules; none where thinking is over or unknown."""
+        """The symbol for thinking in ``start``, then its rules; empty if thinking is over or has no known format."""
         format = self._thoughts
         if format is None or prompt.rstrip().endswith(format.end):
             return []
@@ -122,9 +125,7 @@ def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, para
     return call_grammar(format, prepared(tools), parallel=parallel, only_strict=not enforced)
 
 
-def _answer(asked: Constraint | None) -> str:
-    if asked is None:
-        raise RuntimeError("nothing was asked of the answer")
+def _answer(asked: Constraint) -> str:
     if asked.kind == "choices":
         return " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(asked.text))
     return f"%json {json.dumps(schema.parse(asked.text))}"

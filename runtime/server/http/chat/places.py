@@ -1,4 +1,4 @@
-"""Which tokens wrote which part of a text."""
+"""Which part of a text each token wrote."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ....tokenizer.tokenizer import Tokenizer
 
 
 class TokenPlaces:
-    """Tokens and their text arrive separately, neither in step with the other: a token belongs where its first byte is.
+    """Counts the tokens of consecutive parts of a text; a token belongs to the part that has its first byte.
 
-    `add` tokens, read the text with `through`: how either was cut into pieces makes no difference to the sums. Where
-    bytes were no UTF-8, the text is longer than they were and a boundary after it may be off by a token or two.
+    Tokens and text arrive separately and out of step: `add` the tokens, then pass each part to `through`. The counts
+    do not depend on how either is cut. After bytes that are not UTF-8, a boundary may be off by a token or two.
     """
 
     __slots__ = ("_hidden", "_starts", "_text_end", "_tokenizer", "_tokens_end")
@@ -20,7 +20,7 @@ class TokenPlaces:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
-        self._starts: deque[int] = deque()  # of the tokens that are not placed yet: bytes
+        self._starts: deque[int] = deque()  # byte offsets of tokens not counted yet
         self._tokens_end = self._text_end = 0  # bytes
 
     def add(self, tokens: Iterable[int]) -> None:
@@ -30,7 +30,7 @@ class TokenPlaces:
                 self._tokens_end += len(self._tokenizer.token_bytes(token))
 
     def through(self, text: str) -> int:
-        """How many tokens begin in ``text``, which goes on where the last one ended. All must have been added."""
+        """How many tokens begin in ``text``, which follows the last part. Its tokens must have been added."""
         self._text_end += len(text.encode())
         count = 0
         while self._starts and self._starts[0] < self._text_end:

@@ -160,6 +160,14 @@ def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
     assert refused.value.path == "tools[2].parameters"
 
 
+def test_an_answers_schema_that_cannot_be_read_is_an_error_about_it() -> None:
+    asked = SamplingParams(json_schema='{"x-guidance": {}}')
+    for calls in (None, calls_for("hermes", offered(TOOLS), enforced=False, parallel=True)):
+        with pytest.raises(InvalidRequest, match="x-guidance") as refused:
+            OutputGrammar(calls, False, THINK, {}).applied(asked, ASKED + "<think>\n")
+        assert refused.value.path == "json_schema"
+
+
 def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:
     """They are tokens of the grammar, never text."""
     special = {"[TOOL_CALLS]": 1}
