@@ -12,12 +12,12 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.server.http.plumbing.openapi import FAILURES
+from branchwise.runtime.server.http.plumbing.failures import FAILURES
 
 KEY, ADMIN = "ann-key", "operator-key"
 # tests/runtime/http/test_openapi.py, and test_client.py beside it
 NOT_HERE = {"loading", "shutting down", "a process has died", "its share of the queue", "out of time"}
-EXAMPLES = [(name, one) for name, failure in FAILURES.items() for one in failure.examples if one not in NOT_HERE]
+EXAMPLES = [(name, one) for name, failure in FAILURES.items() for one, *_ in failure.examples if one not in NOT_HERE]
 
 
 class Api:

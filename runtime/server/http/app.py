@@ -7,8 +7,8 @@ from fastapi import FastAPI
 from .... import __version__
 from .anthropic import count as messages_count
 from .anthropic import route as messages
-from .anthropic.errors import ErrorShape
-from .native import admin, branches, cache, models, tokens
+from .anthropic.errors import MessagesErrors
+from .native import admin, branches, cache, models, tokens, tree
 from .openai import completions
 from .openai.chat import route as chat
 from .openai.responses import route as responses
@@ -20,20 +20,34 @@ from .plumbing.shortcut import Handler, Shortcut
 from .sglang import generate
 from .state import AppState
 
+_MODULES = (
+    chat,
+    completions,
+    responses,
+    messages,
+    messages_count,
+    generate,
+    branches,
+    cache,
+    tree,
+    models,
+    tokens,
+    admin,
+)
+
 
 def make_app(state: AppState) -> FastAPI:
     # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
-    busy: dict[str, Handler] = {}
-    for module in (chat, responses, completions, generate, messages, messages_count):
-        busy[module.PATH] = module.handler(state)
-        app.post(module.PATH, openapi_extra=module.schema())(busy[module.PATH])
-    for module in (responses, branches, models, tokens, cache, admin):
-        app.include_router(module.router(state))
-    openapi.document(app, keyed=state.config.api_key is not None)
-    errors.install(app, {*busy, "/v1/models"})
-    # The last one added runs first: nobody without the key gets to send a body.
-    app.add_middleware(Shortcut, handlers=busy)
+    routes = [module.routes(state) for module in _MODULES]
+    fast: dict[str, Handler] = {}
+    for one in routes:
+        app.include_router(one.router)
+        fast |= one.fast
+    openapi.document(app, routes, keyed=state.config.api_key is not None)
+    errors.install(app, {*fast, "/v1/models"})
+    # The last one added runs first: a client without the key cannot send a body.
+    app.add_middleware(Shortcut, handlers=fast)
     config = state.config
     app.add_middleware(
         BodyLimit,
@@ -47,6 +61,6 @@ def make_app(state: AppState) -> FastAPI:
         extra_api_keys=state.config.extra_api_keys,
         admin_api_key=state.config.admin_api_key,
     )
-    app.add_middleware(ErrorShape)
+    app.add_middleware(MessagesErrors)
     app.add_middleware(RequestId)
     return app

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from fastapi import Request, Response
 
 from ....errors import renaming
 from ..chat.prepare import ChatPreparer
 from ..native.tokens import token_ids
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
-from ..plumbing.shortcut import Handler
+from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
-from .errors import ROOT
+from .errors import ROOT, SHAPE
 from .request import CountRequest, read
 from .spec import NAMES, messages_spec
 
-PATH = f"{ROOT}/count_tokens"
 
-
-def handler(state: AppState) -> Handler:
+def routes(state: AppState) -> Routes:
+    routes = Routes("messages", SHAPE)
     preparer = ChatPreparer(state)
 
+    @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest, fast=True)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         body = read(CountRequest, await read_json_object(request))
@@ -34,8 +31,4 @@ def handler(state: AppState) -> Handler:
         ids = await token_ids(state, chat.prompt.text or "", "messages", special=False)
         return json_response({"input_tokens": len(ids)})
 
-    return count_tokens
-
-
-def schema() -> dict[str, Any]:
-    return takes(CountRequest)
+    return routes

@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..plumbing.errors import describe
 from ..plumbing.request_id import KEY
+from ..plumbing.routes import MESSAGE, ErrorShape
 from ..plumbing.sse import typed_event
 
 ROOT = "/v1/messages"
@@ -31,13 +32,47 @@ def error_body(status: int, message: str, id: str, code: str | None = None) -> d
     return {"type": "error", "error": {"type": kind, "message": message, **details}, "request_id": id}
 
 
+def _status(status: int) -> int:
+    """The status that Anthropic's clients know for one of ours."""
+    return OVERLOADED if status == 503 else status
+
+
+SHAPE = ErrorShape(
+    prefix="Messages",
+    schema={
+        "type": "object",
+        "title": "MessagesError",
+        "description": "Anthropic's: the body of every 4xx and 5xx of /v1/messages; within a stream, its last event.",
+        "required": ["type", "error", "request_id"],
+        "properties": {
+            "type": {"const": "error"},
+            "error": {
+                "type": "object",
+                "required": ["type", "message"],
+                "properties": {
+                    "type": {"type": "string", "description": "Follows from the status."},
+                    "message": MESSAGE,
+                    "details": {"type": "object", "description": "Only where a thread was asked for."},
+                },
+                "additionalProperties": False,
+            },
+            "request_id": {"type": "string"},
+        },
+    },
+    status=_status,
+    body=lambda status, message, param, code: error_body(
+        _status(status), message, "req_0123456789abcdef0123456789abcdef"
+    ),
+)
+
+
 def error_event(error: Exception, scope: Scope) -> bytes:
     """The last event of a stream that fails midway."""
     status, body = describe(error)
-    return typed_event(error_body(status_of(status), body["error"]["message"], scope[KEY]))
+    return typed_event(error_body(_status(status), body["error"]["message"], scope[KEY]))
 
 
-class ErrorShape:
+class MessagesErrors:
     """Gives every response below `ROOT` a ``request-id``, and every error Anthropic's body and status.
 
     The outermost middleware but one: the others refuse in OpenAI's shape before any route is reached.
@@ -60,7 +95,7 @@ class ErrorShape:
                 headers = MutableHeaders(raw=message["headers"])
                 headers["request-id"] = id
                 if message["status"] >= 400 and headers.get("content-type") == "application/json":
-                    message["status"] = status_of(message["status"])
+                    message["status"] = _status(message["status"])
                     held = message
                     return
             elif held is not None:
@@ -74,8 +109,3 @@ class ErrorShape:
             await send(message)
 
         await self._app(scope, receive, reshaped)
-
-
-def status_of(status: int) -> int:
-    """The status Anthropic's clients know for one of ours."""
-    return OVERLOADED if status == 503 else status

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 from fastapi import Request, Response
 
 from ....errors import renaming
 from ..chat.prepare import ChatPreparer
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
-from ..plumbing.shortcut import Handler
+from ..plumbing.routes import Routes
 from ..state import AppState
-from .errors import ROOT, error_event
+from .errors import ROOT, SHAPE, error_event
 from .reply import MessageReply
 from .request import MessagesRequest, read
 from .spec import NAMES, messages_spec
 
-PATH = ROOT
 
-
-def handler(state: AppState) -> Handler:
+def routes(state: AppState) -> Routes:
+    routes = Routes("messages", SHAPE)
     preparer = ChatPreparer(state)
 
+    @routes.add("POST", ROOT, body=MessagesRequest, generates=True, fast=True)
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body = read(MessagesRequest, await read_json_object(request))
@@ -37,8 +35,4 @@ def handler(state: AppState) -> Handler:
         fail = partial(error_event, scope=request.scope)
         return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=fail)
 
-    return messages
-
-
-def schema() -> dict[str, Any]:
-    return takes(MessagesRequest)
+    return routes

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import Field
 
 from ....errors import BranchwiseError, InvalidRequest, renaming, shown
@@ -25,8 +25,9 @@ from ..fields.requests import UNSUPPORTED, GenerateSampling, Strict, generate_na
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
 from ..plumbing.errors import describe
-from ..plumbing.openapi import query, takes
+from ..plumbing.failures import BRANCH_BUSY, BRANCH_GONE, NO_BRANCH, TOO_MANY_BRANCHES
 from ..plumbing.respond import respond
+from ..plumbing.routes import Query, Routes
 from ..plumbing.sse import json_response, wait
 from ..state import AppState
 
@@ -34,6 +35,9 @@ MAX_OPS = 1024  # of one batch
 _NO_TOKENS = SamplingParams(max_tokens=0)
 _RUN_NAMES = generate_names("branch")
 _FLAG = {"type": "boolean", "default": False}
+_GET_QUERY = {"text": Query(_FLAG, "Add its text."), "input_ids": Query(_FLAG, "Add its tokens.")}
+_GONE = (NO_BRANCH, BRANCH_GONE)
+_BUSY = (*_GONE, BRANCH_BUSY)
 
 Tokens = Any  # list[int], or an array: checked with the vocabulary at hand
 
@@ -110,21 +114,21 @@ class Operation(Strict):
     id: str = ""
 
 
-def router(state: AppState) -> APIRouter:
-    routes = APIRouter()
+def routes(state: AppState) -> Routes:
+    routes = Routes("branches")
 
-    @routes.post("/branches", openapi_extra=takes(CreateRequest))
+    @routes.add("POST", "/branches", body=CreateRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
     async def create(request: Request) -> Response:
         """A new branch: of a text, of token ids, of messages, of another branch, or of nothing yet."""
         return json_response(await _create(state, await read_json_object(request)))
 
-    @routes.get("/branches")
+    @routes.add("GET", "/branches")
     async def counts() -> Response:
         """How many branches there are and what they hold."""
         facts = await state.client.control("branches")
         return json_response(facts | {"max_branches": state.config.engine.max_branches})
 
-    @routes.post("/branches/batch", openapi_extra=takes(BatchRequest))
+    @routes.add("POST", "/branches/batch", body=BatchRequest)
     async def batch(request: Request) -> Response:
         """Creates, forks, extensions and deletions in one round trip. They are done in order; one that fails has its
         error in its place, and the others go on."""
@@ -133,9 +137,7 @@ def router(state: AppState) -> APIRouter:
             raise InvalidRequest("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
         return json_response({"results": await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))})
 
-    @routes.get(
-        "/branches/{id}", openapi_extra=query(text=(_FLAG, "Add its text."), input_ids=(_FLAG, "Add its tokens."))
-    )
+    @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
     async def get(id: str, request: Request) -> Response:
         """What a branch is. All of its text and tokens only if asked for."""
         with_text, with_ids = (_flag(request, name) for name in ("text", "input_ids"))
@@ -147,22 +149,22 @@ def router(state: AppState) -> APIRouter:
             facts["input_ids"] = tokens
         return json_response(facts)
 
-    @routes.delete("/branches/{id}")
+    @routes.add("DELETE", "/branches/{id}", errors=_GONE)
     async def delete(id: str) -> Response:
         """Ends a branch, and what it is generating."""
         return json_response(await state.client.operate(_about(state, id, "delete")))
 
-    @routes.post("/branches/{id}/fork", openapi_extra=takes(ForkRequest))
+    @routes.add("POST", "/branches/{id}/fork", body=ForkRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
     async def fork(id: str, request: Request) -> Response:
         """Makes ``n`` branches that are as this one is now."""
         return json_response(await _fork(state, id, await read_json_object(request)))
 
-    @routes.post("/branches/{id}/extend", openapi_extra=takes(ExtendRequest))
+    @routes.add("POST", "/branches/{id}/extend", body=ExtendRequest, errors=_BUSY)
     async def extend(id: str, request: Request) -> Response:
         """Appends text, tokenized by itself, or token ids, to a branch."""
         return json_response(await _extend(state, id, await read_json_object(request)))
 
-    @routes.post("/branches/{id}/generate", openapi_extra=takes(RunRequest))
+    @routes.add("POST", "/branches/{id}/generate", body=RunRequest, errors=_BUSY, generates=True)
     async def generate(id: str, request: Request) -> Response:
         """Generates on a branch. What is returned stays in it, but for stop tokens and stop strings. Of ``n`` samples
         the first one stays."""
@@ -190,7 +192,7 @@ def router(state: AppState) -> APIRouter:
         call = state.client.open_run(run, params.n, body.rid or None)
         return await respond(call, request, answer, stream=body.stream, names=_RUN_NAMES)
 
-    @routes.post("/branches/{id}/score", openapi_extra=takes(ScoreRequest))
+    @routes.add("POST", "/branches/{id}/score", body=ScoreRequest, errors=_BUSY, generates=True)
     async def score(id: str, request: Request) -> Response:
         """Logprobs of every continuation's tokens after a branch, which stays as it is. ``unconditional``: also those
         of the same tokens by themselves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import Field
 
 from ....errors import InvalidRequest, renaming
@@ -17,9 +17,10 @@ from ..fields.cache import CacheFields, caching, seconds
 from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from ..fields.requests import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
-from ..plumbing.auth import is_admin, require_admin
+from ..plumbing.auth import is_admin
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
+from ..plumbing.failures import NO_PIN, NOT_CACHED, PIN_QUOTA
+from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response, wait
 from ..state import AppState
 from .tokens import token_ids
@@ -58,16 +59,16 @@ class WarmRequest(CacheFields):
     priority: int = 0
 
 
-def router(state: AppState) -> APIRouter:
-    routes = APIRouter()
+def routes(state: AppState) -> Routes:
+    routes = Routes("cache")
 
-    @routes.get("/cache/stats")
+    @routes.add("GET", "/cache/stats")
     async def stats() -> Response:
         """What the cache did: sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's
         pages and all keys' sums: with the admin key only."""
         return json_response(await _ask(state, "cache_stats", state.namespaces.of(None), everything=is_admin()))
 
-    @routes.post("/cache/explain", openapi_extra=takes(PromptRequest))
+    @routes.add("POST", "/cache/explain", body=PromptRequest)
     async def explain(request: Request) -> Response:
         """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
         raw = await read_json_object(request)
@@ -80,7 +81,7 @@ def router(state: AppState) -> APIRouter:
         facts["continues_with"] = state.tokenizer.decode(following, skip_special_tokens=False)
         return json_response(facts)
 
-    @routes.post("/cache/pin", openapi_extra=takes(PinRequest))
+    @routes.add("POST", "/cache/pin", body=PinRequest, errors=[NOT_CACHED, PIN_QUOTA])
     async def pin(request: Request) -> Response:
         """Keeps what is cached of a prompt until its ``ttl`` is over. Neither memory pressure nor others end it.
 
@@ -107,7 +108,7 @@ def router(state: AppState) -> APIRouter:
                 break
         return json_response(facts)
 
-    @routes.post("/cache/unpin", openapi_extra=takes(UnpinRequest))
+    @routes.add("POST", "/cache/unpin", body=UnpinRequest, errors=[NO_PIN])
     async def unpin(request: Request) -> Response:
         """Ends a pin before its time."""
         body = parse(UnpinRequest, await read_json_object(request))
@@ -115,18 +116,17 @@ def router(state: AppState) -> APIRouter:
             raise InvalidRequest("id", "must not be empty")
         return json_response(await _ask(state, "cache_unpin", state.namespaces.of(None), pin=body.id))
 
-    @routes.post("/cache/evict", openapi_extra=takes(PromptRequest))
+    @routes.add("POST", "/cache/evict", body=PromptRequest, admin=True)
     async def evict(request: Request) -> Response:
         """Forgets a prompt and all that begins with it. What is running, held by a branch, or pinned stays, and what
         other prompts share with it."""
-        require_admin()
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
         prompt, field = await _prompt(state, body, raw)
         tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
 
-    @routes.post("/cache/warm", openapi_extra=takes(WarmRequest))
+    @routes.add("POST", "/cache/warm", body=WarmRequest, generates=True)
     async def warm(request: Request) -> Response:
         """Computes prompts without generating anything."""
         body = parse(WarmRequest, await read_json_object(request))

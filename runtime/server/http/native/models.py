@@ -5,15 +5,17 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import Response
 
 from ..... import __version__
+from ..plumbing.failures import NO_MODEL
+from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
 
 
-def router(state: AppState) -> APIRouter:
-    routes = APIRouter()
+def routes(state: AppState) -> Routes:
+    routes = Routes("models")
 
     def card() -> dict[str, Any]:
         return {
@@ -31,26 +33,25 @@ def router(state: AppState) -> APIRouter:
             "lifecycle": "active",
         }
 
-    @routes.get("/v1/models")
+    @routes.add("GET", "/v1/models")
     async def list_models() -> Response:
         """The one model that is served (OpenAI's list, and Anthropic's page)."""
         name = state.model_name
         page = {"first_id": name, "last_id": name, "has_more": False}
         return json_response({"object": "list", "data": [card()], **page})
 
-    @routes.get("/v1/models/{id:path}")
+    @routes.add("GET", "/v1/models/{id:path}", errors=[NO_MODEL])
     async def get_model(id: str) -> Response:
         """The served model, by its name."""
         state.check_model(id)
         return json_response(card())
 
-    @routes.get("/version")
+    @routes.add("GET", "/version", engine=False)
     async def version() -> Response:
         """Branchwise's version."""
         return json_response({"version": __version__})
 
-    @routes.get("/get_model_info")
-    @routes.get("/model_info")
+    @routes.add("GET", "/get_model_info", "/model_info")
     async def model_info() -> Response:
         """The served model (SGLang's facts)."""
         limits = state.client.limits

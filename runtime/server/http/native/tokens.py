@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 from pydantic import Field
 
 from ....errors import InvalidRequest
@@ -17,7 +17,7 @@ from ....limits import check_token_ids
 from ..fields.requests import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
+from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
 
@@ -41,10 +41,10 @@ class DetokenizeRequest(Strict):
     model: str | None = None
 
 
-def router(state: AppState) -> APIRouter:
-    routes = APIRouter()
+def routes(state: AppState) -> Routes:
+    routes = Routes("models")
 
-    @routes.post("/tokenize", openapi_extra=takes(TokenizeRequest))
+    @routes.add("POST", "/tokenize", body=TokenizeRequest)
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt, or of the prompt that a conversation becomes."""
         raw = await read_json_object(request)
@@ -66,7 +66,7 @@ def router(state: AppState) -> APIRouter:
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
 
-    @routes.post("/detokenize", openapi_extra=takes(DetokenizeRequest))
+    @routes.add("POST", "/detokenize", body=DetokenizeRequest)
     async def detokenize(request: Request) -> Response:
         """The text of tokens, special ones spelled out."""
         body = parse(DetokenizeRequest, await read_json_object(request))
@@ -84,7 +84,7 @@ def router(state: AppState) -> APIRouter:
             text = state.tokenizer.decode(body.tokens, skip_special_tokens=False)
         return json_response({"prompt": text})
 
-    @routes.get("/tokenizer_info")
+    @routes.add("GET", "/tokenizer_info")
     async def tokenizer_info() -> Response:
         """The tokenizer: its size, its special tokens, its chat template."""
         limits = state.client.limits
@@ -105,7 +105,7 @@ def router(state: AppState) -> APIRouter:
 
     whole: list[bytes] = []  # megabytes, and the same for everybody
 
-    @routes.get("/tokenizer")
+    @routes.add("GET", "/tokenizer")
     async def tokenizer() -> Response:
         """As `Tokenizer.dump` has it."""
         _ = state.client.limits  # raises until there is a tokenizer

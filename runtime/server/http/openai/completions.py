@@ -18,17 +18,17 @@ from ..fields.cache import caching
 from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
 from ..fields.requests import CompletionRequest, completion_sampling, parse
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
-from ..plumbing.shortcut import Handler
+from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
 from .legacy_logprobs import LegacyLogprobs
 
-PATH = "/v1/completions"
 
+def routes(state: AppState) -> Routes:
+    routes = Routes("completions")
 
-def handler(state: AppState) -> Handler:
+    @routes.add("POST", "/v1/completions", body=CompletionRequest, generates=True, fast=True)
     async def completions(request: Request) -> Response:
         """Go on from a prompt, or from several (OpenAI's)."""
         body = parse(CompletionRequest, await read_json_object(request))
@@ -37,7 +37,7 @@ def handler(state: AppState) -> Handler:
         call = state.client.open(answer.prompts)
         return await respond(call, request, answer, stream=body.stream, n=body.n, names=answer.names)
 
-    return completions
+    return routes
 
 
 class _Answer(Choices):
@@ -122,7 +122,3 @@ def _echo_text(state: AppState, prompt: str | Ids, params: SamplingParams) -> st
     if isinstance(prompt, str):
         return prompt
     return state.tokenizer.decode(prompt, skip_special_tokens=params.skip_special_tokens)
-
-
-def schema() -> dict[str, Any]:
-    return takes(CompletionRequest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from fastapi import Request, Response
 
@@ -22,9 +22,8 @@ from ..fields.prompts import (
 )
 from ..fields.requests import GenerateRequest, GenerateSampling, generate_names, generate_sampling, parse
 from ..plumbing.body import read_json_object
-from ..plumbing.openapi import takes
 from ..plumbing.respond import respond
-from ..plumbing.shortcut import Handler
+from ..plumbing.routes import Routes
 from ..state import AppState
 
 PATH = "/generate"
@@ -32,7 +31,10 @@ PATH = "/generate"
 T = TypeVar("T")
 
 
-def handler(state: AppState) -> Handler:
+def routes(state: AppState) -> Routes:
+    routes = Routes("generate")
+
+    @routes.add("POST", "/generate", body=GenerateRequest, generates=True, fast=True)
     async def generate(request: Request) -> Response:
         """Go on from a prompt, or from several (SGLang's)."""
         raw = await read_json_object(request)
@@ -43,7 +45,7 @@ def handler(state: AppState) -> Handler:
         call = state.client.open(answer.prompts, answer.labels)
         return await respond(call, request, answer, stream=body.stream, names=answer.names)
 
-    return generate
+    return routes
 
 
 class _Answer(Answer):
@@ -101,7 +103,3 @@ def _spread(value: T | list[T], count: int, field: str) -> list[T]:
     if len(value) != count:
         raise InvalidRequest(field, f"must have one element for each of the {count} prompts, got {len(value)}")
     return value
-
-
-def schema() -> dict[str, Any]:
-    return takes(GenerateRequest)

@@ -24,8 +24,8 @@ from branchwise.runtime.messages import (
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.plumbing.errors import ClientGone, describe
+from branchwise.runtime.server.http.plumbing.failures import KEY_QUEUE, TIMED_OUT, Failure
 from branchwise.runtime.server.http.plumbing.metrics import Metrics
-from branchwise.runtime.server.http.plumbing.openapi import FAILURES
 
 TWO = Generate([], SamplingParams(n=2), text="hello")
 ONE = Generate([], SamplingParams(), tokens=b"\1\0\0\0")
@@ -98,6 +98,11 @@ def test_the_queue_is_bounded(client: EngineClient) -> None:
     client.open([TWO])
 
 
+def example(failure: Failure) -> tuple[str | None, str]:
+    [one] = failure.examples
+    return one.code, one.message
+
+
 def said(error: Exception) -> tuple[str, str]:
     """Code and message, as a client gets them."""
     _, body = describe(error)
@@ -115,7 +120,7 @@ def test_one_key_does_not_fill_the_queue(sent: list[Message]) -> None:
     with pytest.raises(InvalidRequest, match=r"this key has 2 unfinished .* limit of 3") as refused:
         client.open([of("a"), of("a")])
     assert (refused.value.status, refused.value.code) == (429, "rate_limit_exceeded")
-    assert said(refused.value) == FAILURES["KeyQueue"].examples["its share of the queue"][1:]
+    assert said(refused.value) == example(KEY_QUEUE)
     run = BranchRun([], "branch", ("a", ""), SamplingParams())
     client.open_run(run, 1)
     with pytest.raises(InvalidRequest):
@@ -156,7 +161,7 @@ async def test_past_its_time_a_call_is_aborted_once_whether_or_not_anybody_waits
         await call.batch()
     assert sent == [Abort(1)]
     code, message = said(refused.value)
-    assert (code, message.replace("0.02 s", "60 s")) == FAILURES["TimedOut"].examples["out of time"][1:]
+    assert (code, message.replace("0.02 s", "60 s")) == example(TIMED_OUT)
     unread, done = client.open([ONE]), client.open([ONE])
     client.deliver([end(4)])
     sent.clear()

@@ -13,7 +13,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from branchwise.runtime.server.http.app import make_app
-from branchwise.runtime.server.http.plumbing.openapi import FAILURES
+from branchwise.runtime.server.http.plumbing.failures import FAILURES
 from branchwise.runtime.server.http.state import AppState
 
 

@@ -11,20 +11,19 @@ from fastapi import Request, Response
 from ...chat.prepare import ChatPreparer, PreparedChat
 from ...fields.requests import parse
 from ...plumbing.body import read_json_object
-from ...plumbing.openapi import takes
 from ...plumbing.respond import respond
-from ...plumbing.shortcut import Handler
+from ...plumbing.routes import Routes
 from ...state import AppState
 from ..chunks import Choices
 from .choice import ChatChoice
 from .request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
 
-PATH = "/v1/chat/completions"
 
-
-def handler(state: AppState) -> Handler:
+def routes(state: AppState) -> Routes:
+    routes = Routes("chat")
     preparer = ChatPreparer(state)
 
+    @routes.add("POST", "/v1/chat/completions", body=ChatRequest, generates=True, fast=True)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)
@@ -35,7 +34,7 @@ def handler(state: AppState) -> Handler:
         call = state.client.open([chat.prompt])
         return await respond(call, request, reply, stream=body.stream, n=body.n, names=chat.names)
 
-    return chat_completions
+    return routes
 
 
 class _ChatReply(Choices):
@@ -57,7 +56,3 @@ class _ChatReply(Choices):
     def _usage(self) -> dict[str, Any]:
         thinking = sum(sample.reasoning_tokens for sample in self._samples)
         return super()._usage() | {"completion_tokens_details": {"reasoning_tokens": thinking}}
-
-
-def schema() -> dict[str, Any]:
-    return takes(ChatRequest)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastapi import APIRouter, Request, Response
+from fastapi import Request, Response
 
 from .....errors import InvalidRequest, renaming
 from ...chat.prepare import ChatPreparer
 from ...plumbing.body import read_json_object
-from ...plumbing.openapi import takes
 from ...plumbing.respond import respond
-from ...plumbing.shortcut import Handler
+from ...plumbing.routes import Routes
 from ...state import AppState
 from .reply import ResponseReply
 from .request import NAMES, ResponsesRequest, read, response_spec
 
-PATH = "/v1/responses"
 
-
-def handler(state: AppState) -> Handler:
+def routes(state: AppState) -> Routes:
+    routes = Routes("responses")
     preparer = ChatPreparer(state)
 
+    @routes.add("POST", "/v1/responses", body=ResponsesRequest, generates=True, fast=True)
     async def responses(request: Request) -> Response:
         """Answer a conversation (OpenAI's responses). Nothing is stored."""
         body = read(await read_json_object(request))
@@ -33,17 +30,10 @@ def handler(state: AppState) -> Handler:
         call = state.client.open([chat.prompt])
         return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=reply.fail)
 
-    return responses
-
-
-def router(_state: AppState) -> APIRouter:
-    """OpenAI's routes for stored responses, to say that none are."""
-    routes = APIRouter()
-
-    @routes.get("/v1/responses/{id}", include_in_schema=False)
-    @routes.delete("/v1/responses/{id}", include_in_schema=False)
-    @routes.post("/v1/responses/{id}/cancel", include_in_schema=False)
-    @routes.get("/v1/responses/{id}/input_items", include_in_schema=False)
+    # OpenAI's routes for stored responses, to say that none are.
+    @routes.add("GET", "/v1/responses/{id}", "/v1/responses/{id}/input_items", hidden=True)
+    @routes.add("DELETE", "/v1/responses/{id}", hidden=True)
+    @routes.add("POST", "/v1/responses/{id}/cancel", hidden=True)
     async def stored(id: str) -> Response:
         raise InvalidRequest(
             "response_id",
@@ -51,8 +41,7 @@ def router(_state: AppState) -> APIRouter:
             status=404,
         )
 
-    @routes.post("/v1/responses/input_tokens", include_in_schema=False)
-    @routes.post("/v1/responses/compact", include_in_schema=False)
+    @routes.add("POST", "/v1/responses/input_tokens", "/v1/responses/compact", hidden=True)
     async def absent() -> Response:
         raise InvalidRequest(
             None,
@@ -61,7 +50,3 @@ def router(_state: AppState) -> APIRouter:
         )
 
     return routes
-
-
-def schema() -> dict[str, Any]:
-    return takes(ResponsesRequest)

@@ -12,7 +12,7 @@ from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
-from branchwise.runtime.server.http.anthropic.errors import ErrorShape, error_event
+from branchwise.runtime.server.http.anthropic.errors import MessagesErrors, error_event
 from branchwise.runtime.server.http.app import make_app
 from branchwise.runtime.server.http.plumbing.errors import ClientGone
 from branchwise.runtime.server.http.plumbing.request_id import RequestId
@@ -89,7 +89,7 @@ async def test_from_the_route(error: Exception, status: int, kind: str) -> None:
     async def application(_scope: Scope, _receive: Receive, _send: Send) -> None:
         raise AssertionError("the handler is there to answer")
 
-    async with connect(RequestId(ErrorShape(Shortcut(application, {"/v1/messages": handler})))) as http:
+    async with connect(RequestId(MessagesErrors(Shortcut(application, {"/v1/messages": handler})))) as http:
         answer = await http.post("/v1/messages")
     assert "secret" not in error_of(answer, status, kind)
     assert ("retry-after" in answer.headers) == (status in (429, 529))
@@ -99,7 +99,7 @@ async def test_nobody_is_told_when_the_client_has_gone() -> None:
     async def handler(_request: Request) -> Response:
         raise ClientGone
 
-    app = RequestId(ErrorShape(Shortcut(None, {"/v1/messages": handler})))  # type: ignore[arg-type]
+    app = RequestId(MessagesErrors(Shortcut(None, {"/v1/messages": handler})))  # type: ignore[arg-type]
     async with connect(app) as http:
         answer = await http.post("/v1/messages")
     assert (answer.status_code, answer.content) == (499, b"")

@@ -1,0 +1,54 @@
+"""``/cache/tree`` and ``/cache/check`` show the radix tree, ``/flush_cache`` empties it. For the operator."""
+
+from __future__ import annotations
+
+from fastapi import Request, Response
+from starlette.responses import PlainTextResponse
+
+from ....errors import InvalidRequest, shown
+from ..plumbing.routes import Query, Routes
+from ..plumbing.sse import json_response
+from ..state import AppState
+from .tree_text import add_text, tree_text
+
+MAX_NODES = 100_000
+DEFAULT_NODES = 1000
+_TREE_QUERY = {
+    "format": Query({"enum": ["json", "text"], "default": "json"}, "text: a drawing."),
+    "max_nodes": Query({"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "At most."),
+}
+
+
+def routes(state: AppState) -> Routes:
+    routes = Routes("cache")
+
+    @routes.add("GET", "/cache/tree", query=_TREE_QUERY, admin=True, text="also")
+    async def tree(request: Request) -> Response:
+        """The radix tree: what the server remembers, and who uses it."""
+        form = request.query_params.get("format", "json")
+        if form not in ("json", "text"):
+            raise InvalidRequest("format", f"must be json or text, got {shown(form)}")
+        nodes = _count(request.query_params.get("max_nodes"))
+        dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), state.tokenizer)
+        return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
+
+    @routes.add("GET", "/cache/check", admin=True)
+    async def check() -> Response:
+        """Walks the tree and the pages between two steps. A 500 names the invariant that does not hold."""
+        return json_response({"check": await state.client.control("check")})
+
+    @routes.add("POST", "/flush_cache", admin=True)
+    @routes.add("GET", "/flush_cache", admin=True)  # SGLang takes both
+    async def flush_cache() -> Response:
+        """Forgets everything that no running request holds, pinned or not."""
+        return json_response(await state.client.control("flush_cache"))
+
+    return routes
+
+
+def _count(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_NODES
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_NODES and len(text) < 9):
+        raise InvalidRequest("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
+    return int(text)
