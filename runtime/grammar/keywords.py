@@ -18,6 +18,12 @@ Schema = dict[str, Any]
 
 # Formats that llguidance enforces. Any other is an annotation, as JSON Schema says.
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
+# llguidance's dates have a February 29 and a year 0 that calendars do not, and its times leap seconds at any time.
+_YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]\d|\d[1-9]\d{2}|[1-9]\d{3})"
+_LEAP_YEAR = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = rf"^(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
+_EXACT_FORMATS = {"date": _DATE, "date-time": rf"{_DATE}.*:[0-5]\d:[0-5]\d", "time": r"^\d\d:\d\d:[0-5]\d"}
+
 NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LITERALS = frozenset({"const", "enum", "default", "examples", "example"})  # their values are data, not schemas
 MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
@@ -70,16 +76,26 @@ def simplified(schema: Schema, root: Any) -> Schema:
     _rewrite_unevaluated(schema)
     _rewrite_property_names(schema, root)
     _fold_patterns(schema)
-    if isinstance(schema.get("pattern"), str):
-        patterns = without_lookahead(schema["pattern"])
-        if patterns is not None and len(patterns) > 1:
-            schema["pattern"] = patterns[0]
-            schema["allOf"] = [*_list(schema.get("allOf")), *({"pattern": pattern} for pattern in patterns[1:])]
-    if re.fullmatch("uuid[1-8]", str(schema.get("format"))):
+    _rewrite_format(schema)
+    return _with_patterns(schema)
+
+
+def _rewrite_format(schema: Schema) -> None:
+    if re.fullmatch("uuid[1-8]", str(schema.get("format"))):  # pydantic's
         schema["format"] = "uuid"
     elif isinstance(schema.get("format"), str) and schema["format"] not in FORMATS:
         del schema["format"]
-    return schema
+
+
+def _with_patterns(schema: Schema) -> Schema:
+    """``schema`` with a pattern for what its format leaves open, and patterns without look-ahead."""
+    pattern, exact = schema.get("pattern"), _EXACT_FORMATS.get(str(schema.get("format")))
+    patterns = without_lookahead(pattern) if isinstance(pattern, str) else []
+    if patterns is None or (not exact and len(patterns) < 2):
+        return schema
+    first, *more = [*patterns, exact] if exact else patterns
+    others = [*_list(schema.get("allOf")), *({"pattern": pattern} for pattern in more)]
+    return {**schema, "pattern": first, **({"allOf": others} if others else {})}
 
 
 def _has_no_effect(keyword: str, schema: Schema) -> bool:

@@ -104,7 +104,7 @@ def _composes(value: Any, named: bool = False) -> bool:
 
 
 def _closed(value: Any, named: bool = False) -> Any:
-    """A copy in which an object that names its properties, and says nothing of others, has no others.
+    """A copy in which an object that names its properties, or patterns of them, and says nothing of others has none.
 
     Outputs stay valid. Small models would go on to invent properties and never end; SGLang's and vLLM's default
     grammar backends close objects too.
@@ -117,6 +117,12 @@ def _closed(value: Any, named: bool = False) -> Any:
         key: inner if not named and key in LITERALS else _closed(inner, not named and key in NAMED_SCHEMAS)
         for key, inner in value.items()
     }
-    if not named and result.get("properties") and not {"additionalProperties", "patternProperties"} & result.keys():
+    if not named and _names_properties(result) and "additionalProperties" not in result:
         result["additionalProperties"] = False
     return result
+
+
+def _names_properties(schema: dict[str, Any]) -> bool:
+    patterns = schema.get("patternProperties")
+    allowed = isinstance(patterns, dict) and any(inner is not False for inner in patterns.values())
+    return allowed or (bool(schema.get("properties")) and not patterns)

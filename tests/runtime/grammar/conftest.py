@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from branchwise import Engine
+from branchwise.runtime.constraint import Constraint
+from branchwise.runtime.grammar.llg import GrammarBackend
+from branchwise.runtime.grammar.matcher import Grammar
+from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 TINY = ["<eos>", "a", "b", "c", "ab", "bc", "abc", "ca"]
@@ -65,3 +71,48 @@ def generated() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Schemas:
+    """JSON schemas compiled for the shipped tokenizer."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokenizer.load(SHIPPED)
+        self.backend = GrammarBackend(self.tokenizer, self.tokenizer.vocab_size, [2, 0])
+        self._bytes = [self.tokenizer.token_bytes(id) for id in range(self.tokenizer.vocab_size)]
+
+    def compile(self, schema: Any) -> Grammar:
+        """Raises `ConstraintError`."""
+        return Grammar(self.backend, self.backend.compile(Constraint("json_schema", json.dumps(schema))), 0)
+
+    def take(self, schema: Any, text: str) -> bool:
+        """Whether an output may be exactly this text."""
+        matcher = self.backend.compile(Constraint("json_schema", json.dumps(schema)))
+        ids = self.tokenizer.encode(text, add_special_tokens=False).tolist()
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+    def write(self, grammar: Grammar, seed: int, most: int = 200) -> str | None:
+        """An output of random tokens, which closes strings and brackets half of the time; None if it did not end.
+
+        Fails if the output cannot go on.
+        """
+        r, matcher, ids = random.Random(seed), grammar.matcher(), []
+        while not matcher.ended and len(ids) < most:
+            matcher.compute_mask()
+            if matcher.ended:
+                break
+            allowed = np.flatnonzero(np.unpackbits(matcher.mask.view(np.uint8), bitorder="little")).tolist()
+            assert allowed, "nothing may follow"
+            closing = [id for id in allowed if id in (0, 2) or self._bytes[id][:1] in b'"}],']
+            token = r.choice(closing) if closing and r.random() < 0.5 else r.choice(allowed)
+            if token in (0, 2):
+                return self.tokenizer.decode(ids)
+            ids.append(token)
+            matcher.advance(token)
+        assert matcher.error is None, f"{matcher.error} after {self.tokenizer.decode(ids)}"
+        return self.tokenizer.decode(ids) if matcher.finished else None
+
+
+@pytest.fixture(scope="session")
+def compiled() -> Schemas:
+    return Schemas()

@@ -94,3 +94,53 @@ def tagged(r: random.Random) -> dict[str, Any]:
 def schemas(count: int, seed: int = 0) -> list[dict[str, Any]]:
     r = random.Random(seed)
     return [recursive(r) if i % 10 == 0 else tagged(r) if i % 10 == 1 else value(r, 3) for i in range(count)]
+
+
+def spoiled(r: random.Random, schema: dict[str, Any]) -> dict[str, Any]:
+    """``schema`` with keywords beside it that have no effect, contradict it, or are hard to promise."""
+    extra: list[dict[str, Any]] = [
+        {"uniqueItems": False},
+        {"propertyNames": {"type": "string"}},
+        {"propertyNames": {"enum": r.sample(WORDS, 3)}},
+        {"propertyNames": {"pattern": r.choice(["^[a-c]+$", "^x", "z"])}},
+        {"propertyNames": {"minLength": 2, "maxLength": 3}},
+        {"unevaluatedProperties": r.choice([True, False])},
+        {"unevaluatedItems": r.choice([True, False])},
+        {"minProperties": r.randrange(4)},
+        {"maxProperties": r.randrange(5)},
+        {"format": r.choice(["path", "binary", "regex", "uuid4", "int32", "color"])},
+        {"patternProperties": {f"^{r.choice(WORDS[:6])}$": leaf(r)}},
+        {"patternProperties": {"^(name|age|city)$": leaf(r), "^(tags|price)$": leaf(r)}},
+        {"patternProperties": {"^[nac]": leaf(r)}},
+        {"additionalProperties": r.choice([True, False, leaf(r)])},
+        {"minLength": r.randrange(4), "maxLength": r.randrange(5)},
+        {"pattern": r.choice([*PATTERNS, r"^(?=.*[a-z])(?=.*\d)[a-z0-9]{2,4}$", r"^(?!^[-+.]*$)[+-]?0*\d*\.?\d*$"])},
+        {"minItems": r.randrange(3), "maxItems": r.randrange(3)},
+        {"items": r.choice([False, leaf(r)])},
+        {"multipleOf": r.choice([1, 3, 0.5, 7])},
+        {"minimum": r.choice([0, -(2**53) + 1, 2**53, 3])},
+        {"maximum": r.choice([2**53 - 1, 2**53 + 3, 9, 3.5])},
+        {"enum": [1, "a", None, 2**60, 9007199254740993][: r.randrange(1, 6)]},
+        {"allOf": [leaf(r)]},
+        {"allOf": [{"required": r.sample(WORDS, 1)}, {"maxProperties": 4}]},
+        {"anyOf": [leaf(r), {"type": "object"}, {"type": "array"}]},
+        {"oneOf": [leaf(r), leaf(r)]},
+        {"required": r.sample(WORDS, r.randrange(3))},
+        {"dependentRequired": {"name": ["age"]}},
+        {"not": r.choice([False, {"type": "null"}])},
+        {"contains": {"type": "integer"}, "minContains": 0},
+        {"$dynamicAnchor": "node"},
+        {"type": r.choice(["object", "array", "string", "integer", ["object", "string"]])},
+    ]
+    for more in r.sample(extra, r.randrange(1, 4)):
+        schema = schema | more
+    inner = schema.get("properties")
+    if isinstance(inner, dict) and inner and r.random() < 0.5:
+        name = r.choice(list(inner))
+        schema = schema | {"properties": inner | {name: spoiled(r, inner[name])}}
+    return schema
+
+
+def hard(count: int, seed: int) -> list[dict[str, Any]]:
+    r = random.Random(seed)
+    return [spoiled(r, value(r, 2)) for _ in range(count)]

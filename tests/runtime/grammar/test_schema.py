@@ -9,28 +9,16 @@ from typing import Any
 import jsonschema
 import pytest
 
-from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar import schema
-from branchwise.runtime.grammar.llg import GrammarBackend
-from branchwise.runtime.models.folder import SHIPPED
-from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 A = {"type": "object", "properties": {"a": {"type": "integer"}}}
 TWO = [A, {"type": "object", "properties": {"b": {"type": "integer"}}}]
 
 
 @pytest.fixture(scope="module")
-def takes() -> Any:
+def takes(compiled: Any) -> Any:
     """Whether an output may be exactly this text."""
-    tokenizer = Tokenizer.load(SHIPPED)
-    backend = GrammarBackend(tokenizer, tokenizer.vocab_size, [2, 0])
-
-    def walk(wanted: Any, text: str) -> bool:
-        matcher = backend.compile(Constraint("json_schema", json.dumps(wanted)))
-        ids = tokenizer.encode(text, add_special_tokens=False).tolist()
-        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
-
-    return walk
+    return compiled.take
 
 
 @pytest.mark.parametrize(

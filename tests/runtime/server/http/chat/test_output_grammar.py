@@ -160,6 +160,21 @@ def test_a_schema_that_cannot_be_read_names_its_tool() -> None:
     assert refused.value.path == "tools[2].parameters"
 
 
+@pytest.mark.parametrize(
+    ("inner", "problem"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uses uniqueItems at properties.ids.uniqueItems, which"),
+        ({"type": "string", "pattern": "a(?!b)"}, "uses pattern at properties.ids.pattern, with look-around"),
+        ({"type": "integer", "maximum": 2**53}, "uses maximum at properties.ids.maximum, with 9007199254740992"),
+    ],
+)
+def test_what_a_tools_schema_cannot_have_is_named_by_tool_and_path(inner: dict[str, Any], problem: str) -> None:
+    tool = Tool("find", {"type": "object", "properties": {"ids": inner}}, strict=True)
+    with pytest.raises(InvalidRequest) as refused:
+        calls_for("hermes", offered([*TOOLS, tool]), enforced=False, parallel=True)
+    assert str(refused.value).startswith(f"tools[2].parameters of 'find' {problem}")
+
+
 def test_an_answers_schema_that_cannot_be_read_is_an_error_about_it() -> None:
     asked = SamplingParams(json_schema='{"x-guidance": {}}')
     for calls in (None, calls_for("hermes", offered(TOOLS), enforced=False, parallel=True)):
