@@ -103,6 +103,7 @@ class EngineCore:
 
     def sweep(self) -> float | None:
         """Ends branches and pins that have expired. Returns the seconds until there may be more of them, if any."""
+        self.scheduler.clock.tick()
         waits = (self.branches.registry.sweep(), self.scheduler.cache.pins.sweep())
         return min((seconds for seconds in waits if seconds is not None), default=None)
 

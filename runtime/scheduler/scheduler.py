@@ -29,6 +29,7 @@ from ..messages import (
 from ..sampling_params import MAX_SEED
 from ..step import StepResult
 from .cache.service import CacheService
+from .clock import Clock
 from .constraints import ConstraintEvents, ConstraintManager
 from .draft import ScheduledStep
 from .ledger import Ledger
@@ -59,6 +60,7 @@ class Scheduler:
         grammars: GrammarCompiler | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.clock = Clock(now)
         self.limits = limits
         self.tree = RadixTree(
             num_pages,
@@ -66,14 +68,13 @@ class Scheduler:
             policy=config.eviction_policy,
             enabled=not config.disable_radix_cache,
         )
-        self.cache = CacheService(self.tree, config, now)
+        self.cache = CacheService(self.tree, config, self.clock)
         self.ledger = Ledger(self.tree, max_rows)
         self.ledger.keep = self.cache.keep
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
         self._constraints = ConstraintManager(grammars)
         self._jump_forward = config.jump_forward
-        self._now = now
         self._seeds = random.Random(config.seed)
         self._live: dict[int, Request] = {}
         self._out = StepOutput()
@@ -83,6 +84,7 @@ class Scheduler:
 
     def add(self, message: Generate) -> None:
         """Queues every sample of a prompt. If it can never be served, all of them are answered with an ``error``."""
+        self.clock.tick()
         prompt = np.frombuffer(message.tokens, dtype="<i4").astype(np.int32, copy=False)
         try:
             params = fit(len(prompt), message.params, self.limits)
@@ -115,7 +117,7 @@ class Scheduler:
             request.seed = self._seeds.randrange(MAX_SEED)
         if not params.ignore_eos:
             request.stop_ids = request.stop_ids.union(self._eos_ids)
-        request.arrival, request.arrival_clock = self._now(), self.ledger.clock
+        request.arrival, request.arrival_clock = self.clock(), self.ledger.clock
         request.hit_estimate = self.tree.peek(request.tokens, request.namespace, request.reuse_limit)
         self._live[request.id] = request
         self._totals.prompt_tokens += request.prompt_len
@@ -158,8 +160,9 @@ class Scheduler:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def poll(self) -> ConstraintEvents:
-        """What grammar threads have finished, for the next `plan`."""
-        return self._constraints.poll(self._now())
+        """What grammar threads have finished, for the next `plan`. Reads the clock."""
+        self.clock.tick()
+        return self._constraints.poll(self.clock())
 
     def plan(self, events: ConstraintEvents = _NO_EVENTS) -> ScheduledStep | None:
         """The next step, or None if nothing can run now. It must be launched, in order.
@@ -226,7 +229,7 @@ class Scheduler:
     def _first_scheduled(self, request: Request) -> None:
         if not request.opened and request.cache is not None:
             request.opened = True
-            request.queue_seconds = self._now() - request.arrival
+            request.queue_seconds = self.clock() - request.arrival
             self._out.cache[request.id] = request.cache
             self._out.queue_seconds[request.id] = request.queue_seconds
             self._totals.cached_tokens += request.cache.hit_tokens
@@ -238,6 +241,7 @@ class Scheduler:
         Tokens of requests that have ended meanwhile are dropped; those of requests that were retracted meanwhile
         are kept: they were drawn from the right context.
         """
+        self.clock.tick()
         self.tree.end_step(step.plan.step)
         for i, (start, rows) in result.prompt_logprobs.items():
             request = step.prompt_logprobs[i]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -63,7 +62,7 @@ class Branches:
         *,
         max_branches: int,
         ttl: float,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float],
     ) -> None:
         self._tree = tree
         self._max = max_branches

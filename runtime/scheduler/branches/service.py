@@ -37,7 +37,10 @@ class BranchService:
 
     def __init__(self, scheduler: Scheduler, config: EngineConfig) -> None:
         self._scheduler = scheduler
-        self.registry = Branches(scheduler.tree, max_branches=config.max_branches, ttl=config.branch_ttl)
+        self._clock = scheduler.clock
+        self.registry = Branches(
+            scheduler.tree, max_branches=config.max_branches, ttl=config.branch_ttl, now=scheduler.clock
+        )
         scheduler.ledger.holders = self.registry
         self.encode: Callable[[Message], None] | None = None
         self.replies: list[ControlReply] = []
@@ -53,12 +56,14 @@ class BranchService:
 
     def take(self, message: Message) -> None:
         """One operation, from the tokenizer or from a caller in process. What is wrong with it becomes its answer."""
+        self._clock.tick()
         if isinstance(message, BranchRun) and not message.again:
             self._held_back.update(dict.fromkeys(message.ids, False))
         self._dispatch(message)
 
     def settled(self, message: Settled) -> None:
         """Where the text that a request on a branch returned has ended."""
+        self._clock.tick()
         ended = self._outputs.pop(message.id, None)
         if ended is not None:
             self._settle(*ended, message)
@@ -336,6 +341,7 @@ class BranchService:
     def counts(self) -> dict[str, Any]:
         """Facts for an operator."""
         registry = self.registry
+        self._clock.tick()
         registry.sweep()
         branches = list(registry)
         return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import secrets
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -48,7 +47,7 @@ class Pins:
         share: float,
         share_per_key: float,
         max_ttl: float,
-        now: Callable[[], float] = time.monotonic,
+        now: Callable[[], float],
     ) -> None:
         """``share``: of the pool; ``share_per_key``: of that; ``max_ttl``: seconds."""
         self._tree = tree

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,6 +11,7 @@ from ....radix.tree import RadixTree
 from ...config import EngineConfig
 from ...errors import InvalidRequest
 from ...step import Int32
+from ..clock import Clock
 from .accounts import Accounts
 from .pins import Pin, Pins
 
@@ -39,14 +39,15 @@ class CacheQuestion(msgspec.Struct):
 class CacheService:
     """The scheduler's own: it is told when requests begin and end, and asked by whoever runs the engine."""
 
-    def __init__(self, tree: RadixTree, config: EngineConfig, now: Callable[[], float]) -> None:
+    def __init__(self, tree: RadixTree, config: EngineConfig, clock: Clock) -> None:
         self._tree = tree
+        self._clock = clock
         self.pins = Pins(
             tree,
             share=config.max_pinned_share,
             share_per_key=config.pinned_share_per_key,
             max_ttl=config.max_pin_ttl,
-            now=now,
+            now=clock,
         )
         self._accounts = Accounts()
 
@@ -81,6 +82,7 @@ class CacheService:
     def answer(self, what: str, argument: Any) -> dict[str, Any]:
         """JSON-able. Raises `InvalidRequest` for what cannot be done."""
         question = msgspec.convert(argument, CacheQuestion)
+        self._clock.tick()
         match what:
             case "cache_stats":
                 return self._stats(question)
