@@ -1,4 +1,4 @@
-"""How much output to expect: admission counts on the expectation, not on ``max_tokens``."""
+"""Expected output lengths. Admission reserves for these, not for ``max_tokens``."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import numpy as np
 
 from .rows import FREE, Rows
 
-_CLIP = 4096  # tokens of one request's future that are ever counted on
+_CLIP = 4096  # future tokens of one request that are taken into account at most
 
 
 class OutputEstimator:
-    """The fraction of ``max_tokens`` that requests really use, learned from those that finish.
+    """The fraction of ``max_tokens`` that requests use, learned from those that finish.
 
-    A retraction says the estimate was too low and raises it at once; finished requests bring it back slowly.
-    (SGLang's new-token ratio, with the decay replaced by what was observed.)
+    A retraction means that the estimate was too low, and raises it at once; finished requests lower it slowly.
+    (SGLang's new-token ratio, with observations instead of a decay.)
     """
 
     def __init__(self, fraction: float = 0.7, rate: float = 0.05, floor: float = 0.1) -> None:
@@ -29,17 +29,17 @@ class OutputEstimator:
         self.fraction = min(1.0, self.fraction * 1.25 + 0.1)
 
     def expected_length(self, prompt_len: int, num_tokens: int, limit: int) -> int:
-        """Tokens that will need KV by the time the request ends."""
+        """Expected number of tokens with KV when the request ends."""
         expected = prompt_len + min(_CLIP, int(self.fraction * (limit - prompt_len)))
         return min(limit, max(expected, num_tokens + 1))
 
-    def pages_still_wanted(self, rows: Rows, page_size: int) -> int:
-        """Pages the running requests are expected to take beyond those they hold."""
+    def expected_pages(self, rows: Rows, page_size: int) -> int:
+        """Pages that running requests are expected to need beyond those they have."""
         active = np.flatnonzero(rows.phase != FREE)
         if len(active) == 0:
             return 0
         prompt_len, limit = rows.prompt_len[active], rows.limit[active]
         expected = prompt_len + np.minimum(_CLIP, (self.fraction * (limit - prompt_len)).astype(np.int32))
         expected = np.minimum(limit, np.maximum(expected, rows.length[active] + 1))
-        wanted = -(-expected // page_size) - rows.held[active]
-        return int(np.maximum(wanted, 0).sum())
+        missing = -(-expected // page_size) - rows.pages[active]
+        return int(np.maximum(missing, 0).sum())

@@ -1,4 +1,4 @@
-"""Who waits, who runs and what they hold: the one place where pages and rows change hands."""
+"""Waiting and running requests, and the pages and rows they have: the only place where either changes owner."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from .request import Request, Status
 from .rows import DECODE, Rows
 
 
-class Holders(Protocol):
-    """Those who keep pages from eviction without running: branches."""
+class HoldOwner(Protocol):
+    """Owns holds that may be given up when memory is short: the branches."""
 
     def relieve(self, pages: int, everything: bool) -> bool:
-        """Holds are given up until ``pages`` could be reserved; whether they could. ``everything``: also the holds of
-        those who wait to run."""
+        """Gives up holds until ``pages`` can be reserved; returns whether they can. ``everything``: also the holds of
+        branches that have a request."""
         ...
 
     def forget(self) -> None:
-        """Every hold is given up."""
+        """Gives up every hold."""
         ...
 
 
 class Ledger:
     """Waiting requests, running rows, the tree, and page-table writes not yet sent to the device.
 
-    A running request's row of the page table mirrors ``lease.pages``. Writes are queued here and travel with the
-    next plan. A page that publishing replaced stays in the row for the step being planned (which still writes the
-    request's own copy: shared pages are never written) and is swapped by the following one.
+    A running request's row of the page table mirrors ``lease.pages``. Writes are queued here and sent with the next
+    plan. A page that publishing replaced stays in the row for the step being planned, which still writes the request's
+    own copy, as shared pages are never written; the following step swaps it.
     """
 
     def __init__(self, tree: RadixTree, max_rows: int) -> None:
@@ -40,23 +40,23 @@ class Ledger:
         self.page_size = tree.page_size
         self.rows = Rows(max_rows)
         self.waiting: dict[int, Request] = {}  # by id, in order of arrival
-        self.clock = 0  # tokens scheduled so far: the service clock that ages waiting requests
+        self.clock = 0  # tokens scheduled so far: measures how long requests have waited
         self.retractions = 0
-        self.holders: Holders | None = None
-        self.keep: Callable[[Request], None] = lambda request: None  # pins what the request asked to be kept
+        self.hold_owner: HoldOwner | None = None
+        self.pin_breakpoints: Callable[[Request], None] = lambda request: None  # see `CacheService`
         self._writes: list[tuple[int, int, Int32]] = []  # (row, first column, pages)
 
     def lease(self, request: Request) -> Lease:
         if request.lease is None:
-            raise LookupError(f"request {request.id} holds no lease")
+            raise LookupError(f"request {request.id} has no lease: it is not running")
         return request.lease
 
     def enter(self, request: Request, lease: Lease) -> int:
-        """A waiting request starts to run, holding ``lease``; returns its row."""
+        """Starts a waiting request with ``lease``; returns its row."""
         del self.waiting[request.id]
         row = self.rows.take(request, lease.hit)
         request.row, request.lease, request.status = row, lease, Status.RUNNING
-        self.rows.held[row] = len(lease.pages)
+        self.rows.pages[row] = len(lease.pages)
         if len(lease.pages):
             self._writes.append((row, 0, np.array(lease.pages, dtype=np.int32)))
         return row
@@ -68,20 +68,20 @@ class Ledger:
         taken = self.tree.reserve(self.lease(request), pages)
         if taken is not None:
             row = request.row
-            self._writes.append((row, int(self.rows.held[row]), taken))
-            self.rows.held[row] += pages
+            self._writes.append((row, int(self.rows.pages[row]), taken))
+            self.rows.pages[row] += pages
         return taken
 
     def relieve(self, pages: int, *, everything: bool) -> bool:
-        """Could ``pages`` be reserved, if need be by taking the holds of branches that do not run?"""
+        """Makes ``pages`` available, if necessary by giving up holds of branches; returns whether they are."""
         if pages <= self.tree.available:
             return True
-        return self.holders is not None and self.holders.relieve(pages, everything)
+        return self.hold_owner is not None and self.hold_owner.relieve(pages, everything)
 
     def publish(self, request: Request, length: int) -> tuple[int, int, Int32] | None:
-        """The request's first ``length`` tokens have KV written or scheduled: their whole pages enter the tree.
+        """Publishes the whole pages of the request's first ``length`` tokens, whose KV is written or scheduled.
 
-        Returns the page-table write that swaps duplicates for the tree's pages, to be queued with `swap`.
+        Returns the page-table write that replaces duplicates by the tree's pages, to be queued with `swap`.
         """
         replaced = self.tree.publish(self.lease(request), request.tokens[:length])
         return None if replaced is None else (request.row, replaced[0], replaced[1])
@@ -90,9 +90,9 @@ class Ledger:
         self._writes.extend(writes)
 
     def leave(self, request: Request, *, keep: bool = True) -> None:
-        """The one path by which a running request gives up its row and pages: finish, abort, retraction, failure.
+        """Takes row and pages from a running request: the only way, for finish, abort, retraction and failure.
 
-        ``keep``: everything whose KV is written or scheduled, and known, stays in the tree.
+        ``keep``: known tokens whose KV is written or scheduled stay in the tree.
         """
         row = request.row
         valid = min(int(self.rows.computed[row]), request.num_tokens)
@@ -102,19 +102,19 @@ class Ledger:
         request.row, request.lease = -1, None
 
     def retract(self, request: Request) -> None:
-        """Back to the queue with everything it has computed left in the tree: resuming is a hit while that lasts."""
+        """Returns a running request to the queue. What it has computed stays in the tree, so resuming can be a hit."""
         self.leave(request)
         request.status = Status.WAITING
         request.retractions += 1
         request.hit_estimate = max(0, request.num_tokens - 1)
         self.retractions += 1
         self.waiting[request.id] = request
-        # The youngest are retracted first. Ids ascend with arrival, and retractions are rare.
+        # Restore the order of arrival, in which ids ascend. Retractions are rare, so sorting is cheap enough.
         self.waiting = dict(sorted(self.waiting.items()))
 
     def victim(self, request: Request, *, by_priority: bool) -> Request | None:
-        """Who gives way when ``request`` needs pages: the youngest running request younger than it, or of lower
-        priority. None if nobody must: so the oldest (of the highest priority) is never retracted and always ends."""
+        """The request to retract when ``request`` needs pages: the youngest running one that is younger, or of lower
+        priority. None if there is none, so that the oldest (of the highest priority) is never retracted and ends."""
 
         def rank(other: Request) -> tuple[int, int]:
             return (other.priority if by_priority else 0, -int(self.rows.order[other.row]))
@@ -145,8 +145,8 @@ class Ledger:
             row, lease = request.row, self.lease(request)
             computed, length = int(self.rows.computed[row]), int(self.rows.length[row])
             problem = None
-            if self.rows.held[row] != len(lease.pages):
-                problem = f"row holds {self.rows.held[row]} pages, its lease {len(lease.pages)}"
+            if self.rows.pages[row] != len(lease.pages):
+                problem = f"its row has {self.rows.pages[row]} pages, its lease {len(lease.pages)}"
             elif computed > len(lease.pages) * self.page_size:
                 problem = f"{computed} tokens computed in {len(lease.pages)} pages"
             elif self.rows.phase[row] == DECODE and computed < self.rows.limit[row] and length != computed + 1:

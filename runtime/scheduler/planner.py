@@ -1,6 +1,6 @@
-"""Decides one step: who decodes, whose prompt advances, who is admitted, who must give way.
+"""Plans one step: which requests decode, which prompts advance, what is admitted and what is retracted.
 
-No torch, no I/O, no clock but the ledger's: the same requests in the same order give the same plans.
+No torch, no I/O and no wall clock: a plan is a function of the ledger, so the same inputs give the same plans.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from .policy import admission_order
 from .request import Request
 from .rows import DECODE, PREFILL
 
-_PRODUCER_MIN = 64  # tokens: a shared, not yet computed prefix shorter than this is not worth a step's wait
-_COPY_MIN = 4  # tokens: sharing less than this of a page is not worth a step's wait
-_MAX_MISFITS = 8  # candidates per step that may fail to fit before admission stops looking
-_MAX_SKIPS = 64  # times a request is overtaken because it did not fit, before it blocks the queue until it does
-_REFRESH = 2  # waiting requests whose cached prefix is looked up anew each step (a lookup costs up to 0.1 ms)
+_PRODUCER_MIN = 64  # tokens: do not wait for another request to compute a shared prefix shorter than this
+_COPY_MIN = 4  # tokens: do not wait a step to share less than this of a page
+_MAX_MISFITS = 8  # candidates that do not fit before admission ends for the step
+_MAX_SKIPS = 64  # later requests admitted before one that does not fit; then it blocks the queue until it fits
+_REFRESH = 2  # waiting requests whose cached prefix is looked up again per step (a lookup costs up to 0.1 ms)
 
 
 class Planner:
-    """Plans one step after another over the ledger's requests. ``max_batched_tokens``: query tokens of a step."""
+    """Plans steps over the ledger's requests. ``max_batched_tokens``: query tokens per step."""
 
     def __init__(self, ledger: Ledger, *, policy: SchedulePolicy, max_batched_tokens: int) -> None:
         self._ledger = ledger
@@ -36,10 +36,10 @@ class Planner:
         self._budget = max_batched_tokens
         self._cursor = 0
         self.estimator = OutputEstimator()
-        self.served: list[Request] = []  # ended at admission: everything asked for was in the tree
+        self.served: list[Request] = []  # ended at admission: everything that they need is cached
 
     def plan(self) -> ScheduledStep | None:
-        """The next step, or None if nothing can run now. State advances as if the step had been launched."""
+        """The next step, or None if nothing can run now. The ledger advances as if the step had been launched."""
         while True:
             step = self._tree.begin_step()
             draft = Draft(step, self._budget)
@@ -52,28 +52,28 @@ class Planner:
             self._tree.cancel_step(step)
             if not draft.retracted:
                 return None
-            # What the retracted gave up was in quarantine until this step's end. It will not run: look again.
+            # Pages of retracted requests were quarantined until the end of this step. It will not run: try again.
 
     # -- decodes -------------------------------------------------------------------------------------------------------
 
     def _decodes(self, draft: Draft) -> None:
-        """Every decoding request advances by one token; the oldest get their pages first."""
+        """Advances every decoding request by one token; the oldest get pages first."""
         r, page = self._rows, self._page_size
         rows = r.in_order(DECODE)
         rows = rows[(r.length[rows] < r.limit[rows]) & ~r.blocked[rows]]
-        for row in rows[r.computed[rows] >= r.held[rows] * page].tolist():
-            if r.phase[row] == DECODE:  # not retracted by an older one just now
+        for row in rows[r.computed[rows] >= r.pages[rows] * page].tolist():
+            if r.phase[row] == DECODE:  # not retracted for an older one meanwhile
                 self._grow(draft, r.request(row), 1)
-        rows = rows[(r.phase[rows] == DECODE) & (r.computed[rows] < r.held[rows] * page)]
+        rows = rows[(r.phase[rows] == DECODE) & (r.computed[rows] < r.pages[rows] * page)]
         draft.decode_rows = rows[: draft.budget]
         draft.budget -= len(draft.decode_rows)
 
     def _grow(self, draft: Draft, request: Request, pages: int) -> bool:
-        """``pages`` more pages for a running request; branches that do not run lose theirs, and then younger requests
-        are retracted until they fit.
+        """Reserves ``pages`` more pages for a running request. If they are short, first branches give up their holds,
+        then younger requests are retracted.
 
-        False: the request sits this step out, with what it holds. Older requests, or pages still in quarantine,
-        will make room; the oldest request can always take every page but quarantined ones.
+        False: the request skips this step and keeps its pages. Older requests will end, or quarantined pages become
+        free; the oldest request can take every page except quarantined ones.
         """
         while self._ledger.reserve(request, pages) is None:
             if self._ledger.relieve(pages, everything=True):
@@ -89,10 +89,10 @@ class Planner:
     # -- prompts -------------------------------------------------------------------------------------------------------
 
     def _prefills(self, draft: Draft) -> list[Request]:
-        """Prompts under way advance; returns those that are not through after this step.
+        """Advances the prompts of running requests; returns those that this step does not complete.
 
-        Nobody gives way to one that comes later in this order: what a chunk publishes is a promise that the step runs
-        it, so a request must not be retracted once its chunk is in the draft.
+        No request is retracted for a later one in this order: publishing a chunk promises that the step computes it,
+        so a request with a chunk in the draft must keep its pages.
         """
         r = self._rows
         unfinished = []
@@ -106,25 +106,25 @@ class Planner:
             self._chunk(draft, request)
             if r.phase[row] == PREFILL:
                 unfinished.append(request)
-        # An older prompt may have taken its pages from a younger request that was going to decode.
+        # An older prompt may have caused the retraction of a younger, decoding request.
         draft.decode_rows = draft.decode_rows[r.phase[draft.decode_rows] == DECODE]
         return unfinished
 
     def _chunk(self, draft: Draft, request: Request, copy_from: int | None = None) -> None:
         """Schedules as much of the request's prompt as the budget allows, and publishes it at once.
 
-        ``copy_from``: the page whose first tokens this request reuses by copying it to its first new page.
+        ``copy_from``: the page to copy to the request's first new page, to reuse its first tokens.
         """
         r, row = self._rows, request.row
         start, length = int(r.computed[row]), int(r.length[row])
         end = min(length, start + draft.budget)
-        held = int(r.held[row])
-        if end == start or not self._grow(draft, request, -(-end // self._page_size) - held):
+        pages = int(r.pages[row])
+        if end == start or not self._grow(draft, request, -(-end // self._page_size) - pages):
             if copy_from is not None:
-                raise RuntimeError(f"request {request.id} was admitted and its pages are gone")
+                raise RuntimeError(f"request {request.id} was admitted without the pages for its first chunk")
             return
-        if copy_from is not None:  # before publishing, which may swap the copy for the original
-            draft.copies.append((copy_from, int(self._ledger.lease(request).pages[held])))
+        if copy_from is not None:  # before publishing, which may replace the copy by the original
+            draft.copies.append((copy_from, int(self._ledger.lease(request).pages[pages])))
         done = end == length
         samples = done and length < request.limit
         draft.chunks.append(Chunk(request, row, request.tokens[start:end], start, samples))
@@ -146,27 +146,27 @@ class Planner:
         ledger = self._ledger
         if not ledger.waiting or draft.budget <= 0 or not self._rows.has_free:
             return
-        wanted = self.estimator.pages_still_wanted(self._rows, self._page_size)
+        expected = self.estimator.expected_pages(self._rows, self._page_size)
         misfits: list[Request] = []
         for request in self._candidates():
             if draft.budget <= 0 or not self._rows.has_free:
                 break
-            if self._waits_for_producer(request, producers) or (draft.chunks and self._waits_to_copy(request)):
+            if self._should_await_producer(request, producers) or (draft.chunks and self._should_await_copy(request)):
                 continue
-            kept = self._admit(draft, request, wanted, look=not misfits)
-            if kept is None:
+            more = self._admit(draft, request, expected, look=not misfits)
+            if more is None:
                 misfits.append(request)
                 if request.skips >= _MAX_SKIPS or len(misfits) >= _MAX_MISFITS:
                     break
                 continue
-            wanted += kept
+            expected += more
             for overtaken in misfits:
                 overtaken.skips += 1
             if request.row >= 0 and self._rows.phase[request.row] == PREFILL:
                 producers.append(request)
 
     def _candidates(self) -> list[Request]:
-        """Waiting requests in the order they are tried. Their cached prefixes are refreshed a few a step."""
+        """Waiting requests in the order in which to try them. Looks up a few cached prefixes again in each step."""
         waiting = list(self._ledger.waiting.values())
         for i in range(min(_REFRESH, len(waiting))):
             request = waiting[(self._cursor + i) % len(waiting)]
@@ -174,8 +174,8 @@ class Planner:
         self._cursor = (self._cursor + _REFRESH) % len(waiting)
         return admission_order(self._policy, waiting, self._ledger.clock)
 
-    def _waits_for_producer(self, request: Request, producers: list[Request]) -> bool:
-        """Is a long stretch of this prompt, not yet in the tree, being computed by someone else right now?"""
+    def _should_await_producer(self, request: Request, producers: list[Request]) -> bool:
+        """Whether another request is computing a long part of this prompt that is not in the tree yet."""
         if not self._tree.enabled:
             return False
         limit = request.reuse_limit
@@ -191,52 +191,52 @@ class Planner:
                 return True
         return False
 
-    def _waits_to_copy(self, request: Request) -> bool:
-        """Does it share part of a page with a prompt of this very step? The step writes that page; the next can copy
-        it. Waiting for it, once, makes requests that come together share to the token, as if they had come in turn."""
-        if request.held_back:
+    def _should_await_copy(self, request: Request) -> bool:
+        """Whether it shares part of a page that this step writes, so that the next step can copy from it. Waiting for
+        that once lets requests that arrive together share to the token, as if they had arrived one by one."""
+        if request.deferred:
             return False
         now, soon = (
             self._tree.peek(request.tokens, request.namespace, request.reuse_limit, in_flight=in_flight)
             for in_flight in (False, True)
         )
-        request.held_back = soon - now >= _COPY_MIN
-        return request.held_back
+        request.deferred = soon - now >= _COPY_MIN
+        return request.deferred
 
     def _may_fit(self, request: Request, pages: int, look: bool) -> bool:
-        """Could it fit if nothing it hits were evictable now? By the last look at the tree, or by a new one."""
+        """Whether it may fit, by the last lookup of its prefix or, with ``look``, by a new one."""
         if pages - request.hit_estimate // self._page_size <= self._tree.available:
             return True
         if look:
             request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
         return look and pages - request.hit_estimate // self._page_size <= self._tree.available
 
-    def _admit(self, draft: Draft, request: Request, wanted: int, *, look: bool) -> int | None:
-        """Admits the request if it fits beside the ``wanted`` pages that running ones are expected to take.
+    def _admit(self, draft: Draft, request: Request, reserved: int, *, look: bool) -> int | None:
+        """Admits the request if it fits beside the ``reserved`` pages that running requests are expected to need.
 
-        ``look``: a request that seems not to fit is worth a new look at the tree.
+        ``look``: look its prefix up again if it seems not to fit.
 
-        Its own hits are locked before anything is evicted for it. Returns the pages it is expected to take beyond
-        those it now holds, or None if it does not fit (nothing changed).
+        Its hits are locked before anything is evicted for it. Returns the pages that it is expected to need beyond
+        those it has now, or None, with nothing changed, if it does not fit.
         """
         tree, page = self._tree, self._page_size
         alone = not len(self._rows)
         prompt_pages = -(-request.num_tokens // page)
         expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
         total = max(prompt_pages, -(-expected // page))
-        if not alone and not self._may_fit(request, total + wanted, look):
-            pages = total + wanted - request.hit_estimate // page
+        if not alone and not self._may_fit(request, total + reserved, look):
+            pages = total + reserved - request.hit_estimate // page
             if not self._ledger.relieve(pages, everything=False):
-                return None  # without a match: locking what is then let go would count as a use of it
+                return None  # before the match, which would count as a use of the prefix
         lease = tree.match(request.tokens, request.namespace, request.reuse_limit, request.priority)
-        # Its own hits are leased by now, so its branch's hold may go with the others.
-        self._ledger.relieve(total - len(lease.pages) + wanted, everything=alone)
+        # Its hits are leased now, so its branch's hold can be given up like any other.
+        self._ledger.relieve(total - len(lease.pages) + reserved, everything=alone)
         if alone and lease.copy is not None and prompt_pages - len(lease.pages) > tree.available:
-            # The page it would copy from is locked and may be the very one it needs.
+            # The page to copy from is locked, and may be the only one left to evict.
             aligned = lease.length
             tree.release(lease)
             lease = tree.match(request.tokens, request.namespace, aligned, request.priority)
-        fits = total - len(lease.pages) + wanted <= tree.available
+        fits = total - len(lease.pages) + reserved <= tree.available
         if not fits and not (alone and prompt_pages - len(lease.pages) <= tree.available):
             tree.release(lease)
             return None
@@ -246,8 +246,8 @@ class Planner:
             reason = "disabled" if request.no_cache else report.reason
             written = 0 if reason == "disabled" else max(0, request.prompt_len - lease.hit)
             request.cache = CacheReport(report.hit_tokens, reason, report.diverged_at, refilled, written)
-        if lease.hit == request.num_tokens:  # max_tokens=0 and everything is there
-            self._ledger.keep(request)
+        if lease.hit == request.num_tokens:  # max_tokens=0 and everything is cached
+            self._ledger.pin_breakpoints(request)
             tree.release(lease)
             del self._ledger.waiting[request.id]
             self.served.append(request)

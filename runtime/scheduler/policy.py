@@ -1,9 +1,9 @@
-"""In which order waiting requests are tried for admission.
+"""The order in which waiting requests are tried for admission.
 
-``hrrn`` is the highest-response-ratio rule: (waited + work) / work, where work is the tokens the tree does not hold
-and waiting is measured in tokens the engine has computed since the request came. Cache hits go first because their
-work is small; nobody starves because every ratio grows without bound. A service clock instead of wall time keeps
-the order deterministic.
+``hrrn`` (highest response ratio next) sorts by (waited + work) / work. Work is the number of tokens that are not
+cached; waiting time is the number of tokens that the engine has scheduled since the request arrived. Cache hits go
+first because their work is small; no request starves because every ratio grows without bound. Counting tokens instead
+of seconds keeps the order deterministic.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from .request import Request
 
 
 def admission_order(policy: SchedulePolicy, waiting: Collection[Request], clock: int) -> list[Request]:
-    """``waiting`` (in arrival order) sorted for admission; ties keep arrival order.
+    """Sorts ``waiting``, given in order of arrival, for admission; ties keep that order. ``clock``: tokens scheduled.
 
-    Retracted requests come before others (of their priority): what they hold in the tree is a hit while it lasts.
+    Retracted requests precede others of the same priority: what they have computed is a hit until it is evicted.
     """
     requests = list(waiting)
     if len(requests) <= 1:
         return requests
-    fresh = np.array([r.retractions == 0 for r in requests])
+    never_retracted = np.array([r.retractions == 0 for r in requests])
     keys: tuple[np.ndarray, ...]
     if policy == "fcfs":
-        keys = (fresh,)
+        keys = (never_retracted,)
     elif policy == "priority":
-        keys = (fresh, np.array([-r.priority for r in requests]))
+        keys = (never_retracted, np.array([-r.priority for r in requests]))
     elif policy == "lpm":
-        keys = (np.array([-r.hit_estimate for r in requests]), fresh)
+        keys = (np.array([-r.hit_estimate for r in requests]), never_retracted)
     else:
         work = np.array([r.num_tokens - r.hit_estimate for r in requests]).clip(min=1)
         waited = clock - np.array([r.arrival_clock for r in requests])
-        keys = (work, -(waited + work) / work, fresh)
+        keys = (work, -(waited + work) / work, never_retracted)
     return [requests[i] for i in np.lexsort(keys).tolist()]

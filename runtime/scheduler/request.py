@@ -1,4 +1,4 @@
-"""One request as the scheduler sees it: its tokens, its limits, its lease."""
+"""A request in the scheduler: its tokens, limits, state and lease."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 class Status(enum.Enum):
-    """Where a request stands. Retraction leads from RUNNING back to WAITING; FINISHED is for ever."""
+    """A request's state. Retraction leads from RUNNING back to WAITING; FINISHED is final."""
 
-    COMPILING = enum.auto()  # waits for its grammar
+    COMPILING = enum.auto()  # its grammar is being compiled
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()
 
 
 class Request:
-    """One sample of a prompt: its tokens (prompt, then outputs) and where it stands. Samples share the prompt's array.
+    """One sample of a prompt: its tokens (prompt, then outputs) and its state. Samples share the prompt's array.
 
     ``params.max_tokens`` is set and fits the limits; the prompt's ids are in the vocabulary (see `Scheduler.add`).
     While it runs, how far its KV reaches lives in `Rows`, indexed by ``row``; ``lease`` holds its pages.
@@ -38,8 +38,8 @@ class Request:
         "arrival_clock",
         "breakpoints",
         "cache",
+        "deferred",
         "echo_from",
-        "held_back",
         "hit_estimate",
         "id",
         "jumped",
@@ -104,19 +104,21 @@ class Request:
         self.token_buffer: Int32 = prompt
         self.num_tokens: int = len(prompt)
 
-        self.matcher: Matcher | None = None  # where its output stands in the grammar that constrains it
-        # Forced tokens need no pass of their own, unless each token's pass has something to say or to remember.
+        self.matcher: Matcher | None = None  # the state of its grammar, if its output is constrained
+        # Tokens that the grammar forces need no decode step, unless logprobs or penalties need every token's logits.
         self.jumps: bool = params.logprobs is None and not params.penalized
-        self.jumped: int = 0  # tokens that were known without a pass
+        self.jumped: int = 0  # tokens appended without a decode step
         self.status = Status.WAITING
-        self.arrival: float = 0.0  # wall time, for the queue-time metric only
-        self.arrival_clock: int = 0  # service clock (tokens scheduled) at arrival: ages the request
-        self.hit_estimate: int = 0  # tokens the tree held when last looked; orders the queue
-        self.held_back: bool = False  # it has waited a step to copy from a page that was just being written
+        self.arrival: float = (
+            0.0  # seconds, on the scheduler's clock: for the queue time, and for the limit on compiling its grammar
+        )
+        self.arrival_clock: int = 0  # tokens scheduled by the engine before it arrived
+        self.hit_estimate: int = 0  # tokens cached at the last lookup; orders the queue
+        self.deferred: bool = False  # it has waited one step to copy from a page that was being written
         self.skips: int = 0  # times a later request was admitted because this one did not fit
         self.row: int = -1
         self.lease: Lease | None = None
-        self.cache: CacheReport | None = None  # what the tree gave at the first admission
+        self.cache: CacheReport | None = None  # set at the first admission
         self.opened: bool = False
         self.retractions: int = 0
         self.queue_seconds: float = 0.0
@@ -142,8 +144,8 @@ class Request:
 
     @property
     def reuse_limit(self) -> int:
-        """Tokens that may come from the cache: the last one is computed if it must be sampled from, and so is every
-        position whose logits are wanted."""
+        """Tokens that may come from the cache. Every position whose logits are needed must be computed: the last one to
+        sample from, and those of prompt logprobs."""
         limit = self.num_tokens if self.limit == self.prompt_len else self.num_tokens - 1
         if self.wants_prompt_logprobs:
             limit = min(limit, self.prompt_logprob_next - 1)
@@ -151,7 +153,7 @@ class Request:
 
     def append(self, token: int) -> None:
         if self.num_tokens == len(self.token_buffer):
-            # Never in place: slices of the old buffer may be in a plan, and the prompt's memory may be a message's.
+            # Not in place: slices of the old buffer may be in a plan, and the prompt may be a message's memory.
             grown = np.empty(min(self.limit, self.num_tokens + max(64, self.num_tokens // 2)), dtype=np.int32)
             grown[: self.num_tokens] = self.token_buffer
             self.token_buffer = grown

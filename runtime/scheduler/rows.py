@@ -1,4 +1,4 @@
-"""The running requests, one row each, as arrays: planning a decode step touches arrays, not requests."""
+"""Running requests as arrays, one row each, so that planning a decode step touches arrays and no request objects."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ FREE, PREFILL, DECODE = 0, 1, 2
 
 
 class Rows:
-    """Structure of arrays over the rows of the page table, [max_rows] each.
+    """Structure of arrays over the rows of the page table, each [max_rows].
 
-    For a running request: ``computed <= length``. Tokens below ``computed`` have their KV written or scheduled;
-    ``length`` counts its tokens, those sampled but not yet known to the host included. In PREFILL, all of
-    them are known; in DECODE, ``length == computed + 1``: exactly the last token still has no KV.
+    For a running request ``computed <= length``. Tokens below ``computed`` have their KV written or scheduled.
+    ``length`` counts all its tokens, also those sampled on the device and not yet read by the host. In PREFILL all of
+    them are known; in DECODE ``length == computed + 1``: only the last token has no KV yet.
     """
 
     def __init__(self, max_rows: int) -> None:
@@ -25,11 +25,11 @@ class Rows:
         self.length = np.zeros(max_rows, dtype=np.int32)
         self.limit = np.zeros(max_rows, dtype=np.int32)
         self.prompt_len = np.zeros(max_rows, dtype=np.int32)
-        self.held = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
-        self.last_token = np.zeros(max_rows, dtype=np.int32)  # the token to feed next, or PENDING
+        self.pages = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
+        self.last_token = np.zeros(max_rows, dtype=np.int32)  # the next input token; PENDING: only the device knows it
         self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
         self.constrained = np.zeros(max_rows, dtype=np.bool_)  # the request has a matcher
-        self.blocked = np.zeros(max_rows, dtype=np.bool_)  # and must not decode before it knows what may come next
+        self.blocked = np.zeros(max_rows, dtype=np.bool_)  # must not decode until its next mask is known
         self.requests: list[Request | None] = [None] * max_rows
         self._free = list(range(max_rows - 1, -1, -1))
         self._admissions = 0
@@ -42,7 +42,7 @@ class Rows:
         return bool(self._free)
 
     def take(self, request: Request, computed: int) -> int:
-        """Gives ``request`` a row; ``computed`` of its tokens already have KV."""
+        """Assigns a free row to ``request``, of whose tokens ``computed`` have KV. Returns the row."""
         row = self._free.pop()
         self.requests[row] = request
         self.phase[row] = PREFILL
@@ -50,7 +50,7 @@ class Rows:
         self.length[row] = request.num_tokens
         self.limit[row] = request.limit
         self.prompt_len[row] = request.prompt_len
-        self.held[row] = 0
+        self.pages[row] = 0
         self.last_token[row] = PENDING
         self.constrained[row] = request.matcher is not None
         self.blocked[row] = False
@@ -59,22 +59,22 @@ class Rows:
         return row
 
     def lengthen(self, request: Request) -> None:
-        """A decoding row's request has got more known tokens: they are computed like a prompt's."""
+        """A decoding request was given more known tokens (jump-forward): they are computed like a prompt's."""
         row = request.row
         self.phase[row] = PREFILL
         self.length[row] = request.num_tokens
-        self.last_token[row] = PENDING  # the one drawn after them comes next
+        self.last_token[row] = PENDING  # the token sampled after them comes next
 
     def give_back(self, row: int) -> None:
-        """The row is reusable at once: whatever a step in flight still does to it on the device comes before
-        anything a later step does, and results are matched by request, never by row."""
+        """Frees the row for immediate reuse. Steps in flight may still use it on the device, but they run before
+        any later step, and results are matched by request, never by row."""
         self.requests[row] = None
         self.phase[row] = FREE
-        self.held[row] = 0
+        self.pages[row] = 0
         self._free.append(row)
 
     def in_order(self, phase: int) -> Int32:
-        """Rows in ``phase``, oldest admission first."""
+        """Rows in ``phase``, int32 [n], oldest admission first."""
         rows = np.flatnonzero(self.phase == phase).astype(np.int32)
         return rows[np.argsort(self.order[rows], kind="stable")]
 

@@ -1,4 +1,4 @@
-"""Requests come in, steps go out, results come back, messages leave. Owns the tree and everybody's state."""
+"""Takes requests and step results, makes step plans and output messages. Owns the tree and all request state."""
 
 from __future__ import annotations
 
@@ -37,15 +37,17 @@ from .planner import Planner
 from .request import Request, Status
 from .rows import DECODE
 
-_TAIL = 8  # prompt tokens the detokenizer is primed with
+_TAIL = 8  # last prompt tokens sent to the detokenizer, which needs them to decode the first output
 _NO_EVENTS = ConstraintEvents()
-_WORTH_A_STEP = 2  # more forced tokens than this are worth sitting out a step for, where steps overlap
+_WORTH_A_STEP = 2  # forced tokens: with more, skip a step (where steps overlap) to append them at once
 
 
 class Scheduler:
-    """Pure of torch and I/O: `plan` and `complete` are driven by `EngineCore`, or by a test.
+    """Driven by `EngineCore`, or by a test, through `add`, `poll`, `plan` and `complete`. No torch and no I/O.
 
-    Every request added ends in exactly one `Finished`, whatever happens to it.
+    Every request added ends with exactly one `Finished`. Plans are deterministic: the same calls with the same
+    messages, `ConstraintEvents`, results and clock readings (``now``: seconds, read by `Clock.tick`) make the same
+    plans.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class Scheduler:
         )
         self.cache = CacheService(self.tree, config, self.clock)
         self.ledger = Ledger(self.tree, max_rows)
-        self.ledger.keep = self.cache.keep
+        self.ledger.pin_breakpoints = self.cache.pin_breakpoints
         self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
         self._eos_ids = eos_ids
         self._constraints = ConstraintManager(grammars)
@@ -80,10 +82,10 @@ class Scheduler:
         self._out = StepOutput()
         self._totals = Stats(pages_total=num_pages, page_size=config.page_size)
 
-    # -- in ------------------------------------------------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------------------------------------------
 
     def add(self, message: Generate) -> None:
-        """Queues every sample of a prompt. If it can never be served, all of them are answered with an ``error``."""
+        """Queues every sample of a prompt. If it can never be served, all of them end with an ``error``."""
         self.clock.tick()
         prompt = np.frombuffer(message.tokens, dtype="<i4").astype(np.int32, copy=False)
         try:
@@ -144,15 +146,15 @@ class Scheduler:
             self._finish(request, "error", error=refusal)
 
     def refuse(self, request_id: int, error: InvalidRequest) -> None:
-        """Answers a request that was never added."""
+        """Ends a request that was never added with an ``error``."""
         self._out.finished.append(Finished(request_id, "error", error=Refusal.of(error)))
 
     def refuse_aborted(self, request_id: int) -> None:
-        """The same for one whose client left before it was added."""
+        """Ends a request whose client left before it was added."""
         self._out.finished.append(Finished(request_id, "abort"))
 
     def abort(self, request_id: int, reason: FinishReason = "abort") -> None:
-        """Ends a request early; nothing happens if it has ended or was never here."""
+        """Ends a request early. Does nothing if it has ended or is unknown."""
         request = self._live.get(request_id)
         if request is not None:
             self._finish(request, reason)
@@ -187,8 +189,8 @@ class Scheduler:
         return step
 
     def masks(self, step: ScheduledStep) -> npt.NDArray[np.uint32]:
-        """Which tokens the step's constrained samples may draw, as `PendingStep.sample` wants it. Every step before it
-        must have been completed: what is allowed depends on what was drawn."""
+        """The tokens that the step's constrained samples may sample, for `PendingStep.sample`. Every earlier step must
+        have been completed: what is allowed depends on the tokens before."""
         requests = [step.sampled[i] for i in step.plan.constrained.tolist()]
         live = [None if request.status is Status.FINISHED else request for request in requests]
         masks = self._constraints.masks(live)
@@ -197,7 +199,7 @@ class Scheduler:
                 self._end_matched(request)
                 if self._may_jump(request) and request.matcher and len(request.matcher.forced) > _WORTH_A_STEP:
                     self.ledger.rows.blocked[request.row] = True  # until `complete` jumps: a step launched before
-                    # that could not take the tokens in
+                    # could not include the forced tokens
         return masks
 
     def _apply(self, events: ConstraintEvents) -> None:
@@ -213,8 +215,8 @@ class Scheduler:
         for request in events.advanced:
             if request.row >= 0:
                 self.ledger.rows.blocked[request.row] = False
-                if self._may_jump(request) and self._at_rest(request):
-                    self._say(request, self._jump(request))
+                if self._may_jump(request) and self._is_idle(request):
+                    self._emit(request, self._jump(request))
             self._end_matched(request)
 
     def _end_matched(self, request: Request) -> None:
@@ -236,10 +238,10 @@ class Scheduler:
             self.cache.begun(request)
 
     def complete(self, step: ScheduledStep, result: StepResult) -> None:
-        """Takes in what a launched step produced. Steps complete in launch order.
+        """Applies the result of a launched step. Steps complete in launch order.
 
-        Tokens of requests that have ended meanwhile are dropped; those of requests that were retracted meanwhile
-        are kept: they were drawn from the right context.
+        Tokens of requests that have ended meanwhile are dropped. Those of requests retracted meanwhile are kept: they
+        were sampled from the right context.
         """
         self.clock.tick()
         self.tree.end_step(step.plan.step)
@@ -248,7 +250,7 @@ class Scheduler:
             if request.status is not Status.FINISHED:
                 self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
         ids: list[int] = []
-        drawn: list[int] = []
+        sampled_tokens: list[int] = []
         r = self.ledger.rows
         ended: list[tuple[Request, FinishReason, int | None]] = []
         constrained: list[Request] = []
@@ -257,11 +259,11 @@ class Scheduler:
                 continue
             request.append(token)
             ids.append(request.id)
-            drawn.append(token)
+            sampled_tokens.append(token)
             if i in result.logprobs:
                 self._out.logprobs[request.id] = pack_logprobs(result.logprobs[i])
             row = request.row
-            if row >= 0 and r.length[row] == request.num_tokens:  # else a later step is in flight and holds the value
+            if row >= 0 and r.length[row] == request.num_tokens:  # else a later step in flight has its value
                 r.last_token[row] = token
             if token in request.stop_ids:
                 ended.append((request, "stop", token))
@@ -273,13 +275,13 @@ class Scheduler:
                 ended.append((request, "length", None))
             else:
                 self._publish_page(request)
-        for request in self._jump_all(constrained, ids, drawn):
+        for request in self._jump_all(constrained, ids, sampled_tokens):
             if request.num_tokens == request.limit:
                 ended.append((request, "length", None))
             else:
                 self._publish_page(request)
         self._out.ids += np.array(ids, dtype="<i8").tobytes()
-        self._out.tokens += np.array(drawn, dtype="<i4").tobytes()
+        self._out.tokens += np.array(sampled_tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(ids)
         for request, reason, matched in ended:
             self._finish(request, reason, matched=matched)
@@ -290,11 +292,11 @@ class Scheduler:
             self._finish(request, "length")
 
     def _publish_page(self, request: Request) -> None:
-        """A page that a decode has just filled enters the tree; a prompt's do when they are scheduled."""
+        """Publishes the page that a decode has just filled. Pages of prompts are published when they are scheduled."""
         computed = request.num_tokens - 1
         if request.row >= 0 and computed % self.tree.page_size == 0:
             if self.ledger.rows.phase[request.row] != DECODE:
-                return  # it has jumped: not all of these tokens have been scheduled
+                return  # after a jump, not all of these tokens have been scheduled
             swap = self.ledger.publish(request, computed)
             if swap is not None:
                 self.ledger.swap([swap])
@@ -313,29 +315,30 @@ class Scheduler:
     def _may_jump(self, request: Request) -> bool:
         return self._jump_forward and request.jumps and request.row >= 0
 
-    def _at_rest(self, request: Request) -> bool:
-        """Whether no step draws the request's next token, and no thread is at its matcher."""
+    def _is_idle(self, request: Request) -> bool:
+        """Whether no step in flight samples the request's next token, and no thread advances its matcher."""
         rows, row = self.ledger.rows, request.row
         still = rows.phase[row] == DECODE and rows.length[row] == request.num_tokens
         return bool(still) and not self._constraints.is_advancing(request)
 
-    def _jump_all(self, constrained: list[Request], ids: list[int], drawn: list[int]) -> list[Request]:
-        """`_jump` for all of them; their tokens are added to ``ids`` and ``drawn``. Returns those that go on."""
-        free = [request for request in constrained if self._may_jump(request) and self._at_rest(request)]
+    def _jump_all(self, constrained: list[Request], ids: list[int], sampled_tokens: list[int]) -> list[Request]:
+        """`_jump` for all; appends their tokens to ``ids`` and ``sampled_tokens``. Returns those that continue."""
+        free = [request for request in constrained if self._may_jump(request) and self._is_idle(request)]
         self._constraints.compute_masks(free)
         for request in free:
             tokens = self._jump(request)
             ids += [request.id] * len(tokens)
-            drawn += tokens
+            sampled_tokens += tokens
         return [
             one for one in constrained if one.matcher and (self._constraints.is_advancing(one) or not one.matcher.ended)
         ]
 
     def _jump(self, request: Request) -> list[int]:
-        """Jump-forward decoding (an idea of SGLang's): what the grammar leaves no choice about is appended as if it
-        had been drawn, and its KV is computed in one pass with the token before it. Returns the tokens.
+        """Jump-forward decoding (SGLang): appends the tokens that the grammar forces, as if they had been sampled.
 
-        The request is at rest, and `_may_jump`.
+        Their KV is computed in one pass with the token before them. Returns the tokens.
+
+        Requires `_is_idle` and `_may_jump`.
         """
         tokens = self._constraints.jump(request)
         if tokens:
@@ -345,8 +348,8 @@ class Scheduler:
             self.ledger.rows.lengthen(request)
         return tokens
 
-    def _say(self, request: Request, tokens: list[int]) -> None:
-        """Tokens that came between two steps' results."""
+    def _emit(self, request: Request, tokens: list[int]) -> None:
+        """Outputs tokens that were appended between two steps' results."""
         self._out.ids += np.full(len(tokens), request.id, dtype="<i8").tobytes()
         self._out.tokens += np.array(tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(tokens)
@@ -359,7 +362,7 @@ class Scheduler:
         matched: int | None = None,
         error: InvalidRequest | None = None,
     ) -> None:
-        """The one end of every request."""
+        """Ends a request: the only way."""
         if request.status is Status.FINISHED:
             return
         if request.status is Status.RUNNING:
@@ -393,25 +396,25 @@ class Scheduler:
             request.on_end(request)
 
     def fail_running(self, error: str, dropped: Sequence[ScheduledStep] = ()) -> None:
-        """A step broke: everything it may have touched is worthless. Running requests end with ``error`` and the
-        tree forgets all it knows; waiting requests stay, but for those of which a ``dropped`` step (launched, and its
-        result lost) would have told logprobs of their prompt: no later step will."""
+        """A step failed, so the KV of whatever it touched is invalid: running requests end with ``error``, and the tree
+        is flushed. Waiting requests stay, except those whose prompt logprobs a ``dropped`` step (launched, and its
+        result lost) would have delivered: no later step will."""
         scored = [request for step in dropped for request in step.prompt_logprobs.values()]
         for request in [*self.ledger.rows.running(), *scored]:
             self._finish(request, "error", error=InvalidRequest(None, error, status=500))
-        if self.ledger.holders is not None:
-            self.ledger.holders.forget()
+        if self.ledger.hold_owner is not None:
+            self.ledger.hold_owner.forget()
         self.cache.pins.forget()
-        self.tree.end_step(self.tree.begin_step())  # whatever was in flight has ended, one way or another
+        self.tree.end_step(self.tree.begin_step())  # whatever was in flight has ended
         self.tree.flush()
 
     def fail_oldest(self, error: str) -> None:
-        """Breaks a stalemate that the rules above should make impossible."""
+        """Ends one request with ``error``: a last resort when no request can advance."""
         candidates = self.ledger.rows.running() or list(self._live.values())
         status = 503 if self.cache.pins.pages else 500  # 503: there is room again when pins expire
         self._finish(candidates[0], "error", error=InvalidRequest(None, error, status=status))
 
-    # -- out -----------------------------------------------------------------------------------------------------------
+    # -- output --------------------------------------------------------------------------------------------------------
 
     @property
     def has_requests(self) -> bool:
@@ -423,7 +426,7 @@ class Scheduler:
         return self._constraints.busy
 
     def take_output(self) -> StepOutput | None:
-        """Everything said since the last call, or None."""
+        """All output since the last call, or None."""
         out = self._out
         if not (out.opened or out.ids or out.finished or out.cache or out.prompt_logprobs):
             return None
@@ -431,7 +434,7 @@ class Scheduler:
         return out
 
     def stats(self) -> Stats:
-        """The counters as they are now: one object, which changes with the next call."""
+        """The present counters. The same object is updated by the next call."""
         totals, tree = self._totals, self.tree
         totals.running = len(self.ledger.rows)
         totals.waiting = len(self.ledger.waiting) + self._constraints.compiling

@@ -1,4 +1,4 @@
-"""Names of branches: nobody can guess one, and those this server made can be told from all others without a list."""
+"""Branch ids: unguessable, and recognisable as made by this server without a list of them (404 or 410)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _NONCE, _PROOF = 12, 12  # bytes: each 16 characters
 
 
 class BranchIds:
-    """An id is a random number and its keyed digest under the owner's name."""
+    """An id is a random nonce and its keyed digest, with the owner's name."""
 
     def __init__(self) -> None:
         self._key = os.urandom(32)
@@ -22,7 +22,7 @@ class BranchIds:
         return ["b" + urlsafe_b64encode(nonce + self._proof(nonce, owner)).decode() for nonce in nonces]
 
     def made(self, id: str, owner: str) -> bool:
-        """Whether `make` gave this id to this owner, ever."""
+        """Whether `make` ever made this id for this owner."""
         try:
             data = urlsafe_b64decode(id[1:].encode("ascii"))
         except ValueError:  # also UnicodeEncodeError and binascii.Error

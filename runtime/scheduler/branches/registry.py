@@ -1,4 +1,4 @@
-"""Every branch there is: its tokens, its hold on the tree, its age. Pure of sockets and text."""
+"""All branches: their tokens, holds and expiry. No sockets, no text."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from ...errors import InvalidRequest
 from .ids import BranchIds
 from .trail import EMPTY, Trail
 
-MAX_FORK = 1024  # branches one fork may make
+MAX_FORK = 1024  # branches per fork
 
 
-class State(enum.Enum):
+class BranchState(enum.Enum):
     IDLE = enum.auto()
     GENERATING = enum.auto()
-    SETTLING = enum.auto()  # generated: where the returned text ended is not known yet
-    ENCODING = enum.auto()  # the text left at its end is being tokenized together with what is appended
+    SETTLING = enum.auto()  # generation has ended; the detokenizer has not said yet where the returned text ends
+    ENCODING = enum.auto()  # the text at its end is being tokenized together with what is appended
     GONE = enum.auto()
 
 
 class Branch:
-    """One branch. Only the registry changes its hold and its age.
+    """One branch. Only the registry changes its hold and its expiry.
 
-    ``remembered``: of its tokens, how many had their keys and values in the tree when it last ran; what of them must be
-    computed once more is what eviction cost.
+    ``remembered``: how many of its tokens were cached when it last ran. Those of them that must be computed again are
+    what eviction cost.
     """
 
     __slots__ = ("expires", "hold", "id", "namespace", "readers", "remembered", "rest", "run", "state", "trail", "ttl")
@@ -39,22 +39,22 @@ class Branch:
         self.id = id
         self.namespace = namespace
         self.trail = trail
-        self.rest = ""  # text after the tokens: what a stop string left of a token it cut
+        self.rest = ""  # text after the tokens: the part before a stop string of a token that it cut
         self.remembered = 0
         self.hold: Hold | None = None
-        self.state = State.IDLE
-        self.run = 0  # the engine request whose output stays in it
-        self.readers: set[int] = set()  # engine requests that leave nothing in it: scores, and further samples
+        self.state = BranchState.IDLE
+        self.run = 0  # id of the engine request whose output is appended to it
+        self.readers: set[int] = set()  # ids of engine requests that append nothing: scores, and further samples
         self.ttl = ttl  # seconds
         self.expires = 0.0  # on the registry's clock
 
     @property
-    def at_work(self) -> bool:
-        return self.state is not State.IDLE or bool(self.readers)
+    def is_busy(self) -> bool:
+        return self.state is not BranchState.IDLE or bool(self.readers)
 
 
 class Branches:
-    """The registry. Errors are `InvalidRequest` with the HTTP status they become: 404, 409, 410, 429."""
+    """The registry. Errors are `InvalidRequest` with an HTTP status: 404, 410 or 429. ``ttl``, ``now``: seconds."""
 
     def __init__(
         self,
@@ -70,12 +70,12 @@ class Branches:
         self._now = now
         self._ids = BranchIds()
         self._branches: dict[str, Branch] = {}
-        # Those with a hold, by last use. Of the idle ones the oldest loses it first, and only then do those at work.
+        # Branches with a hold, least recently used first. Idle ones give up theirs before busy ones do.
         self._idle: OrderedDict[Branch, None] = OrderedDict()
-        self._at_work: OrderedDict[Branch, None] = OrderedDict()
-        self._deadlines: list[tuple[float, int, Branch]] = []  # heap; times may be outdated, but never too late
+        self._busy: OrderedDict[Branch, None] = OrderedDict()
+        self._deadlines: list[tuple[float, int, Branch]] = []  # heap; an entry may be too early, never too late
         self._serial = itertools.count()
-        self.holds_lost = 0  # to memory pressure, ever
+        self.holds_lost = 0  # given up because memory was short, in total
 
     def __len__(self) -> int:
         return len(self._branches)
@@ -83,22 +83,22 @@ class Branches:
     def __iter__(self) -> Iterator[Branch]:
         return iter(self._branches.values())
 
-    # -- making and ending ---------------------------------------------------------------------------------------------
+    # -- creating and ending -------------------------------------------------------------------------------------------
 
     def create(self, namespace: Namespace, trail: Trail = EMPTY, ttl: float | None = None) -> Branch:
-        """A branch of these tokens, holding whatever of them the tree has.
+        """A new branch of these tokens, with a hold on the cached part of them.
 
-        ``ttl``: seconds it lives after each use, at most the server's.
+        ``ttl``: seconds until it expires after each use, at most the server's.
         """
         ttl = self._check_ttl(ttl)
         self._make_room(1)
         branch = Branch(self._ids.make(namespace[0], 1)[0], namespace, trail, ttl)
         self._add(branch)
-        self.keep(branch)
+        self.renew_hold(branch)
         return branch
 
     def fork(self, branch: Branch, n: int, ttl: float | None = None) -> list[Branch]:
-        """``n`` branches that are as this one is now. Nothing is copied or looked up: tokens and hold are shared."""
+        """``n`` copies of the branch. They share its tokens and its hold; nothing is copied or looked up."""
         if not 1 <= n <= MAX_FORK:
             raise InvalidRequest("n", f"must be between 1 and {MAX_FORK}, got {n}")
         ttl = branch.ttl if ttl is None else self._check_ttl(ttl)
@@ -127,7 +127,7 @@ class Branches:
         if len(self._branches) + n > self._max:
             raise InvalidRequest(
                 None,
-                f"there are {len(self._branches)} branches and {n} more would pass the limit of {self._max} "
+                f"there are {len(self._branches)} branches, and {n} more would exceed the limit of {self._max} "
                 "(--max-branches); delete some, or try again when others have expired",
                 status=429,
             )
@@ -139,39 +139,39 @@ class Branches:
         self._file(branch)
 
     def remove(self, branch: Branch) -> None:
-        """It is gone; whoever asks hears 410. Its requests are the caller's to end."""
+        """Ends the branch: `get` answers 410 from now on. The caller must end its requests."""
         del self._branches[branch.id]
-        self._let_go(branch)
-        branch.state = State.GONE
+        self._drop_hold(branch)
+        branch.state = BranchState.GONE
         branch.trail = EMPTY
-        if len(self._deadlines) > 2 * len(self._branches) + 64:  # most entries are of branches deleted early
-            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not State.GONE]
+        if len(self._deadlines) > 2 * len(self._branches) + 64:  # most entries belong to branches deleted early
+            self._deadlines = [entry for entry in self._deadlines if entry[2].state is not BranchState.GONE]
             heapq.heapify(self._deadlines)
 
     def sweep(self) -> float | None:
-        """Ends what has expired. Returns the seconds until there may be more to end; None: there is nothing."""
+        """Ends expired branches. Returns the seconds until the next may expire; None: there are no branches."""
         now = self._now()
         while self._deadlines:
             when, _, branch = self._deadlines[0]
-            if branch.state is State.GONE:
+            if branch.state is BranchState.GONE:
                 heapq.heappop(self._deadlines)
             elif when > now:
                 return when - now
-            elif branch.at_work or branch.expires > now:
-                expires = now + branch.ttl if branch.at_work else branch.expires
+            elif branch.is_busy or branch.expires > now:
+                expires = now + branch.ttl if branch.is_busy else branch.expires
                 heapq.heapreplace(self._deadlines, (expires, next(self._serial), branch))
             else:
                 heapq.heappop(self._deadlines)
                 self.remove(branch)
         return None
 
-    # -- using ---------------------------------------------------------------------------------------------------------
+    # -- use -----------------------------------------------------------------------------------------------------------
 
     def get(self, id: str, owner: str) -> Branch:
-        """The branch, for a use of it. 410 if it has ended; 404 if it never was, or is another key's."""
+        """The branch with this id; counts as a use. 410 if it has ended, 404 if it is unknown or another key's."""
         branch = self._branches.get(id)
         if branch is not None and branch.namespace[0] == owner:
-            if branch.at_work or branch.expires > self._now():
+            if branch.is_busy or branch.expires > self._now():
                 self.touch(branch)
                 return branch
             self.remove(branch)
@@ -180,71 +180,71 @@ class Branches:
         raise InvalidRequest("branch", f"{id} has expired or was deleted", status=410)
 
     def touch(self, branch: Branch) -> None:
-        """A use: it lives on, and is the last to lose its hold."""
+        """Counts a use: postpones the expiry, and makes it the last of its kind to give up its hold."""
         branch.expires = self._now() + branch.ttl
         self._file(branch)
 
-    def keep(self, branch: Branch) -> None:
-        """Takes a new hold: on what the tree has of the branch now."""
+    def renew_hold(self, branch: Branch) -> None:
+        """Replaces the branch's hold by one on what is cached of it now."""
         hold = self._tree.hold(branch.trail.tokens(), branch.namespace) if branch.trail.length else None
         if hold is not None:
             branch.remembered = hold.tokens
-        self._let_go(branch)
+        self._drop_hold(branch)
         branch.hold = hold
         self.touch(branch)
 
     def _file(self, branch: Branch) -> None:
-        """Behind all others of its kind."""
+        """Moves the branch to the end of the list of its kind."""
         self._idle.pop(branch, None)
-        self._at_work.pop(branch, None)
+        self._busy.pop(branch, None)
         if branch.hold is not None:
-            (self._at_work if branch.at_work else self._idle)[branch] = None
+            (self._busy if branch.is_busy else self._idle)[branch] = None
 
-    def _let_go(self, branch: Branch) -> None:
+    def _drop_hold(self, branch: Branch) -> None:
         hold, branch.hold = branch.hold, None
         self._idle.pop(branch, None)
-        self._at_work.pop(branch, None)
+        self._busy.pop(branch, None)
         if hold is not None:
             self._tree.unhold(hold)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
     def relieve(self, pages: int, everything: bool) -> bool:
-        """Takes holds away until ``pages`` could be reserved; True if they could. No branch loses its tokens.
+        """Gives up holds until ``pages`` can be reserved; returns whether they can. No branch loses its tokens.
 
-        The idle ones longest unused go first; ``everything``: after them those at work, whose requests have leases of
+        Least recently used first, idle branches only; ``everything``: then busy ones, whose requests have leases of
         their own once they run.
         """
-        for kind in (self._idle, self._at_work) if everything else (self._idle,):
+        for kind in (self._idle, self._busy) if everything else (self._idle,):
             while kind and self._tree.available < pages:
-                self._let_go(next(iter(kind)))
+                self._drop_hold(next(iter(kind)))
                 self.holds_lost += 1
         return self._tree.available >= pages
 
     def forget(self) -> None:
-        """No branch holds anything any more."""
-        for branch in [*self._idle, *self._at_work]:
-            self._let_go(branch)
+        """Gives up the holds of all branches."""
+        for branch in [*self._idle, *self._busy]:
+            self._drop_hold(branch)
 
-    # -- looking -------------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
     def holding(self) -> int:
-        """Branches with a hold."""
-        return len(self._idle) + len(self._at_work)
+        """Number of branches with a hold."""
+        return len(self._idle) + len(self._busy)
 
     def resident(self, branch: Branch) -> int:
-        """Tokens of it that the tree has now, held or not, those being written in this step among them."""
+        """Tokens of it that are cached now, held or not, including those that the step being planned writes."""
         return self._tree.peek(branch.trail.tokens(), branch.namespace, in_flight=True) if branch.trail.length else 0
 
     def check(self) -> None:
-        """Raises RuntimeError if holds and branches do not add up. The tree's own check counts the locks."""
+        """Raises RuntimeError if holds and branches are inconsistent. The tree checks the locks."""
         counts: dict[Hold, int] = {}
         for branch in self:
-            filed = (branch in self._idle, branch in self._at_work)
-            expected = (False, False) if branch.hold is None else (not branch.at_work, branch.at_work)
+            filed = (branch in self._idle, branch in self._busy)
+            expected = (False, False) if branch.hold is None else (not branch.is_busy, branch.is_busy)
             if filed != expected:
-                raise RuntimeError(f"branch {branch.id}, {branch.state.name}, is filed as {filed}")
+                raise RuntimeError(f"branch {branch.id}, {branch.state.name}, is listed as (idle, busy) = {filed}")
             if branch.hold is not None:
                 counts[branch.hold] = counts.get(branch.hold, 0) + 1
         if counts != {hold: hold.count for hold in self._tree.holds if not hold.pinned}:

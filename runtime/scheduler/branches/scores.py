@@ -1,4 +1,4 @@
-"""What comes of scoring: the logprobs of each continuation's tokens, folded from the deltas of its engine request."""
+"""Scores of continuations: the logprobs of their tokens, collected from the deltas of their engine requests."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from ...outputs import Output
 
 @dataclass(slots=True)
 class Score:
-    """One continuation. A logprob is None where there was nothing before the token: the first of an unconditional one,
-    where the model's texts do not begin with a special token. Such a token counts nowhere."""
+    """Of one continuation. A logprob is None where no token precedes: the first of an unconditional continuation, if
+    the model's texts do not begin with a special token. ``sum`` and ``mean`` leave such a token out."""
 
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float | None] = field(default_factory=list)
     cached_tokens: int = 0  # of the prompt: the branch and the continuation
     prompt_tokens: int = 0
     refilled: int = 0
-    unconditional: Score | None = None  # the same tokens by themselves, if asked for
+    unconditional: Score | None = None  # the same tokens without the branch, if requested
 
     @property
     def sum(self) -> float:
@@ -34,7 +34,7 @@ class Score:
 
 
 class ScoreCollector:
-    """``unconditional``: the second half of the engine requests scores the continuations by themselves."""
+    """``unconditional``: the second half of the engine requests scores the continuations without the branch."""
 
     def __init__(self, requests: int, *, unconditional: bool) -> None:
         self._outputs = [Output() for _ in range(requests)]
@@ -42,8 +42,8 @@ class ScoreCollector:
         self._unconditional = unconditional
 
     def feed(self, index: int, delta: Delta) -> None:
-        """The next delta of an engine request, by its place among them."""
-        for piece in delta.prompt_logprobs or ():  # they come in order, and the echo is the continuation alone
+        """Takes the next delta of an engine request, given by its index."""
+        for piece in delta.prompt_logprobs or ():  # in order, and the continuation's only
             self._values[index] += np.frombuffer(piece.rows.chosen, "<f4").tolist()
         delta.prompt_logprobs = None
         self._outputs[index].feed(delta)

@@ -1,7 +1,7 @@
-"""What a server does with branches: each operation checked, put in order, and turned into engine requests.
+"""Branch operations: checked, put in order per branch, and turned into engine requests.
 
-Runs on the scheduler's thread. An operation that meets a branch whose end is not known yet (it has just generated, or
-its last text is being tokenized) waits for it here; every one is answered exactly once.
+Runs on the scheduler's thread. An operation on a branch whose end is not known yet (it has just generated, or its last
+text is being tokenized) is queued here until it is. Every operation is answered exactly once.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from ...step import Int32
 from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
 from ..request import Request
 from ..scheduler import Scheduler
-from .registry import Branch, Branches, State
+from .registry import Branch, Branches, BranchState
 from .trail import EMPTY, Trail
 
 Message = BranchOp | BranchRun
-_UNSETTLED = (State.SETTLING, State.ENCODING)
+_UNSETTLED = (BranchState.SETTLING, BranchState.ENCODING)
 
 
 class BranchService:
-    """``replies`` and ``to_encode`` are for the owner of the core to take and deliver after each message and step.
+    """The owner of the core delivers ``replies`` and ``to_encode``, and clears them, after each message and step.
 
-    ``encode``: tokenizes a message in place (in process); without it, messages that need it go to ``to_encode`` and
-    come back with ``again`` set.
+    ``encode`` tokenizes a message in place (in process). Without it, messages to tokenize are appended to ``to_encode``
+    and must come back through `take` with ``again`` set.
     """
 
     def __init__(self, scheduler: Scheduler, config: EngineConfig) -> None:
@@ -41,39 +41,43 @@ class BranchService:
         self.registry = Branches(
             scheduler.tree, max_branches=config.max_branches, ttl=config.branch_ttl, now=scheduler.clock
         )
-        scheduler.ledger.holders = self.registry
+        scheduler.ledger.hold_owner = self.registry
         self.encode: Callable[[Message], None] | None = None
         self.replies: list[ControlReply] = []
-        self.waiters: dict[int, Callable[[ControlReply], None]] = {}  # in process: who takes an operation's reply
+        self.waiters: dict[
+            int, Callable[[ControlReply], None]
+        ] = {}  # in process: receivers of replies, by operation id
         self.to_encode: list[Message] = []
-        self._running: dict[int, Branch] = {}  # by engine request: those the scheduler has
-        self._outputs: dict[int, tuple[Branch, Int32]] = {}  # ended, and not settled yet
-        self._verdicts: dict[int, Settled] = {}  # settled, and not ended yet
-        self._waiting: dict[Branch, list[Message]] = {}  # until the branch's end is known
-        self._held_back: dict[int, bool] = {}  # engine requests not with the scheduler yet -> their client has left
+        self._running: dict[int, Branch] = {}  # by engine request, those in the scheduler
+        self._outputs: dict[int, tuple[Branch, Int32]] = {}  # of requests that ended before they were settled
+        self._settled: dict[int, Settled] = {}  # of requests that were settled before they ended
+        self._waiting: dict[Branch, list[Message]] = {}  # operations queued until the branch's end is known
+        self._unsubmitted: dict[
+            int, bool
+        ] = {}  # engine request not in the scheduler yet -> whether its client has left
 
-    # -- in ------------------------------------------------------------------------------------------------------------
+    # -- input ---------------------------------------------------------------------------------------------------------
 
     def take(self, message: Message) -> None:
-        """One operation, from the tokenizer or from a caller in process. What is wrong with it becomes its answer."""
+        """Takes one operation, from the tokenizer or a caller in process. An invalid one is answered with its error."""
         self._clock.tick()
         if isinstance(message, BranchRun) and not message.again:
-            self._held_back.update(dict.fromkeys(message.ids, False))
+            self._unsubmitted.update(dict.fromkeys(message.ids, False))
         self._dispatch(message)
 
     def settled(self, message: Settled) -> None:
-        """Where the text that a request on a branch returned has ended."""
+        """Where the returned text of a request on a branch ends."""
         self._clock.tick()
         ended = self._outputs.pop(message.id, None)
         if ended is not None:
             self._settle(*ended, message)
         elif message.id in self._running:
-            self._verdicts[message.id] = message
+            self._settled[message.id] = message
 
     def abort(self, request_id: int) -> None:
-        """The client of a request that the scheduler may not have yet has left."""
-        if request_id in self._held_back:
-            self._held_back[request_id] = True
+        """A client has left, perhaps before its request was submitted to the scheduler."""
+        if request_id in self._unsubmitted:
+            self._unsubmitted[request_id] = True
 
     # -- order ---------------------------------------------------------------------------------------------------------
 
@@ -82,7 +86,7 @@ class BranchService:
         try:
             if message.branch:
                 branch = self.registry.get(message.branch, message.namespace[0])
-                if not self._is_its_turn(branch, message):
+                if not self._ready(branch, message):
                     return
             if message.refusal is not None:
                 raise message.refusal.error()
@@ -98,10 +102,10 @@ class BranchService:
         if message.again and branch is not None:
             self._resume(branch)
 
-    def _is_its_turn(self, branch: Branch, message: Message) -> bool:
-        """Whether to go on with the message. If not, it waits here, or is with the tokenizer."""
+    def _ready(self, branch: Branch, message: Message) -> bool:
+        """Whether to process the message now. If not, it is queued here or sent to the tokenizer."""
         if message.again:
-            self._become(branch, State.IDLE)
+            self._set_state(branch, BranchState.IDLE)
             return True
         kind = message.what if isinstance(message, BranchOp) else "generate"
         if kind == "delete":
@@ -109,7 +113,7 @@ class BranchService:
         if branch.state in _UNSETTLED:
             self._waiting.setdefault(branch, []).append(message)
             return False
-        if branch.state is State.GENERATING and kind != "get":
+        if branch.state is BranchState.GENERATING and kind != "get":
             raise InvalidRequest(
                 "branch",
                 f"{branch.id} is generating: wait for its answer, fork it before it generates, or delete it",
@@ -118,7 +122,7 @@ class BranchService:
         if branch.rest and message.refusal is None and self._needs_all_tokens(message):
             self._put_before(branch.rest, message)
             if self.encode is None:
-                self._become(branch, State.ENCODING)
+                self._set_state(branch, BranchState.ENCODING)
                 self.to_encode.append(message)
                 return False
             self.encode(message)
@@ -137,7 +141,7 @@ class BranchService:
             message.piece = msgspec.structs.replace(message.piece or Piece(), before=rest)
 
     def _resume(self, branch: Branch) -> None:
-        """The branch's end is known: what waited for it goes on, in order, as far as it can."""
+        """The branch's end is known: processes its queued operations, in order."""
         for message in self._waiting.pop(branch, ()):
             self._dispatch(message)
 
@@ -146,8 +150,8 @@ class BranchService:
             self._reply(ControlReply(message.id, False, None, Refusal.of(error)))
             return
         for id in message.ids:
-            if id in self._held_back:  # not those of it that the scheduler has taken already
-                self._leave(id, error)
+            if id in self._unsubmitted:  # the others have been submitted
+                self._refuse_run(id, error)
 
     def _reply(self, reply: ControlReply) -> None:
         waiter = self.waiters.pop(reply.id, None)
@@ -156,8 +160,8 @@ class BranchService:
         else:
             waiter(reply)
 
-    def _leave(self, id: int, error: InvalidRequest) -> None:
-        if self._held_back.pop(id):
+    def _refuse_run(self, id: int, error: InvalidRequest) -> None:
+        if self._unsubmitted.pop(id):
             self._scheduler.refuse_aborted(id)
         else:
             self._scheduler.refuse(id, error)
@@ -184,7 +188,7 @@ class BranchService:
             "pending_text": branch.rest,
             "resident_tokens": registry.resident(branch),
             "held_tokens": 0 if branch.hold is None else branch.hold.tokens,
-            "generating": branch.state is State.GENERATING,
+            "generating": branch.state is BranchState.GENERATING,
         }
         return facts | ({"tokens": tokens_to_bytes(branch.trail.tokens())} if op.tokens else {})
 
@@ -201,7 +205,7 @@ class BranchService:
         return {"num_tokens": branch.trail.length, "expires_in": branch.ttl}
 
     def _extended(self, trail: Trail, piece: Piece | None) -> Trail:
-        """The branch's tokens and the piece's. Raises `InvalidRequest` if they could not even be computed."""
+        """The trail followed by the piece's tokens. Raises `InvalidRequest` if they exceed the limits."""
         if piece is None or piece.empty:
             return trail
         tokens = tokens_from_bytes(piece.tokens if trail.length or piece.first is None else piece.first)
@@ -212,16 +216,16 @@ class BranchService:
         return trail.then(tokens)
 
     def _rest_after(self, branch: Branch, piece: Piece | None) -> str:
-        """What is left of the text at its end: nothing, once it has been tokenized with the piece."""
+        """The text at the branch's end: none, once it was tokenized together with the piece."""
         return branch.rest if piece is None or piece.empty else ""
 
     def _delete(self, branch: Branch) -> None:
-        ids = [*branch.readers, *([branch.run] if branch.state is State.GENERATING else [])]
+        ids = [*branch.readers, *([branch.run] if branch.state is BranchState.GENERATING else [])]
         self._outputs.pop(branch.run, None)
         self.registry.remove(branch)
         for id in ids:
             self._scheduler.abort(id)
-        self._resume(branch)  # they hear that it is gone
+        self._resume(branch)  # they are answered with 410
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -237,10 +241,10 @@ class BranchService:
         if not trail.length:
             raise InvalidRequest("branch", f"{branch.id} is empty: extend it before it generates")
         params = fit(trail.length, run.params, self._scheduler.limits, path="branch")
-        # From here on it cannot fail: what is appended stays, even if the client has left.
+        # Nothing can fail from here on. What is appended stays, even if the client has left.
         branch.trail, branch.rest = trail, rest
         prompt = trail.tokens()
-        for i, id in enumerate(run.ids):  # the first sample stays in the branch
+        for i, id in enumerate(run.ids):  # the first sample is appended to the branch
             echo_from = 0 if run.echo_tokens else None
             self._submit(self._request(id, prompt, params.sample(i), run, branch, echo_from, settle=i == 0), branch)
 
@@ -250,7 +254,7 @@ class BranchService:
         limits = self._scheduler.limits
         opening = tokens_from_bytes(run.opening)
         trunk = branch.trail.tokens()
-        wholes: list[tuple[Int32, int]] = []  # and where what is scored begins
+        prompts: list[tuple[Int32, int]] = []  # with the position at which scoring begins
         alone: list[tuple[Int32, int]] = []
         for i, piece in enumerate(continuations):
             field, tokens = f"continuations[{i}]", tokens_from_bytes(piece.tokens)
@@ -259,11 +263,11 @@ class BranchService:
             longest = max(len(trunk), len(opening)) + len(tokens)
             fit(longest, SamplingParams(max_tokens=0), limits, path=field, counted="tokens with its branch")
             check_token_ids(tokens, limits.vocab_size, field)
-            wholes.append((np.concatenate((trunk, tokens)), len(trunk) + piece.left))
+            prompts.append((np.concatenate((trunk, tokens)), len(trunk) + piece.left))
             alone.append((np.concatenate((opening, tokens[piece.left :])), len(opening)))
-        for id, (whole, start) in zip(run.ids, [*wholes, *(alone if run.unconditional else [])], strict=True):
+        for id, (prompt, start) in zip(run.ids, [*prompts, *(alone if run.unconditional else [])], strict=True):
             params = msgspec.structs.replace(run.params, prompt_logprob_start=start)
-            self._submit(self._request(id, whole, params, run, branch, start), branch)
+            self._submit(self._request(id, prompt, params, run, branch, start), branch)
 
     def _request(
         self,
@@ -290,77 +294,77 @@ class BranchService:
         )
 
     def _submit(self, request: Request, branch: Branch) -> None:
-        """Hands it to the scheduler, unless its client has left."""
-        if self._held_back.pop(request.id):
+        """Submits the request to the scheduler, unless its client has left."""
+        if self._unsubmitted.pop(request.id):
             self._scheduler.refuse_aborted(request.id)
             return
         self._running[request.id] = branch
         if request.settle:
-            branch.run, branch.state = request.id, State.GENERATING
+            branch.run, branch.state = request.id, BranchState.GENERATING
         else:
             branch.readers.add(request.id)
         self._scheduler.submit(request)
 
     def _ended(self, request: Request) -> None:
-        """The scheduler's last word about a request."""
+        """Called by the scheduler when a request has ended."""
         branch = self._running.pop(request.id)
-        verdict = self._verdicts.pop(request.id, None)
-        if branch.state is State.GONE:
+        settled = self._settled.pop(request.id, None)
+        if branch.state is BranchState.GONE:
             return
         if request.id in branch.readers:
             branch.readers.discard(request.id)
-            if not branch.readers and branch.state is State.IDLE:
-                self._keep_more(branch)
+            if not branch.readers and branch.state is BranchState.IDLE:
+                self._extend_hold(branch)
             return
         outputs = request.tokens[request.prompt_len :].copy()
-        if verdict is not None:
-            self._settle(branch, outputs, verdict)
+        if settled is not None:
+            self._settle(branch, outputs, settled)
         else:
-            self._become(branch, State.SETTLING)
+            self._set_state(branch, BranchState.SETTLING)
             self._outputs[request.id] = (branch, outputs)
 
-    def _settle(self, branch: Branch, outputs: Int32, verdict: Settled) -> None:
-        branch.trail, branch.rest = branch.trail.then(outputs[: verdict.kept]), verdict.rest
-        self._become(branch, State.IDLE)
-        self.registry.keep(branch)
+    def _settle(self, branch: Branch, outputs: Int32, settled: Settled) -> None:
+        branch.trail, branch.rest = branch.trail.then(outputs[: settled.kept]), settled.rest
+        self._set_state(branch, BranchState.IDLE)
+        self.registry.renew_hold(branch)
         self._resume(branch)
 
-    def _keep_more(self, branch: Branch) -> None:
-        """What was scored may have been computed for the first time, the branch itself with it."""
+    def _extend_hold(self, branch: Branch) -> None:
+        """Renews the hold if it can now protect more: scoring may have computed tokens of the branch itself."""
         if branch.hold is None or branch.hold.tokens < branch.trail.length:
-            self.registry.keep(branch)
+            self.registry.renew_hold(branch)
         else:
             self.registry.touch(branch)
 
-    def _become(self, branch: Branch, state: State) -> None:
+    def _set_state(self, branch: Branch, state: BranchState) -> None:
         branch.state = state
         self.registry.touch(branch)
 
-    # -- looking -------------------------------------------------------------------------------------------------------
+    # -- reading -------------------------------------------------------------------------------------------------------
 
     def counts(self) -> dict[str, Any]:
-        """Facts for an operator."""
+        """Counts for operators."""
         registry = self.registry
         self._clock.tick()
         registry.sweep()
         branches = list(registry)
         return {
             "branches": len(branches),
-            "generating": sum(branch.state is State.GENERATING for branch in branches),
+            "generating": sum(branch.state is BranchState.GENERATING for branch in branches),
             "holding": registry.holding,
             "holds_lost": registry.holds_lost,
             "tokens": sum(branch.trail.length for branch in branches),
         }
 
     def check(self) -> None:
-        """Raises RuntimeError if branches and their requests do not add up."""
+        """Raises RuntimeError if branches and their requests are inconsistent."""
         self.registry.check()
         for id, branch in self._running.items():
-            if branch.state is not State.GONE and id != branch.run and id not in branch.readers:
-                raise RuntimeError(f"request {id} runs on branch {branch.id}, which does not know it")
+            if branch.state is not BranchState.GONE and id != branch.run and id not in branch.readers:
+                raise RuntimeError(f"request {id} runs on branch {branch.id}, which has no record of it")
         for branch in self.registry:
-            if branch.state is State.GENERATING and self._running.get(branch.run) is not branch:
-                raise RuntimeError(f"branch {branch.id} is generating, and no request of it runs")
+            if branch.state is BranchState.GENERATING and self._running.get(branch.run) is not branch:
+                raise RuntimeError(f"branch {branch.id} is generating without a running request")
         for branch in self._waiting:
             if branch.state not in _UNSETTLED:
-                raise RuntimeError(f"operations wait for branch {branch.id}, which is {branch.state.name}")
+                raise RuntimeError(f"operations are queued for branch {branch.id}, which is {branch.state.name}")

@@ -1,4 +1,4 @@
-"""A branch's tokens: immutable pieces that branches share, so that a fork copies none of them."""
+"""A branch's tokens as a linked list of immutable pieces, which forks share instead of copying."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import numpy as np
 
 from ...step import Int32
 
-_MAX_DEPTH = 64  # pieces in a row before they are joined: bounds the walk, and what each piece costs beyond its tokens
+_MAX_DEPTH = 64  # pieces before they are joined: bounds the walk and the memory overhead
 
 
 class Trail:
-    """Tokens int32 [length], as a last ``piece`` after a ``parent``. Nothing in it ever changes."""
+    """Tokens int32 [length]: a ``piece`` after a ``parent``. Immutable."""
 
     __slots__ = ("_depth", "_parent", "_piece", "length")
 
@@ -21,7 +21,7 @@ class Trail:
         self.length: int = len(piece) + (0 if parent is None else parent.length)
 
     def then(self, piece: Int32) -> Trail:
-        """This and ``piece`` after it. This one stays as it is."""
+        """A new trail: this one followed by ``piece``."""
         if not len(piece):
             return self
         if not self.length:
@@ -31,7 +31,7 @@ class Trail:
         return Trail(piece, self)
 
     def tokens(self, more: Int32 | None = None) -> Int32:
-        """All of them [length], and ``more`` after them, as one new array."""
+        """All tokens, followed by ``more``, as a new array int32 [length + len(more)]."""
         pieces = [] if more is None else [more]
         trail: Trail | None = self
         while trail is not None:

@@ -1,4 +1,4 @@
-"""What the cache did for whom: sums by key and by namespace."""
+"""Sums of cache reuse, by API key and by namespace."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import msgspec
 from ....radix.node import Namespace
 from ...messages import CacheReport
 
-MAX_NAMESPACES = 4096  # those whose requests came last are remembered one by one; a key's own sums are never dropped
+MAX_NAMESPACES = 4096  # the least recently used are dropped beyond this; a key's own sums never are
 MAX_SHOWN = 256
 
 
 class ReasonSum(msgspec.Struct):
-    """Requests whose reuse ended for one reason: what they reused, and what they had to compute."""
+    """Requests whose reuse ended for one reason: tokens reused and tokens computed."""
 
     requests: int = 0
     cached_tokens: int = 0
@@ -23,7 +23,8 @@ class ReasonSum(msgspec.Struct):
 
 
 class Account(msgspec.Struct):
-    """Prompts' tokens. ``reasons`` add up to the rest, but that what was computed uncached is not written."""
+    """Sums over prompts, in tokens. ``cache_write_tokens`` leaves out what was computed with the cache off; the other
+    sums are those of ``reasons`` together."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -47,15 +48,15 @@ class Account(msgspec.Struct):
 
 
 class Accounts:
-    """Every request is counted once, when its first chunk is scheduled. Keys are few: the server's own list."""
+    """Counts every request once, when its first chunk is scheduled. The server's list bounds the number of keys."""
 
     def __init__(self) -> None:
         self.total = Account()
         self._owners: dict[str, Account] = {}
-        self._namespaces: OrderedDict[Namespace, Account] = OrderedDict()  # the last to be used at the end
+        self._namespaces: OrderedDict[Namespace, Account] = OrderedDict()  # least recently used first
 
     def add(self, namespace: Namespace, prompt_tokens: int, report: CacheReport, *, no_cache: bool) -> None:
-        """``no_cache``: of a request that shares nothing, whose namespace nobody will ask for."""
+        """``no_cache``: the request has a namespace of its own, which is not recorded."""
         accounts = [self.total, self._owners.setdefault(namespace[0], Account())]
         if not no_cache:
             accounts.append(self._namespaces.setdefault(namespace, Account()))
@@ -69,7 +70,7 @@ class Accounts:
         return self._owners.get(owner) or Account()
 
     def namespaces(self, owner: str | None) -> list[dict[str, Any]]:
-        """The owner's (None: everybody's) namespaces, the last used first."""
+        """Namespaces of ``owner`` (None: of all), most recently used first, at most `MAX_SHOWN`."""
         shown: list[dict[str, Any]] = []
         for (whose, salt), account in reversed(self._namespaces.items()):
             if owner is None or whose == owner:

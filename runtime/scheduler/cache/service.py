@@ -1,4 +1,4 @@
-"""What the scheduler does with its cache beyond using it: pins, sums, and answers to those who ask."""
+"""Cache control: pins, statistics, and the cache operations of clients and operators."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _EVERYTHING = np.empty(0, np.int32)
 
 
 class CacheQuestion(msgspec.Struct):
-    """The argument of a cache `Control`. ``namespace`` is the caller's: nothing here reaches beyond it, except that
-    ``everything`` (of the operator) asks for everybody's sums."""
+    """The argument of a cache `Control`. ``namespace`` is the caller's, and nothing outside it is accessed, except with
+    ``everything`` (operators only), which adds the sums of all keys."""
 
     namespace: tuple[str, str]
     tokens: bytes = b""  # int32
@@ -37,7 +37,7 @@ class CacheQuestion(msgspec.Struct):
 
 
 class CacheService:
-    """The scheduler's own: it is told when requests begin and end, and asked by whoever runs the engine."""
+    """Notified by the scheduler when requests start and end; answers the cache operations of `EngineCore.control`."""
 
     def __init__(self, tree: RadixTree, config: EngineConfig, clock: Clock) -> None:
         self._tree = tree
@@ -54,33 +54,35 @@ class CacheService:
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def begun(self, request: Request) -> None:
-        """Its first chunk is scheduled, or all of it was here."""
+        """The request's first chunk is scheduled, or all of it is cached."""
         if request.cache is not None:
             self._accounts.add(request.namespace, request.prompt_len, request.cache, no_cache=request.no_cache)
 
     def leaving(self, request: Request, computed: int) -> None:
-        """It gives up its row, and of its tokens ``computed`` have keys and values: an aborted one wrote no more."""
+        """The request gives up its row after ``computed`` tokens: one that is aborted early has written no more."""
         if request.cache is not None and not request.retractions:
             written = max(0, computed - request.cache.hit_tokens)
             request.cache.write_tokens = min(request.cache.write_tokens, written)
 
     def ended(self, request: Request, *, well: bool) -> None:
-        """It has left the tree to others: what it asked to be kept is kept, if it ended ``well``."""
+        """The request has ended and released its pages. If it ended ``well`` its breakpoints are pinned."""
         if request.no_cache:
             self._tree.prune(_EVERYTHING, request.namespace)
         elif well:
-            self.keep(request)
+            self.pin_breakpoints(request)
 
-    def keep(self, request: Request) -> None:
-        """Takes the pins of the request's breakpoints, once."""
+    def pin_breakpoints(self, request: Request) -> None:
+        """Pins the prefixes that the request asked to keep, once."""
         if request.breakpoints and request.cache is not None:
-            request.cache.pinned_tokens = self.pins.keep(request.prompt, request.namespace, request.breakpoints)
+            request.cache.pinned_tokens = self.pins.pin_breakpoints(
+                request.prompt, request.namespace, request.breakpoints
+            )
             request.breakpoints = []
 
-    # -- questions -----------------------------------------------------------------------------------------------------
+    # -- operations ----------------------------------------------------------------------------------------------------
 
     def answer(self, what: str, argument: Any) -> dict[str, Any]:
-        """JSON-able. Raises `InvalidRequest` for what cannot be done."""
+        """Runs one cache operation; JSON-able. Raises `InvalidRequest` if it cannot be done."""
         question = msgspec.convert(argument, CacheQuestion)
         self._clock.tick()
         match what:
@@ -126,8 +128,8 @@ class CacheService:
         return facts
 
     def _pages(self) -> dict[str, int]:
-        """``free``, ``cached`` (evictable), ``held`` (leased by requests or held by branches or pins) and
-        ``quarantined`` are all there are; ``pinned`` are some of the held ones."""
+        """``free``, ``cached`` (evictable), ``held`` (in use by requests, branches or pins) and ``quarantined`` add up
+        to ``total``; ``pinned`` is a part of ``held``."""
         tree = self._tree
         free, quarantined = tree.allocator.free, tree.allocator.quarantined
         return {
@@ -141,7 +143,7 @@ class CacheService:
         }
 
     def _explain(self, question: CacheQuestion) -> dict[str, Any]:
-        """As for a request that generates: the prompt's last token is always computed."""
+        """As for a request that samples: the prompt's last token is always computed."""
         self.pins.sweep()
         ids = question.ids
         seen = self._tree.inspect(ids, question.namespace, max(0, len(ids) - 1))
@@ -157,9 +159,9 @@ class CacheService:
             "protected_tokens": seen.locked,
         }
 
-    def _pin_facts(self, pin: Pin, wanted: int, ttl: float) -> dict[str, Any]:
+    def _pin_facts(self, pin: Pin, requested: int, ttl: float) -> dict[str, Any]:
         tokens = pin.hold.tokens
-        return {"id": pin.id, "tokens": tokens, "missing_tokens": wanted - tokens, "expires_in": ttl}
+        return {"id": pin.id, "tokens": tokens, "missing_tokens": requested - tokens, "expires_in": ttl}
 
     def _evict(self, question: CacheQuestion) -> dict[str, Any]:
         self.pins.sweep()

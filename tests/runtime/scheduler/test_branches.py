@@ -120,8 +120,8 @@ class Forest:
             self.delete(branch)
         assert len(self.service.registry) == 0
         assert not self.driver.core.scheduler.tree.holds
-        assert not (self.service._running or self.service._outputs or self.service._verdicts)
-        assert not (self.service._waiting or self.service._held_back)
+        assert not (self.service._running or self.service._outputs or self.service._settled)
+        assert not (self.service._waiting or self.service._unsubmitted)
         self.driver.verify()
 
 

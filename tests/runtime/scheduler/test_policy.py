@@ -115,7 +115,7 @@ def test_an_overcommitted_pool_only_costs_time(make_driver, policy, overlap, dis
         overlap=overlap,
         disable_radix_cache=disabled,
     )
-    driver.core.scheduler.planner.estimator.pages_still_wanted = lambda rows, page_size: 0
+    driver.core.scheduler.planner.estimator.expected_pages = lambda rows, page_size: 0
     for _ in range(60):
         stem = [rng.randrange(2, 5)] * rng.randrange(1, 60)
         driver.add([*stem, rng.randrange(2, 40)], max_tokens=rng.randrange(1, 30), priority=rng.randrange(4))
@@ -145,7 +145,7 @@ def test_pages_wanted_by_running_requests_match_a_plain_count():
         request = waiting(id_, tokens=int(rng.integers(1, 90)))
         request.limit = request.prompt_len + int(rng.integers(0, 9000))
         row = rows.take(request, 0)
-        rows.held[row] = int(rng.integers(0, 6))
+        rows.pages[row] = int(rng.integers(0, 6))
         length = estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
-        expected += max(0, -(-length // 16) - int(rows.held[row]))
-    assert estimator.pages_still_wanted(rows, 16) == expected
+        expected += max(0, -(-length // 16) - int(rows.pages[row]))
+    assert estimator.expected_pages(rows, 16) == expected

@@ -8,7 +8,7 @@ import pytest
 from branchwise.radix import RadixTree
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.scheduler.branches.ids import BranchIds
-from branchwise.runtime.scheduler.branches.registry import MAX_FORK, Branches, State
+from branchwise.runtime.scheduler.branches.registry import MAX_FORK, Branches, BranchState
 from branchwise.runtime.scheduler.branches.trail import _MAX_DEPTH, EMPTY, Trail
 
 OWNER = ("key", "")
@@ -90,16 +90,16 @@ def test_a_use_renews_and_a_sweep_ends_what_was_not_used(branches, clock):
     assert branches.sweep() == pytest.approx(3.0)
     clock.now += 4.0
     assert branches.sweep() == pytest.approx(6.0)
-    assert short.state is State.GONE and len(branches) == 2
+    assert short.state is BranchState.GONE and len(branches) == 2
     branches.get(used.id, "key")
     clock.now += 7.0
     assert branches.sweep() == pytest.approx(3.0)
-    assert [branch.id for branch in branches] == [used.id] and unused.state is State.GONE
-    used.state = State.GENERATING
+    assert [branch.id for branch in branches] == [used.id] and unused.state is BranchState.GONE
+    used.state = BranchState.GENERATING
     clock.now += 20.0
     branches.sweep()
     assert branches.get(used.id, "key") is used  # at work nobody expires
-    used.state = State.IDLE
+    used.state = BranchState.IDLE
     branches.touch(used)
     clock.now += 10.0
     assert branches.sweep() is None and not len(branches)
@@ -151,7 +151,7 @@ def test_the_idle_go_first_the_longest_unused_before_others(tree, branches):
     for i in range(4):
         remember(tree, [100 * i + j for j in range(40)])  # 10 pages each: 24 are left
         made.append(branches.create(OWNER, Trail(array([100 * i + j for j in range(40)]))))
-    made[1].state = State.GENERATING
+    made[1].state = BranchState.GENERATING
     branches.touch(made[1])
     branches.get(made[0].id, "key")
     assert branches.relieve(24, False) and branches.holding == 4
