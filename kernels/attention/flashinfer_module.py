@@ -2,18 +2,22 @@
 
 FlashInfer's wrapper classes are not used. Their `plan` walks tensors element by element in Python (0.46 to 0.85 ms at
 256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each allocates
-buffers that all our calls can share. `gen_batch_prefill_module` is public; the signatures of ``plan`` and
-``paged_run`` are those of ``csrc/batch_prefill.cu`` and ``csrc/batch_prefill_sm90.cu``, read in 0.6.12 and 0.7.2.
+buffers that all our calls can share. `gen_batch_prefill_module` is public; ``plan`` and ``paged_run`` are those of
+``csrc/batch_prefill.cu`` and ``csrc/batch_prefill_sm90.cu``, compared in all releases from 0.6.12 to 0.7.4. Only
+``plan`` of `fa2` differs: 0.6.16 appended a parameter, 0.7.4 another (`plan_tail`).
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,10 +28,24 @@ from .base import Unavailable
 
 logger = logging.getLogger(__name__)
 
-OLDEST, TOO_NEW = "0.6.12", "0.8"
+OLDEST, NEWEST_READ, TOO_NEW = "0.6.12", "0.7.4", "0.8"
 HEAD_DIMS = (64, 128, 256)
 _INFORMATIVE = ("error:", "not found", "No such file")
 _NHD, _NO_ROPE = 0, 0  # TensorLayout.NHD, PosEncodingMode.NONE
+_BINDINGS = {"fa2": "batch_prefill_jit_binding.cu", "fa3": "batch_prefill_sm90_jit_binding.cu"}
+# The parameters of ``plan``. FlashInfer binds them by position and number, and appends new ones from time to time.
+_PLAN_HEAD = (
+    *("float_workspace_buffer", "int_workspace_buffer", "page_locked_int_workspace_buffer"),
+    *("qo_indptr", "kv_indptr", "kv_len_arr", "total_num_rows", "batch_size", "num_qo_heads", "num_kv_heads"),
+    *("page_size", "enable_cuda_graph", "head_dim_qk", "head_dim_vo", "causal", "window_left"),
+)
+_PLAN_TAIL: dict[str, int | bool] = {
+    "fixed_split_size": -1,  # decided by the planner
+    "disable_split_kv": False,
+    "num_colocated_ctas": 0,
+    "uniform_q_len": 0,  # from 0.6.16: no promise about query lengths
+    "fixed_uniform_q_len": False,  # from 0.7.4
+}
 
 Kernel = Literal["fa2", "fa3"]
 
@@ -68,6 +86,31 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
         raise Unavailable(f"FlashInfer computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}")
     if head_dim not in HEAD_DIMS:
         raise Unavailable(f"FlashInfer has no kernel for head_dim {head_dim} (it has {HEAD_DIMS})")
+    plan_tail("fa2")
+    logger.info("FlashInfer %s (supported: >=%s,<%s)", version, OLDEST, TOO_NEW)
+
+
+@cache
+def plan_tail(kernel: Kernel) -> list[int | bool]:
+    """The arguments of the installed FlashInfer's ``plan`` behind ``window_left``, read from its C++ binding.
+
+    Raises `Unavailable` if it has parameters that this adapter does not know.
+    """
+    package = find_spec("flashinfer")
+    folders = list(package.submodule_search_locations or ()) if package is not None else []
+    path = Path(folders[0] if folders else "flashinfer", "data", "csrc", _BINDINGS[kernel])
+    try:
+        found = re.search(r"\w+Plan\(([^()]*)\);", path.read_text())
+    except OSError as error:
+        raise Unavailable(f"FlashInfer's sources cannot be read: {error}") from error
+    names = re.findall(r"(\w+)\s*(?:,|$)", found[1]) if found else []
+    tail = names[len(_PLAN_HEAD) :]
+    if tuple(names[: len(_PLAN_HEAD)]) != _PLAN_HEAD or not _PLAN_TAIL.keys() >= set(tail):
+        raise Unavailable(
+            f"FlashInfer's `plan` has parameters that this version of Branchwise does not know, in {path}: "
+            f"{', '.join(names) or 'none found'}; install flashinfer-python>={OLDEST},<={NEWEST_READ}"
+        )
+    return [_PLAN_TAIL[name] for name in tail]
 
 
 def build(variants: Sequence[Variant]) -> None:
@@ -126,6 +169,7 @@ class PagedCall:
         int_workspace: tuple[Tensor, Tensor],
     ) -> None:
         self._module, self._fa2, self._dim = _load(variant), variant.kernel == "fa2", variant.head_dim
+        self._plan_tail = plan_tail(variant.kernel)
         self._causal = causal
         self._window_left = -1 if window is None else window - 1
         self._heads, self._kv_heads, self._page_size = heads, kv_heads, page_size
@@ -140,9 +184,8 @@ class PagedCall:
             *(self._workspace, self._ints, self._host_ints, qo_indptr, kv_indptr, kv_lens),
             *(rows, len(kv_lens), self._heads, self._kv_heads, self._page_size, capture, self._dim, self._dim),
             *(self._causal, self._window_left),
+            *self._plan_tail,
         ]
-        if self._fa2:
-            args += [-1, False, 0]  # fixed_split_size, disable_split_kv, num_colocated_ctas
         self._plan = self._module.plan(*args)
 
     def run(

@@ -3,6 +3,8 @@ FlashInfer's is given. What only FlashInfer itself can show is in tests/gpu."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -192,3 +194,77 @@ def test_it_says_in_a_line_why_nothing_can_be_compiled(error, said, monkeypatch)
         flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
     assert str(caught.value).startswith(f"FlashInfer's kernels could not be compiled: {said}")
     assert "\n" not in str(caught.value)
+
+
+# `csrc/batch_prefill_jit_binding.cu` declares `plan` so, and its successors append parameters.
+BINDING = """
+using tvm::ffi::Array;
+
+Array<int64_t> BatchPrefillWithKVCache{sm90}Plan(
+    TensorView float_workspace_buffer, TensorView int_workspace_buffer,
+    TensorView page_locked_int_workspace_buffer, TensorView qo_indptr, TensorView kv_indptr,
+    TensorView kv_len_arr, int64_t total_num_rows, int64_t batch_size, int64_t num_qo_heads,
+    int64_t num_kv_heads, int64_t page_size, bool enable_cuda_graph, int64_t head_dim_qk,
+    int64_t head_dim_vo, bool causal, int64_t window_left{tail});
+
+void BatchPrefillWithPagedKVCacheRun(TensorView float_workspace_buffer, TensorView q);
+"""
+TAIL = ", int64_t fixed_split_size,\n    bool disable_split_kv, int64_t num_colocated_ctas"
+PLANS = {
+    "0.6.12": (TAIL, 19),
+    "0.6.16": (TAIL + ", int64_t uniform_q_len", 20),
+    "0.7.4": (TAIL + ", int64_t uniform_q_len,\n    bool fixed_uniform_q_len", 21),
+}
+
+
+@pytest.fixture
+def install(monkeypatch, tmp_path):
+    """``install(tail)``: FlashInfer's sources, with ``tail`` behind the parameters that `fa2` always had."""
+    folder = tmp_path / "data" / "csrc"
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(
+        flashinfer_module, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
+
+    def write(tail):
+        flashinfer_module.plan_tail.cache_clear()
+        (folder / "batch_prefill_jit_binding.cu").write_text(BINDING.format(sm90="", tail=tail))
+        (folder / "batch_prefill_sm90_jit_binding.cu").write_text(BINDING.format(sm90="SM90", tail=""))
+
+    yield write
+    flashinfer_module.plan_tail.cache_clear()
+
+
+@pytest.mark.parametrize("version", PLANS)
+def test_plan_is_called_with_the_arguments_of_the_installed_version(version, install, monkeypatch):
+    tail, count = PLANS[version]
+    install(tail)
+    calls = []
+    monkeypatch.setattr(
+        flashinfer_module, "_load", lambda variant: SimpleNamespace(plan=lambda *args: calls.append(args))
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    ints = torch.zeros(8, dtype=torch.int32)
+    for kernel, expected in ("fa2", count), ("fa3", 16):
+        call = flashinfer_module.PagedCall(
+            Variant(kernel, torch.bfloat16, 128), 9, True, 32, 8, 16, torch.zeros(8), (ints, ints)
+        )
+        call.plan(ints, ints, ints, 8, capture=True)
+        assert len(calls[-1]) == expected
+        assert calls[-1][14:16] == (True, 8)  # causal, window_left
+    assert calls[0][16:] == (-1, False, 0, 0, False)[: count - 16]
+
+
+@pytest.mark.parametrize("tail", [TAIL + ", int64_t something_new", ""], ids=["a new parameter", "none"])
+def test_a_plan_with_unknown_parameters_is_refused(tail, install, monkeypatch):
+    install(tail)
+    if not tail:  # the head is another too
+        flashinfer_module.plan_tail.cache_clear()
+        monkeypatch.setattr(flashinfer_module, "_PLAN_HEAD", ("another", "head"))
+    with pytest.raises(Unavailable, match=r"does not know, in .*window_left.*; install flashinfer-python>=0\.6\.12,<="):
+        flashinfer_module.plan_tail("fa2")
+
+
+def test_sources_that_cannot_be_read_are_said(install):
+    with pytest.raises(Unavailable, match="FlashInfer's sources cannot be read"):
+        flashinfer_module.plan_tail("fa2")
