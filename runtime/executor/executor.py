@@ -113,6 +113,11 @@ class ModelExecutor:
             step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
             memory = plan_memory(config, model, dtype, device, length, batched, measured)
+        if memory.kv_tokens < length:
+            logger.warning(
+                "the KV pool holds %d tokens, less than one context of %d: longer requests are refused (%s)",
+                *(memory.kv_tokens, length, memory.limit),
+            )
         return cls(config, model, decoder, memory)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:

@@ -90,10 +90,10 @@ def plan_memory(
     Called before the weights are loaded, and on a GPU again afterwards with what was ``measured``: bytes free before
     loading, bytes of the weights, bytes of the largest step.
 
-    With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise, on a CPU, it is the
-    least of: half of the free memory times ``gpu_memory_utilization``, less the weights and activations; what
-    ``max_num_seqs`` requests of ``max_model_len`` need; and 4 GiB. On a GPU: what ``gpu_memory_utilization`` of its
-    memory leaves.
+    With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise it takes what
+    ``gpu_memory_utilization`` of a GPU's memory leaves, however few requests run at once: pages that no request uses
+    are the cache. On a CPU it takes half of the free memory times ``gpu_memory_utilization``, less the weights and
+    activations, and at most 4 GiB.
     """
     free, total = device_memory(device)
     weights = weight_bytes(model, dtype, device)
@@ -120,13 +120,9 @@ def plan_memory(
             used = total - free
             budget = total * config.gpu_memory_utilization - used
             reason = f"what {config.gpu_memory_utilization:.0%} of the memory leaves"
-        candidates = [
-            (int(budget - weights - activations - reserve) // page, reason),
-            (config.max_num_seqs * row_pages, f"enough for {config.max_num_seqs} × {max_model_len:,} tokens"),
-        ]
-        if device.type == "cpu":
-            candidates.append((CPU_KV_LIMIT // page, "the most a CPU takes unasked (--kv-cache-tokens sets it)"))
-        pages, limit = min(candidates)
+        pages, limit = int(budget - weights - activations - reserve) // page, reason
+        if device.type == "cpu" and pages > CPU_KV_LIMIT // page:
+            pages, limit = CPU_KV_LIMIT // page, "the default limit on a CPU (--kv-cache-tokens sets another)"
         if pages < 1:
             held = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
             raise LoadError(

@@ -282,3 +282,16 @@ def test_settings_that_cannot_be(changes: dict[str, Any], says: str, driver: Dri
     with pytest.raises(LoadError, match=says) as caught:
         driver(**changes)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(64, 100), (112, 100)])
+def test_a_pool_smaller_than_one_context_warns(
+    tokens: int, length: int, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(
+        model=str(checkpoint("llama-gqa")), device="cpu", page_size=16, kv_cache_tokens=tokens, max_model_len=length
+    )
+    executor = ModelExecutor.load(config)
+    executor.close()
+    said = f"the KV pool holds {tokens} tokens, less than one context of {length}" in caplog.text
+    assert said == (tokens < length)

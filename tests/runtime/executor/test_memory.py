@@ -35,12 +35,21 @@ def test_as_many_tokens_as_asked_rounded_up_to_pages(model: ModelConfig) -> None
     assert found.max_pages_per_row == 7  # a row cannot hold more pages than there are
 
 
-def test_no_more_than_all_rows_can_use(model: ModelConfig) -> None:
-    found = plan(model, max_num_seqs=3, page_size=16)
-    assert found.num_pages == 3 * 32
-    assert found.max_pages_per_row == 32
-    assert found.page_table_bytes == 3 * 32 * 4
-    assert "3 × 512 tokens" in found.limit
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_few_requests_do_not_bound_what_is_remembered(
+    device: str, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On 141 GB, 8 requests of 4,096 tokens once left the cache 32,768 tokens."""
+    monkeypatch.setattr(memory, "device_memory", lambda device: (138 * GIB, 141 * GIB))
+    few, many = (
+        plan_memory(
+            EngineConfig(max_num_seqs=seqs, page_size=16), model, torch.float32, torch.device(device), 4096, 8192
+        )
+        for seqs in (8, 256)
+    )
+    most = 0.9 * 141 * GIB - 3 * GIB if device == "cuda" else 4 * GIB
+    assert 0.95 * most < many.kv_bytes <= few.kv_bytes <= most
+    assert few.max_pages_per_row == 256 and few.page_table_bytes == 8 * 256 * 4
 
 
 def test_half_of_what_is_free(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
