@@ -9,9 +9,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from .constraint import MAX_BYTES
 from .errors import LoadError
-from .sampling_params import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_N, MAX_STOP_LENGTH, MAX_STOPS
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
@@ -109,15 +107,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_body_bytes: Bytes of a request's body.
         max_prompts_per_request: Prompts of one request.
         max_samples_per_request: Prompts × n of one request.
-        max_n: Samples of one prompt.
-        max_stop_strings: Stop strings of one request.
-        max_stop_length: Characters of a stop string.
-        max_logit_bias: Entries of logit_bias.
-        max_top_logprobs: Alternatives beside a token's logprob.
         max_messages: Messages of one conversation.
         max_tools: Tools of one request.
-        max_schema_bytes: Bytes of a JSON schema, a pattern or a grammar. A tool's parameters: 65536 at most.
-        max_schema_depth: Levels of a schema's objects and lists.
         max_json_depth: Levels of a body's objects and lists.
         max_json_values: Names and values of a body, lists and objects twice, but for token ids.
         max_header_bytes: Bytes of a request's line and headers.
@@ -145,15 +136,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024
     max_samples_per_request: int = 1024
-    max_n: int = MAX_N
-    max_stop_strings: int = MAX_STOPS
-    max_stop_length: int = MAX_STOP_LENGTH
-    max_logit_bias: int = MAX_LOGIT_BIAS
-    max_top_logprobs: int = MAX_LOGPROBS
     max_messages: int = 4096
     max_tools: int = 128
-    max_schema_bytes: int = MAX_BYTES
-    max_schema_depth: int = 64
     max_json_depth: int = 64
     max_json_values: int = 262_144
     max_header_bytes: int = 64 * 1024

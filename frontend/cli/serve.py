@@ -65,27 +65,8 @@ def serve(
     max_samples_per_request: Annotated[
         int, flag("max_samples_per_request", LIMITS, min=1, metavar="N")
     ] = _SERVER.max_samples_per_request,
-    max_n: Annotated[int, flag("max_n", LIMITS, min=1, max=_SERVER.max_n, metavar="N")] = _SERVER.max_n,
-    max_stop_strings: Annotated[
-        int, flag("max_stop_strings", LIMITS, min=1, max=_SERVER.max_stop_strings, metavar="N")
-    ] = _SERVER.max_stop_strings,
-    max_stop_length: Annotated[
-        int, flag("max_stop_length", LIMITS, min=1, max=_SERVER.max_stop_length, metavar="N")
-    ] = _SERVER.max_stop_length,
-    max_logit_bias: Annotated[
-        int, flag("max_logit_bias", LIMITS, min=1, max=_SERVER.max_logit_bias, metavar="N")
-    ] = _SERVER.max_logit_bias,
-    max_top_logprobs: Annotated[
-        int, flag("max_top_logprobs", LIMITS, min=1, max=_SERVER.max_top_logprobs, metavar="N")
-    ] = _SERVER.max_top_logprobs,
     max_messages: Annotated[int, flag("max_messages", LIMITS, min=1, metavar="N")] = _SERVER.max_messages,
     max_tools: Annotated[int, flag("max_tools", LIMITS, min=1, metavar="N")] = _SERVER.max_tools,
-    max_schema_bytes: Annotated[
-        int, flag("max_schema_bytes", LIMITS, min=1, max=_SERVER.max_schema_bytes, metavar="N")
-    ] = _SERVER.max_schema_bytes,
-    max_schema_depth: Annotated[
-        int, flag("max_schema_depth", LIMITS, min=1, max=_SERVER.max_schema_depth, metavar="N")
-    ] = _SERVER.max_schema_depth,
     max_json_depth: Annotated[int, flag("max_json_depth", LIMITS, min=1, metavar="N")] = _SERVER.max_json_depth,
     max_json_values: Annotated[int, flag("max_json_values", LIMITS, min=1, metavar="N")] = _SERVER.max_json_values,
     max_body_bytes: Annotated[int, flag("max_body_bytes", LIMITS, min=1, metavar="N")] = _SERVER.max_body_bytes,

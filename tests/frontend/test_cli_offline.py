@@ -284,7 +284,7 @@ def test_help_fits_80_columns(command: str) -> None:
             assert re.search(rf"{flag}\s", shown), flag
 
 
-@pytest.mark.parametrize("arguments", [["--max-n", "129"], ["--max-schema-bytes", "0"], ["--request-timeout", "0"]])
+@pytest.mark.parametrize("arguments", [["--max-tools", "0"], ["--port", "65536"], ["--request-timeout", "0"]])
 def test_a_bound_beyond_what_there_is_is_refused(arguments: list[str]) -> None:
     done = CliRunner().invoke(app, ["serve", *arguments], env={"COLUMNS": "160"})
     assert done.exit_code == 2 and f"Invalid value for '{arguments[0]}'" in plain(done.output)

@@ -56,7 +56,7 @@ class ChatPreparer:
         skips = spec.params.skip_special_tokens and not tools.keeps_special
         params = msgspec.structs.replace(spec.params, skip_special_tokens=skips)
         with renaming(spec.names):
-            params = prepare_params(params, limits, state.config)
+            params = prepare_params(params, limits.vocab_size)
         check_count(params.n, state.config.max_samples_per_request, "n")
         prompt = await _checked_prompt(state, msgspec.structs.replace(spec.conversation, tools=tools.offered))
 

@@ -89,9 +89,4 @@ class ToolUse:
 
 
 def tool_limits(config: ServerConfig) -> ToolLimits:
-    usual = ToolLimits()
-    return ToolLimits(
-        tools=config.max_tools,
-        schema_bytes=min(usual.schema_bytes, config.max_schema_bytes),
-        schema_depth=min(usual.schema_depth, config.max_schema_depth),
-    )
+    return ToolLimits(tools=config.max_tools)

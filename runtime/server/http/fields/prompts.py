@@ -10,9 +10,8 @@ import numpy as np
 
 from ....chat.json_bounds import deeper_than_now
 from ....config import ServerConfig
-from ....constraint import Constraint
 from ....errors import InvalidRequest
-from ....limits import MAX_LABEL, check_token_ids, fit
+from ....limits import MAX_DEPTH, MAX_LABEL, check_token_ids, fit
 from ....messages import Generate, Limits
 from ....sampling_params import SamplingParams, validate
 
@@ -20,37 +19,19 @@ Ids = list[int] | np.ndarray[Any, np.dtype[np.int64]]  # one prompt's token ids;
 MAX_PRIORITY = 2**31 - 1
 
 
-def prepare_params(params: SamplingParams, limits: Limits, config: ServerConfig) -> SamplingParams:
-    """Check every bound: the engine's and this server's. Raises `InvalidRequest` with `SamplingParams`' field names.
+def prepare_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
+    """Check every bound. Raises `InvalidRequest` with `SamplingParams`' field names.
 
-    What the output must be is bounded as the client sent it: before anything is added to it. A schema becomes text: it
-    may hold numbers that no message between processes does.
+    A constraint is bounded as the client sent it, before anything is added to it. A schema becomes text: it may hold
+    numbers that do not fit into a message between processes.
     """
-    validate(params, limits.vocab_size)
-    for field, asked, most, what in (
-        ("n", params.n, config.max_n, "must be at most"),
-        ("stop", len(params.stop), config.max_stop_strings, "must hold no more strings than"),
-        ("stop", max(map(len, params.stop), default=0), config.max_stop_length, "must hold no string longer than"),
-        ("logit_bias", len(params.logit_bias), config.max_logit_bias, "must hold no more entries than"),
-        ("logprobs", params.logprobs or 0, config.max_top_logprobs, "must be at most"),
-    ):
-        if asked > most:
-            raise InvalidRequest(field, f"{what} {most}, got {asked}", value=asked, limit=most)
+    validate(params, vocab_size)
     constraint = params.constraint
-    if constraint is not None:
-        _check_constraint(constraint, config)
-        if constraint.kind == "json_schema":  # as text: a schema's numbers may be larger than a message's
-            return msgspec.structs.replace(params, json_schema=constraint.text)
+    if constraint is not None and constraint.kind == "json_schema":
+        if deeper_than_now(constraint.text.encode(), MAX_DEPTH):
+            raise InvalidRequest("json_schema", f"must be nested at most {MAX_DEPTH} deep")
+        return msgspec.structs.replace(params, json_schema=constraint.text)
     return params
-
-
-def _check_constraint(constraint: Constraint, config: ServerConfig) -> None:
-    """Size and depth; whether it can be enforced is for the compiler to say."""
-    text, most = constraint.text.encode(), config.max_schema_bytes
-    if len(text) > most:
-        raise InvalidRequest(constraint.kind, f"must be at most {most} bytes, got {len(text)}")
-    if constraint.kind == "json_schema" and deeper_than_now(text, config.max_schema_depth):
-        raise InvalidRequest(constraint.kind, f"must be nested at most {config.max_schema_depth} deep")
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:

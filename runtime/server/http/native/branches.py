@@ -176,7 +176,7 @@ def routes(state: AppState) -> Routes:
             body.logprob_start_len,
         )
         with renaming(_RUN_NAMES):
-            params = prepare_params(params, state.client.limits, state.config)
+            params = prepare_params(params, state.client.limits.vocab_size)
         check_label(body.rid, "rid")
         answer = _BranchAnswer(state, body, id, params)
         run = BranchRun(

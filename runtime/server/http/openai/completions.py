@@ -48,7 +48,7 @@ class _Answer(Choices):
         raw, _ = split_prompts(body.prompt, "prompt")
         params, self.names = completion_sampling(body, state.preferred)
         with renaming(self.names):
-            params = prepare_params(params, limits, state.config)
+            params = prepare_params(params, limits.vocab_size)
         check_prompts(len(raw), params.n, state.config, "prompt")
         where = caching(state, body)
         if body.stream_options is not None and not body.stream:

@@ -88,7 +88,7 @@ class _Answer(Answer):
                 starts[i],
             )
             with renaming(generate_names(f"{field}[{i}]" if is_list else field, where)):
-                params = prepare_params(params, limits, state.config)
+                params = prepare_params(params, limits.vocab_size)
                 self.prompts.append(make_prompt(prompt, params, limits, "prompt", **options))
             id = rids[i] or uuid.uuid4().hex
             self.expect(id, params)
