@@ -12,8 +12,8 @@ from ....radix.hold import Hold
 from ....radix.node import Namespace
 from ....radix.tree import RadixTree
 from ...errors import InvalidRequest
+from ...shared_tokens import EMPTY, SharedTokens
 from .ids import BranchIds
-from .trail import EMPTY, Trail
 
 MAX_FORK = 1024  # branches per fork
 
@@ -33,12 +33,12 @@ class Branch:
     what eviction cost.
     """
 
-    __slots__ = ("expires", "hold", "id", "namespace", "readers", "remembered", "rest", "run", "state", "trail", "ttl")
+    __slots__ = ("expires", "hold", "id", "namespace", "readers", "remembered", "rest", "run", "state", "tokens", "ttl")
 
-    def __init__(self, id: str, namespace: Namespace, trail: Trail, ttl: float) -> None:
+    def __init__(self, id: str, namespace: Namespace, tokens: SharedTokens, ttl: float) -> None:
         self.id = id
         self.namespace = namespace
-        self.trail = trail
+        self.tokens = tokens
         self.rest = ""  # text after the tokens: the part before a stop string of a token that it cut
         self.remembered = 0
         self.hold: Hold | None = None
@@ -85,14 +85,14 @@ class Branches:
 
     # -- creating and ending -------------------------------------------------------------------------------------------
 
-    def create(self, namespace: Namespace, trail: Trail = EMPTY, ttl: float | None = None) -> Branch:
+    def create(self, namespace: Namespace, tokens: SharedTokens = EMPTY, ttl: float | None = None) -> Branch:
         """A new branch of these tokens, with a hold on the cached part of them.
 
         ``ttl``: seconds until it expires after each use, at most the server's.
         """
         ttl = self._check_ttl(ttl)
         self._make_room(1)
-        branch = Branch(self._ids.make(namespace[0], 1)[0], namespace, trail, ttl)
+        branch = Branch(self._ids.make(namespace[0], 1)[0], namespace, tokens, ttl)
         self._add(branch)
         self.renew_hold(branch)
         return branch
@@ -107,7 +107,7 @@ class Branches:
             self._tree.share(branch.hold, n)
         children = []
         for id in self._ids.make(branch.namespace[0], n):
-            child = Branch(id, branch.namespace, branch.trail, ttl)
+            child = Branch(id, branch.namespace, branch.tokens, ttl)
             child.rest, child.remembered, child.hold = branch.rest, branch.remembered, branch.hold
             self._add(child)
             children.append(child)
@@ -143,7 +143,7 @@ class Branches:
         del self._branches[branch.id]
         self._drop_hold(branch)
         branch.state = BranchState.GONE
-        branch.trail = EMPTY
+        branch.tokens = EMPTY
         if len(self._deadlines) > 2 * len(self._branches) + 64:  # most entries belong to branches deleted early
             self._deadlines = [entry for entry in self._deadlines if entry[2].state is not BranchState.GONE]
             heapq.heapify(self._deadlines)
@@ -186,7 +186,7 @@ class Branches:
 
     def renew_hold(self, branch: Branch) -> None:
         """Replaces the branch's hold by one on what is cached of it now."""
-        hold = self._tree.hold(branch.trail.tokens(), branch.namespace) if branch.trail.length else None
+        hold = self._tree.hold(branch.tokens.array(), branch.namespace) if branch.tokens.length else None
         if hold is not None:
             branch.remembered = hold.tokens
         self._drop_hold(branch)
@@ -235,7 +235,7 @@ class Branches:
 
     def resident(self, branch: Branch) -> int:
         """Tokens of it that are cached now, held or not, including those that the step being planned writes."""
-        return self._tree.peek(branch.trail.tokens(), branch.namespace, in_flight=True) if branch.trail.length else 0
+        return self._tree.peek(branch.tokens.array(), branch.namespace, in_flight=True) if branch.tokens.length else 0
 
     def check(self) -> None:
         """Raises RuntimeError if holds and branches are inconsistent. The tree checks the locks."""

@@ -17,12 +17,12 @@ from ...errors import InvalidRequest
 from ...limits import check_token_ids, fit
 from ...messages import BranchOp, BranchRun, ControlReply, Piece, Refusal, Settled
 from ...sampling_params import SamplingParams
+from ...shared_tokens import EMPTY, SharedTokens
 from ...step import Int32
 from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
 from ..request import Request
 from ..scheduler import Scheduler
 from .registry import Branch, Branches, BranchState
-from .trail import EMPTY, Trail
 
 Message = BranchOp | BranchRun
 _UNSETTLED = (BranchState.SETTLING, BranchState.ENCODING)
@@ -177,7 +177,7 @@ class BranchService:
         if op.what == "fork":
             return {"ids": [child.id for child in registry.fork(branch, op.n)], **self._facts(branch)}
         if op.what == "extend":
-            branch.trail, branch.rest = self._extended(branch.trail, op.piece), self._rest_after(branch, op.piece)
+            branch.tokens, branch.rest = self._extended(branch.tokens, op.piece), self._rest_after(branch, op.piece)
             return self._facts(branch)
         if op.what == "delete":
             self._delete(branch)
@@ -190,30 +190,30 @@ class BranchService:
             "held_tokens": 0 if branch.hold is None else branch.hold.tokens,
             "generating": branch.state is BranchState.GENERATING,
         }
-        return facts | ({"tokens": tokens_to_bytes(branch.trail.tokens())} if op.tokens else {})
+        return facts | ({"tokens": tokens_to_bytes(branch.tokens.array())} if op.tokens else {})
 
     def _create(self, op: BranchOp, parent: Branch | None) -> Any:
         if parent is None:
             branch = self.registry.create(op.namespace, self._extended(EMPTY, op.piece), op.ttl)
         else:
-            trail, rest = self._extended(parent.trail, op.piece), self._rest_after(parent, op.piece)
+            tokens, rest = self._extended(parent.tokens, op.piece), self._rest_after(parent, op.piece)
             branch = self.registry.fork(parent, 1, op.ttl)[0]
-            branch.trail, branch.rest = trail, rest
+            branch.tokens, branch.rest = tokens, rest
         return {"id": branch.id, **self._facts(branch)}
 
     def _facts(self, branch: Branch) -> dict[str, Any]:
-        return {"num_tokens": branch.trail.length, "expires_in": branch.ttl}
+        return {"num_tokens": branch.tokens.length, "expires_in": branch.ttl}
 
-    def _extended(self, trail: Trail, piece: Piece | None) -> Trail:
-        """The trail followed by the piece's tokens. Raises `InvalidRequest` if they exceed the limits."""
+    def _extended(self, tokens: SharedTokens, piece: Piece | None) -> SharedTokens:
+        """The tokens followed by the piece's more. Raises `InvalidRequest` if they exceed the limits."""
         if piece is None or piece.empty:
-            return trail
-        tokens = tokens_from_bytes(piece.tokens if trail.length or piece.first is None else piece.first)
-        if len(tokens):
+            return tokens
+        more = tokens_from_bytes(piece.tokens if tokens.length or piece.first is None else piece.first)
+        if len(more):
             limits = self._scheduler.limits
-            fit(trail.length + len(tokens), SamplingParams(max_tokens=0), limits, path="branch")
-            check_token_ids(tokens, limits.vocab_size, "branch")
-        return trail.then(tokens)
+            fit(tokens.length + len(more), SamplingParams(max_tokens=0), limits, path="branch")
+            check_token_ids(more, limits.vocab_size, "branch")
+        return tokens.extended(more)
 
     def _rest_after(self, branch: Branch, piece: Piece | None) -> str:
         """The text at the branch's end: none, once it was tokenized together with the piece."""
@@ -237,23 +237,23 @@ class BranchService:
         self.registry.touch(branch)
 
     def _generate(self, run: BranchRun, branch: Branch) -> None:
-        trail, rest = self._extended(branch.trail, run.piece), self._rest_after(branch, run.piece)
-        if not trail.length:
+        tokens, rest = self._extended(branch.tokens, run.piece), self._rest_after(branch, run.piece)
+        if not tokens.length:
             raise InvalidRequest("branch", f"{branch.id} is empty: extend it before it generates")
-        params = fit(trail.length, run.params, self._scheduler.limits, path="branch")
+        params = fit(tokens.length, run.params, self._scheduler.limits, path="branch")
         # Nothing can fail from here on. What is appended stays, even if the client has left.
-        branch.trail, branch.rest = trail, rest
-        prompt = trail.tokens()
+        branch.tokens, branch.rest = tokens, rest
+        prompt = tokens.array()
         for i, id in enumerate(run.ids):  # the first sample is appended to the branch
             echo_from = 0 if run.echo_tokens else None
             self._submit(self._request(id, prompt, params.sample(i), run, branch, echo_from, settle=i == 0), branch)
 
     def _score(self, run: BranchRun, branch: Branch, continuations: list[Piece]) -> None:
-        if not branch.trail.length:
+        if not branch.tokens.length:
             raise InvalidRequest("branch", f"{branch.id} is empty: a continuation has nothing to follow")
         limits = self._scheduler.limits
         opening = tokens_from_bytes(run.opening)
-        trunk = branch.trail.tokens()
+        trunk = branch.tokens.array()
         prompts: list[tuple[Int32, int]] = []  # with the position at which scoring begins
         alone: list[tuple[Int32, int]] = []
         for i, piece in enumerate(continuations):
@@ -324,14 +324,14 @@ class BranchService:
             self._outputs[request.id] = (branch, outputs)
 
     def _settle(self, branch: Branch, outputs: Int32, settled: Settled) -> None:
-        branch.trail, branch.rest = branch.trail.then(outputs[: settled.kept]), settled.rest
+        branch.tokens, branch.rest = branch.tokens.extended(outputs[: settled.kept]), settled.rest
         self._set_state(branch, BranchState.IDLE)
         self.registry.renew_hold(branch)
         self._resume(branch)
 
     def _extend_hold(self, branch: Branch) -> None:
         """Renews the hold if it can now protect more: scoring may have computed tokens of the branch itself."""
-        if branch.hold is None or branch.hold.tokens < branch.trail.length:
+        if branch.hold is None or branch.hold.tokens < branch.tokens.length:
             self.registry.renew_hold(branch)
         else:
             self.registry.touch(branch)
@@ -353,7 +353,7 @@ class BranchService:
             "generating": sum(branch.state is BranchState.GENERATING for branch in branches),
             "holding": registry.holding,
             "holds_lost": registry.holds_lost,
-            "tokens": sum(branch.trail.length for branch in branches),
+            "tokens": sum(branch.tokens.length for branch in branches),
         }
 
     def check(self) -> None:

@@ -278,9 +278,9 @@ def test_pins_and_branches_hold_side_by_side(make_driver):
     run(driver, prompt(40))
     driver.drain()
     registry = driver.core.branches.registry
-    from branchwise.runtime.scheduler.branches.trail import EMPTY
+    from branchwise.runtime.shared_tokens import EMPTY
 
-    registry.create(("", ""), EMPTY.then(np.array(prompt(36), np.int32)))
+    registry.create(("", ""), EMPTY.extended(np.array(prompt(36), np.int32)))
     ask(driver, "cache_pin", prompt(24), ttl=60)
     registry.relieve(32, True)
     driver.core.check()

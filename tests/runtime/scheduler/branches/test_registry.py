@@ -9,7 +9,7 @@ from branchwise.radix import RadixTree
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.scheduler.branches.ids import BranchIds
 from branchwise.runtime.scheduler.branches.registry import MAX_FORK, Branches, BranchState
-from branchwise.runtime.scheduler.branches.trail import _MAX_DEPTH, EMPTY, Trail
+from branchwise.runtime.shared_tokens import EMPTY, SharedTokens
 
 OWNER = ("key", "")
 
@@ -132,9 +132,9 @@ def test_deleting_early_leaves_nothing_behind(branches):
 
 def test_forks_share_tokens_and_hold(tree, branches):
     remember(tree, range(30))
-    trunk = branches.create(OWNER, Trail(array(range(30))))
+    trunk = branches.create(OWNER, SharedTokens(array(range(30))))
     children = branches.fork(trunk, 20)
-    assert all(child.trail is trunk.trail and child.hold is trunk.hold for child in children)
+    assert all(child.tokens is trunk.tokens and child.hold is trunk.hold for child in children)
     assert len(tree.holds) == 1 and trunk.hold.count == 21 and trunk.hold.tokens == 30
     branches.check()
     for branch in [trunk, *children[:-1]]:
@@ -150,7 +150,7 @@ def test_the_idle_go_first_the_longest_unused_before_others(tree, branches):
     made = []
     for i in range(4):
         remember(tree, [100 * i + j for j in range(40)])  # 10 pages each: 24 are left
-        made.append(branches.create(OWNER, Trail(array([100 * i + j for j in range(40)]))))
+        made.append(branches.create(OWNER, SharedTokens(array([100 * i + j for j in range(40)]))))
     made[1].state = BranchState.GENERATING
     branches.touch(made[1])
     branches.get(made[0].id, "key")
@@ -162,19 +162,6 @@ def test_the_idle_go_first_the_longest_unused_before_others(tree, branches):
     branches.check()
     assert branches.relieve(64, True)
     assert branches.holding == 0 and branches.holds_lost == 4
-    assert made[2].trail.length == 40
+    assert made[2].tokens.length == 40
     branches.check()
     tree.check()
-
-
-def test_a_trail_is_what_was_put_into_it():
-    trail, expected, all_of_them = EMPTY, [], []
-    for i in range(3 * _MAX_DEPTH):
-        piece = list(range(i, i + i % 5))
-        trail, expected = trail.then(array(piece)), expected + piece
-        all_of_them.append((trail, list(expected)))
-    for trail, expected in all_of_them:
-        assert trail.tokens().tolist() == expected if expected else not trail.length
-        assert trail.length == len(expected) and trail._depth <= _MAX_DEPTH
-    assert trail.tokens(array([7])).tolist() == [*expected, 7]
-    assert trail.tokens().dtype == np.int32
