@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _LANGUAGE = {
+    ".frontend.errors": "BackendError",
     ".frontend.lang.backends": "OpenAI RuntimeEndpoint connect default_backend flush_cache get_server_info "
     "set_default_backend",
     ".frontend.lang.choices": "greedy_token_selection token_length_normalized unconditional_likelihood_normalized",
-    ".frontend.lang.errors": "BackendError ProgramError",
+    ".frontend.lang.errors": "ProgramError",
     ".frontend.lang.expressions": "assistant assistant_begin assistant_end gen gen_int gen_string select special "
     "system system_begin system_end user user_begin user_end",
     ".frontend.lang.function": "Function function",
@@ -33,6 +34,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from .frontend.errors import BackendError as BackendError
     from .frontend.lang.backends import OpenAI as OpenAI
     from .frontend.lang.backends import RuntimeEndpoint as RuntimeEndpoint
     from .frontend.lang.backends import connect as connect
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     from .frontend.lang.choices import greedy_token_selection as greedy_token_selection
     from .frontend.lang.choices import token_length_normalized as token_length_normalized
     from .frontend.lang.choices import unconditional_likelihood_normalized as unconditional_likelihood_normalized
-    from .frontend.lang.errors import BackendError as BackendError
     from .frontend.lang.errors import ProgramError as ProgramError
     from .frontend.lang.expressions import assistant as assistant
     from .frontend.lang.expressions import assistant_begin as assistant_begin

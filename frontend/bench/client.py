@@ -1,4 +1,4 @@
-"""One load-making client of an OpenAI-compatible ``/v1/completions``, with token-id prompts, and what it measures."""
+"""The load generator's client: an OpenAI-compatible ``/v1/completions`` with token-id prompts, and what it measures."""
 
 from __future__ import annotations
 
@@ -8,28 +8,27 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import aiohttp
-import msgspec
-
-from ..client import error_message
+from ..client import AsyncClient
+from ..errors import BackendError
 from .ideal import IdealCache
 
+TIMEOUT = 900.0  # seconds without a byte from the server
 MAX_ERRORS_KEPT = 3
 
 
 @dataclass(slots=True)
 class Measured:
-    """What one workload's requests measured. Times in seconds; counts in tokens, of requests that succeeded."""
+    """The measurements of one workload. Times in seconds; token counts of the requests that succeeded."""
 
     latency: list[float] = field(default_factory=list)
-    ttft: list[float] = field(default_factory=list)  # send to first text; streaming only
+    ttft: list[float] = field(default_factory=list)  # from sending to the first text; streaming only
     itl: list[float] = field(default_factory=list)  # between chunks of text; streaming only
     prompt_tokens: int = 0
     output_tokens: int = 0
-    cached_tokens: int = 0  # as the server claims
+    cached_tokens: int = 0  # as the server reports
     failed: int = 0
-    errors: list[str] = field(default_factory=list)  # the first few that differ, for the person who looks
-    # (prompt, None) when a request was sent, (prompt, output ids) when it was answered: for the ideal, computed later
+    errors: list[str] = field(default_factory=list)  # the first few different messages
+    # (prompt, None) when a request was sent, (prompt, output ids) when it was answered: replayed later by `ideal`
     history: list[tuple[list[int], list[int] | None]] = field(default_factory=list)
 
     def fail(self, error: str) -> None:
@@ -47,32 +46,27 @@ class Measured:
         return cache
 
 
-class RequestFailed(Exception):
-    """The server answered, but not with a completion."""
-
-
 @dataclass(slots=True)
 class _Reply:
     text: str = ""
     usage: dict[str, Any] = field(default_factory=dict)
 
 
-class CompletionsClient:
-    """Sends completions one at a time per caller; any number of callers at once.
+def open_client(url: str, api_key: str | None) -> AsyncClient:
+    """A client with as many connections as there are requests in flight, that never repeats a request."""
+    return AsyncClient(url, api_key, timeout=TIMEOUT, max_connections=0)
 
-    ``reset`` starts a new `Measured`. A failed request is counted and gives ``[]``: the program it belongs to goes on.
+
+class CompletionsClient:
+    """Sends completions and measures them, for any number of concurrent callers.
+
+    ``reset`` starts a new `Measured`. A failed request is counted and returns ``[]``, so that its program continues.
     """
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        model: str,
-        *,
-        stream: bool = False,
-        on_done: Callable[[], None] | None = None,
+        self, client: AsyncClient, model: str, *, stream: bool = False, on_done: Callable[[], None] | None = None
     ) -> None:
-        self._session, self._url, self._model, self._stream = session, url.rstrip("/"), model, stream
+        self._client, self._model, self._stream = client, model, stream
         self._on_done = on_done
         self.measured = Measured()
 
@@ -83,7 +77,7 @@ class CompletionsClient:
     async def generate(
         self, prompt: list[int], max_tokens: int, *, seed: int | None = None, temperature: float = 0.0
     ) -> list[int]:
-        """Continues ``prompt`` by exactly ``max_tokens`` tokens; returns their ids as read back from the text."""
+        """Continues ``prompt`` by exactly ``max_tokens`` tokens; returns their ids, read back from the text."""
         body: dict[str, Any] = {
             "model": self._model,
             "prompt": prompt,
@@ -100,9 +94,9 @@ class CompletionsClient:
         measured.history.append((prompt, None))
         start = time.perf_counter()
         try:
-            reply = await self._post(body, start, measured)
-        except (aiohttp.ClientError, TimeoutError, RequestFailed, msgspec.DecodeError) as error:
-            measured.fail(str(error) or repr(error))
+            reply = await self._request(body, start, measured)
+        except BackendError as error:
+            measured.fail(f"HTTP {error.status}: {error.reason}" if error.status else str(error))
             return []
         finally:
             if self._on_done is not None:
@@ -117,61 +111,32 @@ class CompletionsClient:
             measured.history.append((prompt, ids))
         return ids
 
-    async def _post(self, body: dict[str, Any], start: float, measured: Measured) -> _Reply:
-        async with self._session.post(self._url + "/v1/completions", data=msgspec.json.encode(body)) as response:
-            if response.status != 200:
-                raise RequestFailed(f"HTTP {response.status}: {_said(await response.read())}")
-            if not self._stream:
-                whole = msgspec.json.decode(await response.read())
-                return _Reply(_text(whole), whole.get("usage") or {})
-            reply, last = _Reply(), start
-            async for line in response.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                chunk = msgspec.json.decode(line[6:])
-                if "error" in chunk:
-                    raise RequestFailed(f"error in the stream: {error_message(chunk)}")
-                reply.usage = chunk.get("usage") or reply.usage
-                piece = _text(chunk) if chunk.get("choices") else ""
-                if piece:
-                    now = time.perf_counter()
-                    (measured.itl if reply.text else measured.ttft).append(now - last)
-                    last = now
-                    reply.text += piece
-            return reply
-
-
-def _said(body: bytes) -> str:
-    """The message of a refusal, or how its body begins when it has none."""
-    try:
-        said = error_message(msgspec.json.decode(body))
-    except msgspec.DecodeError:
-        said = None
-    return said or body[:300].decode("utf-8", "replace")
+    async def _request(self, body: dict[str, Any], start: float, measured: Measured) -> _Reply:
+        if not self._stream:
+            answer = await self._client.post("/v1/completions", body)
+            return _Reply(_text(answer), answer.get("usage") or {})
+        reply, last = _Reply(), start
+        async for event in self._client.events("/v1/completions", body):
+            reply.usage = event.get("usage") or reply.usage
+            piece = _text(event) if event.get("choices") else ""
+            if piece:
+                now = time.perf_counter()
+                (measured.itl if reply.text else measured.ttft).append(now - last)
+                last = now
+                reply.text += piece
+        return reply
 
 
 def _text(reply: dict[str, Any]) -> str:
     try:
         return reply["choices"][0]["text"] or ""
     except (KeyError, IndexError, TypeError) as error:
-        raise RequestFailed(f"not a completion: {str(reply)[:200]}") from error
+        raise BackendError(f"not a completion: {str(reply)[:200]}") from error
 
 
 def ids_of(text: str) -> list[int]:
-    """Token ids back from text, exact for the WordLevel tokenizer of the bench's dummy models (``t17 t4 …``)."""
+    """Token ids read from text; exact for the WordLevel tokenizer of the benchmark's dummy models (``t17 t4 …``)."""
     return [int(word[1:]) for word in text.split() if word[:1] == "t" and word[1:].isdigit()]
-
-
-def open_session(api_key: str | None) -> aiohttp.ClientSession:
-    headers = {"Content-Type": "application/json"}
-    if api_key:
-        headers["Authorization"] = f"Bearer {api_key}"
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
-        headers=headers,
-        timeout=aiohttp.ClientTimeout(total=900),
-        read_bufsize=1 << 20,
-    )
 
 
 async def warm_up(client: CompletionsClient, prompts: list[list[int]], max_tokens: int) -> None:

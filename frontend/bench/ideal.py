@@ -1,8 +1,8 @@
-"""The least a server can compute: every distinct token once. The yardstick for a cached share.
+"""The least that a server can compute: every distinct prefix once. The upper bound of a cached share.
 
 A perfect prefix cache reuses, for each request, the longest prefix that any request sent before it has (finished or
 not), and any output already received. At least one prompt token is always computed: its logits give the first token.
-The last generated token never went through the model, so its KV is not there to reuse.
+The last generated token was never computed, so its KV cannot be reused.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ class _Node:
 
 
 class Trie:
-    """A compressed trie of token sequences that knows only membership: an oracle, and no use of `branchwise.radix`."""
+    """A compressed trie of token sequences. Independent of `branchwise.radix`, so that it can check it."""
 
     def __init__(self) -> None:
         self._root = _Node(np.empty(0, np.int32))
         self.size = 0  # distinct tokens: the number of distinct non-empty prefixes
 
     def add(self, tokens: Ids) -> int:
-        """Inserts ``tokens``; returns how many leading tokens were already there."""
+        """Inserts ``tokens``; returns how many leading tokens were already in it."""
         node, start = self._root, 0
         while start < len(tokens):
             child = node.children.get(int(tokens[start]))
@@ -51,7 +51,7 @@ class Trie:
 
 
 class IdealCache:
-    """Replays what a client sent and received, in that order, against a cache that forgets nothing."""
+    """Replays what a client sent and received, in that order, against a cache that never evicts."""
 
     def __init__(self) -> None:
         self._trie = Trie()

@@ -1,4 +1,4 @@
-"""Figures of a workload: the numbers people compare, as JSON-able dicts and as a table."""
+"""The figures of a workload, as JSON-serializable dicts and as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
-    """p50, p90, p99 (nearest rank above) and mean, rounded to 0.1 ms; None of nothing."""
+    """p50, p90, p99 (nearest rank above) and mean, rounded to 0.1 ms; None if there are no values."""
     if not values:
         return None
     ordered = sorted(values)
@@ -25,7 +25,7 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def figures(measured: Measured, seconds: float) -> dict[str, Any]:
-    """What one workload measured over ``seconds`` of wall time."""
+    """Of one workload that took ``seconds`` of wall time."""
     done = len(measured.latency)
     ideal = measured.ideal()
     return {

@@ -1,8 +1,8 @@
 """The seven programs of BranchBench: how prompts branch in few-shot evaluation, agents, tree search, chat and so on.
 
-A workload draws its prompts from a `random.Random` seeded with ``"{name}/{seed}"``, so that the same seed, scale and
-vocabulary give the same prompts to every server. Prompts are token ids; multi-turn programs continue from the ids the
-server really generated.
+A workload generates its prompts with a `random.Random` seeded with ``"{name}/{seed}"``: the same seed, scale and
+vocabulary give the same prompts to every server. Prompts are token ids; multi-turn programs continue from the ids that
+the server generated.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 VOCAB_LOW, VOCAB_HIGH = 1_000, 100_000
-CONCURRENCY = 128  # requests in flight at once, in the workloads that bound it
+CONCURRENCY = 128  # requests in flight, in the workloads that limit it
 
 Tokens = list[int]
 
 
 class Generate(Protocol):
-    """Asks a server to continue a prompt; returns the generated token ids (empty when the request failed)."""
+    """Continues a prompt; returns the generated token ids, or an empty list if the request failed."""
 
     def __call__(
         self, prompt: Tokens, max_tokens: int, *, seed: int | None = None, temperature: float = 0.0
     ) -> Awaitable[Tokens]: ...
 
 
-class Draw:
-    """Draws prompts of random token ids below ``high``; the order of the draws is part of a workload's definition."""
+class RandomTokens:
+    """Random token ids below ``high``. The order of the calls is part of a workload's definition."""
 
     def __init__(self, seed: int | str, high: int = VOCAB_HIGH) -> None:
         self._random = random.Random(seed)
@@ -55,20 +55,20 @@ async def _bounded(jobs: Sequence[Callable[[], Awaitable[object]]], limit: int =
     await asyncio.gather(*(run(job) for job in jobs))
 
 
-async def no_sharing(generate: Generate, draw: Draw, scale: float) -> None:
-    prompts = draw.many(scaled(256, scale, least=2), 1024)
+async def no_sharing(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    prompts = rng.many(scaled(256, scale, least=2), 1024)
     await _bounded([lambda prompt=prompt: generate(prompt, 256) for prompt in prompts])  # type: ignore[misc]
 
 
-async def fewshot(generate: Generate, draw: Draw, scale: float) -> None:
-    prefix = draw.tokens(2048)
-    questions = draw.many(scaled(512, scale, least=2), 64)
+async def fewshot(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    prefix = rng.tokens(2048)
+    questions = rng.many(scaled(512, scale, least=2), 64)
     await _bounded([lambda question=question: generate(prefix + question, 32) for question in questions])  # type: ignore[misc]
 
 
-async def agents(generate: Generate, draw: Draw, scale: float) -> None:
-    schema = draw.tokens(3072)
-    jobs = [(draw.tokens(128), draw.many(8, 160)) for _ in range(scaled(64, scale))]
+async def agents(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    schema = rng.tokens(3072)
+    jobs = [(rng.tokens(128), rng.many(8, 160)) for _ in range(scaled(64, scale))]
 
     async def agent(task: Tokens, tool_results: list[Tokens]) -> None:
         history = schema + task
@@ -78,10 +78,10 @@ async def agents(generate: Generate, draw: Draw, scale: float) -> None:
     await asyncio.gather(*(agent(task, tool_results) for task, tool_results in jobs))
 
 
-async def tree_of_thought(generate: Generate, draw: Draw, scale: float) -> None:
-    instruction = draw.tokens(1024)
-    judge = draw.tokens(32)
-    hints = draw.many(4, 8)
+async def tree_of_thought(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    instruction = rng.tokens(1024)
+    judge = rng.tokens(32)
+    hints = rng.many(4, 8)
 
     async def problem(state: Tokens) -> None:
         frontier = [instruction + state]
@@ -92,11 +92,11 @@ async def tree_of_thought(generate: Generate, draw: Draw, scale: float) -> None:
             await asyncio.gather(*(generate(state + judge, 16) for state in grown))
             frontier = grown[:2]
 
-    await asyncio.gather(*(problem(state) for state in draw.many(scaled(16, scale), 256)))
+    await asyncio.gather(*(problem(state) for state in rng.many(scaled(16, scale), 256)))
 
 
-async def chat(generate: Generate, draw: Draw, scale: float) -> None:
-    system = draw.tokens(512)
+async def chat(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    system = rng.tokens(512)
 
     async def session(turns: list[Tokens]) -> None:
         history = system
@@ -104,26 +104,26 @@ async def chat(generate: Generate, draw: Draw, scale: float) -> None:
             history = history + turn
             history = history + await generate(history, 128)
 
-    await asyncio.gather(*(session(draw.many(5, 96)) for _ in range(scaled(128, scale))))
+    await asyncio.gather(*(session(rng.many(5, 96)) for _ in range(scaled(128, scale))))
 
 
-async def best_of_n(generate: Generate, draw: Draw, scale: float) -> None:
-    prompts = draw.many(scaled(8, scale), 8192)
+async def best_of_n(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    prompts = rng.many(scaled(8, scale), 8192)
     await asyncio.gather(*(generate(prompt, 256, seed=i, temperature=1.0) for prompt in prompts for i in range(32)))
 
 
-async def long_document(generate: Generate, draw: Draw, scale: float) -> None:
-    documents = draw.many(scaled(4, scale), 32768)
-    await asyncio.gather(*(generate(document + draw.tokens(64), 128) for document in documents for _ in range(32)))
+async def long_document(generate: Generate, rng: RandomTokens, scale: float) -> None:
+    documents = rng.many(scaled(4, scale), 32768)
+    await asyncio.gather(*(generate(document + rng.tokens(64), 128) for document in documents for _ in range(32)))
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One branching program: what it does, how to run it, how many requests it makes at a scale and how long ones."""
+    """One branching program. ``requests``: how many it makes at a scale."""
 
     name: str
     summary: str
-    run: Callable[[Generate, Draw, float], Awaitable[None]]
+    run: Callable[[Generate, RandomTokens, float], Awaitable[None]]
     requests: Callable[[float], int]
     longest: int  # tokens of the longest request, prompt and answer together
 

@@ -13,7 +13,8 @@ import msgspec
 from ...runtime.errors import InvalidRequest, LoadError
 from ...runtime.models.sampling_defaults import DEFAULTED
 from ...runtime.sampling_params import SamplingParams
-from ..client import ServerClient, ServerError
+from ..client import Client
+from ..errors import BackendError
 
 if TYPE_CHECKING:
     from ...runtime.engine.engine import Engine
@@ -92,7 +93,7 @@ class InProcess:
 class Remote:
     """A running server: ``/generate`` for prompts, ``/v1/chat/completions`` for conversations."""
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: Client) -> None:
         self.client = client
 
     def generate(self, prompts: list[str], params: SamplingParams) -> list[Answer]:
@@ -101,7 +102,7 @@ class Remote:
         try:
             return [_answer(reply) for reply in ([replies] if isinstance(replies, dict) else replies)]
         except (KeyError, TypeError) as error:
-            raise ServerError(f"{self.client.url}/generate answered in another shape; is it Branchwise?") from error
+            raise BackendError(f"{self.client.url}/generate answered in another shape; is it Branchwise?") from error
 
     @cached_property
     def _model(self) -> Mapping[str, Any]:
@@ -174,11 +175,11 @@ def _answer(reply: dict[str, Any]) -> Answer:
 def open_backend(
     url: str | None, api_key: str | None, model: str, **engine_fields: Any
 ) -> Iterator[InProcess | Remote]:
-    """A server if there is a URL, else an engine, closed at the end. Raises `ServerError` or `LoadError`."""
+    """A server if there is a URL, else an engine, closed at the end. Raises `BackendError` or `LoadError`."""
     if url is not None and model:
         raise LoadError("--model loads a model here, --url asks a server for the one it serves: give one of the two")
     if url is not None:
-        yield Remote(ServerClient(url, api_key))
+        yield Remote(Client(url, api_key))
         return
     from rich.status import Status
 

@@ -56,13 +56,13 @@ def bench(
     with expected_failures():
         from ...runtime.errors import BranchwiseError
         from ..bench.workloads import VOCAB_HIGH, WORKLOADS
-        from ..client import ServerClient
+        from ..client import Client
 
         names = list(WORKLOADS) if workloads == "all" else [name.strip() for name in workloads.split(",")]
         for name in names:
             if name not in WORKLOADS:
                 raise BranchwiseError(f"no workload is called {name!r}; there are: {', '.join(WORKLOADS)}")
-        server = ServerClient(url, api_key, timeout=30.0)
+        server = Client(url, api_key, timeout=30.0)
         name = model or _first_model(server)
         vocab_size, limit = _limits(server)
         fitting = [workload for workload in names if limit is None or WORKLOADS[workload].longest <= limit]
@@ -75,9 +75,9 @@ def bench(
         import asyncio
 
         from ..bench import report
-        from ..bench.runner import Bench, run
+        from ..bench.runner import BenchConfig, run
 
-        settings = Bench(
+        settings = BenchConfig(
             url=server.url,
             model=name,
             workloads=fitting,
@@ -100,22 +100,22 @@ def bench(
 
 
 def _first_model(server: Any) -> str:
-    from ..client import ServerError
+    from ..errors import BackendError
 
     try:
         return str(server.get("/v1/models")["data"][0]["id"])
     except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(f"{server.url}/v1/models lists no model; name one with --model") from error
+        raise BackendError(f"{server.url}/v1/models lists no model; name one with --model") from error
 
 
 def _limits(server: Any) -> tuple[int | None, int | None]:
     """Vocabulary and longest request of a Branchwise server; (None, None) of any other: only ours says them there."""
-    from ..client import ServerError
+    from ..errors import BackendError
 
     try:
         engine = server.get("/get_server_info")["engine"]
         return int(engine["vocab_size"]), min(int(engine["max_model_len"]), int(engine["pool_tokens"]))
-    except (ServerError, KeyError, TypeError, ValueError):
+    except (BackendError, KeyError, TypeError, ValueError):
         return None, None
 
 

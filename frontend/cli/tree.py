@@ -30,9 +30,9 @@ def tree(
     On a terminal the tree is drawn in colour; in a pipe it is plain text.
     """
     with expected_failures():
-        from ..client import ServerClient
+        from ..client import Client
 
-        server = ServerClient(url, api_key, timeout=30.0)
+        server = Client(url, api_key, timeout=30.0)
         path = f"/cache/tree?max_nodes={max_nodes}"
         if as_json:
             typer.echo(json.dumps(server.get(path), indent=1))

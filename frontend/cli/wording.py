@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...runtime.errors import BranchwiseError, InvalidRequest
-from ..client import ServerError
+from ..errors import BackendError
 
 _FLAGS = {
     "max_tokens": "--max-tokens",
@@ -25,6 +25,6 @@ _NAMES = {
 
 def in_flags(error: BranchwiseError) -> str:
     """The error's message, with flags for our own names of the fields and for those of ``/generate``."""
-    if isinstance(error, ServerError) and error.invalid is not None:
-        return f"{error.answered}: {error.invalid.renamed(_NAMES)}"
+    if isinstance(error, BackendError) and error.invalid is not None:
+        return str(error).removesuffix(error.reason) + str(error.invalid.renamed(_NAMES))
     return str(error.renamed(_NAMES) if isinstance(error, InvalidRequest) else error)

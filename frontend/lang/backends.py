@@ -1,20 +1,18 @@
-"""Finding a backend: an engine, the address of a server, or the one set as default."""
+"""Choosing a backend: an engine, the address of a server, or the default one."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import weakref
 from typing import Any
 from urllib.parse import urlsplit
 
-from ..client import ServerClient, ServerError
+from ..client import TIMEOUT, Client, first_model
+from ..errors import BackendError
+from ..loop import run_blocking
 from .backend import Backend
 from .branches import BranchBackend
 from .engine import EngineBackend
-from .errors import BackendError
-from .http import TIMEOUT
-from .loop import background_loop
 from .openai import OpenAIBackend
 from .server import ServerBackend
 
@@ -31,27 +29,24 @@ def connect(
     cache_salt: str | None = None,
     timeout: float = TIMEOUT,
 ) -> Backend:
-    """The server at ``url``: a Branchwise server if it says so, else any OpenAI-compatible one.
+    """The server at ``url``: a Branchwise server if it answers as one, otherwise any OpenAI-compatible server.
 
-    ``model``: which of an OpenAI-compatible server's models; by default its first. ``branches``: keep prompts on the
-    server as branches (True), or send them whole each time (False); by default as the server can. ``timeout``: seconds
-    a server may say nothing. Raises `BackendError` if nobody answers or the key is refused.
+    ``model``: which model of an OpenAI-compatible server; by default its first. ``branches``: keep prompts on the
+    server as branches (True) or send them whole each time (False); by default as the server supports. ``timeout``:
+    seconds without a byte from the server. Raises `BackendError` if the server cannot be reached or refuses the key.
     """
     api_key = api_key or os.environ.get("BRANCHWISE_API_KEY") or None
+    client = Client(url, api_key, timeout=30.0, key_source="api_key= or BRANCHWISE_API_KEY")
     try:
-        client = ServerClient(url, api_key, timeout=30.0, key_from="api_key= or BRANCHWISE_API_KEY")
-        try:
-            facts = client.get("/get_server_info")
-        except ServerError as error:
-            if error.status in (0, 401, 503):
-                raise
-            facts = {}
-        if not (isinstance(facts, dict) and isinstance(facts.get("engine"), dict) and "page_size" in facts["engine"]):
-            if branches or cache_salt is not None:
-                raise BackendError(f"{client.url} is not a Branchwise server: it has no branches and no cache_salt")
-            return OpenAIBackend(client.url, model or _first_model(client), api_key=api_key, timeout=timeout)
-    except ServerError as error:
-        raise BackendError(str(error), status=error.status) from error
+        facts = client.get("/get_server_info")
+    except BackendError as error:
+        if error.status in (0, 401, 503):
+            raise
+        facts = {}
+    if not (isinstance(facts, dict) and isinstance(facts.get("engine"), dict) and "page_size" in facts["engine"]):
+        if branches or cache_salt is not None:
+            raise BackendError(f"{client.url} is not a Branchwise server: it has no branches and no cache_salt")
+        return OpenAIBackend(client.url, model or first_model(client), api_key=api_key, timeout=timeout)
     can_branch = facts.get("config", {}).get("engine", {}).get("max_branches", 0) > 0
     if branches and not can_branch:
         raise BackendError(f"{client.url} keeps no branches (--max-branches 0): leave branches= out")
@@ -62,7 +57,7 @@ def connect(
 def RuntimeEndpoint(
     base_url: str, api_key: str | None = None, verify: Any = None, chat_template_name: str | None = None
 ) -> Backend:
-    """`connect`, by the name SGLang's programs call it. The chat template is the model's own."""
+    """SGLang's name for `connect`. The chat template is the model's own."""
     if verify is not None or chat_template_name is not None:
         raise ValueError("verify and chat_template_name are not supported: leave them out")
     return connect(base_url, api_key)
@@ -71,7 +66,7 @@ def RuntimeEndpoint(
 def OpenAI(
     model: str, api_key: str | None = None, *, base_url: str = "https://api.openai.com", chat: bool | None = None
 ) -> OpenAIBackend:
-    """A model of an OpenAI-compatible server. ``chat``: it has no text completions (so OpenAI's own by default)."""
+    """A model of an OpenAI-compatible server. ``chat``: it has no text completions; True by default for openai.com."""
     key = api_key or os.environ.get("OPENAI_API_KEY")
     url = base_url.rstrip("/").removesuffix("/v1").rstrip("/")
     only_chats = (urlsplit(url).hostname or "").endswith("openai.com") if chat is None else chat
@@ -79,7 +74,7 @@ def OpenAI(
 
 
 def as_backend(given: Any) -> Backend:
-    """A backend of an engine or an address; a backend as it is."""
+    """The backend of an engine or of an address; a backend is returned as it is."""
     if isinstance(given, str):
         return connect(given)
     if hasattr(given, "agenerate"):
@@ -92,7 +87,7 @@ def as_backend(given: Any) -> Backend:
 
 
 def set_default_backend(backend: Any) -> None:
-    """What programs run on that are given no ``backend=``: an `Engine`, an address, or what `connect` returned."""
+    """Sets what programs without ``backend=`` run on: an `Engine`, an address, or what `connect` returned."""
     global _default
     _default = None if backend is None else as_backend(backend)
 
@@ -104,22 +99,18 @@ def default_backend() -> Backend:
 
 
 def flush_cache(backend: Any = None) -> None:
-    """Empties the backend's cache of all that no running request holds. Blocks."""
-    chosen = default_backend() if backend is None else as_backend(backend)
-    asyncio.run_coroutine_threadsafe(chosen.flush_cache(), background_loop()).result()
+    """Empties the backend's cache, except what running requests use. Blocks."""
+    run_blocking(resolve(backend).flush_cache())
 
 
 def get_server_info(backend: Any = None) -> Any:
     """The server's configuration, limits and counters. Blocks."""
-    chosen = default_backend() if backend is None else as_backend(backend)
+    chosen = resolve(backend)
     if not isinstance(chosen, ServerBackend):
         raise BackendError(f"{chosen.name} is not a Branchwise server")
-    return asyncio.run_coroutine_threadsafe(chosen.http.get("/get_server_info"), background_loop()).result()
+    return run_blocking(chosen.http.get("/get_server_info"))
 
 
-def _first_model(client: ServerClient) -> str:
-    listed = client.get("/v1/models")
-    try:
-        return listed["data"][0]["id"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ServerError(f"{client.url} lists no model: give model=") from error
+def resolve(given: Any) -> Backend:
+    """`as_backend`; None: the default one."""
+    return default_backend() if given is None else as_backend(given)

@@ -1,4 +1,4 @@
-"""How ``select`` chooses: three methods over the logprobs of each choice's tokens, as SGLang has them."""
+"""How ``select`` chooses: SGLang's three methods over the logprobs of each choice's tokens."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scored:
-    """One choice: its tokens from where the choices part from the prompt, and their logprobs there.
+    """One choice: its tokens after what all choices share, and their logprobs.
 
-    ``unconditional``: the same tokens' logprobs without the prompt, if the method asked for them.
+    ``unconditional``: the same tokens' logprobs without the prompt, if the method needs them.
     """
 
     tokens: tuple[int | str, ...]
@@ -37,9 +37,9 @@ def _likeliest(scored: Sequence[Scored]) -> int:
 
 
 def _greedy(scored: Sequence[Scored]) -> int:
-    """Token by token, as a greedy decoder that may only write a choice. One that has ended goes on at its mean.
+    """As a greedy decoder that may only write one of the choices. One that has ended continues at its mean logprob.
 
-    Choices with the same token share its logprob, so rounding in separate forward passes cannot part them.
+    Choices with the same token share its logprob, so that rounding in separate forward passes cannot separate them.
     """
     left = list(range(len(scored)))
     for position in range(max(len(one.tokens) for one in scored)):
@@ -69,12 +69,12 @@ def _against_unconditional(scored: Sequence[Scored]) -> int:
 
 
 token_length_normalized = ChoicesMethod("token_length_normalized", _likeliest)
-"""The choice whose tokens are the likeliest on average."""
+"""The choice with the highest mean logprob."""
 
 greedy_token_selection = ChoicesMethod("greedy_token_selection", _greedy)
-"""The choice a greedy decoder would write if it could write nothing else."""
+"""The choice that greedy decoding constrained to the choices writes."""
 
 unconditional_likelihood_normalized = ChoicesMethod(
     "unconditional_likelihood_normalized", _against_unconditional, unconditional=True
 )
-"""The choice that the prompt makes likelier than it is by itself, on average over its tokens."""
+"""The choice whose mean logprob the prompt raises the most."""

@@ -1,6 +1,6 @@
-"""Text to token ids, piece by piece: a state's tokens never change once they are there, so each piece is encoded alone.
+"""Encodes text piece by piece: a state's tokens never change, so each piece is encoded alone.
 
-Text that a program writes is not trusted: ``<|im_end|>`` in a user's question must not end the user's turn. Only the
+Text that a program appends is not trusted: ``<|im_end|>`` in a user's question must not end the user's turn. Only the
 chat template's own text and `special` text may name special tokens.
 """
 
@@ -11,20 +11,20 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-from .chat import Turns
+from .turns import TurnTemplate
 
 if TYPE_CHECKING:
     from ...runtime.chat.tools import ReasoningFormat, ToolFormat
     from ...runtime.tokenizer.tokenizer import Tokenizer
 
-TAIL = 8  # tokens before a piece that decide how its first one reads (a leading space)
-# A space between two letters or digits: every tokenizer we know begins a new token there, so cutting changes nothing.
+TAIL = 8  # tokens before a piece that decide the text of its first one (a leading space)
+# Between two words: every tokenizer we know begins a token at the space, so encoding the halves changes nothing.
 _SAFE_CUT = re.compile(r"(?<=\w) (?=\w)")
-_LAST_WORDS = 400  # characters among which to look for one
+_LAST_WORDS = 400  # characters to search for such a space
 
 
 class Run(NamedTuple):
-    """A stretch of text that is all trusted (``special``) or all not."""
+    """Text that may name special tokens (``special``) or may not."""
 
     text: str
     special: bool = False
@@ -40,14 +40,14 @@ class Codec:
         named = sorted(self.special, key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, named))) if named else None
         self._opening: list[int] = tokenizer.opening.tolist()
-        # What a text is scored after when it is scored by itself.
+        # The prompt after which a text is scored by itself.
         self.neutral: list[int] = self._opening or [tokenizer.eos_id if tokenizer.eos_id is not None else 0]
 
     @cached_property
-    def turns(self) -> Turns | None:
-        """The chat template, if the model has one. One for all runs: it remembers what it has rendered."""
+    def turns(self) -> TurnTemplate | None:
+        """The chat template, if the model has one. Shared by all runs: it memoizes renderings."""
         template = self.tokenizer.chat_template
-        return None if template is None else Turns(template)
+        return None if template is None else TurnTemplate(template)
 
     @cached_property
     def _formats(self) -> tuple[ToolFormat | None, ReasoningFormat | None]:
@@ -62,21 +62,21 @@ class Codec:
 
     @property
     def calls(self) -> ToolFormat | None:
-        """How the model writes calls of tools, read off its chat template; None: not at all, as far as we know."""
+        """How the model writes tool calls, detected from its chat template; None: not detected."""
         return self._formats[0]
 
     @property
     def thoughts(self) -> ReasoningFormat | None:
-        """And how it thinks."""
+        """How the model marks its reasoning, detected the same way."""
         return self._formats[1]
 
     def encode(self, runs: Sequence[Run], *, opening: bool = False) -> list[int]:
-        """The ids of ``runs`` read as one text. ``opening``: this is the beginning of a prompt."""
+        """The ids of ``runs`` as one text. ``opening``: it begins the prompt."""
         runs = [run for run in runs if run.text]
         if not runs:
             return []
         encode = self.tokenizer.encode_first if opening else self.tokenizer.encode_more
-        # A template writes its own <bos>; only a text that does not begin with a special token gets the tokenizer's.
+        # A template writes its own <bos>; a text that begins with no special token gets the tokenizer's.
         ids = [] if not opening or self._begins_special(runs[0]) else list(self._opening)
         if self._is_plain(runs):
             return [*ids, *encode("".join(run.text for run in runs), parse_special=True).tolist()]
@@ -86,14 +86,14 @@ class Codec:
         return ids
 
     def text_of(self, ids: Sequence[int], tail: Sequence[int] = ()) -> str:
-        """The text of ``ids`` where they follow ``tail``, as a client is shown it."""
+        """The text of ``ids`` after the tokens ``tail``, as a client is shown it."""
         if not tail or self.tokenizer.byte_level:
             return self.tokenizer.decode(ids)
         before = self.tokenizer.decode(tail)
         return self.tokenizer.decode([*tail, *ids])[len(before) :]
 
     def kept(self, ids: Sequence[int], text: str, tail: Sequence[int] = ()) -> tuple[list[int], str]:
-        """The tokens of an answer that a stop string cut down to ``text``, and the text beyond the last whole one."""
+        """The tokens of an answer that a stop string cut to ``text``, and the text after the last complete one."""
         count, whole = len(ids), self.text_of(ids, tail)
         while count and not text.startswith(whole):
             count -= 1
@@ -101,7 +101,7 @@ class Codec:
         return list(ids[:count]), text[len(whole) :] if count else text
 
     def _is_plain(self, runs: Sequence[Run]) -> bool:
-        """Does the text as a whole name no special tokens but those in trusted runs?"""
+        """Whether the text as a whole names no special tokens except those in special runs."""
         if self._special is None or all(run.special for run in runs):
             return True
         named = len(self._special.findall("".join(run.text for run in runs)))
@@ -112,7 +112,7 @@ class Codec:
 
 
 def safe_cut(text: str) -> int:
-    """Up to where ``text`` can be encoded now without changing how what follows will be: 0 if not at all."""
+    """Up to where ``text`` can be encoded by itself without changing the tokens of what follows: 0 if nowhere."""
     if text.endswith("\n"):
         return len(text)
     return max((found.start() for found in _SAFE_CUT.finditer(text, max(0, len(text) - _LAST_WORDS))), default=0)

@@ -1,4 +1,4 @@
-"""What goes wrong in a program, and where: every error names the variable and the line of the program it is about."""
+"""The error of a program: it names the variable and the line of the program."""
 
 from __future__ import annotations
 
@@ -13,23 +13,15 @@ from ...runtime.errors import BranchwiseError
 
 _HERE = str(Path(__file__).parent)
 _ASYNCIO = str(Path(asyncio.__file__).parent)
-# A library program (`tools`, `search`) runs on the loop, with no caller on the stack: it leaves its caller's line here.
+# Library programs (`tools`, `search`) run on the loop, without their caller on the stack; this is the caller's line.
 _site: ContextVar[str | None] = ContextVar("branchwise_site", default=None)
 
 
-class BackendError(BranchwiseError):
-    """A backend that cannot be reached, says no, or cannot do what is asked. ``status``: HTTP's; 0 if there is none."""
-
-    def __init__(self, message: str, *, status: int = 0) -> None:
-        super().__init__(message)
-        self.status = status
-
-
 class ProgramError(BranchwiseError):
-    """A program that cannot go on.
+    """A program that cannot continue.
 
-    ``message``: what the server or the language says; ``variable``: the variable it is about, if any; ``site``:
-    ``file:line`` of the program; ``backend``: who was asked.
+    ``message``: the words of the server or of the language. ``variable``: the name of the one that could not be set, if
+    any. ``site``: ``file:line`` of the program. ``backend``: the name of the backend that was asked.
     """
 
     def __init__(self, message: str, *, variable: str | None = None, site: str = "", backend: str = "") -> None:
@@ -43,10 +35,10 @@ class ProgramError(BranchwiseError):
 
 
 def call_site() -> str:
-    """``file:line`` of the program line that called into the language."""
-    told = _site.get()
-    if told is not None:
-        return told
+    """``file:line`` of the program's line that called into the language."""
+    site = _site.get()
+    if site is not None:
+        return site
     frame = sys._getframe(1)
     inside = frame
     while True:
@@ -64,7 +56,7 @@ def call_site() -> str:
 
 @contextmanager
 def at_site(site: str | None) -> Iterator[None]:
-    """Within: report ``site``; None: look at the stack again."""
+    """Within the block, `call_site` returns ``site``; None: it inspects the stack again."""
     token = _site.set(site)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a program appends to its state: text, ``gen``, ``select``, roles. Values only; nothing here runs anything."""
+"""The expressions a program appends: text, ``gen``, ``select``, roles. Values only; `interpreter` runs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Expr:
 
 @dataclass(frozen=True)
 class Text(Expr):
-    """``special``: markers such as ``<|im_start|>`` in it become the tokens they name. Ordinary text stays text."""
+    """``special``: markers such as ``<|im_start|>`` in it become the tokens they name; otherwise they stay text."""
 
     text: str
     special: bool = False
@@ -60,14 +60,14 @@ class RoleEnd(Expr):
 
 @dataclass(frozen=True)
 class Sampling:
-    """What a ``gen`` sets, in `SamplingParams`' names; ``constraint`` in SGLang's (``regex``, ``json_schema``)."""
+    """The arguments of a ``gen``, in `SamplingParams`' names; those of ``constraint`` in SGLang's."""
 
     options: Mapping[str, Any] = field(default_factory=dict)
     constraint: Mapping[str, str] = field(default_factory=dict)
     text_in_logprobs: bool = False
 
     def over(self, defaults: Sampling) -> Sampling:
-        """This one, with ``defaults`` where it is silent."""
+        """This one, with ``defaults`` for what it does not set."""
         return Sampling(
             {**defaults.options, **self.options},
             self.constraint or defaults.constraint,
@@ -106,7 +106,7 @@ def _parts(expr: Expr) -> tuple[Expr, ...]:
 
 
 def parts(value: Any) -> tuple[Expr, ...]:
-    """``value`` as a flat run of expressions. Raises `TypeError` for what cannot be appended."""
+    """``value`` as a flat sequence of expressions. Raises TypeError for what cannot be appended."""
     return _parts(as_expr(value))
 
 
@@ -140,51 +140,28 @@ def gen(
     seed: int | None = None,
     logprobs: int | bool | None = None,
 ) -> Expr:
-    """Let the model write here; the text becomes variable ``name``.
+    """Lets the model write here; the text becomes variable ``name``.
 
     What is None comes from the program's ``run(...)``, then from the served model's own sampling defaults, then from
-    `SamplingParams`. ``n`` > 1 makes the variable a list; the text goes on with the first. ``logprobs=k``: of every
-    generated token and its k likeliest, in ``s.meta(name)``. ``regex``, ``json_schema`` (a string, a dict or a
-    pydantic model) and ``dtype`` (int, float, str, bool: the variable has that type) constrain what may be written; a
-    backend that cannot do so is an error. ``choices`` makes it a ``select``. Raises `InvalidRequest` (a ValueError)
-    for a value out of bounds, TypeError for an unknown argument.
+    `SamplingParams`. ``n`` > 1 makes the variable a list; the text continues with the first. ``logprobs=k``: of every
+    generated token and its k likeliest alternatives, in ``s.meta(name)``. ``regex``, ``json_schema`` (a string, a dict
+    or a pydantic model) and ``dtype`` (int, float, str, bool: the variable has that type) constrain the text; a backend
+    that cannot do so is an error. ``choices`` makes it a ``select``. Raises `InvalidRequest` (a ValueError) for a value
+    out of bounds, TypeError for an unknown argument.
     """
+    given = dict(locals())
+    for own in ("name", "choices", "choices_method"):
+        del given[own]
     site = call_site()
     if choices is not None:
         if regex or json_schema or dtype:
             raise ValueError("choices, regex, json_schema and dtype exclude each other")
         return select(name, choices, choices_method=choices_method or token_length_normalized)
-    sampling = make_sampling(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        n=n,
-        stop=stop,
-        stop_token_ids=stop_token_ids,
-        stop_regex=stop_regex,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        frequency_penalty=frequency_penalty,
-        presence_penalty=presence_penalty,
-        ignore_eos=ignore_eos,
-        repetition_penalty=repetition_penalty,
-        logit_bias=logit_bias,
-        seed=seed,
-        logprobs=logprobs,
-        return_logprob=return_logprob,
-        logprob_start_len=logprob_start_len,
-        top_logprobs_num=top_logprobs_num,
-        return_text_in_logprobs=return_text_in_logprobs,
-        regex=regex,
-        json_schema=json_schema,
-        dtype=dtype,
-    )
-    return Gen(_name(name), sampling, dtype, site)
+    return Gen(_name(name), make_sampling(**given), dtype, site)
 
 
 def gen_int(name: str | None = None, **options: Any) -> Expr:
-    """``gen`` of a whole number."""
+    """``gen`` of an integer."""
     return gen(name, dtype=int, **options)
 
 
@@ -199,9 +176,9 @@ def select(
     temperature: float = 0.0,
     choices_method: ChoicesMethod = token_length_normalized,
 ) -> Select:
-    """Let the model choose one of ``choices`` by how likely it finds each as the continuation.
+    """Lets the model choose one of ``choices``, by their logprobs as the continuation.
 
-    ``temperature`` is there for SGLang's programs and must be 0: the choice is the likeliest, never drawn.
+    ``temperature`` exists for SGLang's programs and must be 0: the choice is the likeliest one, never sampled.
     """
     if temperature:
         raise ValueError("select takes the likeliest choice; temperature must be 0")
@@ -214,7 +191,7 @@ def select(
 
 
 def special(text: str) -> Text:
-    """Text whose markers (``<|im_start|>``, ``</s>``) count as the tokens they name. Never for text from a stranger."""
+    """Text whose markers (``<|im_start|>``, ``</s>``) become the tokens they name. Never use it for untrusted text."""
     return Text(text, special=True)
 
 
@@ -234,7 +211,7 @@ def make_sampling(
     logit_bias: Mapping[int, float] | None = None,
     **plain: Any,
 ) -> Sampling:
-    """From `gen`'s arguments; checks every value against its bounds, here where the program's line is known."""
+    """From `gen`'s arguments. Checks every value here, where the program's line is known."""
     if logprob_start_len is not None and logprob_start_len != -1:
         raise ValueError("logprob_start_len: only generated tokens have logprobs here; score a text with select")
     if return_logprob or top_logprobs_num:
@@ -248,8 +225,8 @@ def make_sampling(
         options["logit_bias"] = dict(logit_bias)
     if logprobs is not None and logprobs is not False:
         options["logprobs"] = 0 if logprobs is True else logprobs
-    room = {} if "max_tokens" in options else {"max_tokens": None}  # the default may be raised by ``run``
-    validate(SamplingParams(**{**options, **room}), _ANY_VOCABULARY)
+    unlimited = {} if "max_tokens" in options else {"max_tokens": None}  # ``run`` may set it
+    validate(SamplingParams(**{**options, **unlimited}), _ANY_VOCABULARY)
     return Sampling(options, _constraint(regex, json_schema, dtype, stop_regex), return_text_in_logprobs)
 
 
@@ -302,7 +279,7 @@ def convert(text: str, dtype: Dtype | None) -> Any:
 
 
 def role(name: str, body: Any = None) -> Expr:
-    """A turn of ``name``'s in a conversation, as the model's own chat template writes it."""
+    """A turn of role ``name``, as the model's own chat template writes it."""
     return Chain((RoleBegin(name), *(() if body is None else parts(body)), RoleEnd(name)))
 
 

@@ -1,72 +1,66 @@
-"""How a strand does a ``gen``."""
+"""How a ``gen`` is done."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .backend import Completion, GenerationRequest, check_constraint
-from .errors import BackendError
+from ..errors import BackendError
+from .backend import GenerationRequest, check_constraint
 from .expressions import Gen, convert
+from .prompt_writer import PromptWriter
+from .transcript import Transcript
+from .variables import Variable
 
-if TYPE_CHECKING:
-    from .interpreter import Interpreter
-    from .slots import Slot
 
-
-async def run_gen(strand: Interpreter, gen: Gen, slot: Slot, seed: int | None) -> None:
-    """The prompt so far goes to the backend, what comes back into the state and the variable."""
-    transcript = await strand.written()
-    sampling = gen.sampling.over(strand.session.defaults)
-    check_constraint(strand.backend, sampling.constraint)
-    options = {"seed": seed, **sampling.options}
+async def run_gen(writer: PromptWriter, gen: Gen, variable: Variable, seed: int | None) -> None:
+    """Sends the prompt to the backend, appends the answer to the state and sets the variable."""
+    transcript, session = await writer.open(), writer.session
+    sampling = gen.sampling.over(session.defaults)
+    check_constraint(session.backend, sampling.constraint)
 
     def on_delta(text: str) -> None:
-        strand.show_delta(text)
-        if slot.feed is not None:
-            slot.feed.put(text)
+        writer.show_delta(text)
+        if variable.stream is not None:
+            variable.stream.put(text)
 
     tools: Sequence[Mapping[str, Any]] = ()
     if transcript.as_messages:
-        await _put_messages(strand)
+        await _write_turns(writer, transcript)
         tools = transcript.variables.values.get("tools", ())
     else:
-        await strand.hand_over(transcript.take())
-        if not strand.handle.length:
-            raise BackendError("there is nothing to go on from: the prompt is empty")
-    ask = GenerationRequest(options, sampling.constraint, sampling.text_in_logprobs, tools)
-    streams = strand.session.streams
-    done: list[Completion] = await strand.backend.generate(strand.handle, ask, on_delta if streams else None)
-    transcript.wrote(done[0].ids, done[0].text)
-    strand.uncomputed = 1  # the last token drawn has not been read yet
-    if streams:
-        strand.show()
-        if slot.feed is not None and slot.feed.empty:
-            slot.feed.put(done[0].text)
+        await writer.write(transcript.take())
+        if not writer.handle.length:
+            raise BackendError("the prompt is empty: append text before gen")
+    options = {"seed": seed, **sampling.options}
+    request = GenerationRequest(options, sampling.constraint, sampling.text_in_logprobs, tools)
+    samples = await session.backend.generate(writer.handle, request, on_delta if session.streams else None)
+    writer.generated(samples[0].ids, samples[0].text, transcript)
+    if variable.stream is not None and variable.stream.empty:
+        variable.stream.put(samples[0].text)
     try:
-        values = [convert(one.text, gen.dtype) for one in done]
+        values = [convert(one.text, gen.dtype) for one in samples]
     except (ValueError, KeyError) as error:
         kind = getattr(gen.dtype, "__name__", "value")
-        raise BackendError(f"the text is not a complete {kind}: {done[0].text!r} ({_why(done[0])})") from error
-    many = ask.params.n > 1
-    slot.set(values if many else values[0], [one.meta for one in done] if many else done[0].meta)
+        reason = f"finish_reason: {(samples[0].meta.get('finish_reason') or {}).get('type')}"
+        raise BackendError(f"the text is not a complete {kind}: {samples[0].text!r} ({reason})") from error
+    if request.params.n > 1:
+        variable.set(values, [one.meta for one in samples])
+    else:
+        variable.set(values[0], samples[0].meta)
 
 
-async def _put_messages(strand: Interpreter) -> None:
-    """For a server that only chats: the conversation, which the server's own template turns into a prompt."""
-    transcript = strand.transcript
-    if transcript is None or transcript.speaking != "assistant":
-        raise BackendError(f"{strand.backend.name} only chats: gen must stand in the assistant's turn")
-    *before, mine = transcript.messages()
-    if mine.content:
-        raise BackendError(f"{strand.backend.name} only chats: an assistant's turn must begin with its gen")
+async def _write_turns(writer: PromptWriter, transcript: Transcript) -> None:
+    """For a server that only chats: sends it the turns, from which its own template makes the prompt."""
+    name = writer.backend.name
+    if transcript.speaking != "assistant":
+        raise BackendError(f"{name} only chats: gen must stand in the assistant's turn")
+    *before, own = transcript.turns()
+    if own.content:
+        raise BackendError(f"{name} only chats: an assistant's turn must begin with its gen")
     if transcript.loose:
-        raise BackendError(f"{strand.backend.name} only chats: text must stand in a turn")
-    for message in before[strand.handle.length :]:
-        await strand.backend.extend(strand.handle, message)
+        raise BackendError(f"{name} only chats: text must stand in a turn")
+    for turn in before[writer.handle.length :]:
+        await writer.backend.extend(writer.handle, turn)
     transcript.take_as_messages()
-    strand.show()
-
-
-def _why(one: Completion) -> str:
-    return f"finish_reason: {(one.meta.get('finish_reason') or {}).get('type')}"
+    writer.show()

@@ -1,70 +1,67 @@
-"""The interpreter: one state's operations, done one after the other on the loop. An idle strand costs no task.
+"""The interpreter of one state: a queue of operations, done one after the other on the session's loop.
 
-Appending puts an operation on the strand's queue and returns. Variables are there, unset, as soon as they are appended.
-The first failure ends the strand: what was appended after it fails with the same error.
+Appending an expression queues an operation and returns; a variable that it will set exists at once, without a value.
+The first failure ends the state: operations queued after it fail with the same error. An idle state has no task.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from ...runtime.errors import BranchwiseError
-from .backend import Backend, GenerationRequest
+from ..errors import BackendError
 from .errors import ProgramError
 from .expressions import Chain, Expr, Gen, RoleBegin, RoleEnd, Select, Text
 from .generate import run_gen
+from .prompt_writer import PromptWriter
 from .scoring import run_select
 from .session import Path, Session
-from .slots import Feed, Slot
-from .transcript import Close, Item, Open, Out, Run, Transcript
+from .transcript import Close, Item, Open, Run, Transcript
+from .variables import TextStream, Variable
 
 
-class Waiter(Protocol):
-    """Who is told when an operation will not be done."""
+@dataclass(slots=True)
+class Operation:
+    """``run`` finishes at once or returns what to await. ``on_failure`` is called if the operation fails or is never
+    run. ``variable``: its name, for the error message."""
 
-    def fail(self, error: BaseException) -> None: ...
+    run: Callable[[], Awaitable[None] | None]
+    site: str
+    on_failure: Callable[[BaseException], None] | None = None
+    variable: str | None = None
 
-
-class Op:
-    """One thing to do. ``run`` either finishes at once or returns what to await."""
-
-    __slots__ = ("run", "site", "slot")
-
-    def __init__(self, run: Callable[[], Awaitable[None] | None], site: str, slot: Waiter | None = None) -> None:
-        self.run = run
-        self.site = site
-        self.slot = slot
+    def fail(self, error: BaseException) -> None:
+        if self.on_failure is not None:
+            self.on_failure(error)
 
 
 class Interpreter:
-    """One state: what it says, what it is still to do, what it has found out."""
+    """``path``: the forks that lead to this state; empty for the first state of a run."""
 
-    def __init__(self, session: Session, path: Path = ()) -> None:
+    def __init__(self, session: Session, path: Path = (), *, forked: bool = False) -> None:
         self.session = session
         self.path = path
-        self.slots: dict[str, Slot] = {}
-        self.inherited: dict[str, Slot] = {}
-        self.transcript: Transcript | None = None
-        self.handle: Any = None
-        self.birth_log: list[Item] | None = None  # what a fork has said since it was forked
-        self.uncomputed = 0  # tokens handed over that no request has computed
+        self.variables: dict[str, Variable] = {}
+        self.inherited: dict[str, Variable] = {}  # as they were when this state was forked
+        self.finished: Future[Any] = Future()  # of a run's first state: what the program returned or raised
         self.failure: ProgramError | None = None
-        self.waits_for: list[Interpreter] = []  # joined into this one, by operations not yet done
-        self.feed = Feed() if session.streams and not path else None  # of a run's own state
-        self.ended = False
-        self.returned = False  # of a run's own state: the run has ended well, and
-        self.value: Any = None  # this is what the program's function returned
-        self._ops: deque[Op] = deque()
-        self._busy = False
-        self._told = False  # the loop has been asked to look at the queue
-        self._counts: Counter[str | None] = Counter()
+        self.closed = False  # joined, or its run is over
+        self.writer = PromptWriter(session, TextStream() if session.streams and not path else None)
+        self._fork_log: list[Item] | None = None  # what a fork has appended since it was forked
+        self._joining: list[Interpreter] = []  # states that queued operations of this one join
+        self._lock = threading.Lock()
+        self._arrivals: dict[str, Future[None]] = {}
+        self._operations: deque[Operation] = deque()
+        self._busy = forked  # a fork starts when its parent has forked
+        self._woken = False  # a call of `_wake` is scheduled on the loop
+        self._occurrences: Counter[str | None] = Counter()
         self._forks = 0
-        self._fed = 0
 
     # -- appending (any thread) ----------------------------------------------------------------------------------------
 
@@ -76,341 +73,264 @@ class Interpreter:
                 for part in parts:
                     self.append(part, site)
             case Text(text, is_special):
-                self.put(Op(lambda: self._say(Run(text, is_special)), site))
+                self.put(Operation(lambda: self.writer.add(Run(text, is_special)), site))
             case RoleBegin(role):
-                self.put(Op(lambda: self._say(Open(role)), site))
+                self.put(Operation(lambda: self.writer.add(Open(role)), site))
             case RoleEnd(role):
-                self.put(Op(lambda: self._say(Close(role)), site))
+                self.put(Operation(lambda: self.writer.add(Close(role)), site))
             case Gen():
-                slot = self._slot(expr.name, expr.site or site)
-                seed = self._next_seed(expr)
-                self.put(Op(lambda: run_gen(self, expr, slot, seed), expr.site or site, slot))
+                variable = self._declare(expr.name, expr.site or site)
+                seed = self.session.seed_of(self.path, expr.name, self._occurrences[expr.name])
+                self._occurrences[expr.name] += 1
+                self.put_for(variable, lambda: run_gen(self.writer, expr, variable, seed))
             case Select():
-                slot = self._slot(expr.name, expr.site or site)
-                self.put(Op(lambda: run_select(self, expr, slot), expr.site or site, slot))
+                variable = self._declare(expr.name, expr.site or site)
+                self.put_for(variable, lambda: run_select(self.writer, expr, variable))
             case _:
                 raise TypeError(f"a state takes text and expressions, not {type(expr).__name__}")
 
     def check_open(self, site: str) -> None:
-        if self.ended:
+        if self.closed:
             raise ProgramError("this state has been joined or closed; nothing can be appended to it", site=site)
 
-    def put(self, op: Op) -> None:
+    def put(self, operation: Operation) -> None:
         if self.failure is not None:
-            if op.slot is not None:
-                op.slot.fail(self.failure)
+            operation.fail(self.failure)
             return
-        self._ops.append(op)
+        self._operations.append(operation)
         if self.session.on_loop:
-            self._look()
-        elif not self._told:
-            self._told = True
-            self.session.loop.call_soon_threadsafe(self._look)
+            self._wake()
+        elif not self._woken:
+            self._woken = True
+            self.session.loop.call_soon_threadsafe(self._wake)
+
+    def put_for(self, variable: Variable, run: Callable[[], Awaitable[None] | None]) -> None:
+        """Queues the operation that sets ``variable``."""
+        self.put(Operation(run, variable.site, variable.fail, variable.name))
+
+    def ask(self, question: Callable[[Transcript], Any], site: str) -> Future[Any]:
+        """The answer, once everything appended so far is done."""
+        answer = Variable("", site)
+
+        async def run() -> None:
+            answer.set(question(await self.writer.open()))
+
+        self.put_for(answer, run)
+        return answer.future
+
+    # -- variables (any thread) ----------------------------------------------------------------------------------------
 
     def set(self, name: str, value: Any, site: str) -> None:
-        self.slots[name] = Slot.of(name, site, value)
+        variable = Variable(name, site)
+        variable.set(value)
+        self.define(variable)
 
-    def _slot(self, name: str | None, site: str) -> Slot:
-        slot = Slot(name or "", site, Feed() if self.session.streams else None)
+    def define(self, variable: Variable) -> None:
+        with self._lock:
+            self.variables[variable.name] = variable
+            arrival = self._arrivals.pop(variable.name, None)
+        if arrival is not None:
+            arrival.set_result(None)
+
+    def _declare(self, name: str | None, site: str) -> Variable:
+        variable = Variable(name or "", site, TextStream() if self.session.streams else None)
         if name is not None:
-            self.slots[name] = slot
-        return slot
+            self.define(variable)
+        return variable
 
-    def _next_seed(self, expr: Gen) -> int | None:
-        occurrence = self._counts[expr.name]
-        self._counts[expr.name] += 1
-        return self.session.seed_of(self.path, expr.name, occurrence)
+    def arrival(self, name: str) -> Future[None]:
+        """Done once the variable exists or the program has returned, for readers of a program that still runs."""
+        with self._lock:
+            if name not in self.variables and not self.finished.done():
+                if name not in self._arrivals:
+                    self._arrivals[name] = Future()
+                    self._arrivals[name].set_running_or_notify_cancel()  # a cancelled reader must not cancel others
+                return self._arrivals[name]
+        arrived: Future[None] = Future()
+        arrived.set_result(None)
+        return arrived
+
+    def finish(self, value: Any, error: BaseException | None = None) -> None:
+        """The program has returned ``value`` or raised ``error``."""
+        if error is None:
+            self.finished.set_result(value)
+        else:
+            self.finished.set_exception(error)
+        with self._lock:
+            arrivals, self._arrivals = self._arrivals, {}
+        for arrival in arrivals.values():
+            arrival.set_result(None)
 
     # -- forking and joining (any thread) ------------------------------------------------------------------------------
 
     def fork(self, n: int, site: str, *, copy: bool = False) -> list[Interpreter]:
-        """Children that go on from here. Raises `ProgramError` if this state is known to have failed."""
+        """States that go on from here. Raises `ProgramError` if this state has already failed."""
         self.check_open(site)
         if n < 1:
             raise ProgramError(f"fork needs at least one branch, got {n}", site=site)
         if self.failure is not None:
-            self.session.seen(self.failure)
-            raise self._heir(site)
-        children = [Interpreter(self.session, (*self.path, self._forks, i)) for i in range(n)]
+            raise self._fork_error(self.failure, site)
+        children = [Interpreter(self.session, (*self.path, self._forks, i), forked=True) for i in range(n)]
         self._forks += 1
         for child in children:
-            child.slots = dict(self.slots)
-            child.inherited = dict(self.slots)
-        ready: list[Future[None]] = [Future() for _ in children]
-        for child, born in zip(children, ready, strict=True):
-            child.put(Op(partial(child._be_born, self, born, site), site))
-        self.put(Op(lambda: self._fork(children, ready, site, copy), site, _Births(ready)))
+            child.variables, child.inherited = dict(self.variables), dict(self.variables)
+
+        def fail(error: BaseException) -> None:
+            for child in children:
+                child._start(self._fork_error(error, site))
+
+        self.put(Operation(lambda: self._fork(children, copy), site, fail))
         return children
 
-    def _heir(self, site: str) -> ProgramError:
-        cause = self.failure
-        if cause is None:
-            raise RuntimeError("an heir of no failure")
-        error = ProgramError(f"this state was forked from one that failed: {cause}", variable=None, site=site)
+    def _fork_error(self, cause: BaseException, site: str) -> ProgramError:
+        self.session.reported(cause)
+        error = ProgramError(f"this state was forked from one that failed: {cause}", site=site)
         error.__cause__ = cause
         return error
 
-    async def _be_born(self, parent: Interpreter, born: Future[None], site: str) -> None:
-        try:
-            await asyncio.wrap_future(born)
-        except ProgramError:
-            error = parent._heir(site)
-            parent.session.seen(parent.failure)
-            raise error from parent.failure
-
-    async def _fork(self, children: list[Interpreter], ready: list[Future[None]], site: str, copy: bool) -> None:
-        transcript = await self.written()
-        if not transcript.as_messages:
-            await self.hand_over(transcript.take_settled())
-            if len(children) > 1 and self.uncomputed and self.backend.capabilities.prefill:
-                await self.prefill()
-        handles = await self.backend.fork(self.handle, len(children))
+    async def _fork(self, children: list[Interpreter], copy: bool) -> None:
+        transcript = await self.writer.open()
+        handles = await self.writer.prepare_fork(len(children), transcript)
         for child, handle in zip(children, handles, strict=True):
-            child.transcript = transcript.fork()
-            child.own(handle)
-            child.uncomputed = self.uncomputed
-            child.birth_log = None if copy else child.transcript.log()
-        for born in ready:
-            born.set_result(None)
+            forked = transcript.fork()
+            child.writer.start(forked, handle, self.writer.uncomputed)
+            child._fork_log = None if copy else forked.log()
+        for child in children:
+            child._start()
 
-    def join(self, strands: Sequence[Interpreter], mode: str, site: str) -> None:
-        """Appends the joining of ``strands``; variables they have set since they were forked are here at once."""
+    def _start(self, failure: ProgramError | None = None) -> None:
+        """Starts a fork, or fails it."""
+        self._busy = False
+        if failure is not None and self.failure is None:
+            self._fail(failure)
+        self._wake()
+
+    def join(self, others: Sequence[Interpreter], mode: str, site: str) -> None:
+        """Closes ``others`` and queues their joining. The variables that they set since they were forked exist here at
+        once."""
         self.check_open(site)
-        for strand in strands:
-            strand.check_open(site)
-            if strand.session is not self.session:
+        for other in others:
+            other.check_open(site)
+            if other.session is not self.session:
                 raise ProgramError("a state of another run cannot be joined", site=site)
-            if strand is self or strand._reaches(self):
+            if other is self or other._joins(self):
                 raise ProgramError("a cycle in join: each of these states would wait for the other", site=site)
-        self.waits_for += strands
-        gathered: dict[str, Slot] = {}
+        self._joining += others
+        gathered: dict[str, Variable] = {}
         if mode == "gather_variable":
-            names = dict.fromkeys(
-                name for one in strands for name, slot in one.slots.items() if one.inherited.get(name) is not slot
-            )
-            for name in names:
-                gathered[name] = self._slot(name, site)
-        for strand in strands:
-            strand.ended = True
-        self.put(Op(lambda: self._join(strands, gathered, mode), site, _Gathered(gathered)))
+            for name in dict.fromkeys(name for other in others for name in other.own_variables()):
+                gathered[name] = self._declare(name, site)
+        for other in others:
+            other.closed = True
 
-    def _reaches(self, other: Interpreter) -> bool:
+        def fail(error: BaseException) -> None:
+            for variable in gathered.values():
+                variable.fail(error)
+
+        self.put(Operation(lambda: self._join(others, gathered, mode), site, fail))
+
+    def own_variables(self) -> dict[str, Variable]:
+        """Those set since this state was forked."""
+        return {name: one for name, one in self.variables.items() if self.inherited.get(name) is not one}
+
+    def _joins(self, other: Interpreter) -> bool:
+        """Whether ``other`` is among the states that this one joins, or that those join."""
         seen: set[int] = set()
-        stack = list(self.waits_for)
+        stack = list(self._joining)
         while stack:
-            strand = stack.pop()
-            if strand is other:
+            joined = stack.pop()
+            if joined is other:
                 return True
-            if id(strand) not in seen:
-                seen.add(id(strand))
-                stack += strand.waits_for
+            if id(joined) not in seen:
+                seen.add(id(joined))
+                stack += joined._joining
         return False
 
-    async def _join(self, strands: Sequence[Interpreter], gathered: dict[str, Slot], mode: str) -> None:
-        for strand in strands:
-            await strand.done()
-            if strand.failure is not None:
-                self.session.seen(strand.failure)
-                raise strand.failure
+    async def _join(self, others: Sequence[Interpreter], gathered: dict[str, Variable], mode: str) -> None:
+        for other in others:
+            await other.done()
+            if other.failure is not None:
+                self.session.reported(other.failure)
+                raise other.failure
         if mode == "concate_and_append":
-            transcript = await self.written()
-            for strand in strands:
-                for item in strand.birth_log or ():
+            transcript = await self.writer.open()
+            for other in others:
+                for item in other._fork_log or ():
                     transcript.add(item)
-        for name, slot in gathered.items():
-            holders = [one.slots[name] for one in strands if name in one.slots]
-            values = [await asyncio.wrap_future(holder.future) for holder in holders]
-            slot.set(values, [holder.meta for holder in holders])
-        for strand in strands:
-            await self.session.release(strand.handle)
-        self.waits_for = [one for one in self.waits_for if one not in strands]
+        for name, variable in gathered.items():
+            found = [other.variables[name] for other in others if name in other.variables]
+            values = [await asyncio.wrap_future(one.future) for one in found]
+            variable.set(values, [one.meta for one in found])
+        for other in others:
+            await self.session.release(other.writer.handle)
+        self._joining = [one for one in self._joining if one not in others]
 
-    def ask(self, name: str, question: Callable[[Transcript], Any], site: str) -> Slot:
-        """What ``question`` finds when all that was appended before has been done. Any thread."""
-        slot = Slot(name, site)
-
-        async def answer() -> None:
-            slot.set(question(await self.written()))
-
-        self.put(Op(answer, site, slot))
-        return slot
+    # -- running (on the loop) -----------------------------------------------------------------------------------------
 
     async def done(self) -> None:
-        """Until this strand has nothing to do."""
-        if self._ops or self._busy:
+        """Waits until everything appended so far is done or has failed."""
+        if self._operations or self._busy:
             barrier: asyncio.Future[None] = self.session.loop.create_future()
-            self._ops.append(Op(lambda: None if barrier.done() else barrier.set_result(None), "", _Barrier(barrier)))
-            self._look()
+
+            def release(_: BaseException | None = None) -> None:
+                if not barrier.done():
+                    barrier.set_result(None)
+
+            self._operations.append(Operation(release, "", release))
+            self._wake()
             await barrier
 
-    # -- the loop's side -----------------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        self._told = False
-        if not self._busy and self._ops:
+    def _wake(self) -> None:
+        self._woken = False
+        if not self._busy and self._operations:
             self._busy = True
             self.session.spawn(self._work())
 
     async def _work(self) -> None:
         try:
-            while self._ops:
-                op = self._ops.popleft()
-                if self.failure is not None:
-                    if op.slot is not None:
-                        op.slot.fail(self.failure)
-                    continue
+            while self._operations and self.failure is None:
+                operation = self._operations.popleft()
                 try:
-                    waiting = op.run()
-                    if waiting is not None:
-                        await waiting
-                    elif self.transcript is None:
-                        await self.written()
+                    awaitable = operation.run()
+                    if awaitable is not None:
+                        await awaitable
                 except asyncio.CancelledError:
-                    ended = ProgramError("the program ended before this was done", site=op.site)
-                    self._fail(op, self.failure or ended)
+                    ended = ProgramError("the program ended before this was done", site=operation.site)
+                    self._fail(self.failure or ended, operation)
                     raise
-                except ProgramError as error:
-                    self._fail(op, error)
-                except BranchwiseError as error:
-                    self._fail(op, self._wrapped(op, str(error)), error)
-                except Exception as error:  # a fault of ours or of a method given to `select`: whoever reads is told
-                    self._fail(op, self._wrapped(op, f"{type(error).__name__}: {error}"), error)
+                except Exception as error:  # a bug here or in a method given to `select`: whoever reads is told
+                    self._fail(self._program_error(error, operation), operation)
         finally:
             self._busy = False
-            if self._ops and self.failure is None:
-                self._look()
-            while self._ops and self.failure is not None:
-                op = self._ops.popleft()
-                if op.slot is not None:
-                    op.slot.fail(self.failure)
+            self._drain()
 
-    def _wrapped(self, op: Op, message: str) -> ProgramError:
-        variable = op.slot.name if isinstance(op.slot, Slot) and op.slot.name else None
-        return ProgramError(message, variable=variable, site=op.site, backend=self.backend.name)
+    def _program_error(self, error: Exception, operation: Operation) -> ProgramError:
+        if isinstance(error, ProgramError):
+            return error
+        if isinstance(error, BackendError):
+            message = error.reason
+        else:
+            message = str(error) if isinstance(error, BranchwiseError) else f"{type(error).__name__}: {error}"
+        found = ProgramError(
+            message, variable=operation.variable, site=operation.site, backend=self.session.backend.name
+        )
+        found.__cause__ = error
+        return found
 
-    def _fail(self, op: Op, error: ProgramError, cause: BaseException | None = None) -> None:
-        if cause is not None:
-            error.__cause__ = cause
+    def _fail(self, error: ProgramError, operation: Operation | None = None) -> None:
         self.failure = self.failure or error
         self.session.failed(error)
-        if op.slot is not None:
-            op.slot.fail(error)
-        if self.feed is not None:
-            self.feed.end(error)
+        if operation is not None:
+            operation.fail(error)
+        if self.writer.stream is not None:
+            self.writer.stream.end(error)
+        self._drain()
 
-    @property
-    def backend(self) -> Backend:
-        return self.session.backend
-
-    def own(self, handle: Any) -> None:
-        self.handle = handle
-        self.session.adopt(self, handle)
-
-    async def written(self) -> Transcript:
-        """The transcript, made when first needed."""
-        if self.transcript is None:
-            await self.session.opened.get()
-            self.transcript = Transcript(self.session.turns, self.backend.name, chats=self.session.codec is None)
-            self.own(await self.backend.create())
-        return self.transcript
-
-    def _say(self, item: Item) -> Awaitable[None] | None:
-        if self.transcript is None:
-            return self._say_first(item)
-        self.transcript.add(item)
-        return None
-
-    async def _say_first(self, item: Item) -> None:
-        (await self.written()).add(item)
-
-    async def hand_over(self, outs: Sequence[Out]) -> None:
-        """Text and tokens into the handle: runs of text that meet are encoded as one."""
-        await self.extend(await self.encoded(outs))
-        self.show()
-
-    async def encoded(self, outs: Sequence[Out]) -> list[int] | str:
-        codec = self.session.codec
-        if codec is None:
-            return "".join(out.text for out in outs)
-        ids: list[int] = []
-        runs: list[Run] = []
-        for out in [*outs, None]:
-            if isinstance(out, Run):
-                runs.append(out)
-                continue
-            opening = not ids and self.handle.length == 0
-            size = sum(len(run.text) for run in runs)
-            if size > _LONG:
-                ids += await asyncio.to_thread(codec.encode, runs, opening=opening)
-            elif runs:
-                ids += codec.encode(runs, opening=opening)
-            runs = []
-            if out is not None:
-                ids += out.ids
-        return ids
-
-    async def extend(self, piece: list[int] | str) -> None:
-        if piece:
-            await self.backend.extend(self.handle, piece)
-            self.uncomputed += len(piece)
-
-    async def prefill(self) -> None:
-        """Computes what has been handed over, so that no two branches compute it twice."""
-        await self.backend.generate(self.handle, GenerationRequest({"max_tokens": 0}))
-        self.uncomputed = 0
-
-    def show(self) -> None:
-        """What has been handed over goes to those who read along."""
-        if self.feed is not None and self.transcript is not None:
-            text = self.transcript.shown()
-            self.feed.put(text[self._fed :])
-            self._fed = len(text)
-
-    def show_delta(self, text: str) -> None:
-        if self.feed is not None:
-            self.feed.put(text)
-            self._fed += len(text)
+    def _drain(self) -> None:
+        """Fails what is queued, if this state has failed."""
+        while self.failure is not None and self._operations:
+            self._operations.popleft().fail(self.failure)
 
     async def end(self) -> None:
-        """The run is over: readers along get the rest."""
-        if self.feed is not None:
-            if self.failure is None:
-                self.feed.put((await self.written()).text()[self._fed :])
-            self.feed.end(self.failure)
-
-
-_LONG = 20_000  # characters: what takes longer to encode than the loop should be kept waiting
-
-
-class _Barrier:
-    """Stands for a waiter where an operation's variable would: a strand that has failed is done, too."""
-
-    def __init__(self, barrier: asyncio.Future[None]) -> None:
-        self._barrier = barrier
-
-    def fail(self, error: BaseException) -> None:
-        if not self._barrier.done():
-            self._barrier.set_result(None)
-
-
-class _Births:
-    """Children of a state that failed before it could fork."""
-
-    def __init__(self, ready: list[Future[None]]) -> None:
-        self._ready = ready
-
-    def fail(self, error: BaseException) -> None:
-        for born in self._ready:
-            if not born.done():
-                born.set_exception(error)
-
-
-class _Gathered:
-    """The variables a join was to set."""
-
-    def __init__(self, slots: dict[str, Slot]) -> None:
-        self._slots = slots
-
-    def fail(self, error: BaseException) -> None:
-        for slot in self._slots.values():
-            slot.fail(error)
+        """The run is over: streams the rest of the text."""
+        await self.writer.end_stream(self.failure)

@@ -1,4 +1,4 @@
-"""What library programs (`tools`, `search`) stand on: one ``async def`` for both kinds of state, and callbacks."""
+"""The base of library programs (`tools`, `search`): one ``async def`` for both kinds of state, and user callbacks."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, TypeVar
 
+from ..loop import MAX_THREADS, in_thread
 from .errors import at_site, call_site
-from .loop import MAX_THREADS, in_thread
 from .state import AsyncState, BaseState, State
 
 T = TypeVar("T")
 
 
 class Callbacks:
-    """Calls a program's own functions, for one library program."""
+    """Calls the user's functions, for one library program."""
 
     def __init__(self) -> None:
         self._gate = asyncio.Semaphore(MAX_THREADS)
 
     async def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Awaited if it is ``async def``, else in a thread, with blocking states."""
+        """Awaits an ``async def`` function; calls any other in a thread, with blocking states."""
         with at_site(None):
             if inspect.iscoroutinefunction(function):
                 return await function(*args, **kwargs)
-            blocking = [State(arg._strand) if isinstance(arg, AsyncState) else arg for arg in args]
+            blocking = [State(arg._interpreter) if isinstance(arg, AsyncState) else arg for arg in args]
             async with self._gate:
                 return await asyncio.wrap_future(in_thread(partial(function, *blocking, **kwargs)))
 
 
 def anywhere(s: BaseState, work: Callable[[AsyncState, Callbacks], Awaitable[T]]) -> Any:
-    """Runs ``work``: awaited in an async program, waited for in any other."""
+    """Runs ``work``: returns an awaitable in an async program, blocks in any other."""
     site = call_site()
 
     async def at() -> T:

@@ -1,7 +1,7 @@
-"""Calls of tools on an OpenAI-compatible server, which parses and writes them itself.
+"""Tool calls on an OpenAI-compatible server, which parses and writes them itself.
 
-A state is text. So a call that the server has parsed becomes text there, in the form of Hermes models, and an object
-again when the conversation is sent.
+A state is text, so a call that the server has parsed becomes text in the Hermes form, and an object again when the
+conversation is sent.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ...runtime.chat.tools import parse
-from .backend import Message
+from .backend import Turn
 
 
 def written(content: str, calls: Iterable[Mapping[str, Any]]) -> str:
-    """An answer and its calls as one text."""
+    """An answer and its tool calls as one text."""
     pieces = [content] if content else []
     for one in calls:
         function = one.get("function") or {}
@@ -25,12 +25,13 @@ def written(content: str, calls: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(pieces)
 
 
-def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages with their calls as objects; the answer to a call, which comes in their order, repeats its id."""
+def conversation(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    """The turns as OpenAI messages, with tool calls as objects. Results come in the order of the calls and take their
+    ids."""
     found: list[dict[str, Any]] = []
     open_ids: deque[str] = deque()
     made = 0
-    for one in messages:
+    for one in turns:
         message: dict[str, Any] = {"role": one.role, "content": one.content}
         if one.role == "assistant" and (parsed := parse(one.content, "hermes", unknown_tools="call")).calls:
             open_ids.clear()

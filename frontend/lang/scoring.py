@@ -1,104 +1,96 @@
-"""How a strand does a ``select``: every choice is scored as the continuation, in one call, and the best one stays.
+"""How a ``select`` is done: all choices are scored as the continuation in one call, and the best one is appended.
 
-Token boundaries are healed: the last words before the choices wait untokenized and are encoded together with each
-choice, so ``"The answer is"`` + ``" yes"`` and ``"Answer: "`` + ``"yes"`` are both read as a tokenizer would read them
-whole. What all choices share from there goes into the prompt; each choice is scored from where they part.
+Token boundaries are healed: the last words before the choices are encoded together with each choice, so that
+``"The answer is"`` + ``" yes"`` and ``"Answer: "`` + ``"yes"`` get the tokens of the whole text. The first tokens that
+all choices share go into the prompt; each choice is scored from where they differ.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .backend import check_score
+from ..errors import BackendError
+from .backend import TokenScores, check_score
 from .choices import Scored
 from .codec import Codec, Run, safe_cut
-from .errors import BackendError
 from .expressions import Select
-
-if TYPE_CHECKING:
-    from .interpreter import Interpreter
-    from .slots import Slot
-
-Pairs = list[tuple[int | str, float]]
+from .prompt_writer import PromptWriter
+from .transcript import Out
+from .variables import Variable
 
 
-async def run_select(strand: Interpreter, select: Select, slot: Slot) -> None:
-    transcript = await strand.written()
-    check_score(strand.backend)
+async def run_select(writer: PromptWriter, select: Select, variable: Variable) -> None:
+    transcript, backend = await writer.open(), writer.backend
+    check_score(backend)
     if transcript.as_messages:
-        raise BackendError(f"{strand.backend.name} cannot score choices in a chat: write the prompt as text")
-    codec = strand.session.codec
-    outs = transcript.take()
-    if codec is None:
-        if select.method.unconditional:
-            raise BackendError(
-                f"{select.method} needs the model's tokenizer, which {strand.backend.name} does not give"
-            )
-        await strand.hand_over(outs)
-        scored = [_scored(pairs, []) for pairs in await strand.backend.score(strand.handle, list(select.choices))]
-        best = select.method.pick(scored)
-        await strand.extend(select.choices[best])
+        raise BackendError(f"{backend.name} cannot score choices in a chat: write the prompt as text")
+    codec, outs = writer.session.codec, transcript.take()
+    if codec is not None:
+        best, scored = await _select_tokens(writer, codec, select, outs)
+    elif select.method.unconditional:
+        raise BackendError(f"{select.method} needs the model's tokenizer, which {backend.name} does not provide")
     else:
-        best, scored = await _select_tokens(strand, codec, select, outs)
+        await writer.write(outs)
+        scored = [_scored(scores, []) for scores in await backend.score(writer.handle, list(select.choices))]
+        best = select.method.pick(scored)
+        await writer.extend(select.choices[best])
     choice = select.choices[best]
-    transcript.wrote(None, choice)
-    strand.uncomputed = 1
-    strand.show()
-    if slot.feed is not None:
-        slot.feed.put(choice)
-    slot.set(choice, _meta(select, scored, best))
+    writer.generated(None, choice, transcript)
+    if variable.stream is not None:
+        variable.stream.put(choice)
+    variable.set(choice, _meta(select, scored, best))
 
 
 async def _select_tokens(
-    strand: Interpreter, codec: Codec, select: Select, outs: list[Any]
+    writer: PromptWriter, codec: Codec, select: Select, outs: list[Out]
 ) -> tuple[int, list[Scored]]:
-    waiting: list[Run] = []
+    rest: list[Run] = []  # the last words, to be encoded with each choice
     if outs and isinstance(outs[-1], Run):
-        last = outs[-1]
-        cut = safe_cut(last.text)
-        outs = [*outs[:-1], Run(last.text[:cut], last.special)]
-        waiting = [Run(last.text[cut:], last.special)]
-    await strand.hand_over(outs)
-    opening = strand.handle.length == 0
-    bare = codec.encode(waiting, opening=opening)
-    wholes = [codec.encode([*waiting, Run(choice)], opening=opening) for choice in select.choices]
-    shared = _shared(bare, wholes)
-    await strand.extend(bare[:shared])
-    endings = [whole[shared:] for whole in wholes]
-    neutral = codec.neutral
-    start = strand.handle
-    if not start.length:
-        start = await strand.backend.create()
-        await strand.backend.extend(start, neutral)
-    rows: list[Pairs] = await strand.backend.score(start, endings)
-    free: list[Pairs] = [[] for _ in endings]
+        text, special = outs[-1]
+        cut = safe_cut(text)
+        outs, rest = [*outs[:-1], Run(text[:cut], special)], [Run(text[cut:], special)]
+    await writer.write(outs)
+    opening = writer.handle.length == 0
+    bare = codec.encode(rest, opening=opening)
+    encoded = [codec.encode([*rest, Run(choice)], opening=opening) for choice in select.choices]
+    shared = _shared_prefix(bare, encoded)
+    await writer.extend(bare[:shared])
+    endings = [ids[shared:] for ids in encoded]
+    if writer.handle.length:
+        conditional = await writer.backend.score(writer.handle, endings)
+    else:
+        conditional = await _score_alone(writer, codec, endings)
+    unconditional: list[TokenScores] = [[] for _ in endings]
     if select.method.unconditional:
-        nothing = await strand.backend.create()
-        await strand.backend.extend(nothing, neutral)
-        free = await strand.backend.score(nothing, endings)
-        await strand.backend.close(nothing)
-    if start is not strand.handle:
-        await strand.backend.close(start)
-    scored = [_scored(row, alone) for row, alone in zip(rows, free, strict=True)]
+        unconditional = await _score_alone(writer, codec, endings)
+    scored = [_scored(*pair) for pair in zip(conditional, unconditional, strict=True)]
     best = select.method.pick(scored)
-    await strand.extend(endings[best])
+    await writer.extend(endings[best])
     return best, scored
 
 
-def _shared(bare: list[int], wholes: list[list[int]]) -> int:
-    """How many first tokens are the same in all."""
+async def _score_alone(writer: PromptWriter, codec: Codec, endings: list[list[int]]) -> list[TokenScores]:
+    """The scores of the endings without the prompt."""
+    handle = await writer.backend.create()
+    await writer.backend.extend(handle, codec.neutral)
+    scores = await writer.backend.score(handle, endings)
+    await writer.backend.close(handle)
+    return scores
+
+
+def _shared_prefix(bare: list[int], encoded: list[list[int]]) -> int:
+    """How many first tokens are the same in all of them."""
     count = 0
-    for column in zip(bare, *wholes, strict=False):
+    for column in zip(bare, *encoded, strict=False):
         if len(set(column)) > 1:
             break
         count += 1
     return count
 
 
-def _scored(row: Pairs, alone: Pairs) -> Scored:
-    return Scored(
-        tuple(token for token, _ in row), tuple(value for _, value in row), tuple(value for _, value in alone)
-    )
+def _scored(scores: TokenScores, unconditional: TokenScores) -> Scored:
+    tokens, logprobs = tuple(token for token, _ in scores), tuple(value for _, value in scores)
+    return Scored(tokens, logprobs, tuple(value for _, value in unconditional))
 
 
 def _meta(select: Select, scored: list[Scored], best: int) -> dict[str, Any]:

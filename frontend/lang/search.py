@@ -1,4 +1,4 @@
-"""Sampling many and keeping the best: library programs, written in the language itself."""
+"""Best of n and beam search: library programs, written in the language itself."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Score = Callable[[Any], Any]  # of a state: a number, or an awaitable of one
 def best_of(
     s: Any, n: int, expr: Any = None, *, score: Score | None = None, name: str = "best", **sampling: Any
 ) -> Any:
-    """``n`` continuations of ``s``, of which the best stays: its text is appended, token for token.
+    """Samples ``n`` continuations of ``s`` and appends the best one's text, token for token.
 
     ``expr``: what to append in each branch; by default a ``gen`` of ``name`` with ``sampling``'s arguments. ``score``:
     a function of the branch (higher is better, ``async def`` or not); by default the mean logprob of ``name``. It may
@@ -43,9 +43,10 @@ async def _best_of(
     else:
         scores = await asyncio.gather(*(callbacks.call(score, branch.copy()) for branch in branches))
     best = branches[max(range(n), key=lambda i: scores[i])]
-    found = {key: slot for key, slot in best._strand.slots.items() if best._strand.inherited.get(key) is not slot}
+    found = best._interpreter.own_variables()
     s.join([best], "concate_and_append")
-    s._strand.slots.update(found)
+    for variable in found.values():
+        s._interpreter.define(variable)
     return list(scores)
 
 
@@ -64,11 +65,11 @@ def search(
     branches: int = 5,
     done: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """Beam search over continuations of ``s``, breadth first: a tree of thoughts (Yao et al., 2023).
+    """Breadth-first beam search over continuations of ``s``: tree of thoughts (Yao et al., 2023).
 
     At each of ``depth`` levels every kept state is forked ``branches`` times; ``propose(fork)`` appends one step to a
-    fork, ``score(fork)`` rates a copy of it (higher is better), and the ``beam`` best of all go on. A score of None
-    drops a branch. ``done(fork)``: no step is needed after this one. Returns the kept states, best first; ``s`` itself
+    fork, ``score(fork)`` rates a copy of it (higher is better), and the ``beam`` best of all are kept. A score of None
+    drops a branch. ``done(fork)``: whether the fork needs no further step. Returns the kept states, best first; ``s``
     is unchanged. The callbacks get blocking states in threads, or, if they are ``async def``, awaitable ones.
     """
     return anywhere(
@@ -102,7 +103,7 @@ async def _search(
             break
         grown = await asyncio.gather(*(grow(fork) for fork in forks))
         kept = sorted([*finished, *(one for one in grown if one is not None)], key=lambda one: -one[0])[:beam]
-    return [kind(state._strand) for _, state, _ in kept if state is not s]
+    return [kind(state._interpreter) for _, state, _ in kept if state is not s]
 
 
 async def _no() -> bool:

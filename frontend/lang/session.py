@@ -11,18 +11,23 @@ from collections.abc import Coroutine
 from typing import Any
 
 from ...runtime.sampling_params import MAX_N, MAX_SEED
+from ..errors import BackendError
+from ..loop import Once, close_at_exit, runs_on
 from .backend import Backend
-from .chat import Turns
 from .codec import Codec
-from .errors import BackendError, ProgramError
+from .errors import ProgramError
 from .expressions import Sampling
-from .loop import Once, guests
+from .turns import TurnTemplate
 
-Path = tuple[int | str, ...]  # which branch: the forks that led to it. Equal in every run of the same program.
+Path = tuple[int | str, ...]  # the forks that lead to a state; the same in every run of a program
 
 
 class Session:
-    """States belong to one; when the run ends, what is left of them is ended with it."""
+    """The states of a run belong to its session: when the run ends, it ends their work and closes their handles.
+
+    ``seed``: from which every ``gen`` gets its own; None: the backend chooses. ``path``: the run's place in a batch.
+    ``streams``: the run's text can be read while it is generated.
+    """
 
     def __init__(
         self,
@@ -41,20 +46,20 @@ class Session:
         self._seed = seed
         self.path = path
         self.codec: Codec | None = None
-        self.turns: Turns | None = None
-        self.opened = Once(self._open)  # it has learnt the model's tokenizer and template
+        self.turns: TurnTemplate | None = None
+        self.opened = Once(self._open)  # to be awaited before ``codec`` and ``turns`` are read
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._unseen: dict[int, ProgramError] = {}
+        self._unreported: dict[int, ProgramError] = {}
         self._lock = threading.Lock()
         self._handles: set[Any] = set()
-        guests.add(self)
+        close_at_exit.add(self)
 
     async def _open(self) -> None:
         self.codec = await self.backend.codec()
         self.turns = None if self.codec is None else self.codec.turns
 
     def seed_of(self, path: Path, name: str | None, occurrence: int) -> int | None:
-        """The seed of one ``gen``: from where it stands in the program, so that timing has no say."""
+        """The seed of one ``gen``, from its place in the program: independent of timing."""
         if self._seed is None:
             return None
         key = repr((self._seed, self.path, path, name, occurrence)).encode()
@@ -64,20 +69,16 @@ class Session:
 
     @property
     def on_loop(self) -> bool:
-        try:
-            return asyncio.get_running_loop() is self.loop
-        except RuntimeError:
-            return False
+        return runs_on(self.loop)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Call it on the loop. What is spawned is awaited by `finish` and cancelled by `cancel`."""
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Starts a task; to be called on the loop. `wait` awaits it and `cancel` cancels it."""
         task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
 
-    async def finish(self) -> None:
-        """Until every state has done all that was appended to it."""
+    async def wait(self) -> None:
+        """Waits until every state has done all that was appended to it."""
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -91,41 +92,41 @@ class Session:
 
     def failed(self, error: ProgramError) -> None:
         with self._lock:
-            self._unseen.setdefault(id(error), error)
+            self._unreported.setdefault(id(error), error)
 
-    def seen(self, error: BaseException | None) -> None:
-        """Somebody has been told of ``error``."""
+    def reported(self, error: BaseException | None) -> None:
+        """The program has been told of ``error``, so the run's end need not raise it."""
         with self._lock:
-            self._unseen.pop(id(error), None)
+            self._unreported.pop(id(error), None)
 
     @property
-    def unseen(self) -> ProgramError | None:
-        """The first failure nobody has been told of."""
+    def unreported(self) -> ProgramError | None:
+        """The first failure that the program has not been told of."""
         with self._lock:
-            return next(iter(self._unseen.values()), None)
+            return next(iter(self._unreported.values()), None)
 
     # -- handles -------------------------------------------------------------------------------------------------------
 
-    def adopt(self, owner: object, handle: Any) -> None:
-        """``handle`` is given back when ``owner`` is forgotten, at the latest when the run ends."""
+    def own_handle(self, owner: object, handle: Any) -> None:
+        """``handle`` is closed when ``owner`` is garbage-collected, and at the latest when the run ends."""
         if self.backend.capabilities.branches:
             self._handles.add(handle)
-            weakref.finalize(owner, self._forgotten, handle).atexit = False  # `leave` sees to it
+            weakref.finalize(owner, self._release_soon, handle).atexit = False  # `close` does it then
 
-    def _forgotten(self, handle: Any) -> None:
+    def _release_soon(self, handle: Any) -> None:
         if handle in self._handles and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(lambda: self.spawn(self.release(handle)))
 
     async def release(self, handle: Any) -> None:
         if handle in self._handles:
             self._handles.discard(handle)
-            with contextlib.suppress(BackendError):  # it expires by itself, and nobody is left to tell
+            with contextlib.suppress(BackendError):  # it expires on the server anyway
                 await self.backend.close(handle)
 
     async def release_all(self) -> None:
         await asyncio.gather(*(self.release(handle) for handle in list(self._handles)))
 
-    async def leave(self) -> None:
-        """The process ends before the run does."""
+    async def close(self) -> None:
+        """Ends the run early: the process exits."""
         await self.cancel()
         await self.release_all()

@@ -1,4 +1,4 @@
-"""Python functions as tools: what a model is told of one, and whether the arguments it gives are right."""
+"""Python functions as tools: the schema that describes one to the model, and the check of a call's arguments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PYTHON: dict[str, tuple[type, ...]] = {
 
 
 def schema_of(tool: Tool) -> dict[str, Any]:
-    """A function as OpenAI's ``tools`` describe one. Raises TypeError for a parameter without a type we can name."""
+    """The function in the form of OpenAI's ``tools``. Raises TypeError for a type that JSON cannot express."""
     hints = get_type_hints(tool)
     properties, required = {}, []
     for parameter in inspect.signature(tool).parameters.values():
@@ -39,7 +39,7 @@ def schema_of(tool: Tool) -> dict[str, Any]:
 
 
 def fitted(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments as the function takes them. Raises ValueError saying what is wrong, in words a model can act on."""
+    """The arguments as the function takes them. Raises ValueError with a reason that the model can act on."""
     parameters = schema_of(tool)["function"]["parameters"]
     for name in parameters["required"]:
         if name not in arguments:
@@ -48,12 +48,12 @@ def fitted(tool: Tool, arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in arguments.items():
         if name not in parameters["properties"]:
             raise ValueError(f"{tool.__name__} has no argument {name!r}")
-        wanted = parameters["properties"][name]
-        kinds = _PYTHON.get(wanted.get("type", ""), (object,))
+        expected = parameters["properties"][name]
+        kinds = _PYTHON.get(expected.get("type", ""), (object,))
         if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds and object not in kinds):
-            raise ValueError(f"argument {name!r} must be of type {wanted['type']}, got {value!r}")
-        if "enum" in wanted and value not in wanted["enum"]:
-            raise ValueError(f"argument {name!r} must be one of {wanted['enum']}, got {value!r}")
+            raise ValueError(f"argument {name!r} must be of type {expected['type']}, got {value!r}")
+        if "enum" in expected and value not in expected["enum"]:
+            raise ValueError(f"argument {name!r} must be one of {expected['enum']}, got {value!r}")
     return {name: _member(hints[name], value) for name, value in arguments.items()}
 
 
@@ -84,7 +84,7 @@ def _one_of(values: list[Any]) -> dict[str, Any]:
 
 
 def _member(hint: Any, value: Any) -> Any:
-    """The member of an enumeration that ``value`` names; any other value as it is."""
+    """The enum member with this value, if the hint is an enum; any other value unchanged."""
     for one in (hint, *get_args(hint)):
         if isinstance(one, type) and issubclass(one, enum.Enum) and value in [member.value for member in one]:
             return one(value)

@@ -1,4 +1,4 @@
-"""Tools: Python functions the model may call. A library program, written in the language itself."""
+"""Tools: Python functions that the model may call. A library program, written in the language itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .tool_schema import Tool, fitted, schema_of
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a tool: what was asked and what came of it (``error`` is set if nothing did)."""
+    """One tool call and its result; ``error`` is set if it failed."""
 
     name: str
     arguments: Mapping[str, Any]
@@ -28,17 +28,17 @@ class Call:
 
     @property
     def content(self) -> str:
-        """What the model is told."""
+        """The tool turn that answers it."""
         return json.dumps({"error": self.error} if self.error else self.result, ensure_ascii=False, default=str)
 
 
 def tool_loop(s: Any, tools: Sequence[Tool], max_steps: int = 8, *, name: str = "answer", **sampling: Any) -> Any:
-    """Lets the model answer, calling ``tools`` on the way; its last words become variable ``name``.
+    """Lets the model answer and call ``tools``; its final answer becomes variable ``name``.
 
-    ``tools``: functions with type hints, ``async def`` or not; the first paragraph of a docstring tells the model what
-    one is for. A call that cannot be made, or fails, is told to the model as ``{"error": ...}``. Call it where the
-    assistant's turn would come. Returns the calls made (to await, with an `AsyncState`). Raises `ProgramError` when the
-    model still calls tools after ``max_steps`` turns, or its template has no place for them.
+    ``tools``: functions with type hints, ``async def`` or not; the first paragraph of the docstring describes each to
+    the model. A call that is invalid or fails is answered with ``{"error": ...}``. To be called where the assistant's
+    turn would come. Returns the calls (an awaitable of them with an `AsyncState`). Raises `ProgramError` if the model
+    still calls tools after ``max_steps`` turns, or its chat template does not write them.
     """
     return anywhere(s, lambda state, callbacks: _tool_loop(state, callbacks, tools, max_steps, name, sampling))
 
@@ -56,10 +56,10 @@ async def _tool_loop(
     definitions = validate_tools(schemas)
     s.use_tools(schemas)
     await s.sync()
-    codec = s._strand.session.codec
+    codec = s._interpreter.session.codec
     if codec is not None and codec.calls is None:
         problem = "how this model writes calls of tools cannot be told from its chat template"
-        raise ProgramError(problem, site=call_site(), backend=s._strand.backend.name)
+        raise ProgramError(problem, site=call_site(), backend=s._interpreter.session.backend.name)
     calls: list[Call] = []
     for _ in range(max_steps):
         s += assistant(_with_markers(gen(name, **sampling), codec))
@@ -73,7 +73,7 @@ async def _tool_loop(
 
 
 def _with_markers(expr: Expr, codec: Codec | None) -> Expr:
-    """Where what marks a call is a special token, it has to stay in the text."""
+    """Keeps special tokens in the text, if the model marks its calls or reasoning with them."""
     if not isinstance(expr, Gen):
         raise TypeError("the answer is written freely: choices cannot be given")
     if codec is None or not codec.special.intersection(markers(codec.calls, codec.thoughts)):
@@ -83,13 +83,13 @@ def _with_markers(expr: Expr, codec: Codec | None) -> Expr:
 
 
 def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> list[Call]:
-    """The calls in an answer, in the model's own form. A broken one has its ``error`` set.
+    """The calls in an answer, in the model's own form. A malformed one has its ``error`` set.
 
-    Without a codec the server has parsed them, and they are written as Hermes models do (see `openai_tools`).
+    Without a codec, the server has parsed them and they are in the Hermes form (see `openai_tools`).
     """
     form, thoughts = ("hermes", None) if codec is None else (codec.calls, codec.thoughts)
     before, ended, _ = text.partition(thoughts.end) if thoughts else ("", "", "")
-    thinking = bool(ended) and thoughts is not None and thoughts.begin not in before  # the prompt had begun it
+    thinking = bool(ended) and thoughts is not None and thoughts.begin not in before  # the prompt began it
     found = parse(text, form, thoughts, tools, reasoning_open=thinking, unknown_tools="call")
     begins = codec.calls.begin if codec is not None and codec.calls is not None else ()
     if not found.calls and any(marker in found.content for marker in begins):
@@ -121,5 +121,5 @@ async def _make(call: Call, known: Mapping[str, Tool], callbacks: Callbacks) -> 
         return replace(call, error=str(error))
     try:
         return replace(call, result=await callbacks.call(tool, **arguments))
-    except Exception as error:  # a tool is anybody's code: whatever it raises, the model is told
+    except Exception as error:  # a tool may raise anything; the model gets the error
         return replace(call, error=f"{type(error).__name__}: {error}")

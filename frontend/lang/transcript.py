@@ -1,7 +1,7 @@
-"""What has been appended to one state and not yet been handed to its backend, and how turns become text.
+"""What was appended to one state and not yet passed to its backend, and how turns become text.
 
-Text waits here, untokenized, until the model is asked to go on: then it is encoded as one piece. Turns wait with it,
-because templates write some turns in the light of what follows them.
+Text stays here, untokenized, until the model continues it: then it is encoded as one piece. Turns stay with it, because
+some templates write a turn differently depending on what follows it.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .backend import Message
-from .chat import NO_VARIABLES, Turns, Variables
+from ..errors import BackendError
+from .backend import Turn
 from .codec import Run, safe_cut
-from .errors import BackendError
+from .turns import NO_VARIABLES, TemplateVariables, TurnTemplate
 
 
 class Ids(NamedTuple):
-    """Tokens that are there already (what the model wrote), and how they read."""
+    """Tokens that the model generated, and their text."""
 
     ids: list[int]
     text: str
@@ -36,14 +36,14 @@ Out = Run | Ids
 
 
 @dataclass(slots=True)
-class _Turn:
+class _OpenTurn:
     role: str
     parts: list[str]
 
 
 @dataclass(slots=True)
-class _Place:
-    """Where the text stands among the turns. ``tail``: what the template wrote since the last content ended."""
+class _Position:
+    """Among the turns. ``inside``: in a turn's content. ``tail``: what the template wrote since the last content."""
 
     turns: int = 0
     inside: bool = False
@@ -51,29 +51,32 @@ class _Place:
 
 
 class Transcript:
-    """One state's text. ``turns``: the model's template; None: it has none, or, if the backend ``chats``, the backend
-    keeps it to itself and wants messages."""
+    """One state's text. ``template``: the model's; None: it has none, or, if the backend ``chats``, the backend applies
+    it and takes turns. ``backend``: its name, for errors."""
 
-    def __init__(self, turns: Turns | None, backend: str, *, chats: bool = False) -> None:
-        self._turns = turns
+    def __init__(self, template: TurnTemplate | None, backend: str, *, chats: bool = False) -> None:
+        self._template = template
         self._backend = backend
         self._chats = chats
         self._items: list[Item] = []
-        self._place = _Place()
-        self._roles: tuple[str, ...] = ()  # of all turns, written or waiting
-        self._inside = False  # after all items: is a turn open?
-        self._said: list[_Turn] = []
+        self._position = _Position()
+        self._roles: tuple[str, ...] = ()  # of all turns, pending ones included
+        self._inside = False  # a turn is open after all items
+        self._all_turns: list[_OpenTurn] = []
         self._shown: list[str] = []
         self._logs: list[list[Item]] = []
-        self.variables: Variables = NO_VARIABLES
-        self.loose = False  # there is text outside of turns
+        self.variables: TemplateVariables = NO_VARIABLES
+        self.loose = False  # there is text outside turns
 
     def fork(self) -> Transcript:
-        child = Transcript(self._turns, self._backend, chats=self._chats)
+        child = Transcript(self._template, self._backend, chats=self._chats)
         child._items = list(self._items)
-        child._place = _Place(self._place.turns, self._place.inside, self._place.tail)
+        child._position = _Position(self._position.turns, self._position.inside, self._position.tail)
         child._roles, child._inside = self._roles, self._inside
-        child._said = [*self._said[:-1], *(_Turn(turn.role, list(turn.parts)) for turn in self._said[-1:])]
+        child._all_turns = [
+            *self._all_turns[:-1],
+            *(_OpenTurn(turn.role, list(turn.parts)) for turn in self._all_turns[-1:]),
+        ]
         if len(self._shown) > 1:
             self._shown = ["".join(self._shown)]
         child._shown = list(self._shown)
@@ -89,27 +92,27 @@ class Transcript:
                 if self._inside:
                     raise BackendError(f"a turn of {role!r} cannot begin inside one of {self._roles[-1]!r}")
                 self._roles, self._inside = (*self._roles, role), True
-                self._said.append(_Turn(role, []))
+                self._all_turns.append(_OpenTurn(role, []))
             case Close(role):
                 if not self._inside or self._roles[-1] != role:
                     raise BackendError(f"no turn of {role!r} is open here")
                 self._inside = False
             case Run(text, _) | Ids(_, text):
                 if self._inside:
-                    self._said[-1].parts.append(text)
+                    self._all_turns[-1].parts.append(text)
                 self.loose = self.loose or not self._inside
         self._items.append(item)
         self._log(item)
 
     def wrote(self, ids: list[int] | None, text: str) -> None:
-        """The model wrote ``text``, and its handle holds it."""
+        """The model generated ``text``, and the handle already contains it."""
         if self._inside:
-            self._said[-1].parts.append(text)
+            self._all_turns[-1].parts.append(text)
         self._shown.append(text)
         self._log(Run(text) if ids is None else Ids(ids, text))
 
     def log(self) -> list[Item]:
-        """A list that from now on gets every item; see `unlog`."""
+        """A list to which every item is added from now on; see `unlog`."""
         self._logs.append([])
         return self._logs[-1]
 
@@ -120,11 +123,11 @@ class Transcript:
         for log in self._logs:
             log.append(item)
 
-    def use_variables(self, variables: Variables) -> None:
-        """Raises `BackendError` once the conversation's beginning has been written, or where tools have no place."""
-        if variables.values.get("tools") and not self._chats and not (self._turns and self._turns.writes_tools):
+    def use_variables(self, variables: TemplateVariables) -> None:
+        """Raises `BackendError` once the conversation's beginning has been written, or where tools have no position."""
+        if variables.values.get("tools") and not self._chats and not (self._template and self._template.writes_tools):
             raise BackendError(f"the model of {self._backend} has no place for tools in its chat template")
-        if variables != self.variables and self._place.turns:
+        if variables != self.variables and self._position.turns:
             raise BackendError("tools must be given before the conversation has been read by the model")
         self.variables = variables
 
@@ -132,19 +135,19 @@ class Transcript:
 
     @property
     def as_messages(self) -> bool:
-        """There are turns, and the backend wants them as they are."""
+        """There are turns, and the backend takes them as such."""
         return bool(self._roles) and self._chats
 
     @property
     def speaking(self) -> str | None:
-        """Whose turn is open."""
+        """The role of the open turn."""
         return self._roles[-1] if self._inside else None
 
-    def messages(self) -> list[Message]:
-        return [Message(turn.role, "".join(turn.parts)) for turn in self._said]
+    def turns(self) -> list[Turn]:
+        return [Turn(turn.role, "".join(turn.parts)) for turn in self._all_turns]
 
     def shown(self) -> str:
-        """The text handed over so far."""
+        """The text passed to the backend so far."""
         if self.as_messages:
             return self.text()
         if len(self._shown) > 1:
@@ -152,36 +155,36 @@ class Transcript:
         return self._shown[0] if self._shown else ""
 
     def text(self) -> str:
-        """All text: what was handed over, and what waits as it would be written now."""
+        """All text: what was passed on, and what is pending as it would be written now."""
         if self.as_messages:
-            return "\n".join(f"{one.role}: {one.content}" for one in self.messages()) + "\n" * (not self._inside)
+            return "\n".join(f"{one.role}: {one.content}" for one in self.turns()) + "\n" * (not self._inside)
         betweens = self._betweens(False)
-        outs, place = self._walk(self._items, betweens)
-        ending = betweens[-1] if place.turns and not place.inside and not place.tail else ""
+        outs, position = self._walk(self._items, betweens)
+        ending = betweens[-1] if position.turns and not position.inside and not position.tail else ""
         return self.shown() + "".join(out.text for out in outs) + ending
 
-    # -- handing over --------------------------------------------------------------------------------------------------
+    # -- passing on ----------------------------------------------------------------------------------------------------
 
     def take(self) -> list[Out]:
-        """All that waits, for the model to go on from. Raises `BackendError` if the template cannot write it."""
+        """All that is pending, for the model to continue. Raises `BackendError` if the template cannot write it."""
         betweens = self._betweens(True)
-        outs, place = self._walk(self._items, betweens)
-        if place.turns and not place.inside and not place.tail:
+        outs, position = self._walk(self._items, betweens)
+        if position.turns and not position.inside and not position.tail:
             outs.append(Run(betweens[-1], True))
-            place.tail = betweens[-1]
-        return self._hand_over(outs, [], place)
+            position.tail = betweens[-1]
+        return self._pass_on(outs, [], position)
 
     def take_settled(self) -> list[Out]:
-        """As much of what waits as will be written and tokenized so, whatever is appended next."""
+        """As much of what is pending as will be written and tokenized the same, whatever is appended next."""
         if self.as_messages:
             return []
         last = len(self._items)
-        begun = self._place.turns + sum(isinstance(item, Open) for item in self._items)
-        if self._turns is not None and begun > self._place.turns:
-            # An open turn counts if its beginning is known: an assistant's depends on whether the model writes in it.
-            unknown = self._inside and (self._roles[-1] == "assistant" or self._turns.strips(self._roles[-1]))
-            settled = self._turns.settled(self._roles[: begun - unknown], self.variables)
-            last = _end_of_turn(self._items, settled - self._place.turns)
+        begun = self._position.turns + sum(isinstance(item, Open) for item in self._items)
+        if self._template is not None and begun > self._position.turns:
+            # An open turn counts if its beginning is known: an assistant's depends on whether the model continues it.
+            unknown = self._inside and (self._roles[-1] == "assistant" or self._template.strips(self._roles[-1]))
+            settled = self._template.settled(self._roles[: begun - unknown], self.variables)
+            last = _end_of_turn(self._items, settled - self._position.turns)
         items, rest = self._items[:last], self._items[last:]
         if items and isinstance(items[-1], Run):
             text, is_special = items[-1]
@@ -190,16 +193,16 @@ class Transcript:
             rest = [*([Run(text[cut:], is_special)] if cut < len(text) else []), *rest]
         if not items:
             return []
-        outs, place = self._walk(items, self._betweens(False))
-        return self._hand_over(outs, rest, place)
+        outs, position = self._walk(items, self._betweens(False))
+        return self._pass_on(outs, rest, position)
 
-    def _hand_over(self, outs: list[Out], rest: list[Item], place: _Place) -> list[Out]:
-        self._items, self._place = rest, place
+    def _pass_on(self, outs: list[Out], rest: list[Item], position: _Position) -> list[Out]:
+        self._items, self._position = rest, position
         self._shown += [out.text for out in outs]
         return outs
 
     def take_as_messages(self) -> None:
-        """All that waits went to the backend as messages."""
+        """All that is pending was passed on as turns."""
         self._items.clear()
 
     # -- turns ---------------------------------------------------------------------------------------------------------
@@ -207,40 +210,40 @@ class Transcript:
     def _betweens(self, generate: bool) -> tuple[str, ...]:
         if not self._roles:
             return ("",)
-        if self._turns is None:
+        if self._template is None:
             raise BackendError(f"the model of {self._backend} has no chat template: write the turns as text")
-        waiting = self._inside and self._place.turns < len(self._roles)
-        if waiting and generate and self._roles[-1] == "assistant":
-            return self._turns.between(self._roles[:-1], True, self.variables)
-        found = self._turns.between(self._roles, False, self.variables)
+        pending = self._inside and self._position.turns < len(self._roles)
+        if pending and generate and self._roles[-1] == "assistant":
+            return self._template.between(self._roles[:-1], True, self.variables)
+        found = self._template.between(self._roles, False, self.variables)
         return found[:-1] if self._inside else found
 
-    def _walk(self, items: Iterable[Item], betweens: Sequence[str]) -> tuple[list[Out], _Place]:
-        """Turns into text. Content is stripped where the template would."""
-        place = _Place(self._place.turns, self._place.inside, self._place.tail)
+    def _walk(self, items: Iterable[Item], betweens: Sequence[str]) -> tuple[list[Out], _Position]:
+        """Writes turns as text. Content is stripped where the template would strip it."""
+        position = _Position(self._position.turns, self._position.inside, self._position.tail)
         outs: list[Out] = []
         for item in self._stripped(list(items)):
             match item:
                 case Open():
-                    before = betweens[place.turns]
-                    if not before.startswith(place.tail):
+                    before = betweens[position.turns]
+                    if not before.startswith(position.tail):
                         raise BackendError(
-                            f"the model's chat template cannot be written turn by turn: {place.tail!r} stands where "
-                            f"the next turn wants {before!r}"
+                            f"the model's chat template cannot be written turn by turn: it ended a turn with "
+                            f"{position.tail!r}, and begins the next one with {before!r}"
                         )
-                    outs.append(Run(before[len(place.tail) :], True))
-                    place = _Place(place.turns + 1, True)
+                    outs.append(Run(before[len(position.tail) :], True))
+                    position = _Position(position.turns + 1, True)
                 case Close():
-                    place.inside = False
+                    position.inside = False
                 case _:
-                    if place.turns and not place.inside and not place.tail and self._turns is not None:
-                        place.tail = self._turns.between(self._roles[: place.turns], False, self.variables)[-1]
-                        outs.append(Run(place.tail, True))
+                    if position.turns and not position.inside and not position.tail and self._template is not None:
+                        position.tail = self._template.between(self._roles[: position.turns], False, self.variables)[-1]
+                        outs.append(Run(position.tail, True))
                     outs.append(item)
-        return outs, place
+        return outs, position
 
     def _stripped(self, items: list[Item]) -> list[Item]:
-        if self._turns is None:
+        if self._template is None:
             return items
         found: list[Item] = []
         start: int | None = None
@@ -251,7 +254,7 @@ class Transcript:
             elif isinstance(item, Close) and start is not None:
                 content = found[start:-1]
                 runs = [one for one in content if isinstance(one, Run)]
-                if len(runs) == len(content) and runs and self._turns.strips(item.role):
+                if len(runs) == len(content) and runs and self._template.strips(item.role):
                     found[start:-1] = _strip(runs)
         return found
 
@@ -268,7 +271,7 @@ def _strip(runs: list[Run]) -> list[Run]:
 
 
 def _end_of_turn(items: list[Item], count: int) -> int:
-    """Up to where the contents of the first ``count`` waiting turns go: the ``Close`` itself is left waiting."""
+    """The index at which the content of the first ``count`` pending turns ends; their last ``Close`` stays pending."""
     if count <= 0:
         first = next((i for i, item in enumerate(items) if isinstance(item, Open)), len(items))
         return first if not any(isinstance(item, Close) for item in items[:first]) else 0

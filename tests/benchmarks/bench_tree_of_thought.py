@@ -72,10 +72,9 @@ class Recorded:
         return getattr(self._backend, name)
 
     async def generate(self, handle: Any, ask: Any, on_delta: Any = None) -> Any:
-        rope = getattr(handle, "rope", handle)
-        prompt = rope.tokens()
+        prompt = handle.array().tolist()
         done = await self._backend.generate(handle, ask, on_delta)
-        self.asked.append((prompt, rope.tokens()[len(prompt) :]))
+        self.asked.append((prompt, handle.array().tolist()[len(prompt) :]))
         return done
 
 

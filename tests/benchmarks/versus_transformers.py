@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from branchwise.frontend.bench.workloads import WORKLOADS, Draw, Tokens
+from branchwise.frontend.bench.workloads import WORKLOADS, RandomTokens, Tokens
 
 MAX_BATCH = 32  # sequences of one generate call
 
@@ -81,7 +81,7 @@ class Transformers:
 def measure(folder: Path, workload: str, *, batched: bool, scale: float, seed: int, vocab: int) -> dict[str, Any]:
     """Runs one workload after a short warm-up; seconds, requests and output tokens."""
     model = Transformers(folder, batched)
-    asyncio.run(model.generate(Draw(10_000 + seed, vocab).tokens(300), 16))
+    asyncio.run(model.generate(RandomTokens(10_000 + seed, vocab).tokens(300), 16))
     model.requests = model.output_tokens = 0
     start = time.perf_counter()
     asyncio.run(_program(model, workload, scale, seed, vocab))
@@ -90,7 +90,7 @@ def measure(folder: Path, workload: str, *, batched: bool, scale: float, seed: i
 
 
 async def _program(model: Transformers, workload: str, scale: float, seed: int, vocab: int) -> None:
-    await WORKLOADS[workload].run(model.generate, Draw(f"{workload}/{seed}", vocab), scale)
+    await WORKLOADS[workload].run(model.generate, RandomTokens(f"{workload}/{seed}", vocab), scale)
 
 
 def main() -> None:

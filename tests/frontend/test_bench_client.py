@@ -10,10 +10,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from branchwise.frontend.bench.client import CompletionsClient, Measured, ids_of, open_session
+from branchwise.frontend.bench.client import CompletionsClient, Measured, ids_of, open_client
 from branchwise.frontend.bench.report import percentiles, table
-from branchwise.frontend.bench.runner import Bench, run
-from branchwise.frontend.client import ServerError
+from branchwise.frontend.bench.runner import BenchConfig, run
+from branchwise.frontend.errors import BackendError
 
 
 class Fake:
@@ -91,9 +91,8 @@ class Watch:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_measures_what_the_server_did(serve: Serve, stream: bool) -> None:
     fake = Fake()
-    async with open_session("secret") as session:
-        client = CompletionsClient(session, await serve(fake), "some-model", stream=stream)
-        assert await client.generate([5, 6, 7], 4, seed=3, temperature=1.0) == [7, 7, 7, 7]
+    client = CompletionsClient(open_client(await serve(fake), "secret"), "some-model", stream=stream)
+    assert await client.generate([5, 6, 7], 4, seed=3, temperature=1.0) == [7, 7, 7, 7]
     sent = fake.bodies[0]
     assert sent["prompt"] == [5, 6, 7] and sent["max_tokens"] == 4 and sent["model"] == "some-model"
     assert sent["seed"] == 3 and sent["temperature"] == 1.0 and sent["ignore_eos"] is True
@@ -109,7 +108,7 @@ async def test_measures_what_the_server_did(serve: Serve, stream: bool) -> None:
 async def test_a_run_counts_failures_and_goes_on(serve: Serve) -> None:
     fake = Fake(fails=lambda number: number >= 64 and number % 5 == 0)  # the 64 warm-up requests pass
     watch = Watch()
-    bench = Bench(url=await serve(fake), model="m", workloads=["chat", "fewshot"], scale=0.02, vocab=8000)
+    bench = BenchConfig(url=await serve(fake), model="m", workloads=["chat", "fewshot"], scale=0.02, vocab=8000)
     results = await run(bench, watch)
     assert watch.order == ["warm-up", "chat", "fewshot"]
     assert list(results) == ["chat", "fewshot"]
@@ -123,8 +122,8 @@ async def test_a_run_counts_failures_and_goes_on(serve: Serve) -> None:
 
 async def test_a_warm_up_that_fails_ends_the_run_in_the_servers_words(serve: Serve) -> None:
     fake, watch = Fake(fails=lambda number: True), Watch()
-    with pytest.raises(ServerError, match=r"^every request of the warm-up failed: HTTP 503: no$"):
-        await run(Bench(url=await serve(fake), model="m", workloads=["chat"]), watch)
+    with pytest.raises(BackendError, match=r"^every request of the warm-up failed: HTTP 503: no$"):
+        await run(BenchConfig(url=await serve(fake), model="m", workloads=["chat"]), watch)
     assert len(fake.bodies) == 64 and watch.order == ["warm-up"]
 
 
@@ -136,9 +135,8 @@ def test_a_few_messages_are_kept_once_each() -> None:
 
 
 async def test_an_unreachable_server_is_a_failure_not_an_exception(unused_port: int) -> None:
-    async with open_session(None) as session:
-        client = CompletionsClient(session, f"http://127.0.0.1:{unused_port}", "m")
-        assert await client.generate([1], 1) == []
+    client = CompletionsClient(open_client(f"http://127.0.0.1:{unused_port}", None), "m")
+    assert await client.generate([1], 1) == []
     assert client.measured.failed == 1 and client.measured.prompt_tokens == 0
 
 
@@ -158,7 +156,7 @@ def test_ids_come_back_from_text() -> None:
 
 
 async def test_the_table_shows_every_workload(serve: Serve) -> None:
-    bench = Bench(url=await serve(Fake()), model="m", workloads=["fewshot"], scale=0.01, vocab=8000, stream=True)
+    bench = BenchConfig(url=await serve(Fake()), model="m", workloads=["fewshot"], scale=0.01, vocab=8000, stream=True)
     results = await run(bench, Watch())
     drawn = table(results)
     assert drawn.row_count == 1

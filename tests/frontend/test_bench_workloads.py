@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from branchwise.frontend.bench.workloads import WORKLOADS, Draw
+from branchwise.frontend.bench.workloads import WORKLOADS, RandomTokens
 
 # (scale, seed, vocab): {workload: (requests, hash of every call)}
 GOLDEN = {
@@ -65,7 +65,7 @@ class Recorder:
 def test_draws_the_reference_prompts(key: tuple[float, int, int], name: str) -> None:
     scale, seed, vocab = key
     recorder = Recorder(vocab)
-    asyncio.run(_run(name, recorder, Draw(f"{name}/{seed}", vocab), scale))
+    asyncio.run(_run(name, recorder, RandomTokens(f"{name}/{seed}", vocab), scale))
     assert (len(recorder.calls), digest(recorder.calls)) == GOLDEN[key][name]
     assert WORKLOADS[name].requests(scale) == len(recorder.calls)
     assert WORKLOADS[name].longest == max(len(prompt) + max_tokens for prompt, max_tokens, _, _ in recorder.calls)
@@ -74,16 +74,16 @@ def test_draws_the_reference_prompts(key: tuple[float, int, int], name: str) -> 
 @pytest.mark.parametrize("key", GOLDEN)
 def test_warms_up_with_the_reference_prompts(key: tuple[float, int, int]) -> None:
     _, seed, vocab = key
-    calls = [(prompt, 16, None, 0.0) for prompt in Draw(10_000 + seed, vocab).many(64, 300)]
+    calls = [(prompt, 16, None, 0.0) for prompt in RandomTokens(10_000 + seed, vocab).many(64, 300)]
     assert (len(calls), digest(calls)) == GOLDEN[key]["warm-up"]
 
 
 def test_bounded_workloads_keep_at_most_128_in_flight() -> None:
     recorder = Recorder(8000)
-    asyncio.run(_run("fewshot", recorder, Draw("fewshot/0", 8000), 0.4))
+    asyncio.run(_run("fewshot", recorder, RandomTokens("fewshot/0", 8000), 0.4))
     assert len(recorder.calls) == 204
     assert recorder.most_running == 128
 
 
-async def _run(name: str, recorder: Recorder, draw: Draw, scale: float) -> None:
+async def _run(name: str, recorder: Recorder, draw: RandomTokens, scale: float) -> None:
     await WORKLOADS[name].run(recorder, draw, scale)

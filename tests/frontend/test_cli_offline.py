@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from branchwise.frontend.cli import serve as serve_command
 from branchwise.frontend.cli.main import app
 from branchwise.frontend.cli.peers import PEERS
-from branchwise.frontend.client import ServerClient
+from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
 COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor"]
@@ -324,8 +324,8 @@ def test_no_server_is_one_line(arguments: list[str], unused_port: int) -> None:
 
 def test_an_address_may_end_as_openais_do() -> None:
     for url in ("http://h:8000/v1", "http://h:8000/v1/", "h:8000/", "http://h:8000"):
-        assert ServerClient(url).url == "http://h:8000"
-    assert ServerClient("http://h/some/v12").url == "http://h/some/v12"
+        assert Client(url).url == "http://h:8000"
+    assert Client("http://h/some/v12").url == "http://h/some/v12"
 
 
 def test_not_an_address() -> None:

@@ -102,9 +102,9 @@ def test_tree_drawn_for_a_terminal(server: Running) -> None:
     from rich.console import Console
 
     from branchwise.frontend.cli.tree import draw
-    from branchwise.frontend.client import ServerClient
+    from branchwise.frontend.client import Client
 
-    client = ServerClient(server.url, "the-key")
+    client = Client(server.url, "the-key")
     client.post(
         "/generate", {"text": "[red]a tree begins[/] with one trunk", "sampling_params": {"max_new_tokens": 20}}
     )

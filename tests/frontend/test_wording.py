@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from branchwise.frontend.cli.wording import in_flags
-from branchwise.frontend.client import ServerError, refused
+from branchwise.frontend.client import Client
+from branchwise.frontend.errors import BackendError
 from branchwise.runtime.errors import EngineDead, InvalidRequest
 
 
@@ -29,12 +32,13 @@ def test_fields_become_flags(path: str | None, problem: str, others: tuple[str, 
 
 def test_a_servers_error_names_flags_too() -> None:
     body = {"error": {"message": "sampling_params.top_p must be at most 1", "param": "sampling_params.top_p"}}
-    error = refused("http://h:1", 400, body)
+    client = Client("http://h:1")
+    error = client.refused(400, json.dumps(body).encode())
     assert str(error) == "http://h:1 answered 400: sampling_params.top_p must be at most 1"
     assert in_flags(error) == "http://h:1 answered 400: --top-p must be at most 1"
-    assert in_flags(refused("http://h:1", 500, {"detail": "stop"})) == "http://h:1 answered 500: stop"
+    assert in_flags(client.refused(500, b'{"detail": "stop"}')) == "http://h:1 answered 500: stop"
 
 
 def test_other_errors_stay_as_they_are() -> None:
     assert in_flags(EngineDead("temperature is too high")) == "temperature is too high"
-    assert in_flags(ServerError("no server answers")) == "no server answers"
+    assert in_flags(BackendError("no server answers")) == "no server answers"

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from branchwise import Engine
-from branchwise.frontend.lang.backend import Capabilities, Completion, GenerationRequest, Piece, SharedTokens, Usage
+from branchwise.frontend.errors import BackendError
+from branchwise.frontend.lang.backend import Capabilities, Completion, GenerationRequest, Piece, Usage
 from branchwise.frontend.lang.backends import set_default_backend
 from branchwise.frontend.lang.engine import EngineBackend
-from branchwise.frontend.lang.errors import BackendError
+from branchwise.frontend.lang.openai import TextPrompt
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.null import NullExecutor
@@ -69,33 +70,33 @@ class Echo:
     async def codec(self) -> None:
         return None
 
-    async def create(self) -> SharedTokens:
-        return SharedTokens()
+    async def create(self) -> TextPrompt:
+        return TextPrompt()
 
-    async def fork(self, handle: SharedTokens, n: int) -> list[SharedTokens]:
+    async def fork(self, handle: TextPrompt, n: int) -> list[TextPrompt]:
         return [handle.fork() for _ in range(n)]
 
-    async def extend(self, handle: SharedTokens, piece: Piece) -> None:
-        handle.extend(piece)  # type: ignore[arg-type]
+    async def extend(self, handle: TextPrompt, piece: Piece) -> None:
+        handle.extend(piece)
 
-    async def generate(self, handle: SharedTokens, ask: GenerationRequest, on_delta: Any = None) -> list[Completion]:
-        self.prompts.append(handle.text())
-        self.asked.append(ask)
-        said = self.answer(handle.text())
+    async def generate(self, handle: TextPrompt, request: GenerationRequest, on_delta: Any = None) -> list[Completion]:
+        self.prompts.append(handle.text)
+        self.asked.append(request)
+        said = self.answer(handle.text)
         if isinstance(said, Exception):
             raise said
-        meta = {"finish_reason": {"type": "stop", "matched": None}, "seed": ask.params.seed}
-        if ask.params.max_tokens:
+        meta = {"finish_reason": {"type": "stop", "matched": None}, "seed": request.params.seed}
+        if request.params.max_tokens:
             handle.extend(said)
         if on_delta is not None:
             for letter in said:
                 on_delta(letter)
-        return [Completion(said, dict(meta)) for _ in range(ask.params.n)]
+        return [Completion(said, dict(meta)) for _ in range(request.params.n)]
 
-    async def score(self, handle: SharedTokens, continuations: Sequence[Piece]) -> Any:
+    async def score(self, handle: TextPrompt, continuations: Sequence[Piece]) -> Any:
         raise BackendError("never asked")
 
-    async def close(self, handle: SharedTokens) -> None:
+    async def close(self, handle: TextPrompt) -> None:
         pass
 
     async def flush_cache(self) -> None:

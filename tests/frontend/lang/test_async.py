@@ -9,7 +9,7 @@ import time
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.lang.loop import Once
+from branchwise.frontend.loop import Once
 
 ANSWER = "Mira is the baker of Fernhollow. She lives next to the market square."
 
@@ -119,7 +119,7 @@ def test_a_blocking_read_on_the_loop_is_an_error_not_a_deadlock(echo):
     @bw.function
     async def confused(s):
         s += "x" + bw.gen("a")
-        return bw.State(s._strand)["a"]
+        return bw.State(s._interpreter)["a"]
 
     with pytest.raises(bw.ProgramError, match="blocking read on the event loop"):
         confused.run(backend=backend)

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.lang.errors import BackendError
+from branchwise.frontend.errors import BackendError
 from branchwise.runtime.sampling_params import SamplingParams
 
 

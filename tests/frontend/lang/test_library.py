@@ -166,20 +166,14 @@ class Script:
     async def generate(self, handle, ask, on_delta=None):
         from branchwise.frontend.lang.backend import Completion
 
-        self.seen.append([(one.role, one.content) for one in handle.tokens()])
+        self.seen.append([(one.role, one.content) for one in handle.turns])
         return [Completion(self.lines.pop(0), {})]
 
 
 @pytest.fixture
 def script(echo, monkeypatch):
     def make(*lines: str) -> Script:
-        made = Script(echo, list(lines))
-
-        async def extend(handle, piece):
-            handle.extend([piece])
-
-        made.backend.extend = extend
-        return made
+        return Script(echo, list(lines))
 
     return make
 

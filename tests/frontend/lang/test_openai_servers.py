@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.lang.backend import Message
+from branchwise.frontend.lang.backend import Turn
 from branchwise.frontend.lang.openai import OpenAIBackend
 from branchwise.frontend.lang.openai_tools import conversation, written
 
@@ -64,9 +64,9 @@ def test_a_conversation_with_calls_is_sent_as_openai_has_it() -> None:
     calls = [
         {"function": {"name": name, "arguments": arguments}} for name, arguments in (("f", '{"a":  1}'), ("g", ""))
     ]
-    said = Message("assistant", written("Let me see.", calls))
+    said = Turn("assistant", written("Let me see.", calls))
     assert said.content.count("<tool_call>") == 2
-    sent = conversation([Message("user", "?"), said, Message("tool", "1"), Message("tool", "2"), Message("user", "!")])
+    sent = conversation([Turn("user", "?"), said, Turn("tool", "1"), Turn("tool", "2"), Turn("user", "!")])
     asked = sent[1]
     assert (asked["role"], asked["content"]) == ("assistant", "Let me see.")
     assert [call["function"] for call in asked["tool_calls"]] == [

@@ -77,7 +77,7 @@ def program(s, number):
 
 
 def outcome(state: bw.State) -> Any:
-    return state.text(), state.messages(), {name: state[name] for name in sorted(state._strand.slots)}
+    return state.text(), state.messages(), {name: state[name] for name in sorted(state._interpreter.variables)}
 
 
 @pytest.mark.parametrize("number", range(12))

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.client import ServerClient, ServerError
+from branchwise.frontend.client import AsyncClient, Client
+from branchwise.frontend.errors import BackendError
 from branchwise.frontend.lang.branches import BranchBackend
-from branchwise.frontend.lang.http import Http
 from branchwise.frontend.lang.server import ServerBackend
 
 KEY = "the-key"
@@ -64,7 +64,7 @@ def backend(request: pytest.FixtureRequest, server: Any) -> Iterator[ServerBacke
 
 
 def _counts(made: ServerBackend) -> dict[str, Any]:
-    from branchwise.frontend.lang.loop import background_loop
+    from branchwise.frontend.loop import background_loop
 
     return asyncio.run_coroutine_threadsafe(made.http.get("/branches"), background_loop()).result()
 
@@ -89,7 +89,7 @@ def test_streams(backend: ServerBackend) -> None:
 def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     backend = bw.connect(server.url, KEY, branches=True)
     expected = outcome(everything.run(backend=backend, **OPTIONS))
-    asked = BranchBackend._on
+    asked = BranchBackend._request
     killed = []
 
     async def unlucky(self: BranchBackend, handle: Any, what: str, *more: Any) -> Any:
@@ -100,7 +100,7 @@ def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.Mo
                 handle.id = "b" + "A" * 32  # one that this server has never made
         return await asked(self, handle, what, *more)
 
-    monkeypatch.setattr(BranchBackend, "_on", unlucky)
+    monkeypatch.setattr(BranchBackend, "_request", unlucky)
     assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
     assert {what for what, _ in killed} >= {"generate", "fork", "score"}
 
@@ -108,7 +108,7 @@ def test_a_branch_that_is_gone_is_made_again(server: Any, monkeypatch: pytest.Mo
 def test_a_branch_that_is_gone_and_finds_no_room_any_more(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = bw.connect(server.url, KEY, branches=True)
     expected = outcome(everything.run(backend=backend, **OPTIONS))
-    post, made = Http.post, []
+    post, made = AsyncClient.post, []
 
     async def full_later(self: Any, path: str, body: Any, **more: Any) -> Any:
         if path == "/branches" and made:
@@ -121,7 +121,7 @@ def test_a_branch_that_is_gone_and_finds_no_room_any_more(server: Any, monkeypat
             made.append(reply["id"])
         return reply
 
-    monkeypatch.setattr(Http, "post", full_later)
+    monkeypatch.setattr(AsyncClient, "post", full_later)
     assert outcome(everything.run(backend=backend, **OPTIONS)) == expected
     assert len(made) == 2
 
@@ -131,7 +131,7 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
     server: Any, monkeypatch: pytest.MonkeyPatch, wanted: str
 ) -> None:
     backend = bw.connect(server.url, KEY, branches=True)
-    post = Http.post
+    post = AsyncClient.post
     asked = 0
 
     async def slow(self: Any, path: str, body: Any, **more: Any) -> Any:
@@ -143,7 +143,7 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
             await asyncio.sleep(0.05)  # the server has made it, and the answer is on its way
         return reply
 
-    monkeypatch.setattr(Http, "post", slow)
+    monkeypatch.setattr(AsyncClient, "post", slow)
 
     @bw.function
     async def program(s):
@@ -342,8 +342,6 @@ def test_without_room_for_branches_prompts_are_sent_whole(server: Any, monkeypat
 
     async def full(self: Any, path: str, body: Any, **more: Any) -> Any:
         if path == "/branches" or path.endswith("/fork"):
-            from branchwise.frontend.lang.errors import BackendError
-
             raise BackendError("too many branches", status=429)
         return await post(self, path, body, **more)
 
@@ -380,13 +378,13 @@ def test_nobody_there_and_a_wrong_key(unused_port: int, server: Any) -> None:
 def test_the_tokenizer_is_the_servers_fetched_once(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client on another machine has nothing of the model's: everything comes over HTTP, also for many at once."""
     asked = []
-    get = Http.get
+    get = AsyncClient.get
 
     async def counted(self: Any, path: str) -> Any:
         asked.append(path)
         return await get(self, path)
 
-    monkeypatch.setattr(Http, "get", counted)
+    monkeypatch.setattr(AsyncClient, "get", counted)
     monkeypatch.setattr("branchwise.runtime.tokenizer.tokenizer.Tokenizer.load", None)
     backend = bw.RuntimeEndpoint(f"{server.url}/", KEY)
     assert everything.run(backend=backend, **OPTIONS)["choice"] in ("yes", "no")
@@ -397,8 +395,8 @@ def test_the_tokenizer_is_the_servers_fetched_once(server: Any, monkeypatch: pyt
 
 
 def test_the_tokenizer_wants_the_key(server: Any) -> None:
-    with pytest.raises(ServerError, match="wants a key"):
-        ServerClient(server.url).get("/tokenizer")
+    with pytest.raises(BackendError, match="wants a key"):
+        Client(server.url).get("/tokenizer")
 
 
 def test_server_info(server: Any) -> None:

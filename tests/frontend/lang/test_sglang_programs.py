@@ -79,7 +79,7 @@ def test_branches_of_a_group_take_text_one_by_one():
             forks[i] += str(i)
             forks[i] += sgl.gen("a", max_tokens=1)
         s["note"] = [fork.text()[:2] for fork in forks]
-        with pytest.raises(TypeError, match="a branch of a group stays what it is"):
+        with pytest.raises(TypeError, match="a branch of a group can be appended to"):
             forks[0] = forks[1]
         forks.join()
         s += sgl.gen("last", max_tokens=1)

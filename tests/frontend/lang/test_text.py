@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 import branchwise as bw
-from branchwise.frontend.lang.chat import NO_VARIABLES, Turns
+from branchwise.frontend.errors import BackendError
 from branchwise.frontend.lang.choices import Scored
 from branchwise.frontend.lang.codec import Codec, Run, safe_cut
-from branchwise.frontend.lang.errors import BackendError
 from branchwise.frontend.lang.transcript import Close, Open, Transcript
+from branchwise.frontend.lang.turns import NO_VARIABLES, TurnTemplate
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -43,7 +43,7 @@ SYSTEM_LAST = (  # as Mistral: the system turn moves along with the last user's
 
 
 def transcript(template: str) -> Transcript:
-    return Transcript(Turns(ChatTemplate(template, {})), "the backend")
+    return Transcript(TurnTemplate(ChatTemplate(template, {})), "the backend")
 
 
 def say(to: Transcript, role: str, text: str) -> None:
@@ -74,7 +74,7 @@ def test_turn_by_turn_is_what_the_template_writes(template):
         to.add(Close("assistant"))
         say(to, "user", f"more {turn}")
         messages += [{"role": "assistant", "content": f"answer {turn}"}, {"role": "user", "content": f"more {turn}"}]
-    assert [one.content for one in to.messages()] == [message["content"] for message in messages]
+    assert [one.content for one in to.turns()] == [message["content"] for message in messages]
 
 
 def test_a_template_that_trims_content_gets_it_trimmed():
@@ -328,6 +328,6 @@ def test_turns_of_a_model_without_a_template_are_an_error(null_engine):
 
 
 def test_turns_are_remembered(tokenizer):
-    turns = Turns(tokenizer.chat_template)
+    turns = TurnTemplate(tokenizer.chat_template)
     roles = ("user", "assistant") * 50
     assert turns.between(roles, True, NO_VARIABLES) is turns.between(roles, True, NO_VARIABLES)

@@ -1,11 +1,11 @@
 """The model's own chat template, one turn at a time.
 
-A template renders whole conversations; a state only ever grows. So a conversation is rendered with a mark in place of
-each turn's content, and what stands between two marks is what the template writes between two turns. Content never
-goes through the template, so none of it can pass for the template's own text, and generated tokens stay what they are.
+A template renders whole conversations, but a state only grows. So a conversation is rendered with a mark in place of
+each turn's content; the text between two marks is what the template writes between two turns. Content never passes
+through the template, so it cannot imitate the template's own text, and generated tokens stay as they are.
 
-What a template would *rewrite* about earlier turns once a new one arrives (Qwen 3 drops earlier reasoning) is left as
-it was: history that changes could not be cached. A template that moves or drops a turn's content is an error.
+What a template would rewrite in earlier turns once a new one follows (Qwen 3 drops earlier reasoning) stays as it was:
+a prompt that changes could not be cached. A template that moves or drops a turn's content is an error.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import InvalidRequest
-from .errors import BackendError
+from ..errors import BackendError
 
 if TYPE_CHECKING:
     from ...runtime.chat.template import ChatTemplate
 
-_OPEN, _CLOSE = "\ue000", "\ue001"  # private use: no template strips or splits at them
+_OPEN, _CLOSE = "\ue000", "\ue001"  # private use characters: no template strips or splits at them
 
 
-class Turns:
-    """Renders what stands before, between and after the contents of a conversation's turns."""
+class TurnTemplate:
+    """Renders the text before, between and after the contents of a conversation's turns."""
 
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
@@ -35,15 +35,15 @@ class Turns:
     def writes_tools(self) -> bool:
         return self._template.writes_tools
 
-    def between(self, roles: tuple[str, ...], generate: bool, variables: Variables) -> tuple[str, ...]:
-        """``len(roles) + 1`` texts: before each content, and after the last one. ``generate``: it is the model's turn.
+    def between(self, roles: tuple[str, ...], generate: bool, variables: TemplateVariables) -> tuple[str, ...]:
+        """``len(roles) + 1`` texts: before each content, and after the last one. ``generate``: the model speaks next.
 
         Raises `BackendError` if the template refuses the roles or does not write each content once and in order.
         """
         return self._between(roles, generate, variables)
 
-    def settled(self, roles: tuple[str, ...], variables: Variables) -> int:
-        """How many of the turns will be written as they are now, whoever speaks next."""
+    def settled(self, roles: tuple[str, ...], variables: TemplateVariables) -> int:
+        """How many of the turns are written the same as now, whoever speaks next."""
         try:
             now = self.between(roles, False, variables)
         except BackendError:
@@ -53,7 +53,7 @@ class Turns:
             try:
                 then = self.between((*roles, after), False, variables)
             except BackendError:
-                continue  # such a conversation cannot come about
+                continue  # the template refuses such a conversation
             same = next((i for i in range(len(roles)) if now[i] != then[i]), len(roles))
             count = min(count, same) if count else same
             if not same:
@@ -61,14 +61,14 @@ class Turns:
         return count
 
     def strips(self, role: str) -> bool:
-        """Does the template trim white space around this role's content? (Llama 3's and Gemma's do.)"""
+        """Whether the template strips white space around this role's content, as Llama 3's and Gemma's do."""
         if role not in self._strips:
             before = {"assistant": ({"role": "user", "content": "x"},)}.get(role, ())
             text = self._write([*before, {"role": role, "content": f" {_OPEN}{_CLOSE} "}], False, NO_VARIABLES)
             self._strips[role] = f" {_OPEN}{_CLOSE} " not in text
         return self._strips[role]
 
-    def _render(self, roles: tuple[str, ...], generate: bool, variables: Variables) -> tuple[str, ...]:
+    def _render(self, roles: tuple[str, ...], generate: bool, variables: TemplateVariables) -> tuple[str, ...]:
         messages = [{"role": role, "content": f"{_OPEN}{i}{_CLOSE}"} for i, role in enumerate(roles)]
         rest = self._write(messages, generate, variables)
         found = []
@@ -83,22 +83,22 @@ class Turns:
             found.append(before)
         return (*found, rest)
 
-    def _write(self, messages: Sequence[Mapping[str, Any]], generate: bool, variables: Variables) -> str:
+    def _write(self, messages: Sequence[Mapping[str, Any]], generate: bool, variables: TemplateVariables) -> str:
         try:
-            return self._template.render(messages, generate, {"strftime_now": _no_clock, **variables.values})
+            return self._template.render(messages, generate, {"strftime_now": _today, **variables.values})
         except InvalidRequest as error:
             raise BackendError(error.message) from error
 
 
-def _no_clock(format: str) -> str:
-    """A prompt that holds the time of day could not be shared; the day is the finest it gets."""
+def _today(format: str) -> str:
+    """The time for a template's ``strftime_now``, cut to the day: a prompt with the time of day could not be shared."""
     from datetime import datetime
 
     return datetime.now().replace(hour=0, minute=0, second=0, microsecond=0).strftime(format)
 
 
-class Variables:
-    """Names a template may use beside the messages (``tools``); hashable, because renderings are remembered."""
+class TemplateVariables:
+    """What a template gets beside the messages (``tools``). Hashable, since renderings are memoized."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = dict(values)
@@ -108,7 +108,7 @@ class Variables:
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Variables) and self._key == other._key
+        return isinstance(other, TemplateVariables) and self._key == other._key
 
 
-NO_VARIABLES = Variables({})
+NO_VARIABLES = TemplateVariables({})
