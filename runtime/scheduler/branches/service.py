@@ -205,7 +205,7 @@ class BranchService:
         return {"num_tokens": branch.tokens.length, "expires_in": branch.ttl}
 
     def _extended(self, tokens: SharedTokens, piece: Piece | None) -> SharedTokens:
-        """The tokens followed by the piece's more. Raises `InvalidRequest` if they exceed the limits."""
+        """The tokens followed by the piece's. Raises `InvalidRequest` if they exceed the limits."""
         if piece is None or piece.empty:
             return tokens
         more = tokens_from_bytes(piece.tokens if tokens.length or piece.first is None else piece.first)
