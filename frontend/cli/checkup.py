@@ -124,7 +124,8 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     """The memory arithmetic of a model on this machine; nothing is loaded."""
     name = config.model or "the shipped model"
     try:
-        from ...runtime.executor.executor import max_model_len, pick_device, pick_dtype
+        from ...runtime.executor.device import pick_device, pick_dtype
+        from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
         from ...runtime.models.config import load_config
         from ...runtime.models.folder import model_folder

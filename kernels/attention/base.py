@@ -135,7 +135,10 @@ def padded(array: Int32, size: int, pad: int = 0) -> Int32:
 
 
 class AttentionBackend(Protocol):
-    """Attention over a `KVPool`. Built with the pool, one `LayerSpec` a layer and the number of query heads."""
+    """Attention over a `KVPool`. Built with the pool, one `LayerSpec` a layer and the number of query heads.
+
+    On a GPU the caller makes the pool's device the thread's current one: at construction, for `plan` and for `run`.
+    """
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
 

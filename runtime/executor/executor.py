@@ -21,6 +21,7 @@ from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
 from .backends import make_attention, pick_ops
+from .device import on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
@@ -45,8 +46,7 @@ class LaunchedStep:
     def sample(self, masks: TokenBitmask) -> None:
         if self._sample is None or self._constrained is None:
             raise RuntimeError("sample() was called for a step without constrained samples, or twice")
-        with torch.inference_mode():
-            self._sampled = self._sample(SampleMasks(self._constrained, masks))
+        self._sampled = self._sample(SampleMasks(self._constrained, masks))
         self._sample = None
 
     def result(self) -> StepResult:
@@ -96,7 +96,11 @@ class ModelExecutor:
         """
         check(config)
         device = pick_device(config)
-        _enter(device)
+        with on_device(device):
+            return cls._load(config, device, progress)
+
+    @classmethod
+    def _load(cls, config: EngineConfig, device: torch.device, progress: Progress | None) -> ModelExecutor:
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
@@ -123,9 +127,8 @@ class ModelExecutor:
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""
         refuse_host_copies(plan)
-        _enter(self.device)
         self._threads.set_for(plan)
-        with torch.inference_mode():
+        with on_device(self.device), torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
             if len(plan.copies):
                 self._pool.copy_pages(to_device(plan.copies.astype(np.int64), self.device))
@@ -136,9 +139,11 @@ class ModelExecutor:
 
     def close(self) -> None:
         """Frees the memory of weights, pool and graphs. The executor cannot be used afterwards."""
-        del self._graphs, self._decoder, self._pool, self._attention, self._sampler, self._prompt_logprobs, self._logits
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        with on_device(self.device):
+            del self._graphs, self._decoder, self._pool, self._attention, self._sampler
+            del self._prompt_logprobs, self._logits
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
@@ -183,8 +188,9 @@ class ModelExecutor:
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
         rows = plan.rows[plan.sampled_requests]
-        sampled = self._sampler.sample(logits, rows, plan.sample_positions, masks)
-        self._last_token.index_copy_(0, inputs.last_token_rows, sampled.tokens)
+        with on_device(self.device), torch.inference_mode():
+            sampled = self._sampler.sample(logits, rows, plan.sample_positions, masks)
+            self._last_token.index_copy_(0, inputs.last_token_rows, sampled.tokens)
         return sampled
 
     def _capture(self, max_tokens: int) -> StepGraphs:
@@ -197,7 +203,7 @@ class ModelExecutor:
             hidden = self._hidden(staged[shape], pending=True)
             self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
 
-        graphs = StepGraphs(run, prepare, self._table.host.shape[0] - 1, max_tokens)
+        graphs = StepGraphs(run, prepare, self._table.host.shape[0] - 1, max_tokens, self.device)
         largest = max(shape.num_outputs for shape in graphs.shapes())
         self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
         self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move
@@ -219,43 +225,3 @@ def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     if config.max_model_len > model.max_model_len:
         raise LoadError(f"--max-model-len {config.max_model_len}: the model's own limit is {model.max_model_len}")
     return config.max_model_len
-
-
-def pick_device(config: EngineConfig) -> torch.device:
-    """The device that ``config.device`` names; a GPU with its index. ``auto`` is a GPU if there is one."""
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise LoadError(f"--device {name}: give auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise LoadError(f"--device {name}: give auto, cpu, cuda or cuda:N")
-    if device.type == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if (device.index or 0) >= count:
-            raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
-        if device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _enter(device: torch.device) -> None:
-    """Makes the device the calling thread's own: kernels run, and events are recorded, where the thread is, wherever
-    their tensors are."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-
-
-def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV. ``auto`` is the checkpoint's on a GPU that supports it, and float32 on a CPU."""
-    name: str = config.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else model.dtype
-        if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
-            # Gemma's activations exceed the range of float16 (65,504).
-            name = "float32" if model.sandwich_norms else "float16"
-            logger.warning("this GPU does not support bfloat16, the checkpoint's dtype: serving in %s", name)
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype

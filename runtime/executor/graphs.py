@@ -31,6 +31,7 @@ class StepGraphs:
         prepare: stages a step of nothing but padding.
         max_requests: the most requests in a step.
         max_tokens: the most query tokens in a step.
+        device: where steps run; the calling thread's current device.
     """
 
     def __init__(
@@ -39,8 +40,9 @@ class StepGraphs:
         prepare: Callable[[StepShape], None],
         max_requests: int,
         max_tokens: int,
+        device: torch.device,
     ) -> None:
-        self._run, self._prepare = run, prepare
+        self._run, self._prepare, self._device = run, prepare, device
         self._decodes = _upto(DECODES, max_requests)
         self._mixed = _upto(MIXED_DECODES, max_requests)
         self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
@@ -55,16 +57,18 @@ class StepGraphs:
 
     def capture(self) -> None:
         """Called once, before the first step. Kernels that have not run yet are compiled here, not during a request."""
-        pool = torch.cuda.graph_pool_handle()
+        # A stream of this device: torch's default capture stream belongs to the device of the process's first capture.
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         for i, shape in enumerate(self.shapes()):
             self._prepare(shape)
             if i == 0:
                 for _ in range(WARM_UPS):
                     self._run(shape)
             self._run(shape)
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=pool):
+            # thread_local: other engines of this process may allocate and copy while this one captures.
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._run(shape)
             self._captured[shape] = graph
 

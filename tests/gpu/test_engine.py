@@ -167,7 +167,8 @@ def test_a_second_device(backend: str, gpu_checkpoint: Callable[[str], Path]) ->
     prompts = [RNG.integers(2, 300, n).tolist() for n in (5, 40, 300)]
     settings = {"dtype": "bfloat16", "kv_cache_tokens": 4096, "attention_backend": backend}
     found = []
-    for device in ("cuda:1", "cuda:0"):
+    for device in ("cuda:0", "cuda:1", "cuda:0"):  # the second captures after the process has captured on the first
         with Engine(str(gpu_checkpoint("llama-gqa")), device=device, **settings) as engine:
             found.append([output.token_ids for output in engine.generate(prompts, GREEDY)])
-    assert found[0] == found[1]
+            assert torch.cuda.current_device() == 0  # the user's thread keeps its own
+    assert found[0] == found[1] == found[2]

@@ -21,7 +21,7 @@ from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.backends import make_attention, pick_ops
-from branchwise.runtime.executor.executor import pick_dtype
+from branchwise.runtime.executor.device import pick_dtype
 from branchwise.runtime.models.config import load_config
 
 

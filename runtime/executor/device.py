@@ -1,0 +1,57 @@
+"""The device an executor runs on, its dtype, and how a thread makes it current."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from contextlib import AbstractContextManager
+
+import torch
+
+from ..config import EngineConfig
+from ..errors import LoadError
+from ..models.config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the calling thread's current device, and the previous one current again afterwards.
+
+    CUDA launches kernels, records events and captures graphs on the thread's current device, wherever their tensors
+    are. Engines of one process may be on several devices, and the current device of the user's threads stays theirs.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def pick_device(config: EngineConfig) -> torch.device:
+    """The device that ``config.device`` names; a GPU with its index. ``auto`` is a GPU if there is one."""
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise LoadError(f"--device {name}: give auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise LoadError(f"--device {name}: give auto, cpu, cuda or cuda:N")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (device.index or 0) >= count:
+            raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
+        if device.index is None:
+            return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The dtype of weights and KV. ``auto`` is the checkpoint's on a GPU that supports it, and float32 on a CPU."""
+    name: str = config.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else model.dtype
+        if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
+            # Gemma's activations exceed the range of float16 (65,504).
+            name = "float32" if model.sandwich_norms else "float16"
+            logger.warning("this GPU does not support bfloat16, the checkpoint's dtype: serving in %s", name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,118 @@
+"""Everything of an engine runs on its own device, shown by fakes: one machine rarely has two GPUs.
+
+tests/gpu/test_engine.py has the same with real ones (`test_a_second_device`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels.attention.base import StepShape
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.executor import executor as subject
+from branchwise.runtime.executor.device import on_device
+from branchwise.runtime.executor.executor import ModelExecutor
+from branchwise.runtime.executor.graphs import StepGraphs
+from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.step import RowStart, StepPlan
+
+
+class Devices:
+    """Plays torch's current device: `on_device` makes ``engine`` current, everything else happens on ``user``."""
+
+    def __init__(self) -> None:
+        self.current = "user"
+        self.seen: list[tuple[str, str]] = []
+
+    @contextlib.contextmanager
+    def enter(self, device: torch.device) -> Iterator[None]:
+        before, self.current = self.current, "engine"
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def spy(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self.seen.append((name, self.current))
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+
+def test_the_executor_makes_its_device_current_for_all_it_does_and_gives_it_back(
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = Devices()
+    monkeypatch.setattr(subject, "on_device", devices.enter)
+    for name in ("load_weights", "plan_memory", "make_attention", "Decoder", "InputStaging", "Sampler"):
+        devices.spy(monkeypatch, subject, name)
+    config = EngineConfig(model=str(checkpoint("llama-gqa")), device="cpu", page_size=8, kv_cache_tokens=64)
+    executor = ModelExecutor.load(config)
+    for owner, name in (
+        (executor._attention, "plan"),
+        (executor._attention, "run"),
+        (executor._inputs, "stage"),
+        (executor._table, "write"),
+        (executor._sampler, "sample"),
+        (executor._sampler, "start"),
+    ):
+        devices.spy(monkeypatch, owner, name)
+    none = np.empty(0, np.int32)
+    one, first = np.ones(1, np.int32), np.zeros(1, np.int32)
+    plan = StepPlan(1, first, one, one, one + 4, 1, first, first, first, one, none.reshape(0, 2))
+    plan.constrained = first
+    plan.starts = [RowStart(0, SamplingParams(temperature=1.0), 7, one + 4, 1)]
+    step = executor.launch(plan)
+    words = -(-executor.vocab_size // 32)
+    step.sample(np.full((1, words), 0xFFFFFFFF, np.uint32))
+    step.result()
+    executor.close()
+    assert {name for name, _ in devices.seen} >= {"load_weights", "plan", "run", "stage", "write", "sample", "start"}
+    assert {where for _, where in devices.seen} == {"engine"}
+    assert devices.current == "user"
+
+
+def test_graphs_are_captured_on_a_stream_of_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's default capture stream is created once a process, on the device of the first capture."""
+    captures: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def graph(captured: Any, **options: Any) -> Iterator[None]:
+        captures.append(options)
+        yield
+
+    synchronized: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    for index in (1, 0):
+        device = torch.device("cuda", index)
+        runs: list[StepShape] = []
+        graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, device)
+        graphs.capture()
+        assert [capture["stream"].device for capture in captures] == [device] * len(graphs.shapes())
+        assert {capture["capture_error_mode"] for capture in captures} == {"thread_local"}
+        assert synchronized == [device] * len(graphs.shapes())
+        captures.clear()
+        synchronized.clear()
+
+
+def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext(device))
+    with on_device(torch.device("cuda:1")) as entered:
+        assert entered == torch.device("cuda:1")
+    with on_device(torch.device("cpu")) as entered:
+        assert entered is None
