@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ...radix.lease import Lease
 from ..messages import CacheReport
 from ..sampling_params import SamplingParams
 from ..step import Int32
 
 if TYPE_CHECKING:
-    from ...radix.lease import Lease
     from ..grammar.matcher import Matcher
 
 

@@ -97,9 +97,11 @@ def test_a_covered_partial_page_goes_with_its_hold(drive):
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_anything_may_happen_around_holds(policy, page_size):
+def test_anything_may_happen_around_holds(policy, page_size, mirror):
     rng = random.Random(7)
     tree = RadixTree(48, page_size, policy)
+    mirror = mirror(page_size)
+    tree.subscribe(mirror)
     holds, leases = [], []
     texts = [ids(rng.randrange(1, 30), rng.choice([2, 3])) for _ in range(30)]
     texts += [text[: rng.randrange(1, len(text) + 1)] + [1] * rng.randrange(9) for text in texts]
@@ -129,6 +131,7 @@ def test_anything_may_happen_around_holds(policy, page_size):
             case 5 if leases:
                 tree.release(*leases.pop(rng.randrange(len(leases))))
         tree.check()
+        mirror.compare(tree)
         tree.end_step(step)
         for hold in {id(hold): hold for hold in holds}.values():
             path = np.concatenate([node.tokens for node in reversed(list(hold.node.upwards()))])

@@ -104,9 +104,11 @@ def test_what_is_leased_or_held_survives(drive):
 
 
 @pytest.mark.parametrize("page_size", [1, 4])
-def test_pruning_keeps_the_books_and_the_neighbours(page_size):
+def test_pruning_keeps_the_books_and_the_neighbours(page_size, mirror):
     rng = random.Random(11)
     tree = RadixTree(96, page_size)
+    mirror = mirror(page_size)
+    tree.subscribe(mirror)
     texts = [ids(rng.randrange(1, 30), rng.choice([2, 3])) for _ in range(20)]
     texts += [text[: rng.randrange(1, len(text) + 1)] + [1] * rng.randrange(9) for text in texts]
     holds = []
@@ -139,6 +141,7 @@ def test_pruning_keeps_the_books_and_the_neighbours(page_size):
                         assert tree.peek(array(other)) >= kept[i] - page_size + 1
         tree.end_step(step)
         tree.check()
+        mirror.compare(tree)
     for hold in holds:
         tree.unhold(hold)
     tree.prune(array([]))

@@ -44,17 +44,13 @@ class BranchService:
         scheduler.ledger.hold_owner = self.registry
         self.encode: Callable[[Message], None] | None = None
         self.replies: list[ControlReply] = []
-        self.waiters: dict[
-            int, Callable[[ControlReply], None]
-        ] = {}  # in process: receivers of replies, by operation id
+        self.waiters: dict[int, Callable[[ControlReply], None]] = {}  # in process: by operation id
         self.to_encode: list[Message] = []
         self._running: dict[int, Branch] = {}  # by engine request, those in the scheduler
         self._outputs: dict[int, tuple[Branch, Int32]] = {}  # of requests that ended before they were settled
         self._settled: dict[int, Settled] = {}  # of requests that were settled before they ended
         self._waiting: dict[Branch, list[Message]] = {}  # operations queued until the branch's end is known
-        self._unsubmitted: dict[
-            int, bool
-        ] = {}  # engine request not in the scheduler yet -> whether its client has left
+        self._unsubmitted: dict[int, bool] = {}  # engine request -> whether its client has left
 
     # -- input ---------------------------------------------------------------------------------------------------------
 

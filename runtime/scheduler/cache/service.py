@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -12,11 +12,9 @@ from ...config import EngineConfig
 from ...errors import InvalidRequest
 from ...step import Int32
 from ..clock import Clock
+from ..request import Request
 from .accounts import Accounts
 from .pins import Pin, Pins
-
-if TYPE_CHECKING:
-    from ..request import Request
 
 _EVERYTHING = np.empty(0, np.int32)
 
