@@ -1,4 +1,4 @@
-"""A tree with the few moves of a scheduler, so that a test reads as a story."""
+"""A driver for the tree with the operations of a scheduler, and a mirror made from events."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Mirror:
         return tokens
 
     def compare(self, tree: RadixTree) -> None:
-        """The mirror is what a walk of the tree finds, and what a subscriber that comes now is told."""
+        """Compares the mirror with a walk of the tree, and with what a new subscriber receives."""
         found: dict[int, Prefix] = {}
         stack = [(namespace, (), node) for namespace, root in tree.roots.items() for node in root.children.values()]
         while stack:
@@ -80,14 +80,14 @@ class Driver:
     def match(
         self, tokens: Sequence[int], namespace: Namespace = DEFAULT, limit: int | None = None, priority: int = 0
     ) -> Lease:
-        """Looks tokens up, as the scheduler does: all but the last may be reused, unless a limit says otherwise."""
+        """Matches tokens as the scheduler does: all but the last may be reused, unless a limit is given."""
         limit = len(tokens) - 1 if limit is None else limit
         lease = self.tree.match(array(tokens), namespace, limit, priority)
         self.check()
         return lease
 
     def compute(self, lease: Lease, tokens: Sequence[int]) -> tuple[int, list[int]] | None:
-        """Pages for the tokens, which are then published; the replaced pages, if any."""
+        """Reserves pages for the tokens and publishes them; returns the replaced pages, if any."""
         missing = -(-len(tokens) // self.tree.page_size) - len(lease.pages)
         assert self.tree.reserve(lease, max(0, missing)) is not None
         replaced = self.tree.publish(lease, array(tokens))
@@ -104,7 +104,7 @@ class Driver:
         self.check()
 
     def remember(self, tokens: Sequence[int], namespace: Namespace = DEFAULT, priority: int = 0) -> list[int]:
-        """One request from arrival to end; the pages it had."""
+        """Runs one request from arrival to end; returns its pages."""
         lease = self.match(tokens, namespace, priority=priority)
         self.compute(lease, tokens)
         pages = lease.pages.tolist()
@@ -114,7 +114,7 @@ class Driver:
         return pages
 
     def fill(self) -> Lease:
-        """A lease that holds every free page: from now on each reservation evicts."""
+        """A lease of every free page: from now on each reservation evicts."""
         lease = self.match([0])
         self.tree.reserve(lease, self.tree.allocator.free)
         return lease

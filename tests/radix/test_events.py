@@ -1,4 +1,4 @@
-"""What subscribers are told. That it is everything, `conftest.Mirror` proves after every move of the other tests."""
+"""Events. The other tests check with `conftest.Mirror` that they are complete; these check what they say."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ A = list(range(100, 112))  # three pages of four
 
 
 class Log:
-    """Writes down each event, and whether the tree was consistent when it came."""
+    """Records events, and checks the tree when the last one of an operation arrives."""
 
     def __init__(self, tree: RadixTree) -> None:
         self.tree = tree
@@ -132,7 +132,7 @@ def test_an_observer_that_fails_is_unsubscribed_and_nobody_else_notices(log, cap
 
 
 def test_an_observer_may_change_the_tree(log):
-    """Its own events come after those under way, to everybody in the same order."""
+    """The events that it causes are delivered after the present ones, to all observers in the same order."""
     d, log = log
 
     class Forgetful:
@@ -152,7 +152,7 @@ def test_an_observer_may_change_the_tree(log):
 
 
 def test_only_pages_on_the_device_are_matched(drive):
-    """A node whose pages are elsewhere ends the match before it; until a tier is built, the check allows none."""
+    """A node that is not on the device ends the match before it. No other tier exists, so the check rejects it."""
     d = drive()
     d.remember(A)
     d.remember([*A[:8], 5, 5, 5, 5])

@@ -1,4 +1,4 @@
-"""Why a match stopped: every reason, and what it costs."""
+"""Why a match ended: every reason."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_evicted_is_remembered_below_a_split(drive):
 
 
 def test_an_old_eviction_says_nothing_about_another_place(drive):
-    """A node that lost its tail and grew again ends elsewhere: what went from its old end is no longer said of it."""
+    """A node that lost its tail and grew again ends elsewhere: evictions after its old end no longer apply to it."""
     d = drive(num_pages=4)
     zeros = [0] * 12
     d.remember(zeros)

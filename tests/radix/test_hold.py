@@ -1,4 +1,4 @@
-"""Holds: what a branch keeps between its requests."""
+"""Holds: prefixes protected between requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Page numbers: who may have them, and when again."""
+"""The page allocator: owners and quarantine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A look that leaves no trace, and forgetting one prompt on purpose."""
+"""Inspection without side effects, and removal of one prompt."""
 
 from __future__ import annotations
 

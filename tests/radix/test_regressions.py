@@ -1,4 +1,4 @@
-"""How other prefix caches were broken, one test each. What happened elsewhere is in the docstrings."""
+"""Bugs of other prefix caches, one test each. The docstrings say what happened there."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_abort_during_prefill(drive):
 
 
 def test_double_release(drive):
-    """mini-sglang dodges it with a set of finished requests. Here it is an error, and changes nothing."""
+    """mini-sglang avoids it with a set of finished requests. Here it is an error and changes nothing."""
     d = drive()
     lease, other = d.match([*A, 1]), d.match([*A, 1])
     d.compute(lease, A)
@@ -252,7 +252,7 @@ def test_retracted_request_resumes_as_a_hit(drive):
 
 
 def test_publishing_more_than_is_held(drive):
-    """A lease that lacks the pages is told so, and is as good as before."""
+    """An error for a lease without enough pages, which stays valid."""
     d = drive()
     lease = d.match(A)
     d.tree.reserve(lease, 2)

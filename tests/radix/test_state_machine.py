@@ -1,4 +1,4 @@
-"""Random programs against the tree, beside an oracle that knows no nodes.
+"""Random programs against the tree and an oracle without nodes.
 
 The oracle is a dictionary: whole token prefix -> the one page that ends it. It finds hits by trying every entry,
 decides evictions page by page, and keeps its own clock. Beside it runs a device that executes steps late and in
@@ -267,7 +267,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), chunk=st.integers(1, 9))
     def advance(self, data: st.DataObject, chunk: int) -> None:
-        """A chunk for everybody: of the prompt, then of the model's own tokens, which are often the same."""
+        """Advances every request by a chunk: of the prompt, then of generated tokens, which are often the same."""
         more = tuple(data.draw(st.sampled_from([(X,) * chunk, (Y,) * chunk, (X, Y) * chunk])))
         for r in list(self.requests):
             target = min(r.computed + chunk, self.longest)
@@ -351,7 +351,7 @@ class Machine(RuleBasedStateMachine):
     @precondition(lambda self: any(r.scheduled_in < self.step for r in self.requests))
     @rule(data=st.data(), keep=st.sampled_from([True, True, False]))
     def release(self, data: st.DataObject, keep: bool) -> None:
-        """Finish or abort: between the steps it is part of, as whoever is scheduled has promised to run."""
+        """Finishes or aborts a request that is not in the step being planned."""
         self.leave(data.draw(st.sampled_from([r for r in self.requests if r.scheduled_in < self.step])), keep)
 
     def leave(self, r: Request, keep: bool) -> None:
@@ -424,7 +424,7 @@ class Machine(RuleBasedStateMachine):
         assert sum(tree.reasons.values()) == self.uids
 
     def teardown(self) -> None:
-        """Whoever is left leaves: then nothing is held, and a flush empties the tree."""
+        """Releases all requests; then a flush must empty the tree."""
         if not hasattr(self, "tree"):
             return
         self.launch(lag=0)

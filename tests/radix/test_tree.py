@@ -1,4 +1,4 @@
-"""The tree where no bug is known to have been: policies, copies, partial pages, the dump, the check, its imports."""
+"""Policies, copies, partial pages, the dump, the check and the imports of the room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An executor whose every token proves that it was computed from the right context."""
+"""An executor whose tokens depend on the whole context, so that a wrong page gives a wrong token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EOS = 1
 
 
 def next_token(context: Sequence[int], seed: int) -> int:
-    """The oracle: what the canary model draws after ``context``."""
+    """The oracle: the token that the canary model samples after ``context``."""
     data = np.asarray(context, dtype="<i4").tobytes() + int(seed).to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % VOCAB
 
@@ -109,7 +109,7 @@ class CanaryExecutor:
 
 @dataclass
 class Driver:
-    """Feeds a core, collects what it says and holds it to the oracle."""
+    """Feeds a core, collects its output and compares it with the oracle."""
 
     core: EngineCore
     executor: CanaryExecutor
@@ -162,7 +162,7 @@ class Driver:
             assert steps < max_steps, f"no end in sight: {self.core.stats()}"
 
     def verify(self) -> None:
-        """Every request ended once, with exactly the tokens the oracle draws; nothing is held any more."""
+        """Every request ended once, with exactly the oracle's tokens, and all pages can be freed."""
         for id_, prompt in self.prompts.items():
             finish, params = self.finished[id_], self.params[id_]
             expected, reason = expected_output(prompt, params.seed or 0, params)

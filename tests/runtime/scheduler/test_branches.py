@@ -234,7 +234,7 @@ def test_idle_branches_give_way_before_any_running_request_is_retracted(forest):
 
 @PAGES
 def test_a_branch_that_needs_the_whole_pool_gets_it(forest, page_size):
-    """Its own hold, a copied page and everybody else's holds must not stand in its way."""
+    """Its own hold, a copied page and other branches' holds must not prevent admission."""
     trees = forest(page_size=page_size, num_pages=64 // page_size, max_len=64)
     others = [trees.create([i + 2, 3, 4, 5, 6]) for i in range(2)]
     trunk = trees.create(prompt(30))
@@ -248,7 +248,7 @@ def test_a_branch_that_needs_the_whole_pool_gets_it(forest, page_size):
 
 
 def test_many_branches_that_all_want_to_run_at_once_do(forest):
-    """Each holds pages while it waits; together they hold nearly everything."""
+    """Each has a hold while it waits; together the holds cover nearly the whole pool."""
     trees = forest(page_size=4, num_pages=32, max_len=120)
     branches = []
     for i in range(4):

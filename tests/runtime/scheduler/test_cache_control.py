@@ -1,4 +1,4 @@
-"""Pins, breakpoints and private requests under memory pressure, against a model that knows its own context."""
+"""Pins, breakpoints and no-cache requests under memory pressure, with the canary executor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def prompt(n, start=2):
 
 
 def ask(driver, what, tokens=(), namespace=("", ""), **fields):
-    """As the scheduler process is asked: the argument has been through msgpack."""
+    """Asks as another process does: the argument has been through msgpack."""
     question = {"namespace": namespace, "tokens": np.asarray(tokens, "<i4").tobytes(), **fields}
     argument = msgspec.msgpack.decode(msgspec.msgpack.encode(question))
     reply = driver.core.control(Control(1, what, argument))

@@ -1,4 +1,4 @@
-"""Who is admitted first, and that nobody waits for ever."""
+"""Admission order, and that no request starves."""
 
 from __future__ import annotations
 

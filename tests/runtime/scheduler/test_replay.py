@@ -1,4 +1,4 @@
-"""A plan is a function of the scheduler's inputs: messages, results, and what the clock said at each."""
+"""A plan is a function of the scheduler's inputs: messages, results, and the clock reading at each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def written_down(plan) -> list:
 
 
 def play(executor, source: Callable[[], float], seed: int) -> list:
-    """A random program of requests, pins and branches, all of which expire; the plans that came of it."""
+    """Runs a random program of requests, pins and branches that expire; returns its plans."""
     config = EngineConfig(page_size=PAGE, max_num_seqs=ROWS, branch_ttl=60.0)
     limits = Limits(executor.vocab_size, 512, PAGES * PAGE)
     scheduler = Scheduler(

@@ -231,7 +231,7 @@ def test_a_broken_step_ends_what_it_touched_and_nothing_else(make_driver, overla
 
 
 def test_prompt_logprobs_lost_with_a_step_are_not_left_out_in_silence(make_driver, monkeypatch):
-    """Their request, retracted meanwhile, would go on behind what no later step tells."""
+    """A request retracted meanwhile would continue after positions whose logprobs no later step delivers."""
     driver = make_driver(overlap=True, max_num_batched_tokens=8, num_pages=128)
     scored = driver.add(prompt(40), prompt_logprobs=1)
     driver.step()
@@ -252,7 +252,7 @@ def test_prompt_logprobs_lost_with_a_step_are_not_left_out_in_silence(make_drive
 
 
 def test_errors_that_surface_when_results_are_read_end_the_engine(make_driver):
-    """A broken CUDA device lets steps launch and fails when they are read: that is no recovery."""
+    """A broken CUDA device launches steps and fails when results are read: launching is no sign of recovery."""
     driver = make_driver(overlap=True)
 
     class Broken:

@@ -1,4 +1,4 @@
-"""Branches of an engine in process, on a real (tiny) model: the tokens of the stateless form, and the price."""
+"""Branches of an in-process engine with a tiny model: the same tokens as stateless requests, and their cost."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_scores_equal_prompt_logprobs(clean):
 
 
 def test_what_a_stop_string_left_of_a_token_is_not_scored_with_token_ids(clean):
-    """It is the branch's, though it has no tokens yet."""
+    """The text belongs to the branch before it has tokens."""
     whole = clean.generate(TEXT, GREEDY)
     texts = [clean.tokenizer.token_text(id) for id in whole.token_ids]
     cut = next(i for i, text in enumerate(texts) if len(text) > 1 and text.isascii())

@@ -1,4 +1,4 @@
-"""Text that goes on after other text: the same characters, nothing made up in between."""
+"""Text appended to text: the same characters, with nothing inserted in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The registry by itself: who lives how long, who holds what, who may see whom."""
+"""The branch registry alone: expiry, holds, and access by owner."""
 
 from __future__ import annotations
 
