@@ -1,4 +1,4 @@
-"""What an engine and a server are started with. Validated once here, then frozen."""
+"""Settings of an engine and of a server."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     Args:
         model: A folder, a Hugging Face hub id, or nothing for the model that ships with the package.
-        load_format: auto, or dummy: random weights of the config's shape, for measuring.
+        load_format: auto, or dummy: random weights of the config's shapes, for benchmarks.
         dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU, float32 on a
             CPU.
         device: auto, cpu, cuda or cuda:N.
-        seed: For requests that bring no seed, and for dummy weights; 0 or more.
+        seed: For requests without a seed, and for dummy weights; 0 or more.
         max_model_len: Longest prompt and answer together, in tokens; 1 or more. Default: the model's own.
         max_num_seqs: Requests running at once. From 1 to 4096.
         max_num_batched_tokens: Tokens of one step: prompt chunks and decodes; 1 or more. Default: 2048 on a CPU, 8192
@@ -38,23 +38,22 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         tensor_parallel_size: GPUs to split the model over; only 1 so far.
         attention_backend: Attention kernels: flashinfer or triton (on a GPU), torch, or auto: the fastest that runs
             here.
-        sampling_defaults: How tokens are drawn where a request does not say: model, as its generation_config.json wants
-            it, or neutral (SGLang's word: openai), with temperature and top_p 1 and no other filter.
+        sampling_defaults: Sampling parameters that a request omits: model, those of its generation_config.json, or
+            neutral (SGLang's name: openai), temperature and top_p 1 and no other filter.
         cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.
-        schedule_policy: Who goes first: hrrn weighs waiting time against uncached work, lpm takes the longest cached
-            prefix, fcfs the oldest, priority what requests ask for.
-        eviction_policy: What to forget first when memory is short: lru, lfu, fifo or priority.
-        disable_radix_cache: Remember nothing, to compare.
-        max_branches: Branches kept at once; beyond this clients get a 429 until some have ended. From 0 to 1000000.
+        schedule_policy: Which request is admitted first: hrrn weighs waiting time against uncached work, lpm takes the
+            longest cached prefix, fcfs the oldest, priority the one with the highest priority.
+        eviction_policy: What to evict first when the cache is full: lru, lfu, fifo or priority.
+        disable_radix_cache: Reuse nothing across requests, to compare.
+        max_branches: Branches kept at once; one more is refused with a 429. From 0 to 1000000.
         branch_ttl: Seconds a branch lives after its last use. From 1 to 604800.
         max_pinned_share: Share of the KV cache that pins and cache breakpoints may keep from eviction. From 0 to 0.9.
         pinned_share_per_key: Share of that for one API key. From 0 to 1.
         max_pin_ttl: Seconds a pin or breakpoint may last at most. From 1 to 31536000.
-        jump_forward: Tokens that a request's grammar leaves no choice about take no forward pass each.
+        jump_forward: Append tokens that a grammar forces without a forward pass for each.
         overlap: Plan step N+1 while step N runs. Default: on a GPU only.
-        profile: Folder that POST /start_profile and /stop_profile may write Chrome traces of the engine's steps to.
-            Default: they may not.
-        check_when_idle: Debugging: verify tree and pages whenever the engine falls idle.
+        profile: Folder for the Chrome traces of POST /start_profile and /stop_profile. Default: none; both are refused.
+        check_when_idle: Verify tree and pages whenever the engine becomes idle, for debugging.
     """
 
     model: str = ""
@@ -93,33 +92,34 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     """One server: an engine behind processes and HTTP.
 
     Args:
-        engine: What it serves, and how.
+        engine: The engine's settings.
         host: Address to listen on.
         port: Port to listen on. 0: any free one.
-        api_key: Key every route but /health asks for. Default: none is asked for.
+        api_key: Key that every route but /health requires. Default: none is required.
         api_key_file: File that holds api_key, such as a mounted secret. Default: none.
-        extra_api_keys: Further keys, each with a cache of its own.
-        admin_api_key: Key for what touches everybody's cache: flush, evict, tree, all stats. Default: api_key.
+        extra_api_keys: Further keys, each with its own part of the cache.
+        admin_api_key: Key for routes that affect all keys: flush, evict, tree, all stats. Default: api_key.
         served_model_name: Name clients use. Default: the model's.
-        max_queued_requests: Unfinished requests; beyond this there is a 503.
-        max_queued_per_key: Of those, one API key's; beyond this it gets a 429. Default: all of them.
+        max_queued_requests: Most unfinished requests; one more is refused with a 503.
+        max_queued_per_key: Most unfinished requests of one API key; one more is refused with a 429. Default: no limit
+            of its own.
         request_timeout: Seconds after which a request is ended with an error (504). Default: none.
         max_body_bytes: Bytes of a request's body.
         max_prompts_per_request: Prompts of one request.
         max_samples_per_request: Prompts × n of one request.
         max_messages: Messages of one conversation.
         max_tools: Tools of one request.
-        max_json_depth: Levels of a body's objects and lists.
-        max_json_values: Names and values of a body, lists and objects twice, but for token ids.
+        max_json_depth: Nesting depth of a body's objects and lists.
+        max_json_values: Names and values of a body, not counting token ids; lists and objects count twice.
         max_header_bytes: Bytes of a request's line and headers.
         tool_call_parser: How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic, none, or
             auto: as its chat template says.
         reasoning_parser: How the model writes its thinking: think, mistral, none, or auto: as its chat template says.
-        drain_seconds: Seconds that requests in flight get to finish after SIGTERM or Ctrl-C.
+        drain_seconds: Seconds that requests in flight may take to finish after SIGTERM or Ctrl-C.
         log_level: debug, info, warning or error.
-        stats_log_seconds: Seconds from one line about the load to the next, while there is work. 0: no such lines.
-        null_executor: Measure the HTTP path without a model: tokens are a hash of their position.
-        null_step_seconds: Seconds each step takes then.
+        stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
+        null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
+        null_step_seconds: Seconds that each step of the null executor takes.
     """
 
     engine: EngineConfig
@@ -151,12 +151,12 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _choices(field: str) -> tuple[str, ...]:
-    """The values a field with a closed list of them takes."""
+    """The values of a field that is a Literal."""
     return tuple(value for value in get_args(get_type_hints(EngineConfig)[field]) if isinstance(value, str))
 
 
 def step_budget(config: EngineConfig, *, gpu: bool) -> int:
-    """Query tokens one step may hold: the flag, or what suits the device."""
+    """Query tokens that one step may have: the setting, or the device's default."""
     return config.max_num_batched_tokens or max(config.max_num_seqs, 8192 if gpu else 2048)
 
 

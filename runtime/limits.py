@@ -1,4 +1,4 @@
-"""What a prompt must fit into: the one validator of prompts, for both HTTP dialects and for the tokenizer process."""
+"""Checks of prompts: token ids against the vocabulary, lengths against the context and the KV pool."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .errors import InvalidRequest
 from .messages import Limits
 from .sampling_params import SamplingParams
 
-MAX_LABEL = 512  # characters of a name or an id that a client chooses
-MAX_DEPTH = 64  # objects and lists inside one another, of what a client sends
+MAX_LABEL = 512  # characters of a name or id chosen by a client
+MAX_DEPTH = 64  # nested objects and lists in what a client sends
 
 
 def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_size: int, path: str) -> None:
-    """Every element a plain integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` naming the first other."""
+    """Checks that each is an integer from 0 to ``vocab_size - 1``. Raises `InvalidRequest` at the first other."""
     if not len(ids):
         raise InvalidRequest(path, "must not be empty")
     if isinstance(ids, np.ndarray):

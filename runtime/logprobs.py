@@ -1,4 +1,4 @@
-"""Logprobs on the wire: arrays as bytes between processes, plain tuples for people."""
+"""Logprobs as bytes between processes, and as tuples for callers."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class TokenLogprob(NamedTuple):
 
 
 def pack(rows: TokenLogprobs) -> LogprobRows:
+    """The same rows as bytes."""
     return LogprobRows(
         rows.top.shape[1],
         rows.chosen.astype("<f4").tobytes(),
@@ -28,7 +29,7 @@ def pack(rows: TokenLogprobs) -> LogprobRows:
 
 
 def unpack(tokens: list[int], rows: LogprobRows) -> list[TokenLogprob]:
-    """The rows of ``tokens``, in order."""
+    """The logprobs of ``tokens``, which the rows describe in order."""
     chosen = np.frombuffer(rows.chosen, dtype="<f4").tolist()
     ids = np.frombuffer(rows.top_ids, dtype="<i4").reshape(len(chosen), rows.k).tolist()
     top = np.frombuffer(rows.top, dtype="<f4").reshape(len(chosen), rows.k).tolist()

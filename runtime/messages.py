@@ -1,13 +1,13 @@
-"""Everything the processes say to each other: msgspec tagged structs in msgpack, one batch a frame.
+"""The messages between the processes of a server: msgspec tagged structs in msgpack, one list of them a frame.
 
     http ──Generate, Abort──► tokenizer ──the same, with token ids──► scheduler
     scheduler ──StepOutput──► detokenizer ──Deltas──► http
     http ──BranchRun, BranchOp──► tokenizer ──the same, with token ids──► scheduler
-    scheduler ──the same once more──► tokenizer    where a branch ends in text that has no tokens yet
+    scheduler ──the same again──► tokenizer        if the branch ends in text that has no tokens yet
     http ──Control──► scheduler ──ControlReply──► http
     detokenizer ──StopMatched, Settled──► scheduler   every child ──Ready──► http
 
-Token ids travel as bytes (int32, little-endian), never as lists. Request ids are the server's own integers.
+Token ids are sent as bytes (int32, little-endian), never as lists. Request ids are integers that the server gives.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class Message(msgspec.Struct, tag=True, array_like=True, omit_defaults=True):
-    """Base: the tag is the class name."""
+    """Base of the tagged messages; the tag is the class name."""
 
 
-# -- towards the scheduler ---------------------------------------------------------------------------------------------
+# -- to the scheduler --------------------------------------------------------------------------------------------------
 
 
 class Generate(Message):
@@ -42,32 +42,32 @@ class Generate(Message):
     tokens: bytes = b""  # int32
     namespace: tuple[str, str] = ("", "")  # (owner, salt): owner from the API key, salt from the request
     priority: int = 0  # larger is more urgent
-    stream: bool = True  # False: only the whole answer is of use, so deltas may be few and large
+    stream: bool = True  # False: the client reads the whole answer at once, so deltas may be few and large
     echo_tokens: bool = False  # return the prompt's token ids in the first delta
     add_special_tokens: bool = True  # to ``text``; a chat template has written its own
     # (position, seconds): prefixes to keep cached after the request. Characters of a text, else tokens; -1: its end
     breakpoints: list[tuple[int, float]] = []
-    no_cache: bool = False  # shares nothing: its namespace is its own and is forgotten with it
+    no_cache: bool = False  # its namespace is its own, and its pages are freed when it ends
 
 
 class Abort(Message):
-    """The client left. Idempotent; answered by a `Finished` with reason ``abort`` unless it finished before."""
+    """http → tokenizer → scheduler: end a request. If it has not finished, its `Finished` has reason ``abort``."""
 
     id: int
 
 
 class StopMatched(Message):
-    """detokenizer → scheduler: a stop string matched and the terminal delta is already on its way to the client."""
+    """detokenizer → scheduler: a stop string matched. The client's terminal delta has been sent already."""
 
     id: int
 
 
 class Settled(Message):
-    """detokenizer → scheduler: what stays in the branch of a request's output, so that it ends where the text ends."""
+    """detokenizer → scheduler: how much of a request's output its branch keeps, so that it ends where the text ends."""
 
     id: int
     kept: int  # output tokens
-    rest: str = ""  # and text after them: what a stop string left of a token it cut
+    rest: str = ""  # text after them: the part of a token before a stop string
 
 
 class Refusal(msgspec.Struct, array_like=True, omit_defaults=True):
@@ -98,15 +98,15 @@ class Refusal(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
-    """What is appended to a branch: text or token ids. The tokenizer puts the ids beside the text."""
+    """Text or token ids to append to a branch. The tokenizer adds the token ids of a text."""
 
     text: str | None = None
     tokens: bytes = b""  # int32
     parse_special: bool = False  # whether special tokens may be spelled out in the text
-    add_opening: bool = True  # whether a text that begins its branch begins as the tokenizer begins texts (<bos>)
-    before: str = ""  # text the branch ends in already, without tokens of its own; its tokens are in ``tokens``
-    first: bytes | None = None  # int32: the ids where the text begins its branch; None: the same
-    left: int = 0  # how many of ``tokens`` are of ``before`` alone, where the rest of them were given as ids
+    add_opening: bool = True  # add the tokenizer's opening (<bos>) if the text begins its branch
+    before: str = ""  # text at the branch's end that has no tokens yet; its tokens are included in ``tokens``
+    first: bytes | None = None  # int32: the ids to use if the text begins its branch; None: ``tokens``
+    left: int = 0  # how many of ``tokens`` belong to ``before`` alone
 
     @property
     def empty(self) -> bool:
@@ -114,24 +114,25 @@ class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
 
 
 class BranchOp(Message):
-    """http → tokenizer → scheduler: one step in the life of a branch. Answered by one `ControlReply` of the same id."""
+    """http → tokenizer → scheduler: create, change, read or delete a branch. Answered by a `ControlReply` of its id."""
 
     id: int
     what: Literal["create", "fork", "extend", "get", "delete"]
-    namespace: tuple[str, str]  # the owner sees their own branches only; the salt is a new branch's
-    branch: str = ""  # what it is about; of a new one: its parent
+    namespace: tuple[str, str]  # (owner, salt): an owner sees its own branches only; the salt is for create
+    branch: str = ""  # id; for create: of its parent
     piece: Piece | None = None
-    n: int = 1  # branches to fork off
+    n: int = 1  # fork: how many branches
     ttl: float | None = None  # seconds
-    tokens: bool = False  # get: the token ids too
-    refusal: Refusal | None = None  # the tokenizer's
-    again: bool = False  # sent back to be tokenized together with what the branch ends in
+    tokens: bool = False  # get: return the token ids too
+    refusal: Refusal | None = None  # set by the tokenizer if it cannot tokenize the piece
+    again: bool = False  # the scheduler has sent it back, to be tokenized together with the branch's last text
 
 
 class BranchRun(Message):
     """http → tokenizer → scheduler: generate on a branch, or score ``continuations`` of it.
 
-    One engine request generates; each continuation is one (``unconditional``: two, all those with the branch first).
+    ``ids`` are engine requests: one a sample, or one a continuation. ``unconditional``: two a continuation, first all
+    that follow the branch, then all without it.
     """
 
     ids: list[int]
@@ -141,7 +142,7 @@ class BranchRun(Message):
     piece: Piece | None = None  # appended first
     continuations: list[Piece] | None = None
     unconditional: bool = False
-    opening: bytes = b""  # int32: what an unconditional continuation follows
+    opening: bytes = b""  # int32: the tokenizer's opening, which unconditional continuations follow
     priority: int = 0
     echo_tokens: bool = False
     stream: bool = True
@@ -182,33 +183,33 @@ class Limits(Message):
 
 
 class Shutdown(Message):
-    """Finish what is in flight, then leave with exit code 0."""
+    """http → tokenizer → scheduler → detokenizer: finish what is in flight, then exit with code 0."""
 
 
-# -- away from the scheduler -------------------------------------------------------------------------------------------
+# -- from the scheduler ------------------------------------------------------------------------------------------------
 
 
 class CacheReport(msgspec.Struct, array_like=True):
-    """What the tree did for one request."""
+    """What the radix tree did for one request."""
 
     hit_tokens: int
     reason: str  # hit | cold | diverged | evicted | namespace | disabled
     diverged_at: int | None = None  # token index, for ``diverged``
-    refilled: int = 0  # tokens a branch had computed before and that are computed again, for they were evicted
-    write_tokens: int = 0  # prompt tokens it computed and left in the cache
-    pinned_tokens: int = 0  # known at the end: the longest prefix that its breakpoints keep
+    refilled: int = 0  # tokens of its branch that were evicted and are computed again
+    write_tokens: int = 0  # prompt tokens that it computed and left in the cache
+    pinned_tokens: int = 0  # the longest prefix that its breakpoints pin; known at the end
 
 
 class RequestStarted(Message):
-    """First word of the scheduler about a request: what the detokenizer needs. Precedes its first token."""
+    """The scheduler's first message about a request: what the detokenizer needs. Precedes its first token."""
 
     id: int
     prompt_tokens: int
     tail: bytes  # the last few prompt tokens, to prime incremental decoding
     params: SamplingParams
-    prompt: bytes | None = None  # the prompt's tokens, if ``echo_tokens`` or prompt logprobs were asked for
+    prompt: bytes | None = None  # int32: the prompt, if the request asks for it or for prompt logprobs
     stream: bool = True  # False: a delta for the first token, then few and large ones
-    settle: bool = False  # of a branch: its end is followed by a `Settled`
+    settle: bool = False  # its branch keeps its output: the detokenizer sends `Settled` at its end
 
 
 class LogprobRows(Message):
@@ -221,7 +222,7 @@ class LogprobRows(Message):
 
 
 class PromptLogprobs(Message):
-    """Logprobs of prompt tokens from position ``start`` on; may come in several pieces, in order."""
+    """Logprobs of prompt tokens from position ``start`` on. A request may have several of them, in order."""
 
     id: int
     start: int
@@ -229,7 +230,7 @@ class PromptLogprobs(Message):
 
 
 class Finished(Message):
-    """The scheduler's one terminal message about a request."""
+    """The scheduler's last message about a request; there is exactly one."""
 
     id: int
     reason: FinishReason
@@ -239,31 +240,31 @@ class Finished(Message):
     matched: int | None = None  # the stop token id, for ``stop``
     error: Refusal | None = None
     retractions: int = 0
-    jumped_tokens: int | None = None  # of the completion's, those a grammar left no choice about: passes saved
+    jumped_tokens: int | None = None  # completion tokens that a grammar forced: no forward pass each
     queue_seconds: float = 0.0  # from arrival at the scheduler to the first scheduled chunk
 
 
 class StepOutput(Message):
-    """All that one step has to say, in the order it must be read: opened, tokens, finished.
+    """The results of one step, to be read in this order: started, tokens, finished.
 
-    ``tokens[i]`` is ``ids[i]``'s; of one that its grammar forces to go on in one way, several may follow one another. A
-    stop token that ends a request is included.
+    ``tokens[i]`` belongs to request ``ids[i]``. A request has several in a row if its grammar forces them. A stop token
+    that ends a request is included.
     """
 
-    opened: list[RequestStarted] = []
+    started: list[RequestStarted] = []
     ids: bytes = b""  # int64 [n]
     tokens: bytes = b""  # int32 [n]
-    logprobs: dict[int, LogprobRows] = {}  # request id -> n = 1; who asks for them gets one token a step
+    logprobs: dict[int, LogprobRows] = {}  # by request id, n = 1: such requests get one token a step
     prompt_logprobs: list[PromptLogprobs] = []
-    cache: dict[int, CacheReport] = {}  # for each request whose first chunk was scheduled in this step
-    queue_seconds: dict[int, float] = {}  # and how long each of them had waited for it
+    cache: dict[int, CacheReport] = {}  # by request id: those whose first chunk was scheduled
+    queue_seconds: dict[int, float] = {}  # by request id: the same, how long it waited
     finished: list[Finished] = []
 
 
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last one.
+    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last delta.
 
-    There is one a token and stream, so most must cost nothing: no empty lists, and the collector does not look at them.
+    A stream has one delta a token, so they must be cheap: no empty lists, and not tracked by the garbage collector.
     """
 
     id: int
@@ -290,25 +291,27 @@ class Stats(Message):
     waiting: int = 0
     pages_total: int = 0
     pages_free: int = 0
-    pages_cached: int = 0  # tree-owned and not leased: evictable
+    pages_cached: int = 0  # evictable: in the tree and not leased
     page_size: int = 0
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     computed_tokens: int = 0  # prompt tokens that went through a forward pass
     generated_tokens: int = 0
-    jumped_tokens: int = 0  # of them, those that took no forward pass of their own
+    jumped_tokens: int = 0  # of them, without a forward pass of their own
     evicted_pages: int = 0
     retractions: int = 0
     finished: int = 0
     branches: int = 0
-    branches_holding: int = 0  # those that keep pages from eviction
-    branch_holds_lost: int = 0  # to memory pressure
+    branches_holding: int = 0  # branches that keep pages from eviction
+    branch_holds_lost: int = 0  # holds given up under memory pressure
     pins: int = 0
-    pages_pinned: int = 0  # that pins keep from eviction
+    pages_pinned: int = 0
 
 
 class ControlReply(Message):
+    """scheduler → http: the answer to a `Control` or a `BranchOp`."""
+
     id: int
     ok: bool
     value: Any = None  # JSON-able
@@ -316,7 +319,7 @@ class ControlReply(Message):
 
 
 class Progress(Message):
-    """How far a child's set-up has come, for the person who watches: ``done`` of ``total`` (bytes, of weights)."""
+    """child → http: progress of loading, ``done`` of ``total`` bytes, for display."""
 
     role: str
     stage: str
@@ -325,14 +328,14 @@ class Progress(Message):
 
 
 class Ready(Message):
-    """A child has set itself up. The scheduler's carries the model's limits and the memory plan."""
+    """child → http: it is ready. The scheduler's ``info`` has the model's limits and the memory plan."""
 
     role: Literal["tokenizer", "scheduler", "detokenizer"]
     info: dict[str, Any] = {}
 
 
 class Failed(Message):
-    """A child could not set itself up: one line for the person who started the server."""
+    """child → http: it cannot start; ``error`` is one line for the person who started the server."""
 
     role: str
     error: str

@@ -1,4 +1,4 @@
-"""What has come of one engine request so far, folded from its deltas."""
+"""The output of one engine request, accumulated from its deltas."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from .messages import CacheReport, Delta, Finished, Settled
 
 @dataclass(slots=True)
 class Output:
-    """One sample of one prompt. ``feed`` it every delta of its engine request, in order."""
+    """One sample of one prompt. `feed` it every delta of its engine request, in order."""
 
     index: int = 0  # which of the prompt's samples
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of the completion, one a token
-    prompt: list[int] = field(default_factory=list)  # known when prompt logprobs or the prompt were asked for
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # one for each generated token
+    prompt: list[int] = field(default_factory=list)  # set if the request asks for the prompt or its logprobs
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; position 0 has none
     prompt_tokens: int = 0
     cache: CacheReport | None = None
     finish: Finished | None = None
     matched: int | str | None = None  # the stop token id or stop string
-    settled: Settled | None = None  # of a request on a branch: what stays in it
+    settled: Settled | None = None  # of a request on a branch: how much of the output it keeps
 
     def feed(self, delta: Delta) -> None:
         self.text += delta.text
@@ -49,7 +49,7 @@ class Output:
 
     @property
     def finish_reason(self) -> str | None:
-        """stop | length | abort | error, or None while it goes on."""
+        """stop | length | abort | error, or None while it runs."""
         return None if self.finish is None else self.finish.reason
 
     @property

@@ -1,4 +1,4 @@
-"""The engine's heart: a scheduler, an executor, and the pipeline between them. No sockets, no text."""
+"""The engine's loop: a scheduler, an executor, and the steps in flight between them. No sockets, no text."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .profiling import StepProfiler
 
 logger = logging.getLogger(__name__)
 
-_MAX_FAILURES = 3  # steps that may break in a row before the engine gives up
+_MAX_FAILURES = 3  # failed steps in a row after which the engine gives up
 
 
 class EngineCore:
-    """Drives one scheduler and one executor. Not thread-safe: one thread calls everything.
+    """Drives one scheduler and one executor. Not thread-safe: all calls must come from one thread.
 
-    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and results are
-    read one step late; without it each step is read at once. The data flow is the same: a token whose value the host
-    does not know yet is fed from the device.
+    With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and its results are
+    read one step later; without overlap they are read at once. The data flow is the same: a sampled token whose value
+    the host does not know yet is read from the device.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class EngineCore:
         preferred: Mapping[str, float] | None = None,
     ) -> None:
         self.config = config
-        self.preferred = dict(preferred or {})  # `sampling_defaults`, for whoever makes the requests' parameters
+        self.preferred = dict(preferred or {})  # `sampling_defaults`, used where requests are made
         self.executor = executor
         limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
         budget = step_budget(config, gpu=gpu)
@@ -62,7 +62,7 @@ class EngineCore:
         self._inflight: deque[tuple[ScheduledStep, PendingStep]] = deque()
         self._failures = 0
         self._profiler = StepProfiler(Path(config.profile)) if config.profile else None
-        self.advanced = False  # did the last `step` launch or read anything? If not, there is time to wait for news
+        self.advanced = False  # whether the last `step` launched or read anything; if not, the caller may wait
 
     @property
     def has_work(self) -> bool:
@@ -76,14 +76,14 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def stop_matched(self, request_id: int) -> None:
-        """The detokenizer saw a stop string; its client has been told already."""
+        """Ends a request whose output contains a stop string; the detokenizer has told its client already."""
         self.scheduler.abort(request_id, "stop")
 
     def step(self) -> StepOutput | None:
-        """One scheduling iteration. None: nothing was said (and, if ``has_work`` is false, nothing is left to do).
+        """Plans, launches and reads steps; returns what is new, or None if nothing is.
 
-        A step that breaks ends the requests it may have touched with an error and the engine goes on; several in a
-        row raise.
+        A step that fails ends the requests it may have touched with an error, and the engine goes on; after several
+        failures in a row it raises.
         """
         self.sweep()
         try:
@@ -102,7 +102,7 @@ class EngineCore:
         return output
 
     def sweep(self) -> float | None:
-        """Ends branches and pins that have expired. Returns the seconds until there may be more of them, if any."""
+        """Ends branches and pins that have expired. Returns the seconds until the next may expire, if any."""
         self.scheduler.clock.tick()
         waits = (self.branches.registry.sweep(), self.scheduler.cache.pins.sweep())
         return min((seconds for seconds in waits if seconds is not None), default=None)
@@ -113,7 +113,7 @@ class EngineCore:
         if scheduled is not None:
             pending = self.executor.launch(scheduled.plan)
             self._inflight.append((scheduled, pending))
-            if len(scheduled.plan.constrained):  # what may be drawn depends on the tokens of the step before
+            if len(scheduled.plan.constrained):  # the mask depends on the tokens of the step before
                 while len(self._inflight) > 1:
                     self._complete()
                 pending.sample(self.scheduler.masks(scheduled))
@@ -129,16 +129,16 @@ class EngineCore:
         oldest, pending = self._inflight[0]
         self.scheduler.complete(oldest, pending.result())
         self._inflight.popleft()
-        self._failures = 0  # not before: a device's errors surface when results are read
+        self._failures = 0  # only here: device errors surface when results are read
 
     def control(self, message: Control) -> ControlReply:
-        """flush_cache: evict all that no running request leases, pinned or not. tree: a dump. info: facts.
-        check: the invariants. cache_*: see `CacheService.answer`."""
+        """Answers a control message. flush_cache: evict everything that no running request leases, pinned or not.
+        tree: a dump. info: see `info`. check: the invariants. cache_*: see `CacheService.answer`."""
         try:
             return ControlReply(message.id, True, self._control(message))
         except InvalidRequest as error:
             return ControlReply(message.id, False, None, Refusal.of(error))
-        except Exception as error:  # a question must not stop the engine: the answer says what broke
+        except Exception as error:  # a failed control message must not stop the engine
             logger.exception("control %s failed", message.what)
             return ControlReply(message.id, False, None, Refusal(None, f"{type(error).__name__}: {error}", 500))
 
@@ -168,7 +168,7 @@ class EngineCore:
         return self._profiler.start(steps) if start else self._profiler.stop(steps)
 
     def info(self) -> dict[str, Any]:
-        """What the engine was started with, and what came of it. JSON-able."""
+        """The engine's settings and the limits that follow from them. JSON-able."""
         limits = self.scheduler.limits
         return {
             "vocab_size": limits.vocab_size,
@@ -191,7 +191,7 @@ class EngineCore:
         return stats
 
     def check(self) -> None:
-        """Every invariant of rows, leases, branches, tree and pages; raises on the first that does not hold."""
+        """Checks every invariant of rows, leases, branches, tree and pages. Raises RuntimeError."""
         self.branches.check()
         self.scheduler.cache.pins.check()
         self.scheduler.ledger.check()

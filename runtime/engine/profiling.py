@@ -1,4 +1,4 @@
-"""Where a step's time goes: torch's profiler around the engine's loop, behind ``--profile``."""
+"""Profiling steps: torch's profiler around the engine's loop, behind ``--profile``."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ TOP_KERNELS = 20
 
 
 class StepProfiler:
-    """Records from `start` to `stop`; each recording is a Chrome trace in ``folder`` (chrome://tracing, Perfetto).
+    """Records from `start` to `stop`. Each recording is a Chrome trace in ``folder`` (chrome://tracing, Perfetto).
 
-    One recording at a time; keep it to a few seconds: a trace of 1,000 steps has some million events.
+    One recording at a time, and of a few seconds only: a trace of 1,000 steps has about a million events.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -23,7 +23,7 @@ class StepProfiler:
         self._steps = 0
 
     def start(self, steps: int) -> None:
-        """Raises `InvalidRequest` (409) if a recording is under way. ``steps``: how many the engine has made so far."""
+        """Raises `InvalidRequest` (409) if a recording is under way. ``steps``: the engine's step count."""
         from torch.profiler import ProfilerActivity, profile
 
         if self._recording is not None:
@@ -36,9 +36,9 @@ class StepProfiler:
     def stop(self, steps: int) -> dict[str, Any]:
         """Ends the recording and writes its trace.
 
-        Returns the file and the steps recorded; the seconds from the device's first kernel to its last, those in which
-        it computed, and its idle share; the kernels that took most: seconds, launches. Raises `InvalidRequest` (409) if
-        there is none.
+        Returns the file and the number of steps; the seconds from the first kernel to the last, those in which the
+        device computed, and its idle share; and the slowest kernels with their seconds and launches. Raises
+        `InvalidRequest` (409) if no recording is under way.
         """
         if self._recording is None:
             raise InvalidRequest(None, "no recording is under way", status=409)
@@ -51,7 +51,7 @@ class StepProfiler:
         kernels = [row for row in recording.key_averages() if row.device_type == DeviceType.CUDA]
         kernels.sort(key=lambda row: -row.self_device_time_total)
         busy = sum(row.self_device_time_total for row in kernels) / 1e6
-        # From the first kernel to the end of the last: starting and stopping the profiler itself takes a while.
+        # From the first kernel to the end of the last: starting and stopping the profiler takes time too.
         ranges = [event.time_range for event in recording.events() if event.device_type == DeviceType.CUDA]
         seconds = (max(r.end for r in ranges) - min(r.start for r in ranges)) / 1e6 if ranges else 0.0
         return {

@@ -13,7 +13,7 @@ from ..outputs import Output
 
 @dataclass(slots=True)
 class RequestOutput:
-    """All samples of one prompt; the short names are the first one's."""
+    """All samples of one prompt. The properties are those of the first sample."""
 
     outputs: list[Output]
 
@@ -31,12 +31,12 @@ class RequestOutput:
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """One a generated token, if asked for."""
+        """One for each generated token, if ``params.logprobs`` is set."""
         return self.outputs[0].logprobs
 
     @property
     def prompt_logprobs(self) -> dict[int, TokenLogprob]:
-        """By position, from 1 (or ``prompt_logprob_start``) on, if asked for."""
+        """By position, from 1 (or ``prompt_logprob_start``) on, if ``params.prompt_logprobs`` is set."""
         return self.outputs[0].prompt_logprobs
 
     @property
@@ -49,25 +49,25 @@ class RequestOutput:
 
     @property
     def cache(self) -> CacheReport | None:
-        """What the tree held of the prompt, and why not more."""
+        """How much of the prompt was cached, and why not more."""
         return self.outputs[0].cache
 
 
 @dataclass(slots=True, frozen=True)
 class StreamChunk:
-    """What is new about one sample. ``finish_reason`` is set on its last chunk, ``matched`` if something ended it."""
+    """What is new of one sample. ``finish_reason`` is set in its last chunk."""
 
     index: int
     text: str
     token_ids: list[int]
     finish_reason: str | None
     cache: CacheReport | None = None
-    matched: int | str | None = None  # the stop token id or stop string
+    matched: int | str | None = None  # the stop token id or stop string that ended it
     logprobs: Sequence[TokenLogprob] = ()
 
 
 class Collector:
-    """The samples of one prompt while they come in."""
+    """The samples of one prompt while they arrive."""
 
     def __init__(self, ids: list[int]) -> None:
         self._outputs = {id: Output(i) for i, id in enumerate(ids)}

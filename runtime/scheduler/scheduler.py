@@ -124,7 +124,7 @@ class Scheduler:
         self._live[request.id] = request
         self._totals.prompt_tokens += request.prompt_len
         echo_from = 0 if request.echo_from is None and params.prompt_logprobs is not None else request.echo_from
-        self._out.opened.append(
+        self._out.started.append(
             RequestStarted(
                 request.id,
                 request.prompt_len,
@@ -428,7 +428,7 @@ class Scheduler:
     def take_output(self) -> StepOutput | None:
         """All output since the last call, or None."""
         out = self._out
-        if not (out.opened or out.ids or out.finished or out.cache or out.prompt_logprobs):
+        if not (out.started or out.ids or out.finished or out.cache or out.prompt_logprobs):
             return None
         self._out = StepOutput()
         return out

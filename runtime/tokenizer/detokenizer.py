@@ -122,16 +122,16 @@ class DetokenizerCore:
 
         Raises `RuntimeError` if the step breaks the protocol: tokens of a request that is not open.
         """
-        for opened in step.opened:
-            tail = np.frombuffer(opened.tail, np.int32).tolist()
-            text = IncrementalDetokenizer(self._tokenizer, opened.params, tail, trace=opened.settle)
-            self._requests[opened.id] = _Request(
-                text, opened.prompt_tokens, opened.params.include_stop, opened.settle, opened.stream
+        for started in step.started:
+            tail = np.frombuffer(started.tail, np.int32).tolist()
+            text = IncrementalDetokenizer(self._tokenizer, started.params, tail, trace=started.settle)
+            self._requests[started.id] = _Request(
+                text, started.prompt_tokens, started.params.include_stop, started.settle, started.stream
             )
         deltas: dict[int, Delta] = {}
-        for opened in step.opened:
-            if opened.prompt is not None:
-                self._delta(deltas, opened.id).prompt = opened.prompt
+        for started in step.started:
+            if started.prompt is not None:
+                self._delta(deltas, started.id).prompt = started.prompt
         for id, report in step.cache.items():
             request = self._requests.get(id)
             if request is not None and not request.ended:
@@ -191,7 +191,7 @@ class DetokenizerCore:
 
     def _finish(self, finished: Finished, deltas: dict[int, Delta]) -> None:
         request = self._requests.pop(finished.id, None)
-        if request is None:  # refused before it was opened
+        if request is None:  # refused before it was started
             deltas[finished.id] = Delta(id=finished.id, finish=finished)
             return
         if request.ended:

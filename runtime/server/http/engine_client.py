@@ -1,8 +1,8 @@
-"""HTTP's side of the engine: requests go out, deltas come back to whoever waits for them.
+"""The HTTP process's side of the engine: it sends requests, and hands the deltas of each to its `Call`.
 
-One `Call` stands for one HTTP request and owns all of its engine requests (prompts × n). A call's engine requests are
-remembered until the scheduler's terminal message about each has arrived, also when the client has left: what counts
-against the queue's bound is what the engine still holds.
+A `Call` is one HTTP request and owns all of its engine requests (prompts × n). An engine request counts against the
+limit of the queue until its terminal message has arrived, also after its client has left: until then the engine still
+has it.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from ...messages import (
 )
 from .plumbing.metrics import Metrics
 
-State = Literal["starting", "ready", "draining", "dead"]
+ServerState = Literal["starting", "ready", "draining", "dead"]
 
 CONTROL_SECONDS = 30.0
 
-Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, what came of it)
+Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, delta)
 
 
 class Call:
     """The engine requests of one HTTP request, in order: prompt by prompt, sample by sample.
 
-    Leaving the context aborts whatever has not finished. Only one task may wait on a call.
+    Leaving the context aborts those that have not finished. Only one task may wait for a call.
     """
 
     def __init__(self, client: EngineClient, ids: range) -> None:
@@ -54,23 +54,23 @@ class Call:
         self._open = set(ids)
         self._pending: Batch = []
         self._waiter: asyncio.Future[None] | None = None
-        self._patient = False  # wake the waiter only once everything has finished
+        self._until_all = False  # wake the waiter only when all have finished
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def batch(self) -> Batch:
-        """What has arrived since last time; empty once all have finished.
+        """Waits for deltas; returns those that have arrived since the last call, none once all have finished.
 
         Raises `InvalidRequest`, `EngineDead`, `TimedOut` or `ClientGone`.
         """
         if not self._pending and self._open and self._error is None:
-            await self._wait(patient=False)
+            await self._wait(until_all=False)
         return self._take()
 
     async def all(self) -> Batch:
-        """Every delta until all have finished. Raises as `batch` does."""
+        """Waits until all have finished; returns every delta. Raises as `batch` does."""
         if self._open and self._error is None:
-            await self._wait(patient=True)
+            await self._wait(until_all=True)
         return self._take()
 
     @property
@@ -78,7 +78,7 @@ class Call:
         return not self._open
 
     def end_within(self, seconds: float) -> None:
-        """After that what has not finished is aborted, whether or not anybody waits, and who waits gets `TimedOut`."""
+        """Aborts what has not finished after ``seconds`` and makes the call fail with `TimedOut`."""
         self._timer = asyncio.get_running_loop().call_later(seconds, self._time_out, seconds)
 
     def _time_out(self, seconds: float) -> None:
@@ -87,7 +87,7 @@ class Call:
             self.close()
 
     def fail(self, error: Exception) -> None:
-        """Whoever waits, now or next, gets ``error``."""
+        """Makes the waiting task, or the next one that waits, get ``error``."""
         if self._error is None:
             self._error = error
         self._wake()
@@ -102,7 +102,7 @@ class Call:
                     error = error.renamed({"prompt": f"prompt[{self.prompts[delta.id - self.ids.start]}]"})
                 self.fail(Overloaded(error.message) if error.status == 503 else error)
         self._pending.append((delta.id - self.ids.start, delta))
-        if not self._patient or not self._open:
+        if not self._until_all or not self._open:
             self._wake()
 
     def close(self) -> None:
@@ -117,8 +117,8 @@ class Call:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    async def _wait(self, patient: bool) -> None:
-        self._patient = patient
+    async def _wait(self, until_all: bool) -> None:
+        self._until_all = until_all
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
@@ -143,14 +143,14 @@ class _InFlight:
     call: Call | None
     owner: str  # of its namespace: whose API key it came with
     arrived: float  # monotonic seconds
-    last: float = 0.0  # when its latest token came; 0: none yet
+    last: float = 0.0  # when its latest token arrived; 0: none yet
 
 
 class EngineClient:
-    """Sends requests to the engine's processes and hands their answers to calls.
+    """Sends requests to the engine's processes and hands their deltas to calls.
 
     ``to_tokenizer`` and ``to_scheduler`` deliver messages in order; they must not block. ``request_timeout``: seconds a
-    call may take. ``max_requests_per_key``: how many of ``max_requests`` one API key may hold.
+    call may take. ``max_requests_per_key``: how many of ``max_requests`` one API key may have unfinished.
     """
 
     def __init__(
@@ -171,12 +171,12 @@ class EngineClient:
         self._next_id = 1
         self._control_ids = itertools.count(1)
         self._in_flight: dict[int, _InFlight] = {}
-        self._held: Counter[str] = Counter()  # of those in flight, by owner
+        self._unfinished: Counter[str] = Counter()  # requests in flight by owner
         self._labels: dict[str, set[int]] = {}
         self._label_of: dict[int, str] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._limits: Limits | None = None
-        self.state: State = "starting"
+        self.state: ServerState = "starting"
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -197,11 +197,11 @@ class EngineClient:
         self.state = "ready"
 
     def open(self, prompts: Sequence[Generate], labels: Sequence[str | None] = ()) -> Call:
-        """Submits every prompt; their ``ids`` are given here, ``params.n`` each. ``labels[i]`` is the name by which a
-        client may abort prompt i (not unique, not an id).
+        """Submits prompts of one owner and assigns their ``ids``, ``params.n`` each. ``labels[i]`` is the name by which
+        a client may abort prompt i; it need not be unique.
 
-        All are of one owner. Raises `Overloaded` when the queue is full or the server is not serving, `InvalidRequest`
-        (429) when the owner has its share of it, `EngineDead` after the engine died.
+        Raises `Overloaded` if the queue is full or the server is not ready, `InvalidRequest` (429) if the owner has too
+        many unfinished requests, `EngineDead` after the engine died.
         """
         owner = prompts[0].namespace[0]
         call = self._new_call(sum(prompt.params.n for prompt in prompts), owner)
@@ -215,7 +215,7 @@ class EngineClient:
         return call
 
     def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
-        """Submits a run on a branch, whose ``ids`` are given here: one for each engine request. Raises as `open`."""
+        """Submits a run on a branch and assigns its ``ids``, one for each engine request. Raises as `open`."""
         owner = run.namespace[0]
         call = self._new_call(requests, owner)
         run.ids = list(call.ids)
@@ -232,11 +232,11 @@ class EngineClient:
                 f"{self._max_requests}; try again later"
             )
         most = self._max_requests_per_key
-        if most is not None and self._held[owner] + count > most:
+        if most is not None and self._unfinished[owner] + count > most:
             raise InvalidRequest(
                 None,
-                f"this key has {self._held[owner]} unfinished requests and {count} more would pass its limit of {most} "
-                "(--max-queued-per-key); try again later",
+                f"this key has {self._unfinished[owner]} unfinished requests and {count} more would pass its limit of "
+                f"{most} (--max-queued-per-key); try again later",
                 status=429,
                 code="rate_limit_exceeded",
             )
@@ -249,7 +249,7 @@ class EngineClient:
     def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
         """Registers requests that have been sent. Not before: a failed send would otherwise leave them open forever."""
         now = time.monotonic()
-        self._held[owner] += len(ids)
+        self._unfinished[owner] += len(ids)
         for id in ids:
             self._in_flight[id] = _InFlight(call, owner, now)
             if label is not None:
@@ -257,7 +257,7 @@ class EngineClient:
                 self._label_of[id] = label
 
     def abandon(self, ids: Iterable[int]) -> None:
-        """The client of these requests has left: the engine is told; they are forgotten when it has answered."""
+        """Aborts requests whose client has left. They stay in flight until the engine has confirmed it."""
         messages: list[Message] = []
         for id in sorted(ids):
             request = self._in_flight.get(id)
@@ -268,9 +268,9 @@ class EngineClient:
             self._to_tokenizer(messages)
 
     def abort(self, label: str | None, owner: str | None = None) -> int:
-        """Aborts the requests with this label (all, for None); their clients get what there is. Returns how many.
+        """Aborts the requests with this label (None: all) of ``owner`` (None: of all); returns how many.
 
-        ``owner``: only those of this one; None: anybody's.
+        Their clients get what has been generated so far.
         """
         named = self._in_flight if label is None else self._labels.get(label, ())
         ids = sorted(id for id in named if owner is None or self._in_flight[id].owner == owner)
@@ -280,7 +280,7 @@ class EngineClient:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def deliver(self, deltas: Sequence[Delta]) -> None:
-        """One step's deltas. Called for every step: it does as little as it can."""
+        """Hands out one step's deltas."""
         now = time.monotonic()
         in_flight = self._in_flight
         for delta in deltas:
@@ -296,18 +296,15 @@ class EngineClient:
                 request.last = now
             if delta.finish is not None:
                 del in_flight[delta.id]
-                self._let_go(request.owner)
-                self._forget_label(delta.id)
+                self._forget(delta.id, request.owner)
                 self._metrics.observe_finish(delta.finish, now - request.arrived)
             if request.call is not None:
                 request.call.push(delta)
 
-    def _let_go(self, owner: str) -> None:
-        self._held[owner] -= 1
-        if not self._held[owner]:
-            del self._held[owner]
-
-    def _forget_label(self, id: int) -> None:
+    def _forget(self, id: int, owner: str) -> None:
+        self._unfinished[owner] -= 1
+        if not self._unfinished[owner]:
+            del self._unfinished[owner]
         label = self._label_of.pop(id, None)
         if label is not None:
             self._labels[label].discard(id)
@@ -315,7 +312,7 @@ class EngineClient:
                 del self._labels[label]
 
     def fail_all(self, error: Exception) -> None:
-        """Every waiting client gets ``error`` now."""
+        """Makes every call and every control request fail with ``error``."""
         calls = {id(request.call): request.call for request in self._in_flight.values() if request.call is not None}
         for call in calls.values():
             call.fail(error)
@@ -324,7 +321,7 @@ class EngineClient:
                 control.set_exception(error)
 
     def died(self, error: EngineDead) -> None:
-        """The engine is gone: nothing more will come."""
+        """The engine has died: fails everything in flight, and everything that comes later."""
         self.state = "dead"
         self.fail_all(error)
 
@@ -336,14 +333,14 @@ class EngineClient:
         argument: Any = None,
         seconds: float = CONTROL_SECONDS,
     ) -> Any:
-        """Asks the scheduler; returns the reply's value.
+        """Sends a `Control` to the scheduler; returns the reply's value.
 
-        Raises `InvalidRequest` when it says no, `Overloaded` when it does not answer in ``seconds``.
+        Raises `InvalidRequest` if the scheduler refuses it, `Overloaded` if it does not answer within ``seconds``.
         """
         return await self._ask(Control(next(self._control_ids), what, argument), self._to_scheduler, seconds)
 
     async def operate(self, op: BranchOp) -> Any:
-        """An operation on a branch, whose ``id`` is given here; returns the reply's value. Raises as `control`."""
+        """Sends an operation on a branch and assigns its ``id``; returns the reply's value. Raises as `control`."""
         op.id = next(self._control_ids)
         return await self._ask(op, self._to_tokenizer, CONTROL_SECONDS)
 

@@ -1,8 +1,8 @@
 """Typed, one-way channels between the processes: ZeroMQ PUSH/PULL over ``ipc://``, msgspec msgpack, never pickle.
 
-A frame is a list of messages, so what one step has to say travels as one frame. The sockets live in a private directory
-(mode 0700): whoever can open them is the user who started the server. No high-water mark: a full queue would block a
-step or drop a message, so the bound is where requests are admitted (HTTP).
+A frame is a list of messages, so the output of one step is one frame. The sockets are in a private directory (mode
+0700), so only the user who started the server can open them. There is no high-water mark: a full queue would block a
+step or drop a message. The number of requests is bounded where HTTP admits them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ...messages import (
     StopMatched,
 )
 
-LINGER_MS = 2000  # how long a leaving process may try to deliver its last words
+LINGER_MS = 2000  # how long an exiting process may try to deliver its last messages
 MAX_PATH = 100  # bytes of a Unix socket's path (sun_path holds 108)
 
 ToTokenizer = Generate | BranchOp | BranchRun | Abort | Limits | Shutdown
@@ -42,7 +42,7 @@ ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | 
 ToDetokenizer = StepOutput | Shutdown
 ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed
 
-# What each inbox understands; anything else is a decoding error, not a surprise further in.
+# The messages that each inbox accepts; any other is a decoding error.
 INBOXES: dict[str, Any] = {
     "tokenizer": list[ToTokenizer],
     "scheduler": list[ToScheduler],
@@ -54,12 +54,12 @@ M = TypeVar("M")
 
 
 def address(run_dir: Path, name: str) -> str:
-    """Where the inbox of that name is bound."""
+    """The address that the inbox of that name is bound to."""
     return f"ipc://{run_dir / name}.sock"
 
 
 class Inbox(Generic[M]):
-    """The receiving end. Bound by its owner; frames of one sender arrive in the order they were sent."""
+    """The receiving end of a channel. Frames of one sender arrive in the order in which they were sent."""
 
     def __init__(self, context: zmq.Context[Any], run_dir: Path, name: str) -> None:
         self._decoder: msgspec.msgpack.Decoder[list[M]] = msgspec.msgpack.Decoder(INBOXES[name])
@@ -70,11 +70,11 @@ class Inbox(Generic[M]):
 
     @property
     def fd(self) -> int:
-        """Readable when something may have arrived; then call `receive` with timeout 0 (it drains everything)."""
+        """Becomes readable when something may have arrived. It is edge-triggered: `receive` then everything."""
         return int(self._socket.getsockopt(zmq.FD))
 
     def receive(self, timeout_ms: int | None = 0) -> list[M]:
-        """All that has arrived, in order. Waits for the first frame up to ``timeout_ms`` (None: for ever)."""
+        """All messages that have arrived, in order. Waits up to ``timeout_ms`` for the first (None: without limit)."""
         messages: list[M] = []
         if timeout_ms != 0 and not self._socket.poll(timeout_ms):
             return messages
@@ -90,7 +90,7 @@ class Inbox(Generic[M]):
 
 
 class Outbox:
-    """The sending end. `send` never blocks and never drops: there is no high-water mark."""
+    """The sending end of a channel. `send` never blocks and never drops a message."""
 
     def __init__(self, context: zmq.Context[Any], run_dir: Path, name: str) -> None:
         self._encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""The detokenizer process: token ids in, text and stop-string matches out."""
+"""The detokenizer process: turns token ids into text and finds stop strings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .channels import Inbox, Outbox, ToDetokenizer
 
 
 class DetokenizerWorker:
-    """Hears the scheduler; tells HTTP what to send, and the scheduler which outputs have met a stop string."""
+    """Receives step outputs from the scheduler; sends deltas to HTTP, and stop-string matches to the scheduler."""
 
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToDetokenizer] = Inbox(context, run_dir, "detokenizer")
@@ -25,7 +25,7 @@ class DetokenizerWorker:
         http.send([Ready("detokenizer")])
 
     def run(self) -> None:
-        """One frame to HTTP and one to the scheduler for all that has arrived; returns after `Shutdown`."""
+        """Serves until `Shutdown`. All that has arrived is answered in one frame to HTTP and one to the scheduler."""
         while True:
             deltas: list[Delta] = []
             stopped: list[int] = []

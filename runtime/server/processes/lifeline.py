@@ -1,4 +1,4 @@
-"""No process outlives its parent, and none is stopped by a signal meant for the parent."""
+"""Ties the life of a child process to its parent's, and keeps signals meant for the parent away from it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _POLL_SECONDS = 0.5
 
 
 def ignore_stop_signals() -> None:
-    """Ctrl-C and SIGTERM may reach the whole process group; the parent alone decides when a child leaves."""
+    """Ignores SIGINT and SIGTERM, which may reach the whole process group: the parent ends its children."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def die_with_parent(parent: int, run_dir: Path | None = None) -> None:
-    """Ends this process when process ``parent`` ends, however that ends (even by SIGKILL).
+    """Ends this process when process ``parent`` ends for any reason, SIGKILL included.
 
-    With ``run_dir``, this child also removes that directory then: one child does, so that a killed server leaves no
-    sockets behind. Linux tells us by a signal; elsewhere a thread watches. Call it from the main thread.
+    With ``run_dir``, this process then removes that directory. One child does, so that a killed server leaves no
+    sockets behind. Linux sends a signal; elsewhere a thread polls. Call it from the main thread.
     """
     if sys.platform == "linux":
-        last_words = signal.SIGKILL if run_dir is None else signal.SIGHUP
+        death_signal = signal.SIGKILL if run_dir is None else signal.SIGHUP
         if run_dir is not None:
             directory = run_dir
 
@@ -38,11 +38,11 @@ def die_with_parent(parent: int, run_dir: Path | None = None) -> None:
 
             signal.signal(signal.SIGHUP, leave)
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, int(last_words), 0, 0, 0) != 0:
+        if libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     else:
         threading.Thread(target=_watch, args=(parent, run_dir), name="lifeline", daemon=True).start()
-    if os.getppid() != parent:  # it ended before we asked to be told
+    if os.getppid() != parent:  # it ended before the signal was set up
         _leave(run_dir)
 
 

@@ -33,13 +33,13 @@ from ...step import Executor
 from ...tokenizer.tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToScheduler
 
-STATS_SECONDS = 0.2  # at most this often while there is work, and once when it ends
+STATS_SECONDS = 0.2  # shortest time between two `Stats` while there is work; one more when it ends
 NULL_POOL_TOKENS = 1 << 20
 NULL_CONTEXT = 32_768
 
 
 class SchedulerWorker:
-    """Owns the engine core. What it hears comes from the tokenizer, the detokenizer and HTTP."""
+    """Runs the engine core on messages from the tokenizer, the detokenizer and HTTP."""
 
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToScheduler] = Inbox(context, run_dir, "scheduler")
@@ -61,7 +61,7 @@ class SchedulerWorker:
             preferred=preferred,
         )
         self._stats_at = 0.0
-        # What set-up left behind lives as long as the process: the collector need not walk it during a step.
+        # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
         gc.freeze()
         info = {
@@ -76,15 +76,15 @@ class SchedulerWorker:
         http.send([Ready("scheduler", info)])
 
     def run(self) -> None:
-        """Steps for as long as there is work, sleeps where there is none; returns when `Shutdown` has come and every
-        request has ended."""
+        """Steps while there is work and blocks while there is none, until `Shutdown` has arrived and every request has
+        ended."""
         core = self._core
         leaving = False
         timeout_ms: int | None = None
         while True:
             for message in self._inbox.receive(timeout_ms):
                 leaving |= self._handle(message)
-            self._answer_branches()  # before the step, which may take a while
+            self._answer_branches()  # before the step, which may take long
             output = core.step()
             if output is not None:
                 self._detokenizer.send([output])
@@ -97,7 +97,7 @@ class SchedulerWorker:
                 expires = core.sweep()
                 timeout_ms = None if expires is None else int(1000 * expires) + 1
             else:
-                # With nothing to compute, wait a moment for news instead of spinning.
+                # If nothing can advance (grammars are compiling), wait a moment instead of spinning.
                 timeout_ms = 0 if core.advanced else 1
         self._detokenizer.send([Shutdown()])
         core.close()
@@ -106,7 +106,7 @@ class SchedulerWorker:
         self._inbox.close()
 
     def _handle(self, message: ToScheduler) -> bool:
-        """Returns whether it was the request to leave."""
+        """Returns whether it was `Shutdown`."""
         match message:
             case Generate():
                 self._core.add(message)
@@ -146,8 +146,8 @@ class _Loaded:
     executor: Executor
     eos_ids: tuple[int, ...]
     max_model_len: int
-    memory_plan: list[str]  # lines for people
-    gpu: bool  # whether planning ahead pays when the configuration leaves it open
+    memory_plan: list[str]  # lines for display
+    gpu: bool  # whether steps overlap by default
 
 
 def _load(config: ServerConfig, http: Outbox) -> _Loaded:
@@ -175,4 +175,10 @@ def _load_null(engine: EngineConfig, step_seconds: float) -> _Loaded:
     pages = -(-(engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size)
     vocab_size = Tokenizer.load(Path(engine.model)).vocab_size
     executor = NullExecutor(pages, engine.page_size, vocab_size, step_seconds)
-    return _Loaded(executor, (), engine.max_model_len or NULL_CONTEXT, ["no model: tokens are made up"], gpu=False)
+    return _Loaded(
+        executor,
+        (),
+        engine.max_model_len or NULL_CONTEXT,
+        ["no model: tokens are computed from their positions"],
+        gpu=False,
+    )

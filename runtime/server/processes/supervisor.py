@@ -1,4 +1,4 @@
-"""Starts the children, watches them, and leaves none behind."""
+"""Starts the child processes, watches them and ends them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ _STDERR = 2
 
 
 class Supervisor:
-    """The children of one server. They start in parallel: their imports and loading overlap.
+    """The child processes of one server. They start in parallel, so that their imports and loading overlap.
 
-    ``on_exit(role, returncode)`` is called once for each child that ends, from a watcher thread, whether that was
-    wanted or not: the caller knows which.
+    ``on_exit(role, returncode)`` is called once for each child that exits, expected or not, from a watcher thread.
     """
 
     def __init__(self, run_dir: Path, on_exit: Callable[[Role, int], object]) -> None:
@@ -35,16 +34,16 @@ class Supervisor:
         return {role: child.pid for role, child in self._children.items()}
 
     def start(self) -> None:
-        """Call it from a thread that lives as long as the server: Linux ends the children when that thread ends."""
+        """Call it from a thread that outlives the server: Linux kills the children when that thread ends."""
         for role in ROLES:
             child = subprocess.Popen(
                 [sys.executable, "-m", f"{__package__}.worker", role, str(self._run_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=_STDERR,
-                start_new_session=True,  # Ctrl-C in the terminal is ours to answer, not theirs
+                start_new_session=True,  # Ctrl-C in a terminal must not reach the children
             )
             self._children[role] = child
-            # wait() in a thread works everywhere and tells at once; polling or SIGCHLD handlers would not.
+            # A thread in wait() reports an exit at once, on every platform, without a SIGCHLD handler.
             watcher = threading.Thread(target=self._watch, args=(role, child), name=f"watch-{role}", daemon=True)
             watcher.start()
             self._watchers.append(watcher)
@@ -55,15 +54,15 @@ class Supervisor:
         self._on_exit(role, returncode)
 
     def wait(self, seconds: float) -> bool:
-        """Waits for the children to leave by themselves. Returns whether all of them did."""
+        """Waits up to ``seconds`` for the children to exit. Returns whether all of them did."""
         deadline = time.monotonic() + seconds
         for watcher in self._watchers:
             watcher.join(max(0.0, deadline - time.monotonic()))
         return not any(watcher.is_alive() for watcher in self._watchers)
 
     def kill(self) -> None:
-        """Ends and reaps every child that is still there. Idempotent."""
+        """Kills and reaps every child that is still running. Idempotent."""
         for child in self._children.values():
-            child.kill()  # does nothing to a child that has been reaped
+            child.kill()  # no effect on a child that has been reaped
         for watcher in self._watchers:
             watcher.join()

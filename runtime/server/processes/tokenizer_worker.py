@@ -1,4 +1,4 @@
-"""The tokenizer process: text in, token ids out, and the one place where a text's length in tokens is checked."""
+"""The tokenizer process: turns the text of requests into token ids, and checks its length in tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 class TokenizerWorker:
-    """Hears HTTP; hands on to the scheduler what is good, and refuses the rest itself."""
+    """Receives requests from HTTP; forwards them with token ids to the scheduler, and refuses those that do not fit."""
 
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToTokenizer] = Inbox(context, run_dir, "tokenizer")
@@ -45,7 +45,7 @@ class TokenizerWorker:
         http.send([Ready("tokenizer")])
 
     def run(self) -> None:
-        """Messages leave in the order in which they came; returns after `Shutdown`."""
+        """Serves until `Shutdown`. Messages are forwarded in the order in which they arrive."""
         while True:
             forward: list[Message] = []
             refused: list[Delta] = []
@@ -64,7 +64,7 @@ class TokenizerWorker:
                     case Shutdown():
                         forward.append(message)
                         leaving = True
-            if refused:  # first: one bad prompt refuses the whole request, before its neighbours' tokens begin it
+            if refused:  # first: one bad prompt fails its HTTP request, before the other prompts generate anything
                 self._http.send([Deltas(refused)])
             self._scheduler.send(forward)
             if leaving:
@@ -79,7 +79,7 @@ class TokenizerWorker:
             forward.append(message)
         except InvalidRequest as error:
             refused += _refusals(message, Refusal.of(error))
-        except BaseException:  # a panic of Rust's is no `Exception`; and one text must not stop everybody's server
+        except BaseException:  # a panic in Rust is no `Exception`, and one text must not stop the server
             logger.exception("could not tokenize a prompt")
             refused += _refusals(message, Refusal(None, "the prompt could not be tokenized", 500))
 
@@ -98,15 +98,15 @@ class TokenizerWorker:
         message.text, message.tokens = None, ids.astype("<i4", copy=False).tobytes()
 
     def _encode(self, message: BranchOp | BranchRun) -> None:
-        """What is wrong with it travels on with it: the scheduler knows who waits for the branch."""
+        """A failure becomes the message's ``refusal``: the scheduler answers messages in the order of their branch."""
         try:
             encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
-        except BaseException:  # likewise
+        except BaseException:  # as in `_prepare`
             logger.exception("could not tokenize a text")
             message.refusal = Refusal(None, "the text could not be tokenized", 500)
 
     def _check_bytes(self, text: str, field: str) -> None:
-        """Megabytes that cannot fit are refused before they are tokenized: everybody else would wait for them."""
+        """Refuses a text that is too long for any tokenization before it is tokenized, which would delay all others."""
         if self._limits is None or self._longest_token is None:
             return
         bound = min(self._limits.max_model_len, self._limits.pool_tokens)
@@ -119,7 +119,7 @@ class TokenizerWorker:
 
 
 def _longest_token(tokenizer: Tokenizer) -> int | None:
-    """Bytes of the longest token, if every byte of a text ends up in exactly one token; None if that is not certain."""
+    """Bytes of the longest token; None if a byte of a text may end up in no token, which makes it no bound."""
     backend = tokenizer.backend
     greedy = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
     if not tokenizer.byte_level or backend.normalizer is not None or greedy:
@@ -128,5 +128,5 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
 
 
 def _refusals(message: Generate, refusal: Refusal) -> list[Delta]:
-    """The terminal message of each of the request's samples: the scheduler never hears of them."""
+    """A terminal delta for each of the request's samples; the scheduler never sees the request."""
     return [Delta(id, finish=Finished(id, "error", error=refusal)) for id in message.ids]

@@ -1,6 +1,6 @@
 """Entry point of every child: ``python -m branchwise.runtime.server.processes.worker ROLE RUN_DIR``.
 
-Exit codes: 0 after `Shutdown`, 1 for a bug, 2 when it could not set itself up (after saying why in a `Failed`).
+Exit codes: 0 after `Shutdown`, 1 after a bug, 2 if it could not start (a `Failed` then says why).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class Worker(Protocol):
-    """One role of a child process."""
+    """The work of one child process."""
 
     def run(self) -> None:
-        """Serves until `Shutdown`, then returns."""
+        """Serves until `Shutdown`."""
         ...
 
 
 def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> Worker:
-    """Sets one role up and tells HTTP it is ready. Imports are here: only the scheduler may pay for torch."""
+    """Makes the worker of a role, which sends `Ready`. Imports are local: only the scheduler imports torch."""
     if role == "tokenizer":
         from .tokenizer_worker import TokenizerWorker
 
@@ -48,10 +48,10 @@ def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_
 
 
 def main(role: str, run_dir: Path) -> int:
-    """Serves one role until it is told to leave, or its parent ends. Returns the exit code."""
+    """Serves one role until `Shutdown` or until the parent ends. Returns the exit code."""
     ignore_stop_signals()
     launch = read_launch(run_dir)
-    # The detokenizer never blocks for long, so it is the one that cleans up after a killed server.
+    # The detokenizer cleans up after a killed server, as it never blocks for long.
     die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
     lock = hold_lock(run_dir, role)
     logging.basicConfig(

@@ -29,9 +29,9 @@ def test_rates_are_of_the_time_since_the_last_line() -> None:
     load.at(1020, running=3, generated_tokens=2050, cached_tokens=750, computed_tokens=250, retractions=2)
     assert load.lines == [
         "3 running, 2 waiting; 100.0 tokens/s generated; prompts 100.0 tokens/s, 75.0% cached; "
-        "KV 50.0% held, 20.0% remembered",
+        "KV 50.0% in use, 20.0% cached",
         "3 running, 0 waiting; 100.0 tokens/s generated; prompts 0.0 tokens/s, none new; "
-        "KV 100.0% held, 0.0% remembered; 2 retracted",
+        "KV 100.0% in use, 0.0% cached; 2 retracted",
     ]
 
 

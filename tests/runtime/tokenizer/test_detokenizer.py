@@ -264,13 +264,13 @@ def test_stop_strings_wait_for_min_tokens() -> None:
 
 def step(
     tokens: dict[int, int] | None = None,
-    opened: Sequence[RequestStarted] = (),
+    started: Sequence[RequestStarted] = (),
     finished: Sequence[Finished] = (),
     **more: Any,
 ) -> StepOutput:
     tokens = tokens or {}
     return StepOutput(
-        opened=list(opened),
+        started=list(started),
         ids=np.array(list(tokens), np.int64).tobytes(),
         tokens=np.array(list(tokens.values()), np.int32).tobytes(),
         finished=list(finished),
@@ -300,7 +300,7 @@ def test_a_request_from_opened_to_finished(core: DetokenizerCore, letter: Callab
     rows = LogprobRows(0, b"aaaa", b"", b"")
     prompt_rows = PromptLogprobs(7, 1, rows)
     first = RequestStarted(7, 5, b"", SamplingParams(), prompt=b"12345678")
-    deltas, stopped = core.feed(step(opened=[first], cache={7: report}, prompt_logprobs=[prompt_rows]))
+    deltas, stopped = core.feed(step(started=[first], cache={7: report}, prompt_logprobs=[prompt_rows]))
     assert stopped == []
     assert deltas == [Delta(7, prompt=b"12345678", cache=report, prompt_tokens=5, prompt_logprobs=[prompt_rows])]
     deltas, _ = core.feed(step({7: letter("h")}, logprobs={7: rows}))
@@ -401,7 +401,7 @@ def test_refused_and_empty_requests_get_their_one_end(core: DetokenizerCore) -> 
     refused = Finished(3, "error", error=Refusal(None, "no room", 503))
     assert core.feed(step(finished=[refused])) == ([Delta(3, finish=refused)], [])
     done = Finished(4, "length", 6, 0)
-    assert core.feed(step(opened=[opened(4, [1] * 6)], finished=[done])) == (
+    assert core.feed(step(started=[opened(4, [1] * 6)], finished=[done])) == (
         [Delta(4, prompt_tokens=6, finish=done)],
         [],
     )
@@ -409,7 +409,7 @@ def test_refused_and_empty_requests_get_their_one_end(core: DetokenizerCore) -> 
 
 
 def test_an_error_is_not_turned_into_a_stop(core: DetokenizerCore, letter: Callable[[str], int]) -> None:
-    core.feed(step(opened=[opened(1, stop=("a",))]))
+    core.feed(step(started=[opened(1, stop=("a",))]))
     error = Finished(1, "error", error=Refusal(None, "boom", 500))
     deltas, stopped = core.feed(step({1: letter("a")}, finished=[error]))
     assert deltas[0].finish == error and stopped == []
@@ -467,7 +467,7 @@ def test_a_stop_string_keeps_the_time_its_request_waited() -> None:
     backend.decoder = decoders.ByteLevel()
     core = DetokenizerCore(Tokenizer(backend))
     opened = RequestStarted(1, 1, b"", SamplingParams(stop=("b",)))
-    core.feed(StepOutput(opened=[opened], cache={1: CacheReport(0, "cold")}, queue_seconds={1: 2.5}))
+    core.feed(StepOutput(started=[opened], cache={1: CacheReport(0, "cold")}, queue_seconds={1: 2.5}))
     ids, tokens = np.array([1], "<i8").tobytes(), np.array([1], "<i4").tobytes()
     (delta,), stopped = core.feed(StepOutput(ids=ids, tokens=tokens))
     assert stopped == [1]

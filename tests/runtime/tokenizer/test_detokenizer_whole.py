@@ -40,7 +40,7 @@ def open_(id: int, *, stream: bool = False, **params: object) -> RequestStarted:
 def test_the_first_token_at_once_then_nothing_until_the_end() -> None:
     core = DetokenizerCore(TOKENIZER)
     report = CacheReport(2, "hit")
-    first, _ = core.feed(step({1: 0}, opened=[open_(1)], cache={1: report}))
+    first, _ = core.feed(step({1: 0}, started=[open_(1)], cache={1: report}))
     assert [(delta.text, delta.cache) for delta in first] == [("a", report)]
     for token in (1, 2):
         assert core.feed(step({1: token})) == ([], [])
@@ -52,7 +52,7 @@ def test_the_first_token_at_once_then_nothing_until_the_end() -> None:
 
 def test_what_is_held_is_bounded() -> None:
     core = DetokenizerCore(TOKENIZER)
-    core.feed(step({1: 0}, opened=[open_(1)]))
+    core.feed(step({1: 0}, started=[open_(1)]))
     pieces = [delta for _ in range(5 * HOLD_TOKENS) for delta in core.feed(step({1: 1}))[0]]
     assert [len(delta.tokens) // 4 for delta in pieces] == [HOLD_TOKENS] * 5
 
@@ -60,14 +60,14 @@ def test_what_is_held_is_bounded() -> None:
 def test_an_aborted_answer_loses_nothing() -> None:
     core = DetokenizerCore(TOKENIZER)
     for token, opening in ((0, [open_(1)]), (1, []), (2, [])):
-        core.feed(step({1: token}, opened=opening))
+        core.feed(step({1: token}, started=opening))
     ((last,), _) = core.feed(StepOutput(finished=[Finished(1, "abort", 3, 3)]))
     assert (last.text, last.finish and last.finish.reason) == ("bc", "abort")
 
 
 def test_a_stop_string_ends_it_at_once() -> None:
     core = DetokenizerCore(TOKENIZER)
-    core.feed(step({1: 0}, opened=[open_(1, stop=("cd",))]))
+    core.feed(step({1: 0}, started=[open_(1, stop=("cd",))]))
     core.feed(step({1: 1}))
     assert core.feed(step({1: 2})) == ([], [])
     (last,), stopped = core.feed(step({1: 3}))
@@ -105,7 +105,7 @@ def fold(
             Finished(id, reasons[id], 3, len(scripts[id]), matched=scripts[id][-1] if reasons[id] == "stop" else None)  # type: ignore[arg-type]
             for id in ended
         ]
-        deltas += core.feed(step(tokens, opened=opening, logprobs=rows, finished=finished))[0]
+        deltas += core.feed(step(tokens, started=opening, logprobs=rows, finished=finished))[0]
     assert len(core) == 0
     outputs = [Output() for _ in scripts]
     for delta in deltas:
