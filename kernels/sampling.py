@@ -13,6 +13,7 @@ vocabulary order: a row whose filters keep everything gives the token of an unfi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -101,28 +102,36 @@ def unnormalized_probs(logits: Tensor, temperature: Tensor) -> Tensor:
     return logits.sub(best).div_(temperature[:, None]).exp_().nan_to_num_(nan=0.0, posinf=1.0)
 
 
-def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], vocab_size: int, synchronous: bool) -> int:
+TopP = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `triton_sampling.top_p_threshold`
+
+
+def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], vocab_size: int, top_p_window: int) -> int:
     """How many of the largest probabilities `keep_threshold` looks at, decided on the host.
 
-    ``top_k`` is ``vocab_size`` where off. If the host may read results (``synchronous``), a row with top-p alone starts
-    with `TOP_WINDOW`, which is widened where it does not hold the row's mass. On a GPU reading results would stall the
-    host, so such a row is sorted completely.
+    ``top_k`` is ``vocab_size`` where off. ``top_p_window`` is for rows with top-p alone. On a CPU it is `TOP_WINDOW`,
+    which `keep_threshold` widens where it does not hold the row's mass. On a GPU that check would stall the host: there
+    it is 1 with a ``top_p_threshold``, and otherwise ``vocab_size``.
     """
     narrow = np.where(top_k < vocab_size, top_k, 1)
     if np.any((top_p < 1.0) & (top_k >= vocab_size)):
-        narrow = np.maximum(narrow, TOP_WINDOW if synchronous else vocab_size)
+        narrow = np.maximum(narrow, top_p_window)
     return int(min(narrow.max(initial=1), vocab_size))
 
 
-def keep_threshold(probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int) -> Tensor:
+def keep_threshold(
+    probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int, top_p_threshold: TopP | None = None
+) -> Tensor:
     """The smallest probability [S, 1] that top-k, then top-p of the rest, then min-p keep.
 
     ``probs`` [S, V] float32; ``top_k`` [S] int64 in [1, V], V is off; ``top_p`` [S] float64 in (0, 1], 1 is off;
     ``min_p`` [S] float32 in [0, 1], 0 is off. ``window`` from `window_for`. The threshold does not depend on it.
+    ``top_p_threshold``: finds top-p's threshold without sorting; the window then only serves top-k.
     """
     vocab_size = probs.shape[1]
     best = probs.topk(window, dim=-1).values
     kth = best.gather(1, top_k.clamp(max=window)[:, None] - 1).masked_fill_((top_k >= vocab_size)[:, None], 0.0)
+    if top_p_threshold is not None:
+        return torch.maximum(top_p_threshold(probs, kth, top_p), min_p[:, None])
     mass = torch.where(probs >= kth, probs, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     through = torch.where(best >= kth, best, 0.0).cumsum(dim=-1, dtype=torch.float64)
     before = through - best

@@ -19,7 +19,7 @@ from ..base import Ops
 from ..kv_pool import KVPool
 from ..staging import Fence, Staging
 from .base import AttentionBatch, LayerSpec, StepShape, padded, split_step
-from .flashinfer_module import Kernel, PagedCall, Variant, build
+from .flashinfer_module import FlashInferKernel, PagedCall, Variant, build
 
 TILES = (16, 64, 128)  # rows of `fa2`'s query tiles: query tokens times the heads of a group
 CTAS_PER_PROCESSOR = 2  # thread blocks `fa2` fills a device with by splitting keys
@@ -29,7 +29,7 @@ FA3_HEAD_DIM = 128
 LONG_CHUNK = 512
 
 
-Kind = tuple[int | None, float | None]  # window and soft-cap: layers that agree on them are planned together
+_LayerKind = tuple[int | None, float | None]  # window and soft-cap: layers that agree on them are planned together
 
 
 @dataclass(slots=True)
@@ -39,7 +39,7 @@ class _Planned:
     All are int32. Each ``indptr`` is ``[R + 1]``; ``kv_indices`` has the pages of all requests; the others are ``[R]``.
     """
 
-    calls: dict[Kind, PagedCall]
+    calls: dict[_LayerKind, PagedCall]
     tokens: slice  # of the step's query tokens
     host_qo_indptr: Int32
     host_kv_indptr: Int32
@@ -161,7 +161,7 @@ class FlashInferAttention:
 
     def _add(
         self,
-        calls: dict[Kind, PagedCall],
+        calls: dict[_LayerKind, PagedCall],
         tokens: slice,
         rows: Int32,
         q_lens: Int32,
@@ -197,7 +197,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel]:
+def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[FlashInferKernel]:
     """Which of FlashInfer's kernels serve a layer: `fa2` everywhere, also `fa3` on Hopper for plain heads of 128.
 
     Compiling `fa3` takes a minute the first time, so layers with other head sizes, a window or a soft-cap use `fa2`
@@ -207,7 +207,7 @@ def kernels(device: torch.device, spec: LayerSpec, head_dim: int) -> list[Kernel
     return ["fa2", "fa3"] if plain and torch.cuda.get_device_capability(device)[0] == 9 else ["fa2"]
 
 
-def _kind(spec: LayerSpec) -> Kind:
+def _kind(spec: LayerSpec) -> _LayerKind:
     return spec.window, spec.softcap
 
 

@@ -47,14 +47,14 @@ _PLAN_TAIL: dict[str, int | bool] = {
     "fixed_uniform_q_len": False,  # from 0.7.4
 }
 
-Kernel = Literal["fa2", "fa3"]
+FlashInferKernel = Literal["fa2", "fa3"]
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
     """What a module is compiled for."""
 
-    kernel: Kernel
+    kernel: FlashInferKernel
     dtype: torch.dtype
     head_dim: int
     window: bool = False
@@ -91,7 +91,7 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 
 
 @cache
-def plan_tail(kernel: Kernel) -> list[int | bool]:
+def plan_tail(kernel: FlashInferKernel) -> list[int | bool]:
     """The arguments of the installed FlashInfer's ``plan`` behind ``window_left``, read from its C++ binding.
 
     Raises `Unavailable` if it has parameters that this adapter does not know.

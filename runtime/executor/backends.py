@@ -9,6 +9,7 @@ from typing import cast
 import torch
 
 from ...kernels import ops as torch_ops
+from ...kernels import sampling
 from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
@@ -28,6 +29,15 @@ def pick_ops(device: torch.device) -> Ops:
 
         return cast(Ops, triton_ops)
     return cast(Ops, torch_ops)
+
+
+def pick_top_p(device: torch.device) -> sampling.TopP | None:
+    """Top-p without sorting, where Triton runs."""
+    if _problem_with_triton(device) is None:
+        from ...kernels.triton_sampling import top_p_threshold
+
+        return top_p_threshold
+    return None
 
 
 def _problem_with_triton(device: torch.device) -> str | None:

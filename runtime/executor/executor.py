@@ -20,7 +20,7 @@ from ..models.decoder import Decoder, StepTokens
 from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
-from .backends import make_attention, pick_ops
+from .backends import make_attention, pick_ops, pick_top_p
 from .device import on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
@@ -80,7 +80,7 @@ class ModelExecutor:
         self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         specs = decoder.layer_specs()
         self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
-        self._sampler = Sampler(rows, model.vocab_size, self.device, eos_ids=model.eos_ids)
+        self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
         self._prompt_logprobs = PromptLogprobs(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None

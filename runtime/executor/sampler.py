@@ -59,13 +59,26 @@ class Sampled:
 class Sampler:
     """Samples tokens for ``max_rows`` page-table rows over a vocabulary of ``vocab_size`` logits.
 
+    ``top_p_threshold``: as for `sampling.keep_threshold`.
+
     ``eos_ids`` are the model's end-of-sequence tokens. They are suppressed, with a request's ``stop_token_ids``, while
     the request has produced fewer than ``min_tokens`` (unless it ignores end-of-sequence tokens).
     """
 
-    def __init__(self, max_rows: int, vocab_size: int, device: torch.device | str, eos_ids: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        max_rows: int,
+        vocab_size: int,
+        device: torch.device | str,
+        eos_ids: Sequence[int] = (),
+        top_p_threshold: sampling.TopP | None = None,
+    ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
+        self._top_p_threshold = top_p_threshold
+        self._top_p_window = vocab_size if self.device.type == "cuda" else sampling.TOP_WINDOW
+        if top_p_threshold is not None:
+            self._top_p_window = 1
         self._eos_ids = [token for token in eos_ids if 0 <= token < vocab_size]
         self._scalars = np.zeros((max_rows, _SCALARS))
         self._seeds = np.zeros(max_rows, np.uint64)
@@ -194,12 +207,11 @@ class Sampler:
         filtered = np.flatnonzero(self._filtered[rows])
         if len(filtered):
             top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
-            window = sampling.window_for(top_k, top_p, self.vocab_size, self.device.type == "cpu")
+            window = sampling.window_for(top_k, top_p, self.vocab_size, self._top_p_window)
             index = self._to_device(filtered)
             some, settings = probs[index], packed[:, index]
-            keep = sampling.keep_threshold(
-                some, settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float(), window
-            )
+            filters = settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float()
+            keep = sampling.keep_threshold(some, *filters, window, self._top_p_threshold)
             probs[index] = torch.where(some >= keep, some, 0.0)
         return sampling.sample(probs, packed[-1])
 

@@ -44,7 +44,7 @@ def keep(
     ks = np.full(rows, top_k if 0 < top_k < vocab_size else vocab_size)
     ps = np.full(rows, top_p)
     if window is None:
-        window = sampling.window_for(ks, ps, vocab_size, synchronous=True)
+        window = sampling.window_for(ks, ps, vocab_size, sampling.TOP_WINDOW)
     threshold = sampling.keep_threshold(
         probs, torch.from_numpy(ks), torch.from_numpy(ps), torch.full((rows,), min_p), window
     )
@@ -95,13 +95,14 @@ def test_threshold_does_not_depend_on_the_window() -> None:
 
 
 def test_window_for_is_what_the_rows_need() -> None:
-    def window(top_k: list[int], top_p: list[float], synchronous: bool = True) -> int:
-        return sampling.window_for(np.array(top_k), np.array(top_p), 1000, synchronous)
+    def window(top_k: list[int], top_p: list[float], top_p_window: int = sampling.TOP_WINDOW) -> int:
+        return sampling.window_for(np.array(top_k), np.array(top_p), 1000, top_p_window)
 
     assert window([5, 1000], [1.0, 1.0]) == 5
     assert window([5, 1000], [1.0, 0.9]) == sampling.TOP_WINDOW
-    assert window([5, 1000], [1.0, 0.9], synchronous=False) == 1000
-    assert window([5, 40], [0.5, 0.9], synchronous=False) == 40
+    assert window([5, 1000], [1.0, 0.9], 1000) == 1000
+    assert window([5, 40], [0.5, 0.9], 1000) == 40
+    assert window([5, 1000], [1.0, 0.9], 1) == 5
     assert window([1000], [1.0]) == 1
 
 

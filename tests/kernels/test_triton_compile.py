@@ -27,6 +27,7 @@ TORCH_TO_TRITON = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -82,7 +83,7 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
 
 def call_everything() -> None:
     """Each function at the sizes of Llama 3.1 8B, and where its branches are others."""
-    from branchwise.kernels import triton_ops
+    from branchwise.kernels import triton_ops, triton_sampling
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
     from branchwise.kernels.attention.triton_backend import TritonAttention
     from branchwise.kernels.kv_pool import KVLayer, KVPool
@@ -104,6 +105,9 @@ def call_everything() -> None:
         triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
     table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
     triton_ops.page_indices(table, zeros(4, dtype=int32), indptr, 64, zeros(256, dtype=int32))
+
+    probs, top_p = zeros(4, 128256, dtype=float32), zeros(4, dtype=torch.float64)
+    triton_sampling.top_p_threshold(probs, zeros(4, 1, dtype=float32), top_p)
 
     host_table, every = np.zeros((4, 64), np.int32), ((2, 0), (0, 4), (0, 16), (0, 200))  # decodes, length of a chunk
     windowed, capped = LayerSpec(0.09, window=4096), LayerSpec(0.09, softcap=50.0)
@@ -143,7 +147,7 @@ def compiled() -> Iterator[dict[str, dict[str, int]]]:
 
 def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, int]]) -> None:
     names = Counter(label.split("[")[0] for label in compiled)
-    small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge"}
+    small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge", "_top_p_threshold"}
     assert set(names) == small | {"attend"} and names["attend"] == 8
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
     assert not spilled
