@@ -1,1 +1,1 @@
-"""The ``branchwise`` command. One module a sub-command; what is slow to import is imported when it is needed."""
+"""The ``branchwise`` command: one module for each sub-command. Slow imports are made when they are needed."""

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import EXIT_FAILED, err, expected_failures, out
-from .options import ApiKey, ServerUrl
+from .options import LOCAL_SERVER, ApiKey, ServerUrl, ServerUrlFlag, one_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
 
 def bench(
-    url: ServerUrl,
+    url: ServerUrl = None,
+    url_flag: ServerUrlFlag = None,
     model: Annotated[
         str | None, typer.Option(help="Name to ask for. Default: the first the server lists.", show_default=False)
     ] = None,
@@ -34,7 +35,7 @@ def bench(
         int | None,
         typer.Option(
             min=16,
-            help="Draw prompt token ids below this. Default: the server's vocabulary, 100000 where it is not said.",
+            help="Prompt token ids are below this. Default: the server's vocabulary, else 100000.",
             show_default=False,
         ),
     ] = None,
@@ -51,19 +52,19 @@ def bench(
     few-shot questions, tool-calling agents, tree search, chat, best-of-n, many questions on long documents, and
     unrelated prompts. Shows how much of each prompt the server reused, and how much it could have.
 
-    Workloads with requests longer than the server takes are left out. Exits 1 if any request failed.
+    Workloads with requests longer than the server accepts are left out. Exits 1 if any request failed.
     """
     with expected_failures():
         from ...runtime.errors import BranchwiseError
         from ..bench.workloads import VOCAB_HIGH, WORKLOADS
-        from ..client import Client
+        from ..client import Client, first_model
 
         names = list(WORKLOADS) if workloads == "all" else [name.strip() for name in workloads.split(",")]
         for name in names:
             if name not in WORKLOADS:
                 raise BranchwiseError(f"no workload is called {name!r}; there are: {', '.join(WORKLOADS)}")
-        server = Client(url, api_key, timeout=30.0)
-        name = model or _first_model(server)
+        server = Client(one_of(url, url_flag, "--url") or LOCAL_SERVER, api_key, timeout=30.0)
+        name = model or first_model(server)
         vocab_size, limit = _limits(server)
         fitting = [workload for workload in names if limit is None or WORKLOADS[workload].longest <= limit]
         for left_out in (workload for workload in names if workload not in fitting):
@@ -99,17 +100,8 @@ def bench(
             raise SystemExit(EXIT_FAILED)
 
 
-def _first_model(server: Any) -> str:
-    from ..errors import BackendError
-
-    try:
-        return str(server.get("/v1/models")["data"][0]["id"])
-    except (KeyError, IndexError, TypeError) as error:
-        raise BackendError(f"{server.url}/v1/models lists no model; name one with --model") from error
-
-
 def _limits(server: Any) -> tuple[int | None, int | None]:
-    """Vocabulary and longest request of a Branchwise server; (None, None) of any other: only ours says them there."""
+    """The vocabulary size and longest request of a Branchwise server; (None, None) of any other."""
     from ..errors import BackendError
 
     try:
@@ -120,7 +112,7 @@ def _limits(server: Any) -> tuple[int | None, int | None]:
 
 
 class _Bars:
-    """A progress bar a workload, on stderr, so that ``--json`` can be piped."""
+    """A progress bar for each workload, on stderr, so that ``--json`` can be piped."""
 
     def __init__(self) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -138,7 +130,7 @@ class _Bars:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self._progress.stop()
-        else:  # an error is one line: no bars beside it
+        else:  # an error is one line: remove the bars
             self._progress.live.transient = True
             self._progress.live.stop()
 

@@ -1,4 +1,4 @@
-"""What `branchwise doctor` looks at. Each check returns findings; none of them raises for what it looks for."""
+"""The checks of `branchwise doctor`. Each returns findings, and does not raise for what it checks."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ DISTRIBUTION = "branchwise"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at. ``mend`` is the command that mends it; ``broken`` means serving cannot work."""
+    """One result. ``fix``: the command that fixes it. ``broken``: serving cannot work."""
 
     what: str
     found: str
     state: Literal["ok", "note", "broken"] = "ok"
-    mend: str = ""
+    fix: str = ""
 
 
 def libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
-    """Python and every run-time requirement, installed version against the declared range."""
+    """Python and the run-time requirements: installed versions against the declared ranges."""
     from packaging.requirements import Requirement
 
     version = ".".join(map(str, sys.version_info[:3]))
     old = sys.version_info < (3, 11)
     yield Finding("python", version, "broken" if old else "ok", "install Python 3.11 or newer" if old else "")
-    fine: list[str] = []
+    within: list[str] = []
     for line in metadata.requires(distribution) or []:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
@@ -49,11 +49,11 @@ def libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
             yield Finding(requirement.name, "not installed", "broken", _pip(str(requirement)))
             continue
         if requirement.specifier.contains(installed, prereleases=True):
-            fine.append(f"{requirement.name} {installed}")
+            within.append(f"{requirement.name} {installed}")
         else:
             found = f"{installed} is outside {requirement.specifier}"
             yield Finding(requirement.name, found, "broken", _pip(str(requirement)))
-    yield Finding("libraries", ", ".join(fine))
+    yield Finding("libraries", ", ".join(within))
 
 
 def _pip(requirement: str) -> str:
@@ -64,7 +64,7 @@ def devices() -> Iterator[Finding]:
     """The CPU, and the GPUs torch can use."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a shared library of torch's is missing or of another build
+    except (ImportError, OSError) as error:  # OSError: one of its shared libraries is missing or of another build
         yield Finding("torch", f"cannot be imported: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     from ...runtime.executor.memory import device_memory, human_bytes
@@ -78,9 +78,7 @@ def devices() -> Iterator[Finding]:
             free, total = device_memory(torch.device("cuda", index))
             name = torch.cuda.get_device_name(index)
             yield Finding(f"cuda:{index}", f"{name}, {human_bytes(free)} of {human_bytes(total)} free")
-        for name in ("flashinfer-python", "triton"):
-            if not _installed(name):
-                yield Finding(name, "not installed: the fast GPU kernels need it", "note", _pip("branchwise[gpu]"))
+        yield from _gpu_libraries()
     elif Path("/dev/nvidiactl").exists():
         found = f"an NVIDIA device is here, but torch {torch.__version__} cannot use it"
         yield Finding("cuda", found, "note", f"{_pip('torch>=2.11,<2.15')} --force-reinstall")
@@ -88,12 +86,19 @@ def devices() -> Iterator[Finding]:
         yield Finding("cuda", "no NVIDIA device; the CPU will serve")
 
 
-def _installed(name: str) -> bool:
-    try:
-        metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
+def _gpu_libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
+    """Those of the ``gpu`` extra that are missing."""
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, metadata.requires(distribution) or []):
+        marker = requirement.marker
+        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": "gpu"}):
+            continue
+        try:
+            metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            fix = _pip(f"{requirement.name}{requirement.specifier}")
+            yield Finding(requirement.name, "not installed: the fast GPU kernels need it", "note", fix)
 
 
 def port(host: str, number: int) -> Finding:
@@ -104,13 +109,13 @@ def port(host: str, number: int) -> Finding:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, number))
     except OSError as error:
-        mend = f"branchwise serve --port {number + 1 if number < 65535 else 8000}"
-        return Finding("port", f"cannot listen on {host}:{number}: {error.strerror or error}", "note", mend)
+        fix = f"branchwise serve --port {number + 1 if number < 65535 else 8000}"
+        return Finding("port", f"cannot listen on {host}:{number}: {error.strerror or error}", "note", fix)
     return Finding("port", f"{host}:{number} is free")
 
 
-def private_folder() -> Finding:
-    """Whether the sockets' folder can be made: the processes of a server talk over sockets in one."""
+def sockets() -> Finding:
+    """Whether a private folder with sockets can be made, over which the processes of a server communicate."""
     try:
         with tempfile.TemporaryDirectory(prefix="branchwise-doctor-") as folder, socket.socket(socket.AF_UNIX) as probe:
             probe.bind(str(Path(folder) / "probe.sock"))
@@ -121,7 +126,7 @@ def private_folder() -> Finding:
 
 
 def model(config: EngineConfig) -> Iterator[Finding]:
-    """The memory arithmetic of a model on this machine; nothing is loaded."""
+    """The memory plan of a model on this machine. Loads no weights."""
     name = config.model or "the shipped model"
     try:
         from ...runtime.executor.device import pick_device, pick_dtype
@@ -131,7 +136,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         from ...runtime.models.folder import model_folder
         from ...runtime.models.sampling_defaults import sampling_defaults
     except (ImportError, OSError) as error:
-        yield Finding("model", f"{name} was not looked at: {error}", "broken", _pip("torch>=2.11,<2.15"))
+        yield Finding("model", f"{name} was not checked: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     try:
         folder = model_folder(config.model)
@@ -143,8 +148,8 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
     except LoadError as error:
         ours = "branchwise doctor    (the model that ships with the package)"
-        mend = ours if config.model else f"{_pip('branchwise')} --force-reinstall"
-        yield Finding("model", str(error), "broken", mend)
+        fix = ours if config.model else f"{_pip('branchwise')} --force-reinstall"
+        yield Finding("model", str(error), "broken", fix)
         return
     yield Finding("model", f"{name}: {shape.architecture} in {folder}")
     yield Finding(
@@ -155,5 +160,5 @@ def model(config: EngineConfig) -> Iterator[Finding]:
             yield Finding(what, f"{size} = {how}" if what != "KV tokens" else f"{size} ({how})")
     whole = plan.kv_tokens // longest
     state: Literal["ok", "note"] = "ok" if whole else "note"
-    mend = "" if whole else f"branchwise serve {config.model} --max-model-len {plan.kv_tokens}"
-    yield Finding("context", f"{longest:,} tokens; {whole:,} requests of that length fit unshared", state, mend)
+    fix = "" if whole else f"branchwise serve {config.model} --max-model-len {plan.kv_tokens}"
+    yield Finding("context", f"{longest:,} tokens; {whole:,} requests of that length fit unshared", state, fix)

@@ -1,4 +1,4 @@
-"""What all commands share on the terminal: where they print, and how an expected failure ends."""
+"""The terminal: where all commands print, and how an expected failure ends."""
 
 from __future__ import annotations
 
@@ -9,14 +9,30 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape as escape
 
-from ...runtime.errors import BranchwiseError
-from .wording import in_flags
+from ...runtime.errors import BranchwiseError, InvalidRequest, LoadError
+from ..errors import BackendError
 
 EXIT_FAILED = 1
 EXIT_UNUSABLE = 2  # a model or a setting that cannot be loaded
 
-# In a pipe there is no width to fit: one wide enough for the tables.
-_PIPE_WIDTH = 140
+_PIPE_WIDTH = 140  # of output that is not a terminal: wide enough for the tables
+
+_FLAGS = {
+    "max_tokens": "--max-tokens",
+    "max_new_tokens": "--max-tokens",
+    "temperature": "--temperature",
+    "top_p": "--top-p",
+    "top_k": "--top-k",
+    "seed": "--seed",
+    "sampling_seed": "--seed",
+    "stop": "--stop",
+}
+_NAMES = {
+    **_FLAGS,
+    **{f"sampling_params{index}.{field}": flag for field, flag in _FLAGS.items() for index in ("", "[]")},
+    "text": "prompt",
+    "input_ids": "prompt",
+}
 
 
 def _console(stderr: bool) -> Console:
@@ -28,20 +44,22 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
+def in_flags(error: BranchwiseError) -> str:
+    """The error's message, with flags instead of our own names of the fields and those of ``/generate``."""
+    if isinstance(error, BackendError) and error.invalid is not None:
+        return str(error).removesuffix(error.reason) + str(error.invalid.renamed(_NAMES))
+    return str(error.renamed(_NAMES) if isinstance(error, InvalidRequest) else error)
+
+
 def fail(message: str, code: int = EXIT_FAILED) -> None:
-    """Prints one line on stderr and leaves."""
+    """Prints one line on stderr and exits."""
     err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise SystemExit(code)
 
 
 @contextmanager
 def expected_failures() -> Iterator[None]:
-    """Turns failures people can mend into one line on stderr: `LoadError` exits 2, the others 1, Ctrl-C 130.
-
-    Errors about a request name flags instead of fields.
-    """
-    from ...runtime.errors import LoadError
-
+    """Turns failures that users can fix into one line on stderr: `LoadError` exits 2, the others 1, Ctrl-C 130."""
     try:
         yield
     except LoadError as error:
@@ -52,6 +70,6 @@ def expected_failures() -> Iterator[None]:
         err.print()
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader of a pipe left (`| head`). Keep the interpreter from complaining when it flushes at exit.
+        # The reader of a pipe left (`| head`). Without this the interpreter complains when it flushes at exit.
         sys.stderr.close()
         raise SystemExit(EXIT_FAILED) from None

@@ -1,4 +1,4 @@
-"""The ``branchwise`` command: its sub-commands and what ``--help`` says about them."""
+"""The ``branchwise`` command and its sub-commands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import bench, chat, doctor, generate, peers, serve, tree
 app = typer.Typer(
     name="branchwise",
     help="Serve language models to programs that branch: every shared prefix is computed once.",
-    epilog="Start with **branchwise serve**, and in another terminal **branchwise chat --url http://127.0.0.1:8000**.",
+    epilog="Start with **branchwise serve**, and in another terminal **branchwise chat http://127.0.0.1:8000**.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

@@ -1,4 +1,4 @@
-"""Flags of vLLM's and SGLang's servers, and what to write here instead: hands that know them type them."""
+"""Flags of vLLM's and SGLang's servers, and what to write instead."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typer.core import TyperCommand
 from .console import EXIT_UNUSABLE, fail
 
 _CALLED = {
+    "--model": ("--model-path",),
     "--tensor-parallel-size": ("-tp", "--tp", "--tp-size"),
     "--max-model-len": ("--context-length", "--max-context-len"),
     "--max-num-seqs": ("--max-running-requests",),
@@ -23,7 +24,6 @@ _CALLED = {
     "--seed": ("--random-seed",),
 }
 _SAID = {
-    "the model is an argument: branchwise serve Qwen/Qwen3-0.6B": ("--model", "--model-path"),
     "always on: no flag is needed": (
         *("--enable-prefix-caching", "--enable-chunked-prefill", "--enable-auto-tool-choice", "--enable-metrics"),
         *("--enable-cache-report", "--enable-prompt-tokens-details"),

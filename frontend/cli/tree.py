@@ -1,4 +1,4 @@
-"""``branchwise tree``: draws what a server remembers."""
+"""``branchwise tree``: draws the radix tree of a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .console import escape, expected_failures, out
-from .options import ApiKey, ServerUrl
+from .options import LOCAL_SERVER, ApiKey, ServerUrl, ServerUrlFlag, one_of
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -18,21 +18,22 @@ _SHOWN = 72  # characters of a node's text
 
 
 def tree(
-    url: ServerUrl,
+    url: ServerUrl = None,
+    url_flag: ServerUrlFlag = None,
     api_key: ApiKey = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's own JSON.")] = False,
     max_nodes: Annotated[
-        int, typer.Option(min=1, max=100_000, metavar="N", help="Nodes drawn; of the others only how many there are.")
+        int, typer.Option(min=1, max=100_000, metavar="N", help="Nodes to draw; the others are counted.")
     ] = 1000,
 ) -> None:
-    """Draw the radix tree of a running server: every prefix it remembers, and who uses it.
+    """Draw the radix tree of a running server: every cached prefix, and the requests that use it.
 
     On a terminal the tree is drawn in colour; in a pipe it is plain text.
     """
     with expected_failures():
         from ..client import Client
 
-        server = Client(url, api_key, timeout=30.0)
+        server = Client(one_of(url, url_flag, "--url") or LOCAL_SERVER, api_key, timeout=30.0)
         path = f"/cache/tree?max_nodes={max_nodes}"
         if as_json:
             typer.echo(json.dumps(server.get(path), indent=1))
@@ -43,7 +44,7 @@ def tree(
 
 
 def draw(dump: dict[str, Any]) -> Tree:
-    """The tree as rich draws it: a branch per node, with its tokens, what it begins with, and who uses it."""
+    """The tree for rich: a branch for each node, with its tokens, how its text begins, and how many requests use it."""
     from rich.tree import Tree
 
     from ...runtime.server.http.native.tree_text import counted, namespace_title
@@ -52,7 +53,7 @@ def draw(dump: dict[str, Any]) -> Tree:
     page_size = totals["page_size"]
     tokens, nodes = counted(totals["cached"] * page_size, "token"), counted(totals["nodes"], "node")
     drawn = Tree(
-        f"[bold]{tokens} remembered[/] in {nodes}; {totals['cached']:,} of "
+        f"[bold]{tokens} cached[/] in {nodes}; {totals['cached']:,} of "
         f"{counted(totals['pages'], 'page')} of {counted(page_size, 'token')}, {totals['evicted']:,} evicted",
         guide_style="dim",
     )
@@ -65,7 +66,7 @@ def draw(dump: dict[str, Any]) -> Tree:
 
 
 def _line(markup: str) -> Text:
-    """A label that is cut where the terminal ends: a tree of wrapped lines is hard to read."""
+    """A label that is cut at the terminal's width: a tree of wrapped lines is hard to read."""
     from rich.text import Text
 
     line = Text.from_markup(markup, overflow="ellipsis")

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from branchwise.frontend.cli import serve as serve_command
 from branchwise.frontend.cli.main import app
+from branchwise.frontend.cli.options import is_address
 from branchwise.frontend.cli.peers import PEERS
 from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
@@ -243,6 +244,39 @@ def test_a_taken_port_is_said_before_loading() -> None:
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["serve", "/no/a", "--model", "/no/b"], ["/no/a and --model /no/b: give one of the two"]),
+        (["serve", "--model", "/no/b"], ["/no/b: not a folder"]),
+        (["doctor", "/no/a", "-m", "/no/b"], ["/no/a and --model /no/b"]),
+        (["chat", "/no/a"], ["/no/a: not a folder"]),
+        (["chat", "/no/a", "--url", "http://127.0.0.1:1"], ["--model", "--url"]),
+        (["tree", "127.0.0.1:1", "--url", "127.0.0.1:2"], ["127.0.0.1:1 and --url 127.0.0.1:2"]),
+        (["bench", "127.0.0.1:1", "--url", "127.0.0.1:2"], ["127.0.0.1:1 and --url 127.0.0.1:2"]),
+    ],
+)
+def test_a_model_or_an_address_is_given_once_as_an_argument_or_a_flag(arguments: list[str], words: list[str]) -> None:
+    assert_one_line_error(branchwise(*arguments, stdin="hello\n"), 2, *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "address"),
+    [
+        ("http://127.0.0.1:8000", True),
+        ("https://h/v1", True),
+        ("localhost:8000", True),
+        ("gpu-1.lan:80/v1", True),
+        ("Qwen/Qwen3-0.6B", False),
+        ("models/qwen", False),
+        ("C:", False),
+        ("", False),
+    ],
+)
+def test_addresses_are_told_from_models(text: str, address: bool) -> None:
+    assert is_address(text) == address
+
+
 @pytest.mark.parametrize("command", [["generate", "hi"], ["chat"]], ids=["generate", "chat"])
 def test_a_model_beside_a_url_is_refused(command: list[str]) -> None:
     done = branchwise(*command, "--url", "http://127.0.0.1:1", "--model", "a/b", stdin="hello\n")
@@ -272,7 +306,7 @@ def test_what_doctor_finds_broken_it_mends(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     broken = [i for i, line in enumerate(lines) if line.lstrip().startswith("broken ")]
     assert len(broken) == 1 and "config.json" in lines[broken[0]]
-    assert all(lines[i + 1].lstrip().startswith("mend it: ") for i in broken)
+    assert all(lines[i + 1].lstrip().startswith("fix it: ") for i in broken)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -314,8 +348,8 @@ def test_generate_answers_in_process() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tree"], ["bench"], ["generate", "hi", "--url"], ["chat", "--url"]],
-    ids=["tree", "bench", "generate", "chat"],
+    [["tree"], ["tree", "--url"], ["bench", "--url"], ["generate", "hi", "--url"], ["chat", "--url"], ["chat"]],
+    ids=" ".join,
 )
 def test_no_server_is_one_line(arguments: list[str], unused_port: int) -> None:
     done = branchwise(*arguments, f"http://127.0.0.1:{unused_port}", stdin="hello\n")
@@ -346,8 +380,7 @@ def test_version() -> None:
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--model=Qwen/Qwen3-0.6B", "--model: the model is an argument: branchwise serve Qwen/Qwen3-0.6B"),
-        ("--model-path", "--model-path: the model is an argument: branchwise serve Qwen/Qwen3-0.6B"),
+        ("--model-path", "--model-path: called --model here"),
         ("--tp", "--tp: called --tensor-parallel-size here"),
         ("--enforce-eager", "--enforce-eager: called --no-cuda-graphs here"),
         ("--trust-remote-code", "--trust-remote-code: a model's own code is never run"),

@@ -206,5 +206,5 @@ def test_a_taken_port_is_one_line(server: Running) -> None:
 def test_doctor_reports_a_taken_port_and_the_model(server: Running) -> None:
     done = branchwise("doctor", "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 0, done.stdout
-    for words in ("python", "torch 2.", "cannot listen on", "mend it: branchwise serve --port", "8.0 KiB"):
+    for words in ("python", "torch 2.", "cannot listen on", "fix it: branchwise serve --port", "8.0 KiB"):
         assert words in done.stdout

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from branchwise import EngineConfig, SamplingParams
+from branchwise.frontend.cli.config_flags import field_docs
 from branchwise.frontend.cli.main import app
-from branchwise.frontend.cli.options import field_docs
 from branchwise.runtime.config import ServerConfig, check
 from branchwise.runtime.errors import BranchwiseError
 from branchwise.runtime.sampling_params import MAX_LOGIT_BIAS, MAX_STOP_LENGTH, MAX_STOP_TOKEN_IDS, MAX_STOPS, validate

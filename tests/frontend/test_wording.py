@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from branchwise.frontend.cli.wording import in_flags
+from branchwise.frontend.cli.console import in_flags
 from branchwise.frontend.client import Client
 from branchwise.frontend.errors import BackendError
 from branchwise.runtime.errors import EngineDead, InvalidRequest
