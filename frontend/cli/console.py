@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +48,8 @@ err = _console(stderr=True)
 def in_flags(error: BranchwiseError) -> str:
     """The error's message, with flags instead of our own names of the fields and those of ``/generate``."""
     if isinstance(error, BackendError) and error.invalid is not None:
-        return str(error).removesuffix(error.reason) + str(error.invalid.renamed(_NAMES))
+        reason = re.sub(r"\b(text|input_ids)(?= \d)", "prompt", str(error.invalid.renamed(_NAMES)))
+        return str(error).removesuffix(error.reason) + reason
     return str(error.renamed(_NAMES) if isinstance(error, InvalidRequest) else error)
 
 

@@ -162,7 +162,7 @@ def test_bench_fails_when_requests_do(server: Running) -> None:
     options = ["--workloads", "fewshot", "--scale", "0.005", "--vocab", "1300", "--model", "no-such-model"]
     done = branchwise("bench", server.url, *options)
     assert done.returncode == 1 and "{" not in done.stderr
-    assert done.stderr.startswith("error: every request of the warm-up failed: HTTP 404: the model 'no-such-model'")
+    assert done.stderr.startswith("error: every request of the warm-up failed: HTTP 404: model 'no-such-model'")
     assert len(done.stderr.splitlines()) == 1
 
 
