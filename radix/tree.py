@@ -94,7 +94,7 @@ class RadixTree:
 
         ``in_flight``: what it would report once the step being planned has run and its pages can be copied from.
         """
-        root = self.roots.get(namespace)
+        root = self.structure.roots.get(namespace)
         if root is None or not self.enabled:
             return 0
         tokens = np.asarray(tokens, np.int32)
