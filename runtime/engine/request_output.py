@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..errors import BranchwiseError, EngineDead
+from ..errors import BranchwiseError, EngineDead, Overloaded
 from ..logprobs import TokenLogprob
 from ..messages import CacheReport, Delta, Finished, Generate
 from ..outputs import Output
@@ -114,4 +114,6 @@ def error_of(finish: Finished) -> BranchwiseError:
     if finish.error is None:
         return EngineDead("the request failed")
     error = finish.error.error()
+    if error.status == 503:
+        return Overloaded(error.message)
     return error if 400 <= error.status < 500 else EngineDead(error.message)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from ..constraint import Constraint, ConstraintError
 from .matcher import Grammar, Matcher
@@ -27,10 +29,45 @@ _GRAMMAR_BYTES, _BYTES_PER_BYTE = (
 _ERROR_BYTES = 1024  # of a cached error, besides the text
 
 
+@dataclass(eq=False, slots=True)
+class _Job:
+    call: Callable[[], Any]
+    future: Future[Any] = field(default_factory=Future)
+    waiters: int = 0
+
+
+class _FairQueue:
+    """Jobs of several owners, taken in turn, so that one owner's many jobs delay another's by one."""
+
+    def __init__(self) -> None:
+        self._owners: OrderedDict[str, OrderedDict[_Job, None]] = OrderedDict()
+
+    def put(self, owner: str, job: _Job) -> None:
+        """Queue the job for this owner, besides those that it is queued for."""
+        self._owners.setdefault(owner, OrderedDict())[job] = None
+
+    def take(self) -> _Job | None:
+        if not self._owners:
+            return None
+        owner, jobs = next(iter(self._owners.items()))
+        self._owners.move_to_end(owner)
+        job = next(iter(jobs))
+        self.discard(job)
+        return job
+
+    def discard(self, job: _Job) -> None:
+        for owner, jobs in list(self._owners.items()):
+            jobs.pop(job, None)
+            if not jobs:
+                del self._owners[owner]
+
+
 class GrammarCompiler:
     """Thread-safe. The constructor prepares the tokenizer, which holds the GIL: better at start than during serving.
 
-    For a tokenizer that llguidance cannot use, every constraint is refused with the reason.
+    Compilations are queued fairly by owner, and dropped when nobody waits for them any more. Matchers of slow grammars
+    advance in the same threads, before all compilations. For a tokenizer that llguidance cannot use, every constraint
+    is refused with the reason.
     """
 
     def __init__(
@@ -50,10 +87,13 @@ class GrammarCompiler:
         except ConstraintError as error:
             self._unusable = error
         self._pool = ThreadPoolExecutor(
-            max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)), "branchwise-grammar", initializer=_yield_to_others
+            max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)), "branchwise-grammar", initializer=_lower_priority
         )
         self._lock = threading.Lock()
-        self._cache: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()
+        self._compiling: dict[Constraint, _Job] = {}  # queued or running
+        self._queue = _FairQueue()
+        self._advances: deque[_Job] = deque()
+        self._cache: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()  # compiled or refused
         self._sizes: dict[Constraint, int] = {}
         self._cache_bytes = cache_bytes
         self.cached_bytes = 0
@@ -64,21 +104,55 @@ class GrammarCompiler:
         """Length of a token bitmask, in 32-bit words."""
         return 0 if self._backend is None else self._backend.mask_words
 
-    def compile(self, constraint: Constraint) -> Future[Grammar]:
-        """The grammar, from the cache or a thread. The future's exception for a bad constraint is `ConstraintError`."""
+    def compile(self, constraint: Constraint, owner: str = "") -> Future[Grammar]:
+        """The grammar, from the cache or a thread. The future's exception for a bad constraint is `ConstraintError`.
+
+        Call `release` once for each call, when its caller waits no longer.
+        """
         with self._lock:
             found = self._cache.get(constraint)
             if found is not None:
                 self._cache.move_to_end(constraint)
                 return found
-            future = self._pool.submit(self._compile, constraint)
-            self._cache[constraint] = future
-            self._keep(constraint, len(constraint.text))
-        return future
+            job = self._compiling.get(constraint)
+            if job is None:
+                job = self._compiling[constraint] = _Job(partial(self._compile, constraint))
+                self._pool.submit(self._run_next)
+            if not job.future.running():
+                self._queue.put(owner, job)
+            job.waiters += 1
+            return job.future
+
+    def release(self, constraint: Constraint) -> None:
+        """One caller of `compile` waits no longer. A compilation that has not begun is dropped after the last."""
+        with self._lock:
+            job = self._compiling.get(constraint)
+            if job is None:
+                return
+            job.waiters -= 1
+            if job.waiters == 0 and job.future.cancel():
+                self._queue.discard(job)
+                del self._compiling[constraint]
 
     def advance(self, matcher: Matcher, token: int) -> Future[None]:
         """`Matcher.advance_and_compute_mask` in a thread."""
-        return self._pool.submit(matcher.advance_and_compute_mask, token)
+        job = _Job(partial(matcher.advance_and_compute_mask, token))
+        with self._lock:
+            self._advances.append(job)
+        self._pool.submit(self._run_next)
+        return job.future
+
+    def _run_next(self) -> None:
+        with self._lock:
+            job = self._advances.popleft() if self._advances else self._queue.take()
+            if job is None or not job.future.set_running_or_notify_cancel():
+                return  # its job was dropped
+        try:
+            result = job.call()
+        except BaseException as error:  # a Rust panic is no `Exception`
+            job.future.set_exception(error)
+        else:
+            job.future.set_result(result)
 
     def close(self) -> None:
         """Cancel queued work; a compilation that runs is finished by its thread and dropped."""
@@ -89,24 +163,25 @@ class GrammarCompiler:
         try:
             if self._backend is None:
                 raise self._unusable or ConstraintError("cannot be enforced")
+            grammar = Grammar(self._backend, self._backend.compile(constraint))
             size = _GRAMMAR_BYTES + _BYTES_PER_BYTE * len(constraint.text)
-            return Grammar(self._backend, self._backend.compile(constraint), size)
+            return grammar
         finally:
-            with self._lock:
-                self.compiled += 1
-                if constraint in self._cache:
-                    self._keep(constraint, size)
+            self._keep(constraint, size)
 
     def _keep(self, constraint: Constraint, size: int) -> None:
-        """Account for an entry, and evict the least recently used while the cache is too large."""
-        self.cached_bytes += size - self._sizes.get(constraint, 0)
-        self._sizes[constraint] = size
-        while self.cached_bytes > self._cache_bytes and len(self._cache) > 1:
-            old, _ = self._cache.popitem(last=False)
-            self.cached_bytes -= self._sizes.pop(old)
+        """Move a compilation to the cache, and evict the least recently used while the cache is too large."""
+        with self._lock:
+            self.compiled += 1
+            self._cache[constraint] = self._compiling.pop(constraint).future
+            self._sizes[constraint] = size
+            self.cached_bytes += size
+            while self.cached_bytes > self._cache_bytes and len(self._cache) > 1:
+                old, _ = self._cache.popitem(last=False)
+                self.cached_bytes -= self._sizes.pop(old)
 
 
-def _yield_to_others() -> None:
+def _lower_priority() -> None:
     """Lower the priority of this thread only: on Linux each thread has its own."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)

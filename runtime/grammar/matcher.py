@@ -32,16 +32,11 @@ MAX_JUMP = 256  # tokens of one `Matcher.jump`: the engine's thread spends 10 to
 class Grammar:
     """A compiled constraint, shared by all outputs that it constrains. Its cost a token is measured over all of them.
 
-    Args:
-        start: a matcher at the grammar's start.
-        size: estimated memory in bytes.
-
-    Raises `ConstraintError` if no output can satisfy the grammar.
+    ``start`` is a matcher at the grammar's start. Raises `ConstraintError` if no output can satisfy the grammar.
     """
 
-    def __init__(self, backend: GrammarBackend, start: LLMatcher, size: int) -> None:
+    def __init__(self, backend: GrammarBackend, start: LLMatcher) -> None:
         self.backend = backend
-        self.size = size
         self.slow = False
         self.masks_to_measure = 0  # this many masks are still to be filled one by one
         self._cost = 0.0  # CPU seconds a token, moving average

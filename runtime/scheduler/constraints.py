@@ -52,7 +52,7 @@ class ConstraintManager:
 
     def __init__(self, compiler: GrammarCompiler | None) -> None:
         self._compiler = compiler
-        self._compiling: dict[int, tuple[Request, Future[Grammar]]] = {}
+        self._compiling: dict[int, tuple[Request, Constraint, Future[Grammar]]] = {}
         self._advancing: dict[int, Request] = {}  # requests whose matcher's job `poll` has not reported
 
     @property
@@ -75,22 +75,28 @@ class ConstraintManager:
         """Start compiling; `poll` reports when the request may run. Needs `available`."""
         if self._compiler is None:
             raise LookupError("this scheduler has no grammar compiler")
-        self._compiling[request.id] = request, self._compiler.compile(constraint)
+        future = self._compiler.compile(constraint, owner=request.namespace[0])
+        self._compiling[request.id] = request, constraint, future
 
     def forget(self, request: Request) -> None:
-        """The request has ended."""
-        self._compiling.pop(request.id, None)
+        """The request has ended. Its grammar is not compiled if no other request waits for it."""
+        self._release(request)
         self._advancing.pop(request.id, None)
+
+    def _release(self, request: Request) -> None:
+        waiting = self._compiling.pop(request.id, None)
+        if waiting is not None and self._compiler is not None:
+            self._compiler.release(waiting[1])
 
     def poll(self, now: float) -> ConstraintEvents:
         """Collect what threads have finished. A compiled request has its matcher afterwards."""
         if not self.busy:
             return ConstraintEvents()
         compiled = []
-        for request, future in list(self._compiling.values()):
+        for request, _, future in list(self._compiling.values()):
             if future.done() or now - request.arrival > COMPILE_SECONDS:
-                del self._compiling[request.id]
                 compiled.append((request, self._start(request, future)))
+                self._release(request)
         advanced = []
         for request in list(self._advancing.values()):
             job = _matcher(request).job
@@ -102,7 +108,8 @@ class ConstraintManager:
     def _start(self, request: Request, future: Future[Grammar]) -> InvalidRequest | None:
         """Give the request its matcher, or return why there is none."""
         if not future.done():
-            return _about(request, ConstraintError(f"could not be compiled within {COMPILE_SECONDS:.0f} seconds"))
+            problem = f"could not be compiled within {COMPILE_SECONDS:.0f} seconds: try again later"
+            return _about(request, ConstraintError(problem, status=503))
         error = future.exception()
         if isinstance(error, ConstraintError):
             return _about(request, error)

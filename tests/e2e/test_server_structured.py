@@ -9,6 +9,7 @@ import threading
 import time
 from typing import Any
 
+import httpx
 import jsonschema
 import pytest
 
@@ -159,4 +160,46 @@ def test_hostile_constraints_do_not_stall_a_neighbour(start_server: Any) -> None
     assert len(ends) == len(HOSTILE) and set(ends) <= {200, 400}
     print([round(gap * 1e3, 1) for gap in (p99(quiet), p99(beside), beside[-1])], "ms: p99 alone, beside, and the most")
     assert p99(beside) < p99(quiet) + 0.1  # the cores are shared
+    server.idle()
+
+
+def large(i: int) -> dict[str, Any]:
+    """A schema of 62 kB that takes about 0.2 s to compile; another one for each ``i``."""
+    properties = {f"key_{i}_{j}": {"type": "string", "pattern": f"^(a|b|c{j:04d}){{1,4}}$"} for j in range(930)}
+    return {"type": "object", "properties": properties}
+
+
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_one_keys_two_hundred_schemas_do_not_delay_another_key(start_server: Any, abandoned: bool) -> None:
+    """Compiled one after the other they would take half a minute, and a request waits ten seconds at most."""
+    server = start_server(api_key="a", extra_api_keys=("b",))
+    crowd, neighbour = ({"Authorization": f"Bearer {key}"} for key in "ab")
+    ends: list[int | None] = []
+
+    def ask(i: int) -> None:
+        body = {"prompt": "x", "max_tokens": 2, "json_schema": json.dumps(large(i))}
+        try:
+            timeout = 1.0 if abandoned else 60
+            reply = httpx.post(f"{server.url}/v1/completions", json=body, headers=crowd, timeout=timeout)
+            ends.append(reply.status_code)
+            assert reply.status_code in (200, 503) and (reply.status_code == 200 or reply.headers["Retry-After"])
+        except httpx.TimeoutException:
+            ends.append(None)
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(200)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while abandoned and ends.count(None) < 100 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for i in range(3):
+        began = time.monotonic()
+        body = {"prompt": "x", "max_tokens": 60, "regex": f"{i}[0-9]{{3}}"}
+        reply = httpx.post(f"{server.url}/v1/completions", json=body, headers=neighbour, timeout=60)
+        assert reply.status_code == 200, reply.text
+        assert time.monotonic() - began < 8
+    for thread in threads:
+        thread.join(120)
+    assert len(ends) == 200
+    assert ends.count(None) >= 100 if abandoned else {200, 503} == set(ends)
     server.idle()

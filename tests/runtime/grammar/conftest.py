@@ -83,7 +83,7 @@ class Schemas:
 
     def compile(self, schema: Any) -> Grammar:
         """Raises `ConstraintError`."""
-        return Grammar(self.backend, self.backend.compile(Constraint("json_schema", json.dumps(schema))), 0)
+        return Grammar(self.backend, self.backend.compile(Constraint("json_schema", json.dumps(schema))))
 
     def take(self, schema: Any, text: str) -> bool:
         """Whether an output may be exactly this text."""

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from branchwise import Engine, SamplingParams
+from branchwise.runtime.chat.conversation import OfferedTool
 from branchwise.runtime.chat.tools import Tool, reasoning_format
 from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.grammar.matcher import Grammar, compute_masks
-from branchwise.runtime.server.http.openai.chat.grammar import OutputGrammar, calls_for
+from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar, calls_for
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 X = {"type": "object", "properties": {"x": {"enum": [1, 2]}}, "required": ["x"], "additionalProperties": False}
@@ -91,20 +92,23 @@ def test_special_tokens_match_no_text(engine: Engine) -> None:
     assert special not in output.token_ids and re.fullmatch(r"<\|vision_pad\|>[ab]", output.text)
 
 
+def offered(strict: bool) -> list[OfferedTool]:
+    return [OfferedTool(Tool("f", X, strict=strict), {}, "tools[0].parameters")]
+
+
 @pytest.mark.parametrize("thinks", [False, True])
-@pytest.mark.parametrize(("named", "parallel"), [(None, True), ("f", False)])
-def test_a_forced_call(engine: Engine, named: str | None, parallel: bool, thinks: bool) -> None:
+@pytest.mark.parametrize("parallel", [True, False])
+def test_a_forced_call(engine: Engine, parallel: bool, thinks: bool) -> None:
     thoughts = reasoning_format("think") if thinks else None
-    grammar = OutputGrammar(
-        calls_for("hermes", [Tool("f", X)], forced=True, named=named, parallel=parallel), True, thoughts, {}
-    )
+    calls = calls_for("hermes", offered(strict=False), enforced=True, parallel=parallel)
+    grammar = OutputGrammar(calls, True, thoughts, {})
     params = SamplingParams(temperature=0, max_tokens=120, logit_bias=bias(engine, **(THINK if thinks else {})))
     text = engine.generate("x", grammar.applied(params, "assistant\n")).text
     assert re.match((r"<think></think>\n{0,2}" if thinks else "") + CALL, text), text
 
 
 def test_a_strict_tool_with_auto(engine: Engine) -> None:
-    calls = calls_for("hermes", [Tool("f", X, strict=True)], forced=False, named=None, parallel=False)
+    calls = calls_for("hermes", offered(strict=True), enforced=False, parallel=False)
     grammar = OutputGrammar(calls, False, None, {})
     params = SamplingParams(temperature=0, max_tokens=60, logit_bias=bias(engine, **{"<tool_call>": 100.0}))
     output = engine.generate("x", grammar.applied(params, "assistant\n"))
@@ -127,7 +131,7 @@ def test_markup_of_a_sentencepiece_tokenizer(added: ModuleType, tmp_path: Path, 
     """Gemma's HTML tags are added tokens, and not special."""
     tokenizer = Tokenizer.load(added.sentencepiece(tmp_path / "gemma", added.HTML))
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, (1,))
-    grammar = Grammar(backend, backend.compile(Constraint("choices", json.dumps([text]))), 0)
+    grammar = Grammar(backend, backend.compile(Constraint("choices", json.dumps([text]))))
     together = [grammar.matcher() for _ in range(5)]
     said: list[int] = []
     while not together[0].finished:

@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 
 from branchwise import Engine, SamplingParams
-from branchwise.runtime.errors import InvalidRequest
+from branchwise.runtime.errors import InvalidRequest, Overloaded
 from branchwise.runtime.grammar import matcher
 from branchwise.runtime.scheduler import constraints
 
@@ -228,6 +228,6 @@ def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_eng
         time.sleep(0.01)
     assert [delta.finish.reason for delta in seen] == ["abort"]
     monkeypatch.setattr(constraints, "COMPILE_SECONDS", 0.05)
-    with pytest.raises(InvalidRequest, match="could not be compiled within"):
+    with pytest.raises(Overloaded, match="could not be compiled within"):
         engine.generate(PROMPT, SamplingParams(regex="late[0-9]"))
     go.set()

@@ -27,7 +27,7 @@ def bits(mask):
 
 def compiled(backend, text, kind="regex"):
     constraint = Constraint(kind, text)
-    return Grammar(backend, backend.compile(constraint), 0)
+    return Grammar(backend, backend.compile(constraint))
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_forbid_reaches_the_tokens_and_the_rows_it_is_told_and_no_others(vocab_s
 def test_masks_filled_together_are_those_filled_alone(backend):
     """In a batch of different grammars at different places, one of which goes beyond the limits."""
     texts = ["[ab]+c", "abc|bca", "(ab|ca){2,4}", "a{1,3}"]
-    grammars = [Grammar(backend, backend.compile(Constraint("regex", text)), 0) for text in texts]
+    grammars = [Grammar(backend, backend.compile(Constraint("regex", text))) for text in texts]
     together, alone = ([grammar.matcher() for grammar in grammars for _ in range(3)] for _ in range(2))
     rng = np.random.default_rng(0)
     for _ in range(4):

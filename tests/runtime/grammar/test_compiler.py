@@ -1,0 +1,156 @@
+"""Compilations are shared, dropped when nobody waits for them, fair between owners, and behind running matchers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from branchwise import Engine, SamplingParams
+from branchwise.runtime.constraint import Constraint, ConstraintError
+from branchwise.runtime.errors import Overloaded
+from branchwise.runtime.grammar.compiler import GrammarCompiler
+from branchwise.runtime.grammar.matcher import Matcher
+from branchwise.runtime.scheduler import constraints
+from branchwise.runtime.tokenizer.tokenizer import Tokenizer
+
+
+def large(i: int) -> Constraint:
+    """A schema of 62 kB that takes about 0.2 s to compile; another one for each ``i``."""
+    properties = {f"key_{i}_{j}": {"type": "string", "pattern": f"^(a|b|c{j:04d}){{1,4}}$"} for j in range(930)}
+    text = json.dumps({"type": "object", "properties": properties})
+    assert 60_000 < len(text) < 66_000
+    return Constraint("json_schema", text)
+
+
+@pytest.fixture
+def compiler(checkpoint: Callable[[str], Path]) -> Iterator[GrammarCompiler]:
+    tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,))
+    yield compiler
+    compiler.close()
+
+
+@pytest.fixture
+def gate(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No compilation ends before this is set."""
+    gate, compile_now = threading.Event(), compiler._backend.compile
+    monkeypatch.setattr(compiler._backend, "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    return gate
+
+
+def busy(compiler: GrammarCompiler) -> list[Future[Any]]:
+    """Every thread compiles something."""
+    futures = [compiler.compile(Constraint("regex", f"busy{i}")) for i in range(compiler._pool._max_workers)]
+    while not all(future.running() for future in futures):
+        time.sleep(0.001)
+    return futures
+
+
+@pytest.mark.parametrize("abandoned", [True, False])
+def test_two_hundred_large_schemas_do_not_delay_another_owner(compiler: GrammarCompiler, abandoned: bool) -> None:
+    schemas = [large(i) for i in range(200)]
+    futures = [compiler.compile(schema, owner="crowd") for schema in schemas]
+    if abandoned:
+        for schema in schemas:
+            compiler.release(schema)
+    began = time.monotonic()
+    compiler.compile(Constraint("regex", "[0-9]{4}"), owner="other").result(20)
+    assert time.monotonic() - began < 5
+    assert compiler.compiled <= 2 * compiler._pool._max_workers + 2
+    dropped = sum(future.cancelled() for future in futures)
+    assert dropped >= 190 if abandoned else dropped == 0
+    if abandoned:
+        assert len(compiler._compiling) <= compiler._pool._max_workers and not compiler._queue._owners
+
+
+def test_owners_take_turns(compiler: GrammarCompiler, gate: threading.Event) -> None:
+    futures, order = busy(compiler), []
+    for owner, count in (("a", 6), ("b", 2), ("c", 1)):
+        for i in range(count):
+            future = compiler.compile(Constraint("regex", f"{owner}{i}"), owner=owner)
+            future.add_done_callback(lambda _, name=f"{owner}{i}": order.append(name))
+            futures.append(future)
+    compiler.compile(Constraint("regex", "a5"), owner="c")  # waits in either's queue, and is compiled once
+    gate.set()
+    for future in futures:
+        future.result(20)
+    if compiler._pool._max_workers == 1:
+        assert order == ["a0", "b0", "c0", "a1", "b1", "a5", "a2", "a3", "a4"]
+    assert sorted(order) == sorted(["a0", "a1", "a2", "a3", "a4", "a5", "b0", "b1", "c0"])
+
+
+def test_a_compilation_is_dropped_when_its_last_waiter_leaves(compiler: GrammarCompiler, gate: threading.Event) -> None:
+    running = busy(compiler)
+    wanted = Constraint("regex", "wanted")
+    future = compiler.compile(wanted, owner="a")
+    assert compiler.compile(wanted, owner="b") is future
+    compiler.release(wanted)
+    assert not future.cancelled()
+    compiler.release(wanted)
+    assert future.cancelled()
+    compiler.release(wanted)  # of one that is gone: nothing happens
+    again = compiler.compile(wanted, owner="a")
+    assert again is not future
+    compiler.release(Constraint("regex", "busy0"))  # one that runs is finished, and cached
+    gate.set()
+    assert again.result(20) and running[0].result(20)
+    assert compiler.compile(wanted) is again and compiler.compile(Constraint("regex", "busy0")) is running[0]
+    assert not compiler._compiling and not compiler._queue._owners
+
+
+def test_matchers_go_before_compilations(compiler: GrammarCompiler, gate: threading.Event) -> None:
+    gate.set()
+    matcher: Matcher = compiler.compile(Constraint("regex", "[ab]{9}")).result(20).matcher()
+    gate.clear()
+    running = busy(compiler)
+    waiting = [compiler.compile(Constraint("regex", f"x{i}")) for i in range(50)]
+    ends: list[int] = []
+    job = compiler.advance(matcher, int(compiler._backend._tokenizer.tokenize_str("a")[0]))
+    job.add_done_callback(lambda _: ends.append(sum(future.done() for future in waiting)))
+    gate.set()
+    job.result(20)
+    assert matcher.error is None and not matcher.needs_mask and ends[0] <= len(running)
+
+
+def test_a_refusal_is_cached_and_a_failure_ends_its_waiters(compiler: GrammarCompiler) -> None:
+    bad = Constraint("regex", "[")
+    refused = compiler.compile(bad)
+    assert isinstance(refused.exception(20), ConstraintError)
+    assert compiler.compile(bad) is refused
+
+
+def test_requests_that_leave_drop_their_grammars(
+    make_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(seed=21)
+    compiler = engine._core._grammars
+    gate, compile_now = threading.Event(), compiler._backend.compile
+    monkeypatch.setattr(compiler._backend, "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    running = busy(compiler)
+    before = compiler.compiled
+    seen: list[Any] = []
+    leaving = [SamplingParams(regex=f"leaves{i}[0-9]") for i in range(20)]
+    requests = [engine._request("x", params, "", 0) for params in leaving]
+    engine._thread.submit(requests, seen.append)
+    while engine.stats().waiting < 20:
+        time.sleep(0.01)
+    assert len(compiler._compiling) == 20 + len(running)
+    engine._thread.abort([id for request in requests for id in request.ids])
+    while engine.stats().waiting:
+        time.sleep(0.01)
+    assert len(compiler._compiling) == len(running)
+    monkeypatch.setattr(constraints, "COMPILE_SECONDS", 0.05)
+    with pytest.raises(Overloaded, match=r"could not be compiled within .* try again later"):
+        engine.generate("x", SamplingParams(regex="late[0-9]"))
+    assert len(compiler._compiling) == len(running), "and it is not compiled for nobody"
+    gate.set()
+    for future in running:
+        future.result(20)
+    assert compiler.compiled == before + len(running)
