@@ -26,6 +26,7 @@ _EXACT_FORMATS = {"date": _DATE, "date-time": rf"{_DATE}.*:[0-5]\d:[0-5]\d", "ti
 
 NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LITERALS = frozenset({"const", "enum", "default", "examples", "example"})  # their values are data, not schemas
+MAX_OPTIONAL = 1000  # optional properties of one object: each is about four items in llguidance's parser row
 MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
 
 _ANNOTATIONS = frozenset({"title", "description", "$comment", "default", "examples", "deprecated"})
@@ -237,6 +238,9 @@ def _check_one(path: str, schema: Schema) -> None:
             for number in _integers(schema[keyword]):
                 if not _is_exact(number):
                     raise refuse(keyword, f"with {number}: integers beyond ±{MAX_EXACT} cannot be enforced exactly")
+    optional = len(_dict(schema.get("properties")).keys() - _required(schema))
+    if optional > MAX_OPTIONAL:
+        raise refuse("properties", f"{optional} of them optional: at most {MAX_OPTIONAL} can be enforced")
     least = len(_required(schema)) + 1
     if not _is_closed(schema) and not _at_most(schema.get("minProperties", 0), least):
         raise refuse("minProperties", f"which counts repeated names: at most {least} can be enforced here")

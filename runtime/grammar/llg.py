@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 # Compilation takes milliseconds and a mask fractions of one. These limits bound the worst case: about 50 ms a step on
 # this project's machine, for grammars written to be slow. A lexer state takes 1 to 2 KB of memory.
 _LIMITS = LLParserLimits(
-    max_items_in_row=1000,
+    max_items_in_row=5000,
     initial_lexer_fuel=500_000,
     step_lexer_fuel=50_000,
-    step_max_items=20_000,
+    step_max_items=50_000,
     max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,

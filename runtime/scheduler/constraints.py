@@ -188,7 +188,7 @@ class ConstraintManager:
             if self.is_advancing(request):  # retracted and admitted again before its job was done
                 self._take_job(request)
             if matcher.grammar.slow and time.monotonic() - began > STEP_SECONDS:
-                matcher.error = ConstraintError("is too slow to be enforced for so many outputs at once")
+                matcher.error = ConstraintError("is too slow to be enforced for so many outputs at once", status=503)
             matcher.compute_mask()
             if matcher.error is None and not matcher.finished:
                 mask[:] = matcher.mask

@@ -153,10 +153,23 @@ def test_other_look_around_stays(pattern: str) -> None:
 MORE = 2**53 + 1
 
 
+def optional(count: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"k{i}": {"type": "integer", "maximum": 9} for i in range(count)}}
+
+
+def test_an_object_of_many_optional_properties_goes_on(compiled: Any) -> None:
+    """It failed after "{" from 250 on."""
+    for count in (260, 1000):
+        grammar = compiled.compile(optional(count))
+        for seed in range(3):
+            compiled.write(grammar, seed, most=40)
+
+
 @pytest.mark.parametrize(
     ("schema", "problem"),
     [
         ({"type": "array", "uniqueItems": True}, "uses uniqueItems, "),
+        ({"items": optional(1001)}, r"uses properties at items\.properties, 1001 of them optional: at most 1000"),
         ({"properties": {"a": {"items": {"not": {}}}}}, r"uses not at properties\.a\.items\.not, "),
         ({"anyOf": [{}, {"contains": INTEGER}]}, r"uses contains at anyOf\[1\]\.contains, "),
         ({"$ref": "#/$defs/x", "$defs": {"x": {"if": {}, "then": {}}}}, r"uses if at \$defs\.x\.if, "),
