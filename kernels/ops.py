@@ -15,7 +15,7 @@ from .kv_pool import KVLayer
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm (Zhang & Sennrich, 2019) over the last dimension, in float32, back in ``x``'s dtype.
 
-    ``weight`` is float32 and holds any offset (Gemma's 1 + w): ``[D]``, or ``[heads, D]`` for x ``[T, heads, D]``.
+    ``weight`` is float32 and includes any offset (Gemma's 1 + w): ``[D]``, or ``[heads, D]`` for x ``[T, heads, D]``.
     """
     normed = F.rms_norm(x.float(), x.shape[-1:], None, eps)
     return normed.mul_(weight).to(x.dtype)

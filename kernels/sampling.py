@@ -135,11 +135,11 @@ def keep_threshold(
     mass = torch.where(probs >= kth, probs, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     through = torch.where(best >= kth, best, 0.0).cumsum(dim=-1, dtype=torch.float64)
     before = through - best
-    wanted = top_p[:, None] * mass
-    last_kept = (before < wanted).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
+    needed = top_p[:, None] * mass
+    last_kept = (before < needed).sum(dim=-1, keepdim=True).clamp_(min=1) - 1
     nucleus = torch.where(top_p[:, None] < 1.0, torch.maximum(best.gather(1, last_kept), kth), kth)
     if window < vocab_size and probs.device.type == "cpu":
-        short = (through[:, -1] < wanted[:, 0]) & (top_p < 1.0) & (top_k > window)
+        short = (through[:, -1] < needed[:, 0]) & (top_p < 1.0) & (top_k > window)
         if bool(short.any()):
             wider = min(window * 8, vocab_size)
             nucleus[short] = keep_threshold(probs[short], top_k[short], top_p[short], min_p[short], wider)

@@ -1,4 +1,4 @@
-"""Top-p without sorting, in Triton: see `sampling.keep_threshold`, which says what it computes."""
+"""Top-p without sorting, in Triton: see `sampling.keep_threshold` for the definition."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _top_p_threshold(
     V: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ) -> None:
-    """One row. The largest t for which values of at least t have the wanted mass, found two bits at a time: values from
+    """One row. The largest t for which values of at least t have the needed mass, found two bits at a time: values from
     0 to 1 are ordered like their bits.
 
     Masses are sums of integers, in units of 2**-44: exact, whatever the order. 2**18 values of at most 1 fit.
@@ -36,7 +36,7 @@ def _top_p_threshold(
             value = tl.load(values + at + column, at + column < V, other=0.0)
             total += tl.where(value >= floor, (value * 17592186044416.0).to(tl.int64), 0)
         mass = tl.sum(total, axis=0)
-        wanted = top_p * mass.to(tl.float64)
+        needed = top_p * mass.to(tl.float64)
         found = tl.full((), 0, tl.int32)  # bits of the threshold
         unit = tl.full((), 268435456, tl.int32)  # 2 ** 28: float32 values up to 1 have bits below 2 ** 30
         for _ in range(15):
@@ -51,11 +51,11 @@ def _top_p_threshold(
                 above1 += tl.where(bits >= first, units, 0)
                 above2 += tl.where(bits >= second, units, 0)
                 above3 += tl.where(bits >= third, units, 0)
-            if tl.sum(above3, axis=0).to(tl.float64) >= wanted:
+            if tl.sum(above3, axis=0).to(tl.float64) >= needed:
                 found = third
-            elif tl.sum(above2, axis=0).to(tl.float64) >= wanted:
+            elif tl.sum(above2, axis=0).to(tl.float64) >= needed:
                 found = second
-            elif tl.sum(above1, axis=0).to(tl.float64) >= wanted:
+            elif tl.sum(above1, axis=0).to(tl.float64) >= needed:
                 found = first
             unit = unit >> 2
         threshold = tl.maximum(floor, tl.where(mass > 0, found.to(tl.float32, bitcast=True), 0.0))

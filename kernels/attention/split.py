@@ -68,7 +68,7 @@ class Bounds:
     def of(cls, requests: int, tokens: int, tile: int, target: int) -> Bounds:
         """``tile`` and ``target``: as for `cut`."""
         tiles = (tokens + requests * (tile - 1)) // tile
-        # A tile of length n * x, x the wanted length, is split into at most n + 1/2 pieces, and only if n >= 3/2.
+        # A tile of length n * x, x the target length, is split into at most n + 1/2 pieces, and only if n >= 3/2.
         return cls(tiles + target, min(tiles, target * 2 // 3 + 1))
 
     @staticmethod
@@ -105,8 +105,8 @@ def cut(
     stop = np.maximum(position + tokens, 0)
     start = np.zeros_like(stop) if window is None else np.maximum(position - window + 1, 0) // ALIGN * ALIGN
     length = stop - start
-    wanted = max(MIN_KEYS, -(-int(length.sum()) // target))
-    size = -(-length // np.maximum((2 * length + wanted) // (2 * wanted), 1))
+    target_length = max(MIN_KEYS, -(-int(length.sum()) // target))
+    size = -(-length // np.maximum((2 * length + target_length) // (2 * target_length), 1))
     size = np.maximum(-(-size // ALIGN) * ALIGN, ALIGN)
     count = np.maximum(-(-length // size), 1)
 

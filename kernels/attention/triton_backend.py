@@ -199,7 +199,7 @@ class TritonAttention:
         return self._staging.put(array, -(-len(array) // ALIGNMENT_INTS) * ALIGNMENT_INTS)
 
     def _tile(self, tokens: int) -> tuple[Tile, int]:
-        """The tile for requests of about so many query tokens, and how many of them it holds: whole tokens."""
+        """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
         tile = tile_for(tokens * self._group, self._head_dim, self._itemsize)
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group

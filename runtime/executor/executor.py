@@ -147,9 +147,9 @@ class ModelExecutor:
 
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
-        wanted = self._prompt_logprobs.spans(plan)
+        spans = self._prompt_logprobs.spans(plan)
         starts = plan.query_starts
-        inputs = self._stage(plan, shape, [starts[span.index] + span.offsets for span in wanted])
+        inputs = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
         count = len(plan.samples)
         if self._graphs is not None and shape is not None:
             self._graphs.replay(shape)
@@ -157,7 +157,7 @@ class ModelExecutor:
         self._decoder.reserve(int(plan.kv_lens.max()))
         hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
         logits = self._decoder.logits(hidden[:count]) if count else None
-        return self._launched(plan, inputs, logits, self._prompt_logprobs.compute(wanted, hidden[count:]))
+        return self._launched(plan, inputs, logits, self._prompt_logprobs.compute(spans, hidden[count:]))
 
     def _launched(
         self, plan: StepPlan, inputs: StepInputs, logits: Tensor | None, prompt: list[PromptRows]

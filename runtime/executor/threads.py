@@ -44,10 +44,10 @@ class ThreadChoice:
     def set_for(self, plan: StepPlan) -> None:
         if not self._on_cpu or self._now == self._all == 1:
             return
-        wanted = self._all if self.seconds(plan) > _WORTH_SHARING else 1
-        if wanted != self._now:
-            torch.set_num_threads(wanted)
-            self._now = wanted
+        threads = self._all if self.seconds(plan) > _WORTH_SHARING else 1
+        if threads != self._now:
+            torch.set_num_threads(threads)
+            self._now = threads
 
 
 def container_processors(root: Path) -> int | None:

@@ -1,4 +1,4 @@
-"""What needs a CUDA device: run it all with ``make test-gpu``. Elsewhere every test here is skipped."""
+"""Tests that need a CUDA device: run them with ``make test-gpu``. Elsewhere they are skipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""FlashInfer's kernels are compiled by the first process that wants them, and by no other; or not at all."""
+"""Only the first process that needs FlashInfer's kernels compiles them; without a compiler, Triton serves."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ for variant in variants:
 
 
 def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
-    """`build_jit_specs` and `build_and_load` run ninja in different folders, and each takes the other's output for
-    stale: a server that used both compiled everything twice, at every start."""
+    """`build_jit_specs` and `build_and_load` run ninja in different folders, and each considers the other's output
+    stale: a server that used both compiled everything twice at every start."""
     compiler, runs = tmp_path / "compiler", tmp_path / "runs"
     compiler.write_text(COMPILER)
     compiler.chmod(0o755)

@@ -27,7 +27,7 @@ def load(folder: Path, **settings: object) -> ModelExecutor:
 
 
 def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) -> None:
-    """Every captured shape, over a pool of noise: logits and what was written to the pool."""
+    """Every captured shape, over a pool of noise: the logits, and what the step writes to the pool."""
     executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=16 * 512)
     graphs, pool, table = executor._graphs, executor._pool._data, executor._table
     assert graphs is not None
@@ -69,7 +69,7 @@ def step_like(shape: StepShape) -> StepPlan:
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton"])
 def test_greedy_warm_and_cold(backend: str, gpu_checkpoint: Callable[[str], Path]) -> None:
-    """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not hang on one."""
+    """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not depend on one."""
     if backend == "flashinfer":
         pytest.importorskip("flashinfer")
     shared = RNG.integers(2, 300, 150).tolist()

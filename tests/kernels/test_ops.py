@@ -1,4 +1,4 @@
-"""The small operations against float64 definitions."""
+"""The elementwise operations against float64 definitions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_add_rms_norm_adds_in_place() -> None:
 
 
 @pytest.mark.parametrize("turning", [16, 8])
-def test_rope_turns_pairs_and_keeps_the_rest(turning: int) -> None:
+def test_rope_rotates_pairs_and_keeps_the_rest(turning: int) -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(3, 2, 16), torch.rand(3, turning // 2) * 6
     got = ops.rope(x, angles.cos(), angles.sin())
@@ -86,7 +86,7 @@ def test_page_indices_lays_rows_end_to_end() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", [0, 1, 7, 600])
-def test_linear_laid_out_for_the_device(dtype: torch.dtype, rows: int) -> None:
+def test_linear_equals_torch_also_where_it_is_packed(dtype: torch.dtype, rows: int) -> None:
     torch.manual_seed(0)
     weight, bias, x = torch.randn(30, 24).to(dtype), torch.randn(30).to(dtype), torch.randn(rows, 48).to(dtype)[:, :24]
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
@@ -97,5 +97,5 @@ def test_linear_laid_out_for_the_device(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_float32_is_packed_on_a_cpu() -> None:
-    """A torch that drops the op would make decoding two to three times slower without a word."""
+    """If torch dropped the operation, decoding would silently become two to three times slower."""
     assert packs(torch.device("cpu"), torch.float32) == torch.backends.mkldnn.is_available()

@@ -113,7 +113,7 @@ def test_ties_at_the_edge_are_kept_together() -> None:
     assert keep(logits, top_p=0.01).tolist() == [[False, True, False, True, False, False]]
 
 
-def test_one_finite_logit_is_always_drawn() -> None:
+def test_one_finite_logit_is_always_sampled() -> None:
     logits = torch.full((3, 300), -INF)
     logits[:, 137] = 2.5
     probs = sampling.unnormalized_probs(logits, torch.full((3,), 0.3))
@@ -123,7 +123,7 @@ def test_one_finite_logit_is_always_drawn() -> None:
 
 
 @pytest.mark.parametrize("row", [[-INF, -INF, -INF], [math.nan, math.nan, math.nan], [INF, 0.0, INF], [0.0]])
-def test_hopeless_rows_still_yield_a_token_of_the_vocabulary(row: list[float]) -> None:
+def test_rows_without_a_distribution_still_yield_a_token_of_the_vocabulary(row: list[float]) -> None:
     probs = sampling.unnormalized_probs(torch.tensor([row]), torch.ones(1))
     assert torch.isfinite(probs).all()
     for u in (0.0, 0.999):
@@ -148,7 +148,7 @@ def test_greedy_is_the_first_of_equals(vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 1000])
-def test_draw_is_inverse_cdf_in_vocabulary_order(vocab_size: int) -> None:
+def test_sampling_is_inverse_cdf_in_vocabulary_order(vocab_size: int) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
     probs = torch.rand(64, vocab_size, generator=generator)
     probs[torch.rand(64, vocab_size, generator=generator) < 0.7] = 0.0

@@ -32,7 +32,7 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case:
-    """A pool with a row of pages for each request, some of them shared, and what the requests hold."""
+    """A pool, and a page table whose rows share some pages."""
 
     def __init__(
         self, seed: int, kv_heads: int, dim: int, page: int, layers: int = 1, dtype: torch.dtype = torch.float32
@@ -49,7 +49,7 @@ class Case:
         self.device_table = torch.from_numpy(self.table).to(DEVICE)
 
     def batch(self, requests: list[tuple[int, int]]) -> AttentionBatch:
-        """``requests``: (query tokens, tokens before), decodes first, in rows of the table drawn at random."""
+        """``requests``: (query tokens, tokens before), decodes first, in random rows of the page table."""
         q_lens = np.array([q for q, _ in requests], np.int32)
         return AttentionBatch(
             rows=self.rng.permutation(8)[: len(requests)].astype(np.int32),
@@ -76,7 +76,7 @@ class Case:
         return reference.run(layer, q.float().contiguous(), k, v)
 
     def poison(self, batch: AttentionBatch) -> None:
-        """Makes everything nan that no request of the batch holds: the ends of pages, and page 0."""
+        """Fills everything that no request of the batch owns with NaN: the ends of pages, and page 0."""
         held = torch.zeros(self.pool.shape[2] * self.page, dtype=torch.bool)
         for row, length in zip(batch.rows, batch.kv_lens, strict=True):
             at = np.arange(length)
@@ -198,7 +198,7 @@ def test_extreme_scores() -> None:
 
 
 class Recorder:
-    """Records launches, and repeats them: what a CUDA graph does, with arguments instead of addresses."""
+    """Records launches and repeats them, like a CUDA graph, with arguments instead of addresses."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []

@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for Hopper, without spilling registers. Needs no GPU: Triton brings its assembler.
+"""Every Triton kernel compiles for Hopper without spilling registers. Needs no GPU: Triton ships an assembler.
 
 The interpreter of the other tests accepts programs that the compiler does not. So a second process calls the same
 functions with launches replaced: what would have run is compiled for sm_90 instead.
@@ -34,7 +34,7 @@ TORCH_TO_TRITON = {
 
 
 def resources(cubin: bytes) -> dict[str, int]:
-    """What the assembler reports of a kernel: REG, STACK and SHARED among others."""
+    """The assembler's report on a kernel: REG, STACK, SHARED and others."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -82,7 +82,7 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
 
 
 def call_everything() -> None:
-    """Each function at the sizes of Llama 3.1 8B, and where its branches are others."""
+    """Each function at the sizes of Llama 3.1 8B, and at sizes that take its other branches."""
     from branchwise.kernels import triton_ops, triton_sampling
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
     from branchwise.kernels.attention.triton_backend import TritonAttention

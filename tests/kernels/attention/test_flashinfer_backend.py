@@ -1,5 +1,7 @@
-"""The FlashInfer backend's side of the bargain, without a GPU: a module that computes in torch from exactly what
-FlashInfer's is given. What only FlashInfer itself can show is in tests/gpu."""
+"""The FlashInfer backend without a GPU: a stand-in for FlashInfer's module computes in torch from the same arguments.
+
+Tests with FlashInfer itself are in tests/gpu.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ SPECS = [LayerSpec(0.25), LayerSpec(0.25, window=9), LayerSpec(0.3, softcap=3.0)
 
 
 class Module:
-    """Stands in for `PagedCall`: checks what it is given as a compiled module would not, and attends in torch."""
+    """Stands in for `PagedCall`: checks its arguments, which compiled modules do not, and attends in torch."""
 
     def __init__(self, variant, window, causal, heads, kv_heads, page_size, workspace, int_workspace):
         self.variant, self.window, self.causal, self.page_size = variant, window, causal, page_size
@@ -122,8 +124,8 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
 
 
 def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, captured):
-    """What FlashInfer's planner takes of the workspace at most (`PrefillPlan` and `PrefillSplitQOKVIndptr` of its
-    scheduler.cuh): with a graph by the shape alone, else by the tiles of a step that it splits."""
+    """The most workspace that FlashInfer's planner uses (`PrefillPlan` and `PrefillSplitQOKVIndptr` in scheduler.cuh):
+    in a graph it depends on the shape alone, otherwise on the tiles of a step whose keys are split."""
     group = num_heads // kv_heads
     rows = ((tokens - requests + 1) % 2**32 if captured else tokens / requests) * group
     tile = 128 if rows > 64 and head_dim < 256 else 64 if rows > 16 else 16
@@ -138,7 +140,7 @@ def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, c
     ("heads", "kv_heads", "head_dim"),
     [(32, 8, 128), (14, 2, 64), (16, 2, 128), (4, 1, 256), (32, 32, 64), (64, 2, 128), (32, 1, 128), (71, 1, 64)],
 )
-def test_the_workspace_holds_what_any_step_is_planned_to_take(processors, heads, kv_heads, head_dim):
+def test_the_workspace_is_large_enough_for_any_step(processors, heads, kv_heads, head_dim):
     for most in (1, 8, 64, 512):
         size = subject.workspace_bytes(heads, kv_heads, head_dim, processors, most, 1024, min(64, most))
         shapes = [(n, n, True) for n in (1, most)] + [(n, min(64, most), True) for n in (32, 256, 1024)]
@@ -156,7 +158,7 @@ def test_the_workspace_holds_what_any_step_is_planned_to_take(processors, heads,
         (OLDEST, "runs on CUDA devices, not on cpu"),
     ],
 )
-def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
+def test_the_reason_why_it_cannot_run(version, message, monkeypatch):
     def installed(name):
         if version is None:
             raise subject_metadata.PackageNotFoundError(name)
@@ -183,7 +185,7 @@ def test_what_it_says_where_it_cannot_run(version, message, monkeypatch):
         (ImportError("libcuda.so.1: cannot open shared object file: No such file or directory"), "libcuda.so.1: can"),
     ],
 )
-def test_it_says_in_a_line_why_nothing_can_be_compiled(error, said, monkeypatch):
+def test_a_failed_compilation_is_one_line(error, said, monkeypatch):
     class Broken:
         @property
         def is_compiled(self):
@@ -265,6 +267,6 @@ def test_a_plan_with_unknown_parameters_is_refused(tail, install, monkeypatch):
         flashinfer_module.plan_tail("fa2")
 
 
-def test_sources_that_cannot_be_read_are_said(install):
+def test_unreadable_sources_are_refused(install):
     with pytest.raises(Unavailable, match="FlashInfer's sources cannot be read"):
         flashinfer_module.plan_tail("fa2")

@@ -1,4 +1,4 @@
-"""Partial attention: the library kernel and the written-out one agree, and parts merge to the whole."""
+"""Partial attention: the library's kernel equals the reference, and merged parts equal attention over all keys."""
 
 from __future__ import annotations
 

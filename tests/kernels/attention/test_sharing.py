@@ -12,9 +12,9 @@ from branchwise.kernels.attention.sharing import shared_runs
 
 
 def runs_of(
-    table: list[list[int]], limits: list[int], worth: int = 1
+    table: list[list[int]], limits: list[int], min_saved: int = 1
 ) -> tuple[list[tuple[list[int], int, int]], list[int]]:
-    shared = shared_runs(np.array(table, np.int32), np.array(limits), worth)
+    shared = shared_runs(np.array(table, np.int32), np.array(limits), min_saved)
     return sorted((run.members.tolist(), run.start, run.stop) for run in shared.runs), shared.covered.tolist()
 
 
@@ -37,9 +37,9 @@ def test_a_short_limit_ends_a_run_for_its_request_alone() -> None:
     assert covered == [3, 1, 3]
 
 
-def test_run_not_worth_a_call_is_left_to_the_deeper_one() -> None:
+def test_a_run_that_saves_too_little_is_left_to_the_deeper_one() -> None:
     table = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 7], [1, 9, 9, 9, 9, 9]]
-    runs, covered = runs_of(table, [6] * 3, worth=5)
+    runs, covered = runs_of(table, [6] * 3, min_saved=5)
     assert runs == [([0, 1], 0, 5)]
     assert covered == [5, 5, 0]
 
@@ -53,19 +53,19 @@ def test_runs_tile_true_sharing(data: st.DataObject) -> None:
         data.draw(st.lists(st.lists(cell, min_size=columns, max_size=columns), min_size=rows, max_size=rows))
     )
     limits = np.array(data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows)))
-    worth = data.draw(st.integers(1, 6))
-    shared = shared_runs(table.astype(np.int32), limits, worth)
+    min_saved = data.draw(st.integers(1, 6))
+    shared = shared_runs(table.astype(np.int32), limits, min_saved)
     runs, covered = shared.runs, shared.covered
     depth = np.zeros(rows, int)
     for run in sorted(runs, key=lambda run: run.start):
         assert len(run.members) >= 2
-        assert (len(run.members) - 1) * (run.stop - run.start) >= worth
+        assert (len(run.members) - 1) * (run.stop - run.start) >= min_saved
         assert (limits[run.members] >= run.stop).all()
         assert (depth[run.members] == run.start).all()  # no gap, no overlap
         assert (table[run.members, : run.stop] == table[run.members[0], : run.stop]).all()
         depth[run.members] = run.stop
     assert (depth == covered).all()
-    if worth == 1:  # then nothing shared is left: what follows is seen by one request alone
+    if min_saved == 1:  # then nothing shared is left: what follows is seen by one request alone
         for i in range(rows):
             for j in range(i):
                 k = covered[i]
@@ -84,7 +84,7 @@ def test_runs_tile_true_sharing(data: st.DataObject) -> None:
 
 
 def test_a_step_finds_its_runs_once() -> None:
-    """Every layer kind and backend gets the same object; full pages alone count, not those a query sees in part."""
+    """Later calls get the same object. Only full pages count, not those that a query sees in part."""
     table = np.array([[1, 2, 3, 4], [1, 2, 3, 5], [1, 2, 6, 0], [9, 9, 9, 9]], np.int32)
     q_lens, kv_lens = np.array([1, 1, 6], np.int32), np.array([15, 13, 12], np.int32)
     rows = np.array([1, 0, 2], np.int32)

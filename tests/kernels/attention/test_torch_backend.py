@@ -1,4 +1,4 @@
-"""The attention backend alone, against float64 attention computed token by token from a plain record of keys."""
+"""The torch backend against float64 attention, computed token by token from plain lists of keys."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Request:
 
 
 class World:
-    """A poisoned pool and requests that grow in it. What the backend writes must be what a later step reads."""
+    """A pool filled with large values, and requests that grow in it and share pages."""
 
     def __init__(self, seed: int, specs: list[LayerSpec], heads: int, kv_heads: int, page: int, share: bool) -> None:
         self.rng = np.random.default_rng(seed)
@@ -125,7 +125,7 @@ def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (7, 1)])
 @pytest.mark.parametrize("kind", SPECS)
 def test_random_ragged_batches(kind: str, heads: int, kv_heads: int, page: int, share: bool) -> None:
-    """Requests start, branch off each other at page borders, are extended and decode, in mixed steps."""
+    """Requests start, branch at page borders, are extended and decode, in mixed steps."""
     world = World(heads, SPECS[kind], heads, kv_heads, page, share)
     for row, n in ((0, 60), (1, 16), (2, 15)):
         world.begin(row)
@@ -150,7 +150,7 @@ def test_lengths_around_a_page(page: int, share: bool) -> None:
 
 
 def test_tree_of_three_levels(share: bool) -> None:
-    """All share a root, groups share a branch each, and a reader joins in the very step its prefix is written."""
+    """All requests share a root, groups share a branch, and one reads a prefix in the step that writes it."""
     world = World(2, SPECS["full"], 4, 2, 4, share)
     world.begin(0)
     world.step([(0, 64)])
@@ -168,7 +168,7 @@ def test_tree_of_three_levels(share: bool) -> None:
 
 
 def test_shared_pages_are_attended_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What sharing is for: 8 decodes on one prefix gather its pages once, not 8 times."""
+    """8 decodes on one prefix gather its pages once, not 8 times."""
     gathered: list[int] = []
     attend = torch_backend.attend
 
@@ -197,7 +197,7 @@ def test_extreme_scores_stay_finite(share: bool) -> None:
 
 
 def test_bfloat16_is_as_exact_as_its_pool() -> None:
-    """Merging is in float32: results differ from float32 attention over the same bfloat16 values by rounding alone."""
+    """Parts are merged in float32: the result differs from float32 attention over the same values only by rounding."""
     torch.manual_seed(0)
     pool = torch.zeros(1, 2, 80, 16, 2, DIM, dtype=torch.bfloat16)
     table = np.arange(1, 61, dtype=np.int32)[None].repeat(3, axis=0)

@@ -20,7 +20,7 @@ GREEDY = SamplingParams(temperature=0.0)
 
 
 class Driver:
-    """Steps of one executor, by hand. Pages are written to the table as the caller says."""
+    """Runs hand-written steps on one executor. The caller chooses the pages."""
 
     def __init__(self, executor: ModelExecutor) -> None:
         self.executor = executor
@@ -81,7 +81,7 @@ def make() -> SimpleNamespace:
 
 @pytest.fixture
 def driver(checkpoint: Callable[[str], Path]) -> Callable[..., Driver]:
-    """``driver(family, **config)`` drives a fresh executor of 32 pages of 8 tokens and 6 rows."""
+    """``driver(family, **config)`` drives a new executor with 32 pages of 8 tokens and 6 rows."""
 
     def build(family: str = "llama-gqa", **config: Any) -> Driver:
         settings = {"page_size": 8, "kv_cache_tokens": 256, "max_num_seqs": 6, "device": "cpu"} | config

@@ -1,4 +1,4 @@
-"""Which attention backend serves, where the better ones cannot: a pool on a GPU is played, no kernel runs."""
+"""The choice of the attention backend. The GPU is simulated, and no kernel runs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make(choice: str, head_dim: int = 128, device: str = "cuda") -> Any:
 
 @pytest.fixture
 def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashInfer is installed and fits, and cannot compile; Triton's backend is a name."""
+    """FlashInfer is installed and supports the model, but cannot compile. Triton's backend is a stand-in."""
 
     def broken(*args: object) -> None:
         raise Unavailable("FlashInfer's kernels could not be compiled: Could not find nvcc")

@@ -1,4 +1,4 @@
-"""Everything of an engine runs on its own device, shown by fakes: one machine rarely has two GPUs.
+"""Everything of an engine runs on its own device. Devices are simulated, since most machines have no second GPU.
 
 tests/gpu/test_engine.py has the same with real ones (`test_a_second_device`).
 """
@@ -26,7 +26,7 @@ from branchwise.runtime.step import RowStart, StepPlan
 
 
 class Devices:
-    """Plays torch's current device: `on_device` makes ``engine`` current, everything else happens on ``user``."""
+    """Simulates torch's current device: ``engine`` inside `on_device`, ``user`` outside."""
 
     def __init__(self) -> None:
         self.current = "user"
@@ -50,7 +50,7 @@ class Devices:
         monkeypatch.setattr(owner, name, watched)
 
 
-def test_the_executor_makes_its_device_current_for_all_it_does_and_gives_it_back(
+def test_the_executor_works_on_its_device_and_restores_the_callers(
     checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices = Devices()

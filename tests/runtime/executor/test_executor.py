@@ -1,4 +1,4 @@
-"""The executor step by step, by hand-made plans, against transformers."""
+"""The executor with hand-written plans, step by step, against transformers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_several_samples_of_one_request(driver: Drive, make: SimpleNamespace, or
 
 
 def test_sampled_tokens_depend_on_their_position_alone(driver: Drive, make: SimpleNamespace) -> None:
-    """Several samples in one step are the tokens that a step for each would have drawn."""
+    """Several samples in one step are the tokens that a step for each would have sampled."""
     params = SamplingParams(temperature=1.0, top_p=0.9)
     found = []
     for steps in ([[0, 1, 2]], [[0], [1], [2]]):
@@ -160,7 +160,7 @@ def test_row_and_pages_pass_to_another_request(driver: Drive, make: SimpleNamesp
 @pytest.mark.parametrize("chunks", [[40], [1, 8, 31], [13, 13, 13, 1]])
 @pytest.mark.parametrize("wanted", [0, 1, 9, 39])
 def test_prompt_logprobs(chunks: list[int], wanted: int, driver: Drive, make: SimpleNamespace, oracle: Oracle) -> None:
-    """Pieces of consecutive chunks join to the logprobs of prompt tokens from the wanted position on."""
+    """The results of consecutive chunks join to the logprobs of the prompt from the requested position on."""
     params = SamplingParams(temperature=0.0, prompt_logprobs=3, prompt_logprob_start=wanted)
     drive = driver("qwen3")
     at, pieces = 0, []
@@ -219,7 +219,7 @@ def test_long_prompts_logprobs_come_in_slices(driver: Drive, make: SimpleNamespa
     np.testing.assert_allclose(rows.chosen, expected[:, 0], atol=1e-4)
 
 
-def test_resumed_request_tells_prompt_logprobs_of_its_prompt_alone(driver: Drive, make: SimpleNamespace) -> None:
+def test_a_resumed_request_has_prompt_logprobs_of_its_prompt_alone(driver: Drive, make: SimpleNamespace) -> None:
     params = SamplingParams(temperature=0.0, prompt_logprobs=0)
     result = driver().step(
         [(0, PROMPT[:20], 0, True)],
@@ -278,7 +278,7 @@ def test_progress_counts_every_byte(checkpoint: Callable[[str], Path]) -> None:
         ({"kv_cache_tokens": 2**50}, "--kv-cache-tokens"),
     ],
 )
-def test_settings_that_cannot_be(changes: dict[str, Any], says: str, driver: Drive) -> None:
+def test_impossible_settings_are_refused(changes: dict[str, Any], says: str, driver: Drive) -> None:
     with pytest.raises(LoadError, match=says) as caught:
         driver(**changes)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The measuring of a step's memory, with a device that is none: what runs, not what it took."""
+"""Measuring a step's memory, on a simulated device: which step runs, not how much it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The memory plan: what bounds the pool, and that its numbers are the ones allocated."""
+"""The memory plan: what bounds the pool, and that the planned bytes are those allocated."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_as_many_tokens_as_asked_rounded_up_to_pages(model: ModelConfig) -> None
 def test_few_requests_do_not_bound_what_is_remembered(
     device: str, model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On 141 GB, 8 requests of 4,096 tokens once left the cache 32,768 tokens."""
+    """The pool was once capped at max_num_seqs × max_model_len: 32,768 tokens here, on a device of 141 GB."""
     monkeypatch.setattr(memory, "device_memory", lambda device: (138 * GIB, 141 * GIB))
     few, many = (
         plan_memory(
@@ -93,7 +93,7 @@ def test_lines_tell_the_formula(model: ModelConfig) -> None:
 
 
 def test_a_gpu_that_another_process_fills(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The parts that do not fit are all named, and who has the rest can be seen."""
+    """The error names every part of the plan, and how much of the device is free."""
     monkeypatch.setattr(memory, "device_memory", lambda device: (3 * GIB // 2, 80 * GIB))
     with pytest.raises(LoadError) as caught:
         plan_memory(EngineConfig(), model, torch.bfloat16, torch.device("cuda:0"), 512, 8192)

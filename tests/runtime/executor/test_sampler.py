@@ -1,4 +1,4 @@
-"""The sampler: state by row, one draw a step. Oracles are plain per-request computations over the whole history."""
+"""The sampler against plain per-request computations over the whole history."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_rows_tokens_do_not_depend_on_its_neighbours_or_its_row() -> None:
 
 
 def test_each_kind_really_does_something() -> None:
-    """Guards the test above: the kinds' draws must differ from each other."""
+    """Guards the test above: the kinds must sample different tokens."""
     tokens = []
     for params in KINDS:
         sampler = make()
@@ -105,7 +105,7 @@ def test_each_kind_really_does_something() -> None:
     assert len(set(tokens)) >= 8
 
 
-def test_seed_and_position_decide_the_draw() -> None:
+def test_seed_and_position_decide_the_token() -> None:
     sampler = make(max_rows=64)
     flat = torch.zeros(64, V)
     for row in range(64):
@@ -177,7 +177,7 @@ def test_a_resumed_request_continues_as_if_never_retracted() -> None:
 
 @pytest.mark.parametrize("later", KINDS)
 def test_no_state_of_a_former_request_leaks(later: dict[str, object]) -> None:
-    """A row used by the most demanding request, then restarted, draws as a row never used."""
+    """A row used by the most demanding request, then restarted, samples like a row that was never used."""
     used, fresh = make(), make()
     everything: dict[str, object] = {
         "temperature": 3.0,

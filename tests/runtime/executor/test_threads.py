@@ -1,4 +1,4 @@
-"""Small steps on one thread, large ones on all: by what a step reads and multiplies."""
+"""Small steps run on one thread and large ones on all, by the bytes read and the operations of a step."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_gpu_is_left_alone(two_threads):
 
 
 def test_a_container_has_no_more_threads_than_processors(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads beyond a quota stop the others in the middle of a parallel region."""
+    """Threads beyond the quota would be stopped in the middle of a parallel region, and the others would wait."""
     monkeypatch.setattr(threads, "container_processors", lambda root: 1)
     choice(70_000_000).set_for(step(2000, 2000))  # type: ignore[arg-type]
     assert torch.get_num_threads() == 1
