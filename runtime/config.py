@@ -136,8 +136,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_body_bytes: int = 16 * 1024 * 1024
     max_prompts_per_request: int = 1024
     max_samples_per_request: int = 1024
-    max_messages: int = 4096
-    max_tools: int = 128
+    max_messages: int = 16_384
+    max_tools: int = 1024
     max_json_depth: int = 64
     max_json_values: int = 262_144
     max_header_bytes: int = 64 * 1024

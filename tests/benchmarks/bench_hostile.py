@@ -153,7 +153,7 @@ def bodies() -> Iterator[Body]:
         yield Body(CHAT, f"chat_template_kwargs, {what}", kwargs)
     yield Body(CHAT, "documents", full(b"{" + A + b',"documents":[', b"{}", b"]}"))
     yield Body(CHAT, "documents of 語", text(b"{" + A + b',"documents":[{"a":"', wide, b'"}]}'))
-    for field, unit in (("stop", b'"a"'), ("stop", b"7"), ("stop_token_ids", b'"a"'), ("guided_choice", b"7")):
+    for field, unit in (("stop", b'"a"'), ("stop", b"7"), ("stop_token_ids", b'"a"'), ("tools", b"7")):
         content = full(b"{" + A + b',"%s":[' % field.encode(), unit, b"]}")
         yield Body(CHAT, f"{field} of {unit.decode()}", content)
         few = full(b"{" + A + b',"%s":[' % field.encode(), unit, b"]}", 16_384 * (len(unit) + 1))

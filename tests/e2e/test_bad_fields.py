@@ -15,12 +15,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from branchwise.runtime.server.http.fields.cache import PromptCacheOptions
-from branchwise.runtime.server.http.fields.requests import (
-    CompletionRequest,
-    GenerateRequest,
-    GenerateSampling,
-    StreamOptions,
-)
+from branchwise.runtime.server.http.fields.parse import StreamOptions
 from branchwise.runtime.server.http.native.admin import AbortRequest
 from branchwise.runtime.server.http.native.branches import (
     CreateRequest,
@@ -32,6 +27,8 @@ from branchwise.runtime.server.http.native.branches import (
 from branchwise.runtime.server.http.native.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
 from branchwise.runtime.server.http.native.tokens import DetokenizeRequest, TokenizeRequest
 from branchwise.runtime.server.http.openai.chat.request import ChatRequest
+from branchwise.runtime.server.http.openai.completions import CompletionRequest
+from branchwise.runtime.server.http.sglang.request import GenerateRequest, GenerateSampling
 
 HUGE = 10**30
 USER = {"role": "user", "content": "hello"}
@@ -82,6 +79,7 @@ def called(**function: Any) -> dict[str, Any]:
 CACHE: Table = [
     ("cache_salt", ["x" * 5000]),
     ("prompt_cache_key", ["k" * 513]),
+    ("extra_key", ["x" * 5000]),
     ("prompt_cache_options", [{"mode": "never"}, {"mode": "off", "ttl": "5m"}, {"ttl": "5 minutes"}, {"ttl": 1e12}]),
     ("prompt_cache_options", [{"ttl": -1}, {"ttl": HUGE}, {"ttl": True}, {"mode": 7}]),
     ("prompt_cache_breakpoint", [3, "x", [3], [True] * 5, {"at": 0}, {"at": True}, {"at": 1 << 70}, {"ttl": []}]),
@@ -101,12 +99,13 @@ SAMPLING: Table = [
     ("logit_bias", [{str(i): 1 for i in range(2000)}]),
 ]
 STRUCTURED: Table = [
-    ("guided_json", [{"not": {}}, "{", "x" * 200_000, {"type": "string", "pattern": "(?=a)"}]),
-    ("guided_json", [{"type": "array", "maxItems": number} for number in (2**64, HUGE, -HUGE)]),
-    ("guided_regex", ["", "[", "(?=a)b", "a" * 200_000]),
-    ("guided_choice", [[], [""], ["a", 7], ["a"] * 2000]),
-    ("guided_grammar", ["", "nothing at all"]),
-    ("guided_decoding_backend", ["outlines"]),
+    *((f"guided_{name}", ["x"]) for name in ("json", "regex", "choice", "grammar", "decoding_backend")),
+    ("structured_outputs", [{"json": schema} for schema in ({"not": {}}, "{", "x" * 200_000)]),
+    ("structured_outputs", [{"json": {"type": "string", "pattern": "(?=a)"}}]),
+    ("structured_outputs", [{"json": {"type": "array", "maxItems": number}} for number in (2**64, HUGE, -HUGE)]),
+    ("structured_outputs", [{"regex": regex} for regex in ("", "(?=a)b", "a" * 200_000)]),
+    ("structured_outputs", [{"choice": choices} for choices in ([], [""], ["a", 7], ["a"] * 2000)]),
+    ("structured_outputs", [{"grammar": grammar} for grammar in ("", "nothing at all")]),
     ("regex", ["", "["]),
     ("json_schema", ["", "[", '{"not": {}}', {"uniqueItems": True}]),
     ("ebnf", ["", "nothing at all"]),
@@ -122,7 +121,8 @@ OPENAI: Table = [
     ("model", ["someone-elses", ""]),
     ("max_tokens", [-1, HUGE, 32_768]),
     ("min_tokens", [-1, 2, HUGE]),
-    ("seed", [-1, 2**63, HUGE]),
+    ("rid", ["x" * 5000]),
+    ("seed", [-(2**63) - 1, 2**63, HUGE]),
     ("stream_options", [{"include_usage": True}, {"include_usage": "yes"}]),  # without stream
     ("priority", [2**31, -(2**31)]),
     ("use_beam_search", [True]),
@@ -188,7 +188,7 @@ GENERATE_SAMPLING: Table = [
     *((name, values) for name, values in STRUCTURED if name in ("regex", "json_schema", "ebnf")),
     ("max_new_tokens", [-1, HUGE, 32_768]),
     ("min_new_tokens", [-1, 2]),
-    ("sampling_seed", [-1, 2**63]),
+    ("sampling_seed", [-(2**63) - 1, 2**63]),
     ("choices", [[], [""], ["a"] * 2000]),
     ("stop_regex", ["a"]),
     ("temprature", [0.5]),  # a typo must not be silently ignored

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from branchwise.runtime.server.http.fields.requests import CompletionRequest, GenerateRequest, GenerateSampling
 from branchwise.runtime.server.http.native.admin import AbortRequest
 from branchwise.runtime.server.http.native.branches import CreateRequest, ForkRequest, RunRequest, ScoreRequest
 from branchwise.runtime.server.http.native.cache import PinRequest, PromptRequest, UnpinRequest, WarmRequest
 from branchwise.runtime.server.http.native.tokens import DetokenizeRequest, TokenizeRequest
 from branchwise.runtime.server.http.openai.chat.request import ChatRequest
+from branchwise.runtime.server.http.openai.completions import CompletionRequest
+from branchwise.runtime.server.http.sglang.request import GenerateRequest, GenerateSampling
 
 EXAMPLES = 150
 LONGEST = 20.0  # seconds an answer may take; the most there is to do is some 128 × 250 made-up tokens
@@ -167,7 +168,7 @@ SHAPES: dict[str, st.SearchStrategy[Any]] = {
     "ops": st.lists(
         st.dictionaries(st.sampled_from(["op", "id", "n", "text", "input_ids", "parent", "ttl"]), values), max_size=5
     ),
-    **dict.fromkeys(("guided_json", "json_schema"), schemas),
+    "json_schema": schemas,
     **dict.fromkeys(("prompt", "input_ids", "tokens", "extend"), ids),
     **dict.fromkeys(("prompts", "continuations"), st.lists(ids | st.text(max_size=9), max_size=4)),
     **dict.fromkeys(("n", "max_tokens", "logprobs", "top_logprobs", "best_of", "min_tokens"), st.integers(0, 30)),

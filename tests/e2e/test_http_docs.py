@@ -379,7 +379,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "`stop_token_ids`": ("/v1/completions", {**TEXT, "stop_token_ids": [5] * 257}),
     "`logit_bias` entries": ("/v1/completions", {**TEXT, "logit_bias": {str(i): 1 for i in range(1025)}}),
     "`top_logprobs` and its like": (CHAT, {"messages": [USER], "logprobs": True, "top_logprobs": 21}),
-    "messages": (CHAT, {"messages": [USER] * 4097}),
+    "messages": (CHAT, {"messages": [USER] * 16_385}),
     "parts of a message": (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4097}]},
@@ -388,7 +388,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 4096}] * 5},
     ),
-    "tools": (CHAT, {"messages": [USER], "tools": [tool(f"f{i}") for i in range(129)]}),
+    "tools": (CHAT, {"messages": [USER], "tools": [tool(f"f{i}") for i in range(1025)]}),
     "characters of a tool's name": (CHAT, {"messages": [USER], "tools": [tool("f" * 129)]}),
     "bytes of a tool's schema": (
         CHAT,
@@ -402,7 +402,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "the same × `n`": (CHAT, {"messages": [USER], "regex": "x" * 100_000, "n": 100}),
     "levels of a schema": (CHAT, {"messages": [USER], "json_schema": json.dumps(nested(70))}),
     "values in a schema": (CHAT, {"messages": [USER], "json_schema": json.dumps({"enum": [*range(20_000)]})}),
-    "choices": (CHAT, {"messages": [USER], "guided_choice": [f"x{i}" for i in range(1025)]}),
+    "choices": (CHAT, {"messages": [USER], "structured_outputs": {"choice": [f"x{i}" for i in range(1025)]}}),
     "work to compile and follow a grammar": (
         CHAT,
         {"messages": [USER], "regex": "((a{1,100}){1,100}){1,100}", "max_tokens": 200, "ignore_eos": True},
@@ -418,7 +418,6 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "seconds of an unused branch": ("/branches", {"ttl": "1h"}),
     "forks in one call": ("/branches/ID/fork", {"n": 1025}),
     "operations in a batch": ("/branches/batch", {"ops": [{"op": "create"}] * 1025}),
-    "bytes of a text to `/tokenize`, `/cache/…`, `count_tokens`": ("/tokenize", {"prompt": "x" * 1_000_001}),
     "tokens to `/detokenize`": ("/detokenize", {"tokens": [5] * 1_000_001}),
     "nodes of `/cache/tree`": ("/cache/tree?max_nodes=100001", {}),
 }

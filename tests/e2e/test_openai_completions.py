@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import openai
@@ -224,3 +225,19 @@ async def test_the_async_client_streams_and_waits(shipped: Any) -> None:
         assert [model.id async for model in client.models.list()] == ["branchwise"]
         with pytest.raises(openai.BadRequestError):
             await client.completions.create(**{**asked, "temperature": -1})
+
+
+def test_token_ids_beside_the_text(shipped: Any) -> None:
+    body = {"prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    answer = shipped.http.post("/v1/completions", json={**body, "logprobs": 1, "return_tokens_as_token_ids": True})
+    [choice] = answer.json()["choices"]
+    assert len(choice["token_ids"]) == 4
+    assert choice["prompt_token_ids"] == shipped.http.post("/tokenize", json={"prompt": "hello"}).json()["tokens"]
+    assert choice["logprobs"]["tokens"] == [f"token_id:{id}" for id in choice["token_ids"]]
+    with shipped.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line and line != "data: [DONE]"]
+    choices = [json.loads(line)["choices"][0] for line in lines]
+    assert [one["prompt_token_ids"] for one in choices] == [choice["prompt_token_ids"]] + [None] * (len(choices) - 1)
+    assert [id for one in choices for id in one["token_ids"]] == choice["token_ids"]
+    plain = shipped.http.post("/v1/completions", json={"prompt": "hello", "max_tokens": 1}).json()["choices"][0]
+    assert "token_ids" not in plain

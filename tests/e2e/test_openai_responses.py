@@ -308,12 +308,15 @@ def test_constraints_in_every_dialect(client: openai.OpenAI) -> None:
     for body in (
         {"regex": "[a-c]{3}"},
         {"structured_outputs": {"regex": "[a-c]{3}"}},
-        {"guided_regex": "[a-c]{3}"},
+        {"structured_outputs": {"regex": "[a-c]{3}"}},
         {"ebnf": "root ::= [a-c] [a-c] [a-c]"},
     ):
         text = respond(client, SUM, extra_body=body).output_text
         assert len(text) == 3 and set(text) <= set("abc"), (body, text)
-    assert respond(client, SUM, extra_body={"guided_choice": ["yes", "no"]}).output_text in ("yes", "no")
+    assert respond(client, SUM, extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).output_text in (
+        "yes",
+        "no",
+    )
 
 
 # -- many, failing, not there ------------------------------------------------------------------------------------------

@@ -122,7 +122,7 @@ FIELDS: list[tuple[str, list[Any]]] = [
     ("functions", [[{"name": "f"}]]),
     ("regex", [7, "[", "(" * 5000, "", "x" * 200_000]),
     ("structured_outputs", [7, {}, {"regex": 7}, {"xml": "x"}]),
-    ("guided_choice", [[], "yes", [""], [7]]),
+    ("structured_outputs", [{"choice": value} for value in ([], "yes", [""], [7])]),
     ("chat_template", ["{{ messages }}"]),
     ("chat_template_kwargs", [7, {"tokenize": True}, {"messages": []}, {"unheard_of": 1}]),
     ("continue_final_message", ["yes", True]),

@@ -40,10 +40,6 @@ COMPLETIONS = [
     ({"structured_outputs": {"regex": "[0-9]{4}"}}, matches("[0-9]{4}")),
     ({"structured_outputs": {"choice": ["yes", "no"]}}, matches("yes|no")),
     ({"structured_outputs": {"grammar": EBNF}}, matches("<[a-c]{2,3}>")),
-    ({"guided_json": SCHEMA}, is_trip),
-    ({"guided_regex": "[0-9]{4}"}, matches("[0-9]{4}")),
-    ({"guided_choice": ["yes", "no"]}, matches("yes|no")),
-    ({"guided_grammar": EBNF}, matches("<[a-c]{2,3}>")),
     ({"regex": "[0-9]{4}"}, matches("[0-9]{4}")),
     ({"json_schema": json.dumps(SCHEMA)}, is_trip),
     ({"ebnf": EBNF}, matches("<[a-c]{2,3}>")),
@@ -95,10 +91,10 @@ def test_any_json_object(server: Any) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "field"),
     [
-        ("/v1/completions", {"prompt": "a", "guided_json": {"not": {}}}, "guided_json"),
+        ("/v1/completions", {"prompt": "a", "structured_outputs": {"json": {"not": {}}}}, "structured_outputs.json"),
         ("/v1/completions", {"prompt": "a", "response_format": {"type": "yaml"}}, "response_format.type"),
         ("/v1/completions", {"prompt": "a", "structured_outputs": {"regex": "["}}, "structured_outputs.regex"),
-        ("/v1/completions", {"prompt": "a", "regex": "a", "guided_regex": "a"}, "guided_regex"),
+        ("/v1/completions", {"prompt": "a", "guided_regex": "a"}, "guided_regex"),
         ("/generate", {"text": "a", "sampling_params": {"regex": "(?=a)b"}}, "sampling_params.regex"),
         ("/generate", {"text": "a", "sampling_params": {"regex": "a", "ebnf": "b"}}, "sampling_params.regex"),
         ("/generate", {"text": "a", "regex": "a"}, "regex"),

@@ -19,15 +19,11 @@ from branchwise.runtime.models.sampling_defaults import DEFAULTED, sampling_defa
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.anthropic.request import MessagesRequest
 from branchwise.runtime.server.http.anthropic.spec import messages_sampling
-from branchwise.runtime.server.http.fields.requests import (
-    CompletionRequest,
-    GenerateSampling,
-    completion_sampling,
-    generate_sampling,
-    parse,
-)
+from branchwise.runtime.server.http.fields.parse import parse
 from branchwise.runtime.server.http.openai.chat.request import ChatRequest, chat_sampling
+from branchwise.runtime.server.http.openai.completions import CompletionRequest, completion_sampling
 from branchwise.runtime.server.http.openai.responses.request import read, response_sampling
+from branchwise.runtime.server.http.sglang.request import GenerateSampling, generate_sampling
 
 QWEN3 = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}  # its generation_config.json, as of its release
 OTHER = {"temperature": 0.25, "top_p": 0.5, "top_k": 7, "min_p": 0.125, "repetition_penalty": 1.5}
@@ -109,11 +105,11 @@ def test_another_setting_is_refused() -> None:
 
 
 def completions(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
-    return completion_sampling(parse(CompletionRequest, {"prompt": "x", **body}), preferred)
+    return completion_sampling(parse(CompletionRequest, {"prompt": "x", **body}), preferred).params
 
 
 def chat(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
-    return chat_sampling(parse(ChatRequest, {"messages": [], **body}), preferred)
+    return chat_sampling(parse(ChatRequest, {"messages": [], **body}), preferred).params
 
 
 def generate(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
@@ -121,12 +117,12 @@ def generate(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingPa
 
 
 def responses(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
-    return response_sampling(read({"input": "x", **body}), preferred)
+    return response_sampling(read({"input": "x", **body}), preferred).params
 
 
 def messages(body: dict[str, Any], preferred: Mapping[str, float]) -> SamplingParams:
     said = {"max_tokens": 5, "messages": [{"role": "user", "content": "x"}], **body}
-    return messages_sampling(parse(MessagesRequest, said), preferred)
+    return messages_sampling(parse(MessagesRequest, said), preferred, {})
 
 
 def drawn(params: SamplingParams) -> dict[str, float]:

@@ -12,7 +12,7 @@ from ....chat.openai_messages import label
 from ....chat.tools.definitions import ToolLimits, ToolReader
 from ....errors import InvalidRequest, shown
 from ..fields.cache import MAX_BREAKPOINTS
-from ..fields.requests import parse
+from ..fields.parse import parse
 from .request import (
     CacheControl,
     CountRequest,

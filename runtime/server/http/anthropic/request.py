@@ -8,7 +8,9 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from ....errors import InvalidRequest
-from ..fields.requests import UNSUPPORTED, Strict, Strings, models_own, parse
+from ..fields.known import UNSUPPORTED
+from ..fields.parse import Strict, Strings, parse
+from ..fields.sampling import models_own
 from .errors import NO_THREADS
 
 R = TypeVar("R", bound="CountRequest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import secrets
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ class CacheFields(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="ignore")
     cache_salt: str | None = None
+    extra_key: str | None = Field(None, description="SGLang's other name for cache_salt.")
     prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_breakpoint: Any = Field(
@@ -48,7 +50,6 @@ def caching(
     state: AppState,
     body: CacheFields,
     *,
-    extra_key: str | None = None,
     marks: Sequence[tuple[int, str | float | None]] = (),
 ) -> dict[str, Any]:
     """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from what the request says.
@@ -58,7 +59,7 @@ def caching(
     """
     for name, label in (
         ("cache_salt", body.cache_salt),
-        ("extra_key", extra_key),
+        ("extra_key", body.extra_key),
         ("prompt_cache_key", body.prompt_cache_key),
     ):
         check_label(label, name)
@@ -70,9 +71,12 @@ def caching(
     usual = min(DEFAULT_TTL, longest)
     if options.ttl is not None:
         usual = seconds(options.ttl, longest, "prompt_cache_options.ttl")
-    found = [*marks, *_asked(body.prompt_cache_breakpoint)]
+    # Clients set a mark's ttl by default, and cannot know the server's limit: it is lowered, not refused.
+    found = [(at, ttl, math.inf) for at, ttl in marks]
+    found += [(at, ttl, longest) for at, ttl in _asked(body.prompt_cache_breakpoint)]
     breakpoints = [
-        (at, usual if ttl is None else seconds(ttl, longest, "prompt_cache_breakpoint.ttl")) for at, ttl in found
+        (at, usual if ttl is None else min(seconds(ttl, most, "prompt_cache_breakpoint.ttl"), longest))
+        for at, ttl, most in found
     ]
     if mode == "off":
         if breakpoints or options.ttl is not None:
@@ -84,7 +88,7 @@ def caching(
     if options.ttl is not None and mode != "explicit":
         breakpoints.append((_END, usual))
     return {
-        "namespace": state.namespaces.of(body.cache_salt, extra_key, body.prompt_cache_key),
+        "namespace": state.namespaces.of(body.cache_salt, body.extra_key, body.prompt_cache_key),
         "breakpoints": breakpoints[-MAX_BREAKPOINTS:],
     }
 

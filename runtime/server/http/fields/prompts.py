@@ -41,13 +41,14 @@ def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> Non
     check_count(prompts * n, config.max_samples_per_request, field)
 
 
-def split_prompts(value: Any, field: str) -> tuple[list[str | Ids], bool]:
+def split_prompts(value: Any, field: str, *, text: bool = True) -> tuple[list[str | Ids], bool]:
     """The prompts of a field that takes ``str | list[str] | list[int] | list[list[int]]``, and whether it is a list.
 
-    An array is one prompt of token ids; see `id_arrays`.
-
-    Raises `InvalidRequest` for anything else, naming the element.
+    An array is one prompt of token ids; see `id_arrays`. ``text``: whether strings are allowed. Raises `InvalidRequest`
+    for anything else, with the path of the element.
     """
+    if not text and (isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], str))):
+        raise InvalidRequest(field, "must hold token ids, got str")
     if isinstance(value, (str, np.ndarray)):
         return [value], False
     if not isinstance(value, list):
@@ -105,6 +106,11 @@ def token_bytes(ids: Ids, vocab_size: int, field: str) -> bytes:
 def check_label(value: str | None, field: str) -> None:
     if value is not None and len(value) > MAX_LABEL:
         raise InvalidRequest(field, f"must be at most {MAX_LABEL} characters, got {len(value)}")
+
+
+def openai_priority(value: int) -> int:
+    """The engine's priority (larger is more urgent) for vLLM's (lower is earlier)."""
+    return -check_priority(value)
 
 
 def check_priority(value: int, field: str = "priority") -> int:

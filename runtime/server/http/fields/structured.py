@@ -1,19 +1,29 @@
-"""The constraint on an output, in the words of OpenAI, vLLM and SGLang: each becomes one field of `SamplingParams`."""
+"""The constraint on an output, as OpenAI, vLLM and SGLang name it: each becomes one field of `SamplingParams`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pydantic import Field
 
 from ....errors import InvalidRequest, shown
-
-if TYPE_CHECKING:
-    from .requests import Structured
+from .parse import Strict
 
 ANY_OBJECT = '{"type":"object"}'
 
-# vLLM's names within structured_outputs, and after "guided_".
+# vLLM's names within structured_outputs.
 _VLLM = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar": "ebnf"}
+
+
+class Structured(Strict):
+    """What the output must be: at most one of OpenAI's field, vLLM's, and SGLang's three."""
+
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice or grammar.")
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
 
 
 def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
@@ -24,8 +34,6 @@ def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
     found: list[tuple[str, str, Any]] = []  # our field, the client's, its value
     for ours in ("regex", "json_schema", "ebnf"):
         found.append((ours, ours, getattr(request, ours)))
-    for theirs, ours in _VLLM.items():
-        found.append((ours, f"guided_{theirs}", getattr(request, f"guided_{theirs}")))
     if request.structured_outputs is not None:
         found += _structured_outputs(request.structured_outputs)
     if request.response_format is not None:
@@ -43,22 +51,22 @@ def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
 def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
     found: list[tuple[str, str, Any]] = []
     for name, value in options.items():
-        field = f"structured_outputs.{name[:60]}"
+        path = f"structured_outputs.{name[:60]}"
         if value is None or value is False:
             continue
         if name == "json_object":
-            found.append(("json_schema", field, ANY_OBJECT))
+            found.append(("json_schema", path, ANY_OBJECT))
         elif name in _VLLM:
-            found.append((_VLLM[name], field, value))
+            found.append((_VLLM[name], path, value))
         else:
-            raise InvalidRequest(field, "is not supported by this server")
+            raise InvalidRequest(path, "is not supported by this server")
     if not found:
         raise InvalidRequest("structured_outputs", "must have json, regex, choice or grammar")
     return found
 
 
 def _response_format(wanted: Mapping[str, Any]) -> Any:
-    """The JSON schema asked for, or None where any text will do."""
+    """The JSON schema asked for, or None if any text will do."""
     kind = wanted.get("type")
     if kind == "text":
         return None

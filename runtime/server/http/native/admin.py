@@ -10,7 +10,7 @@ from fastapi import Request, Response
 
 from ....errors import InvalidRequest
 from ....messages import ControlWhat
-from ..fields.requests import AbortRequest, parse
+from ..fields.parse import Strict, parse
 from ..plumbing.auth import is_admin, require_admin
 from ..plumbing.body import read_json_object
 from ..plumbing.failures import INVALID, NOT_ADMIN, RECORDING
@@ -18,6 +18,11 @@ from ..plumbing.metrics import CONTENT_TYPE
 from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
+
+
+class AbortRequest(Strict):
+    rid: str | None = None
+    abort_all: bool = False
 
 
 def routes(state: AppState) -> Routes:

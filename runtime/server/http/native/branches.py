@@ -18,10 +18,10 @@ from ....sampling_params import SamplingParams
 from ....scheduler.branches.registry import MAX_FORK
 from ....scheduler.branches.scores import Score, ScoreCollector
 from ....tokenizer.pieces import check_no_special, rendered_piece
-from ..fields.answer import Answer
 from ..fields.cache import seconds
+from ..fields.known import UNSUPPORTED
+from ..fields.parse import Strict, parse
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
-from ..fields.requests import UNSUPPORTED, GenerateSampling, Strict, generate_names, generate_sampling, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
 from ..plumbing.errors import describe
@@ -29,6 +29,8 @@ from ..plumbing.failures import BRANCH_BUSY, BRANCH_GONE, NO_BRANCH, TOO_MANY_BR
 from ..plumbing.respond import respond
 from ..plumbing.routes import Query, Routes
 from ..plumbing.sse import json_response, wait
+from ..sglang.reply import GenerateReply
+from ..sglang.request import GenerateSampling, generate_names, generate_sampling
 from ..state import AppState
 
 MAX_OPS = 1024  # of one batch
@@ -68,7 +70,7 @@ class CreateRequest(ExtendRequest):
 # A branch has its part of the cache from the beginning, and holds what it has of it: nothing to say later.
 _PARTITION = ("cache_salt", "extra_key", "prompt_cache_key")
 _CREATE_UNSUPPORTED = UNSUPPORTED | {"prompt_cache_options", "prompt_cache_breakpoint"}
-_UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION}
+_UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION, "text", "input_ids"}
 
 
 class ForkRequest(Strict):
@@ -178,7 +180,7 @@ def routes(state: AppState) -> Routes:
         with renaming(_RUN_NAMES):
             params = prepare_params(params, state.client.limits.vocab_size)
         check_label(body.rid, "rid")
-        answer = _BranchAnswer(state, body, id, params)
+        reply = _BranchReply(state, body, id, params)
         run = BranchRun(
             [],
             id,
@@ -190,7 +192,7 @@ def routes(state: AppState) -> Routes:
             stream=body.stream,
         )
         call = state.client.open_run(run, params.n, body.rid or None)
-        return await respond(call, request, answer, stream=body.stream, names=_RUN_NAMES)
+        return await respond(call, request, reply, stream=body.stream, names=_RUN_NAMES)
 
     @routes.add("POST", "/branches/{id}/score", body=ScoreRequest, errors=_BUSY, generates=True)
     async def score(id: str, request: Request) -> Response:
@@ -220,7 +222,7 @@ def routes(state: AppState) -> Routes:
     return routes
 
 
-class _BranchAnswer(Answer):
+class _BranchReply(GenerateReply):
     """``meta_info.cache`` has ``refilled`` too: tokens computed again, for their pages were lost to memory pressure.
     ``meta_info.branch`` in the end: how many of ``output_ids`` stay, and the text after them that has no tokens yet."""
 

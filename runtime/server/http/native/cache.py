@@ -14,8 +14,8 @@ from ....messages import ControlWhat
 from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields, caching, seconds
+from ..fields.parse import Prompts, Strict, parse
 from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
-from ..fields.requests import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.auth import is_admin
 from ..plumbing.body import read_json_object
@@ -39,7 +39,6 @@ class PromptRequest(CacheFields):
     prompt: Prompts = Field(None, description="A string or a list of token ids.")
     input_ids: Prompts = Field(None, description="A list of token ids.")
     messages: list[Any] | None = None
-    extra_key: str | None = None
 
 
 class PinRequest(PromptRequest):
@@ -55,7 +54,6 @@ class WarmRequest(CacheFields):
     """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay, as for any other request."""
 
     prompts: Prompts = Field(description="A list of strings, or a list of lists of token ids.")
-    extra_key: str | None = None
     priority: int = 0
 
 
@@ -133,7 +131,7 @@ def routes(state: AppState) -> Routes:
         prompts, is_list = split_prompts(body.prompts, "prompts")
         if not is_list:
             raise InvalidRequest("prompts", "must be a list of strings or of lists of token ids")
-        where = caching(state, body, extra_key=body.extra_key) | {"priority": check_priority(body.priority)}
+        where = caching(state, body) | {"priority": check_priority(body.priority)}
         if where.get("no_cache"):
             raise InvalidRequest("prompt_cache_options.mode", "off would leave nothing")
         outputs = await _compute(state, request, prompts, "prompts", where)
@@ -152,7 +150,7 @@ async def _ask(state: AppState, what: ControlWhat, namespace: tuple[str, str], *
 
 
 def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
-    where = caching(state, body, extra_key=body.extra_key)
+    where = caching(state, body)
     if where.get("no_cache") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
         raise InvalidRequest(field, "means nothing here: this route asks about a prompt, it sends none")
@@ -170,8 +168,8 @@ async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) 
     if field == "messages":
         text, _ = await chat_text(state, raw)
         return text, field
-    prompts, is_list = split_prompts(getattr(body, field), field)
-    if is_list or (field == "input_ids" and isinstance(prompts[0], str)):
+    prompts, is_list = split_prompts(getattr(body, field), field, text=field == "prompt")
+    if is_list:
         raise InvalidRequest(field, "must be one prompt")
     if not len(prompts[0]):
         raise InvalidRequest(field, "must not be empty")

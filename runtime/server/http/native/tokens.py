@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ....errors import InvalidRequest
 from ....limits import check_token_ids
-from ..fields.requests import Prompts, Strict, parse
+from ..fields.parse import Prompts, Strict, parse
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
 from ..plumbing.routes import Routes
@@ -22,7 +22,6 @@ from ..plumbing.sse import json_response
 from ..state import AppState
 
 MAX_IDS = 1_000_000  # of one request to /detokenize
-MAX_TEXT = 1_000_000  # bytes of a text that is tokenized for its own sake
 INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
 
 
@@ -48,19 +47,16 @@ def routes(state: AppState) -> Routes:
     async def tokenize(request: Request) -> Response:
         """The tokens of a prompt, or of the prompt that a conversation becomes."""
         raw = await read_json_object(request)
-        asked = raw.pop("add_special_tokens", None)  # `parse` knows it as a field that no route takes
-        if asked is not None and not isinstance(asked, bool):
-            raise InvalidRequest("add_special_tokens", f"must be true or false, got {type(asked).__name__}")
         body = parse(TokenizeRequest, raw, unsupported=frozenset())
         state.check_model(body.model)
         limits = state.client.limits
         if (body.prompt is None) == (raw.get("messages") is None):
             raise InvalidRequest("prompt", "or messages is required: give exactly one")
         if body.prompt is not None:
-            text, special, field = body.prompt, asked is not False, "prompt"
+            text, special, field = body.prompt, body.add_special_tokens is not False, "prompt"
         else:
             text, _ = await chat_text(state, raw)
-            special, field = bool(asked), "messages"
+            special, field = bool(body.add_special_tokens), "messages"
         tokens = (await token_ids(state, text, field, special=special)).tolist()
         named = await _texts(state, tokens) if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
@@ -118,9 +114,6 @@ def routes(state: AppState) -> Routes:
 
 async def token_ids(state: AppState, text: str, field: str, *, special: bool) -> npt.NDArray[np.int32]:
     """int32 [n]. ``special``: with the tokens the tokenizer puts around a text; ``field``: what the client calls it."""
-    size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    if size > MAX_TEXT:
-        raise InvalidRequest(field, f"must be at most {MAX_TEXT} bytes to be tokenized, got {size}")
     encode = state.tokenizer.encode
     return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from ....messages import Delta
 from ....outputs import Output
 from ..engine_client import Batch
-from ..fields.requests import StreamOptions
+from ..fields.parse import StreamOptions
 from ..fields.usage import usage
 from ..plumbing.sse import DONE, event
 

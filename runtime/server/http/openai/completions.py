@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fastapi import Request, Response
+from pydantic import Field
 
 from ....errors import InvalidRequest, renaming
 from ....logprobs import TokenLogprob
@@ -15,14 +16,38 @@ from ....messages import Delta
 from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ..fields.cache import caching
-from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, prepare_params, split_prompts
-from ..fields.requests import CompletionRequest, completion_sampling, parse
+from ..fields.parse import Prompts, StreamOptions, parse
+from ..fields.prompts import (
+    Ids,
+    check_label,
+    check_prompts,
+    make_prompt,
+    openai_priority,
+    prepare_params,
+    split_prompts,
+)
+from ..fields.sampling import OpenAIFields, Sampling, openai_sampling
 from ..plumbing.body import read_json_object
 from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
 from .legacy_logprobs import LegacyLogprobs
+
+
+class CompletionRequest(OpenAIFields):
+    """OpenAI's ``/v1/completions``."""
+
+    prompt: Prompts = Field(description="A string, a list of strings, a list of token ids, or a list of such lists.")
+    max_tokens: int = 16
+    n: int = 1
+    best_of: int | None = None
+    echo: bool = False
+    logprobs: int | None = None
+    stream_options: StreamOptions | None = None
+    add_special_tokens: bool = Field(True, description="Begin a text as the tokenizer begins texts (<bos>).")
+    return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in every choice.")
+    return_tokens_as_token_ids: bool = Field(False, description="token_id:123 instead of texts in logprobs.")
 
 
 def routes(state: AppState) -> Routes:
@@ -33,15 +58,31 @@ def routes(state: AppState) -> Routes:
         """Go on from a prompt, or from several (OpenAI's)."""
         body = parse(CompletionRequest, await read_json_object(request))
         state.check_model(body.model)
-        answer = _Answer(state, body)
-        call = state.client.open(answer.prompts)
-        return await respond(call, request, answer, stream=body.stream, n=body.n, names=answer.names)
+        reply = _CompletionReply(state, body)
+        call = state.client.open(reply.prompts, [body.rid] * len(reply.prompts))
+        return await respond(call, request, reply, stream=body.stream, n=body.n, names=reply.names)
 
     return routes
 
 
-class _Answer(Choices):
-    """One request: its prompts, and what has come of each of their samples."""
+def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> Sampling:
+    if request.best_of is not None and request.best_of != request.n:
+        problem = f"must equal n ({request.n}): choosing the best of more samples is not supported"
+        raise InvalidRequest("best_of", f"{problem}, got {request.best_of}")
+    return openai_sampling(
+        request,
+        preferred,
+        {"include_stop": "include_stop_str_in_output", "prompt_logprobs": "logprobs"},
+        max_tokens=request.max_tokens,
+        n=request.n,
+        skip_special_tokens=request.skip_special_tokens,
+        logprobs=request.logprobs,
+        prompt_logprobs=request.logprobs if request.echo else None,
+    )
+
+
+class _CompletionReply(Choices):
+    """One request: its prompts, and a choice for each of their samples."""
 
     def __init__(self, state: AppState, body: CompletionRequest) -> None:
         limits = state.client.limits
@@ -50,17 +91,19 @@ class _Answer(Choices):
         with renaming(self.names):
             params = prepare_params(params, limits.vocab_size)
         check_prompts(len(raw), params.n, state.config, "prompt")
-        where = caching(state, body)
+        check_label(body.rid, "rid")
+        options = caching(state, body)
         if body.stream_options is not None and not body.stream:
             raise InvalidRequest("stream_options", "needs stream to be true")
-        where |= {"priority": check_priority(body.priority), "stream": body.stream}
+        options |= {"priority": openai_priority(body.priority), "stream": body.stream}
+        options |= {"echo_tokens": body.return_token_ids, "add_special_tokens": body.add_special_tokens}
         with renaming(self.names):
             self.prompts = [
-                make_prompt(prompt, params, limits, f"prompt[{i}]" if len(raw) > 1 else "prompt", **where)
+                make_prompt(prompt, params, limits, f"prompt[{i}]" if len(raw) > 1 else "prompt", **options)
                 for i, prompt in enumerate(raw)
             ]
         echoes = [_echo_text(state, prompt, params) if body.echo else None for prompt in raw]
-        choices = [_Choice(state, params, echo) for echo in echoes for _ in range(params.n)]
+        choices = [_Choice(state, body, params, echo) for echo in echoes for _ in range(params.n)]
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -71,34 +114,39 @@ class _Answer(Choices):
 
 
 class _Choice:
-    """One sample: what has come, and how much of it has been said."""
+    """One sample: its output so far, and how much of that has been sent."""
 
-    def __init__(self, state: AppState, params: SamplingParams, echo: str | None) -> None:
+    def __init__(self, state: AppState, body: CompletionRequest, params: SamplingParams, echo: str | None) -> None:
         self.output = Output()
-        self._echo = echo  # the prompt's text, until it has been said
-        self._said = 0  # characters of the completion
-        self._said_tokens = 0
+        self._echo = echo  # the prompt's text, until it has been sent
+        self._sent = 0  # characters of the completion
+        self._sent_tokens = 0
+        self._sent_ids: int | None = None  # tokens of the completion; None: the prompt's are to be sent first
+        self._with_ids = body.return_token_ids
         self._legacy = None
         if params.logprobs is not None:
-            self._legacy = LegacyLogprobs(state.tokenizer, params.skip_special_tokens)
+            as_ids = body.return_tokens_as_token_ids
+            self._legacy = LegacyLogprobs(state.tokenizer, params.skip_special_tokens, tokens_as_ids=as_ids)
 
     def feed(self, delta: Delta) -> None:
         self.output.feed(delta)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
-        """What is new since last time, if anything is."""
+        """What has not been sent yet, if there is anything."""
         output = self.output
-        new = len(output.text) > self._said or len(output.logprobs) > self._said_tokens
+        new = len(output.text) > self._sent or len(output.logprobs) > self._sent_tokens
+        if self._with_ids:
+            new = new or len(output.token_ids) > (self._sent_ids or 0)
         if self._echo is not None:
             new = bool(output.token_ids)  # before, the prompt's logprobs may still be coming
         if new or output.finish is not None:
             yield self.whole(index)
 
     def whole(self, index: int) -> dict[str, Any]:
-        """All that has not been said yet."""
+        """Everything that has not been sent yet."""
         output = self.output
-        text = output.text[self._said :]
-        self._said = len(output.text)
+        text = output.text[self._sent :]
+        self._sent = len(output.text)
         tokens: list[int] = []
         rows: list[TokenLogprob | None] = []
         echoed = self._echo or ""
@@ -107,15 +155,20 @@ class _Choice:
             self._echo = None
             tokens = list(output.prompt)
             rows = [output.prompt_logprobs.get(position) for position in range(len(tokens))]
-        tokens += [row.token for row in output.logprobs[self._said_tokens :]]
-        rows += output.logprobs[self._said_tokens :]
-        self._said_tokens = len(output.logprobs)
-        return {
+        tokens += [row.token for row in output.logprobs[self._sent_tokens :]]
+        rows += output.logprobs[self._sent_tokens :]
+        self._sent_tokens = len(output.logprobs)
+        choice = {
             "index": index,
             "text": text,
             "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows, echoed),
             "finish_reason": output.finish_reason,
         }
+        if self._with_ids:
+            choice["prompt_token_ids"] = output.prompt if self._sent_ids is None else None
+            choice["token_ids"] = output.token_ids[self._sent_ids or 0 :]
+            self._sent_ids = len(output.token_ids)
+        return choice
 
 
 def _echo_text(state: AppState, prompt: str | Ids, params: SamplingParams) -> str:

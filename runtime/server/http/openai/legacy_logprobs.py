@@ -11,9 +11,10 @@ from ....tokenizer.tokenizer import Tokenizer
 class LegacyLogprobs:
     """Builds the object for one sample, piece by piece: ``text_offset`` counts characters from the text's beginning."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, tokens_as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip_special_tokens
+        self._as_ids = tokens_as_ids  # vLLM's token_id:123 instead of a token's text
         self._offset = 0
 
     def add(self, tokens: list[int], rows: list[TokenLogprob | None], echoed: str = "") -> dict[str, Any]:
@@ -48,6 +49,8 @@ class LegacyLogprobs:
         return top
 
     def _text(self, token: int) -> str:
+        if self._as_ids:
+            return f"token_id:{token}"
         data = self._tokenizer.token_bytes(token)
         try:
             return data.decode()

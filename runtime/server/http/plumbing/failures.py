@@ -105,7 +105,7 @@ NOT_CACHED = Failure(
     (
         Example(
             "nothing to pin",
-            "none of these 17 tokens is cached: there is nothing to pin (warm: true computes them)",
+            "none of these 17 tokens is cached, so there is nothing to pin (warm: true computes them)",
             code="not_cached",
         ),
     ),
@@ -142,7 +142,7 @@ TOO_MANY_BRANCHES = Failure(
     (
         Example(
             "too many branches",
-            "there are 4096 branches and 1 more would pass the limit of 4096 "
+            "there are 4096 branches, and 1 more would exceed the limit of 4096 "
             "(--max-branches); delete some, or try again when others have expired",
             code="too_many_branches",
         ),
@@ -168,7 +168,7 @@ PIN_QUOTA = Failure(
     (
         Example(
             "no room for a pin",
-            "16 tokens more to pin, and there is room for 0 of the 131072 one key may pin "
+            "16 more tokens to pin, and there is room for 0 of the 131072 one key may pin "
             "(--max-pinned-share, --pinned-share-per-key); unpin some, or try again when "
             "others have expired",
             code="pin_quota",

@@ -9,8 +9,8 @@ from fastapi import Request, Response
 
 from ....errors import InvalidRequest, renaming
 from ....messages import Generate
-from ..fields.answer import Answer
 from ..fields.cache import caching
+from ..fields.parse import parse
 from ..fields.prompts import (
     check_count,
     check_label,
@@ -20,11 +20,12 @@ from ..fields.prompts import (
     prepare_params,
     split_prompts,
 )
-from ..fields.requests import GenerateRequest, GenerateSampling, generate_names, generate_sampling, parse
 from ..plumbing.body import read_json_object
 from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..state import AppState
+from .reply import GenerateReply
+from .request import GenerateRequest, GenerateSampling, generate_names, generate_sampling
 
 PATH = "/generate"
 
@@ -41,14 +42,14 @@ def routes(state: AppState) -> Routes:
         for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
             raise InvalidRequest(misplaced, "belongs in sampling_params")
         body = parse(GenerateRequest, raw)
-        answer = _Answer(state, body)
-        call = state.client.open(answer.prompts, answer.labels)
-        return await respond(call, request, answer, stream=body.stream, names=answer.names)
+        reply = _BatchReply(state, body)
+        call = state.client.open(reply.prompts, reply.labels)
+        return await respond(call, request, reply, stream=body.stream, names=reply.names)
 
     return routes
 
 
-class _Answer(Answer):
+class _BatchReply(GenerateReply):
     """One request: its prompts, and what has come of each of its samples."""
 
     def __init__(self, state: AppState, body: GenerateRequest) -> None:
@@ -57,12 +58,10 @@ class _Answer(Answer):
         if (body.text is None) == (body.input_ids is None):
             raise InvalidRequest("text", "or input_ids is required: give exactly one")
         field = "text" if body.text is not None else "input_ids"
-        raw, is_list = split_prompts(body.text if body.text is not None else body.input_ids, field)
-        if field == "input_ids" and any(isinstance(prompt, str) for prompt in raw):
-            raise InvalidRequest(field, "must hold token ids, got str")
+        raw, is_list = split_prompts(getattr(body, field), field, text=field == "text")
         check_prompts(len(raw), 1, state.config, field)
         self.names = generate_names(field)
-        options = caching(state, body, extra_key=body.extra_key) | {
+        options = caching(state, body) | {
             "priority": check_priority(body.priority),
             "echo_tokens": body.return_prompt_token_ids,
             "stream": body.stream,

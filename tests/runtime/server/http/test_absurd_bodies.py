@@ -24,7 +24,7 @@ CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messag
 # (path, field the error names, body)
 WRONG: list[tuple[str, str, dict[str, Any]]] = [
     (CHAT, "stop_token_ids", {"messages": [USER], "stop_token_ids": ["a"] * MANY}),
-    (CHAT, "guided_choice", {"messages": [USER], "guided_choice": [7] * MANY}),
+    (CHAT, "structured_outputs.choice", {"messages": [USER], "structured_outputs": {"choice": [7] * MANY}}),
     (CHAT, "documents", {"messages": [USER], "documents": [{}] * MANY}),
     (CHAT, "messages", {"messages": [{"role": "assistant", "tool_calls": [CALL] * 100_000}]}),
     (CHAT, "messages", {"messages": [{"role": "user", "content": PARTS}] * 50}),

@@ -14,7 +14,10 @@ from .....errors import InvalidRequest
 from ...chat.prepare import conversation_text
 from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
-from ...fields.requests import UNSUPPORTED, OpenAIFields, Sampling, StreamOptions, Strings, openai_sampling, parse
+from ...fields.known import UNSUPPORTED
+from ...fields.parse import StreamOptions, Strings, parse
+from ...fields.prompts import check_label, openai_priority
+from ...fields.sampling import OpenAIFields, Sampling, openai_sampling
 from ...state import AppState
 
 
@@ -54,6 +57,7 @@ CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
 
 def chat_spec(body: ChatRequest, state: AppState) -> ChatSpec:
     """Raises `InvalidRequest`."""
+    check_label(body.rid, "rid")
     conversation = chat_conversation(body, state)
     params, names = chat_sampling(body, state.preferred)
     return ChatSpec(
@@ -71,7 +75,7 @@ def shared_fields(body: ChatFields) -> dict[str, Any]:
     return {
         "parallel_tool_calls": body.parallel_tool_calls,
         "separate_reasoning": body.separate_reasoning,
-        "priority": body.priority,
+        "priority": openai_priority(body.priority),
         "stream": body.stream,
     }
 

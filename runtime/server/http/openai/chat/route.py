@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request, Response
 
 from ...chat.prepare import ChatPreparer, PreparedChat
-from ...fields.requests import parse
+from ...fields.parse import parse
 from ...plumbing.body import read_json_object
 from ...plumbing.respond import respond
 from ...plumbing.routes import Routes
@@ -31,7 +31,7 @@ def routes(state: AppState) -> Routes:
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
         chat = await preparer.prepare(chat_spec(body, state))
         reply = _ChatReply(state, body, chat)
-        call = state.client.open([chat.prompt])
+        call = state.client.open([chat.prompt], [body.rid])
         return await respond(call, request, reply, stream=body.stream, n=body.n, names=chat.names)
 
     return routes

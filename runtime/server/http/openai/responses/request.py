@@ -13,8 +13,9 @@ from .....chat.openai_tools import openai_tools
 from .....errors import InvalidRequest, shown
 from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
+from ...fields.parse import Strict, Strings, parse
 from ...fields.prompts import check_label
-from ...fields.requests import Sampling, Strict, Strings, openai_sampling, parse
+from ...fields.sampling import Sampling, openai_sampling
 from ...fields.structured import ANY_OBJECT
 from ...state import AppState
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, shared_fields, template_options

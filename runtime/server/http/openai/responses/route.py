@@ -27,7 +27,7 @@ def routes(state: AppState) -> Routes:
         with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
         reply = ResponseReply(state, body, chat.samples[0])
-        call = state.client.open([chat.prompt])
+        call = state.client.open([chat.prompt], [body.rid])
         return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=reply.fail)
 
     # OpenAI's routes for stored responses, to say that none are.

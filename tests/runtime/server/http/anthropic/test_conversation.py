@@ -13,7 +13,7 @@ from branchwise.runtime.server.http.anthropic.conversation import ConversationRe
 from branchwise.runtime.server.http.anthropic.request import MESSAGES_UNSUPPORTED, MessagesRequest
 from branchwise.runtime.server.http.anthropic.spec import messages_spec
 from branchwise.runtime.server.http.chat.spec import ChatSpec
-from branchwise.runtime.server.http.fields.requests import parse
+from branchwise.runtime.server.http.fields.parse import parse
 from branchwise.runtime.server.http.state import AppState
 
 HI = {"role": "user", "content": "Hi."}

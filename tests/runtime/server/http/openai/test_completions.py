@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 from branchwise.runtime.messages import Delta
-from branchwise.runtime.server.http.fields.requests import CompletionRequest, StreamOptions
-from branchwise.runtime.server.http.openai.completions import _Answer
+from branchwise.runtime.server.http.fields.parse import StreamOptions
+from branchwise.runtime.server.http.openai.completions import CompletionRequest, _CompletionReply
 from branchwise.runtime.server.http.state import AppState
 
 
@@ -15,7 +15,7 @@ def test_running_usage_of_many_choices_is_summed_once_a_step(make_state: Callabl
     """It was summed over all choices for each of their chunks: more than a second of every step, for 1,024."""
     options = StreamOptions(include_usage=True, continuous_usage_stats=True)
     body = CompletionRequest(prompt=[[7]] * 1024, stream=True, stream_options=options)
-    answer = _Answer(make_state(), body)
+    answer = _CompletionReply(make_state(), body)
     for step in (1, 2):
         batch = [(i, Delta(i + 1, "a", b"\1\0\0\0", prompt_tokens=1)) for i in range(1024)]
         started = time.perf_counter()

@@ -11,7 +11,7 @@ import pytest
 from branchwise import Engine
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.server.http.chat.prepare import ChatPreparer
-from branchwise.runtime.server.http.fields.requests import parse
+from branchwise.runtime.server.http.fields.parse import parse
 from branchwise.runtime.server.http.openai.chat.request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
 from branchwise.runtime.server.http.state import AppState
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer

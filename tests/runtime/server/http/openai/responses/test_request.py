@@ -13,8 +13,7 @@ from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.server.http.chat.spec import ChatSpec
 from branchwise.runtime.server.http.openai.responses.items import response_turns
-from branchwise.runtime.server.http.openai.responses.request import read, response_spec
-from branchwise.runtime.server.http.openai.responses.route import schema
+from branchwise.runtime.server.http.openai.responses.request import ResponsesRequest, read, response_spec
 from branchwise.runtime.server.http.state import AppState
 
 TEMPLATE = ChatTemplate("{% for m in messages %}{{ m.role }}{{ (m.tool_calls or []) | tojson }}{% endfor %}", {})
@@ -155,7 +154,7 @@ def test_sampling_fields_have_their_names(asked: Callable[..., ChatSpec]) -> Non
     )
     params = spec.params
     assert (params.temperature, params.top_k, params.seed, params.stop) == (0.5, 3, 1, ("a",))
-    assert (spec.cache.prompt_cache_key, spec.priority) == ("k", 2)
+    assert (spec.cache.prompt_cache_key, spec.priority) == ("k", -2)
     assert (params.regex, params.max_tokens, params.n, params.logprobs) == ("a+", 5, 1, None)
     assert asked(include=["message.output_text.logprobs"], top_logprobs=2).params.logprobs == 2
     assert asked(reasoning={"effort": "low"}).conversation.reasoning_effort == "low"
@@ -184,7 +183,7 @@ def test_the_format_of_the_text(asked: Callable[..., ChatSpec]) -> None:
 
 
 def test_the_schema_tells_what_it_takes() -> None:
-    described = schema()["requestBody"]["content"]["application/json"]["schema"]
+    described = ResponsesRequest.model_json_schema()
     assert described["required"] == ["input"]
     assert {"instructions", "max_output_tokens", "text", "reasoning", "temperature", "tools"} <= set(
         described["properties"]

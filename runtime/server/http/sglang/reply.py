@@ -1,4 +1,4 @@
-"""What has come of a request, as SGLang's ``/generate`` tells it: cumulative results and ``meta_info``."""
+"""SGLang's response to ``/generate``: cumulative results and ``meta_info``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..engine_client import Batch
 from ..plumbing.sse import DONE, event
 
 
-class Answer:
+class GenerateReply:
     """The samples of one request, in the order of its engine requests. `expect` each first."""
 
     def __init__(self, tokenizer: Tokenizer, text_in_logprobs: bool, prompt_token_ids: bool) -> None:

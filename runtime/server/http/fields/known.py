@@ -1,0 +1,87 @@
+"""Fields of other servers' requests that this one does not have: refused by name, or without effect here.
+
+A field of OpenAI's, vLLM's or SGLang's requests is a field of our model or in one of these lists: none is dropped in
+silence (tests/runtime/server/http/test_known_fields.py). Fields that no server knows are ignored, as elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+_NONE = ""
+
+# name: what to send instead, if anything. Set to a value that asks for nothing (`asks_for_nothing`), they pass.
+REFUSED: dict[str, str] = {
+    # structured output
+    "guided_json": "send structured_outputs.json",
+    "guided_regex": "send structured_outputs.regex",
+    "guided_choice": "send structured_outputs.choice",
+    "guided_grammar": "send structured_outputs.grammar",
+    "choice": "send structured_outputs.choice",
+    "choices": "send structured_outputs.choice",
+    "grammar": "send structured_outputs.grammar",
+    "json": "send structured_outputs.json",
+    **dict.fromkeys(("guided_decoding_backend", "guided_whitespace_pattern", "structural_tag", "stop_regex"), _NONE),
+    **dict.fromkeys(("response_format", "structured_outputs", "json_schema", "regex", "ebnf"), _NONE),
+    # inputs other than text
+    **dict.fromkeys(("image_data", "video_data", "audio_data", "modalities", "images_config", "prompt_embeds"), _NONE),
+    **dict.fromkeys(("input_embeds", "positional_embed_overrides", "suffix", "messages", "task"), _NONE),
+    # sampling
+    **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "allowed_token_ids", "bad_words"), _NONE),
+    **dict.fromkeys(("logits_processors", "custom_logit_processor", "custom_params", "watermark", "vllm_xargs"), _NONE),
+    **dict.fromkeys(("watermarking", "repetition_detection", "truncate_prompt_tokens", "require_reasoning"), _NONE),
+    **dict.fromkeys(
+        ("max_thinking_tokens", "thinking_token_budget", "verbosity", "reasoning", "add_special_tokens"), _NONE
+    ),
+    "max_completion_tokens": "send max_tokens",
+    # further output
+    **dict.fromkeys(("prompt_logprobs", "logprob_token_ids", "token_ids_logprob", "return_hidden_states"), _NONE),
+    **dict.fromkeys(("return_entropy", "return_routed_experts", "return_indexer_topk", "return_meta_info"), _NONE),
+    **dict.fromkeys(
+        ("return_sampling_mask", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), _NONE
+    ),
+    **dict.fromkeys(("return_bytes", "return_prompt_text", "return_cached_tokens_details", "include_reasoning"), _NONE),
+    **dict.fromkeys(
+        ("return_prompt_token_ids", "multi_item_delimiter_indices", "background", "stream_reasoning"), _NONE
+    ),
+    # other models and servers, sessions that are stored
+    **dict.fromkeys(("lora_path", "lora_id", "lora_request", "session_params"), _NONE),
+    **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), _NONE),
+    **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "bootstrap_pair_key"), _NONE),
+}
+UNSUPPORTED = frozenset(REFUSED)
+
+# Values of fields in `REFUSED` with which they ask for what this server does anyway.
+_NEUTRAL: dict[str, Any] = {
+    "length_penalty": 1.0,
+    "thinking_token_budget": -1,
+    "verbosity": "medium",
+    "include_reasoning": True,
+    "stream_reasoning": True,
+}
+_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+
+# Fields that cannot change an answer here, and why.
+NO_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("user", "safety_identifier", "metadata", "session_id", "conversation_id"), "they name the caller"),
+    **dict.fromkeys(("request_id", "custom_labels", "external_trace_header", "received_time"), "they name the request"),
+    **dict.fromkeys(("log_metrics", "no_logs"), "requests are never logged, and metrics name none"),
+    **dict.fromkeys(("store", "service_tier", "prompt_cache_retention"), "they concern OpenAI's own service"),
+    **dict.fromkeys(("prediction", "ngram_corpus_id"), "they speed up an answer and do not change it"),
+    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "routing_key"), "one worker"),
+    **dict.fromkeys(("kv_router_hint", "decode_tp_size", "http_worker_ipc"), "one worker"),
+    **dict.fromkeys(("spaces_between_special_tokens", "stream_interval"), "as `sampling_params` has them"),
+    **dict.fromkeys(("return_token_offsets", "return_mm_kwargs"), "vLLM ignores them on these routes"),
+    **dict.fromkeys(("truncation_side", "routed_experts_prompt_start", "routed_experts_start_len"), "of other fields"),
+    **dict.fromkeys(("mm_hashes", "mm_content_hashes", "use_audio_in_video", "video_config"), "of images and videos"),
+    **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "image_max_dynamic_patch"), "of images and videos"),
+    **dict.fromkeys(("video_max_dynamic_patch", "need_wait_for_mm_inputs"), "of images and videos"),
+    **dict.fromkeys(("num_items_assigned", "encoder_urls"), "of images and videos"),
+}
+
+
+def asks_for_nothing(name: str, value: Any) -> bool:
+    """Whether a refused field asks for what this server does anyway."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return name in _NEUTRAL and value == _NEUTRAL[name]
+    return value in _NOTHING or (name in _NEUTRAL and value == _NEUTRAL[name])

@@ -1,0 +1,76 @@
+"""What fields become: priorities, seeds, names for aborts, times to live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from branchwise.runtime.messages import Generate, Message
+from branchwise.runtime.server.http.app import make_app
+from branchwise.runtime.server.http.engine_client import EngineClient
+from branchwise.runtime.server.http.fields.cache import CacheFields, caching
+from branchwise.runtime.server.http.fields.sampling import engine_seed
+from branchwise.runtime.server.http.state import AppState
+
+COMPLETION, GENERATE = "/v1/completions", "/generate"
+
+
+@pytest.fixture
+def submitted(make_state: Callable[..., AppState], sent: list[Message]) -> Callable[..., Any]:
+    """``await submitted(path, **body)``: the message that the engine gets."""
+
+    async def submit(path: str, **body: Any) -> Generate:
+        transport = httpx.ASGITransport(make_app(make_state()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            asking = asyncio.create_task(http.post(path, json=body))
+            while not any(isinstance(message, Generate) for message in sent):
+                assert not asking.done(), asking.result().text
+                await asyncio.sleep(0.01)
+            asking.cancel()
+        return next(message for message in sent if isinstance(message, Generate))
+
+    return submit
+
+
+@pytest.mark.parametrize(("path", "priority"), [(COMPLETION, -7), (GENERATE, 7)])
+async def test_a_priority_is_as_the_peer_of_the_route_has_it(
+    submitted: Callable[..., Any], path: str, priority: int
+) -> None:
+    prompt = {"prompt": "a"} if path == COMPLETION else {"text": "a"}
+    assert (await submitted(path, **prompt, priority=7)).priority == priority
+
+
+@pytest.mark.parametrize(
+    ("seed", "engines"),
+    [(None, None), (-1, None), (0, 0), (7, 7), (-2, 2**63 - 2), (-(2**63), 0), (2**63, 2**63)],
+)
+async def test_a_seed_may_be_negative(submitted: Callable[..., Any], seed: int | None, engines: int | None) -> None:
+    assert engine_seed(seed) == engines
+    if seed != 2**63:  # which no engine takes
+        assert (await submitted(COMPLETION, prompt="a", seed=seed)).params.seed == engines
+
+
+async def test_special_tokens_before_a_text_can_be_left_out(submitted: Callable[..., Any]) -> None:
+    assert (await submitted(COMPLETION, prompt="a", add_special_tokens=False)).add_special_tokens is False
+
+
+async def test_the_prompts_ids_are_asked_for_where_they_are_returned(submitted: Callable[..., Any]) -> None:
+    assert (await submitted(COMPLETION, prompt="a", return_token_ids=True)).echo_tokens is True
+
+
+async def test_a_rid_names_a_completion_for_aborts(
+    submitted: Callable[..., Any], client: EngineClient, sent: list[Message]
+) -> None:
+    await submitted(COMPLETION, prompt=["a", "b"], rid="mine")
+    assert client.abort("mine") == 2
+
+
+def test_a_default_ttl_beyond_the_servers_is_lowered(make_state: Callable[..., AppState]) -> None:
+    state = make_state()
+    longest = state.config.engine.max_pin_ttl
+    found = caching(state, CacheFields(), marks=[(3, "1d"), (9, "5m"), (12, 10 * longest)])
+    assert [ttl for _, ttl in found["breakpoints"]] == [min(86_400.0, longest), 300.0, longest]
