@@ -29,6 +29,8 @@ _PUBLIC = {
     "Engine": ".runtime.engine.engine",
     "EngineConfig": ".runtime.config",
     "RequestOutput": ".runtime.engine.request_output",
+    "Server": ".runtime.server.server",
+    "ServerConfig": ".runtime.config",
     **dict.fromkeys(("BranchwiseError", "EngineDead", "InvalidRequest", "LoadError"), ".runtime.errors"),
     "SamplingParams": ".runtime.sampling_params",
 }
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from .frontend.lang.state import State as State
     from .frontend.lang.tools import tool_loop as tool_loop
     from .runtime.config import EngineConfig as EngineConfig
+    from .runtime.config import ServerConfig as ServerConfig
     from .runtime.engine.async_engine import AsyncEngine as AsyncEngine
     from .runtime.engine.engine import Engine as Engine
     from .runtime.engine.request_output import RequestOutput as RequestOutput
@@ -77,6 +80,7 @@ if TYPE_CHECKING:
     from .runtime.errors import InvalidRequest as InvalidRequest
     from .runtime.errors import LoadError as LoadError
     from .runtime.sampling_params import SamplingParams as SamplingParams
+    from .runtime.server.server import Server as Server
 
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -12,14 +12,11 @@ from typing import Any, Self, Unpack, overload
 import msgspec
 
 from ..config import engine_config
-from ..executor.torch_environment import prepare_torch
-from ..grammar.compiler import GrammarCompiler
 from ..messages import Control, Generate, Stats
-from ..models.folder import model_folder
-from ..models.sampling_defaults import sampling_defaults
 from ..sampling_params import SamplingParams, validate
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
+from .loading import load_engine
 from .prompts import ChatOptions, Messages, Prompt, chat_batch, chat_tokens, prompt_batch, prompt_tokens
 from .request_output import BatchCollector, Collector, RequestOutput, StreamChunk
 from .thread import EngineThread
@@ -29,24 +26,8 @@ class EngineBase:
     """Loads a model and starts the thread that drives it, which ends with `close` or when the object is collected."""
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        config = engine_config(str(model), settings)
-        prepare_torch()
-        from ..executor.executor import ModelExecutor  # torch: seconds to import
-
-        folder = model_folder(config.model)
-        preferred = sampling_defaults(config, folder)
-        executor = ModelExecutor.load(config)
-        tokenizer = Tokenizer.load(folder)
-        core = EngineCore(
-            config,
-            executor,
-            executor.eos_ids,
-            executor.max_model_len,
-            gpu=executor.device.type == "cuda",
-            grammars=GrammarCompiler(tokenizer, executor.vocab_size, executor.eos_ids),
-            preferred=preferred,
-        )
-        self._start(core, tokenizer)
+        loaded = load_engine(engine_config(str(model), settings))
+        self._start(loaded.core, loaded.tokenizer)
 
     @classmethod
     def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Self:

@@ -82,9 +82,14 @@ class ServerStopped(EngineDead):
 class Server:
     """A server that leaves signals and the main thread alone, so that it can live inside another process.
 
-    On an event loop: ``await start()``, then ``await wait()`` or ``await stop()``. Anywhere else, in a ``with`` block,
-    which runs it on a thread of its own. One object serves once. ``on_progress(stage, done, total)`` is called while
-    weights load. Raises `LoadError` if a setting is wrong.
+    On an event loop: ``await start()``, then ``await wait()`` or ``await stop()``. Elsewhere, in a ``with`` block,
+    which runs it on a thread of its own:
+
+        with Server(ServerConfig(engine=EngineConfig(model="path/to/model"), port=0)) as server:
+            print(server.url)
+
+    One object serves once. ``on_progress(stage, done, total)`` is called while weights load. Raises `LoadError` if a
+    setting is wrong.
 
     The loop's thread must outlive the server: Linux kills the engine's processes when the thread that began them ends.
     """
@@ -107,8 +112,8 @@ class Server:
 
     @property
     def info(self) -> dict[str, Any]:
-        """``url, host, port, model, has_chat_template, seconds, pids`` and what the scheduler says: ``vocab_size,
-        max_model_len, pool_tokens, num_pages, page_size, preferred_sampling_params, memory_plan`` (lines)."""
+        """``url, host, port, model, has_chat_template, seconds`` (of starting)``, pids, memory_plan`` (lines), and
+        `EngineCore.info`."""
         if self._info is None:
             raise RuntimeError("the server is not ready: await start() first")
         return self._info
@@ -307,7 +312,7 @@ class Server:
 
         self._state.tokenizer = await asyncio.to_thread(Tokenizer.load, self._config.engine.model)
         info = await self._processes.ready()
-        self._state.preferred = info["preferred_sampling_params"]
+        self._state.preferred = info["preferred_sampling_params"] or {}
         self._client.ready(Limits(info["vocab_size"], info["max_model_len"], info["pool_tokens"]))
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import zmq
 
-from ...config import EngineConfig, ServerConfig
-from ...engine.core import EngineCore
-from ...executor.torch_environment import prepare_torch
-from ...grammar.compiler import GrammarCompiler
+from ...config import ServerConfig
+from ...engine.loading import load_engine, load_null_engine
 from ...messages import (
     Abort,
     BranchOp,
@@ -27,15 +24,9 @@ from ...messages import (
     Shutdown,
     StopMatched,
 )
-from ...models.folder import model_folder
-from ...models.sampling_defaults import sampling_defaults
-from ...step import Executor
-from ...tokenizer.tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToScheduler
 
 STATS_SECONDS = 0.2  # shortest time between two `Stats` while there is work; one more when it ends
-NULL_POOL_TOKENS = 1 << 20
-NULL_CONTEXT = 32_768
 
 
 class SchedulerWorker:
@@ -46,34 +37,16 @@ class SchedulerWorker:
         self._detokenizer = Outbox(context, run_dir, "detokenizer")
         self._tokenizer = Outbox(context, run_dir, "tokenizer")
         self._http = http
-        folder = model_folder(config.engine.model)
-        preferred = sampling_defaults(config.engine, folder)
-        loaded = _load(config, http)
-        executor = loaded.executor
-        tokenizer = Tokenizer.load(folder)
-        self._core = EngineCore(
-            config.engine,
-            executor,
-            loaded.eos_ids,
-            loaded.max_model_len,
-            gpu=loaded.gpu,
-            grammars=GrammarCompiler(tokenizer, executor.vocab_size, loaded.eos_ids),
-            preferred=preferred,
-        )
+        if config.null_executor:
+            loaded = load_null_engine(config.engine, config.null_step_seconds)
+        else:
+            loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]))
+        self._core = loaded.core
         self._stats_at = 0.0
         # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
         gc.freeze()
-        info = {
-            "vocab_size": executor.vocab_size,
-            "max_model_len": loaded.max_model_len,
-            "pool_tokens": executor.num_pages * executor.page_size,
-            "page_size": executor.page_size,
-            "num_pages": executor.num_pages,
-            "memory_plan": loaded.memory_plan,
-            "preferred_sampling_params": preferred,
-        }
-        http.send([Ready("scheduler", info)])
+        http.send([Ready("scheduler", {**self._core.info(), "memory_plan": loaded.memory_plan})])
 
     def run(self) -> None:
         """Steps while there is work and blocks while there is none, until `Shutdown` has arrived and every request has
@@ -141,44 +114,5 @@ class SchedulerWorker:
             self._http.send(messages)
 
 
-@dataclass(slots=True)
-class _Loaded:
-    executor: Executor
-    eos_ids: tuple[int, ...]
-    max_model_len: int
-    memory_plan: list[str]  # lines for display
-    gpu: bool  # whether steps overlap by default
-
-
-def _load(config: ServerConfig, http: Outbox) -> _Loaded:
-    if config.null_executor:
-        return _load_null(config.engine, config.null_step_seconds)
-    prepare_torch()
-    from ...executor.executor import ModelExecutor
-
-    def progress(done: int, total: int) -> None:
-        http.send([Progress("scheduler", "loading weights", done, total)])
-
-    executor = ModelExecutor.load(config.engine, progress)
-    return _Loaded(
-        executor,
-        executor.eos_ids,
-        executor.max_model_len,
-        list(executor.memory_plan.lines()),
-        gpu=executor.device.type == "cuda",
-    )
-
-
-def _load_null(engine: EngineConfig, step_seconds: float) -> _Loaded:
-    from ...executor.null import NullExecutor
-
-    pages = -(-(engine.kv_cache_tokens or NULL_POOL_TOKENS) // engine.page_size)
-    vocab_size = Tokenizer.load(Path(engine.model)).vocab_size
-    executor = NullExecutor(pages, engine.page_size, vocab_size, step_seconds)
-    return _Loaded(
-        executor,
-        (),
-        engine.max_model_len or NULL_CONTEXT,
-        ["no model: tokens are computed from their positions"],
-        gpu=False,
-    )
+def _progress(done: int, total: int) -> Progress:
+    return Progress("scheduler", "loading weights", done, total)

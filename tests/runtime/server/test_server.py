@@ -13,9 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
-from branchwise.runtime.config import EngineConfig, ServerConfig, check_server
+from branchwise import EngineConfig, Server, ServerConfig
+from branchwise.runtime.config import check_server
 from branchwise.runtime.errors import EngineDead, LoadError
-from branchwise.runtime.server.server import Server, ServerStopped
+from branchwise.runtime.server.server import ServerStopped
 
 
 @pytest.fixture

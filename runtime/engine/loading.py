@@ -1,0 +1,65 @@
+"""Building an engine: a model's executor, tokenizer and grammar compiler, joined in an `EngineCore`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..config import EngineConfig
+from ..executor.null import NullExecutor
+from ..executor.torch_environment import prepare_torch
+from ..grammar.compiler import GrammarCompiler
+from ..models.folder import model_folder
+from ..models.sampling_defaults import sampling_defaults
+from ..step import Executor
+from ..tokenizer.tokenizer import Tokenizer
+from .core import EngineCore
+
+NULL_POOL_TOKENS = 1 << 20
+NULL_CONTEXT = 32_768
+
+
+@dataclass(slots=True, frozen=True)
+class LoadedEngine:
+    core: EngineCore
+    tokenizer: Tokenizer
+    memory_plan: list[str]  # lines for display
+
+
+def load_engine(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> LoadedEngine:
+    """Loads a model. ``progress(done, total)`` is called with bytes of weights. Raises `LoadError`."""
+    prepare_torch()
+    from ..executor.executor import ModelExecutor  # torch: seconds to import
+
+    tokenizer = Tokenizer.load(model_folder(config.model))
+    executor = ModelExecutor.load(config, progress)
+    core = _core(config, executor, tokenizer, executor.eos_ids, executor.max_model_len, executor.device.type == "cuda")
+    return LoadedEngine(core, tokenizer, list(executor.memory_plan.lines()))
+
+
+def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
+    """An engine without a model or torch, whose steps take ``step_seconds``."""
+    tokenizer = Tokenizer.load(model_folder(config.model))
+    pages = -(-(config.kv_cache_tokens or NULL_POOL_TOKENS) // config.page_size)
+    executor = NullExecutor(pages, config.page_size, tokenizer.vocab_size, step_seconds)
+    core = _core(config, executor, tokenizer, (), config.max_model_len or NULL_CONTEXT, gpu=False)
+    return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
+
+
+def _core(
+    config: EngineConfig,
+    executor: Executor,
+    tokenizer: Tokenizer,
+    eos_ids: tuple[int, ...],
+    max_model_len: int,
+    gpu: bool,
+) -> EngineCore:
+    return EngineCore(
+        config,
+        executor,
+        eos_ids,
+        max_model_len,
+        gpu=gpu,
+        grammars=GrammarCompiler(tokenizer, executor.vocab_size, eos_ids),
+        preferred=sampling_defaults(config, model_folder(config.model)),
+    )
