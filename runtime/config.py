@@ -211,18 +211,23 @@ def check_server(config: ServerConfig) -> ServerConfig:
     Raises `LoadError` naming the flag. An empty key is an error rather than no key: the server would be open to all.
     """
     check(config.engine)
+    key_flag = "--api-key"
     if config.api_key_file is not None:
+        key_flag = "--api-key-file"
         if config.api_key is not None:
             raise LoadError("--api-key and --api-key-file: give one of them")
         config = msgspec.structs.replace(config, api_key=_read_key(config.api_key_file), api_key_file=None)
     for flag, keys in (
-        ("--api-key", (config.api_key,)),
+        (key_flag, (config.api_key,)),
         ("--extra-api-key", config.extra_api_keys),
         ("--admin-api-key", (config.admin_api_key,)),
     ):
         for key in keys:
             if key is not None and (not key or not key.isprintable() or any(map(str.isspace, key))):
                 raise LoadError(f"{flag}: a key must not be empty or hold spaces or control characters")
+    tenants = [*config.extra_api_keys, config.api_key]
+    if len(set(tenants)) < len(tenants) or config.admin_api_key in config.extra_api_keys:
+        raise LoadError("--extra-api-key: a key must differ from every other key, as it has its own part of the cache")
     if config.extra_api_keys and config.api_key is None:
         raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
     return config

@@ -139,8 +139,19 @@ def test_a_key_that_no_client_can_send_is_refused(
         "--admin-api-key": {"api_key": "good", "admin_api_key": key},
         "--api-key-file": {"api_key_file": str(tmp_path / "key")},
     }[flag]
-    with pytest.raises(LoadError, match=f"{flag.removesuffix('-file')}: a key must not be empty"):
+    with pytest.raises(LoadError, match=f"{flag}: a key must not be empty"):
         Server(config(**settings))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"extra_api_keys": ("good",)}, {"extra_api_keys": ("a", "a")}, {"extra_api_keys": ("a",), "admin_api_key": "a"}],
+)
+def test_one_key_is_not_two_tenants(config: Callable[..., ServerConfig], keys: dict[str, Any]) -> None:
+    """A tenant whose key is also the admin key would be an admin."""
+    with pytest.raises(LoadError, match="--extra-api-key: a key must differ"):
+        Server(config(api_key="good", **keys))
+    Server(config(api_key="good", extra_api_keys=("a", "b"), admin_api_key="good"))
 
 
 def test_a_key_from_a_file(config: Callable[..., ServerConfig], tmp_path: Path) -> None:
