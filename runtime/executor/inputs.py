@@ -36,8 +36,8 @@ class InputStaging:
     """
 
     def __init__(self, device: torch.device, scratch_slot: int, max_tokens: int, max_requests: int) -> None:
-        # Six arrays of at most all tokens; samples and extra outputs are padded to one a request.
-        self._staging = Staging(6 * max_tokens + 3 * max_requests, torch.int64, device)
+        # Five arrays of at most all tokens, and outputs, which may name a token twice; padding is one a request.
+        self._staging = Staging(7 * max_tokens + 3 * max_requests, torch.int64, device)
         self._scratch_slot, self._scratch_row = scratch_slot, max_requests
 
     def stage(
