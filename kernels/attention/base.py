@@ -40,6 +40,8 @@ class AttentionBatch:
     page_size: int
     page_table: Tensor  # int32 [max_rows, max_pages], on the device; the last row is the scratch page's
     host_page_table: Int32  # the same on the host; on a CPU the same memory
+    # Rows and columns of the page table that were written since the last step; None: anything may have been.
+    written: tuple[Int32, Int32] | None = None
     _shared: dict[int, SharedRuns] = field(default_factory=dict, init=False, repr=False)
 
     def query_slots(self) -> Int64:
@@ -77,6 +79,7 @@ class StepShape:
     decodes: int
     tokens: int
     requests: int
+    tree: bool = False  # whether shared prefixes are read once: other kernels, so a graph of its own
 
     @property
     def num_tokens(self) -> int:
@@ -142,13 +145,20 @@ class AttentionBackend(Protocol):
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
 
-    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        """The forms in which steps of this shape are to be captured: itself, and those that `plan` may return."""
+        ...
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
         """Prepares everything about the step that does not depend on a layer's values. Replaces the previous plan.
 
         Args:
             batch: the step's requests.
             shape: pad the step to it. Kernels then read the plan from the same addresses as in any other step of this
                 shape. Only where ``captures``.
+
+        Returns:
+            The form of ``shape`` whose graph to replay.
         """
         ...
 

@@ -114,7 +114,10 @@ class FlashInferAttention:
         self._copied = Fence(device)  # the last plan's copies to the device
         self._planned: list[_Planned] = []
 
-    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return [shape]
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
         self._copied.wait()
         self._ints.begin()
         self._planned = []
@@ -138,6 +141,7 @@ class FlashInferAttention:
             for call in p.calls.values():
                 call.plan(qo_indptr, kv_indptr, kv_lens_on_host, tokens, capture=shape is not None)
         self._copied.record()
+        return shape
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:

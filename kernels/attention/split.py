@@ -5,9 +5,9 @@ Dao et al., 2023): each piece yields a partial softmax, and `Pieces.merges` says
 The number of pieces is bounded by the numbers of requests and tokens alone, so that the grid of a CUDA graph can serve
 every step of its shape.
 
-Pieces name their query tokens by indices into two lists on the device: query tokens of the step, and their positions.
-`cut` makes tiles of consecutive tokens of one request; the kernels accept any list, so a piece can also serve the
-queries of several requests that read the same pages.
+Pieces name their query tokens by indices into a list of the step's query tokens on the device. `cut` makes tiles of
+consecutive tokens of one request; the kernels accept any list, so a piece can also serve the queries of several
+requests that read the same pages (`tree_plan`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MIN_KEYS = 256  # a piece with fewer costs more to merge than it saves
 ITEM = np.dtype(
     [
         ("row", np.int32),  # of the page table
-        ("query", np.int32),  # index of the first query in the lists
+        ("query", np.int32),  # index of the first query in the list
         ("num_queries", np.int32),  # 0: the record only fills up a captured grid
         ("start", np.int32),  # keys start … stop - 1, positions in the request
         ("stop", np.int32),

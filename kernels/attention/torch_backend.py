@@ -73,6 +73,9 @@ class TorchAttention:
             pool.layer(0).k.new_empty(0) for _ in range(2)
         ]  # gathered keys and values; grown, never shrunk
 
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return []
+
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
         if shape is not None:
             raise ValueError("the torch backend does not support padded steps: its plan depends on the values")

@@ -57,7 +57,6 @@ class _Call:
     tile: Tile
     tokens: int  # query tokens of a tile
     queries: Tensor  # query tokens of the step
-    positions: Tensor  # of the queries
     items: Tensor  # `ITEM` records
     merges: Tensor  # `MERGE` records
 
@@ -127,7 +126,10 @@ class TritonAttention:
         self._table = torch.empty((0, 0), dtype=torch.int32, device=device)  # the plan's
         self._calls: dict[int | None, list[_Call]] = {}
 
-    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return [shape]
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
         self._table = batch.page_table
         decodes, chunks = split_step(batch, shape)
         groups = []
@@ -138,13 +140,15 @@ class TritonAttention:
             typical = math.ceil(chunks.mean_q_len) if shape is None else min(chunks.num_tokens, CAPTURED_CHUNK)
             groups.append(self._cut(chunks, typical, chunks.num_tokens, shape is not None))
         self._staging.begin(sum(group.size for group in groups))
+        self._positions = self._put(np.concatenate([np.empty(0, np.int64), *(group.positions for group in groups)]))
         self._calls = {window: [] for window in self._windows}
         for group in groups:
-            queries, positions = self._put(group.queries), self._put(group.positions)
+            queries = self._put(group.queries)
             for window, pieces in zip(self._windows, group.pieces, strict=True):
                 items, merges = (self._put(records.view(np.int32)) for records in (pieces.items, pieces.merges))
-                self._calls[window].append(_Call(group.tile, group.tokens, queries, positions, items, merges))
+                self._calls[window].append(_Call(group.tile, group.tokens, queries, items, merges))
         self._staging.send()
+        return shape
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         if out is None:
@@ -158,7 +162,7 @@ class TritonAttention:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
             attend(
                 (self._kv_heads, items, 1),
-                (q, kv.k, kv.v, table, call.queries, call.positions, call.items, out, self._partial, self._lse),
+                (q, kv.k, kv.v, table, call.queries, self._positions, call.items, out, self._partial, self._lse),
                 (),
                 (
                     *(heads, self._kv_heads, dim, self._page_size, q.stride(0), out.stride(0), table.stride(0)),

@@ -126,7 +126,7 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One item of `Pieces`, one key head. SOFTCAP, WINDOW: 0 for none."""
+    """One `split.ITEM`, one key head. ``positions``: of the step's query tokens. SOFTCAP, WINDOW: 0 for none."""
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
     row, first, num_queries, start, stop, full, partial = _read_item(items_ptr, tl.program_id(1))
@@ -139,7 +139,10 @@ def attend(
     is_query = nth < num_queries
     mask = is_query[:, None] & (channel < D)[None, :]
     query = tl.load(queries_ptr + first + nth, is_query, other=0).to(tl.int64)
-    position = tl.load(positions_ptr + first + nth, is_query, other=0)
+    position = tl.load(positions_ptr + query, is_query, other=-1)
+    nearest = tl.min(tl.where(is_query, position, 2147483647), axis=0)
+    stop = tl.minimum(stop, tl.max(position, axis=0) + 1)
+    full = tl.minimum(full, nearest + 1)
     q = tl.load(q_ptr + (query * Q_STRIDE + head * D)[:, None] + channel[None, :], mask, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -150,11 +153,13 @@ def attend(
     pages = table_ptr + row.to(tl.int64) * TABLE_STRIDE
     middle = start
     if WINDOW == 0:  # whole blocks that every query sees need no mask
-        middle = start + (full - start) // BLOCK_N * BLOCK_N
+        middle = start + tl.maximum(full - start, 0) // BLOCK_N * BLOCK_N
         acc, peak, total = _attend_range(
             acc, peak, total, q, k_head, v_head, pages, start, middle, lowest, highest,
             D, PAGE_SIZE, KV_HEADS * D, SCALE, SOFTCAP, False, False, PRECISION, BLOCK_N, BLOCK_D,
         )  # fmt: skip
+    else:  # blocks outside of every query's window are skipped
+        middle = start + tl.maximum(nearest - (WINDOW - 1) - start, 0) // BLOCK_N * BLOCK_N
     acc, peak, total = _attend_range(
         acc, peak, total, q, k_head, v_head, pages, middle, stop, lowest, highest,
         D, PAGE_SIZE, KV_HEADS * D, SCALE, SOFTCAP, WINDOW > 0, True, PRECISION, BLOCK_N, BLOCK_D,
@@ -210,3 +215,51 @@ def merge(
     out = acc / tl.where(total > 0.0, total, 1.0)
     to = out_ptr + query * OUT_STRIDE + head * D + channel
     tl.store(to, out.to(out_ptr.dtype.element_ty), channel < D)
+
+
+@kernel()
+def merge_slots(
+    partial_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    merges_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    """Merges one query token's partial results, wherever they are, for some heads: see `tree_plan.TreePlan`.
+
+    A token that has none (0) is set to 0; one that has nothing to merge (-1) is left as it is.
+    """
+    query = tl.program_id(0)
+    first, count = tl.load(merges_ptr + query * 2), tl.load(merges_ptr + query * 2 + 1)
+    if count < 0:
+        return
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)
+    is_head = (head < HEADS)[None, :]
+    is_value = is_head[:, :, None] & (channel < D)[None, None, :]
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    for at in range(0, count, BLOCK_S):
+        nth = at + tl.arange(0, BLOCK_S)
+        slot = tl.load(slots_ptr + first + nth, nth < count, other=0).to(tl.int64)
+        row = slot[:, None] * HEADS + head[None, :]
+        is_slot = (nth < count)[:, None]
+        lse = tl.load(lse_ptr + row, is_slot & is_head, other=float("-inf"))
+        values = (row * D)[:, :, None] + channel[None, None, :]
+        part = tl.load(partial_ptr + values, is_slot[:, :, None] & is_value, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(lse, axis=0))
+        safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights, alpha = tl.exp2(lse - safe[None, :]), tl.exp2(peak - safe)
+        acc = acc * alpha[:, None] + tl.sum(part * weights[:, :, None], axis=0)
+        total = total * alpha + tl.sum(weights, axis=0)
+        peak = new_peak
+    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    out_ptrs = out_ptr + query.to(tl.int64) * OUT_STRIDE + (head * D)[:, None] + channel[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), (head < HEADS)[:, None] & (channel < D)[None, :])

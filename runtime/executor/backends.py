@@ -16,7 +16,7 @@ from ...kernels.base import Ops
 from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
-from .graphs import CHUNK_TOKENS, CHUNKS, DECODES
+from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, largest_shape
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -53,23 +53,41 @@ def _problem_with_triton(device: torch.device) -> str | None:
 def make_attention(
     config: EngineConfig, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
 ) -> AttentionBackend:
-    """The backend of ``config.attention_backend``; ``auto`` tries FlashInfer, then Triton, then torch.
+    """The backend of ``config.attention_backend``.
 
-    ``max_tokens``: the most query tokens of a step, padding included.
+    ``auto`` is FlashInfer, or Triton where that does not run, or else torch; ``tree`` is tree attention over the first
+    of them that runs on a GPU. ``max_tokens``: the most query tokens of a step, padding included.
 
     Raises `LoadError` with the reason where a backend that was named cannot run.
     """
     choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
     if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)
-    for name in makers if choice == "auto" else [choice]:
+    for name in [choice] if choice in makers else makers:
         try:
-            return makers[name](pool, layers, num_heads, table, max_tokens)
+            flat = makers[name](pool, layers, num_heads, table, max_tokens)
         except Unavailable as error:
             if choice == name:
                 raise LoadError(f"--attention-backend {name}: {error}") from error
             logger.warning("attention does not run on %s: %s", name, error)
+            continue
+        return _over(flat, pool, layers, num_heads, table) if choice == "tree" else flat
+    if choice == "tree":
+        raise LoadError("--attention-backend tree: neither FlashInfer nor Triton can run its other steps")
     return TorchAttention(pool, layers, num_heads)
+
+
+def _over(
+    flat: AttentionBackend, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable
+) -> AttentionBackend:
+    """Tree attention, with ``flat`` for the steps that share little."""
+    problem = _problem_with_triton(pool.device)
+    if problem is not None:
+        raise LoadError(f"--attention-backend tree: {problem}")
+    from ...kernels.attention.tree_backend import TreeAttention
+
+    rows = len(table.host) - 1
+    return TreeAttention(pool, layers, num_heads, table.device, flat, max(rows, largest_shape(rows)))
 
 
 def _flashinfer(

@@ -149,10 +149,10 @@ class ModelExecutor:
         shape = self._graphs.shape_for(plan) if self._graphs else None
         spans = self._prompt_logprobs.spans(plan)
         starts = plan.query_starts
-        inputs = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
+        inputs, form = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
         count = len(plan.samples)
-        if self._graphs is not None and shape is not None:
-            self._graphs.replay(shape)
+        if self._graphs is not None and form is not None:
+            self._graphs.replay(form)
             return self._launched(plan, inputs, self._logits[:count], [])
         self._decoder.reserve(int(plan.kv_lens.max()))
         hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
@@ -170,13 +170,17 @@ class ModelExecutor:
             return LaunchedStep(self._sample(plan, inputs, logits), prompt)
         return LaunchedStep(None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
 
-    def _stage(self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]) -> StepInputs:
+    def _stage(
+        self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]
+    ) -> tuple[StepInputs, StepShape | None]:
+        """The step's inputs, and the form to replay where it is captured."""
         table = self._table
         batch = AttentionBatch(
-            plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self.page_size, table.device, table.host
+            *(plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, self.page_size, table.device, table.host),
+            written=(plan.table_rows, plan.table_cols),
         )
-        self._attention.plan(batch, shape)
-        return self._inputs.stage(plan, batch, shape, extra_outputs)
+        form = self._attention.plan(batch, shape)
+        return self._inputs.stage(plan, batch, shape, extra_outputs), form
 
     def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
         """Hidden states of the outputs. ``pending``: only the device knows some of the token ids."""
@@ -197,13 +201,14 @@ class ModelExecutor:
         staged: dict[StepShape, StepInputs] = {}
 
         def prepare(shape: StepShape) -> None:
-            staged[shape] = self._stage(_empty_plan(), shape, [])
+            staged[shape], _ = self._stage(_empty_plan(), shape, [])
 
         def run(shape: StepShape) -> None:
             hidden = self._hidden(staged[shape], pending=True)
             self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
 
-        graphs = StepGraphs(run, prepare, self._table.host.shape[0] - 1, max_tokens, self.device)
+        rows, forms = self._table.host.shape[0] - 1, self._attention.forms
+        graphs = StepGraphs(run, prepare, rows, max_tokens, self.device, forms)
         largest = max(shape.num_outputs for shape in graphs.shapes())
         self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
         self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move

@@ -32,6 +32,7 @@ class StepGraphs:
         max_requests: the most requests in a step.
         max_tokens: the most query tokens in a step.
         device: where steps run; the calling thread's current device.
+        forms: the forms in which a shape is captured (`AttentionBackend.forms`).
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class StepGraphs:
         max_requests: int,
         max_tokens: int,
         device: torch.device,
+        forms: Callable[[StepShape], list[StepShape]] = lambda shape: [shape],
     ) -> None:
-        self._run, self._prepare, self._device = run, prepare, device
+        self._run, self._prepare, self._device, self._forms = run, prepare, device, forms
         self._decodes = _upto(DECODES, max_requests)
         self._mixed = _upto(MIXED_DECODES, max_requests)
         self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
@@ -53,7 +55,8 @@ class StepGraphs:
         """Largest first, so that smaller ones fit into memory that is already allocated."""
         decodes = [StepShape(n, 0, 0) for n in self._decodes]
         mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
-        return sorted(decodes + mixed, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
+        forms = [form for shape in decodes + mixed for form in self._forms(shape)]
+        return sorted(forms, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
 
     def capture(self) -> None:
         """Called once, before the first step. Kernels that have not run yet are compiled here, not during a request."""
@@ -85,7 +88,7 @@ class StepGraphs:
         return StepShape(decodes, chunk_tokens, self._chunks if chunks else 0)
 
     def replay(self, shape: StepShape) -> None:
-        """Runs the step that was staged last."""
+        """Runs the step that was staged last, in the form that `AttentionBackend.plan` returned."""
         self._captured[shape].replay()
 
 

@@ -21,6 +21,9 @@ class _NoAttention:
 
     captures = False
 
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return []
+
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None: ...
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:

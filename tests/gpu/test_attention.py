@@ -43,6 +43,12 @@ class World:
             from branchwise.kernels.attention.triton_backend import TritonAttention
 
             return TritonAttention(KVPool(self.pool), self.specs, HEADS)
+        if backend == "tree":
+            from branchwise.kernels.attention.tree_backend import TreeAttention
+            from branchwise.kernels.attention.tree_plan import TreeCosts
+
+            flat, always = self._make("triton", rows), TreeCosts(flat=1.0, partial=0.0, margin=0.0)
+            return TreeAttention(KVPool(self.pool), self.specs, HEADS, self.device_table, flat, 2048, always)
         pytest.importorskip("flashinfer")
         from branchwise.kernels import triton_ops
         from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
@@ -50,14 +56,15 @@ class World:
         return FlashInferAttention(KVPool(self.pool), self.specs, HEADS, self.device_table, triton_ops, rows)
 
     def step(self, requests: list[tuple[int, int]], shape: StepShape | None = None) -> None:
-        """Runs one step of ``requests`` over pages scattered anew, and checks every layer."""
+        """Runs one step of ``requests`` over pages scattered anew, the first few shared, and checks every layer."""
         rng = np.random.default_rng(len(requests))
         q_lens, kv_lens = (np.array(column, np.int32) for column in zip(*requests, strict=True))
         rows = rng.permutation(len(self.table) - 1)[: len(requests)].astype(np.int32)
         pages = iter(rng.permutation(self.pool.shape[2] - 1).tolist())
-        for row, kv_len in zip(rows, kv_lens, strict=True):
-            count = -(-int(kv_len) // self.page)
-            self.table[row, :count] = [next(pages) for _ in range(count)]
+        common = [next(pages) for _ in range(96 // self.page)]
+        for row, q_len, kv_len in zip(rows, q_lens, kv_lens, strict=True):
+            count, shared = -(-int(kv_len) // self.page), common[: int(kv_len - q_len) // self.page]
+            self.table[row, :count] = shared + [next(pages) for _ in range(count - len(shared))]
         self.device_table.copy_(torch.from_numpy(self.table))
         decodes = int((np.cumsum(q_lens != 1) == 0).sum())
         batch = AttentionBatch(rows, q_lens, kv_lens, decodes, self.page, self.device_table, self.table)
@@ -94,7 +101,7 @@ class World:
         return out[0].transpose(0, 1)
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
 @pytest.mark.parametrize("page", [16, 1])
 @pytest.mark.parametrize("specs", SPECS)
 def test_every_kind_of_step(backend: str, specs: str, page: int) -> None:
@@ -103,7 +110,7 @@ def test_every_kind_of_step(backend: str, specs: str, page: int) -> None:
         world.step(requests)
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
 @pytest.mark.parametrize("specs", ["plain", "both"])
 def test_padded_steps(backend: str, specs: str) -> None:
     world = World(backend, SPECS[specs], 16)
@@ -114,7 +121,7 @@ def test_padded_steps(backend: str, specs: str) -> None:
     world.step(STEPS["chunks"], StepShape(4, 1024, 30))
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
 def test_heads_of_128_and_long_chunks(backend: str) -> None:
     """Long chunks take `fa3` on Hopper."""
     world = World(backend, SPECS["plain"], 16, dim=128)

@@ -158,7 +158,7 @@ def test_a_piece_serves_queries_of_requests_that_are_not_neighbours() -> None:
         split.ITEM,
     )
     merges = np.array([(0, 2, 0, 2)], split.MERGE)
-    queries, positions = np.array([0, 2, 1], np.int32), np.array([100, 119, 63], np.int32)
+    queries, positions = np.array([0, 2, 1], np.int32), np.array([100, 63, 119], np.int32)
     given = [
         torch.from_numpy(array.view(np.int32)).to(DEVICE).contiguous() for array in (queries, positions, items, merges)
     ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
-from branchwise.kernels.attention import flashinfer_backend, flashinfer_module, triton_backend
+from branchwise.kernels.attention import flashinfer_backend, flashinfer_module, tree_backend, triton_backend
 from branchwise.kernels.attention.base import LayerSpec, Unavailable
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.kv_pool import KVPool
@@ -43,6 +43,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_module, "check_available", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(flashinfer_backend, "FlashInferAttention", broken)
     monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args: "triton")
+    monkeypatch.setattr(tree_backend, "TreeAttention", lambda *args: ("tree", args[4]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
@@ -50,6 +51,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_takes_the_next_best(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert make("auto") == "triton"
+    assert make("tree") == ("tree", "triton")
     assert "attention does not run on flashinfer: FlashInfer's kernels could not be compiled" in caplog.text
     assert isinstance(make("auto", head_dim=512), TorchAttention)  # Triton's kernels end at 256
     assert "attention does not run on triton: there is no Triton kernel for head_dim 512 (16 to 256)" in caplog.text
@@ -74,6 +76,7 @@ def test_a_gpu_before_ampere_has_torch_and_no_bfloat16(
     [
         ("flashinfer", 128, "cuda", "--attention-backend flashinfer: FlashInfer's kernels could not be compiled"),
         ("triton", 512, "cuda", "--attention-backend triton: there is no Triton kernel for head_dim 512"),
+        ("tree", 512, "cuda", "--attention-backend tree: neither FlashInfer nor Triton"),
         ("triton", 128, "cpu", "--attention-backend triton: Triton runs on CUDA devices, not on cpu"),
     ],
 )

@@ -1,0 +1,203 @@
+"""Tree attention: the device reads each shared prefix once for all requests that share it.
+
+A step takes the tree path where `tree_plan` expects that to be faster; otherwise the flat backend serves it. On the
+tree path decodes, and chunks of a few tokens, are run by `TreeRunner`; longer chunks stay with the flat backend. A plan
+serves every step until the composition changes: until then the host only sends the positions of the query tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..arrays import Int64, ranges
+from ..kv_pool import KVPool
+from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
+from .tree_plan import TreeCosts, TreeLimits, TreePlan, TreeRequests, plan_tree
+from .tree_runner import TreeRunner, tree_tiles
+
+SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
+MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
+MIN_DECODES = 8  # smaller steps are not captured on the tree path
+SLOTS = 8192  # partial results of query tokens
+WORKERS = (8, 2)  # programs that a multiprocessor should have, of each tile
+
+
+@dataclass(frozen=True, slots=True)
+class _Members:
+    """What a step plans together: its decodes, and the chunks that are short."""
+
+    chunks: Int64  # indices into the batch
+    requests: TreeRequests
+    num_tokens: int  # query tokens up to the last member's
+    offset: int  # query token at which chunks begin; -1 where no chunk is a member
+
+    def continues(self, earlier: _Members) -> bool:
+        """Whether these are the same requests, with a few more keys."""
+        mine, theirs = self.requests, earlier.requests
+        if self.offset != earlier.offset or not np.array_equal(mine.rows, theirs.rows):
+            return False
+        growth = mine.kv_lens - theirs.kv_lens
+        return np.array_equal(mine.q_lens, theirs.q_lens) and bool(((growth >= 0) & (growth <= MAX_GROWTH)).all())
+
+
+class TreeAttention:
+    """See `AttentionBackend`.
+
+    Args:
+        pool: keys and values.
+        layers: one spec a layer; scales are positive.
+        num_heads: query heads, a multiple of kv_heads.
+        table: int32 ``[rows, columns]``, the page table on the device. Its last row belongs to no request.
+        flat: the backend that reads keys once for each request.
+        max_tokens: the most query tokens of a captured step, and the most decodes of any step.
+        costs: what the choice between the paths is made by; by default, what was measured on an H200.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        layers: list[LayerSpec],
+        num_heads: int,
+        table: Tensor,
+        flat: AttentionBackend,
+        max_tokens: int,
+        costs: TreeCosts | None = None,
+    ) -> None:
+        layout, costs = pool.layout, costs or TreeCosts()
+        if any(spec.scale <= 0 for spec in layers):
+            raise ValueError("scales must be positive")
+        self.captures = flat.captures
+        self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
+        self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
+        tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group)
+        self._costs = replace(costs, tiles=tuple(tile.rows for tile in tiles), per_key=costs.per_key[: len(tiles)])
+        self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in WORKERS[: len(tiles)])
+        self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers)
+        self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
+        self._scratch_row = len(table) - 1
+        # The last members planned, and their plan; None where the flat path is faster.
+        self._members: _Members | None = None
+        self._plan: TreePlan | None = None
+        # Columns of each row of the page table that the plan was made from.
+        self._planned_columns = np.zeros(len(table), np.int64)
+        self._loaded: tuple[TreePlan, int] | None = None
+        self._step: tuple[tuple[int, ...], int] | None = None  # grid and query tokens of a step on the tree path
+        self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
+
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return [shape, replace(shape, tree=True)] if shape.decodes >= MIN_DECODES else [shape]
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
+        decodes = batch.num_decodes if shape is None else shape.decodes
+        forced = shape is not None and shape.tree
+        limits = self._limits if shape is None else replace(self._limits, items=self._items(shape.num_tokens))
+        if self._rewritten(batch):
+            self._members = None
+        members, plan = self._find_members(batch, decodes), None
+        if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
+            plan = self._plan_members(batch, members, limits, forced)
+        if plan is None:
+            self._step = None
+            return self._flat.plan(batch, shape)
+        if self._loaded is None or self._loaded[0] is not plan or self._loaded[1] != decodes:
+            self._runner.load(plan, decodes)
+            self._loaded = plan, decodes
+        requests = members.requests
+        positions = np.zeros(members.num_tokens, np.int64)
+        queries = ranges(requests.queries, requests.q_lens)
+        positions[queries] = ranges(requests.kv_lens - requests.q_lens, requests.q_lens)
+        self._runner.advance(positions)
+        self._plan_chunks(batch, members, shape, decodes)
+        if shape is None:
+            self._step = tuple(len(items) for items in plan.items), max(members.num_tokens, decodes)
+            return None
+        self._step = limits.items, shape.num_tokens
+        return replace(shape, tree=True)
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        if self._step is None:
+            return self._flat.run(layer, q, k, v, out)
+        if out is None:
+            out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if q.stride()[1:] != (self._head_dim, 1) or out.stride()[1:] != (self._head_dim, 1):
+            raise ValueError("the heads of a token must be contiguous")
+        if self._chunks_from is not None:
+            at = self._chunks_from
+            self._flat.run(layer, q[at:], k[at:], v[at:], out[at:])
+        self._runner.run(layer, self._layers[layer], q, out, *self._step)
+        return out
+
+    def _find_members(self, batch: AttentionBatch, decodes: int) -> _Members:
+        n = batch.num_decodes
+        q_lens = batch.q_lens.astype(np.int64)
+        chunks = n + np.flatnonzero(batch.q_lens[n:] <= SHORT_CHUNK)
+        tokens = decodes + int(q_lens[n:].sum())
+        if tokens > self._max_tokens:
+            chunks = chunks[:0]
+        index = np.concatenate([np.arange(n), chunks])
+        starts = np.cumsum(q_lens) - q_lens + (np.arange(len(q_lens)) >= n) * (decodes - n)
+        requests = TreeRequests(batch.rows[index], starts[index], q_lens[index], batch.kv_lens[index].astype(np.int64))
+        return _Members(chunks, requests, tokens if len(chunks) else n, decodes if len(chunks) else -1)
+
+    def _plan_members(
+        self, batch: AttentionBatch, members: _Members, limits: TreeLimits, forced: bool
+    ) -> TreePlan | None:
+        requests = members.requests
+        unchanged = self._members is not None and members.continues(self._members)
+        if unchanged and not forced and (self._plan is None or _fits(self._plan, limits)):
+            return self._plan
+        self._planned_columns[:] = 0
+        self._planned_columns[requests.rows] = requests.kv_lens // self._page_size
+        self._plan = plan_tree(
+            batch.host_page_table,
+            requests,
+            members.num_tokens,
+            self._group,
+            self._page_size,
+            self._costs,
+            limits,
+            always=forced,
+        )
+        # A forced plan is no decision to keep.
+        self._members = None if forced else members
+        return self._plan
+
+    def _rewritten(self, batch: AttentionBatch) -> bool:
+        """Whether the page table may have changed where the plan was made from it."""
+        if batch.written is None:
+            return True
+        rows, columns = batch.written
+        return bool((columns < self._planned_columns[rows]).any())
+
+    def _plan_chunks(self, batch: AttentionBatch, members: _Members, shape: StepShape | None, decodes: int) -> None:
+        """Leaves the other chunks to the flat backend, for which the members among them read the scratch page."""
+        n = batch.num_decodes
+        self._chunks_from = None
+        if shape is None and len(members.chunks) == len(batch.rows) - n:
+            return
+        if shape is not None and not shape.requests:
+            return
+        rows, kv_lens = batch.rows.copy(), batch.kv_lens.copy()
+        rows[members.chunks], kv_lens[members.chunks] = self._scratch_row, batch.q_lens[members.chunks]
+        rest = replace(batch, rows=rows[n:], q_lens=batch.q_lens[n:], kv_lens=kv_lens[n:], num_decodes=0)
+        self._flat.plan(rest, None if shape is None else replace(shape, decodes=0, tree=False))
+        self._chunks_from = decodes
+
+    def _items(self, num_tokens: int) -> tuple[int, ...]:
+        """The most items of each tile in captured steps of so many query tokens: a tail each and a few nodes."""
+        per_token = (1.25, 0.25)
+        return tuple(
+            int(num_tokens * share) + 2 * workers for share, workers in zip(per_token, self._workers, strict=False)
+        )
+
+
+def _fits(plan: TreePlan, limits: TreeLimits) -> bool:
+    return all(len(items) <= limit for items, limit in zip(plan.items, limits.items, strict=True))
+
+
+def _processors(pool: KVPool) -> int:
+    return torch.cuda.get_device_properties(pool.device).multi_processor_count if pool.device.type == "cuda" else 4

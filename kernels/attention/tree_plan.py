@@ -1,0 +1,281 @@
+"""Plans tree attention: which requests read which keys together, in items of about equal work.
+
+Reading a node of the tree (`tree_nodes`) once for all of its readers saves reads but costs each of them one more
+partial result. So a node is shared only where that pays; otherwise its columns are left to the nodes below it, and in
+the end to each request's own *tail* (FastTree: Pan et al., 2025; PAT: Yi et al., 2025). Tails are open-ended: the
+kernel ends them at the query's position, so a plan stays valid while its requests decode.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..arrays import Int32, Int64, ranges
+from .split import ALIGN, ITEM, Records
+from .tree_nodes import Nodes, find_nodes, indptr_of
+
+OPEN = 2**31 - 1  # the end of a tail: wherever its queries are
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class TreeCosts:
+    """Times on the device, in units of reading one token's keys and values in one layer from device memory.
+
+    The defaults were measured on an H200 with 4 query heads a key head (`tests/benchmarks/bench_tree_attention.py`).
+    They are ratios of memory bandwidth to cache bandwidth and to arithmetic, of about the same size for other models.
+
+    Attributes:
+        tiles: query rows (query tokens times the query heads of a key head) that a kernel takes at a time, ascending.
+        per_key: one pass over a key that is in the L2 cache, for each tile. The first pass costs at least 1.
+        flat: the same for a backend that reads keys once for each request.
+        partial: writing and merging one query token's partial result.
+        in_turn: merging one more partial result of the same query token, while no other token is waited for.
+        flat_layer, tree_layer: the launches of one layer, and what they wait for memory.
+        margin: the tree path is taken where it is expected to be faster by this factor.
+    """
+
+    tiles: tuple[int, ...] = (16, 64)
+    per_key: tuple[float, ...] = (0.45, 0.95)
+    flat: float = 0.45
+    partial: float = 5.0
+    in_turn: float = 150.0
+    flat_layer: float = 9000.0
+    tree_layer: float = 13000.0
+    margin: float = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class TreeLimits:
+    """What a plan must fit.
+
+    Attributes:
+        items: the most items of each tile.
+        slots: the most partial results of query tokens.
+        workers: programs for one key head that fill the device, for each tile.
+        min_keys: no range is cut into shorter ones.
+    """
+
+    items: tuple[int, ...]
+    slots: int
+    workers: tuple[int, ...]
+    min_keys: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class TreeRequests:
+    """R requests of a step that are planned together.
+
+    ``rows``: of the page table; ``queries``: first query token of each; ``q_lens``, ``kv_lens``: as in
+    `AttentionBatch`. All are ``[R]``.
+    """
+
+    rows: Int32
+    queries: Int64
+    q_lens: Int64
+    kv_lens: Int64
+
+
+@dataclass(frozen=True, slots=True)
+class TreePlan:
+    """Every key that one of T query tokens sees is in exactly one of the items that list the token.
+
+    The slots of an item follow one another.
+
+    Attributes:
+        items: for each tile size `split.ITEM` records, the longest first. ``query`` is the first slot of the item.
+        queries: int32 ``[slots]``, the query token of each slot.
+        merges: int32 ``[T, 2]``, where each query token's slots begin in ``slots``, and how many there are; -1 where
+            the token's one item writes the output itself. Tokens that belong to none of the requests have 0.
+        slots: int32 ``[slots]``, each query token's slots in the order of their keys.
+        keys_read: keys that the items read, each node's once.
+        keys_flat: keys that would be read with nothing shared.
+    """
+
+    items: tuple[Records, ...]
+    queries: Int32
+    merges: Int32
+    slots: Int32
+    keys_read: int
+    keys_flat: int
+
+
+def plan_tree(
+    table: Int32,
+    requests: TreeRequests,
+    num_tokens: int,
+    group: int,
+    page_size: int,
+    costs: TreeCosts,
+    limits: TreeLimits,
+    always: bool = False,
+) -> TreePlan | None:
+    """Plans the requests together; None where the flat backend is expected to be faster, or the plan does not fit.
+
+    Args:
+        table: int32 ``[rows, columns]``, the page table.
+        num_tokens: query tokens of the step.
+        group: query heads of a key head.
+        always: plan even where the flat backend is expected to be faster.
+    """
+    q_lens, kv_lens = requests.q_lens, requests.kv_lens
+    nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
+    nodes, covered = choose(nodes, q_lens, group, page_size, costs)
+    if not always and not len(nodes.starts):
+        return None
+    segments = _segments(nodes, covered, requests, page_size)
+    for coarseness in (1, 2, 4, 8):
+        plan = _cut(segments, num_tokens, int(kv_lens.sum()), group, costs, limits, coarseness)
+        if plan is not None:
+            return plan if always or _pays(plan, nodes, segments, group, costs) else None
+    return None
+
+
+def choose(nodes: Nodes, q_lens: Int64, group: int, page_size: int, costs: TreeCosts) -> tuple[Nodes, Int64]:
+    """The nodes worth sharing, extended upwards over the columns of those that are not.
+
+    Returns:
+        The chosen nodes (``parents`` are still indices into the given ones), and int64 ``[R]``, how many columns of
+        each request they cover.
+    """
+    count = len(nodes.starts)
+    covered = np.zeros(len(q_lens), np.int64)
+    if not count:
+        return nodes, covered
+    tokens = np.add.reduceat(q_lens[nodes.members], nodes.indptr[:-1])
+    shared = _passes(tokens * group, costs)
+    alone = np.add.reduceat(_passes(q_lens * group, costs)[nodes.members], nodes.indptr[:-1])
+    # Passes over a node's columns if its children, and its members without a child, read them instead.
+    below = alone.copy()
+    child = np.flatnonzero(nodes.parents >= 0)
+    np.add.at(below, nodes.parents[child], (shared - alone)[child])
+    saved = np.maximum(below, 1.0) - np.maximum(shared, 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        pays_from = np.where(saved > 0.0, tokens * costs.partial / (saved * page_size), np.inf)  # columns
+    starts, taken = nodes.starts.copy(), np.zeros(count, np.bool_)
+    columns = zip(nodes.parents.tolist(), nodes.stops.tolist(), pays_from.tolist(), strict=True)
+    for i, (parent, stop, least) in enumerate(columns):  # parents come first
+        if parent >= 0:
+            starts[i] = nodes.stops[parent] if taken[parent] else starts[parent]
+        taken[i] = stop - starts[i] >= least
+    kept = np.flatnonzero(taken)
+    counts = nodes.counts[kept]
+    members = nodes.members[ranges(nodes.indptr[kept], counts)]
+    covered[members] = np.repeat(nodes.stops[kept], counts)
+    return Nodes(starts[kept], nodes.stops[kept], nodes.parents[kept], members, indptr_of(counts)), covered
+
+
+@dataclass(frozen=True, slots=True)
+class _Segments:
+    """The chosen nodes, then every request's tail: keys ``starts … stops - 1`` for the query tokens between ``indptr``.
+
+    A query token's segments are in the order of their keys.
+    """
+
+    rows: Int64
+    starts: Int64
+    stops: Int64
+    lengths: Int64  # keys now
+    queries: Int64  # of all segments
+    indptr: Int64
+
+
+def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: int) -> _Segments:
+    leaders = nodes.members[nodes.indptr[:-1]]  # any member's row of the page table leads to a node's pages
+    members = np.concatenate([nodes.members, np.arange(len(requests.rows))])
+    counts = requests.q_lens[members]
+    of_nodes = np.add.reduceat(requests.q_lens[nodes.members], nodes.indptr[:-1]) if len(leaders) else leaders
+    starts, stops, tails = nodes.starts * page_size, nodes.stops * page_size, covered * page_size
+    return _Segments(
+        np.concatenate([requests.rows[leaders], requests.rows]).astype(np.int64),
+        np.concatenate([starts, tails]),
+        np.concatenate([stops, np.full(len(tails), OPEN)]),
+        np.concatenate([stops - starts, requests.kv_lens - tails]),
+        ranges(requests.queries[members], counts),
+        indptr_of(np.concatenate([of_nodes, requests.q_lens])),
+    )
+
+
+def _pays(plan: TreePlan, nodes: Nodes, segments: _Segments, group: int, costs: TreeCosts) -> bool:
+    """Whether the plan is expected to be faster than the flat path. Tails take the same time on either."""
+    count = len(nodes.starts)
+    lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
+    together = np.maximum(_passes(np.diff(segments.indptr)[:count] * group, costs), 1.0)
+    alone = np.maximum(nodes.counts * costs.flat, 1.0)
+    merging = costs.partial * len(plan.slots) + costs.in_turn * int(plan.merges[:, 1].max())
+    tree = costs.tree_layer + float((together * lengths).sum()) + tails + merging
+    flat = costs.flat_layer + float((alone * lengths).sum()) + tails
+    return tree * costs.margin < flat
+
+
+def _cut(
+    segments: _Segments,
+    num_tokens: int,
+    keys_flat: int,
+    group: int,
+    costs: TreeCosts,
+    limits: TreeLimits,
+    coarseness: int,
+) -> TreePlan | None:
+    """Items of about equal work, enough to fill the device; None if they exceed the limits."""
+    per_tile = max(costs.tiles[-1] // group, 1)  # query tokens
+    counts = np.diff(segments.indptr)
+    tiles = -(-counts // per_tile)
+    # All tiles of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
+    work = _passes(counts * group, costs) * segments.lengths
+    of_tile = _tile(counts * group, costs)
+    wanted = np.bincount(of_tile, work, len(costs.tiles)) / np.array(limits.workers) * coarseness
+    pieces = np.rint(work / np.maximum(tiles * wanted[of_tile], 1.0)).astype(np.int64)
+    pieces = np.clip(pieces, 1, np.maximum(segments.lengths // limits.min_keys, 1))
+    keys = np.maximum(-(-segments.lengths // (pieces * ALIGN)) * ALIGN, ALIGN)
+    pieces = np.maximum(-(-segments.lengths // keys), 1)
+
+    of = np.repeat(np.arange(len(tiles)), tiles * pieces)  # the segment of each item
+    nth = ranges(np.zeros_like(tiles), tiles * pieces)
+    piece, tile = nth // tiles[of], nth % tiles[of]
+    last = piece == pieces[of] - 1
+    count = np.minimum(counts[of] - tile * per_tile, per_tile)
+    slot = np.cumsum(count) - count
+    queries = segments.queries[ranges(segments.indptr[of] + tile * per_tile, count)]
+    if len(queries) > limits.slots:
+        return None
+    per_token = np.bincount(queries, minlength=num_tokens)
+    offset = piece * keys[of]
+    items = np.zeros(len(of), ITEM)
+    items["row"] = segments.rows[of]
+    items["query"], items["num_queries"] = slot, count
+    items["start"] = segments.starts[of] + offset
+    items["stop"] = items["full"] = np.where(last, segments.stops[of], items["start"] + keys[of])
+    items["partial"] = np.where(per_token[queries[slot]] > 1, slot, -1)
+    of_tile = _tile(count * group, costs)
+    length = np.where(last, segments.lengths[of] - offset, keys[of])
+    order = np.argsort((of_tile << 32) - length, kind="stable")  # the last to start is the shortest
+    sizes = np.bincount(of_tile, minlength=len(costs.tiles))
+    if (sizes > limits.items).any():
+        return None
+    merges = np.empty((num_tokens, 2), np.int32)
+    merges[:, 0] = np.cumsum(per_token) - per_token
+    merges[:, 1] = np.where(per_token == 1, -1, per_token)
+    return TreePlan(
+        items=tuple(np.split(items[order], np.cumsum(sizes)[:-1])),
+        queries=queries.astype(np.int32),
+        merges=merges,
+        slots=np.argsort(queries, kind="stable").astype(np.int32),
+        keys_read=int(segments.lengths.sum()),
+        keys_flat=keys_flat,
+    )
+
+
+def _tile(rows: Int64, costs: TreeCosts) -> Int64:
+    """Index of the smallest tile that holds so many query rows, or of the largest there is."""
+    return np.minimum(np.searchsorted(costs.tiles, rows), len(costs.tiles) - 1)
+
+
+def _passes(rows: Int64, costs: TreeCosts) -> Float64:
+    """Cost of the passes over one key that so many query rows need."""
+    per_key, largest = np.array(costs.per_key), costs.tiles[-1]
+    rest = rows % largest
+    return rows // largest * per_key[-1] + np.where(rest > 0, per_key[_tile(rest, costs)], 0.0)

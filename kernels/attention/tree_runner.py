@@ -1,0 +1,155 @@
+"""Runs a `TreePlan`: the launches of one layer over buffers whose addresses CUDA graphs can rely on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch import Tensor
+
+from ..arrays import Int64
+from ..kv_pool import KVPool
+from ..staging import Staging
+from .base import LayerSpec
+from .split import ITEM_FIELDS
+from .tree_plan import TreeLimits, TreePlan
+from .triton_kernels import attend, merge_slots
+
+MERGE_SLOTS, MERGE_HEADS = 8, 2  # partial results and query heads that one program of the merge reads at a time
+
+
+class TreeTile(NamedTuple):
+    """Sizes of a program of `attend`."""
+
+    rows: int  # query tokens times the query heads of a key head, padded
+    keys: int  # read at a time
+    warps: int
+    stages: int
+
+
+def tree_tiles(head_dim: int, itemsize: int, group: int) -> tuple[TreeTile, ...]:
+    """A narrow and a wide tile. Larger ones spill registers (checked for sm_90 in the tests).
+
+    The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
+    an H200, 128 requests of 1,152 tokens with heads of 128: 143 µs where 4 warps take 166. The wide one fills a `wgmma`
+    of 64 rows; tiles of 128 rows (184 µs where 64 take 163, 8 groups of 32 requests on 8k tokens) and 8 warps on 64
+    rows (289 µs) are slower.
+    """
+    if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
+        narrow, wide = TreeTile(16, 32, 4, 2), TreeTile(32, 32, 4, 2)
+    elif head_dim > 128:
+        narrow, wide = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
+    else:
+        narrow, wide = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 3)
+    least = triton.next_power_of_2(group)
+    if least > narrow.rows:
+        narrow = narrow._replace(rows=least, warps=max(narrow.warps, least // 16))
+    return (narrow, wide) if narrow.rows < wide.rows else (narrow,)
+
+
+class TreeRunner:
+    """Holds one plan and one layer's partial results on the device.
+
+    Args:
+        pool: keys and values.
+        heads: query heads, a multiple of the pool's key heads.
+        table: int32 ``[rows, columns]``, the page table on the device.
+        tiles: see `tree_tiles`.
+        limits: what plans fit.
+        max_tokens: the most query tokens of a plan.
+    """
+
+    def __init__(
+        self,
+        pool: KVPool,
+        heads: int,
+        table: Tensor,
+        tiles: tuple[TreeTile, ...],
+        limits: TreeLimits,
+        max_tokens: int,
+    ) -> None:
+        layout, device = pool.layout, pool.device
+        self._pool, self._table, self._tiles, self._limits, self._max_tokens = pool, table, tiles, limits, max_tokens
+        self._heads, self._head_dim = heads, layout.head_dim
+        self._block_d = triton.next_power_of_2(layout.head_dim)
+        self._shape = (heads, layout.kv_heads, layout.head_dim, layout.page_size)
+        self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
+        ints = sum(limits.items) * ITEM_FIELDS + 2 * limits.slots + 2 * max_tokens
+        self._staged_plan = Staging(ints, torch.int32, device)
+        self._staged_positions = Staging(max_tokens, torch.int32, device)
+        self._partial = torch.empty((limits.slots, heads, layout.head_dim), dtype=torch.float32, device=device)
+        self._lse = torch.empty((limits.slots, heads), dtype=torch.float32, device=device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def load(self, plan: TreePlan, padded: int) -> None:
+        """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
+        staging, limits = self._staged_plan, self._limits
+        merges = np.zeros((self._max_tokens, 2), np.int32)
+        merges[: len(plan.merges)] = plan.merges
+        others = merges[padded:, 1]
+        others[others == 0] = -1
+        staging.begin()
+        self._items = [
+            staging.put(items.view(np.int32), limit * ITEM_FIELDS)
+            for items, limit in zip(plan.items, limits.items, strict=True)
+        ]
+        self._queries, self._slots = staging.put(plan.queries, limits.slots), staging.put(plan.slots, limits.slots)
+        self._merges = staging.put(merges.ravel())
+        staging.send()
+
+    def advance(self, positions: Int64) -> None:
+        """Sends the positions in their requests of the query tokens of the step."""
+        self._staged_positions.begin()
+        self._positions = self._staged_positions.put(positions, self._max_tokens)
+        self._staged_positions.send()
+
+    def run(self, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, grid: tuple[int, ...], num_tokens: int) -> None:
+        """Attends for the plan's query tokens.
+
+        Args:
+            q, out: ``[T, heads, head_dim]``; the heads of a token are contiguous.
+            grid: items to launch for each tile; those beyond the plan's exit at once.
+            num_tokens: query tokens to merge.
+        """
+        side = self._side
+        if side is None or not torch.cuda.is_current_stream_capturing():
+            for nth in range(len(self._tiles)):
+                self._attend(nth, layer, spec, q, out, grid[nth])
+        else:  # side by side: the narrow tile fills what the wide one leaves idle
+            main = torch.cuda.current_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                for nth in range(1, len(self._tiles)):
+                    self._attend(nth, layer, spec, q, out, grid[nth])
+            self._attend(0, layer, spec, q, out, grid[0])
+            main.wait_stream(side)
+        merge_slots(
+            (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
+            (self._partial, self._lse, self._merges, self._slots, out),
+            (),
+            (self._heads, self._head_dim, out.stride(0), MERGE_SLOTS, MERGE_HEADS, self._block_d),
+            warps=4,
+        )
+
+    def _attend(self, nth: int, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, items: int) -> None:
+        if not items:
+            return
+        tile, kv, table = self._tiles[nth], self._pool.layer(layer), self._table
+        kv_heads = self._shape[1]
+        attend(
+            (kv_heads, items, 1),
+            (
+                *(q, kv.k, kv.v, table, self._queries, self._positions, self._items[nth]),
+                *(out, self._partial, self._lse),
+            ),
+            (),
+            (
+                *(*self._shape, q.stride(0), out.stride(0), table.stride(0)),
+                *(spec.scale, spec.softcap or 0.0, spec.window or 0, self._precision),
+                *(tile.rows, tile.keys, self._block_d),
+            ),
+            warps=tile.warps,
+            stages=tile.stages,
+        )

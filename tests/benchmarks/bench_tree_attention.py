@@ -1,0 +1,159 @@
+"""Tree attention against FlashInfer, one layer in a CUDA graph: `python -m tests.benchmarks.bench_tree_attention`.
+
+B requests in groups of up to 32 that share a prefix, each with a tail of its own; 32 query and 8 key heads of 128
+channels, bfloat16, pages of 16. Layers take turns, so that no layer finds its keys in the L2 cache. Without a GPU only
+the host's part is measured: planning anew, and the check that a plan still holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
+from branchwise.kernels.attention.tree_backend import TreeAttention
+from branchwise.kernels.attention.tree_plan import TreeCosts, TreeLimits, TreeRequests, plan_tree
+from branchwise.kernels.kv_pool import KVPool
+
+HEADS, KV_HEADS, DIM, PAGE, LAYERS, PER_GROUP = 32, 8, 128, 16, 2, 32
+SPECS = [LayerSpec(DIM**-0.5)] * LAYERS
+BATCHES, PREFIXES, TAILS = (8, 32, 128, 256), (512, 2048, 8192, 32768), (64, 256, 1024)
+CONTROLS = [(1, 0, 2048), (4, 0, 1024), (4, 2048, 256), (32, 0, 1024), (128, 0, 1152), (256, 0, 512)]
+COLUMNS = f"{'B':>4} {'prefix':>6} {'tail':>5} {'flat us':>8} {'tree us':>8} {'flat/tree':>9} {'gate':>5}"
+
+
+class Forest:
+    """``batch`` requests in groups that share ``prefix`` tokens, with ``tail`` tokens of their own each."""
+
+    def __init__(self, batch: int, prefix: int, tail: int) -> None:
+        rng = np.random.default_rng(0)
+        groups = max(1, batch // PER_GROUP)
+        shared, own = prefix // PAGE, -(-tail // PAGE) + 1
+        self.pages = groups * shared + batch * own + 1
+        pages = rng.permutation(self.pages - 1).astype(np.int32)
+        prefixes = pages[: groups * shared].reshape(groups, shared)
+        tails = pages[groups * shared :].reshape(batch, own)
+        self.table = np.full((batch + 1, shared + own), self.pages - 1, np.int32)
+        self.table[:-1] = np.concatenate([np.repeat(prefixes, batch // groups, axis=0), tails], axis=1)
+        self.rows = rng.permutation(batch).astype(np.int32)
+        self.kv_lens = np.full(batch, prefix + tail, np.int32)
+
+    def requests(self) -> TreeRequests:
+        n = len(self.rows)
+        return TreeRequests(self.rows, np.arange(n), np.ones(n, np.int64), self.kv_lens.astype(np.int64))
+
+    def batch(self, device_table: torch.Tensor) -> AttentionBatch:
+        none = np.empty(0, np.int32)
+        ones, n = np.ones(len(self.rows), np.int32), len(self.rows)
+        return AttentionBatch(self.rows, ones, self.kv_lens, n, PAGE, device_table, self.table, (none, none))
+
+
+def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
+    """Median of a call on the host."""
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def host_part() -> None:
+    print("planning on the host, ms")
+    limits = TreeLimits((8192, 8192), 1 << 16, (66, 33))
+    for batch, prefix, tail in ((256, 2048, 256), (256, 8192, 128), (1024, 2048, 256), (256, 0, 1024)):
+        forest = Forest(batch, prefix, tail)
+        plan = milliseconds(
+            lambda f=forest: plan_tree(  # type: ignore[misc]
+                f.table, f.requests(), len(f.rows), HEADS // KV_HEADS, PAGE, TreeCosts(), limits
+            )
+        )
+        print(f"  {batch:4} requests, {prefix:5} + {tail:4} tokens: {plan:6.3f}")
+
+
+def graph_us(backend: AttentionBackend, q: torch.Tensor, out: torch.Tensor) -> float:
+    """Microseconds of one layer, median over replays of a graph of eight."""
+
+    def run() -> None:
+        for layer in range(8):
+            backend.run(layer % LAYERS, q, q, q, out)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(14)]
+    for event in events:
+        event.record()
+        graph.replay()
+    torch.cuda.synchronize()
+    pairs = itertools.pairwise(events[2:])
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3 / 8
+
+
+def cell(batch: int, prefix: int, tail: int) -> dict[str, float]:
+    """Flat and tree times of one forest, the gate's choice, and the host's time while nothing changes."""
+    from branchwise.kernels import triton_ops
+    from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
+
+    forest = Forest(batch, prefix, tail)
+    data = torch.randn(LAYERS, 2, forest.pages, PAGE, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    pool, table = KVPool(data), torch.from_numpy(forest.table).cuda()
+    q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    out, expected = torch.empty_like(q), torch.empty_like(q)
+    flat = FlashInferAttention(pool, SPECS, HEADS, table, triton_ops, batch)
+    tree = TreeAttention(pool, SPECS, HEADS, table, flat, max(batch, 8))
+    steps = forest.batch(table)
+    flat.plan(steps, StepShape(batch, 0, 0))
+    flat_us = graph_us(flat, q, expected)
+    chosen = tree.plan(steps, StepShape(batch, 0, 0))
+    host_ms = milliseconds(lambda: tree.plan(steps, StepShape(batch, 0, 0)))
+    tree.plan(steps, StepShape(batch, 0, 0, tree=True))
+    tree_us = graph_us(tree, q, out)
+    torch.testing.assert_close(out, expected, atol=4e-3, rtol=2e-2)
+    return {
+        "batch": batch,
+        "prefix": prefix,
+        "tail": tail,
+        "flat_us": flat_us,
+        "tree_us": tree_us,
+        "gate": bool(chosen is not None and chosen.tree),
+        "host_ms": host_ms,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    arguments = parser.parse_args()
+    host_part()
+    if not torch.cuda.is_available():
+        return
+    from branchwise.kernels.attention import flashinfer_backend
+
+    flashinfer_backend.kernels = lambda *_: ["fa2"]  # decodes use no other, and compiling fa3 takes a minute
+    cells = [(b, p, t) for b in BATCHES for p in PREFIXES for t in TAILS]
+    print(COLUMNS)
+    found = []
+    for batch, prefix, tail in [*CONTROLS, *cells]:
+        f = cell(batch, prefix, tail)
+        found.append(f)
+        ratio, gate = f["flat_us"] / f["tree_us"], "tree" if f["gate"] else "flat"
+        times = f"{f['flat_us']:8.1f} {f['tree_us']:8.1f} {ratio:9.2f}"
+        print(f"{batch:4} {prefix:6} {tail:5} {times} {gate:>5}  host {f['host_ms']:.3f} ms", flush=True)
+        torch.cuda.empty_cache()
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

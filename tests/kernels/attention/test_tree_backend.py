@@ -1,0 +1,235 @@
+"""Tree attention against the torch backend, which shares nothing here: compiled on a GPU, else in the interpreter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
+from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVPool
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from branchwise.kernels import triton_launch
+from branchwise.kernels.attention import tree_backend
+from branchwise.kernels.attention.tree_backend import TreeAttention
+from branchwise.kernels.attention.tree_plan import TreeCosts
+from branchwise.kernels.attention.triton_backend import TritonAttention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHARE_ALL = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, margin=0.0)
+SPECS = [
+    LayerSpec(0.25),
+    LayerSpec(0.2, window=37),
+    LayerSpec(0.3, softcap=4.0),
+    LayerSpec(0.3, window=90, softcap=9.0),
+]
+ROWS, COLUMNS = 12, 24
+
+
+class World:
+    """Requests in a tree: all share the first columns, thirds of them further ones, and each has a tail."""
+
+    def __init__(
+        self,
+        heads: int = 4,
+        kv_heads: int = 2,
+        dim: int = 32,
+        page: int = 4,
+        specs: list[LayerSpec] | None = None,
+        dtype: torch.dtype = torch.float32,
+        costs: TreeCosts = SHARE_ALL,
+    ) -> None:
+        self.rng = np.random.default_rng(0)
+        self.heads, self.page, self.specs = heads, page, specs or [LayerSpec(0.25)]
+        pages = self.rng.permutation(ROWS * COLUMNS).reshape(ROWS, COLUMNS).astype(np.int32)
+        self.table = np.concatenate([pages, np.full((1, COLUMNS), ROWS * COLUMNS, np.int32)])
+        self.table[:-1, :6] = self.table[0, :6]
+        for some in np.array_split(np.arange(ROWS), 3):
+            self.table[some, 6:12] = self.table[some[0], 6:12]
+        generator = torch.Generator().manual_seed(0)
+        data = torch.randn((len(self.specs), 2, ROWS * COLUMNS + 1, page, kv_heads, dim), generator=generator)
+        self.pool = KVPool(data.to(DEVICE, dtype))
+        self.oracle = TorchAttention(KVPool(data.to(DEVICE, dtype).float()), self.specs, heads, share=False)
+        self.device_table = torch.from_numpy(self.table).to(DEVICE)
+        flat = TritonAttention(self.pool, self.specs, heads)
+        self.tree = TreeAttention(self.pool, self.specs, heads, self.device_table, flat, 64, costs)
+
+    def batch(self, requests: list[tuple[int, int]], written: Any = ((), ())) -> AttentionBatch:
+        """``requests``: (query tokens, tokens in all), decodes first, in rows 0, 1, … of the table."""
+        q_lens, kv_lens = (np.array(column, np.int32) for column in zip(*requests, strict=True))
+        return AttentionBatch(
+            rows=np.arange(len(requests), dtype=np.int32),
+            q_lens=q_lens,
+            kv_lens=kv_lens,
+            num_decodes=int((np.cumsum(q_lens != 1) == 0).sum()),
+            page_size=self.page,
+            page_table=self.device_table,
+            host_page_table=self.table,
+            written=None if written is None else tuple(np.array(x, np.int32) for x in written),  # type: ignore[arg-type]
+        )
+
+    def queries(self, batch: AttentionBatch) -> torch.Tensor:
+        tokens, dim = int(batch.q_lens.sum()), self.pool.layout.head_dim
+        q = torch.randn((tokens, self.heads + 2, dim), generator=torch.Generator().manual_seed(tokens))
+        return q.to(DEVICE, self.pool.layout.dtype)[:, : self.heads]
+
+    def expected(self, batch: AttentionBatch, q: torch.Tensor, layer: int) -> torch.Tensor:
+        self.oracle.plan(batch)
+        slots = torch.from_numpy(batch.query_slots()).to(DEVICE)
+        kv = self.pool.layer(layer)
+        k, v = (x.flatten(0, 1)[slots].float() for x in (kv.k, kv.v))
+        return self.oracle.run(layer, q.float().contiguous(), k, v)
+
+    def check(self, batch: AttentionBatch, tolerance: float = 3e-6) -> None:
+        q = self.queries(batch)
+        self.tree.plan(batch)
+        for layer in range(len(self.specs)):
+            got = self.tree.run(layer, q, q, q).float()
+            torch.testing.assert_close(got, self.expected(batch, q, layer), atol=tolerance, rtol=tolerance)
+
+
+DECODES = [(1, length) for length in (60, 55, 49, 50, 90, 77, 92, 51)]
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with each plan that is made."""
+    made: list[int] = []
+    plan_tree = tree_backend.plan_tree
+    monkeypatch.setattr(
+        tree_backend, "plan_tree", lambda *args, **options: (made.append(1), plan_tree(*args, **options))[1]
+    )
+    return made
+
+
+@pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 32, 4), (7, 1, 24, 1), (4, 4, 64, 4), (20, 1, 16, 4)])
+def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> None:
+    world = World(heads, kv_heads, dim, page, SPECS)
+    world.check(world.batch([(1, 1 + length * page // 4) for _, length in DECODES]))
+
+
+def test_half_precision() -> None:
+    world = World(dtype=torch.float16)
+    world.check(world.batch(DECODES), 2e-3)
+
+
+def test_chunks_beside_decodes() -> None:
+    """Short ones are part of the tree, long ones are the flat backend's."""
+    world = World(specs=SPECS[:2])
+    world.check(world.batch([*DECODES, (5, 60), (16, 90)]))
+    world.check(world.batch([*DECODES, (20, 60), (3, 90), (40, 90)]))
+    world.check(world.batch([(20, 60), (3, 90)]))
+
+
+def test_a_plan_is_kept_until_something_changes(plans: list[int]) -> None:
+    world = World()
+    world.check(world.batch(DECODES))
+    for growth in range(1, 4):
+        world.check(world.batch([(1, length + growth) for _, length in DECODES]))
+    assert len(plans) == 1
+    grown = [(1, length + 3) for _, length in DECODES]
+    world.check(world.batch(grown, written=([0, 7], [16, 13])))  # a page that a tail grows into
+    assert len(plans) == 1
+    world.table[5, :12] = world.table[11, 12:24]  # another request, in the same row and of the same length
+    world.device_table.copy_(torch.from_numpy(world.table))
+    world.check(world.batch(grown, written=([5] * 12, list(range(12)))))
+    assert len(plans) == 2
+    world.check(world.batch(grown, written=None))
+    assert len(plans) == 3
+    world.check(world.batch(grown[:-1]))
+    assert len(plans) == 4
+
+
+def test_a_write_in_a_step_without_a_tree_is_not_forgotten(plans: list[int]) -> None:
+    world = World()
+    world.check(world.batch(DECODES))
+    world.table[1, :12] = world.table[11, 12:24]
+    world.device_table.copy_(torch.from_numpy(world.table))
+    world.check(world.batch([(40, 60)], written=([1] * 12, list(range(12)))))
+    world.check(world.batch(DECODES))
+    assert len(plans) == 2
+
+
+def test_the_decision_for_the_flat_path_is_kept(plans: list[int]) -> None:
+    world = World(costs=TreeCosts(margin=1e9))
+    for growth in range(3):
+        world.check(world.batch([(1, length + growth) for _, length in DECODES[:6]]))
+    assert len(plans) == 1
+
+
+def test_permuted_requests_get_the_same_results() -> None:
+    world = World()
+    batch = world.batch(DECODES)
+    q = world.queries(batch)
+    world.tree.plan(batch)
+    straight = world.tree.run(0, q, q, q)
+    order = np.random.default_rng(1).permutation(len(DECODES))
+    batch.rows, batch.kv_lens = batch.rows[order], batch.kv_lens[order]
+    world.tree.plan(batch)
+    permuted = world.tree.run(0, q[torch.from_numpy(order)], q, q)
+    torch.testing.assert_close(permuted, straight[torch.from_numpy(order)], atol=3e-6, rtol=3e-6)
+
+
+class Recorder:
+    """Records launches, and repeats them: what a CUDA graph does, with arguments instead of addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+        launch = triton_launch.Kernel.__call__
+
+        def record(kernel: Any, *args: Any, **options: Any) -> None:
+            self.launches.append((kernel, args, options))
+            launch(kernel, *args, **options)
+
+        monkeypatch.setattr(triton_launch.Kernel, "__call__", record)
+
+
+@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 3)])
+def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World()
+    tree, (base, form) = world.tree, world.tree.forms(shape)
+    assert base == shape and form.tree
+    assert tree.plan(world.batch([(1, 1)]), form) == form  # what capturing stages
+    q, out = torch.zeros(shape.num_tokens, 4, 32, device=DEVICE), torch.zeros(shape.num_tokens, 4, 32, device=DEVICE)
+    recorder = Recorder(monkeypatch)
+    tree.run(0, q, q, q, out)
+    recorded = list(recorder.launches)
+    chunks = [(4, 60), (20, 90)] if shape.requests else []
+    for decodes in (DECODES, DECODES[:5], [(1, length + 3) for _, length in DECODES[:5]]):
+        batch = world.batch([*decodes, *chunks])
+        real, n = world.queries(batch), len(decodes)
+        q.fill_(float("nan"))
+        q[:n] = real[:n]
+        q[10 : 10 + len(real) - n] = real[n:]
+        assert tree.plan(batch, shape) == form
+        out.fill_(float("nan"))
+        for kernel, args, options in recorded:
+            kernel(*args, **options)
+        replayed = out.clone()
+        out.fill_(float("nan"))
+        tree.run(0, q, q, q, out)
+        chosen = torch.cat([out[:n], out[10 : 10 + len(real) - n]])
+        torch.testing.assert_close(chosen, world.expected(batch, real, 0), atol=3e-6, rtol=3e-6)
+        assert torch.equal(replayed, out)  # to the bit
+        assert not out[n:10].any()  # padding decodes are 0
+
+
+def test_small_steps_have_no_tree_form() -> None:
+    world = World()
+    assert world.tree.forms(StepShape(4, 0, 0)) == [StepShape(4, 0, 0)]
+    shape = StepShape(4, 0, 0)
+    assert world.tree.plan(world.batch(DECODES[:4]), shape) == shape
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    world = World()
+    with pytest.raises(ValueError, match="positive"):
+        TreeAttention(world.pool, [LayerSpec(0.0)], 4, world.device_table, world.oracle, 64)
+    world.tree.plan(world.batch(DECODES))
+    with pytest.raises(ValueError, match="contiguous"):
+        world.tree.run(0, torch.zeros(8, 4, 64, device=DEVICE)[..., ::2], world.table, world.table)  # type: ignore[arg-type]

@@ -1,0 +1,190 @@
+"""Plans of tree attention against the definition: every query token reads every key it sees exactly once."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from branchwise.kernels.attention.tree_nodes import find_nodes
+from branchwise.kernels.attention.tree_plan import (
+    OPEN,
+    TreeCosts,
+    TreeLimits,
+    TreePlan,
+    TreeRequests,
+    plan_tree,
+)
+
+EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, margin=0.0)
+ROOMY = TreeLimits(items=(4096, 4096), slots=1 << 16, workers=(8, 8))
+
+
+def tree_table(paths: list[list[tuple[int, int]]], page_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A page table and its lengths in tokens. A path lists (name of a run, tokens): equal names are equal pages."""
+    pages: dict[object, int] = {}
+    columns = max(sum(-(-tokens // page_size) for _, tokens in path) for path in paths) + 1
+    table = np.zeros((len(paths), columns), np.int32)
+    for row, path in enumerate(paths):
+        at = 0
+        for name, tokens in path:
+            for i in range(-(-tokens // page_size)):
+                table[row, at] = pages.setdefault((name, at, i), len(pages) + 1)
+                at += 1
+    return table, np.array([sum(tokens for _, tokens in path) for path in paths], np.int64)
+
+
+def requests_of(kv_lens: np.ndarray, q_lens: np.ndarray | None = None) -> TreeRequests:
+    q_lens = np.ones(len(kv_lens), np.int64) if q_lens is None else q_lens
+    return TreeRequests(np.arange(len(kv_lens), dtype=np.int32), np.cumsum(q_lens) - q_lens, q_lens, kv_lens)
+
+
+def check_coverage(plan: TreePlan, table: np.ndarray, requests: TreeRequests, page_size: int) -> None:
+    row_of = np.repeat(requests.rows, requests.q_lens)
+    positions = np.concatenate([np.arange(k - q, k) for k, q in zip(requests.kv_lens, requests.q_lens, strict=True)])
+    covered: list[list[tuple[int, int]]] = [[] for _ in row_of]
+    slots_used: list[list[int]] = [[] for _ in row_of]
+    for item in np.concatenate(plan.items):
+        for i in range(item["num_queries"]):
+            slot = int(item["query"]) + i
+            query = int(plan.queries[slot])
+            stop = min(int(item["stop"]), int(positions[query]) + 1)
+            start = int(item["start"])
+            columns = slice(start // page_size, -(-stop // page_size))
+            assert (table[item["row"], columns] == table[row_of[query], columns]).all()
+            covered[query].append((start, stop))
+            if item["partial"] >= 0:
+                assert item["partial"] == item["query"]
+                slots_used[query].append(slot)
+    for query, ranges in enumerate(covered):
+        at = 0
+        for start, stop in sorted(ranges):
+            assert start == at or start >= stop  # nothing is left of a tail whose item begins beyond the query
+            at = max(at, stop)
+        assert at == positions[query] + 1
+        first, count = plan.merges[query]
+        if len(ranges) == 1:
+            assert count == -1 and not slots_used[query]
+        else:
+            assert sorted(slots_used[query]) == plan.slots[first : first + count].tolist()
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> tuple[list[list[tuple[int, int]]], int]:
+    page_size = draw(st.sampled_from([1, 4, 16]))
+    paths = []
+    for row in range(draw(st.integers(1, 12))):
+        depth = draw(st.integers(0, 3))
+        path = [(draw(st.integers(0, 1)), page_size * draw(st.integers(1, 6))) for _ in range(depth)]
+        paths.append([*path, (100 + row, draw(st.integers(1, 70)))])
+    return paths, page_size
+
+
+@settings(max_examples=300, deadline=None)
+@given(forests(), st.data())
+def test_every_key_is_read_once(forest: tuple[list[list[tuple[int, int]]], int], data: st.DataObject) -> None:
+    paths, page_size = forest
+    table, kv_lens = tree_table(paths, page_size)
+    q_lens = np.array([data.draw(st.integers(1, min(int(kv_len), 9))) for kv_len in kv_lens], np.int64)
+    requests = requests_of(kv_lens, q_lens)
+    group = data.draw(st.sampled_from([1, 4, 7]))
+    costs = TreeCosts(partial=data.draw(st.sampled_from([0.0, 2.0, 1e9])))
+    limits = TreeLimits((4096, 4096), 1 << 16, (data.draw(st.integers(1, 40)),) * 2, data.draw(st.integers(64, 256)))
+    plan = plan_tree(table, requests, int(q_lens.sum()), group, page_size, costs, limits, always=True)
+    assert plan is not None
+    check_coverage(plan, table, requests, page_size)
+    assert all(len(items) == 0 or items["num_queries"].min() > 0 for items in plan.items)
+    for items, rows in zip(plan.items, costs.tiles, strict=True):
+        assert all(items["num_queries"] * group <= max(rows, group))
+
+
+@settings(max_examples=200, deadline=None)
+@given(forests())
+def test_nodes_are_all_that_is_shared(forest: tuple[list[list[tuple[int, int]]], int]) -> None:
+    paths, page_size = forest
+    table, kv_lens = tree_table(paths, page_size)
+    limits = (kv_lens - 1) // page_size
+    nodes = find_nodes(table, np.arange(len(paths), dtype=np.int32), limits)
+    depth = np.zeros(len(paths), np.int64)
+    for i, (start, stop) in enumerate(zip(nodes.starts, nodes.stops, strict=True)):
+        members = nodes.members[nodes.indptr[i] : nodes.indptr[i + 1]]
+        assert len(members) > 1 and start < stop <= limits[members].min()
+        assert (depth[members] == start).all()
+        assert (table[members, :stop] == table[members[0], :stop]).all()
+        depth[members] = stop
+    for i in range(len(paths)):
+        for j in range(i):
+            end = min(limits[i], limits[j])
+            same = np.cumprod(table[i, :end] == table[j, :end]).sum()
+            assert min(depth[i], depth[j]) >= same
+
+
+def test_a_plan_serves_requests_that_grow() -> None:
+    table, kv_lens = tree_table([[(0, 256), (i, 70)] for i in range(1, 9)], 16)
+    table = np.pad(table, ((0, 0), (0, 20)), constant_values=9999)
+    plan = plan_tree(table, requests_of(kv_lens), 8, 4, 16, EVERYTHING_SHARED, ROOMY)
+    assert plan is not None
+    for growth in range(100):
+        check_coverage(plan, table, requests_of(kv_lens + growth), 16)
+
+
+def test_levels_are_read_once_each() -> None:
+    paths = [[(0, 512), (1 + i // 4, 256), (100 + i, 64)] for i in range(16)]
+    table, kv_lens = tree_table(paths, 16)
+    plan = plan_tree(table, requests_of(kv_lens), 16, 4, 16, EVERYTHING_SHARED, ROOMY)
+    assert plan is not None
+    assert plan.keys_read == 512 + 4 * 256 + 16 * 64
+    assert plan.keys_flat == 16 * (512 + 256 + 64)
+
+
+def test_a_node_too_short_to_pay_is_read_by_those_below_it() -> None:
+    """16 tokens shared by all cost each of 32 requests a partial result; two longer runs below take them along."""
+    paths = [[(0, 16), (1 + i // 16, 4096), (100 + i, 64)] for i in range(32)]
+    table, kv_lens = tree_table(paths, 16)
+    plan = plan_tree(table, requests_of(kv_lens), 32, 4, 16, TreeCosts(), ROOMY)
+    assert plan is not None
+    assert plan.keys_read == 2 * (16 + 4096) + 32 * 64
+    check_coverage(plan, table, requests_of(kv_lens), 16)
+
+
+@pytest.mark.parametrize(
+    ("paths", "tree"),
+    [
+        ([[(i, 1024)] for i in range(128)], False),  # nothing shared
+        ([[(0, 64), (1 + i, 1024)] for i in range(32)], False),  # a short prefix
+        ([[(0, 512), (1 + i, 64)] for i in range(4)], False),  # few requests
+        ([[(0, 512), (1 + i, 1024)] for i in range(32)], False),  # 7 % to gain: within the margin
+        ([[(0, 8192), (1 + i, 64)] for i in range(32)], True),
+        ([[(i // 32, 8192), (100 + i, 128)] for i in range(256)], True),
+    ],
+)
+def test_the_gate(paths: list[list[tuple[int, int]]], tree: bool) -> None:
+    table, kv_lens = tree_table(paths, 16)
+    plan = plan_tree(table, requests_of(kv_lens), len(paths), 4, 16, TreeCosts(), ROOMY)
+    assert (plan is not None) == tree
+
+
+def test_limits_make_items_coarser_and_then_give_up() -> None:
+    table, kv_lens = tree_table([[(0, 8192), (1 + i, 64)] for i in range(32)], 16)
+
+    def plan(wide_items: int) -> TreePlan | None:
+        limits = TreeLimits((64, wide_items), 1 << 16, (8, 32))
+        return plan_tree(table, requests_of(kv_lens), 32, 4, 16, TreeCosts(), limits)
+
+    fine, coarse = plan(64), plan(16)
+    assert fine is not None and coarse is not None
+    assert len(fine.items[1]) == 32 and len(coarse.items[1]) == 16
+    assert plan(1) is None
+
+
+def test_tails_are_open() -> None:
+    table, kv_lens = tree_table([[(0, 256), (i, 70)] for i in range(1, 3)], 16)
+    plan = plan_tree(table, requests_of(kv_lens), 2, 4, 16, TreeCosts(), ROOMY, always=True)
+    assert plan is not None
+    assert sorted(set(np.concatenate(plan.items)["stop"].tolist()))[-1] == OPEN
+
+
+def test_no_requests() -> None:
+    plan = plan_tree(np.zeros((1, 4), np.int32), requests_of(np.empty(0, np.int64)), 0, 4, 16, TreeCosts(), ROOMY, True)
+    assert plan is not None and not len(plan.queries) and all(len(items) == 0 for items in plan.items)
