@@ -75,12 +75,19 @@ class Turn(msgspec.Struct):
 
 
 class OfferedTool(msgspec.Struct, frozen=True):
-    """A tool of the request. ``definition``: what the chat template is given for it."""
+    """A tool of the request. ``definition``: what the chat template is given for it.
+
+    ``name``, ``namespace`` and ``custom`` are how the client defined it: a tool of a namespace, or a custom tool, whose
+    input is plain text. ``tool`` is the function that the model sees.
+    """
 
     tool: Tool
     definition: dict[str, Any]
     schema_path: str = ""
     breakpoint: Breakpoint | None = None
+    custom: bool = False
+    name: str = ""
+    namespace: str | None = None
 
 
 class Conversation(msgspec.Struct, kw_only=True):
@@ -92,6 +99,7 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     turns: list[Turn]
     tools: Sequence[OfferedTool] = ()
+    left_out: Sequence[str] = ()  # tools of the request that cannot be offered: path and type
     chat_template_kwargs: Mapping[str, Any] | None = None
     documents: list[Any] | None = None
     reasoning_effort: str | None = None

@@ -79,7 +79,7 @@ def _arguments(call: Call, template: ChatTemplate) -> str | dict[str, Any]:
         raise InvalidRequest(path, f"must be nested at most {MAX_DEPTH} deep")
     try:
         value = msgspec.json.decode(call.arguments)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
         raise InvalidRequest(path, "must be valid JSON: this model's chat template writes it anew") from error
     if not isinstance(value, dict):
         raise InvalidRequest(path, f"must be a JSON object, got {type(value).__name__}")

@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 from ..errors import InvalidRequest, shown
 from ..limits import MAX_LABEL
 from .conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, Part, Role, Text, Thinking, Turn
+from .custom_tools import custom_arguments
 
 ROLES = get_args(Role)
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -104,23 +105,38 @@ def _calls(calls: Any, role: str, path: str) -> list[Call]:
 def _call(call: Any, path: str) -> Call:
     if not isinstance(call, dict):
         raise InvalidRequest(path, f"must be an object, got {type(call).__name__}")
-    if call.get("type", "function") != "function":
-        raise InvalidRequest(f"{path}.type", f"must be function, got {shown(call['type'])}")
-    function = call.get("function")
+    kind = call.get("type", "function")
+    if kind not in ("function", "custom"):
+        raise InvalidRequest(f"{path}.type", f"must be function or custom, got {shown(kind)}")
+    function = call.get(kind)
     if not isinstance(function, dict):
-        raise InvalidRequest(f"{path}.function", "must be an object")
+        raise InvalidRequest(f"{path}.{kind}", "must be an object")
     id = None if call.get("id") is None else label(call["id"], f"{path}.id")
-    return read_call(function, id, f"{path}.function", read_breakpoint(call, path))
+    return read_call(function, id, f"{path}.{kind}", read_breakpoint(call, path), custom=kind == "custom")
 
 
-def read_call(function: Mapping[str, Any], id: str | None, path: str, breakpoint: Breakpoint | None) -> Call:
-    """``function``: an object with a name and arguments, a JSON object or its text; none means no arguments."""
+def read_call(
+    function: Mapping[str, Any], id: str | None, path: str, breakpoint: Breakpoint | None, *, custom: bool = False
+) -> Call:
+    """``function``: an object with a name and arguments, a JSON object or its text; none means no arguments.
+
+    ``custom``: of a custom tool, with a text as its input.
+    """
     name = label(function.get("name"), f"{path}.name")
+    if function.get("namespace") is not None:
+        name = namespaced(label(function["namespace"], f"{path}.namespace"), name)
+    if custom:
+        return Call(name, custom_arguments(string(function.get("input"), f"{path}.input")), id, path, breakpoint)
     arguments = function.get("arguments")
     if not isinstance(arguments, dict):
         text = "" if arguments is None else string(arguments, f"{path}.arguments")
         arguments = text if text.strip() else "{}"
     return Call(name, arguments, id, path, breakpoint)
+
+
+def namespaced(namespace: str, name: str) -> str:
+    """The model's name of a tool in a namespace."""
+    return f"{namespace.rstrip('_')}__{name}"
 
 
 def read_breakpoint(value: Mapping[str, Any], path: str) -> Breakpoint | None:

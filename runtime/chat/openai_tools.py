@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import InvalidRequest
 from .conversation import OfferedTool
-from .openai_messages import read_breakpoint
+from .custom_tools import custom_function
+from .openai_messages import label, namespaced, read_breakpoint
 from .tools.definitions import ToolLimits, ToolReader, function_of
 
 _NOT_FOR_THE_MODEL = ("type", "strict", "prompt_cache_breakpoint", "cache_control")
@@ -14,22 +16,72 @@ _FIELDS = ("name", "description", "parameters")  # of a function in the response
 
 
 def openai_tools(
-    tools: Sequence[Any] | None, limits: ToolLimits | None = None, *, flat: bool = False
+    tools: Sequence[Any] | None,
+    limits: ToolLimits | None = None,
+    *,
+    flat: bool = False,
+    left_out: list[str] | None = None,
 ) -> list[OfferedTool]:
-    """Takes functions as objects of their own, ``{"type": "function", "function": {...}}``, and as the responses API
-    has them (``flat``: only so), ``{"type": "function", "name": ...}``. Raises `InvalidRequest` naming the tool."""
+    """Functions, custom tools, and those inside namespaces, as the model is offered them.
+
+    A function is an object of its own, ``{"type": "function", "function": {...}}``, or, as in the responses API
+    (``flat``: only so), ``{"type": "function", "name": ...}``. A custom tool becomes a function of one text; a
+    namespace's tools are named ``namespace__name``. ``defer_loading`` loads at once. Tools that run on OpenAI's servers
+    (web search and the like) are appended to ``left_out`` as ``path type``; None refuses them. Raises `InvalidRequest`
+    naming the tool.
+    """
     if tools is None:
         return []
-    reader = ToolReader(limits)
-    reader.check_count(tools)
-    found = []
-    for i, given in enumerate(tools):
-        function, path, within = function_of(given, f"tools[{i}]", flat=flat)
-        tool = reader.read(function, path, within)
+    reader = _Reader(limits, flat)
+    reader.tools.check_count(tools)
+    for i, tool in enumerate(tools):
+        path, kind = f"tools[{i}]", tool.get("type") if isinstance(tool, Mapping) else None
+        if kind == "namespace":
+            reader.read_namespace(tool, path)
+        elif left_out is not None and isinstance(kind, str) and not _is_function(tool, kind):
+            left_out.append(f"{path} {kind[:60]}")
+        else:
+            reader.read(tool, path)
+    return reader.found
+
+
+def _is_function(tool: Mapping[str, Any], kind: str) -> bool:
+    """Whether it is one of ours, or a function whose type is misspelt."""
+    return kind in ("function", "custom") or "function" in tool or "parameters" in tool
+
+
+class _Reader:
+    def __init__(self, limits: ToolLimits | None, flat: bool) -> None:
+        self.tools = ToolReader(limits)
+        self.found: list[OfferedTool] = []
+        self._flat = flat
+
+    def read_namespace(self, tool: Mapping[str, Any], path: str) -> None:
+        namespace = label(tool.get("name"), f"{path}.name")
+        self.tools.check_count(tool.get("tools"), f"{path}.tools")
+        for i, inner in enumerate(tool["tools"]):
+            self.read(inner, f"{path}.tools[{i}]", namespace)
+
+    def read(self, tool: Any, path: str, namespace: str | None = None) -> None:
+        custom = isinstance(tool, Mapping) and tool.get("type") == "custom"
+        function, path, within = custom_function(tool, path) if custom else function_of(tool, path, flat=self._flat)
+        if tool.get("async"):
+            raise InvalidRequest(f"{path}.async", "is not supported by this server")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if namespace is not None and isinstance(name, str):
+            function = {**function, "name": namespaced(namespace, name)}
+        read = self.tools.read(function, path, within)
         if within == path:
             shown = {name: function[name] for name in _FIELDS if function.get(name) is not None}
         else:
             shown = {name: value for name, value in function.items() if name not in _NOT_FOR_THE_MODEL}
-        definition = {"type": "function", "function": shown}
-        found.append(OfferedTool(tool, definition, f"{within}.parameters", read_breakpoint(given, path)))
-    return found
+        offered = OfferedTool(
+            read,
+            {"type": "function", "function": shown},
+            f"{within}.parameters",
+            read_breakpoint(tool, path),
+            custom=custom,
+            name=name or "",
+            namespace=namespace,
+        )
+        self.found.append(offered)

@@ -43,7 +43,7 @@ def test_messages_become_what_templates_know() -> None:
     assert verbatim[2]["tool_calls"][0]["function"]["arguments"] == '{"a":  1}'
 
 
-@pytest.mark.parametrize("arguments", ["{", "[1]", "1", '"x"'])
+@pytest.mark.parametrize("arguments", ["{", "[1]", "1", '"x"', '{"x": "\ud800"}'])
 def test_arguments_that_are_no_object_are_refused_where_they_are_written_anew(arguments: str) -> None:
     call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -37,7 +38,6 @@ _BLOCKS: Mapping[str, Mapping[str, type[BaseModel]]] = {
     "system": _TEXT,
 }
 _OTHER_MEDIA = ("image", "document", "search_result", "container_upload", "tool_reference")
-_OTHER_TOOLS = ("defer_loading", "input_examples")  # of a tool's definition
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -52,6 +52,7 @@ class ConversationReader:
     def __init__(self, body: CountRequest, max_messages: int, limits: ToolLimits | None = None) -> None:
         self.turns: list[Turn] = []
         self.tools: list[OfferedTool] = []
+        self.left_out: list[str] = []  # tools that run on Anthropic's servers or have no schema here: path and type
         self._tool_names: dict[str, str] = {}  # of the tool_use blocks so far, by their ids
         self._blocks = 0
         self._breakpoints = 0
@@ -189,21 +190,23 @@ class ConversationReader:
         if not isinstance(tool, dict):
             raise InvalidRequest(path, f"must be an object, got {type(tool).__name__}")
         kind = tool.get("type")
+        if isinstance(kind, str) and kind not in ("custom", "function"):
+            self.left_out.append(f"{path} {kind[:60]}")
+            return
         if kind not in (None, "custom"):
-            raise InvalidRequest(
-                f"{path}.type", f"must be custom: this server runs no tools of its own, got {shown(kind)}"
-            )
-        for name in _OTHER_TOOLS:
-            if tool.get(name) not in (None, False, []):
-                raise InvalidRequest(f"{path}.{name}", "is not supported by this server")
+            raise InvalidRequest(f"{path}.type", f"must be custom, got {shown(kind)}")
         found = self._parsed(ToolDefinition, tool, path)
         checked = reader.read(tool, path, path, "input_schema")
         function: dict[str, Any] = {"name": found.name}
         if found.description is not None:
             function["description"] = found.description
+        if found.input_examples:
+            examples = "\n".join(json.dumps(example, ensure_ascii=False) for example in found.input_examples)
+            function["description"] = f"{found.description or ''}\n\nExamples of its input:\n{examples}".lstrip()
         definition = {"type": "function", "function": function | {"parameters": found.input_schema}}
         breakpoint = self._breakpoint(found.cache_control, f"{path}.cache_control")
-        self.tools.append(OfferedTool(checked, definition, f"{path}.input_schema", breakpoint))
+        schema_path = f"{path}.input_schema"
+        self.tools.append(OfferedTool(checked, definition, schema_path, breakpoint, name=found.name))
 
     def _breakpoint(self, control: CacheControl | None, path: str) -> Breakpoint | None:
         if control is None:

@@ -59,6 +59,8 @@ class ToolDefinition(Strict):
     input_schema: dict[str, Any]
     description: str | None = None
     strict: bool | None = Field(None, description="The input follows the schema, by construction.")
+    defer_loading: bool | None = Field(None, description="Accepted; every tool is loaded at once.")
+    input_examples: list[dict[str, Any]] | None = Field(None, description="Shown to the model after the description.")
     cache_control: CacheControl | None = None
 
 

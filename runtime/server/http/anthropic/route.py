@@ -33,6 +33,8 @@ def routes(state: AppState) -> Routes:
         reply = MessageReply(state.model_name, chat.samples[0])
         call = state.client.open([chat.prompt])
         fail = partial(error_event, scope=request.scope)
-        return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=fail)
+        return await respond(
+            call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=fail
+        )
 
     return routes

@@ -36,6 +36,7 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
         conversation=Conversation(
             turns=read.turns,
             tools=read.tools,
+            left_out=read.left_out,
             chat_template_kwargs=None if body.thinking is None else _thinking(body.thinking),
             reasoning_effort=None if config is None else config.effort,
             continue_final_message=read.continued,

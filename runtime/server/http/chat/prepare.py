@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from ....chat.breakpoints import breakpoint_positions
-from ....chat.conversation import Conversation
+from ....chat.conversation import Conversation, OfferedTool
 from ....chat.prompt import ChatPrompt, chat_prompt
 from ....chat.template import ChatTemplate
 from ....errors import InvalidRequest, renaming
@@ -24,6 +24,8 @@ from .sample import Sample
 from .spec import ChatSpec
 from .tool_use import Formats, ToolUse
 
+LEFT_OUT = "x-branchwise-tools-left-out"  # a response header
+MAX_HEADER = 1024  # characters
 INLINE = 32_768  # characters of a conversation rendered on the event loop; a longer one would stall it
 
 T = TypeVar("T")
@@ -35,7 +37,9 @@ class PreparedChat:
 
     prompt: Generate
     samples: list[Sample]
+    tools: Mapping[str, OfferedTool]  # by the names that the model calls
     names: Mapping[str, str]  # the client's names of our fields, for errors of the engine
+    headers: Mapping[str, str]  # of the response
 
 
 class ChatPreparer:
@@ -84,7 +88,9 @@ class ChatPreparer:
         )
         one_call = not spec.parallel_tool_calls
         samples = [Sample(state.tokenizer, params, tools.parser(text), one_call=one_call) for _ in range(params.n)]
-        return PreparedChat(made, samples, names)
+        offered = {tool.tool.name: tool for tool in tools.offered}
+        left_out = ", ".join(spec.conversation.left_out)[:MAX_HEADER]
+        return PreparedChat(made, samples, offered, names, {LEFT_OUT: left_out} if left_out else {})
 
 
 def chat_template(state: AppState) -> ChatTemplate:

@@ -35,19 +35,22 @@ async def respond(
     stream: bool,
     n: int = 1,
     names: Mapping[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
     fail: Callable[[Exception], bytes] = error_event,
 ) -> Response:
     """The whole answer, or a stream whose first event is there. The call is closed in the end.
 
     ``n``: samples of each prompt, for the cache's header. ``names``: the client's names in the engine's errors, as
-    `InvalidRequest.renamed` takes them. ``fail``: as `EventStream` has it.
+    `InvalidRequest.renamed` takes them. ``headers``: of the response, beside the cache's. ``fail``: as in
+    `EventStream`.
     """
     names = names or {}
     if stream:
         with renaming(names):
             first = await wait(call, request.receive, call.batch)
-        headers = cache_headers(request.headers, first, n)
+        headers = {**(headers or {}), **(cache_headers(request.headers, first, n) or {})}
         return EventStream(call, first, reply.events, reply.end, headers, names, fail)
     with call, renaming(names):
         batch = await wait(call, request.receive, call.all)
-    return json_response(reply.whole(batch), headers=cache_headers(request.headers, batch, n))
+    headers = {**(headers or {}), **(cache_headers(request.headers, batch, n) or {})}
+    return json_response(reply.whole(batch), headers=headers)

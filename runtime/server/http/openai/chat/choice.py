@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .....chat.blocks import BlockDelta, BlockEvent, BlockKind, BlockStart
+from .....chat.blocks import Block, BlockDelta, BlockEvent, BlockKind, BlockStart, BlockStop
+from .....chat.conversation import OfferedTool
+from .....chat.custom_tools import custom_input
 from .....messages import Delta
 from .....outputs import Output
 from .....tokenizer.tokenizer import Tokenizer
 from ...chat.sample import Sample
 from .logprobs import describe_logprob
 
+_FIELDS: Mapping[str, str] = {"text": "content", "thinking": "reasoning_content"}
+
 
 class ChatChoice:
     """Implements `chunks.Choice`."""
 
-    def __init__(self, tokenizer: Tokenizer, sample: Sample) -> None:
+    def __init__(self, tokenizer: Tokenizer, sample: Sample, tools: Mapping[str, OfferedTool]) -> None:
+        """``tools``: by the names that the model calls."""
         self.sample = sample
+        self._tools = tools
         self._tokenizer = tokenizer
         self._new: list[BlockEvent] = []  # since the last `pieces`
         self._begun = False
@@ -39,11 +45,7 @@ class ChatChoice:
 
     def _message(self) -> dict[str, Any]:
         content, reasoning = self._joined("text"), self._joined("thinking")
-        calls = [
-            {"id": block.call_id, "type": "function", "function": {"name": block.name, "arguments": block.text}}
-            for block in self.sample.blocks
-            if block.kind == "call"
-        ]
+        calls = [self._call(block) for block in self.sample.blocks if block.kind == "call"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         message["refusal"] = None
         if reasoning:
@@ -52,13 +54,38 @@ class ChatChoice:
             message["tool_calls"] = calls
         return message
 
+    def _call(self, block: Block) -> dict[str, Any]:
+        offered = self._tools.get(block.name)
+        if offered is not None and offered.custom:
+            custom = {"name": offered.name, "input": custom_input(block.text)}
+            return {"id": block.call_id, "type": "custom", "custom": custom}
+        function = {"name": block.name, "arguments": block.text}
+        return {"id": block.call_id, "type": "function", "function": function}
+
+    def _delta(self, event: BlockEvent) -> dict[str, Any] | None:
+        block = event.block
+        if block.kind != "call":
+            return {_FIELDS[block.kind]: event.text} if isinstance(event, BlockDelta) and event.text else None
+        offered = self._tools.get(block.name)
+        custom = offered is not None and offered.custom
+        match event:
+            case BlockStart():
+                call = self._call(Block(block.index, "call", name=block.name, call_id=block.call_id))
+            case BlockDelta(text=text) if not custom:
+                call = {"function": {"arguments": text}}
+            case BlockStop() if custom:  # at once: what the model writes is JSON
+                call = {"custom": {"input": custom_input(block.text)}}
+            case _:
+                return None
+        return {"tool_calls": [{"index": block.call_index, **call}]}
+
     def _joined(self, kind: BlockKind) -> str:
         return "".join(block.text for block in self.sample.blocks if block.kind == kind)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
         """What is new, as the choices of as many chunks. The last of all has the finish reason."""
         new, self._new = self._new, []
-        deltas = [delta for event in new if (delta := _delta(event)) is not None]
+        deltas = [delta for event in new if (delta := self._delta(event)) is not None]
         if not self._begun:
             self._begun = True
             first_is_call = bool(new) and isinstance(new[0], BlockStart) and new[0].block.kind == "call"
@@ -81,19 +108,3 @@ class ChatChoice:
             return None
         rows = self.sample.new_logprobs()
         return {"content": [describe_logprob(self._tokenizer, row, alternatives) for row in rows], "refusal": None}
-
-
-_FIELDS = {"text": "content", "thinking": "reasoning_content"}
-
-
-def _delta(event: BlockEvent) -> dict[str, Any] | None:
-    match event:
-        case BlockDelta(block=block, text=text) if text:
-            if block.kind != "call":
-                return {_FIELDS[block.kind]: text}
-            return {"tool_calls": [{"index": block.call_index, "function": {"arguments": text}}]}
-        case BlockStart(block=block) if block.kind == "call":
-            function = {"name": block.name, "arguments": ""}
-            call = {"index": block.call_index, "id": block.call_id, "type": "function", "function": function}
-            return {"tool_calls": [call]}
-    return None

@@ -91,9 +91,11 @@ def template_options(body: ChatFields) -> dict[str, Any]:
 
 
 def chat_conversation(body: ChatRequest, state: AppState) -> Conversation:
+    left_out: list[str] = []
     return Conversation(
         turns=openai_turns(body.messages, state.config.max_messages),
-        tools=openai_tools(body.tools, tool_limits(state.config)),
+        tools=openai_tools(body.tools, tool_limits(state.config), left_out=left_out),
+        left_out=left_out,
         reasoning_effort=body.reasoning_effort,
         **template_options(body),
     )

@@ -32,7 +32,7 @@ def routes(state: AppState) -> Routes:
         chat = await preparer.prepare(chat_spec(body, state))
         reply = _ChatReply(state, body, chat)
         call = state.client.open([chat.prompt], [body.rid])
-        return await respond(call, request, reply, stream=body.stream, n=body.n, names=chat.names)
+        return await respond(call, request, reply, stream=body.stream, n=body.n, names=chat.names, headers=chat.headers)
 
     return routes
 
@@ -50,7 +50,7 @@ class _ChatReply(Choices):
             "service_tier": None,
             "system_fingerprint": None,
         }
-        choices = [ChatChoice(state.tokenizer, sample) for sample in chat.samples]
+        choices = [ChatChoice(state.tokenizer, sample, chat.tools) for sample in chat.samples]
         super().__init__(head, choices, len(choices), body.stream_options)
 
     def _usage(self) -> dict[str, Any]:

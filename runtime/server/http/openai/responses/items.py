@@ -9,7 +9,8 @@ from .....chat.openai_messages import check_pieces, label, read_breakpoint, read
 from .....errors import InvalidRequest, shown
 
 ROLES = ("user", "system", "developer", "assistant")
-_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+_CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
+_TYPES = ("message", *_CALLS, "reasoning")
 
 
 def response_turns(instructions: str | None, input: Any, max_items: int) -> list[Turn]:
@@ -49,10 +50,11 @@ class _ItemReader:
         match kind:
             case "message":
                 self._message(item, path)
-            case "function_call":
+            case "function_call" | "custom_tool_call":
                 id = label(item.get("call_id"), f"{path}.call_id")
-                self._assistant(path).parts.append(read_call(item, id, path, read_breakpoint(item, path)))
-            case "function_call_output":
+                call = read_call(item, id, path, read_breakpoint(item, path), custom=kind == "custom_tool_call")
+                self._assistant(path).parts.append(call)
+            case "function_call_output" | "custom_tool_call_output":
                 id = label(item.get("call_id"), f"{path}.call_id")
                 parts = read_texts(item.get("output"), f"{path}.output", "tool")
                 self._add(Turn("tool", parts, path, call_id=id))
@@ -75,10 +77,7 @@ class _ItemReader:
         self._assistant(path, unless=Text).parts += texts
 
     def _reasoning(self, item: dict[str, Any], path: str) -> None:
-        if item.get("encrypted_content") is not None:
-            raise InvalidRequest(
-                f"{path}.encrypted_content", "is not supported: this server's thinking is in content, readable"
-            )
+        """Readable thinking. ``encrypted_content``, another provider's, is left out: nobody here can read it."""
         texts = _texts(item.get("content"), f"{path}.content") or _texts(item.get("summary"), f"{path}.summary")
         if texts:
             self._assistant(path, unless=Part).parts += [Thinking(text) for text in texts]

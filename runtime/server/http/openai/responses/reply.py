@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .....chat.blocks import Block, BlockDelta, BlockEvent, BlockStart, BlockStop
+from .....chat.conversation import OfferedTool
+from .....chat.custom_tools import custom_input
 from .....logprobs import TokenLogprob
 from .....sampling_params import SamplingParams
 from ...chat.sample import Sample
@@ -29,8 +31,12 @@ _TEXT_KIND = {"text": "output_text", "thinking": "reasoning_text"}
 class ResponseReply:
     """Implements `respond.Reply`. Every block of the answer is an item of the response's output."""
 
-    def __init__(self, state: AppState, body: ResponsesRequest, sample: Sample) -> None:
+    def __init__(
+        self, state: AppState, body: ResponsesRequest, sample: Sample, tools: Mapping[str, OfferedTool]
+    ) -> None:
+        """``tools``: by the names that the model calls."""
         self._sample = sample
+        self._tools = tools
         self._tokenizer = state.tokenizer
         self._sequence = itertools.count()
         self._begun = False
@@ -86,14 +92,20 @@ class ResponseReply:
                 if kind != "call":
                     yield self._about_part("added", block, where)
             case BlockDelta(text=text), "call":
-                yield {"type": "response.function_call_arguments.delta", **where, "delta": text}
+                if not self._is_custom(block):  # whose input is sent at once: the model writes it as JSON
+                    yield {"type": "response.function_call_arguments.delta", **where, "delta": text}
             case BlockDelta(text=text, logprobs=rows), kind:
                 name = _TEXT_KIND[kind]
                 change = {"type": f"response.{name}.delta", **where, "content_index": 0, "delta": text}
                 yield change | self._rows(block, rows)
+            case BlockStop(), "call" if self._is_custom(block):
+                input = custom_input(block.text)
+                yield {"type": "response.custom_tool_call_input.delta", **where, "delta": input}
+                yield {"type": "response.custom_tool_call_input.done", **where, "input": input}
+                yield self._about_item("done", block)
             case BlockStop(), "call":
                 done = {"type": "response.function_call_arguments.done", **where}
-                yield {**done, "name": block.name, "arguments": block.text}
+                yield {**done, "name": self._called(block)["name"], "arguments": block.text}
                 yield self._about_item("done", block)
             case BlockStop(), kind:
                 name = _TEXT_KIND[kind]
@@ -115,12 +127,24 @@ class ResponseReply:
         ended = "completed" if block.complete else "incomplete"
         head: dict[str, Any] = {"id": self._id(block), "status": ended if begun else "in_progress"}
         if block.kind == "call":
-            call = {"type": "function_call", "call_id": block.call_id, "name": block.name}
-            return {**head, **call, "arguments": block.text if begun else ""}
+            head |= {"call_id": block.call_id, **self._called(block)}
+            if self._is_custom(block):
+                return {**head, "type": "custom_tool_call", "input": custom_input(block.text) if begun else ""}
+            return {**head, "type": "function_call", "arguments": block.text if begun else ""}
         content: list[Any] = [self._part(block)] if begun else []
         if block.kind == "text":
             return {**head, "type": "message", "role": "assistant", "content": content}
         return {**head, "type": "reasoning", "summary": [], "content": content, "encrypted_content": None}
+
+    def _is_custom(self, block: Block) -> bool:
+        return block.name in self._tools and self._tools[block.name].custom
+
+    def _called(self, block: Block) -> dict[str, str]:
+        """The tool's name as the client defined it, with its namespace."""
+        offered = self._tools.get(block.name)
+        if offered is None:
+            return {"name": block.name}
+        return {"name": offered.name} | ({"namespace": offered.namespace} if offered.namespace else {})
 
     def _part(self, block: Block, *, begun: bool = True) -> dict[str, Any]:
         part: dict[str, Any] = {"type": _TEXT_KIND[block.kind], "text": block.text if begun else ""}
@@ -135,7 +159,9 @@ class ResponseReply:
         return {"logprobs": [describe_logprob(self._tokenizer, row, alternatives) for row in rows]}
 
     def _id(self, block: Block) -> str:
-        return self._ids.setdefault(block.index, f"{_ID_PREFIX[block.kind]}_{uuid.uuid4().hex}")
+        return self._ids.setdefault(
+            block.index, f"{'ctc' if self._is_custom(block) else _ID_PREFIX[block.kind]}_{uuid.uuid4().hex}"
+        )
 
     def _output(self) -> list[dict[str, Any]]:
         return [self._item(block) for block in self._sample.blocks]

@@ -26,9 +26,11 @@ def routes(state: AppState) -> Routes:
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
-        reply = ResponseReply(state, body, chat.samples[0])
+        reply = ResponseReply(state, body, chat.samples[0], chat.tools)
         call = state.client.open([chat.prompt], [body.rid])
-        return await respond(call, request, reply, stream=body.stream, names=chat.names, fail=reply.fail)
+        return await respond(
+            call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=reply.fail
+        )
 
     # OpenAI's routes for stored responses, to say that none are.
     @routes.add("GET", "/v1/responses/{id}", "/v1/responses/{id}/input_items", hidden=True)

@@ -38,7 +38,7 @@ def deltas(text: str, size: int, reason: Any) -> list[Delta]:
 
 def choice(tokenizer: Tokenizer, one_call: bool = False) -> ChatChoice:
     sample = Sample(tokenizer, SamplingParams(), StreamParser("hermes", "think", [TOOL]), one_call=one_call)
-    return ChatChoice(tokenizer, sample)
+    return ChatChoice(tokenizer, sample, {})
 
 
 def assembled(pieces: list[dict[str, Any]]) -> dict[str, Any]:

@@ -72,10 +72,12 @@ def told(tokenizer: Tokenizer) -> Callable[..., list[Delta]]:
 def make_answer(make_state: Callable[..., AppState], tokenizer: Tokenizer) -> Callable[..., ResponseReply]:
     """``make_answer(parser, **fields of the request)``."""
 
-    def make(parser: StreamParser | None, *, one_call: bool = False, **fields: Any) -> ResponseReply:
+    def make(
+        parser: StreamParser | None, *, one_call: bool = False, offered: Any = None, **fields: Any
+    ) -> ResponseReply:
         drawn = {name: fields[name] for name in ("temperature", "top_p") if name in fields}
         params = SamplingParams(logprobs=0 if fields.get("include") else None, **drawn)
         sample = Sample(tokenizer, params, parser, one_call=one_call)
-        return ResponseReply(make_state(), read({"input": "x", **fields}), sample)
+        return ResponseReply(make_state(), read({"input": "x", **fields}), sample, offered or {})
 
     return make

@@ -10,6 +10,7 @@ from typing import Any
 import openai.types.responses as sdk
 import pytest
 
+from branchwise.runtime.chat.openai_tools import openai_tools
 from branchwise.runtime.chat.tools import StreamParser, Tool
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.messages import Delta
@@ -247,3 +248,35 @@ def test_what_was_asked_for_is_given_back(make_answer: Callable[..., ResponseRep
     bare = make_answer(None).whole([(0, delta) for delta in told("x", 1)])
     assert (bare["tool_choice"], bare["tools"], bare["metadata"], bare["top_logprobs"]) == ("auto", [], {}, 0)
     assert bare["text"]["format"] == {"type": "text"}
+
+
+def test_calls_are_told_as_the_client_defined_their_tools(make_answer: Any, told: Any) -> None:
+    """A namespace's function has its own name again, and a custom tool's input is its text."""
+    custom = {"type": "custom", "name": "patch"}
+    function = {"type": "function", "name": "f", "parameters": {"type": "object"}}
+    tools = [custom, {"type": "namespace", "name": "files", "description": "d", "tools": [function, custom]}]
+    offered = {one.tool.name: one for one in openai_tools(tools, flat=True)}
+    parser_tools = [one.tool for one in offered.values()]
+    text = "".join(
+        f'<tool_call>{{"name": "{name}", "arguments": {arguments}}}</tool_call>'
+        for name, arguments in (
+            ("patch", '{"input": "a\\nb"}'),
+            ("files__f", '{"x": 1}'),
+            ("files__patch", '{"input": ""}'),
+        )
+    )
+    for size in SIZES:
+        answer = make_answer(StreamParser("hermes", None, parser_tools), offered=offered)
+        events = streamed(answer, told(text, size))
+        items = [event["item"] for event in events if event["type"] == "response.output_item.done"]
+        known = [
+            {name: item.get(name) for name in ("type", "name", "namespace", "input", "arguments")} for item in items
+        ]
+        assert known == [
+            {"type": "custom_tool_call", "name": "patch", "namespace": None, "input": "a\nb", "arguments": None},
+            {"type": "function_call", "name": "f", "namespace": "files", "input": None, "arguments": '{"x": 1}'},
+            {"type": "custom_tool_call", "name": "patch", "namespace": "files", "input": "", "arguments": None},
+        ]
+        assert events[-1]["response"]["output"] == items
+        inputs = [event["input"] for event in events if event["type"] == "response.custom_tool_call_input.done"]
+        assert inputs == ["a\nb", ""]

@@ -105,6 +105,24 @@ def test_reasoning_may_be_empty_or_a_summary() -> None:
     assert len(turns(USER, bare, {**bare, "content": None, "encrypted_content": None})) == 1
     summed = {**bare, "summary": [{"type": "summary_text", "text": "a"}, {"type": "summary_text", "text": "b"}]}
     assert turns(USER, summed)[1].thinking == "a\nb"
+    assert turns(USER, {**summed, "encrypted_content": "another provider's"})[1].thinking == "a\nb"
+
+
+def test_calls_of_custom_tools_and_of_namespaces() -> None:
+    items = [
+        USER,
+        {"type": "custom_tool_call", "call_id": "a", "name": "patch", "input": "*** Begin"},
+        {**call("b"), "namespace": "mcp__files__"},
+        {"type": "custom_tool_call_output", "call_id": "a", "output": "done"},
+        output("b"),
+    ]
+    found = turns(*items)
+    assert [turn.role for turn in found] == ["user", "assistant", "tool", "tool"]
+    assert found[1].calls == [
+        Call("patch", '{"input": "*** Begin"}', "a", "input[1]"),
+        Call("mcp__files__f", "{}", "b", "input[2]"),
+    ]
+    assert (found[2].call_id, found[2].texts) == ("a", ["done"])
 
 
 ITEM_ERRORS: list[tuple[list[Any], str]] = [
@@ -130,7 +148,6 @@ ITEM_ERRORS: list[tuple[list[Any], str]] = [
     ([USER, call("a"), {**output("a"), "output": None}], "input[2].output"),
     ([USER, call("a"), {**output("a"), "call_id": 7}], "input[2].call_id"),
     ([USER, call("a"), output("a", [{"type": "input_file"}])], "input[2].output[0].type"),
-    ([USER, thought("x", encrypted_content="abc")], "input[1].encrypted_content"),
     ([USER, thought("x", content="x")], "input[1].content"),
     ([USER, thought("x", content=[{"text": 7}])], "input[1].content[0]"),
     ([USER, thought("x", content=None, summary=["x"])], "input[1].summary[0]"),
