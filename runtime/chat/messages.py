@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -13,9 +13,10 @@ from ..errors import InvalidRequest
 from ..limits import MAX_DEPTH
 from .conversation import Call, Turn
 from .json_bounds import deeper_than_now
+from .probes import TemplateProbes
 from .template import ChatTemplate
 
-_BETWEEN_TURNS = "\n\n"  # between merged system turns
+_BETWEEN_TURNS = "\n\n"  # of turns that become one message
 
 
 def template_messages(
@@ -23,41 +24,51 @@ def template_messages(
 ) -> list[dict[str, Any]]:
     """``turns`` as ``template`` reads them: only fields that templates know, no nulls.
 
-    ``developer`` becomes ``system`` for a template that does not know the role. Neighbouring system turns become one
-    message: many templates accept only one. Several text parts stay a list where the template writes lists of parts
-    itself, so they join as it joins them; elsewhere they become one string, as does the last turn if it is continued.
-    Raises `InvalidRequest` naming the client's field.
+    Roles: ``developer`` becomes ``system`` for a template that does not know it, and a system turn after the first
+    user's becomes ``user`` for one that accepts no such turn. Neighbouring system turns are one message, and so are
+    neighbouring turns of another role where the template refuses two in a row. Text parts stay a list where the
+    template reads lists of parts, so they join as it joins them; elsewhere they become one string, as does the last
+    turn if it is continued. Raises `InvalidRequest` naming the client's field.
     """
-    result = []
-    for role, group in itertools.groupby(turns, key=lambda turn: _role(turn, template)):
-        if role == "system":
-            result.append(_message(role, list(group), template, as_text=False))
+    probes, messages, last = template.probes, [], turns[-1] if continue_final else None
+    for role, group in itertools.groupby(_with_roles(turns, probes), key=lambda entry: entry[0]):
+        alike = [turn for _, turn in group]
+        if role == "system" or (role in _REPEATED and len(alike) > 1 and not probes.accepts(*_REPEATED[role])):
+            messages.append(_message(role, alike, template, last))
         else:
-            for turn in group:
-                result.append(_message(role, [turn], template, as_text=continue_final and turn is turns[-1]))
-    return result
+            messages += [_message(role, [turn], template, last) for turn in alike]
+    return messages
 
 
-def _role(turn: Turn, template: ChatTemplate) -> str:
-    return "system" if turn.role == "developer" and not template.knows_developer else turn.role
+_REPEATED = {"user": ("user", "user"), "assistant": ("user", "assistant", "assistant", "user")}
 
 
-def _message(role: str, turns: list[Turn], template: ChatTemplate, *, as_text: bool) -> dict[str, Any]:
+def _with_roles(turns: Sequence[Turn], probes: TemplateProbes) -> Iterator[tuple[str, Turn]]:
+    leading = True  # only system turns so far
+    for turn in turns:
+        role: str = "system" if turn.role == "developer" and not probes.knows_developer else turn.role
+        leading = leading and role in ("system", "developer")
+        if role == "system" and not leading and not probes.accepts_late_system:
+            role = "user"
+        yield role, turn
+
+
+def _message(role: str, turns: list[Turn], template: ChatTemplate, continued: Turn | None) -> dict[str, Any]:
     first = turns[0]
     content: str | list[dict[str, str]]
-    if len(turns) == 1 and len(first.texts) > 1 and not as_text and template.reads_parts(role):
+    if len(turns) == 1 and len(first.texts) > 1 and first is not continued and template.probes.reads_parts(role):
         content = [{"type": "text", "text": text} for text in first.texts]
     else:
-        separator = template.part_separator(role) if any(len(turn.texts) > 1 for turn in turns) else ""
-        content = _BETWEEN_TURNS.join(separator.join(turn.texts) for turn in turns)
+        separator = template.probes.part_separator(role) if any(len(turn.texts) > 1 for turn in turns) else ""
+        content = _BETWEEN_TURNS.join(separator.join(turn.texts) for turn in turns if turn.texts)
     message: dict[str, Any] = {"role": role, "content": content}
     if first.name is not None:
         message["name"] = first.name
     if first.call_id is not None:
         message["tool_call_id"] = first.call_id
-    if thinking := first.thinking:
+    if thinking := "\n".join(turn.thinking for turn in turns if turn.thinking):
         message["reasoning_content"] = thinking
-    if calls := first.calls:  # templates ask whether the key is there
+    if calls := [call for turn in turns for call in turn.calls]:  # templates ask whether the key is there
         message["tool_calls"] = [_call(call, template) for call in calls]
     return message
 
@@ -70,7 +81,7 @@ def _call(call: Call, template: ChatTemplate) -> dict[str, Any]:
 
 def _arguments(call: Call, template: ChatTemplate) -> str | dict[str, Any]:
     """Text where the template writes it verbatim: the prompt then has the very tokens that the model generated."""
-    if template.keeps_arguments:
+    if template.probes.keeps_arguments:
         return call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)
     if isinstance(call.arguments, dict):
         return call.arguments

@@ -51,6 +51,8 @@ def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> Ch
     """Raises `InvalidRequest` naming the field, also where the model has no template."""
     if template is None:
         raise InvalidRequest("messages", "cannot be rendered: this model has no chat template; send a prompt instead")
+    if conversation.tools:
+        template = template.for_tools
     if conversation.tools and not template.writes_tools:
         raise InvalidRequest("tools", "are not supported: this model's chat template does not write them")
     continued = conversation.continue_final_message

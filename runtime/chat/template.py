@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, LoadError
+from .probes import TemplateProbes
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -31,10 +32,10 @@ _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with a space at its end, which says whet
 class ChatTemplate:
     """Renders conversations. Compiled on first use: servers without chat requests never import Jinja."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
         self.source = source
+        self.tool_source = tool_source
         self._special_tokens = dict(special_tokens)
-        self._separators: dict[str, str | None] = {}  # by role: see `_between_parts`
 
     def render(
         self,
@@ -77,58 +78,13 @@ class ChatTemplate:
         return "tools" in self._compiled[2]
 
     @cached_property
-    def knows_developer(self) -> bool:
-        """Whether the template handles the role ``developer``; most know only ``system``."""
-        return "developer" in self.source
+    def for_tools(self) -> ChatTemplate:
+        """The template of requests with tools: the checkpoint's ``tool_use`` if it has one, as in transformers."""
+        return self if self.tool_source is None else ChatTemplate(self.tool_source, self._special_tokens)
 
     @cached_property
-    def keeps_arguments(self) -> bool:
-        """Whether the template writes a tool call's arguments verbatim if they are text.
-
-        The prompt then repeats exactly the tokens that the model generated. An object is serialised again, in the
-        template's own way.
-        """
-        written = '{"branchwise":   [1,2]}'
-        messages: list[dict[str, Any]] = [
-            {"role": "user", "content": "x"},
-            {"role": "assistant", "content": "", "tool_calls": [_probe_call(written)]},
-            {"role": "tool", "content": "y", "tool_call_id": _PROBE_ID, "name": "probe"},
-        ]
-        try:
-            return written in self.render(messages, False, {})
-        except InvalidRequest:
-            return False
-
-    def reads_parts(self, role: str) -> bool:
-        """Whether the template writes a content that is a list of text parts, in a message of ``role``."""
-        return self._between_parts(role) is not None
-
-    def part_separator(self, role: str) -> str:
-        """What joins text parts that become one string: what the template writes between them, else a newline."""
-        return next((found for name in (role, "user") if (found := self._between_parts(name)) is not None), "\n")
-
-    def _between_parts(self, role: str) -> str | None:
-        """What the template writes between two text parts; None where it cannot read a list of them."""
-        if role not in self._separators:
-            self._separators[role] = self._probe_parts(role)
-        return self._separators[role]
-
-    def _probe_parts(self, role: str) -> str | None:
-        first, second = "branchwise-first", "branchwise-second"
-        user = {"role": "user", "content": "x"}
-        asked = {"role": role, "content": [{"type": "text", "text": first}, {"type": "text", "text": second}]}
-        before: list[dict[str, Any]] = [user] if role == "assistant" else []
-        if role == "tool":
-            before = [user, {"role": "assistant", "content": "", "tool_calls": [_probe_call("{}")]}]
-            asked |= {"tool_call_id": _PROBE_ID, "name": "probe"}
-        after = [] if role in ("user", "tool") else [user]
-        try:
-            text = self.render([*before, asked, *after], False, {})
-        except InvalidRequest:
-            return None
-        between = text.partition(first)[2].partition(second)
-        # Printing the list itself writes the dicts, with quoted keys.
-        return between[0] if between[1] and '"' not in between[0] and "'" not in between[0] else None
+    def probes(self) -> TemplateProbes:
+        return TemplateProbes(self)
 
     @cached_property
     def _compiled(self) -> tuple[Sandbox, Template, frozenset[str]]:
@@ -142,13 +98,6 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise LoadError(f"the model's chat template is not valid: line {error.lineno}: {error.message}") from error
         return sandbox, template, names
-
-
-_PROBE_ID = "branchwis"  # some templates want nine characters
-
-
-def _probe_call(arguments: str) -> dict[str, Any]:
-    return {"type": "function", "id": _PROBE_ID, "function": {"name": "probe", "arguments": arguments}}
 
 
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:

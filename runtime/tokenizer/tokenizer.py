@@ -29,7 +29,14 @@ class Tokenizer:
     ``add_bos_token`` has no say where there is a ``tokenizer.json``.
     """
 
-    def __init__(self, backend: Backend, config: Mapping[str, Any] | None = None, template: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        config: Mapping[str, Any] | None = None,
+        template: str | None = None,
+        tool_template: str | None = None,
+    ) -> None:
+        """``template``: the chat template's source; ``tool_template``: of the one for requests with tools."""
         config = config or {}
         self.backend = backend
         backend.no_truncation()
@@ -43,7 +50,7 @@ class Tokenizer:
         self.byte_level = kinds == ["ByteLevel"]  # every token is bytes on its own
         self.byte_token_ids = _byte_tokens(backend) if "ByteFallback" in kinds else frozenset()
         self._bytes: dict[int, bytes] = {}
-        self.chat_template = None if template is None else ChatTemplate(template, self.special_tokens)
+        self.chat_template = None if template is None else ChatTemplate(template, self.special_tokens, tool_template)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -68,18 +75,24 @@ class Tokenizer:
                 raise LoadError(f"cannot read {config_path}: {error}") from error
             if not isinstance(config, dict):
                 raise LoadError(f"cannot read {config_path}: it must hold a JSON object")
-        return cls(backend, config, _find_template(folder, config))
+        return cls(backend, config, *_find_templates(folder, config))
 
     def dump(self) -> dict[str, Any]:
         """All of it as JSON, for `of_dump` on another machine."""
-        template = None if self.chat_template is None else self.chat_template.source
-        return {"tokenizer": self.backend.to_str(), "special_tokens": self.special_tokens, "chat_template": template}
+        template = self.chat_template
+        return {
+            "tokenizer": self.backend.to_str(),
+            "special_tokens": self.special_tokens,
+            "chat_template": None if template is None else template.source,
+            "tool_template": None if template is None else template.tool_source,
+        }
 
     @classmethod
     def of_dump(cls, dump: Any) -> Tokenizer:
         """Raises `LoadError` for what is no `dump`."""
         try:
-            return cls(Backend.from_str(dump["tokenizer"]), dict(dump["special_tokens"]), dump["chat_template"])
+            backend, templates = Backend.from_str(dump["tokenizer"]), (dump["chat_template"], dump.get("tool_template"))
+            return cls(backend, dict(dump["special_tokens"]), *templates)
         except Exception as error:  # tokenizers raises plain Exception
             raise LoadError(f"this is no tokenizer: {type(error).__name__}: {error}") from error
 
@@ -282,16 +295,20 @@ def _add_missing(backend: Backend, config: Mapping[str, Any], named: Mapping[str
         backend.add_tokens(list(missing.values()))
 
 
-def _find_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """``chat_template.jinja`` before the config's; of several named ones, ``default``."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise LoadError(f"cannot read {path}: {error}") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+def _find_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The chat template and the one for requests with tools (``tool_use``), if it is another. Files come before the
+    config's entries: ``chat_template.jinja`` and ``additional_chat_templates/tool_use.jinja``."""
+    named = config.get("chat_template")
+    if isinstance(named, list):
+        named = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
+    else:
+        named = {"default": named}
+    for name, file in (("default", "chat_template.jinja"), ("tool_use", "additional_chat_templates/tool_use.jinja")):
+        path = folder / file
+        if path.is_file():
+            try:
+                named[name] = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise LoadError(f"cannot read {path}: {error}") from error
+    found = [template if isinstance(template := named.get(name), str) else None for name in ("default", "tool_use")]
+    return found[0] or found[1], found[1]

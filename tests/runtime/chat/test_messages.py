@@ -6,9 +6,13 @@ import json
 from typing import Any
 
 import pytest
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from branchwise.runtime.chat.conversation import Conversation
 from branchwise.runtime.chat.messages import template_messages
 from branchwise.runtime.chat.openai_messages import openai_turns
+from branchwise.runtime.chat.openai_tools import openai_tools
+from branchwise.runtime.chat.prompt import chat_prompt
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.server.http.chat.arguments import bound_arguments
@@ -74,3 +78,109 @@ async def test_values_in_arguments_are_counted_before_any_is_made() -> None:
     with pytest.raises(InvalidRequest, match="must be nested at most 64 deep") as refused:
         await bound_arguments(saying("{}", f'{{"a": {deep}}}'), PLAIN, 10**6)
     assert refused.value.path == "messages[1].tool_calls[1].function.arguments"
+
+
+# -- how parts and turns join ------------------------------------------------------------------------------------------
+
+# As the models' own templates do it, without what else is in them.
+GEMMA3 = """{%- if messages[0]['role'] == 'system' -%}
+  {%- if messages[0]['content'] is string -%}{%- set prefix = messages[0]['content'] + '\n\n' -%}
+  {%- else -%}{%- set prefix = messages[0]['content'][0]['text'] + '\n\n' -%}{%- endif -%}
+  {%- set rest = messages[1:] -%}
+{%- else -%}{%- set prefix = '' -%}{%- set rest = messages -%}{%- endif -%}
+{%- for m in rest -%}
+  {%- if (m['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+    {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}
+  {%- endif -%}
+  {{ '<start_of_turn>' + ('model' if m['role'] == 'assistant' else m['role']) + '\n' + (prefix if loop.first else '') }}
+  {%- if m['content'] is string -%}{{ m['content'] | trim }}
+  {%- else -%}{%- for item in m['content'] -%}{%- if item['type'] == 'text' -%}{{ item['text'] | trim }}{%- endif -%}
+  {%- endfor -%}{%- endif -%}{{ '<end_of_turn>\n' }}
+{%- endfor -%}"""
+MISTRAL_SMALL = """{%- macro write(content) -%}{%- if content is string -%}{{ content }}{%- else -%}
+{%- for block in content -%}{{ block['text'] }}{%- endfor -%}{%- endif -%}{%- endmacro -%}
+{%- for m in messages -%}
+  {%- if m['role'] == 'user' -%}[INST]{{ write(m['content']) }}[/INST]
+  {%- elif m['role'] == 'system' -%}[SYSTEM_PROMPT]{{ write(m['content']) }}[/SYSTEM_PROMPT]
+  {%- else -%}{{ write(m['content']) }}</s>{%- endif -%}
+{%- endfor -%}"""
+QWEN35 = """{%- for m in messages -%}
+{%- if m.role == 'system' and not loop.first -%}
+{{ raise_exception('System message must be at the beginning.') }}{%- endif -%}
+<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif -%}
+<|im_end|>
+{% endfor %}"""
+PARTLESS = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}{% endfor %}"
+BY_NAME = {"gemma3": GEMMA3, "mistral small": MISTRAL_SMALL, "qwen3.5": QWEN35, "partless": PARTLESS}
+
+
+def parts(*texts: str) -> list[dict[str, str]]:
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def rendered(source: str, *messages: Any) -> str:
+    template = ChatTemplate(source, {})
+    return template.render(template_messages(openai_turns(messages), template), False, {})
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral small", "qwen3.5"])
+def test_text_parts_join_as_the_template_joins_them(name: str) -> None:
+    """Equal to transformers, which hands templates the lists as they are."""
+    messages = [{"role": "user", "content": parts("See ", "this: ", "x")}, {"role": "assistant", "content": parts("a")}]
+    [theirs], _ = render_jinja_template([messages], chat_template=BY_NAME[name])
+    assert rendered(BY_NAME[name], *messages) == theirs
+
+
+def test_a_template_that_reads_no_parts_gets_lines() -> None:
+    assert rendered(PARTLESS, {"role": "user", "content": parts("a", "b")}) == "<user>a\nb"
+
+
+def test_parts_that_a_template_would_drop_are_joined_too() -> None:
+    """Gemma 3 writes only the first part of a system message."""
+    system = {"role": "system", "content": parts("One. ", "Two.")}
+    assert "One. Two.\n\nHi" in rendered(GEMMA3, system, {"role": "user", "content": "Hi"})
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_neighbouring_system_messages_are_one(name: str) -> None:
+    """``developer`` is the same role to these templates."""
+    system = [{"role": "system", "content": "One."}, {"role": "developer", "content": parts("Two.", "Three.")}]
+    text = rendered(BY_NAME[name], *system, {"role": "user", "content": "Hi"})
+    assert text.count("One.\n\nTwo.") == 1
+    assert text.count("Three.") == text.count("Hi") == 1
+
+
+@pytest.mark.parametrize("name", BY_NAME)
+def test_what_coding_agents_send_is_rendered_by_every_template(name: str) -> None:
+    """Claude Code ends with a system message; Codex begins with two developer and two user messages."""
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Agents: none."}
+    developer = {"role": "developer", "content": "Be brief."}
+    context = {"role": "user", "content": "It is Sunday."}
+    for messages in ([user, system], [developer, developer, context, user], [developer, context, SAID, user, system]):
+        text = rendered(BY_NAME[name], *messages)
+        at = [text.rindex(str(message["content"])) for message in messages]
+        assert at == sorted(at)
+
+
+SAID = {"role": "assistant", "content": "Yes?"}
+
+
+def test_turns_stay_apart_where_the_template_takes_them() -> None:
+    two = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
+    assert rendered(PARTLESS, *two) == "<user>a<user>b"
+    late = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
+    assert rendered(PARTLESS, *late) == "<user>a<system>b"
+    assert rendered(QWEN35, *late).count("<|im_start|>user") == 2
+    assert rendered(GEMMA3, *late) == "<start_of_turn>user\na\n\nb<end_of_turn>\n"
+
+
+def test_a_checkpoints_template_for_tools_is_used_with_tools() -> None:
+    """Hermes 2 and 3 have one named ``tool_use``; transformers takes it when tools are given."""
+    template = ChatTemplate("plain", {}, "{% for t in tools %}{{ t.function.name }}{% endfor %}")
+    tools = openai_tools([{"type": "function", "function": {"name": "look"}}])
+    turns = openai_turns([{"role": "user", "content": "x"}])
+    assert chat_prompt(template, Conversation(turns=turns)).text() == "plain"
+    assert chat_prompt(template, Conversation(turns=turns, tools=tools)).text() == "look"
+    with pytest.raises(InvalidRequest, match="tools are not supported"):
+        chat_prompt(ChatTemplate("plain", {}), Conversation(turns=turns, tools=tools))

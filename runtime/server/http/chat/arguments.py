@@ -13,7 +13,7 @@ from ....limits import MAX_DEPTH
 
 async def bound_arguments(turns: Sequence[Turn], template: ChatTemplate, most: int) -> None:
     """Refuses arguments that would be slow to decode: more than ``most`` values together, or deep nesting."""
-    if template.keeps_arguments:
+    if template.probes.keeps_arguments:
         return
     calls = [(call.path, call.arguments) for turn in turns for call in turn.calls]
     texts = [(path, arguments) for path, arguments in calls if isinstance(arguments, str)]

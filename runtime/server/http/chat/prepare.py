@@ -109,9 +109,9 @@ async def conversation_text(state: AppState, conversation: Conversation) -> str:
 
 
 async def _checked_prompt(state: AppState, conversation: Conversation) -> ChatPrompt:
-    template = chat_template(state)
-    await bound_arguments(conversation.turns, template, state.config.max_json_values)
-    return chat_prompt(template, conversation)
+    prompt = chat_prompt(chat_template(state), conversation)
+    await bound_arguments(prompt.turns, prompt.template, state.config.max_json_values)
+    return prompt
 
 
 async def _beside_the_loop(prompt: ChatPrompt, render: Callable[[], T]) -> T:

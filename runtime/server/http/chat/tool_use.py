@@ -41,8 +41,8 @@ class Formats:
     def of(cls, config: ServerConfig, tokenizer: Tokenizer, template: ChatTemplate) -> Formats:
         """By the flags, else read off the checkpoint."""
         special = {tokenizer.token_text(id): id for id in tokenizer.special_ids}
-        found = detect(template.source, special)
-        tools = found.tools if config.tool_call_parser == AUTO else config.tool_call_parser
+        found, found_tools = detect(template.source, special), detect(template.for_tools.source, special).tools
+        tools = found_tools if config.tool_call_parser == AUTO else config.tool_call_parser
         reasoning = found.reasoning if config.reasoning_parser == AUTO else config.reasoning_parser
         calls = tool_format(tools) if tools and tools != NONE else None
         thoughts = reasoning_format(reasoning) if reasoning and reasoning != NONE else None
@@ -56,7 +56,7 @@ class ToolUse:
     def __init__(self, spec: ChatSpec, formats: Formats, template: ChatTemplate) -> None:
         choice, offered = spec.tool_choice, spec.conversation.tools
         used = bool(offered) and choice.mode != "none"
-        if used and (formats.tools is None or not template.writes_tools):
+        if used and (formats.tools is None or not template.for_tools.writes_tools):
             raise InvalidRequest(
                 "tools", "are not supported: this model's chat template has none that this server can read"
             )

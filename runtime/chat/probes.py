@@ -1,0 +1,90 @@
+"""What a chat template can do, found by rendering small conversations with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from .template import ChatTemplate
+
+_ID = "branchwis"  # some templates require call ids of nine characters
+_USER = {"role": "user", "content": "x"}
+
+
+class TemplateProbes:
+    """Each answer is computed once."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self._template = template
+        self._separators: dict[str, str | None] = {}  # by role
+        self._accepted: dict[tuple[str, ...], bool] = {}
+
+    @cached_property
+    def knows_developer(self) -> bool:
+        """Whether the template handles the role ``developer``; most know only ``system``."""
+        return "developer" in self._template.source
+
+    @cached_property
+    def keeps_arguments(self) -> bool:
+        """Whether the template writes a tool call's arguments verbatim if they are text.
+
+        The prompt then repeats exactly the tokens that the model generated. An object is serialised again, in the
+        template's own way.
+        """
+        written = '{"branchwise":   [1,2]}'
+        result = {"role": "tool", "content": "y", "tool_call_id": _ID, "name": "probe"}
+        return written in self._rendered([_USER, _calling(written), result])
+
+    @property
+    def accepts_late_system(self) -> bool:
+        """Whether a system message may follow any other. Checked twice: some templates only count turns."""
+        return self.accepts("user", "assistant", "system") and self.accepts("user", "assistant", "user", "system")
+
+    def accepts(self, *roles: str) -> bool:
+        """Whether the template writes the contents of messages with these roles, all and in order."""
+        if roles not in self._accepted:
+            contents = [f"branchwise-{i}-" for i in range(len(roles))]
+            pairs = zip(roles, contents, strict=True)
+            text = self._rendered([{"role": role, "content": content} for role, content in pairs])
+            places = [text.find(content) for content in contents]
+            self._accepted[roles] = -1 not in places and places == sorted(places)
+        return self._accepted[roles]
+
+    def reads_parts(self, role: str) -> bool:
+        """Whether the template writes a content that is a list of text parts, in a message of ``role``."""
+        return self._between_parts(role) is not None
+
+    def part_separator(self, role: str) -> str:
+        """What joins text parts that become one string: what the template writes between them, else a newline."""
+        return next((found for name in (role, "user") if (found := self._between_parts(name)) is not None), "\n")
+
+    def _between_parts(self, role: str) -> str | None:
+        """What the template writes between two text parts; None where it cannot read a list of them."""
+        if role not in self._separators:
+            first, second = "branchwise-first", "branchwise-second"
+            asked = {"role": role, "content": [{"type": "text", "text": first}, {"type": "text", "text": second}]}
+            if role == "tool":
+                asked |= {"tool_call_id": _ID, "name": "probe"}
+            before = {"assistant": [_USER], "tool": [_USER, _calling("{}")]}.get(role, [])
+            text = self._rendered([*before, asked, *([] if role in ("user", "tool") else [_USER])])
+            between = text.partition(first)[2].partition(second)
+            # A template that prints the list itself writes dicts, with quoted keys.
+            found = between[1] and '"' not in between[0] and "'" not in between[0]
+            self._separators[role] = between[0] if found else None
+        return self._separators[role]
+
+    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Empty where the template refuses the messages."""
+        try:
+            return self._template.render(messages, False, {})
+        except InvalidRequest:
+            return ""
+
+
+def _calling(arguments: str) -> dict[str, Any]:
+    call = {"type": "function", "id": _ID, "function": {"name": "probe", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
