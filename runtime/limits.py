@@ -44,12 +44,18 @@ def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_siz
 
 
 def fit(
-    prompt_tokens: int, params: SamplingParams, limits: Limits, *, path: str = "prompt", counted: str = "tokens"
+    prompt_tokens: int,
+    params: SamplingParams,
+    limits: Limits,
+    *,
+    path: str = "prompt",
+    counted: str = "tokens",
+    shorten: bool = False,
 ) -> SamplingParams:
     """Check prompt and completion, in tokens, against the context length and the whole KV pool.
 
-    ``params.max_tokens=None`` becomes what is left. ``path`` names the prompt in errors, ``counted`` what was counted.
-    Raises `InvalidRequest` with the value and the limit.
+    ``params.max_tokens=None`` becomes what is left, and with ``shorten`` so does a ``max_tokens`` above that. ``path``
+    names the prompt in errors, ``counted`` what was counted. Raises `InvalidRequest` with the value and the limit.
     """
     if prompt_tokens == 0:
         raise InvalidRequest(path, "must not be empty")
@@ -61,7 +67,7 @@ def fit(
         problem = f"has {prompt_tokens} {counted}, more than the {bound} {what}; shorten it or raise {flag}"
         raise InvalidRequest(path, problem, value=prompt_tokens, limit=bound)
     room = bound - prompt_tokens
-    if params.max_tokens is None:
+    if params.max_tokens is None or (shorten and params.max_tokens > room):
         if room == 0:
             problem = f"has {prompt_tokens} {counted} and leaves no room to generate: the limit is {bound} {what}"
             raise InvalidRequest(path, problem, value=prompt_tokens, limit=bound)

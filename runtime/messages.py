@@ -47,6 +47,7 @@ class Generate(Message):
     add_special_tokens: bool = True  # to ``text``; a chat template has written its own
     # (position, seconds): prefixes to keep cached after the request. Characters of a text, else tokens; -1: its end
     breakpoints: list[tuple[int, float]] = []
+    shorten: bool = False  # lower max_tokens to what the context leaves, instead of refusing
     no_cache: bool = False  # its namespace is its own, and its pages are freed when it ends
 
 

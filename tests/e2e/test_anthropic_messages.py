@@ -119,6 +119,42 @@ def test_an_answer_has_every_field(client: anthropic.Anthropic) -> None:
     assert message._request_id.startswith("req_")
 
 
+def test_max_tokens_beyond_the_context_is_what_the_context_leaves(shipped: Any) -> None:
+    """Anthropic's clients send 16,384 or 32,000 whatever the model is."""
+    body = {"messages": SUM, "max_tokens": 32_000, "temperature": 0}
+    answer = shipped.http.post("/v1/messages", json=body).json()
+    assert (answer["stop_reason"], answer["content"][0]["text"]) == ("end_turn", "12 + 30 = 42")
+    full = {"role": "user", "content": "word " * 60_000}
+    refused = shipped.http.post("/v1/messages", json={**body, "messages": [full]})
+    assert refused.status_code == 400 and refused.json()["error"]["message"].startswith("messages")
+
+
+def test_claude_codes_billing_header_does_not_end_reuse(client: anthropic.Anthropic) -> None:
+    """It is the first system block and has another hash in every request."""
+    system = [{"type": "text", "text": "You are Twig, who answers briefly and says what is so."}]
+    usages = []
+    for digest in ("0f3a9", "77b1c"):
+        header = {"type": "text", "text": f"x-anthropic-billing-header: cc_version=2.1.197; cch={digest};"}
+        usages.append(ask(client, SUM, system=[header, *system]).usage)
+    assert prompt_tokens(usages[0]) == prompt_tokens(usages[1]) == prompt_tokens(ask(client, SUM, system=system).usage)
+    assert usages[1].cache_read_input_tokens >= prompt_tokens(usages[1]) - 1
+
+
+def test_tools_that_run_on_anthropics_servers_are_left_out(shipped: Any) -> None:
+    search = {"type": "web_search_20250305", "name": "web_search", "max_uses": 3}
+    body = {"messages": PAINT, "max_tokens": 100, "temperature": 0, "tools": [search, PAINT_TOOL]}
+    for stream in (False, True):
+        answer = shipped.http.post("/v1/messages", json={**body, "stream": stream})
+        assert answer.headers["x-branchwise-tools-left-out"] == "tools[0] web_search_20250305"
+        assert "paint_legoax" in answer.text
+    shown = {**PAINT_TOOL, "input_examples": [PAINTED], "defer_loading": True}
+    counts = [
+        shipped.http.post("/v1/messages/count_tokens", json={"messages": PAINT, "tools": [tool]}).json()
+        for tool in (PAINT_TOOL, shown)
+    ]
+    assert counts[1]["input_tokens"] > counts[0]["input_tokens"], "the example is in the description"
+
+
 def test_the_prompt_is_that_of_the_chat_route(shipped: Any, client: anthropic.Anthropic) -> None:
     """Token for token: the cache of one serves the other, and counting says how many there are."""
     blocks: Any = [{"type": "text", "text": "You are"}, {"type": "text", "text": "Twig."}]
@@ -417,8 +453,8 @@ def test_errors_are_the_packages_own(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\].content\[0\].type image is not supported"):
         image: Any = {"type": "image", "source": {"type": "url", "url": "http://169.254.1.1"}}
         ask(client, [{"role": "user", "content": [image]}])
-    with pytest.raises(anthropic.BadRequestError, match=r"max_tokens 15000 \+ messages \d+") as long:
-        ask(client, SUM, max_tokens=15_000)
+    with pytest.raises(anthropic.BadRequestError, match=r"messages has \d+ tokens, more than the 4352") as long:
+        ask(client, [{"role": "user", "content": "word " * 5000}])
     assert isinstance(long.value.body, dict)
     assert long.value.body["type"] == "error"
     assert long.value.body["request_id"] == long.value.request_id

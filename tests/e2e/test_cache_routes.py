@@ -62,6 +62,21 @@ def pressure(ask: Any) -> None:
         ask("/generate", input_ids=ids(900, 20 + i), sampling_params={"max_new_tokens": 1})
 
 
+def test_explain_names_the_part_of_the_request_where_reuse_ends(ask: Any) -> None:
+    def conversation(session: str) -> list[Any]:
+        system = [{"type": "text", "text": "You are Twig."}, {"type": "text", "text": f"Session {session}"}]
+        return [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]
+
+    one, other = "01a22651-ab21-7fc1-afe8-2a4f7e9a4f21", "7fc1ab21-ab21-7fc1-afe8-2a4f7e9a4f21"
+    said = ask("/cache/explain", messages=conversation(one))
+    assert said["continues_in"] is None, "nothing is cached: the template's own text comes first"
+    ask("/v1/chat/completions", messages=conversation(one), max_tokens=1)
+    said = ask("/cache/explain", messages=conversation(other))
+    assert (said["reason"], said["continues_in"]) == ("diverged", "messages[0].content[1]")
+    assert said["volatile"] == [{"path": "messages[0].content[1]", "kind": "UUID", "text": other}]
+    assert "volatile" not in ask("/cache/explain", prompt="Hi")
+
+
 def test_explain_touches_nothing_and_tells_the_truth(ask: Any) -> None:
     text = "The tree remembers every prefix it has seen, and says so."
     said = ask("/cache/explain", prompt=text)

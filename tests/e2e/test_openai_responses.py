@@ -349,7 +349,7 @@ def test_errors_are_the_packages_own(client: openai.OpenAI) -> None:
             "input": [{"role": "user", "content": "x"}, {"role": "user", "content": [{"type": "input_image"}]}]
         },
         "previous_response_id": {"previous_response_id": "resp_1"},
-        "tools[0].type": {"tools": [{"type": "web_search"}]},
+        "tools[0].type": {"tools": [{**TOOLS[0], "type": "functions"}]},
         "tools[1].name": {"tools": [TOOLS[0], {"type": "function", "name": "a b", "parameters": {}, "strict": False}]},
         "tools[0].parameters.type": {"tools": [{**TOOLS[0], "strict": True, "parameters": {"type": "array"}}]},
         "tool_choice": {"tools": TOOLS, "tool_choice": {"type": "function", "name": "g"}},
@@ -362,7 +362,7 @@ def test_errors_are_the_packages_own(client: openai.OpenAI) -> None:
     schema = {"type": "json_schema", "name": "x", "schema": {"not": {}}}
     for field, fields in {
         "text.format": {"text": {"format": schema}},
-        "tools": {"tools": [{**TOOLS[0], "strict": True, "parameters": {"type": "object", "not": {}}}]},
+        "tools[0].parameters": {"tools": [{**TOOLS[0], "strict": True, "parameters": {"type": "object", "not": {}}}]},
         "input": {"input": "word " * 60_000},
         "max_output_tokens": {"max_output_tokens": 1_000_000},
     }.items():
@@ -382,17 +382,68 @@ def test_nothing_is_stored(shipped: Any, client: openai.OpenAI) -> None:
         lambda: client.responses.cancel(id),
         lambda: client.responses.input_items.list(id),
     ):
-        with pytest.raises(openai.NotFoundError, match="stores none"):
+        with pytest.raises(openai.NotFoundError, match="stores no responses"):
             ask()
     assert shipped.http.get(PATH).status_code == 405
-    with pytest.raises(openai.NotFoundError, match="/tokenize and /v1/messages/count_tokens count"):
-        client.responses.input_tokens.count(model="branchwise", input="Hello")
+    with pytest.raises(openai.NotFoundError, match="nothing compacts"):
+        client.responses.compact(model="branchwise", input="Hello")
+
+
+def test_input_tokens_are_those_of_the_response(client: openai.OpenAI) -> None:
+    asked: Any = {"input": PAINT, "instructions": "Be brief.", "tools": TOOLS}
+    counted = client.responses.input_tokens.count(model="branchwise", **asked)
+    assert counted.object == "response.input_tokens"
+    assert counted.input_tokens == respond(client, **asked).usage.input_tokens
+
+
+def test_a_forced_call_leaves_the_format_aside(client: openai.OpenAI) -> None:
+    """instructor's RESPONSES_TOOLS sends both with every request."""
+    form: Any = {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}, "strict": True}}
+    for choice in ("required", {"type": "function", "name": "paint_legoax"}):
+        [call] = respond(client, PAINT, tools=TOOLS, tool_choice=choice, text=form).output
+        assert (call.type, call.name) == ("function_call", "paint_legoax")
+
+
+def test_allowed_tools_restrict_calls_and_keep_the_prompt(client: openai.OpenAI) -> None:
+    allowed: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "heeprer"}]}
+    reply = respond(client, PAINT, tools=TOOLS, tool_choice=allowed)
+    assert {item.name for item in reply.output} == {"heeprer"}
+    assert reply.usage.input_tokens == respond(client, PAINT, tools=TOOLS).usage.input_tokens
+
+
+def test_tools_of_other_kinds_are_left_out_and_named_in_a_header(client: openai.OpenAI) -> None:
+    """What Codex sends: a namespace, a tool that runs on OpenAI's servers, and custom tools."""
+    painter, mover = TOOLS
+    tools: Any = [
+        {"type": "namespace", "name": "house", "description": "Paint.", "tools": [painter]},
+        {"type": "web_search", "external_web_access": False},
+        {"type": "custom", "name": "apply_patch", "description": "Patch."},
+        mover,
+    ]
+    asked: Any = {"input": PAINT, "tools": tools, "temperature": 0, "max_output_tokens": 100, "model": "branchwise"}
+    raw = client.responses.with_raw_response.create(**asked)
+    assert raw.headers["x-branchwise-tools-left-out"] == "tools[1] web_search"
+    named: Any = {"type": "function", "name": "paint_legoax", "namespace": "house"}
+    [call] = client.responses.create(**asked, tool_choice=named).output
+    assert call.type == "function_call"
+    assert (call.name, call.namespace, call.arguments) == ("paint_legoax", "house", PAINTED)
+    [patch] = client.responses.create(**asked, tool_choice={"type": "custom", "name": "apply_patch"}).output
+    assert patch.type == "custom_tool_call" and isinstance(patch.input, str)
+    history: Any = [
+        {"role": "user", "content": PAINT},
+        call,
+        {"type": "function_call_output", "call_id": call.call_id, "output": '{"colour": "GW-725"}'},
+        patch,
+        {"type": "custom_tool_call_output", "call_id": patch.call_id, "output": "ok"},
+    ]
+    assert client.responses.create(**{**asked, "input": history}).status in ("completed", "incomplete")
 
 
 def test_the_schema_has_the_route(shipped: Any) -> None:
     paths = shipped.http.get("/openapi.json").json()["paths"]
     assert "requestBody" in paths[PATH]["post"]
-    assert not [path for path in paths if path.startswith(f"{PATH}/")], "what is there only to say no"
+    below = [path for path in paths if path.startswith(f"{PATH}/")]
+    assert below == [f"{PATH}/input_tokens"], "routes that only refuse are hidden"
 
 
 def test_an_aborted_response_is_cancelled(shipped: Any) -> None:

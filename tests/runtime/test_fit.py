@@ -30,3 +30,13 @@ def test_the_smaller_bound_is_named_with_its_flag(context: int, pool: int, what:
         assert refused.value.path == field
     with pytest.raises(InvalidRequest, match="no room to generate"):
         fit(100, SamplingParams(max_tokens=None), limits)
+
+
+def test_a_bound_that_may_be_shortened_is_what_is_left() -> None:
+    limits = Limits(vocab_size=10, max_model_len=100, pool_tokens=200)
+    for asked, expected in ((60, 60), (61, 60), (32_000, 60), (5, 5)):
+        assert fit(40, SamplingParams(max_tokens=asked), limits, shorten=True).max_tokens == expected
+    for prompt_tokens in (100, 101):
+        with pytest.raises(InvalidRequest) as refused:
+            fit(prompt_tokens, SamplingParams(max_tokens=32_000), limits, shorten=True)
+        assert refused.value.path == "prompt"

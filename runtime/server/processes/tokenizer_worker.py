@@ -90,7 +90,7 @@ class TokenizerWorker:
         self._check_bytes(text, "prompt")
         marks = [position for position, _ in message.breakpoints]
         ids, counts = self._tokenizer.encode_marked(text, marks, message.add_special_tokens)
-        message.params = fit(len(ids), message.params, self._limits)
+        message.params = fit(len(ids), message.params, self._limits, shorten=message.shorten)
         message.breakpoints = [
             (len(ids) if position < 0 else count, seconds)
             for (position, seconds), count in zip(message.breakpoints, counts, strict=True)

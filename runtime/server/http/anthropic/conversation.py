@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 from ....chat.conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, OfferedTool, Part, Text, Thinking, Turn
 from ....chat.openai_messages import label
 from ....chat.tools.definitions import ToolLimits, ToolReader
+from ....chat.volatile import without_billing_header
 from ....errors import InvalidRequest, shown
 from ..fields.cache import MAX_BREAKPOINTS
 from ..fields.parse import parse
@@ -46,7 +47,8 @@ class ConversationReader:
     """Reads ``tools`` and ``turns`` of one request. Raises `InvalidRequest` naming the block.
 
     Messages of one role in a row are one turn, as Anthropic has it. A ``tool_result`` is a turn of its own, in its
-    place among the user's texts.
+    place among the user's texts. Claude Code's billing header is left out of the system prompt: it changes with every
+    request, so nothing behind it could be reused.
     """
 
     def __init__(self, body: CountRequest, max_messages: int, limits: ToolLimits | None = None) -> None:
@@ -60,7 +62,9 @@ class ConversationReader:
         self._read_tools(body.tools or [], limits)
         if body.system:
             for block, path in self._read(body.system, "system", _TEXT):
-                self._text(self._turn("system", "system").parts, block, path)
+                if isinstance(block, TextBlock) and (text := without_billing_header(block.text)):
+                    block = block.model_copy(update={"text": text})
+                    self._text(self._turn("system", "system").parts, block, path)
         self._read_messages(body.messages, max_messages)
         if body.cache_control is not None and self._last is not None and self._last.breakpoint is None:
             self._last.breakpoint = self._breakpoint(body.cache_control, "cache_control")

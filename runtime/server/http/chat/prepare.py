@@ -84,6 +84,7 @@ class ChatPreparer:
             priority=check_priority(spec.priority),
             stream=spec.stream,
             add_special_tokens=False,
+            shorten=spec.shorten,
             **caching(state, spec.cache, marks=marks),
         )
         one_call = not spec.parallel_tool_calls

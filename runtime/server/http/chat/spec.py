@@ -11,7 +11,7 @@ from ....chat.openai_messages import label
 from ....errors import InvalidRequest, shown
 from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields
-from ..fields.requests import MAX_ENTRIES
+from ..fields.parse import MAX_ENTRIES
 
 Mode = Literal["none", "auto", "required"]
 
@@ -41,6 +41,7 @@ class ChatSpec:
     separate_reasoning: bool = True
     priority: int = 0
     stream: bool = False
+    shorten: bool = False  # max_tokens may be more than the context leaves
     names: Mapping[str, str]  # the client's names of our fields, as `InvalidRequest.renamed` takes them
 
 

@@ -290,9 +290,9 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
 
 async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
     """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
-    text, messages = await chat_text(state, raw, within)
+    text, _ = await chat_text(state, raw, within)
     if not parse_special:
-        check_no_special(state.tokenizer, messages)
+        check_no_special(state.tokenizer, raw["messages"])
     return rendered_piece(text)
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import Field
 
+from ....chat.conversation import Conversation
+from ....chat.volatile import part_at, volatile_parts
 from ....errors import InvalidRequest, renaming
 from ....limits import fit
 from ....messages import ControlWhat
@@ -71,12 +73,17 @@ def routes(state: AppState) -> Routes:
         """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, field = await _prompt(state, body, raw)
+        prompt, field, conversation = await _prompt(state, body, raw)
         tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         facts = await _ask(state, "cache_explain", _namespace(state, body), tokens=tokens)
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
         facts["continues_with"] = state.tokenizer.decode(following, skip_special_tokens=False)
+        if conversation is not None:
+            reused = memoryview(tokens[: 4 * facts["hit_tokens"]]).cast("i").tolist()
+            position = len(state.tokenizer.decode(reused, skip_special_tokens=False))
+            facts["continues_in"] = part_at(conversation, str(prompt), position)
+            facts["volatile"] = volatile_parts(conversation)
         return json_response(facts)
 
     @routes.add("POST", "/cache/pin", body=PinRequest, errors=[NOT_CACHED, PIN_QUOTA])
@@ -89,7 +96,7 @@ def routes(state: AppState) -> Routes:
         body = parse(PinRequest, raw, unsupported=frozenset())
         longest = state.config.engine.max_pin_ttl
         ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
-        prompt, field = await _prompt(state, body, raw)
+        prompt, field, _ = await _prompt(state, body, raw)
         is_chat = raw.get("messages") is not None
         tokens = await _tokens(state, prompt, field, add_special_tokens=not is_chat)
         namespace = _namespace(state, body)
@@ -120,7 +127,7 @@ def routes(state: AppState) -> Routes:
         other prompts share with it."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, field = await _prompt(state, body, raw)
+        prompt, field, _ = await _prompt(state, body, raw)
         tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
 
@@ -158,22 +165,24 @@ def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
     return namespace
 
 
-async def _prompt(state: AppState, body: PromptRequest, raw: Mapping[str, Any]) -> tuple[Text, str]:
-    """The one prompt, and what the client calls it."""
+async def _prompt(
+    state: AppState, body: PromptRequest, raw: Mapping[str, Any]
+) -> tuple[Text, str, Conversation | None]:
+    """The one prompt, the client's name of it, and the conversation that it is made of, if it is."""
     state.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
     given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
     if len(given) != 1:
         raise InvalidRequest("prompt", "or input_ids or messages is required: give exactly one")
     [field] = given
     if field == "messages":
-        text, _ = await chat_text(state, raw)
-        return text, field
+        text, conversation = await chat_text(state, raw)
+        return text, field, conversation
     prompts, is_list = split_prompts(getattr(body, field), field, text=field == "prompt")
     if is_list:
         raise InvalidRequest(field, "must be one prompt")
     if not len(prompts[0]):
         raise InvalidRequest(field, "must not be empty")
-    return prompts[0], field
+    return prompts[0], field, None
 
 
 async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:

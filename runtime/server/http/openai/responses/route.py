@@ -6,9 +6,11 @@ from fastapi import Request, Response
 
 from .....errors import InvalidRequest, renaming
 from ...chat.prepare import ChatPreparer
+from ...native.tokens import token_ids
 from ...plumbing.body import read_json_object
 from ...plumbing.respond import respond
 from ...plumbing.routes import Routes
+from ...plumbing.sse import json_response
 from ...state import AppState
 from .reply import ResponseReply
 from .request import NAMES, ResponsesRequest, read, response_spec
@@ -32,6 +34,17 @@ def routes(state: AppState) -> Routes:
             call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=reply.fail
         )
 
+    @routes.add("POST", "/v1/responses/input_tokens", body=ResponsesRequest, fast=True)
+    async def input_tokens(request: Request) -> Response:
+        """How many tokens the prompt of such a request has."""
+        body = read(await read_json_object(request))
+        state.check_model(body.model)
+        state.client.limits  # noqa: B018 - raises until there is a tokenizer
+        with renaming(NAMES):
+            chat = await preparer.prepare(response_spec(body, state))
+        ids = await token_ids(state, chat.prompt.text or "", "input", special=False)
+        return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
+
     # OpenAI's routes for stored responses, to say that none are.
     @routes.add("GET", "/v1/responses/{id}", "/v1/responses/{id}/input_items", hidden=True)
     @routes.add("DELETE", "/v1/responses/{id}", hidden=True)
@@ -43,12 +56,8 @@ def routes(state: AppState) -> Routes:
             status=404,
         )
 
-    @routes.add("POST", "/v1/responses/input_tokens", "/v1/responses/compact", hidden=True)
+    @routes.add("POST", "/v1/responses/compact", hidden=True)
     async def absent() -> Response:
-        raise InvalidRequest(
-            None,
-            "this server has no such route: /tokenize and /v1/messages/count_tokens count; nothing compacts",
-            status=404,
-        )
+        raise InvalidRequest(None, "this server has no such route: nothing compacts conversations", status=404)
 
     return routes

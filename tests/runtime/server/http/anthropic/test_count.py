@@ -11,12 +11,12 @@ import pytest
 
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.messages import Message
-from branchwise.runtime.server.http.anthropic.count import PATH
 from branchwise.runtime.server.http.app import make_app
 from branchwise.runtime.server.http.state import AppState
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 TEMPLATE = Path(__file__).parents[3] / "chat" / "templates" / "qwen3.jinja"
+PATH = "/v1/messages/count_tokens"
 HI = {"role": "user", "content": "Hi."}
 TOOL = {"name": "look", "input_schema": {"type": "object"}}
 
