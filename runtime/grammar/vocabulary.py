@@ -8,11 +8,13 @@ text calls for it, and its matcher would reject it.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
+
+_CACHED_TEXTS, _CACHED_LENGTH = 4096, 64  # texts that outputs of one grammar repeat, e.g. property names; characters
 
 
 class Vocabulary:
@@ -32,12 +34,16 @@ class Vocabulary:
         special = tokenizer.special_ids.union(eos_ids)
         self.special_token_ids = sorted(id for id in special if id < size)
         self.eos_token_id = min(eos_ids, default=0)
+        self._cached = lru_cache(_CACHED_TEXTS)(self._tokenize)
 
     def __call__(self, text: str) -> list[int]:
         """Tokens that spell exactly ``text``: the tokenizer's own, where it does not change the text.
 
         A normalizer may change it (NFC composes characters, others lowercase); llguidance does not check.
         """
+        return list(self._cached(text)) if len(text) <= _CACHED_LENGTH else self._tokenize(text)
+
+    def _tokenize(self, text: str) -> list[int]:
         data = text.encode()
         ids: list[int] = self._tokenizer.encode_more(text).tolist()
         return ids if b"".join([self.tokens[id] for id in ids]) == data else self._longest_match(data)
