@@ -40,21 +40,19 @@ _MAX_RULES_LENGTH = 20_000_000  # rules × characters: the converter scans the t
 class GrammarBackend:
     """llguidance for one model's tokenizer. ``eos_ids``: tokens that may end an output.
 
-    Takes about 6 ms for every thousand tokens, holding the GIL. Raises `ConstraintError` if llguidance cannot use the
+    Takes about 5 ms for every thousand tokens, holding the GIL. Raises `ConstraintError` if llguidance cannot use the
     tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        size = max(vocab_size, tokenizer.vocab_size)
         try:
-            vocabulary = Vocabulary(tokenizer, size, eos_ids)
+            vocabulary = Vocabulary(tokenizer, vocab_size, eos_ids)
             self._tokenizer = LLTokenizer(cast("Any", vocabulary), eos_token=sorted(eos_ids) or None)
             self._tokenizer.tokenize_str("a")  # what the tokenizer builds at its first use
         except Exception as error:  # llguidance raises plain ValueError and more
             raise ConstraintError(f"cannot be enforced with this model's tokenizer: {_one_line(str(error))}") from error
         self.eos_ids = frozenset(self._tokenizer.eos_tokens)
         self.mask_words = -(-vocab_size // 32)
-        self._width = -(-size // 32)  # words of llguidance's own masks
         self._executor = LLExecutor(min(_MAX_THREADS, os.cpu_count() or 1))
 
     def compile(self, constraint: Constraint) -> LLMatcher:
@@ -72,20 +70,18 @@ class GrammarBackend:
 
         Raises `ConstraintError` beyond the limits.
         """
-        full = np.empty(self._width, np.uint32)
-        matcher.unsafe_compute_mask_ptr(full.ctypes.data, full.nbytes)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
         self.check(matcher)
-        mask[:] = full[: self.mask_words]
 
     def fill_masks(self, matchers: Sequence[LLMatcher]) -> TokenBitmask:
         """Masks of several matchers, uint32 [len(matchers), mask_words], in parallel and without the GIL.
 
         `check` each matcher afterwards: the mask of one that went beyond the limits is undefined.
         """
-        full = np.empty((len(matchers), self._width), np.uint32)
+        masks = np.empty((len(matchers), self.mask_words), np.uint32)
         places = [(matcher, i) for i, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(places, full.ctypes.data, full.strides[0], len(matchers))
-        return full[:, : self.mask_words]
+        self._executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(matchers))
+        return masks
 
     def check(self, matcher: LLMatcher) -> None:
         """Raise `ConstraintError` if the matcher has gone beyond the limits."""

@@ -21,7 +21,8 @@ class Vocabulary:
     """The protocol of ``llguidance.TokenizerWrapper``: its attributes, and a call that tokenizes text.
 
     Args:
-        size: token ids from 0 to ``size`` - 1; ids that the tokenizer does not have are empty and never allowed.
+        size: the model's vocabulary. Ids that the tokenizer does not have are empty and never allowed; tokens that the
+            model does not have are spelled by others.
         eos_ids: tokens that end an output. They count as special: no text of a grammar matches them.
     """
 
@@ -46,7 +47,8 @@ class Vocabulary:
     def _tokenize(self, text: str) -> list[int]:
         data = text.encode()
         ids: list[int] = self._tokenizer.encode_more(text).tolist()
-        return ids if b"".join([self.tokens[id] for id in ids]) == data else self._longest_match(data)
+        known = max(ids, default=0) < len(self.tokens)
+        return ids if known and b"".join([self.tokens[id] for id in ids]) == data else self._longest_match(data)
 
     def _longest_match(self, data: bytes) -> list[int]:
         """Tokens that spell ``data``, or as much of its beginning as tokens can: the longest first."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from branchwise import Engine, SamplingParams
@@ -124,6 +125,26 @@ def test_a_schema_after_thinking(engine: Engine) -> None:
         output = engine.generate("x", grammar.applied(asked, prompt))
         assert output.finish_reason == "stop" and output.text.startswith(begins), output.text
         assert json.loads(output.text.removeprefix(begins))["x"] in (1, 2)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_spelled(added: ModuleType, engine: Engine) -> None:
+    """A tokenizer may have more tokens than the model has embeddings."""
+    tokenizer = engine.tokenizer
+    rows = tokenizer.backend.token_to_id("<think>")
+    backend = GrammarBackend(tokenizer, rows, (1,))
+    for kind, text in (("choices", '["a<think>b</think>"]'), ("regex", "(<think>|</think>)[ab]")):
+        matcher = Grammar(backend, backend.compile(Constraint(kind, text))).matcher()
+        said: list[int] = []
+        while not matcher.ended:
+            matcher.compute_mask()
+            if matcher.ended:
+                break
+            bits = np.unpackbits(matcher.mask.view(np.uint8), bitorder="little")[:rows]
+            said.append(int(np.flatnonzero(bits)[0]))
+            matcher.advance(said[-1])
+        assert matcher.finished and max(said) < rows
+        spelled = b"".join(map(tokenizer.token_bytes, said)).decode()
+        assert re.fullmatch("a<think>b</think>|</?think>[ab]", spelled)
 
 
 @pytest.mark.parametrize("text", ["<b>ab</b> <table>", "a <b>", " a", "ab\u00e9<b>\U0001f333"])
