@@ -1,4 +1,8 @@
-"""Checks of prompts: token ids against the vocabulary, lengths against the context and the KV pool."""
+"""Checks of prompts: token ids against the vocabulary, lengths against the context and the KV pool.
+
+The scheduler checks every prompt it is given. HTTP and the tokenizer process check before it, so that one bad prompt
+fails its whole request before the others generate anything.
+"""
 
 from __future__ import annotations
 

@@ -184,10 +184,12 @@ class EngineThread:
             raise
 
     def _run_jobs(self) -> bool:
-        """Runs what is queued; blocks while there is nothing to compute. Returns False when told to end."""
-        wait: float | None = None
+        """Runs what is queued; while there is nothing to compute, blocks until the next branch or pin expires. Returns
+        False when told to end."""
         if self.core.has_work:
-            wait = 0.0 if self.core.advanced else _IDLE_SECONDS
+            wait: float | None = 0.0 if self.core.advanced else _IDLE_SECONDS
+        else:
+            wait = self.core.sweep()
         with contextlib.suppress(queue.Empty):
             while True:
                 job = self._jobs.get(timeout=wait)

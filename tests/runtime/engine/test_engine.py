@@ -291,6 +291,18 @@ def test_an_engine_that_is_in_use_is_not_freed(checkpoint):
     assert sum(len(chunk.token_ids) for chunk in stream) == 12
 
 
+def test_an_idle_engine_lets_go_of_expired_branches(checkpoint):
+    with Engine(checkpoint("llama-gqa"), kv_cache_tokens=1024) as engine:
+        branch = engine.branch(TEXT, ttl=0.2)
+        branch.generate(GREEDY)
+        assert engine.stats().branches_holding == 1
+        registry = engine._core.branches.registry  # looked at from here: a question would wake the engine
+        deadline = time.monotonic() + 5
+        while len(registry):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_an_interrupt_while_a_request_is_submitted_leaves_nothing_running(engine, monkeypatch, when):
     submit = engine._thread.submit
