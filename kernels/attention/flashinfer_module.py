@@ -1,4 +1,4 @@
-"""FlashInfer's compiled modules: which there are, and how they are called. No other file knows.
+"""The only file that knows FlashInfer's compiled modules: which there are, and how they are called.
 
 FlashInfer's wrapper classes are not used. Their `plan` walks tensors element by element in Python (0.46 to 0.85 ms at
 256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each allocates
