@@ -6,35 +6,32 @@ import numpy as np
 
 from .step import Int32
 
-# Pieces in a chain before they are joined into one. Bounds the walk of `array` and the memory that each small piece
-# needs beyond its tokens.
-_MAX_DEPTH = 64
-
 
 class SharedTokens:
     """An immutable sequence of token ids, int32 [length]: a parent sequence and a last piece.
 
-    A fork shares the object itself. `extended` returns a new sequence that refers to this one, so a fork and an append
-    cost O(1) and O(piece) rather than O(length).
+    A fork shares the object itself; `extended` returns a new sequence that refers to this one. Each piece is more than
+    twice as long as the next, so a sequence has at most log2(length) + 1 pieces.
     """
 
-    __slots__ = ("_depth", "_parent", "_piece", "length")
+    __slots__ = ("_parent", "_piece", "length")
 
     def __init__(self, piece: Int32, parent: SharedTokens | None = None) -> None:
         self._piece = piece
         self._parent = parent
-        self._depth: int = 1 if parent is None else parent._depth + 1
         self.length: int = len(piece) + (0 if parent is None else parent.length)
 
     def extended(self, piece: Int32) -> SharedTokens:
-        """A sequence of this one's tokens and then ``piece`` (int32 [n], not copied)."""
+        """A sequence of this one's tokens and then ``piece``, int32 [n]."""
         if not len(piece):
             return self
-        if not self.length:
-            return SharedTokens(piece)
-        if self._depth >= _MAX_DEPTH:
-            return SharedTokens(self.array(piece))
-        return SharedTokens(piece, self)
+        parent: SharedTokens | None = self
+        pieces, total = [piece], len(piece)
+        while parent is not None and len(parent._piece) <= 2 * total:
+            pieces.append(parent._piece)
+            total += len(parent._piece)
+            parent = parent._parent
+        return SharedTokens(piece if len(pieces) == 1 else np.concatenate(pieces[::-1]), parent)
 
     def array(self, more: Int32 | None = None) -> Int32:
         """All tokens, and ``more`` after them, as one new array, int32 [length + len(more)]."""

@@ -19,7 +19,7 @@ from .server import ServerBackend, wire
 from .token_backend import Reply, token_ids
 
 if TYPE_CHECKING:
-    from .handles import BranchHandle
+    from .handles import BranchHandle, Prompt
 
 GONE, FULL = (404, 410), 429
 MAX_OPS = 1024  # operations of one batch
@@ -65,10 +65,10 @@ class BranchBackend(ServerBackend):
             return await super().generate(handle, request, on_delta)
         return await self._append(handle, request, replies, on_delta)
 
-    def _kept_ids(self, codec: Codec, tail: list[int], reply: Reply) -> list[int]:
+    def _kept_ids(self, codec: Codec, handle: Prompt, reply: Reply) -> list[int]:
         end = reply.meta.get("branch")
         if end is None:  # only the first sample stays in the branch
-            return super()._kept_ids(codec, [], reply)
+            return super()._kept_ids(codec, handle, reply)
         return [*reply.ids[: end["kept_tokens"]], *codec.encode([Run(end["pending_text"])])]
 
     async def score(self, handle: BranchHandle, continuations: Sequence[Piece]) -> list[TokenScores]:

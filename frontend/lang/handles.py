@@ -24,7 +24,7 @@ class Prompt:
 
     def array(self, more: Sequence[int] = ()) -> Int32:
         """The prompt and ``more`` after it, int32 [length + len(more)]."""
-        return self.tokens.array(np.array(more, np.int32))
+        return self.tokens.array(np.array(more, np.int32) if more else None)
 
     def extend(self, ids: Sequence[int]) -> None:
         self.tokens = self.tokens.extended(np.array(ids, np.int32))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,36 +99,29 @@ class TokenBackend:
         self, handle: Prompt, request: GenerationRequest, replies: list[Reply], on_delta: OnDelta | None
     ) -> list[Completion]:
         """Counts the replies and appends the first one's tokens to the handle."""
-        codec, tail = await self.codec(), handle.tokens.last(TAIL).tolist()
-        completions = []
+        codec, completions = await self.codec(), []
         for reply in replies:
-            self.usage.count(*(reply.meta[f"{kind}_tokens"] for kind in ("prompt", "cached", "completion")))
-            completions.append(Completion(reply.text, reply.meta, self._kept_ids(codec, tail, reply)))
+            meta = reply.meta
+            self.usage.count(meta["prompt_tokens"], meta["cached_tokens"], meta["completion_tokens"])
+            completions.append(Completion(reply.text, meta, self._kept_ids(codec, handle, reply)))
         if request.params.max_tokens != 0:
             handle.extend(completions[0].ids or [])
             if on_delta is not None and len(completions) > 1:
                 on_delta(completions[0].text)
         return completions
 
-    def _kept_ids(self, codec: Codec, tail: list[int], reply: Reply) -> list[int]:
-        """The tokens of ``reply.text``, which follow the tokens ``tail``."""
-        return settle(codec, tail, reply.ids, reply.text, reply.meta["finish_reason"] or {})
+    def _kept_ids(self, codec: Codec, handle: Prompt, reply: Reply) -> list[int]:
+        """The tokens of ``reply.text`` after the handle's: without a stop token, cut where a stop string cut the
+        text."""
+        ids, finish = reply.ids, reply.meta["finish_reason"] or {}
+        matched = finish.get("matched") if finish.get("type") == "stop" else None
+        if isinstance(matched, str):
+            kept, rest = codec.kept(ids, reply.text, handle.tokens.last(TAIL).tolist())
+            return kept + codec.encode([Run(rest)])
+        return ids[:-1] if ids and ids[-1] == matched else ids
 
     def _salt(self) -> str | None:
         return self._cache_salt if self._cached else uuid.uuid4().hex
-
-
-def settle(codec: Codec, tail: Sequence[int], ids: list[int], text: str, finish: Mapping[str, Any]) -> list[int]:
-    """The tokens of a generated text: without the stop token, and cut where a stop string cut the text."""
-    if finish.get("type") != "stop":
-        return ids
-    matched = finish.get("matched")
-    if isinstance(matched, int):
-        return ids[:-1] if ids and ids[-1] == matched else ids
-    if not isinstance(matched, str):
-        return ids
-    kept, rest = codec.kept(ids, text, tail)
-    return kept + codec.encode([Run(rest)])
 
 
 def token_ids(piece: Piece) -> list[int]:
