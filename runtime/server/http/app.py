@@ -1,4 +1,4 @@
-"""The HTTP application: routes, errors, and the two checks every request passes first."""
+"""The HTTP application: its routes, its middleware, its errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _MODULES = (
 
 
 def make_app(state: AppState) -> FastAPI:
-    # The interactive documentation pages load scripts from elsewhere; the schema itself is served, behind the key.
+    # No interactive documentation: its pages load scripts from other hosts. The schema is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     routes = [module.routes(state) for module in _MODULES]
     fast: dict[str, Handler] = {}

@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""The state that the routes of one server share."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .plumbing.metrics import Metrics
 
 @dataclass(slots=True)
 class AppState:
-    """Routes ask ``client.limits`` before ``tokenizer`` and ``preferred``: that raises until the server is ready, these
-    are set by then."""
+    """Routes read ``client.limits``, which raises until the server is ready, before ``tokenizer`` and ``preferred``,
+    which are set by then."""
 
     config: ServerConfig
     client: EngineClient

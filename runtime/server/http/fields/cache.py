@@ -1,4 +1,4 @@
-"""What a request may say about the cache: which part of it, for how long, and up to where."""
+"""The cache fields of a request: its part of the cache, what to keep of its prompt, and for how long."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ _END = -1  # the position that means the end of the prompt
 
 
 class PromptCacheOptions(BaseModel):
-    """``auto`` (OpenAI's ``implicit``): everything is remembered while there is room, and with a ``ttl`` the prompt
-    stays that long. ``explicit``: the ttl is for the breakpoints alone. ``off``: the request reads nothing from the
-    cache and leaves nothing in it."""
+    """``auto`` (OpenAI's ``implicit``): the prompt is cached until it is evicted, with a ``ttl`` at least that long.
+    ``explicit``: the ttl applies to breakpoints only. ``off``: the request neither reads nor fills the cache."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     mode: str | None = None
@@ -32,12 +31,12 @@ class PromptCacheOptions(BaseModel):
 
 
 class CacheFields(BaseModel):
-    """The fields, for a request's model to inherit."""
+    """A base of request models."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     cache_salt: str | None = None
     extra_key: str | None = Field(None, description="SGLang's other name for cache_salt.")
-    prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
+    prompt_cache_key: str | None = Field(None, description="A part of the caller's cache, isolated from the others.")
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_breakpoint: Any = Field(
         None,
@@ -52,7 +51,7 @@ def caching(
     *,
     marks: Sequence[tuple[int, str | float | None]] = (),
 ) -> dict[str, Any]:
-    """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from what the request says.
+    """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from a request's fields.
 
     ``marks``: breakpoints within a rendered conversation, (position in characters, ttl). Of more than four the last
     four count, as in OpenAI's API. Raises `InvalidRequest`.
@@ -80,9 +79,7 @@ def caching(
     ]
     if mode == "off":
         if breakpoints or options.ttl is not None:
-            raise InvalidRequest(
-                "prompt_cache_options.mode", "off keeps nothing, and a breakpoint or a ttl asks to keep something"
-            )
+            raise InvalidRequest("prompt_cache_options.mode", "off cannot be combined with a breakpoint or a ttl")
         owner, _ = state.namespaces.of(None)
         return {"namespace": (owner, f"private-{secrets.token_hex(16)}"), "no_cache": True}
     if options.ttl is not None and mode != "explicit":
@@ -94,7 +91,7 @@ def caching(
 
 
 def seconds(ttl: Any, longest: float, field: str, flag: str = "--max-pin-ttl") -> float:
-    """``30``, ``"30s"``, ``"5m"``, ``"1h"``, ``"1d"``. ``flag``: what sets the bound."""
+    """Parse ``30``, ``"30s"``, ``"5m"``, ``"1h"`` or ``"1d"``. ``flag``: sets the bound ``longest``."""
     value = -1.0
     if isinstance(ttl, str):
         match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", ttl)

@@ -35,7 +35,7 @@ def prepare_params(params: SamplingParams, vocab_size: int) -> SamplingParams:
 
 
 def check_prompts(prompts: int, n: int, config: ServerConfig, field: str) -> None:
-    """How many prompts, and how many samples of them all."""
+    """Check the number of prompts, and of samples of all of them."""
     if prompts > config.max_prompts_per_request:
         raise InvalidRequest(field, f"must be at most {config.max_prompts_per_request} prompts, got {prompts}")
     check_count(prompts * n, config.max_samples_per_request, field)
@@ -60,7 +60,7 @@ def split_prompts(value: Any, field: str, *, text: bool = True) -> tuple[list[st
     if not value:
         raise InvalidRequest(field, "must not be empty")
     if not isinstance(value[0], (str, list, np.ndarray)):
-        return [value], False  # one prompt of token ids; its elements are checked with the vocabulary at hand
+        return [value], False  # one prompt of token ids; `token_bytes` checks them against the vocabulary
     kind = type(value[0])
     for i, element in enumerate(value):
         if type(element) is not kind:

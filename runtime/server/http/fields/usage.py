@@ -1,4 +1,4 @@
-"""What a request took and what the cache spared it: ``usage``, and a response header on request."""
+"""``usage``: the tokens of a request, and how many were cached. A response header has the same on request."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ....messages import CacheReport
 from ....outputs import Output
 from ..engine_client import Batch
 
-CACHE_HEADER = "x-branchwise-cache"  # a request that has it, with any value, gets one back
+CACHE_HEADER = "x-branchwise-cache"  # a request with it, whatever its value, gets one in the response
 
 
 def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
     """OpenAI's ``usage`` over the samples of some prompts, ``n`` of each in a row.
 
-    A prompt counts once however often it was sampled. Its cached tokens are those nobody here computed; what was
-    computed was written to the cache, unless that is off.
+    A prompt counts once however often it was sampled. Its cached tokens are those that none of its samples computed;
+    computed tokens were written to the cache, unless that is off.
     """
     prompt = cached = written = completion = 0
     for start in range(0, len(outputs), n):
@@ -40,7 +40,7 @@ def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
 def cache_headers(asked: Headers, batch: Batch, n: int) -> Mapping[str, str] | None:
     """The header for a request that asked for it: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
 
-    Each has ``n`` samples in a row, of which the one with the fewest hits speaks.
+    Of a prompt's ``n`` samples, in a row, the one with the fewest hit tokens counts.
     """
     if CACHE_HEADER not in asked:
         return None

@@ -48,8 +48,8 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/start_profile", "/stop_profile", errors=[INVALID, RECORDING], admin=True)
     @routes.add("GET", "/start_profile", "/stop_profile", errors=[INVALID, RECORDING], admin=True)  # SGLang's client
     async def profile(request: Request) -> Response:
-        """Starts or stops recording the engine's steps. Needs ``--profile``; stopping writes a Chrome trace and answers
-        with its path, the device's idle share and the kernels that took most."""
+        """Start or stop recording the engine's steps. Needs ``--profile``; stopping writes a Chrome trace and returns
+        its path, the device's idle share and the kernels that took longest."""
         if state.config.engine.profile is None:
             raise InvalidRequest(None, "the server was started without --profile FOLDER")
         what: ControlWhat = "start_profile" if request.url.path.endswith("/start_profile") else "stop_profile"
@@ -57,8 +57,8 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/abort_request", body=AbortRequest, errors=[NOT_ADMIN], engine=False)
     async def abort_request(request: Request) -> Response:
-        """Ends the caller's requests with this very ``rid``, or all there are. Their clients get what has been
-        generated. Other keys' requests and all of them need the admin key."""
+        """Abort the caller's requests with this ``rid``, or all requests. Their clients get what has been generated.
+        Other keys' requests, and all of them, need the admin key."""
         body = parse(AbortRequest, await read_json_object(request))
         if not body.abort_all and not body.rid:
             raise InvalidRequest("rid", "is required unless abort_all is true")

@@ -1,4 +1,4 @@
-"""``/branches``: prompts the server remembers, so that a client sends only what is new."""
+"""``/branches``: prompts that the server remembers, so that a client sends only new text."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ class CreateRequest(ExtendRequest):
     """A branch of a text, of token ids, of messages, of another branch, or of nothing yet."""
 
     messages: list[Any] | None = Field(
-        None, description="A conversation, with the fields of a chat that shape its prompt: tools and so on."
+        None, description="A conversation, with the chat fields that shape its prompt, such as tools."
     )
     parent: str | None = None
     cache_salt: str | None = None
     extra_key: str | None = None
-    prompt_cache_key: str | None = Field(None, description="A part of the key's cache, kept apart from the others.")
+    prompt_cache_key: str | None = Field(None, description="A part of the caller's cache, isolated from the others.")
     ttl: str | float | int | None = Field(
         None, description="Seconds it lives after each use, or a number with s, m, h or d. Default: the server's."
     )
 
 
-# A branch has its part of the cache from the beginning, and holds what it has of it: nothing to say later.
+# A branch's part of the cache is set when it is created, and it keeps its own pages.
 _PARTITION = ("cache_salt", "extra_key", "prompt_cache_key")
 _CREATE_UNSUPPORTED = UNSUPPORTED | {"prompt_cache_options", "prompt_cache_breakpoint"}
 _UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION, "text", "input_ids"}
@@ -126,14 +126,14 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/branches")
     async def counts() -> Response:
-        """How many branches there are and what they hold."""
+        """How many branches there are, and the pages they hold."""
         facts = await state.client.control("branches")
         return json_response(facts | {"max_branches": state.config.engine.max_branches})
 
     @routes.add("POST", "/branches/batch", body=BatchRequest)
     async def batch(request: Request) -> Response:
-        """Creates, forks, extensions and deletions in one round trip. They are done in order; one that fails has its
-        error in its place, and the others go on."""
+        """Creates, forks, extensions and deletions in one round trip, done in order. One that fails has its error in
+        its place; the others go on."""
         ops = parse(BatchRequest, await read_json_object(request)).ops
         if not 1 <= len(ops) <= MAX_OPS:
             raise InvalidRequest("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
@@ -141,7 +141,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
     async def get(id: str, request: Request) -> Response:
-        """What a branch is. All of its text and tokens only if asked for."""
+        """The facts of a branch. Its text and tokens only if asked for."""
         with_text, with_ids = (_flag(request, name) for name in ("text", "input_ids"))
         facts = await state.client.operate(_about(state, id, "get", tokens=with_text or with_ids))
         tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()
@@ -153,23 +153,23 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("DELETE", "/branches/{id}", errors=_GONE)
     async def delete(id: str) -> Response:
-        """Ends a branch, and what it is generating."""
+        """Delete a branch, and abort what it is generating."""
         return json_response(await state.client.operate(_about(state, id, "delete")))
 
     @routes.add("POST", "/branches/{id}/fork", body=ForkRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
     async def fork(id: str, request: Request) -> Response:
-        """Makes ``n`` branches that are as this one is now."""
+        """Create ``n`` copies of a branch as it is now."""
         return json_response(await _fork(state, id, await read_json_object(request)))
 
     @routes.add("POST", "/branches/{id}/extend", body=ExtendRequest, errors=_BUSY)
     async def extend(id: str, request: Request) -> Response:
-        """Appends text, tokenized by itself, or token ids, to a branch."""
+        """Append text, tokenized by itself, or token ids, to a branch."""
         return json_response(await _extend(state, id, await read_json_object(request)))
 
     @routes.add("POST", "/branches/{id}/generate", body=RunRequest, errors=_BUSY, generates=True)
     async def generate(id: str, request: Request) -> Response:
-        """Generates on a branch. What is returned stays in it, but for stop tokens and stop strings. Of ``n`` samples
-        the first one stays."""
+        """Generate on a branch. The returned text stays in it, without stop tokens and stop strings. Of ``n`` samples
+        the first stays."""
         body = parse(RunRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         params = generate_sampling(
             parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
@@ -196,7 +196,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/branches/{id}/score", body=ScoreRequest, errors=_BUSY, generates=True)
     async def score(id: str, request: Request) -> Response:
-        """Logprobs of every continuation's tokens after a branch, which stays as it is. ``unconditional``: also those
+        """Logprobs of the tokens of continuations of a branch, which is left unchanged. ``unconditional``: also those
         of the same tokens by themselves."""
         body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         if not body.continuations:
@@ -223,8 +223,8 @@ def routes(state: AppState) -> Routes:
 
 
 class _BranchReply(GenerateReply):
-    """``meta_info.cache`` has ``refilled`` too: tokens computed again, for their pages were lost to memory pressure.
-    ``meta_info.branch`` in the end: how many of ``output_ids`` stay, and the text after them that has no tokens yet."""
+    """Adds to ``meta_info``: ``cache.refilled``, tokens computed again because their pages had been evicted; at the end
+    ``branch``, how many of ``output_ids`` stay, and the text after them that has no tokens yet."""
 
     def __init__(self, state: AppState, body: RunRequest, branch: str, params: SamplingParams) -> None:
         super().__init__(state.tokenizer, body.return_text_in_logprobs, body.return_prompt_token_ids)
@@ -275,11 +275,11 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
         check_label(label, f"{within}{name}")
     for name in (*_PARTITION, "messages"):
         if body.parent and getattr(body, name):
-            raise InvalidRequest(f"{within}{name}", "is its parent's; leave it out")
+            raise InvalidRequest(f"{within}{name}", "is inherited from the parent: leave it out")
     if body.messages is not None:
         piece: Piece | None = await _conversation(state, raw, within, bool(body.parse_special))
     else:
-        # A prompt is read as /generate reads it; what goes on from another branch, as /extend does.
+        # A prompt is parsed as in /generate; text appended to a parent, as in /extend.
         trusted = not body.parent if body.parse_special is None else body.parse_special
         piece = _given(state, body, trusted, within)
     longest = state.config.engine.branch_ttl
@@ -289,7 +289,7 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
 
 
 async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, parse_special: bool) -> Piece:
-    """As a chat with the same fields begins. What is said may spell out special tokens only with ``parse_special``."""
+    """The prompt of a chat with the same fields. Messages may spell out special tokens only with ``parse_special``."""
     text, _ = await chat_text(state, raw, within)
     if not parse_special:
         check_no_special(state.tokenizer, raw["messages"])
@@ -298,7 +298,7 @@ async def _conversation(state: AppState, raw: Mapping[str, Any], within: str, pa
 
 async def _fork(state: AppState, id: str, raw: Mapping[str, Any], within: str = "") -> Any:
     n = parse(ForkRequest, raw, within, _UNSUPPORTED).n
-    if not 1 <= n <= MAX_FORK:  # before it is a message: not every number fits into one
+    if not 1 <= n <= MAX_FORK:  # before it is put into a message, which has 64-bit integers
         raise InvalidRequest(f"{within}n", f"must be between 1 and {MAX_FORK}, got {n}")
     return await state.client.operate(_about(state, id, "fork", n=n))
 
@@ -322,7 +322,7 @@ def _given(state: AppState, body: ExtendRequest, parse_special: bool, within: st
 
 
 def _piece(state: AppState, value: Any, parse_special: bool, field: str) -> Piece:
-    """Raises `InvalidRequest` unless it is text or token ids of the model's vocabulary."""
+    """Raises `InvalidRequest` unless ``value`` is text or token ids of the vocabulary."""
     if isinstance(value, str):
         return Piece(value, parse_special=parse_special)
     if not isinstance(value, (list, np.ndarray)):
@@ -330,7 +330,7 @@ def _piece(state: AppState, value: Any, parse_special: bool, field: str) -> Piec
     if not len(value):
         return Piece(tokens=b"")
     limits = state.client.limits
-    fit(len(value), _NO_TOKENS, limits, path=field)  # first: it bounds what is looked at
+    fit(len(value), _NO_TOKENS, limits, path=field)  # first: it bounds the ids that are looked at
     return Piece(tokens=token_bytes(value, limits.vocab_size, field))
 
 

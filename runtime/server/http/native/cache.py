@@ -1,4 +1,5 @@
-"""``/cache/...``: what the cache did, would do, and is asked to do. Everything is about the caller's own part of it."""
+"""``/cache/...``: statistics, explanations, warming and pinning. All of it concerns the caller's own part of the
+cache."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ from ..state import AppState
 from .tokens import token_ids
 
 DEFAULT_TTL = 300.0  # seconds, of a pin
-_WARM_TRIES = 2  # what was computed may be evicted before it is pinned, where memory is short
+_WARM_TRIES = 2  # under memory pressure, computed pages may be evicted before they are pinned
 _NO_TOKENS = SamplingParams(max_tokens=0)
-_CODES = {409: "not_cached", 429: "pin_quota"}  # of statuses that elsewhere are about branches
+_CODES = {409: "not_cached", 429: "pin_quota"}  # other routes have these statuses for branches
 
 Text = str | Ids
 
@@ -53,7 +54,7 @@ class UnpinRequest(Strict):
 
 
 class WarmRequest(CacheFields):
-    """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay, as for any other request."""
+    """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay cached, as for any other request."""
 
     prompts: Prompts = Field(description="A list of strings, or a list of lists of token ids.")
     priority: int = 0
@@ -64,13 +65,13 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/cache/stats")
     async def stats() -> Response:
-        """What the cache did: sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's
-        pages and all keys' sums: with the admin key only."""
+        """Sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's pages and the sums
+        of all keys: with the admin key only."""
         return json_response(await _ask(state, "cache_stats", state.namespaces.of(None), everything=is_admin()))
 
     @routes.add("POST", "/cache/explain", body=PromptRequest)
     async def explain(request: Request) -> Response:
-        """What of a prompt would be reused, why not more, and how much is safe from eviction. Touches nothing."""
+        """How much of a prompt would be reused, why not more, and how much is safe from eviction. Changes nothing."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
         prompt, field, conversation = await _prompt(state, body, raw)
@@ -88,9 +89,9 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/cache/pin", body=PinRequest, errors=[NOT_CACHED, PIN_QUOTA])
     async def pin(request: Request) -> Response:
-        """Keeps what is cached of a prompt until its ``ttl`` is over. Neither memory pressure nor others end it.
+        """Keep what is cached of a prompt until its ``ttl`` is over, under memory pressure too.
 
-        ``missing_tokens``: those that are not cached and so not kept; ``warm`` computes them first.
+        ``missing_tokens``: not cached, and so not kept; ``warm`` computes them first.
         """
         raw = await read_json_object(request)
         body = parse(PinRequest, raw, unsupported=frozenset())
@@ -102,7 +103,7 @@ def routes(state: AppState) -> Routes:
         namespace = _namespace(state, body)
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
-            if facts:  # the try before kept less than all
+            if facts:  # the first try kept less than all
                 await _ask(state, "cache_unpin", namespace, pin=facts["id"])
             if body.warm:
                 await _compute(
@@ -115,7 +116,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/cache/unpin", body=UnpinRequest, errors=[NO_PIN])
     async def unpin(request: Request) -> Response:
-        """Ends a pin before its time."""
+        """End a pin."""
         body = parse(UnpinRequest, await read_json_object(request))
         if not body.id:
             raise InvalidRequest("id", "must not be empty")
@@ -123,8 +124,8 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/cache/evict", body=PromptRequest, admin=True)
     async def evict(request: Request) -> Response:
-        """Forgets a prompt and all that begins with it. What is running, held by a branch, or pinned stays, and what
-        other prompts share with it."""
+        """Evict a prompt and all that begins with it. Pages of running requests, branches and pins stay, and those that
+        other prompts share."""
         raw = await read_json_object(request)
         body = parse(PromptRequest, raw, unsupported=frozenset())
         prompt, field, _ = await _prompt(state, body, raw)
@@ -133,14 +134,14 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/cache/warm", body=WarmRequest, generates=True)
     async def warm(request: Request) -> Response:
-        """Computes prompts without generating anything."""
+        """Compute prompts without generating."""
         body = parse(WarmRequest, await read_json_object(request))
         prompts, is_list = split_prompts(body.prompts, "prompts")
         if not is_list:
             raise InvalidRequest("prompts", "must be a list of strings or of lists of token ids")
         where = caching(state, body) | {"priority": check_priority(body.priority)}
         if where.get("no_cache"):
-            raise InvalidRequest("prompt_cache_options.mode", "off would leave nothing")
+            raise InvalidRequest("prompt_cache_options.mode", "off would cache nothing")
         outputs = await _compute(state, request, prompts, "prompts", where)
         return json_response({"results": [_warmed(output) for output in outputs]})
 
@@ -160,7 +161,7 @@ def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
     where = caching(state, body)
     if where.get("no_cache") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
-        raise InvalidRequest(field, "means nothing here: this route asks about a prompt, it sends none")
+        raise InvalidRequest(field, "has no meaning on this route, which computes nothing")
     namespace: tuple[str, str] = where["namespace"]
     return namespace
 
@@ -168,7 +169,7 @@ def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
 async def _prompt(
     state: AppState, body: PromptRequest, raw: Mapping[str, Any]
 ) -> tuple[Text, str, Conversation | None]:
-    """The one prompt, the client's name of it, and the conversation that it is made of, if it is."""
+    """The prompt, the field it was sent in, and its conversation if it is made of one."""
     state.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
     given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
     if len(given) != 1:
@@ -186,10 +187,10 @@ async def _prompt(
 
 
 async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:
-    """int32 bytes, as the prompt's requests will have them."""
+    """The prompt's token ids as int32 bytes."""
     if not isinstance(prompt, str):
         limits = state.client.limits
-        fit(len(prompt), _NO_TOKENS, limits, path=field)  # first: it bounds what is looked at
+        fit(len(prompt), _NO_TOKENS, limits, path=field)  # first: it bounds the ids that are looked at
         return token_bytes(prompt, limits.vocab_size, field)
     ids = await token_ids(state, prompt, field, special=add_special_tokens)
     return ids.astype("<i4", copy=False).tobytes()

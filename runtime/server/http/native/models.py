@@ -1,4 +1,4 @@
-"""What is served: ``GET /v1/models``, ``/v1/models/{id}``, ``/get_model_info``, ``/version``."""
+"""The served model: ``GET /v1/models``, ``/v1/models/{id}``, ``/get_model_info``, ``/version``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def routes(state: AppState) -> Routes:
             "root": state.config.engine.model,
             "parent": None,
             "max_model_len": state.client.limits.max_model_len,
-            # What Anthropic's clients read of a model:
+            # For Anthropic's clients:
             "type": "model",
             "display_name": state.model_name,
             "created_at": datetime.fromtimestamp(state.created, UTC).isoformat(),

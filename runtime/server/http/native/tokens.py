@@ -1,5 +1,5 @@
-"""The model's tokenizer: ``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info`` in vLLM's shapes, and
-``GET /tokenizer``, all of it, for clients that keep tokens themselves."""
+"""The tokenizer: ``POST /tokenize`` and ``/detokenize``, ``GET /tokenizer_info`` in vLLM's shapes, and ``GET
+/tokenizer``, a dump for clients that tokenize themselves."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..plumbing.sse import json_response
 from ..state import AppState
 
 MAX_IDS = 1_000_000  # of one request to /detokenize
-INLINE = 16_384  # characters that are tokenized right here; more must not stall the loop
+INLINE = 16_384  # characters tokenized on the event loop; more would block it
 
 
 class TokenizeRequest(Strict):
-    """A ``prompt``, or ``messages`` with the fields of a chat that shape its prompt."""
+    """A ``prompt``, or ``messages`` with the chat fields that shape its prompt."""
 
     prompt: str | None = None
     messages: list[Any] | None = None
@@ -99,21 +99,21 @@ def routes(state: AppState) -> Routes:
             }
         )
 
-    whole: list[bytes] = []  # megabytes, and the same for everybody
+    dump: list[bytes] = []  # megabytes, encoded once
 
     @routes.add("GET", "/tokenizer")
     async def tokenizer() -> Response:
-        """As `Tokenizer.dump` has it."""
+        """The whole tokenizer, as `Tokenizer.dump` gives it."""
         _ = state.client.limits  # raises until there is a tokenizer
-        if not whole:
-            whole.append(await asyncio.to_thread(lambda: msgspec.json.encode(state.tokenizer.dump())))
-        return Response(whole[0], media_type="application/json")
+        if not dump:
+            dump.append(await asyncio.to_thread(lambda: msgspec.json.encode(state.tokenizer.dump())))
+        return Response(dump[0], media_type="application/json")
 
     return routes
 
 
 async def token_ids(state: AppState, text: str, field: str, *, special: bool) -> npt.NDArray[np.int32]:
-    """int32 [n]. ``special``: with the tokens the tokenizer puts around a text; ``field``: what the client calls it."""
+    """int32 [n]. ``special``: with the tokens that the tokenizer puts around a text; ``field``: of the text."""
     encode = state.tokenizer.encode
     return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
 

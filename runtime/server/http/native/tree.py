@@ -24,7 +24,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/cache/tree", query=_TREE_QUERY, admin=True, text="also")
     async def tree(request: Request) -> Response:
-        """The radix tree: what the server remembers, and who uses it."""
+        """The radix tree: cached prefixes, and what uses them."""
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
             raise InvalidRequest("format", f"must be json or text, got {shown(form)}")
@@ -34,13 +34,13 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/cache/check", admin=True)
     async def check() -> Response:
-        """Walks the tree and the pages between two steps. A 500 names the invariant that does not hold."""
+        """Check the invariants of tree and pages between two steps. A 500 names the one that is broken."""
         return json_response({"check": await state.client.control("check")})
 
     @routes.add("POST", "/flush_cache", admin=True)
     @routes.add("GET", "/flush_cache", admin=True)  # SGLang takes both
     async def flush_cache() -> Response:
-        """Forgets everything that no running request holds, pinned or not."""
+        """Evict everything that no running request uses, pinned or not."""
         return json_response(await state.client.control("flush_cache"))
 
     return routes

@@ -1,4 +1,4 @@
-"""OpenAI's answers with choices: whole, or in chunks of which each has what is new of one choice."""
+"""OpenAI's responses with choices: whole, or in chunks, each with the new part of one choice."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Choice(Protocol):
     def whole(self, index: int) -> dict[str, Any]: ...
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
-        """What is new since last time, as the choices of as many chunks."""
+        """The parts that have not been sent, each the choice of a chunk."""
         ...
 
 

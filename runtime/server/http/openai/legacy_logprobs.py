@@ -9,7 +9,7 @@ from ....tokenizer.tokenizer import Tokenizer
 
 
 class LegacyLogprobs:
-    """Builds the object for one sample, piece by piece: ``text_offset`` counts characters from the text's beginning."""
+    """Builds the object of one sample piece by piece. ``text_offset`` counts characters from the text's beginning."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, *, tokens_as_ids: bool = False) -> None:
         self._tokenizer = tokenizer
@@ -18,9 +18,9 @@ class LegacyLogprobs:
         self._offset = 0
 
     def add(self, tokens: list[int], rows: list[TokenLogprob | None], echoed: str = "") -> dict[str, Any]:
-        """``rows[i]`` is None for a token nothing precedes: its logprob is null.
+        """``rows[i]`` is None for the first token of a prompt: its logprob is null.
 
-        ``echoed``: the prompt as it is returned, where the first of the tokens are the prompt's.
+        ``echoed``: the prompt as it is returned, if the tokens begin with the prompt's.
         """
         result: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for token, row in zip(tokens, rows, strict=True):
@@ -33,7 +33,7 @@ class LegacyLogprobs:
         return result
 
     def _is_shown(self, token: int, echoed: str) -> bool:
-        """A special token is in an echoed prompt where it is spelled out, whatever is done with those of the answer."""
+        """Whether the token is part of the text. In an echoed prompt a special token is, where it is spelled out."""
         if token not in self._tokenizer.special_ids:
             return True
         if self._offset < len(echoed):
@@ -41,7 +41,7 @@ class LegacyLogprobs:
         return not self._skip_special
 
     def _top(self, row: TokenLogprob) -> dict[str, float]:
-        """The k best and the chosen token. Two ids may share a text: the likelier one keeps it."""
+        """The k likeliest tokens and the sampled one. Of two ids with one text, the likelier keeps it."""
         top: dict[str, float] = {}
         for token, logprob in row.top:
             top.setdefault(self._text(token), logprob)
@@ -59,5 +59,5 @@ class LegacyLogprobs:
 
 
 def _characters(data: bytes) -> int:
-    """Characters that begin in these bytes of a UTF-8 text."""
+    """The number of characters that begin in ``data``, of a UTF-8 text."""
     return sum(byte & 0xC0 != 0x80 for byte in data)

@@ -1,4 +1,4 @@
-"""Who may ask: every route needs the key unless it is listed as open. Deny by default."""
+"""API keys: every route needs one unless it is listed as open. Denies by default."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ OPEN_PATHS = frozenset({"/health"})
 
 
 class Caller(NamedTuple):
-    """Whose request this is. The operator's has the cache of the server's first key."""
+    """The key and role of a request. The operator shares the cache of the server's first key."""
 
     key: str | None
     admin: bool
 
 
-_caller: ContextVar[Caller] = ContextVar("caller")  # set for the task that serves a request
+_caller: ContextVar[Caller] = ContextVar("caller")  # of the task that serves a request
 
 
 def is_admin() -> bool:
-    """Whether the request being served may touch what is everybody's. Where nobody has looked, it may not."""
+    """Whether the request being served came with the operator's key. False outside of `AuthMiddleware`."""
     caller = _caller.get(None)
     return caller is not None and caller.admin
 
@@ -48,12 +48,13 @@ class AuthMiddleware:
     def __init__(
         self, app: ASGIApp, api_key: str | None, extra_api_keys: Sequence[str] = (), admin_api_key: str | None = None
     ) -> None:
-        """``extra_api_keys``: other tenants'. ``admin_api_key``: the operator's; None: ``api_key`` is."""
+        """``extra_api_keys``: of further tenants. ``admin_api_key``: the operator's; None: ``api_key`` is the
+        operator's."""
         self._app = app
         self._callers = [(_digest(key.encode()), Caller(key, False)) for key in extra_api_keys]
         if api_key is not None:
             self._callers.append((_digest(api_key.encode()), Caller(api_key, admin_api_key is None)))
-        self._anybody = None if self._callers else Caller(None, admin_api_key is None)
+        self._anonymous = None if self._callers else Caller(None, admin_api_key is None)
         if admin_api_key is not None:
             self._callers.append((_digest(admin_api_key.encode()), Caller(api_key, True)))
 
@@ -61,7 +62,7 @@ class AuthMiddleware:
         if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
             await self._app(scope, receive, send)
             return
-        caller = self._anybody
+        caller = self._anonymous
         if scope["type"] == "http":
             caller = self._who(scope) or caller
         if caller is not None:
@@ -82,7 +83,7 @@ class AuthMiddleware:
         await send({"type": "websocket.close", "code": 1008})
 
     def _who(self, scope: Scope) -> Caller | None:
-        """The last of the callers whose key was sent: the operator before all others."""
+        """The caller whose key was sent. With several keys, the operator's counts before the others."""
         found = None
         for key in map(_digest, _keys(scope["headers"]) if self._callers else ()):
             for digest, caller in self._callers:
@@ -92,18 +93,22 @@ class AuthMiddleware:
 
 
 class Namespaces:
-    """Names of cache namespaces. The owner comes from the key of the request being served (``api_key`` where nobody
-    looked); what a request sends can only divide it further."""
+    """Names of cache namespaces.
+
+    The owner is derived from the key of the request being served (``api_key`` outside of `AuthMiddleware`); what a
+    request sends can only divide the owner's part further.
+    """
 
     def __init__(self, api_key: str | None) -> None:
         self._secret = secrets.token_bytes(32)
-        self._nobody = Caller(api_key, False)
+        self._default = Caller(api_key, False)
         self._owners: dict[str | None, str] = {None: ""}
 
     def of(self, salt: str | None, extra_key: str | None = None, partition: str | None = None) -> tuple[str, str]:
-        """(owner, salt). SGLang has two words for the salt: either will do, and both together both count. A digest,
-        because the tree is there to be shown and a salt is a secret; "ab" + "c" does not meet "a" + "bc".
-        ``partition``: divides what these give once more."""
+        """(owner, salt). ``extra_key`` is SGLang's other name for the salt: with both, both count. ``partition``
+        divides the result once more. The salt is a digest, since the tree can be shown and a salt is a secret; lengths
+        are part of it, so that "ab" + "c" differs from "a" + "bc".
+        """
         salt, extra_key = salt or extra_key or "", extra_key if salt and extra_key else ""
         words = f"{len(salt)}:{salt}{extra_key}" if salt or extra_key else ""
         if partition:
@@ -111,7 +116,7 @@ class Namespaces:
         return self._owner(), self._digest(words) if words else ""
 
     def _owner(self) -> str:
-        key = _caller.get(self._nobody).key
+        key = _caller.get(self._default).key
         owner = self._owners.get(key)
         if owner is None:
             owner = self._owners[key] = self._digest(f"{key}")

@@ -1,4 +1,4 @@
-"""Request bodies: bounded, and parsed as strict JSON; lists of token ids become arrays without a detour."""
+"""Request bodies: bounded, and parsed as strict JSON; lists of token ids are parsed into arrays directly."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ....limits import MAX_DEPTH
 from .errors import response_for
 from .id_arrays import Array, count_ids, id_arrays
 
-MAX_VALUES = 262_144  # as `values` counts them, but for token ids: made, checked and let go of in less than 50 ms
-IDS = 16  # times as many with token ids
+MAX_VALUES = 262_144  # as `count_values` counts them, without token ids: parsed and freed in less than 50 ms
+IDS = 16  # times as many values with token ids
 MAX_FIELDS = 256
-ESCAPES = 4  # times as many backslashes in strings
-_DEPTH = "branchwise.max_json_depth"  # in the scope of a request
+ESCAPES = 4  # times as many backslashes in strings as values
+_DEPTH = "branchwise.max_json_depth"  # keys of the ASGI scope
 _VALUES = "branchwise.max_json_values"
 _INVALID = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 
 
 class BodyLimit:
-    """Refuses bodies over ``max_bytes``: by their Content-Length before reading, by counting otherwise.
+    """Refuses bodies over ``max_bytes``: by their Content-Length before reading, else while reading.
 
-    ``max_depth`` and ``max_values`` are for those who decode them.
+    ``max_depth`` and ``max_values`` are put into the scope, for `read_json_object`.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> None:
@@ -46,7 +46,7 @@ class BodyLimit:
         scope[_DEPTH], scope[_VALUES] = self._max_depth, self._max_values
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max:
-            # Whatever follows on this connection is the body we will not read.
+            # The body will not be read, so the connection cannot be used again.
             response = response_for(self._too_large())
             response.headers["Connection"] = "close"
             await response(scope, receive, send)
@@ -71,12 +71,12 @@ class BodyLimit:
 async def read_json_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. NaN, Infinity, lone surrogates, invalid UTF-8 and absurd nesting are a 400.
 
-    So many values that everybody would wait for them are a 413, before any of them is made. What takes long all the
-    same is done a piece at a time, and others have their turn between.
+    A body with more values than the server allows is a 413 before it is parsed: parsing it would block the event loop.
+    Scans of large bodies yield to the event loop between slices.
 
-    A field that may hold token ids and is a list of numbers without a sign is an int64 array [n], a list of long ones
-    a list of arrays, any other list a list: 33,000 ids cost a third of what as many Python objects do, and a burst of
-    such requests waits for each other.
+    A list of non-negative integers in a field for token ids becomes an int64 array [n], a list of long ones a list of
+    arrays; other lists stay lists. 33,000 ids cost a third of the time that as many Python objects take, during which
+    other requests wait.
     """
     body = await request.body()
     if not body:
@@ -116,10 +116,11 @@ def _too_many(most: int, what: str, found: int) -> InvalidRequest:
 
 
 def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
-    """None at all if it is not valid: `_decode` says how, but of ``many`` values it makes none."""
+    """The body's fields, undecoded. Empty for an invalid body: `_decode` raises its error, unless there are ``many``
+    values, which are not to be decoded; then it is raised here."""
     try:
         return _decode_fields(body)
-    except msgspec.ValidationError:  # no object
+    except msgspec.ValidationError:  # not an object
         return {}
     except _INVALID as error:
         if many:
@@ -130,7 +131,7 @@ def _fields(body: bytes, many: bool) -> dict[str, msgspec.Raw]:
 def _decode_beside(
     fields: Mapping[str, msgspec.Raw], arrays: Mapping[str, Array | list[Array]], many: bool
 ) -> dict[str, Any] | None:
-    """None if one of the others is not valid, as of `_fields`."""
+    """The fields with ``arrays`` in their places. None if another field is invalid, as `_fields`."""
     try:
         return {name: arrays[name] if name in arrays else _decoded(raw) for name, raw in fields.items()}
     except _INVALID as error:
@@ -155,7 +156,7 @@ def _invalid(error: Exception) -> InvalidRequest:
 
 
 def _decoded(text: bytes | msgspec.Raw) -> Any:
-    # Decoding makes one object after the other and no garbage: the collector would walk them all again and again.
+    # Decoding makes no garbage, and every collection would walk all objects made so far.
     gc.disable()
     try:
         return msgspec.json.decode(text)

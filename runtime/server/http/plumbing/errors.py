@@ -1,4 +1,4 @@
-"""Every error a client sees has OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
+"""Errors in OpenAI's shape: ``{"error": {"message", "type", "param", "code"}}``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ....errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 logger = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 1
-MAX_MESSAGE = 480  # characters; of the name of a field too
+MAX_MESSAGE = 480  # characters of a message, and of the name of a field
 
 _TYPES = {
     401: "authentication_error",
@@ -43,7 +43,7 @@ def error_body(
 
 
 def _cut(text: str) -> str:
-    """What was sent is quoted in messages, and names of fields can be anything too."""
+    """Bound a text: messages quote values and names of fields that a client sent."""
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
@@ -59,7 +59,7 @@ def error_response(
 
 
 class ClientGone(Exception):
-    """The client closed its connection; nobody is left to answer."""
+    """The client closed its connection."""
 
 
 class ModelNotFound(InvalidRequest):
@@ -71,7 +71,7 @@ class ModelNotFound(InvalidRequest):
 
 
 def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Status and body of an error for a client. Anything unforeseen gets a fixed text: the log has the rest."""
+    """Status and body of an error. An unexpected one gets a fixed text; the log has the rest."""
     if isinstance(error, InvalidRequest):
         return error.status, error_body(error.status, error.message, error.path, error.code)
     if isinstance(error, Overloaded):
@@ -88,7 +88,7 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
 
 def response_for(error: Exception) -> Response:
     if isinstance(error, (ClientGone, ClientDisconnect)):
-        return Response(status_code=499)  # nobody is there to read it
+        return Response(status_code=499)  # the client has gone
     status, body = describe(error)
     headers: dict[str, str] = {}
     if isinstance(error, HTTPException):
@@ -99,7 +99,7 @@ def response_for(error: Exception) -> Response:
 
 
 def install(app: FastAPI, paths: Collection[str]) -> None:
-    """``paths``: what a client that has the wrong base_url may have meant."""
+    """Handle errors of ``app``. ``paths``: suggested to a client whose base_url is wrong."""
 
     async def handle(request: Request, error: Exception) -> Response:
         meant = request.scope["path"].removeprefix("/v1") if _is_no_route(error) else ""

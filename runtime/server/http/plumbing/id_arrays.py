@@ -1,4 +1,4 @@
-"""Lists of token ids become arrays: from their JSON, without a Python object for each of them."""
+"""Parse JSON lists of token ids into arrays, without a Python object for each id."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Array = np.ndarray[Any, np.dtype[np.int64]]
 # Fields that may hold thousands of ids: one list of them, or a list of such lists.
 _FLAT = frozenset({"prompt", "input_ids", "tokens", "extend"})
 _NESTED = frozenset({"prompt", "input_ids", "prompts", "continuations"})
-_ID_BYTES = b"0123456789, \n\r\t"  # what is left of a list of ids between its brackets
-_LONG = 128  # bytes of a list, on average, from which on it is faster as an array
-_HUGE = 2**62  # what is larger may have been clipped to an int64
+_ID_BYTES = b"0123456789, \n\r\t"  # the bytes of a list of ids between its brackets
+_LONG = 128  # mean bytes of a list from which an array is faster
+_HUGE = 2**62  # a larger number may have been clipped to an int64
 
 
 async def id_arrays(fields: Mapping[str, msgspec.Raw]) -> dict[str, Array | list[Array]]:
-    """Of a body's fields, those that become an int64 array [n], or a list of them.
+    """Those of a body's fields that are lists of non-negative integers, as an int64 array [n] or a list of such arrays.
 
-    Lists of integers without a sign; no vocabulary need have them. Others have their turn now and then.
+    The ids are not checked against a vocabulary. Yields to the event loop between slices.
     """
     found: dict[str, Array | list[Array]] = {}
     for name in fields.keys() & (_FLAT | _NESTED):
@@ -44,7 +44,7 @@ async def id_arrays(fields: Mapping[str, msgspec.Raw]) -> dict[str, Array | list
 
 
 async def _flat(inside: bytes) -> Array | None:
-    """None: there are none, or one is too large."""
+    """None if there are no ids or one is too large."""
     if not inside.strip():
         return None
     if len(inside) <= SLICE:
@@ -67,7 +67,7 @@ def _small(ids: Array) -> Array | None:
 
 
 async def _nested(inside: bytes) -> list[Array] | None:
-    """None: not all of it is lists, one is empty, or an id is too large."""
+    """None if an element is not a list, a list is empty, or an id is too large."""
     *lists, rest = inside.split(b"]")
     if rest.strip():
         return None

@@ -1,19 +1,19 @@
-"""How late the event loop is: the time anything that is ready waits for what the loop is busy with."""
+"""The lag of the event loop: how long a ready callback waits for the loop."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 
-INTERVAL = 0.02  # seconds between the moments that are looked at
-_MOST = 3000  # moments of one stall: a minute. A process that was stopped for longer was not late, it was stopped
+INTERVAL = 0.02  # seconds between observations
+_MOST = 3000  # observations of one stall, a minute: after a longer one the process had been stopped
 
 
 class LoopLag:
-    """Tells ``observe(seconds)`` for one moment in every `INTERVAL` how long it had to wait for the loop.
+    """Calls ``observe(seconds)`` once per `INTERVAL` with the lag at that time.
 
-    A stall counts for each of the moments in it, with what was left of it then: so that a share of the observations is
-    the same share of the time, and a long stall does not hide behind being one.
+    A stall is observed once for every interval in it, with the rest of the stall then: a quantile over observations is
+    a quantile over time, and one long stall is not hidden by many short ones.
     """
 
     def __init__(self, observe: Callable[[float], None]) -> None:

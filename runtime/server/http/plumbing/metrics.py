@@ -1,4 +1,4 @@
-"""Prometheus metrics, ``branchwise_*``: totals from the scheduler's `Stats`, latencies as clients see them."""
+"""Prometheus metrics ``branchwise_*``: totals of the scheduler's `Stats`, latencies measured in the HTTP process."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _GAUGES = (
     ("requests_running", "Requests with a row of the page table", "running"),
     ("requests_waiting", "Requests waiting to be scheduled", "waiting"),
     ("kv_pages", "Pages of the KV pool", "pages_total"),
-    ("kv_pages_free", "Pages nobody holds", "pages_free"),
-    ("kv_pages_cached", "Pages only the tree holds: evictable", "pages_cached"),
+    ("kv_pages_free", "Pages in use by nothing", "pages_free"),
+    ("kv_pages_cached", "Pages in use by the tree only: evictable", "pages_cached"),
     ("kv_pages_pinned", "Pages that pins and cache breakpoints keep from eviction", "pages_pinned"),
-    ("branches", "Branches that live", "branches"),
-    ("branches_holding", "Branches that keep pages from eviction", "branches_holding"),
+    ("branches", "Branches that exist", "branches"),
+    ("branches_holding", "Branches that hold pages", "branches_holding"),
 )
 _COUNTERS = (
     ("prompt_tokens", "Prompt tokens received", "prompt_tokens"),
     ("cached_tokens", "Prompt tokens reused from the tree", "cached_tokens"),
     ("computed_tokens", "Prompt tokens that went through a forward pass", "computed_tokens"),
-    ("generated_tokens", "Tokens of answers", "generated_tokens"),
-    ("jumped_tokens", "Of them, those a grammar left no choice about: forward passes saved", "jumped_tokens"),
+    ("generated_tokens", "Generated tokens", "generated_tokens"),
+    ("jumped_tokens", "Generated tokens that a grammar forced: forward passes saved", "jumped_tokens"),
     ("evicted_pages", "Pages evicted from the tree", "evicted_pages"),
     ("retractions", "Requests sent back to waiting because pages ran out", "retractions"),
     ("branch_holds_lost", "Branches that lost their pages because pages ran out", "branch_holds_lost"),
@@ -62,13 +62,13 @@ class Metrics:
             "time_to_first_token", "From the request's arrival to its first token", _SLOW
         ).observe
         self.observe_token = histogram(
-            "inter_token_latency", "Between a request's tokens; their mean where an answer is not streamed", _FAST
+            "inter_token_latency", "Between a request's tokens; the mean for a response that is not streamed", _FAST
         ).observe
         self._e2e = histogram("e2e_request_latency", "From the request's arrival to its end", _SLOW)
         self._queue = histogram("queue_time", "From arrival at the scheduler to the first scheduled chunk", _SLOW)
-        # A share of these observations is that share of the time: see `loop_lag`.
+        # A quantile over these observations is a quantile over time: see `LoopLag`.
         self.observe_loop_lag = histogram(
-            "event_loop_lag", "How long the HTTP process lets wait what is ready, looked at 50 times a second", _FAST
+            "event_loop_lag", "Lag of the HTTP process's event loop, observed 50 times a second", _FAST
         ).observe
         self._finished = Counter(
             "branchwise_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
@@ -111,8 +111,8 @@ class Metrics:
 
 
 class Histogram(Collector):
-    """As ``prometheus_client``'s, for one thread: no locks, and n equal observations at the price of one. Every token
-    is observed, and at twelve thousand a second the library's took 2 % of a core."""
+    """``prometheus_client``'s for one thread: no locks, and n equal observations at the cost of one. Every token is
+    observed; at 12,000 a second the library's took 2 % of a core."""
 
     def __init__(self, name: str, text: str, buckets: tuple[float, ...]) -> None:
         self._name = name
@@ -150,10 +150,10 @@ class _StatsCollector(Collector):
             yield GaugeMetricFamily(f"branchwise_{name}", text, value=getattr(stats, field))
         for name, text, field in _COUNTERS:
             yield CounterMetricFamily(f"branchwise_{name}", text, value=getattr(stats, field))
-        held = stats.pages_total - stats.pages_free - stats.pages_cached
-        usage = held / stats.pages_total if stats.pages_total else 0.0
+        in_use = stats.pages_total - stats.pages_free - stats.pages_cached
+        usage = in_use / stats.pages_total if stats.pages_total else 0.0
         yield GaugeMetricFamily(
-            "branchwise_kv_usage_ratio", "Share of the pool that requests, branches and pins hold", value=usage
+            "branchwise_kv_usage_ratio", "Share of the pool in use by requests, branches and pins", value=usage
         )
         yield GaugeMetricFamily(
             "branchwise_cache_hit_rate",

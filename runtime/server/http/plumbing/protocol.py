@@ -1,4 +1,4 @@
-"""HTTP/1.1 below the application: what reaches nobody's middleware is bounded and answered here."""
+"""HTTP/1.1 below the application: bounds on heads, bodies and slow clients, which no middleware sees."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import error_body
 
-MAX_PIPELINED = 64  # requests of one connection that wait for the one before them
+MAX_PIPELINED = 64  # requests of one connection that wait for earlier ones
 
 
 def bounded(max_head_bytes: int) -> type[HttpProtocol]:
-    """The protocol with a bound of this server's own."""
+    """The protocol with this server's bound."""
     return type("BoundedProtocol", (HttpProtocol,), {"max_head_bytes": max_head_bytes})
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """uvicorn's parser has no bound on headers, and none on time but between requests: anybody, with a key or without,
-    could fill the memory with the one and hold every file descriptor with the other."""
+    """Bounds what uvicorn does not: the size of a head, and the time of a head, a body and an unread response.
+
+    Without them any client, with or without a key, could exhaust memory or file descriptors.
+    """
 
     max_head_bytes = 64 * 1024  # request line and headers; trailers
     head_seconds = 20.0  # from connecting, or from a request's first byte, to the end of its head
-    body_seconds = 30.0  # from there to the end of its body, and a second more for every so many bytes of it:
-    body_bytes = 16 * 1024
-    unread_seconds = 60.0  # that a client may leave more of an answer unread than the sockets hold
+    body_seconds = 30.0  # from the head to the end of the body,
+    body_bytes = 16 * 1024  # plus a second for every so many bytes of it
+    unread_seconds = 60.0  # for which a client may leave a full send buffer unread
 
     _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
     _head_timer: asyncio.TimerHandle | None = None
@@ -47,7 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Looked at before this piece is counted: its end may already be a body.
+        # Checked before this piece is counted: its end may belong to a body.
         if self._loose > self.max_head_bytes:
             self.send_400_response(f"the request's headers are larger than {self.max_head_bytes} bytes")
             return
@@ -64,11 +66,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._expect_head()
 
     def _expect_head(self) -> None:
-        """A connection that sends nothing, or half a request, holds a file descriptor: not for ever."""
-        self._head_is_here()
+        """Start the time limit of a head: an idle connection, or half a request, holds a file descriptor."""
+        self._head_arrived()
         self._head_timer = self.loop.call_later(self.head_seconds, self._close)
 
-    def _head_is_here(self) -> None:
+    def _head_arrived(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -76,7 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._loose = 0
         self._in_body, self._body_seen = True, 0
-        self._head_is_here()
+        self._head_arrived()
         if len(self.pipeline) >= MAX_PIPELINED:
             raise ValueError("too many pipelined requests")  # the parser's caller answers 400 and closes
         super().on_headers_complete()
@@ -101,7 +103,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _body_is_late(self) -> None:
         now = self.loop.time()
-        if self.flow.read_paused:  # it is us who do not read: the request before this one is still being answered
+        if self.flow.read_paused:  # the server is not reading: the request before this one is not answered yet
             self._body_since = now
         end = self._body_since + self.body_seconds + self._body_seen / self.body_bytes
         if now < end:
@@ -110,7 +112,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._close()
         else:
             seconds = now - self._body_since
-            self._refuse(408, f"the request's body did not come in time: {self._body_seen} bytes in {seconds:.0f} s")
+            self._refuse(408, f"the request's body did not arrive in time: {self._body_seen} bytes in {seconds:.0f} s")
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
@@ -131,7 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """In the shape of every other error, and the end of the connection."""
+        """Send an error in OpenAI's shape and close the connection."""
         body = msgspec.json.encode(error_body(status, message))
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
@@ -141,7 +143,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """What has been written is still sent, to a client that reads it."""
+        """Close once everything written has been sent, or after ``unread_seconds``."""
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.unread_seconds, self.transport.abort)

@@ -1,4 +1,5 @@
-"""Gives every answer an ``x-request-id``, which OpenAI's clients show as ``_request_id``: the client's or a new one."""
+"""Sets ``x-request-id`` on every response, to the client's or to a new one. OpenAI's clients show it as
+``_request_id``."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _GIVEN = re.compile(rb"[!-~]{1,128}")
 
 
 class RequestId:
-    """Around all other middleware, for they answer too. A client's id is kept if it is 1 to 128 visible characters."""
+    """The outermost middleware, since others respond too. Keeps a client's id of 1 to 128 visible characters."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

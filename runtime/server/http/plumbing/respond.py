@@ -1,4 +1,4 @@
-"""The one way to answer a call: as a whole, or as the events of a stream."""
+"""Responds to a request with a call's output: whole, or as a stream of events."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from .sse import EventStream, error_event, json_response, wait
 
 
 class Reply(Protocol):
-    """What has come of a call, in the words of a dialect."""
+    """The output of a call in a dialect's format."""
 
     def whole(self, batch: Batch) -> Any:
-        """The answer as JSON; ``batch``: all of it."""
+        """The response as JSON values; ``batch``: all of the call's output."""
         ...
 
-    def events(self, batch: Batch) -> Iterable[bytes]: ...
+    def events(self, batch: Batch) -> Iterable[bytes]:
+        """The events of one batch."""
+        ...
 
     def end(self) -> Iterable[bytes]:
-        """The events after the last batch's."""
+        """The events after the last batch."""
         ...
 
 
@@ -38,10 +40,10 @@ async def respond(
     headers: Mapping[str, str] | None = None,
     fail: Callable[[Exception], bytes] = error_event,
 ) -> Response:
-    """The whole answer, or a stream whose first event is there. The call is closed in the end.
+    """The whole response, or a stream once its first batch has arrived. Closes the call.
 
-    ``n``: samples of each prompt, for the cache's header. ``names``: the client's names in the engine's errors, as
-    `InvalidRequest.renamed` takes them. ``headers``: of the response, beside the cache's. ``fail``: as in
+    ``n``: samples of each prompt, for the cache header. ``names``: the client's names in the engine's errors, as
+    `InvalidRequest.renamed` takes them. ``headers``: of the response, beside the cache header. ``fail``: as in
     `EventStream`.
     """
     names = names or {}

@@ -1,4 +1,4 @@
-"""Server-sent events over a call, and the watch for clients that leave."""
+"""Server-sent events over a call, and the detection of disconnected clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def event(value: object) -> bytes:
 
 
 def typed_event(value: Mapping[str, Any]) -> bytes:
-    """With an ``event:`` line, which says the value's ``type``."""
+    """An event with an ``event:`` line: the value's ``type``."""
     return b"event: " + value["type"].encode() + b"\n" + event(value)
 
 
@@ -96,7 +96,7 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await self._stream(send)
         except ClientGone:
-            pass  # nobody is left to tell; closing the call is the answer
+            pass  # the client has gone: closing the call aborts its requests
         finally:
             self._call.close()
 
@@ -112,7 +112,7 @@ class EventStream(Response):
         except ClientGone:
             raise
         except Exception as error:
-            # The status line is long gone: the error is the last event, and no [DONE] follows it.
+            # The status has been sent: the error is the last event, and no [DONE] follows it.
             last = self._fail(error.renamed(self._names) if isinstance(error, InvalidRequest) else error)
         await send({"type": "http.response.body", "body": last, "more_body": False})
 

@@ -50,7 +50,7 @@ def routes(state: AppState) -> Routes:
 
 
 class _BatchReply(GenerateReply):
-    """One request: its prompts, and what has come of each of its samples."""
+    """One request: its prompts, and a result for each of their samples."""
 
     def __init__(self, state: AppState, body: GenerateRequest) -> None:
         limits = state.client.limits

@@ -15,7 +15,7 @@ from ..plumbing.sse import DONE, event
 
 
 class GenerateReply:
-    """The samples of one request, in the order of its engine requests. `expect` each first."""
+    """The results of one request, in the order of its engine requests. Call `expect` for each first."""
 
     def __init__(self, tokenizer: Tokenizer, text_in_logprobs: bool, prompt_token_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -27,7 +27,7 @@ class GenerateReply:
         self.is_list = False
 
     def expect(self, id: str, params: SamplingParams) -> None:
-        """``params.n`` samples more, which clients know as ``id``."""
+        """Expect ``params.n`` more samples, which the client knows as ``id``."""
         sample = _Sample(id, params.logprobs, params.prompt_logprobs, params.prompt_logprob_start)
         self._samples += [sample] * params.n
         self.outputs += [Output() for _ in range(params.n)]
@@ -38,7 +38,7 @@ class GenerateReply:
         return results if self.is_list else results[0]
 
     def _feed(self, batch: Batch) -> list[int]:
-        """The samples that have news, in order."""
+        """Feed the outputs; the samples that have changed, in order."""
         for index, delta in batch:
             self.outputs[index].feed(delta)
         return sorted({index for index, _ in batch})
@@ -54,7 +54,7 @@ class GenerateReply:
         return (DONE,)
 
     def result(self, index: int) -> dict[str, Any]:
-        """Cumulative, as SGLang's are: a streamed event holds everything so far."""
+        """Cumulative, as in SGLang: a streamed event has everything so far."""
         output, sample = self.outputs[index], self._samples[index]
         meta: dict[str, Any] = {
             "id": sample.id,
@@ -104,7 +104,7 @@ class GenerateReply:
 
 
 class _Sample:
-    """What was asked for about one sample."""
+    """What was requested of one sample."""
 
     __slots__ = ("id", "logprobs", "prompt_logprobs", "start")
 
