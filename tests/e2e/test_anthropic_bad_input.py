@@ -162,7 +162,7 @@ SAMPLING: list[tuple[str, list[Any]]] = [
     ("top_p", [0, -1, 1.1, "1"]),
     ("top_k", [-2, HUGE, 1.5, "1"]),
     ("min_p", [-0.1, 1.1, "x"]),
-    ("seed", [-1, 2**63, HUGE, 1.5, "x", True]),
+    ("seed", [-(2**63) - 1, 2**63, HUGE, 1.5, "x", True]),
     ("stream", ["yes", 1, {}]),
     ("cache_salt", [7, "x" * 5000, ["a"]]),
     ("prompt_cache_key", [7, "x" * 5000]),

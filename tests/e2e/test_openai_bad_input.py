@@ -107,12 +107,12 @@ def test_what_an_output_must_be_is_bounded(server: Any) -> None:
     long = {"type": "object", "description": "x" * 131_072}
     for field, value, most in (
         ("regex", "a" * 131_073, "131072"),
-        ("guided_choice", ["a" * 65_536] * 2, "131072"),
-        ("guided_json", long, "131072"),
+        ("structured_outputs.choice", {"choice": ["a" * 65_536] * 2}, "131072"),
+        ("structured_outputs.json", {"json": long}, "131072"),
         ("json_schema", deep_text, "64 deep"),
         ("tools", [tool(parameters=long)], "65536"),
     ):
-        assert most in server.refused(PATH, field, json={"messages": [USER], field: value})
+        assert most in server.refused(PATH, field, json={"messages": [USER], field.split(".")[0]: value})
     sampling = {"json_schema": deep_text}
     assert "64 deep" in server.refused("/generate", "sampling_params", json={"text": "x", "sampling_params": sampling})
     branch = server.http.post("/branches", json={"text": "x"}).json()["id"]

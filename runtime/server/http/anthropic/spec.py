@@ -12,6 +12,7 @@ from ....sampling_params import SamplingParams
 from ..chat.spec import ChatSpec, ToolChoice, named_tool
 from ..chat.tool_use import tool_limits
 from ..fields.cache import CacheFields
+from ..fields.sampling import engine_seed
 from ..state import AppState
 from .conversation import ConversationReader
 from .request import CountRequest, MessagesRequest, Thinking
@@ -73,7 +74,7 @@ def messages_sampling(body: MessagesRequest, preferred: Any, format: Mapping[str
         **format,
         max_tokens=body.max_tokens,
         stop=tuple(body.stop_sequences or ()),
-        seed=body.seed,
+        seed=engine_seed(body.seed),
     )
 
 

@@ -18,6 +18,8 @@ MAX_BREAKPOINTS = 4  # of one prompt, as OpenAI and Anthropic have it
 DEFAULT_TTL = 1800.0  # seconds: OpenAI's
 MODES = ("auto", "implicit", "explicit", "off")
 _UNITS = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+# OpenAI's and Anthropic's, which clients send by default: lowered to the server's limit, where others are refused.
+STANDARD_TTLS = (None, "5m", "30m", "1h", 300.0)
 _END = -1  # the position that means the end of the prompt
 
 
@@ -70,8 +72,7 @@ def caching(
     usual = min(DEFAULT_TTL, longest)
     if options.ttl is not None:
         usual = seconds(options.ttl, longest, "prompt_cache_options.ttl")
-    # Clients set a mark's ttl by default, and cannot know the server's limit: it is lowered, not refused.
-    found = [(at, ttl, math.inf) for at, ttl in marks]
+    found = [(at, ttl, math.inf if ttl in STANDARD_TTLS else longest) for at, ttl in marks]
     found += [(at, ttl, longest) for at, ttl in _asked(body.prompt_cache_breakpoint)]
     breakpoints = [
         (at, usual if ttl is None else min(seconds(ttl, most, "prompt_cache_breakpoint.ttl"), longest))

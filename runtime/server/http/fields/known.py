@@ -30,9 +30,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("use_beam_search", "beam_width", "length_penalty", "allowed_token_ids", "bad_words"), _NONE),
     **dict.fromkeys(("logits_processors", "custom_logit_processor", "custom_params", "watermark", "vllm_xargs"), _NONE),
     **dict.fromkeys(("watermarking", "repetition_detection", "truncate_prompt_tokens", "require_reasoning"), _NONE),
-    **dict.fromkeys(
-        ("max_thinking_tokens", "thinking_token_budget", "verbosity", "reasoning", "add_special_tokens"), _NONE
-    ),
+    **dict.fromkeys(("max_thinking_tokens", "thinking_token_budget", "reasoning", "add_special_tokens"), _NONE),
     "max_completion_tokens": "send max_tokens",
     # further output
     **dict.fromkeys(("prompt_logprobs", "logprob_token_ids", "token_ids_logprob", "return_hidden_states"), _NONE),
@@ -55,7 +53,6 @@ UNSUPPORTED = frozenset(REFUSED)
 _NEUTRAL: dict[str, Any] = {
     "length_penalty": 1.0,
     "thinking_token_budget": -1,
-    "verbosity": "medium",
     "include_reasoning": True,
     "stream_reasoning": True,
 }
@@ -65,6 +62,7 @@ _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(("user", "safety_identifier", "metadata", "session_id", "conversation_id"), "they name the caller"),
     **dict.fromkeys(("request_id", "custom_labels", "external_trace_header", "received_time"), "they name the request"),
+    "verbosity": "a hint to OpenAI's own models",
     **dict.fromkeys(("log_metrics", "no_logs"), "requests are never logged, and metrics name none"),
     **dict.fromkeys(("store", "service_tier", "prompt_cache_retention"), "they concern OpenAI's own service"),
     **dict.fromkeys(("prediction", "ngram_corpus_id"), "they speed up an answer and do not change it"),

@@ -55,6 +55,8 @@ def generate_sampling(
     logprobs; ``start``: first prompt position with logprobs, -1 for none. Not checked against its bounds yet; errors
     about it are `renamed` by `generate_names`.
     """
+    if start == -1 and sampling.max_new_tokens == 0:
+        start = 0  # nothing is generated: the prompt's logprobs are the only ones (SGLang's unconditional likelihoods)
     return SamplingParams(
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,

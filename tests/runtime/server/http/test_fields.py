@@ -7,8 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.messages import Generate, Message
 from branchwise.runtime.server.http.app import make_app
 from branchwise.runtime.server.http.engine_client import EngineClient
@@ -62,6 +65,17 @@ async def test_the_prompts_ids_are_asked_for_where_they_are_returned(submitted: 
     assert (await submitted(COMPLETION, prompt="a", return_token_ids=True)).echo_tokens is True
 
 
+@pytest.mark.parametrize(("tokens", "start", "position"), [(0, {}, 0), (1, {}, None), (0, {"logprob_start_len": 2}, 2)])
+async def test_logprobs_of_a_request_that_generates_nothing_are_its_prompts(
+    submitted: Callable[..., Any], tokens: int, start: dict[str, int], position: int | None
+) -> None:
+    """As SGLang's ``unconditional_likelihood_normalized`` asks for them."""
+    sampling = {"max_new_tokens": tokens}
+    made = await submitted(GENERATE, input_ids=[5, 6, 7], sampling_params=sampling, return_logprob=True, **start)
+    assert (made.params.prompt_logprobs is not None) == (position is not None)
+    assert made.params.prompt_logprob_start == (position or 0)
+
+
 async def test_a_rid_names_a_completion_for_aborts(
     submitted: Callable[..., Any], client: EngineClient, sent: list[Message]
 ) -> None:
@@ -71,6 +85,12 @@ async def test_a_rid_names_a_completion_for_aborts(
 
 def test_a_default_ttl_beyond_the_servers_is_lowered(make_state: Callable[..., AppState]) -> None:
     state = make_state()
-    longest = state.config.engine.max_pin_ttl
-    found = caching(state, CacheFields(), marks=[(3, "1d"), (9, "5m"), (12, 10 * longest)])
-    assert [ttl for _, ttl in found["breakpoints"]] == [min(86_400.0, longest), 300.0, longest]
+    short = AppState(
+        msgspec.structs.replace(state.config, engine=EngineConfig(max_pin_ttl=60.0)),
+        *(state.client, state.metrics, state.namespaces, state.model_name),
+    )
+    for server, longest in ((state, 3600.0), (short, 60.0)):
+        found = caching(server, CacheFields(), marks=[(3, "1h"), (9, "5m")])
+        assert [ttl for _, ttl in found["breakpoints"]] == [longest, min(300.0, longest)]
+    with pytest.raises(InvalidRequest, match="at most 60 seconds"):
+        caching(short, CacheFields(), marks=[(3, "61s")])

@@ -298,7 +298,6 @@ def test_the_manual_lists_what_has_no_effect() -> None:
         *(("guided_json", value, True) for value in (None, False, "", [], {})),
         *(("guided_json", value, False) for value in (True, "{}", [1], {"a": 1}, 0, 1)),
         *(("length_penalty", value, value == 1.0) for value in (1, 1.0, 0.5, 2, True)),
-        *(("verbosity", value, value == "medium") for value in ("medium", "low")),
         *(("include_reasoning", value, value) for value in (True,)),
     ],
 )
