@@ -70,7 +70,7 @@ def test_fifty_pipelined_requests_are_answered(server):
         ("/v1/completions", {"prompt": ["x"] * 20_000}, "prompt"),
         ("/v1/completions", {"prompt": "x", "logit_bias": {str(i): 1 for i in range(20_000)}}, "logit_bias"),
         ("/v1/completions", {"prompt": "x"} | {f"k{i}": 1 for i in range(300)}, "fields"),
-        ("/v1/completions", {"prompt": "x", "add_special_tokens": False}, "add_special_tokens"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix"),
         ("/generate", {"text": "x", "max_new_tokens": 1}, "sampling_params"),
         ("/generate", {"text": "x", "temperature": 0}, "sampling_params"),
     ],
