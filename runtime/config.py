@@ -36,8 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_tokens: Tokens the KV cache holds; 1 or more. Default: by memory.
         gpu_memory_utilization: Share of the GPU's memory to use; on a CPU, of half the free memory. From 0.05 to 0.98.
         tensor_parallel_size: GPUs to split the model over; only 1 so far.
-        attention_backend: Attention kernels: auto, flashinfer, triton (on a GPU) or torch; or tree (on a GPU), which
-            reads each shared prefix once.
+        attention_backend: Attention kernels: on a GPU tree, which reads each shared prefix once, flashinfer or triton,
+            which read it once for each request; torch; or auto, the fastest that runs here.
         sampling_defaults: Sampling parameters that a request omits: model, those of its generation_config.json, or
             neutral (SGLang's name: openai), temperature and top_p 1 and no other filter.
         cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.

@@ -23,7 +23,8 @@ SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
 MIN_DECODES = 8  # smaller steps are not captured on the tree path
 SLOTS = 8192  # partial results of query tokens
-WORKERS = (8, 2)  # programs that a multiprocessor should have, of each tile
+# For each tile: programs that a multiprocessor should have, and keys that a program should read at least.
+WORKERS, MIN_KEYS = (8, 2), (128, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ class TreeAttention:
         tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group)
         self._costs = replace(costs, tiles=tuple(tile.rows for tile in tiles), per_key=costs.per_key[: len(tiles)])
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in WORKERS[: len(tiles)])
-        self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers)
+        self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
         self._scratch_row = len(table) - 1
         # The last members planned, and their plan; None where the flat path is faster.

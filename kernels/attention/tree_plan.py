@@ -56,13 +56,13 @@ class TreeLimits:
         items: the most items of each tile.
         slots: the most partial results of query tokens.
         workers: programs for one key head that fill the device, for each tile.
-        min_keys: no range is cut into shorter ones.
+        min_keys: no range is cut into shorter ones, for each tile.
     """
 
     items: tuple[int, ...]
     slots: int
     workers: tuple[int, ...]
-    min_keys: int = 256
+    min_keys: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +229,7 @@ def _cut(
     of_tile = _tile(counts * group, costs)
     wanted = np.bincount(of_tile, work, len(costs.tiles)) / np.array(limits.workers) * coarseness
     pieces = np.rint(work / np.maximum(tiles * wanted[of_tile], 1.0)).astype(np.int64)
-    pieces = np.clip(pieces, 1, np.maximum(segments.lengths // limits.min_keys, 1))
+    pieces = np.clip(pieces, 1, np.maximum(segments.lengths // np.array(limits.min_keys)[of_tile], 1))
     keys = np.maximum(-(-segments.lengths // (pieces * ALIGN)) * ALIGN, ALIGN)
     pieces = np.maximum(-(-segments.lengths // keys), 1)
 

@@ -17,7 +17,7 @@ from .split import ITEM_FIELDS
 from .tree_plan import TreeLimits, TreePlan
 from .triton_kernels import attend, merge_slots
 
-MERGE_SLOTS, MERGE_HEADS = 8, 2  # partial results and query heads that one program of the merge reads at a time
+MERGE_HEADS = 8  # query heads that one program of the merge takes
 
 
 class TreeTile(NamedTuple):
@@ -129,7 +129,7 @@ class TreeRunner:
             (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
             (self._partial, self._lse, self._merges, self._slots, out),
             (),
-            (self._heads, self._head_dim, out.stride(0), MERGE_SLOTS, MERGE_HEADS, self._block_d),
+            (self._heads, self._head_dim, out.stride(0), MERGE_HEADS, self._block_d),
             warps=4,
         )
 

@@ -217,6 +217,26 @@ def merge(
     tl.store(to, out.to(out_ptr.dtype.element_ty), channel < D)
 
 
+@triton.jit
+def _read_partial(
+    partial_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    nth: tl.tensor,
+    count: tl.tensor,
+    head: tl.tensor,
+    channel: tl.tensor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """A query token's nth partial result and its log-sum-exp; 0 and -inf from ``count`` on."""
+    exists = nth < count
+    row = tl.load(slots_ptr + nth, exists, other=0).to(tl.int64) * HEADS + head
+    lse = tl.load(lse_ptr + row, exists & (head < HEADS), other=float("-inf"))
+    mask = exists & (head < HEADS)[:, None] & (channel < D)[None, :]
+    return tl.load(partial_ptr + (row * D)[:, None] + channel[None, :], mask, other=0.0), lse
+
+
 @kernel()
 def merge_slots(
     partial_ptr: tl.tensor,
@@ -227,13 +247,13 @@ def merge_slots(
     HEADS: tl.constexpr,
     D: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
     """Merges one query token's partial results, wherever they are, for some heads: see `tree_plan.TreePlan`.
 
-    A token that has none (0) is set to 0; one that has nothing to merge (-1) is left as it is.
+    A token that has none (0) is set to 0; one that has nothing to merge (-1) is left as it is. Four partial results are
+    read at a time, to have their loads in flight together.
     """
     query = tl.program_id(0)
     first, count = tl.load(merges_ptr + query * 2), tl.load(merges_ptr + query * 2 + 1)
@@ -241,24 +261,23 @@ def merge_slots(
         return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     channel = tl.arange(0, BLOCK_D)
-    is_head = (head < HEADS)[None, :]
-    is_value = is_head[:, :, None] & (channel < D)[None, None, :]
+    slots = slots_ptr + first
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     peak = tl.full([BLOCK_H], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
-    for at in range(0, count, BLOCK_S):
-        nth = at + tl.arange(0, BLOCK_S)
-        slot = tl.load(slots_ptr + first + nth, nth < count, other=0).to(tl.int64)
-        row = slot[:, None] * HEADS + head[None, :]
-        is_slot = (nth < count)[:, None]
-        lse = tl.load(lse_ptr + row, is_slot & is_head, other=float("-inf"))
-        values = (row * D)[:, :, None] + channel[None, None, :]
-        part = tl.load(partial_ptr + values, is_slot[:, :, None] & is_value, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, axis=0))
+    for at in range(0, count, 4):
+        part0, lse0 = _read_partial(partial_ptr, lse_ptr, slots, at, count, head, channel, HEADS, D)
+        part1, lse1 = _read_partial(partial_ptr, lse_ptr, slots, at + 1, count, head, channel, HEADS, D)
+        part2, lse2 = _read_partial(partial_ptr, lse_ptr, slots, at + 2, count, head, channel, HEADS, D)
+        part3, lse3 = _read_partial(partial_ptr, lse_ptr, slots, at + 3, count, head, channel, HEADS, D)
+        new_peak = tl.maximum(peak, tl.maximum(tl.maximum(lse0, lse1), tl.maximum(lse2, lse3)))
         safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        weights, alpha = tl.exp2(lse - safe[None, :]), tl.exp2(peak - safe)
-        acc = acc * alpha[:, None] + tl.sum(part * weights[:, :, None], axis=0)
-        total = total * alpha + tl.sum(weights, axis=0)
+        alpha = tl.exp2(peak - safe)
+        weight0, weight1 = tl.exp2(lse0 - safe), tl.exp2(lse1 - safe)
+        weight2, weight3 = tl.exp2(lse2 - safe), tl.exp2(lse3 - safe)
+        acc = acc * alpha[:, None] + part0 * weight0[:, None] + part1 * weight1[:, None]
+        acc += part2 * weight2[:, None] + part3 * weight3[:, None]
+        total = total * alpha + weight0 + weight1 + weight2 + weight3
         peak = new_peak
     out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     out_ptrs = out_ptr + query.to(tl.int64) * OUT_STRIDE + (head * D)[:, None] + channel[None, :]

@@ -55,8 +55,10 @@ def make_attention(
 ) -> AttentionBackend:
     """The backend of ``config.attention_backend``.
 
-    ``auto`` is FlashInfer, or Triton where that does not run, or else torch; ``tree`` is tree attention over the first
-    of them that runs on a GPU. ``max_tokens``: the most query tokens of a step, padding included.
+    ``auto`` and ``tree`` are tree attention over FlashInfer, or over Triton where FlashInfer does not run. Where
+    neither does, ``auto`` is torch. ``flashinfer`` and ``triton`` read keys once for each request.
+
+    ``max_tokens``: the most query tokens of a step, padding included.
 
     Raises `LoadError` with the reason where a backend that was named cannot run.
     """
@@ -71,7 +73,9 @@ def make_attention(
                 raise LoadError(f"--attention-backend {name}: {error}") from error
             logger.warning("attention does not run on %s: %s", name, error)
             continue
-        return _over(flat, pool, layers, num_heads, table) if choice == "tree" else flat
+        if choice == name or (choice == "auto" and _problem_with_triton(pool.device) is not None):
+            return flat
+        return _over(flat, pool, layers, num_heads, table)
     if choice == "tree":
         raise LoadError("--attention-backend tree: neither FlashInfer nor Triton can run its other steps")
     return TorchAttention(pool, layers, num_heads)

@@ -62,12 +62,15 @@ class StepGraphs:
         """Called once, before the first step. Kernels that have not run yet are compiled here, not during a request."""
         # A stream of this device: torch's default capture stream belongs to the device of the process's first capture.
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        ran_trees = False
         for i, shape in enumerate(self.shapes()):
             self._prepare(shape)
             if i == 0:
                 for _ in range(WARM_UPS):
                     self._run(shape)
-            self._run(shape)
+            if not (shape.tree and ran_trees):  # kernels that differ between shapes have run in the other form
+                self._run(shape)
+            ran_trees |= shape.tree
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             # thread_local: other engines of this process may allocate and copy while this one captures.

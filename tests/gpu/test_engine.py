@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
+from branchwise.kernels.attention import tree_backend
 from branchwise.kernels.attention.base import StepShape
+from branchwise.kernels.attention.tree_plan import TreeCosts
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor
@@ -32,12 +34,14 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
     graphs, pool, table = executor._graphs, executor._pool._data, executor._table
     assert graphs is not None
     pool.normal_()
-    table.host[:-1] = RNG.permutation(executor.num_pages).reshape(16, -1)  # no page in two rows
+    table.host[:-1] = RNG.permutation(executor.num_pages).reshape(16, -1)
+    table.host[:-1, :2] = table.host[0, :2]  # shared, and not written by the steps; no other page is in two rows
     table.device.copy_(torch.from_numpy(table.host))
     with torch.inference_mode():
         for shape in graphs.shapes():
             found = []
-            inputs = executor._stage(step_like(shape), shape, [])
+            inputs, form = executor._stage(step_like(shape), shape, [])
+            assert form == shape
             before = pool.clone()
             for run in ("eager", "replay"):
                 pool.copy_(before)
@@ -62,14 +66,18 @@ def step_like(shape: StepShape) -> StepPlan:
     rows = np.arange(len(q_lens), dtype=np.int32)
     tokens = RNG.integers(2, 300, int(q_lens.sum())).astype(np.int32)
     none = np.empty(0, np.int32)
-    kv_lens = q_lens + RNG.integers(0, 100, len(q_lens)).astype(np.int32)
+    kv_lens = q_lens + RNG.integers(32, 100, len(q_lens)).astype(np.int32)
     samples = (np.cumsum(q_lens) - 1).astype(np.int32)
     return StepPlan(0, rows, q_lens, kv_lens, tokens, decodes, samples, none, none, none, none.reshape(0, 2))
 
 
-@pytest.mark.parametrize("backend", ["flashinfer", "triton"])
-def test_greedy_warm_and_cold(backend: str, gpu_checkpoint: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
+def test_greedy_warm_and_cold(
+    backend: str, gpu_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not depend on one."""
+    always = TreeCosts(flat=1.0, partial=0.0, margin=0.0)  # whatever is shared is read once
+    monkeypatch.setattr(tree_backend, "TreeCosts", lambda: always)
     if backend == "flashinfer":
         pytest.importorskip("flashinfer")
     shared = RNG.integers(2, 300, 150).tolist()

@@ -18,7 +18,7 @@ from branchwise.kernels.attention.tree_plan import (
 )
 
 EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, margin=0.0)
-ROOMY = TreeLimits(items=(4096, 4096), slots=1 << 16, workers=(8, 8))
+ROOMY = TreeLimits(items=(4096, 4096), slots=1 << 16, workers=(8, 8), min_keys=(256, 256))
 
 
 def tree_table(paths: list[list[tuple[int, int]]], page_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -90,7 +90,9 @@ def test_every_key_is_read_once(forest: tuple[list[list[tuple[int, int]]], int],
     requests = requests_of(kv_lens, q_lens)
     group = data.draw(st.sampled_from([1, 4, 7]))
     costs = TreeCosts(partial=data.draw(st.sampled_from([0.0, 2.0, 1e9])))
-    limits = TreeLimits((4096, 4096), 1 << 16, (data.draw(st.integers(1, 40)),) * 2, data.draw(st.integers(64, 256)))
+    limits = TreeLimits(
+        (4096, 4096), 1 << 16, (data.draw(st.integers(1, 40)),) * 2, (data.draw(st.integers(64, 256)),) * 2
+    )
     plan = plan_tree(table, requests, int(q_lens.sum()), group, page_size, costs, limits, always=True)
     assert plan is not None
     check_coverage(plan, table, requests, page_size)
@@ -169,7 +171,7 @@ def test_limits_make_items_coarser_and_then_give_up() -> None:
     table, kv_lens = tree_table([[(0, 8192), (1 + i, 64)] for i in range(32)], 16)
 
     def plan(wide_items: int) -> TreePlan | None:
-        limits = TreeLimits((64, wide_items), 1 << 16, (8, 32))
+        limits = TreeLimits((64, wide_items), 1 << 16, (8, 32), (256, 256))
         return plan_tree(table, requests_of(kv_lens), 32, 4, 16, TreeCosts(), limits)
 
     fine, coarse = plan(64), plan(16)

@@ -50,8 +50,9 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_nvcc")
 def test_auto_takes_the_next_best(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert make("auto") == "triton"
+        assert make("auto") == ("tree", "triton")
     assert make("tree") == ("tree", "triton")
+    assert make("triton") == "triton"
     assert "attention does not run on flashinfer: FlashInfer's kernels could not be compiled" in caplog.text
     assert isinstance(make("auto", head_dim=512), TorchAttention)  # Triton's kernels end at 256
     assert "attention does not run on triton: there is no Triton kernel for head_dim 512 (16 to 256)" in caplog.text
