@@ -1,15 +1,19 @@
-"""What a model is, read from a Hugging Face folder's ``config.json`` (as transformers 4 or 5 writes it)."""
+"""A model's configuration, read from a Hugging Face folder's ``config.json`` as transformers 4 or 5 writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import LoadError
+from ..tokenizer.special_tokens import eos_token_id
+from .checkpoint import checkpoint_dtype
+from .eos import EosSource, eos_ids
 from .folder import read_json
-from .registry import ARCHITECTURES, Architecture, Bias
+from .quantization import refuse_quantized_config, refuse_quantized_folder
+from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Bias
 from .rope import RopeConfig, parse_rope
 
 _ACTIVATIONS = {
@@ -55,8 +59,8 @@ class ModelConfig:
     qk_norm: bool
     sandwich_norms: bool  # norms after attention and after the MLP as well as before
     tied_embeddings: bool
-    dtype: str  # the checkpoint's: float32 | bfloat16 | float16
-    eos_ids: tuple[int, ...]
+    dtype: str  # the checkpoint's: float32 | bfloat16 | float16; from `parse_config` also auto, the tensors' own
+    eos_ids: tuple[int, ...]  # tokens that end an output
     bos_id: int | None
 
     @property
@@ -76,33 +80,44 @@ class ModelConfig:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Reads ``config.json`` and ``generation_config.json``. Raises `LoadError` in one line."""
+    """Reads ``config.json`` and what belongs to it: ``generation_config.json``, the tokenizer's end token, and the
+    checkpoint's dtype where config.json names none. Raises `LoadError` in one line."""
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder: give a model folder or a hub id such as Qwen/Qwen3-0.6B")
     path = folder / "config.json"
     if not path.is_file():
         raise LoadError(f"{folder} has no config.json: it is not a Hugging Face model folder")
+    raw = read_json(path)
     generation = folder / "generation_config.json"
-    return parse_config(read_json(path), read_json(generation) if generation.is_file() else {}, str(path))
+    refuse_quantized_folder(folder)
+    config = parse_config(
+        raw,
+        read_json(generation) if generation.is_file() else {},
+        str(path),
+        tokenizer_eos=eos_token_id(folder),
+    )
+    if config.dtype != "auto":
+        return config
+    return replace(config, dtype=checkpoint_dtype(folder) or "float32")
 
 
-def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
-    """The parsed ``raw`` config.json. Raises `LoadError` that names the file and the key."""
-    names = raw.get("architectures")
-    if not isinstance(names, list) or not names or not isinstance(names[0], str):
-        raise LoadError(f"{where}: no architectures: it is not a causal language model's config")
-    name = names[0]
-    known = ARCHITECTURES.get(name)
-    if known is None:
-        raise LoadError(f"{where}: {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+def parse_config(
+    raw: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    where: str = "config.json",
+    *,
+    tokenizer_eos: int | None = None,
+) -> ModelConfig:
+    """The parsed ``raw`` config.json and generation_config.json. Raises `LoadError` that names the file and the key."""
+    name = _architecture(raw, where)
+    known = ARCHITECTURES[name]
     text = raw.get("text_config") if known.text_config else None
     if text is not None and not isinstance(text, dict):
         raise LoadError(f"{where}: text_config must be an object, got {type(text).__name__}")
-    # The nested settings win; what they leave out may stand outside (eos_token_id, torch_dtype).
+    refuse_quantized_config(raw, where)
+    # The nested settings win; what they leave out may stand outside (torch_dtype, tie_word_embeddings).
     fields = _Fields({**known.defaults, **_drop_none(raw), **_drop_none(text or {})}, where)
 
-    if fields.get("quantization_config"):
-        raise LoadError(f"{where}: quantized checkpoints are not supported (quantization_config)")
     heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
     kv_heads = fields.count("num_key_value_heads", heads)
     head_dim = fields.count("head_dim", hidden // heads)
@@ -140,9 +155,23 @@ def parse_config(raw: Mapping[str, Any], generation: Mapping[str, Any], where: s
         sandwich_norms=known.gemma,
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
         dtype=_dtype(fields),
-        eos_ids=_ids(generation.get("eos_token_id", fields.get("eos_token_id")), vocab_size, where),
+        eos_ids=_eos_ids(raw, text or {}, generation, known, where, tokenizer_eos, vocab_size),
         bos_id=_bos(fields),
     )
+
+
+def _architecture(raw: Mapping[str, Any], where: str) -> str:
+    """The first of ``architectures``, or the family's causal model where that is absent or names its base model."""
+    names = raw.get("architectures") or []
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name in ARCHITECTURES:
+        return name
+    model_type = raw.get("model_type")
+    if (name is None or name.endswith("Model")) and isinstance(model_type, str) and model_type in MODEL_TYPES:
+        return MODEL_TYPES[model_type]
+    if name is None:
+        raise LoadError(f"{where}: no architectures: it is not a causal language model's config")
+    raise LoadError(f"{where}: {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
 
 
 class _Fields:
@@ -205,19 +234,30 @@ def _bias(rule: Bias, fields: _Fields, key: str) -> bool:
 
 
 def _dtype(fields: _Fields) -> str:
-    name = str(fields.get("dtype", fields.get("torch_dtype", "float32"))).removeprefix("torch.")
-    if name not in ("float32", "bfloat16", "float16"):
+    name = str(fields.get("dtype", fields.get("torch_dtype", "auto"))).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16", "auto"):
         raise LoadError(f"{fields.where}: dtype {name} is not supported; supported: float32, bfloat16, float16")
     return name
 
 
-def _ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
-    ids = [] if value is None else value if isinstance(value, list) else [value]
-    for token in ids:
-        if isinstance(token, bool) or not isinstance(token, int):
-            raise LoadError(f"{where}: eos_token_id must hold integers, got {token!r}")
-    # Some checkpoints list -1 or ids of a larger tokenizer: they can never be drawn.
-    return tuple(dict.fromkeys(token for token in ids if 0 <= token < vocab_size))
+def _eos_ids(
+    raw: Mapping[str, Any],
+    text: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    known: Architecture,
+    where: str,
+    tokenizer_eos: int | None,
+    vocab_size: int,
+) -> tuple[int, ...]:
+    sources = [
+        EosSource(str(Path(where).with_name("generation_config.json")), generation.get("eos_token_id")),
+        EosSource(where, raw.get("eos_token_id")),
+        EosSource(where, text.get("eos_token_id")),
+        EosSource("the tokenizer", tokenizer_eos),
+    ]
+    if all(source.value is None for source in sources):
+        sources.append(EosSource("the family's default", known.defaults.get("eos_token_id")))
+    return eos_ids(sources, vocab_size)
 
 
 def _bos(fields: _Fields) -> int | None:
@@ -229,5 +269,5 @@ def _bos(fields: _Fields) -> int | None:
 
 def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
     """Null means the family's default, except where null itself says something."""
-    says = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "eos_token_id"}
-    return {key: value for key, value in values.items() if value is not None or key in says}
+    meaningful = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
+    return {key: value for key, value in values.items() if value is not None or key in meaningful}

@@ -11,8 +11,9 @@ from torch import Tensor
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
-from ...kernels.linear import Linear
 from .config import ModelConfig
+from .linear import make_linear
+from .mlp import MLP, GatedMLP
 from .rope import RopeTable
 
 
@@ -40,7 +41,8 @@ class Decoder:
         self._ops = ops
         self._embedding = weights.pop("embedding")
         self._norm = weights.pop("norm")
-        self._lm_head = Linear(weights.pop("lm_head", self._embedding))
+        weights.setdefault("lm_head", self._embedding)
+        self._lm_head = make_linear("lm_head", weights)
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops) for i in range(config.num_layers)]
 
@@ -106,12 +108,10 @@ class _Layer:
         def weight(name: str) -> Tensor:
             return weights.pop(f"layers.{index}.{name}")
 
-        def linear(name: str) -> Linear:
-            return Linear(weight(name), weights.pop(f"layers.{index}.{name}_bias", None))
-
         self.config, self.ops = config, ops
         self.attention_norm, self.mlp_norm = weight("attention_norm"), weight("mlp_norm")
-        self.qkv, self.o, self.gate_up, self.down = linear("qkv"), linear("o"), linear("gate_up"), linear("down")
+        self.qkv, self.o = make_linear(f"layers.{index}.qkv", weights), make_linear(f"layers.{index}.o", weights)
+        self.mlp: MLP = GatedMLP(config, f"layers.{index}", weights, ops)
         self.attention_post_norm: Tensor | None = None
         self.mlp_post_norm: Tensor | None = None
         if config.sandwich_norms:
@@ -140,15 +140,7 @@ class _Layer:
         if self.attention_post_norm is not None:
             x = ops.rms_norm(x, self.attention_post_norm, eps)
         x = ops.add_rms_norm(x, hidden, self.mlp_norm, eps)
-        x = self.gate_up(x)
-        match self.config.activation:
-            case "silu":
-                x = ops.silu_mul(x)
-            case "gelu_tanh":
-                x = ops.gelu_mul(x, "tanh")
-            case _:
-                x = ops.gelu_mul(x, "none")
-        x = self.down(x)
+        x = self.mlp(x)
         if self.mlp_post_norm is not None:
             x = ops.rms_norm(x, self.mlp_post_norm, eps)
         return x

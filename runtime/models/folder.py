@@ -1,4 +1,4 @@
-"""Where a model lives. No torch here: the processes that do not compute call this too."""
+"""From a model's name to its folder. No torch here: the processes that do not compute call this too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ..errors import LoadError
 
 SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is the model's card
 HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+# A second copy of the weights in Mistral's or Meta's own format, and exports for other runtimes in subfolders.
+HUB_IGNORED = ["consolidated*", "original/*", "*/*.safetensors", "*/*.json", "*/tokenizer*"]
 
 
 def model_folder(model: str) -> Path:
@@ -30,7 +32,7 @@ def model_folder(model: str) -> Path:
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
+        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
     except RepositoryNotFoundError:
         reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
     except Exception as error:  # the hub's other errors share no base class; all of them mean the same here

@@ -1,47 +1,61 @@
-"""Weights from a folder of safetensors, or made up. Never transformers, never torch.load."""
+"""Weights for a decoder: read from a checkpoint, or random. Never transformers."""
 
 from __future__ import annotations
 
-import json
+import logging
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoadError
+from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .registry import ARCHITECTURES
-from .weights import Source, WeightSpec, weight_specs
+from .quantization import refuse_quantized_tensors
+from .weights import Source, WeightSpec, lm_head_spec, shard, weight_specs
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def load_weights(
-    folder: Path, config: ModelConfig, dtype: torch.dtype, device: torch.device, progress: Progress | None = None
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, Tensor]:
     """Reads every weight the config calls for, fused, in ``dtype`` (norms in float32) on ``device``.
 
-    Raises `LoadError` for a missing, truncated or corrupt file and for a missing or mis-shaped tensor.
+    Rank ``rank`` of ``world`` reads and gets its slices alone (`weights.shard`). A ``lm_head`` that differs from the
+    embedding is returned although the config says that they are tied, with a warning.
+
+    Raises `LoadError` for a missing, truncated or corrupt file, a missing or mis-shaped tensor, values that are not
+    finite, and a quantized checkpoint.
     """
-    specs = list(weight_specs(config))
-    total = sum(math.prod(spec.shape) * _itemsize(spec, dtype) for spec in specs)
-    done = 0
-    with ExitStack() as stack:
-        files = _open_files(folder, stack)
-        prefix = _prefix(config, files, folder)
-        weights = {}
-        for spec in specs:
-            weights[spec.name] = _read(spec, prefix, files, config, dtype, device)
-            done += weights[spec.name].nbytes
+    with Checkpoint(folder) as checkpoint:
+        specs = list(weight_specs(config))
+        if config.tied_embeddings and _head_differs(checkpoint, config):
+            logger.warning("lm_head.weight differs from the embedding although tie_word_embeddings is true: using both")
+            specs.append(lm_head_spec(config))
+        _refuse_quantized(checkpoint, specs)
+        indices = [shard(spec, rank, world) for spec in specs]
+        dtypes = [torch.float32 if spec.norm else dtype for spec in specs]
+        sizes = [math.prod(_shape(index)) * kind.itemsize for index, kind in zip(indices, dtypes, strict=True)]
+        weights: dict[str, Tensor] = {}
+        for i, spec in enumerate(specs):
+            weight = _read(
+                checkpoint, spec, indices[i], torch.empty(_shape(indices[i]), dtype=dtypes[i], device=device)
+            )
+            weights[spec.name] = weight.add_(config.norm_offset) if spec.norm else weight
             if progress is not None:
-                progress(done, total)
+                progress(sum(sizes[: i + 1]), sum(sizes))
     return weights
 
 
@@ -59,81 +73,58 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     return weights
 
 
-def _read(
-    spec: WeightSpec, prefix: str, files: dict[str, Any], config: ModelConfig, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    weight = torch.empty(spec.shape, dtype=torch.float32 if spec.norm else dtype, device=device)
-    row = 0
-    for source in spec.sources:
-        weight[row : row + source.shape[0]].copy_(_tensor(source, prefix, files))
-        row += source.shape[0]
-    return weight.add_(config.norm_offset) if spec.norm else weight
+def _refuse_quantized(checkpoint: Checkpoint, specs: list[WeightSpec]) -> None:
+    """Looks at the language model's tensors alone: a vision tower may have scales of another kind."""
+    read = {checkpoint.full_name(source.name) for spec in specs for source in spec.sources}
+    ours = (checkpoint.full_name("model."), checkpoint.full_name("lm_head."))
+    refuse_quantized_tensors([entry for entry in checkpoint.dtypes() if entry[0].startswith(ours)], read)
 
 
-def _tensor(source: Source, prefix: str, files: dict[str, Any]) -> Tensor:
-    name = _full_name(source.name, prefix, files)
-    if name not in files:
-        raise LoadError(f"the checkpoint has no tensor {name}: it is incomplete or not of the architecture it says")
-    shape = tuple(files[name].get_slice(name).get_shape())
-    if shape != source.shape:
-        raise LoadError(f"tensor {name} has shape {list(shape)}, config.json calls for {list(source.shape)}")
-    try:
-        tensor: Tensor = files[name].get_tensor(name)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise LoadError(f"tensor {name} cannot be read: {error}; download the checkpoint again") from error
-    if not tensor.is_floating_point():
-        raise LoadError(f"tensor {name} is {tensor.dtype}: quantized checkpoints are not supported")
-    return tensor
+def _shape(indices: tuple[tuple[slice, ...], ...]) -> tuple[int, ...]:
+    """Of the parts joined along dimension 0."""
+    rows, *rest = ([part.stop - part.start for part in dim] for dim in zip(*indices, strict=True))
+    return (sum(rows), *(sizes[0] for sizes in rest))
 
 
-def _open_files(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Tensor name -> the open file that holds it. safetensors checks every header against its file's size."""
-    files: dict[str, Any] = {}
-    for name in _file_names(folder):
-        path = folder / name
-        if not path.is_file():
-            raise LoadError(f"{path} is missing: download the checkpoint again")
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-            files.update(dict.fromkeys(file.keys(), file))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise LoadError(f"{path} is truncated or corrupt ({error}): download the checkpoint again") from error
-    return files
+def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:
+    parts = weight.split([index[0].stop - index[0].start for index in indices])
+    for source, index, part in zip(spec.sources, indices, parts, strict=True):
+        _copy(checkpoint, source, index, part)
+    return weight
 
 
-def _file_names(folder: Path) -> list[str]:
-    index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise LoadError(f"{folder} has neither {_SINGLE} nor {_INDEX} (--load-format dummy makes up weights)")
-        return [_SINGLE]
-    try:
-        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LoadError(f"{index} is not a safetensors index: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:  # a name must not lead out of the folder
-            raise LoadError(f"{index}: {name!r} is not the name of a file in the folder")
-    return names
+def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:
+    name = checkpoint.full_name(source.name)
+    shape, expected = checkpoint.shape(source.name), (source.tensor_rows or source.shape[0], *source.shape[1:])
+    if shape != expected:
+        raise LoadError(f"tensor {name} has shape {list(shape)}, config.json calls for {list(expected)}")
+    rows = slice(source.start + index[0].start, source.start + index[0].stop)
+    tensor = checkpoint.read(source.name, (rows, *index[1:]))
+    part.copy_(tensor)
+    if not _finite(part):
+        if _finite(tensor):
+            raise LoadError(
+                f"tensor {name} does not fit {str(part.dtype).removeprefix('torch.')}: use --dtype bfloat16"
+            )
+        raise LoadError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged; download it again")
 
 
-def _prefix(config: ModelConfig, files: dict[str, Any], folder: Path) -> str:
-    embedding = "model.embed_tokens.weight"
-    candidates = ARCHITECTURES[config.architecture].prefixes
-    for prefix in candidates:
-        if _full_name(embedding, prefix, files) in files:
-            return prefix
-    missing = _full_name(embedding, candidates[0], files)
-    raise LoadError(f"{folder} has no tensor {missing}: is it the whole checkpoint?")
+def _finite(tensor: Tensor) -> bool:
+    """Whether every value is: one pass without a temporary, since NaN and infinity survive a sum."""
+    return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 
-def _full_name(name: str, prefix: str, files: dict[str, Any]) -> str:
-    """``model.x`` under prefix ``language_model.`` is ``language_model.model.x``; under ``model.language_model.`` (the
-    newer layout) it is ``model.language_model.x``, with ``lm_head`` left outside."""
-    if prefix == "model.language_model.":
-        return prefix + name.removeprefix("model.") if name.startswith("model.") else name
-    return prefix + name
-
-
-def _itemsize(spec: WeightSpec, dtype: torch.dtype) -> int:
-    return torch.float32.itemsize if spec.norm else dtype.itemsize
+def _head_differs(checkpoint: Checkpoint, config: ModelConfig) -> bool:
+    """Whether the checkpoint has an output projection that is not the embedding. Read in blocks of 64 MiB or so."""
+    if "lm_head.weight" not in checkpoint:
+        return False
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    (vocab, *rest), other = checkpoint.shape(embedding), checkpoint.shape(head)
+    if (vocab, *rest) != other:
+        return True  # reading it will say what is wrong with its shape
+    block = max(1, (16 << 20) // max(config.hidden_size, 1))
+    for row in range(0, vocab, block):
+        index = (slice(row, min(row + block, vocab)), *(slice(0, size) for size in rest))
+        if not torch.equal(checkpoint.read(embedding, index).float(), checkpoint.read(head, index).float()):
+            return True
+    return False

@@ -1,4 +1,4 @@
-"""The architectures we know, as data: what each does differently, and what its checkpoint calls its weights."""
+"""The supported architectures, as data: how each differs from Llama, and the defaults of its config.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ Bias = Literal["never", "always", "config"]
 class Architecture:
     """Feature switches of one family. ``defaults`` are the values its config.json may leave out."""
 
+    model_type: str  # as config.json names the family
     qkv_bias: Bias = "never"
     o_bias: Bias = "never"
     mlp_bias: Bias = "never"
@@ -20,7 +21,6 @@ class Architecture:
     gemma: bool = False  # (1 + w) norms, norms after attention and MLP too, scaled embeddings, its own query scale
     windows: Literal["none", "all", "qwen", "alternate"] = "none"  # which layers slide when layer_types is absent
     text_config: bool = False  # the language model's settings are nested under "text_config"
-    prefixes: tuple[str, ...] = ("",)  # what may stand before "model." in the checkpoint's names
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -48,32 +48,51 @@ _GEMMA3 = _GEMMA | {
     "sliding_window_pattern": 6,
 }
 
+_QWEN = {"max_window_layers": 28, "max_position_embeddings": 32768}
+
 ARCHITECTURES: dict[str, Architecture] = {
-    "LlamaForCausalLM": Architecture(qkv_bias="config", o_bias="config", mlp_bias="config"),
-    "MistralForCausalLM": Architecture(windows="all", defaults={"sliding_window": 4096}),
-    "Qwen2ForCausalLM": Architecture(qkv_bias="always", windows="qwen", defaults={"max_window_layers": 28}),
+    "LlamaForCausalLM": Architecture(
+        "llama",
+        qkv_bias="config",
+        o_bias="config",
+        mlp_bias="config",
+        defaults={"max_position_embeddings": 2048},
+    ),
+    "MistralForCausalLM": Architecture(
+        "mistral", windows="all", defaults={"sliding_window": 4096, "max_position_embeddings": 131072}
+    ),
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", windows="qwen", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(
+        "qwen3",
         qkv_bias="config",
         o_bias="config",
         qk_norm=True,
         windows="qwen",
-        defaults={"head_dim": 128, "max_window_layers": 28},
+        defaults=_QWEN | {"head_dim": 128},
     ),
     "Gemma2ForCausalLM": Architecture(
-        qkv_bias="config", o_bias="config", gemma=True, windows="alternate", defaults=_GEMMA2
+        "gemma2", qkv_bias="config", o_bias="config", gemma=True, windows="alternate", defaults=_GEMMA2
     ),
     "Gemma3ForCausalLM": Architecture(
-        qkv_bias="config", o_bias="config", qk_norm=True, gemma=True, windows="alternate", defaults=_GEMMA3
+        "gemma3_text",
+        qkv_bias="config",
+        o_bias="config",
+        qk_norm=True,
+        gemma=True,
+        windows="alternate",
+        defaults=_GEMMA3,
     ),
     # The multimodal checkpoints of Gemma 3, text only. transformers 5 and 4 name the same weights differently.
     "Gemma3ForConditionalGeneration": Architecture(
+        "gemma3",
         qkv_bias="config",
         o_bias="config",
         qk_norm=True,
         gemma=True,
         windows="alternate",
         text_config=True,
-        prefixes=("language_model.", "model.language_model."),
         defaults=_GEMMA3,
     ),
 }
+
+MODEL_TYPES = {known.model_type: name for name, known in ARCHITECTURES.items()}

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..errors import LoadError
 
-KINDS = ("default", "linear", "llama3", "yarn")
+# "dynamic" (NTK-aware scaling by the length of the context) equals "default" up to max_position_embeddings, and longer
+# contexts are not served.
+KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +22,7 @@ class RopeConfig:
     """One rotary embedding. Fields after ``dim`` matter to some kinds only."""
 
     theta: float
-    dim: int  # channels of a head that turn
+    dim: int  # channels of a head that are rotated
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0  # llama3, yarn: context before stretching
@@ -122,7 +124,7 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
 
     partial = number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     base = RopeConfig(theta=float(number("rope_theta", local if sliding else theta)), dim=int(head_dim * partial))
-    if kind == "default":
+    if kind in ("default", "dynamic"):
         return base
     if kind == "linear":
         return replace(base, kind=kind, factor=number("factor"))

@@ -1,4 +1,4 @@
-"""Every weight of a decoder: its name here, where it comes from in a checkpoint, its shape, how it would shard."""
+"""The weights of a decoder: names, shapes, tensors in the checkpoint, and slices under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import LoadError
 from .config import ModelConfig
 
-# How tensor parallelism would cut a weight: by output features, by input features, by vocabulary rows, or not at all.
-Shard = Literal["column", "row", "vocab", "replicated"]
+# Where tensor parallelism cuts a weight: along its outputs (dimension 0), along its inputs (dimension 1), or nowhere.
+Shard = Literal["column", "row", "replicated"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One tensor of the checkpoint. ``name`` follows Hugging Face, without a family's prefix."""
+    """Rows of one tensor of the checkpoint: the whole tensor, or one part of a fused tensor (Phi 3's ``qkv_proj``)."""
 
-    name: str
-    shape: tuple[int, ...]
+    name: str  # as Hugging Face names it, without a layout's prefix
+    shape: tuple[int, ...]  # of these rows
+    units: int = 0  # parts of the sharded dimension that stay whole, such as heads; 0: every index is its own
+    start: int = 0  # row of the tensor that is the first of these
+    tensor_rows: int = 0  # rows of the whole tensor, if that is more than ``shape`` says
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One weight: its sources joined along dimension 0 (fused query-key-value, fused gate-up)."""
+    """One weight: its sources concatenated along dimension 0 (fused query-key-value, fused gate-up)."""
 
     name: str
     sources: tuple[Source, ...]
@@ -34,45 +38,78 @@ class WeightSpec:
         return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
 
 
+def shard(spec: WeightSpec, rank: int, world: int) -> tuple[tuple[slice, ...], ...]:
+    """The slice of each source that rank ``rank`` of ``world`` holds, as an index into the source (Megatron-LM's cuts).
+
+    Units are dealt out in equal contiguous ranges. Where there are fewer units than ranks, as with KV heads, each unit
+    is replicated on ``world / units`` neighbouring ranks. Rows that are no units, such as the vocabulary, are cut as
+    evenly as their number allows. Raises `LoadError` if units cannot be dealt out equally.
+    """
+    return tuple(_source_shard(spec, source, rank, world) for source in spec.sources)
+
+
+def _source_shard(spec: WeightSpec, source: Source, rank: int, world: int) -> tuple[slice, ...]:
+    index = [slice(0, size) for size in source.shape]
+    if spec.shard == "replicated":
+        return tuple(index)
+    dim = 0 if spec.shard == "column" else 1
+    size, units = source.shape[dim], source.units or source.shape[dim]
+    if source.units and units % world and world % units:
+        raise LoadError(f"{source.name}: {units} heads cannot be dealt out to {world} ranks equally")
+    first = rank * units // world
+    last = max((rank + 1) * units // world, first + 1)
+    index[dim] = slice(first * (size // units), last * (size // units))
+    return tuple(index)
+
+
 def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     """All weights, in the order the forward pass uses them."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield WeightSpec("embedding", (Source("model.embed_tokens.weight", (vocab, hidden)),), "vocab")
+    yield WeightSpec("embedding", (Source("model.embed_tokens.weight", (vocab, hidden)),), "column")
     for i in range(config.num_layers):
         yield from _layer_specs(config, i)
     yield WeightSpec("norm", (Source("model.norm.weight", (hidden,)),), "replicated", norm=True)
     if not config.tied_embeddings:
-        yield WeightSpec("lm_head", (Source("lm_head.weight", (vocab, hidden)),), "vocab")
+        yield lm_head_spec(config)
+
+
+def lm_head_spec(config: ModelConfig) -> WeightSpec:
+    """The output projection, where it is a weight of its own."""
+    return WeightSpec("lm_head", (Source("lm_head.weight", (config.vocab_size, config.hidden_size)),), "column")
 
 
 def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
     hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    theirs = f"model.layers.{i}."
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    prefix = f"model.layers.{i}."
 
     def linear(
-        name: str, module: str, outputs: dict[str, int], inputs: int, shard: Shard, bias: bool
+        name: str, outputs: dict[str, tuple[int, int]], inputs: int, cut: Shard, bias: bool
     ) -> Iterator[WeightSpec]:
-        sources = tuple(Source(f"{theirs}{module}.{out}.weight", (size, inputs)) for out, size in outputs.items())
-        yield WeightSpec(f"layers.{i}.{name}", sources, shard)
+        """``outputs``: module -> (size, units)."""
+        weights = [Source(f"{prefix}{module}.weight", (n, inputs), units) for module, (n, units) in outputs.items()]
+        yield WeightSpec(f"layers.{i}.{name}", tuple(weights), cut)
         if bias:
-            sources = tuple(Source(f"{theirs}{module}.{out}.bias", (size,)) for out, size in outputs.items())
-            yield WeightSpec(f"layers.{i}.{name}_bias", sources, "replicated" if shard == "row" else shard)
+            biases = [Source(f"{prefix}{module}.bias", (n,), units) for module, (n, units) in outputs.items()]
+            yield WeightSpec(f"layers.{i}.{name}_bias", tuple(biases), "replicated" if cut == "row" else cut)
 
     def norm(name: str, source: str, size: int) -> WeightSpec:
-        return WeightSpec(f"layers.{i}.{name}", (Source(f"{theirs}{source}.weight", (size,)),), "replicated", norm=True)
+        return WeightSpec(f"layers.{i}.{name}", (Source(f"{prefix}{source}.weight", (size,)),), "replicated", norm=True)
 
     yield norm("attention_norm", "input_layernorm", hidden)
-    yield from linear("qkv", "self_attn", {"q_proj": q, "k_proj": kv, "v_proj": kv}, hidden, "column", config.qkv_bias)
+    qkv = {"self_attn.q_proj": (q, heads), "self_attn.k_proj": (kv, kv_heads), "self_attn.v_proj": (kv, kv_heads)}
+    yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
     if config.qk_norm:
         yield norm("q_norm", "self_attn.q_norm", config.head_dim)
         yield norm("k_norm", "self_attn.k_norm", config.head_dim)
-    yield from linear("o", "self_attn", {"o_proj": hidden}, q, "row", config.o_bias)
+    yield from linear("o", {"self_attn.o_proj": (hidden, heads)}, q, "row", config.o_bias)
     if config.sandwich_norms:
         yield norm("attention_post_norm", "post_attention_layernorm", hidden)
         yield norm("mlp_norm", "pre_feedforward_layernorm", hidden)
         yield norm("mlp_post_norm", "post_feedforward_layernorm", hidden)
     else:
         yield norm("mlp_norm", "post_attention_layernorm", hidden)
-    yield from linear("gate_up", "mlp", {"gate_proj": inner, "up_proj": inner}, hidden, "column", config.mlp_bias)
-    yield from linear("down", "mlp", {"down_proj": hidden}, inner, "row", config.mlp_bias)
+    gate_up = {"mlp.gate_proj": (inner, 0), "mlp.up_proj": (inner, 0)}
+    yield from linear("gate_up", gate_up, hidden, "column", config.mlp_bias)
+    yield from linear("down", {"mlp.down_proj": (hidden, 0)}, inner, "row", config.mlp_bias)

@@ -9,14 +9,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-from tokenizers import AddedToken, Encoding
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from ..chat.template import ChatTemplate
 from ..errors import InvalidRequest, LoadError
+from .special_tokens import declared_tokens, load_tokenizer_config, named_tokens
 
 # Characters, or tokens. Longer ones go as a batch of one: only for batches does the library let other threads run.
 SHORT = 16_384
@@ -41,8 +41,9 @@ class Tokenizer:
         self.backend = backend
         backend.no_truncation()
         backend.no_padding()
-        self.special_tokens = _named_tokens(config)  # {"bos_token": "<s>", ...}: what templates may name
-        _add_missing(backend, config, self.special_tokens)
+        self.special_tokens = named_tokens(config)
+        known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+        backend.add_tokens(declared_tokens(config, self.special_tokens, known))
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max(backend.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1)
@@ -66,15 +67,7 @@ class Tokenizer:
             backend = Backend.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise LoadError(f"cannot read {path}: {error}") from error
-        config: Any = {}
-        config_path = folder / "tokenizer_config.json"
-        if config_path.is_file():
-            try:
-                config = msgspec.json.decode(config_path.read_bytes())
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise LoadError(f"cannot read {config_path}: {error}") from error
-            if not isinstance(config, dict):
-                raise LoadError(f"cannot read {config_path}: it must hold a JSON object")
+        config = load_tokenizer_config(folder)
         return cls(backend, config, *_find_templates(folder, config))
 
     def dump(self) -> dict[str, Any]:
@@ -263,36 +256,6 @@ def _byte_tokens(backend: Backend) -> frozenset[int]:
     """Ids of the raw bytes of a byte-fallback vocabulary, written ``<0x00>`` to ``<0xFF>``."""
     ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
     return frozenset(id for id in ids if id is not None)
-
-
-def _content(value: Any) -> str | None:
-    """A token in a config: its text, or an object that holds it."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
-def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {name: _content(value) for name, value in config.items() if name.endswith("_token")}
-    return {name: content for name, content in found.items() if content is not None}
-
-
-def _add_missing(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """Tokens that only ``tokenizer_config.json`` knows: added in the order of their ids, as Hugging Face does."""
-    known = set(backend.get_vocab(with_added_tokens=True)) if config.get("added_tokens_decoder") or named else set()
-    missing: dict[str, AddedToken] = {}
-    decoder = config.get("added_tokens_decoder") or {}
-    for _, entry in sorted(decoder.items(), key=lambda item: int(item[0])):
-        content = _content(entry)
-        if content is not None and content not in known:
-            flags = {name: bool(entry.get(name, False)) for name in ("single_word", "lstrip", "rstrip", "normalized")}
-            special = bool(entry.get("special", False)) or content in named.values()
-            missing[content] = AddedToken(content, special=special, **flags)
-    for content in named.values():
-        if content not in known and content not in missing:
-            missing[content] = AddedToken(content, special=True)
-    if missing:
-        backend.add_tokens(list(missing.values()))
 
 
 def _find_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:

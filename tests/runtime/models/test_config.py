@@ -12,6 +12,7 @@ import torch
 
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.config import ModelConfig, load_config, parse_config
+from branchwise.runtime.models.registry import MODEL_TYPES
 from branchwise.runtime.models.rope import RopeConfig, RopeTable
 
 LLAMA = {
@@ -50,7 +51,7 @@ def parse(changes: dict[str, Any] | None = None, base: dict[str, Any] = LLAMA, *
 
 def test_what_a_small_config_leaves_out() -> None:
     config = parse()
-    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.dtype) == (4, 16, 1e-6, "float32")
+    assert (config.num_kv_heads, config.head_dim, config.norm_eps, config.dtype) == (4, 16, 1e-6, "auto")
     assert config.ropes == (RopeConfig(theta=10000.0, dim=16),)
     assert (config.eos_ids, config.tied_embeddings, config.qkv_bias, config.activation) == ((), False, False, "silu")
 
@@ -133,11 +134,89 @@ def test_yarn_stretches_the_context() -> None:
     assert parse({"rope_scaling": scaling}).max_model_len == 8192
 
 
-def test_end_tokens_come_from_the_generation_config_first() -> None:
+def test_end_tokens_are_those_of_every_file() -> None:
     assert parse({"eos_token_id": 5}).eos_ids == (5,)
     assert parse({"eos_token_id": [5, 6, 5]}).eos_ids == (5, 6)
-    assert parse({"eos_token_id": 5}, eos_token_id=[7, 8]).eos_ids == (7, 8)
-    assert parse({"eos_token_id": [5, 100, -1]}).eos_ids == (5,)  # ids that can never be drawn
+    assert parse({"eos_token_id": 5}, eos_token_id=[7, 8]).eos_ids == (7, 8, 5)
+    assert parse({"eos_token_id": 5}, eos_token_id=None).eos_ids == (5,)
+    assert parse({"eos_token_id": None}, eos_token_id=5).eos_ids == (5,)
+    assert parse({"eos_token_id": [5, 100, -1]}).eos_ids == (5,)  # ids outside the vocabulary
+    assert parse_config({**LLAMA, "eos_token_id": 5}, {}, tokenizer_eos=9).eos_ids == (5, 9)
+    assert parse_config(LLAMA, {}, tokenizer_eos=0).eos_ids == (0,)
+
+
+def test_end_tokens_of_a_nested_config() -> None:
+    """Written in full, Gemma 3's text_config says 1, and what stands outside it says that 106 ends a turn too."""
+    nested = {**GEMMA3_NESTED, "text_config": {**GEMMA3_NESTED["text_config"], "eos_token_id": 1}}
+    assert parse(base=nested).eos_ids == (1, 106)
+    assert parse({"eos_token_id": "absent"}, GEMMA3_NESTED).eos_ids == (1,)  # the family's default
+
+
+def test_a_faulty_end_token_names_its_file(tmp_path: Path) -> None:
+    for name in ("config.json", "generation_config.json"):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+        values = LLAMA if name == "config.json" else {}
+        (tmp_path / name).write_text(json.dumps({**values, "eos_token_id": "</s>"}))
+        with pytest.raises(LoadError, match=rf"{tmp_path}/{name}: eos_token_id must hold integers, got '</s>'"):
+            load_config(tmp_path)
+
+
+@pytest.mark.parametrize("declared", ["vocabulary", "added tokens", "config", "map"])
+def test_the_tokenizers_end_token_counts(declared: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "eos_token_id": 0}))
+    token: dict[str, Any] = {"id": 7, "content": "<end>"}
+    tokenizer = {"added_tokens": [] if declared == "vocabulary" else [token], "model": {"vocab": {"a": 1, "<end>": 7}}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    name = "special_tokens_map.json" if declared == "map" else "tokenizer_config.json"
+    (tmp_path / name).write_text(json.dumps({"eos_token": {"content": "<end>"} if declared == "config" else "<end>"}))
+    assert load_config(tmp_path).eos_ids == (0, 7)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("architectures", [None, [], ["SomeModel"], "absent"])
+def test_the_model_type_says_what_architectures_leaves_out(model_type: str, architectures: Any) -> None:
+    changes = {"architectures": architectures, "model_type": model_type}
+    assert parse(changes).architecture == MODEL_TYPES[model_type]
+
+
+def test_a_context_length_that_is_left_out_is_the_familys() -> None:
+    import transformers
+
+    for family, theirs in (("Llama", 2048), ("Mistral", 131072), ("Qwen2", 32768), ("Qwen3", 32768)):
+        assert getattr(transformers, f"{family}Config")().max_position_embeddings == theirs
+        changes = {"architectures": [f"{family}ForCausalLM"], "max_position_embeddings": "absent"}
+        assert parse(changes).max_model_len == theirs
+
+
+def test_dynamic_rope_is_plain_within_the_context() -> None:
+    config = parse({"rope_scaling": {"type": "dynamic", "factor": 4.0}})
+    assert config.ropes == (RopeConfig(theta=10000.0, dim=16),)
+    assert config.max_model_len == 2048
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "fp8"}},
+        {"compression_config": {"format": "float-quantized"}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+        {"quant_method": "awq"},
+        {"text_config": {"quantization_config": {"bits": 4}}},
+    ],
+)
+def test_quantized_configs_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="quantized checkpoints are not supported") as caught:
+        parse(changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {}}))
+    load_config(tmp_path)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(LoadError, match=f"{file}: quantized checkpoints are not supported"):
+        load_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +237,6 @@ def test_end_tokens_come_from_the_generation_config_first() -> None:
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope factor must be a positive number, got '4'"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object, got list"),
         ({"torch_dtype": "int8"}, "dtype int8 is not supported"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not supported"),
         ({"layer_types": ["full_attention"]}, "layer_types must name"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must hold integers, got '</s>'"),
         ({"bos_token_id": "<s>"}, "bos_token_id must be an integer, got '<s>'"),

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from branchwise.runtime.errors import LoadError
+from branchwise.runtime.models.checkpoint import Checkpoint
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.loader import dummy_weights, load_weights
-from branchwise.runtime.models.weights import weight_specs
+from branchwise.runtime.models.weights import shard, weight_specs
 
 CPU = torch.device("cpu")
 
@@ -36,6 +37,11 @@ def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> P
     return folder
 
 
+def rename_tensors(folder: Path, rename: Callable[[str], str]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    save_file({rename(name): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+
 def test_fused_weights_are_the_checkpoints_rows(checkpoint: Callable[[str], Path]) -> None:
     raw = load_file(checkpoint("llama-gqa") / "model.safetensors")
     weights = load(checkpoint("llama-gqa"))
@@ -55,21 +61,25 @@ def test_gemma_norms_hold_their_offset_in_float32(checkpoint: Callable[[str], Pa
     assert weights["layers.0.qkv"].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    "rename",
-    [
-        lambda name: name.replace("model.", "model.language_model.", 1),  # transformers 5
-        lambda name: "language_model." + name,  # transformers 4
-    ],
-)
-def test_gemma3_inside_a_multimodal_checkpoint(rename: Callable[[str], str], folder: Callable[[str], Path]) -> None:
-    path = folder("gemma3")
-    plain = load(path)
-    tensors = load_file(path / "model.safetensors")
-    save_file({rename(name): tensor for name, tensor in tensors.items()}, path / "model.safetensors")
+NESTED: list[Callable[[str], str]] = [
+    lambda name: name.replace("model.", "model.language_model.", 1),  # transformers 5
+    lambda name: "language_model." + name,  # transformers 4
+]
+
+
+def nest(path: Path, rename: Callable[[str], str]) -> None:
+    """Makes the checkpoint the language model of a multimodal one."""
+    rename_tensors(path, rename)
     config = json.loads((path / "config.json").read_text())
     nested = {"architectures": ["Gemma3ForConditionalGeneration"], "text_config": config}
     (path / "config.json").write_text(json.dumps(nested))
+
+
+@pytest.mark.parametrize("rename", NESTED)
+def test_gemma3_inside_a_multimodal_checkpoint(rename: Callable[[str], str], folder: Callable[[str], Path]) -> None:
+    path = folder("gemma3")
+    plain = load(path)
+    nest(path, rename)
     assert all(torch.equal(weight, plain[name]) for name, weight in load(path).items())
 
 
@@ -97,6 +107,150 @@ def test_quantized_tensor(folder: Callable[[str], Path]) -> None:
     path = edit(folder("mistral"), lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
     with pytest.raises(LoadError, match="quantized"):
         load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8])
+def test_weights_that_are_no_plain_floats_are_refused(dtype: torch.dtype, folder: Callable[[str], Path]) -> None:
+    name = "model.layers.0.mlp.down_proj.weight"
+    path = edit(folder("mistral"), lambda tensors: tensors.update({name: tensors[name].to(dtype)}))
+    with pytest.raises(LoadError, match=r"tensor .*down_proj\.weight is .*quantized"):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.down_proj.weight_scale",
+        "mlp.down_proj.weight_scale_inv",
+        "mlp.down_proj.weight_scale_2",
+        "mlp.down_proj.input_scale",
+        "mlp.down_proj.scales",
+        "mlp.down_proj.biases",
+        "mlp.down_proj.qweight",
+        "mlp.down_proj.qzeros",
+        "mlp.down_proj.g_idx",
+        "mlp.down_proj.weight_packed",
+        "mlp.down_proj.weight.absmax",
+        "mlp.down_proj.weight.quant_state.bitsandbytes__nf4",
+        "self_attn.k_scale",
+    ],
+)
+def test_scales_that_nobody_reads_are_refused(name: str, folder: Callable[[str], Path]) -> None:
+    path = edit(folder("mistral"), lambda tensors: tensors.update({f"model.layers.0.{name}": torch.ones(1)}))
+    with pytest.raises(LoadError, match="quantized checkpoint") as caught:
+        load(path)
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["vision_tower.logit_scale", "model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_tensors_that_say_nothing_of_quantization_are_ignored(name: str, folder: Callable[[str], Path]) -> None:
+    load(edit(folder("mistral"), lambda tensors: tensors.update({name: torch.ones(1)})))
+
+
+@pytest.mark.parametrize("nested", [None, *NESTED])
+def test_a_head_of_its_own_is_used_although_the_config_ties_it(
+    nested: Callable[[str], str] | None, folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder("qwen3" if nested is None else "gemma3")
+    embedding = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    for head, differs in ((embedding.clone(), False), (embedding * 2, True)):
+        edit(path, lambda tensors, head=head: tensors.update({"lm_head.weight": head}))
+        if nested is not None and differs:
+            nest(path, nested)
+        weights = load(path)
+        assert ("lm_head" in weights) == differs == ("differs from the embedding" in caplog.text)
+    assert torch.equal(weights["lm_head"], embedding * 2) and torch.equal(weights["embedding"], embedding)
+
+
+def test_names_without_a_prefix(folder: Callable[[str], Path]) -> None:
+    """What AutoModel saves: the model without its head."""
+    path = folder("qwen3")
+    plain = load(path)
+    rename_tensors(path, lambda name: name.removeprefix("model."))
+    config = json.loads((path / "config.json").read_text()) | {"architectures": ["Qwen3Model"]}
+    (path / "config.json").write_text(json.dumps(config))
+    found = load(path)
+    assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in found)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight"])
+def test_weights_that_are_not_finite(value: float, name: str, folder: Callable[[str], Path]) -> None:
+    path = edit(folder("qwen3"), lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
+    with pytest.raises(LoadError, match=f"tensor {name} holds NaN or infinity"):
+        load(path)
+
+
+def test_weights_that_float16_cannot_hold(folder: Callable[[str], Path]) -> None:
+    path = edit(folder("qwen3"), lambda tensors: tensors["model.embed_tokens.weight"].view(-1)[:1].fill_(1e6))
+    with pytest.raises(LoadError, match=r"embed_tokens\.weight does not fit float16: use --dtype bfloat16"):
+        load_weights(path, load_config(path), torch.float16, CPU)
+
+
+@pytest.mark.parametrize("named", ["auto", None])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_dtype_that_the_config_leaves_open_is_the_tensors(
+    dtype: torch.dtype, named: str | None, folder: Callable[[str], Path]
+) -> None:
+    path = edit(folder("qwen3"), lambda tensors: tensors.update({n: t.to(dtype) for n, t in tensors.items()}))
+    config = json.loads((path / "config.json").read_text()) | {"dtype": named, "torch_dtype": named}
+    (path / "config.json").write_text(json.dumps(config))
+    assert load_config(path).dtype == str(dtype).removeprefix("torch.")
+    (path / "model.safetensors").unlink()
+    assert load_config(path).dtype == "float32"
+
+
+# -- tensor parallelism ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "qwen3", "gemma2"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_shards_of_all_ranks_make_up_the_whole(family: str, world: int, checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint(family)
+    config = load_config(folder)
+    whole = load(folder)
+    ranks = [load_weights(folder, config, torch.float32, CPU, rank=rank, world=world) for rank in range(world)]
+    kv_heads, head_dim = config.num_kv_heads, config.head_dim
+    for spec in weight_specs(config):
+        parts = [rank[spec.name] for rank in ranks]
+        if spec.shard == "replicated":
+            assert all(torch.equal(part, whole[spec.name]) for part in parts)
+            continue
+        dim = 0 if spec.shard == "column" else 1
+        rows = [source.shape[0] for source in spec.sources]
+        for i, source in enumerate(whole[spec.name].split(rows)):
+            sizes = [
+                index[i][dim].stop - index[i][dim].start for index in (shard(spec, r, world) for r in range(world))
+            ]
+            if dim:
+                pieces = parts
+            else:
+                starts = [sum(s.stop - s.start for s, *_ in shard(spec, r, world)[:i]) for r in range(world)]
+                pieces = [part[start : start + n] for part, start, n in zip(parts, starts, sizes, strict=True)]
+            if source.shape[dim] == kv_heads * head_dim and sum(sizes) > source.shape[dim]:
+                copies = world // kv_heads  # neighbouring ranks hold the same KV head
+                assert all(torch.equal(pieces[r], pieces[r - r % copies]) for r in range(world))
+                pieces = pieces[::copies]
+            assert torch.equal(torch.cat(pieces, dim), source)
+
+
+def test_heads_that_cannot_be_dealt_out(checkpoint: Callable[[str], Path]) -> None:
+    folder = checkpoint("llama-gqa")
+    with pytest.raises(LoadError, match=r"q_proj\.weight: 4 heads cannot be dealt out to 3 ranks equally"):
+        load_weights(folder, load_config(folder), torch.float32, CPU, rank=0, world=3)
+
+
+def test_a_rank_reads_its_slices_alone(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint("llama-mha")
+    read: list[torch.Tensor] = []
+    real = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda *args: read.append(real(*args)) or read[-1])
+    sizes = []
+    for world in (1, 4):
+        read.clear()
+        load_weights(folder, load_config(folder), torch.float32, CPU, rank=0, world=world)
+        sizes.append(sum(tensor.numel() for tensor in read if tensor.dim() == 2))
+    assert sizes[1] * 4 == sizes[0]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

@@ -1,0 +1,40 @@
+"""The feed-forward part of a layer."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from ...kernels.base import Ops
+from .config import ModelConfig
+from .linear import make_linear
+
+
+class MLP(Protocol):
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normed hidden states ``[T, hidden]`` to what is added to the residual stream, before any norm of it."""
+        ...
+
+
+class GatedMLP:
+    """``down(activation(gate(x)) * up(x))`` (Shazeer, 2020), with gate and up in one product.
+
+    Takes ``{layer}.gate_up``, ``{layer}.down`` and their biases out of ``weights``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> None:
+        self._activation, self._ops = config.activation, ops
+        self._gate_up = make_linear(f"{layer}.gate_up", weights)
+        self._down = make_linear(f"{layer}.down", weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self._gate_up(x)
+        match self._activation:
+            case "silu":
+                x = self._ops.silu_mul(x)
+            case "gelu_tanh":
+                x = self._ops.gelu_mul(x, "tanh")
+            case _:
+                x = self._ops.gelu_mul(x, "none")
+        return self._down(x)
