@@ -17,6 +17,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from tokenizers import Tokenizer as Backend
 
 from branchwise.runtime.errors import InvalidRequest, LoadError
+from branchwise.runtime.tokenizer.special_tokens import eos_token_id
 from branchwise.runtime.tokenizer.tokenizer import SHORT, Tokenizer
 
 CORPUS = [
@@ -192,6 +193,46 @@ def test_tokens_that_only_the_config_knows_are_added(oracle: Callable[[Path], An
     assert ours.encode(text).tolist() == theirs(text)["input_ids"]
     assert ours.decode(ours.encode(text)) == "xy<b>z"
     assert ours.special_tokens["pad_token"] == "<pad>"
+
+
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+
+
+@pytest.mark.parametrize(
+    ("config", "files"),
+    [
+        ({"added_tokens_decoder": {"417": {"content": "<tool>", "special": True, **PLAIN}}}, {}),
+        ({"added_tokens_decoder": {"417": {"content": "<tool>", "special": True, **PLAIN, "lstrip": True}}}, {}),
+        ({"added_tokens_decoder": {"0": {"content": "<s>", "special": False, **PLAIN}}, "bos_token": None}, {}),
+        ({"added_tokens_decoder": {"1": {"content": "</s>", "special": False, **PLAIN}}}, {}),
+        ({"additional_special_tokens": ["<tool>", "<x>"]}, {}),
+        ({"extra_special_tokens": ["<tool>", "<x>"]}, {}),
+        ({"extra_special_tokens": {"image_token": "<tool>"}}, {}),
+        ({"eos_token": "<tool>"}, {}),
+        ({"eos_token": "e"}, {}),
+        ({}, {"special_tokens_map.json": {"eos_token": "<tool>", "additional_special_tokens": ["<x>"]}}),
+        ({}, {"added_tokens.json": {"<x>": 419}}),
+        (
+            {"added_tokens_decoder": {"417": {"content": "<tool>", "special": False, **PLAIN}}},
+            {"special_tokens_map.json": {"eos_token": "<tool>"}},
+        ),
+    ],
+)
+def test_special_flags_are_read_as_by_auto_tokenizer(
+    oracle: Callable[[Path], Any], tmp_path: Path, config: dict[str, Any], files: dict[str, Any]
+) -> None:
+    folder = save(tmp_path / "model", byte_level(), **config)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+    ours, theirs = Tokenizer.load(folder), oracle(folder)
+    added = theirs.added_tokens_decoder
+    assert ours.special_ids == {id for id, token in added.items() if token.special}
+    text = "a <tool> é東 b<x><s>c</s>"
+    ids = ours.encode(text)
+    assert ids.tolist() == theirs(text)["input_ids"]
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert (ours.bos_id, ours.eos_id) == (theirs.bos_token_id, theirs.eos_token_id)
+    assert eos_token_id(folder) == ours.eos_id
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece_like])
