@@ -95,6 +95,7 @@ class Conversation(msgspec.Struct, kw_only=True):
 
     ``chat_template_kwargs``: further variables of the template. ``add_generation_prompt=None``: the prompt ends with
     the opening of the assistant's next turn, unless ``continue_final_message``, which ends it inside the last turn.
+    ``parse_special``: text that spells a special token becomes one; otherwise it stays text (`special_text`).
     """
 
     turns: list[Turn]
@@ -105,3 +106,4 @@ class Conversation(msgspec.Struct, kw_only=True):
     reasoning_effort: str | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    parse_special: bool = False

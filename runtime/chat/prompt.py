@@ -29,9 +29,11 @@ class ChatPrompt:
     variables: dict[str, Any]
     add_generation_prompt: bool
     continue_final_message: bool
+    parse_special: bool = False
 
     def text(self, turns: Sequence[Turn] | None = None, definitions: Sequence[dict[str, Any]] | None = None) -> str:
-        """The prompt with its special tokens spelled out: a tokenizer adds none.
+        """The prompt with its special tokens spelled out, and guards in what only spells one: `Tokenizer.encode` it
+        without adding special tokens.
 
         ``turns`` and ``definitions`` replace the conversation's own, to see what they change. Raises `InvalidRequest`
         where the template refuses the conversation.
@@ -41,10 +43,11 @@ class ChatPrompt:
         )
         if definitions is None:
             definitions = [tool.definition for tool in self.tools]
-        tools = {"tools": definitions} if definitions else {}
-        return self.template.render(
-            messages, self.add_generation_prompt, self.variables | tools, self.continue_final_message
-        )
+        variables = self.variables | ({"tools": definitions} if definitions else {})
+        if not self.parse_special:
+            special = self.template.special_text
+            messages, variables = [special.guard_message(message) for message in messages], special.guard(variables)
+        return self.template.render(messages, self.add_generation_prompt, variables, self.continue_final_message)
 
 
 def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> ChatPrompt:
@@ -62,7 +65,8 @@ def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> Ch
     if continued and conversation.turns[-1].role != "assistant":
         raise InvalidRequest("continue_final_message", "needs a last message of role assistant")
     variables = _variables(template, conversation)
-    return ChatPrompt(template, conversation.turns, conversation.tools, variables, add, continued)
+    parse_special = conversation.parse_special
+    return ChatPrompt(template, conversation.turns, conversation.tools, variables, add, continued, parse_special)
 
 
 def _variables(template: ChatTemplate, conversation: Conversation) -> dict[str, Any]:

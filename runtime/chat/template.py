@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InvalidRequest, LoadError
 from .probes import TemplateProbes
+from .special_text import SpecialText
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -32,8 +33,16 @@ _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with a space at its end, which says whet
 class ChatTemplate:
     """Renders conversations. Compiled on first use: servers without chat requests never import Jinja."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        tool_source: str | None = None,
+        special_text: SpecialText | None = None,
+    ) -> None:
+        """``special_tokens``: named ones that templates may write; ``special_text``: all of the tokenizer's."""
         self.source = source
+        self.special_text = special_text or SpecialText(special_tokens.values())
         self.tool_source = tool_source
         self._special_tokens = dict(special_tokens)
 
@@ -80,7 +89,11 @@ class ChatTemplate:
     @cached_property
     def for_tools(self) -> ChatTemplate:
         """The template of requests with tools: the checkpoint's ``tool_use`` if it has one, as in transformers."""
-        return self if self.tool_source is None else ChatTemplate(self.tool_source, self._special_tokens)
+        return (
+            self
+            if self.tool_source is None
+            else ChatTemplate(self.tool_source, self._special_tokens, special_text=self.special_text)
+        )
 
     @cached_property
     def probes(self) -> TemplateProbes:

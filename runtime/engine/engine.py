@@ -106,8 +106,9 @@ class Engine(EngineBase):
 
         Messages and ``tools`` are OpenAI's; ``chat_template_kwargs`` are variables of the template, such as
         ``{"enable_thinking": False}``. ``add_generation_prompt``: whether the assistant's turn is begun; None: unless
-        ``continue_final_message``, which goes on with the last message instead. Raises `InvalidRequest` naming the
-        field, also where the model has no chat template.
+        ``continue_final_message``, which goes on with the last message instead. Text of the messages that spells a
+        special token stays text, unless ``parse_special``. Raises `InvalidRequest` naming the field, also where the
+        model has no chat template.
         """
         single, prompts = chat_batch(self.tokenizer, messages, **options)
         results = self.generate(prompts, params, cache_salt=cache_salt, priority=priority)

@@ -29,6 +29,7 @@ class ChatOptions(TypedDict, total=False):
     chat_template_kwargs: Mapping[str, Any] | None
     add_generation_prompt: bool | None
     continue_final_message: bool
+    parse_special: bool
 
 
 def token_array(ids: Sequence[int], vocab_size: int, field: str) -> Int32:

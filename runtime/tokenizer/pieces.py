@@ -69,7 +69,9 @@ def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], pars
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
-    text = chat_prompt(tokenizer.chat_template, Conversation(turns=openai_turns(messages))).text()
+    text = chat_prompt(
+        tokenizer.chat_template, Conversation(turns=openai_turns(messages), parse_special=parse_special)
+    ).text()
     if not parse_special:
         check_no_special(tokenizer, messages)
     return rendered_piece(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy.typing as npt
 from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
+from ..chat.special_text import GUARD, SpecialText
 from ..chat.template import ChatTemplate
 from ..errors import InvalidRequest, LoadError
 from .special_tokens import declared_tokens, load_tokenizer_config, named_tokens
@@ -51,7 +51,10 @@ class Tokenizer:
         self.byte_level = kinds == ["ByteLevel"]  # every token is bytes on its own
         self.byte_token_ids = _byte_tokens(backend) if "ByteFallback" in kinds else frozenset()
         self._bytes: dict[int, bytes] = {}
-        self.chat_template = None if template is None else ChatTemplate(template, self.special_tokens, tool_template)
+        self._special_text = SpecialText(token.content for token in added.values() if token.special)
+        self.chat_template = None
+        if template is not None:
+            self.chat_template = ChatTemplate(template, self.special_tokens, tool_template, self._special_text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
@@ -90,7 +93,12 @@ class Tokenizer:
             raise LoadError(f"this is no tokenizer: {type(error).__name__}: {error}") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> npt.NDArray[np.int32]:
-        """Token ids int32 [n]. Raises `InvalidRequest` for text that is not valid Unicode (lone surrogates)."""
+        """Token ids int32 [n]. Without ``add_special_tokens`` the text may be a chat template's, with guards.
+
+        Raises `InvalidRequest` for text that is not valid Unicode (lone surrogates).
+        """
+        if not add_special_tokens and GUARD in text:
+            return self._encode_guarded(text, [])[0]
         return np.array(self._encoding(text, add_special_tokens).ids, np.int32)
 
     def encode_marked(
@@ -99,10 +107,31 @@ class Tokenizer:
         """`encode`, and how many leading tokens end at or before each of ``marks`` (positions in characters)."""
         if not marks:
             return self.encode(text, add_special_tokens), []
+        if not add_special_tokens and GUARD in text:
+            return self._encode_guarded(text, marks)
         encoding = self._encoding(text, add_special_tokens, offsets=True)
         ends = np.maximum.accumulate(np.array([end for _, end in encoding.offsets], np.int64))
         counts = np.searchsorted(ends, np.array(marks, np.int64), side="right").tolist()
         return np.array(encoding.ids, np.int32), counts
+
+    def _encode_guarded(self, text: str, marks: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[int]]:
+        """`encode_marked` of a text with guards (`chat.special_text`): what they are in stays ordinary text."""
+        ids: list[int] = []
+        counts = [0] * len(marks)
+        start = 0
+        for piece in self._special_text.pieces(text):
+            encode = self.encode_more if ids else self.encode_first
+            new = encode(piece.text, not piece.literal).tolist()
+            for i, mark in enumerate(marks):
+                if mark >= piece.end:
+                    counts[i] = len(ids) + len(new)
+                elif mark > start and not piece.literal:
+                    before = encode(piece.text[: mark - start], True).tolist()
+                    same = (k for k, pair in enumerate(zip(before, new, strict=False)) if pair[0] != pair[1])
+                    counts[i] = len(ids) + next(same, min(len(before), len(new)))
+            ids += new
+            start = piece.end
+        return np.array(ids, np.int32), counts
 
     def _encoding(self, text: str, add_special_tokens: bool, *, offsets: bool = False) -> Encoding:
         try:
@@ -141,14 +170,7 @@ class Tokenizer:
 
     def special_in(self, text: str) -> str | None:
         """A special token that ``text`` spells out, if it does."""
-        found = None if self._special is None else self._special.search(text)
-        return None if found is None else found.group()
-
-    @cached_property
-    def _special(self) -> re.Pattern[str] | None:
-        tokens = self.backend.get_added_tokens_decoder().values()
-        names = sorted((token.content for token in tokens if token.special), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names))) if names else None
+        return self._special_text.first_in(text)
 
     @cached_property
     def opening(self) -> npt.NDArray[np.int32]:

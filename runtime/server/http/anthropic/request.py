@@ -104,6 +104,7 @@ class CountRequest(Strict):
     cache_control: CacheControl | None = Field(None, description="As if on the last block.")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="The older name of output_config.format.")
+    parse_special: bool = Field(False, description="Text that spells a special token becomes one.")
 
 
 class MessagesRequest(CountRequest):

@@ -41,6 +41,7 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
             chat_template_kwargs=None if body.thinking is None else _thinking(body.thinking),
             reasoning_effort=None if config is None else config.effort,
             continue_final_message=read.continued,
+            parse_special=body.parse_special,
         ),
         params=SamplingParams(**format),
         names={**NAMES, "prompt": "messages", **names},

@@ -32,6 +32,7 @@ class ChatFields(OpenAIFields):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: list[Any] | None = None
+    parse_special: bool = Field(False, description="Text that spells a special token becomes one.")
 
 
 class ChatRequest(ChatFields):
@@ -87,6 +88,7 @@ def template_options(body: ChatFields) -> dict[str, Any]:
         "documents": body.documents,
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
+        "parse_special": body.parse_special,
     }
 
 
