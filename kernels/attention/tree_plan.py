@@ -32,20 +32,20 @@ class TreeCosts:
         tiles: query rows (query tokens times the query heads of a key head) that a kernel takes at a time, ascending.
         per_key: one pass over a key that is in the L2 cache, for each tile. The first pass costs at least 1.
         flat: the same for a backend that reads keys once for each request.
+        flat_tail: what that backend takes for a key that only one request reads.
         partial: writing and merging one query token's partial result.
         in_turn: merging one more partial result of the same query token, while no other token is waited for.
-        flat_layer, tree_layer: the launches of one layer, and what they wait for memory.
-        margin: the tree path is taken where it is expected to be faster by this factor.
+        flat_layer, tree_layer: the launches of one layer and their latency; the tree's include a margin.
     """
 
     tiles: tuple[int, ...] = (16, 64)
     per_key: tuple[float, ...] = (0.45, 0.95)
     flat: float = 0.45
+    flat_tail: float = 1.0
     partial: float = 5.0
     in_turn: float = 150.0
     flat_layer: float = 9000.0
-    tree_layer: float = 13000.0
-    margin: float = 1.1
+    tree_layer: float = 16000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,13 +124,16 @@ def plan_tree(
     q_lens, kv_lens = requests.q_lens, requests.kv_lens
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
     nodes, covered = choose(nodes, q_lens, group, page_size, costs)
-    if not always and not len(nodes.starts):
-        return None
     segments = _segments(nodes, covered, requests, page_size)
+    gain = np.inf if always else _gain(nodes, segments, group, costs)
+    if gain <= 0:
+        return None
     for coarseness in (1, 2, 4, 8):
         plan = _cut(segments, num_tokens, int(kv_lens.sum()), group, costs, limits, coarseness)
         if plan is not None:
-            return plan if always or _pays(plan, nodes, segments, group, costs) else None
+            merged = plan.merges[:, 1].clip(0)  # partial results of each query token
+            merging = costs.partial * int(merged.sum()) + costs.in_turn * int(merged.max(initial=0))
+            return plan if merging < gain else None
     return None
 
 
@@ -199,16 +202,14 @@ def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: i
     )
 
 
-def _pays(plan: TreePlan, nodes: Nodes, segments: _Segments, group: int, costs: TreeCosts) -> bool:
-    """Whether the plan is expected to be faster than the flat path. Tails take the same time on either."""
+def _gain(nodes: Nodes, segments: _Segments, group: int, costs: TreeCosts) -> float:
+    """What the tree path is expected to save, before the cost of merging."""
     count = len(nodes.starts)
     lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
     together = np.maximum(_passes(np.diff(segments.indptr)[:count] * group, costs), 1.0)
     alone = np.maximum(nodes.counts * costs.flat, 1.0)
-    merging = costs.partial * len(plan.slots) + costs.in_turn * int(plan.merges[:, 1].max())
-    tree = costs.tree_layer + float((together * lengths).sum()) + tails + merging
-    flat = costs.flat_layer + float((alone * lengths).sum()) + tails
-    return tree * costs.margin < flat
+    saved = float(((alone - together) * lengths).sum()) + (costs.flat_tail - 1.0) * tails
+    return saved - (costs.tree_layer - costs.flat_layer)
 
 
 def _cut(

@@ -47,7 +47,7 @@ class World:
             from branchwise.kernels.attention.tree_backend import TreeAttention
             from branchwise.kernels.attention.tree_plan import TreeCosts
 
-            flat, always = self._make("triton", rows), TreeCosts(flat=1.0, partial=0.0, margin=0.0)
+            flat, always = self._make("triton", rows), TreeCosts(flat=1.0, partial=0.0, tree_layer=-1e12)
             return TreeAttention(KVPool(self.pool), self.specs, HEADS, self.device_table, flat, 2048, always)
         pytest.importorskip("flashinfer")
         from branchwise.kernels import triton_ops

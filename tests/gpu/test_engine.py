@@ -76,8 +76,8 @@ def test_greedy_warm_and_cold(
     backend: str, gpu_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not depend on one."""
-    always = TreeCosts(flat=1.0, partial=0.0, margin=0.0)  # whatever is shared is read once
-    monkeypatch.setattr(tree_backend, "TreeCosts", lambda: always)
+    always = TreeCosts(flat=1.0, partial=0.0, tree_layer=-1e12)  # whatever is shared is read once
+    monkeypatch.setattr(tree_backend, "_default_costs", lambda pool: always)
     if backend == "flashinfer":
         pytest.importorskip("flashinfer")
     shared = RNG.integers(2, 300, 150).tolist()

@@ -21,7 +21,7 @@ from branchwise.kernels.attention.tree_plan import TreeCosts
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHARE_ALL = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, margin=0.0)
+SHARE_ALL = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
 SPECS = [
     LayerSpec(0.25),
     LayerSpec(0.2, window=37),
@@ -156,7 +156,7 @@ def test_a_write_in_a_step_without_a_tree_is_not_forgotten(plans: list[int]) -> 
 
 
 def test_the_decision_for_the_flat_path_is_kept(plans: list[int]) -> None:
-    world = World(costs=TreeCosts(margin=1e9))
+    world = World(costs=TreeCosts(tree_layer=1e12))
     for growth in range(3):
         world.check(world.batch([(1, length + growth) for _, length in DECODES[:6]]))
     assert len(plans) == 1

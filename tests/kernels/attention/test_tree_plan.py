@@ -17,7 +17,7 @@ from branchwise.kernels.attention.tree_plan import (
     plan_tree,
 )
 
-EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, margin=0.0)
+EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
 ROOMY = TreeLimits(items=(4096, 4096), slots=1 << 16, workers=(8, 8), min_keys=(256, 256))
 
 
@@ -156,7 +156,7 @@ def test_a_node_too_short_to_pay_is_read_by_those_below_it() -> None:
         ([[(i, 1024)] for i in range(128)], False),  # nothing shared
         ([[(0, 64), (1 + i, 1024)] for i in range(32)], False),  # a short prefix
         ([[(0, 512), (1 + i, 64)] for i in range(4)], False),  # few requests
-        ([[(0, 512), (1 + i, 1024)] for i in range(32)], False),  # 7 % to gain: within the margin
+        ([[(0, 512), (1 + i, 1024)] for i in range(32)], False),  # little to gain: within the margin
         ([[(0, 8192), (1 + i, 64)] for i in range(32)], True),
         ([[(i // 32, 8192), (100 + i, 128)] for i in range(256)], True),
     ],
@@ -165,6 +165,14 @@ def test_the_gate(paths: list[list[tuple[int, int]]], tree: bool) -> None:
     table, kv_lens = tree_table(paths, 16)
     plan = plan_tree(table, requests_of(kv_lens), len(paths), 4, 16, TreeCosts(), ROOMY)
     assert (plan is not None) == tree
+
+
+@pytest.mark.parametrize(("batch", "tree"), [(4, False), (32, False), (128, True)])
+def test_many_requests_that_share_nothing_take_the_faster_kernel(batch: int, tree: bool) -> None:
+    table, kv_lens = tree_table([[(i, 1152)] for i in range(batch)], 16)
+    plan = plan_tree(table, requests_of(kv_lens), batch, 4, 16, TreeCosts(flat_tail=1.06), ROOMY)
+    assert (plan is not None) == tree
+    assert plan is None or (plan.merges[:, 1] == -1).all()
 
 
 def test_limits_make_items_coarser_and_then_give_up() -> None:
