@@ -150,11 +150,6 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     null_step_seconds: float = 0.0
 
 
-def _choices(field: str) -> tuple[str, ...]:
-    """The values of a field that is a Literal."""
-    return tuple(value for value in get_args(get_type_hints(EngineConfig)[field]) if isinstance(value, str))
-
-
 def step_budget(config: EngineConfig, *, gpu: bool) -> int:
     """Query tokens that one step may have: the setting, or the device's default."""
     return config.max_num_batched_tokens or max(config.max_num_seqs, 8192 if gpu else 2048)
@@ -172,15 +167,7 @@ def engine_config(model: str, settings: Mapping[str, Any]) -> EngineConfig:
 
 def check(config: EngineConfig) -> EngineConfig:
     """Raises `LoadError` naming the flag and its limits; returns the config unchanged."""
-    try:
-        msgspec.convert(msgspec.to_builtins(config), EngineConfig)
-    except msgspec.ValidationError as error:  # "Invalid enum value 'zz' - at `$.dtype`"
-        problem, _, where = str(error).partition(" - at `$.")
-        field = where.rstrip("`")
-        choices = _choices(field)
-        if choices:
-            problem = f"must be one of {', '.join(choices)}, got {getattr(config, field)!r}"
-        raise LoadError(f"--{field.replace('_', '-')}: {problem}") from error
+    _check_types(config)
     for name, low, high in (
         ("page_size", 1, 256),
         ("max_num_seqs", 1, 4096),
@@ -211,6 +198,7 @@ def check_server(config: ServerConfig) -> ServerConfig:
     Raises `LoadError` naming the flag. An empty key is an error rather than no key: the server would be open to all.
     """
     check(config.engine)
+    _check_types(config)
     key_flag = "--api-key"
     if config.api_key_file is not None:
         key_flag = "--api-key-file"
@@ -231,6 +219,18 @@ def check_server(config: ServerConfig) -> ServerConfig:
     if config.extra_api_keys and config.api_key is None:
         raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
     return config
+
+
+def _check_types(config: EngineConfig | ServerConfig) -> None:
+    try:
+        msgspec.convert(msgspec.to_builtins(config), type(config))
+    except msgspec.ValidationError as error:  # "Invalid enum value 'zz' - at `$.dtype`"
+        problem, _, where = str(error).partition(" - at `$.")
+        field = where.rstrip("`")
+        choices = [value for value in get_args(get_type_hints(type(config))[field]) if isinstance(value, str)]
+        if choices:
+            problem = f"must be one of {', '.join(choices)}, got {getattr(config, field)!r}"
+        raise LoadError(f"--{field.replace('_', '-')}: {problem}") from error
 
 
 def _read_key(path: str) -> str:

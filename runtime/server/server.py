@@ -57,7 +57,7 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
             loop.add_signal_handler(number, server.request_stop)
         try:
             info = await server.start()
-            # What start-up left behind lives as long as the process: the collector need not walk it again.
+            # Objects made so far live as long as the process: exclude them from garbage collection.
             gc.collect()
             gc.freeze()
             if on_ready is not None:

@@ -122,8 +122,13 @@ def test_what_cannot_start_says_why(config: Callable[..., ServerConfig]) -> None
         settings = {name: getattr(taken, name) for name in taken.__struct_fields__} | {"port": server.info["port"]}
         with pytest.raises(LoadError, match="already in use"), Server(ServerConfig(**settings)):
             pass
-    with pytest.raises(LoadError, match="--tool-call-parser"):
-        Server(config(tool_call_parser="nonsense"))
+    for settings, says in (
+        ({"tool_call_parser": "nonsense"}, "--tool-call-parser"),
+        ({"drain_seconds": "soon"}, "--drain-seconds: Expected `float`"),
+        ({"log_level": "loud"}, "--log-level: must be one of debug, info, warning, error, got 'loud'"),
+    ):
+        with pytest.raises(LoadError, match=says):
+            Server(config(**settings))
 
 
 @pytest.mark.parametrize("key", ["", " ", "\t", "two words", "line\n", "\0"])
