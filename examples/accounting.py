@@ -1,8 +1,8 @@
-"""What the examples share: a backend from the command line, and an account of what the cache saved.
+"""What the examples share: a backend from the command line, and a report of what the cache saved.
 
-python examples/tree_of_thought.py                         # the model that ships, in this process
+python examples/tree_of_thought.py                         # the shipped model, in this process
 python examples/tree_of_thought.py http://127.0.0.1:8000   # a Branchwise server
-python examples/multi_turn_chat.py http://127.0.0.1:8000   # or an OpenAI-compatible one, where no turn has a select
+python examples/multi_turn_chat.py http://127.0.0.1:8000   # or an OpenAI-compatible one, for examples without select
 """
 
 from __future__ import annotations
@@ -17,36 +17,34 @@ import branchwise as bw
 
 
 def show(title: str, work: Callable[[], str]) -> None:
-    """Runs ``work`` with the cache and without, and prints its result and what was sent, computed and cached."""
+    """Runs ``work`` with and without the cache; prints its result and how many prompt tokens were computed."""
     parser = argparse.ArgumentParser(
         description=inspect.getdoc(sys.modules["__main__"]), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    what = (
-        "a Branchwise server (its key: BRANCHWISE_API_KEY), or an OpenAI-compatible one; without: the model that ships"
-    )
+    what = "a Branchwise server (its key: BRANCHWISE_API_KEY), or an OpenAI-compatible one; default: the shipped model"
     parser.add_argument("url", metavar="URL", nargs="?", help=what)
     url = parser.parse_args().url
     print(title)
     if url is None:
         with bw.Engine(kv_cache_tokens=32768) as engine:
-            _account(engine, work)
+            _report(engine, work)
         return
     try:
-        _account(bw.connect(url), work)
+        _report(bw.connect(url), work)
     except (bw.ProgramError, bw.BackendError) as error:
         sys.exit(str(error))
 
 
-def _account(where: object, work: Callable[[], str]) -> None:
+def _report(where: object, work: Callable[[], str]) -> None:
     bw.set_default_backend(where)
     backend = bw.default_backend()
     if not hasattr(backend, "without_cache"):
         print(_measured("with its cache", backend, work))
-        print(f"{backend.name} cannot be asked to do without its cache: nothing to compare with")
+        print(f"{backend.name} cannot be asked to do without its cache: no comparison")
         return
     bw.set_default_backend(backend.without_cache())
-    work()  # what the first one pays for (imports, grammars) is nobody's gain
-    without = _measured("without", bw.default_backend(), lambda: work() and "")
+    work()  # imports and grammars are paid for here, in neither measurement
+    without = _measured("without the cache", bw.default_backend(), lambda: work() and "")
     bw.set_default_backend(backend)
     bw.flush_cache()
     print(_measured("with the cache", backend, work))
@@ -61,6 +59,6 @@ def _measured(label: str, backend: object, work: Callable[[], str]) -> str:
     if result:
         print(result)
     return (
-        f"{label:>15}: {used.requests} requests, prompt tokens: {used.prompt_tokens:,} read, "
-        f"{used.sent_tokens:,} sent, {used.computed_tokens:,} computed, {used.cached_tokens:,} cached; {seconds:.2f} s"
+        f"{label:>17}: {used.computed_tokens:,} prompt tokens computed, {used.cached_tokens:,} cached "
+        f"of {used.prompt_tokens:,} read, {used.sent_tokens:,} sent, {used.requests} requests; {seconds:.2f} s"
     )

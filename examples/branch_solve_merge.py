@@ -1,4 +1,4 @@
-"""A judge after branch-solve-merge (Saha et al., 2023): two answers, compared from several sides at once."""
+"""A judge after branch-solve-merge (Saha et al., 2023): two answers, compared by several criteria in parallel."""
 
 from accounting import show
 

@@ -1,4 +1,4 @@
-"""Structured extraction: texts into JSON with given fields. The schema binds what is written."""
+"""Structured extraction: texts into JSON with given fields. The schema constrains the answer."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Questions about one long document, all at once. The document is read once, however many ask."""
+"""Questions about one long document, all at once. The document is computed once for all questions."""
 
 from accounting import show
 

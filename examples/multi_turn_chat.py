@@ -1,4 +1,4 @@
-"""A chat of many turns: every turn goes on from what the model has already read."""
+"""A chat of many turns: every turn reuses the turns before it."""
 
 from accounting import show
 

@@ -3,9 +3,9 @@
     branchwise serve                                   # in one terminal
     python examples/quickstart.py http://127.0.0.1:8000   # in another
 
-One question on a text; then two more, at the same moment; then two follow-ups on each answer. Every answer says how
-much of its prompt was already there. At the end: the sums, and the tree as the server draws it. Needs nothing but
-Python: plain HTTP. The prompts are ChatML, which the shipped model and Qwen's speak.
+One question on a text; then two more at once; then two follow-ups on each answer. For each answer it prints how much of
+its prompt was cached, and at the end the totals and the server's radix tree. Needs only Python's standard library. The
+prompts are in ChatML, the format of the shipped model and of Qwen.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ NEXT = "<|im_end|>\n<|im_start|>user\n"  # the answer ends, the next question be
 QUESTIONS = ["Where does Bruno live?", "What is Clara's job?", "What does David collect?"]
 FOLLOW_UPS = ["How old is Anna?", "Where does David live?"]
 
-# Why reuse ended where it did (`meta_info.cache.reason`), for those that tell more than the numbers beside them.
+# Explanations of `meta_info.cache.reason`, where it says more than the numbers.
 WHY = {
-    "evicted": "what follows was forgotten for want of memory",
+    "evicted": "the rest was evicted",
     "namespace": "nothing is cached yet under this salt",
     "disabled": "the cache is off",
 }
 
 
 def http(url: str, body: dict | None = None, timeout: float = 120) -> bytes:
-    """A POST of ``body``, or a GET. A server that has a key is given the environment's."""
+    """A POST of ``body``, or a GET, with the API key of the environment, if there is one."""
     headers = {"Content-Type": "application/json"}
     if key := os.environ.get("BRANCHWISE_API_KEY"):
         headers["Authorization"] = f"Bearer {key}"
@@ -49,14 +49,14 @@ def http(url: str, body: dict | None = None, timeout: float = 120) -> bytes:
 
 
 def ask(url: str, prompt: str) -> dict:
-    """One completion. `meta_info` in the reply says what the tree saved."""
+    """One completion. `meta_info` in the reply says what was cached."""
     sampling = {"max_new_tokens": 24, "temperature": 0}
     body = {"text": prompt, "sampling_params": sampling, "return_prompt_token_ids": True}
     return json.loads(http(f"{url}/generate", body))
 
 
 def printable(text: str, width: int = 40) -> str:
-    """``text`` on one line of at most ``width`` characters; what a terminal could act on is shown as a dot."""
+    """``text`` on one line of at most ``width`` characters; control characters become dots."""
     shown = "".join(char if char.isprintable() and char != "\ufffd" else "·" for char in " ".join(text.split()))
     return shown if len(shown) <= width else shown[: width - 1] + "…"
 
@@ -72,7 +72,7 @@ def show(question: str, reply: dict) -> None:
 
 
 def distinct_tokens(prompts: list[list[int]]) -> int:
-    """Nodes of the trie of all prompts: the fewest tokens that have to be computed."""
+    """The number of distinct prefixes of all prompts: the fewest tokens that must be computed."""
     trie: dict = {}
     count = 0
     for prompt in prompts:
@@ -86,7 +86,7 @@ def distinct_tokens(prompts: list[list[int]]) -> int:
 
 
 def main(url: str) -> None:
-    http(f"{url}/health", timeout=10)  # nobody there: say so before anything else
+    http(f"{url}/health", timeout=10)  # fails early if there is no server
     with ThreadPoolExecutor(max_workers=8) as pool:
         prompts = [f"{OPENING}{question}{ANSWER}" for question in QUESTIONS]
         print("One question on a text of sixteen facts:           tokens of the prompt")
@@ -118,12 +118,12 @@ def main(url: str) -> None:
         print(f"  {distinct:>5} distinct tokens in all prompts (answers in follow-ups were cached when generated)")
     print(f"  {reused / sent:>5.0%} not computed again")
 
-    print("\nWhat the server remembers (a line is a branch; what hangs below it continues it):")
+    print("\nThe server's radix tree (each line is a node; the lines below it continue it):")
     print(http(f"{url}/cache/tree?format=text&max_nodes=40").decode())
 
 
 def reason(error: OSError) -> str:
-    """Why a request failed, in one line: a refusal in the server's words, else the system's."""
+    """Why a request failed, in one line: the server's message, or the system's."""
     if isinstance(error, urllib.error.HTTPError):
         try:
             return str(json.load(error)["error"]["message"])

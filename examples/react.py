@@ -1,4 +1,4 @@
-"""ReAct (Yao et al., 2022): a thought, the action it leads to, what the program observes, and on from there."""
+"""ReAct (Yao et al., 2022): a thought, the action it leads to, the observation, and the next step."""
 
 from accounting import show
 

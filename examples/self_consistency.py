@@ -1,4 +1,4 @@
-"""Self-consistency (Wang et al., 2022): many ways through one problem, and the answer that most of them reach."""
+"""Self-consistency (Wang et al., 2022): many samples of one problem, and the answer that most of them reach."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Skeleton of thought (Ning et al., 2023): an outline first, then all its points at once."""
+"""Skeleton of thought (Ning et al., 2023): an outline first, then all its points in parallel."""
 
 from accounting import show
 

@@ -1,4 +1,4 @@
-"""A tool-calling agent: the model asks for Python functions to be called and is told what they return."""
+"""A tool-calling agent: the model calls Python functions and gets their results."""
 
 import json
 

@@ -1,8 +1,8 @@
 """Tree of thought (Yao et al., 2023): combine all numbers with + - * to reach a target.
 
-Breadth first: the prompt of every kept state is forked, and each fork draws a next step. The rules throw out what is
-illegal, the model's own judgement ranks what is left, and the best go on. `bw.search` is this loop for thoughts that
-are one conversation; here every state is a prompt of its own, as in the paper.
+Breadth first: the prompt of every kept state is forked, and each fork samples a next step. Steps that break the rules
+are dropped, the model ranks the rest, and the best are kept. `bw.search` is this loop for thoughts that form one
+conversation; here every state has a prompt of its own, as in the paper.
 """
 
 import re
@@ -16,7 +16,7 @@ PUZZLES = [((2, 3, 4), 20), ((2, 4, 6, 7), 26), ((6, 7, 13, 13), 68)]
 
 
 def after(numbers, line):
-    """The numbers left after a model's line; None if it breaks a rule."""
+    """The numbers left after the model's step; None if it breaks a rule."""
     found = STEP.match(line)
     if found is None:
         return None
@@ -56,7 +56,7 @@ async def solve(s, numbers, target, beam=6, branches=16):
 
 
 async def likeliest(s, found, target, beam):
-    """Of the states found, those of which the model thinks most that the target can be reached."""
+    """Of the states found, those from which the model rates the target most reachable."""
     if not found:
         return {}
     asked = s.fork(len(found))

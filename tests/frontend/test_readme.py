@@ -80,7 +80,7 @@ def test_quickstart_runs(open_server: Running) -> None:
     assert sent == sum(row[0] for row in counts) and computed == sum(row[2] for row in counts)
     assert counts[0][0] < int(re.search(r"(\d+) distinct tokens", done.stdout)[1]) < sent  # type: ignore[index]
     assert done.stdout.replace("\n", "").isprintable()
-    assert "What the server remembers" in done.stdout and "└─" in done.stdout
+    assert "The server's radix tree" in done.stdout and "└─" in done.stdout
 
 
 def test_quickstart_has_the_key_from_where_the_other_clients_have_it(server: Running) -> None:
@@ -89,7 +89,7 @@ def test_quickstart_has_the_key_from_where_the_other_clients_have_it(server: Run
         env = os.environ | {"BRANCHWISE_API_KEY": key}
         done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
         assert done.returncode == code, done.stderr
-        assert (code == 0) == ("What the server remembers" in done.stdout)
+        assert (code == 0) == ("The server's radix tree" in done.stdout)
         assert code == 0 or done.stderr.startswith(
             f"the server at {server.url} answered 401: a valid API key is needed"
         )
