@@ -139,7 +139,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("model", f"{name} was not checked: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     try:
-        folder = model_folder(config.model)
+        folder = model_folder(config.model, weights=False)
         shape = load_config(folder)
         sampling_defaults(config, folder)
         device = pick_device(config)

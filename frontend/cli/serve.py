@@ -44,18 +44,37 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
 def _run(config: ServerConfig) -> None:
     from rich.logging import RichHandler
 
-    from ...runtime.models.folder import model_folder
     from ...runtime.server.server import run_server
     from . import checkup
 
     handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
-    model_folder(config.engine.model)  # a path without a model fails before "loading" is printed
+    for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
+    _check_before_download(config.engine)
     # If the port is taken, the start fails at once and says so.
     startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
     with startup:
         code = run_server(config, startup.ready, startup.progress)
     raise SystemExit(code)
+
+
+def _check_before_download(config: EngineConfig) -> None:
+    """Fails before anything is printed if there is no such model, and before its weights are downloaded if it cannot
+    be served here. Raises `LoadError`."""
+    from ...runtime.errors import LoadError
+    from ...runtime.models.folder import WEIGHT_FILES, model_folder
+    from . import checkup
+
+    folder = model_folder(config.model, weights=False)
+    if config.load_format == "dummy" or any(folder.glob(WEIGHT_FILES)):
+        return
+    found = list(checkup.model(config))
+    for finding in found:
+        if finding.state == "broken":
+            raise LoadError(finding.found)
+    size = next((finding.found for finding in found if finding.what == "weights"), "size unknown")
+    out.print(f"branchwise: downloading the weights of {config.model}: {size}", markup=False, soft_wrap=True)
 
 
 class _Startup:

@@ -9,15 +9,17 @@ from typing import Any
 from ..errors import LoadError
 
 SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is the model's card
-HUB_PATTERNS = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
+WEIGHT_FILES = "*.safetensors"
+HUB_PATTERNS = ["*.json", "tokenizer*", "*.jinja"]  # without the weights
 # A second copy of the weights in Mistral's or Meta's own format, and exports for other runtimes in subfolders.
 HUB_IGNORED = ["consolidated*", "original/*", "*/*.safetensors", "*/*.json", "*/tokenizer*"]
 
 
-def model_folder(model: str) -> Path:
-    """The folder of ``model``: a folder, a hub id whose files are fetched, or "" for the model that ships with us.
+def model_folder(model: str, *, weights: bool = True) -> Path:
+    """The folder of ``model``: a folder, a hub id whose files are downloaded, or "" for the model that ships with us.
 
-    Raises `LoadError` with one line that says what is wrong and what to give instead.
+    ``weights``: False: of a hub id, download only the small files, to check the model before its weights. Raises
+    `LoadError` with one line that says what is wrong and what to give instead.
     """
     if not model:
         return SHIPPED
@@ -30,13 +32,21 @@ def model_folder(model: str) -> Path:
         raise LoadError(f"{model}: not a folder; give a model folder or a hub id such as Qwen/Qwen3-0.6B")
     from huggingface_hub import snapshot_download  # here: it costs time to import and most loads do not need it
     from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    silenced = not weights and not are_progress_bars_disabled()  # small files need no bar
+    if silenced:
+        disable_progress_bars()
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        patterns = [*HUB_PATTERNS, WEIGHT_FILES] if weights else HUB_PATTERNS
+        return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except RepositoryNotFoundError:
         reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
     except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
         reason = f"cannot reach the hub: {_why(error)}"
+    finally:
+        if silenced:
+            enable_progress_bars()
     raise LoadError(f"{model}: no such folder, and {reason}")  # alone: the hub's own traceback is eighty lines
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import typing
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from branchwise.frontend.cli.options import is_address
 from branchwise.frontend.cli.peers import PEERS
 from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
+from branchwise.runtime.models.folder import SHIPPED
 
 COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor"]
 FLAGS = [
@@ -290,6 +296,69 @@ def test_the_hub_out_of_reach_is_said_without_class_names(unused_port: int, tmp_
     assert "Error" not in done.stderr.replace("error:", "")
 
 
+class Hub(BaseHTTPRequestHandler):
+    """A hub with one model, ``some/model``: the shipped one's files, with another config."""
+
+    requested: list[str] = []  # noqa: RUF012
+    config: bytes = b""
+
+    def do_GET(self) -> None:
+        type(self).requested.append(self.path)
+        files = [path for path in SHIPPED.iterdir() if path.is_file()]
+        if "/tree/" in self.path:
+            tree = [{"type": "file", "path": one.name, "oid": "0" * 40, "size": one.stat().st_size} for one in files]
+            self._answer(json.dumps(tree).encode())
+            return
+        if self.path.startswith("/api/models/some/model"):
+            siblings = [{"rfilename": path.name} for path in files]
+            self._answer(json.dumps({"id": "some/model", "sha": "0" * 40, "siblings": siblings}).encode())
+            return
+        name = self.path.rpartition("/")[2]
+        if not (SHIPPED / name).is_file():
+            self.send_error(404)
+            return
+        self._answer(self.config if name == "config.json" else (SHIPPED / name).read_bytes())
+
+    do_HEAD = do_GET
+
+    def _answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
+    Hub.requested, Hub.config = [], (SHIPPED / "config.json").read_bytes()
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{httpd.server_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
+    httpd.shutdown()
+    httpd.server_close()
+
+
+def test_doctor_downloads_no_weights(hub: dict[str, str]) -> None:
+    done = branchwise("doctor", "some/model", "--device", "cpu", env=hub)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "KV tokens" in done.stdout and "HTTP Request" not in done.stdout + done.stderr
+    assert any(path.endswith("/config.json") for path in Hub.requested)
+    assert not any(path.endswith(".safetensors") for path in Hub.requested)
+
+
+def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(hub: dict[str, str]) -> None:
+    Hub.config = json.dumps(json.loads(Hub.config) | {"num_hidden_layers": 1_000_000}).encode()
+    done = branchwise("serve", "--model", "some/model", "--port", "0", "--device", "cpu", env=hub)
+    assert_one_line_error(done, 2)
+    assert done.stdout == "" and not any(path.endswith(".safetensors") for path in Hub.requested)
+
+
 def test_in_process_the_hub_out_of_reach_is_no_page_of_tracebacks(unused_port: int, tmp_path: Path) -> None:
     away = {"HF_ENDPOINT": f"http://127.0.0.1:{unused_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
     program = "from branchwise.runtime.models.folder import model_folder\nmodel_folder('nobody/nothing')"
@@ -338,8 +407,6 @@ def test_generate_names_the_field_it_refuses() -> None:
 def test_generate_answers_in_process() -> None:
     done = branchwise("generate", "Once upon a time", "-", "--max-tokens", "3", "--json", stdin="Once upon a time")
     assert done.returncode == 0, done.stderr
-    import json
-
     first, second = json.loads(done.stdout)
     assert first["text"] == second["text"]
     assert first["prompt_tokens"] == second["prompt_tokens"] > 3
