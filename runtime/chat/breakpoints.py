@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .conversation import Breakpoint, Call, Part, Text, Turn
+from .conversation import Breakpoint, CallPart, ChatTurn, Part, TextPart
 from .prompt import ChatPrompt
 
 _MARK = "\ue000breakpoint\ue001"  # private-use characters: no text that means anything has them
@@ -45,17 +45,17 @@ def _of_tools(prompt: ChatPrompt) -> Iterator[tuple[Breakpoint, int, None]]:
 def _of_turns(prompt: ChatPrompt) -> Iterator[tuple[Breakpoint, int, int]]:
     for i, turn in enumerate(prompt.turns):
         for k, part in enumerate(turn.parts):
-            if isinstance(part, (Text, Call)) and part.breakpoint is not None:
+            if isinstance(part, (TextPart, CallPart)) and part.breakpoint is not None:
                 yield part.breakpoint, i, k
 
 
-def _marked_turn(turn: Turn, k: int) -> Turn:
+def _marked_turn(turn: ChatTurn, k: int) -> ChatTurn:
     return msgspec.structs.replace(turn, parts=[*turn.parts[:k], _marked(turn.parts[k]), *turn.parts[k + 1 :]])
 
 
 def _marked(part: Part) -> Part:
     """With more text, or one more argument."""
-    if not isinstance(part, Call):
+    if not isinstance(part, CallPart):
         return msgspec.structs.replace(part, text=part.text + _MARK)
     arguments = part.arguments
     if isinstance(arguments, dict):

@@ -29,17 +29,17 @@ class Breakpoint(msgspec.Struct, frozen=True):
     ttl: str | float | None = None
 
 
-class Text(msgspec.Struct):
+class TextPart(msgspec.Struct):
     text: str
     path: str = ""
     breakpoint: Breakpoint | None = None
 
 
-class Thinking(msgspec.Struct):
+class ThinkingPart(msgspec.Struct):
     text: str
 
 
-class Call(msgspec.Struct):
+class CallPart(msgspec.Struct):
     """A tool call of the assistant. ``arguments``: a JSON object, as text or decoded."""
 
     name: str
@@ -49,10 +49,10 @@ class Call(msgspec.Struct):
     breakpoint: Breakpoint | None = None
 
 
-Part: TypeAlias = Text | Thinking | Call
+Part: TypeAlias = TextPart | ThinkingPart | CallPart
 
 
-class Turn(msgspec.Struct):
+class ChatTurn(msgspec.Struct):
     """What one role says. A tool's result is a turn of role ``tool`` with the ``call_id`` that it answers."""
 
     role: Role
@@ -63,15 +63,15 @@ class Turn(msgspec.Struct):
 
     @property
     def texts(self) -> list[str]:
-        return [part.text for part in self.parts if isinstance(part, Text)]
+        return [part.text for part in self.parts if isinstance(part, TextPart)]
 
     @property
-    def calls(self) -> list[Call]:
-        return [part for part in self.parts if isinstance(part, Call)]
+    def calls(self) -> list[CallPart]:
+        return [part for part in self.parts if isinstance(part, CallPart)]
 
     @property
     def thinking(self) -> str:
-        return "\n".join(part.text for part in self.parts if isinstance(part, Thinking))
+        return "\n".join(part.text for part in self.parts if isinstance(part, ThinkingPart))
 
 
 class OfferedTool(msgspec.Struct, frozen=True):
@@ -98,7 +98,7 @@ class Conversation(msgspec.Struct, kw_only=True):
     ``parse_special``: text that spells a special token becomes one; otherwise it stays text (`special_text`).
     """
 
-    turns: list[Turn]
+    turns: list[ChatTurn]
     tools: Sequence[OfferedTool] = ()
     left_out: Sequence[str] = ()  # tools of the request that cannot be offered: path and type
     chat_template_kwargs: Mapping[str, Any] | None = None

@@ -11,7 +11,7 @@ import msgspec
 
 from ..errors import InvalidRequest
 from ..limits import MAX_DEPTH
-from .conversation import Call, Turn
+from .conversation import CallPart, ChatTurn
 from .json_bounds import deeper_than_now
 from .probes import TemplateProbes
 from .template import ChatTemplate
@@ -20,7 +20,7 @@ _BETWEEN_TURNS = "\n\n"  # of turns that become one message
 
 
 def template_messages(
-    turns: Sequence[Turn], template: ChatTemplate, *, continue_final: bool = False
+    turns: Sequence[ChatTurn], template: ChatTemplate, *, continue_final: bool = False
 ) -> list[dict[str, Any]]:
     """``turns`` as ``template`` reads them: only fields that templates know, no nulls.
 
@@ -43,7 +43,7 @@ def template_messages(
 _REPEATED = {"user": ("user", "user"), "assistant": ("user", "assistant", "assistant", "user")}
 
 
-def _with_roles(turns: Sequence[Turn], probes: TemplateProbes) -> Iterator[tuple[str, Turn]]:
+def _with_roles(turns: Sequence[ChatTurn], probes: TemplateProbes) -> Iterator[tuple[str, ChatTurn]]:
     leading = True  # only system turns so far
     for turn in turns:
         role: str = "system" if turn.role == "developer" and not probes.knows_developer else turn.role
@@ -53,7 +53,7 @@ def _with_roles(turns: Sequence[Turn], probes: TemplateProbes) -> Iterator[tuple
         yield role, turn
 
 
-def _message(role: str, turns: list[Turn], template: ChatTemplate, continued: Turn | None) -> dict[str, Any]:
+def _message(role: str, turns: list[ChatTurn], template: ChatTemplate, continued: ChatTurn | None) -> dict[str, Any]:
     first = turns[0]
     content: str | list[dict[str, str]]
     if len(turns) == 1 and len(first.texts) > 1 and first is not continued and template.probes.reads_parts(role):
@@ -73,13 +73,13 @@ def _message(role: str, turns: list[Turn], template: ChatTemplate, continued: Tu
     return message
 
 
-def _call(call: Call, template: ChatTemplate) -> dict[str, Any]:
+def _call(call: CallPart, template: ChatTemplate) -> dict[str, Any]:
     function = {"name": call.name, "arguments": _arguments(call, template)}
     id = {} if call.id is None else {"id": call.id}
     return {"type": "function", "function": function, **id}
 
 
-def _arguments(call: Call, template: ChatTemplate) -> str | dict[str, Any]:
+def _arguments(call: CallPart, template: ChatTemplate) -> str | dict[str, Any]:
     """Text where the template writes it verbatim: the prompt then has the very tokens that the model generated."""
     if template.probes.keeps_arguments:
         return call.arguments if isinstance(call.arguments, str) else json.dumps(call.arguments, ensure_ascii=False)

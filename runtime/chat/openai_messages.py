@@ -7,7 +7,7 @@ from typing import Any, cast, get_args
 
 from ..errors import InvalidRequest, shown
 from ..limits import MAX_LABEL
-from .conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, Part, Role, Text, Thinking, Turn
+from .conversation import MAX_PARTS, MAX_PIECES, Breakpoint, CallPart, ChatTurn, Part, Role, TextPart, ThinkingPart
 from .custom_tools import custom_arguments
 
 ROLES = get_args(Role)
@@ -16,7 +16,7 @@ _OTHER_PARTS = ("image_url", "input_image", "input_audio", "audio_url", "video_u
 _ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
 
 
-def openai_turns(messages: Sequence[Any], max_messages: int | None = None) -> list[Turn]:
+def openai_turns(messages: Sequence[Any], max_messages: int | None = None) -> list[ChatTurn]:
     """Raises `InvalidRequest` naming the message and the field in it."""
     if not messages:
         raise InvalidRequest("messages", "must not be empty")
@@ -34,7 +34,7 @@ def check_pieces(entries: Sequence[Any], fields: Sequence[str], path: str) -> No
         raise InvalidRequest(path, f"must have at most {MAX_PIECES} parts and calls together, got {pieces}")
 
 
-def _turn(message: Any, path: str) -> Turn:
+def _turn(message: Any, path: str) -> ChatTurn:
     if not isinstance(message, Mapping):
         raise InvalidRequest(path, f"must be an object, got {type(message).__name__}")
     role = message.get("role")
@@ -45,11 +45,11 @@ def _turn(message: Any, path: str) -> Turn:
     for name in ("function_call", "audio"):
         if message.get(name) is not None:
             raise InvalidRequest(f"{path}.{name}", "is not supported by this server")
-    turn = Turn(cast(Role, role), [], path)
+    turn = ChatTurn(cast(Role, role), [], path)
     if role == "assistant":
         for name in ("reasoning_content", "reasoning"):
             if message.get(name) is not None:
-                turn.parts.append(Thinking(string(message[name], f"{path}.{name}")))
+                turn.parts.append(ThinkingPart(string(message[name], f"{path}.{name}")))
                 break
     content = message.get("content")
     if content is not None or role != "assistant":
@@ -65,7 +65,7 @@ def _turn(message: Any, path: str) -> Turn:
 def read_texts(content: Any, path: str, role: str) -> list[Part]:
     """A content: a string or a list of text parts."""
     if isinstance(content, str):
-        return [Text(content, path)]
+        return [TextPart(content, path)]
     if content is None:
         raise InvalidRequest(path, "is required")
     if not isinstance(content, list):
@@ -75,16 +75,16 @@ def read_texts(content: Any, path: str, role: str) -> list[Part]:
     return [_text(part, f"{path}[{i}]", role) for i, part in enumerate(content)]
 
 
-def _text(part: Any, path: str, role: str) -> Text:
+def _text(part: Any, path: str, role: str) -> TextPart:
     if isinstance(part, str):
-        return Text(part, path)
+        return TextPart(part, path)
     if not isinstance(part, dict):
         raise InvalidRequest(path, f"must be an object, got {type(part).__name__}")
     kind = part.get("type")
     if kind in _TEXT_PARTS:
-        return Text(string(part.get("text"), f"{path}.text"), path, read_breakpoint(part, path))
+        return TextPart(string(part.get("text"), f"{path}.text"), path, read_breakpoint(part, path))
     if kind == "refusal" and role == "assistant":
-        return Text(string(part.get("refusal"), f"{path}.refusal"), path, read_breakpoint(part, path))
+        return TextPart(string(part.get("refusal"), f"{path}.refusal"), path, read_breakpoint(part, path))
     if kind in _OTHER_PARTS:
         raise InvalidRequest(
             f"{path}.type", f"{kind} is not supported: this server reads text only and fetches nothing"
@@ -92,7 +92,7 @@ def _text(part: Any, path: str, role: str) -> Text:
     raise InvalidRequest(f"{path}.type", f"must be one of {', '.join(_TEXT_PARTS)}, got {shown(kind)}")
 
 
-def _calls(calls: Any, role: str, path: str) -> list[Call]:
+def _calls(calls: Any, role: str, path: str) -> list[CallPart]:
     if not calls:
         return []
     if role != "assistant":
@@ -102,7 +102,7 @@ def _calls(calls: Any, role: str, path: str) -> list[Call]:
     return [_call(call, f"{path}[{i}]") for i, call in enumerate(calls)]
 
 
-def _call(call: Any, path: str) -> Call:
+def _call(call: Any, path: str) -> CallPart:
     if not isinstance(call, dict):
         raise InvalidRequest(path, f"must be an object, got {type(call).__name__}")
     kind = call.get("type", "function")
@@ -117,7 +117,7 @@ def _call(call: Any, path: str) -> Call:
 
 def read_call(
     function: Mapping[str, Any], id: str | None, path: str, breakpoint: Breakpoint | None, *, custom: bool = False
-) -> Call:
+) -> CallPart:
     """``function``: an object with a name and arguments, a JSON object or its text; none means no arguments.
 
     ``custom``: of a custom tool, with a text as its input.
@@ -126,12 +126,12 @@ def read_call(
     if function.get("namespace") is not None:
         name = namespaced(label(function["namespace"], f"{path}.namespace"), name)
     if custom:
-        return Call(name, custom_arguments(string(function.get("input"), f"{path}.input")), id, path, breakpoint)
+        return CallPart(name, custom_arguments(string(function.get("input"), f"{path}.input")), id, path, breakpoint)
     arguments = function.get("arguments")
     if not isinstance(arguments, dict):
         text = "" if arguments is None else string(arguments, f"{path}.arguments")
         arguments = text if text.strip() else "{}"
-    return Call(name, arguments, id, path, breakpoint)
+    return CallPart(name, arguments, id, path, breakpoint)
 
 
 def namespaced(namespace: str, name: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import InvalidRequest
-from .conversation import Conversation, OfferedTool, Turn
+from .conversation import ChatTurn, Conversation, OfferedTool
 from .messages import template_messages
 from .openai_messages import label
 from .template import ChatTemplate
@@ -24,14 +24,14 @@ class ChatPrompt:
     """A checked conversation and what its template is told beside it."""
 
     template: ChatTemplate
-    turns: Sequence[Turn]
+    turns: Sequence[ChatTurn]
     tools: Sequence[OfferedTool]
     variables: dict[str, Any]
     add_generation_prompt: bool
     continue_final_message: bool
     parse_special: bool = False
 
-    def text(self, turns: Sequence[Turn] | None = None, definitions: Sequence[dict[str, Any]] | None = None) -> str:
+    def text(self, turns: Sequence[ChatTurn] | None = None, definitions: Sequence[dict[str, Any]] | None = None) -> str:
         """The prompt with its special tokens spelled out, and guards in what only spells one: `Tokenizer.encode` it
         without adding special tokens.
 

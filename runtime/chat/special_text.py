@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 GUARD = "\ufdd0"  # a Unicode noncharacter: never part of text that is interchanged
 
 
-class Piece(NamedTuple):
+class GuardedPiece(NamedTuple):
     """A piece of a guarded text. ``end``: its end in the guarded text, in characters. ``literal``: ordinary text that
     spells a special token, without its guards."""
 
@@ -58,16 +58,16 @@ class SpecialText:
         guarded: dict[str, Any] = self.guard({name: value for name, value in message.items() if name != "role"})
         return {"role": message["role"], **guarded}
 
-    def pieces(self, text: str) -> Iterator[Piece]:
+    def pieces(self, text: str) -> Iterator[GuardedPiece]:
         """Of a guarded text, in order; empty ones are left out."""
         at = 0
         for found in self._guarded.finditer(text):
             if found.start() > at:
-                yield Piece(text[at : found.start()], found.start(), False)
-            yield Piece(found[0].replace(GUARD, ""), found.end(), True)
+                yield GuardedPiece(text[at : found.start()], found.start(), False)
+            yield GuardedPiece(found[0].replace(GUARD, ""), found.end(), True)
             at = found.end()
         if at < len(text):
-            yield Piece(text[at:], len(text), False)
+            yield GuardedPiece(text[at:], len(text), False)
 
 
 def _guarded(name: str) -> str:

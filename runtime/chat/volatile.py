@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from .conversation import Conversation, Text, Turn
+from .conversation import ChatTurn, Conversation, TextPart
 
 MAX_FOUND = 8
 _MAX_SHOWN = 120  # characters
@@ -77,8 +77,8 @@ def _tools(conversation: Conversation) -> Iterator[tuple[str, str]]:
         yield offered.schema_path.rpartition(".")[0], offered.tool.name
 
 
-def _texts(turns: list[Turn]) -> Iterator[tuple[str, str]]:
+def _texts(turns: list[ChatTurn]) -> Iterator[tuple[str, str]]:
     for turn in turns:
         for part in turn.parts:
-            if isinstance(part, Text):
+            if isinstance(part, TextPart):
                 yield part.path, part.text

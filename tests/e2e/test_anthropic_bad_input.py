@@ -40,7 +40,7 @@ def result(**fields: Any) -> list[Any]:
 
 # (what the message must name, values of the field before the first dot or bracket)
 CONVERSATION: list[tuple[str, list[Any]]] = [
-    ("messages", [[], None, "hello", USER, 7, [USER] * 5000, [USER] * 20_000]),
+    ("messages", [[], None, "hello", USER, 7, [USER] * 17_000, [USER] * 20_000]),
     ("messages[0]", [[7], ["hello"], [None], [[]]]),
     ("messages[0].role", [[{}], [{"content": "x"}], [{"role": None, "content": "x"}], [{"role": 7, "content": "x"}]]),
     ("messages[0].role", [[{"role": "tool", "content": "x"}], [{"role": ["user"], "content": "x"}]]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.conversation import Call
+from branchwise.runtime.chat.conversation import CallPart
 from branchwise.runtime.chat.custom_tools import custom_arguments, custom_input
 from branchwise.runtime.chat.openai_messages import openai_turns
 from branchwise.runtime.chat.openai_tools import openai_tools
@@ -85,7 +85,7 @@ def test_arguments_without_an_input_are_passed_on(arguments: str) -> None:
 def test_calls_of_custom_tools_in_a_conversation() -> None:
     call = {"id": "c", "type": "custom", "custom": {"name": "patch", "input": 'say "x"'}}
     [_, said] = openai_turns([{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}])
-    assert said.calls == [Call("patch", json.dumps({"input": 'say "x"'}), "c", "messages[1].tool_calls[0].custom")]
+    assert said.calls == [CallPart("patch", json.dumps({"input": 'say "x"'}), "c", "messages[1].tool_calls[0].custom")]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ....chat.conversation import MAX_PARTS, MAX_PIECES, Breakpoint, Call, OfferedTool, Part, Text, Thinking, Turn
+from ....chat.conversation import (
+    MAX_PARTS,
+    MAX_PIECES,
+    Breakpoint,
+    CallPart,
+    ChatTurn,
+    OfferedTool,
+    Part,
+    TextPart,
+    ThinkingPart,
+)
 from ....chat.openai_messages import label
 from ....chat.tools.definitions import ToolLimits, ToolReader
 from ....chat.volatile import without_billing_header
@@ -52,13 +62,13 @@ class ConversationReader:
     """
 
     def __init__(self, body: CountRequest, max_messages: int, limits: ToolLimits | None = None) -> None:
-        self.turns: list[Turn] = []
+        self.turns: list[ChatTurn] = []
         self.tools: list[OfferedTool] = []
         self.left_out: list[str] = []  # tools that run on Anthropic's servers or have no schema here: path and type
         self._tool_names: dict[str, str] = {}  # of the tool_use blocks so far, by their ids
         self._blocks = 0
         self._breakpoints = 0
-        self._last: Text | Call | None = None  # made from the last block that can have a breakpoint
+        self._last: TextPart | CallPart | None = None  # made from the last block that can have a breakpoint
         self._read_tools(body.tools or [], limits)
         if body.system:
             for block, path in self._read(body.system, "system", _TEXT):
@@ -106,7 +116,7 @@ class ConversationReader:
                 case ToolResultBlock():
                     self._result(block, place)
                 case ThinkingBlock():
-                    self._turn(role, path).parts.append(Thinking(block.thinking))
+                    self._turn(role, path).parts.append(ThinkingPart(block.thinking))
 
     def _read(self, content: Any, path: str, kinds: Mapping[str, type[BaseModel]]) -> Iterator[tuple[BaseModel, str]]:
         """The blocks of a content, and their paths."""
@@ -149,14 +159,14 @@ class ConversationReader:
 
     # -- what becomes of them ------------------------------------------------------------------------------------------
 
-    def _turn(self, role: Any, path: str) -> Turn:
+    def _turn(self, role: Any, path: str) -> ChatTurn:
         """The turn that this role's blocks go to."""
         if not self.turns or self.turns[-1].role != role:
-            self.turns.append(Turn(role, [], path))
+            self.turns.append(ChatTurn(role, [], path))
         return self.turns[-1]
 
-    def _text(self, parts: list[Part], block: Any, path: str) -> Text:
-        text = Text(block.text, path, self._breakpoint(block.cache_control, f"{path}.cache_control"))
+    def _text(self, parts: list[Part], block: Any, path: str) -> TextPart:
+        text = TextPart(block.text, path, self._breakpoint(block.cache_control, f"{path}.cache_control"))
         parts.append(text)
         self._last = text
         return text
@@ -164,7 +174,7 @@ class ConversationReader:
     def _call(self, parts: list[Part], block: ToolUseBlock, path: str) -> None:
         id, name = label(block.id, f"{path}.id"), label(block.name, f"{path}.name")
         breakpoint = self._breakpoint(block.cache_control, f"{path}.cache_control")
-        self._last = Call(name, block.input, id, path, breakpoint)
+        self._last = CallPart(name, block.input, id, path, breakpoint)
         self._tool_names[id] = name
         parts.append(self._last)
 
@@ -174,8 +184,8 @@ class ConversationReader:
             raise InvalidRequest(
                 f"{path}.tool_use_id", f"is that of no tool_use before it, got {shown(block.tool_use_id)}"
             )
-        last = Text(ERROR if block.is_error else "", path)
-        turn = Turn("tool", [last] if block.is_error else [], path, name, block.tool_use_id)
+        last = TextPart(ERROR if block.is_error else "", path)
+        turn = ChatTurn("tool", [last] if block.is_error else [], path, name, block.tool_use_id)
         self.turns.append(turn)
         for text, place in self._read(block.content, f"{path}.content", _TEXT):
             last = self._text(turn.parts, text, place)

@@ -64,13 +64,13 @@ class ToolDefinition(Strict):
     cache_control: CacheControl | None = None
 
 
-class ToolChoice(Strict):
+class ToolChoiceField(Strict):
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = Field(None, description="Of the tool, for type tool.")
     disable_parallel_tool_use: bool | None = None
 
 
-class Thinking(Strict):
+class ThinkingField(Strict):
     """Told to chat templates that know it as ``enable_thinking`` or ``thinking``."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -99,8 +99,8 @@ class CountRequest(Strict):
     model: str | None = None
     system: str | list[Any] | None = Field(None, description="A string, or a list of text blocks.")
     tools: list[Any] | None = Field(None, description="Objects with a name, an input_schema and a description.")
-    tool_choice: ToolChoice | None = None
-    thinking: Thinking | None = None
+    tool_choice: ToolChoiceField | None = None
+    thinking: ThinkingField | None = None
     cache_control: CacheControl | None = Field(None, description="As if on the last block.")
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="The older name of output_config.format.")

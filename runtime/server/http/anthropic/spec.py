@@ -15,8 +15,7 @@ from ..fields.cache import CacheFields
 from ..fields.sampling import engine_seed
 from ..state import AppState
 from .conversation import ConversationReader
-from .request import CountRequest, MessagesRequest, Thinking
-from .request import ToolChoice as AskedChoice
+from .request import CountRequest, MessagesRequest, ThinkingField, ToolChoiceField
 
 # This route's names of the fields that errors may be about.
 NAMES = {
@@ -90,7 +89,7 @@ def _answer_format(body: CountRequest) -> tuple[dict[str, Any], dict[str, str]]:
     return ({}, {}) if format is None else ({"json_schema": format.schema_}, {"json_schema": name})
 
 
-def _choice(choice: AskedChoice, tools: list[OfferedTool]) -> ToolChoice:
+def _choice(choice: ToolChoiceField, tools: list[OfferedTool]) -> ToolChoice:
     match choice.type:
         case "any" if not tools:
             raise InvalidRequest("tool_choice.type", "any needs tools")
@@ -104,7 +103,7 @@ def _choice(choice: AskedChoice, tools: list[OfferedTool]) -> ToolChoice:
             return ToolChoice(choice.type)
 
 
-def _thinking(thinking: Thinking) -> dict[str, Any]:
+def _thinking(thinking: ThinkingField) -> dict[str, Any]:
     """By the names that models' templates have for it."""
     wanted = thinking.type != "disabled"
     variables: dict[str, Any] = {"enable_thinking": wanted, "thinking": wanted}

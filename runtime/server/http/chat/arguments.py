@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ....chat.conversation import Turn
+from ....chat.conversation import ChatTurn
 from ....chat.json_bounds import count_values, deeper_than
 from ....chat.template import ChatTemplate
 from ....errors import InvalidRequest
 from ....limits import MAX_DEPTH
 
 
-async def bound_arguments(turns: Sequence[Turn], template: ChatTemplate, most: int) -> None:
+async def bound_arguments(turns: Sequence[ChatTurn], template: ChatTemplate, most: int) -> None:
     """Refuses arguments that would be slow to decode: more than ``most`` values together, or deep nesting."""
     if template.probes.keeps_arguments:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .....chat.conversation import MAX_PARTS, Part, Text, Thinking, Turn
+from .....chat.conversation import MAX_PARTS, ChatTurn, Part, TextPart, ThinkingPart
 from .....chat.openai_messages import check_pieces, label, read_breakpoint, read_call, read_texts
 from .....errors import InvalidRequest, shown
 
@@ -13,11 +13,13 @@ _CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_t
 _TYPES = ("message", *_CALLS, "reasoning")
 
 
-def response_turns(instructions: str | None, input: Any, max_items: int) -> list[Turn]:
+def response_turns(instructions: str | None, input: Any, max_items: int) -> list[ChatTurn]:
     """Raises `InvalidRequest` naming the item and the field in it."""
-    turns = [] if instructions is None else [Turn("system", [Text(instructions, "instructions")], "instructions")]
+    turns = (
+        [] if instructions is None else [ChatTurn("system", [TextPart(instructions, "instructions")], "instructions")]
+    )
     if isinstance(input, str):
-        return [*turns, Turn("user", [Text(input, "input")], "input")]
+        return [*turns, ChatTurn("user", [TextPart(input, "input")], "input")]
     if not isinstance(input, list):
         raise InvalidRequest("input", f"must be a string or a list of items, got {type(input).__name__}")
     if not input:
@@ -32,14 +34,14 @@ def response_turns(instructions: str | None, input: Any, max_items: int) -> list
 
 
 class _ItemReader:
-    """What a model did in one turn is several items and one `Turn`: thinking, text, calls.
+    """What a model did in one turn is several items and one `ChatTurn`: thinking, text, calls.
 
     An item joins the turn before it unless that would change their order as templates write it.
     """
 
-    def __init__(self, turns: list[Turn]) -> None:
+    def __init__(self, turns: list[ChatTurn]) -> None:
         self._turns = turns
-        self._open: Turn | None = None  # the last turn, while it may get more items
+        self._open: ChatTurn | None = None  # the last turn, while it may get more items
 
     def read(self, item: Any, path: str) -> None:
         if not isinstance(item, dict):
@@ -57,7 +59,7 @@ class _ItemReader:
             case "function_call_output" | "custom_tool_call_output":
                 id = label(item.get("call_id"), f"{path}.call_id")
                 parts = read_texts(item.get("output"), f"{path}.output", "tool")
-                self._add(Turn("tool", parts, path, call_id=id))
+                self._add(ChatTurn("tool", parts, path, call_id=id))
             case "reasoning":
                 self._reasoning(item, path)
             case None:
@@ -72,25 +74,25 @@ class _ItemReader:
             raise InvalidRequest(f"{path}.role", f"must be one of {', '.join(ROLES)}, got {shown(role)}")
         texts = read_texts(item.get("content"), f"{path}.content", role)
         if role != "assistant":
-            self._add(Turn(role, texts, path))
+            self._add(ChatTurn(role, texts, path))
             return
-        self._assistant(path, unless=Text).parts += texts
+        self._assistant(path, unless=TextPart).parts += texts
 
     def _reasoning(self, item: dict[str, Any], path: str) -> None:
         """Readable thinking. ``encrypted_content``, another provider's, is left out: nobody here can read it."""
         texts = _texts(item.get("content"), f"{path}.content") or _texts(item.get("summary"), f"{path}.summary")
         if texts:
-            self._assistant(path, unless=Part).parts += [Thinking(text) for text in texts]
+            self._assistant(path, unless=Part).parts += [ThinkingPart(text) for text in texts]
 
-    def _assistant(self, path: str, unless: Any = ()) -> Turn:
+    def _assistant(self, path: str, unless: Any = ()) -> ChatTurn:
         """The assistant's turn that the item joins: the last one, unless it has a part of the kind ``unless``."""
         if self._open is None or (unless and any(isinstance(part, unless) for part in self._open.parts)):
-            turn = Turn("assistant", [], path)
+            turn = ChatTurn("assistant", [], path)
             self._add(turn)
             self._open = turn
         return self._open
 
-    def _add(self, turn: Turn) -> None:
+    def _add(self, turn: ChatTurn) -> None:
         self._open = None
         self._turns.append(turn)
 

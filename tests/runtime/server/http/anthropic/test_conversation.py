@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.conversation import MAX_PIECES, Breakpoint, Call, Text, Thinking, Turn
+from branchwise.runtime.chat.conversation import MAX_PIECES, Breakpoint, CallPart, ChatTurn, TextPart, ThinkingPart
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.server.http.anthropic.conversation import ConversationReader
 from branchwise.runtime.server.http.anthropic.request import MESSAGES_UNSUPPORTED, MessagesRequest
@@ -27,7 +27,7 @@ def request(messages: Any, **fields: Any) -> MessagesRequest:
     return parse(MessagesRequest, {"max_tokens": 100, "messages": messages, **fields}, unsupported=MESSAGES_UNSUPPORTED)
 
 
-def said(messages: Any, **fields: Any) -> list[Turn]:
+def said(messages: Any, **fields: Any) -> list[ChatTurn]:
     return ConversationReader(request(messages, **fields), 100).turns
 
 
@@ -42,8 +42,8 @@ def part(text: str, **more: Any) -> dict[str, Any]:
 
 
 def test_a_string_is_a_block_of_text() -> None:
-    hi = Turn("user", [Text("Hi.", "messages[0].content")], "messages[0]")
-    assert said([HI], system="Be brief.") == [Turn("system", [Text("Be brief.", "system")], "system"), hi]
+    hi = ChatTurn("user", [TextPart("Hi.", "messages[0].content")], "messages[0]")
+    assert said([HI], system="Be brief.") == [ChatTurn("system", [TextPart("Be brief.", "system")], "system"), hi]
     blocks = said([{"role": "user", "content": [part("Hi.")]}], system=[part("Be brief.")])
     assert [(turn.role, turn.texts) for turn in blocks] == [("system", ["Be brief."]), ("user", ["Hi."])]
     assert said([HI], system="") == said([HI], system=[]) == [hi]
@@ -71,17 +71,21 @@ def test_calls_and_results() -> None:
         ]
     )
     one, two = "messages[1].content", "messages[2].content"
-    calls = [Call("look", USE["input"], "toolu_1", f"{one}[3]"), Call("look", {}, "toolu_2", f"{one}[4]")]
-    failure = [Text("Error:", f"{two}[1]"), Text("No", f"{two}[1].content[0]"), Text("way.", f"{two}[1].content[1]")]
+    calls = [CallPart("look", USE["input"], "toolu_1", f"{one}[3]"), CallPart("look", {}, "toolu_2", f"{one}[4]")]
+    failure = [
+        TextPart("Error:", f"{two}[1]"),
+        TextPart("No", f"{two}[1].content[0]"),
+        TextPart("way.", f"{two}[1].content[1]"),
+    ]
     assert found[1:] == [
-        Turn(
+        ChatTurn(
             "assistant",
-            [Thinking("Hm."), Text("Let me see.", f"{one}[2]"), *calls, Thinking("Hm.")],
+            [ThinkingPart("Hm."), TextPart("Let me see.", f"{one}[2]"), *calls, ThinkingPart("Hm.")],
             "messages[1]",
         ),
-        Turn("tool", [Text("Found.", f"{two}[0].content")], f"{two}[0]", "look", "toolu_1"),
-        Turn("tool", failure, f"{two}[1]", "look", "toolu_2"),
-        Turn("user", [Text("So?", f"{two}[2]")], "messages[2]"),
+        ChatTurn("tool", [TextPart("Found.", f"{two}[0].content")], f"{two}[0]", "look", "toolu_1"),
+        ChatTurn("tool", failure, f"{two}[1]", "look", "toolu_2"),
+        ChatTurn("user", [TextPart("So?", f"{two}[2]")], "messages[2]"),
     ]
 
 
@@ -106,8 +110,8 @@ def marks(messages: Any, **fields: Any) -> list[tuple[str, Any]]:
     read = ConversationReader(request(messages, **fields), 100)
     found: list[tuple[str, Breakpoint | None]] = [(tool.tool.name, tool.breakpoint) for tool in read.tools]
     for part in (part for turn in read.turns for part in turn.parts):
-        if not isinstance(part, Thinking):
-            found.append((part.text if isinstance(part, Text) else part.name, part.breakpoint))
+        if not isinstance(part, ThinkingPart):
+            found.append((part.text if isinstance(part, TextPart) else part.name, part.breakpoint))
     return [(name, breakpoint.ttl) for name, breakpoint in found if breakpoint is not None]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.conversation import Call, Text, Thinking, Turn
+from branchwise.runtime.chat.conversation import CallPart, ChatTurn, TextPart, ThinkingPart
 from branchwise.runtime.chat.messages import template_messages
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.errors import InvalidRequest
@@ -25,7 +25,7 @@ def asked(make_state: Callable[..., AppState]) -> Callable[..., ChatSpec]:
     return lambda **fields: response_spec(read({"input": "hi", **fields}), state)
 
 
-def turns(*items: Any) -> list[Turn]:
+def turns(*items: Any) -> list[ChatTurn]:
     return response_turns(None, list(items), 100)
 
 
@@ -55,9 +55,9 @@ USER = {"role": "user", "content": "x"}
 
 
 def test_a_string_is_what_the_user_says() -> None:
-    said = Turn("user", [Text("hello", "input")], "input")
+    said = ChatTurn("user", [TextPart("hello", "input")], "input")
     assert response_turns(None, "hello", 1) == [said]
-    system = Turn("system", [Text("Be brief.", "instructions")], "instructions")
+    system = ChatTurn("system", [TextPart("Be brief.", "instructions")], "instructions")
     assert response_turns("Be brief.", "hello", 1) == [system, said]
 
 
@@ -73,13 +73,13 @@ def test_what_one_turn_wrote_is_one_turn() -> None:
         thought("so"),
         said("assistant", "Done."),
     )
-    calls = [Call("f", "{}", "a", "input[3]"), Call("g", "{}", "b", "input[4]")]
+    calls = [CallPart("f", "{}", "a", "input[3]"), CallPart("g", "{}", "b", "input[4]")]
     assert found == [
-        Turn("user", [Text("x", "input[0].content")], "input[0]"),
-        Turn("assistant", [Thinking("hm"), Text("let me see", "input[2].content[0]"), *calls], "input[1]"),
-        Turn("tool", [Text("ok", "input[5].output")], "input[5]", call_id="a"),
-        Turn("tool", [Text("fine", "input[6].output[0]")], "input[6]", call_id="b"),
-        Turn("assistant", [Thinking("so"), Text("Done.", "input[8].content")], "input[7]"),
+        ChatTurn("user", [TextPart("x", "input[0].content")], "input[0]"),
+        ChatTurn("assistant", [ThinkingPart("hm"), TextPart("let me see", "input[2].content[0]"), *calls], "input[1]"),
+        ChatTurn("tool", [TextPart("ok", "input[5].output")], "input[5]", call_id="a"),
+        ChatTurn("tool", [TextPart("fine", "input[6].output[0]")], "input[6]", call_id="b"),
+        ChatTurn("assistant", [ThinkingPart("so"), TextPart("Done.", "input[8].content")], "input[7]"),
     ]
 
 
@@ -119,8 +119,8 @@ def test_calls_of_custom_tools_and_of_namespaces() -> None:
     found = turns(*items)
     assert [turn.role for turn in found] == ["user", "assistant", "tool", "tool"]
     assert found[1].calls == [
-        Call("patch", '{"input": "*** Begin"}', "a", "input[1]"),
-        Call("mcp__files__f", "{}", "b", "input[2]"),
+        CallPart("patch", '{"input": "*** Begin"}', "a", "input[1]"),
+        CallPart("mcp__files__f", "{}", "b", "input[2]"),
     ]
     assert (found[2].call_id, found[2].texts) == ("a", ["done"])
 
