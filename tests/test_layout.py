@@ -14,13 +14,49 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = ROOT / "runtime" / "models" / "shipped"
-ROOMS = ("radix", "kernels", "runtime", "frontend")
-MAY_IMPORT = {
-    "radix": {"radix"},
-    "kernels": {"kernels"},
-    "runtime": {"runtime", "radix", "kernels"},
-    "frontend": {"frontend", "runtime", "radix", "kernels"},
+TOP_LEVEL = ("radix", "kernels", "runtime", "frontend")
+# The rooms, lowest first, and the rooms each may import. A file belongs to the longest room that its path begins with;
+# ``runtime`` itself is the contracts at its root, which every room above speaks.
+ROOMS = {
+    "radix": set(),
+    "kernels": set(),
+    "runtime": {"radix"},
+    "runtime/chat": {"runtime"},
+    "runtime/tokenizer": {"runtime", "runtime/chat"},
+    "runtime/grammar": {"runtime", "runtime/tokenizer"},
+    "runtime/models": {"runtime", "runtime/tokenizer", "kernels"},
+    "runtime/executor": {"runtime", "runtime/models", "kernels"},
+    "runtime/scheduler": {"runtime", "runtime/grammar", "runtime/tokenizer", "radix"},
+    "runtime/engine": {
+        "runtime",
+        "runtime/chat",
+        "runtime/executor",
+        "runtime/grammar",
+        "runtime/models",
+        "runtime/scheduler",
+        "runtime/tokenizer",
+    },
+    "runtime/server": {
+        "runtime",
+        "runtime/chat",
+        "runtime/engine",
+        "runtime/executor",
+        "runtime/grammar",
+        "runtime/models",
+        "runtime/scheduler",
+        "runtime/tokenizer",
+    },
+    "frontend": {
+        "runtime",
+        "runtime/chat",
+        "runtime/engine",
+        "runtime/executor",
+        "runtime/models",
+        "runtime/server",
+        "runtime/tokenizer",
+    },
 }
+CONTRACTS = 16  # files at the root of runtime/, at most: what all rooms speak, nothing that works
 
 
 def modules(room: str) -> list[Path]:
@@ -45,15 +81,90 @@ def test_relative_imports_are_resolved() -> None:
     assert "branchwise.__version__" in names
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_run_one_way(room: str) -> None:
-    assert modules(room)
-    for path in modules(room):
-        for name in imported(path):
-            parts = name.split(".")
-            if parts[0] == "branchwise" and parts[1] in ROOMS:
-                assert parts[1] in MAY_IMPORT[room], f"{path.relative_to(ROOT)} imports {name}"
-            assert parts[0] not in ROOMS, f"{path.relative_to(ROOT)} imports {name}, which is not installed"
+def room_of(module: str) -> str | None:
+    """The room of ``branchwise.…``, a file's or a name's dotted path; None for the package's root."""
+    parts = module.split(".")[1:]
+    rooms = ["/".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    return next((room for room in rooms if room in ROOMS), None)
+
+
+def dotted(path: Path) -> str:
+    parts = ["branchwise", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def import_graph() -> dict[str, set[str]]:
+    """The files each file imports, at its head or inside a function, for types or to run."""
+    files = {dotted(path): path for folder in TOP_LEVEL for path in modules(folder)}
+    graph = {}
+    for module, path in files.items():
+        names = set(imported(path))
+        found = {name if name in files else name.rpartition(".")[0] for name in names}
+        graph[module] = (found & files.keys()) - {module}
+    return graph
+
+
+def test_each_room_imports_what_it_may() -> None:
+    wrong = []
+    for folder in TOP_LEVEL:
+        for path in modules(folder):
+            room = room_of(dotted(path))
+            assert room is not None
+            for name in imported(path):
+                other = room_of(name) if name.startswith("branchwise.") else None
+                if other is not None and other != room and other not in ROOMS[room]:
+                    wrong.append(f"{path.relative_to(ROOT)} imports {name}: {room} may not import {other}")
+                assert name.split(".")[0] not in TOP_LEVEL, f"{path.relative_to(ROOT)}: {name} is not installed"
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_rooms_are_in_layers() -> None:
+    """Each room imports rooms above it in the table only, so the table itself has no circle."""
+    above: set[str] = set()
+    for room, others in ROOMS.items():
+        assert others <= above, f"{room}: {others - above} come later in the table"
+        above.add(room)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one file (Tarjan, 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node]):
+            if other not in index:
+                visit(other)
+                low[node] = min(low[node], low[other])
+            elif other in stack:
+                low[node] = min(low[node], index[other])
+        if low[node] == index[node]:
+            at = stack.index(node)
+            component, stack[at:] = stack[at:], []
+            if len(component) > 1:
+                found.append(sorted(component))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == [["b", "c"]]
+
+
+def test_no_file_imports_itself_through_others() -> None:
+    assert circles(import_graph()) == []
+
+
+def test_the_root_of_the_runtime_is_contracts() -> None:
+    root = [path.name for path in (ROOT / "runtime").glob("*.py") if path.name != "__init__.py"]
+    assert len(root) <= CONTRACTS, root
 
 
 @pytest.mark.parametrize(
@@ -108,7 +219,7 @@ def test_the_check_sees_what_it_looks_for() -> None:
     assert sorted(found) == ["dill", "eval", "pickle", "recv_pyobj", "shell=True", "torch.load"]
 
 
-@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("room", TOP_LEVEL)
 def test_nothing_turns_bytes_into_code(room: str) -> None:
     for path in modules(room):
         found = list(turns_bytes_into_code(ast.parse(path.read_text())))
@@ -121,7 +232,7 @@ def test_declared_packages_are_the_tree() -> None:
 
 
 def packages_of_the_tree() -> set[str]:
-    folders = {path.parent.relative_to(ROOT) for room in ROOMS for path in modules(room)}
+    folders = {path.parent.relative_to(ROOT) for room in TOP_LEVEL for path in modules(room)}
     return {".".join(["branchwise", *folder.parts]) for folder in folders} | {"branchwise"}
 
 
@@ -145,7 +256,7 @@ def test_the_wheel_holds_the_tree(built: Path) -> None:
     """Every module is in it, no top-level name but ours, and the model that ships, whole."""
     assert [path.name for path in built.iterdir()] == ["branchwise"]
     found = {path.relative_to(built / "branchwise") for path in built.rglob("*.py")}
-    expected = {path.relative_to(ROOT) for room in ROOMS for path in modules(room)}
+    expected = {path.relative_to(ROOT) for room in TOP_LEVEL for path in modules(room)}
     expected |= {Path("__init__.py"), Path("__main__.py")}
     assert found == expected
     assert (built / "branchwise" / "py.typed").is_file()
@@ -168,7 +279,7 @@ def test_an_installed_wheel_talks_without_a_model_named(built: Path, tmp_path: P
 
 
 def _copy_sources(target: Path) -> None:
-    files = [path for room in ROOMS for path in modules(room)] + sorted(SHIPPED.iterdir())
+    files = [path for room in TOP_LEVEL for path in modules(room)] + sorted(SHIPPED.iterdir())
     files += [
         ROOT / name for name in ("__init__.py", "__main__.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")
     ]
@@ -179,7 +290,7 @@ def _copy_sources(target: Path) -> None:
 
 
 def test_files_stay_small() -> None:
-    for room in ROOMS:
+    for room in TOP_LEVEL:
         for path in modules(room):
             lines = len(path.read_text().splitlines())
             assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines; is it one idea?"

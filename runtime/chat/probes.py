@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..errors import InvalidRequest
-
-if TYPE_CHECKING:
-    from .template import ChatTemplate
 
 _ID = "branchwis"  # some templates require call ids of nine characters
 _USER = {"role": "user", "content": "x"}
 
 
+class Renderer(Protocol):
+    """What is probed: a `ChatTemplate`."""
+
+    source: str
+
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> str: ...
+
+
 class TemplateProbes:
     """Each answer is computed once."""
 
-    def __init__(self, template: ChatTemplate) -> None:
+    def __init__(self, template: Renderer) -> None:
         self._template = template
         self._separators: dict[str, str | None] = {}  # by role
         self._accepted: dict[tuple[str, ...], bool] = {}

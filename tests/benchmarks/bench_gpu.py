@@ -1,6 +1,8 @@
 """What `make bench-gpu` measures: BranchBench against our server on one GPU, in the shape of Llama-3.1-8B.
 
-    bench_gpu.py [--workloads all] [--profile no_sharing,tree_of_thought] [--port 8000]
+    bench_gpu.py [--workloads all] [--profile no_sharing,tree_of_thought] [--port 8000] [-- SERVER FLAGS]
+
+Flags after ``--`` go to the server: ``-- --attention-backend flashinfer`` is the ablation of tree attention.
 
 Random weights (``--load-format dummy``): answers mean nothing, times do. A second run of the profiled workloads records
 the steps of one second in their middle: how long the device was idle, and which kernels took its time. Figures and
@@ -47,10 +49,10 @@ READY = (90, 64, 104, 56)
 
 
 @contextmanager
-def server(folder: Path, port: int, log: Path) -> Iterator[tuple[str, float]]:
+def server(folder: Path, port: int, log: Path, flags: list[str]) -> Iterator[tuple[str, float]]:
     """Our server; yields its address and how long it took from the command to the first answer."""
     command = [sys.executable, "-m", "branchwise", "serve", str(folder), "--load-format", "dummy"]
-    command += ["--port", str(port), "--profile", str(OUT / "traces")]
+    command += ["--port", str(port), "--profile", str(OUT / "traces"), *flags]
     begun = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
@@ -129,16 +131,17 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(PEERS))
     parser.add_argument("--profile", default="no_sharing,tree_of_thought", help="workloads to record, or nothing")
     parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("flags", nargs="*", help="more flags for the server, after --")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="branchwise-bench-") as scratch:
         folder = write(Path(scratch) / "llama-3.1-8b", LLAMA_8B)
         log = OUT / "server.log"
-        with server(folder, args.port, log) as (_, ready):
+        with server(folder, args.port, log, args.flags) as (_, ready):
             pass
         if "compiling FlashInfer" in log.read_text():  # the first start on this machine: the table has the others
             print(f"ready after {ready:.1f} s, compiling", flush=True)
-        with server(folder, args.port, log) as (url, ready):
+        with server(folder, args.port, log, args.flags) as (url, ready):
             print(f"ready after {ready:.1f} s", flush=True)
             ours = run(url, args.workloads, OUT / "branchbench-gpu.json")
             recorded = {
