@@ -1,4 +1,4 @@
-"""Tokens in, text out: one object a request, and the core that turns a step's output into what clients receive.
+"""From tokens to text: one object for each request, and the core that turns a step's output into clients' deltas.
 
 No sockets here: the detokenizer process and the in-process engine both drive `DetokenizerCore`.
 """
@@ -15,26 +15,39 @@ import numpy as np
 from ..messages import CacheReport, Delta, Finished, Settled, StepOutput
 from ..sampling_params import SamplingParams
 from .incremental import open_stream
+from .special_stops import SpecialStops
 from .stop_strings import StopMatcher
 from .tokenizer import Tokenizer
 
-HOLD_TOKENS = 128  # of an answer that nobody reads along: told in pieces of this many
+BATCH_TOKENS = 128  # of an answer that is not streamed: sent in deltas of this many tokens
 
 
 class IncrementalDetokenizer:
     """The text of one request's output, as far as it is certain after each token.
 
-    Holds back incomplete UTF-8 and whatever may begin a stop string. ``tail`` are the last tokens of the prompt: their
-    text is never emitted. Stop strings are looked for in the text from the ``min_tokens``-th token on.
+    Holds back incomplete UTF-8 and whatever may begin a stop string. ``tail`` are the last tokens of the prompt, all of
+    them unless ``truncated``: their text is never emitted. Stop strings are searched for from the ``min_tokens``-th
+    token on; a special token in a stop string matches also where special tokens are skipped.
     """
 
-    __slots__ = ("_min_tokens", "_stops", "_stream", "_trace", "count")
+    __slots__ = ("_min_tokens", "_special", "_stops", "_stream", "_trace", "count")
 
     def __init__(
-        self, tokenizer: Tokenizer, params: SamplingParams, tail: Sequence[int] = (), *, trace: bool = False
+        self,
+        tokenizer: Tokenizer,
+        params: SamplingParams,
+        tail: Sequence[int] = (),
+        *,
+        truncated: bool = False,
+        trace: bool = False,
     ) -> None:
-        self._stream = open_stream(tokenizer, tail, params.skip_special_tokens)
-        self._stops = StopMatcher(params.stop, params.include_stop) if params.stop else None
+        self._stream = open_stream(tokenizer, tail, params.skip_special_tokens, truncated=truncated)
+        self._special: SpecialStops | None = None
+        stops = params.stop
+        if stops and params.skip_special_tokens:
+            self._special = SpecialStops(tokenizer, stops)
+            stops = self._special.stops
+        self._stops = StopMatcher(stops, params.include_stop) if stops else None
         self._min_tokens = params.min_tokens
         self._trace = _Trace() if trace and params.stop else None
         self.count = 0  # tokens pushed
@@ -42,34 +55,51 @@ class IncrementalDetokenizer:
     @property
     def matched_stop(self) -> str | None:
         """The stop string that ended the text: nothing is emitted after it."""
-        return self._stops.matched if self._stops is not None else None
+        matched = self._stops.matched if self._stops is not None else None
+        return matched if matched is None or self._special is None else self._special.original(matched)
 
     def push(self, token: int, *, silent: bool = False) -> str:
         """The text to emit for one more token; ``silent`` counts the token but takes no text from it."""
         self.count += 1
-        return "" if silent else self._through(self._stream.push(token))
+        if silent:
+            return ""
+        text = self._stream.push(token)
+        if self._special is not None and token in self._special.marks:
+            text += self._stream.flush() + self._special.marks[token]
+        return self._visible(self._until_stop(text))
 
     def finish(self) -> str:
         """The text still held back, when no more tokens will come. May complete a stop string."""
-        text = self._through(self._stream.flush())
-        return text + self._stops.flush() if self._stops is not None else text
+        text = self._until_stop(self._stream.flush())
+        return self._visible(text + self._stops.flush() if self._stops is not None else text)
 
     @property
     def cut(self) -> tuple[int, str]:
-        """After a match, if traced: tokens whose text lies before its end, and the text between theirs and that end."""
-        if self._trace is None:
-            raise RuntimeError("the text was not traced")
-        return self._trace.cut()
+        """After a match: how many tokens lie wholly before the end of the text, and the text after them.
 
-    def _through(self, text: str) -> str:
+        Raises `RuntimeError` unless built with ``trace``.
+        """
+        if self._trace is None:
+            raise RuntimeError("IncrementalDetokenizer.cut needs trace=True")
+        tokens, rest = self._trace.cut()
+        return tokens, self._visible(rest)
+
+    def _until_stop(self, text: str) -> str:
+        """What of ``text``, and of text held back before, is emitted now."""
         shown = text if self._stops is None or self.count < self._min_tokens else self._stops.push(text)
         if self._trace is not None:
             self._trace.note(self.count, text, len(shown), self._stream.settled)
         return shown
 
+    def _visible(self, text: str) -> str:
+        if self._special is None or not text:
+            return text
+        matched = self._stops.matched if self._stops is not None else None
+        return self._special.visible(text, matched if matched and text.endswith(matched) else None)
+
 
 class _Trace:
-    """Where in a text its tokens end."""
+    """The positions in a text at which its tokens end."""
 
     __slots__ = ("_ends", "_length", "_pieces", "_shown", "_tokens")
 
@@ -98,15 +128,15 @@ class _Request:
     prompt_tokens: int
     include_stop: bool
     settle: bool  # of a branch: its end is followed by a `Settled`
-    stream: bool  # False: after the first token, deltas are gathered in ``held``
-    held: Delta | None = None  # what has not been told yet
+    stream: bool  # False: after the first token, deltas are merged in ``unsent``
+    unsent: Delta | None = None
     cache: CacheReport | None = None
     queue_seconds: float = 0.0
-    ended: bool = False  # a stop string matched: the client has its terminal delta, the scheduler still has to say so
+    ended: bool = False  # by a stop string: the client has its terminal delta, the scheduler's `Finished` is to come
 
 
 class DetokenizerCore:
-    """State of every open request. Each gets exactly one `Delta` with ``finish``; the scheduler's last word ends it."""
+    """State of every open request, until the scheduler's `Finished`. Each gets exactly one `Delta` with ``finish``."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -118,13 +148,16 @@ class DetokenizerCore:
         return len(self._requests)
 
     def feed(self, step: StepOutput) -> tuple[list[Delta], list[int]]:
-        """Deltas, at most one a request, and the ids whose stop string matched and whom the scheduler still runs.
+        """Deltas, at most one for each request, and the ids that a stop string ended but the scheduler still runs.
 
         Raises `RuntimeError` if the step breaks the protocol: tokens of a request that is not open.
         """
         for started in step.started:
             tail = np.frombuffer(started.tail, np.int32).tolist()
-            text = IncrementalDetokenizer(self._tokenizer, started.params, tail, trace=started.settle)
+            truncated = len(tail) < started.prompt_tokens
+            text = IncrementalDetokenizer(
+                self._tokenizer, started.params, tail, truncated=truncated, trace=started.settle
+            )
             self._requests[started.id] = _Request(
                 text, started.prompt_tokens, started.params.include_stop, started.settle, started.stream
             )
@@ -150,7 +183,8 @@ class DetokenizerCore:
         return list(deltas.values()), list(stopped)
 
     def take_settled(self) -> list[Settled]:
-        """What has become certain about the ends of branches. The scheduler must hear it before anybody's next word."""
+        """The ends of branches that are certain now. Send them to the scheduler before the deltas go to clients: a
+        client may extend a branch as soon as it has the answer."""
         settled, self._settled = self._settled, []
         return settled
 
@@ -171,8 +205,8 @@ class DetokenizerCore:
                 delta.logprobs = [*(delta.logprobs or ()), rows]
             silent = stop_tokens.get(id) == token and not request.include_stop
             delta.text += request.text.push(token, silent=silent)
-            if request.held is not None and (request.text.count == 1 or len(delta.tokens) >= 4 * HOLD_TOKENS):
-                self._tell(deltas, request)
+            if request.unsent is not None and (request.text.count == 1 or len(delta.tokens) >= 4 * BATCH_TOKENS):
+                self._send(deltas, request)
             if request.text.matched_stop is not None:
                 request.ended = True
                 stopped[id] = None
@@ -186,7 +220,7 @@ class DetokenizerCore:
                     queue_seconds=request.queue_seconds,
                 )
                 self._settle(request, delta, delta.finish)
-                self._tell(deltas, request)
+                self._send(deltas, request)
         return stopped
 
     def _finish(self, finished: Finished, deltas: dict[int, Delta]) -> None:
@@ -203,7 +237,7 @@ class DetokenizerCore:
         delta.text += request.text.finish()
         delta.finish = finished
         self._settle(request, delta, finished)
-        self._tell(deltas, request)
+        self._send(deltas, request)
         if request.text.matched_stop is not None:
             delta.matched_stop = request.text.matched_stop
             delta.finish = _by_stop_string(finished)
@@ -226,22 +260,22 @@ class DetokenizerCore:
         delta = deltas.get(id)
         if delta is None:
             request = request or self._requests[id]
-            delta = request.held or Delta(id=id, prompt_tokens=request.prompt_tokens)
+            delta = request.unsent or Delta(id=id, prompt_tokens=request.prompt_tokens)
             if request.stream:
                 deltas[id] = delta
             else:
-                request.held = delta
+                request.unsent = delta
         return delta
 
-    def _tell(self, deltas: dict[int, Delta], request: _Request) -> None:
-        """What was held back goes out with this step."""
-        if request.held is not None:
-            deltas[request.held.id] = request.held
-            request.held = None
+    def _send(self, deltas: dict[int, Delta], request: _Request) -> None:
+        """Adds what was merged so far to this step's deltas."""
+        if request.unsent is not None:
+            deltas[request.unsent.id] = request.unsent
+            request.unsent = None
 
 
 def _by_stop_string(finished: Finished) -> Finished:
-    """What the scheduler says about a request that a stop string ended at the same time."""
+    """The end of a request that the scheduler and a stop string ended in one step."""
     if finished.reason not in ("stop", "length"):
         return finished
     return msgspec.structs.replace(finished, reason="stop", matched=None)

@@ -1,16 +1,18 @@
-"""Tokens to text, one token at a time: what is new, held back until it can no longer change.
+"""Incremental decoding: tokens in one at a time, text out as soon as it can no longer change.
 
-The pieces of a stream joined are `Tokenizer.decode` of all its tokens, whatever the pieces. Two ways there:
+Whatever the pieces, joined they are `Tokenizer.decode` of all tokens. There are two ways:
 
 - A byte-level vocabulary (GPT-2's, so Llama 3's, Qwen's, Mistral's since Nemo) maps every token to bytes on its own,
   so an incremental UTF-8 decoder is exact and costs the token's bytes.
-- Any other decoder (SentencePiece-like, with byte fallback) goes through `tokenizers.decoders.DecodeStream`, with
-  two cares it lacks: a run of byte tokens is decoded whole (one bad byte turns the *whole run* into U+FFFD, which is
-  where its "Invalid prefix" errors come from), and what it holds back is bounded and can be flushed. The bound has a
-  price: in a run of more than `HOLD_LIMIT` byte tokens, characters shown before a bad byte arrives stay as they were.
+- Any other decoder (SentencePiece-like, with byte fallback) is called on a short window of tokens: those whose text was
+  emitted last, as context, and those since. A run of byte tokens is decoded whole, because one bad byte turns the whole
+  run into U+FFFD. At most `HOLD_LIMIT` tokens are held back, so cost is linear. The bound has a price: in a longer run
+  of byte tokens, characters emitted before a bad byte arrives stay as they were.
 
-A stream may be primed with the last tokens of the prompt. Their text is never emitted, but they say whether a leading
-space is kept (SentencePiece drops it only at the start of a text).
+A stream starts from the last tokens of the prompt. Their text is not emitted, but it decides whether a leading space is
+kept (SentencePiece drops it only at the start of a text), and it may end inside a character. The pieces then join to
+the text of prompt and output less the text of the prompt, where the U+FFFD of an incomplete last character of the
+prompt does not count if the output completes it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,9 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from tokenizers.decoders import DecodeStream
-
 from .tokenizer import Tokenizer
 
-HOLD_LIMIT = 16  # tokens a `WindowStream` holds back at most: some five characters in bytes, and cost stays linear
+HOLD_LIMIT = 16  # tokens a `WindowStream` holds back at most: about five characters in byte tokens
 REPLACEMENT = "\ufffd"
 
 
@@ -33,7 +33,7 @@ class TextStream(Protocol):
         ...
 
     def flush(self) -> str:
-        """The rest, when no more tokens will come; incomplete characters become U+FFFD."""
+        """The text held back, as if no more tokens came: incomplete characters become U+FFFD."""
         ...
 
     @property
@@ -42,131 +42,112 @@ class TextStream(Protocol):
         ...
 
 
-def open_stream(tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool) -> TextStream:
-    """A stream of the kind the tokenizer's decoder needs, primed with ``tail``, the last tokens of the prompt."""
-    kind = ByteLevelStream if tokenizer.byte_level else WindowStream
-    return kind(tokenizer, tail, skip_special_tokens)
+def open_stream(
+    tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool, *, truncated: bool = False
+) -> TextStream:
+    """A stream of the kind the tokenizer's decoder needs.
+
+    Args:
+        tokenizer: the model's.
+        tail: the last tokens of the prompt.
+        skip_special_tokens: whether special tokens have no text.
+        truncated: whether the prompt has other tokens before ``tail``.
+    """
+    if tokenizer.byte_level:
+        return ByteLevelStream(tokenizer, tail, skip_special_tokens)
+    return WindowStream(tokenizer, tail, skip_special_tokens, truncated)
 
 
 class ByteLevelStream:
-    """Exact and linear: bytes of each token through an incremental UTF-8 decoder.
-
-    A prompt may end inside a character. If the output completes it, the character is emitted; if not, the prompt's
-    share of the broken character is not.
-    """
+    """Exact and linear: the bytes of each token through an incremental UTF-8 decoder."""
 
     def __init__(self, tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool) -> None:
         self._bytes_of = tokenizer.token_bytes
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._completing: bytes | None = None  # output bytes so far, while a character of the prompt is open
         self._decoder.decode(b"".join(self._bytes_of(token) for token in tail if token not in self._skipped))
-        if self._decoder.getstate()[0]:
-            self._completing = b""
+        self._in_prompt = bool(self._decoder.getstate()[0])  # whether the next character begins in the prompt
 
     def push(self, token: int) -> str:
-        if token in self._skipped:
-            return ""
-        data = self._bytes_of(token)
-        text = self._decoder.decode(data)
-        if self._completing is None:
-            return text
-        self._completing += data
-        if not text:
-            return ""
-        if text[0] == REPLACEMENT:
-            self._decoder.reset()
-            text = self._decoder.decode(self._completing)
-        self._completing = None
-        return text
+        return "" if token in self._skipped else self._emit(self._decoder.decode(self._bytes_of(token)))
 
     def flush(self) -> str:
-        rest = self._decoder.decode(b"", final=True)
-        if self._completing is not None:
-            rest = self._completing.decode("utf-8", "replace")
-            self._completing = None
-        return rest
+        return self._emit(self._decoder.decode(b"", final=True))
 
     @property
     def settled(self) -> bool:
-        return self._completing is None and not self._decoder.getstate()[0]
+        return not self._in_prompt and not self._decoder.getstate()[0]
+
+    def _emit(self, text: str) -> str:
+        if text and self._in_prompt:
+            self._in_prompt = False
+            return text.removeprefix(REPLACEMENT)  # never completed, so it belongs to the prompt's text
+        return text
 
 
 class WindowStream:
-    """For every other decoder: `DecodeStream` over a short window of tokens.
+    """For every other decoder: decodes ``_context``, the tokens emitted last, with ``_pending``, those since."""
 
-    ``_settled`` are the tokens of the last emission, the window's left context, and ``_pending`` those since: the
-    stream's own state, which it does not show, needed to flush and to recover.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, tail: Sequence[int], skip_special_tokens: bool, truncated: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._byte_tokens = tokenizer.byte_token_ids
-        self._run: list[int] = []  # byte tokens whose run has not ended
+        self._context = list(tail)
         self._pending: list[int] = []
-        settled = list(tail)
-        while settled and (settled[-1] in tokenizer.byte_token_ids or self._decode(settled).endswith(REPLACEMENT)):
-            settled.pop()
-        self._settled = settled
-        self._stream = self._open()
+        if truncated:
+            # The tail may begin inside a character, or have no text of its own.
+            while self._context and self._is_continuation(self._context[0]):
+                del self._context[0]
+            self._context = [*tokenizer.anchor, *self._context]
 
     def push(self, token: int) -> str:
         if token in self._skipped or token >= self._tokenizer.vocab_size:
             return ""
-        self._run.append(token)
-        until = len(self._run)
-        if token in self._byte_tokens:
-            if until < HOLD_LIMIT:
-                return ""
-            until = self._complete_bytes()
-        ids, self._run = self._run[:until], self._run[until:]
-        self._pending += ids
-        if self._stream is None:
-            return self._force()
-        try:
-            text: str | None = self._stream.step(self._tokenizer.backend, ids)
-        except Exception as error:  # tokenizers raises plain Exception
-            if "prefix" not in str(error).lower():
-                raise
-            return self._force()
-        if text is None:
-            return self._force() if len(self._pending) >= HOLD_LIMIT else ""
-        self._settled, self._pending = self._pending, []
-        return text
+        self._pending.append(token)
+        full = len(self._pending) >= HOLD_LIMIT
+        if token not in self._byte_tokens:
+            return self._emit(len(self._pending), force=full)
+        return self._emit(len(self._pending) - self._unfinished_bytes(), force=True) if full else ""
 
     def flush(self) -> str:
-        self._pending += self._run
-        self._run = []
-        return self._force() if self._pending else ""
+        return self._emit(len(self._pending), force=True) if self._pending else ""
 
     @property
     def settled(self) -> bool:
-        return not self._run and not self._pending
+        return not self._pending
 
-    def _complete_bytes(self) -> int:
-        """How many of the run's bytes are whole characters: all but an unfinished last one, if it is valid so far."""
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            decoder.decode(b"".join(self._tokenizer.token_bytes(token) for token in self._run))
-        except UnicodeDecodeError:  # the run is spoilt, and so is every byte of it
-            return len(self._run)
-        return len(self._run) - len(decoder.getstate()[0])
-
-    def _force(self) -> str:
-        """The text of what is pending, complete or not; the window starts anew after it."""
-        before, text = self._decode(self._settled), self._decode(self._settled + self._pending)
-        text = text[len(before) :] if text.startswith(before) else self._decode(self._pending)
-        self._settled, self._pending = self._pending, []
-        self._stream = self._open()
+    def _emit(self, count: int, *, force: bool) -> str:
+        """The text of the first ``count`` pending tokens. Unless ``force``, text that may still change is held back."""
+        tokens = self._pending[:count]
+        before, text = self._decode(self._context), self._decode(self._context + tokens)
+        while before.endswith(REPLACEMENT) and not text.startswith(before):
+            before = before[:-1]  # an incomplete character of the prompt, which these tokens complete
+        # A bad byte may change characters of its run that were emitted: then the new tokens are decoded alone.
+        text = text[len(before) :] if text.startswith(before) else self._decode(tokens)
+        if not force and (not text or text.endswith(REPLACEMENT)):
+            return ""
+        self._context, self._pending = tokens, self._pending[count:]
         return text
 
-    def _open(self) -> DecodeStream | None:
-        """None after text that ends in U+FFFD: a `DecodeStream` cannot be primed with it and would emit it again."""
-        if self._decode(self._settled).endswith(REPLACEMENT):
-            return None
-        return DecodeStream(ids=self._settled, skip_special_tokens=self._skip)
+    def _unfinished_bytes(self) -> int:
+        """Of the byte tokens at the end, those of a last character that more bytes may complete."""
+        run: list[bytes] = []
+        for token in reversed(self._context + self._pending):
+            if token not in self._byte_tokens:
+                break
+            run.append(self._tokenizer.token_bytes(token))
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        try:
+            decoder.decode(b"".join(reversed(run)))
+        except UnicodeDecodeError:  # one bad byte, and every byte of the run is U+FFFD
+            return 0
+        return len(decoder.getstate()[0])
+
+    def _is_continuation(self, token: int) -> bool:
+        return token in self._byte_tokens and 0x80 <= self._tokenizer.token_bytes(token)[0] < 0xC0
 
     def _decode(self, tokens: list[int]) -> str:
         return self._tokenizer.decode(tokens, skip_special_tokens=self._skip)

@@ -156,7 +156,7 @@ class Tokenizer:
         """As `encode_first`, of text that goes on after other text: no space is made up before it either."""
         if not self.begins_with_space:
             return self.encode_first(text, parse_special)
-        before, ids = self._anchor, self._ids("\n" + text, parse_special)
+        before, ids = self.anchor, self._ids("\n" + text, parse_special)
         if ids[: len(before)] != before:  # the anchor became one token with what follows it
             return self.encode_first(text, parse_special)
         return np.array(ids[len(before) :], np.int32)
@@ -188,8 +188,8 @@ class Tokenizer:
         return copy
 
     @cached_property
-    def _anchor(self) -> list[int]:
-        """Encoded before a text that is not to begin with a space of the tokenizer's making, and then taken away."""
+    def anchor(self) -> list[int]:
+        """The tokens of a line break: text put before other text that is not at the start, and then taken away."""
         return list(self.backend.encode("\n", add_special_tokens=False).ids)
 
     @cached_property

@@ -78,8 +78,10 @@ TOKENIZERS = [BYTE_LEVEL, BYTE_FALLBACK, METASPACE]
 every_tokenizer = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte_level", "byte_fallback", "metaspace"])
 
 
-def deltas_of(tokenizer: Tokenizer, tokens: Sequence[int], skip: bool = True, tail: Sequence[int] = ()) -> list[str]:
-    stream = open_stream(tokenizer, tail, skip)
+def deltas_of(
+    tokenizer: Tokenizer, tokens: Sequence[int], skip: bool = True, tail: Sequence[int] = (), truncated: bool = False
+) -> list[str]:
+    stream = open_stream(tokenizer, tail, skip, truncated=truncated)
     return [*(stream.push(token) for token in tokens), stream.flush()]
 
 
@@ -180,8 +182,6 @@ def test_the_prompts_tail_is_never_emitted(tokenizer: Tokenizer, data: st.DataOb
     prompt = tokenizer.encode(text, add_special_tokens=False).tolist()
     output = [token for token in tokenizer.encode(TEXT).tolist() if data.draw(st.booleans())][: HOLD_LIMIT - 1]
     tail = prompt[-6:]
-    if tokenizer is BYTE_FALLBACK and prompt[-1] in tokenizer.byte_token_ids:
-        return  # a prompt that ends in a run of bytes: see below
     before = tokenizer.decode(tail)
     whole = tokenizer.decode(tail + output)
     assert whole.startswith(before)
@@ -190,7 +190,7 @@ def test_the_prompts_tail_is_never_emitted(tokenizer: Tokenizer, data: st.DataOb
 
 @pytest.mark.parametrize("continuation", ["\xa0", "\xa0e", "e", "\xff", "你", ""])
 def test_a_prompt_may_end_inside_a_character(continuation: str) -> None:
-    """Completed by the output: the character is emitted. Not completed: the prompt's half of it is not."""
+    """Completed by the output, the character is emitted; not completed, its U+FFFD belongs to the prompt's text."""
     prompt = byte_tokens(BYTE_LEVEL, b"ab" + "你".encode()[:2])
     data = continuation.encode() if continuation == "你" else continuation.encode("latin-1")
     text = "".join(deltas_of(BYTE_LEVEL, byte_tokens(BYTE_LEVEL, data), tail=prompt))
@@ -198,10 +198,57 @@ def test_a_prompt_may_end_inside_a_character(continuation: str) -> None:
     assert text == expected
 
 
-def test_a_prompt_that_ends_in_byte_tokens_does_not_leak() -> None:
-    prompt = [BYTE_FALLBACK.backend.token_to_id("e"), *byte_tokens(BYTE_FALLBACK, "你".encode()[:2])]
-    output = [*byte_tokens(BYTE_FALLBACK, "好"), BYTE_FALLBACK.backend.token_to_id("n")]
-    assert "".join(deltas_of(BYTE_FALLBACK, output, tail=prompt)) == "好n"
+def answer_text(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> str | None:
+    """decode(prompt + output) less decode(prompt). None where a bad byte of the output changes the prompt's text: one
+    is enough to turn a whole run of byte tokens into U+FFFD."""
+    before, whole = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + output, skip)
+    while before.endswith("\ufffd") and not whole.startswith(before):
+        before = before[:-1]  # an incomplete character that the output completes
+    return whole.removeprefix(before) if whole.startswith(before) else None
+
+
+@pytest.mark.parametrize("continuation", [b"\xa0", b"\xa0e", b"e", b"\xff", "你".encode(), "你e".encode(), b""])
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+def test_a_prompt_that_ends_inside_a_character_in_byte_tokens(tokenizer: Tokenizer, continuation: bytes) -> None:
+    prompt = [tokenizer.backend.token_to_id("e"), *byte_tokens(tokenizer, "你".encode()[:2])]
+    output = [*byte_tokens(tokenizer, continuation), tokenizer.backend.token_to_id("n")]
+    assert "".join(deltas_of(tokenizer, output, tail=prompt)) == answer_text(tokenizer, prompt, output, True)
+
+
+@given(count=st.integers(1, 40), character=st.sampled_from("a你🙂"), offset=st.integers(0, 3))
+@MODEST
+@example(count=2, character="🙂", offset=0)
+def test_a_space_after_byte_tokens_at_the_prompts_end_is_kept(count: int, character: str, offset: int) -> None:
+    """However many there are, and wherever the tail that the scheduler sends begins."""
+    prompt = [*BYTE_FALLBACK.encode("The quick").tolist(), *byte_tokens(BYTE_FALLBACK, character * count)]
+    output = BYTE_FALLBACK.encode("tree of").tolist()
+    tail = prompt[-8 + offset :]
+    assert "".join(deltas_of(BYTE_FALLBACK, output, tail=tail, truncated=len(tail) < len(prompt))) == " tree of"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_FALLBACK, METASPACE], ids=["byte_fallback", "metaspace"])
+def test_a_space_after_special_tokens_at_the_prompts_end_is_kept(tokenizer: Tokenizer) -> None:
+    """A chat template may end with more special tokens than the tail holds."""
+    marker = tokenizer.backend.token_to_id("<s>")
+    prompt = [*tokenizer.encode("The quick").tolist(), *[marker] * 9]
+    output = tokenizer.encode("tree").tolist()
+    assert "".join(deltas_of(tokenizer, output, tail=prompt[-8:], truncated=True)) == " tree"
+    assert "".join(deltas_of(tokenizer, output, tail=[marker])) == "tree"  # at the start of the text there is none
+
+
+@every_tokenizer
+@given(data=st.data())
+@settings(parent=MODEST, max_examples=400)
+def test_deltas_join_to_the_text_after_the_prompt(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    """Prompts and outputs of random tokens, cut at random, so often inside a character or a run of byte tokens."""
+    text = byte_tokens(tokenizer, data.draw(st.text("ae 你🙂é", max_size=4))) if tokenizer is not METASPACE else []
+    mixed = st.lists(st.integers(0, tokenizer.vocab_size + 1), max_size=4)
+    tokens = [*data.draw(mixed), *text, *data.draw(mixed)]
+    cut, skip = data.draw(st.integers(0, len(tokens))), data.draw(st.booleans())
+    prompt, output = tokens[:cut], tokens[cut:][: HOLD_LIMIT - 1]
+    expected = answer_text(tokenizer, prompt, output, skip)
+    if expected is not None:
+        assert "".join(deltas_of(tokenizer, output, skip, prompt)) == expected
 
 
 @every_tokenizer
@@ -257,6 +304,35 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     shown = [request.push(token) for token in tokens]
     assert "".join(shown) + request.finish() == "xENDy"
     assert request.matched_stop == "END"
+
+
+@pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte_level", "byte_fallback"])
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "shown", "matched"),
+    [
+        (("</s>",), "ab🙂", "</s>"),
+        (("never", "</s>"), "ab🙂", "</s>"),
+        (("🙂</s>",), "ab", "🙂</s>"),
+        (("</s>c",), "ab🙂", "</s>c"),
+        (("</s></s>",), "ab🙂c", None),
+        (("<s></s>",), "ab🙂c", None),
+        (("c", "</s>x"), "ab🙂", "c"),
+    ],
+)
+def test_a_stop_string_may_hold_a_special_token_that_the_text_skips(
+    tokenizer: Tokenizer, include: bool, stop: tuple[str, ...], shown: str, matched: str | None
+) -> None:
+    special = tokenizer.backend.token_to_id("</s>")
+    tokens = [*byte_tokens(tokenizer, "ab🙂"), special, *byte_tokens(tokenizer, "c")]
+    request = IncrementalDetokenizer(tokenizer, SamplingParams(stop=stop, include_stop=include), trace=True)
+    text = "".join(request.push(token) for token in tokens) + request.finish()
+    assert text == shown + (matched or "" if include else "")
+    assert request.matched_stop == matched
+    if matched is not None:
+        kept, rest = request.cut
+        spelled_out = include and "</s>" in matched
+        assert tokenizer.decode(tokens[:kept], not spelled_out) + rest == text
 
 
 # -- the core ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from tokenizers import decoders, models
 from branchwise.runtime.messages import CacheReport, Delta, Finished, LogprobRows, RequestStarted, StepOutput
 from branchwise.runtime.outputs import Output
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.tokenizer.detokenizer import HOLD_TOKENS, DetokenizerCore
+from branchwise.runtime.tokenizer.detokenizer import BATCH_TOKENS, DetokenizerCore
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
@@ -53,8 +53,8 @@ def test_the_first_token_at_once_then_nothing_until_the_end() -> None:
 def test_what_is_held_is_bounded() -> None:
     core = DetokenizerCore(TOKENIZER)
     core.feed(step({1: 0}, started=[open_(1)]))
-    pieces = [delta for _ in range(5 * HOLD_TOKENS) for delta in core.feed(step({1: 1}))[0]]
-    assert [len(delta.tokens) // 4 for delta in pieces] == [HOLD_TOKENS] * 5
+    pieces = [delta for _ in range(5 * BATCH_TOKENS) for delta in core.feed(step({1: 1}))[0]]
+    assert [len(delta.tokens) // 4 for delta in pieces] == [BATCH_TOKENS] * 5
 
 
 def test_an_aborted_answer_loses_nothing() -> None:
@@ -87,7 +87,7 @@ def test_whole_and_streamed_answers_are_equal() -> None:
         answers = [fold(scripts, stops, reasons, stream=stream) for stream in (True, False)]
         for (streamed, many), (at_once, few) in zip(*answers, strict=True):
             assert streamed == at_once
-            assert few <= min(many, 2 + len(streamed.token_ids) // HOLD_TOKENS)
+            assert few <= min(many, 2 + len(streamed.token_ids) // BATCH_TOKENS)
 
 
 def fold(
