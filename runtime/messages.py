@@ -300,6 +300,8 @@ class Stats(Message):
     computed_tokens: int = 0  # prompt tokens that went through a forward pass
     generated_tokens: int = 0
     jumped_tokens: int = 0  # of them, without a forward pass of their own
+    kv_bytes: int = 0  # that attention would have read, had each request read its own
+    kv_bytes_saved: int = 0  # of them, by reading shared prefixes once
     evicted_pages: int = 0
     retractions: int = 0
     finished: int = 0

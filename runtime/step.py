@@ -118,6 +118,9 @@ class StepResult:
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # index into samples -> n = 1
     # index into R -> (position of the first token the rows describe, logprobs of prompt tokens from there)
     prompt_logprobs: dict[int, tuple[int, TokenLogprobs]] = field(default_factory=dict)
+    # KV bytes that attention reads if each request reads its own, and those that shared reads saved of them.
+    kv_bytes: int = 0
+    kv_bytes_saved: int = 0
 
 
 def refuse_host_copies(plan: StepPlan) -> None:

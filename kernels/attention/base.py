@@ -144,6 +144,7 @@ class AttentionBackend(Protocol):
     """
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
+    saved_keys: int  # of the planned step: keys that are read once for several requests, for all of these but one
 
     def forms(self, shape: StepShape) -> list[StepShape]:
         """The forms in which steps of this shape are to be captured: itself, and those that `plan` may return."""

@@ -65,6 +65,7 @@ class FlashInferAttention:
     """
 
     captures = True
+    saved_keys = 0
 
     def __init__(
         self,

@@ -69,6 +69,7 @@ class TorchAttention:
         self._group = num_heads // self._kv_heads
         self._key_bytes = self._kv_heads * self._head_dim * layout.dtype.itemsize  # of a token in one layer
         self._plans: dict[int | None, _Plan] = {}
+        self.saved_keys = 0
         self._scratch = [
             pool.layer(0).k.new_empty(0) for _ in range(2)
         ]  # gathered keys and values; grown, never shrunk
@@ -80,7 +81,7 @@ class TorchAttention:
         if shape is not None:
             raise ValueError("the torch backend does not support padded steps: its plan depends on the values")
         full: _Plan | None = None
-        self._plans = {}
+        self._plans, self.saved_keys = {}, 0
         for window in dict.fromkeys(spec.window for spec in self._layers):
             slides = batch.kv_lens > (np.inf if window is None else window)
             if window is not None and slides.any():
@@ -165,6 +166,7 @@ class TorchAttention:
             covered = shared.covered
             for run in shared.runs:
                 pages = requests.table[run.members[0], run.start : run.stop]
+                self.saved_keys += (len(run.members) - 1) * len(pages) * page
                 plan.merged += self._read(self._queries(requests.tokens(run.members)), pages, len(pages) * page)
         rest = seen - covered * page
         for length in np.unique(q_lens[~decodes]).tolist():

@@ -71,7 +71,7 @@ class TreeAttention:
         layout, costs = pool.layout, costs or _default_costs(pool)
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")
-        self.captures = flat.captures
+        self.captures, self.saved_keys = flat.captures, 0
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
         tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group)
@@ -102,8 +102,10 @@ class TreeAttention:
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
             plan = self._plan_members(batch, members, limits, forced)
         if plan is None:
-            self._step = None
-            return self._flat.plan(batch, shape)
+            self._step, form = None, self._flat.plan(batch, shape)
+            self.saved_keys = self._flat.saved_keys
+            return form
+        self.saved_keys = plan.keys_flat - plan.keys_read
         if self._loaded is None or self._loaded[0] is not plan or self._loaded[1] != decodes:
             self._runner.load(plan, decodes)
             self._loaded = plan, decodes

@@ -92,6 +92,7 @@ class TritonAttention:
     """
 
     captures = True
+    saved_keys = 0
 
     def __init__(
         self, pool: KVPool, layers: list[LayerSpec], num_heads: int, max_requests: int = 1024, max_tokens: int = 16384

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 class LaunchedStep:
     """A `PendingStep`: reading the result is the only wait for the device."""
 
+    _kv_bytes: tuple[int, int]  # `StepResult.kv_bytes` and ``kv_bytes_saved``
     _sampled: Sampled | None
     _prompt: list[PromptRows]
     _sample: Callable[[SampleMasks], Sampled] | None = None  # enqueues the sampling of a constrained step
@@ -51,6 +52,7 @@ class LaunchedStep:
 
     def result(self) -> StepResult:
         step = StepResult(np.empty(0, np.int32))
+        step.kv_bytes, step.kv_bytes_saved = self._kv_bytes
         if self._sampled is not None:
             step.tokens, step.logprobs = self._sampled.to_result()
         step.prompt_logprobs = {rows.index: (rows.start, rows.to_host()) for rows in self._prompt}
@@ -164,11 +166,13 @@ class ModelExecutor:
     ) -> LaunchedStep:
         """Enqueues the sampling, or leaves it to `LaunchedStep.sample`. Nothing else is launched before that call, so
         the outputs of the forward pass stay valid."""
+        token_bytes = self._pool.layout.token_bytes
+        kv_bytes = int(plan.kv_lens.sum()) * token_bytes, self._attention.saved_keys * token_bytes
         if logits is None or not len(plan.samples):
-            return LaunchedStep(None, prompt)
+            return LaunchedStep(kv_bytes, None, prompt)
         if not len(plan.constrained):
-            return LaunchedStep(self._sample(plan, inputs, logits), prompt)
-        return LaunchedStep(None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
+            return LaunchedStep(kv_bytes, self._sample(plan, inputs, logits), prompt)
+        return LaunchedStep(kv_bytes, None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
 
     def _stage(
         self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]

@@ -245,6 +245,8 @@ class Scheduler:
         """
         self.clock.tick()
         self.tree.end_step(step.plan.step)
+        self._totals.kv_bytes += result.kv_bytes
+        self._totals.kv_bytes_saved += result.kv_bytes_saved
         for i, (start, rows) in result.prompt_logprobs.items():
             request = step.prompt_logprobs[i]
             if request.status is not Status.FINISHED:

@@ -113,6 +113,14 @@ def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> 
     world.check(world.batch([(1, 1 + length * page // 4) for _, length in DECODES]))
 
 
+def test_saved_keys() -> None:
+    world = World()
+    world.tree.plan(world.batch([(1, 60)] * 8))
+    assert world.tree.saved_keys == 4 * (3 + 3) * 12  # two groups of four, 12 pages of 4 tokens
+    world.tree.plan(world.batch([(1, 60)]))
+    assert world.tree.saved_keys == 0
+
+
 def test_half_precision() -> None:
     world = World(dtype=torch.float16)
     world.check(world.batch(DECODES), 2e-3)

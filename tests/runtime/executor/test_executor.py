@@ -57,6 +57,7 @@ def test_chunk_that_does_not_sample_beside_a_decode(driver: Drive, make: SimpleN
         starts=[make.start(0, PROMPT[:8]), make.start(2, OTHER[:25])],
     )
     result = drive.step([(0, [PROMPT[8]], 8, True), (2, OTHER[:16], 0, False)], num_decodes=1)
+    assert (result.kv_bytes, result.kv_bytes_saved) == ((9 + 16) * drive.executor.memory_plan.layout.token_bytes, 0)
     assert result.tokens.tolist() == [int(oracle("llama-gqa", PROMPT[:9])[-1].argmax())]
     result = drive.step([(2, OTHER[16:20], 16, False)])
     assert result.tokens.tolist() == []

@@ -37,6 +37,8 @@ _COUNTERS = (
     ("computed_tokens", "Prompt tokens that went through a forward pass", "computed_tokens"),
     ("generated_tokens", "Generated tokens", "generated_tokens"),
     ("jumped_tokens", "Generated tokens that a grammar forced: forward passes saved", "jumped_tokens"),
+    ("attention_kv_bytes", "Bytes of keys and values to read if each request reads its own", "kv_bytes"),
+    ("attention_kv_bytes_saved", "Bytes of these that reading shared prefixes once saved", "kv_bytes_saved"),
     ("evicted_pages", "Pages evicted from the tree", "evicted_pages"),
     ("retractions", "Requests sent back to waiting because pages ran out", "retractions"),
     ("branch_holds_lost", "Branches that lost their pages because pages ran out", "branch_holds_lost"),

@@ -63,7 +63,18 @@ def test_a_histogram_says_what_the_library_would() -> None:
 
 def test_scrape() -> None:
     metrics = Metrics()
-    metrics.update(Stats(running=3, waiting=2, pages_total=10, pages_free=5, pages_cached=1, evicted_pages=7))
+    metrics.update(
+        Stats(
+            running=3,
+            waiting=2,
+            pages_total=10,
+            pages_free=5,
+            pages_cached=1,
+            evicted_pages=7,
+            kv_bytes=9,
+            kv_bytes_saved=4,
+        )
+    )
     metrics.observe_first_token(0.3)
     metrics.observe_finish(Finished(1, "stop", queue_seconds=0.1), 0.5)
     metrics.observe_finish(Finished(2, "error"), 0.5)
@@ -73,6 +84,8 @@ def test_scrape() -> None:
         "branchwise_requests_waiting 2.0",
         "branchwise_kv_usage_ratio 0.4",
         "branchwise_evicted_pages_total 7.0",
+        "branchwise_attention_kv_bytes_total 9.0",
+        "branchwise_attention_kv_bytes_saved_total 4.0",
         'branchwise_requests_total{finish_reason="stop"} 1.0',
         'branchwise_requests_total{finish_reason="error"} 1.0',
         'branchwise_requests_total{finish_reason="abort"} 0.0',
