@@ -74,7 +74,9 @@ class Protocol:
     def refused(self, status: int, body: bytes) -> BackendError:
         """The error for a response with another status than 200."""
         if status == 401:
-            problem = "refused this key: give another" if "Authorization" in self._headers else "wants a key: give it"
+            problem = (
+                "refused this key: give another" if "Authorization" in self._headers else "requires an API key: give it"
+            )
             return BackendError(f"{self.url} {problem} with {self._key_source}", status=status)
         try:
             reply = msgspec.json.decode(body)

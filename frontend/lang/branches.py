@@ -107,7 +107,7 @@ class BranchBackend(ServerBackend):
             await self.http.post("/branches/batch", {"ops": ops})
 
     async def _created(self, create: Callable[[], Awaitable[Any]]) -> list[str]:
-        """The ids of new branches. If the caller is cancelled meanwhile, they are deleted: nobody else knows them."""
+        """The ids of new branches. If the caller is cancelled meanwhile, deletes them: nothing else knows them."""
         creating = asyncio.ensure_future(create())
         try:
             reply = await asyncio.shield(creating)

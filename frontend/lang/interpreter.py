@@ -298,7 +298,7 @@ class Interpreter:
                     ended = ProgramError("the program ended before this was done", site=operation.site)
                     self._fail(self.failure or ended, operation)
                     raise
-                except Exception as error:  # a bug here or in a method given to `select`: whoever reads is told
+                except Exception as error:  # a bug here or in a method given to `select`: reported to the reader
                     self._fail(self._program_error(error, operation), operation)
         finally:
             self._busy = False

@@ -1,4 +1,4 @@
-"""Moves what a state says into its backend handle, and shows it to whoever streams the run."""
+"""Moves the text of a state into its backend handle, and to the readers of a run that streams."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ async def _tool_loop(
     await s.sync()
     codec = s._interpreter.session.codec
     if codec is not None and codec.calls is None:
-        problem = "how this model writes calls of tools cannot be told from its chat template"
+        problem = "how this model writes tool calls cannot be detected from its chat template"
         raise ProgramError(problem, site=call_site(), backend=s._interpreter.session.backend.name)
     calls: list[Call] = []
     for _ in range(max_steps):

@@ -43,7 +43,7 @@ class TurnTemplate:
         return self._between(roles, generate, variables)
 
     def settled(self, roles: tuple[str, ...], variables: TemplateVariables) -> int:
-        """How many of the turns are written the same as now, whoever speaks next."""
+        """How many of the turns are written the same as now, whatever role speaks next."""
         try:
             now = self.between(roles, False, variables)
         except BackendError:

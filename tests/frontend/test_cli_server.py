@@ -182,7 +182,9 @@ def test_bench_asks_the_server_what_it_can_take(server: Running) -> None:
 def test_a_missing_key_is_one_line(server: Running, arguments: list[str]) -> None:
     done = branchwise(*arguments, server.url, key=False)
     assert done.returncode == 1
-    assert done.stderr.strip() == f"error: {server.url} wants a key: give it with --api-key or BRANCHWISE_API_KEY"
+    assert (
+        done.stderr.strip() == f"error: {server.url} requires an API key: give it with --api-key or BRANCHWISE_API_KEY"
+    )
 
 
 def test_a_wrong_key_is_refused_not_asked_for(server: Running) -> None:

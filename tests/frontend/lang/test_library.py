@@ -110,7 +110,7 @@ def test_calls_are_read_as_the_models_template_writes_them(tokenizer, template, 
     ("template", "problem"),
     [
         ("{{ messages[0].content }}", "no place for tools in its chat template"),
-        ("{{ tools }}{{ messages[0].content }}", "how this model writes calls of tools cannot be told"),
+        ("{{ tools }}{{ messages[0].content }}", "how this model writes tool calls cannot be detected"),
     ],
 )
 def test_tools_are_not_dropped_silently(null_engine, tokenizer, template, problem):

@@ -394,8 +394,8 @@ def test_the_tokenizer_is_the_servers_fetched_once(server: Any, monkeypatch: pyt
         bw.RuntimeEndpoint(server.url, KEY, chat_template_name="llama-2")
 
 
-def test_the_tokenizer_wants_the_key(server: Any) -> None:
-    with pytest.raises(BackendError, match="wants a key"):
+def test_the_tokenizer_requires_the_key(server: Any) -> None:
+    with pytest.raises(BackendError, match="requires an API key"):
         Client(server.url).get("/tokenizer")
 
 
