@@ -6,7 +6,7 @@ dialect renders these events for a stream and the finished blocks for a whole an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -37,7 +37,8 @@ class Block(msgspec.Struct, eq=False):
 
     def append(self, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         self._pieces.append(text)
-        self.logprobs += logprobs
+        if logprobs:
+            self.logprobs += logprobs
 
 
 class BlockStart(msgspec.Struct, frozen=True, gc=False):
@@ -58,52 +59,58 @@ BlockEvent: TypeAlias = BlockStart | BlockDelta | BlockStop
 
 
 class BlockReader:
-    """`read` the parser's events, then `finish`. A block ends where the next begins."""
+    """`read` the parser's events, then `finish`; `take` what they add. A block ends where the next begins."""
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
         self._open: Block | None = None  # the last one, while it goes on
+        self._new: list[BlockEvent] = []
 
-    def read(self, event: Event, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[BlockEvent]:
+    def take(self) -> list[BlockEvent]:
+        """The events since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def read(self, event: Event, logprobs: Sequence[TokenLogprob] = ()) -> None:
         """``logprobs``: of the tokens that begin in ``event.source``."""
         match event:
             case ContentDelta(text=text) if text:
-                yield from self._text("text", text, logprobs)
+                self._text("text", text, logprobs)
             case ReasoningDelta(text=text) if text:
-                yield from self._text("thinking", text, logprobs)
+                self._text("thinking", text, logprobs)
             case CallStart(index=index, id=id, name=name):
-                yield from self._start("call", index, id, name)
+                self._start("call", index, id, name)
             case ArgumentsDelta(text=text) if text and self._open is not None:
-                yield self._delta(self._open, text, logprobs)
+                self._delta(self._open, text, logprobs)
             case CallEnd(complete=complete):
-                yield from self._stop(complete)
+                self._stop(complete)
 
-    def finish(self, complete: bool, logprobs: Sequence[TokenLogprob] = ()) -> Iterator[BlockEvent]:
+    def finish(self, complete: bool, logprobs: Sequence[TokenLogprob] = ()) -> None:
         """The output has ended. Not ``complete``: in the middle of what the model was writing. ``logprobs``: of the
         tokens after all text, such as those of a stop string."""
         if logprobs and self._open is not None and self._open.kind == "text":
-            yield self._delta(self._open, "", logprobs)
-        yield from self._stop(complete)
+            self._delta(self._open, "", logprobs)
+        self._stop(complete)
 
-    def _text(self, kind: BlockKind, text: str, logprobs: Sequence[TokenLogprob]) -> Iterator[BlockEvent]:
+    def _text(self, kind: BlockKind, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         block = self._open
         if block is None or block.kind != kind:
-            yield from self._start(kind)
-            block = self.blocks[-1]
-        yield self._delta(block, text, logprobs)
+            block = self._start(kind)
+        self._delta(block, text, logprobs)
 
-    def _start(self, kind: BlockKind, call_index: int = 0, call_id: str = "", name: str = "") -> Iterator[BlockEvent]:
-        yield from self._stop(True)
-        self._open = Block(len(self.blocks), kind, call_index, call_id, name)
-        self.blocks.append(self._open)
-        yield BlockStart(self._open)
+    def _start(self, kind: BlockKind, call_index: int = 0, call_id: str = "", name: str = "") -> Block:
+        self._stop(True)
+        block = self._open = Block(len(self.blocks), kind, call_index, call_id, name)
+        self.blocks.append(block)
+        self._new.append(BlockStart(block))
+        return block
 
-    def _delta(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> BlockDelta:
+    def _delta(self, block: Block, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         block.append(text, logprobs)
-        return BlockDelta(block, text, logprobs)
+        self._new.append(BlockDelta(block, text, logprobs))
 
-    def _stop(self, complete: bool) -> Iterator[BlockEvent]:
+    def _stop(self, complete: bool) -> None:
         block, self._open = self._open, None
         if block is not None:
             block.complete = complete
-            yield BlockStop(block)
+            self._new.append(BlockStop(block))

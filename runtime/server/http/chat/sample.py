@@ -60,19 +60,17 @@ class Sample:
             self._places.add(self.output.token_ids[before:])
             if self.params.logprobs is not None:
                 self._unplaced.extend(self.output.logprobs[before : self._shown_logprobs()])
-        found: list[BlockEvent] = []
         for event in events:
             logprobs = self._place(event) if self._places is not None else ()
             if not (self._one_call and isinstance(event, (CallStart, ArgumentsDelta, CallEnd)) and event.index):
-                found += self._reader.read(event, logprobs)
+                self._reader.read(event, logprobs)
         if delta.finish is not None:
-            found += self._reader.finish(delta.finish.reason not in _CUT_OFF, list(self._unplaced))
-        return found
+            self._reader.finish(delta.finish.reason not in _CUT_OFF, list(self._unplaced))
+        return self._reader.take()
 
     def break_off(self) -> None:
         """The request failed midway: the open block stays as far as it came."""
-        for _ in self._reader.finish(False):
-            pass
+        self._reader.finish(False)
 
     def new_logprobs(self) -> Sequence[TokenLogprob]:
         """Of the tokens since the last call, wherever they stand."""
