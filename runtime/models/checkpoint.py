@@ -98,8 +98,11 @@ class Checkpoint:
 
 
 def checkpoint_dtype(folder: Path) -> str | None:
-    """The dtype of the embedding, as config.json would name it; None without weights or for another dtype."""
+    """The dtype of the embedding, as config.json would name it; None for another dtype, or if weights are missing: then
+    loading them is the error."""
     if not (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+        return None
+    if not all((folder / name).is_file() for name in _file_names(folder)):
         return None
     with Checkpoint(folder) as checkpoint:
         name = checkpoint.full_name("model.embed_tokens.weight")

@@ -27,7 +27,7 @@ _ACTIVATIONS = {
 
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
-    """What differs between the layers of one model."""
+    """Settings that may differ between the layers of one model."""
 
     window: int | None  # a token sees the last ``window`` tokens, itself included; None: all of them
     rope: RopeConfig
@@ -35,7 +35,7 @@ class LayerConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One decoder, whatever its family. Sizes are counts of elements."""
+    """One decoder of any family. Sizes are numbers of elements."""
 
     architecture: str
     vocab_size: int
@@ -69,7 +69,7 @@ class ModelConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of context the model was made for; YaRN's stretch counts."""
+        """Tokens of context that the model supports, with YaRN's factor applied."""
         stretched = [int(rope.original_length * rope.factor) for rope in self.ropes if rope.kind == "yarn"]
         return max([self.max_position_embeddings, *stretched])
 
@@ -175,7 +175,7 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
 
 
 class _Fields:
-    """Typed access to a config's values; every complaint names the file and the key."""
+    """Typed access to a config's values; every error names the file and the key."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self.values, self.where = values, where
@@ -268,6 +268,6 @@ def _bos(fields: _Fields) -> int | None:
 
 
 def _drop_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Null means the family's default, except where null itself says something."""
+    """Null means the family's default, except where null has a meaning of its own."""
     meaningful = {"sliding_window", "attn_logit_softcapping", "final_logit_softcapping"}
     return {key: value for key, value in values.items() if value is not None or key in meaningful}

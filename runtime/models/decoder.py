@@ -31,8 +31,8 @@ class Decoder:
 
     Args:
         config: the model's.
-        weights: by the names of `weights.weight_specs`, all on one device. Emptied, so that a weight that is laid out
-            anew does not stay twice.
+        weights: by the names of `weights.weight_specs`, all on one device. Emptied: a weight that is packed for its
+            kernel would otherwise stay in memory twice.
         ops: the small operations.
     """
 
@@ -47,12 +47,12 @@ class Decoder:
         self._layers = [_Layer(config, i, weights, ops) for i in range(config.num_layers)]
 
     def layer_specs(self) -> list[LayerSpec]:
-        """What the attention backend must know of each layer."""
+        """Scale, window and softcap of each layer, for the attention backend."""
         config = self.config
         return [LayerSpec(config.attention_scale, c.window, config.attention_softcap) for c in config.layers]
 
     def reserve(self, length: int) -> None:
-        """Prepares positions below ``length``; cheap when they are."""
+        """Computes rotary tables for positions below ``length``, unless they exist."""
         for table in self._ropes.values():
             table.reserve(length)
 
@@ -65,8 +65,8 @@ class Decoder:
             tokens: the step's.
             pool: keys and values of every layer.
             attention: planned for this step.
-            outputs: int64 ``[S]``, the query tokens whose hidden states are wanted; None: all. The last layer's MLP
-                runs for these alone, since the others' only lasting effect is their keys and values.
+            outputs: int64 ``[S]``, the query tokens whose hidden states are returned; None: all. The last layer's MLP
+                runs for these alone: of other tokens only keys and values are used later.
 
         Returns:
             ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
@@ -90,7 +90,7 @@ class Decoder:
         return self._ops.add_rms_norm(delta, hidden, self._norm, config.norm_eps)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``; ``out``: where to put them."""
+        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, written to ``out`` if it is given."""
         logits = self._lm_head(hidden)
         logits = logits.float() if out is None else out.copy_(logits)
         cap = self.config.final_softcap
@@ -98,10 +98,10 @@ class Decoder:
 
 
 class _Layer:
-    """One layer's weights and what is done with them.
+    """One transformer layer.
 
-    ``hidden`` ``[T, H]`` is the residual stream. What a layer would add to it last comes out as a ``delta`` instead,
-    which the next norm adds in the same pass.
+    ``hidden`` ``[T, H]`` is the residual stream. The layer returns its last addition to it as a ``delta``, which the
+    next norm adds in the same pass.
     """
 
     def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops) -> None:

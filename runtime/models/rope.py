@@ -1,4 +1,4 @@
-"""Rotary position embeddings: the variants' frequencies, and the table of cosines and sines."""
+"""Rotary position embeddings (Su et al., 2021): frequencies of each variant, and tables of cosines and sines."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
 
 @dataclass(frozen=True, slots=True)
 class RopeConfig:
-    """One rotary embedding. Fields after ``dim`` matter to some kinds only."""
+    """One rotary embedding. Each field after ``kind`` is used by the kinds in its comment."""
 
     theta: float
     dim: int  # channels of a head that are rotated
     kind: str = "default"
-    factor: float = 1.0
+    factor: float = 1.0  # linear, llama3, yarn: how much longer the context became
     original_length: int = 0  # llama3, yarn: context before stretching
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
@@ -73,7 +73,7 @@ class RopeConfig:
 
 
 class RopeTable:
-    """Cosines and sines of positions ``0 … n - 1``, float32 on ``device``, grown when longer contexts come."""
+    """Cosines and sines of positions ``0 … n - 1``, float32 on ``device``. `reserve` makes the table longer."""
 
     def __init__(self, config: RopeConfig, device: torch.device) -> None:
         self._factor = config.attention_factor

@@ -1,4 +1,4 @@
-"""What a model wants where a request says nothing: the sampling values in its ``generation_config.json``."""
+"""Model defaults for sampling fields that a request omits, from ``generation_config.json``."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..errors import InvalidRequest, LoadError
 from ..sampling_params import SamplingParams, validate
 from .folder import read_json
 
-# Fields of `SamplingParams` that a model may have a default of its own for: those that vLLM and SGLang read. Like them
-# we leave ``do_sample`` alone: it says how transformers' `generate` draws, and that is greedily where it is missing or
-# false. Nor is ``max_new_tokens`` read: how long an answer may be is for the request to say.
+# Fields of `SamplingParams` that may have a model default: those that vLLM and SGLang read. Like them we ignore
+# ``do_sample``, false for transformers' `generate` where it is missing, and ``max_new_tokens``: the length of an answer
+# is the request's choice.
 DEFAULTED = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_defaults(config: EngineConfig, folder: Path) -> dict[str, float]:
-    """Of the fields in `DEFAULTED` those that the model in ``folder`` has a value for; none with the setting "neutral".
+    """Values of the fields in `DEFAULTED` that the model in ``folder`` defines; none with the setting "neutral".
 
-    Raises `LoadError` naming the file, the key and the limit: served with another value than its maker meant to give,
-    a model would be a worse one, and nobody would know why.
+    Raises `LoadError` naming the file, the key and the limit of a value that is out of range, since replacing it would
+    silently make the model worse.
     """
     path = folder / "generation_config.json"
     if config.sampling_defaults != "model" or not path.is_file():

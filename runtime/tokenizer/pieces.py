@@ -1,4 +1,4 @@
-"""What is appended to a branch, from text to token ids: wherever there is a tokenizer, a process of its own or not."""
+"""Tokenizes what is appended to a branch. Used by the tokenizer process and by in-process engines."""
 
 from __future__ import annotations
 

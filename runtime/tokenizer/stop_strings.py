@@ -1,4 +1,4 @@
-"""Stop strings in text that arrives in pieces: found across borders, and nothing is emitted that may begin one."""
+"""Finds stop strings in text that arrives in pieces, and holds back text that may be the beginning of one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ class StopMatcher:
 
     The first stop string to *complete* wins, the longest if several complete at the same character: so the result
     does not depend on how the text was cut into pieces. Each stop string is a Knuth-Morris-Pratt automaton, so cost is
-    linear in the text whatever the strings; while a stop string has not begun, its first character is looked for by
-    ``str.find``.
+    linear in the text whatever the strings; while no stop string has begun, ``str.find`` searches for first characters.
     """
 
     __slots__ = ("_automata", "_beginnings", "_held", "_include_stop", "matched")
@@ -24,7 +23,7 @@ class StopMatcher:
         self.matched: str | None = None  # the stop string, once one is complete
 
     def push(self, text: str) -> str:
-        """The text that may be shown now. After a match: "" for ever."""
+        """The text that can be emitted now; after a match, always ""."""
         if self.matched is not None:
             return ""
         if not self._held and self._beginnings.isdisjoint(text):
@@ -45,13 +44,13 @@ class StopMatcher:
         return buffer[:until]
 
     def flush(self) -> str:
-        """What was held back, when no more text will come."""
+        """The text held back, at the end of the text."""
         held, self._held = self._held, ""
         return held
 
 
 class _Automaton:
-    """How many characters of ``stop`` the text so far ends with."""
+    """Knuth-Morris-Pratt: ``state`` is the length of the longest prefix of ``stop`` that the text so far ends with."""
 
     __slots__ = ("_fallback", "state", "stop")
 

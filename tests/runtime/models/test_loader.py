@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.checkpoint import Checkpoint
 from branchwise.runtime.models.config import load_config
+from branchwise.runtime.models.folder import HUB_IGNORED, HUB_PATTERNS, WEIGHT_FILES
 from branchwise.runtime.models.loader import dummy_weights, load_weights
 from branchwise.runtime.models.weights import shard, weight_specs
 
@@ -313,3 +314,23 @@ def test_dummy_weights_have_the_checkpoints_shapes(checkpoint: Callable[[str], P
     again, other = (dummy_weights(config, torch.float32, CPU, seed) for seed in (3, 4))
     assert torch.equal(made["layers.0.qkv"], again["layers.0.qkv"])
     assert not torch.equal(made["layers.0.qkv"], other["layers.0.qkv"])
+
+
+def test_the_hub_download_takes_one_copy_of_the_weights() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "additional_chat_templates/x.jinja"]
+    left_out = ["consolidated.safetensors", "consolidated-00001-of-2.safetensors", "original/params.json"]
+    left_out += ["original/tokenizer.model", "metal/model.safetensors", "onnx/config.json", "pytorch_model.bin"]
+    allowed = [*HUB_PATTERNS, WEIGHT_FILES]
+    found = filter_repo_objects(wanted + left_out, allow_patterns=allowed, ignore_patterns=HUB_IGNORED)
+    assert list(found) == wanted
+
+
+def test_a_config_can_be_read_before_its_weights_are_there(folder: Callable[[str], Path]) -> None:
+    path = folder("llama-sharded")
+    config = json.loads((path / "config.json").read_text()) | {"dtype": None}
+    (path / "config.json").write_text(json.dumps(config))
+    for shard_file in path.glob("*.safetensors"):
+        shard_file.unlink()
+    assert load_config(path).dtype == "float32"
