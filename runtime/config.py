@@ -99,6 +99,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         api_key_file: File that holds api_key, such as a mounted secret. Default: none.
         extra_api_keys: Further keys, each with its own part of the cache.
         admin_api_key: Key for routes that affect all keys: flush, evict, tree, all stats. Default: api_key.
+        allowed_hosts: Names of this server, beside localhost, that requests without a key may have in their Host and
+            Origin headers.
         served_model_name: Name clients use. Default: the model's.
         max_queued_requests: Most unfinished requests; one more is refused with a 503.
         max_queued_per_key: Most unfinished requests of one API key; one more is refused with a 429. Default: no limit
@@ -129,6 +131,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key_file: str | None = None
     extra_api_keys: tuple[str, ...] = ()
     admin_api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
     served_model_name: str | None = None
     max_queued_requests: int = 4096
     max_queued_per_key: int | None = None

@@ -32,6 +32,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "api_key": {"metavar": "KEY", "envvar": "BRANCHWISE_API_KEY"},
     "api_key_file": {"metavar": "FILE"},
     "extra_api_keys": {"metavar": "KEY"},
+    "allowed_hosts": {"metavar": "HOST"},
     "admin_api_key": {"metavar": "KEY", "envvar": "BRANCHWISE_ADMIN_API_KEY"},
     "dtype": {"metavar": "TYPE"},
     "kv_cache_dtype": {"metavar": "TYPE"},

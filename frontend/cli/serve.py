@@ -33,7 +33,8 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
             variable = f"BRANCHWISE_{field.upper()}"
             if settings[field] is None and os.environ.get(variable) == "":  # typer ignores it: no key would be asked
                 raise LoadError(f"{variable} is set and empty: set it to a key, or unset it")
-        settings["extra_api_keys"] = tuple(settings["extra_api_keys"] or ())
+        for field in ("extra_api_keys", "allowed_hosts"):
+            settings[field] = tuple(settings[field] or ())
         engine_fields = settings.keys() & set(EngineConfig.__struct_fields__)
         engine = EngineConfig(
             model=one_of(model, model_flag, "--model"), **{name: settings.pop(name) for name in engine_fields}

@@ -150,7 +150,7 @@ class EngineCore:
         if message.what.startswith("cache_"):
             return self.scheduler.cache.answer(message.what, message.argument)
         if message.what == "branches":
-            return self.branches.counts()
+            return self.branches.counts(message.argument)
         if message.what == "tree":
             options = message.argument or {}
             return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))

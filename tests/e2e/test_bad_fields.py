@@ -164,7 +164,7 @@ CHAT: Table = [
     ("max_completion_tokens", [-1, HUGE, 32_768]),
     ("max_tokens", [2]),  # max_completion_tokens is 1
     ("top_logprobs", [1, -1]),  # without logprobs
-    ("tools", [[7], [{}], [{"type": "retrieval"}], [tool(name="")], [tool(name="a b")]]),
+    ("tools", [[7], [{}], [tool(name="")], [tool(name="a b")]]),
     ("tools", [[tool()], [tool()] * 200, [tool(parameters=deep(100))], [tool(parameters="{}")], [tool(strict=1)]]),
     ("tool_choice", ["always", "required", {"type": "function"}, {"type": "function", "function": {"name": "g"}}]),
     ("reasoning_effort", ["x" * 600]),

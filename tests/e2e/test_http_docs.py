@@ -233,7 +233,7 @@ def index() -> dict[Route, str]:
     for line in README.read_text().splitlines():
         if line.startswith("| `") and "](" in line:
             routes, _, page = line.strip("| ").split(" | ")
-            found |= dict.fromkeys(ROUTE.findall(routes), page.rpartition("/")[2].removesuffix(".md)"))
+            found |= dict.fromkeys(ROUTE.findall(routes), page.partition("](")[2].removesuffix(".md)"))
     return found
 
 

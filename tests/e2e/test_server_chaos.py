@@ -229,7 +229,7 @@ def test_a_client_that_leaves_frees_its_pages(server: Any, path: str, stream: bo
     server.idle()
     with socket.create_connection((server.info["host"], server.info["port"])) as raw:
         data = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         raw.sendall(head + data)
         if stream:
             assert raw.recv(1000).startswith(b"HTTP/1.1 200")
@@ -256,7 +256,7 @@ def test_clients_that_leave_after_every_event(server: Any) -> None:
 def test_a_client_that_leaves_before_its_body_is_sent(server: Any) -> None:
     for _ in range(5):
         with socket.create_connection((server.info["host"], server.info["port"])) as raw:
-            raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+            raw.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     server.idle()
     assert server.http.get("/health").status_code == 200
 

@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 
-CHUNKED = b"POST /generate HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
+CHUNKED = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n"
 
 
 def flood(port: int, start: bytes, piece: bytes, megabytes: int) -> int:
@@ -40,7 +40,7 @@ def answer(url: str, path: str, body: dict) -> tuple[int, dict]:
 def test_a_flood_without_a_body_is_cut(server, what):
     start, piece = {
         "trailers": (CHUNKED, b"X-Trailer: " + b"a" * 1000 + b"\r\n"),
-        "pipelined requests": (b"", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 30),
+        "pipelined requests": (b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 30),
         "a head": (b"GET /health HTTP/1.1\r\n", b"X-Header: " + b"a" * 1000 + b"\r\n"),
     }[what]
     assert flood(server.info["port"], start, piece * 16, 64) < 32 << 20
@@ -57,7 +57,7 @@ def test_half_a_head_is_not_waited_for_for_ever(server):
 
 def test_fifty_pipelined_requests_are_answered(server):
     with socket.create_connection(("127.0.0.1", server.info["port"]), timeout=20) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
         got = b""
         while got.count(b"200 OK") < 50:
             got += connection.recv(1 << 16)

@@ -122,6 +122,6 @@ def test_a_client_that_does_not_read_keeps_nothing(hasty: Any) -> None:
     with socket.socket() as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.connect((hasty.info["host"], hasty.info["port"]))
-        raw.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        raw.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
         assert raw.recv(1000).startswith(b"HTTP/1.1 200")
         hasty.idle(seconds=5)

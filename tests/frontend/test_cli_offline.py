@@ -95,11 +95,11 @@ def test_serve_takes_the_flags_people_know() -> None:
 
 
 def test_every_setting_of_a_server_has_a_flag() -> None:
-    """But those for measuring, and one that may be given more than once."""
+    """But those for measuring, and those that may be given more than once."""
     help_text = plain(CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "160"}).output)
     settings = {*ServerConfig.__struct_fields__, *EngineConfig.__struct_fields__}
-    settings -= {"engine", "null_executor", "null_step_seconds", "model", "extra_api_keys", "overlap"}
-    for flag in (*sorted(name.replace("_", "-") for name in settings), "extra-api-key"):
+    settings -= {"engine", "null_executor", "null_step_seconds", "model", "extra_api_keys", "allowed_hosts", "overlap"}
+    for flag in (*sorted(name.replace("_", "-") for name in settings), "extra-api-key", "allowed-host"):
         assert re.search(rf"--{flag}\b", help_text), flag
 
 

@@ -338,19 +338,19 @@ class BranchService:
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
-    def counts(self) -> dict[str, Any]:
-        """Counts for operators."""
+    def counts(self, owner: str | None = None) -> dict[str, Any]:
+        """Counts of an owner's branches; None: of all."""
         registry = self.registry
         self._clock.tick()
         registry.sweep()
-        branches = list(registry)
-        return {
+        branches = [branch for branch in registry if owner is None or branch.namespace[0] == owner]
+        counts = {
             "branches": len(branches),
             "generating": sum(branch.state is BranchState.GENERATING for branch in branches),
-            "holding": registry.holding,
-            "holds_lost": registry.holds_lost,
+            "holding": sum(branch.hold is not None for branch in branches),
             "tokens": sum(branch.tokens.length for branch in branches),
         }
+        return counts if owner is not None else {**counts, "holds_lost": registry.holds_lost}
 
     def check(self) -> None:
         """Raises RuntimeError if branches and their requests are inconsistent."""

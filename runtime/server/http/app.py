@@ -15,6 +15,7 @@ from .openai.responses import route as responses
 from .plumbing import errors, openapi
 from .plumbing.auth import AuthMiddleware
 from .plumbing.body import BodyLimit
+from .plumbing.browsers import BrowserGuard
 from .plumbing.request_id import RequestId
 from .plumbing.shortcut import Handler, Shortcut
 from .sglang import generate
@@ -61,6 +62,8 @@ def make_app(state: AppState) -> FastAPI:
         extra_api_keys=state.config.extra_api_keys,
         admin_api_key=state.config.admin_api_key,
     )
+    if config.api_key is None:
+        app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts)
     app.add_middleware(MessagesErrors)
     app.add_middleware(RequestId)
     return app

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ class AppState:
     model_name: str
     _tokenizer: Tokenizer | None = None
     preferred: Mapping[str, float] = field(default_factory=dict)  # the model's `sampling_defaults`
+    # Long texts are tokenized in a thread, one at a time: several would take the CPU that streams need.
+    long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     @property

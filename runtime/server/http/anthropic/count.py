@@ -28,7 +28,7 @@ def routes(state: AppState) -> Routes:
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(messages_spec(body, state))
-        ids = await token_ids(state, chat.prompt.text or "", "messages", special=False)
+        ids = await token_ids(state, chat.prompt.text or "", special=False)
         return json_response({"input_tokens": len(ids)})
 
     return routes

@@ -35,14 +35,16 @@ def routes(state: AppState) -> Routes:
         status = state.client.state
         return json_response({"status": status}, 200 if status == "ready" else 503)
 
-    @routes.add("GET", "/metrics", text="only", engine=False)
+    @routes.add("GET", "/metrics", errors=[NOT_ADMIN], text="only", engine=False)
     async def metrics() -> Response:
-        """Counters, gauges and histograms for Prometheus."""
+        """Counters, gauges and histograms for Prometheus. Where several tenants have keys, for the operator's key."""
+        if not sees_all(state):
+            await require_admin()
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
     @routes.add("GET", "/get_server_info", "/server_info")
     async def server_info() -> Response:
-        """Configuration, limits and counters. Keys are left out."""
+        """Configuration, limits and counters. Keys are left out, and sums over other tenants' requests."""
         return json_response(await _facts(state))
 
     @routes.add("POST", "/start_profile", "/stop_profile", errors=[INVALID, RECORDING], admin=True)
@@ -70,6 +72,11 @@ def routes(state: AppState) -> Routes:
     return routes
 
 
+def sees_all(state: AppState) -> bool:
+    """Whether the caller may see sums over all keys' requests: the operator, or anybody where there is one tenant."""
+    return is_admin() or not state.config.extra_api_keys
+
+
 async def _facts(state: AppState) -> dict[str, Any]:
     from ..... import __version__
 
@@ -77,13 +84,17 @@ async def _facts(state: AppState) -> dict[str, Any]:
     server = msgspec.to_builtins(msgspec.structs.replace(state.config, **secrets))
     for name in secrets:
         del server[name]
-    return {
+    facts = {
         "version": __version__,
         "status": state.client.state,
         "model": state.model_name,
         "uptime_seconds": time.time() - state.created,
         "config": server,
         "engine": await state.client.control("info"),
+    }
+    if not sees_all(state):
+        return facts
+    return facts | {
         "requests_in_flight": state.client.in_flight,
         "cache_hit_rate_60s": state.metrics.hit_rate,
         "stats": msgspec.structs.asdict(state.metrics.stats),

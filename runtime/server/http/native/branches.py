@@ -32,6 +32,7 @@ from ..plumbing.sse import json_response, wait
 from ..sglang.reply import GenerateReply
 from ..sglang.request import GenerateSampling, generate_names, generate_sampling
 from ..state import AppState
+from .admin import sees_all
 
 MAX_OPS = 1024  # of one batch
 _NO_TOKENS = SamplingParams(max_tokens=0)
@@ -126,8 +127,9 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/branches")
     async def counts() -> Response:
-        """How many branches there are, and the pages they hold."""
-        facts = await state.client.control("branches")
+        """How many branches there are, and the pages they hold. Where several tenants have keys, the caller's own."""
+        owner = None if sees_all(state) else state.namespaces.of(None)[0]
+        facts = await state.client.control("branches", owner)
         return json_response(facts | {"max_branches": state.config.engine.max_branches})
 
     @routes.add("POST", "/branches/batch", body=BatchRequest)

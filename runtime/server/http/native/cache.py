@@ -192,7 +192,8 @@ async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_toke
         limits = state.client.limits
         fit(len(prompt), _NO_TOKENS, limits, path=field)  # first: it bounds the ids that are looked at
         return token_bytes(prompt, limits.vocab_size, field)
-    ids = await token_ids(state, prompt, field, special=add_special_tokens)
+    ids = await token_ids(state, prompt, special=add_special_tokens)
+    fit(len(ids), _NO_TOKENS, state.client.limits, path=field)
     return ids.astype("<i4", copy=False).tobytes()
 
 

@@ -48,16 +48,18 @@ def routes(state: AppState) -> Routes:
         """The tokens of a prompt, or of the prompt that a conversation becomes."""
         raw = await read_json_object(request)
         body = parse(TokenizeRequest, raw, unsupported=frozenset())
+        asked = body.add_special_tokens
         state.check_model(body.model)
         limits = state.client.limits
         if (body.prompt is None) == (raw.get("messages") is None):
             raise InvalidRequest("prompt", "or messages is required: give exactly one")
         if body.prompt is not None:
-            text, special, field = body.prompt, body.add_special_tokens is not False, "prompt"
+            text, special = body.prompt, asked is not False
         else:
+            raw.pop("add_special_tokens", None)  # a chat has another field of this name
             text, _ = await chat_text(state, raw)
-            special, field = bool(body.add_special_tokens), "messages"
-        tokens = (await token_ids(state, text, field, special=special)).tolist()
+            special = bool(asked)
+        tokens = (await token_ids(state, text, special=special)).tolist()
         named = await _texts(state, tokens) if body.return_token_strs else None
         answer = {"count": len(tokens), "max_model_len": limits.max_model_len, "tokens": tokens, "token_strs": named}
         return json_response(answer)
@@ -112,10 +114,13 @@ def routes(state: AppState) -> Routes:
     return routes
 
 
-async def token_ids(state: AppState, text: str, field: str, *, special: bool) -> npt.NDArray[np.int32]:
-    """int32 [n]. ``special``: with the tokens that the tokenizer puts around a text; ``field``: of the text."""
+async def token_ids(state: AppState, text: str, *, special: bool) -> npt.NDArray[np.int32]:
+    """int32 [n]. ``special``: with the tokens that the tokenizer puts around a text."""
     encode = state.tokenizer.encode
-    return encode(text, special) if len(text) <= INLINE else await asyncio.to_thread(encode, text, special)
+    if len(text) <= INLINE:
+        return encode(text, special)
+    async with state.long_texts:
+        return await asyncio.to_thread(encode, text, special)
 
 
 async def _texts(state: AppState, tokens: list[int]) -> list[str]:

@@ -24,7 +24,7 @@ CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messag
 # (path, field the error names, body)
 WRONG: list[tuple[str, str, dict[str, Any]]] = [
     (CHAT, "stop_token_ids", {"messages": [USER], "stop_token_ids": ["a"] * MANY}),
-    (CHAT, "structured_outputs.choice", {"messages": [USER], "structured_outputs": {"choice": [7] * MANY}}),
+    (CHAT, "structured_outputs", {"messages": [USER], "structured_outputs": {"choice": [7] * MANY}}),
     (CHAT, "documents", {"messages": [USER], "documents": [{}] * MANY}),
     (CHAT, "messages", {"messages": [{"role": "assistant", "tool_calls": [CALL] * 100_000}]}),
     (CHAT, "messages", {"messages": [{"role": "user", "content": PARTS}] * 50}),
@@ -43,7 +43,6 @@ WRONG: list[tuple[str, str, dict[str, Any]]] = [
     ("/generate", "sampling_params", {"text": "a", "sampling_params": {"a" * MANY: 1}}),
     ("/v1/completions", "logit_bias", {"prompt": "a", "logit_bias": {"a" * MANY: "a"}}),
     ("/cache/warm", "prompts", {"prompts": ["a"] * MANY}),
-    ("/tokenize", "prompt", {"prompt": "a b" * MANY * 2, "return_token_strs": True}),
 ]
 
 
@@ -53,11 +52,11 @@ async def test_it_is_refused_at_once_and_in_few_words(
 ) -> None:
     """Four million strings where numbers were due took a minute, in which nobody else was answered."""
     transport = httpx.ASGITransport(make_app(make_state(max_json_values=10_000_000)))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         content = msgspec.json.encode(body)
         started = time.perf_counter()
         answer = await http.post(path, content=content)
-        assert time.perf_counter() - started < 1.0 or path == "/tokenize", "that one is at work in a thread"
+        assert time.perf_counter() - started < 1.0
     assert answer.status_code == 400, answer.text[:300]
     assert len(answer.content) < 2000
     error = answer.json()["error"]

@@ -23,7 +23,7 @@ def app(make_state: Callable[..., AppState]) -> Any:
 
 
 def client(app: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
 def paths(app: Any) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ def submitted(make_state: Callable[..., AppState], sent: list[Message]) -> Calla
 
     async def submit(path: str, **body: Any) -> Generate:
         transport = httpx.ASGITransport(make_app(make_state()))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
             asking = asyncio.create_task(http.post(path, json=body))
             while not any(isinstance(message, Generate) for message in sent):
                 assert not asking.done(), asking.result().text

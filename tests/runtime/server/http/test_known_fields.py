@@ -261,7 +261,9 @@ async def test_a_peers_field_is_ours_or_refused_or_known_to_do_nothing(
 ) -> None:
     path, model, good, peers = ROUTES[route]
     unexplained = []
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(make_state())), base_url="http://test") as http:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(make_app(make_state())), base_url="http://localhost"
+    ) as http:
         for name in sorted({*peers, *OTHERS} - model.model_fields.keys() - NO_EFFECT.keys()):
             asked = http.post(path, json={**good, name: {"type": "x"}})
             try:
@@ -275,7 +277,9 @@ async def test_a_peers_field_is_ours_or_refused_or_known_to_do_nothing(
 
 
 async def test_a_peers_sampling_field_is_ours_or_refused(make_state: Callable[..., AppState]) -> None:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(make_state())), base_url="http://test") as http:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(make_app(make_state())), base_url="http://localhost"
+    ) as http:
         for name in sorted({*SAMPLING, "seed", "max_tokens"} - GenerateSampling.model_fields.keys()):
             answer = await http.post("/generate", json={"text": "a", "sampling_params": {name: "x"}})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, f"sampling_params.{name}")

@@ -28,7 +28,9 @@ BODIES: dict[str, dict[str, Any]] = {
 async def test_the_error_is_the_last_event_and_what_ran_beside_it_is_aborted(
     make_state: Callable[..., AppState], client: EngineClient, sent: list[Message], path: str, status: int
 ) -> None:
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(make_state())), base_url="http://test") as http:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(make_app(make_state())), base_url="http://localhost"
+    ) as http:
         asking = asyncio.create_task(http.post(path, json={**BODIES[path], "stream": True}))
         while not sent:
             await asyncio.sleep(0.01)

@@ -123,7 +123,7 @@ async def test_what_a_server_that_does_not_serve_says(
     """Those that can be had from a running server are in tests/e2e/test_openapi_errors.py."""
     app = make_state()
     app.client.state = state
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(app)), base_url="http://server") as http:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(app)), base_url="http://localhost") as http:
         answer = await http.post("/v1/completions", json={"prompt": [5], "max_tokens": 1})
     described = document["components"]["responses"][failure]
     [expected] = [

@@ -15,7 +15,7 @@ import uvicorn
 
 from branchwise.runtime.server.http.plumbing.protocol import HttpProtocol
 
-HEAD = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 LARGE = 32 << 20  # bytes of an answer: more than the sockets of a connection hold
 
 
@@ -127,7 +127,7 @@ async def test_a_body_that_does_not_come_is_a_408(connect: Connect, app: App, pi
     error = json.loads(body)["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "timeout_error"
-    assert "body did not come in time" in error["message"]
+    assert "body did not arrive in time" in error["message"]
     assert time.monotonic() - started > 0.25
     await asyncio.sleep(0.05)
     assert (app.left, app.ended) == (1, 1), "whoever waited for the body knows"
@@ -154,7 +154,7 @@ async def test_a_body_after_its_answer_is_not_waited_for_either(connect: Connect
 async def test_a_request_behind_a_slow_one_is_not_to_blame(connect: Connect) -> None:
     """Nobody reads its body until the one before it is answered."""
     reader, writer = await connect()
-    writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + HEAD % 5 + b"ab")
+    writer.write(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n" + HEAD % 5 + b"ab")
     assert (await asyncio.wait_for(reader.readuntil(b"0 bytes"), 5)).startswith(b"HTTP/1.1 200")
     writer.write(b"cde")
     assert (await asyncio.wait_for(reader.readuntil(b"5 bytes"), 5)).startswith(b"HTTP/1.1 200")
@@ -167,7 +167,7 @@ async def test_an_answer_that_nobody_reads_is_given_up(connect: Connect, app: Ap
     _, port = (await connect())[1].get_extra_info("peername")
     await asyncio.get_running_loop().sock_connect(raw, ("127.0.0.1", port))
     with raw:
-        await asyncio.get_running_loop().sock_sendall(raw, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+        await asyncio.get_running_loop().sock_sendall(raw, b"GET /large HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for _ in range(50):
             await asyncio.sleep(0.1)
             if app.ended:
@@ -177,7 +177,7 @@ async def test_an_answer_that_nobody_reads_is_given_up(connect: Connect, app: Ap
 
 async def test_an_answer_read_slowly_comes_whole(connect: Connect) -> None:
     reader, writer = await connect(limit=1 << 16)
-    writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+    writer.write(b"GET /large HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
     size = 0
     while piece := await asyncio.wait_for(reader.read(1 << 20), 5):
         size += len(piece)

@@ -14,7 +14,7 @@ from branchwise.runtime.server.http.state import AppState
 @pytest.fixture
 async def http(make_state: Callable[..., AppState]) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(make_app(make_state(api_key="key")), raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://server")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 async def test_each_answer_has_an_id_of_its_own(http: httpx.AsyncClient) -> None:

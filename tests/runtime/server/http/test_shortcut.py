@@ -17,7 +17,7 @@ from branchwise.runtime.server.http.state import AppState
 
 def connect(app: object) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # type: ignore[arg-type]
-    return httpx.AsyncClient(transport=transport, base_url="http://server")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate"])

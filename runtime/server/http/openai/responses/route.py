@@ -42,7 +42,7 @@ def routes(state: AppState) -> Routes:
         state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
-        ids = await token_ids(state, chat.prompt.text or "", "input", special=False)
+        ids = await token_ids(state, chat.prompt.text or "", special=False)
         return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
 
     # OpenAI's routes for stored responses, to say that none are.

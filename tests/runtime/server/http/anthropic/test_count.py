@@ -36,7 +36,7 @@ async def test_a_prompt_is_counted_as_it_would_be_sent(
         return len(tokenizer.encode(text, False))
 
     transport = httpx.ASGITransport(make_app(thinking_site))
-    async with httpx.AsyncClient(transport=transport, base_url="http://server") as http:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
 
         async def count(**fields: Any) -> int:
             answer = await http.post(PATH, json={"messages": [HI], **fields})

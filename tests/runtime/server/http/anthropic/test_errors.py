@@ -25,7 +25,7 @@ BODY = {"max_tokens": 1, "messages": [{"role": "user", "content": "x"}]}
 
 def connect(app: Any) -> httpx.AsyncClient:
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    return httpx.AsyncClient(transport=transport, base_url="http://server")
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost")
 
 
 def error_of(answer: httpx.Response, status: int, kind: str) -> str:

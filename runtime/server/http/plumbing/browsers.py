@@ -1,0 +1,58 @@
+"""Refuses requests that other web sites make through a visitor's browser, where no API key prevents them.
+
+Any page can send requests to a server on its visitor's machine. A browser marks them with ``Origin`` or
+``Sec-Fetch-Site``; after DNS rebinding they name another ``Host``. With a key none of this is needed: a page has none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .auth import OPEN_PATHS
+from .errors import error_response
+
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class BrowserGuard:
+    """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host).
+
+    ``Host`` is checked on loopback addresses only: elsewhere the server does not know its names.
+    """
+
+    def __init__(self, app: ASGIApp, host: str, allowed: Collection[str] = ()) -> None:
+        self._app = app
+        self._names = LOOPBACK | {name.lower() for name in allowed}
+        self._check_host = host in LOOPBACK
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        problem = None
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+            problem = self._problem(dict(scope["headers"]))
+        if problem is None:
+            await self._app(scope, receive, send)
+            return
+        hint = "start the server with --api-key, or name the host with --allowed-host"
+        await error_response(403, f"{problem}: {hint}")(scope, receive, send)
+
+    def _problem(self, headers: dict[bytes, bytes]) -> str | None:
+        origin, host = headers.get(b"origin"), headers.get(b"host", b"")
+        if origin is not None:
+            if _host_name(origin) not in self._names:
+                return f"requests from the web site {origin[:100].decode('latin-1')} are refused"
+        elif headers.get(b"sec-fetch-site") == b"cross-site":
+            return "requests from other web sites are refused"
+        if self._check_host and host and _host_name(b"//" + host) not in self._names:
+            return f"requests to the host {host[:100].decode('latin-1')} are refused"
+        return None
+
+
+def _host_name(url: bytes) -> str | None:
+    """Lower case, without the port; None for what is no URL of a host, such as ``null``."""
+    try:
+        return urlsplit(url.decode("ascii")).hostname
+    except ValueError:
+        return None

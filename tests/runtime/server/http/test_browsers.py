@@ -1,0 +1,64 @@
+"""Web sites cannot use a server without a key through a visitor's browser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import httpx
+import pytest
+
+from branchwise.runtime.server.http.app import make_app
+from branchwise.runtime.server.http.state import AppState
+
+OWN = "127.0.0.1:8000"
+REFUSED = [
+    {"Host": OWN, "Origin": "https://evil.example"},
+    {"Host": OWN, "Origin": "null"},
+    {"Host": OWN, "Origin": "http://localhost.evil.example"},
+    {"Host": OWN, "Origin": "http://["},
+    {"Host": OWN, "Sec-Fetch-Site": "cross-site"},
+    {"Host": "evil.example:8000"},
+    {"Host": "127.0.0.1.evil.example"},
+    {"Host": "localhost@evil.example"},
+]
+SERVED = [
+    {"Host": OWN},
+    {"Host": "LOCALHOST:8000"},
+    {"Host": "[::1]:8000"},
+    {"Host": OWN, "Origin": "http://localhost:3000"},
+    {"Host": OWN, "Sec-Fetch-Site": "none"},
+    {"Host": OWN, "Sec-Fetch-Site": "same-site", "Origin": "http://127.0.0.1:3000"},
+    {"Host": "models.lan:8000"},
+    {"Host": OWN, "Origin": "https://models.lan"},
+]
+
+
+async def status(state: AppState, headers: dict[str, str], path: str = "/version") -> tuple[int, str]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(state)), base_url="http://localhost") as http:
+        answer = await http.get(path, headers=headers)
+    return answer.status_code, answer.text
+
+
+@pytest.mark.parametrize("headers", REFUSED)
+async def test_other_sites_are_refused(make_state: Callable[..., AppState], headers: dict[str, str]) -> None:
+    code, text = await status(make_state(), headers)
+    assert code == 403 and "--api-key" in text and "--allowed-host" in text
+
+
+@pytest.mark.parametrize("headers", SERVED)
+async def test_the_machines_own_clients_are_served(
+    make_state: Callable[..., AppState], headers: dict[str, str]
+) -> None:
+    assert (await status(make_state(allowed_hosts=("Models.LAN",)), headers))[0] == 200
+
+
+@pytest.mark.parametrize("headers", REFUSED)
+async def test_a_key_is_protection_enough(make_state: Callable[..., AppState], headers: dict[str, str]) -> None:
+    assert (await status(make_state(api_key="k"), headers))[0] == 401
+    assert (await status(make_state(api_key="k"), {**headers, "x-api-key": "k"}))[0] == 200
+
+
+async def test_health_and_other_addresses_hosts_are_open(make_state: Callable[..., AppState]) -> None:
+    assert (await status(make_state(), {"Host": "evil.example"}, "/health"))[0] == 200
+    assert (await status(make_state(host="0.0.0.0"), {"Host": "gpu-7.lan"}))[0] == 200
+    assert (await status(make_state(host="0.0.0.0"), {"Host": OWN, "Origin": "https://evil.example"}))[0] == 403
