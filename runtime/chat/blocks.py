@@ -25,7 +25,7 @@ class Block(msgspec.Struct, eq=False):
     call_index: int = 0
     call_id: str = ""
     name: str = ""
-    complete: bool = False  # the model ended it: neither was it cut off nor does it still go on
+    complete: bool = False  # the model ended it; False while it is written, or if it was cut off
     _pieces: list[str] = []
     logprobs: list[TokenLogprob] = []  # of the tokens that begin in the text, if they were asked for
 
@@ -63,7 +63,7 @@ class BlockReader:
 
     def __init__(self) -> None:
         self.blocks: list[Block] = []
-        self._open: Block | None = None  # the last one, while it goes on
+        self._open: Block | None = None  # the last one, while it is written
         self._new: list[BlockEvent] = []
 
     def take(self) -> list[BlockEvent]:

@@ -12,7 +12,7 @@ from .messages import template_messages
 from .openai_messages import label
 from .template import ChatTemplate
 
-# Variables that many clients send whatever the model is: ignored by templates that do not read them.
+# Variables that many clients send to any model. Templates that do not read them ignore them.
 _COMMON_VARIABLES = frozenset(
     {"enable_thinking", "thinking", "thinking_budget", "preserve_thinking", "reasoning_effort", "date_string"}
 )

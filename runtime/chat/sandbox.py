@@ -65,7 +65,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = _to_json
         self.filters = {name: _guarded(name, function) for name, function in self.filters.items()}
         self.filters[_ITERATIONS], self.filters[_JOINED] = _iterations, _joined
-        del self.globals["lipsum"]  # writes as much as it is told to
+        del self.globals["lipsum"]  # its output has no bound
         self.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,

@@ -1,4 +1,4 @@
-"""Text that spells a special token stays text: nobody ends their own turn and begins another's by writing so.
+"""Keeps text that spells a special token as text, so that no client can end its turn and begin another role's.
 
 Chat templates write special tokens as text, and the tokenizer turns them into tokens. What clients wrote goes through
 the template with a guard character after each character of such a spelling, so no special token is left in it; the

@@ -46,12 +46,12 @@ class ToolResultBlock(Strict):
 class ThinkingBlock(Strict):
     type: Literal["thinking"]
     thinking: str
-    signature: str = Field("", description="Not looked at.")
+    signature: str = Field("", description="Ignored.")
 
 
 class RedactedThinkingBlock(Strict):
     type: Literal["redacted_thinking"]
-    data: str = Field("", description="Not looked at: nobody here can read it.")
+    data: str = Field("", description="Ignored: only Anthropic can decrypt it.")
 
 
 class ToolDefinition(Strict):

@@ -51,7 +51,7 @@ def messages_spec(body: CountRequest, state: AppState) -> ChatSpec:
     if isinstance(body, MessagesRequest):
         spec.params = messages_sampling(body, state.preferred, format)
         spec.stream = body.stream
-        spec.shorten = True  # clients send 16,384 or 32,000 whatever the model is
+        spec.shorten = True  # clients send 16,384 or 32,000 to any model
         spec.cache = CacheFields.model_validate(
             {name: getattr(body, name) for name in ("cache_salt", "prompt_cache_key")}
         )

@@ -79,7 +79,7 @@ class _ItemReader:
         self._assistant(path, unless=TextPart).parts += texts
 
     def _reasoning(self, item: dict[str, Any], path: str) -> None:
-        """Readable thinking. ``encrypted_content``, another provider's, is left out: nobody here can read it."""
+        """Readable thinking. ``encrypted_content``, another provider's, is skipped: this server cannot decrypt it."""
         texts = _texts(item.get("content"), f"{path}.content") or _texts(item.get("summary"), f"{path}.summary")
         if texts:
             self._assistant(path, unless=Part).parts += [ThinkingPart(text) for text in texts]

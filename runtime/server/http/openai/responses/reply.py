@@ -115,23 +115,23 @@ class ResponseReply:
                 yield self._about_item("done", block)
 
     def _about_item(self, what: str, block: Block) -> dict[str, Any]:
-        item = self._item(block, begun=what == "done")
+        item = self._item(block, ended=what == "done")
         return {"type": f"response.output_item.{what}", "output_index": block.index, "item": item}
 
     def _about_part(self, what: str, block: Block, where: dict[str, Any]) -> dict[str, Any]:
-        part = self._part(block, begun=what == "done")
+        part = self._part(block, ended=what == "done")
         return {"type": f"response.content_part.{what}", **where, "content_index": 0, "part": part}
 
-    def _item(self, block: Block, *, begun: bool = True) -> dict[str, Any]:
-        """The item so far, or as it was when it began."""
-        ended = "completed" if block.complete else "incomplete"
-        head: dict[str, Any] = {"id": self._id(block), "status": ended if begun else "in_progress"}
+    def _item(self, block: Block, *, ended: bool = True) -> dict[str, Any]:
+        """The item as it ended, or as it began: empty."""
+        status = "completed" if block.complete else "incomplete"
+        head: dict[str, Any] = {"id": self._id(block), "status": status if ended else "in_progress"}
         if block.kind == "call":
             head |= {"call_id": block.call_id, **self._called(block)}
             if self._is_custom(block):
-                return {**head, "type": "custom_tool_call", "input": custom_input(block.text) if begun else ""}
-            return {**head, "type": "function_call", "arguments": block.text if begun else ""}
-        content: list[Any] = [self._part(block)] if begun else []
+                return {**head, "type": "custom_tool_call", "input": custom_input(block.text) if ended else ""}
+            return {**head, "type": "function_call", "arguments": block.text if ended else ""}
+        content: list[Any] = [self._part(block)] if ended else []
         if block.kind == "text":
             return {**head, "type": "message", "role": "assistant", "content": content}
         return {**head, "type": "reasoning", "summary": [], "content": content, "encrypted_content": None}
@@ -146,10 +146,10 @@ class ResponseReply:
             return {"name": block.name}
         return {"name": offered.name} | ({"namespace": offered.namespace} if offered.namespace else {})
 
-    def _part(self, block: Block, *, begun: bool = True) -> dict[str, Any]:
-        part: dict[str, Any] = {"type": _TEXT_KIND[block.kind], "text": block.text if begun else ""}
+    def _part(self, block: Block, *, ended: bool = True) -> dict[str, Any]:
+        part: dict[str, Any] = {"type": _TEXT_KIND[block.kind], "text": block.text if ended else ""}
         if block.kind == "text":
-            part |= {"annotations": [], **self._rows(block, block.logprobs if begun else ())}
+            part |= {"annotations": [], **self._rows(block, block.logprobs if ended else ())}
         return part
 
     def _rows(self, block: Block, rows: Sequence[TokenLogprob]) -> dict[str, Any]:

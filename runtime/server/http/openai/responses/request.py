@@ -51,7 +51,7 @@ class ResponsesStreamOptions(Strict):
 
 
 class ResponsesRequest(ChatFields):
-    """OpenAI's responses, as far as they need no memory of earlier ones, and the fields vLLM and SGLang add."""
+    """OpenAI's responses without those stored earlier, and the fields that vLLM and SGLang add."""
 
     input: Any = Field(description="A string, or a list of items: messages, function calls, their outputs, reasoning.")
     instructions: str | None = Field(None, description="A system message before the input.")
@@ -71,7 +71,7 @@ class ResponsesRequest(ChatFields):
 
 _STORED = "is not supported by this server, which stores no responses: send the whole conversation as input"
 _ELSEWHERE = "is not a field of this route: it is called "
-# Fields with more to say about them than that they are not supported.
+# Fields whose refusal says what to do instead.
 REFUSED = {
     "previous_response_id": _STORED,
     "conversation": _STORED,
