@@ -118,6 +118,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             auto: as its chat template says.
         reasoning_parser: How the model writes its thinking: think, mistral, none, or auto: as its chat template says.
         drain_seconds: Seconds that requests in flight may take to finish after SIGTERM or Ctrl-C.
+        hang_timeout: Seconds for which a process of the engine, or a step on its device, may hang before every client
+            gets an error and the server ends. /health says 503 after 10 s. Loading does not count. 0: no limit.
         log_level: debug, info, warning or error.
         stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
         null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
@@ -147,6 +149,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     drain_seconds: float = 30.0
+    hang_timeout: float = 300.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stats_log_seconds: float = 10.0
     null_executor: bool = False

@@ -5,6 +5,7 @@
     http ──BranchRun, BranchOp──► tokenizer ──the same, with token ids──► scheduler
     scheduler ──the same again──► tokenizer        if the branch ends in text that has no tokens yet
     http ──Control──► scheduler ──ControlReply──► http
+    http ──Heartbeat──► tokenizer ──► scheduler ──► detokenizer   each ──the same──► http
     detokenizer ──StopMatched, Settled──► scheduler   every child ──Ready──► http
 
 Token ids are sent as bytes (int32, little-endian), never as lists. Request ids are integers that the server gives.
@@ -181,6 +182,13 @@ class Limits(Message):
     vocab_size: int  # token ids are 0 .. vocab_size - 1
     max_model_len: int  # tokens, prompt and completion together
     pool_tokens: int  # tokens the whole KV pool holds
+
+
+class Heartbeat(Message):
+    """http → tokenizer → scheduler → detokenizer. Each also reports to http that the heartbeat has ``passed`` it."""
+
+    number: int
+    passed: Literal["tokenizer", "scheduler", "detokenizer"] | None = None
 
 
 class Shutdown(Message):

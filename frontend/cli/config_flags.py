@@ -39,6 +39,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "profile": {"metavar": "FOLDER"},
     "request_timeout": {"min": 0.1},
     "drain_seconds": {"min": 0},
+    "hang_timeout": {"min": 0},
     "stats_log_seconds": {"min": 0},
 }
 

@@ -45,14 +45,14 @@ class EngineProcesses:
         self._all_ready = asyncio.Event()
         self._failure: asyncio.Future[str] = self._loop.create_future()
         self._leaving = False
-        self.ended: asyncio.Future[tuple[Role, int]] = self._loop.create_future()
+        self.ended: asyncio.Future[tuple[Role, str]] = self._loop.create_future()
 
     @property
     def pids(self) -> dict[Role, int]:
         return self._supervisor.pids
 
     def start(self) -> None:
-        """Starts the processes. ``ended`` then becomes the (role, exit code) of the first that ends unasked."""
+        """Starts the processes. ``ended`` then becomes the first role to end unasked or hang, and how."""
         self._loop.add_reader(self._inbox.fd, self._drain_inbox)
         self._supervisor.start()
 
@@ -69,15 +69,17 @@ class EngineProcesses:
         if self._all_ready.is_set():
             return self._ready["scheduler"]
         await asyncio.wait((self._failure,), timeout=FAILURE_SECONDS)
-        role, code = self.ended.result()
-        raise LoadError(
-            self._failure.result() if self._failure.done() else f"the {role} process {_how(code)} while starting"
-        )
+        role, how = self.ended.result()
+        raise LoadError(self._failure.result() if self._failure.done() else f"the {role} process {how} while starting")
 
     def describe_end(self) -> str:
-        """Which process ended unasked, and how."""
-        role, code = self.ended.result()
-        return f"the {role} process {_how(code)}"
+        """Which process ended unasked or hangs, and how."""
+        role, how = self.ended.result()
+        return f"the {role} process {how}"
+
+    def give_up(self, role: Role, seconds: float) -> None:
+        """Treats a process that has not answered for so long as ended. `close` kills it."""
+        self._end(role, f"has not answered for {seconds:.0f} s (--hang-timeout)")
 
     async def leave(self) -> None:
         """Lets the processes exit, in the order of the pipeline. `close` kills those that do not."""
@@ -111,8 +113,11 @@ class EngineProcesses:
                     self._receive(message)
 
     def _on_exit(self, role: Role, code: int) -> None:
+        self._end(role, _how(code))
+
+    def _end(self, role: Role, how: str) -> None:
         if not self._leaving and not self.ended.done():
-            self.ended.set_result((role, code))
+            self.ended.set_result((role, how))
 
 
 def _how(code: int) -> str:

@@ -19,9 +19,10 @@ import msgspec
 
 from ..config import ServerConfig, check_server
 from ..errors import EngineDead, Overloaded
-from ..messages import ControlReply, Deltas, Limits, Progress, Stats
+from ..messages import ControlReply, Deltas, Heartbeat, Limits, Progress, Stats
 from ..models.folder import model_folder
 from .engine_processes import EngineProcesses
+from .heartbeat import HeartbeatMonitor
 from .processes.channels import ToHttp
 from .startup import BACKLOG, check_parsers, listen, model_name, raise_descriptor_limit
 from .throughput_log import ThroughputLog
@@ -239,6 +240,7 @@ class Server:
                 await self._drain(http, serving)
         finally:
             self._lag.stop()
+            self._heartbeat.stop()
             becoming_ready.cancel()
             stop.cancel()
             http.force_exit = http.should_exit = True
@@ -264,7 +266,20 @@ class Server:
             config.request_timeout,
             config.max_queued_per_key,
         )
-        self._state: AppState = AppState(config, self._client, metrics, Namespaces(config.api_key), self._name)
+        self._heartbeat = HeartbeatMonitor(self._processes.to_tokenizer, config.hang_timeout, self._processes.give_up)
+        metrics.gauge(
+            "heartbeat_age_seconds",
+            "Time for which the engine's processes have not answered a heartbeat; 0: they answer",
+            lambda: self._heartbeat.age,
+        )
+        metrics.gauge(
+            "step_age_seconds",
+            "Time since the engine's last step, or since the oldest unfinished request came; 0: no requests",
+            lambda: metrics.step_age(self._client.oldest_arrival),
+        )
+        self._state: AppState = AppState(
+            config, self._client, metrics, Namespaces(config.api_key), self._name, self._heartbeat
+        )
 
     def _make_http(self) -> uvicorn.Server:
         import uvicorn
@@ -303,6 +318,8 @@ class Server:
                 self._throughput.update(message)
             case ControlReply():
                 self._client.answer(message)
+            case Heartbeat():
+                self._heartbeat.receive(message)
             case Progress():
                 if self._on_progress is not None:
                     self._on_progress(message.stage, message.done, message.total)
@@ -314,6 +331,7 @@ class Server:
         info = await self._processes.ready()
         self._state.preferred = info["preferred_sampling_params"] or {}
         self._client.ready(Limits(info["vocab_size"], info["max_model_len"], info["pool_tokens"]))
+        self._heartbeat.start()
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         return {
@@ -328,10 +346,10 @@ class Server:
         }
 
     async def _die(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
-        """A process has ended: every waiting client gets an error, then the server ends. Raises `EngineDead`."""
-        role, _ = self._processes.ended.result()
-        logger.error("%s; going down", self._processes.describe_end())
-        error = EngineDead(f"the {role} process has stopped; the server is going down")
+        """Tells every waiting client that a process has ended or hangs, then ends the server. Raises `EngineDead`."""
+        end = self._processes.describe_end()
+        logger.error("%s; going down", end)
+        error = EngineDead(f"{end}; the server is going down")
         self._client.died(error)
         http.should_exit = True
         await asyncio.wait([serving], timeout=LAST_ANSWERS_SECONDS)
@@ -364,6 +382,7 @@ class Server:
                 client.fail_all(error)
                 await asyncio.wait([serving], timeout=LAST_ANSWERS_SECONDS)
                 raise error
+            self._heartbeat.stop()
             await self._processes.leave()
         finally:
             stop_now.cancel()

@@ -191,6 +191,11 @@ class EngineClient:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
+    @property
+    def oldest_arrival(self) -> float | None:
+        """When the oldest unfinished request arrived, in monotonic seconds."""
+        return next((request.arrived for request in self._in_flight.values()), None)
+
     def ready(self, limits: Limits) -> None:
         self._limits = limits
         self._to_tokenizer([limits])

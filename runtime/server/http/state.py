@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from ...config import ServerConfig
 from ...tokenizer.tokenizer import Tokenizer
+from ..heartbeat import HeartbeatMonitor
 from .engine_client import EngineClient
 from .plumbing.auth import Namespaces
 from .plumbing.errors import ModelNotFound
@@ -25,11 +26,18 @@ class AppState:
     metrics: Metrics
     namespaces: Namespaces
     model_name: str
+    heartbeat: HeartbeatMonitor | None = None
     _tokenizer: Tokenizer | None = None
     preferred: Mapping[str, float] = field(default_factory=dict)  # the model's `sampling_defaults`
     # Long texts are tokenized in a thread, one at a time: several would take the CPU that streams need.
     long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
+
+    @property
+    def status(self) -> str:
+        """The client's state; ``stalled`` for ``ready`` while a process of the engine does not answer."""
+        stalled = self.heartbeat is not None and self.heartbeat.stalled is not None
+        return "stalled" if stalled and self.client.state == "ready" else self.client.state
 
     @property
     def tokenizer(self) -> Tokenizer:

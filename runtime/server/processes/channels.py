@@ -23,6 +23,7 @@ from ...messages import (
     Deltas,
     Failed,
     Generate,
+    Heartbeat,
     Limits,
     Message,
     Progress,
@@ -37,10 +38,10 @@ from ...messages import (
 LINGER_MS = 2000  # how long an exiting process may try to deliver its last messages
 MAX_PATH = 100  # bytes of a Unix socket's path (sun_path holds 108)
 
-ToTokenizer = Generate | BranchOp | BranchRun | Abort | Limits | Shutdown
-ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | Control | Shutdown
-ToDetokenizer = StepOutput | Shutdown
-ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed
+ToTokenizer = Generate | BranchOp | BranchRun | Abort | Limits | Heartbeat | Shutdown
+ToScheduler = Generate | BranchOp | BranchRun | Abort | StopMatched | Settled | Control | Heartbeat | Shutdown
+ToDetokenizer = StepOutput | Heartbeat | Shutdown
+ToHttp = Deltas | Stats | ControlReply | Progress | Ready | Failed | Heartbeat
 
 # The messages that each inbox accepts; any other is a decoding error.
 INBOXES: dict[str, Any] = {

@@ -8,7 +8,7 @@ from typing import Any
 import zmq
 
 from ...config import ServerConfig
-from ...messages import Delta, Deltas, Message, Ready, Shutdown, StopMatched
+from ...messages import Delta, Deltas, Heartbeat, Message, Ready, Shutdown, StopMatched
 from ...tokenizer.detokenizer import DetokenizerCore
 from ...tokenizer.tokenizer import Tokenizer
 from .channels import Inbox, Outbox, ToDetokenizer
@@ -33,6 +33,9 @@ class DetokenizerWorker:
             for message in self._inbox.receive(None):
                 if isinstance(message, Shutdown):
                     leaving = True
+                    continue
+                if isinstance(message, Heartbeat):
+                    self._http.send([Heartbeat(message.number, "detokenizer")])
                     continue
                 new, matched = self._core.feed(message)
                 deltas += new

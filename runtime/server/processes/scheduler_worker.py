@@ -17,6 +17,7 @@ from ...messages import (
     BranchRun,
     Control,
     Generate,
+    Heartbeat,
     Message,
     Progress,
     Ready,
@@ -43,6 +44,7 @@ class SchedulerWorker:
             loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]))
         self._core = loaded.core
         self._stats_at = 0.0
+        self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
         # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
         gc.freeze()
@@ -61,6 +63,7 @@ class SchedulerWorker:
             output = core.step()
             if output is not None:
                 self._detokenizer.send([output])
+            self._pass_heartbeats()
             self._answer_branches()
             working = core.has_work
             self._report(working)
@@ -93,9 +96,18 @@ class SchedulerWorker:
                 self._core.stop_matched(message.id)
             case Control():
                 self._http.send([self._core.control(message)])
+            case Heartbeat():
+                self._heartbeats.append(message)
             case Shutdown():
                 return True
         return False
+
+    def _pass_heartbeats(self) -> None:
+        """After a step: a heartbeat that passes proves that the device answers, not only that this process runs."""
+        if self._heartbeats:
+            self._detokenizer.send(self._heartbeats)
+            self._http.send([Heartbeat(each.number, "scheduler") for each in self._heartbeats])
+            self._heartbeats.clear()
 
     def _answer_branches(self) -> None:
         branches = self._core.branches

@@ -15,6 +15,7 @@ from .launch import ROLES, Role
 logger = logging.getLogger(__name__)
 
 _STDERR = 2
+KILL_SECONDS = 5.0  # how long killed children may take to end
 
 
 class Supervisor:
@@ -61,8 +62,10 @@ class Supervisor:
         return not any(watcher.is_alive() for watcher in self._watchers)
 
     def kill(self) -> None:
-        """Kills and reaps every child that is still running. Idempotent."""
+        """Kills and reaps every child that is still running. Idempotent.
+
+        A child that waits for a broken device in the kernel cannot be reaped: after `KILL_SECONDS` it is left.
+        """
         for child in self._children.values():
             child.kill()  # no effect on a child that has been reaped
-        for watcher in self._watchers:
-            watcher.join()
+        self.wait(KILL_SECONDS)

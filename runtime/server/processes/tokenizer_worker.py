@@ -19,6 +19,7 @@ from ...messages import (
     Deltas,
     Finished,
     Generate,
+    Heartbeat,
     Limits,
     Message,
     Ready,
@@ -61,6 +62,9 @@ class TokenizerWorker:
                         forward.append(message)
                     case Limits():
                         self._limits = message
+                    case Heartbeat():
+                        self._http.send([Heartbeat(message.number, "tokenizer")])
+                        forward.append(message)
                     case Shutdown():
                         forward.append(message)
                         leaving = True

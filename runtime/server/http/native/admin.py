@@ -31,9 +31,10 @@ def routes(state: AppState) -> Routes:
     @routes.add("GET", "/health")
     @routes.add("HEAD", "/health")  # for load balancers
     async def health() -> Response:
-        """Whether the server takes requests: 200 and ``ready``, or 503 and its state."""
-        status = state.client.state
-        return json_response({"status": status}, 200 if status == "ready" else 503)
+        """Whether the server takes requests: 200 and ``ready``, or 503 and its state; ``stalled`` names the process."""
+        status = state.status
+        process = {"process": state.heartbeat.stalled} if status == "stalled" and state.heartbeat else {}
+        return json_response({"status": status, **process}, 200 if status == "ready" else 503)
 
     @routes.add("GET", "/metrics", errors=[NOT_ADMIN], text="only", engine=False)
     async def metrics() -> Response:
@@ -86,7 +87,7 @@ async def _facts(state: AppState) -> dict[str, Any]:
         del server[name]
     facts = {
         "version": __version__,
-        "status": state.client.state,
+        "status": state.status,
         "model": state.model_name,
         "uptime_seconds": time.time() - state.created,
         "config": server,

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -53,6 +53,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._clock = clock
         self._stats = Stats()
+        self._stepped = 0.0  # when the number of steps last grew
         self._window: deque[tuple[float, int, int]] = deque([(clock(), 0, 0)])  # (when, cached, computed)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
@@ -85,7 +86,17 @@ class Metrics:
             self._e2e.observe(seconds)
             self._queue.observe(finish.queue_seconds)
 
+    def gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
+        """Adds a gauge whose ``value`` is read when scraped."""
+        Gauge(f"branchwise_{name}", text, registry=self.registry).set_function(value)
+
+    def step_age(self, oldest_arrival: float | None) -> float:
+        """Seconds since the last step, or since the oldest unfinished request arrived if that was later."""
+        return 0.0 if oldest_arrival is None else max(0.0, self._clock() - max(self._stepped, oldest_arrival))
+
     def update(self, stats: Stats) -> None:
+        if stats.steps != self._stats.steps:
+            self._stepped = self._clock()
         self._stats = stats
         self._window.append((self._clock(), stats.cached_tokens, stats.computed_tokens))
         self._prune()
