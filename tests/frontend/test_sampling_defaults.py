@@ -79,7 +79,7 @@ def branchwise(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[
 
 
 def test_serve_says_what_the_model_wants(wanting_server: Any, open_server: Any) -> None:
-    line = "the model's own where a request is silent: temperature 1.7, top_k 1"
+    line = "model defaults for fields that a request omits: temperature 1.7, top_k 1"
     assert line in re.sub(r"\x1b\[[0-9;]*m", "", wanting_server.output)
     assert "is silent" not in open_server.output
 
