@@ -18,6 +18,7 @@ from ..kv_pool import KVPool
 from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from .tree_plan import TreeCosts, TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import TreeRunner, tree_tiles
+from .tree_tuning import tune
 
 SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
@@ -79,6 +80,8 @@ class TreeAttention:
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in WORKERS[: len(tiles)])
         self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
+        if pool.device.type == "cuda":
+            tune(self._runner, pool, num_heads, table, self._workers)
         self._scratch_row = len(table) - 1
         # The last members planned, and their plan; None where the flat path is faster.
         self._members: _Members | None = None

@@ -17,6 +17,9 @@ from .split import ITEM_FIELDS
 from .tree_plan import TreeLimits, TreePlan
 from .triton_kernels import attend, merge_slots
 
+# With 4 stages or fewer Triton waits for all loads at the top of each block: page numbers, which the addresses of keys
+# depend on, take one of the stages. With 5 the next block's keys are in flight, in half as many programs.
+DEEP = 5
 MERGE_HEADS = 8  # query heads that one program of the merge takes
 
 
@@ -71,7 +74,8 @@ class TreeRunner:
         max_tokens: int,
     ) -> None:
         layout, device = pool.layout, pool.device
-        self._pool, self._table, self._tiles, self._limits, self._max_tokens = pool, table, tiles, limits, max_tokens
+        self._pool, self._table, self._limits, self._max_tokens = pool, table, limits, max_tokens
+        self.tiles = list(tiles)  # `tree_tuning` replaces them by others that compute the same
         self._heads, self._head_dim = heads, layout.head_dim
         self._block_d = triton.next_power_of_2(layout.head_dim)
         self._shape = (heads, layout.kv_heads, layout.head_dim, layout.page_size)
@@ -115,15 +119,15 @@ class TreeRunner:
         """
         side = self._side
         if side is None or not torch.cuda.is_current_stream_capturing():
-            for nth in range(len(self._tiles)):
-                self._attend(nth, layer, spec, q, out, grid[nth])
+            for nth in range(len(self.tiles)):
+                self.attend(nth, layer, spec, q, out, grid[nth])
         else:  # side by side: the narrow tile fills what the wide one leaves idle
             main = torch.cuda.current_stream()
             side.wait_stream(main)
             with torch.cuda.stream(side):
-                for nth in range(1, len(self._tiles)):
-                    self._attend(nth, layer, spec, q, out, grid[nth])
-            self._attend(0, layer, spec, q, out, grid[0])
+                for nth in range(1, len(self.tiles)):
+                    self.attend(nth, layer, spec, q, out, grid[nth])
+            self.attend(0, layer, spec, q, out, grid[0])
             main.wait_stream(side)
         merge_slots(
             (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
@@ -133,10 +137,11 @@ class TreeRunner:
             warps=4,
         )
 
-    def _attend(self, nth: int, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, items: int) -> None:
+    def attend(self, nth: int, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, items: int) -> None:
+        """Launches the first ``items`` items of one tile."""
         if not items:
             return
-        tile, kv, table = self._tiles[nth], self._pool.layer(layer), self._table
+        tile, kv, table = self.tiles[nth], self._pool.layer(layer), self._table
         kv_heads = self._shape[1]
         attend(
             (kv_heads, items, 1),

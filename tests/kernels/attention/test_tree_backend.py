@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from branchwise.kernels.kv_pool import KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from triton.runtime.errors import OutOfResources
+
 from branchwise.kernels import triton_launch
-from branchwise.kernels.attention import tree_backend
+from branchwise.kernels.attention import tree_backend, tree_tuning
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_plan import TreeCosts
+from branchwise.kernels.attention.tree_tuning import tune
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -111,6 +115,28 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> None:
     world = World(heads, kv_heads, dim, page, SPECS)
     world.check(world.batch([(1, 1 + length * page // 4) for _, length in DECODES]))
+
+
+def test_tuning_takes_what_is_faster_and_restores_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches run (in the interpreter); what they take is made up. A tile that does not fit is left as it was."""
+    monkeypatch.setattr(tree_tuning, "KEYS", 64)
+    world = World()
+    runner, table = world.tree._runner, world.device_table
+    before, rows, launched = list(runner.tiles), world.table.copy(), []
+
+    def took(launch: Callable[[], None]) -> float:
+        launch()
+        launched.append([tile.stages for tile in runner.tiles])
+        if len(launched) == 4:
+            raise OutOfResources(1, 0, "shared memory")
+        return 1.0 / len(launched)
+
+    monkeypatch.setattr(tree_tuning, "milliseconds", took)
+    tune(runner, world.pool, world.heads, table, (6, 3))
+    assert launched == [[2, 2], [5, 2], [5, 2], [5, 5]]
+    assert runner.tiles == [before[0]._replace(stages=5), before[1]]
+    assert np.array_equal(table.cpu().numpy(), rows)
+    world.check(world.batch(DECODES))
 
 
 def test_saved_keys() -> None:
