@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -16,10 +17,12 @@ from branchwise.kernels.attention.tree_plan import TreeCosts
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor
+from branchwise.runtime.logprobs import TokenLogprob
 from branchwise.runtime.messages import Generate
 from branchwise.runtime.step import StepPlan
 
 RNG = np.random.default_rng(0)
+ROUNDING = 0.2  # of a logprob in bfloat16 (torch on a CPU: 0.14); the best two of 320 tokens are 0.31 apart on average
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
@@ -75,7 +78,11 @@ def step_like(shape: StepShape) -> StepPlan:
 def test_greedy_warm_and_cold(
     backend: str, gpu_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In bfloat16 a near tie may fall either way when a step's shape changes; most tokens do not depend on one."""
+    """Answers warm and cold, alone and together: equal up to the rounding of bfloat16.
+
+    A step's shape, and for the tree which requests share it, decide the order of sums. So logprobs may differ by a
+    rounding error, and two answers may part where their best tokens are that close; after that they are not compared.
+    """
     always = TreeCosts(flat=1.0, partial=0.0, tree_layer=-1e12)  # whatever is shared is read once
     monkeypatch.setattr(tree_backend, "_default_costs", lambda pool: always)
     if backend == "flashinfer":
@@ -83,16 +90,31 @@ def test_greedy_warm_and_cold(
     shared = RNG.integers(2, 300, 150).tolist()
     prompts = [shared[: RNG.integers(1, 150)] + RNG.integers(2, 300, 20).tolist() for _ in range(48)]
     settings = {"device": "cuda", "dtype": "bfloat16", "max_num_seqs": 32, "attention_backend": backend}
+    params = msgspec.structs.replace(GREEDY, logprobs=4)
     with Engine(str(gpu_checkpoint("qwen3")), kv_cache_tokens=16384, **settings) as engine:
-        cold = [output.token_ids for output in engine.generate(prompts, GREEDY)]
-        warm = engine.generate(prompts, GREEDY)
-        alone = [engine.generate(prompt, GREEDY).token_ids for prompt in prompts[:8]]
+        cold = engine.generate(prompts, params)
+        warm = engine.generate(prompts, params)
+        alone = [engine.generate(prompt, params) for prompt in prompts[:8]]
         engine.check()
     assert all(output.cached_tokens == output.prompt_tokens - 1 for output in warm)
-    pairs = [*zip(cold, (output.token_ids for output in warm), strict=True), *zip(cold[:8], alone, strict=True)]
-    agreement = np.mean([a == b for mine, theirs in pairs for a, b in zip(mine, theirs, strict=True)])
-    print(f"{backend}: greedy tokens that agree, warm and cold, alone and together: {agreement:.3f}")
-    assert agreement > 0.9
+    pairs = [*zip(cold, warm, strict=True), *zip(cold[:8], alone, strict=True)]
+    errors = [worst_difference(one.logprobs, other.logprobs) for one, other in pairs]
+    same = np.mean([one.token_ids == other.token_ids for one, other in pairs])
+    print(f"{backend}: {same:.3f} of answers are equal; logprobs differ by {max(errors):.4f} at most")
+    assert max(errors) < ROUNDING
+
+
+def worst_difference(one: list[TokenLogprob], other: list[TokenLogprob]) -> float:
+    """The largest difference of two answers' logprobs, up to and including the first token that differs."""
+    worst = 0.0
+    for mine, theirs in zip(one, other, strict=True):
+        best, others = dict(mine.top), dict(theirs.top)
+        common = best.keys() & others.keys()
+        assert {mine.token, theirs.token} <= common, "a token that is far from the best in the other run"
+        worst = max(worst, *(abs(best[token] - others[token]) for token in common))
+        if mine.token != theirs.token:
+            return max(worst, best[mine.token] - best[theirs.token])
+    return worst
 
 
 def test_seeds_give_the_same_text(gpu_checkpoint: Callable[[str], Path]) -> None:
