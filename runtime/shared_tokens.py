@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from .step import Int32
+if TYPE_CHECKING:
+    from .step import Int32  # it imports what a client need not have installed
 
 
 class SharedTokens:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...runtime.shared_tokens import EMPTY, SharedTokens
-from ...runtime.step import Int32
+
+if TYPE_CHECKING:
+    from ...runtime.step import Int32
 
 
 class Prompt:
