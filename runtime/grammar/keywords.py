@@ -27,6 +27,7 @@ _EXACT_FORMATS = {"date": _DATE, "date-time": rf"{_DATE}.*:[0-5]\d:[0-5]\d", "ti
 NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
 LITERALS = frozenset({"const", "enum", "default", "examples", "example"})  # their values are data, not schemas
 MAX_OPTIONAL = 1000  # optional properties of one object: each is about four items in llguidance's parser row
+_MAX_COMPARED = 50_000  # patterns × names: each takes 10 µs, holding the GIL
 MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
 
 _ANNOTATIONS = frozenset({"title", "description", "$comment", "default", "examples", "deprecated"})
@@ -65,8 +66,11 @@ _TYPES = {  # keywords that apply to values of one type, and say nothing of othe
 }
 
 
-def simplified(schema: Schema, root: Any) -> Schema:
-    """A copy of ``schema``, whose subschemas are simplified already, that accepts the same values or fewer."""
+def simplified(schema: Schema, root: Any, names: Sequence[str]) -> Schema:
+    """A copy of ``schema``, whose subschemas are simplified already, that accepts the same values or fewer.
+
+    ``names``: `declared_names` of the root.
+    """
     schema = dict(schema)
     for type, keywords in _TYPES.items():
         if not _may_be(schema, type):
@@ -76,8 +80,9 @@ def simplified(schema: Schema, root: Any) -> Schema:
         del schema[keyword]
     _rewrite_unevaluated(schema)
     _rewrite_property_names(schema, root)
-    _fold_patterns(schema)
+    _fold_patterns(schema, names)
     _rewrite_format(schema)
+    _narrow_exclusive_bounds(schema)
     return _with_patterns(schema)
 
 
@@ -169,22 +174,73 @@ def _rewrite_property_names(schema: Schema, root: Any) -> None:
     del schema["propertyNames"]
 
 
-def _fold_patterns(schema: Schema) -> None:
-    """Drop pattern properties that can only match declared properties, after adding their schemas to those."""
-    properties, patterns = _dict(schema.get("properties")), _dict(schema.get("patternProperties"))
-    for pattern, inner in patterns.items():
-        names = matched_names(pattern, list(properties))
-        if not matches_only(pattern, names):
+def declared_names(root: Any) -> list[str]:
+    """The property names that any schema inside ``root`` declares or requires; none if it has no patterns for names.
+
+    Raises `ConstraintError` if comparing them with the patterns would take seconds.
+    """
+    names: dict[str, None] = {}
+    patterns, pending = 0, [root]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict):
+            patterns += len(_dict(value.get("patternProperties"))) + ("propertyNames" in value)
+            names |= dict.fromkeys([*_dict(value.get("properties")), *_required(value)])
+        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if patterns * len(names) > _MAX_COMPARED:
+        raise ConstraintError(
+            f"uses patternProperties with {patterns} patterns beside {len(names)} property names, "
+            f"of which the product must be at most {_MAX_COMPARED}"
+        )
+    return list(names) if patterns else []
+
+
+def _fold_patterns(schema: Schema, names: Sequence[str]) -> None:
+    """Write pattern properties that can only match ``names`` as properties.
+
+    The names may be declared elsewhere, beside a ``$ref`` or in another branch of an ``allOf``. Once all of them are
+    written, llguidance would allow a comma for one more property, after which nothing could follow.
+    """
+    for pattern, inner in list(_dict(schema.get("patternProperties")).items()):
+        properties = _dict(schema.get("properties"))
+        matched = matched_names(pattern, list(dict.fromkeys([*properties, *names])))
+        if not matches_only(pattern, matched):
             continue
-        for name in names:
-            if not _accepts_all(inner) and properties[name] != inner:
-                properties = {**properties, name: {"allOf": [properties[name], inner]}}
+        for name in matched:
+            declared = properties.get(name, True)
+            if _accepts_all(declared) or declared == inner:
+                properties = {**properties, name: inner}
+            elif not _accepts_all(inner):
+                properties = {**properties, name: {"allOf": [declared, inner]}}
         schema["properties"] = properties
         schema["patternProperties"] = {
             key: value for key, value in schema["patternProperties"].items() if key != pattern
         }
     if not schema.get("patternProperties", True):
         del schema["patternProperties"]
+
+
+def _narrow_exclusive_bounds(schema: Schema) -> None:
+    """Write exclusive bounds that are integers as inclusive ones, one 15th digit away, where the range is below 1.
+
+    llguidance includes the integer where no other is in the range: 0 in ``0 < x < 0.5``.
+    """
+    if not _may_be(schema, "number"):
+        return
+    lowest = [schema[keyword] for keyword in ("minimum", "exclusiveMinimum") if _is_number(schema.get(keyword))]
+    highest = [schema[keyword] for keyword in ("maximum", "exclusiveMaximum") if _is_number(schema.get(keyword))]
+    if not lowest or not highest or not 0 < min(highest) - max(lowest) < 1:
+        return
+    for exclusive, inclusive, sign, tightest in (
+        ("exclusiveMinimum", "minimum", 1, max),
+        ("exclusiveMaximum", "maximum", -1, min),
+    ):
+        bound = schema.get(exclusive)
+        if _is_number(bound) and bound == int(bound):
+            digits = 15 - len(str(abs(int(bound))))
+            narrowed = round(bound + sign * 10.0**-digits, digits)
+            schema[inclusive] = tightest(narrowed, schema.get(inclusive, narrowed))
+            del schema[exclusive]
 
 
 def check(root: Any) -> None:

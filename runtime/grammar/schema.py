@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from ..constraint import ConstraintError
-from .keywords import LITERALS, NAMED_SCHEMAS, check, resolve, simplified
+from .keywords import LITERALS, NAMED_SCHEMAS, check, declared_names, resolve, simplified
 from .unions import exclusive
 
 MAX_DEPTH = 64  # nested objects and lists
@@ -32,7 +33,7 @@ def parse(text: str) -> Any:
     _bound(schema)
     if not _composes(schema):
         schema = _closed(schema)
-    schema = _rewritten(schema, schema)
+    schema = _rewritten(schema, schema, declared_names(schema))
     check(schema)
     return {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
 
@@ -55,21 +56,23 @@ def _inside(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _rewritten(value: Any, root: Any, named: bool = False) -> Any:
+def _rewritten(value: Any, root: Any, names: Sequence[str], named: bool = False) -> Any:
     """A copy in which each schema is `simplified`, and a ``oneOf`` that is plainly an ``anyOf`` is written as one.
 
-    ``named``: the keys of ``value`` are names that the schema's author chose (``properties``, ``$defs``).
+    ``names``: `declared_names` of the root. ``named``: the keys of ``value`` are names that the schema's author chose
+    (``properties``, ``$defs``).
     """
     if isinstance(value, list):
-        return [_rewritten(inner, root) for inner in value]
+        return [_rewritten(inner, root, names) for inner in value]
     if not isinstance(value, dict):
         return value
     if named:
-        return {name: _rewritten(inner, root) for name, inner in value.items()}
+        return {name: _rewritten(inner, root, names) for name, inner in value.items()}
     if "x-guidance" in value:  # could switch checks off
         raise ConstraintError("uses x-guidance, which is not a JSON schema keyword")
     result = {
-        key: inner if key in LITERALS else _rewritten(inner, root, key in NAMED_SCHEMAS) for key, inner in value.items()
+        key: inner if key in LITERALS else _rewritten(inner, root, names, key in NAMED_SCHEMAS)
+        for key, inner in value.items()
     }
     branches = result.get("oneOf")
     if (
@@ -80,7 +83,7 @@ def _rewritten(value: Any, root: Any, named: bool = False) -> Any:
     ):
         result["anyOf"] = result.pop("oneOf")
         result.pop("discriminator", None)  # OpenAPI's, which pydantic adds, says the same
-    return simplified(result, root)
+    return simplified(result, root, names)
 
 
 _COMPOSING = frozenset({"allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
@@ -119,6 +122,10 @@ def _closed(value: Any, named: bool = False) -> Any:
     }
     if not named and _names_properties(result) and "additionalProperties" not in result:
         result["additionalProperties"] = False
+        required, properties = result.get("required"), result.get("properties", {})
+        if isinstance(required, list) and isinstance(properties, dict):  # what it only requires may be anything
+            undeclared = {name: True for name in required if isinstance(name, str) and name not in properties}
+            result["properties"] = {**properties, **undeclared}
     return result
 
 

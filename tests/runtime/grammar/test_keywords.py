@@ -49,6 +49,14 @@ PATTERNED = {**A, "required": ["a"], "patternProperties": {"^a$": INTEGER}}
         {"type": "array", "items": PATTERNED, "minItems": 2},
         {"$ref": "#/$defs/p", "$defs": {"p": PATTERNED}},
         {"anyOf": [PATTERNED, {"type": "null"}]},
+        # names that are only required, or declared by another schema of the same object
+        {**PATTERNED, "properties": {}},
+        {**PATTERNED, "properties": {"b": INTEGER}, "required": ["a"]},
+        {**PATTERNED, "properties": {}, "required": ["b", "c"], "patternProperties": {"^[bc]$": INTEGER}},
+        {**PATTERNED, "properties": {}, "maxProperties": 3},
+        {**PATTERNED, "properties": {}, "minProperties": 1},
+        {"allOf": [{**A, "additionalProperties": True}, {**PATTERNED, "properties": {}, "required": []}]},
+        {**PATTERNED, "properties": {}, "required": [], "$ref": "#/$defs/a", "$defs": {"a": {"required": ["a"]}}},
     ],
 )
 def test_patterns_that_match_declared_names_only(compiled: Any, schema: Any) -> None:
@@ -59,6 +67,14 @@ def test_patterns_that_match_declared_names_only(compiled: Any, schema: Any) -> 
             ended += 1
             jsonschema.validate(json.loads(text), schema)
     assert ended > 20
+
+
+def test_many_patterns_and_names_are_refused_at_once(compiled: Any) -> None:
+    """Comparing each pattern with each name took a minute, holding the GIL."""
+    names = [f"k{i}" for i in range(2800)]
+    schema = {"properties": dict.fromkeys(names, True), "patternProperties": {f"^q{i}$": True for i in range(2800)}}
+    with pytest.raises(ConstraintError, match="2800 patterns beside 2800 property names"):
+        compiled.compile(schema)
 
 
 def test_a_dropped_pattern_still_binds_its_property(compiled: Any) -> None:
@@ -209,6 +225,37 @@ def test_integers_are_exact_up_to_the_bound(compiled: Any) -> None:
     for exact in (most, 2**53, 2**60, -(2**62), 0, 7, 1.5, 1e-7):
         text = compiled.write(compiled.compile({"const": exact}), 0)
         assert json.loads(text) == exact
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "inside"),
+    [
+        (0, 0.5, "0.25"),
+        (0, 1e-7, "0.00000005"),
+        (0, 0.99, "0.5"),
+        (75, 75.5, "75.1"),
+        (-0.5, 0, "-0.1"),
+        (-3.9, -3, "-3.5"),
+    ],
+)
+def test_an_exclusive_integer_bound_of_a_small_range(compiled: Any, low: float, high: float, inside: str) -> None:
+    for schema in (
+        {"type": "number", "exclusiveMinimum": low, "exclusiveMaximum": high},
+        {"type": "number", "exclusiveMinimum": low, "maximum": high},
+        {"type": "number", "minimum": low, "exclusiveMaximum": high},
+    ):
+        assert compiled.take(schema, inside)
+        for text in (f"{bound}{end}" for bound in (low, high, -0) for end in ("", ".0", "0") if "e" not in f"{bound}"):
+            if text.count(".") < 2:
+                valid = jsonschema.Draft202012Validator(schema).is_valid(float(text))
+                assert valid or not compiled.take(schema, text), (schema, text)
+
+
+def test_a_required_name_that_is_not_declared(compiled: Any) -> None:
+    schema = {"type": "object", "properties": {"a": INTEGER}, "required": ["b"]}
+    assert compiled.take(schema, '{"a": 1, "b": "x"}') and not compiled.take(schema, '{"a": 1}')
+    schema = {"type": "object", "patternProperties": {"^b": INTEGER}, "required": ["b"]}
+    assert compiled.take(schema, '{"b": 1, "bc": 2}') and not compiled.take(schema, '{"b": "x"}')
 
 
 def test_minimum_counts_of_distinct_names(compiled: Any) -> None:
