@@ -97,6 +97,62 @@ FAMILIES: dict[str, Family] = {
             },
         },
     ),
+    "gemma": Family("GemmaConfig", "GemmaForCausalLM", {"head_dim": 24}),
+    "phi3": Family(
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {
+            "sliding_window": 24,
+            "original_max_position_embeddings": 256,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1000.0,
+                "partial_rotary_factor": 0.5,
+                "short_factor": [1.0, 1.2, 1.5, 2.0],
+                "long_factor": [2.0, 3.0, 4.0, 5.0],
+            },
+        },
+    ),
+    "smollm3": Family("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layers": [1, 0, 1]}),
+    "seed-oss": Family("SeedOssConfig", "SeedOssForCausalLM", {"attention_out_bias": True}),
+    "granite": Family(
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.6,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 0.5,
+            "head_dim": 16,
+        },
+    ),
+    "olmo2": Family("Olmo2Config", "Olmo2ForCausalLM", {"head_dim": 16}),
+    "olmo3": Family(
+        "Olmo3Config",
+        "Olmo3ForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0},
+                "full_attention": _YARN,
+            },
+        },
+    ),
+    "exaone4": Family(
+        "Exaone4Config",
+        "Exaone4ForCausalLM",
+        {
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0},
+        },
+    ),
+    "ernie": Family("Ernie4_5Config", "Ernie4_5ForCausalLM", {"use_bias": True}),
+    "glm": Family("GlmConfig", "GlmForCausalLM", {"attention_bias": True}),
+    "glm4": Family("Glm4Config", "Glm4ForCausalLM", {"attention_bias": True}),
+    "arcee": Family("ArceeConfig", "ArceeForCausalLM", {"mlp_bias": True}),
 }
 
 

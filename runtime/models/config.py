@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import LoadError
 from ..tokenizer.special_tokens import eos_token_id
@@ -13,7 +13,7 @@ from .checkpoint import checkpoint_dtype
 from .eos import EosSource, eos_ids
 from .folder import read_json
 from .quantization import refuse_quantized_config, refuse_quantized_folder
-from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Bias
+from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Bias, Norms
 from .rope import RopeConfig, parse_rope
 
 _ACTIVATIONS = {
@@ -22,7 +22,9 @@ _ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
 }
+_GATED = ("silu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +50,22 @@ class ModelConfig:
     max_position_embeddings: int
     norm_eps: float
     norm_offset: float  # added to every norm weight: 1 for Gemma
-    activation: str  # silu | gelu | gelu_tanh
+    activation: str  # silu | gelu | gelu_tanh; relu2 without a gate
+    gated_mlp: bool
     attention_scale: float
     attention_softcap: float | None
     final_softcap: float | None
     embed_scale: float
+    residual_scale: float  # multiplies what attention and MLP add to the residual stream
+    logits_scale: float
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    sandwich_norms: bool  # norms after attention and after the MLP as well as before
+    norms: Norms  # of each layer
+    qk_norm: Literal["none", "head", "all"]
+    fused_qkv: bool  # in the checkpoint; here they always are
+    fused_gate_up: bool
+    interleaved_rope: bool  # in the checkpoint; the loader reorders the channels
     tied_embeddings: bool
     dtype: str  # the checkpoint's: float32 | bfloat16 | float16; from `parse_config` also auto, the tensors' own
     eos_ids: tuple[int, ...]  # tokens that end an output
@@ -68,8 +76,16 @@ class ModelConfig:
         return len(self.layers)
 
     @property
+    def sandwich_norms(self) -> bool:
+        """Whether attention and MLP have a norm before and one after."""
+        return len(self.norms) == 4
+
+    @property
     def max_model_len(self) -> int:
-        """Tokens of context that the model supports, with YaRN's factor applied."""
+        """Tokens of context that the model supports: with YaRN's factor, and with LongRoPE's short factors."""
+        short = [rope.original_length for rope in self.ropes if rope.kind == "longrope"]
+        if short:
+            return min(self.max_position_embeddings, *short)
         stretched = [int(rope.original_length * rope.factor) for rope in self.ropes if rope.kind == "yarn"]
         return max([self.max_position_embeddings, *stretched])
 
@@ -128,8 +144,12 @@ def parse_config(
     activation = fields.get("hidden_activation") if known.gemma else fields.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise LoadError(f"{where}: activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
+    if (_ACTIVATIONS[activation] in _GATED) != known.gated_mlp:
+        raise LoadError(f"{where}: activation {activation!r} is not supported for {name}")
+    if _llama4_scaling(fields):
+        raise LoadError(f"{where}: llama_4_scaling_beta is not supported")
     vocab_size = fields.count("vocab_size")
-    scalar = fields.number("query_pre_attn_scalar") if known.gemma else head_dim
+    scale = fields.number("query_pre_attn_scalar", head_dim) ** -0.5 if known.gemma else head_dim**-0.5
 
     return ModelConfig(
         architecture=name,
@@ -144,15 +164,21 @@ def parse_config(
         norm_eps=fields.number("rms_norm_eps", 1e-6),
         norm_offset=1.0 if known.gemma else 0.0,
         activation=_ACTIVATIONS[activation],
-        attention_scale=scalar**-0.5,
+        gated_mlp=known.gated_mlp,
+        attention_scale=fields.number("attention_multiplier", scale),
         attention_softcap=fields.optional_number("attn_logit_softcapping") if known.gemma else None,
         final_softcap=fields.optional_number("final_logit_softcapping") if known.gemma else None,
-        embed_scale=hidden**0.5 if known.gemma else 1.0,
-        qkv_bias=_bias(known.qkv_bias, fields, "attention_bias"),
-        o_bias=_bias(known.o_bias, fields, "attention_bias"),
-        mlp_bias=_bias(known.mlp_bias, fields, "mlp_bias"),
+        embed_scale=fields.number("embedding_multiplier", hidden**0.5 if known.gemma else 1.0),
+        residual_scale=fields.number("residual_multiplier", 1.0),
+        logits_scale=1.0 / fields.number("logits_scaling", 1.0),
+        qkv_bias=_bias(known.qkv_bias, fields),
+        o_bias=_bias(known.o_bias, fields),
+        mlp_bias=_bias(known.mlp_bias, fields),
+        norms=known.norms,
         qk_norm=known.qk_norm,
-        sandwich_norms=known.gemma,
+        fused_qkv=known.fused_qkv,
+        fused_gate_up=known.fused_gate_up,
+        interleaved_rope=known.interleaved_rope,
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
         dtype=_dtype(fields),
         eos_ids=_eos_ids(raw, text or {}, generation, known, where, tokenizer_eos, vocab_size),
@@ -214,8 +240,31 @@ def _layers(fields: _Fields, known: Architecture, head_dim: int) -> tuple[LayerC
     window = fields.count("sliding_window") if slides else None
     if known.windows == "all":  # Mistral: every layer slides whatever layer_types may say
         types = ["sliding_attention"] * count
-    ropes = {kind: parse_rope(fields.values, kind, head_dim, fields.where) for kind in dict.fromkeys(types)}
-    return tuple(LayerConfig(window if kind == "sliding_attention" else None, ropes[kind]) for kind in types)
+    values = fields.values
+    if known.scaled_rope == "full" and values.get("rope_local_base_freq") is None:
+        values = {**values, "rope_local_base_freq": values.get("rope_theta")}
+    ropes = {kind: parse_rope(values, kind, head_dim, fields.where) for kind in dict.fromkeys(types)}
+    plain = RopeConfig(theta=1.0, dim=head_dim, kind="none")
+    rotated = _rotated(fields, known, types, window)
+    return tuple(
+        LayerConfig(window if kind == "sliding_attention" else None, ropes[kind] if rotates else plain)
+        for kind, rotates in zip(types, rotated, strict=True)
+    )
+
+
+def _rotated(fields: _Fields, known: Architecture, types: list[str], window: int | None) -> list[bool]:
+    """Which layers have a rotary embedding."""
+    if known.unrotated == "full" and window is not None:
+        return [kind == "sliding_attention" for kind in types]
+    if known.unrotated != "listed":
+        return [True] * len(types)
+    listed = fields.get("no_rope_layers")  # 1 for layers with a rotary embedding
+    if listed is None:
+        interval = fields.count("no_rope_layer_interval")
+        return [bool((i + 1) % interval) for i in range(len(types))]
+    if not isinstance(listed, list) or len(listed) != len(types) or set(listed) - {0, 1}:
+        raise LoadError(f"{fields.where}: no_rope_layers must hold 0 or 1 for each of {len(types)} layers")
+    return [bool(rotates) for rotates in listed]
 
 
 def _default_types(fields: _Fields, known: Architecture, count: int) -> list[str]:
@@ -229,8 +278,14 @@ def _default_types(fields: _Fields, known: Architecture, count: int) -> list[str
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
 
-def _bias(rule: Bias, fields: _Fields, key: str) -> bool:
-    return rule == "always" or (rule == "config" and bool(fields.get(key, False)))
+def _llama4_scaling(fields: _Fields) -> bool:
+    """Whether queries are scaled by their position (Ministral 3, Llama 4)."""
+    rope = fields.get("rope_parameters")
+    return bool(isinstance(rope, dict) and rope.get("llama_4_scaling_beta"))
+
+
+def _bias(rule: Bias, fields: _Fields) -> bool:
+    return rule == "always" or (rule != "never" and bool(fields.get(rule, False)))
 
 
 def _dtype(fields: _Fields) -> str:

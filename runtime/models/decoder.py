@@ -13,7 +13,7 @@ from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
 from .config import ModelConfig
 from .linear import make_linear
-from .mlp import MLP, GatedMLP
+from .mlp import make_mlp
 from .rope import RopeTable
 
 
@@ -93,6 +93,8 @@ class Decoder:
         """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, written to ``out`` if it is given."""
         logits = self._lm_head(hidden)
         logits = logits.float() if out is None else out.copy_(logits)
+        if self.config.logits_scale != 1.0:
+            logits = logits.mul_(self.config.logits_scale)
         cap = self.config.final_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
@@ -109,38 +111,52 @@ class _Layer:
             return weights.pop(f"layers.{index}.{name}")
 
         self.config, self.ops = config, ops
-        self.attention_norm, self.mlp_norm = weight("attention_norm"), weight("mlp_norm")
+        self.attention_norm = weights.pop(f"layers.{index}.attention_norm", None)
+        self.attention_post_norm = weights.pop(f"layers.{index}.attention_post_norm", None)
+        self.mlp_norm = weights.pop(f"layers.{index}.mlp_norm", None)
+        self.mlp_post_norm = weights.pop(f"layers.{index}.mlp_post_norm", None)
         self.qkv, self.o = make_linear(f"layers.{index}.qkv", weights), make_linear(f"layers.{index}.o", weights)
-        self.mlp: MLP = GatedMLP(config, f"layers.{index}", weights, ops)
-        self.attention_post_norm: Tensor | None = None
-        self.mlp_post_norm: Tensor | None = None
-        if config.sandwich_norms:
-            self.attention_post_norm, self.mlp_post_norm = weight("attention_post_norm"), weight("mlp_post_norm")
+        self.mlp = make_mlp(config, f"layers.{index}", weights, ops)
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
-        if config.qk_norm:
+        self.q_norm: Tensor | None = None  # over all heads at once
+        self.k_norm: Tensor | None = None
+        if config.qk_norm == "head":
             q, k = weight("q_norm"), weight("k_norm")
             self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
+        elif config.qk_norm == "all":
+            self.q_norm, self.k_norm = weight("q_norm"), weight("k_norm")
 
     def queries_keys_values(
         self, delta: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Adds ``delta`` into ``hidden``. Returns rotated queries and keys, and values; also stores keys and values."""
-        config, eps = self.config, self.config.norm_eps
-        if delta is None:
-            x = self.ops.rms_norm(hidden, self.attention_norm, eps)
-        else:
-            x = self.ops.add_rms_norm(delta, hidden, self.attention_norm, eps)
-        qkv = self.qkv(x).view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, eps)
+        config = self.config
+        qkv = self.qkv(self._add_norm(delta, hidden, self.attention_norm))
+        if self.q_norm is not None and self.k_norm is not None:
+            start = 0
+            for norm in (self.q_norm, self.k_norm):
+                part = qkv[:, start : start + len(norm)]
+                part.copy_(self.ops.rms_norm(part.contiguous(), norm, config.norm_eps))
+                start += len(norm)
+        qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
+        return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
 
     def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
         """Output projection, added into ``hidden`` in place, and MLP. Returns the MLP's delta."""
-        ops, eps = self.ops, self.config.norm_eps
-        x = self.o(attended)
-        if self.attention_post_norm is not None:
-            x = ops.rms_norm(x, self.attention_post_norm, eps)
-        x = ops.add_rms_norm(x, hidden, self.mlp_norm, eps)
-        x = self.mlp(x)
-        if self.mlp_post_norm is not None:
-            x = ops.rms_norm(x, self.mlp_post_norm, eps)
-        return x
+        x = self._scaled(self.o(attended), self.attention_post_norm)
+        x = self.mlp(self._add_norm(x, hidden, self.mlp_norm))
+        return self._scaled(x, self.mlp_post_norm)
+
+    def _add_norm(self, delta: Tensor | None, hidden: Tensor, norm: Tensor | None) -> Tensor:
+        """Adds ``delta`` into ``hidden`` and returns the norm of the sum; without a norm, the sum itself."""
+        if norm is None:
+            return hidden if delta is None else hidden.add_(delta)
+        if delta is None:
+            return self.ops.rms_norm(hidden, norm, self.config.norm_eps)
+        return self.ops.add_rms_norm(delta, hidden, norm, self.config.norm_eps)
+
+    def _scaled(self, delta: Tensor, norm: Tensor | None) -> Tensor:
+        """What attention or MLP computed, as it is added to the residual stream."""
+        if norm is not None:
+            delta = self.ops.rms_norm(delta, norm, self.config.norm_eps)
+        return delta if self.config.residual_scale == 1.0 else delta.mul_(self.config.residual_scale)

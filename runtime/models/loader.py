@@ -100,13 +100,25 @@ def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part
         raise LoadError(f"tensor {name} has shape {list(shape)}, config.json calls for {list(expected)}")
     rows = slice(source.start + index[0].start, source.start + index[0].stop)
     tensor = checkpoint.read(source.name, (rows, *index[1:]))
-    part.copy_(tensor)
+    part.copy_(_separate(tensor, source) if source.interleaved else tensor)
     if not _finite(part):
         if _finite(tensor):
             raise LoadError(
                 f"tensor {name} does not fit {str(part.dtype).removeprefix('torch.')}: use --dtype bfloat16"
             )
         raise LoadError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged; download it again")
+
+
+def _separate(tensor: Tensor, source: Source) -> Tensor:
+    """Reorders the first ``interleaved`` rows of each unit: even ones, then odd ones.
+
+    So rotary channels 2i and 2i + 1 come to where the half-split layout has them. Queries and keys are reordered alike,
+    and their products do not depend on the order.
+    """
+    per_unit = source.shape[0] // source.units
+    units = tensor.unflatten(0, (-1, per_unit))
+    dim = source.interleaved
+    return torch.cat([units[:, 0:dim:2], units[:, 1:dim:2], units[:, dim:]], dim=1).flatten(0, 1)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -17,6 +17,11 @@ class MLP(Protocol):
         ...
 
 
+def make_mlp(config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> MLP:
+    """The MLP of ``layer``, whose weights it takes out of ``weights``."""
+    return GatedMLP(config, layer, weights, ops) if config.gated_mlp else PlainMLP(layer, weights)
+
+
 class GatedMLP:
     """``down(activation(gate(x)) * up(x))`` (Shazeer, 2020), with gate and up in one product.
 
@@ -38,3 +43,13 @@ class GatedMLP:
             case _:
                 x = self._ops.gelu_mul(x, "none")
         return self._down(x)
+
+
+class PlainMLP:
+    """``down(relu(up(x)) ** 2)`` (So et al., 2021). Takes ``{layer}.up``, ``{layer}.down`` and their biases."""
+
+    def __init__(self, layer: str, weights: dict[str, Tensor]) -> None:
+        self._up, self._down = make_linear(f"{layer}.up", weights), make_linear(f"{layer}.down", weights)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._down(self._up(x).relu_().square_())

@@ -6,7 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Bias = Literal["never", "always", "config"]
+# Which linear layers have a bias: none, all, or all if config.json's key of this name is true.
+Bias = Literal["never", "always", "attention_bias", "attention_out_bias", "mlp_bias", "use_bias"]
+# The norms of a layer: what each one normalizes -> its module in the checkpoint.
+Norms = Mapping[Literal["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"], str]
+
+PRE_NORMS: Norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_POST_NORMS: Norms = {
+    "attention_post_norm": "post_attention_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
+_GEMMA_NORMS: Norms = {**_POST_NORMS, "attention_norm": "input_layernorm", "mlp_norm": "pre_feedforward_layernorm"}
+_GLM4_NORMS: Norms = {
+    **PRE_NORMS,
+    "attention_post_norm": "post_self_attn_layernorm",
+    "mlp_post_norm": "post_mlp_layernorm",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +32,15 @@ class Architecture:
     qkv_bias: Bias = "never"
     o_bias: Bias = "never"
     mlp_bias: Bias = "never"
-    qk_norm: bool = False
-    gemma: bool = False  # (1 + w) norms, norms after attention and MLP too, scaled embeddings, its own query scale
+    norms: Norms = field(default_factory=lambda: PRE_NORMS)
+    qk_norm: Literal["none", "head", "all"] = "none"  # queries and keys are normed by head, or all heads as one vector
+    gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
+    gated_mlp: bool = True  # False: down(activation(up(x)))
+    fused_qkv: bool = False  # one tensor qkv_proj in the checkpoint
+    fused_gate_up: bool = False  # one tensor gate_up_proj in the checkpoint
+    interleaved_rope: bool = False  # channels 2i and 2i + 1 are rotated together, rather than i and i + dim / 2
+    scaled_rope: Literal["all", "full"] = "all"  # full: rope_scaling leaves sliding layers alone
+    unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
     windows: Literal["none", "all", "qwen", "alternate"] = "none"  # which layers slide when layer_types is absent
     text_config: bool = False  # the language model's settings are nested under "text_config"
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -47,51 +69,181 @@ _GEMMA3 = _GEMMA | {
     "rope_local_base_freq": 10_000.0,
     "sliding_window_pattern": 6,
 }
-
 _QWEN = {"max_window_layers": 28, "max_position_embeddings": 32768}
+_GLM = {
+    "head_dim": 128,
+    "attention_bias": True,
+    "partial_rotary_factor": 0.5,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1.5625e-07,
+}
+_MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         "llama",
-        qkv_bias="config",
-        o_bias="config",
-        mlp_bias="config",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
         defaults={"max_position_embeddings": 2048},
     ),
-    "MistralForCausalLM": Architecture(
-        "mistral", windows="all", defaults={"sliding_window": 4096, "max_position_embeddings": 131072}
-    ),
+    "MistralForCausalLM": Architecture("mistral", windows="all", defaults=_MISTRAL),
+    # The multimodal checkpoints of Mistral Small 3, text only.
+    "Mistral3ForConditionalGeneration": Architecture("mistral3", windows="all", text_config=True, defaults=_MISTRAL),
     "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", windows="qwen", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(
         "qwen3",
-        qkv_bias="config",
-        o_bias="config",
-        qk_norm=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="head",
         windows="qwen",
         defaults=_QWEN | {"head_dim": 128},
     ),
+    "GemmaForCausalLM": Architecture(
+        "gemma",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        gemma=True,
+        defaults={
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "eos_token_id": 1,
+        },
+    ),
     "Gemma2ForCausalLM": Architecture(
-        "gemma2", qkv_bias="config", o_bias="config", gemma=True, windows="alternate", defaults=_GEMMA2
+        "gemma2",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms=_GEMMA_NORMS,
+        gemma=True,
+        windows="alternate",
+        defaults=_GEMMA2,
     ),
     "Gemma3ForCausalLM": Architecture(
         "gemma3_text",
-        qkv_bias="config",
-        o_bias="config",
-        qk_norm=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms=_GEMMA_NORMS,
+        qk_norm="head",
         gemma=True,
         windows="alternate",
         defaults=_GEMMA3,
     ),
-    # The multimodal checkpoints of Gemma 3, text only. transformers 5 and 4 name the same weights differently.
+    # The multimodal checkpoints of Gemma 3, text only.
     "Gemma3ForConditionalGeneration": Architecture(
         "gemma3",
-        qkv_bias="config",
-        o_bias="config",
-        qk_norm=True,
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms=_GEMMA_NORMS,
+        qk_norm="head",
         gemma=True,
         windows="alternate",
         text_config=True,
         defaults=_GEMMA3,
+    ),
+    "Phi3ForCausalLM": Architecture(  # Phi 3 and 4
+        "phi3",
+        fused_qkv=True,
+        fused_gate_up=True,
+        windows="all",
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "SmolLM3ForCausalLM": Architecture(
+        "smollm3",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        unrotated="listed",
+        windows="qwen",
+        defaults={
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 32768,
+            "rope_theta": 2_000_000.0,
+            "tie_word_embeddings": True,
+            "no_rope_layer_interval": 4,
+            "max_window_layers": 1 << 20,
+        },
+    ),
+    "SeedOssForCausalLM": Architecture(
+        "seed_oss",
+        qkv_bias="attention_bias",
+        o_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+        defaults={"head_dim": 128, "attention_bias": True, "max_position_embeddings": 524288},
+    ),
+    "GraniteForCausalLM": Architecture(
+        "granite",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+    ),
+    "Olmo2ForCausalLM": Architecture(
+        "olmo2",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms=_POST_NORMS,
+        qk_norm="all",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+    ),
+    "Olmo3ForCausalLM": Architecture(
+        "olmo3",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms=_POST_NORMS,
+        qk_norm="all",
+        scaled_rope="full",
+        windows="alternate",
+        defaults={
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+    ),
+    "Exaone4ForCausalLM": Architecture(
+        "exaone4",
+        norms=_POST_NORMS,
+        qk_norm="head",
+        unrotated="full",
+        windows="alternate",
+        defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "sliding_window_pattern": 4},
+    ),
+    "Ernie4_5ForCausalLM": Architecture(
+        "ernie4_5",
+        qkv_bias="use_bias",
+        o_bias="use_bias",
+        mlp_bias="use_bias",
+        interleaved_rope=True,
+        defaults={
+            "head_dim": 128,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "GlmForCausalLM": Architecture(
+        "glm", qkv_bias="attention_bias", fused_gate_up=True, interleaved_rope=True, defaults=_GLM
+    ),
+    "Glm4ForCausalLM": Architecture(
+        "glm4",
+        qkv_bias="attention_bias",
+        norms=_GLM4_NORMS,
+        fused_gate_up=True,
+        interleaved_rope=True,
+        defaults=_GLM,
+    ),
+    "ArceeForCausalLM": Architecture(
+        "arcee",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        gated_mlp=False,
+        defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
 }
 

@@ -14,7 +14,7 @@ from ..errors import LoadError
 
 # "dynamic" (NTK-aware scaling by the length of the context) equals "default" up to max_position_embeddings, and longer
 # contexts are not served.
-KINDS = ("default", "dynamic", "linear", "llama3", "yarn")
+KINDS = ("default", "dynamic", "linear", "llama3", "longrope", "su", "yarn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,22 @@ class RopeConfig:
     dim: int  # channels of a head that are rotated
     kind: str = "default"
     factor: float = 1.0  # linear, llama3, yarn: how much longer the context became
-    original_length: int = 0  # llama3, yarn: context before stretching
+    original_length: int = 0  # llama3, longrope, yarn: context before stretching
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
-    attention_factor: float = 1.0  # yarn: multiplies cosines and sines
+    attention_factor: float = 1.0  # yarn, longrope: multiplies cosines and sines
+    short_factor: tuple[float, ...] = ()  # longrope: divides each frequency, in contexts up to ``original_length``
 
     def inverse_frequencies(self) -> Tensor:
         """Radians a position, float32 ``[dim / 2]``, as Hugging Face computes them."""
+        if self.kind == "none":  # angles of 0: no rotation
+            return torch.zeros(self.dim // 2)
         powers = self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
+        if self.kind == "longrope":
+            return 1.0 / (torch.tensor(self.short_factor, dtype=torch.float32) * powers)
         if self.kind == "linear":
             return 1.0 / powers / self.factor
         if self.kind == "llama3":
@@ -118,9 +123,9 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
     def number(key: str, default: Any = None) -> float:
         value = values.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if not _positive(value):
             raise LoadError(f"{where}: rope {key} must be a positive number, got {value!r}")
-        return value
+        return float(value)
 
     partial = number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     base = RopeConfig(theta=float(number("rope_theta", local if sliding else theta)), dim=int(head_dim * partial))
@@ -142,6 +147,8 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
             low_freq_factor=low,
             high_freq_factor=high,
         )
+    if kind in ("longrope", "su"):
+        return _longrope(base, values, length, config.get("max_position_embeddings", length), where)
     factor = number("factor", config.get("max_position_embeddings", 0) / length)
     return replace(
         base,
@@ -153,6 +160,29 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
         truncate=bool(values.get("truncate", True)),
         attention_factor=_attention_factor(values, factor),
     )
+
+
+def _longrope(base: RopeConfig, values: Mapping[str, Any], length: int, longest: int, where: str) -> RopeConfig:
+    """LongRoPE (Ding et al., 2024) with its short factors. The long ones would change the keys of a whole context as it
+    passes ``length``, so that no prefix of it could be reused: longer contexts are not served."""
+    factors = values.get("short_factor")
+    if not isinstance(factors, list) or len(factors) != base.dim // 2 or not all(_positive(one) for one in factors):
+        raise LoadError(f"{where}: rope short_factor must hold {base.dim // 2} positive numbers")
+    factor = longest / length
+    temperature = values.get("attention_factor")
+    if temperature is None:
+        temperature = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.0
+    return replace(
+        base,
+        kind="longrope",
+        original_length=length,
+        attention_factor=float(temperature),
+        short_factor=tuple(map(float, factors)),
+    )
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
 
 def _attention_factor(values: Mapping[str, Any], factor: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import LoadError
 from .config import ModelConfig
@@ -22,6 +22,7 @@ class Source:
     units: int = 0  # parts of the sharded dimension that stay whole, such as heads; 0: every index is its own
     start: int = 0  # row of the tensor that is the first of these
     tensor_rows: int = 0  # rows of the whole tensor, if that is more than ``shape`` says
+    interleaved: int = 0  # of each unit, leading rows of which even and odd ones are to be moved apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,34 +83,49 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
     hidden, inner = config.hidden_size, config.intermediate_size
     heads, kv_heads = config.num_heads, config.num_kv_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
+    pairs = config.layers[i].rope.dim if config.interleaved_rope else 0
     prefix = f"model.layers.{i}."
 
-    def linear(
-        name: str, outputs: dict[str, tuple[int, int]], inputs: int, cut: Shard, bias: bool
-    ) -> Iterator[WeightSpec]:
-        """``outputs``: module -> (size, units)."""
-        weights = [Source(f"{prefix}{module}.weight", (n, inputs), units) for module, (n, units) in outputs.items()]
-        yield WeightSpec(f"layers.{i}.{name}", tuple(weights), cut)
+    def linear(name: str, outputs: list[_Output], inputs: int, cut: Shard, bias: bool) -> Iterator[WeightSpec]:
+        rows = {module: sum(out.size for out in outputs if out.module == module) for module, *_ in outputs}
+
+        def sources(kind: str, *rest: int) -> Iterator[Source]:
+            start = dict.fromkeys(rows, 0)
+            for module, size, units, interleaved in outputs:
+                name = f"{prefix}{module}.{kind}"
+                yield Source(name, (size, *rest), units, start[module], rows[module], interleaved)
+                start[module] += size
+
+        yield WeightSpec(f"layers.{i}.{name}", tuple(sources("weight", inputs)), cut)
         if bias:
-            biases = [Source(f"{prefix}{module}.bias", (n,), units) for module, (n, units) in outputs.items()]
-            yield WeightSpec(f"layers.{i}.{name}_bias", tuple(biases), "replicated" if cut == "row" else cut)
+            yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "replicated" if cut == "row" else cut)
 
     def norm(name: str, source: str, size: int) -> WeightSpec:
         return WeightSpec(f"layers.{i}.{name}", (Source(f"{prefix}{source}.weight", (size,)),), "replicated", norm=True)
 
-    yield norm("attention_norm", "input_layernorm", hidden)
-    qkv = {"self_attn.q_proj": (q, heads), "self_attn.k_proj": (kv, kv_heads), "self_attn.v_proj": (kv, kv_heads)}
+    names = ("qkv_proj",) * 3 if config.fused_qkv else ("q_proj", "k_proj", "v_proj")
+    sizes = ((q, heads, pairs), (kv, kv_heads, pairs), (kv, kv_heads, 0))
+    qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(names, sizes, strict=True)]
+    yield from (norm(name, source, hidden) for name, source in config.norms.items())
     yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
-    if config.qk_norm:
-        yield norm("q_norm", "self_attn.q_norm", config.head_dim)
-        yield norm("k_norm", "self_attn.k_norm", config.head_dim)
-    yield from linear("o", {"self_attn.o_proj": (hidden, heads)}, q, "row", config.o_bias)
-    if config.sandwich_norms:
-        yield norm("attention_post_norm", "post_attention_layernorm", hidden)
-        yield norm("mlp_norm", "pre_feedforward_layernorm", hidden)
-        yield norm("mlp_post_norm", "post_feedforward_layernorm", hidden)
+    if config.qk_norm != "none":
+        by_head = config.qk_norm == "head"
+        yield norm("q_norm", "self_attn.q_norm", config.head_dim if by_head else q)
+        yield norm("k_norm", "self_attn.k_norm", config.head_dim if by_head else kv)
+    yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
+    if config.gated_mlp:
+        modules = ("gate_up_proj", "gate_up_proj") if config.fused_gate_up else ("gate_proj", "up_proj")
+        gate_up = [_Output(f"mlp.{module}", inner) for module in modules]
+        yield from linear("gate_up", gate_up, hidden, "column", config.mlp_bias)
     else:
-        yield norm("mlp_norm", "post_attention_layernorm", hidden)
-    gate_up = {"mlp.gate_proj": (inner, 0), "mlp.up_proj": (inner, 0)}
-    yield from linear("gate_up", gate_up, hidden, "column", config.mlp_bias)
-    yield from linear("down", {"mlp.down_proj": (hidden, 0)}, inner, "row", config.mlp_bias)
+        yield from linear("up", [_Output("mlp.up_proj", inner)], hidden, "column", config.mlp_bias)
+    yield from linear("down", [_Output("mlp.down_proj", hidden)], inner, "row", config.mlp_bias)
+
+
+class _Output(NamedTuple):
+    """Outputs of a linear layer. Several of one module are rows of one tensor."""
+
+    module: str
+    size: int
+    units: int = 0
+    interleaved: int = 0

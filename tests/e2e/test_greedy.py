@@ -21,6 +21,18 @@ FAMILIES = [
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma",
+    "phi3",
+    "smollm3",
+    "seed-oss",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "ernie",
+    "glm",
+    "glm4",
+    "arcee",
 ]
 LENGTHS = (1, 15, 16, 17, 50)
 NEW = 64

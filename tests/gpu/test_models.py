@@ -12,7 +12,29 @@ import torch
 
 from branchwise import Engine, SamplingParams
 
-FAMILIES = ["llama-mha", "llama-gqa", "llama-mqa", "mistral", "qwen2", "qwen2-window", "qwen3", "gemma2", "gemma3"]
+FAMILIES = [
+    "llama-mha",
+    "llama-gqa",
+    "llama-mqa",
+    "mistral",
+    "qwen2",
+    "qwen2-window",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma",
+    "phi3",
+    "smollm3",
+    "seed-oss",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "ernie",
+    "glm",
+    "glm4",
+    "arcee",
+]
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
 
 

@@ -66,7 +66,7 @@ def test_gemma3_nested() -> None:
     assert (config.vocab_size, config.max_model_len, config.dtype) == (262208, 131072, "bfloat16")
     assert config.eos_ids == (1, 106)
     assert config.tied_embeddings
-    assert config.qk_norm
+    assert config.qk_norm == "head"
     assert config.attention_scale == 256**-0.5
 
 
@@ -232,7 +232,7 @@ def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
         ({"head_dim": 7}, "head_dim must be even, got 7"),
         ({"hidden_act": "relu6"}, "activation 'relu6' is not supported"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope' is not supported; supported: def"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported; supported: def"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope factor must be a positive number, got None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope factor must be a positive number, got '4'"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object, got list"),
@@ -269,3 +269,75 @@ def test_rope_reads_half_rotated_heads() -> None:
     (rope,) = parse({"partial_rotary_factor": 0.5}).ropes
     assert rope.dim == 8
     np.testing.assert_allclose(rope.inverse_frequencies(), 10000.0 ** -(np.arange(0, 8, 2) / 8), rtol=1e-6)
+
+
+# -- families, as their makers write their config.json files (transformers 4) --------------------------------------------
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return {"num_hidden_layers": 4, "num_key_value_heads": 2, **changes}
+
+
+def test_mistral_small_3_inside_a_multimodal_config() -> None:
+    text = {key: value for key, value in LLAMA.items() if key != "architectures"}
+    text |= {"model_type": "mistral", "sliding_window": None, "head_dim": 32, "rope_theta": 1e9}
+    config = parse(base={"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+    assert (config.head_dim, config.ropes[0].theta, config.layers[0].window) == (32, 1e9, None)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "llama_4_scaling_beta": 0.1}
+    with pytest.raises(LoadError, match="llama_4_scaling_beta is not supported"):
+        parse(base={"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+
+
+@pytest.mark.parametrize("kind", ["longrope", "su"])
+def test_phi_4_mini(kind: str) -> None:
+    scaling = {"type": kind, "short_factor": [1.0] * 6, "long_factor": [2.0] * 6}
+    changes = {
+        "architectures": ["Phi3ForCausalLM"],
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": scaling,
+        "max_position_embeddings": 131072,
+        "original_max_position_embeddings": 4096,
+        "sliding_window": 262144,
+    }
+    config = parse(changes)
+    (rope,) = config.ropes
+    assert (rope.dim, config.max_model_len) == (12, 4096)
+    assert rope.attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
+    with pytest.raises(LoadError, match="rope short_factor must hold 6 positive numbers"):
+        parse({**changes, "rope_scaling": {**scaling, "short_factor": [1.0]}})
+
+
+def test_smollm3_layers_without_rope() -> None:
+    changes = small(architectures=["SmolLM3ForCausalLM"], use_sliding_window=False)
+    assert [layer.rope.kind for layer in parse(changes).layers] == ["default"] * 3 + ["none"]
+    assert parse({**changes, "no_rope_layers": [0, 1, 1, 1]}).layers[0].rope.kind == "none"
+    with pytest.raises(LoadError, match="no_rope_layers must hold 0 or 1 for each of 4 layers"):
+        parse({**changes, "no_rope_layers": [1]})
+
+
+def test_olmo3_scales_the_rope_of_full_layers_alone() -> None:
+    yarn = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "attention_factor": 1.2}
+    changes = small(architectures=["Olmo3ForCausalLM"], rope_theta=500000, rope_scaling=yarn, sliding_window=64)
+    config = parse(changes)
+    assert [(layer.window, layer.rope.kind) for layer in config.layers] == [(64, "default")] * 3 + [(None, "yarn")]
+    assert {layer.rope.theta for layer in config.layers} == {500_000.0}
+
+
+def test_exaone4_full_layers_have_no_rope_beside_sliding_ones() -> None:
+    types = ["sliding_attention"] * 3 + ["full_attention"]
+    changes = small(architectures=["Exaone4ForCausalLM"], sliding_window_pattern="LLLG", layer_types=types)
+    config = parse({**changes, "sliding_window": 64})
+    assert [(layer.window, layer.rope.kind) for layer in config.layers] == [(64, "default")] * 3 + [(None, "none")]
+    plain = parse({**changes, "sliding_window": None, "layer_types": ["full_attention"] * 4})
+    assert {(layer.window, layer.rope.kind) for layer in plain.layers} == {(None, "default")}
+
+
+def test_glm_rotates_half_of_each_head() -> None:
+    config = parse({"architectures": ["Glm4ForCausalLM"], "head_dim": "absent"})
+    assert (config.head_dim, config.ropes[0].dim, config.qkv_bias, config.sandwich_norms) == (128, 64, True, True)
+
+
+def test_an_activation_of_another_kind_of_mlp() -> None:
+    for architecture, activation in (("ArceeForCausalLM", "silu"), ("LlamaForCausalLM", "relu2")):
+        with pytest.raises(LoadError, match=f"activation '{activation}' is not supported for {architecture}"):
+            parse({"architectures": [architecture], "hidden_act": activation})

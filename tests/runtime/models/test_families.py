@@ -21,6 +21,18 @@ FAMILIES = [
     "qwen3",
     "gemma2",
     "gemma3",
+    "gemma",
+    "phi3",
+    "smollm3",
+    "seed-oss",
+    "granite",
+    "olmo2",
+    "olmo3",
+    "exaone4",
+    "ernie",
+    "glm",
+    "glm4",
+    "arcee",
 ]
 TOLERANCE = 1e-4
 Make = Callable[[str, int], Any]
