@@ -153,6 +153,19 @@ FAMILIES: dict[str, Family] = {
     "glm": Family("GlmConfig", "GlmForCausalLM", {"attention_bias": True}),
     "glm4": Family("Glm4Config", "Glm4ForCausalLM", {"attention_bias": True}),
     "arcee": Family("ArceeConfig", "ArceeForCausalLM", {"mlp_bias": True}),
+    "starcoder2": Family("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 24, "head_dim": 16}),
+    "stablelm": Family("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True, "head_dim": 16}),
+    "stablelm-parallel": Family("StableLmConfig", "StableLmForCausalLM", {"use_parallel_residual": True}),
+    "cohere": Family("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.5, "head_dim": 16}),
+    "cohere2": Family(
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {
+            "logit_scale": 0.5,
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
 }
 
 

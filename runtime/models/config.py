@@ -13,7 +13,7 @@ from .checkpoint import checkpoint_dtype
 from .eos import EosSource, eos_ids
 from .folder import read_json
 from .quantization import refuse_quantized_config, refuse_quantized_folder
-from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Bias, Norms
+from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Norms, Switch
 from .rope import RopeConfig, parse_rope
 
 _ACTIVATIONS = {
@@ -24,7 +24,7 @@ _ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
 }
-_GATED = ("silu", "gelu", "gelu_tanh")
+_GATED, _UNGATED = ("silu", "gelu", "gelu_tanh"), ("relu2", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +48,12 @@ class ModelConfig:
     head_dim: int
     layers: tuple[LayerConfig, ...]
     max_position_embeddings: int
+    norm_kind: Literal["rms", "layer"]
+    norm_bias: bool
     norm_eps: float
     norm_offset: float  # added to every norm weight: 1 for Gemma
-    activation: str  # silu | gelu | gelu_tanh; relu2 without a gate
-    gated_mlp: bool
+    activation: str  # silu | gelu | gelu_tanh | relu2
+    mlp: tuple[str, ...]  # modules: gate, up, down; or up, down
     attention_scale: float
     attention_softcap: float | None
     final_softcap: float | None
@@ -63,8 +65,8 @@ class ModelConfig:
     mlp_bias: bool
     norms: Norms  # of each layer
     qk_norm: Literal["none", "head", "all"]
-    fused_qkv: bool  # in the checkpoint; here they always are
-    fused_gate_up: bool
+    qkv: tuple[str, str, str]  # modules; of one name: rows of one tensor
+    parallel: bool  # attention and MLP get the same input and are added together
     interleaved_rope: bool  # in the checkpoint; the loader reorders the channels
     tied_embeddings: bool
     dtype: str  # the checkpoint's: float32 | bfloat16 | float16; from `parse_config` also auto, the tensors' own
@@ -74,6 +76,10 @@ class ModelConfig:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    @property
+    def gated_mlp(self) -> bool:
+        return len(self.mlp) == 3
 
     @property
     def sandwich_norms(self) -> bool:
@@ -144,11 +150,15 @@ def parse_config(
     activation = fields.get("hidden_activation") if known.gemma else fields.get("hidden_act", "silu")
     if activation not in _ACTIVATIONS:
         raise LoadError(f"{where}: activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-    if (_ACTIVATIONS[activation] in _GATED) != known.gated_mlp:
+    if _ACTIVATIONS[activation] not in (_GATED if len(known.mlp) == 3 else _UNGATED):
         raise LoadError(f"{where}: activation {activation!r} is not supported for {name}")
+    for key in known.refused:
+        if fields.get(key):
+            raise LoadError(f"{where}: {key} is not supported for {name}")
     if _llama4_scaling(fields):
         raise LoadError(f"{where}: llama_4_scaling_beta is not supported")
     vocab_size = fields.count("vocab_size")
+    parallel = _switch(known.parallel, fields)
     scale = fields.number("query_pre_attn_scalar", head_dim) ** -0.5 if known.gemma else head_dim**-0.5
 
     return ModelConfig(
@@ -161,23 +171,25 @@ def parse_config(
         head_dim=head_dim,
         layers=_layers(fields, known, head_dim),
         max_position_embeddings=fields.count("max_position_embeddings"),
-        norm_eps=fields.number("rms_norm_eps", 1e-6),
+        norm_kind=known.norm_kind,
+        norm_bias=known.norm_bias,
+        norm_eps=fields.number(known.norm_eps, 1e-6),
         norm_offset=1.0 if known.gemma else 0.0,
         activation=_ACTIVATIONS[activation],
-        gated_mlp=known.gated_mlp,
+        mlp=known.mlp,
         attention_scale=fields.number("attention_multiplier", scale),
         attention_softcap=fields.optional_number("attn_logit_softcapping") if known.gemma else None,
         final_softcap=fields.optional_number("final_logit_softcapping") if known.gemma else None,
         embed_scale=fields.number("embedding_multiplier", hidden**0.5 if known.gemma else 1.0),
         residual_scale=fields.number("residual_multiplier", 1.0),
-        logits_scale=1.0 / fields.number("logits_scaling", 1.0),
-        qkv_bias=_bias(known.qkv_bias, fields),
-        o_bias=_bias(known.o_bias, fields),
-        mlp_bias=_bias(known.mlp_bias, fields),
-        norms=known.norms,
+        logits_scale=fields.number("logit_scale", 1.0) / fields.number("logits_scaling", 1.0),
+        qkv_bias=_switch(known.qkv_bias, fields),
+        o_bias=_switch(known.o_bias, fields),
+        mlp_bias=_switch(known.mlp_bias, fields),
+        norms={name: module for name, module in known.norms.items() if name != "mlp_norm" or not parallel},
         qk_norm=known.qk_norm,
-        fused_qkv=known.fused_qkv,
-        fused_gate_up=known.fused_gate_up,
+        qkv=known.qkv,
+        parallel=parallel,
         interleaved_rope=known.interleaved_rope,
         tied_embeddings=bool(fields.get("tie_word_embeddings", False)),
         dtype=_dtype(fields),
@@ -284,7 +296,7 @@ def _llama4_scaling(fields: _Fields) -> bool:
     return bool(isinstance(rope, dict) and rope.get("llama_4_scaling_beta"))
 
 
-def _bias(rule: Bias, fields: _Fields) -> bool:
+def _switch(rule: Switch, fields: _Fields) -> bool:
     return rule == "always" or (rule != "never" and bool(fields.get(rule, False)))
 
 

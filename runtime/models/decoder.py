@@ -14,6 +14,7 @@ from ...kernels.kv_pool import KVLayer, KVPool
 from .config import ModelConfig
 from .linear import make_linear
 from .mlp import make_mlp
+from .norm import Norm
 from .rope import RopeTable
 
 
@@ -38,9 +39,8 @@ class Decoder:
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], ops: Ops) -> None:
         self.config = config
-        self._ops = ops
         self._embedding = weights.pop("embedding")
-        self._norm = weights.pop("norm")
+        self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
         self._lm_head = make_linear("lm_head", weights)
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
@@ -80,14 +80,14 @@ class Decoder:
         delta: Tensor | None = None
         for i, layer in enumerate(self._layers):
             cos, sin = cos_sin[config.layers[i].rope]
-            q, k, v = layer.queries_keys_values(delta, hidden, cos, sin, pool.layer(i), tokens.slots)
+            x = layer.input(delta, hidden)
+            q, k, v = layer.queries_keys_values(x, cos, sin, pool.layer(i), tokens.slots)
             attended = attention.run(i, q, k, v)
             if i == last and outputs is not None:
                 hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
-            delta = layer.finish(hidden, attended.flatten(1))
-        if delta is None:
-            return self._ops.rms_norm(hidden, self._norm, config.norm_eps)
-        return self._ops.add_rms_norm(delta, hidden, self._norm, config.norm_eps)
+                x = x.index_select(0, outputs)
+            delta = layer.finish(hidden, x, attended.flatten(1))
+        return self._norm.add(delta, hidden)
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, written to ``out`` if it is given."""
@@ -111,52 +111,54 @@ class _Layer:
             return weights.pop(f"layers.{index}.{name}")
 
         self.config, self.ops = config, ops
-        self.attention_norm = weights.pop(f"layers.{index}.attention_norm", None)
-        self.attention_post_norm = weights.pop(f"layers.{index}.attention_post_norm", None)
-        self.mlp_norm = weights.pop(f"layers.{index}.mlp_norm", None)
-        self.mlp_post_norm = weights.pop(f"layers.{index}.mlp_post_norm", None)
+        self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm = (
+            Norm(config, f"layers.{index}.{name}", weights, ops) if name in config.norms else None
+            for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+        )
         self.qkv, self.o = make_linear(f"layers.{index}.qkv", weights), make_linear(f"layers.{index}.o", weights)
         self.mlp = make_mlp(config, f"layers.{index}", weights, ops)
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
-        self.q_norm: Tensor | None = None  # over all heads at once
-        self.k_norm: Tensor | None = None
+        self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm == "head":
             q, k = weight("q_norm"), weight("k_norm")
             self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
         elif config.qk_norm == "all":
-            self.q_norm, self.k_norm = weight("q_norm"), weight("k_norm")
+            self.whole_norms = [weight("q_norm"), weight("k_norm")]
+
+    def input(self, delta: Tensor | None, hidden: Tensor) -> Tensor:
+        """Adds ``delta`` into ``hidden`` in place. Returns what attention reads."""
+        return _add(delta, hidden, self.attention_norm)
 
     def queries_keys_values(
-        self, delta: Tensor | None, hidden: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
+        self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Adds ``delta`` into ``hidden``. Returns rotated queries and keys, and values; also stores keys and values."""
+        """Rotated queries and keys, and values; also stores keys and values."""
         config = self.config
-        qkv = self.qkv(self._add_norm(delta, hidden, self.attention_norm))
-        if self.q_norm is not None and self.k_norm is not None:
-            start = 0
-            for norm in (self.q_norm, self.k_norm):
-                part = qkv[:, start : start + len(norm)]
-                part.copy_(self.ops.rms_norm(part.contiguous(), norm, config.norm_eps))
-                start += len(norm)
+        qkv = self.qkv(x)
+        start = 0
+        for norm in self.whole_norms:
+            part = qkv[:, start : start + len(norm)]
+            part.copy_(self.ops.rms_norm(part.contiguous(), norm, config.norm_eps))
+            start += len(norm)
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
 
-    def finish(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """Output projection, added into ``hidden`` in place, and MLP. Returns the MLP's delta."""
-        x = self._scaled(self.o(attended), self.attention_post_norm)
-        x = self.mlp(self._add_norm(x, hidden, self.mlp_norm))
-        return self._scaled(x, self.mlp_post_norm)
+    def finish(self, hidden: Tensor, x: Tensor, attended: Tensor) -> Tensor:
+        """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
+        if self.config.parallel:
+            return self._scaled(self.o(attended).add_(self.mlp(x)), None)
+        attended = self._scaled(self.o(attended), self.attention_post_norm)
+        return self._scaled(self.mlp(_add(attended, hidden, self.mlp_norm)), self.mlp_post_norm)
 
-    def _add_norm(self, delta: Tensor | None, hidden: Tensor, norm: Tensor | None) -> Tensor:
-        """Adds ``delta`` into ``hidden`` and returns the norm of the sum; without a norm, the sum itself."""
-        if norm is None:
-            return hidden if delta is None else hidden.add_(delta)
-        if delta is None:
-            return self.ops.rms_norm(hidden, norm, self.config.norm_eps)
-        return self.ops.add_rms_norm(delta, hidden, norm, self.config.norm_eps)
-
-    def _scaled(self, delta: Tensor, norm: Tensor | None) -> Tensor:
+    def _scaled(self, delta: Tensor, norm: Norm | None) -> Tensor:
         """What attention or MLP computed, as it is added to the residual stream."""
         if norm is not None:
-            delta = self.ops.rms_norm(delta, norm, self.config.norm_eps)
+            delta = norm(delta)
         return delta if self.config.residual_scale == 1.0 else delta.mul_(self.config.residual_scale)
+
+
+def _add(delta: Tensor | None, hidden: Tensor, norm: Norm | None) -> Tensor:
+    """Adds ``delta`` into ``hidden`` in place and returns the norm of the sum; without a norm, the sum itself."""
+    if norm is not None:
+        return norm.add(delta, hidden)
+    return hidden if delta is None else hidden.add_(delta)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.base import Ops
@@ -19,7 +20,7 @@ class MLP(Protocol):
 
 def make_mlp(config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> MLP:
     """The MLP of ``layer``, whose weights it takes out of ``weights``."""
-    return GatedMLP(config, layer, weights, ops) if config.gated_mlp else PlainMLP(layer, weights)
+    return GatedMLP(config, layer, weights, ops) if config.gated_mlp else PlainMLP(config, layer, weights)
 
 
 class GatedMLP:
@@ -46,10 +47,22 @@ class GatedMLP:
 
 
 class PlainMLP:
-    """``down(relu(up(x)) ** 2)`` (So et al., 2021). Takes ``{layer}.up``, ``{layer}.down`` and their biases."""
+    """``down(activation(up(x)))``; relu2 is squared ReLU (So et al., 2021).
 
-    def __init__(self, layer: str, weights: dict[str, Tensor]) -> None:
+    Takes ``{layer}.up``, ``{layer}.down`` and their biases out of ``weights``.
+    """
+
+    def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor]) -> None:
+        self._activation = config.activation
         self._up, self._down = make_linear(f"{layer}.up", weights), make_linear(f"{layer}.down", weights)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._up(x).relu_().square_())
+        x = self._up(x)
+        match self._activation:
+            case "relu2":
+                x = x.relu_().square_()
+            case "gelu_tanh":
+                x = F.gelu(x, approximate="tanh")
+            case _:
+                x = F.gelu(x)
+        return self._down(x)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-# Which linear layers have a bias: none, all, or all if config.json's key of this name is true.
-Bias = Literal["never", "always", "attention_bias", "attention_out_bias", "mlp_bias", "use_bias"]
+Switch = str  # "never", "always", or a key of config.json that says
 # The norms of a layer: what each one normalizes -> its module in the checkpoint.
 Norms = Mapping[Literal["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"], str]
 
@@ -24,24 +23,31 @@ _GLM4_NORMS: Norms = {
 }
 
 
+_FUSED_MLP = ("gate_up_proj", "gate_up_proj", "down_proj")
+
+
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """Feature switches of one family. ``defaults`` are the values its config.json may leave out."""
 
     model_type: str  # as config.json names the family
-    qkv_bias: Bias = "never"
-    o_bias: Bias = "never"
-    mlp_bias: Bias = "never"
+    qkv_bias: Switch = "never"
+    o_bias: Switch = "never"
+    mlp_bias: Switch = "never"
     norms: Norms = field(default_factory=lambda: PRE_NORMS)
     qk_norm: Literal["none", "head", "all"] = "none"  # queries and keys are normed by head, or all heads as one vector
     gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
-    gated_mlp: bool = True  # False: down(activation(up(x)))
-    fused_qkv: bool = False  # one tensor qkv_proj in the checkpoint
-    fused_gate_up: bool = False  # one tensor gate_up_proj in the checkpoint
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_eps: str = "rms_norm_eps"  # config.json's key
+    parallel: Switch = "never"  # attention and MLP get the same input and are added together
+    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # two: without a gate
     interleaved_rope: bool = False  # channels 2i and 2i + 1 are rotated together, rather than i and i + dim / 2
     scaled_rope: Literal["all", "full"] = "all"  # full: rope_scaling leaves sliding layers alone
     unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
     windows: Literal["none", "all", "qwen", "alternate"] = "none"  # which layers slide when layer_types is absent
+    refused: tuple[str, ...] = ()  # keys of config.json that switch on what is not supported
     text_config: bool = False  # the language model's settings are nested under "text_config"
     defaults: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +82,12 @@ _GLM = {
     "partial_rotary_factor": 0.5,
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1.5625e-07,
+}
+_COHERE = {
+    "layer_norm_eps": 1e-5,
+    "logit_scale": 0.0625,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
 }
 _MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 
@@ -145,8 +157,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "Phi3ForCausalLM": Architecture(  # Phi 3 and 4
         "phi3",
-        fused_qkv=True,
-        fused_gate_up=True,
+        qkv=("qkv_proj", "qkv_proj", "qkv_proj"),
+        mlp=_FUSED_MLP,
         windows="all",
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
@@ -227,13 +239,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
     ),
     "GlmForCausalLM": Architecture(
-        "glm", qkv_bias="attention_bias", fused_gate_up=True, interleaved_rope=True, defaults=_GLM
+        "glm", qkv_bias="attention_bias", mlp=_FUSED_MLP, interleaved_rope=True, defaults=_GLM
     ),
     "Glm4ForCausalLM": Architecture(
         "glm4",
         qkv_bias="attention_bias",
         norms=_GLM4_NORMS,
-        fused_gate_up=True,
+        mlp=_FUSED_MLP,
         interleaved_rope=True,
         defaults=_GLM,
     ),
@@ -242,8 +254,59 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
-        gated_mlp=False,
+        mlp=("up_proj", "down_proj"),
         defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "Starcoder2ForCausalLM": Architecture(
+        "starcoder2",
+        qkv_bias="use_bias",
+        o_bias="use_bias",
+        mlp_bias="use_bias",
+        norm_kind="layer",
+        norm_bias=True,
+        norm_eps="norm_epsilon",
+        mlp=("c_fc", "c_proj"),
+        windows="all",
+        defaults={
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 4096,
+            "norm_epsilon": 1e-5,
+            "use_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "StableLmForCausalLM": Architecture(
+        "stablelm",
+        qkv_bias="use_qkv_bias",
+        norm_kind="layer",
+        norm_bias=True,
+        norm_eps="layer_norm_eps",
+        parallel="use_parallel_residual",
+        refused=("qk_layernorm",),
+        defaults={"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+    ),
+    "CohereForCausalLM": Architecture(
+        "cohere",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norm_kind="layer",
+        norm_eps="layer_norm_eps",
+        parallel="always",
+        interleaved_rope=True,
+        refused=("use_qk_norm",),
+        defaults=_COHERE,
+    ),
+    "Cohere2ForCausalLM": Architecture(
+        "cohere2",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norm_kind="layer",
+        norm_eps="layer_norm_eps",
+        parallel="always",
+        interleaved_rope=True,
+        unrotated="full",
+        windows="alternate",
+        defaults=_COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4},
     ),
 }
 

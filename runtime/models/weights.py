@@ -69,7 +69,7 @@ def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     yield WeightSpec("embedding", (Source("model.embed_tokens.weight", (vocab, hidden)),), "column")
     for i in range(config.num_layers):
         yield from _layer_specs(config, i)
-    yield WeightSpec("norm", (Source("model.norm.weight", (hidden,)),), "replicated", norm=True)
+    yield from _norm_specs(config, "norm", "model.norm")
     if not config.tied_embeddings:
         yield lm_head_spec(config)
 
@@ -100,26 +100,30 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
         if bias:
             yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "replicated" if cut == "row" else cut)
 
-    def norm(name: str, source: str, size: int) -> WeightSpec:
-        return WeightSpec(f"layers.{i}.{name}", (Source(f"{prefix}{source}.weight", (size,)),), "replicated", norm=True)
+    def norm(name: str, module: str, size: int) -> WeightSpec:
+        return WeightSpec(f"layers.{i}.{name}", (Source(f"{prefix}{module}.weight", (size,)),), "replicated", norm=True)
 
-    names = ("qkv_proj",) * 3 if config.fused_qkv else ("q_proj", "k_proj", "v_proj")
     sizes = ((q, heads, pairs), (kv, kv_heads, pairs), (kv, kv_heads, 0))
-    qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(names, sizes, strict=True)]
-    yield from (norm(name, source, hidden) for name, source in config.norms.items())
+    qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(config.qkv, sizes, strict=True)]
+    for name, module in config.norms.items():
+        yield from _norm_specs(config, f"layers.{i}.{name}", prefix + module)
     yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
     if config.qk_norm != "none":
         by_head = config.qk_norm == "head"
         yield norm("q_norm", "self_attn.q_norm", config.head_dim if by_head else q)
         yield norm("k_norm", "self_attn.k_norm", config.head_dim if by_head else kv)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
-    if config.gated_mlp:
-        modules = ("gate_up_proj", "gate_up_proj") if config.fused_gate_up else ("gate_proj", "up_proj")
-        gate_up = [_Output(f"mlp.{module}", inner) for module in modules]
-        yield from linear("gate_up", gate_up, hidden, "column", config.mlp_bias)
-    else:
-        yield from linear("up", [_Output("mlp.up_proj", inner)], hidden, "column", config.mlp_bias)
-    yield from linear("down", [_Output("mlp.down_proj", hidden)], inner, "row", config.mlp_bias)
+    *up, down = (f"mlp.{module}" for module in config.mlp)
+    fused = "gate_up" if config.gated_mlp else "up"
+    yield from linear(fused, [_Output(module, inner) for module in up], hidden, "column", config.mlp_bias)
+    yield from linear("down", [_Output(down, hidden)], inner, "row", config.mlp_bias)
+
+
+def _norm_specs(config: ModelConfig, name: str, module: str) -> Iterator[WeightSpec]:
+    """A norm of the residual stream."""
+    for suffix, kind in (("", "weight"), ("_bias", "bias"))[: 1 + config.norm_bias]:
+        source = Source(f"{module}.{kind}", (config.hidden_size,))
+        yield WeightSpec(name + suffix, (source,), "replicated", norm=True)
 
 
 class _Output(NamedTuple):

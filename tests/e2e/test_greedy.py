@@ -33,6 +33,11 @@ FAMILIES = [
     "glm",
     "glm4",
     "arcee",
+    "starcoder2",
+    "stablelm",
+    "stablelm-parallel",
+    "cohere",
+    "cohere2",
 ]
 LENGTHS = (1, 15, 16, 17, 50)
 NEW = 64

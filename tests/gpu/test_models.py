@@ -34,6 +34,11 @@ FAMILIES = [
     "glm",
     "glm4",
     "arcee",
+    "starcoder2",
+    "stablelm",
+    "stablelm-parallel",
+    "cohere",
+    "cohere2",
 ]
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
 

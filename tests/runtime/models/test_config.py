@@ -271,7 +271,7 @@ def test_rope_reads_half_rotated_heads() -> None:
     np.testing.assert_allclose(rope.inverse_frequencies(), 10000.0 ** -(np.arange(0, 8, 2) / 8), rtol=1e-6)
 
 
-# -- families, as their makers write their config.json files (transformers 4) --------------------------------------------
+# -- families, as their makers write config.json (transformers 4) ------------------------------------------------------
 
 
 def small(**changes: Any) -> dict[str, Any]:

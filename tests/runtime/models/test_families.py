@@ -33,6 +33,11 @@ FAMILIES = [
     "glm",
     "glm4",
     "arcee",
+    "starcoder2",
+    "stablelm",
+    "stablelm-parallel",
+    "cohere",
+    "cohere2",
 ]
 TOLERANCE = 1e-4
 Make = Callable[[str, int], Any]
