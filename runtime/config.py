@@ -107,6 +107,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             of its own.
         request_timeout: Seconds after which a request is ended with an error (504). Default: none.
         max_body_bytes: Bytes of a request's body.
+        max_total_body_bytes: Bytes of the bodies of all unfinished requests, not counting the first 64 KiB of each; one
+            more is refused with a 503.
         max_prompts_per_request: Prompts of one request.
         max_samples_per_request: Prompts × n of one request.
         max_messages: Messages of one conversation.
@@ -139,6 +141,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_queued_per_key: int | None = None
     request_timeout: float | None = None
     max_body_bytes: int = 16 * 1024 * 1024
+    max_total_body_bytes: int = 512 * 1024 * 1024
     max_prompts_per_request: int = 1024
     max_samples_per_request: int = 1024
     max_messages: int = 16_384

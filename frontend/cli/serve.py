@@ -45,6 +45,7 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
 def _run(config: ServerConfig) -> None:
     from rich.logging import RichHandler
 
+    from ...runtime.server.log_stream import DroppingStream
     from ...runtime.server.server import run_server
     from . import checkup
 
@@ -54,6 +55,7 @@ def _run(config: ServerConfig) -> None:
         logging.getLogger(client).setLevel(logging.WARNING)
     _check_before_download(config.engine)
     # If the port is taken, the start fails at once and says so.
+    err.file = DroppingStream(2)  # type: ignore[assignment]
     startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
     with startup:
         code = run_server(config, startup.ready, startup.progress)

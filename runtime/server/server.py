@@ -21,10 +21,19 @@ from ..config import ServerConfig, check_server
 from ..errors import EngineDead, Overloaded
 from ..messages import ControlReply, Deltas, Heartbeat, Limits, Progress, Stats
 from ..models.folder import model_folder
+from .accept_errors import accept_errors_limited
 from .engine_processes import EngineProcesses
 from .heartbeat import HeartbeatMonitor
 from .processes.channels import ToHttp
-from .startup import BACKLOG, check_parsers, listen, model_name, raise_descriptor_limit
+from .startup import (
+    ACCEPT_BURST,
+    BACKLOG,
+    check_parsers,
+    listen,
+    model_name,
+    most_connections,
+    raise_descriptor_limit,
+)
 from .throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
@@ -211,7 +220,7 @@ class Server:
     async def _run(self, ready: asyncio.Future[dict[str, Any]]) -> None:
         started = time.monotonic()
         await asyncio.to_thread(self.resolve_model)
-        with listen(self._config) as sock:
+        with listen(self._config) as sock, accept_errors_limited(asyncio.get_running_loop()):
             self._processes = EngineProcesses(self._config, self._receive)
             try:
                 self._processes.start()
@@ -292,11 +301,16 @@ class Server:
             def capture_signals(self) -> Iterator[None]:
                 yield  # signals belong to the process, not to the server
 
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                for each in sockets or ():
+                    each.listen(BACKLOG)  # asyncio has set it to the burst
+
         debug = self._config.log_level == "debug"
         return HttpServer(
             uvicorn.Config(
                 make_app(self._state),
-                http=bounded(self._config.max_header_bytes),
+                http=bounded(self._config.max_header_bytes, most_connections()),
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -305,7 +319,7 @@ class Server:
                 server_header=False,
                 proxy_headers=False,  # no route uses the client's address
                 timeout_keep_alive=75,
-                backlog=BACKLOG,
+                backlog=ACCEPT_BURST,
             )
         )
 

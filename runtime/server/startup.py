@@ -16,7 +16,9 @@ from ..errors import LoadError
 logger = logging.getLogger(__name__)
 
 BACKLOG = 512
+ACCEPT_BURST = 64  # connections accepted in one turn of the event loop
 MAX_DESCRIPTORS = 65_536
+_OWN_DESCRIPTORS = 128  # of the process itself: channels, logs, the model's files
 
 
 def check_parsers(config: ServerConfig) -> None:
@@ -38,6 +40,14 @@ def raise_descriptor_limit() -> None:
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def most_connections() -> int:
+    """How many clients fit below the limit of descriptors, beside the process's own and those about to be refused."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_DESCRIPTORS
+    return max(soft // 4, soft - _OWN_DESCRIPTORS - 4 * ACCEPT_BURST)
 
 
 def model_name(config: ServerConfig) -> str:

@@ -55,6 +55,7 @@ def make_app(state: AppState) -> FastAPI:
         max_bytes=config.max_body_bytes,
         max_depth=config.max_json_depth,
         max_values=config.max_json_values,
+        max_total_bytes=config.max_total_body_bytes,
     )
     app.add_middleware(
         AuthMiddleware,

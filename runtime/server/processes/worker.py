@@ -15,6 +15,7 @@ import zmq
 from ...config import ServerConfig
 from ...errors import BranchwiseError
 from ...messages import Failed
+from ..log_stream import DroppingStream
 from .channels import Outbox
 from .launch import hold_lock, read_launch
 from .lifeline import die_with_parent, ignore_stop_signals
@@ -54,6 +55,7 @@ def main(role: str, run_dir: Path) -> int:
     # The detokenizer cleans up after a killed server, as it never blocks for long.
     die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
     lock = hold_lock(run_dir, role)
+    sys.stdout = sys.stderr = DroppingStream(2)
     logging.basicConfig(
         level=launch.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s"
     )

@@ -12,12 +12,14 @@ from fastapi import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ....chat.json_bounds import NONE, SLICE, count_values, deeper_than
-from ....errors import InvalidRequest
+from ....errors import InvalidRequest, Overloaded
 from ....limits import MAX_DEPTH
 from .errors import response_for
 from .id_arrays import Array, count_ids, id_arrays
 
 MAX_VALUES = 262_144  # as `count_values` counts them, without token ids: parsed and freed in less than 50 ms
+MAX_TOTAL_BYTES = 512 * 1024 * 1024
+SMALL_BODY = 64 * 1024
 IDS = 16  # times as many values with token ids
 MAX_FIELDS = 256
 ESCAPES = 4  # times as many backslashes in strings as values
@@ -30,12 +32,23 @@ _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 class BodyLimit:
     """Refuses bodies over ``max_bytes``: by their Content-Length before reading, else while reading.
 
+    ``max_total_bytes`` bounds the bodies of all unfinished requests together: one that would exceed it is a 503. The
+    first `SMALL_BODY` bytes of each are not counted, so that large bodies cannot keep small requests out.
     ``max_depth`` and ``max_values`` are put into the scope, for `read_json_object`.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, max_depth: int = MAX_DEPTH, max_values: int = MAX_VALUES) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        max_depth: int = MAX_DEPTH,
+        max_values: int = MAX_VALUES,
+        max_total_bytes: int = MAX_TOTAL_BYTES,
+    ) -> None:
         self._app = app
         self._max = max_bytes
+        self._max_total = max(max_total_bytes, max_bytes)
+        self._total = 0  # counted bytes of unfinished requests
         self._max_depth = max_depth
         self._max_values = max_values
 
@@ -51,18 +64,29 @@ class BodyLimit:
             response.headers["Connection"] = "close"
             await response(scope, receive, send)
             return
-        seen = 0
+        seen = counted_bytes = 0
 
         async def counted() -> Message:
-            nonlocal seen
+            nonlocal seen, counted_bytes
             message = await receive()
             if message["type"] == "http.request":
                 seen += len(message.get("body", b""))
                 if seen > self._max:
                     raise self._too_large()
+                more = max(0, seen - SMALL_BODY) - counted_bytes
+                if self._total + more > self._max_total:
+                    raise Overloaded(
+                        f"the bodies of unfinished requests have {self._total} bytes, and this one would exceed the "
+                        f"limit of {self._max_total} (--max-total-body-bytes); try again later"
+                    )
+                counted_bytes += more
+                self._total += more
             return message
 
-        await self._app(scope, counted, send)
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._total -= counted_bytes
 
     def _too_large(self) -> InvalidRequest:
         return InvalidRequest(None, f"the request body must be at most {self._max} bytes", status=413)

@@ -184,7 +184,7 @@ ENGINE_FAILED = Failure(
 UNAVAILABLE = Failure(
     "Unavailable",
     503,
-    "The server is loading, shutting down, or full (`--max-queued-requests`).",
+    "The server is loading, shutting down, or full (`--max-queued-requests`, `--max-total-body-bytes`).",
     (
         Example("loading", "the model is still loading", code="overloaded"),
         Example(

@@ -8,14 +8,15 @@ from http import HTTPStatus
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from .errors import error_body
+from .errors import RETRY_AFTER_SECONDS, error_body
 
 MAX_PIPELINED = 64  # requests of one connection that wait for earlier ones
 
 
-def bounded(max_head_bytes: int) -> type[HttpProtocol]:
-    """The protocol with this server's bound."""
-    return type("BoundedProtocol", (HttpProtocol,), {"max_head_bytes": max_head_bytes})
+def bounded(max_head_bytes: int, max_connections: int) -> type[HttpProtocol]:
+    """The protocol with this server's bounds."""
+    bounds = {"max_head_bytes": max_head_bytes, "max_connections": max_connections}
+    return type("BoundedProtocol", (HttpProtocol,), bounds)
 
 
 class HttpProtocol(HttpToolsProtocol):
@@ -25,9 +26,11 @@ class HttpProtocol(HttpToolsProtocol):
     """
 
     max_head_bytes = 64 * 1024  # request line and headers; trailers
+    max_connections = 65_536  # one more is answered with a 503 and closed
     head_seconds = 20.0  # from connecting, or from a request's first byte, to the end of its head
     body_seconds = 30.0  # from the head to the end of the body,
-    body_bytes = 16 * 1024  # plus a second for every so many bytes of it
+    body_bytes = 16 * 1024  # plus a second for every so many bytes of it,
+    body_most_seconds = 300.0  # but no more than this
     unread_seconds = 60.0  # for which a client may leave a full send buffer unread
 
     _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
@@ -40,7 +43,12 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._expect_head()
+        if len(self.connections) > self.max_connections:
+            self._refuse(
+                503, f"{self.max_connections} connections are open, as many as the server takes; try again later"
+            )
+        else:
+            self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._body_timer, self._unread_timer):
@@ -105,7 +113,8 @@ class HttpProtocol(HttpToolsProtocol):
         now = self.loop.time()
         if self.flow.read_paused:  # the server is not reading: the request before this one is not answered yet
             self._body_since = now
-        end = self._body_since + self.body_seconds + self._body_seen / self.body_bytes
+        allowed = min(self.body_seconds + self._body_seen / self.body_bytes, self.body_most_seconds)
+        end = self._body_since + allowed
         if now < end:
             self._body_timer = self.loop.call_at(end, self._body_is_late)
         elif self.cycle.response_started:
@@ -135,9 +144,10 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, status: int, message: str) -> None:
         """Send an error in OpenAI's shape and close the connection."""
         body = msgspec.json.encode(error_body(status, message))
+        retry = f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if status == 503 else ""
         head = (
             f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+            f"content-length: {len(body)}\r\n{retry}connection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
         self._close()

@@ -24,6 +24,8 @@ class Hasty(HttpProtocol):
     body_seconds = 0.3
     body_bytes = 1000  # a second more for each thousand
     unread_seconds = 0.3
+    body_most_seconds = 1.5
+    max_connections = 8
 
 
 class App:
@@ -183,3 +185,24 @@ async def test_an_answer_read_slowly_comes_whole(connect: Connect) -> None:
         size += len(piece)
         await asyncio.sleep(0.01)
     assert size > LARGE
+
+
+async def test_a_connection_too_many_is_told_so(connect: Connect) -> None:
+    writers = [(await connect())[1] for _ in range(Hasty.max_connections)]
+    reader, _ = await connect()
+    head, _, body = (await said(reader)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
+    assert "8 connections are open" in json.loads(body)["error"]["message"]
+    writers[0].close()
+    await asyncio.sleep(0.05)
+    reader, writer = await connect()
+    writer.write(HEAD % 0)
+    assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_body_may_not_take_forever_however_large_it_is(connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(HEAD % 100_000 + b"x" * 50_000)  # by its rate alone it might take 50 seconds
+    started = time.monotonic()
+    assert (await said(reader)).startswith(b"HTTP/1.1 408 ")
+    assert 1 < time.monotonic() - started < 4

@@ -1,0 +1,96 @@
+"""A server that runs out of descriptors, of memory for bodies, or of readers of its log, and goes on serving."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+REQUEST = {"prompt": "a", "max_tokens": 2}
+
+
+def connections(server: Any, stack: contextlib.ExitStack, count: int) -> list[socket.socket]:
+    made = []
+    for _ in range(count):
+        one = stack.enter_context(socket.create_connection((server.info["host"], server.info["port"]), timeout=5))
+        made.append(one)
+    return made
+
+
+def descriptors(pid: int) -> list[int]:
+    return [int(one.name) for one in Path(f"/proc/{pid}/fd").iterdir()]
+
+
+def test_more_connections_than_descriptors(start_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nulimit -n 512\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "executable", str(python))
+        server = start_server()
+    with contextlib.ExitStack() as stack:
+        made = connections(server, stack, 700)
+        time.sleep(0.5)
+        answers = []
+        for one in made:
+            one.setblocking(False)
+            with contextlib.suppress(BlockingIOError, ConnectionResetError):
+                answers.append(one.recv(1000))
+        assert sum(answer.startswith(b"HTTP/1.1 503 ") for answer in answers) > 100
+        assert len(descriptors(server.process.pid)) < 400
+    assert httpx.post(f"{server.url}/v1/completions", json=REQUEST).status_code == 200
+    assert server.log.stat().st_size < 1000, server.log.read_text()[:2000]
+    assert server.stop() == 0
+
+
+def test_no_descriptors_at_all_are_a_line_and_not_megabytes(start_server: Any) -> None:
+    server = start_server()
+    pid = server.process.pid
+    before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    used = max(descriptors(pid))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 4, before[1]))
+    with contextlib.ExitStack() as stack:
+        connections(server, stack, 100)
+        time.sleep(3)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+    time.sleep(1.5)  # asyncio accepts again after a second
+    assert httpx.post(f"{server.url}/v1/completions", json=REQUEST).status_code == 200
+    log = server.log.read_text()
+    assert "cannot accept connections: [Errno 24] Too many open files" in log and len(log) < 2000
+    assert server.stop() == 0
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_server() -> None:
+    arguments = ["serve", "--port", "0", "--kv-cache-tokens", "8192", "--log-level", "debug"]
+    environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "branchwise", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    try:
+        assert process.stdout is not None
+        url = next(found[1] for line in process.stdout if (found := re.search(r"ready at (http://\S+)", line)))
+        with httpx.Client(base_url=url, timeout=10) as client:
+            for _ in range(3500):  # a line of about 140 bytes for each
+                assert client.get("/version").status_code == 200
+            assert client.post("/v1/completions", json=REQUEST).status_code == 200
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    assert re.search(r"branchwise: \d+ lines of the log were dropped", log), log[-2000:]
