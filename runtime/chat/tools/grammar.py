@@ -1,7 +1,7 @@
 """What a constrained call looks like: plain data for a grammar engine, which this package does not know.
 
-For ``tool_choice`` required or a name the grammar holds from the first token of the answer (after reasoning); for
-auto it is armed once the output shows one of `CallGrammar.triggers`.
+With ``tool_choice`` required or named the grammar applies from the first token of the answer (after reasoning); with
+auto it applies once the output contains one of `CallGrammar.triggers`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from .definitions import Tool
-from .formats import ToolFormat, tool_format
-from .payloads import END_FUNCTION, END_PARAMETER, PARAMETER
+from .formats import Body, Tags, ToolFormat, tool_format
 from .schema_values import parameter_types
-
-Body = Literal["json", "xml", "keywords"]
 
 
 class CallTag(msgspec.Struct, frozen=True):
@@ -33,9 +30,9 @@ class CallTag(msgspec.Struct, frozen=True):
 class CallGrammar(msgspec.Struct, frozen=True):
     """``prefix``, one call or more with ``separator`` between them, ``suffix``: as the checkpoint's template has it.
 
-    ``body``: how arguments are written: a JSON object, XML parameters, or Python keywords (with JSON values).
-    ``at_most_one``: parallel calls are not wanted. ``triggers``: a text of which any in the output means that a call
-    has begun; ``at_start``: only where nothing but whitespace came before it.
+    ``body``: how arguments are written: a JSON object, parameters in the tags of ``markup``, or keywords with JSON
+    values and, with ``quote``, strings in ``quote``. ``at_most_one``: no parallel calls. ``triggers``: a call has begun
+    where the output contains any of these; ``at_start``: only where nothing but whitespace came before it.
     """
 
     body: Body
@@ -46,6 +43,8 @@ class CallGrammar(msgspec.Struct, frozen=True):
     at_most_one: bool
     triggers: tuple[str, ...]
     at_start: bool
+    markup: Tags | None = None
+    quote: str = ""
 
     def lark(
         self, special_tokens: Mapping[str, int] | None = None, *, after: str = "", beside_json: bool = False
@@ -57,34 +56,6 @@ class CallGrammar(msgspec.Struct, frozen=True):
         instead of a call. Raises ValueError if no call begins so.
         """
         return _Lark(self, special_tokens or {}, _JSON_PIECES if beside_json else _WHOLE).whole(after)
-
-
-class _Written(msgspec.Struct, frozen=True):
-    begin: str  # NAME stands for the tool's
-    end: str
-    prefix: str = ""
-    separator: str = ""
-    suffix: str = ""
-    body: Body = "json"
-    trigger: str = ""  # "": the first characters of each call, at the start of the answer
-
-
-_WRITTEN = {
-    "hermes": _Written(
-        '<tool_call>\n{"name": "NAME", "arguments": ', "}\n</tool_call>", separator="\n", trigger="<tool_call>"
-    ),
-    "llama3_json": _Written('{"name": "NAME", "parameters": ', "}", separator="; "),
-    "mistral": _Written('{"name": "NAME", "arguments": ', "}", "[TOOL_CALLS] [", ", ", "]", trigger="[TOOL_CALLS]"),
-    "mistral_named": _Written("[TOOL_CALLS]NAME[ARGS]", "", trigger="[TOOL_CALLS]"),
-    "qwen3_coder": _Written(
-        "<tool_call>\n<function=NAME>\n",
-        f"{END_FUNCTION}\n</tool_call>",
-        separator="\n",
-        body="xml",
-        trigger="<tool_call>",
-    ),
-    "pythonic": _Written("NAME(", ")", "[", ", ", "]", body="keywords"),
-}
 
 
 def call_grammar(
@@ -100,8 +71,8 @@ def call_grammar(
     ``named``: only of this tool. ``only_strict``: the arguments of tools that are not ``strict`` may be any object
     (``tool_choice`` auto). Raises ValueError if there is no such tool, or none at all.
     """
-    name = format if isinstance(format, str) else format.name
-    written = _WRITTEN[tool_format(name).name]
+    format = tool_format(format) if isinstance(format, str) else format
+    written = format.written
     chosen = [tool for tool in tools if named is None or tool.name == named]
     if not chosen:
         raise ValueError(f"there is no tool named {named!r}" if named is not None else "there are no tools")
@@ -125,6 +96,8 @@ def call_grammar(
         not parallel,
         tuple(dict.fromkeys(triggers)),
         not written.trigger,
+        format.tags,
+        format.quote,
     )
 
 
@@ -133,7 +106,8 @@ def _opening(begin: str) -> str:
     return begin[: begin.index(': "') + 3] if ': "' in begin else begin
 
 
-_NO_TAG = "|".join(re.escape(tag).replace("/", r"\/") for tag in (END_PARAMETER, PARAMETER, END_FUNCTION))
+_INDEX = "\0"  # stands for a number in `formats.Written`
+_KEYWORD_GLUE = {False: ("=", ", "), True: (":", ",")}  # with bare keys and quoted strings, or not
 
 
 class _Lark:
@@ -146,6 +120,7 @@ class _Lark:
         self._specials = {text: id for text, id in special_tokens.items() if text}
         alternatives = sorted(self._specials, key=len, reverse=True)
         self._split = re.compile(f"({'|'.join(map(re.escape, alternatives))})") if alternatives else None
+        self._glue = _KEYWORD_GLUE[bool(grammar.quote)]
         self._rules: list[str] = []
 
     def whole(self, after: str) -> str:
@@ -177,48 +152,63 @@ class _Lark:
         for i, (key, value) in enumerate(properties.items()):
             inner = value if isinstance(value, dict) else {}
             inner = inner | {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-            if self._grammar.body == "xml":
-                self._parameter(f"{rule}_{i}", key, inner, parameter_types(tool, key))
-            else:
-                self._rules.append(f"{rule}_{i}: {self._text(f'{key}=')} %json {json.dumps(inner)}")
-        if self._grammar.body == "xml":
+            self._parameter(f"{rule}_{i}", key, inner, parameter_types(tool, key))
+        if self._grammar.body == "tags":
             items = [f"{rule}_{i}" + ("" if key in required else "?") for i, key in enumerate(properties)]
             self._rules.append(f"{rule}: {self._join(*items) or _EMPTY}")
         else:
             self._list(rule, [key in required for key in properties])
 
     def _parameter(self, rule: str, key: str, schema: dict[str, Any], types: frozenset[str]) -> None:
-        opening, closing = self._text(f"{PARAMETER}{key}>\n"), json.dumps(f"\n{END_PARAMETER}\n")
-        values = schema.get("enum")
-        if types == {"string"} and isinstance(values, list) and values:
-            choice = " | ".join(json.dumps(value, ensure_ascii=False) for value in values)
-            self._rules.append(f"{rule}: {opening} ({choice}) {closing}")
-        elif "string" in types:
-            terminal = rule.upper()
-            self._rules.append(f"{terminal}: (/(?s:.*)/ & ~/(?s:.*)({_NO_TAG})(?s:.*)/) {closing}")
-            self._rules.append(f"{rule}: {opening} {terminal}")
+        """``rule``: one parameter. JSON where values are JSON, raw text where strings stand between tags or quotes."""
+        tags, quote = self._grammar.markup, self._grammar.quote
+        raw = "string" in types
+        if tags:
+            padding = "\n" if tags.padded else ""
+            opening, closing = f"{tags.parameter}{key}{tags.key_end}{padding}", f"{padding}{tags.value_end}\n"
+            ends = [tags.value_end, tags.parameter, *([tags.function_end] if tags.function_end else [])]
         else:
-            self._rules.append(f"{rule}: {opening} %json {json.dumps(schema)} {closing}")
+            raw = raw and bool(quote)
+            opening = f"{key}{self._glue[0]}" + quote * raw
+            closing, ends = quote * raw, [quote]
+        opening, closing = self._text(opening), self._text(closing)
+        values = schema.get("enum")
+        if not raw:
+            value = f"%json {json.dumps(schema)}"
+        elif types == {"string"} and isinstance(values, list) and values:
+            value = f"({' | '.join(json.dumps(value, ensure_ascii=False) for value in values)})"
+        else:
+            value = rule.upper()
+            excluded = "|".join(re.escape(end).replace("/", r"\/") for end in ends)
+            text = f"(/(?s:.*)/ & ~/(?s:.*)({excluded})(?s:.*)/)"
+            if closing.startswith('"'):  # one terminal, so that the lexer takes the shortest match
+                text, closing = f"{text} {closing}", ""
+            self._rules.append(f"{value}: {text}")
+        self._rules.append(f"{rule}: {self._join(opening, value, closing)}")
 
     def _list(self, rule: str, required: list[bool]) -> None:
         """``rule``: its items in order with commas between them; those not required may be left out."""
         count = len(required)
         self._rules.append(f"{rule}: {rule}_first_0")
         for i, needed in enumerate(required):
-            for kind, comma in (("first", ""), ("more", '", " ')):
+            for kind, comma in (("first", ""), ("more", f"{json.dumps(self._glue[1])} ")):
                 skipped = "" if needed else f" | {rule}_{kind}_{i + 1}"
                 self._rules.append(f"{rule}_{kind}_{i}: {comma}{rule}_{i} {rule}_more_{i + 1}{skipped}")
         for kind in ("first", "more") if count else ("first",):
             self._rules.append(f"{rule}_{kind}_{count}: {_EMPTY}")
 
     def _text(self, text: str) -> str:
-        """``text`` as literals and special tokens."""
+        """``text`` as literals, special tokens and numbers."""
         parts: list[str] = []
         for part in self._split.split(text) if self._split else [text]:
             if part in self._specials:
                 parts.append(f"<[{self._specials[part]}]>")
             else:
-                parts += [json.dumps(piece, ensure_ascii=False) for piece in self._literals.findall(part)]
+                before, index, after = part.partition(_INDEX)
+                for piece in self._literals.findall(before):
+                    parts.append(json.dumps(piece, ensure_ascii=False))
+                if index:
+                    parts += ["/[0-9]{1,4}/", self._text(after)]
         return " ".join(parts)
 
     @staticmethod

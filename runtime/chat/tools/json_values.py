@@ -1,18 +1,20 @@
-"""JSON as models write it: scanned as it arrives and passed on as it is, never parsed and written again."""
+"""JSON as models write it: scanned as it arrives and passed on as written, never parsed and serialised again."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
 from json.encoder import encode_basestring
 
-from .output import CallWriter
-from .reader import SPACE, Malformed, Reader, Show, Wait
+from .reader import Malformed, Reader, Show, Wait
 
 _PLAIN = re.compile(r"[ \t\r\n0-9A-Za-z+\-.:,]+")  # outside strings, between brackets
-_IN_STRING = re.compile(r'[^"\\]+')
-_WORD = re.compile(r"[0-9A-Za-z+\-._]+")
-_CONTENTS = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
+_IN_STRING = re.compile(r'[^"\\\x00-\x1f]+')
+_BETWEEN_BRACKETS = re.compile(r'[^"{}\[\]<\\]+')
+_CLOSING = {"{": "}", "[": "]"}
+_JSON_ESCAPES = frozenset('"\\/bfnrt')
+WORD = re.compile(r"[0-9A-Za-z+\-._]+")
+CONTENTS = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
 _HEX = frozenset("0123456789abcdefABCDEF")
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "a": "\a", "\n": ""}
 _ESCAPES |= {character: character for character in "\"'\\/"}
@@ -28,17 +30,32 @@ def escape(text: str) -> str:
     return _SURROGATE.sub(lambda half: f"\\u{ord(half.group()):04x}", written)
 
 
-def container(reader: Reader, show: Show, opened: str = "") -> Wait[None]:
-    """Reads an object or a list to its closing bracket. ``opened``: an opening bracket already read.
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text, parse_constant=_refuse, parse_int=str)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
-    Keeps to what needs no memory but the brackets: what is between them may be wrong JSON and passes. Raises
-    `Malformed` at a bracket that does not fit, or at a character JSON has only in strings.
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def container(reader: Reader, show: Show, opened: str = "") -> Wait[None]:
+    """Reads an object or a list to its closing bracket. ``opened``: the opening brackets already read.
+
+    ``show`` gets the text as the model wrote it, except that in strings a raw control character becomes an escape and
+    an escape that JSON lacks becomes what it must mean. Only brackets and strings are checked: other invalid JSON
+    between them passes. Raises `Malformed` with the open brackets at one that does not match, or at a character that
+    JSON has only in strings.
     """
-    closers = ["}" if bracket == "{" else "]" for bracket in opened]
+    brackets = list(opened)
     in_string = wrong = False
     while True:
         text, at = reader.text, reader.at
-        end = len(text)
+        end, start = len(text), at
+        mended = ""  # of the text from `reader.at` to `start`
         while at < end:
             match = (_IN_STRING if in_string else _PLAIN).match(text, at)
             if match:
@@ -46,30 +63,82 @@ def container(reader: Reader, show: Show, opened: str = "") -> Wait[None]:
                 continue
             character = text[at]
             if in_string and character == "\\":
-                if at + 1 == end and not reader.ended:
-                    break  # what it escapes is not here yet
-                at = min(at + 2, end)
+                escape_end = _escape_end(text, at, reader.ended)
+                if not escape_end:
+                    break
+                written = text[at:escape_end]
+                valid = _mended_escape(written)
+                if valid != written:
+                    mended += text[start:at] + valid
+                    start = escape_end
+                at = escape_end
                 continue
-            if character == '"':
+            if in_string and character != '"':
+                mended += text[start:at] + escape(character)
+                start = at + 1
+            elif character == '"':
                 in_string = not in_string
-            elif character == "{":
-                closers.append("}")
-            elif character == "[":
-                closers.append("]")
-            elif closers and character == closers[-1]:
-                closers.pop()
-                if not closers:
-                    show(reader.take(at + 1))
+            elif character in "{[":
+                brackets.append(character)
+            elif brackets and character == _CLOSING[brackets[-1]]:
+                brackets.pop()
+                if not brackets:
+                    reader.take(at + 1)
+                    show(mended + text[start : at + 1])
                     return
             else:
                 wrong = True
                 break
             at += 1
         if at > reader.at:
-            show(reader.take(at))
+            reader.take(at)
+            show(mended + text[start:at])
         if wrong or reader.ended:
-            raise Malformed
+            raise Malformed("".join(brackets))
         yield
+
+
+def _escape_end(text: str, at: int, ended: bool) -> int:
+    """Where the escape at ``at`` ends; 0 if more text must come to tell."""
+    if text[at + 1 : at + 2] != "u":
+        return at + 2 if at + 1 < len(text) else (len(text) if ended else 0)
+    digits = at + 2
+    while digits < min(at + 6, len(text)) and text[digits] in _HEX:
+        digits += 1
+    return 0 if digits == len(text) and digits < at + 6 and not ended else digits
+
+
+def _mended_escape(written: str) -> str:
+    r"""A backslash and what follows it as an escape that JSON has: ``\'`` is a quote, ``\d`` a backslash and a d."""
+    kind = written[1:2]
+    if kind in _JSON_ESCAPES or (kind == "u" and len(written) == 6) or not kind:
+        return written
+    if kind == "'":
+        return kind
+    return escape(kind) if kind < " " else "\\" + written
+
+
+def rest(reader: Reader, show: Show, opened: str) -> Wait[None]:
+    """Reads what remains of malformed JSON, to the bracket that closes the first of ``opened``.
+
+    Raises `Malformed` at the end of the text, or at what may be a marker.
+    """
+    brackets = list(opened)
+    in_string = False
+    while brackets:
+        found = yield from reader.stream(CONTENTS['"'] if in_string else _BETWEEN_BRACKETS, show)
+        if not found or found == "<":
+            raise Malformed
+        show(reader.take(reader.at + 1))
+        if found == "\\" and (yield from reader.peek()):
+            show(reader.take(reader.at + 1))
+        elif found == '"':
+            in_string = not in_string
+        elif found in "{[":
+            brackets.append(found)
+        elif found in "}]":
+            while brackets and _CLOSING[brackets.pop()] != found:
+                pass  # an inner bracket that was never closed
 
 
 def string(reader: Reader, show: Show, *, triple: bool = False) -> Wait[None]:
@@ -79,7 +148,7 @@ def string(reader: Reader, show: Show, *, triple: bool = False) -> Wait[None]:
     surrogate pair come out as they were written, as two characters.
     """
     quote = yield from reader.peek()
-    if quote not in _CONTENTS:
+    if quote not in CONTENTS:
         raise Malformed
     closer = quote
     if (
@@ -91,7 +160,7 @@ def string(reader: Reader, show: Show, *, triple: bool = False) -> Wait[None]:
     else:
         reader.take(reader.at + 1)
     while True:
-        found = yield from reader.stream(_CONTENTS[quote], show)
+        found = yield from reader.stream(CONTENTS[quote], show)
         if not found:
             raise Malformed
         if found == "\\":
@@ -137,93 +206,26 @@ def quoted(reader: Reader) -> Wait[str]:
     """A whole string, decoded, surrogate pairs joined."""
     pieces: list[str] = []
     yield from string(reader, pieces.append)
-    return _joined("".join(pieces))
+    return joined("".join(pieces))
 
 
-def _joined(text: str) -> str:
+def joined(text: str) -> str:
+    """``text`` with halves of surrogate pairs joined; a half alone becomes U+FFFD."""
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 def skip(reader: Reader) -> Wait[None]:
-    """Reads any value and shows it nobody."""
+    """Reads any value and drops it."""
     first = yield from reader.peek()
     if first in ("{", "["):
-        yield from container(reader, _nobody)
-    elif first in _CONTENTS:
-        yield from string(reader, _nobody)
-    elif not (yield from reader.run(_WORD)):
+        yield from container(reader, _drop)
+    elif first in CONTENTS:
+        yield from string(reader, _drop)
+    elif not (yield from reader.run(WORD)):
         raise Malformed
 
 
-def _nobody(_: str) -> None:
+def _drop(_: str) -> None:
     pass
-
-
-class _PairJoiner:
-    """Joins surrogate pairs that arrive as two pieces."""
-
-    def __init__(self, show: Show) -> None:
-        self._show = show
-        self._high = ""
-        self.empty = True
-
-    def __call__(self, text: str) -> None:
-        if not text:
-            return
-        self.empty = False
-        text, self._high = self._high + text, ""
-        if "\ud800" <= text[-1:] <= "\udbff":
-            text, self._high = text[:-1], text[-1]
-        if text:
-            self._show(_joined(text))
-
-    def close(self) -> None:
-        if self._high:
-            self._show("\ufffd")
-
-
-def arguments(reader: Reader, call: CallWriter, python: Callable[[Reader, Show, str], Wait[None]]) -> Wait[None]:
-    """Reads the value of a call's arguments.
-
-    Objects and lists pass as they are written; one in Python's quotes is converted by ``python``. A string is taken
-    for arguments encoded twice: what it says passes. ``null`` and an empty string are ``{}``.
-    """
-    first = yield from reader.peek()
-    if not first:
-        raise Malformed
-    if first == "{":
-        opened = reader.take(reader.at + 1)
-        blank = yield from reader.run(SPACE)
-        following = yield from reader.peek()
-        call.begin_arguments()
-        if following == "'":
-            yield from python(reader, call.sink(), opened + blank)
-        else:
-            call.arguments(opened + blank)
-            yield from container(reader, call.sink(), opened)
-    elif first == "[":
-        call.begin_arguments()
-        yield from container(reader, call.sink())
-    elif first in _CONTENTS:
-        call.begin_arguments()
-        joiner = _PairJoiner(call.sink())
-        try:
-            yield from string(reader, joiner)
-        except Malformed:
-            joiner.close()
-            raise
-        joiner.close()
-        if joiner.empty:
-            call.arguments("{}")
-    else:
-        word = yield from reader.run(_WORD)
-        if not word:
-            raise Malformed
-        call.begin_arguments()
-        cut = reader.ended and reader.at == len(reader.text)
-        call.arguments("{}" if word in ("null", "None") and not cut else word)
-        if cut:
-            raise Malformed
-    call.arguments_done = True

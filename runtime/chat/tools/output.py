@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 from .definitions import Tool
 from .events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, Markup, ReasoningDelta
+from .json_values import is_json
 from .reader import Malformed, Reader
 
 
@@ -19,19 +20,25 @@ def short_id() -> str:
 
 
 class Output:
-    """Collects events. Neighbouring deltas of one kind become one event."""
+    """Collects events. Neighbouring deltas of one kind become one event.
+
+    A call inside reasoning may be one that the model only thinks about. Its events and all that follow are held until
+    the reasoning ends: `release` if it never does, `to_reasoning` if it does.
+    """
 
     def __init__(self, reader: Reader) -> None:
         self.reader = reader
-        self.thinking = False  # what kind of text `text` writes
+        self.thinking = False  # whether `text` writes reasoning
         self.structured = False  # some reasoning or a call has been seen
         self.calls = 0
         self._events: list[Event] = []
+        self._held: int | None = None  # index into `_events` from which they are held
+        self._first_held_call = 0
         self._texts: list[str] = []  # of the delta being collected
         self._kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta] | None = None
 
     def text(self, _: str = "") -> None:
-        """What was read since the last event is text: thinking or answer."""
+        """What was read since the last event is text: of the reasoning or of the answer."""
         source = self.reader.drain()
         if source:
             self._collect(ReasoningDelta if self.thinking else ContentDelta, source)
@@ -43,6 +50,9 @@ class Output:
 
     def start(self, id: str, name: str) -> None:
         self.structured = True
+        if self.thinking and self._held is None:
+            self._flush()
+            self._held, self._first_held_call = len(self._events), self.calls
         self._emit(CallStart(self.calls, id, name, self.reader.drain()))
 
     def arguments(self, text: str) -> None:
@@ -56,11 +66,33 @@ class Output:
         self._emit(CallEnd(self.calls, complete, self.reader.drain()))
         self.calls += 1
 
+    @property
+    def holding(self) -> bool:
+        return self._held is not None
+
+    def release(self) -> None:
+        """What was held is as it was read."""
+        self._held = None
+
+    def to_reasoning(self, marker: str) -> None:
+        """What was held, and what was read since up to ``marker``, is reasoning, less one newline before ``marker``."""
+        assert self._held is not None
+        self._flush()
+        held, self._events[self._held :] = self._events[self._held :], []
+        self._held, self.calls = None, self._first_held_call
+        text = ("".join(event.source for event in held) + self.reader.drain()).removesuffix(marker)
+        self._collect(ReasoningDelta, text.removesuffix("\n"))
+        self._emit(Markup("\n" * text.endswith("\n") + marker))
+
     def events(self) -> list[Event]:
-        """Those since the last time."""
+        """Those since the last time, but for those that are held."""
         if self._kind is not None:
             self._flush()
-        events, self._events = self._events, []
+        if self._held is None:
+            events, self._events = self._events, []
+            return events
+        events, self._events = self._events[: self._held], self._events[self._held :]
+        self._held = 0
         return events
 
     def _collect(self, kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta], text: str) -> None:
@@ -90,28 +122,37 @@ class Output:
 class CallWriter:
     """One call, from when it is only suspected.
 
-    It starts once its name is known; a bare one, which may yet be an ordinary answer, once its arguments begin too.
-    Until then nothing of it is written, and what was read can still become text. A call of a tool that is not there
-    is written as text if ``as_text``.
+    It starts once its name is known; a ``bare`` one, which may yet be an ordinary answer, once its arguments begin
+    too; with ``hold``, once it is over and its arguments are valid JSON. Until then nothing of it is written, and what
+    was read can still become text. A call of an unknown tool is written as text if ``as_text``.
     """
 
     def __init__(
-        self, out: Output, tools: Mapping[str, Tool] | None, new_id: Callable[[], str], bare: bool, as_text: bool
+        self,
+        out: Output,
+        tools: Mapping[str, Tool] | None,
+        new_id: Callable[[], str],
+        *,
+        bare: bool = False,
+        hold: bool = False,
+        as_text: bool = True,
     ) -> None:
         self._out = out
         self._tools = tools
         self._new_id = new_id
+        self._hold = hold
         self._as_text = as_text
         self._id = ""
-        self._early: list[str] = []  # arguments that came before the name
+        self._early: list[str] = []  # arguments that came before the start
         self.bare = bare
         self.name = ""
         self.started = False
         self.arguments_begun = False
         self.arguments_done = False
-        self.is_text = False  # started, but an unknown tool's: passed through
+        self.is_text = False  # an unknown tool's, or malformed before it started
         self.shown = False  # started as a call
         self.over = False
+        self.malformed = False  # started, then cut short
 
     @property
     def tool(self) -> Tool | None:
@@ -144,7 +185,12 @@ class CallWriter:
         return self._out.arguments if self.shown else self.arguments
 
     def end(self) -> None:
-        """The call is over as it should be. Raises `Malformed` if it was none."""
+        """The call is over. Raises `Malformed` if it was none."""
+        if self._hold:
+            if not self.name or not self.arguments_begun or not is_json("".join(self._early)):
+                raise Malformed
+            self._hold = False
+            self._start()
         if not self.started and (self.bare or not self.name):
             raise Malformed
         if not self.arguments_begun:
@@ -152,17 +198,22 @@ class CallWriter:
             self.arguments("{}")
         self._finish(True)
 
-    def abandon(self) -> None:
-        """The text left the format, or ended."""
-        if self.started:
-            self._finish(self.arguments_done)
-        else:
+    def fail(self) -> bool:
+        """The text departed from the format, or ended. Returns whether that cut short a call that had started."""
+        if self.malformed or self.over or not self.started:
             self._out.text()
+            self.is_text = self.is_text or not self.started
+        else:
+            self.malformed = True
+            self._finish(self.arguments_done)
+        return self.malformed
 
     def _unknown(self, name: str) -> bool:
         return self._tools is not None and name not in self._tools
 
     def _start(self) -> None:
+        if self._hold:
+            return
         self.started = True
         if self._as_text and self._unknown(self.name):
             self.is_text = True

@@ -1,23 +1,26 @@
 """Splits a model's output into content, reasoning and tool calls, as it arrives.
 
-What counts as what:
+The rules:
 
-- A call starts as soon as its name is known. Text that looked like a call and departs from the format before that is
-  content, whole and with its markers; reading goes on right behind it.
-- A call that started stays one. Where its arguments leave the format or the output ends, they end, `CallEnd` says it
-  is not complete, and nothing is made up: no closing brace, no missing value. What follows is content.
+- A call starts as soon as its name is known. Text that looks like a call and departs from the format before that is
+  content, including its markers; reading continues right behind it. JSON without a marker, which may be an ordinary
+  answer, starts only once it is complete and valid.
+- A call that started remains one. If its arguments leave the format or the output ends, `CallEnd` says that it is not
+  complete, and nothing is made up: no closing brace, no missing value. What follows is content.
 - A call without arguments, or whose arguments are ``null``, has ``{}``.
-- A call of a tool that is not there is content, whole, or a call like others (``unknown_tools``).
+- A call of an unknown tool is content, as a whole, or a call like others (``unknown_tools``).
 - Whitespace around and between calls, where nothing else is written, belongs to them. Any other stays in the content.
 - Reasoning begins where only whitespace came before it (in the message, or since the last reasoning or call); a
-  marker elsewhere is text. Inside reasoning, markers of calls are text unless ``tools_in_reasoning``. Unclosed
-  reasoning lasts to the end.
+  marker elsewhere is text. A lone end marker there, of reasoning that is empty, is dropped.
+- A call inside reasoning is part of it if the reasoning is closed later. If it never is, the model left it out: the
+  reasoning ended before the call. Events are held until one or the other is certain.
 
 `events` has the rule that accounts for every character.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -28,15 +31,13 @@ from .formats import ReasoningFormat, ToolFormat, reasoning_format, tool_format
 from .output import CallWriter, Output, long_id, short_id
 from .reader import Malformed, Markers, Reader, Wait
 
-_BARE = "a call without a marker"
-
 
 class StreamParser:
     """One output: `feed` its pieces, then `finish`.
 
     ``tools``: the tools the model was given; None takes any name for a tool's. ``reasoning_open``: the prompt ended
-    inside reasoning (`detect.ends_in_reasoning`). ``unknown_tools``: what a call of another tool is.
-    ``tools_in_reasoning``: calls are looked for in reasoning too, which goes on after them. ``new_id`` makes call ids.
+    inside reasoning (`detect.ends_in_reasoning`). ``unknown_tools``: what a call of another tool is. ``new_id`` makes
+    call ids.
 
     Costs time linear in the text, however it is cut, and memory for what cannot be decided yet.
     """
@@ -49,7 +50,6 @@ class StreamParser:
         *,
         reasoning_open: bool = False,
         unknown_tools: Literal["content", "call"] = "content",
-        tools_in_reasoning: bool = False,
         new_id: Callable[[], str] | None = None,
     ) -> None:
         self._format = tool_format(tools_format) if isinstance(tools_format, str) else tools_format
@@ -61,18 +61,18 @@ class StreamParser:
         short = self._format is not None and self._format.short_ids
         self._new_id = new_id or (short_id if short else long_id)
         begins = self._format.begin if self._format else ()
-        thoughts = (self._reasoning.begin,) if self._reasoning else ()
-        self._begins = Markers(begins)
-        self._openings = Markers(thoughts + begins)
-        self._thought_ends = Markers(
-            ((self._reasoning.end,) if self._reasoning else ()) + (begins if tools_in_reasoning else ())
-        )
-        self._bare_starts = ""
-        if self._format and self._format.bare:
-            self._bare_starts = "[" if "pythonic" in self._format.payloads else "{"
+        self._bare = tuple(self._format.bare) if self._format else ()
+        thoughts = (self._reasoning.begin, self._reasoning.end) if self._reasoning else ()
+        self._openings = Markers(thoughts + begins + self._bare)
+        anywhere = begins + (self._bare if self._format and self._format.anywhere else ())
+        self._in_content = Markers(anywhere)
+        self._after_held_call = Markers(anywhere + thoughts[1:])
+        self._in_thinking = Markers(dict.fromkeys(thoughts[1:], 1) | dict.fromkeys(begins + self._bare, 2))
         self._reader = Reader()
         self._out = Output(self._reader)
         self._call: CallWriter | None = None
+        self._hold_call = False
+        self._bare_call = False
         self._reading = self._read(reasoning_open)
         self._finished = False
         next(self._reading, None)
@@ -93,30 +93,39 @@ class StreamParser:
         return self._out.events()
 
     def finish(self) -> list[Event]:
-        """No more text will come: what was held back. Nothing if called again."""
+        """No more text will come: the events held back so far. Nothing if called again."""
         if not self._finished:
             self._finished = True
             self._reader.ended = True
             for _ in self._reading:
-                raise AssertionError("a reader waits for text after the end")
+                raise AssertionError("a reader asks for text after the end")
+            self._out.release()
         return self._out.events()
 
     def _read(self, reasoning_open: bool) -> Wait[None]:
-        if reasoning_open:
-            yield from self._think(opened=True)
+        begin, end = (self._reasoning.begin, self._reasoning.end) if self._reasoning else ("", "")
         fresh = True  # only whitespace since the start, the last reasoning or the last call
+        if reasoning_open:
+            fresh = yield from self._think(opened=True)
         while True:
             if fresh:
-                found = yield from self._opening()
+                yield from self._reader.space()
+                found = yield from self._reader.ahead(self._openings.all)
             else:
-                found = yield from self._reader.until(self._begins, self._out.text)
+                markers = self._after_held_call if self._out.holding else self._in_content
+                found = yield from self._reader.until(markers, self._out.text)
+            if found not in self._bare:
                 self._reader.take(self._reader.at + len(found))
             if not found:
                 if not (yield from self._reader.peek()):
                     break
+                self._out.text()
                 fresh = False
-            elif self._reasoning and found == self._reasoning.begin:
-                yield from self._think(opened=False)
+            elif found == begin:
+                self._out.release()  # reasoning begins anew: it had ended before the call
+                fresh = yield from self._think(opened=False)
+            elif found == end:
+                yield from self._end_thinking(found)
                 fresh = True
             else:
                 fresh = yield from self._calls(found)
@@ -125,20 +134,9 @@ class StreamParser:
         else:
             self._out.text()
 
-    def _opening(self) -> Wait[str]:
-        """Where reasoning or calls may begin: the marker, read; `_BARE`; "" if text or the end is there."""
-        following = yield from self._reader.space()
-        found = yield from self._reader.literal(self._openings.all)
-        if found:
-            return found
-        if following and following in self._bare_starts:
-            return _BARE
-        if following:
-            self._out.text()
-        return ""
-
-    def _think(self, *, opened: bool) -> Wait[None]:
-        """Reads reasoning to its end, its begin marker already read unless ``opened`` by the prompt."""
+    def _think(self, *, opened: bool) -> Wait[bool]:
+        """Reads reasoning to its end, or to a call after which it may have ended. Its begin marker has been read unless
+        ``opened`` by the prompt. Returns whether only whitespace came since."""
         assert self._reasoning is not None
         self._out.structured = self._out.thinking = True
         if opened:
@@ -146,65 +144,108 @@ class StreamParser:
         yield from self._reader.optional("\n")
         self._out.markup()
         while True:
-            found = yield from self._reader.until(self._thought_ends, self._out.text, drop_newline=True)
-            if not found:
-                break
-            self._reader.take(self._reader.at + len(found))
-            if found == self._reasoning.end:
-                yield from self._reader.optional("\n")
-                yield from self._reader.optional("\n")
-                break
-            yield from self._calls(found)
-            self._out.text()  # whitespace after a call is thinking again
+            found = yield from self._reader.until(self._in_thinking, self._out.text)
+            if found not in self._bare:
+                self._reader.take(self._reader.at + len(found))
+            if not found or found == self._reasoning.end:
+                yield from self._end_thinking(found)
+                return True
+            fresh = yield from self._calls(found)
+            if self._out.holding:
+                self._out.thinking = False
+                return fresh
+            self._out.text()
+
+    def _end_thinking(self, marker: str) -> Wait[None]:
+        """Ends reasoning after its end marker, or if that is "" with the output."""
+        if self._out.holding:
+            self._out.to_reasoning(marker)
+        if marker:
+            yield from self._reader.optional("\n")
+            yield from self._reader.optional("\n")
         self._out.markup()
         self._out.thinking = False
+        self._out.structured = True
 
     def _calls(self, begin: str) -> Wait[bool]:
-        """Reads calls, their begin marker already read. Whether there was one and nothing but whitespace since."""
+        """Reads calls, their begin marker already read unless they are bare. Returns whether there was one and only
+        whitespace since."""
         assert self._format is not None
-        bare = begin == _BARE
+        reader, out = self._reader, self._out
         self._call = None
         try:
-            yield from self._payload(begin, bare)
+            yield from self._payload(begin)
         except Malformed:
-            call = self._call
-            if call is None or call.over or not call.started:
-                self._out.text()
+            if self._call is None:
+                out.text()
                 return False
-            call.abandon()
-        yield from self._reader.space()
-        if (yield from self._reader.literal(self._format.end)):
-            self.closed()
-        return not self._is_text()
-
-    def _payload(self, begin: str, bare: bool) -> Wait[None]:
-        assert self._format is not None
-        kinds = self._format.payloads
-        if "xml" in kinds:
-            yield from payloads.xml_calls(self._reader, self, self._format, begin)
-        elif "pythonic" in kinds:
-            yield from payloads.pythonic_calls(self._reader, self, bare)
+            if not self._call.fail():
+                return False
         else:
-            following = yield from self._reader.space()
-            if "named" in kinds and following not in ("{", "["):
-                yield from payloads.named_call(self._reader, self)
-            else:
-                yield from payloads.json_calls(self._reader, self, self._format, bare)
+            if not self._is_text():
+                yield from reader.space()
+                if (yield from reader.run(_EXTRA)):
+                    following = yield from reader.space()
+                    if following and not (yield from reader.ahead(self._format.end)):
+                        out.text()
+                        return False
+        yield from reader.space()
+        while (yield from reader.literal(self._format.after + self._format.end)):
+            out.text() if self._is_text() else out.markup()
+            yield from reader.space()
+        if self._is_text():
+            out.text()
+            return False
+        return True
+
+    def _payload(self, begin: str) -> Wait[None]:
+        assert self._format is not None
+        reader, format = self._reader, self._format
+        bare = begin in self._bare
+        following = yield from reader.space()
+        while not bare and (yield from reader.literal(format.before)):
+            following = yield from reader.space()
+        is_json = "json" in format.payloads and following in ("{", "[")
+        self._bare_call, self._hold_call = bare, bare and is_json
+        if is_json:
+            yield from payloads.json_calls(reader, self, format, bare)
+        elif "tags" in format.payloads:
+            yield from payloads.tagged_calls(reader, self, format, begin)
+        elif "pythonic" in format.payloads:
+            yield from payloads.pythonic_calls(reader, self, bare)
+        elif "named" in format.payloads:
+            yield from payloads.named_call(reader, self, format)
+        else:
+            raise Malformed
 
     def _is_text(self) -> bool:
         return self._call is not None and self._call.is_text
 
-    def open(self, bare: bool = False) -> CallWriter:
+    def open(self) -> CallWriter:
         """For payload readers: the next call."""
-        self._call = CallWriter(self._out, self._tools, self._new_id, bare, self._unknown_as_text)
+        self._call = CallWriter(
+            self._out,
+            self._tools,
+            self._new_id,
+            bare=self._bare_call,
+            hold=self._hold_call,
+            as_text=self._unknown_as_text,
+        )
         return self._call
 
+    def text(self, _: str = "") -> None:
+        """For payload readers: what was read since the last event is text."""
+        self._out.text()
+
     def closed(self) -> None:
-        """For payload readers: what was read since the last call closes it, or a list of calls."""
-        if self._is_text():
+        """For payload readers: what was read since the last call closes a list of calls."""
+        if self._call is not None and (self._call.is_text or self._call.malformed):
             self._out.text()
         else:
             self._out.markup()
+
+
+_EXTRA = re.compile(r"[}\]]+")  # closing brackets too many: small models write them
 
 
 def parse(
@@ -215,7 +256,6 @@ def parse(
     *,
     reasoning_open: bool = False,
     unknown_tools: Literal["content", "call"] = "content",
-    tools_in_reasoning: bool = False,
     new_id: Callable[[], str] | None = None,
 ) -> Parsed:
     """A whole output at once: the fold of one `StreamParser.feed` and `finish`."""
@@ -225,7 +265,6 @@ def parse(
         tools,
         reasoning_open=reasoning_open,
         unknown_tools=unknown_tools,
-        tools_in_reasoning=tools_in_reasoning,
         new_id=new_id,
     )
     return assemble([*parser.feed(text), *parser.finish()])

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 
 from .json_values import escape, string
-from .reader import SPACE, Malformed, Reader, Show, Wait
+from .reader import SPACE, Malformed, Markers, Reader, Show, Wait
 
 # Whole and plain, so there is nothing to wait for: the short way to what `_string` does.
 _SHORT_STRING = re.compile(r"""\"([^"\\]+)\"|'([^'\\]+)'|""(?=[^"])|''(?=[^'])""")
 _WORD = re.compile(r"[0-9A-Za-z_.+\-]+")
+_BARE_KEY = re.compile(r"[^\s:{}\[\],\"'<]+")
 _BLANK = frozenset(["", " ", "\t", "\r", "\n"])  # nothing to go by: more text, or the end, must come first
 _CLOSED = {"{": "}", "[": "]", "(": ")"}
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
@@ -22,12 +23,14 @@ _BASED = re.compile(r"([+-]?)(0[xX][0-9a-fA-F]{1,64}|0[oO][0-7]{1,64}|0[bB][01]{
 _VALUE, _COLON, _KEY, _ITEM, _AFTER = range(5)
 
 
-def value(reader: Reader, show: Show, opened: str = "", *, lead: str = "") -> Wait[None]:
+def value(reader: Reader, show: Show, opened: str = "", *, lead: str = "", quote: str = "") -> Wait[None]:
     """Reads one literal; ``show`` gets the same value as JSON, in pieces, whitespace as written.
 
     ``opened``: the value is a dict of which this, ``{`` and blanks, has been read. ``lead`` is shown right before the
-    first piece. Raises `Malformed` at what is no literal; what was shown is then the beginning of a JSON text.
+    first piece. ``quote``: a string that also delimits strings, without escapes; keys may then be bare words. Raises
+    `Malformed` at what is no literal; what was shown is then the beginning of a JSON text.
     """
+    quotes = Markers((quote,)) if quote else None
     closers = ["}"] if opened else []
     state = _KEY if opened else _VALUE
     if opened:
@@ -62,6 +65,13 @@ def value(reader: Reader, show: Show, opened: str = "", *, lead: str = "") -> Wa
             state = _VALUE
         elif state == _AFTER:
             raise Malformed
+        elif quotes and following == quote[0] and (yield from reader.literal((quote,))):
+            show(pending + '"')
+            if not (yield from reader.until(quotes, lambda text: show(escape(text)))):
+                raise Malformed
+            reader.take(reader.at + len(quote))
+            show('"')
+            state = _COLON if state == _KEY else _AFTER
         elif following in "\"'":
             while len(reader.text) - reader.at < 3 and not reader.ended:
                 yield  # enough to tell an empty string from a tripled quote
@@ -73,7 +83,11 @@ def value(reader: Reader, show: Show, opened: str = "", *, lead: str = "") -> Wa
                 yield from _string(reader, show, pending)
             state = _COLON if state == _KEY else _AFTER
         elif state == _KEY:
-            raise Malformed
+            key = (yield from reader.run(_BARE_KEY)) if quotes else ""
+            if not key:
+                raise Malformed
+            show(f'{pending}"{escape(key)}"')
+            state = _COLON
         elif following in "{[(":
             reader.take(reader.at + 1)
             show(pending + ("{" if following == "{" else "["))
@@ -85,7 +99,7 @@ def value(reader: Reader, show: Show, opened: str = "", *, lead: str = "") -> Wa
                 word = reader.take(match.end())
             else:
                 word = yield from reader.run(_WORD)
-            show(pending + _scalar(word))
+            show(pending + scalar(word))
             state = _AFTER
         if state == _AFTER and not closers:
             return
@@ -97,8 +111,8 @@ def _string(reader: Reader, show: Show, lead: str) -> Wait[None]:
     show('"')
 
 
-def _scalar(word: str) -> str:
-    """A number or constant as JSON writes it."""
+def scalar(word: str) -> str:
+    """A number or constant as JSON writes it. Raises `Malformed` if it is neither."""
     if word in _WORDS:
         return _WORDS[word]
     if JSON_NUMBER.fullmatch(word):

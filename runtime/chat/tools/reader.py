@@ -1,13 +1,14 @@
 """Text that arrives in pieces, read as if it were whole.
 
-What reads it is written as generators that ``yield`` where they need more text, so no reader can see how the text was
+Readers are generators that ``yield`` where they need more text, so their result does not depend on how the text was
 cut. Unread text never grows past the longest marker: every piece is scanned once.
 """
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -19,36 +20,42 @@ _SPACES = frozenset(["", " ", "\t", "\r", "\n"])
 
 
 class Malformed(Exception):
-    """The text stops following the format where the reader stands, or ends too early."""
+    """The text departs from the format at the reader's position, or ends too early.
+
+    ``opened``: the brackets that are open there, as far as the raising reader knows.
+    """
+
+    def __init__(self, opened: str = "") -> None:
+        super().__init__(opened)
+        self.opened = opened
 
 
 class Markers:
     """Fixed strings to find in a text, the leftmost first.
 
-    The first character of each must appear nowhere else in any of them, so two can never overlap, and where a text
-    ends there is one place at most where one may have begun. Raises ValueError otherwise.
+    ``markers`` maps each to the number of newlines right before it that belong to it; a list means none. Raises
+    ValueError if one contains another: in a text that arrives in pieces, which of the two it is could not be decided.
     """
 
-    __slots__ = ("_firsts", "_longest", "_pattern", "all")
+    __slots__ = ("_firsts", "_longest", "_pattern", "all", "most_newlines", "newlines")
 
-    def __init__(self, markers: Sequence[str]) -> None:
-        self.all = tuple(dict.fromkeys(markers))
-        self._firsts = "".join(sorted({marker[:1] for marker in self.all}))
-        if not all(self.all) or any(first in marker[1:] for marker in self.all for first in self._firsts):
-            raise ValueError(f"markers that may overlap: {self.all}")
+    def __init__(self, markers: Mapping[str, int] | Sequence[str]) -> None:
+        self.newlines = dict(markers) if isinstance(markers, Mapping) else dict.fromkeys(markers, 0)
+        self.all = tuple(self.newlines)
+        if "" in self.newlines or any(one in other for one, other in itertools.permutations(self.all, 2)):
+            raise ValueError(f"markers that contain one another: {self.all}")
+        self.most_newlines = max(self.newlines.values(), default=0)
         self._longest = max(map(len, self.all), default=0)
         self._pattern = re.compile("|".join(map(re.escape, self.all)) if self.all else "(?!)")
+        self._firsts = re.compile("|".join(sorted({re.escape(marker[0]) for marker in self.all})) or "(?!)")
 
     def find(self, text: str, at: int) -> re.Match[str] | None:
         return self._pattern.search(text, at)
 
     def begun(self, text: str, at: int) -> int:
         """Where the end of ``text`` may be the beginning of a marker; its length if nowhere."""
-        at = max(at, len(text) - self._longest + 1)
-        start = -1
-        for first in self._firsts:
-            start = max(start, text.rfind(first, at))
-        if start >= 0:
+        for first in self._firsts.finditer(text, max(at, len(text) - self._longest + 1)):
+            start = first.start()
             tail = text[start:]
             for marker in self.all:
                 if marker.startswith(tail):
@@ -86,7 +93,7 @@ class Reader:
         self._taken.clear()
         return taken
 
-    # The rest read on as text arrives. They are called for every few characters, so none builds on another.
+    # Generators from here on. They run for every few characters, so none calls another: each call costs a frame.
 
     def peek(self) -> Wait[str]:
         """The next character, unread; "" at the end."""
@@ -166,24 +173,25 @@ class Reader:
                 return following
             yield
 
-    def until(self, markers: Markers, show: Show, *, drop_newline: bool = False) -> Wait[str]:
+    def until(self, markers: Markers, show: Show) -> Wait[str]:
         """Reads up to a marker, which stays unread and is returned; "" at the end of the text.
 
-        ``show`` gets the text in pieces. ``drop_newline``: one newline right before the marker is read, not shown.
+        ``show`` gets the text in pieces, without the newlines that belong to the marker.
         """
         while True:
-            match = markers.find(self.text, self.at)
+            text = self.text
+            match = markers.find(text, self.at)
             if match:
-                end = shown = match.start()
-                held = drop_newline
+                end, newlines = match.start(), markers.newlines[match.group()]
             elif self.ended:
-                end = shown = len(self.text)
-                held = False
+                end, newlines = len(text), 0
             else:
-                end = shown = markers.begun(self.text, self.at)
-                held = drop_newline
-            if held and end > self.at and self.text[end - 1] == "\n":
-                shown -= 1
+                end, newlines = markers.begun(text, self.at), markers.most_newlines
+            shown = end
+            if newlines:
+                first = max(self.at, end - newlines)
+                while shown > first and text[shown - 1] == "\n":
+                    shown -= 1
             if shown > self.at:
                 show(self.take(shown))
             if match:

@@ -8,11 +8,20 @@ from typing import Any
 
 from . import python_values
 from .definitions import Tool
-from .json_values import escape
+from .json_values import escape, is_json
 from .python_values import JSON_NUMBER
 from .reader import Malformed, Reader
 
 STRING = frozenset({"string"})
+# Names that are not JSON schema's, which tools written for other languages use.
+_ALIASES = {
+    **dict.fromkeys(("float", "double", "decimal", "num"), "number"),
+    **dict.fromkeys(("int", "long", "uint"), "integer"),
+    **dict.fromkeys(("dict", "map"), "object"),
+    **dict.fromkeys(("list", "arr", "tuple", "set"), "array"),
+    **dict.fromkeys(("str", "text"), "string"),
+    "bool": "boolean",
+}
 _REFERENCES = 16  # $ref followed at most, one after the other
 _BRANCHES = 64  # of anyOf, oneOf and allOf looked into at most
 
@@ -34,10 +43,9 @@ def _types(schema: Any, root: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(schema, Mapping):
             continue
         types = schema.get("type")
-        if isinstance(types, str):
-            yield types
-        elif isinstance(types, list):
-            yield from (name for name in types if isinstance(name, str))
+        if isinstance(types, str | list):
+            names = [types] if isinstance(types, str) else types
+            yield from (_ALIASES.get(name.lower(), name) for name in names if isinstance(name, str))
         elif isinstance(schema.get("enum"), list):
             yield from {_type_of(value) for value in schema["enum"]}
         elif "const" in schema:
@@ -70,8 +78,16 @@ def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
 
 
 def typed(text: str, types: frozenset[str]) -> str:
-    """``text`` as JSON of one of ``types``: as it is where it is already; a string where it is nothing of the kind."""
+    """``text`` as JSON of one of ``types``: unchanged if it is already; a string if it is of none of them.
+
+    A JSON string whose content is of one of ``types`` is taken for a value encoded twice.
+    """
     bare = text.strip()
+    if bare[:1] == '"' and "string" not in types and is_json(bare):
+        content = json.loads(bare)
+        if not content.lstrip().startswith('"'):
+            inner = typed(content, types)
+            return inner if inner[0] != '"' else f'"{escape(text)}"'
     if bare in ("null", "None"):
         return "null"
     if "boolean" in types and bare.lower() in ("true", "false"):
@@ -81,24 +97,12 @@ def typed(text: str, types: frozenset[str]) -> str:
         if JSON_NUMBER.fullmatch(number):
             return number
     if types & {"object", "array"} and bare[:1] in ("{", "["):
-        if _is_json(bare):
+        if is_json(bare):
             return bare
         converted = _from_python(bare)
         if converted is not None:
             return converted
     return f'"{escape(text)}"'
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text, parse_constant=_refuse, parse_int=str)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)
 
 
 def _from_python(text: str) -> str | None:

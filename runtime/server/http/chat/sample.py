@@ -41,9 +41,12 @@ class Sample:
 
     @property
     def finish_reason(self) -> str | None:
-        """The engine's, or ``tool_calls`` for an answer that ended with calls in it."""
+        """The engine's, or ``tool_calls`` for an answer with calls that did not end inside one, as at a stop string."""
         reason = self.output.finish_reason
-        return "tool_calls" if reason == "stop" and any(block.kind == "call" for block in self.blocks) else reason
+        if reason != "stop" or not any(block.kind == "call" for block in self.blocks):
+            return reason
+        last = self.blocks[-1]
+        return "tool_calls" if last.kind != "call" or last.complete else "stop"
 
     def feed(self, delta: Delta) -> list[BlockEvent]:
         """What ``delta`` adds to the blocks."""

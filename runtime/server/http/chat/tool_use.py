@@ -58,7 +58,9 @@ class ToolUse:
         used = bool(offered) and choice.mode != "none"
         if used and (formats.tools is None or not template.for_tools.writes_tools):
             raise InvalidRequest(
-                "tools", "are not supported: this model's chat template has none that this server can read"
+                "tools",
+                "are not supported: this model's chat template writes no tool calls in a format that this server "
+                "recognises; --tool-call-parser sets one",
             )
         self.offered: Sequence[OfferedTool] = offered if used else ()
         self._special = formats.special

@@ -145,7 +145,7 @@ HERMES = [
         content=" x",
         calls=[("f", '{"a": 1', False)],
     ),
-    Case("one brace too many", f"<tool_call>{A1}}}</tool_call>", content="}</tool_call>", calls=[A1_CALL]),
+    Case("one brace too many", f"<tool_call>{A1}}}</tool_call>", calls=[A1_CALL]),
     Case("no end marker", f"<tool_call>{A1}", calls=[A1_CALL]),
     Case("no end marker, text", f"<tool_call>{A1}\nDone.", content="\nDone.", calls=[A1_CALL]),
     Case("no end marker, another call", f"<tool_call>{A1}\n<tool_call>{A1}", calls=[A1_CALL, A1_CALL]),
@@ -265,19 +265,10 @@ REASONING = [
         content="c",
     ),
     Case(
-        "a call inside reasoning, looked for",
-        f"<think>a <tool_call>{A1}</tool_call> b</think>c",
-        reasoning="a  b",
-        content="c",
-        calls=[A1_CALL],
-        options={"tools_in_reasoning": True},
-    ),
-    Case(
         "no call inside reasoning",
         "<think>a <tool_call>x</tool_call>\n</think>c",
         reasoning="a <tool_call>x</tool_call>",
         content="c",
-        options={"tools_in_reasoning": True},
     ),
     Case(
         "reasoning's markers in arguments",
@@ -312,7 +303,7 @@ LLAMA = [
     ),
     Case("bare, semicolon", f"{A1};{A1}", "llama3_json", calls=[A1_CALL, A1_CALL]),
     Case("bare, on lines", f"{A1}\n{A1}\n", "llama3_json", calls=[A1_CALL, A1_CALL]),
-    Case("a semicolon and text", f"{A1}; then {A1}", "llama3_json", f"; then {A1}", calls=[A1_CALL]),
+    Case("a semicolon and text", f"{A1}; then {A1}", "llama3_json", "; then ", calls=[A1_CALL, A1_CALL]),
     Case("a semicolon at the end", f"{A1};", "llama3_json", ";", calls=[A1_CALL]),
     Case("a JSON answer", '{"title": "f", "parameters": {}}', "llama3_json", '{"title": "f", "parameters": {}}'),
     Case("a JSON answer with a name", '{"name": "f", "age": 3}', "llama3_json", '{"name": "f", "age": 3}'),
@@ -324,7 +315,7 @@ LLAMA = [
         '{"name": "Bob", "parameters": {}}',
         options={"unknown_tools": "call"},
     ),
-    Case("JSON later in the answer", f"See: {A1}", "llama3_json", f"See: {A1}"),
+    Case("later in the answer", f"See: {A1}", "llama3_json", "See: ", calls=[A1_CALL]),
     Case(
         "code after the tag",
         '<|python_tag|>search.call(query="x")',
@@ -333,7 +324,13 @@ LLAMA = [
     ),
     Case("Python's quotes", "{'name': 'f', 'parameters': {'a': 1}}", "llama3_json", calls=[A1_CALL]),
     Case("cut while it may be an answer", '{"name": "f", "para', "llama3_json", '{"name": "f", "para'),
-    Case("cut in the arguments", '{"name": "f", "parameters": {"a', "llama3_json", calls=[("f", '{"a', False)]),
+    Case("cut in the arguments", '{"name": "f", "parameters": {"a', "llama3_json", '{"name": "f", "parameters": {"a'),
+    Case(
+        "with the tag, cut in the arguments",
+        '<|python_tag|>{"name": "f", "parameters": {"a',
+        "llama3_json",
+        calls=[("f", '{"a', False)],
+    ),
     Case("thinking, then bare", f"<think>a</think>\n{A1}", "llama3_json", "", "a", [A1_CALL]),
 ]
 

@@ -20,7 +20,7 @@ from branchwise.runtime.chat.tools import (
 )
 
 # What may be read and be neither content nor reasoning nor a call.
-MARKUP = re.compile(r"(?:\s|<think>|</think>|\[THINK\]|\[/THINK\]|</tool_call>|<\|python_end\|>|\])*")
+MARKUP = re.compile(r"(?:\s|<think>|</think>|\[THINK\]|\[/THINK\]|</tool_call>|<\|python_end\|>|[}\]])*")
 # What of a call is neither its name nor its arguments: markers, and JSON's envelope.
 ENVELOPE = re.compile(
     r"""(?:\s|<tool_call>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|\[CALL_ID\]\w{9}|\[ARGS\]|[{}\[\],:;"']"""

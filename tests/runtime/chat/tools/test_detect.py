@@ -17,6 +17,38 @@ CODER = (
     "{%- for call in message.tool_calls %}{{- '<tool_call>\\n<function=' + call.name + '>\\n<parameter=' + k + '>\\n'"
 )
 LLAMA = "{%- if tools is not none %}{{- '{\"name\": \"' + call.name + '\", ' }}{{- '\"parameters\": ' }}"
+GLM = (
+    "{%- if tools %}<tool_call>{function-name}\\n<arg_key>{arg-key-1}</arg_key>\\n<arg_value>{arg-value-1}</arg_value>"
+    "\\n</tool_call>{%- for tc in m.tool_calls %}{{ '\\n<tool_call>' + tc.name }}"
+)
+SEED = (
+    "{%- set toolcall_begin_token = '<seed:tool_call>' %}{%- set think_end_token = '</seed:think>' %}"
+    "{{ toolcall_begin_token + '\\n<function=' + name + '>\\n<parameter=' + key }}"
+)
+MINIMAX = (
+    """{%- set toolcall_begin_token = '<minimax:tool_call>' %}{{- '<invoke name="' + tool_call.name + '">\\n' }}"""
+)
+APRIEL = (
+    'Return calls as a list within <tool_calls></tool_calls> XML tags: <tool_calls>[{"name": <name>, "arguments": {}}]'
+    "{%- if '<tool_call>' in content %}{%- for call in message.tool_calls %}"
+)
+R1 = (
+    "{{'<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + tool['type'] + '<｜tool▁sep｜>' + tool['function']['name']"
+    " + '\\n' + '```json' + '\\n' + tool['function']['arguments'] + '\\n' + '```' + '<｜tool▁call▁end｜>'}}"
+)
+V31 = R1.replace(" + '\\n' + '```json' + '\\n'", "").replace(" + '\\n' + '```'", "")
+KIMI = "<|tool_calls_section_begin|><|tool_call_begin|>{{ call['id'] }}<|tool_call_argument_begin|>{{ call.arguments }}"
+FUNCTION_GEMMA = "{{- '<start_function_call>call:' + tool_call.function.name + '{' }}"
+GEMMA_4 = "{{- '<|tool_call>call:' + function['name'] + '{' }}"
+XLAM = 'make calls in a single JSON array: \\n\\n[{\\"name\\": \\"tool_call_name\\", \\"arguments\\": {}}]{{ tools }}'
+NEMOTRON = "{{- '<TOOLCALL>[' }}{%- for call in message.tool_calls %}"
+# What no known format reads: calls between <tool_call> markers with another payload.
+OTHERS = [
+    "{%- for call in message.tool_calls %}{{ '<tool_call>\\n' + call.name + '(' + call.arguments + ')</tool_call>' }}",
+    "{%- for call in calls %}<tool_call>\\n<invoke name={{ call.name }}>{{ call.arguments }}</invoke></tool_call>",
+    "<tool_call>{function-name}<args>{name: value}</args></tool_call>{%- for call in message.tool_calls %}",
+    "{%- for call in message.tool_calls %}<function={{ call.name }}>{{ call.arguments }}</function>",
+]
 MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
 
 
@@ -37,6 +69,18 @@ MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
         (MISTRAL, [], Detected("mistral", None)),
         (MISTRAL, ["[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"], Detected("mistral_named", "mistral")),
         ("", ["[TOOL_CALLS]"], Detected("mistral", None)),
+        (GLM + THINKING, ["<tool_call>"], Detected("glm45", "think")),
+        (SEED, [], Detected("seed_oss", "seed_oss")),
+        (MINIMAX, ["<tool_call>"], Detected("minimax_m2", None)),
+        (APRIEL, [], Detected("apriel", None)),
+        (R1 + THINKING, [], Detected("deepseek_v3", "think")),
+        (V31, [], Detected("deepseek_v31", None)),
+        (KIMI, [], Detected("kimi_k2", None)),
+        (FUNCTION_GEMMA, [], Detected("functiongemma", None)),
+        (GEMMA_4, [], Detected("gemma4", None)),
+        (XLAM, [], Detected("xlam", None)),
+        (NEMOTRON, [], Detected("nemotron", None)),
+        *((other, ["<tool_call>", "</tool_call>"], Detected(None, None)) for other in OTHERS),
     ],
 )
 def test_detect(template: str, specials: list[str], expected: Detected) -> None:

@@ -67,6 +67,18 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
     def envelope(name: str, arguments: dict[str, Any], key: str = "arguments") -> str:
         return f'{{"name": "{name}", "{key}": {json.dumps(arguments, ensure_ascii=False)}}}'
 
+    def keywords(arguments: dict[str, Any]) -> str:
+        return ", ".join(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in arguments.items())
+
+    def tags(arguments: dict[str, Any], opening: str, closing: str) -> str:
+        return "".join(f"{opening % key}{xml(value)}{closing}\n" for key, value in arguments.items())
+
+    def quoted(value: Any, quote: str) -> str:
+        return f"{quote}{value}{quote}" if isinstance(value, str) else json.dumps(value)
+
+    def bare(arguments: dict[str, Any], quote: str) -> str:
+        return ",".join(f"{key}:{quoted(value, quote)}" for key, value in arguments.items())
+
     match format:
         case "hermes":
             return "\n".join(f"<tool_call>\n{envelope(*call)}\n</tool_call>" for call in calls)
@@ -74,16 +86,55 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
             return "; ".join(envelope(*call, key="parameters") for call in calls)
         case "mistral":
             return f"[TOOL_CALLS] [{', '.join(envelope(*call) for call in calls)}]"
+        case "nemotron":
+            return f"<TOOLCALL>[{', '.join(envelope(*call) for call in calls)}]</TOOLCALL>"
+        case "apriel":
+            return f"<tool_calls>[{', '.join(envelope(*call) for call in calls)}]</tool_calls>"
+        case "xlam":
+            return f"[{', '.join(envelope(*call) for call in calls)}]"
         case "mistral_named":
             return "".join(f"[TOOL_CALLS]{name}[ARGS]{json.dumps(a, ensure_ascii=False)}" for name, a in calls)
         case "pythonic":
-            keywords = [", ".join(f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in a.items()) for _, a in calls]
-            return f"[{', '.join(f'{name}({words})' for (name, _), words in zip(calls, keywords, strict=True))}]"
-    blocks = []
-    for name, arguments in calls:
-        parameters = "".join(f"<parameter={k}>\n{xml(v)}\n</parameter>\n" for k, v in arguments.items())
-        blocks.append(f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>")
-    return "\n".join(blocks)
+            return f"[{', '.join(f'{name}({keywords(a)})' for name, a in calls)}]"
+        case "gemma3":
+            return f"```tool_code\n[{', '.join(f'{name}({keywords(a)})' for name, a in calls)}]\n```"
+        case "deepseek_v31":
+            inner = (f"{name}<｜tool▁sep｜>{json.dumps(a, ensure_ascii=False)}" for name, a in calls)
+            body = "".join(f"<｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜>" for call in inner)
+            return f"<｜tool▁calls▁begin｜>{body}<｜tool▁calls▁end｜>"
+        case "deepseek_v3":
+            inner = (f"{name}\n```json\n{json.dumps(a, ensure_ascii=False)}\n```" for name, a in calls)
+            body = "\n".join(f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{call}<｜tool▁call▁end｜>" for call in inner)
+            return f"<｜tool▁calls▁begin｜>{body}<｜tool▁calls▁end｜>"
+        case "kimi_k2":
+            numbered = (
+                (f"functions.{name}:{i}", json.dumps(a, ensure_ascii=False)) for i, (name, a) in enumerate(calls)
+            )
+            inner = (f"{id}<|tool_call_argument_begin|>{a}" for id, a in numbered)
+            body = "".join(f"<|tool_call_begin|>{call}<|tool_call_end|>" for call in inner)
+            return f"<|tool_calls_section_begin|>{body}<|tool_calls_section_end|>"
+        case "functiongemma":
+            inner = (f"call:{name}{{{bare(a, '<escape>')}}}" for name, a in calls)
+            return "".join(f"<start_function_call>{call}<end_function_call>" for call in inner)
+        case "gemma4":
+            inner = (f"call:{name}{{{bare(a, GEMMA_QUOTE)}}}" for name, a in calls)
+            return "".join(f"<|tool_call>{call}<tool_call|>" for call in inner)
+        case "glm45":
+            inner = (
+                f"{name}\n{tags(a, '<arg_key>%s</arg_key>' + chr(10) + '<arg_value>', '</arg_value>')}"
+                for name, a in calls
+            )
+            return "\n".join(f"<tool_call>{call}</tool_call>" for call in inner)
+        case "minimax_m2":
+            inner = (f'<invoke name="{n}">\n{tags(a, MINIMAX, PADDED_END)}</invoke>\n' for n, a in calls)
+            return f"<minimax:tool_call>\n{''.join(inner)}</minimax:tool_call>"
+    inner = (f"<function={name}>\n{tags(a, QWEN, PADDED_END)}</function>\n" for name, a in calls)
+    outer = "seed:tool_call" if format == "seed_oss" else "tool_call"
+    return "\n".join(f"<{outer}>\n{call}</{outer}>" for call in inner)
+
+
+GEMMA_QUOTE, GLM = '<|"|>', "<arg_key>%s</arg_key>\n<arg_value>"
+QWEN, MINIMAX, PADDED_END = "<parameter=%s>\n", '<parameter name="%s">\n', "\n</parameter>"
 
 
 @pytest.fixture(params=sorted(TOOL_FORMATS))

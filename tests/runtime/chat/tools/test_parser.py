@@ -54,6 +54,10 @@ FRAGMENTS = [
         "\\ud83d",
     ),
     *('{"name": "f", "arguments": ', '{"name":"g"}', '"parameters": {', "[f(a=", "f", "a", "1", "-", ".", "null"),
+    *("<tool_calls>", "<TOOLCALL>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>", "```json"),
+    *("<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>", "<|tool_call_end|>", "```tool_code", "f(a=1)"),
+    *("<start_function_call>call:f{", "<escape>", "}<end_function_call>", '<invoke name="f">', "</invoke>", "```"),
+    *("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "<minimax:tool_call>", "</think>"),
     *("True", "\ud800", "\x00", "é", "🙂", '{"a": 1}', "\r\n"),
 ]
 any_text = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=3), max_size=40).map("".join)
@@ -62,7 +66,6 @@ switches = st.fixed_dictionaries(
     {
         "reasoning_open": st.booleans(),
         "unknown_tools": st.sampled_from(["content", "call"]),
-        "tools_in_reasoning": st.booleans(),
         "tools": st.just(None),
     }
 )
@@ -164,7 +167,10 @@ LONG = "lorem ipsum, dolor; " * 20
         ("hermes", '<tool_call>{"name": "f", "arguments": {"s": "', ArgumentsDelta),
         ("hermes", "<tool_call>{'name': 'f', 'arguments': {'s': '", ArgumentsDelta),
         ("hermes", '<tool_call>{"name": "f", "arguments": "', ArgumentsDelta),
-        ("llama3_json", '{"name": "f", "parameters": {"s": "', ArgumentsDelta),
+        ("llama3_json", '<|python_tag|>{"name": "f", "parameters": {"s": "', ArgumentsDelta),
+        ("glm45", "<tool_call>f\n<arg_key>s</arg_key>\n<arg_value>", ArgumentsDelta),
+        ("kimi_k2", '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"s": "', ArgumentsDelta),
+        ("functiongemma", "<start_function_call>call:f{s:<escape>", ArgumentsDelta),
         ("mistral", '[TOOL_CALLS]f[ARGS]{"s": "', ArgumentsDelta),
         ("qwen3_coder", "<function=f><parameter=s>", ArgumentsDelta),
         ("pythonic", "[f(s='", ArgumentsDelta),
@@ -211,7 +217,7 @@ def test_after_the_end() -> None:
 def test_formats_by_name() -> None:
     assert tool_format("qwen25") is tool_format("hermes")
     assert reasoning_format("deepseek_r1") is reasoning_format("think")
-    with pytest.raises(ValueError, match=r"unknown tool-call format 'x'; there are hermes, "):
+    with pytest.raises(ValueError, match=r"unknown tool-call format 'x'; there are .*hermes, "):
         StreamParser("x")
     with pytest.raises(ValueError, match=r"unknown reasoning format 'x'; there are think, "):
         StreamParser("hermes", "x")
@@ -222,9 +228,9 @@ def test_formats_by_name() -> None:
     }
 
 
-def test_markers_that_may_overlap_are_refused() -> None:
-    for wrong in (["<a<"], ["<a", "b<"], [""]):
-        with pytest.raises(ValueError, match="overlap"):
+def test_markers_that_contain_one_another_are_refused() -> None:
+    for wrong in (["<a", "<a>"], ["b", "abc"], [""]):
+        with pytest.raises(ValueError, match="contain one another"):
             Markers(wrong)
 
 
@@ -246,6 +252,13 @@ HOSTILE = {
     "arguments before a name that never comes": ("hermes", '<tool_call>{"arguments":{"', '\\"'),
     "a key": ("hermes", '<tool_call>{"', "a"),
     "fields": ("hermes", '<tool_call>{"name":"f"', ',"a":1'),
+    "calls in reasoning": ("hermes", "<think>", '<tool_call>{"name":"f","arguments":{}}</tool_call> and '),
+    "fences": ("gemma3", "", "``"),
+    "bare objects": ("llama3_json", "", '{"a": 1} '),
+    "bare lists": ("llama3_json", "", "[1, "),
+    "bad calls in a list": ("mistral", "[TOOL_CALLS][", '{"name":1},'),
+    "Gemma's values": ("functiongemma", "<start_function_call>call:f{", "a:<escape>b<escape>,"),
+    "GLM's values": ("glm45", "<tool_call>f\n", "<arg_key>a</arg_key><arg_value>1</arg_value>"),
     "bare calls": ("llama3_json", "", '{"name":"f","parameters":{}};'),
     "lists of calls": ("mistral", "[TOOL_CALLS][", '{"name":"f"},'),
     "Python's lists": ("pythonic", "[f(a=", "["),

@@ -122,3 +122,22 @@ def test_thinking_counts_the_same_in_one_piece(tokenizer: Tokenizer, text: str) 
     assert found == [found[0]] * 3
     assert bool(found[0]) == text.startswith("<think>")
     assert found[0] < len(tokens) or "</think>" not in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (CALL, "tool_calls"),
+        (CALL[:48], "stop"),
+        (f"{CALL}\n{CALL[:48]}", "stop"),
+        (f"{CALL}\nDone.", "tool_calls"),
+        (f"<think>\nhm\n{CALL}", "tool_calls"),
+        (f"<think>\nhm\n{CALL}</think>Done.", "stop"),
+    ],
+)
+def test_an_answer_that_stops_inside_a_call(tokenizer: Tokenizer, text: str, reason: str) -> None:
+    """A stop string in arguments ends the answer with ``stop``: there is no whole call to make."""
+    sample = Sample(tokenizer, SamplingParams(), StreamParser("hermes", "think", [TOOL]), one_call=False)
+    for delta in deltas(text, 3, "stop"):
+        sample.feed(delta)
+    assert sample.finish_reason == reason
