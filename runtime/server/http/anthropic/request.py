@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field
 
 from ....errors import InvalidRequest
-from ..fields.known import UNSUPPORTED
+from ..fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ..fields.parse import Strict, Strings, parse
 from ..fields.sampling import models_own
 from .errors import NO_THREADS
@@ -135,4 +135,5 @@ def read(kind: type[R], raw: Mapping[str, Any]) -> R:
             "is not supported by this server, which stores no conversations: send all messages",
             code=NO_THREADS,
         )
-    return parse(kind, raw, unsupported=MESSAGES_UNSUPPORTED)
+    generates = issubclass(kind, MessagesRequest)
+    return parse(kind, raw, unsupported=MESSAGES_UNSUPPORTED | ANSWER_FIELDS if generates else MESSAGES_UNSUPPORTED)

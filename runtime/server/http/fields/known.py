@@ -49,11 +49,33 @@ REFUSED: dict[str, str] = {
 }
 UNSUPPORTED = frozenset(REFUSED)
 
+# Fields of this server's own routes that change an answer: a generating route that lacks one refuses it.
+ANSWER_FIELDS = frozenset(
+    (
+        *("stop", "stop_sequences", "stop_token_ids", "ignore_eos", "include_stop_str_in_output", "no_stop_trim"),
+        *("temperature", "top_p", "top_k", "min_p", "logit_bias", "seed", "sampling_seed", "sampling_params"),
+        *("frequency_penalty", "presence_penalty", "repetition_penalty", "skip_special_tokens", "add_special_tokens"),
+        *("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "min_tokens", "min_new_tokens"),
+        *("n", "best_of", "echo", "logprobs", "top_logprobs", "return_logprob", "top_logprobs_num"),
+        *("logprob_start_len", "return_text_in_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
+        *("return_prompt_token_ids", "stream_options", "include", "priority", "parse_special", "truncation"),
+        *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "max_tool_calls"),
+        *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents"),
+        *("system", "instructions", "thinking", "reasoning", "reasoning_effort", "separate_reasoning"),
+        *("output_config", "output_format", "text", "input", "input_ids", "prompt", "messages", "extend"),
+    )
+)
+
 # Values of fields in `REFUSED` with which they ask for what this server does anyway.
 _NEUTRAL: dict[str, Any] = {
     "length_penalty": 1.0,
+    "repetition_penalty": 1.0,
+    **dict.fromkeys(("n", "best_of"), 1),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "min_p", "priority", "min_tokens", "top_logprobs"), 0),
+    **dict.fromkeys(("skip_special_tokens", "parallel_tool_calls", "separate_reasoning", "add_special_tokens"), True),
     "thinking_token_budget": -1,
     "include_reasoning": True,
+    "modalities": ["text"],
     "stream_reasoning": True,
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})

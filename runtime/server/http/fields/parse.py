@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ....errors import InvalidRequest
 from ....sampling_params import MAX_LOGIT_BIAS
 from ..plumbing.body import MAX_FIELDS
-from .known import REFUSED, UNSUPPORTED, asks_for_nothing
+from .known import ANSWER_FIELDS, REFUSED, UNSUPPORTED, asks_for_nothing
 
 # Fail fast: an error for each of thousands of elements would be slow to build.
 Strings = Annotated[list[str], Field(fail_fast=True)]
@@ -46,8 +46,10 @@ def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported:
     fields = kind.model_fields
     for name, value in body.items():
         if name in unsupported and name not in fields and not asks_for_nothing(name, value):
+            known = name in ANSWER_FIELDS and name not in REFUSED
+            problem = "is not a field of this route" if known else "is not supported by this server"
             hint = REFUSED.get(name)
-            raise InvalidRequest(f"{within}{name}", "is not supported by this server" + (f": {hint}" if hint else ""))
+            raise InvalidRequest(f"{within}{name}", problem + (f": {hint}" if hint else ""))
     given = {name: value for name, value in body.items() if value is not None or name in _NULL_MEANS_SOMETHING}
     if kind.model_config.get("extra") == "forbid":
         given = {name: value for name, value in given.items() if name not in unsupported - fields.keys()}

@@ -19,7 +19,7 @@ from ....scheduler.branches.registry import MAX_FORK
 from ....scheduler.branches.scores import Score, ScoreCollector
 from ....tokenizer.pieces import check_no_special, rendered_piece
 from ..fields.cache import seconds
-from ..fields.known import UNSUPPORTED
+from ..fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ..fields.parse import Strict, parse
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
 from ..openai.chat.request import chat_text
@@ -30,7 +30,7 @@ from ..plumbing.respond import respond
 from ..plumbing.routes import Query, Routes
 from ..plumbing.sse import json_response, wait
 from ..sglang.reply import GenerateReply
-from ..sglang.request import GenerateSampling, generate_names, generate_sampling
+from ..sglang.request import GenerateSampling, check_places, generate_names, generate_sampling
 from ..state import AppState
 from .admin import sees_all
 
@@ -172,7 +172,9 @@ def routes(state: AppState) -> Routes:
     async def generate(id: str, request: Request) -> Response:
         """Generate on a branch. The returned text stays in it, without stop tokens and stop strings. Of ``n`` samples
         the first stays."""
-        body = parse(RunRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
+        raw = await read_json_object(request)
+        check_places(raw)
+        body = parse(RunRequest, raw, unsupported=_UNSUPPORTED | ANSWER_FIELDS)
         params = generate_sampling(
             parse(GenerateSampling, body.sampling_params or {}, "sampling_params."),
             state.preferred,

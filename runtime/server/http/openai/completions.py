@@ -16,6 +16,7 @@ from ....messages import Delta
 from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ..fields.cache import caching
+from ..fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ..fields.parse import Prompts, StreamOptions, parse
 from ..fields.prompts import (
     Ids,
@@ -56,7 +57,7 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/v1/completions", body=CompletionRequest, generates=True, fast=True)
     async def completions(request: Request) -> Response:
         """Go on from a prompt, or from several (OpenAI's)."""
-        body = parse(CompletionRequest, await read_json_object(request))
+        body = parse(CompletionRequest, await read_json_object(request), unsupported=UNSUPPORTED | ANSWER_FIELDS)
         state.check_model(body.model)
         reply = _CompletionReply(state, body)
         call = state.client.open(reply.prompts, [body.rid] * len(reply.prompts))

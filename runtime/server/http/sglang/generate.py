@@ -10,6 +10,7 @@ from fastapi import Request, Response
 from ....errors import InvalidRequest, renaming
 from ....messages import Generate
 from ..fields.cache import caching
+from ..fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ..fields.parse import parse
 from ..fields.prompts import (
     check_count,
@@ -25,7 +26,7 @@ from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..state import AppState
 from .reply import GenerateReply
-from .request import GenerateRequest, GenerateSampling, generate_names, generate_sampling
+from .request import GenerateRequest, GenerateSampling, check_places, generate_names, generate_sampling
 
 PATH = "/generate"
 
@@ -39,9 +40,8 @@ def routes(state: AppState) -> Routes:
     async def generate(request: Request) -> Response:
         """Go on from a prompt, or from several (SGLang's)."""
         raw = await read_json_object(request)
-        for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
-            raise InvalidRequest(misplaced, "belongs in sampling_params")
-        body = parse(GenerateRequest, raw)
+        check_places(raw)
+        body = parse(GenerateRequest, raw, unsupported=UNSUPPORTED | ANSWER_FIELDS)
         reply = _BatchReply(state, body)
         call = state.client.open(reply.prompts, reply.labels)
         return await respond(call, request, reply, stream=body.stream, names=reply.names)

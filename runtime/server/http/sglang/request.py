@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field
 
 from ....constraint import KINDS
+from ....errors import InvalidRequest
 from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields
 from ..fields.parse import Integers, Prompts, Strings
@@ -46,6 +47,12 @@ class GenerateRequest(CacheFields):
     return_text_in_logprobs: bool = False
     return_prompt_token_ids: bool = False
     priority: int = Field(0, description="Higher is earlier, as in SGLang.")
+
+
+def check_places(raw: Mapping[str, Any]) -> None:
+    """Raises `InvalidRequest` for a field of ``sampling_params`` that is beside it."""
+    for misplaced in sorted(raw.keys() & GenerateSampling.model_fields.keys()):
+        raise InvalidRequest(misplaced, "belongs in sampling_params")
 
 
 def generate_sampling(

@@ -14,7 +14,7 @@ from .....errors import InvalidRequest
 from ...chat.prepare import conversation_text
 from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
-from ...fields.known import UNSUPPORTED
+from ...fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ...fields.parse import StreamOptions, Strings, parse
 from ...fields.prompts import check_label, openai_priority
 from ...fields.sampling import OpenAIFields, Sampling, openai_sampling
@@ -50,10 +50,11 @@ class ChatRequest(ChatFields):
 
 
 # Fields other servers take that would change the result; of those of the other routes, some are this one's own.
-CHAT_UNSUPPORTED = (UNSUPPORTED - ChatRequest.model_fields.keys()) | {
-    *("functions", "function_call", "audio", "web_search_options", "moderation", "chat_template", "echo", "best_of"),
-    *("mm_processor_kwargs", "media_io_kwargs", "return_token_ids", "return_tokens_as_token_ids"),
-}
+CHAT_UNSUPPORTED = (
+    UNSUPPORTED
+    | ANSWER_FIELDS
+    | {"audio", "web_search_options", "moderation", "mm_processor_kwargs", "media_io_kwargs"}
+)
 
 
 def chat_spec(body: ChatRequest, state: AppState) -> ChatSpec:
