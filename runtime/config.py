@@ -119,7 +119,9 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         tool_call_parser: How the model writes tool calls: hermes, llama3_json, mistral, qwen3_coder, pythonic, none, or
             auto: as its chat template says.
         reasoning_parser: How the model writes its thinking: think, mistral, none, or auto: as its chat template says.
-        drain_seconds: Seconds that requests in flight may take to finish after SIGTERM or Ctrl-C.
+        drain_delay: Seconds after SIGTERM or Ctrl-C in which requests are still taken while /health already says 503,
+            for load balancers to go elsewhere.
+        drain_seconds: Seconds that requests in flight may take to finish after that.
         hang_timeout: Seconds for which a process of the engine, or a step on its device, may hang before every client
             gets an error and the server ends. /health says 503 after 10 s. Loading does not count. 0: no limit.
         log_level: debug, info, warning or error.
@@ -151,6 +153,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_header_bytes: int = 64 * 1024
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    drain_delay: float = 0.0
     drain_seconds: float = 30.0
     hang_timeout: float = 300.0
     log_level: Literal["debug", "info", "warning", "error"] = "info"

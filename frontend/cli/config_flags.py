@@ -38,6 +38,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "kv_cache_dtype": {"metavar": "TYPE"},
     "profile": {"metavar": "FOLDER"},
     "request_timeout": {"min": 0.1},
+    "drain_delay": {"min": 0},
     "drain_seconds": {"min": 0},
     "hang_timeout": {"min": 0},
     "stats_log_seconds": {"min": 0},

@@ -11,7 +11,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,20 +26,16 @@ from .engine_processes import EngineProcesses
 from .heartbeat import HeartbeatMonitor
 from .processes.channels import ToHttp
 from .startup import (
-    ACCEPT_BURST,
-    BACKLOG,
     check_parsers,
     listen,
     model_name,
-    most_connections,
     raise_descriptor_limit,
 )
 from .throughput_log import ThroughputLog
 
 if TYPE_CHECKING:
-    import uvicorn
-
     from .http.state import AppState
+    from .http_server import HttpServer
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +43,7 @@ OnReady = Callable[[dict[str, Any]], None]
 OnProgress = Callable[[str, int, int], None]
 
 EXIT_OK, EXIT_FAILED = 0, 1
+DRAIN_POLL_SECONDS = 0.05
 LAST_ANSWERS_SECONDS = 1.0  # how long the last answers to clients may take to be sent
 
 
@@ -230,7 +227,9 @@ class Server:
                 self._processes.close()
 
     async def _serve(self, sock: socket.socket, started: float, ready: asyncio.Future[dict[str, Any]]) -> None:
-        http = self._make_http()
+        from .http_server import HttpServer
+
+        http = HttpServer(self._config, self._state)
         self._lag.start()
         serving = asyncio.create_task(http.serve(sockets=[sock]))
         becoming_ready = asyncio.create_task(self._become_ready(sock, started))
@@ -290,39 +289,6 @@ class Server:
             config, self._client, metrics, Namespaces(config.api_key), self._name, self._heartbeat
         )
 
-    def _make_http(self) -> uvicorn.Server:
-        import uvicorn
-
-        from .http.app import make_app
-        from .http.plumbing.protocol import bounded
-
-        class HttpServer(uvicorn.Server):
-            @contextlib.contextmanager
-            def capture_signals(self) -> Iterator[None]:
-                yield  # signals belong to the process, not to the server
-
-            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-                await super().startup(sockets)
-                for each in sockets or ():
-                    each.listen(BACKLOG)  # asyncio has set it to the burst
-
-        debug = self._config.log_level == "debug"
-        return HttpServer(
-            uvicorn.Config(
-                make_app(self._state),
-                http=bounded(self._config.max_header_bytes, most_connections()),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                log_level="debug" if debug else "warning",
-                access_log=debug,
-                server_header=False,
-                proxy_headers=False,  # no route uses the client's address
-                timeout_keep_alive=75,
-                backlog=ACCEPT_BURST,
-            )
-        )
-
     def _receive(self, message: ToHttp) -> None:
         match message:
             case Deltas():
@@ -359,7 +325,7 @@ class Server:
             "pids": self._processes.pids,
         }
 
-    async def _die(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    async def _die(self, http: HttpServer, serving: asyncio.Task[None]) -> None:
         """Tells every waiting client that a process has ended or hangs, then ends the server. Raises `EngineDead`."""
         end = self._processes.describe_end()
         logger.error("%s; going down", end)
@@ -369,22 +335,34 @@ class Server:
         await asyncio.wait([serving], timeout=LAST_ANSWERS_SECONDS)
         raise error
 
-    async def _drain(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
-        """Refuses new requests, lets those in flight finish, and ends the processes in the order of the pipeline."""
+    async def _drain(self, http: HttpServer, serving: asyncio.Task[None]) -> None:
+        """Announces the end for ``drain_delay``, refuses new requests while those in flight finish, then ends the
+        processes in the order of the pipeline."""
         client, seconds, ended = self._client, self._config.drain_seconds, self._processes.ended
-        client.state = "draining"
-        if client.in_flight:
-            logger.info(
-                "stopping: %d request%s in flight may take up to %g s to finish; a second signal ends what is left",
-                client.in_flight,
-                "" if client.in_flight == 1 else "s",
-                seconds,
-            )
-        http.should_exit = True
         stop_now = asyncio.create_task(self._stop_now.wait())
+        http.close_after_answers()
         try:
+            if self._config.drain_delay:
+                client.state = "leaving"
+                logger.info("stopping: requests are taken for another %g s (--drain-delay)", self._config.drain_delay)
+                await _first(serving, stop_now, ended, seconds=self._config.drain_delay)
+            client.state = "draining"
+            if client.in_flight:
+                logger.info(
+                    "stopping: %d request%s in flight may take up to %g s to finish; a second signal ends what is left",
+                    client.in_flight,
+                    "" if client.in_flight == 1 else "s",
+                    seconds,
+                )
+            deadline = time.monotonic() + seconds
+            # The port stays open meanwhile: new requests get a 503 instead of a refused connection.
+            while client.in_flight and time.monotonic() < deadline:
+                await _first(serving, stop_now, ended, seconds=DRAIN_POLL_SECONDS)
+                if serving.done() or stop_now.done() or ended.done():
+                    break
+            http.should_exit = True
             # A request has left the engine before its answer reaches the client, so the end of HTTP is the end of all.
-            await _first(serving, stop_now, ended, seconds=seconds)
+            await _first(serving, stop_now, ended, seconds=max(0.0, deadline - time.monotonic()))
             if not (serving.done() or stop_now.done() or ended.done()):
                 logger.warning("%d requests did not finish in time", client.in_flight)
                 client.fail_all(Overloaded("the server is shutting down"))

@@ -158,8 +158,10 @@ def test_sigterm_drains(start_server: Any, process_alive: Any) -> None:
     until_in_flight(server, 2)
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{server.url}/health")
+    health = server.http.get("/health")
+    assert (health.status_code, health.json(), health.headers["connection"]) == (503, {"status": "draining"}, "close")
+    refused = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+    assert refused.status_code == 503 and "shutting down" in refused.text
     for request in requests:
         request.join()
         assert request.error is None
@@ -168,6 +170,31 @@ def test_sigterm_drains(start_server: Any, process_alive: Any) -> None:
     assert json.loads(requests[1].lines[0])["meta_info"]["completion_tokens"] == 3000
     assert server.process.wait(5) == 0
     assert gone(server, process_alive)
+
+
+def test_a_drain_delay_takes_requests_while_load_balancers_leave(start_server: Any, process_alive: Any) -> None:
+    server = start_server(drain_delay=1.5)
+    server.http.get("/health")  # this connection is kept alive
+    told = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    body = {"prompt": "a", "max_tokens": 2}
+    kept = server.http.post("/v1/completions", json=body)
+    assert (kept.status_code, kept.headers["connection"]) == (200, "close")
+    health = httpx.get(f"{server.url}/health")
+    assert (health.status_code, health.json()) == (503, {"status": "leaving"})
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    assert server.process.wait(10) == 0
+    assert 1.5 < time.monotonic() - told < 5
+    assert gone(server, process_alive)
+
+
+def test_a_second_signal_ends_the_delay_too(start_server: Any) -> None:
+    server = start_server(drain_delay=60)
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    server.process.send_signal(signal.SIGTERM)
+    assert server.process.wait(5) == 1
 
 
 def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:

@@ -34,7 +34,7 @@ from ...messages import (
 )
 from .plumbing.metrics import Metrics
 
-ServerState = Literal["starting", "ready", "draining", "dead"]
+ServerState = Literal["starting", "ready", "leaving", "draining", "dead"]  # leaving: not ready for more, but takes it
 
 CONTROL_SECONDS = 30.0
 
@@ -229,7 +229,7 @@ class EngineClient:
         return call
 
     def _new_call(self, count: int, owner: str) -> Call:
-        if self.state != "ready":
+        if self.state not in ("ready", "leaving"):
             raise self._unavailable()
         if len(self._in_flight) + count > self._max_requests:
             raise Overloaded(
@@ -352,7 +352,7 @@ class EngineClient:
     async def _ask(
         self, question: Control | BranchOp, send: Callable[[Sequence[Message]], None], seconds: float
     ) -> Any:
-        if self.state not in ("ready", "draining"):
+        if self.state not in ("ready", "leaving", "draining"):
             raise self._unavailable()
         future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
         self._controls[question.id] = future
