@@ -153,6 +153,7 @@ FAMILIES: dict[str, Family] = {
     "glm": Family("GlmConfig", "GlmForCausalLM", {"attention_bias": True}),
     "glm4": Family("Glm4Config", "Glm4ForCausalLM", {"attention_bias": True}),
     "arcee": Family("ArceeConfig", "ArceeForCausalLM", {"mlp_bias": True}),
+    "apertus": Family("ApertusConfig", "ApertusForCausalLM", {"head_dim": 16}),
     "starcoder2": Family("Starcoder2Config", "Starcoder2ForCausalLM", {"sliding_window": 24, "head_dim": 16}),
     "stablelm": Family("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True, "head_dim": 16}),
     "stablelm-parallel": Family("StableLmConfig", "StableLmForCausalLM", {"use_parallel_residual": True}),
@@ -187,7 +188,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # As initialised, norms are all alike and biases zero: mistakes in them would not show.
-            if "norm" in name or name.endswith("bias"):
+            if "norm" in name or name.endswith(("bias", "alpha_p", "alpha_n")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
             if name.endswith(("o_proj.weight", "down_proj.weight")):

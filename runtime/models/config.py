@@ -23,8 +23,9 @@ _ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "relu2": "relu2",
+    "xielu": "xielu",
 }
-_GATED, _UNGATED = ("silu", "gelu", "gelu_tanh"), ("relu2", "gelu", "gelu_tanh")
+_GATED, _UNGATED = ("silu", "gelu", "gelu_tanh"), ("relu2", "xielu", "gelu", "gelu_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ class ModelConfig:
     norm_bias: bool
     norm_eps: float
     norm_offset: float  # added to every norm weight: 1 for Gemma
-    activation: str  # silu | gelu | gelu_tanh | relu2
+    activation: str  # silu | gelu | gelu_tanh | relu2 | xielu
     mlp: tuple[str, ...]  # modules: gate, up, down; or up, down
     attention_scale: float
     attention_softcap: float | None

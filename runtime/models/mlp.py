@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,17 +48,23 @@ class GatedMLP:
 
 
 class PlainMLP:
-    """``down(activation(up(x)))``; relu2 is squared ReLU (So et al., 2021).
+    """``down(activation(up(x)))``; relu2 is squared ReLU (So et al., 2021), xielu has learned slopes.
 
-    Takes ``{layer}.up``, ``{layer}.down`` and their biases out of ``weights``.
+    Takes ``{layer}.up``, ``{layer}.down``, their biases and xielu's parameters out of ``weights``.
     """
 
     def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor]) -> None:
         self._activation = config.activation
+        self._slopes: tuple[Tensor, Tensor] | None = None
+        if config.activation == "xielu":
+            alpha_p, alpha_n = weights.pop(f"{layer}.alpha_p"), weights.pop(f"{layer}.alpha_n")
+            self._slopes = F.softplus(alpha_p), _XIELU_BETA + F.softplus(alpha_n)
         self._up, self._down = make_linear(f"{layer}.up", weights), make_linear(f"{layer}.down", weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         x = self._up(x)
+        if self._slopes is not None:
+            return self._down(_xielu(x, *self._slopes))
         match self._activation:
             case "relu2":
                 x = x.relu_().square_()
@@ -66,3 +73,14 @@ class PlainMLP:
             case _:
                 x = F.gelu(x)
         return self._down(x)
+
+
+_XIELU_BETA, _XIELU_EPS = 0.5, -1e-6
+
+
+def _xielu(x: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
+    """xIELU (Huang and Schlag, 2024) in float32: a parabola of slope ``positive`` above 0, of ``negative`` below it an
+    integrated exponential."""
+    y = x.float()
+    below = (torch.expm1(y.clamp(max=_XIELU_EPS)) - y).mul_(negative)
+    return torch.where(y > 0, positive * y * y, below).add_(y, alpha=_XIELU_BETA).to(x.dtype)

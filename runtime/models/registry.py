@@ -257,6 +257,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp=("up_proj", "down_proj"),
         defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
+    "ApertusForCausalLM": Architecture(
+        "apertus",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norms={"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
+        qk_norm="head",
+        mlp=("up_proj", "down_proj"),
+        defaults={"hidden_act": "xielu", "max_position_embeddings": 65536, "rms_norm_eps": 1e-5},
+    ),
     "Starcoder2ForCausalLM": Architecture(
         "starcoder2",
         qkv_bias="use_bias",

@@ -129,6 +129,8 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
 
     partial = number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     base = RopeConfig(theta=float(number("rope_theta", local if sliding else theta)), dim=int(head_dim * partial))
+    if kind == "dynamic" and values.get("alpha") is not None:  # Hunyuan: NTK-aware scaling by a fixed factor
+        return replace(base, theta=base.theta * number("alpha") ** (base.dim / (base.dim - 2)))
     if kind in ("default", "dynamic"):
         return base
     if kind == "linear":

@@ -32,7 +32,7 @@ class WeightSpec:
     name: str
     sources: tuple[Source, ...]
     shard: Shard
-    norm: bool = False  # kept in float32, with the family's offset added
+    norm: bool = False  # a norm or another small vector: kept in float32, with the family's offset added
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,8 +100,8 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
         if bias:
             yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "replicated" if cut == "row" else cut)
 
-    def norm(name: str, module: str, size: int) -> WeightSpec:
-        return WeightSpec(f"layers.{i}.{name}", (Source(f"{prefix}{module}.weight", (size,)),), "replicated", norm=True)
+    def vector(name: str, tensor: str, size: int) -> WeightSpec:
+        return WeightSpec(f"layers.{i}.{name}", (Source(prefix + tensor, (size,)),), "replicated", norm=True)
 
     sizes = ((q, heads, pairs), (kv, kv_heads, pairs), (kv, kv_heads, 0))
     qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(config.qkv, sizes, strict=True)]
@@ -110,12 +110,15 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
     yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
     if config.qk_norm != "none":
         by_head = config.qk_norm == "head"
-        yield norm("q_norm", "self_attn.q_norm", config.head_dim if by_head else q)
-        yield norm("k_norm", "self_attn.k_norm", config.head_dim if by_head else kv)
+        yield vector("q_norm", "self_attn.q_norm.weight", config.head_dim if by_head else q)
+        yield vector("k_norm", "self_attn.k_norm.weight", config.head_dim if by_head else kv)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
     *up, down = (f"mlp.{module}" for module in config.mlp)
     fused = "gate_up" if config.gated_mlp else "up"
     yield from linear(fused, [_Output(module, inner) for module in up], hidden, "column", config.mlp_bias)
+    if config.activation == "xielu":
+        yield vector("alpha_p", "mlp.act_fn.alpha_p", 1)
+        yield vector("alpha_n", "mlp.act_fn.alpha_n", 1)
     yield from linear("down", [_Output(down, hidden)], inner, "row", config.mlp_bias)
 
 

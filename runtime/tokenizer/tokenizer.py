@@ -18,7 +18,7 @@ from ..chat.template import ChatTemplate
 from ..errors import InvalidRequest, LoadError
 from .special_tokens import declared_tokens, load_tokenizer_config, named_tokens
 
-# Characters, or tokens. Longer ones go as a batch of one: only for batches does the library let other threads run.
+# Characters, or tokens. Longer texts are encoded as a batch of one: the library releases the GIL for batches only.
 SHORT = 16_384
 
 
@@ -74,7 +74,7 @@ class Tokenizer:
         return cls(backend, config, *_find_templates(folder, config))
 
     def dump(self) -> dict[str, Any]:
-        """All of it as JSON, for `of_dump` on another machine."""
+        """The tokenizer and its chat templates as JSON, for `of_dump` on another machine."""
         template = self.chat_template
         return {
             "tokenizer": self.backend.to_str(),
@@ -85,7 +85,7 @@ class Tokenizer:
 
     @classmethod
     def of_dump(cls, dump: Any) -> Tokenizer:
-        """Raises `LoadError` for what is no `dump`."""
+        """The tokenizer of a `dump`. Raises `LoadError` for anything else."""
         try:
             backend, templates = Backend.from_str(dump["tokenizer"]), (dump["chat_template"], dump.get("tool_template"))
             return cls(backend, dict(dump["special_tokens"]), *templates)
@@ -135,7 +135,7 @@ class Tokenizer:
 
     def _encoding(self, text: str, add_special_tokens: bool, *, offsets: bool = False) -> Encoding:
         try:
-            if len(text) > SHORT:  # without offsets there is five times less to let go of, which no thread may watch
+            if len(text) > SHORT:  # without offsets, freeing the result under the GIL is five times as fast
                 batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
                 return batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
@@ -145,15 +145,15 @@ class Tokenizer:
             raise InvalidRequest("text", "must be valid Unicode, without lone surrogates") from error
 
     def encode_first(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
-        """Token ids int32 [n] of a text's beginning, without the `opening` that goes before it.
+        """Token ids int32 [n] of text at the start of a prompt, without the `opening` before it.
 
-        Unless ``parse_special``, what looks like a special token in it is ordinary text. Raises `InvalidRequest` as
+        Unless ``parse_special``, special tokens spelled out in it are ordinary text. Raises `InvalidRequest` as
         `encode` does.
         """
         return np.array(self._ids(text, parse_special), np.int32)
 
     def encode_more(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
-        """As `encode_first`, of text that goes on after other text: no space is made up before it either."""
+        """As `encode_first`, for text after other text: the tokenizer adds no space before it."""
         if not self.begins_with_space:
             return self.encode_first(text, parse_special)
         before, ids = self.anchor, self._ids("\n" + text, parse_special)
@@ -169,12 +169,12 @@ class Tokenizer:
             raise InvalidRequest("text", "must be valid Unicode, without lone surrogates") from error
 
     def special_in(self, text: str) -> str | None:
-        """A special token that ``text`` spells out, if it does."""
+        """The first special token that ``text`` spells out, or None."""
         return self._special_text.first_in(text)
 
     @cached_property
     def opening(self) -> npt.NDArray[np.int32]:
-        """The special tokens that a text begins with: a lone <bos>, or none. int32 [n]."""
+        """The special tokens that encoding puts before a text: <bos>, or none. int32 [n]."""
         bare = self.backend.encode("\n", add_special_tokens=False).ids
         whole = self.backend.encode("\n", add_special_tokens=True).ids
         found = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
@@ -182,7 +182,7 @@ class Tokenizer:
 
     @cached_property
     def _literal(self) -> Backend:
-        """The same tokenizer, to which special tokens are text like any other."""
+        """The same tokenizer, except that it encodes special tokens as ordinary text."""
         copy = Backend.from_str(self.backend.to_str())
         copy.encode_special_tokens = True
         return copy

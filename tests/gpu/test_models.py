@@ -34,6 +34,7 @@ FAMILIES = [
     "glm",
     "glm4",
     "arcee",
+    "apertus",
     "starcoder2",
     "stablelm",
     "stablelm-parallel",

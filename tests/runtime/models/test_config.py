@@ -192,6 +192,8 @@ def test_dynamic_rope_is_plain_within_the_context() -> None:
     config = parse({"rope_scaling": {"type": "dynamic", "factor": 4.0}})
     assert config.ropes == (RopeConfig(theta=10000.0, dim=16),)
     assert config.max_model_len == 2048
+    (fixed,) = parse({"rope_scaling": {"type": "dynamic", "alpha": 1000.0}}).ropes
+    assert fixed.theta == pytest.approx(10000.0 * 1000.0 ** (16 / 14))
 
 
 @pytest.mark.parametrize(
