@@ -20,6 +20,9 @@ Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
 logger = logging.getLogger(__name__)
 
+# Constants that older versions of transformers, or xIELU, save with the weights.
+_CONSTANTS = (".inv_freq", ".masked_bias", ".act_fn.beta", ".act_fn.eps")
+
 
 def load_weights(
     folder: Path,
@@ -44,7 +47,7 @@ def load_weights(
         if config.tied_embeddings and _head_differs(checkpoint, config):
             logger.warning("lm_head.weight differs from the embedding although tie_word_embeddings is true: using both")
             specs.append(lm_head_spec(config))
-        _refuse_quantized(checkpoint, specs)
+        _check_names(checkpoint, specs, config.num_layers)
         indices = [shard(spec, rank, world) for spec in specs]
         dtypes = [torch.float32 if spec.norm else dtype for spec in specs]
         sizes = [math.prod(_shape(index)) * kind.itemsize for index, kind in zip(indices, dtypes, strict=True)]
@@ -73,11 +76,19 @@ def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     return weights
 
 
-def _refuse_quantized(checkpoint: Checkpoint, specs: list[WeightSpec]) -> None:
-    """Looks at the language model's tensors alone: a vision tower may have scales of another kind."""
+def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], num_layers: int) -> None:
+    """Refuses quantized checkpoints, and warns of tensors of a layer that are not read: the model may be another one.
+
+    Looks at the language model's tensors alone: a vision tower may have scales of another kind.
+    """
     read = {checkpoint.full_name(source.name) for spec in specs for source in spec.sources}
     ours = (checkpoint.full_name("model."), checkpoint.full_name("lm_head."))
     refuse_quantized_tensors([entry for entry in checkpoint.dtypes() if entry[0].startswith(ours)], read)
+    layers = tuple(checkpoint.full_name(f"model.layers.{i}.") for i in range(num_layers))
+    unread = [name for name, _ in checkpoint.dtypes() if name.startswith(layers) and name not in read]
+    unread = [name for name in unread if not name.endswith(_CONSTANTS)]
+    if unread:
+        logger.warning("%d tensors of the checkpoint's layers are not used, such as %s", len(unread), unread[0])
 
 
 def _shape(indices: tuple[tuple[slice, ...], ...]) -> tuple[int, ...]:

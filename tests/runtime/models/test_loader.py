@@ -148,6 +148,33 @@ def test_tensors_that_say_nothing_of_quantization_are_ignored(name: str, folder:
     load(edit(folder("mistral"), lambda tensors: tensors.update({name: torch.ones(1)})))
 
 
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [
+        ("model.layers.0.self_attn.q_norm.weight", True),
+        ("model.layers.2.mlp.up_proj.bias", True),
+        ("model.layers.3.eh_proj.weight", False),  # beyond the last layer: multi-token prediction
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("vision_tower.layers.0.weight", False),
+    ],
+)
+def test_weights_of_a_layer_that_are_not_used_are_warned_of(
+    name: str, warns: bool, folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    load(edit(folder("mistral"), lambda tensors: tensors.update({name: torch.ones(1)})))
+    assert (f"1 tensors of the checkpoint's layers are not used, such as {name}" in caplog.text) == warns
+
+
+@pytest.mark.parametrize("family", ["apertus", "gemma3", "qwen2", "phi3", "glm4", "starcoder2"])
+def test_no_family_leaves_weights_unused(
+    family: str, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = checkpoint(family)
+    caplog.clear()  # what transformers said while it made the checkpoint
+    load(folder)
+    assert not caplog.text
+
+
 @pytest.mark.parametrize("nested", [None, *NESTED])
 def test_a_head_of_its_own_is_used_although_the_config_ties_it(
     nested: Callable[[str], str] | None, folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
