@@ -1,4 +1,4 @@
-"""Tool definitions of a request, checked and brought into one shape."""
+"""Tool definitions of a request, validated and in one form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tool(msgspec.Struct, frozen=True):
 
 
 class ToolLimits(msgspec.Struct, frozen=True):
-    """Bounds on the tools of one request. A description has none of its own: the body and the context bound it."""
+    """Bounds on the tools of one request. Descriptions are bounded by the request's body and the context."""
 
     tools: int = 128
     name_characters: int = 128
@@ -50,7 +50,7 @@ class ToolReader:
         self._bytes = 0
 
     def check_count(self, tools: Any, path: str = "tools") -> None:
-        """That ``tools`` is a list, and not too long."""
+        """Raises `InvalidRequest` unless ``tools`` is a list of at most the allowed number."""
         if not isinstance(tools, list):
             raise InvalidRequest(path, f"must be a list, got {_kind(tools)}")
         if len(tools) > self._limits.tools:
@@ -148,9 +148,8 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
 
 
 def _too_much(schema: Any, limits: ToolLimits) -> str | None:
-    """Whether objects and lists stand too deep in one another, or hold more than the bytes allowed can spell, at two
-    for each value and one for each character: megabytes are not written out to be measured. Needs no stack of
-    Python's."""
+    """The problem with a schema that is nested too deeply or certainly too large, without serialising it: a value needs
+    at least two bytes, and a character one. Iterative, so a deep schema cannot exhaust Python's stack."""
     level, size = [schema], 0
     for _ in range(limits.schema_depth):
         size += 2 * sum(map(len, level))

@@ -1,10 +1,10 @@
-"""What a model's output turns out to be, event by event, and the whole it adds up to.
+"""The events of a model's output, and the result that they add up to.
 
 The accounting rule. Every event has a ``source``: the characters of the output it stands for. The sources of all
 events, in order, are the output, character for character. A `ContentDelta`'s or `ReasoningDelta`'s source is its text.
-A call's source, over its three kinds of event, is all of the model's writing of that call: the whitespace before it
-and its begin marker, its name, its arguments, what stands between and closes them. `Markup` is what is neither: the
-markers around reasoning with the newlines templates put beside them, and after a call its end marker, its list's
+A call's source, over its three kinds of event, is everything that the model wrote for that call: the whitespace before
+it, its begin marker, its name, its arguments, and what stands between and closes them. `Markup` is the rest: the
+markers around reasoning with the newlines that templates put beside them, and after a call its end marker, its list's
 closing bracket and whitespace.
 """
 
@@ -62,7 +62,7 @@ class CallEnd(msgspec.Struct, frozen=True, gc=False):
 
 
 class Markup(msgspec.Struct, frozen=True, gc=False):
-    """Read, and part of nothing above."""
+    """Text that belongs to none of the above."""
 
     source: str
     text: ClassVar[str] = ""
@@ -72,7 +72,7 @@ Event: TypeAlias = ContentDelta | ReasoningDelta | CallStart | ArgumentsDelta | 
 
 
 class Call(msgspec.Struct, frozen=True):
-    """``arguments`` is JSON text if ``complete`` and the model wrote valid JSON; else it is as far as it came."""
+    """``arguments`` is JSON if ``complete`` and the model wrote valid JSON; otherwise what the model wrote of it."""
 
     id: str
     name: str
@@ -82,7 +82,7 @@ class Call(msgspec.Struct, frozen=True):
 
 
 class Parsed(msgspec.Struct, frozen=True):
-    """A whole output. ``markup`` is all `Markup`, joined: together with the rest it has the output's length."""
+    """A complete output. ``markup`` joins all `Markup`: its length and the others' add up to the output's."""
 
     content: str
     reasoning: str

@@ -1,4 +1,4 @@
-"""The parser's writing side: every character read is put into exactly one event."""
+"""The parser's writing side: puts every character read into exactly one event."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Output:
         self.structured = False  # some reasoning or a call has been seen
         self.calls = 0
         self._events: list[Event] = []
-        self._held: int | None = None  # index into `_events` from which they are held
+        self._held: list[Event] | None = None
         self._first_held_call = 0
         self._texts: list[str] = []  # of the delta being collected
         self._kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta] | None = None
@@ -52,7 +52,7 @@ class Output:
         self.structured = True
         if self.thinking and self._held is None:
             self._flush()
-            self._held, self._first_held_call = len(self._events), self.calls
+            self._held, self._first_held_call = [], self.calls
         self._emit(CallStart(self.calls, id, name, self.reader.drain()))
 
     def arguments(self, text: str) -> None:
@@ -71,28 +71,26 @@ class Output:
         return self._held is not None
 
     def release(self) -> None:
-        """What was held is as it was read."""
+        """The held events stand as they were read."""
+        self._flush()
+        self._events += self._held or ()
         self._held = None
 
     def to_reasoning(self, marker: str) -> None:
-        """What was held, and what was read since up to ``marker``, is reasoning, less one newline before ``marker``."""
+        """Turns the held events and the text since, up to ``marker``, into reasoning, less one newline at its end."""
         assert self._held is not None
         self._flush()
-        held, self._events[self._held :] = self._events[self._held :], []
-        self._held, self.calls = None, self._first_held_call
+        held, self._held = self._held, None
+        self.calls = self._first_held_call
         text = ("".join(event.source for event in held) + self.reader.drain()).removesuffix(marker)
         self._collect(ReasoningDelta, text.removesuffix("\n"))
         self._emit(Markup("\n" * text.endswith("\n") + marker))
 
     def events(self) -> list[Event]:
-        """Those since the last time, but for those that are held."""
+        """The events since the last call, except those that are held."""
         if self._kind is not None:
             self._flush()
-        if self._held is None:
-            events, self._events = self._events, []
-            return events
-        events, self._events = self._events[: self._held], self._events[self._held :]
-        self._held = 0
+        events, self._events = self._events, []
         return events
 
     def _collect(self, kind: type[ContentDelta] | type[ReasoningDelta] | type[ArgumentsDelta], text: str) -> None:
@@ -103,24 +101,27 @@ class Output:
 
     def _emit(self, event: Event) -> None:
         self._flush()
-        self._events.append(event)
+        self._append(event)
+
+    def _append(self, event: Event) -> None:
+        (self._events if self._held is None else self._held).append(event)
 
     def _flush(self) -> None:
         if self._kind is None:
             return
         text = "".join(self._texts)
         if self._kind is ArgumentsDelta:
-            self._events.append(ArgumentsDelta(self.calls, text, self.reader.drain()))
+            self._append(ArgumentsDelta(self.calls, text, self.reader.drain()))
         elif self._kind is ReasoningDelta:
-            self._events.append(ReasoningDelta(text))
+            self._append(ReasoningDelta(text))
         else:
-            self._events.append(ContentDelta(text))
+            self._append(ContentDelta(text))
         self._texts.clear()
         self._kind = None
 
 
 class CallWriter:
-    """One call, from when it is only suspected.
+    """One call, from the first sign of it.
 
     It starts once its name is known; a ``bare`` one, which may yet be an ordinary answer, once its arguments begin
     too; with ``hold``, once it is over and its arguments are valid JSON. Until then nothing of it is written, and what
@@ -181,7 +182,7 @@ class CallWriter:
             self._early.append(text)
 
     def sink(self) -> Callable[[str], None]:
-        """`arguments`, for a call whose start was decided: without deciding again for every piece."""
+        """`arguments`, bound once for a call that has started, so that pieces need no check each."""
         return self._out.arguments if self.shown else self.arguments
 
     def end(self) -> None:

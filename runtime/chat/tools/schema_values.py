@@ -1,4 +1,4 @@
-"""Values that models write without types, given the types a tool's schema asks for."""
+"""Untyped values as JSON of the type that a tool's schema declares."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BRANCHES = 64  # of anyOf, oneOf and allOf looked into at most
 
 
 def parameter_types(tool: Tool | None, key: str) -> frozenset[str]:
-    """The JSON types the schema allows a parameter; "string" where it does not say."""
+    """The JSON types that the schema allows for a parameter; "string" if it names none."""
     if tool is None:
         return STRING
     properties = tool.parameters.get("properties")
@@ -68,7 +68,7 @@ def _type_of(value: Any) -> str:
 
 
 def _resolve(reference: str, root: Mapping[str, Any]) -> Any:
-    """A reference into the same schema, ``#/$defs/name``; None if it leads nowhere."""
+    """The target of a reference into the same schema, such as ``#/$defs/name``; None if there is none."""
     found: Any = root
     for part in reference.removeprefix("#").split("/")[1:]:
         if not isinstance(found, Mapping):
@@ -106,7 +106,7 @@ def typed(text: str, types: frozenset[str]) -> str:
 
 
 def _from_python(text: str) -> str | None:
-    """A Python literal as JSON; None if it is none."""
+    """A Python literal as JSON; None if ``text`` is not one."""
     reader = Reader()
     reader.push(text)
     reader.ended = True

@@ -254,7 +254,7 @@ HOSTILE = {
     "fields": ("hermes", '<tool_call>{"name":"f"', ',"a":1'),
     "calls in reasoning": ("hermes", "<think>", '<tool_call>{"name":"f","arguments":{}}</tool_call> and '),
     "fences": ("gemma3", "", "``"),
-    "bare objects": ("llama3_json", "", '{"a": 1} '),
+    "bare objects": ("llama3_json", "", '{"answer": 1} '),
     "bare lists": ("llama3_json", "", "[1, "),
     "bad calls in a list": ("mistral", "[TOOL_CALLS][", '{"name":1},'),
     "Gemma's values": ("functiongemma", "<start_function_call>call:f{", "a:<escape>b<escape>,"),
