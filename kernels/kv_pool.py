@@ -1,7 +1,7 @@
 """The paged KV pool: keys and values of every layer, in pages that the radix tree hands out.
 
 Everything that depends on how a token's keys and values are stored is here: the bytes of a token, how they are written,
-how pages are copied, and what a kernel gets to read them (`KVLayer`).
+how pages are copied, and the view that kernels read (`KVLayer`).
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class KVPool:
         return cls(torch.from_numpy(np.zeros(size, np.uint8)).view(layout.dtype).view(shape))
 
     def layer(self, index: int) -> KVLayer:
-        """What kernels read and write of one layer."""
+        """The view of one layer that kernels read and write."""
         return self._layers[index]
 
     def copy_pages(self, copies: Tensor) -> None:

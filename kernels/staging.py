@@ -15,10 +15,12 @@ class Fence:
         self._event: torch.cuda.Event | None = torch.cuda.Event() if device.type == "cuda" else None
 
     def record(self) -> None:
+        """Moves the point to the end of the work enqueued so far."""
         if self._event is not None:
             self._event.record()
 
     def wait(self) -> None:
+        """Blocks the host until the point is reached; at once if none was recorded."""
         if self._event is not None:
             self._event.synchronize()
 
@@ -66,6 +68,7 @@ class Staging:
         return self._on_device[start:end]
 
     def send(self) -> None:
+        """Copies everything put since `begin` to the device, in stream order, without waiting."""
         if self._on_device is not self._host and self._used:
             self._on_device[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._copied.record()

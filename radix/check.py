@@ -65,7 +65,7 @@ def _subtree(tree: PrefixTree, root: Root) -> list[Node]:
 
 
 def check_locks(tree: PrefixTree, nodes: list[Node], leases: Iterable[Lease], holds: Iterable[Hold]) -> None:
-    """Locks are exactly those of leases and holds, and the path of each is as it records it."""
+    """Checks that every lock belongs to a lease or a hold, and that each path matches its record."""
     known = {id(node) for node in nodes} | {id(root) for root in tree.roots.values()}
     locks: Counter[int] = Counter()
     for lease in leases:

@@ -1,4 +1,4 @@
-"""The tree as JSON-able data, for ``/cache/tree`` and for people."""
+"""The tree as JSON-able data, for ``/cache/tree``."""
 
 from __future__ import annotations
 

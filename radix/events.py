@@ -51,9 +51,13 @@ class PagesLeft(NamedTuple):
 class TreeObserver(Protocol):
     """Receives events in order, after the operation that caused them, when the tree is consistent."""
 
-    def pages_entered(self, event: PagesEntered) -> None: ...
+    def pages_entered(self, event: PagesEntered) -> None:
+        """Pages can now be matched."""
+        ...
 
-    def pages_left(self, event: PagesLeft) -> None: ...
+    def pages_left(self, event: PagesLeft) -> None:
+        """Pages can no longer be matched."""
+        ...
 
 
 class Events:

@@ -53,12 +53,15 @@ class EvictionIndex:
         return iter(self._leaves)
 
     def entry(self, node: Node) -> tuple[Any, Any, Node]:
+        """The leaf's index entry: (policy's key, serial, node)."""
         return self._policy(node), node.serial, node
 
     def add(self, leaf: Node) -> None:
+        """Adds an unlocked leaf."""
         self._leaves.add(self.entry(leaf))
 
     def remove(self, leaf: Node) -> None:
+        """Removes a leaf. Raises ValueError if it is not indexed under its present key."""
         self._leaves.remove(self.entry(leaf))
 
     def pop(self) -> Node:

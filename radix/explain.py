@@ -39,6 +39,7 @@ class EvictionRecord:
         return len(self._evicted)
 
     def note(self, place: int | Namespace, key: bytes) -> None:
+        """Records an eviction, and drops the oldest beyond the capacity."""
         entry = (place, key)
         self._evicted[entry] = None
         self._evicted.move_to_end(entry)

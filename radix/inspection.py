@@ -1,4 +1,4 @@
-"""Reads of the tree without a lease: why a match stops where it does, and what of a prompt is cached."""
+"""Read-only queries without a lease: how much of a prompt is cached, and why a match stops where it does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .structure import PrefixTree
 
 
 class Inspection(NamedTuple):
-    """``pages``: those of the reusable tokens, in order; of the last page perhaps only the first tokens are."""
+    """``pages``: the pages of the reusable tokens, in order; the last page may be reusable only in part."""
 
     report: Explanation
     pages: Int32
@@ -23,7 +23,7 @@ class Inspection(NamedTuple):
 def explain(
     tree: PrefixTree, namespace: Namespace, tokens: Int32, limit: int, walk: Walk, partial: Partial
 ) -> Explanation:
-    """Why a match of ``tokens[:limit]`` ended as ``walk`` and ``partial`` say."""
+    """The reason why a match of ``tokens[:limit]`` ended where ``walk`` and ``partial`` ended."""
     hit, present = walk.length + partial.tokens, walk.length + partial.common
     if hit == limit > 0:
         return Explanation(hit, "hit")

@@ -22,11 +22,12 @@ class Walk(NamedTuple):
 
     @property
     def stopped_inside(self) -> bool:
+        """Whether the walk ended before the last page of its node."""
         return self.inside < len(self.node.pages)
 
 
 class Partial(NamedTuple):
-    """What the tree has of the page at which a walk stopped."""
+    """The cached part of the page at which a walk stopped."""
 
     tokens: int  # tokens that can be reused by copying a page; 0: none
     page: int

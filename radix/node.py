@@ -78,12 +78,14 @@ class Node:
         self.last_access = 0  # logical time
 
     def add_child(self, child: Node) -> None:
+        """Files ``child`` under its key and becomes its parent."""
         if self.children is _CHILDLESS:
             self.children = SortedDict()
         self.children[child.key] = child
         child.parent = self
 
     def remove_child(self, child: Node) -> None:
+        """Removes a child; its ``parent`` is left as it is."""
         del self.children[child.key]
         if not self.children:
             self.children = _CHILDLESS

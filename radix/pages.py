@@ -1,7 +1,7 @@
 """Page numbers: which are free, and which become free only when the steps in flight have ended.
 
-A page is the keys and values of ``page_size`` consecutive tokens in the KV pool on the device. The allocator knows
-only page numbers; the tree and the leases know who uses a page.
+A page is the keys and values of ``page_size`` consecutive tokens in the KV pool on the device. The allocator handles
+page numbers only; the tree and the leases record the uses of a page.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tree itself: nodes, locks, counters and the eviction index, and the one way for pages into and out of it."""
+"""The tree: nodes, locks, counters and the eviction index. All pages are added and removed here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .node import TOKEN_BYTES, Int32, Namespace, Node, Root, join, page_key
 class PrefixTree:
     """Token prefixes and the numbers of the pages that hold them, for each namespace.
 
-    Knows neither leases nor where page numbers come from: `insert` is given pages, and what removes pages returns
+    Independent of leases and of page allocation: `insert` takes page numbers, and methods that remove pages return
     them. Counters, read-only for others: ``cached`` (pages in the tree), ``evictable`` (pages of unlocked nodes),
     ``evicted_total`` (pages ever evicted, pruned or flushed), ``num_nodes``.
     """
@@ -114,9 +114,9 @@ class PrefixTree:
         return join(freed)
 
     def _leave(self, leaf: Node, keep: int, reason: LeaveReason) -> Int32:
-        """The only way out: removes all but the first ``keep`` pages of an unlocked leaf that was taken off the index.
+        """Removes all but the first ``keep`` pages of an unlocked leaf that was taken off the index.
 
-        Without pages left the leaf goes too, and its parent may be the next leaf.
+        No other method removes pages. A leaf without pages is removed too, which may make its parent a leaf.
         """
         after, tokens, pages, key = leaf.parent, leaf.tokens, leaf.pages, leaf.key
         if after is None:

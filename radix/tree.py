@@ -62,22 +62,27 @@ class RadixTree:
 
     @property
     def roots(self) -> dict[Namespace, Root]:
+        """The root of each namespace with pages or leases."""
         return self.structure.roots
 
     @property
     def cached(self) -> int:
+        """Pages in the tree."""
         return self.structure.cached
 
     @property
     def evictable(self) -> int:
+        """Pages of unlocked nodes."""
         return self.structure.evictable
 
     @property
     def evicted_total(self) -> int:
+        """Pages ever evicted, pruned or flushed."""
         return self.structure.evicted_total
 
     @property
     def num_nodes(self) -> int:
+        """Nodes in all namespaces, without roots."""
         return self.structure.num_nodes
 
     @property
@@ -289,6 +294,7 @@ class RadixTree:
         self.structure.events.observers.append(observer)
 
     def unsubscribe(self, observer: TreeObserver) -> None:
+        """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""
         self.structure.events.observers.remove(observer)
 
     def dump(self, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
@@ -314,7 +320,7 @@ class RadixTree:
         ``leases``: those that the caller believes to be live; they must be exactly the tree's.
         """
         if leases is not None and set(leases) != set(self.leases):
-            raise InvariantError(f"{len(self.leases)} leases are live, the caller knows {len(leases)}")
+            raise InvariantError(f"{len(self.leases)} leases are live, the caller has {len(leases)}")
         nodes = check_structure(self.structure)
         check_locks(self.structure, nodes, self.leases, self.holds)
         check_pages(self.allocator, nodes, self.leases)
@@ -400,7 +406,7 @@ class RadixTree:
             raise LeaseError("the hold has ended or belongs to another tree")
 
     def _may_copy(self, page: int) -> bool:
-        """Not from a page in flight: the step being planned writes it, and a step copies before it writes."""
+        """Whether a page may be copied: not while in flight, as the step being planned writes it after its copies."""
         return bool(self._published_in[page] != self._step)
 
     def _touch(self, end: Node) -> None:

@@ -99,7 +99,7 @@ class TimedOut(BranchwiseError):
 
 
 class LoadError(BranchwiseError):
-    """A model or a setting that cannot be loaded: one line that says what and what to do. The CLI exits 2."""
+    """A model or a setting that cannot be loaded: one line with the problem and its fix. The CLI exits 2."""
 
 
 class EngineDead(BranchwiseError):
@@ -108,7 +108,7 @@ class EngineDead(BranchwiseError):
 
 @contextmanager
 def renaming(names: Mapping[str, str]) -> Iterator[None]:
-    """While inside, every `InvalidRequest` is `renamed`: for calls that speak our paths, in code that does not."""
+    """While inside, every `InvalidRequest` is `renamed`: for calls with canonical paths, in code of a dialect."""
     try:
         yield
     except InvalidRequest as error:

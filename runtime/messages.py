@@ -85,9 +85,11 @@ class Refusal(msgspec.Struct, array_like=True, omit_defaults=True):
 
     @classmethod
     def of(cls, error: InvalidRequest) -> Refusal:
+        """The message form of ``error``."""
         return cls(error.path, error.problem, error.status, error.others, error.value, error.limit, error.code)
 
     def error(self) -> InvalidRequest:
+        """The error that this message carries."""
         return InvalidRequest(
             self.path,
             self.problem,
@@ -112,6 +114,7 @@ class Piece(msgspec.Struct, array_like=True, omit_defaults=True):
 
     @property
     def empty(self) -> bool:
+        """Whether there is nothing to append."""
         return not (self.text or self.tokens or self.before)
 
 
@@ -177,7 +180,7 @@ class Control(Message):
 
 
 class Limits(Message):
-    """http → tokenizer, once the scheduler is ready: what a prompt must fit into."""
+    """http → tokenizer, once the scheduler is ready: the limits of a prompt."""
 
     vocab_size: int  # token ids are 0 .. vocab_size - 1
     max_model_len: int  # tokens, prompt and completion together
@@ -199,7 +202,7 @@ class Shutdown(Message):
 
 
 class CacheReport(msgspec.Struct, array_like=True):
-    """What the radix tree did for one request."""
+    """Cache reuse of one request."""
 
     hit_tokens: int
     reason: str  # hit | cold | diverged | evicted | namespace | disabled
@@ -210,7 +213,7 @@ class CacheReport(msgspec.Struct, array_like=True):
 
 
 class RequestStarted(Message):
-    """The scheduler's first message about a request: what the detokenizer needs. Precedes its first token."""
+    """The scheduler's first message about a request: the detokenizer's initial state. Precedes its first token."""
 
     id: int
     prompt_tokens: int
@@ -271,7 +274,7 @@ class StepOutput(Message):
 
 
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
-    """detokenizer → http: what is new about one request. ``finish`` is set exactly once, on the last delta.
+    """detokenizer → http: the new output of one request. ``finish`` is set exactly once, on the last delta.
 
     A stream has one delta a token, so they must be cheap: no empty lists, and not tracked by the garbage collector.
     """
@@ -290,6 +293,8 @@ class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
 
 
 class Deltas(Message):
+    """detokenizer → http: the deltas of one batch of step outputs."""
+
     items: list[Delta]
 
 

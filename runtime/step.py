@@ -1,4 +1,4 @@
-"""The contract of one step: what the planner hands the executor, and what comes back.
+"""The contract of one step: the plan that the executor gets from the planner, and the result that it returns.
 
 Arrays are NumPy's, over the step's requests (R), query tokens (T) or sampled query tokens (S). Nothing here uses torch.
 Plans and results have a byte form (`step_codec`), so that a plan can be sent to an executor in another process.
@@ -18,7 +18,7 @@ from .sampling_params import SamplingParams
 Int64 = npt.NDArray[np.int64]
 TokenBitmask = npt.NDArray[np.uint32]  # [..., ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is token t
 
-PENDING = -1  # stands for a token id that only the device knows: the last token its row sampled
+PENDING = -1  # placeholder for a token id that is only on the device so far: the last token its row sampled
 
 
 def _no_indices() -> Int32:
@@ -57,7 +57,7 @@ class StepPlan:
     rows: Int32  # [R] page-table row of each request; no row appears twice
     q_lens: Int32  # [R] query tokens of each, >= 1
     kv_lens: Int32  # [R] tokens in the KV pool once this step has written
-    token_ids: Int32  # [T] query tokens, requests concatenated; PENDING where only the device knows the value
+    token_ids: Int32  # [T] query tokens, requests concatenated; PENDING where the value is only on the device so far
     num_decodes: int  # the first num_decodes requests have q_len 1 and are sampled
     # [S] indices into T, ascending: query tokens whose logits are sampled. A request may have several; the row's last
     # token is then the sample of its last query token.
@@ -82,6 +82,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """T, the query tokens of the step."""
         return len(self.token_ids)
 
     @property
@@ -158,4 +159,6 @@ class Executor(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Frees all device memory. The executor cannot be used afterwards."""
+        ...

@@ -1,4 +1,4 @@
-"""Plans and results as bytes (msgpack): what one process sends an executor in another, and what it gets back."""
+"""Encodes plans and results as msgpack bytes, for an executor in another process."""
 
 from __future__ import annotations
 

@@ -83,6 +83,7 @@ class StepShape:
 
     @property
     def num_tokens(self) -> int:
+        """Query tokens of the padded step."""
         return self.decodes + self.tokens
 
     @property
@@ -107,6 +108,7 @@ class Group:
 
     @property
     def num_tokens(self) -> int:
+        """Query tokens of the group, without padding."""
         return int(self.tokens.stop - self.tokens.start)
 
     @property

@@ -116,9 +116,11 @@ class FlashInferAttention:
         self._planned: list[_Planned] = []
 
     def forms(self, shape: StepShape) -> list[StepShape]:
+        """See `AttentionBackend.forms`."""
         return [shape]
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
+        """See `AttentionBackend.plan`."""
         self._copied.wait()
         self._ints.begin()
         self._planned = []
@@ -145,6 +147,7 @@ class FlashInferAttention:
         return shape
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `AttentionBackend.run`."""
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         spec = self._layers[layer]

@@ -1,4 +1,4 @@
-"""The only file that knows FlashInfer's compiled modules: which there are, and how they are called.
+"""The adapter to FlashInfer's compiled modules. No other file depends on their names or parameters.
 
 FlashInfer's wrapper classes are not used. Their `plan` walks tensors element by element in Python (0.46 to 0.85 ms at
 256 requests in 0.6, twice a step), their `run` checks and repacks its arguments for every layer, and each allocates
@@ -71,7 +71,7 @@ class Variant:
 
 
 def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Raises `Unavailable` unless FlashInfer is installed in a version this adapter knows and serves this model."""
+    """Raises `Unavailable` unless a supported version of FlashInfer is installed and has kernels for this model."""
     try:
         version = metadata.version("flashinfer-python")
     except metadata.PackageNotFoundError:
@@ -94,7 +94,7 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 def plan_tail(kernel: FlashInferKernel) -> list[int | bool]:
     """The arguments of the installed FlashInfer's ``plan`` behind ``window_left``, read from its C++ binding.
 
-    Raises `Unavailable` if it has parameters that this adapter does not know.
+    Raises `Unavailable` if it has parameters that this adapter does not support.
     """
     package = find_spec("flashinfer")
     folders = list(package.submodule_search_locations or ()) if package is not None else []
@@ -107,7 +107,7 @@ def plan_tail(kernel: FlashInferKernel) -> list[int | bool]:
     tail = names[len(_PLAN_HEAD) :]
     if tuple(names[: len(_PLAN_HEAD)]) != _PLAN_HEAD or not _PLAN_TAIL.keys() >= set(tail):
         raise Unavailable(
-            f"FlashInfer's `plan` has parameters that this version of Branchwise does not know, in {path}: "
+            f"FlashInfer's `plan` has parameters that this version of Branchwise does not support, in {path}: "
             f"{', '.join(names) or 'none found'}; install flashinfer-python>={OLDEST},<={NEWEST_READ}"
         )
     return [_PLAN_TAIL[name] for name in tail]
@@ -126,7 +126,7 @@ def build(variants: Sequence[Variant]) -> None:
             )
         with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
             list(pool.map(_load, variants))
-    except Exception as error:  # FlashInfer lets errors of any kind through
+    except Exception as error:  # FlashInfer raises errors of any class
         raise Unavailable(
             f"FlashInfer's kernels could not be compiled: {_gist(str(error))} (it needs CUDA's nvcc and a C++ compiler)"
         ) from error
@@ -209,7 +209,7 @@ class PagedCall:
         ]
         if self._fa2:
             args += [None] * 8  # custom mask (2), ALiBi, multi-item scoring (3), block scales of K and V
-            args += [softcap, scale, 1.0, 1.0, 0]  # 1.0: RoPE's scale and theta, of which there is none here
+            args += [softcap, scale, 1.0, 1.0, 0]  # 1.0: RoPE's scale and theta, unused here
         else:
             args += [None] * 4  # multi-item scoring (3), scale of V
             args += [softcap, scale, 1.0, 0]

@@ -1,4 +1,4 @@
-"""Which requests of a step read the same pages: found in the page table, so it holds whatever put them there.
+"""Finds the requests of a step that read the same pages, by comparing rows of the page table.
 
 Two requests that have the same page at the same column have the same tokens there. This is identity, not a count of
 references: unrelated requests can never look alike. After Hydragen (Juravsky et al., 2024) and FastTree (Pan et al.,

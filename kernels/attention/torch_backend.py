@@ -75,9 +75,11 @@ class TorchAttention:
         ]  # gathered keys and values; grown, never shrunk
 
     def forms(self, shape: StepShape) -> list[StepShape]:
+        """See `AttentionBackend.forms`."""
         return []
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> None:
+        """See `AttentionBackend.plan`."""
         if shape is not None:
             raise ValueError("the torch backend does not support padded steps: its plan depends on the values")
         full: _Plan | None = None
@@ -91,6 +93,7 @@ class TorchAttention:
                 self._plans[window] = full
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `AttentionBackend.run`."""
         kv, spec = self._pool.layer(layer), self._layers[layer]
         plan = self._plans[spec.window]
         # Merging rounds once more, so it is done in float32.

@@ -30,7 +30,7 @@ WORKERS, MIN_KEYS = (8, 2), (128, 256)
 
 @dataclass(frozen=True, slots=True)
 class _Members:
-    """What a step plans together: its decodes, and the chunks that are short."""
+    """The requests of a step that are planned together: its decodes and its short chunks."""
 
     chunks: Int64  # indices into the batch
     requests: TreeRequests
@@ -93,9 +93,11 @@ class TreeAttention:
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
 
     def forms(self, shape: StepShape) -> list[StepShape]:
+        """See `AttentionBackend.forms`."""
         return [shape, replace(shape, tree=True)] if shape.decodes >= MIN_DECODES else [shape]
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
+        """See `AttentionBackend.plan`."""
         decodes = batch.num_decodes if shape is None else shape.decodes
         forced = shape is not None and shape.tree
         limits = self._limits if shape is None else replace(self._limits, items=self._items(shape.num_tokens))
@@ -125,6 +127,7 @@ class TreeAttention:
         return replace(shape, tree=True)
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `AttentionBackend.run`."""
         if self._step is None:
             return self._flat.run(layer, q, k, v, out)
         if out is None:
@@ -202,7 +205,7 @@ class TreeAttention:
 
 
 def _default_costs(pool: KVPool) -> TreeCosts:
-    """The narrow tile also beats FlashInfer's decode at keys that nobody shares, where that was measured."""
+    """On devices where it was measured, the narrow tile also beats FlashInfer's decode at keys that are not shared."""
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] == 9
     return TreeCosts(flat_tail=1.06) if hopper and pool.layout.head_dim == 128 else TreeCosts()
 

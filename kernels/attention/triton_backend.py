@@ -128,9 +128,11 @@ class TritonAttention:
         self._calls: dict[int | None, list[_Call]] = {}
 
     def forms(self, shape: StepShape) -> list[StepShape]:
+        """See `AttentionBackend.forms`."""
         return [shape]
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
+        """See `AttentionBackend.plan`."""
         self._table = batch.page_table
         decodes, chunks = split_step(batch, shape)
         groups = []
@@ -152,6 +154,7 @@ class TritonAttention:
         return shape
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
+        """See `AttentionBackend.run`."""
         if out is None:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         if q.stride()[1:] != (self._head_dim, 1) or out.stride()[1:] != (self._head_dim, 1):

@@ -1,4 +1,4 @@
-"""What `Engine` and `AsyncEngine` share: loading a model, and generation for asyncio."""
+"""The base of `Engine` and `AsyncEngine`: loads a model, and generates for asyncio."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from .request_output import Collector, RequestOutput, StreamChunk, error_of
 
 
 class BranchBase:
-    """What `Branch` and `AsyncBranch` share: the engine, the branch's id, and the messages that operations become."""
+    """The base of `Branch` and `AsyncBranch`: the engine, the branch's id, and one message for each operation."""
 
     def __init__(self, engine: EngineBase, id: str) -> None:
         self._engine = engine

@@ -80,7 +80,7 @@ class EngineCore:
         self.scheduler.abort(request_id, "stop")
 
     def step(self) -> StepOutput | None:
-        """Plans, launches and reads steps; returns what is new, or None if nothing is.
+        """Plans, launches and reads steps; returns the new output, or None if there is none.
 
         A step that fails ends the requests it may have touched with an error, and the engine goes on; after several
         failures in a row it raises.

@@ -1,4 +1,4 @@
-"""What callers in process give as prompts, and the token ids that become of it."""
+"""Converts prompts given in process (text, token ids, messages) to checked token ids."""
 
 from __future__ import annotations
 

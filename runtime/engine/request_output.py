@@ -55,7 +55,7 @@ class RequestOutput:
 
 @dataclass(slots=True, frozen=True)
 class StreamChunk:
-    """What is new of one sample. ``finish_reason`` is set in its last chunk."""
+    """The new part of one sample. ``finish_reason`` is set in its last chunk."""
 
     index: int
     text: str

@@ -101,7 +101,7 @@ class EngineThread:
         inbox: asyncio.Queue[Delta] = asyncio.Queue()
 
         def sink(delta: Delta) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+            with contextlib.suppress(RuntimeError):  # the loop is closed: its reader is gone
                 loop.call_soon_threadsafe(inbox.put_nowait, delta)
 
         unfinished = set(_ids_of(messages))
@@ -117,12 +117,12 @@ class EngineThread:
                 self.abort(unfinished)
 
     def ask(self, question: Callable[[], T]) -> Future[T]:
-        """What ``question`` returns or raises on the engine's thread. Raises `EngineDead`."""
+        """Runs ``question`` on the engine's thread; returns or raises its outcome. Raises `EngineDead`."""
 
         def job(future: Future[T]) -> None:
             try:
                 future.set_result(question())
-            except Exception as error:  # the caller's to handle
+            except Exception as error:  # the caller handles it
                 future.set_exception(error)
 
         return self._promise(job)
@@ -179,7 +179,7 @@ class EngineThread:
             while self._run_jobs():
                 self._step()
             self._end("the engine was closed")
-        except BaseException as error:  # a panic in Rust is no `Exception`, and callers must hear of it too
+        except BaseException as error:  # a Rust panic is not an `Exception`, and callers must get it too
             self._end(f"the engine failed: {type(error).__name__}: {error}")
             raise
 

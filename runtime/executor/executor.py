@@ -74,7 +74,7 @@ class ModelExecutor:
         self.eos_ids = model.eos_ids
         self._decoder = decoder
         rows, scratch_page = memory.max_num_seqs, memory.num_pages
-        # The last page is the scratch page, which the tree does not know of: padding tokens write there.
+        # The last page is the scratch page, which is not in the tree: padding tokens write there.
         self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
         max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)
@@ -94,7 +94,7 @@ class ModelExecutor:
     def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:
         """Loads the model of ``config.model`` and allocates everything. ``progress`` gets (bytes loaded, total bytes).
 
-        Raises `LoadError`: one line that says what is wrong and what to do.
+        Raises `LoadError`: one line with the problem and its fix.
         """
         check(config)
         device = pick_device(config)
@@ -187,7 +187,7 @@ class ModelExecutor:
         return self._inputs.stage(plan, batch, shape, extra_outputs), form
 
     def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
-        """Hidden states of the outputs. ``pending``: only the device knows some of the token ids."""
+        """Hidden states of the outputs. ``pending``: some of the token ids are only on the device so far."""
         ids = inputs.ids
         if pending:
             ids = torch.where(ids == PENDING, self._last_token[inputs.rows], ids)

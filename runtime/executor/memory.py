@@ -52,7 +52,7 @@ class MemoryPlan:
         return self.max_num_seqs * self.max_pages_per_row * 4
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(what, size, how it comes about), for a table."""
+        """Rows of a table: (name, size, derivation)."""
         dtype, layout = str(self.dtype).removeprefix("torch."), self.layout
         token = (
             f"2 (K, V) × {layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_dim}"

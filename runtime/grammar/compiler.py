@@ -65,7 +65,7 @@ class _FairQueue:
 class GrammarCompiler:
     """Thread-safe. The constructor prepares the tokenizer, which holds the GIL: better at start than during serving.
 
-    Compilations are queued fairly by owner, and dropped when nobody waits for them any more. Matchers of slow grammars
+    Compilations are queued fairly by owner, and dropped when their last caller stops waiting. Matchers of slow grammars
     advance in the same threads, before all compilations. For a tokenizer that llguidance cannot use, every constraint
     is refused with the reason.
     """
@@ -107,7 +107,7 @@ class GrammarCompiler:
     def compile(self, constraint: Constraint, owner: str = "") -> Future[Grammar]:
         """The grammar, from the cache or a thread. The future's exception for a bad constraint is `ConstraintError`.
 
-        Call `release` once for each call, when its caller waits no longer.
+        Call `release` once for each call, when its caller stops waiting.
         """
         with self._lock:
             found = self._cache.get(constraint)
@@ -124,7 +124,7 @@ class GrammarCompiler:
             return job.future
 
     def release(self, constraint: Constraint) -> None:
-        """One caller of `compile` waits no longer. A compilation that has not begun is dropped after the last."""
+        """One caller of `compile` stops waiting. A compilation that has not begun is dropped after the last."""
         with self._lock:
             job = self._compiling.get(constraint)
             if job is None:

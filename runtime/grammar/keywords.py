@@ -1,8 +1,8 @@
 """JSON schema keywords that llguidance does not enforce: rewritten where that is possible, otherwise refused.
 
 `simplified` removes keywords that have no effect and rewrites others into ones that llguidance enforces. `check` then
-refuses what is left, naming the keyword's path. It follows references from the root, so that definitions nobody uses
-may say anything.
+refuses what is left, naming the keyword's path. It follows references from the root, so unused definitions may contain
+anything.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _UNSUPPORTED = (  # by llguidance
     "dependentSchemas",
     "unevaluatedProperties",
 )
-_TYPES = {  # keywords that apply to values of one type, and say nothing of others
+_TYPES = {  # keywords that apply to values of one type and ignore others
     "array": ("contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems"),
     "object": (
         "propertyNames",
@@ -94,7 +94,7 @@ def _rewrite_format(schema: Schema) -> None:
 
 
 def _with_patterns(schema: Schema) -> Schema:
-    """``schema`` with a pattern for what its format leaves open, and patterns without look-ahead."""
+    """``schema`` with a pattern that completes its format, and with patterns without look-ahead."""
     pattern, exact = schema.get("pattern"), _EXACT_FORMATS.get(str(schema.get("format")))
     patterns = without_lookahead(pattern) if isinstance(pattern, str) else []
     if patterns is None or (not exact and len(patterns) < 2):
@@ -141,7 +141,7 @@ def _has_no_effect(keyword: str, schema: Schema) -> bool:
 
 
 def _rewrite_unevaluated(schema: Schema) -> None:
-    """Where no other schema applies to the same value, what is unevaluated is what is additional."""
+    """Where no other schema applies to the same value, unevaluated entries are the additional ones."""
     if _APPLICATORS & schema.keys():
         return
     if "unevaluatedProperties" in schema:

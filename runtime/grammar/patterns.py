@@ -1,4 +1,4 @@
-"""Regular expressions of JSON schemas: look-ahead written without it, and what a property name pattern can match."""
+"""Regular expressions of JSON schemas: look-ahead written without it, and names that a property pattern matches."""
 
 from __future__ import annotations
 

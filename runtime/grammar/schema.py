@@ -107,7 +107,7 @@ def _composes(value: Any, named: bool = False) -> bool:
 
 
 def _closed(value: Any, named: bool = False) -> Any:
-    """A copy in which an object that names its properties, or patterns of them, and says nothing of others has none.
+    """A copy in which an object that declares properties or patterns, and does not mention others, allows no others.
 
     Outputs stay valid. Small models would go on to invent properties and never end; SGLang's and vLLM's default
     grammar backends close objects too.

@@ -92,7 +92,7 @@ class Request:
         self.stream: bool = stream
         self.echo_from: int | None = echo_from  # first prompt token to return; None: the prompt is not returned
         self.breakpoints: Sequence[tuple[int, float]] = breakpoints  # (prompt tokens, seconds) to pin; empty once done
-        self.no_cache: bool = no_cache  # what it computes is forgotten when it ends
+        self.no_cache: bool = no_cache  # its pages are freed when it ends
         self.settle: bool = settle  # of a branch: the detokenizer says where the returned text ended
         self.remembered: int = remembered  # prompt tokens whose KV its branch has computed before
         self.on_end: Callable[[Request], None] | None = on_end  # called once, after its terminal message

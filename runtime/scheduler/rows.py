@@ -26,7 +26,7 @@ class Rows:
         self.limit = np.zeros(max_rows, dtype=np.int32)
         self.prompt_len = np.zeros(max_rows, dtype=np.int32)
         self.pages = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
-        self.last_token = np.zeros(max_rows, dtype=np.int32)  # the next input token; PENDING: only the device knows it
+        self.last_token = np.zeros(max_rows, dtype=np.int32)  # the next input token; PENDING: only on the device so far
         self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
         self.constrained = np.zeros(max_rows, dtype=np.bool_)  # the request has a matcher
         self.blocked = np.zeros(max_rows, dtype=np.bool_)  # must not decode until its next mask is known

@@ -169,7 +169,7 @@ class Scheduler:
     def plan(self, events: ConstraintEvents = _NO_EVENTS) -> ScheduledStep | None:
         """The next step, or None if nothing can run now. It must be launched, in order.
 
-        ``events``: which grammars and masks became ready since the last plan. Threads are not asked here.
+        ``events``: which grammars and masks became ready since the last plan. Grammar threads are not polled here.
         """
         self._apply(events)
         step = self.planner.plan()

@@ -1,4 +1,4 @@
-"""The three processes behind one server, as the HTTP side sees them: started, heard, told to leave, cleaned up."""
+"""The three child processes of one server: starts them, receives their messages, shuts them down and cleans up."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class EngineProcesses:
         return self._supervisor.pids
 
     def start(self) -> None:
-        """Starts the processes. ``ended`` then becomes the first role to end unasked or hang, and how."""
+        """Starts the processes. ``ended`` is then set to the first role that ends or hangs unexpectedly, and how."""
         self._loop.add_reader(self._inbox.fd, self._drain_inbox)
         self._supervisor.start()
 
     async def ready(self) -> dict[str, Any]:
-        """Waits until every process is ready; returns what the scheduler says about the model.
+        """Waits until every process is ready; returns the scheduler's information about the model.
 
         Raises `LoadError` with the reason if one ends instead.
         """
@@ -73,7 +73,7 @@ class EngineProcesses:
         raise LoadError(self._failure.result() if self._failure.done() else f"the {role} process {how} while starting")
 
     def describe_end(self) -> str:
-        """Which process ended unasked or hangs, and how."""
+        """The process that ended or hangs unexpectedly, and how."""
         role, how = self.ended.result()
         return f"the {role} process {how}"
 
@@ -94,7 +94,7 @@ class EngineProcesses:
         self._loop.remove_reader(self._inbox.fd)
         self._supervisor.kill()
         for outbox in (self._to_tokenizer, self._to_scheduler):
-            outbox.close(0)  # nobody is left to deliver to
+            outbox.close(0)  # the receivers are gone
         self._inbox.close()
         self._context.destroy(0)
         self._run_dir.remove()

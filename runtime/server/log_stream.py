@@ -1,4 +1,4 @@
-"""A text stream that never blocks its writer: when nobody reads its descriptor, lines are dropped and counted."""
+"""A text stream that never blocks its writer: lines are dropped and counted while its descriptor is not read."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class DroppingStream(io.TextIOBase):
                 self._dropped += text.count("\n")
                 return len(text)
             if self._dropped:
-                report = f"branchwise: {self._dropped} lines of the log were dropped: nobody read them in time\n"
+                report = f"branchwise: {self._dropped} lines of the log were dropped: they were not read in time\n"
                 data, self._dropped = report.encode() + data, 0
             self._queue.append(data)
             self._bytes += len(data)

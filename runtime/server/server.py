@@ -1,4 +1,4 @@
-"""One server: HTTP on an event loop, the engine in child processes, and an orderly end whichever ends first."""
+"""One server: HTTP on an event loop, the engine in child processes, and an orderly shutdown when either ends."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class Server:
             self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join()
 
-    # -- one life ------------------------------------------------------------------------------------------------------
+    # -- lifecycle -----------------------------------------------------------------------------------------------------
 
     async def _run(self, ready: asyncio.Future[dict[str, Any]]) -> None:
         started = time.monotonic()

@@ -1,4 +1,4 @@
-"""What a server checks and takes from the system before its first process starts."""
+"""Checks of a server and its system resources, before its first process starts."""
 
 from __future__ import annotations
 

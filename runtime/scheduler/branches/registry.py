@@ -21,7 +21,7 @@ MAX_FORK = 1024  # branches per fork
 class BranchState(enum.Enum):
     IDLE = enum.auto()
     GENERATING = enum.auto()
-    SETTLING = enum.auto()  # generation has ended; the detokenizer has not said yet where the returned text ends
+    SETTLING = enum.auto()  # generation has ended; the detokenizer has not reported yet where the returned text ends
     ENCODING = enum.auto()  # the text at its end is being tokenized together with what is appended
     GONE = enum.auto()
 

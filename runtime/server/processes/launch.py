@@ -1,4 +1,4 @@
-"""The run directory: a private place for the sockets and for what the child processes read at their start."""
+"""The run directory: a private place for the sockets and for the settings that child processes read when they start."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def hold_lock(run_dir: Path, name: str) -> IO[str]:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(str(os.getpid()))
     file.flush()
-    path.rename(run_dir / f"{name}.lock")  # after locking: nobody may find it unlocked while its owner lives
+    path.rename(run_dir / f"{name}.lock")  # after locking: it must never be found unlocked while its owner lives
     return file
 
 
@@ -91,7 +91,7 @@ def remove_stale(base: Path) -> None:
 
 
 def _owner(run_dir: Path, name: str) -> int | None:
-    """The process that holds the lock: it is alive, so its pid has not been given to another. None: nobody does."""
+    """The process that holds the lock: it is alive, so its pid has not been reused. None: it is not locked."""
     try:
         with (run_dir / f"{name}.lock").open() as file:
             try:

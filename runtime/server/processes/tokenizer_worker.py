@@ -83,7 +83,7 @@ class TokenizerWorker:
             forward.append(message)
         except InvalidRequest as error:
             refused += _refusals(message, Refusal.of(error))
-        except BaseException:  # a panic in Rust is no `Exception`, and one text must not stop the server
+        except BaseException:  # a Rust panic is not an `Exception`, and one text must not stop the server
             logger.exception("could not tokenize a prompt")
             refused += _refusals(message, Refusal(None, "the prompt could not be tokenized", 500))
 

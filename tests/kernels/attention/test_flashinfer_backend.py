@@ -263,7 +263,9 @@ def test_a_plan_with_unknown_parameters_is_refused(tail, install, monkeypatch):
     if not tail:  # the head is another too
         flashinfer_module.plan_tail.cache_clear()
         monkeypatch.setattr(flashinfer_module, "_PLAN_HEAD", ("another", "head"))
-    with pytest.raises(Unavailable, match=r"does not know, in .*window_left.*; install flashinfer-python>=0\.6\.12,<="):
+    with pytest.raises(
+        Unavailable, match=r"does not support, in .*window_left.*; install flashinfer-python>=0\.6\.12,<="
+    ):
         flashinfer_module.plan_tail("fa2")
 
 

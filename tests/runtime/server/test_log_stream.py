@@ -41,7 +41,7 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_no_time() -> None:
     stream.write("after\n")
     assert stream.drain(5)
     rest = os.read(reader, 1000).decode()
-    assert rest == f"branchwise: {1000 - written} lines of the log were dropped: nobody read them in time\nafter\n"
+    assert rest == f"branchwise: {1000 - written} lines of the log were dropped: they were not read in time\nafter\n"
 
 
 def test_what_is_read_arrives_whole_and_in_order() -> None:
