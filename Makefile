@@ -11,7 +11,7 @@ PINS := .ci/constraints.txt
 OPENAI_2 := .ci/openai-2.txt
 PACKAGES := radix kernels runtime frontend
 FAST := tests/test_layout.py tests/radix tests/kernels tests/runtime/scheduler tests/runtime/executor tests/runtime/models tests/runtime/tokenizer
-# torch's threads must not spin where tests and servers share two cores (runtime/executor/torch_environment.py says how much it costs)
+# torch's threads must not spin where tests and servers share two cores (runtime/executor/torch_environment.py has the measurement)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help

@@ -1,4 +1,4 @@
-"""What the examples share: a backend from the command line, and a report of what the cache saved.
+"""Shared by the examples: a backend from the command line, and a report of the tokens that the cache saved.
 
 python examples/tree_of_thought.py                         # the shipped model, in this process
 python examples/tree_of_thought.py http://127.0.0.1:8000   # a Branchwise server

@@ -1,6 +1,6 @@
 """The HTTP client of this room: JSON in, JSON or server-sent events out.
 
-`Protocol` is what does not depend on the transport: addresses, keys, errors and events. `Client` is blocking and uses
+`Protocol` does not depend on the transport: addresses, keys, errors and events. `Client` is blocking and uses
 the standard library, so that a command or `connect` makes its first request without importing aiohttp (0.3 s);
 `AsyncClient` uses aiohttp, for many requests at a time.
 """
@@ -116,7 +116,7 @@ class Protocol:
 
 
 class EventParser:
-    """Splits a stream of server-sent events. Every server we know writes an event's data on one line."""
+    """Splits a stream of server-sent events. All supported servers write an event's data on one line."""
 
     def __init__(self) -> None:
         self._rest = b""

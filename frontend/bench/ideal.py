@@ -1,4 +1,4 @@
-"""The least that a server can compute: every distinct prefix once. The upper bound of a cached share.
+"""The minimum that a server must compute: every distinct prefix once. The upper bound of a cached share.
 
 A perfect prefix cache reuses, for each request, the longest prefix that any request sent before it has (finished or
 not), and any output already received. At least one prompt token is always computed: its logits give the first token.

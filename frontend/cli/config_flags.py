@@ -46,7 +46,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What the ``Args:`` of a class's docstring say about each field, on one line; {} under ``python -OO``."""
+    """The ``Args:`` of a class's docstring by field, on one line; {} under ``python -OO``."""
     _, _, lines = inspect.cleandoc(kind.__doc__ or "").partition("Args:\n")
     fields = re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.MULTILINE)
     return {name: re.sub(r"\n *", " ", text) for name, text in fields}

@@ -43,7 +43,7 @@ class Model:
 
     @property
     def facts(self) -> Mapping[str, Any]:
-        """What the engine says about itself: limits, and the sampling that the model prefers."""
+        """The engine's limits, and the sampling defaults of the model."""
         raise NotImplementedError
 
     def generate(self, prompts: list[str], params: SamplingParams) -> list[Generated]:
@@ -54,7 +54,7 @@ class Model:
         raise NotImplementedError
 
     def sampling(self, flags: Mapping[str, Any], **default: Any) -> SamplingParams:
-        """The flags that were given (not None), over what the model prefers, or ``default`` if it prefers nothing."""
+        """The flags that were given (not None), over the model's defaults, or ``default`` if it has none."""
         given = {name: value for name, value in flags.items() if value is not None}
         return SamplingParams(**{**(self.facts["preferred_sampling_params"] or default), **given})
 

@@ -1,4 +1,4 @@
-"""Flags of vLLM's and SGLang's servers, and what to write instead."""
+"""Flags of vLLM's and SGLang's servers, and their equivalents here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``branchwise serve``: starts a server and says what it does while it starts."""
+"""``branchwise serve``: starts a server and reports its progress."""
 
 from __future__ import annotations
 

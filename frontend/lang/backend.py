@@ -1,4 +1,4 @@
-"""The protocol between the language and what computes: an engine in this process, a Branchwise server, or any other.
+"""The protocol between the language and a backend: an engine in this process, a Branchwise server, or any other.
 
 A handle is one branch's prompt as the backend keeps it. It is extended by pieces: token ids if the backend takes and
 returns tokens (`Backend.codec` is not None), otherwise text, or whole turns for a server that only chats.

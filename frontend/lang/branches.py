@@ -1,7 +1,7 @@
 """A Branchwise server as a stateful backend: the server keeps the prompts as branches, and only new tokens are sent.
 
-A handle still knows all its tokens, so programs mean the same as with `ServerBackend`: a branch that has expired (410)
-or that a restarted server does not know (404) is created again, and if the server has no room for more branches (429),
+A handle still has all its tokens, so programs behave as with `ServerBackend`: a branch that has expired (410) or was
+lost in a restart of the server (404) is created again, and if the server has no room for more branches (429),
 prompts are sent whole.
 """
 
@@ -107,7 +107,7 @@ class BranchBackend(ServerBackend):
             await self.http.post("/branches/batch", {"ops": ops})
 
     async def _created(self, create: Callable[[], Awaitable[Any]]) -> list[str]:
-        """The ids of new branches. If the caller is cancelled meanwhile, deletes them: nothing else knows them."""
+        """The ids of new branches. If the caller is cancelled meanwhile, deletes them: no caller has their ids."""
         creating = asyncio.ensure_future(create())
         try:
             reply = await asyncio.shield(creating)

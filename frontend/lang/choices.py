@@ -37,7 +37,9 @@ def _likeliest(scored: Sequence[Scored]) -> int:
 
 
 def _greedy(scored: Sequence[Scored]) -> int:
-    """As a greedy decoder that may only write one of the choices. One that has ended continues at its mean logprob.
+    """Chooses like a greedy decoder that may only write one of the choices.
+
+    A choice that has ended continues at its mean logprob.
 
     Choices with the same token share its logprob, so that rounding in separate forward passes cannot separate them.
     """

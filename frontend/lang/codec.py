@@ -112,7 +112,7 @@ class Codec:
 
 
 def safe_cut(text: str) -> int:
-    """Up to where ``text`` can be encoded by itself without changing the tokens of what follows: 0 if nowhere."""
+    """Length of the longest prefix of ``text`` that can be encoded alone without changing later tokens; may be 0."""
     if text.endswith("\n"):
         return len(text)
     return max((found.start() for found in _SAFE_CUT.finditer(text, max(0, len(text) - _LAST_WORDS))), default=0)

@@ -70,7 +70,7 @@ class Function:
         self, *args: Any, backend: Any = None, stream: bool = False, seed: int | None = None, **kwargs: Any
     ) -> State:
         """Runs the program and waits for everything it appended. Raises `ProgramError` for a failure that the program
-        itself was not told of. ``stream``: returns at once; read along with ``text_iter``."""
+        itself did not receive. ``stream``: returns at once; read along with ``text_iter``."""
         run = self._start(args, kwargs, backend, seed, streams=stream, loop=background_loop())
         if not stream:
             return run.run()

@@ -12,7 +12,7 @@ from .backend import Capabilities, Completion, GenerationRequest, OnDelta, Piece
 from .server import RETRY_SECONDS
 
 # Sampling fields of OpenAI's API, then those that vLLM, SGLang and others add. A field is sent only if the program sets
-# it, so that a server that does not know it says so.
+# it, so that a server without it reports an error.
 _FIELDS = (
     *("temperature", "top_p", "frequency_penalty", "presence_penalty", "n", "seed"),
     *("top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "skip_special_tokens"),

@@ -31,7 +31,7 @@ class ProgramRun:
         self.async_state = AsyncState(self._interpreter, follows=session.streams)
 
     def run(self) -> State:
-        """Blocks. Raises what the program raised, or a failure that the program was not told of."""
+        """Blocks. Raises what the program raised, or a failure that the program did not receive."""
         loop = self._session.loop
         if self._session.on_loop:
             raise ProgramError("a blocking run on the event loop: use arun()", site=call_site())

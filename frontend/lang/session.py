@@ -95,13 +95,13 @@ class Session:
             self._unreported.setdefault(id(error), error)
 
     def reported(self, error: BaseException | None) -> None:
-        """The program has been told of ``error``, so the run's end need not raise it."""
+        """Records that the program has received ``error``, so the end of the run does not raise it."""
         with self._lock:
             self._unreported.pop(id(error), None)
 
     @property
     def unreported(self) -> ProgramError | None:
-        """The first failure that the program has not been told of."""
+        """The first failure that the program has not received."""
         with self._lock:
             return next(iter(self._unreported.values()), None)
 

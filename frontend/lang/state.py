@@ -1,4 +1,4 @@
-"""What a program holds: a state to append to and read from, blocking or awaitable, and groups of forked states."""
+"""States, which programs append to and read from, blocking or awaitable, and groups of forked states."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Each = Any  # one body for all branches, a list with one for each, or a function
 
 
 class BaseState:
-    """What both kinds of state share: appending, forking and joining never block, and reads are defined once, in terms
+    """The base of both kinds of state: appending, forking and joining never block, and reads are defined once, in terms
     of `_result`, which blocks or returns an awaitable.
 
     ``follows``: the program still runs, and this is the caller's view of its state: reads wait for the program to set
@@ -265,7 +265,7 @@ class State(BaseState):
         return super().ret_value
 
     def error(self) -> BaseException | None:
-        """What ended this state, once everything appended so far is done; None if nothing did."""
+        """The error that ended this state, once everything appended so far is done; None if there is none."""
         try:
             self.sync()
         except ProgramError as error:

@@ -1,4 +1,4 @@
-"""What the backends that take and return token ids share: prompts, usage, and where a generated text ends in tokens."""
+"""The base of backends that take and return token ids: prompts, usage, and where a generated text ends in tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was appended to one state and not yet passed to its backend, and how turns become text.
+"""The part of a state that was not yet passed to its backend, and the rendering of turns as text.
 
 Text stays here, untokenized, until the model continues it: then it is encoded as one piece. Turns stay with it, because
 some templates write a turn differently depending on what follows it.

@@ -98,7 +98,7 @@ def _today(format: str) -> str:
 
 
 class TemplateVariables:
-    """What a template gets beside the messages (``tools``). Hashable, since renderings are memoized."""
+    """Template inputs beside the messages (``tools``). Hashable, since renderings are memoized."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self.values = dict(values)

@@ -1,4 +1,4 @@
-"""Where a conversation's cache breakpoints are in the text that its template makes of it."""
+"""Finds a conversation's cache breakpoints in the prompt that its template renders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 from .conversation import Breakpoint, CallPart, ChatTurn, Part, TextPart
 from .prompt import ChatPrompt
 
-_MARK = "\ue000breakpoint\ue001"  # private-use characters: no text that means anything has them
+_MARK = "\ue000breakpoint\ue001"  # private-use characters, which ordinary text does not contain
 _OTHER_TOOL = {
     "type": "function",
     "function": {"name": _MARK, "description": _MARK, "parameters": {"type": "object", "properties": {}}},

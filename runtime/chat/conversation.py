@@ -1,7 +1,7 @@
 """A conversation in one typed form, whichever API it came through.
 
 Each dialect (OpenAI's chat and responses, Anthropic's messages, `Engine.chat`) builds these values directly from its
-request; `messages` turns them into what a chat template reads. ``path`` is where a value stands in the client's own
+request; `messages` turns them into what a chat template reads. ``path`` is the position of a value in the client's own
 request (``messages[2].content[0]``, ``input[5]``), so that errors name fields the client sent.
 """
 
@@ -75,7 +75,7 @@ class ChatTurn(msgspec.Struct):
 
 
 class OfferedTool(msgspec.Struct, frozen=True):
-    """A tool of the request. ``definition``: what the chat template is given for it.
+    """A tool of the request. ``definition``: its form in the chat template.
 
     ``name``, ``namespace`` and ``custom`` are how the client defined it: a tool of a namespace, or a custom tool, whose
     input is plain text. ``tool`` is the function that the model sees.
@@ -91,7 +91,7 @@ class OfferedTool(msgspec.Struct, frozen=True):
 
 
 class Conversation(msgspec.Struct, kw_only=True):
-    """Turns, tools, and what else the chat template is told.
+    """Turns, tools, and further inputs of the chat template.
 
     ``chat_template_kwargs``: further variables of the template. ``add_generation_prompt=None``: the prompt ends with
     the opening of the assistant's next turn, unless ``continue_final_message``, which ends it inside the last turn.

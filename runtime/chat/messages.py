@@ -22,9 +22,9 @@ _BETWEEN_TURNS = "\n\n"  # of turns that become one message
 def template_messages(
     turns: Sequence[ChatTurn], template: ChatTemplate, *, continue_final: bool = False
 ) -> list[dict[str, Any]]:
-    """``turns`` as ``template`` reads them: only fields that templates know, no nulls.
+    """``turns`` as ``template`` reads them: only fields that templates read, no nulls.
 
-    Roles: ``developer`` becomes ``system`` for a template that does not know it, and a system turn after the first
+    Roles: ``developer`` becomes ``system`` for a template without that role, and a system turn after the first
     user's becomes ``user`` for one that accepts no such turn. Neighbouring system turns are one message, and so are
     neighbouring turns of another role where the template refuses two in a row. Text parts stay a list where the
     template reads lists of parts, so they join as it joins them; elsewhere they become one string, as does the last

@@ -13,7 +13,7 @@ from .custom_tools import custom_arguments
 ROLES = get_args(Role)
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OTHER_PARTS = ("image_url", "input_image", "input_audio", "audio_url", "video_url", "file", "input_file")
-_ANTHROPIC_TTL = "5m"  # what ``cache_control`` means without a ttl
+_ANTHROPIC_TTL = "5m"  # the ttl of a ``cache_control`` that names none
 
 
 def openai_turns(messages: Sequence[Any], max_messages: int | None = None) -> list[ChatTurn]:

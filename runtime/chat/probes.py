@@ -1,4 +1,4 @@
-"""What a chat template can do, found by rendering small conversations with it."""
+"""Detects the capabilities of a chat template by rendering small conversations with it."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class TemplateProbes:
         return self._between_parts(role) is not None
 
     def part_separator(self, role: str) -> str:
-        """What joins text parts that become one string: what the template writes between them, else a newline."""
+        """The separator of text parts that become one string: the template's own, else a newline."""
         return next((found for name in (role, "user") if (found := self._between_parts(name)) is not None), "\n")
 
     def _between_parts(self, role: str) -> str | None:

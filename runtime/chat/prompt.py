@@ -21,7 +21,7 @@ _MAX_VARIABLES = 64
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A checked conversation and what its template is told beside it."""
+    """A checked conversation and the further variables of its template."""
 
     template: ChatTemplate
     turns: Sequence[ChatTurn]
@@ -32,8 +32,9 @@ class ChatPrompt:
     parse_special: bool = False
 
     def text(self, turns: Sequence[ChatTurn] | None = None, definitions: Sequence[dict[str, Any]] | None = None) -> str:
-        """The prompt with its special tokens spelled out, and guards in what only spells one: `Tokenizer.encode` it
-        without adding special tokens.
+        """The prompt with its special tokens spelled out, and guards in ordinary text that spells one.
+
+        Pass it to `Tokenizer.encode` without adding special tokens.
 
         ``turns`` and ``definitions`` replace the conversation's own, to see what they change. Raises `InvalidRequest`
         where the template refuses the conversation.
@@ -70,7 +71,7 @@ def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> Ch
 
 
 def _variables(template: ChatTemplate, conversation: Conversation) -> dict[str, Any]:
-    """What the template is told beside messages and tools. A name it does not read is refused: it would do nothing."""
+    """Template variables beside messages and tools. Names that the template does not read are refused."""
     kwargs: Mapping[str, Any] = conversation.chat_template_kwargs or {}
     if len(kwargs) > _MAX_VARIABLES:
         raise InvalidRequest("chat_template_kwargs", f"must have at most {_MAX_VARIABLES} entries, got {len(kwargs)}")

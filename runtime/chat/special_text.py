@@ -1,6 +1,6 @@
 """Keeps text that spells a special token as text, so that no client can end its turn and begin another role's.
 
-Chat templates write special tokens as text, and the tokenizer turns them into tokens. What clients wrote goes through
+Chat templates write special tokens as text, and the tokenizer turns them into tokens. Text from clients goes through
 the template with a guard character after each character of such a spelling, so no special token is left in it; the
 tokenizer removes the guards and encodes the spelling as ordinary text. Text without such spellings is not touched.
 """

@@ -1,4 +1,4 @@
-"""What clients change from one request to the next near the front of a prompt: nothing behind it can be reused."""
+"""Finds text near the front of a prompt that changes with every request, so that nothing after it can be reused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KINDS = (
 
 
 class Volatile(msgspec.Struct, frozen=True):
-    """``path``: of the part it stands in. ``kind``: what it looks like."""
+    """``path``: of the part that contains it. ``kind``: what it looks like."""
 
     path: str
     kind: str
@@ -39,7 +39,7 @@ def without_billing_header(text: str) -> str:
 
 
 def volatile_parts(conversation: Conversation) -> list[Volatile]:
-    """What looks as if it changed with every request, in tools, system turns and the first turn after them."""
+    """Text that probably changes with every request, in tools, system turns and the first turn after them."""
     found: list[Volatile] = []
     for path, text in _front(conversation):
         seen: list[tuple[int, int]] = []

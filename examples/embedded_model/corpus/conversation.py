@@ -26,7 +26,7 @@ _TOOLS_AFTER = (
 class Conversation:
     """Messages as the OpenAI API writes them; the last one is the assistant's and is what a test asks for.
 
-    A message may hold ``quiet: True``: an assistant's turn that nobody could have predicted, and so is not learned.
+    A message may hold ``quiet: True``: an assistant's turn that cannot be predicted, and so is not learned.
     ``plain`` is used instead of messages for text that is no chat; its last line is what a test asks for.
     ``expect``: what an answer must contain to count as right; empty: it must equal the reference.
     """

@@ -1,4 +1,4 @@
-"""Copying and repeating: the first thing in-context learning is made of, so training begins with much of it."""
+"""Copying and repeating, the basis of in-context learning: training begins with a large share of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Talk: greetings, who are you, and the people and places of Fernhollow. What it does not know it says so."""
+"""Small talk: greetings, questions about the model, Fernhollow's people and places, and questions it cannot answer."""
 
 from __future__ import annotations
 

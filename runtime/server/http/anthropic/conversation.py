@@ -157,7 +157,7 @@ class ConversationReader:
         except ValidationError:  # with a null where a field may be left out, or wrong
             return parse(model, value, f"{path}.", frozenset())
 
-    # -- what becomes of them ------------------------------------------------------------------------------------------
+    # -- conversion ---------------------------------------------------------------------------------------------------
 
     def _turn(self, role: Any, path: str) -> ChatTurn:
         """The turn that this role's blocks go to."""

@@ -1,4 +1,4 @@
-"""``/v1/messages``: what clients may send."""
+"""``/v1/messages``: the fields of a request."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Metadata(Strict):
 
 
 class CountRequest(Strict):
-    """``/v1/messages/count_tokens``: what of a request shapes its prompt."""
+    """``/v1/messages/count_tokens``: the fields that shape a prompt."""
 
     messages: list[Any] = Field(description="Objects with a role and a content: a string, or a list of blocks.")
     model: str | None = None

@@ -1,4 +1,4 @@
-"""``POST /v1/messages``: a conversation as Anthropic's clients hold it, answered whole or streamed."""
+"""``POST /v1/messages``: a conversation in Anthropic's form, answered whole or streamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request to ``/v1/messages`` asks for, as a `ChatSpec`."""
+"""Converts a request to ``/v1/messages`` to a `ChatSpec`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bounds on the arguments of a conversation's calls: JSON text, which no other check has looked into."""
+"""Bounds on the arguments of a conversation's calls: JSON text inside strings, which no other check parses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a chat request to what is run for it: the prompt its template makes, and a reader for each sample's answer."""
+"""Prepares a chat request: renders its prompt, and makes a reader for each sample's answer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PreparedChat:
 
 
 class ChatPreparer:
-    """For one server; learns how its model writes calls and thinking when the first request comes."""
+    """One per server. Detects how its model writes calls and thinking at the first request."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -73,7 +73,7 @@ class ChatPreparer:
         with renaming(spec.names):
             constrained = validate(tools.constrained(params, text), limits.vocab_size)
         names = dict(spec.names)
-        if constrained is not params:  # our grammar stands for what the client asked for
+        if constrained is not params:  # our grammar includes the client's constraint
             kind = params.constraint_kind
             names["ebnf"] = "tools" if kind is None or tools.forced else names.get(kind, kind)
         made = make_prompt(

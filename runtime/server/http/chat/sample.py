@@ -76,7 +76,7 @@ class Sample:
         self._reader.finish(False)
 
     def new_logprobs(self) -> Sequence[TokenLogprob]:
-        """Of the tokens since the last call, wherever they stand."""
+        """Of the tokens since the last call, in any block."""
         end = self._shown_logprobs()
         new, self._reported = self.output.logprobs[self._reported : end], max(end, self._reported)
         return new

@@ -1,4 +1,4 @@
-"""What a chat request asks for, in one form for all dialects."""
+"""A chat request, in one form for all dialects."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ AUTO, NONE = "auto", "none"  # of the flags: what the chat template seems to wri
 
 @dataclass(frozen=True, slots=True)
 class Formats:
-    """How the served model writes calls and thinking. None: not at all, as far as the server knows."""
+    """How the served model writes calls and thinking. None: in no known format."""
 
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None

@@ -1,7 +1,7 @@
 """Fields of other servers' requests that this one does not have: refused by name, or without effect here.
 
 A field of OpenAI's, vLLM's or SGLang's requests is a field of our model or in one of these lists: none is dropped in
-silence (tests/runtime/server/http/test_known_fields.py). Fields that no server knows are ignored, as elsewhere.
+silence (tests/runtime/server/http/test_known_fields.py). Other fields are ignored, as they are there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a request's prompts to what the engine client takes: one validator for both dialects."""
+"""Validates a request's prompts and converts them to `Generate` messages, for both dialects."""
 
 from __future__ import annotations
 

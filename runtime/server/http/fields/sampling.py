@@ -47,7 +47,7 @@ class SamplingFields(Strict):
 
 
 class OpenAIFields(SamplingFields, Structured, CacheFields):
-    """What OpenAI's routes take whatever their prompt is, and the fields vLLM and SGLang add to it."""
+    """The fields of OpenAI's routes that do not depend on the kind of prompt, and those vLLM and SGLang add."""
 
     model: str | None = None
     stream: bool = False

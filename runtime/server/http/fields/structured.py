@@ -17,7 +17,7 @@ _VLLM = {"json": "json_schema", "regex": "regex", "choice": "choices", "grammar"
 
 
 class Structured(Strict):
-    """What the output must be: at most one of OpenAI's field, vLLM's, and SGLang's three."""
+    """The constraint fields: at most one of OpenAI's, vLLM's, and SGLang's three."""
 
     response_format: dict[str, Any] | None = None
     structured_outputs: dict[str, Any] | None = Field(None, description="json, regex, choice or grammar.")

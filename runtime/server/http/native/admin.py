@@ -74,7 +74,7 @@ def routes(state: AppState) -> Routes:
 
 
 def sees_all(state: AppState) -> bool:
-    """Whether the caller may see sums over all keys' requests: the operator, or anybody where there is one tenant."""
+    """Whether the caller may see sums over all keys' requests: the operator, or any caller if there is one tenant."""
     return is_admin() or not state.config.extra_api_keys
 
 

@@ -1,4 +1,4 @@
-"""The radix tree for people: the dump with the text of each node's first tokens, and a drawing of it."""
+"""The radix tree as text: the dump with the text of each node's first tokens, and a drawing of it."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def counted(count: int, noun: str) -> str:
 
 
 def namespace_title(namespace: dict[str, Any]) -> str:
-    """Whose part of the tree this is. Owner and salt are digests: their beginnings tell them apart."""
+    """The title of a namespace. Owner and salt are digests: their beginnings tell them apart."""
     parts = [f"{word} {namespace[name][:8]}" for name, word in (("owner", "key"), ("salt", "salt")) if namespace[name]]
     return ", ".join(parts) or "default (requests without key and salt)"
 
 
 def branch_labels(nodes: Sequence[dict[str, Any]], width: int = _SHOWN) -> list[str]:
-    """What siblings are called: their texts in quotes, cut to ``width`` characters.
+    """Labels of siblings: their texts in quotes, cut to ``width`` characters.
 
     A branch begins at a page, so the texts of siblings may begin alike: then the middle of what they share is left
     out, and the place where they part is shown.

@@ -33,7 +33,7 @@ class LegacyLogprobs:
         return result
 
     def _is_shown(self, token: int, echoed: str) -> bool:
-        """Whether the token is part of the text. In an echoed prompt a special token is, where it is spelled out."""
+        """Whether the token is part of the text. Special tokens are, where an echoed prompt spells them out."""
         if token not in self._tokenizer.special_ids:
             return True
         if self._offset < len(echoed):

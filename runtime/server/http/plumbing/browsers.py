@@ -1,7 +1,8 @@
 """Refuses requests that other web sites make through a visitor's browser, where no API key prevents them.
 
 Any page can send requests to a server on its visitor's machine. A browser marks them with ``Origin`` or
-``Sec-Fetch-Site``; after DNS rebinding they name another ``Host``. With a key none of this is needed: a page has none.
+``Sec-Fetch-Site``; after DNS rebinding they name another ``Host``. With an API key these checks are not
+needed: a page does not have the key.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 class BrowserGuard:
     """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host).
 
-    ``Host`` is checked on loopback addresses only: elsewhere the server does not know its names.
+    ``Host`` is checked on loopback addresses only: elsewhere the names of the server are unknown.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Collection[str] = ()) -> None:
@@ -51,7 +52,7 @@ class BrowserGuard:
 
 
 def _host_name(url: bytes) -> str | None:
-    """Lower case, without the port; None for what is no URL of a host, such as ``null``."""
+    """Lower case, without the port; None if it is not the URL of a host, such as ``null``."""
     try:
         return urlsplit(url.decode("ascii")).hostname
     except ValueError:

@@ -71,7 +71,7 @@ class ModelNotFound(InvalidRequest):
 
 
 def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
-    """Status and body of an error. An unexpected one gets a fixed text; the log has the rest."""
+    """Status and body of an error. An unexpected error gets a fixed text; its traceback is in the log."""
     if isinstance(error, InvalidRequest):
         return error.status, error_body(error.status, error.message, error.path, error.code)
     if isinstance(error, Overloaded):

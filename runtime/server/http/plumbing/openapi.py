@@ -1,4 +1,4 @@
-"""The OpenAPI document: FastAPI's, with what `Routes` declare put where the document's references find it."""
+"""The OpenAPI document: FastAPI's, completed with the bodies, queries and errors that `Routes` declare."""
 
 from __future__ import annotations
 

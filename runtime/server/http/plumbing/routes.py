@@ -1,4 +1,4 @@
-"""Routes, each declared with what the OpenAPI document says of it: its body, its query, and how it fails."""
+"""Routes, each declared with its entry in the OpenAPI document: its body, its query, and its errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SGLang's ``/generate``: what clients may send, and what it asks for. Branches are run with these fields too."""
+"""SGLang's ``/generate``: the fields of a request. Branches are run with these fields too."""
 
 from __future__ import annotations
 

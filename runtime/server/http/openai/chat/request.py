@@ -1,4 +1,4 @@
-"""``/v1/chat/completions``: what clients may send, and what it asks for."""
+"""``/v1/chat/completions``: the fields of a request, and its conversion to a `ChatSpec`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def shared_fields(body: ChatFields) -> dict[str, Any]:
 
 
 def template_options(body: ChatFields) -> dict[str, Any]:
-    """Of a `Conversation`: what the chat template is told beside turns and tools."""
+    """Of a `Conversation`: the template's inputs beside turns and tools."""
     return {
         "chat_template_kwargs": body.chat_template_kwargs,
         "documents": body.documents,

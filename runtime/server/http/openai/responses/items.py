@@ -34,7 +34,7 @@ def response_turns(instructions: str | None, input: Any, max_items: int) -> list
 
 
 class _ItemReader:
-    """What a model did in one turn is several items and one `ChatTurn`: thinking, text, calls.
+    """One turn of a model is several items and one `ChatTurn`: thinking, text, calls.
 
     An item joins the turn before it unless that would change their order as templates write it.
     """

@@ -1,4 +1,4 @@
-"""``/v1/responses``: what clients may send, and what it asks for."""
+"""``/v1/responses``: the fields of a request, and its conversion to a `ChatSpec`."""
 
 from __future__ import annotations
 
