@@ -16,12 +16,16 @@ from .auth import OPEN_PATHS
 from .errors import error_response
 
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+ACTING_GETS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})  # which SGLang's clients send
 
 
 class BrowserGuard:
     """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host).
 
     ``Host`` is checked on loopback addresses only: elsewhere the names of the server are unknown.
+
+    A browser's POST must be declared as JSON, which makes the browser ask the server first (a CORS preflight, which is
+    refused), and its GET cannot act, as the address of an image would. Other clients are free to do both.
     """
 
     def __init__(self, app: ASGIApp, host: str, allowed: Collection[str] = ()) -> None:
@@ -32,7 +36,8 @@ class BrowserGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         problem = None
         if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
-            problem = self._problem(dict(scope["headers"]))
+            headers = dict(scope["headers"])
+            problem = self._problem(headers) or _acts(scope["method"], scope["path"], headers)
         if problem is None:
             await self._app(scope, receive, send)
             return
@@ -49,6 +54,18 @@ class BrowserGuard:
         if self._check_host and host and _host_name(b"//" + host) not in self._names:
             return f"requests to the host {host[:100].decode('latin-1')} are refused"
         return None
+
+
+def _acts(method: str, path: str, headers: dict[bytes, bytes]) -> str | None:
+    """What is wrong with a browser's request that a page can send without asking the server first."""
+    marked = b"origin" in headers or b"sec-fetch-site" in headers
+    if method == "POST" and marked:
+        kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        return None if kind == b"application/json" else "a browser's POST must have Content-Type: application/json"
+    # A browser marks no GET for an address without TLS that is not its own machine's.
+    if method == "GET" and path in ACTING_GETS and (marked or headers.get(b"user-agent", b"").startswith(b"Mozilla/")):
+        return f"GET {path} is refused to browsers, send POST"
+    return None
 
 
 def _host_name(url: bytes) -> str | None:

@@ -33,9 +33,11 @@ SERVED = [
 ]
 
 
-async def status(state: AppState, headers: dict[str, str], path: str = "/version") -> tuple[int, str]:
+async def status(
+    state: AppState, headers: dict[str, str], path: str = "/version", method: str = "GET"
+) -> tuple[int, str]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(make_app(state)), base_url="http://localhost") as http:
-        answer = await http.get(path, headers=headers)
+        answer = await http.request(method, path, headers=headers)
     return answer.status_code, answer.text
 
 
@@ -62,3 +64,37 @@ async def test_health_and_other_addresses_hosts_are_open(make_state: Callable[..
     assert (await status(make_state(), {"Host": "evil.example"}, "/health"))[0] == 200
     assert (await status(make_state(host="0.0.0.0"), {"Host": "gpu-7.lan"}))[0] == 200
     assert (await status(make_state(host="0.0.0.0"), {"Host": OWN, "Origin": "https://evil.example"}))[0] == 403
+
+
+LOCAL_PAGE = {"Host": OWN, "Origin": "http://localhost:3000"}
+
+
+@pytest.mark.parametrize(
+    "kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"]
+)
+async def test_a_page_cannot_post_without_asking_first(make_state: Callable[..., AppState], kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    for mark in (LOCAL_PAGE, {"Host": OWN, "Sec-Fetch-Site": "same-site"}):
+        for path in ("/abort_request", "/v1/completions", "/flush_cache"):
+            code, text = await status(make_state(), {**mark, **headers}, path, "POST")
+            assert code == 403 and "application/json" in text
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "application/json"])
+async def test_other_clients_may_leave_the_type_out(make_state: Callable[..., AppState], kind: str | None) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    code, text = await status(make_state(), {"Host": OWN, **headers}, "/v1/completions", "POST")
+    assert code == 400 and "the body is empty" in text
+    if kind == "application/json":
+        marked = {**LOCAL_PAGE, "Content-Type": "application/json; charset=utf-8"}
+        assert (await status(make_state(), marked, "/v1/completions", "POST"))[0] == 400
+
+
+@pytest.mark.parametrize("path", ["/flush_cache", "/start_profile", "/stop_profile"])
+@pytest.mark.parametrize("mark", [LOCAL_PAGE, {"Sec-Fetch-Site": "none"}, {"User-Agent": "Mozilla/5.0 (X11; Linux)"}])
+async def test_a_browser_changes_nothing_by_get(
+    make_state: Callable[..., AppState], path: str, mark: dict[str, str]
+) -> None:
+    code, text = await status(make_state(), {"Host": OWN, **mark}, path)
+    assert code == 403 and f"GET {path}" in text
+    assert (await status(make_state(), {"Host": OWN, "User-Agent": "python-requests/2.32"}, path))[0] != 403
