@@ -105,6 +105,7 @@ def _grammar(constraint: Constraint) -> str:
         return LLMatcher.grammar_from_lark(f"start: /{regex_to_lark(text, use_ascii='d')}/")
     if kind == "choices":
         choices = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in json.loads(text))
+        choices = choices.replace("\x7f", "\\u007f")  # Lark's strings hold every other character that JSON's do
         return LLMatcher.grammar_from_lark(f"start: {choices}")
     if _depth(text) > _MAX_BRACKETS:
         raise ConstraintError(f"must have at most {_MAX_BRACKETS} nested brackets")

@@ -71,7 +71,7 @@ def test_a_mask_holds_the_tokens_after_which_a_match_is_possible_and_no_others(b
 def test_choices_may_begin_like_each_other_and_hold_anything(checkpoint):
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
     backend = GrammarBackend(tokenizer, tokenizer.vocab_size, (1,))
-    choices = ["no", "nob", 'a"b\\', "é\n🌳", "x/y", "$x %json", "a.*b"]
+    choices = ["no", "nob", 'a"b\\', "é\n🌳", "x/y", "$x %json", "a.*b", "x\x7f\x00"]
     grammar = compiled(backend, json.dumps(choices), "choices")
     for choice in choices:
         matcher = grammar.matcher()
