@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from branchwise.frontend.cli.main import app as cli
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
-HTTP = Path(__file__).resolve().parents[2] / "docs" / "http"
+ROOT = Path(__file__).resolve().parents[2]
+HTTP = ROOT / "docs" / "http"
 README = HTTP / "README.md"
 PAGES = [README, *sorted(page for page in HTTP.glob("*.md") if page != README)]
 URL = "http://127.0.0.1:8000"
@@ -422,11 +423,13 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "nodes of `/cache/tree`": ("/cache/tree?max_nodes=100001", {}),
 }
 ELSEWHERE = {
-    "names and values in calls' arguments, where a template reads them": "tests/runtime/http/chat/test_choice.py",
+    "names and values in calls' arguments, where a template reads them": "tests/runtime/chat/test_messages.py",
     "the same, where the cache is smaller": "tests/runtime/test_fit.py",
     "seconds of a request": "tests/e2e/test_server_timeouts.py",
-    "requests of a key that have not finished": "tests/runtime/http/test_client.py",
+    "requests of a key that have not finished": "tests/runtime/server/http/test_client.py",
     "requests that have not finished": "tests/e2e/test_openapi_errors.py",
+    "bytes of all unfinished bodies, beyond 65,536 of each": "tests/runtime/server/http/test_body_limit.py",
+    "connections": "tests/runtime/server/http/test_protocol.py",
     "bytes of request line and headers": "tests/e2e/test_server_bad_input.py",
     "share of the cache that is pinned": "tests/e2e/test_openapi_errors.py",
     "of that, for one key": "tests/e2e/test_cache_routes.py",
@@ -436,6 +439,7 @@ ELSEWHERE = {
 
 def test_every_limit_says_what_the_table_says(shipped: Any) -> None:
     assert {limit.what for limit in limits()} == BEYOND.keys() | ELSEWHERE.keys()
+    assert all((ROOT / path).is_file() for path in ELSEWHERE.values())
     branch = shipped.http.post("/branches", json={}).json()["id"]
     for limit in limits():
         if limit.what in ELSEWHERE:
