@@ -19,7 +19,7 @@ CONCURRENCY = 128  # requests in flight, in the workloads that limit it
 Tokens = list[int]
 
 
-class Generate(Protocol):
+class GenerateTokens(Protocol):
     """Continues a prompt; returns the generated token ids, or an empty list if the request failed."""
 
     def __call__(
@@ -55,18 +55,18 @@ async def _bounded(jobs: Sequence[Callable[[], Awaitable[object]]], limit: int =
     await asyncio.gather(*(run(job) for job in jobs))
 
 
-async def no_sharing(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def no_sharing(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     prompts = rng.many(scaled(256, scale, least=2), 1024)
     await _bounded([lambda prompt=prompt: generate(prompt, 256) for prompt in prompts])  # type: ignore[misc]
 
 
-async def fewshot(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def fewshot(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     prefix = rng.tokens(2048)
     questions = rng.many(scaled(512, scale, least=2), 64)
     await _bounded([lambda question=question: generate(prefix + question, 32) for question in questions])  # type: ignore[misc]
 
 
-async def agents(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def agents(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     schema = rng.tokens(3072)
     jobs = [(rng.tokens(128), rng.many(8, 160)) for _ in range(scaled(64, scale))]
 
@@ -78,7 +78,7 @@ async def agents(generate: Generate, rng: RandomTokens, scale: float) -> None:
     await asyncio.gather(*(agent(task, tool_results) for task, tool_results in jobs))
 
 
-async def tree_of_thought(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def tree_of_thought(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     instruction = rng.tokens(1024)
     judge = rng.tokens(32)
     hints = rng.many(4, 8)
@@ -95,7 +95,7 @@ async def tree_of_thought(generate: Generate, rng: RandomTokens, scale: float) -
     await asyncio.gather(*(problem(state) for state in rng.many(scaled(16, scale), 256)))
 
 
-async def chat(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def chat(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     system = rng.tokens(512)
 
     async def session(turns: list[Tokens]) -> None:
@@ -107,12 +107,12 @@ async def chat(generate: Generate, rng: RandomTokens, scale: float) -> None:
     await asyncio.gather(*(session(rng.many(5, 96)) for _ in range(scaled(128, scale))))
 
 
-async def best_of_n(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def best_of_n(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     prompts = rng.many(scaled(8, scale), 8192)
     await asyncio.gather(*(generate(prompt, 256, seed=i, temperature=1.0) for prompt in prompts for i in range(32)))
 
 
-async def long_document(generate: Generate, rng: RandomTokens, scale: float) -> None:
+async def long_document(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
     documents = rng.many(scaled(4, scale), 32768)
     await asyncio.gather(*(generate(document + rng.tokens(64), 128) for document in documents for _ in range(32)))
 
@@ -123,7 +123,7 @@ class Workload:
 
     name: str
     summary: str
-    run: Callable[[Generate, RandomTokens, float], Awaitable[None]]
+    run: Callable[[GenerateTokens, RandomTokens, float], Awaitable[None]]
     requests: Callable[[float], int]
     longest: int  # tokens of the longest request, prompt and answer together
 

@@ -16,7 +16,7 @@ from ..errors import BackendError
 from .backend import Capabilities, Completion, GenerationRequest, OnDelta, Piece, TokenScores
 from .codec import Codec, Run
 from .server import ServerBackend, wire
-from .token_backend import Reply, token_ids
+from .token_backend import SampleReply, token_ids
 
 if TYPE_CHECKING:
     from .handles import BranchHandle, Prompt
@@ -65,7 +65,7 @@ class BranchBackend(ServerBackend):
             return await super().generate(handle, request, on_delta)
         return await self._append(handle, request, replies, on_delta)
 
-    def _kept_ids(self, codec: Codec, handle: Prompt, reply: Reply) -> list[int]:
+    def _kept_ids(self, codec: Codec, handle: Prompt, reply: SampleReply) -> list[int]:
         end = reply.meta.get("branch")
         if end is None:  # only the first sample stays in the branch
             return super()._kept_ids(codec, handle, reply)

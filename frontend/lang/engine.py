@@ -11,7 +11,7 @@ from ...runtime.sampling_params import SamplingParams
 from ..errors import BackendError
 from .backend import Capabilities, GenerationRequest, OnDelta, TokenScores
 from .codec import Codec
-from .token_backend import Reply, TokenBackend
+from .token_backend import SampleReply, TokenBackend
 
 if TYPE_CHECKING:
     from ...runtime.engine.base import EngineBase
@@ -66,7 +66,7 @@ class EngineBackend(TokenBackend):
 
     async def _complete(
         self, prompt: Int32, request: GenerationRequest, salt: str | None, on_delta: OnDelta | None
-    ) -> list[Reply]:
+    ) -> list[SampleReply]:
         params = self._engine.default_params(**request.options, **request.constraint)
         ids = array("i", prompt.tobytes())
         self.usage.requests += 1
@@ -83,7 +83,7 @@ class EngineBackend(TokenBackend):
         except BranchwiseError as error:
             raise _backend_error(error) from error
         codec = await self.codec() if request.text_in_logprobs else None
-        return [Reply(one.text, one.token_ids, _meta(one, len(ids), params, codec)) for one in samples]
+        return [SampleReply(one.text, one.token_ids, _meta(one, len(ids), params, codec)) for one in samples]
 
     async def _score(self, prompts: list[Int32], start: int, salt: str | None) -> list[tuple[int, TokenScores]]:
         params = SamplingParams(max_tokens=0, prompt_logprobs=0, prompt_logprob_start=start)

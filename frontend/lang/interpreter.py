@@ -23,7 +23,7 @@ from .prompt_writer import PromptWriter
 from .scoring import run_select
 from .session import Path, Session
 from .transcript import Close, Item, Open, Run, Transcript
-from .variables import TextStream, Variable
+from .variables import ReplayStream, Variable
 
 
 @dataclass(slots=True)
@@ -52,7 +52,7 @@ class Interpreter:
         self.finished: Future[Any] = Future()  # of a run's first state: what the program returned or raised
         self.failure: ProgramError | None = None
         self.closed = False  # joined, or its run is over
-        self.writer = PromptWriter(session, TextStream() if session.streams and not path else None)
+        self.writer = PromptWriter(session, ReplayStream() if session.streams and not path else None)
         self._fork_log: list[Item] | None = None  # what a fork has appended since it was forked
         self._joining: list[Interpreter] = []  # states that queued operations of this one join
         self._lock = threading.Lock()
@@ -133,7 +133,7 @@ class Interpreter:
             arrival.set_result(None)
 
     def _declare(self, name: str | None, site: str) -> Variable:
-        variable = Variable(name or "", site, TextStream() if self.session.streams else None)
+        variable = Variable(name or "", site, ReplayStream() if self.session.streams else None)
         if name is not None:
             self.define(variable)
         return variable

@@ -9,7 +9,7 @@ from typing import Any
 from .backend import Backend, GenerationRequest
 from .session import Session
 from .transcript import Item, Out, Run, Transcript
-from .variables import TextStream
+from .variables import ReplayStream
 
 _LONG = 20_000  # characters; encoding more than this would block the event loop for too long
 
@@ -20,7 +20,7 @@ class PromptWriter:
     ``stream``: gets all of the state's text; only the first state of a run that streams has one.
     """
 
-    def __init__(self, session: Session, stream: TextStream | None) -> None:
+    def __init__(self, session: Session, stream: ReplayStream | None) -> None:
         self.session = session
         self.stream = stream
         self.transcript: Transcript | None = None  # None until the first operation

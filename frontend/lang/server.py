@@ -11,7 +11,7 @@ from ..errors import BackendError
 from ..loop import Once
 from .backend import Capabilities, GenerationRequest, OnDelta, TokenScores
 from .codec import Codec
-from .token_backend import Reply, TokenBackend
+from .token_backend import SampleReply, TokenBackend
 
 if TYPE_CHECKING:
     from ...runtime.step import Int32
@@ -56,11 +56,11 @@ class ServerBackend(TokenBackend):
 
     async def _complete(
         self, prompt: Int32, request: GenerationRequest, salt: str | None, on_delta: OnDelta | None
-    ) -> list[Reply]:
+    ) -> list[SampleReply]:
         body = {"input_ids": prompt.tolist(), **_salted(salt), **wire(request)}
         return await self._replies("/generate", body, on_delta)
 
-    async def _replies(self, path: str, body: Mapping[str, Any], on_delta: OnDelta | None) -> list[Reply]:
+    async def _replies(self, path: str, body: Mapping[str, Any], on_delta: OnDelta | None) -> list[SampleReply]:
         """One reply a sample. With ``on_delta`` the one reply is streamed."""
         if on_delta is None:
             found = await self.http.post(path, body)
@@ -71,7 +71,7 @@ class ServerBackend(TokenBackend):
                 shown = len(found["text"])
         try:
             replies = found if isinstance(found, list) else [found]
-            return [Reply(one["text"], one["output_ids"], one["meta_info"]) for one in replies]
+            return [SampleReply(one["text"], one["output_ids"], one["meta_info"]) for one in replies]
         except (KeyError, TypeError) as error:
             raise BackendError(f"{self.name} answered in another form; is it a Branchwise server?") from error
 

@@ -14,7 +14,7 @@ from .expressions import RoleBegin, RoleEnd, parts
 from .interpreter import Interpreter, Operation
 from .transcript import Item, Transcript
 from .turns import TemplateVariables
-from .variables import TextStream, Variable
+from .variables import ReplayStream, Variable
 
 S = TypeVar("S", bound="BaseState")
 T = TypeVar("T")
@@ -218,7 +218,7 @@ class BaseState:
         if return_meta_data and var_name is not None:
             yield "", self._variable(var_name).meta
 
-    def _stream(self, name: str | None) -> TextStream:
+    def _stream(self, name: str | None) -> ReplayStream:
         stream = self._interpreter.writer.stream if name is None else self._variable(name).stream
         if not self._interpreter.session.streams:
             problem = "this run was not started with stream=True: there is nothing to stream"

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Reply:
+class SampleReply:
     """One sample as the engine or server returned it: ``ids`` include a stop token, ``meta`` is SGLang's
     ``meta_info``."""
 
@@ -47,7 +47,7 @@ class TokenBackend:
 
     async def _complete(
         self, prompt: Int32, request: GenerationRequest, salt: str | None, on_delta: OnDelta | None
-    ) -> list[Reply]:
+    ) -> list[SampleReply]:
         """All samples after ``prompt``, int32 [length]. ``on_delta`` only with one sample."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class TokenBackend:
         return [scores for _, scores in scored]
 
     async def _append(
-        self, handle: Prompt, request: GenerationRequest, replies: list[Reply], on_delta: OnDelta | None
+        self, handle: Prompt, request: GenerationRequest, replies: list[SampleReply], on_delta: OnDelta | None
     ) -> list[Completion]:
         """Counts the replies and appends the first one's tokens to the handle."""
         codec, completions = await self.codec(), []
@@ -110,7 +110,7 @@ class TokenBackend:
                 on_delta(completions[0].text)
         return completions
 
-    def _kept_ids(self, codec: Codec, handle: Prompt, reply: Reply) -> list[int]:
+    def _kept_ids(self, codec: Codec, handle: Prompt, reply: SampleReply) -> list[int]:
         """The tokens of ``reply.text`` after the handle's: without a stop token, cut where a stop string cut the
         text."""
         ids, finish = reply.ids, reply.meta["finish_reason"] or {}

@@ -18,7 +18,7 @@ from .tool_schema import Tool, fitted, schema_of
 
 
 @dataclass(frozen=True)
-class Call:
+class ExecutedCall:
     """One tool call and its result; ``error`` is set if it failed."""
 
     name: str
@@ -50,7 +50,7 @@ async def _tool_loop(
     max_steps: int,
     name: str,
     sampling: Mapping[str, Any],
-) -> list[Call]:
+) -> list[ExecutedCall]:
     known = {tool.__name__: tool for tool in tools}
     schemas = [schema_of(tool) for tool in tools]
     definitions = validate_tools(schemas)
@@ -60,7 +60,7 @@ async def _tool_loop(
     if codec is not None and codec.calls is None:
         problem = "how this model writes tool calls cannot be detected from its chat template"
         raise ProgramError(problem, site=call_site(), backend=s._interpreter.session.backend.name)
-    calls: list[Call] = []
+    calls: list[ExecutedCall] = []
     for _ in range(max_steps):
         s += assistant(_with_markers(gen(name, **sampling), codec))
         asked = parse_calls(await s[name], codec, definitions)
@@ -82,7 +82,7 @@ def _with_markers(expr: Expr, codec: Codec | None) -> Expr:
     return replace(expr, sampling=replace(expr.sampling, options=options))
 
 
-def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> list[Call]:
+def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> list[ExecutedCall]:
     """The calls in an answer, in the model's own form. A malformed one has its ``error`` set.
 
     Without a codec, the server has parsed them and they are in the Hermes form (see `openai_tools`).
@@ -93,23 +93,23 @@ def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> 
     found = parse(text, form, thoughts, tools, reasoning_open=thinking, unknown_tools="call")
     begins = codec.calls.begin if codec is not None and codec.calls is not None else ()
     if not found.calls and any(marker in found.content for marker in begins):
-        return [Call("", {}, error="not a tool call: it has no name, or another form than it must have")]
+        return [ExecutedCall("", {}, error="not a tool call: it has no name, or another form than it must have")]
     return [_parsed(one.name, one.arguments, one.complete) for one in found.calls]
 
 
-def _parsed(name: str, text: str, complete: bool) -> Call:
+def _parsed(name: str, text: str, complete: bool) -> ExecutedCall:
     try:
         arguments = json.loads(text)
     except ValueError:
         complete = False
     if not complete:
-        return Call(name, {}, error=f"the arguments are not complete JSON: {text}")
+        return ExecutedCall(name, {}, error=f"the arguments are not complete JSON: {text}")
     if not isinstance(arguments, dict):
-        return Call(name, {}, error=f"the arguments must be an object, got {text}")
-    return Call(name, arguments)
+        return ExecutedCall(name, {}, error=f"the arguments must be an object, got {text}")
+    return ExecutedCall(name, arguments)
 
 
-async def _make(call: Call, known: Mapping[str, Tool], callbacks: Callbacks) -> Call:
+async def _make(call: ExecutedCall, known: Mapping[str, Tool], callbacks: Callbacks) -> ExecutedCall:
     if call.error:
         return call
     tool = known.get(call.name)

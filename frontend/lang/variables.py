@@ -14,7 +14,7 @@ class Variable:
 
     __slots__ = ("future", "meta", "name", "site", "stream")
 
-    def __init__(self, name: str, site: str, stream: TextStream | None = None) -> None:
+    def __init__(self, name: str, site: str, stream: ReplayStream | None = None) -> None:
         self.name = name
         self.site = site
         self.future: Future[Any] = Future()
@@ -34,7 +34,7 @@ class Variable:
             self.stream.end(error)
 
 
-class TextStream:
+class ReplayStream:
     """Text that arrives in pieces, for any number of readers on any thread. A late reader gets all of it."""
 
     def __init__(self) -> None:

@@ -93,7 +93,7 @@ class StepShape:
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class RequestGroup:
     """The decodes or the chunks of a step: what a GPU backend attends with one call.
 
     The arrays have no padding. ``tokens`` and ``max_requests`` are the shape's where a step is padded to one, and
@@ -118,17 +118,17 @@ class Group:
         return float((lengths * lengths).sum() / max(int(lengths.sum()), 1))
 
 
-def split_step(batch: AttentionBatch, shape: StepShape | None) -> tuple[Group | None, Group | None]:
+def split_step(batch: AttentionBatch, shape: StepShape | None) -> tuple[RequestGroup | None, RequestGroup | None]:
     """The step's decodes and chunks; None where it has no place for any."""
     n, total = batch.num_decodes, len(batch.rows)
     if shape is None:
         shape = StepShape(n, int(batch.q_lens[n:].sum()), total - n)
 
-    def group(requests: slice, tokens: slice, max_requests: int) -> Group | None:
+    def group(requests: slice, tokens: slice, max_requests: int) -> RequestGroup | None:
         if not max_requests:
             return None
         arrays = batch.rows[requests], batch.q_lens[requests], batch.kv_lens[requests]
-        return Group(*arrays, tokens, max_requests)
+        return RequestGroup(*arrays, tokens, max_requests)
 
     decodes = group(slice(0, n), slice(0, shape.decodes), shape.decodes)
     return decodes, group(slice(n, total), slice(shape.decodes, shape.num_tokens), shape.requests)

@@ -34,7 +34,7 @@ _LayerKind = tuple[int | None, float | None]  # window and soft-cap: layers that
 
 @dataclass(slots=True)
 class _Planned:
-    """A padded `Group`: what the host plans from, and what every layer reads on the device.
+    """A padded `RequestGroup`: what the host plans from, and what every layer reads on the device.
 
     All are int32. Each ``indptr`` is ``[R + 1]``; ``kv_indices`` has the pages of all requests; the others are ``[R]``.
     """

@@ -19,7 +19,7 @@ from ..arrays import Int64, ranges
 from ..kv_pool import KVPool
 from ..staging import Staging
 from ..triton_launch import ALIGNMENT
-from .base import AttentionBatch, Group, LayerSpec, StepShape, split_step
+from .base import AttentionBatch, LayerSpec, RequestGroup, StepShape, split_step
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
@@ -63,7 +63,7 @@ class _Call:
 
 @dataclass(slots=True)
 class _Cut:
-    """A `Group` cut into pieces, on the host."""
+    """A `RequestGroup` cut into pieces, on the host."""
 
     tile: Tile
     tokens: int  # query tokens of a tile
@@ -186,7 +186,7 @@ class TritonAttention:
                 )
         return out
 
-    def _cut(self, group: Group, typical: int, longest: int, captured: bool) -> _Cut:
+    def _cut(self, group: RequestGroup, typical: int, longest: int, captured: bool) -> _Cut:
         """``typical``, ``longest``: query tokens of a request. ``captured``: as many records as the shape can need."""
         tile, tokens = self._tile(typical)
         tokens = min(tokens, longest)

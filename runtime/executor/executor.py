@@ -26,7 +26,7 @@ from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
-from .prompt_logprobs import PromptLogprobs, PromptRows
+from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
 from .threads import ThreadChoice
 from .token_history import to_device
@@ -83,7 +83,7 @@ class ModelExecutor:
         specs = decoder.layer_specs()
         self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
         self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
-        self._prompt_logprobs = PromptLogprobs(decoder, self.device)
+        self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here

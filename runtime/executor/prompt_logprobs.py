@@ -42,7 +42,7 @@ class PromptRows:
         return TokenLogprobs(self.chosen.cpu().numpy(), ids, self.top.cpu().numpy())
 
 
-class PromptLogprobs:
+class PromptLogprobRows:
     """Keeps the prompts whose logprobs were requested: a chunk's last logits belong to a token of the next chunk."""
 
     def __init__(self, decoder: Decoder, device: torch.device) -> None:

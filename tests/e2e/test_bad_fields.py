@@ -18,9 +18,9 @@ from branchwise.runtime.server.http.fields.cache import PromptCacheOptions
 from branchwise.runtime.server.http.fields.parse import StreamOptions
 from branchwise.runtime.server.http.native.admin import AbortRequest
 from branchwise.runtime.server.http.native.branches import (
+    BatchOperation,
     CreateRequest,
     ForkRequest,
-    Operation,
     RunRequest,
     ScoreRequest,
 )
@@ -473,7 +473,7 @@ def test_no_field_is_forgotten(name: str) -> None:
 
 def test_operations_of_a_batch_are_refused_one_by_one(server: Any, branch: str) -> None:
     route = Route(
-        "/branches/batch", Operation, {"op": "fork", "id": branch}, [("op", ["make"]), ("id", ["", "nobody"])]
+        "/branches/batch", BatchOperation, {"op": "fork", "id": branch}, [("op", ["make"]), ("id", ["", "nobody"])]
     )
     for name, value in route.cases():
         [result] = server.http.post(route.path, json={"ops": [route.body(name, value)]}).json()["results"]

@@ -26,7 +26,7 @@ class BranchState(enum.Enum):
     GONE = enum.auto()
 
 
-class Branch:
+class BranchRecord:
     """One branch. Only the registry changes its hold and its expiry.
 
     ``remembered``: how many of its tokens were cached when it last ran. Those of them that must be computed again are
@@ -69,35 +69,35 @@ class Branches:
         self._ttl = ttl
         self._now = now
         self._ids = BranchIds()
-        self._branches: dict[str, Branch] = {}
+        self._branches: dict[str, BranchRecord] = {}
         # Branches with a hold, least recently used first. Idle ones give up theirs before busy ones do.
-        self._idle: OrderedDict[Branch, None] = OrderedDict()
-        self._busy: OrderedDict[Branch, None] = OrderedDict()
-        self._deadlines: list[tuple[float, int, Branch]] = []  # heap; an entry may be too early, never too late
+        self._idle: OrderedDict[BranchRecord, None] = OrderedDict()
+        self._busy: OrderedDict[BranchRecord, None] = OrderedDict()
+        self._deadlines: list[tuple[float, int, BranchRecord]] = []  # heap; an entry may be too early, never too late
         self._serial = itertools.count()
         self.holds_lost = 0  # given up because memory was short, in total
 
     def __len__(self) -> int:
         return len(self._branches)
 
-    def __iter__(self) -> Iterator[Branch]:
+    def __iter__(self) -> Iterator[BranchRecord]:
         return iter(self._branches.values())
 
     # -- creating and ending -------------------------------------------------------------------------------------------
 
-    def create(self, namespace: Namespace, tokens: SharedTokens = EMPTY, ttl: float | None = None) -> Branch:
+    def create(self, namespace: Namespace, tokens: SharedTokens = EMPTY, ttl: float | None = None) -> BranchRecord:
         """A new branch of these tokens, with a hold on the cached part of them.
 
         ``ttl``: seconds until it expires after each use, at most the server's.
         """
         ttl = self._check_ttl(ttl)
         self._make_room(1)
-        branch = Branch(self._ids.make(namespace[0], 1)[0], namespace, tokens, ttl)
+        branch = BranchRecord(self._ids.make(namespace[0], 1)[0], namespace, tokens, ttl)
         self._add(branch)
         self.renew_hold(branch)
         return branch
 
-    def fork(self, branch: Branch, n: int, ttl: float | None = None) -> list[Branch]:
+    def fork(self, branch: BranchRecord, n: int, ttl: float | None = None) -> list[BranchRecord]:
         """``n`` copies of the branch. They share its tokens and its hold; nothing is copied or looked up."""
         if not 1 <= n <= MAX_FORK:
             raise InvalidRequest("n", f"must be between 1 and {MAX_FORK}, got {n}")
@@ -107,7 +107,7 @@ class Branches:
             self._tree.share(branch.hold, n)
         children = []
         for id in self._ids.make(branch.namespace[0], n):
-            child = Branch(id, branch.namespace, branch.tokens, ttl)
+            child = BranchRecord(id, branch.namespace, branch.tokens, ttl)
             child.rest, child.remembered, child.hold = branch.rest, branch.remembered, branch.hold
             self._add(child)
             children.append(child)
@@ -132,13 +132,13 @@ class Branches:
                 status=429,
             )
 
-    def _add(self, branch: Branch) -> None:
+    def _add(self, branch: BranchRecord) -> None:
         self._branches[branch.id] = branch
         branch.expires = self._now() + branch.ttl
         heapq.heappush(self._deadlines, (branch.expires, next(self._serial), branch))
         self._file(branch)
 
-    def remove(self, branch: Branch) -> None:
+    def remove(self, branch: BranchRecord) -> None:
         """Ends the branch: `get` answers 410 from now on. The caller must end its requests."""
         del self._branches[branch.id]
         self._drop_hold(branch)
@@ -167,7 +167,7 @@ class Branches:
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    def get(self, id: str, owner: str) -> Branch:
+    def get(self, id: str, owner: str) -> BranchRecord:
         """The branch with this id; counts as a use. 410 if it has ended, 404 if it is unknown or another key's."""
         branch = self._branches.get(id)
         if branch is not None and branch.namespace[0] == owner:
@@ -179,12 +179,12 @@ class Branches:
             raise InvalidRequest("branch", f"{id[:64]} does not exist", status=404)
         raise InvalidRequest("branch", f"{id} has expired or was deleted", status=410)
 
-    def touch(self, branch: Branch) -> None:
+    def touch(self, branch: BranchRecord) -> None:
         """Counts a use: postpones the expiry, and makes it the last of its kind to give up its hold."""
         branch.expires = self._now() + branch.ttl
         self._file(branch)
 
-    def renew_hold(self, branch: Branch) -> None:
+    def renew_hold(self, branch: BranchRecord) -> None:
         """Replaces the branch's hold by one on what is cached of it now."""
         hold = self._tree.hold(branch.tokens.array(), branch.namespace) if branch.tokens.length else None
         if hold is not None:
@@ -193,14 +193,14 @@ class Branches:
         branch.hold = hold
         self.touch(branch)
 
-    def _file(self, branch: Branch) -> None:
+    def _file(self, branch: BranchRecord) -> None:
         """Moves the branch to the end of the list of its kind."""
         self._idle.pop(branch, None)
         self._busy.pop(branch, None)
         if branch.hold is not None:
             (self._busy if branch.is_busy else self._idle)[branch] = None
 
-    def _drop_hold(self, branch: Branch) -> None:
+    def _drop_hold(self, branch: BranchRecord) -> None:
         hold, branch.hold = branch.hold, None
         self._idle.pop(branch, None)
         self._busy.pop(branch, None)
@@ -233,7 +233,7 @@ class Branches:
         """Number of branches with a hold."""
         return len(self._idle) + len(self._busy)
 
-    def resident(self, branch: Branch) -> int:
+    def resident(self, branch: BranchRecord) -> int:
         """Tokens of it that are cached now, held or not, including those that the step being planned writes."""
         return self._tree.peek(branch.tokens.array(), branch.namespace, in_flight=True) if branch.tokens.length else 0
 

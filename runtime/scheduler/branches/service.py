@@ -22,7 +22,7 @@ from ...step import Int32
 from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
 from ..request import Request
 from ..scheduler import Scheduler
-from .registry import Branch, Branches, BranchState
+from .registry import Branches, BranchRecord, BranchState
 
 Message = BranchOp | BranchRun
 _UNSETTLED = (BranchState.SETTLING, BranchState.ENCODING)
@@ -46,10 +46,10 @@ class BranchService:
         self.replies: list[ControlReply] = []
         self.waiters: dict[int, Callable[[ControlReply], None]] = {}  # in process: by operation id
         self.to_encode: list[Message] = []
-        self._running: dict[int, Branch] = {}  # by engine request, those in the scheduler
-        self._outputs: dict[int, tuple[Branch, Int32]] = {}  # of requests that ended before they were settled
+        self._running: dict[int, BranchRecord] = {}  # by engine request, those in the scheduler
+        self._outputs: dict[int, tuple[BranchRecord, Int32]] = {}  # of requests that ended before they were settled
         self._settled: dict[int, Settled] = {}  # of requests that were settled before they ended
-        self._waiting: dict[Branch, list[Message]] = {}  # operations queued until the branch's end is known
+        self._waiting: dict[BranchRecord, list[Message]] = {}  # operations queued until the branch's end is known
         self._unsubmitted: dict[int, bool] = {}  # engine request -> whether its client has left
 
     # -- input ---------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class BranchService:
     # -- order ---------------------------------------------------------------------------------------------------------
 
     def _dispatch(self, message: Message) -> None:
-        branch: Branch | None = None
+        branch: BranchRecord | None = None
         try:
             if message.branch:
                 branch = self.registry.get(message.branch, message.namespace[0])
@@ -98,7 +98,7 @@ class BranchService:
         if message.again and branch is not None:
             self._resume(branch)
 
-    def _ready(self, branch: Branch, message: Message) -> bool:
+    def _ready(self, branch: BranchRecord, message: Message) -> bool:
         """Whether to process the message now. If not, it is queued here or sent to the tokenizer."""
         if message.again:
             self._set_state(branch, BranchState.IDLE)
@@ -136,7 +136,7 @@ class BranchService:
         else:
             message.piece = msgspec.structs.replace(message.piece or Piece(), before=rest)
 
-    def _resume(self, branch: Branch) -> None:
+    def _resume(self, branch: BranchRecord) -> None:
         """The branch's end is known: processes its queued operations, in order."""
         for message in self._waiting.pop(branch, ()):
             self._dispatch(message)
@@ -164,7 +164,7 @@ class BranchService:
 
     # -- operations ----------------------------------------------------------------------------------------------------
 
-    def _operate(self, op: BranchOp, branch: Branch | None) -> Any:
+    def _operate(self, op: BranchOp, branch: BranchRecord | None) -> Any:
         registry = self.registry
         if op.what == "create":
             return self._create(op, branch)
@@ -188,7 +188,7 @@ class BranchService:
         }
         return facts | ({"tokens": tokens_to_bytes(branch.tokens.array())} if op.tokens else {})
 
-    def _create(self, op: BranchOp, parent: Branch | None) -> Any:
+    def _create(self, op: BranchOp, parent: BranchRecord | None) -> Any:
         if parent is None:
             branch = self.registry.create(op.namespace, self._extended(EMPTY, op.piece), op.ttl)
         else:
@@ -197,7 +197,7 @@ class BranchService:
             branch.tokens, branch.rest = tokens, rest
         return {"id": branch.id, **self._facts(branch)}
 
-    def _facts(self, branch: Branch) -> dict[str, Any]:
+    def _facts(self, branch: BranchRecord) -> dict[str, Any]:
         return {"num_tokens": branch.tokens.length, "expires_in": branch.ttl}
 
     def _extended(self, tokens: SharedTokens, piece: Piece | None) -> SharedTokens:
@@ -211,11 +211,11 @@ class BranchService:
             check_token_ids(more, limits.vocab_size, "branch")
         return tokens.extended(more)
 
-    def _rest_after(self, branch: Branch, piece: Piece | None) -> str:
+    def _rest_after(self, branch: BranchRecord, piece: Piece | None) -> str:
         """The text at the branch's end: none, once it was tokenized together with the piece."""
         return branch.rest if piece is None or piece.empty else ""
 
-    def _delete(self, branch: Branch) -> None:
+    def _delete(self, branch: BranchRecord) -> None:
         ids = [*branch.readers, *([branch.run] if branch.state is BranchState.GENERATING else [])]
         self._outputs.pop(branch.run, None)
         self.registry.remove(branch)
@@ -225,14 +225,14 @@ class BranchService:
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
-    def _run(self, run: BranchRun, branch: Branch) -> None:
+    def _run(self, run: BranchRun, branch: BranchRecord) -> None:
         if run.continuations is None:
             self._generate(run, branch)
         else:
             self._score(run, branch, run.continuations)
         self.registry.touch(branch)
 
-    def _generate(self, run: BranchRun, branch: Branch) -> None:
+    def _generate(self, run: BranchRun, branch: BranchRecord) -> None:
         tokens, rest = self._extended(branch.tokens, run.piece), self._rest_after(branch, run.piece)
         if not tokens.length:
             raise InvalidRequest("branch", f"{branch.id} is empty: extend it before it generates")
@@ -244,7 +244,7 @@ class BranchService:
             echo_from = 0 if run.echo_tokens else None
             self._submit(self._request(id, prompt, params.sample(i), run, branch, echo_from, settle=i == 0), branch)
 
-    def _score(self, run: BranchRun, branch: Branch, continuations: list[Piece]) -> None:
+    def _score(self, run: BranchRun, branch: BranchRecord, continuations: list[Piece]) -> None:
         if not branch.tokens.length:
             raise InvalidRequest("branch", f"{branch.id} is empty: a continuation has nothing to follow")
         limits = self._scheduler.limits
@@ -271,7 +271,7 @@ class BranchService:
         prompt: Int32,
         params: SamplingParams,
         run: BranchRun,
-        branch: Branch,
+        branch: BranchRecord,
         echo_from: int | None,
         *,
         settle: bool = False,
@@ -289,7 +289,7 @@ class BranchService:
             on_end=self._ended,
         )
 
-    def _submit(self, request: Request, branch: Branch) -> None:
+    def _submit(self, request: Request, branch: BranchRecord) -> None:
         """Submits the request to the scheduler, unless its client has left."""
         if self._unsubmitted.pop(request.id):
             self._scheduler.refuse_aborted(request.id)
@@ -319,20 +319,20 @@ class BranchService:
             self._set_state(branch, BranchState.SETTLING)
             self._outputs[request.id] = (branch, outputs)
 
-    def _settle(self, branch: Branch, outputs: Int32, settled: Settled) -> None:
+    def _settle(self, branch: BranchRecord, outputs: Int32, settled: Settled) -> None:
         branch.tokens, branch.rest = branch.tokens.extended(outputs[: settled.kept]), settled.rest
         self._set_state(branch, BranchState.IDLE)
         self.registry.renew_hold(branch)
         self._resume(branch)
 
-    def _extend_hold(self, branch: Branch) -> None:
+    def _extend_hold(self, branch: BranchRecord) -> None:
         """Renews the hold if it can now protect more: scoring may have computed tokens of the branch itself."""
         if branch.hold is None or branch.hold.tokens < branch.tokens.length:
             self.registry.renew_hold(branch)
         else:
             self.registry.touch(branch)
 
-    def _set_state(self, branch: Branch, state: BranchState) -> None:
+    def _set_state(self, branch: BranchRecord, state: BranchState) -> None:
         branch.state = state
         self.registry.touch(branch)
 

@@ -1,8 +1,8 @@
-"""The HTTP process's side of the engine: it sends requests, and hands the deltas of each to its `Call`.
+"""The HTTP process's side of the engine: it sends requests, and hands the deltas of each to its `EngineCall`.
 
-A `Call` is one HTTP request and owns all of its engine requests (prompts × n). An engine request counts against the
-limit of the queue until its terminal message has arrived, also after its client has left: until then the engine still
-has it.
+An `EngineCall` is one HTTP request and owns all of its engine requests (prompts × n). An engine request counts against
+the limit of the queue until its terminal message has arrived, also after its client has left: until then the engine
+still has it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CONTROL_SECONDS = 30.0
 Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, delta)
 
 
-class Call:
+class EngineCall:
     """The engine requests of one HTTP request, in order: prompt by prompt, sample by sample.
 
     Leaving the context aborts those that have not finished. Only one task may wait for a call.
@@ -111,7 +111,7 @@ class Call:
         self._client.abandon(self._open)
         self._open.clear()
 
-    def __enter__(self) -> Call:
+    def __enter__(self) -> EngineCall:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -140,7 +140,7 @@ class Call:
 class _InFlight:
     """One engine request. ``call`` is None once the client has left."""
 
-    call: Call | None
+    call: EngineCall | None
     owner: str  # of its namespace: whose API key it came with
     arrived: float  # monotonic seconds
     last: float = 0.0  # when its latest token arrived; 0: none yet
@@ -201,7 +201,7 @@ class EngineClient:
         self._to_tokenizer([limits])
         self.state = "ready"
 
-    def open(self, prompts: Sequence[Generate], labels: Sequence[str | None] = ()) -> Call:
+    def open(self, prompts: Sequence[Generate], labels: Sequence[str | None] = ()) -> EngineCall:
         """Submits prompts of one owner and assigns their ``ids``, ``params.n`` each. ``labels[i]`` is the name by which
         a client may abort prompt i; it need not be unique.
 
@@ -219,7 +219,7 @@ class EngineClient:
             self._expect(message.ids, call, owner, label)
         return call
 
-    def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> Call:
+    def open_run(self, run: BranchRun, requests: int, label: str | None = None) -> EngineCall:
         """Submits a run on a branch and assigns its ``ids``, one for each engine request. Raises as `open`."""
         owner = run.namespace[0]
         call = self._new_call(requests, owner)
@@ -228,7 +228,7 @@ class EngineClient:
         self._expect(run.ids, call, owner, label)
         return call
 
-    def _new_call(self, count: int, owner: str) -> Call:
+    def _new_call(self, count: int, owner: str) -> EngineCall:
         if self.state not in ("ready", "leaving"):
             raise self._unavailable()
         if len(self._in_flight) + count > self._max_requests:
@@ -245,13 +245,13 @@ class EngineClient:
                 status=429,
                 code="rate_limit_exceeded",
             )
-        call = Call(self, range(self._next_id, self._next_id + count))
+        call = EngineCall(self, range(self._next_id, self._next_id + count))
         self._next_id += count
         if self._request_timeout is not None:
             call.end_within(self._request_timeout)
         return call
 
-    def _expect(self, ids: Sequence[int], call: Call, owner: str, label: str | None) -> None:
+    def _expect(self, ids: Sequence[int], call: EngineCall, owner: str, label: str | None) -> None:
         """Registers requests that have been sent. Not before: a failed send would otherwise leave them open forever."""
         now = time.monotonic()
         self._unfinished[owner] += len(ids)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 import branchwise as bw
 from branchwise.frontend.lang.codec import Codec
 from branchwise.frontend.lang.tool_schema import fitted, schema_of
-from branchwise.frontend.lang.tools import Call, parse_calls
+from branchwise.frontend.lang.tools import ExecutedCall, parse_calls
 from branchwise.runtime.chat.tools import validate_tools
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
@@ -68,7 +68,7 @@ def codec_of(template: str, tokenizer: Tokenizer) -> Codec:
 def test_calls_are_parsed_and_broken_ones_say_so(tokenizer):
     codec = Codec(tokenizer)
 
-    def parsed(text: str) -> list[Call]:
+    def parsed(text: str) -> list[ExecutedCall]:
         return parse_calls(text, codec, [])
 
     text = "Let me see.\n" + call("add", a=1) + "\n" + call("paint", colour="red")

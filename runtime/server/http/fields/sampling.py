@@ -15,7 +15,7 @@ from .parse import Integers, Strict, Strings
 from .structured import Structured, constraint
 
 
-class Sampling(NamedTuple):
+class ParsedSampling(NamedTuple):
     """Parameters that are not checked against their bounds yet (`prompts.prepare_params`), and the client's names of
     their fields, for `InvalidRequest.renamed`."""
 
@@ -62,7 +62,7 @@ class OpenAIFields(SamplingFields, Structured, CacheFields):
 
 def openai_sampling(
     request: OpenAIFields, preferred: Mapping[str, float], names: Mapping[str, str], **own: Any
-) -> Sampling:
+) -> ParsedSampling:
     """``preferred``: the served model's `sampling_defaults`. ``own``: the fields for which the route has names of its
     own, ``names``."""
     constrained, called = constraint(request)
@@ -74,7 +74,7 @@ def openai_sampling(
         **constrained,
         **own,
     )
-    return Sampling(params, {**names, **called})
+    return ParsedSampling(params, {**names, **called})
 
 
 def shared_sampling(request: SamplingFields, preferred: Mapping[str, float], within: str = "") -> dict[str, Any]:

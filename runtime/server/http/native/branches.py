@@ -110,7 +110,7 @@ class BatchRequest(Strict):
     )
 
 
-class Operation(Strict):
+class BatchOperation(Strict):
     """One of a batch: the fields of its own route, what it is, and the branch's id where the route has one."""
 
     op: Literal["create", "fork", "extend", "delete"]
@@ -255,7 +255,7 @@ async def _one(state: AppState, i: int, raw: Any) -> Any:
     try:
         if not isinstance(raw, dict):
             raise InvalidRequest(f"ops[{i}]", f"must be an object, got {type(raw).__name__}")
-        op = parse(Operation, raw, f"ops[{i}].")
+        op = parse(BatchOperation, raw, f"ops[{i}].")
         match op.op:
             case "create":
                 return await _create(state, raw, f"ops[{i}].")

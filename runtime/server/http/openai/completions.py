@@ -27,7 +27,7 @@ from ..fields.prompts import (
     prepare_params,
     split_prompts,
 )
-from ..fields.sampling import OpenAIFields, Sampling, openai_sampling
+from ..fields.sampling import OpenAIFields, ParsedSampling, openai_sampling
 from ..plumbing.body import read_json_object
 from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
@@ -66,7 +66,7 @@ def routes(state: AppState) -> Routes:
     return routes
 
 
-def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> Sampling:
+def completion_sampling(request: CompletionRequest, preferred: Mapping[str, float]) -> ParsedSampling:
     if request.best_of is not None and request.best_of != request.n:
         problem = f"must equal n ({request.n}): choosing the best of more samples is not supported"
         raise InvalidRequest("best_of", f"{problem}, got {request.best_of}")

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from fastapi import Request, Response
 
 from ....errors import renaming
-from ..engine_client import Batch, Call
+from ..engine_client import Batch, EngineCall
 from ..fields.usage import cache_headers
 from .sse import EventStream, error_event, json_response, wait
 
@@ -30,7 +30,7 @@ class Reply(Protocol):
 
 
 async def respond(
-    call: Call,
+    call: EngineCall,
     request: Request,
     reply: Reply,
     *,

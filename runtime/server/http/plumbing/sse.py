@@ -12,7 +12,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from ....errors import InvalidRequest
-from ..engine_client import Batch, Call
+from ..engine_client import Batch, EngineCall
 from .errors import ClientGone, describe
 
 DONE = b"data: [DONE]\n\n"
@@ -36,7 +36,7 @@ def error_event(error: Exception) -> bytes:
 
 
 @contextmanager
-def watched(call: Call, receive: Receive) -> Iterator[None]:
+def watched(call: EngineCall, receive: Receive) -> Iterator[None]:
     """While inside, a client that closes its connection fails the call with `ClientGone`."""
     task = asyncio.create_task(_watch(call, receive))
     try:
@@ -45,13 +45,13 @@ def watched(call: Call, receive: Receive) -> Iterator[None]:
         task.cancel()
 
 
-async def _watch(call: Call, receive: Receive) -> None:
+async def _watch(call: EngineCall, receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     call.fail(ClientGone())
 
 
-async def wait(call: Call, receive: Receive, what: Callable[[], Awaitable[T]]) -> T:
+async def wait(call: EngineCall, receive: Receive, what: Callable[[], Awaitable[T]]) -> T:
     """``await what()``, ended by `ClientGone` when the client leaves. On any error the call is closed."""
     try:
         with watched(call, receive):
@@ -73,7 +73,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        call: Call,
+        call: EngineCall,
         first: Batch,
         render: Callable[[Batch], Iterable[bytes]],
         end: Callable[[], Iterable[bytes]],

@@ -17,7 +17,7 @@ from ...chat.tool_use import tool_limits
 from ...fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ...fields.parse import StreamOptions, Strings, parse
 from ...fields.prompts import check_label, openai_priority
-from ...fields.sampling import OpenAIFields, Sampling, openai_sampling
+from ...fields.sampling import OpenAIFields, ParsedSampling, openai_sampling
 from ...state import AppState
 
 
@@ -112,7 +112,7 @@ async def chat_text(state: AppState, raw: Mapping[str, Any], within: str = "") -
     return await conversation_text(state, conversation), conversation
 
 
-def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> Sampling:
+def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> ParsedSampling:
     """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
     names = {"prompt": "messages", "include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"}
     limit = request.max_tokens

@@ -15,7 +15,7 @@ from ...chat.spec import ChatSpec, openai_tool_choice
 from ...chat.tool_use import tool_limits
 from ...fields.parse import Strict, Strings, parse
 from ...fields.prompts import check_label
-from ...fields.sampling import Sampling, openai_sampling
+from ...fields.sampling import ParsedSampling, openai_sampling
 from ...fields.structured import ANY_OBJECT
 from ...state import AppState
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, shared_fields, template_options
@@ -140,7 +140,7 @@ def response_spec(body: ResponsesRequest, state: AppState) -> ChatSpec:
     )
 
 
-def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> Sampling:
+def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> ParsedSampling:
     """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
     wanted = LOGPROBS in (body.include or ())
     params, names = openai_sampling(
@@ -153,11 +153,11 @@ def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) ->
     )
     schema = _schema(body.text)
     if schema is None:
-        return Sampling(params, names)
+        return ParsedSampling(params, names)
     kind = params.constraint_kind
     if kind is not None:
         raise InvalidRequest("text.format", f"cannot be combined with {names[kind]}: an output has one constraint")
-    return Sampling(msgspec.structs.replace(params, json_schema=schema), {**names, "json_schema": "text.format"})
+    return ParsedSampling(msgspec.structs.replace(params, json_schema=schema), {**names, "json_schema": "text.format"})
 
 
 def _schema(text: TextOptions | None) -> dict[str, Any] | str | None:
