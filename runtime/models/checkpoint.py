@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import LoadError
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-# What a checkpoint writes for ``model.`` and before ``lm_head.``: causal language models; base models (AutoModel);
+# Prefixes of a checkpoint for ``model.`` and ``lm_head.``: causal language models; base models (AutoModel);
 # multimodal models as transformers 4 and 5 save them, and their base models.
 _LAYOUTS = (
     ("model.", ""),

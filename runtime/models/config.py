@@ -103,7 +103,7 @@ class ModelConfig:
 
 
 def load_config(folder: Path) -> ModelConfig:
-    """Reads ``config.json`` and what belongs to it: ``generation_config.json``, the tokenizer's end token, and the
+    """Reads ``config.json`` and its companions: ``generation_config.json``, the tokenizer's end token, and the
     checkpoint's dtype where config.json names none. Raises `LoadError` in one line."""
     if not folder.is_dir():
         raise LoadError(f"{folder} is not a folder: give a model folder or a hub id such as Qwen/Qwen3-0.6B")

@@ -151,7 +151,7 @@ class _Layer:
         return self._scaled(self.mlp(_add(attended, hidden, self.mlp_norm)), self.mlp_post_norm)
 
     def _scaled(self, delta: Tensor, norm: Norm | None) -> Tensor:
-        """What attention or MLP computed, as it is added to the residual stream."""
+        """The output of attention or MLP, as it is added to the residual stream."""
         if norm is not None:
             delta = norm(delta)
         return delta if self.config.residual_scale == 1.0 else delta.mul_(self.config.residual_scale)

@@ -1,4 +1,4 @@
-"""End-of-sequence tokens: everything that a model's files name, since each of them is at times alone in being right."""
+"""End-of-sequence tokens: the union of all files of a model, since any one of them may be the only correct one."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def model_folder(model: str, *, weights: bool = True) -> Path:
     """The folder of ``model``: a folder, a hub id whose files are downloaded, or "" for the model that ships with us.
 
     ``weights``: False: of a hub id, download only the small files, to check the model before its weights. Raises
-    `LoadError` with one line that says what is wrong and what to give instead.
+    `LoadError` with one line: the problem and its fix.
     """
     if not model:
         return SHIPPED
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _why(error: BaseException) -> str:
-    """What the system said at the bottom of a chain of errors, else how the top one begins. No names of classes."""
+    """The system's message at the bottom of a chain of errors, else the first line of the top one. No class names."""
     bottom: BaseException | None = error
     while bottom is not None:
         if isinstance(bottom, OSError) and bottom.strerror:

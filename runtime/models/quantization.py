@@ -1,4 +1,4 @@
-"""Refusal of quantized checkpoints, whichever file says so: their values read as plain weights would answer garbage."""
+"""Refuses quantized checkpoints, whichever file declares it: read as plain weights, their values would give garbage."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 def refuse_quantized_config(raw: Mapping[str, Any], where: str) -> None:
-    """Raises `LoadError` naming the key of a config.json, or of its text_config, that speaks of quantization."""
+    """Raises `LoadError` naming the key of a config.json, or of its text_config, that declares quantization."""
     for values in (raw, raw.get("text_config")):
         for key, value in values.items() if isinstance(values, dict) else ():
             if _KEY.search(key) and value:

@@ -85,7 +85,7 @@ class IncrementalDetokenizer:
         return tokens, self._visible(rest)
 
     def _until_stop(self, text: str) -> str:
-        """What of ``text``, and of text held back before, is emitted now."""
+        """The part of ``text``, and of text held back before, that is emitted now."""
         shown = text if self._stops is None or self.count < self._min_tokens else self._stops.push(text)
         if self._trace is not None:
             self._trace.note(self.count, text, len(shown), self._stream.settled)
@@ -230,7 +230,7 @@ class DetokenizerCore:
             return
         if request.ended:
             delta = deltas.get(finished.id)
-            if delta is not None and delta.finish is not None:  # both in one step: the scheduler knows more
+            if delta is not None and delta.finish is not None:  # both in one step: the scheduler has more detail
                 delta.finish = _by_stop_string(finished)
             return
         delta = self._delta(deltas, finished.id, request)

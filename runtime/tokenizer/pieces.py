@@ -1,4 +1,4 @@
-"""Tokenizes what is appended to a branch. Used by the tokenizer process and by in-process engines."""
+"""Tokenizes text that is appended to a branch. Used by the tokenizer process and by in-process engines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .tokenizer import Tokenizer
 def encode_message(
     tokenizer: Tokenizer, message: BranchOp | BranchRun, check: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Puts token ids beside every text of the message; what cannot be tokenized becomes its ``refusal``.
+    """Puts token ids beside every text of the message; an error becomes its ``refusal``.
 
     ``check`` may raise `InvalidRequest` for a text before it is tokenized.
     """
@@ -64,8 +64,8 @@ def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
 
 
 def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], parse_special: bool = False) -> Piece:
-    """The chat template's text of a conversation. The template may spell out special tokens; what is said in the
-    messages may only with ``parse_special``, so that nobody ends their own turn and begins another's.
+    """The chat template's text of a conversation. The template may spell out special tokens. Messages may only with
+    ``parse_special``, so that no client can end its own turn and begin another.
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
@@ -90,7 +90,7 @@ def check_no_special(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
 
 
 def rendered_piece(text: str) -> Piece:
-    """Of what a chat template wrote: it has its special tokens already."""
+    """Tokens of text that a chat template wrote, which has its special tokens already."""
     return Piece(text, parse_special=True, add_opening=False)
 
 

@@ -12,7 +12,7 @@ _FIRST_MARK = 0xD800  # lone surrogates: one character each, and decoded text ne
 class SpecialStops:
     """Writes each special token that a stop string contains as one character, its mark.
 
-    `StopMatcher` gets ``stops``, and the text with a mark where such a token was skipped. What it returns goes through
+    `StopMatcher` gets ``stops``, and the text with a mark where such a token was skipped. Its output goes through
     `visible`.
     """
 

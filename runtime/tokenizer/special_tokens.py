@@ -41,7 +41,7 @@ def named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def declared_tokens(
     config: Mapping[str, Any], named: Mapping[str, str], known: Mapping[str, AddedToken]
 ) -> list[AddedToken]:
-    """What to add to a tokenizer whose added tokens are ``known``, by content.
+    """Tokens to add to a tokenizer whose added tokens are ``known``, by content.
 
     New tokens in the order of their ids, and known ones with the flags that the config gives them. Tokens with a role
     are special whatever their flags say.

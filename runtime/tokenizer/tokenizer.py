@@ -26,7 +26,7 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with what its ``tokenizer_config.json`` adds. Equal to Hugging Face's AutoTokenizer.
 
     Special tokens around a text come from ``tokenizer.json``'s post-processor, as in transformers 5: the config's
-    ``add_bos_token`` has no say where there is a ``tokenizer.json``.
+    ``add_bos_token`` is ignored if there is a ``tokenizer.json``.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Tokenizer:
         return np.array(encoding.ids, np.int32), counts
 
     def _encode_guarded(self, text: str, marks: Sequence[int]) -> tuple[npt.NDArray[np.int32], list[int]]:
-        """`encode_marked` of a text with guards (`chat.special_text`): what they are in stays ordinary text."""
+        """`encode_marked` of a text with guards (`chat.special_text`): guarded spellings stay ordinary text."""
         ids: list[int] = []
         counts = [0] * len(marks)
         start = 0
@@ -139,7 +139,7 @@ class Tokenizer:
                 batch = self.backend.encode_batch if offsets else self.backend.encode_batch_fast
                 return batch([text], add_special_tokens=add_special_tokens)[0]
             return self.backend.encode(text, add_special_tokens=add_special_tokens)
-        except TypeError as error:  # what tokenizers says of a string it cannot turn into UTF-8
+        except TypeError as error:  # raised by tokenizers for a string that is not valid UTF-8
             if not isinstance(text, str):
                 raise
             raise InvalidRequest("text", "must be valid Unicode, without lone surrogates") from error

@@ -1,6 +1,6 @@
-"""Tool calls and reasoning in a model's text: formats as data, one streaming engine, and what constrains a call.
+"""Tool calls and reasoning in a model's text: formats as data, one streaming parser, and grammars that constrain calls.
 
-Nothing here knows HTTP, tokens or a grammar engine.
+Nothing here depends on HTTP, tokens or a grammar engine.
 """
 
 from .definitions import Tool, ToolLimits, validate_tools

@@ -3,7 +3,7 @@
 The accounting rule. Every event has a ``source``: the characters of the output it stands for. The sources of all
 events, in order, are the output, character for character. A `ContentDelta`'s or `ReasoningDelta`'s source is its text.
 A call's source, over its three kinds of event, is everything that the model wrote for that call: the whitespace before
-it, its begin marker, its name, its arguments, and what stands between and closes them. `Markup` is the rest: the
+it, its begin marker, its name, its arguments, and and all text between and after them. `Markup` is the rest: the
 markers around reasoning with the newlines that templates put beside them, and after a call its end marker, its list's
 closing bracket and whitespace.
 """

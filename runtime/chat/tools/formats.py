@@ -60,7 +60,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
 
     ``bare``: the characters with which a payload may begin without a marker, where only whitespace came before (in the
     message, since the reasoning, since the last call) or, if ``anywhere``, after other text too. ``separator``: may
-    stand between calls that have no marker of their own.
+    come between calls that have no marker of their own.
 
     ``signs``: patterns that a chat template of this format contains, all of them. ``special_sign``: a pattern that the
     template or the special tokens contain.

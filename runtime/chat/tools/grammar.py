@@ -1,4 +1,4 @@
-"""What a constrained call looks like: plain data for a grammar engine, which this package does not know.
+"""The grammar of constrained calls, as plain data that does not depend on a grammar engine.
 
 With ``tool_choice`` required or named the grammar applies from the first token of the answer (after reasoning); with
 auto it applies once the output contains one of `CallGrammar.triggers`.
@@ -102,7 +102,7 @@ def call_grammar(
 
 
 def _opening(begin: str) -> str:
-    """As much of a call as tells it from text: its name's opening quote, or its opening parenthesis."""
+    """The beginning of a call that distinguishes it from text: its name's opening quote, or its opening parenthesis."""
     return begin[: begin.index(': "') + 3] if ': "' in begin else begin
 
 

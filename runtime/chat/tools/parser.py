@@ -83,7 +83,7 @@ class StreamParser:
         return self._out.thinking
 
     def feed(self, text: str) -> list[Event]:
-        """What ``text`` adds. Raises ValueError after `finish`."""
+        """The events that ``text`` adds. Raises ValueError after `finish`."""
         if self._finished:
             raise ValueError("fed after finish")
         if not text:

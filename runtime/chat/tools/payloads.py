@@ -1,4 +1,4 @@
-"""Readers of calls, one for each kind of payload. Each reads all calls that stand together.
+"""Readers of calls, one for each kind of payload. Each reads all calls of one group.
 
 They end right after the last call, or raise `Malformed` where the text departs from the format: the parser then
 decides about the call that was being read. A malformed call of several does not end the reading: the rest of it is
@@ -29,7 +29,7 @@ _BESIDE_ARGUMENTS = ("type", "id")  # what else an envelope without a marker may
 
 
 class Calls(Protocol):
-    """What the parser does for a payload reader."""
+    """The part of the parser that payload readers use."""
 
     def open(self) -> CallWriter:
         """The next call."""

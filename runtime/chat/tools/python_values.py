@@ -7,7 +7,7 @@ import re
 from .json_values import escape, string
 from .reader import SPACE, Malformed, Markers, Reader, Show, Wait
 
-# Whole and plain, so there is nothing to wait for: the short way to what `_string` does.
+# A complete string without escapes: a fast path for `_string`.
 _SHORT_STRING = re.compile(r"""\"([^"\\]+)\"|'([^'\\]+)'|""(?=[^"])|''(?=[^'])""")
 _WORD = re.compile(r"[0-9A-Za-z_.+\-]+")
 _BARE_KEY = re.compile(r"[^\s:{}\[\],\"'<]+")
