@@ -42,7 +42,7 @@ class ConstraintError(Exception):
 
 
 def constraint_problem(kind: Kind, value: Any, n: int) -> str | None:
-    """What is wrong with the type or size of a constraint that ``n`` samples share, or None.
+    """The fault in the type or size of a constraint that ``n`` samples share, or None.
 
     Whether it can be enforced is for the grammar compiler to say.
     """

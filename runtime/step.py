@@ -113,7 +113,7 @@ class TokenLogprobs:
 
 @dataclass(slots=True)
 class StepResult:
-    """What one step sampled, in the order of ``plan.samples``."""
+    """The samples of one step, in the order of ``plan.samples``."""
 
     tokens: Int32  # [S]
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # index into samples -> n = 1

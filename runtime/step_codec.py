@@ -19,7 +19,7 @@ def encode(step: StepPlan | StepResult) -> bytes:
 
 
 def decode_plan(data: bytes) -> StepPlan:
-    """Raises `msgspec.ValidationError` for bytes that are no plan. The arrays are new and writable."""
+    """Raises `msgspec.ValidationError` for bytes that are not a plan. The arrays are new and writable."""
     return _plan_decoder.decode(data)
 
 

@@ -77,7 +77,7 @@ Stop = Annotated[
 
 
 def one_of(argument: str | None, flag: str | None, name: str) -> str:
-    """What was given as an argument or as flag ``name``; "" if neither. Raises `LoadError` if they differ."""
+    """The value of the argument or of flag ``name``; "" if neither is given. Raises `LoadError` if they differ."""
     if argument and flag and argument != flag:
         raise LoadError(f"{argument} and {name} {flag}: give one of the two")
     return argument or flag or ""

@@ -18,7 +18,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """What differs between the attention of a model's layers."""
+    """The attention settings that differ between a model's layers."""
 
     scale: float  # multiplies q·k
     window: int | None = None  # a token sees the last ``window`` tokens, itself included; None: all of them

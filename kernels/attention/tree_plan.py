@@ -50,7 +50,7 @@ class TreeCosts:
 
 @dataclass(frozen=True, slots=True)
 class TreeLimits:
-    """What a plan must fit.
+    """Limits of a plan.
 
     Attributes:
         items: the most items of each tile.
@@ -203,7 +203,7 @@ def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: i
 
 
 def _gain(nodes: Nodes, segments: _Segments, group: int, costs: TreeCosts) -> float:
-    """What the tree path is expected to save, before the cost of merging."""
+    """The expected saving of the tree path, before the cost of merging."""
     count = len(nodes.starts)
     lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
     together = np.maximum(_passes(np.diff(segments.indptr)[:count] * group, costs), 1.0)

@@ -53,7 +53,7 @@ Part: TypeAlias = TextPart | ThinkingPart | CallPart
 
 
 class ChatTurn(msgspec.Struct):
-    """What one role says. A tool's result is a turn of role ``tool`` with the ``call_id`` that it answers."""
+    """The message of one role. A tool's result is a turn of role ``tool`` with the ``call_id`` that it answers."""
 
     role: Role
     parts: list[Part]

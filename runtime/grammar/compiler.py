@@ -149,7 +149,7 @@ class GrammarCompiler:
                 return  # its job was dropped
         try:
             result = job.call()
-        except BaseException as error:  # a Rust panic is no `Exception`
+        except BaseException as error:  # a Rust panic is not an `Exception`
             job.future.set_exception(error)
         else:
             job.future.set_result(result)

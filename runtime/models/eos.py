@@ -16,7 +16,7 @@ class EosSource(NamedTuple):
 
 
 def eos_ids(sources: Iterable[EosSource], vocab_size: int) -> tuple[int, ...]:
-    """The distinct ids that the sources name, in order. Raises `LoadError` naming the file of a value that is no id.
+    """The distinct ids that the sources name, in order. Raises `LoadError` naming the file with an invalid id.
 
     Ids outside the vocabulary are left out: some checkpoints list -1, or ids of a larger tokenizer.
     """

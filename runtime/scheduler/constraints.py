@@ -36,7 +36,7 @@ STEP_SECONDS = 0.05  # of one step's masks: beyond it, outputs of slow grammars 
 
 
 class ConstraintEvents(NamedTuple):
-    """What grammar threads have finished since the last poll.
+    """Results of grammar threads since the last poll.
 
     Attributes:
         compiled: requests whose grammar is ready (None), or why it will not be.
@@ -113,7 +113,7 @@ class ConstraintManager:
         error = future.exception()
         if isinstance(error, ConstraintError):
             return _about(request, error)
-        if error is not None:  # including a Rust panic, which is no `Exception`: it ends this request only
+        if error is not None:  # including a Rust panic, which is not an `Exception`: it ends this request only
             logger.error("a grammar could not be compiled", exc_info=error)
             return _about(request, ConstraintError("could not be compiled: the compiler failed", status=500))
         request.matcher = future.result().matcher()

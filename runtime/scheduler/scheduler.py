@@ -162,7 +162,7 @@ class Scheduler:
     # -- one step ------------------------------------------------------------------------------------------------------
 
     def poll(self) -> ConstraintEvents:
-        """What grammar threads have finished, for the next `plan`. Reads the clock."""
+        """Collects the results of grammar threads, for the next `plan`. Reads the clock."""
         self.clock.tick()
         return self._constraints.poll(self.clock())
 

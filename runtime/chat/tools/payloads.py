@@ -269,7 +269,7 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
 
 @cache
 def _value_ends(format: ToolFormat) -> Markers:
-    """What ends a value: its end tag, or if that is missing what must follow it."""
+    """The end of a value: its end tag, or if that is missing, the tag that must follow it."""
     assert format.tags is not None
     tags = format.tags
     ends = (tags.value_end, tags.parameter, *((tags.function_end,) if tags.function_end else format.end))

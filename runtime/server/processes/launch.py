@@ -25,7 +25,7 @@ _LONGEST = f"/{_PREFIX}xxxxxxxx/detokenizer.sock"
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What every child reads when it starts. API keys are not written: no child needs them."""
+    """The settings that every child reads when it starts. API keys are left out: no child needs them."""
 
     parent: int  # process id
     config: ServerConfig
@@ -59,7 +59,7 @@ class RunDirectory:
 
 
 def read_launch(run_dir: Path) -> Launch:
-    """What `RunDirectory` wrote, as a child reads it."""
+    """Reads the settings that `RunDirectory` wrote, in a child."""
     return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)
 
 

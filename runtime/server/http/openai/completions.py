@@ -133,7 +133,7 @@ class _Choice:
         self.output.feed(delta)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
-        """What has not been sent yet, if there is anything."""
+        """The output that has not been sent yet, if there is any."""
         output = self.output
         new = len(output.text) > self._sent or len(output.logprobs) > self._sent_tokens
         if self._with_ids:

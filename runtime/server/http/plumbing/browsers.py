@@ -57,7 +57,7 @@ class BrowserGuard:
 
 
 def _acts(method: str, path: str, headers: dict[bytes, bytes]) -> str | None:
-    """What is wrong with a browser's request that a page can send without asking the server first."""
+    """The fault in a browser's request that a page can send without a preflight, or None."""
     marked = b"origin" in headers or b"sec-fetch-site" in headers
     if method == "POST" and marked:
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()

@@ -83,7 +83,7 @@ class ChatChoice:
         return "".join(block.text for block in self.sample.blocks if block.kind == kind)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
-        """What is new, as the choices of as many chunks. The last of all has the finish reason."""
+        """The new output, as the choices of as many chunks. The last of all has the finish reason."""
         new, self._new = self._new, []
         deltas = [delta for event in new if (delta := self._delta(event)) is not None]
         if not self._begun:

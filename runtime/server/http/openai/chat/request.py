@@ -22,7 +22,7 @@ from ...state import AppState
 
 
 class ChatFields(OpenAIFields):
-    """What OpenAI's chat routes take beside the conversation itself."""
+    """The fields of OpenAI's chat routes beside the conversation itself."""
 
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
