@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from .formats import REASONING_FORMATS, TOOL_FORMATS, ReasoningFormat, reasoning_format
 
+_COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # Jinja's: it may mention formats that the template does not write
+
 
 class Detected(NamedTuple):
     """Names of formats; None if no known format is recognised."""
@@ -19,8 +21,8 @@ class Detected(NamedTuple):
 def detect(template_text: str, special_tokens: Iterable[str] = ()) -> Detected:
     """The formats that the template writes for past calls and thinking. A marker alone is not enough: models share
     ``<tool_call>`` and write different payloads after it, so a format is named only if its payload is there too."""
-    specials = frozenset(special_tokens)
-    return Detected(_tools(template_text, specials), _reasoning(template_text, specials))
+    specials, template = frozenset(special_tokens), _COMMENT.sub("", template_text)
+    return Detected(_tools(template, specials), _reasoning(template, specials))
 
 
 def _tools(template: str, specials: frozenset[str]) -> str | None:

@@ -105,3 +105,8 @@ def test_the_model_that_ships() -> None:
 def test_a_prompt_that_opens_reasoning(prompt: str, expected: bool) -> None:
     assert ends_in_reasoning(prompt, "think") is expected
     assert not ends_in_reasoning(prompt, None)
+
+
+def test_a_comment_of_the_template_is_no_format() -> None:
+    mention = '{# does not support <tool_call>\n{"name": … #}{{ messages[0].content }}{#- nor <think> </think> -#}'
+    assert detect(mention) == (None, None)
