@@ -58,7 +58,7 @@ FIELDS: list[tuple[str, list[Any]]] = [
     ("input", [[USER, CALL, {**OUTPUT, "output": value}] for value in (None, 7, {}, [7], [{"type": "input_image"}])]),
     ("input", [[USER, {**REASONING, "content": value}] for value in ("x", 7, [7], [{}], [{"text": 7}])]),
     ("input", [[USER, {**REASONING, "summary": ["x"]}]]),
-    ("input", [[USER, {"type": kind, "id": "x"}] for kind in ("item_reference", "web_search_call", "mcp_call", "")]),
+    ("input", [[USER, {"type": kind, "id": "x"}] for kind in ("item_reference", "web_search", "mcp", "")]),
     ("instructions", [7, [USER], {}, True]),
     ("model", ["someone-elses", "", 7]),
     ("max_output_tokens", [-1, HUGE, 1.5, "1", True, 32_768, [1]]),

@@ -11,10 +11,33 @@ from .....errors import InvalidRequest, shown
 ROLES = ("user", "system", "developer", "assistant")
 _CALLS = ("function_call", "function_call_output", "custom_tool_call", "custom_tool_call_output")
 _TYPES = ("message", *_CALLS, "reasoning")
+# What tools that run elsewhere have left in a history. Templates have no place for it, so it is left out and named.
+_HOSTED = {
+    "apply_patch_call",
+    "apply_patch_call_output",
+    "code_interpreter_call",
+    "compaction",
+    "computer_call",
+    "computer_call_output",
+    "file_search_call",
+    "image_generation_call",
+    "local_shell_call",
+    "local_shell_call_output",
+    "mcp_approval_request",
+    "mcp_approval_response",
+    "mcp_call",
+    "mcp_list_tools",
+    "shell_call",
+    "shell_call_output",
+    "web_search_call",
+}
 
 
-def response_turns(instructions: str | None, input: Any, max_items: int) -> list[ChatTurn]:
-    """Raises `InvalidRequest` naming the item and the field in it."""
+def response_turns(instructions: str | None, input: Any, max_items: int, left_out: list[str]) -> list[ChatTurn]:
+    """Raises `InvalidRequest` naming the item and the field in it.
+
+    ``left_out`` gets the path and type of each item of a tool that runs elsewhere.
+    """
     turns = (
         [] if instructions is None else [ChatTurn("system", [TextPart(instructions, "instructions")], "instructions")]
     )
@@ -29,7 +52,13 @@ def response_turns(instructions: str | None, input: Any, max_items: int) -> list
     check_pieces(input, ("content", "output"), "input")
     reader = _ItemReader(turns)
     for i, item in enumerate(input):
-        reader.read(item, f"input[{i}]")
+        kind = item.get("type") if isinstance(item, dict) else None
+        if isinstance(kind, str) and kind in _HOSTED:
+            left_out.append(f"input[{i}] {kind}")
+        else:
+            reader.read(item, f"input[{i}]")
+    if not turns:
+        raise InvalidRequest("input", f"must have an item that this server takes: {', '.join(_TYPES)}")
     return turns
 
 

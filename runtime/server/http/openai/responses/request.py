@@ -123,7 +123,7 @@ def response_spec(body: ResponsesRequest, state: AppState) -> ChatSpec:
     """Raises `InvalidRequest`."""
     left_out: list[str] = []
     conversation = Conversation(
-        turns=response_turns(body.instructions, body.input, state.config.max_messages),
+        turns=response_turns(body.instructions, body.input, state.config.max_messages, left_out),
         tools=openai_tools(body.tools, tool_limits(state.config), flat=True, left_out=left_out),
         left_out=left_out,
         reasoning_effort=None if body.reasoning is None else body.reasoning.effort,

@@ -26,7 +26,7 @@ def asked(make_state: Callable[..., AppState]) -> Callable[..., ChatSpec]:
 
 
 def turns(*items: Any) -> list[ChatTurn]:
-    return response_turns(None, list(items), 100)
+    return response_turns(None, list(items), 100, [])
 
 
 def said(role: str, content: Any, **more: Any) -> dict[str, Any]:
@@ -56,9 +56,9 @@ USER = {"role": "user", "content": "x"}
 
 def test_a_string_is_what_the_user_says() -> None:
     said = ChatTurn("user", [TextPart("hello", "input")], "input")
-    assert response_turns(None, "hello", 1) == [said]
+    assert response_turns(None, "hello", 1, []) == [said]
     system = ChatTurn("system", [TextPart("Be brief.", "instructions")], "instructions")
-    assert response_turns("Be brief.", "hello", 1) == [system, said]
+    assert response_turns("Be brief.", "hello", 1, []) == [system, said]
 
 
 def test_what_one_turn_wrote_is_one_turn() -> None:
@@ -125,12 +125,29 @@ def test_calls_of_custom_tools_and_of_namespaces() -> None:
     assert (found[2].call_id, found[2].texts) == ("a", ["done"])
 
 
+def test_items_of_hosted_tools_are_left_out_and_named() -> None:
+    items = [
+        USER,
+        {"type": "web_search_call", "id": "ws_1", "status": "completed"},
+        said("assistant", "It is sunny."),
+        {"type": "local_shell_call", "call_id": "a", "action": {"type": "exec", "command": ["ls"]}},
+        {"type": "local_shell_call_output", "id": "a", "output": "x"},
+        USER,
+    ]
+    left_out: list[str] = []
+    found = response_turns(None, items, 100, left_out)
+    assert [turn.role for turn in found] == ["user", "assistant", "user"]
+    assert left_out == ["input[1] web_search_call", "input[3] local_shell_call", "input[4] local_shell_call_output"]
+    with pytest.raises(InvalidRequest, match="input must have an item that this server takes"):
+        response_turns(None, [items[1]], 100, [])
+
+
 ITEM_ERRORS: list[tuple[list[Any], str]] = [
     ([USER, 7], "input[1]"),
     ([USER, {}], "input[1].type"),
     ([USER, {"type": None, "id": "msg_1"}], "input[1].type"),
     ([USER, {"type": "item_reference", "id": "msg_1"}], "input[1].type"),
-    ([USER, {"type": "web_search_call"}], "input[1].type"),
+    ([USER, {"type": "web_search"}], "input[1].type"),
     ([USER, {"type": ["message"]}], "input[1].type"),
     ([{"role": "tool", "content": "x"}], "input[0].role"),
     ([{"type": "message", "content": "x"}], "input[0].role"),
@@ -159,7 +176,7 @@ ITEM_ERRORS: list[tuple[list[Any], str]] = [
 def test_errors_name_the_item(items: list[Any], field: str, instructions: str | None) -> None:
     """Also where only the chat template cannot read them, whatever turns came before."""
     with pytest.raises(InvalidRequest) as refused:
-        template_messages(response_turns(instructions, items, 100), TEMPLATE)
+        template_messages(response_turns(instructions, items, 100, []), TEMPLATE)
     assert refused.value.path == field
     assert field in refused.value.message
     assert "messages" not in refused.value.message
