@@ -23,7 +23,7 @@ WEEK = {
     "required": ["work", "rest", "swim", "read"],
 }
 TOOL = {"type": "function", "function": {"name": "plan", "parameters": WEEK}}
-WITH_TOOLS = "{% if tools %}<tool_call>{{ tools | length }}</tool_call>{% endif %}"
+WITH_TOOLS = '{% if tools %}<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>{{ tools | length }}{% endif %}'
 LENGTH = 24
 
 
