@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib.util
 import json
 import os
@@ -40,6 +41,7 @@ def turns_during() -> Callable[[Awaitable[object]], Awaitable[int]]:
     return count
 
 
+@functools.cache
 def _checkpoints() -> ModuleType:
     path = Path(__file__).parent / "checkpoints.py"
     spec = importlib.util.spec_from_file_location("branchwise_test_checkpoints", path)
@@ -49,6 +51,15 @@ def _checkpoints() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up while they are being made
     spec.loader.exec_module(module)
     return module
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test with an argument ``family`` runs for every recipe of `tests/checkpoints.py` that its module does not name
+    in ``FAMILIES_LEFT_OUT``, unless it chooses families itself."""
+    chosen = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "family" in metafunc.fixturenames and not chosen:
+        left_out = getattr(metafunc.module, "FAMILIES_LEFT_OUT", ())
+        metafunc.parametrize("family", [name for name in _checkpoints().FAMILIES if name not in left_out])
 
 
 @pytest.fixture(scope="session")

@@ -9,44 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-FAMILIES = [
-    "llama-mha",
-    "llama-gqa",
-    "llama-mqa",
-    "llama-linear",
-    "llama-sharded",
-    "mistral",
-    "qwen2",
-    "qwen2-window",
-    "qwen3",
-    "gemma2",
-    "gemma3",
-    "gemma",
-    "phi3",
-    "smollm3",
-    "seed-oss",
-    "granite",
-    "olmo2",
-    "olmo3",
-    "exaone4",
-    "ernie",
-    "glm",
-    "glm4",
-    "arcee",
-    "apertus",
-    "starcoder2",
-    "stablelm",
-    "stablelm-parallel",
-    "cohere",
-    "cohere2",
-]
+from branchwise.runtime.models.registry import ARCHITECTURES
+
 TOLERANCE = 1e-4
 Make = Callable[[str, int], Any]
 Reference = Callable[[str], torch.Tensor]
 
 
-def test_every_family_is_tested(checkpoints: Any) -> None:
-    assert list(checkpoints.FAMILIES) == FAMILIES
+def test_every_architecture_has_a_recipe(checkpoints: Any) -> None:
+    """But for the wrappers whose text model has one of its own; test_loader.py has their layouts."""
+    made = {family.model for family in checkpoints.FAMILIES.values()}
+    assert set(ARCHITECTURES) - made == {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"}
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
@@ -55,7 +28,6 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("family", FAMILIES)
 class TestFamily:
     def test_whole_prompt(
         self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
