@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 _NONE = ""
 
 # name: what to send instead, if anything. Set to a value that asks for nothing (`asks_for_nothing`), they pass.
@@ -101,7 +103,11 @@ NO_EFFECT: dict[str, str] = {
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a refused field asks for what this server does anyway."""
+    """Whether a refused field asks for what this server does anyway. Lists of token ids arrive as arrays."""
+    if isinstance(value, np.ndarray):
+        return not value.size
+    if isinstance(value, list) and any(isinstance(each, np.ndarray) for each in value):
+        return False
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return name in _NEUTRAL and value == _NEUTRAL[name]
     return value in _NOTHING or (name in _NEUTRAL and value == _NEUTRAL[name])

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from openai.types.chat import completion_create_params as openai_chat
 from openai.types.completion_create_params import CompletionCreateParamsBase
@@ -317,6 +318,9 @@ def test_the_manual_lists_what_has_no_effect() -> None:
         *(("guided_json", value, False) for value in (True, "{}", [1], {"a": 1}, 0, 1)),
         *(("length_penalty", value, value == 1.0) for value in (1, 1.0, 0.5, 2, True)),
         *(("include_reasoning", value, value) for value in (True,)),
+        *(("input_ids", np.array(ids), not ids) for ids in ([], [0], [400], [1, 2])),
+        *(("modalities", value, value == ["text"]) for value in (["text"], ["text", "audio"])),
+        ("modalities", [np.array([1, 2])], False),
     ],
 )
 def test_values_that_ask_for_nothing(name: str, value: Any, nothing: bool) -> None:
