@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -294,3 +295,13 @@ def test_files_stay_small() -> None:
         for path in modules(room):
             lines = len(path.read_text().splitlines())
             assert lines <= 500, f"{path.relative_to(ROOT)} has {lines} lines; is it one idea?"
+
+
+@pytest.mark.parametrize("page", [path for path in sorted(ROOT.rglob("*.md")) if ".venv" not in path.parts], ids=str)
+def test_pages_name_files_that_exist(page: Path) -> None:
+    if page.name in ("NOTES.md", "CHANGELOG.md"):  # of the past, too
+        return
+    names = {path.name for folder in (*TOP_LEVEL, "tests", "examples") for path in modules(folder)}
+    names |= {path.name for path in ROOT.glob("*.py")}
+    named = re.findall(r"`([\w/.]+\.py)`", page.read_text())
+    assert [name for name in named if Path(name).name not in names] == []
