@@ -1,5 +1,5 @@
 # make demo: serve the shipped model and watch branching prompts share what they have in common.
-# make check: lint, type-check and the fast tests. make test: every test that needs no GPU.
+# make check: lint, type-check and the core tests. make test: every test that needs no GPU.
 # All make .venv first; nothing outside it is touched. PYTHON=python3.12 make demo picks the interpreter.
 
 PYTHON ?= python3
@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PINS := .ci/constraints.txt
 OPENAI_2 := .ci/openai-2.txt
 PACKAGES := radix kernels runtime frontend
-FAST := tests/test_layout.py tests/radix tests/kernels tests/runtime/scheduler tests/runtime/executor tests/runtime/models tests/runtime/tokenizer
+FAST := tests/test_layout.py tests/radix tests/runtime/scheduler tests/runtime/executor tests/runtime/tokenizer
 # torch's threads must not spin where tests and servers share two cores (runtime/executor/torch_environment.py has the measurement)
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -26,7 +26,7 @@ demo: $(VENV)/.installed ## install, start a server on the shipped model, run ex
 test: lint ## install with the test extras, lint, type-check, then every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"
 
-check: lint ## lint, types and the tests of a minute or two: the loop to work in
+check: lint ## lint, types and the core tests, two to four minutes: the loop to work in
 	$(BIN)/python -m pytest -m "not gpu" $(FAST)
 
 lint: $(VENV)/.installed-test ## ruff and mypy
