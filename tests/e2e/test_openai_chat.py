@@ -195,6 +195,30 @@ def test_logprobs(client: openai.OpenAI) -> None:
     assert all(row.top_logprobs == [] for row in bare)
 
 
+def test_token_ids_beside_the_message(shipped: Any) -> None:
+    """vLLM's fields: the ids of prompt and output once, whole or streamed, in place of texts in logprobs too."""
+    body = {"messages": FACT, "temperature": 0, "max_tokens": 6, "n": 2, "return_token_ids": True, "logprobs": True}
+    body |= {"top_logprobs": 1, "return_tokens_as_token_ids": True}
+    answer = shipped.http.post("/v1/chat/completions", json=body).json()
+    prompt = shipped.http.post("/tokenize", json={"messages": FACT}).json()["tokens"]
+    assert answer["prompt_token_ids"] == prompt
+    ids = [choice["token_ids"] for choice in answer["choices"]]
+    assert len(ids[0]) == answer["usage"]["completion_tokens"] // 2
+    named = [[row["token"] for row in choice["logprobs"]["content"]] for choice in answer["choices"]]
+    assert named == [[f"token_id:{id}" for id in each][: len(rows)] for each, rows in zip(ids, named, strict=True)]
+    assert answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["token"] == f"token_id:{ids[0][0]}"
+    with shipped.http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as stream:
+        lines = [line.removeprefix("data: ") for line in stream.iter_lines() if line]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    assert [chunk["prompt_token_ids"] for chunk in chunks] == [prompt] + [None] * (len(chunks) - 1)
+    streamed: list[list[int]] = [[], []]
+    for chunk in chunks:
+        streamed[chunk["choices"][0]["index"]] += chunk["choices"][0].get("token_ids", [])
+    assert streamed == ids
+    plain = shipped.http.post("/v1/chat/completions", json={"messages": FACT, "max_tokens": 1}).json()
+    assert "prompt_token_ids" not in plain and "token_ids" not in plain["choices"][0]
+
+
 def test_a_message_is_continued(client: openai.OpenAI) -> None:
     begun = [*SUM, {"role": "assistant", "content": "12 + 30"}]
     body = {"continue_final_message": True}

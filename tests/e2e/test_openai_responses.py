@@ -146,6 +146,19 @@ def test_the_cache_is_told_what_to_keep_and_for_whom(shipped: Any, client: opena
 # -- streams -----------------------------------------------------------------------------------------------------------
 
 
+def test_token_ids_are_in_the_response_that_has_ended(shipped: Any) -> None:
+    body: dict[str, Any] = {"input": "What is 12 + 30?", "temperature": 0, "max_output_tokens": 5}
+    body |= {"return_token_ids": True, "return_tokens_as_token_ids": True, "include": LOGPROBS}
+    whole = shipped.http.post("/v1/responses", json=body).json()
+    prompt = {"messages": [{"role": "user", "content": body["input"]}]}
+    assert whole["prompt_token_ids"] == shipped.http.post("/tokenize", json=prompt).json()["tokens"]
+    [item] = whole["output"]
+    assert [row["token"] for row in item["content"][0]["logprobs"]] == [f"token_id:{id}" for id in whole["token_ids"]]
+    with shipped.http.stream("POST", "/v1/responses", json={**body, "stream": True}) as stream:
+        events = [json.loads(line.removeprefix("data: ")) for line in stream.iter_lines() if line.startswith("data: ")]
+    assert events[-1]["response"]["token_ids"] == whole["token_ids"]
+
+
 def test_streams_add_up(client: openai.OpenAI) -> None:
     whole = respond(client, FACT)
     events = list(respond(client, FACT, stream=True, stream_options={"include_obfuscation": False}))

@@ -83,6 +83,7 @@ class ChatPreparer:
             names["prompt"],
             priority=check_priority(spec.priority),
             stream=spec.stream,
+            echo_tokens=spec.echo_tokens,
             add_special_tokens=False,
             shorten=spec.shorten,
             **caching(state, spec.cache, marks=marks),

@@ -41,6 +41,7 @@ class ChatSpec:
     separate_reasoning: bool = True
     priority: int = 0
     stream: bool = False
+    echo_tokens: bool = False  # the answer has the prompt's token ids
     shorten: bool = False  # max_tokens may be more than the context leaves
     names: Mapping[str, str]  # the client's names of our fields, as `InvalidRequest.renamed` takes them
 

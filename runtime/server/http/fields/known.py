@@ -41,9 +41,8 @@ REFUSED: dict[str, str] = {
         ("return_sampling_mask", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), _NONE
     ),
     **dict.fromkeys(("return_bytes", "return_prompt_text", "return_cached_tokens_details", "include_reasoning"), _NONE),
-    **dict.fromkeys(
-        ("return_prompt_token_ids", "multi_item_delimiter_indices", "background", "stream_reasoning"), _NONE
-    ),
+    **dict.fromkeys(("multi_item_delimiter_indices", "background", "stream_reasoning"), _NONE),
+    "return_prompt_token_ids": "/v1/completions and /v1/chat/completions have return_token_ids",
     # other models and servers, sessions that are stored
     **dict.fromkeys(("lora_path", "lora_id", "lora_request", "session_params"), _NONE),
     **dict.fromkeys(("kv_transfer_params", "ec_transfer_params"), _NONE),

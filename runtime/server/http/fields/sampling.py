@@ -58,6 +58,10 @@ class OpenAIFields(SamplingFields, Structured, CacheFields):
     priority: int = Field(0, description="Lower is earlier, as in vLLM; SGLang's routes have it the other way round.")
     rid: str | None = Field(None, description="The name by which /abort_request ends the request.")
     user: str | None = None
+    return_token_ids: bool = Field(
+        False, description="The ids of the prompt and of the output: prompt_token_ids, token_ids."
+    )
+    return_tokens_as_token_ids: bool = Field(False, description="token_id:123 instead of texts in logprobs.")
 
 
 def openai_sampling(

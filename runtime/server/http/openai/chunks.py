@@ -50,10 +50,13 @@ class Choices:
         running = self._usage() if self._running_usage else None  # once: it looks at every choice
         for index in sorted({index for index, _ in batch}) if len(batch) > 1 else (batch[0][0],):
             for piece in self._choices[index].pieces(index):
-                chunk: dict[str, Any] = {**self._head, "choices": [piece]}
+                chunk = self._chunk(piece)
                 if self._include_usage:
                     chunk["usage"] = running
                 yield event(chunk)
+
+    def _chunk(self, piece: dict[str, Any]) -> dict[str, Any]:
+        return {**self._head, "choices": [piece]}
 
     def end(self) -> Iterable[bytes]:
         if self._include_usage:

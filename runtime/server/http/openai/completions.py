@@ -34,6 +34,7 @@ from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
 from .legacy_logprobs import LegacyLogprobs
+from .sent_ids import SentIds
 
 
 class CompletionRequest(OpenAIFields):
@@ -47,8 +48,6 @@ class CompletionRequest(OpenAIFields):
     logprobs: int | None = None
     stream_options: StreamOptions | None = None
     add_special_tokens: bool = Field(True, description="Begin a text as the tokenizer begins texts (<bos>).")
-    return_token_ids: bool = Field(False, description="prompt_token_ids and token_ids in every choice.")
-    return_tokens_as_token_ids: bool = Field(False, description="token_id:123 instead of texts in logprobs.")
 
 
 def routes(state: AppState) -> Routes:
@@ -122,8 +121,7 @@ class _Choice:
         self._echo = echo  # the prompt's text, until it has been sent
         self._sent = 0  # characters of the completion
         self._sent_tokens = 0
-        self._sent_ids: int | None = None  # tokens of the completion; None: the prompt's are to be sent first
-        self._with_ids = body.return_token_ids
+        self._ids = SentIds(self.output) if body.return_token_ids else None
         self._legacy = None
         if params.logprobs is not None:
             as_ids = body.return_tokens_as_token_ids
@@ -136,8 +134,8 @@ class _Choice:
         """The output that has not been sent yet, if there is any."""
         output = self.output
         new = len(output.text) > self._sent or len(output.logprobs) > self._sent_tokens
-        if self._with_ids:
-            new = new or len(output.token_ids) > (self._sent_ids or 0)
+        if self._ids is not None:
+            new = new or self._ids.pending
         if self._echo is not None:
             new = bool(output.token_ids)  # before, the prompt's logprobs may still be coming
         if new or output.finish is not None:
@@ -165,10 +163,8 @@ class _Choice:
             "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows, echoed),
             "finish_reason": output.finish_reason,
         }
-        if self._with_ids:
-            choice["prompt_token_ids"] = output.prompt if self._sent_ids is None else None
-            choice["token_ids"] = output.token_ids[self._sent_ids or 0 :]
-            self._sent_ids = len(output.token_ids)
+        if self._ids is not None:
+            choice |= {"prompt_token_ids": self._ids.take_prompt(), "token_ids": self._ids.take()}
         return choice
 
 

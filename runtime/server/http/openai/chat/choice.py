@@ -12,6 +12,7 @@ from .....messages import Delta
 from .....outputs import Output
 from .....tokenizer.tokenizer import Tokenizer
 from ...chat.sample import Sample
+from ..sent_ids import SentIds
 from .logprobs import describe_logprob
 
 _FIELDS: Mapping[str, str] = {"text": "content", "thinking": "reasoning_content"}
@@ -20,9 +21,20 @@ _FIELDS: Mapping[str, str] = {"text": "content", "thinking": "reasoning_content"
 class ChatChoice:
     """Implements `chunks.Choice`."""
 
-    def __init__(self, tokenizer: Tokenizer, sample: Sample, tools: Mapping[str, OfferedTool]) -> None:
-        """``tools``: by the names that the model calls."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sample: Sample,
+        tools: Mapping[str, OfferedTool],
+        *,
+        token_ids: bool = False,
+        tokens_as_ids: bool = False,
+    ) -> None:
+        """``tools``: by the names that the model calls. ``token_ids``: add the output's ids. ``tokens_as_ids``: name
+        tokens by their ids in logprobs."""
         self.sample = sample
+        self._ids = SentIds(sample.output) if token_ids else None
+        self._tokens_as_ids = tokens_as_ids
         self._tools = tools
         self._tokenizer = tokenizer
         self._new: list[BlockEvent] = []  # since the last `pieces`
@@ -41,7 +53,12 @@ class ChatChoice:
             "message": self._message(),
             "logprobs": self._logprobs(),
             "finish_reason": self.sample.finish_reason,
+            **self._token_ids(),
         }
+
+    def _token_ids(self) -> dict[str, Any]:
+        """The new ones, where the client asked for them."""
+        return {} if self._ids is None else {"token_ids": self._ids.take()}
 
     def _message(self) -> dict[str, Any]:
         content, reasoning = self._joined("text"), self._joined("thinking")
@@ -91,7 +108,8 @@ class ChatChoice:
             first_is_call = bool(new) and isinstance(new[0], BlockStart) and new[0].block.kind == "call"
             deltas.insert(0, {"role": "assistant", "content": None if first_is_call else "", "refusal": None})
         logprobs, reason = self._logprobs(), self.sample.finish_reason
-        if not deltas and (reason is not None or (logprobs is not None and logprobs["content"])):
+        more = (logprobs is not None and logprobs["content"]) or (self._ids is not None and self._ids.pending)
+        if not deltas and (reason is not None or more):
             deltas.append({})
         for i, delta in enumerate(deltas, 1):
             last = i == len(deltas)
@@ -100,6 +118,7 @@ class ChatChoice:
                 "delta": delta,
                 "logprobs": logprobs if last else None,
                 "finish_reason": reason if last else None,
+                **(self._token_ids() if last else {}),
             }
 
     def _logprobs(self) -> dict[str, Any] | None:
@@ -107,4 +126,6 @@ class ChatChoice:
         if alternatives is None:
             return None
         rows = self.sample.new_logprobs()
-        return {"content": [describe_logprob(self._tokenizer, row, alternatives) for row in rows], "refusal": None}
+        as_ids = self._tokens_as_ids
+        content = [describe_logprob(self._tokenizer, row, alternatives, as_ids=as_ids) for row in rows]
+        return {"content": content, "refusal": None}

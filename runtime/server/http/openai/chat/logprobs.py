@@ -10,13 +10,16 @@ from .....tokenizer.tokenizer import Tokenizer
 LEAST_LOGPROB = -9999.0  # JSON has no -inf
 
 
-def describe_logprob(tokenizer: Tokenizer, row: TokenLogprob, alternatives: int | None) -> dict[str, Any]:
-    """``alternatives``: how many likeliest tokens to list."""
+def describe_logprob(
+    tokenizer: Tokenizer, row: TokenLogprob, alternatives: int | None, *, as_ids: bool = False
+) -> dict[str, Any]:
+    """``alternatives``: how many likeliest tokens to list. ``as_ids``: vLLM's ``token_id:123`` instead of texts."""
     best = row.top[: alternatives or 0]
-    token = _token(tokenizer, row.token, row.logprob)
-    return {**token, "top_logprobs": [_token(tokenizer, *entry) for entry in best]}
+    token = _token(tokenizer, row.token, row.logprob, as_ids)
+    return {**token, "top_logprobs": [_token(tokenizer, *entry, as_ids) for entry in best]}
 
 
-def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
+def _token(tokenizer: Tokenizer, token: int, logprob: float, as_ids: bool) -> dict[str, Any]:
     data = tokenizer.token_bytes(token)
-    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}
+    text = f"token_id:{token}" if as_ids else data.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}

@@ -79,6 +79,7 @@ def shared_fields(body: ChatFields) -> dict[str, Any]:
         "separate_reasoning": body.separate_reasoning,
         "priority": openai_priority(body.priority),
         "stream": body.stream,
+        "echo_tokens": body.return_token_ids,
     }
 
 

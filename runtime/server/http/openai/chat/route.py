@@ -9,12 +9,14 @@ from typing import Any
 from fastapi import Request, Response
 
 from ...chat.prepare import ChatPreparer, PreparedChat
+from ...engine_client import Batch
 from ...fields.parse import parse
 from ...plumbing.body import read_json_object
 from ...plumbing.respond import respond
 from ...plumbing.routes import Routes
 from ...state import AppState
 from ..chunks import Choices
+from ..sent_ids import SentIds
 from .choice import ChatChoice
 from .request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
 
@@ -50,8 +52,20 @@ class _ChatReply(Choices):
             "service_tier": None,
             "system_fingerprint": None,
         }
-        choices = [ChatChoice(state.tokenizer, sample, chat.tools) for sample in chat.samples]
+        ids = {"token_ids": body.return_token_ids, "tokens_as_ids": body.return_tokens_as_token_ids}
+        choices = [ChatChoice(state.tokenizer, sample, chat.tools, **ids) for sample in chat.samples]
         super().__init__(head, choices, len(choices), body.stream_options)
+        self._prompt_ids = SentIds(chat.samples[0].output) if body.return_token_ids else None
+
+    def whole(self, batch: Batch) -> dict[str, Any]:
+        return super().whole(batch) | self._prompt_token_ids()
+
+    def _chunk(self, piece: dict[str, Any]) -> dict[str, Any]:
+        return super()._chunk(piece) | self._prompt_token_ids()
+
+    def _prompt_token_ids(self) -> dict[str, Any]:
+        """vLLM's ``prompt_token_ids``, which are null in all chunks but the first."""
+        return {} if self._prompt_ids is None else {"prompt_token_ids": self._prompt_ids.take_prompt()}
 
     def _usage(self) -> dict[str, Any]:
         thinking = sum(sample.reasoning_tokens for sample in self._samples)

@@ -48,6 +48,8 @@ class ResponseReply:
             "model": state.model_name,
         }
         self._settings = _settings(body, sample.params)
+        self._with_ids = body.return_token_ids
+        self._tokens_as_ids = body.return_tokens_as_token_ids
 
     def whole(self, batch: Batch) -> dict[str, Any]:
         for _, delta in batch:
@@ -156,7 +158,8 @@ class ResponseReply:
         if block.kind != "text":
             return {}
         alternatives = self._sample.params.logprobs
-        return {"logprobs": [describe_logprob(self._tokenizer, row, alternatives) for row in rows]}
+        as_ids = self._tokens_as_ids
+        return {"logprobs": [describe_logprob(self._tokenizer, row, alternatives, as_ids=as_ids) for row in rows]}
 
     def _id(self, block: Block) -> str:
         return self._ids.setdefault(
@@ -183,6 +186,9 @@ class ResponseReply:
             "output_tokens_details": {"reasoning_tokens": self._sample.reasoning_tokens},
             "total_tokens": counted["total_tokens"],
         }
+        if self._with_ids:
+            output = self._sample.output
+            response |= {"prompt_token_ids": output.prompt, "token_ids": output.token_ids}
         return response
 
     def _response(self, status: str, output: list[dict[str, Any]]) -> dict[str, Any]:
