@@ -25,8 +25,9 @@ ROOMS = {
     "runtime/chat": {"runtime"},
     "runtime/tokenizer": {"runtime", "runtime/chat"},
     "runtime/grammar": {"runtime", "runtime/tokenizer"},
-    "runtime/models": {"runtime", "runtime/tokenizer", "kernels"},
-    "runtime/executor": {"runtime", "runtime/models", "kernels"},
+    "runtime/parallel": {"runtime"},
+    "runtime/models": {"runtime", "runtime/tokenizer", "runtime/parallel", "kernels"},
+    "runtime/executor": {"runtime", "runtime/models", "runtime/parallel", "kernels"},
     "runtime/scheduler": {"runtime", "runtime/grammar", "runtime/tokenizer", "radix"},
     "runtime/engine": {
         "runtime",

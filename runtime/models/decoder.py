@@ -11,11 +11,13 @@ from torch import Tensor
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
+from ..parallel.group import SingleRank, TensorGroup
 from .config import ModelConfig
 from .linear import make_linear
 from .mlp import make_mlp
 from .norm import Norm
 from .rope import RopeTable
+from .weights import even_range, rank_config
 
 
 @dataclass(slots=True)
@@ -32,19 +34,30 @@ class Decoder:
 
     Args:
         config: the model's.
-        weights: by the names of `weights.weight_specs`, all on one device. Emptied: a weight that is packed for its
-            kernel would otherwise stay in memory twice.
+        weights: by the names of `weights.weight_specs`, all on one device: this rank's slices. Emptied: a weight that
+            is packed for its kernel would otherwise stay in memory twice.
         ops: the small operations.
+        group: the ranks that the model is split over (Shoeybi et al., 2019): each computes its heads, its part of the
+            MLP and its part of the vocabulary, and two sums a layer join them.
     """
 
-    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], ops: Ops) -> None:
-        self.config = config
+    def __init__(
+        self, config: ModelConfig, weights: dict[str, Tensor], ops: Ops, group: TensorGroup | None = None
+    ) -> None:
+        self._group: TensorGroup = group or SingleRank()
+        self.config = config = rank_config(config, self._group.size)
+        self._vocabulary = even_range(config.vocab_size, self._group.rank, self._group.size)
+        # Every rank computes as many logits, so that they can be gathered: padding follows the vocabulary's last rows.
+        rows = even_range(config.vocab_size, 0, self._group.size).stop
+        for name in ("embedding", "lm_head"):
+            if name in weights and len(weights[name]) < rows:
+                weights[name] = F.pad(weights[name], (0, 0, 0, rows - len(weights[name])))
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
         self._lm_head = make_linear("lm_head", weights)
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
-        self._layers = [_Layer(config, i, weights, ops) for i in range(config.num_layers)]
+        self._layers = [_Layer(config, i, weights, ops, self._group) for i in range(config.num_layers)]
 
     def layer_specs(self) -> list[LayerSpec]:
         """Scale, window and softcap of each layer, for the attention backend."""
@@ -72,7 +85,7 @@ class Decoder:
             ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
         """
         config = self.config
-        hidden = F.embedding(tokens.ids, self._embedding)
+        hidden = self._embed(tokens.ids)
         if config.embed_scale != 1.0:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
         cos_sin = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
@@ -92,11 +105,23 @@ class Decoder:
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, written to ``out`` if it is given."""
         logits = self._lm_head(hidden)
+        if self._group.size > 1:
+            parts = self._group.all_gather(logits)
+            logits = parts.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
         logits = logits.float() if out is None else out.copy_(logits)
         if self.config.logits_scale != 1.0:
             logits = logits.mul_(self.config.logits_scale)
         cap = self.config.final_softcap
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        """``[T, hidden]``: each rank looks up the tokens of its part of the vocabulary, and the sum has all of them."""
+        if self._group.size == 1:
+            return F.embedding(ids, self._embedding)
+        elsewhere = (ids < self._vocabulary.start) | (ids >= self._vocabulary.stop)
+        found = F.embedding((ids - self._vocabulary.start).masked_fill_(elsewhere, 0), self._embedding)
+        # A copy: the sum is only valid until the next one, and this is the residual stream.
+        return self._group.all_reduce(found.masked_fill_(elsewhere[:, None], 0)).clone()
 
 
 class _Layer:
@@ -106,11 +131,13 @@ class _Layer:
     next norm adds in the same pass.
     """
 
-    def __init__(self, config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops, group: TensorGroup
+    ) -> None:
         def weight(name: str) -> Tensor:
             return weights.pop(f"layers.{index}.{name}")
 
-        self.config, self.ops = config, ops
+        self.config, self.ops, self.group = config, ops, group
         self.attention_norm, self.attention_post_norm, self.mlp_norm, self.mlp_post_norm = (
             Norm(config, f"layers.{index}.{name}", weights, ops) if name in config.norms else None
             for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
@@ -138,17 +165,25 @@ class _Layer:
         start = 0
         for norm in self.whole_norms:
             part = qkv[:, start : start + len(norm)]
-            part.copy_(self.ops.rms_norm(part.contiguous(), norm, config.norm_eps))
+            part.copy_(self._whole_norm(part.contiguous(), norm))
             start += len(norm)
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
 
     def finish(self, hidden: Tensor, x: Tensor, attended: Tensor) -> Tensor:
         """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
+        total = self.group.all_reduce  # over ranks: each has its heads' part of the product, and its part of the MLP's
         if self.config.parallel:
-            return self._scaled(self.o(attended).add_(self.mlp(x)), None)
-        attended = self._scaled(self.o(attended), self.attention_post_norm)
-        return self._scaled(self.mlp(_add(attended, hidden, self.mlp_norm)), self.mlp_post_norm)
+            return self._scaled(total(self.o(attended).add_(self.mlp(x))), None)
+        attended = self._scaled(total(self.o(attended)), self.attention_post_norm)
+        return self._scaled(total(self.mlp(_add(attended, hidden, self.mlp_norm))), self.mlp_post_norm)
+
+    def _whole_norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the heads of all ranks. All have as many, so the mean over ranks is that over all heads."""
+        if self.group.size == 1:
+            return self.ops.rms_norm(x, weight, self.config.norm_eps)
+        square = self.group.all_reduce(x.float().square().mean(-1, keepdim=True)) / self.group.size
+        return (x * torch.rsqrt(square + self.config.norm_eps) * weight).to(x.dtype)
 
     def _scaled(self, delta: Tensor, norm: Norm | None) -> Tensor:
         """The output of attention or MLP, as it is added to the residual stream."""

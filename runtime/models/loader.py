@@ -48,6 +48,7 @@ def load_weights(
             logger.warning("lm_head.weight differs from the embedding although tie_word_embeddings is true: using both")
             specs.append(lm_head_spec(config))
         _check_names(checkpoint, specs, config.num_layers)
+        specs = [spec for spec in specs if spec.shard != "rank0" or rank == 0]
         indices = [shard(spec, rank, world) for spec in specs]
         dtypes = [torch.float32 if spec.norm else dtype for spec in specs]
         sizes = [math.prod(_shape(index)) * kind.itemsize for index, kind in zip(indices, dtypes, strict=True)]
@@ -62,17 +63,28 @@ def load_weights(
     return weights
 
 
-def dummy_weights(config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Tensor]:
-    """Random weights of the config's shape: the same for the same seed, scaled so that activations stay finite."""
+def dummy_weights(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int, *, rank: int = 0, world: int = 1
+) -> dict[str, Tensor]:
+    """Random weights of the config's shape: the same for the same seed, scaled so that activations stay finite.
+
+    Each rank makes whole weights, one at a time, and keeps its slices: all ranks together have those of a single one.
+    """
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for spec in weight_specs(config):
+        index = shard(spec, rank, world)
         if spec.norm:
-            weights[spec.name] = torch.ones(spec.shape, device=device)
-        else:
-            weight = torch.empty(spec.shape, dtype=dtype, device=device)
-            bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
-            weights[spec.name] = weight.uniform_(-bound, bound, generator=generator)
+            weights[spec.name] = torch.ones(_shape(index), device=device)
+            continue
+        weight = torch.empty(spec.shape, dtype=dtype, device=device)
+        bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
+        weight.uniform_(-bound, bound, generator=generator)
+        if _shape(index) != spec.shape:
+            sources = weight.split([source.shape[0] for source in spec.sources])
+            weight = torch.cat([source[part] for source, part in zip(sources, index, strict=True)])
+        if spec.shard != "rank0" or rank == 0:
+            weights[spec.name] = weight
     return weights
 
 

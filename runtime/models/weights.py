@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from ..errors import LoadError
 from .config import ModelConfig
 
 # Where tensor parallelism cuts a weight: along its outputs (dimension 0), along its inputs (dimension 1), or nowhere.
-Shard = Literal["column", "row", "replicated"]
+# rank0: the bias of a weight that is cut along its inputs. Only rank 0 has it, so that the sum over ranks adds it once.
+Shard = Literal["column", "row", "replicated", "rank0"]
+_BLOCKS = (128, 16)  # cuts are at multiples of the first that fits: quantized products need aligned sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,28 +41,46 @@ class WeightSpec:
         return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
 
 
+def rank_config(config: ModelConfig, world: int) -> ModelConfig:
+    """The config of one of ``world`` ranks: as many heads as each computes. Where there are fewer KV heads than ranks,
+    each is replicated. Raises `LoadError` if the heads cannot be divided."""
+    heads, kv_heads = config.num_heads, config.num_kv_heads
+    if heads % world or (kv_heads % world and world % kv_heads):
+        raise LoadError(
+            f"--tensor-parallel-size {world}: {heads} attention heads and {kv_heads} KV heads cannot be divided by it"
+        )
+    return replace(config, num_heads=heads // world, num_kv_heads=max(1, kv_heads // world))
+
+
 def shard(spec: WeightSpec, rank: int, world: int) -> tuple[tuple[slice, ...], ...]:
     """The slice of each source that rank ``rank`` of ``world`` holds, as an index into the source (Megatron-LM's cuts).
 
     Units are dealt out in equal contiguous ranges. Where there are fewer units than ranks, as with KV heads, each unit
-    is replicated on ``world / units`` neighbouring ranks. Rows that are no units, such as the vocabulary, are cut as
-    evenly as their number allows. Raises `LoadError` if units cannot be dealt out equally.
+    is replicated on ``world / units`` neighbouring ranks. Rows that are no units, such as the vocabulary, are cut into
+    equal ranges of whole blocks; the last ranges are shorter where the blocks do not divide.
     """
     return tuple(_source_shard(spec, source, rank, world) for source in spec.sources)
 
 
 def _source_shard(spec: WeightSpec, source: Source, rank: int, world: int) -> tuple[slice, ...]:
     index = [slice(0, size) for size in source.shape]
-    if spec.shard == "replicated":
+    if spec.shard in ("replicated", "rank0"):
         return tuple(index)
     dim = 0 if spec.shard == "column" else 1
-    size, units = source.shape[dim], source.units or source.shape[dim]
-    if source.units and units % world and world % units:
-        raise LoadError(f"{source.name}: {units} heads cannot be dealt out to {world} ranks equally")
-    first = rank * units // world
-    last = max((rank + 1) * units // world, first + 1)
-    index[dim] = slice(first * (size // units), last * (size // units))
+    size = source.shape[dim]
+    if source.units:
+        unit, first = size // source.units, rank * source.units // world
+        index[dim] = slice(first * unit, max((rank + 1) * source.units // world, first + 1) * unit)
+    else:
+        index[dim] = even_range(size, rank, world)
     return tuple(index)
+
+
+def even_range(size: int, rank: int, world: int) -> slice:
+    """The rank's part of ``size`` indices that are no heads: ``ceil(blocks / world)`` blocks, or what is left."""
+    block = next((block for block in _BLOCKS if size % block == 0 and size // block >= world), 1)
+    part = -(-size // (block * world)) * block
+    return slice(min(rank * part, size), min((rank + 1) * part, size))
 
 
 def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
@@ -98,20 +118,24 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
 
         yield WeightSpec(f"layers.{i}.{name}", tuple(sources("weight", inputs)), cut)
         if bias:
-            yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "replicated" if cut == "row" else cut)
+            yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "rank0" if cut == "row" else cut)
 
-    def vector(name: str, tensor: str, size: int) -> WeightSpec:
-        return WeightSpec(f"layers.{i}.{name}", (Source(prefix + tensor, (size,)),), "replicated", norm=True)
+    def vector(name: str, tensor: str, size: int, heads: int = 0) -> WeightSpec:
+        """``heads``: the vector has a part for each, and is cut with them."""
+        source = Source(prefix + tensor, (size,), heads)
+        return WeightSpec(f"layers.{i}.{name}", (source,), "column" if heads else "replicated", norm=True)
 
     sizes = ((q, heads, pairs), (kv, kv_heads, pairs), (kv, kv_heads, 0))
     qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(config.qkv, sizes, strict=True)]
     for name, module in config.norms.items():
         yield from _norm_specs(config, f"layers.{i}.{name}", prefix + module)
     yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
-    if config.qk_norm != "none":
-        by_head = config.qk_norm == "head"
-        yield vector("q_norm", "self_attn.q_norm.weight", config.head_dim if by_head else q)
-        yield vector("k_norm", "self_attn.k_norm.weight", config.head_dim if by_head else kv)
+    if config.qk_norm == "head":
+        yield vector("q_norm", "self_attn.q_norm.weight", config.head_dim)
+        yield vector("k_norm", "self_attn.k_norm.weight", config.head_dim)
+    elif config.qk_norm == "all":
+        yield vector("q_norm", "self_attn.q_norm.weight", q, heads)
+        yield vector("k_norm", "self_attn.k_norm.weight", kv, kv_heads)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
     *up, down = (f"mlp.{module}" for module in config.mlp)
     fused = "gate_up" if config.gated_mlp else "up"

@@ -17,6 +17,7 @@ from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.decoder import Decoder, StepTokens
 from branchwise.runtime.models.loader import load_weights
+from branchwise.runtime.parallel.group import SingleRank, TensorGroup
 
 Tokens = npt.NDArray[np.int64]
 
@@ -24,9 +25,14 @@ Tokens = npt.NDArray[np.int64]
 class Harness:
     """Runs chunks of requests; every row's pages are scattered over the pool, page 0 is poison and never used."""
 
-    def __init__(self, folder: Path, page_size: int, rows: int = 6, max_len: int = 160) -> None:
-        config = load_config(folder)
-        self.decoder = Decoder(config, load_weights(folder, config, torch.float32, torch.device("cpu")), ops)
+    def __init__(
+        self, folder: Path, page_size: int, rows: int = 6, max_len: int = 160, group: TensorGroup | None = None
+    ) -> None:
+        config, group = load_config(folder), group or SingleRank()
+        cpu = torch.device("cpu")
+        weights = load_weights(folder, config, torch.float32, cpu, rank=group.rank, world=group.size)
+        self.decoder = Decoder(config, weights, ops, group)
+        config = self.decoder.config
         self.decoder.reserve(max_len)
         pages = -(-max_len // page_size)
         order = np.random.default_rng(7).permutation(rows * pages) + 1
@@ -61,8 +67,8 @@ class Harness:
 
 
 @pytest.fixture(scope="session")
-def harness(checkpoint: Callable[[str], Path]) -> Callable[[str, int], Harness]:
-    return lambda family, page_size: Harness(checkpoint(family), page_size)
+def harness(checkpoint: Callable[[str], Path]) -> Callable[..., Harness]:
+    return lambda family, page_size, **options: Harness(checkpoint(family), page_size, **options)
 
 
 @pytest.fixture(scope="session")

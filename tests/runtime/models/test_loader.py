@@ -16,7 +16,7 @@ from branchwise.runtime.models.checkpoint import Checkpoint
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.folder import HUB_IGNORED, HUB_PATTERNS, WEIGHT_FILES
 from branchwise.runtime.models.loader import dummy_weights, load_weights
-from branchwise.runtime.models.weights import shard, weight_specs
+from branchwise.runtime.models.weights import even_range, rank_config, shard, weight_specs
 
 CPU = torch.device("cpu")
 
@@ -240,10 +240,14 @@ def test_the_shards_of_all_ranks_make_up_the_whole(family: str, world: int, chec
     ranks = [load_weights(folder, config, torch.float32, CPU, rank=rank, world=world) for rank in range(world)]
     kv_heads, head_dim = config.num_kv_heads, config.head_dim
     for spec in weight_specs(config):
-        parts = [rank[spec.name] for rank in ranks]
-        if spec.shard == "replicated":
-            assert all(torch.equal(part, whole[spec.name]) for part in parts)
+        if spec.shard == "rank0":
+            assert torch.equal(ranks[0][spec.name], whole[spec.name])
+            assert not any(spec.name in rank for rank in ranks[1:])
             continue
+        if spec.shard == "replicated":
+            assert all(torch.equal(rank[spec.name], whole[spec.name]) for rank in ranks)
+            continue
+        parts = [rank[spec.name] for rank in ranks]
         dim = 0 if spec.shard == "column" else 1
         rows = [source.shape[0] for source in spec.sources]
         for i, source in enumerate(whole[spec.name].split(rows)):
@@ -262,10 +266,41 @@ def test_the_shards_of_all_ranks_make_up_the_whole(family: str, world: int, chec
             assert torch.equal(torch.cat(pieces, dim), source)
 
 
-def test_heads_that_cannot_be_dealt_out(checkpoint: Callable[[str], Path]) -> None:
-    folder = checkpoint("llama-gqa")
-    with pytest.raises(LoadError, match=r"q_proj\.weight: 4 heads cannot be dealt out to 3 ranks equally"):
-        load_weights(folder, load_config(folder), torch.float32, CPU, rank=0, world=3)
+@pytest.mark.parametrize("world", [3, 8])
+def test_heads_that_cannot_be_divided(world: int, checkpoint: Callable[[str], Path]) -> None:
+    with pytest.raises(LoadError, match=rf"--tensor-parallel-size {world}: 4 attention heads and 2 KV heads cannot"):
+        rank_config(load_config(checkpoint("llama-gqa")), world)
+
+
+def test_kv_heads_are_divided_or_replicated(checkpoint: Callable[[str], Path]) -> None:
+    config = load_config(checkpoint("llama-gqa"))
+    heads = [(one.num_heads, one.num_kv_heads) for one in (rank_config(config, world) for world in (1, 2, 4))]
+    assert heads == [(4, 2), (2, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("size", [128_256, 14_336, 11_008, 112, 300, 7])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_an_even_range_is_a_part_of_whole_blocks(size: int, world: int) -> None:
+    parts = [even_range(size, rank, world) for rank in range(world)]
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(size))
+    assert all(part.stop - part.start <= parts[0].stop for part in parts)
+    if size >= 128 * world and not size % 128:
+        assert not any(part.start % 128 for part in parts)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "olmo2"])
+def test_dummy_weights_of_all_ranks_are_those_of_one(family: str, checkpoint: Callable[[str], Path]) -> None:
+    config = load_config(checkpoint(family))
+    whole = dummy_weights(config, torch.float32, CPU, seed=3)
+    ranks = [dummy_weights(config, torch.float32, CPU, seed=3, rank=rank, world=2) for rank in range(2)]
+    for spec in weight_specs(config):
+        for rank, weights in enumerate(ranks):
+            if spec.shard == "rank0" and rank:
+                assert spec.name not in weights
+                continue
+            parts = whole[spec.name].split([source.shape[0] for source in spec.sources])
+            cut = [part[index] for part, index in zip(parts, shard(spec, rank, 2), strict=True)]
+            assert torch.equal(weights[spec.name], torch.cat(cut))
 
 
 def test_a_rank_reads_its_slices_alone(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,12 +308,13 @@ def test_a_rank_reads_its_slices_alone(checkpoint: Callable[[str], Path], monkey
     read: list[torch.Tensor] = []
     real = Checkpoint.read
     monkeypatch.setattr(Checkpoint, "read", lambda *args: read.append(real(*args)) or read[-1])
-    sizes = []
-    for world in (1, 4):
+    sizes = {}
+    for rank, world in [(0, 1), *((rank, 4) for rank in range(4))]:
         read.clear()
-        load_weights(folder, load_config(folder), torch.float32, CPU, rank=0, world=world)
-        sizes.append(sum(tensor.numel() for tensor in read if tensor.dim() == 2))
-    assert sizes[1] * 4 == sizes[0]
+        load_weights(folder, load_config(folder), torch.float32, CPU, rank=rank, world=world)
+        sizes[rank, world] = sum(tensor.numel() for tensor in read if tensor.dim() == 2)
+    assert sum(sizes[rank, 4] for rank in range(4)) == sizes[0, 1]  # each weight by one rank
+    assert max(sizes[rank, 4] for rank in range(4)) < 0.3 * sizes[0, 1]
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, -1])

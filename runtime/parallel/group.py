@@ -1,0 +1,42 @@
+"""The ranks a model is split over, as one of them sees them: the three collectives of tensor parallelism."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+
+class TensorGroup(Protocol):
+    """Every rank calls the same methods with the same shapes in the same order. Each call is enqueued on the current
+    stream, and can be captured in a CUDA graph on devices that have them."""
+
+    rank: int
+    size: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's ``x``. ``x`` may be overwritten; the result is valid until the next call."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """``[size, *x.shape]``: every rank's ``x``, in the order of ranks."""
+        ...
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's ``x``. The ``x`` of other ranks may be overwritten."""
+        ...
+
+
+class SingleRank:
+    """A model on one device: nothing is exchanged."""
+
+    rank, size = 0, 1
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x[None]
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        return x
