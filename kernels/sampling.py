@@ -95,11 +95,22 @@ def greedy(logits: Tensor) -> Tensor:
     return at * block + inside
 
 
-def unnormalized_probs(logits: Tensor, temperature: Tensor) -> Tensor:
-    """float32 [S, V] in [0, 1] of logits [S, V] and temperatures [S] > 0. A row without a finite logit is 0."""
-    best = logits.amax(dim=-1, keepdim=True)
-    best = torch.where(torch.isfinite(best), best, 0.0)
-    return logits.sub(best).div_(temperature[:, None]).exp_().nan_to_num_(nan=0.0, posinf=1.0)
+def is_finite(logits: Tensor, best: Tensor) -> Tensor:
+    """Whether each row of ``logits`` [S, V] holds neither NaN nor positive infinity: bool [S].
+
+    ``best`` [S] is the result of `greedy`, which finds these first: checking costs no pass over the row.
+    """
+    return logits.gather(1, best[:, None]).squeeze(1) < torch.inf
+
+
+def unnormalized_probs(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """float32 [S, V] in [0, 1] of logits [S, V] and temperatures [S] > 0, and as `is_finite`: bool [S].
+
+    A row that is not finite, or has no logit above negative infinity, is 0.
+    """
+    best = logits.amax(dim=-1, keepdim=True)  # NaN if any logit is
+    probs = logits.sub(torch.where(best.abs() < torch.inf, best, torch.nan))
+    return probs.div_(temperature[:, None]).exp_().nan_to_num_(nan=0.0), (best < torch.inf).squeeze(1)
 
 
 TopP = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `triton_sampling.top_p_threshold`
@@ -174,10 +185,10 @@ def _below(target: Tensor, total: Tensor) -> Tensor:
 def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities under the raw logits [S, V]: of ``tokens`` [S] and of the ``k`` best, descending.
 
-    Returns float32 [S], int64 [S, k], float32 [S, k]. Always finite: log 0 is `LOGPROB_FLOOR`.
+    Returns float32 [S], int64 [S, k], float32 [S, k]. Log 0 is `LOGPROB_FLOOR`. A row that holds NaN or positive
+    infinity, or no finite logit, is NaN.
     """
-    normal = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-    normal = normal.nan_to_num_(nan=LOGPROB_FLOOR).clamp_(min=LOGPROB_FLOOR, max=0.0)
+    normal = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp_(min=LOGPROB_FLOOR, max=0.0)
     chosen = normal.gather(1, tokens[:, None]).squeeze(1)
     top = normal.topk(min(k, logits.shape[1]), dim=-1)
     return chosen, top.indices, top.values

@@ -18,6 +18,7 @@ from .sampling_params import SamplingParams
 Int64 = npt.NDArray[np.int64]
 TokenBitmask = npt.NDArray[np.uint32]  # [..., ceil(vocab_size / 32)]: bit t % 32 of word t // 32 is token t
 
+NON_FINITE = -2  # in place of a sampled token: its logits hold NaN or infinity
 PENDING = -1  # placeholder for a token id that is only on the device so far: the last token its row sampled
 
 
@@ -106,7 +107,7 @@ class StepPlan:
 class TokenLogprobs:
     """Logprobs of n tokens: the chosen token's and the k best (descending), from the raw logits."""
 
-    chosen: npt.NDArray[np.float32]  # [n]
+    chosen: npt.NDArray[np.float32]  # [n]; NaN where the logits hold NaN or infinity
     top_ids: Int32  # [n, k]
     top: npt.NDArray[np.float32]  # [n, k]
 
@@ -115,7 +116,7 @@ class TokenLogprobs:
 class StepResult:
     """The samples of one step, in the order of ``plan.samples``."""
 
-    tokens: Int32  # [S]
+    tokens: Int32  # [S]; `NON_FINITE` where nothing could be sampled
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)  # index into samples -> n = 1
     # index into R -> (position of the first token the rows describe, logprobs of prompt tokens from there)
     prompt_logprobs: dict[int, tuple[int, TokenLogprobs]] = field(default_factory=dict)

@@ -22,11 +22,22 @@ def attend(
     Args:
         q: ``[B, H, Q, D]``; k, v: ``[B, H, L, D]``. Any strides but for the last dimension.
         mask: added to the scores, 0 or -inf, in ``q``'s dtype, broadcast to ``[B, H, Q, L]``. Each query sees a key.
+            A key that no query sees may hold anything: the end of a page may hold a previous request's NaN.
         causal: query i sees keys 0 … i (Q = L).
 
     Returns:
         ``[B, H, Q, D]`` in ``q``'s dtype, and the log of the softmax's denominator, float32 ``[B, H, Q]``.
     """
+    out, lse = _attend(q, k, v, scale, softcap, mask, causal)
+    if mask is not None and bool(out.sum().isnan()):  # 0 times NaN is NaN
+        hidden = mask.isneginf().all(dim=2)[..., None]
+        return _attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), scale, softcap, mask, causal)
+    return out, lse
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and softcap is None:
         # The CPU kernel behind scaled_dot_product_attention, called directly because it also returns the log-sum-exp.
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels import sampling
 from ..sampling_params import SamplingParams
-from ..step import Int32, Int64, RowStart, TokenBitmask, TokenLogprobs
+from ..step import NON_FINITE, Int32, Int64, RowStart, TokenBitmask, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
@@ -44,7 +44,7 @@ class Sampled:
     _copied: torch.cuda.Event | None
 
     def to_result(self) -> tuple[Int32, dict[int, TokenLogprobs]]:
-        """Waits for this step only. Tokens int32 [S], and logprobs (n = 1) by index into the samples."""
+        """Waits for this step only. Tokens (or `NON_FINITE`) int32 [S], logprobs (n = 1) by index into the samples."""
         if self._copied is not None:
             self._copied.synchronize()
         found: dict[int, TokenLogprobs] = {}
@@ -150,16 +150,17 @@ class Sampler:
             bitmask = self._to_device(masks.bitmask.view(np.int32))
             adjusted = sampling.apply_bitmask(adjusted, self._to_device(masks.samples.astype(np.int64)), bitmask)
         if plain:
-            return self._finish(sampling.greedy(adjusted), None, [])
-        tokens = self._sample(adjusted, at, positions)
+            tokens = sampling.greedy(adjusted)
+            return self._finish(tokens, sampling.is_finite(adjusted, tokens), None, [])
+        tokens, finite = self._sample(adjusted, at, positions)
         self._history.append(at, tokens, self._penalized[at])
         wanted = np.flatnonzero(self._logprobs[at] >= 0)
         if not len(wanted):
-            return self._finish(tokens, None, [])
+            return self._finish(tokens, finite, None, [])
         ks = self._logprobs[at[wanted]]
         index = self._to_device(wanted)
         found = sampling.logprobs(logits[index], tokens[index], int(ks.max()))
-        return self._finish(tokens, found, list(zip(wanted.tolist(), ks.tolist(), strict=True)))
+        return self._finish(tokens, finite, found, list(zip(wanted.tolist(), ks.tolist(), strict=True)))
 
     def _adjust(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
         """Applies penalties, bias and suppression to a copy; without any of them, returns ``logits`` itself."""
@@ -187,23 +188,27 @@ class Sampler:
             sampling.suppress_(logits, self._to_device(at), self._to_device(np.concatenate(stop_ids)))
         return logits
 
-    def _sample(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+    def _sample(self, logits: Tensor, rows: Int64, positions: Int64) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [S], and whether each row is finite, bool [S]."""
         random = np.flatnonzero(~self._greedy[rows])
         if not len(random):
-            return sampling.greedy(logits)
+            tokens = sampling.greedy(logits)
+            return tokens, sampling.is_finite(logits, tokens)
         all_random = len(random) == len(rows)
         where = None if all_random else self._to_device(random)
-        sampled = self._sample_random(logits if where is None else logits[where], rows[random], positions[random])
+        some = logits if where is None else logits[where]
+        sampled = self._sample_random(some, rows[random], positions[random])
         if where is None:
             return sampled
         tokens = sampling.greedy(logits)
-        tokens[where] = sampled
-        return tokens
+        finite = sampling.is_finite(logits, tokens)
+        tokens[where], finite[where] = sampled
+        return tokens, finite
 
-    def _sample_random(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
+    def _sample_random(self, logits: Tensor, rows: Int64, positions: Int64) -> tuple[Tensor, Tensor]:
         scalars = self._scalars[rows]
         packed = self._to_device(np.vstack([scalars.T[:_REPETITION], sampling.uniforms(self._seeds[rows], positions)]))
-        probs = sampling.unnormalized_probs(logits, packed[_TEMPERATURE].float())
+        probs, finite = sampling.unnormalized_probs(logits, packed[_TEMPERATURE].float())
         filtered = np.flatnonzero(self._filtered[rows])
         if len(filtered):
             top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
@@ -213,14 +218,19 @@ class Sampler:
             filters = settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float()
             keep = sampling.keep_threshold(some, *filters, window, self._top_p_threshold)
             probs[index] = torch.where(some >= keep, some, 0.0)
-        return sampling.sample(probs, packed[-1])
+        return sampling.sample(probs, packed[-1]), finite
 
     def _finish(
-        self, tokens: Tensor, found: tuple[Tensor, Tensor, Tensor] | None, samples: list[tuple[int, int]]
+        self,
+        tokens: Tensor,
+        finite: Tensor,
+        found: tuple[Tensor, Tensor, Tensor] | None,
+        samples: list[tuple[int, int]],
     ) -> Sampled:
+        host_tokens = torch.where(finite, tokens, NON_FINITE)  # the device goes on with a token that exists
         if self.device.type != "cuda":
-            return Sampled(tokens, tokens, found, samples, None)
-        host_tokens = _copy_out(tokens)
+            return Sampled(tokens, host_tokens, found, samples, None)
+        host_tokens = _copy_out(host_tokens)
         host_found = None if found is None else (_copy_out(found[0]), _copy_out(found[1]), _copy_out(found[2]))
         copied = torch.cuda.Event()
         copied.record()

@@ -27,7 +27,7 @@ from ..messages import (
     StepOutput,
 )
 from ..sampling_params import MAX_SEED
-from ..step import StepResult
+from ..step import NON_FINITE, StepResult
 from .cache.service import CacheService
 from .clock import Clock
 from .constraints import ConstraintEvents, ConstraintManager
@@ -249,8 +249,12 @@ class Scheduler:
         self._totals.kv_bytes_saved += result.kv_bytes_saved
         for i, (start, rows) in result.prompt_logprobs.items():
             request = step.prompt_logprobs[i]
-            if request.status is not Status.FINISHED:
-                self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
+            if request.status is Status.FINISHED:
+                continue
+            if np.isnan(rows.chosen).any():
+                self._fail_not_finite(request, "the prompt")
+                continue
+            self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
         ids: list[int] = []
         sampled_tokens: list[int] = []
         r = self.ledger.rows
@@ -258,6 +262,9 @@ class Scheduler:
         constrained: list[Request] = []
         for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
             if request.status is Status.FINISHED:
+                continue
+            if token == NON_FINITE or (i in result.logprobs and np.isnan(result.logprobs[i].chosen[0])):
+                self._fail_not_finite(request, f"output token {request.num_outputs + 1}")
                 continue
             request.append(token)
             ids.append(request.id)
@@ -396,6 +403,15 @@ class Scheduler:
         )
         if request.on_end is not None:
             request.on_end(request)
+
+    def _fail_not_finite(self, request: Request, where: str) -> None:
+        """Ends a request whose logits hold NaN, and removes its prefix from the tree: in a prompt chunk, NaN in the
+        value of one token reaches the tokens before it, since attention multiplies what it masks by zero."""
+        reason = "its weights are damaged, or overflow in this dtype"
+        problem = f"the model's logits for {where} are NaN or infinite: {reason}"
+        self._finish(request, "error", error=InvalidRequest(None, problem, status=500))
+        cached = self.tree.peek(request.tokens, request.namespace, request.num_tokens)
+        self.tree.prune(request.tokens[:cached], request.namespace)
 
     def fail_running(self, error: str, dropped: Sequence[ScheduledStep] = ()) -> None:
         """A step failed, so the KV of whatever it touched is invalid: running requests end with ``error``, and the tree

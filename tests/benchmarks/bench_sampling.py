@@ -41,7 +41,7 @@ def main() -> None:
     print("rows  sort ms  search ms")
     for rows in ROWS:
         logits = torch.randn(rows, args.vocab, device="cuda") * 4
-        probs = sampling.unnormalized_probs(logits, torch.ones(rows, device="cuda"))
+        probs, _ = sampling.unnormalized_probs(logits, torch.ones(rows, device="cuda"))
         top_k = torch.full((rows,), args.vocab, device="cuda")
         top_p = torch.full((rows,), 0.9, dtype=torch.float64, device="cuda")
         min_p = torch.zeros(rows, device="cuda")

@@ -40,7 +40,7 @@ def keep(
 ) -> torch.Tensor:
     """The surviving tokens [S, V] under the same settings in every row."""
     rows, vocab_size = logits.shape
-    probs = sampling.unnormalized_probs(logits, torch.full((rows,), temperature))
+    probs, _ = sampling.unnormalized_probs(logits, torch.full((rows,), temperature))
     ks = np.full(rows, top_k if 0 < top_k < vocab_size else vocab_size)
     ps = np.full(rows, top_p)
     if window is None:
@@ -116,7 +116,7 @@ def test_ties_at_the_edge_are_kept_together() -> None:
 def test_one_finite_logit_is_always_sampled() -> None:
     logits = torch.full((3, 300), -INF)
     logits[:, 137] = 2.5
-    probs = sampling.unnormalized_probs(logits, torch.full((3,), 0.3))
+    probs, _ = sampling.unnormalized_probs(logits, torch.full((3,), 0.3))
     for u in (0.0, 0.5, 1.0 - 2**-53):
         assert sampling.sample(probs, torch.full((3,), u, dtype=torch.float64)).tolist() == [137] * 3
     assert keep(logits, top_p=0.5).nonzero().tolist() == [[i, 137] for i in range(3)]
@@ -124,7 +124,10 @@ def test_one_finite_logit_is_always_sampled() -> None:
 
 @pytest.mark.parametrize("row", [[-INF, -INF, -INF], [math.nan, math.nan, math.nan], [INF, 0.0, INF], [0.0]])
 def test_rows_without_a_distribution_still_yield_a_token_of_the_vocabulary(row: list[float]) -> None:
-    probs = sampling.unnormalized_probs(torch.tensor([row]), torch.ones(1))
+    logits = torch.tensor([row])
+    probs, finite = sampling.unnormalized_probs(logits, torch.ones(1))
+    assert bool(finite) == bool(sampling.is_finite(logits, sampling.greedy(logits))) == (row[0] <= 0.0)
+    assert bool(probs.any()) == (row == [0.0])
     assert torch.isfinite(probs).all()
     for u in (0.0, 0.999):
         assert 0 <= int(sampling.sample(probs, torch.tensor([u], dtype=torch.float64))) < len(row)
@@ -132,7 +135,7 @@ def test_rows_without_a_distribution_still_yield_a_token_of_the_vocabulary(row: 
 
 def test_a_tiny_temperature_is_greedy_and_finite() -> None:
     logits = torch.tensor([[1e30, -1e30, 9.9e29], [5.0, 5.001, 4.0]])
-    probs = sampling.unnormalized_probs(logits, torch.full((2,), 1e-6))
+    probs, _ = sampling.unnormalized_probs(logits, torch.full((2,), 1e-6))
     assert probs.tolist() == [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]
 
 
@@ -169,7 +172,7 @@ def test_frequencies_follow_the_distribution(filtered: bool) -> None:
     """Chi-square over 40,000 positions of one seed; five standard deviations, and the seed is fixed."""
     count, vocab_size = 40_000, 300
     logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(3)) * 1.5
-    probs = sampling.unnormalized_probs(logits, torch.full((1,), 1.3))
+    probs, _ = sampling.unnormalized_probs(logits, torch.full((1,), 1.3))
     if filtered:
         probs = torch.where(keep(logits, 1.3, top_k=60, top_p=0.9), probs, 0.0)
     uniform = sampling.uniforms(np.full(count, 11, np.uint64), np.arange(count))
@@ -235,10 +238,10 @@ def test_bias_and_suppression_hit_only_their_cells() -> None:
     assert logits.tolist() == [[0, 100, 0, -100], [-INF, 0, 0, 0], [0, 2.5, 0, -INF]]
 
 
-def test_logprobs_are_log_softmax_and_finite() -> None:
+def test_logprobs_are_log_softmax_and_nan_where_the_logits_are() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(9)) * 3
     logits[1, 10] = -INF
-    logits[2] = math.nan
+    logits[2, 7] = math.nan
     tokens = torch.tensor([3, 10, 0, 49])
     chosen, ids, top = sampling.logprobs(logits, tokens, 5)
     expected = torch.log_softmax(logits.double(), dim=-1)
@@ -246,7 +249,8 @@ def test_logprobs_are_log_softmax_and_finite() -> None:
         torch.testing.assert_close(chosen[row].double(), expected[row, tokens[row]], atol=1e-5, rtol=0)
         torch.testing.assert_close(top[row].double(), expected[row].topk(5).values, atol=1e-5, rtol=0)
         assert ids[row].tolist() == expected[row].topk(5).indices.tolist()
-    assert chosen[1] == chosen[2] == sampling.LOGPROB_FLOOR
-    assert torch.isfinite(top).all()
+    assert chosen[1] == sampling.LOGPROB_FLOOR
+    assert chosen.isnan().tolist() == [False, False, True, False]
+    assert torch.isfinite(top[[0, 1, 3]]).all()
     assert sampling.logprobs(logits, tokens, 0)[1].shape == (4, 0)
     assert sampling.logprobs(logits[:, :3], tokens.clamp(max=2), 20)[1].shape == (4, 3)

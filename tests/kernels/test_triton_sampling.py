@@ -32,7 +32,7 @@ def thresholds(probs: torch.Tensor, top_k: int, top_p: list[float], min_p: float
 def test_it_is_what_sorting_finds(vocab_size: int, spread: float, top_k: int) -> None:
     top_p = [0.9, 0.999, 1e-6, 0.5, 1.0, 0.95]
     logits = torch.randn(6, vocab_size, generator=torch.Generator().manual_seed(vocab_size)) * spread
-    probs = sampling.unnormalized_probs(logits, torch.full((6,), 0.7))
+    probs, _ = sampling.unnormalized_probs(logits, torch.full((6,), 0.7))
     expected, got = thresholds(probs, top_k if 0 < top_k < vocab_size else vocab_size, top_p, 0.001)
     assert torch.equal(got, expected)
 

@@ -10,6 +10,7 @@ import torch
 
 from branchwise.kernels.attention import torch_backend
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+from branchwise.kernels.attention.partial import attend
 from branchwise.kernels.attention.torch_backend import TorchAttention, length_buckets
 from branchwise.kernels.kv_pool import KVPool
 
@@ -232,3 +233,16 @@ def test_length_buckets_bound_padding() -> None:
     for bucket in buckets:
         counted = np.maximum(lengths[bucket], 128)
         assert counted.max() <= 1.5 * counted.min() + 1
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_keys_that_no_query_sees_may_hold_nan(softcap: float | None) -> None:
+    q, k, v = (torch.randn(2, 2, length, 16) for length in (1, 12, 12))
+    mask = torch.zeros(2, 1, 1, 12)
+    mask[0, ..., 9:] = -torch.inf
+    expected = attend(q, k, v, 0.25, softcap, mask)
+    k[0, :, 9:], v[0, :, 9:] = torch.nan, torch.nan
+    for found, right in zip(attend(q, k, v, 0.25, softcap, mask), expected, strict=True):
+        torch.testing.assert_close(found, right)
+    v[1, :, 3] = torch.nan
+    assert attend(q, k, v, 0.25, softcap, mask)[0].isnan().any(dim=(1, 2, 3)).tolist() == [False, True]

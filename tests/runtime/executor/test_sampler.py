@@ -11,7 +11,7 @@ import torch
 from branchwise.kernels import sampling
 from branchwise.runtime.executor.sampler import Sampler
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.step import RowStart
+from branchwise.runtime.step import NON_FINITE, RowStart
 
 V = 200
 EOS = (2, 3)
@@ -93,6 +93,27 @@ def test_a_rows_tokens_do_not_depend_on_its_neighbours_or_its_row() -> None:
         tokens = draw(together, step[order], rows[order].tolist(), [4 + i] * count)
         for kind, token in zip(order, tokens, strict=True):
             assert token == alone[kind][i], KINDS[kind]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("vocab_size", [V, 256])  # with and without the blocks of `sampling.greedy`
+def test_a_row_of_logits_that_is_not_finite_gives_no_token_and_the_others_theirs(value: float, vocab_size: int) -> None:
+    sampler, clean = make(vocab_size=vocab_size, max_rows=16), make(vocab_size=vocab_size, max_rows=16)
+    for row, params in enumerate(KINDS):
+        start(sampler, row, seed=row, **params)
+        start(clean, row, seed=row, **params)
+    rows, positions = np.arange(len(KINDS), dtype=np.int32), np.full(len(KINDS), 4, np.int64)
+    logits = logits_of(len(KINDS), vocab_size=vocab_size)
+    expected, _ = clean.sample(logits, rows, positions).to_result()
+    for broken in range(len(KINDS)):
+        bad = logits.clone()
+        bad[broken, 50 : 50 + broken + 1] = value  # one value suffices
+        tokens, _ = sampler.sample(bad, rows, positions).to_result()
+        assert tokens[broken] == NON_FINITE, KINDS[broken]
+        others = rows != broken
+        plain = np.array([not {"repetition_penalty", "presence_penalty"} & kind.keys() for kind in KINDS])
+        assert (tokens[others & plain] == expected[others & plain]).all()
+        assert (tokens[others] != NON_FINITE).all()
 
 
 def test_each_kind_really_does_something() -> None:
