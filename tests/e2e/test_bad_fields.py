@@ -29,6 +29,7 @@ from branchwise.runtime.server.http.native.tokens import DetokenizeRequest, Toke
 from branchwise.runtime.server.http.openai.chat.request import ChatRequest
 from branchwise.runtime.server.http.openai.completions import CompletionRequest
 from branchwise.runtime.server.http.sglang.request import GenerateRequest, GenerateSampling
+from branchwise.runtime.server.http.vllm.request import InferenceRequest, InferenceSampling
 
 HUGE = 10**30
 USER = {"role": "user", "content": "hello"}
@@ -119,6 +120,7 @@ OPENAI: Table = [
     *SAMPLING,
     *STRUCTURED,
     ("model", ["someone-elses", ""]),
+    ("prompt_logprobs", [-1, 21, HUGE]),
     ("max_tokens", [-1, HUGE, 32_768]),
     ("min_tokens", [-1, 2, HUGE]),
     ("rid", ["x" * 5000]),
@@ -180,7 +182,6 @@ CHAT: Table = [
     ("web_search_options", [{"search_context_size": "low"}]),
     ("echo", [True]),
     ("best_of", [2]),
-    ("prompt_logprobs", [1]),
     ("metadata", [deep(100), deep(63)]),
 ]
 GENERATE_SAMPLING: Table = [
@@ -220,6 +221,32 @@ GENERATE: Table = [
     ("input_embeds", [Whole(input_embeds=[[0.0]])]),
     ("session_params", [{"id": "x"}]),
     ("custom_logit_processor", ["gAS..."]),
+]
+INFERENCE_SAMPLING: Table = [
+    *SAMPLING,
+    ("structured_outputs", [{}, {"regex": "["}, {"json": 7}]),
+    ("max_tokens", [-1, HUGE, 32_768]),
+    ("min_tokens", [-1, 2]),
+    ("logprobs", [-1, 21, HUGE]),
+    ("prompt_logprobs", [-1, 21, HUGE]),
+    ("seed", [-(2**63) - 1, 2**63]),
+    ("prompt_logprob_start", [1]),
+    ("bad_words", [["a"]]),
+    ("temprature", [0.5]),
+]
+INFERENCE: Table = [
+    *CACHE,
+    ("token_ids", ["abc", [], [-1], [400_000], [HUGE], [[1], [2]], [1.5], ["a"], 7, {}, Whole(sampling_params={})]),
+    ("sampling_params", [Whole(token_ids=[1]), {"max_tokens": -1}, {"nonsense": 1}, {"n": 129}]),
+    ("sampling_params", [Whole(token_ids=[1], stream=True, sampling_params={"prompt_logprobs": 1})]),
+    ("output_mode", ["derender", ""]),
+    ("request_id", ["x" * 5000]),
+    ("priority", [2**31, -(2**31)]),
+    ("model", ["someone-elses"]),
+    ("stream_options", [{"include_usage": True}]),  # without stream
+    ("features", [{"mm_hashes": {}}]),
+    ("content_parts", [[{"type": "text"}]]),
+    ("kv_transfer_params", [{"do_remote_decode": True}]),
 ]
 TEXT: Table = [
     ("text", [Whole(text="a", input_ids=[1]), Whole(text="a", input_ids=[])]),
@@ -311,6 +338,20 @@ ROUTES = {
         GENERATE_SAMPLING,
         within="sampling_params",
         anything=frozenset({"stream_interval"}),
+    ),
+    "inference": Route(
+        "/inference/v1/generate",
+        InferenceRequest,
+        {"token_ids": [5, 6], "sampling_params": {"max_tokens": 1}},
+        INFERENCE,
+    ),
+    "inference_sampling": Route(
+        "/inference/v1/generate",
+        InferenceSampling,
+        {"token_ids": [5, 6], "sampling_params": {"max_tokens": 1}},
+        INFERENCE_SAMPLING,
+        within="sampling_params",
+        anything=frozenset({"output_kind"}),
     ),
     "stream_options": Route(
         "/v1/completions",

@@ -20,6 +20,7 @@ from .plumbing.request_id import RequestId
 from .plumbing.shortcut import Handler, Shortcut
 from .sglang import generate
 from .state import AppState
+from .vllm import generate as inference
 
 _MODULES = (
     chat,
@@ -28,6 +29,7 @@ _MODULES = (
     messages,
     messages_count,
     generate,
+    inference,
     branches,
     cache,
     tree,

@@ -35,7 +35,7 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(("max_thinking_tokens", "thinking_token_budget", "reasoning", "add_special_tokens"), _NONE),
     "max_completion_tokens": "send max_tokens",
     # further output
-    **dict.fromkeys(("prompt_logprobs", "logprob_token_ids", "token_ids_logprob", "return_hidden_states"), _NONE),
+    **dict.fromkeys(("logprob_token_ids", "token_ids_logprob", "return_hidden_states"), _NONE),
     **dict.fromkeys(("return_entropy", "return_routed_experts", "return_indexer_topk", "return_meta_info"), _NONE),
     **dict.fromkeys(
         ("return_sampling_mask", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), _NONE
@@ -58,12 +58,29 @@ ANSWER_FIELDS = frozenset(
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "skip_special_tokens", "add_special_tokens"),
         *("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "min_tokens", "min_new_tokens"),
         *("n", "best_of", "echo", "logprobs", "top_logprobs", "return_logprob", "top_logprobs_num"),
-        *("logprob_start_len", "return_text_in_logprobs", "return_token_ids", "return_tokens_as_token_ids"),
+        *(
+            "logprob_start_len",
+            "return_text_in_logprobs",
+            "prompt_logprobs",
+            "return_token_ids",
+            "return_tokens_as_token_ids",
+        ),
         *("return_prompt_token_ids", "stream_options", "include", "priority", "parse_special", "truncation"),
         *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "max_tool_calls"),
         *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents"),
         *("system", "instructions", "thinking", "reasoning", "reasoning_effort", "separate_reasoning"),
-        *("output_config", "output_format", "text", "input", "input_ids", "prompt", "messages", "extend"),
+        *(
+            "output_config",
+            "output_format",
+            "output_mode",
+            "text",
+            "input",
+            "input_ids",
+            "prompt",
+            "messages",
+            "extend",
+            "token_ids",
+        ),
     )
 )
 
@@ -93,6 +110,7 @@ NO_EFFECT: dict[str, str] = {
     **dict.fromkeys(("kv_router_hint", "decode_tp_size", "http_worker_ipc"), "one worker"),
     **dict.fromkeys(("spaces_between_special_tokens", "stream_interval"), "as `sampling_params` has them"),
     **dict.fromkeys(("return_token_offsets", "return_mm_kwargs"), "vLLM ignores them on these routes"),
+    "token_offsets": "what vLLM's /render adds to token ids",
     **dict.fromkeys(("truncation_side", "routed_experts_prompt_start", "routed_experts_start_len"), "of other fields"),
     **dict.fromkeys(("mm_hashes", "mm_content_hashes", "use_audio_in_video", "video_config"), "of images and videos"),
     **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "image_max_dynamic_patch"), "of images and videos"),

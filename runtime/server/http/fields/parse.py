@@ -18,7 +18,7 @@ Integers = Annotated[list[int], Field(fail_fast=True)]
 Prompts = Any  # str | list[int] | list[str] | list[list[int]], or an array: checked by `prompts.split_prompts`
 
 MAX_ENTRIES = 16_384  # of a field that holds many; token ids are as many as the body holds
-_IDS = frozenset({"prompt", "input_ids", "extend", "tokens"})  # fields that may be one flat list of them
+_IDS = frozenset({"prompt", "input_ids", "token_ids", "extend", "tokens"})  # fields that may be one flat list of them
 _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 
 

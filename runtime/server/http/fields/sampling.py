@@ -96,6 +96,18 @@ def shared_sampling(request: SamplingFields, preferred: Mapping[str, float], wit
     }
 
 
+def prompt_logprobs_field() -> Any:
+    """vLLM's ``prompt_logprobs``, of the routes that have it."""
+    return Field(None, description="Alternatives for every prompt token; not in a stream.")
+
+
+def check_prompt_logprobs(asked: int | None, *, stream: bool, path: str = "prompt_logprobs") -> int | None:
+    """``asked``, unless the answer is streamed: a stream has the new output only. Raises `InvalidRequest`."""
+    if stream and asked is not None:
+        raise InvalidRequest(path, "cannot be combined with stream")
+    return asked
+
+
 def engine_seed(seed: int | None) -> int | None:
     """A client's seed, of 64 bits with a sign: -1 is none, as in vLLM and llama.cpp; others are taken modulo 2^63."""
     if seed is None or seed == -1:

@@ -27,13 +27,20 @@ from ..fields.prompts import (
     prepare_params,
     split_prompts,
 )
-from ..fields.sampling import OpenAIFields, ParsedSampling, openai_sampling
+from ..fields.sampling import (
+    OpenAIFields,
+    ParsedSampling,
+    check_prompt_logprobs,
+    openai_sampling,
+    prompt_logprobs_field,
+)
 from ..plumbing.body import read_json_object
 from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
 from .legacy_logprobs import LegacyLogprobs
+from .prompt_logprobs import describe_prompt_logprobs
 from .sent_ids import SentIds
 
 
@@ -47,6 +54,7 @@ class CompletionRequest(OpenAIFields):
     echo: bool = False
     logprobs: int | None = None
     stream_options: StreamOptions | None = None
+    prompt_logprobs: int | None = prompt_logprobs_field()
     add_special_tokens: bool = Field(True, description="Begin a text as the tokenizer begins texts (<bos>).")
 
 
@@ -69,15 +77,19 @@ def completion_sampling(request: CompletionRequest, preferred: Mapping[str, floa
     if request.best_of is not None and request.best_of != request.n:
         problem = f"must equal n ({request.n}): choosing the best of more samples is not supported"
         raise InvalidRequest("best_of", f"{problem}, got {request.best_of}")
+    prompt_logprobs = check_prompt_logprobs(request.prompt_logprobs, stream=request.stream)
+    echoed = request.logprobs if request.echo else None
+    if echoed is not None and prompt_logprobs not in (None, echoed):
+        raise InvalidRequest("prompt_logprobs", f"must equal logprobs ({echoed}) or be left out, with echo")
     return openai_sampling(
         request,
         preferred,
-        {"include_stop": "include_stop_str_in_output", "prompt_logprobs": "logprobs"},
+        {"include_stop": "include_stop_str_in_output"},
         max_tokens=request.max_tokens,
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,
         logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else None,
+        prompt_logprobs=prompt_logprobs if echoed is None else echoed,
     )
 
 
@@ -122,6 +134,8 @@ class _Choice:
         self._sent = 0  # characters of the completion
         self._sent_tokens = 0
         self._ids = SentIds(self.output) if body.return_token_ids else None
+        self._prompt_logprobs = body.prompt_logprobs is not None
+        self._tokenizer = state.tokenizer
         self._legacy = None
         if params.logprobs is not None:
             as_ids = body.return_tokens_as_token_ids
@@ -163,6 +177,8 @@ class _Choice:
             "logprobs": None if self._legacy is None else self._legacy.add(tokens, rows, echoed),
             "finish_reason": output.finish_reason,
         }
+        if self._prompt_logprobs:
+            choice["prompt_logprobs"] = describe_prompt_logprobs(self._tokenizer, output)
         if self._ids is not None:
             choice |= {"prompt_token_ids": self._ids.take_prompt(), "token_ids": self._ids.take()}
         return choice

@@ -14,7 +14,7 @@ from ....chat.json_bounds import SLICE
 Array = np.ndarray[Any, np.dtype[np.int64]]
 
 # Fields that may hold thousands of ids: one list of them, or a list of such lists.
-_FLAT = frozenset({"prompt", "input_ids", "tokens", "extend"})
+_FLAT = frozenset({"prompt", "input_ids", "token_ids", "tokens", "extend"})
 _NESTED = frozenset({"prompt", "input_ids", "prompts", "continuations"})
 _ID_BYTES = b"0123456789, \n\r\t"  # the bytes of a list of ids between its brackets
 _LONG = 128  # mean bytes of a list from which an array is faster

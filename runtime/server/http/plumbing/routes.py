@@ -29,11 +29,12 @@ PAGES = {
     "responses": "OpenAI's responses.",
     "messages": "Conversations, as Anthropic's clients send them.",
     "generate": "Prompts, as SGLang's clients send them.",
+    "inference": "Token ids, as vLLM's clients send them.",
     "branches": "Prompts that the server remembers, so that a client sends only what is new.",
     "cache": "What the cache did, would do, and is asked to do.",
     "models": "What is served and how it is doing: models, tokens, health, metrics, aborts.",
 }
-Page = Literal["chat", "completions", "responses", "messages", "generate", "branches", "cache", "models"]
+Page = Literal["chat", "completions", "responses", "messages", "generate", "inference", "branches", "cache", "models"]
 
 
 class Query(NamedTuple):

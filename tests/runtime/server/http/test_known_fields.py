@@ -22,6 +22,7 @@ from branchwise.runtime.server.http.openai.completions import CompletionRequest
 from branchwise.runtime.server.http.openai.responses.request import ResponsesRequest
 from branchwise.runtime.server.http.sglang.request import GenerateRequest, GenerateSampling
 from branchwise.runtime.server.http.state import AppState
+from branchwise.runtime.server.http.vllm.request import InferenceRequest
 
 MANUAL = Path(__file__).parents[4] / "docs" / "http" / "README.md"
 
@@ -201,6 +202,10 @@ GENERATE = [
     "multi_item_delimiter_indices",
     "cache_salt",
 ]
+INFERENCE = [  # vLLM 0.33's GenerateRequest
+    *("token_offsets", "features", "content_parts", "sampling_params", "model", "reasoning_ended", "stream"),
+    *("reasoning_parser_kwargs", "return_token_ids", "output_mode", "stream_options", "kv_transfer_params"),
+]
 SAMPLING = [
     "max_new_tokens",
     "stop",
@@ -252,6 +257,12 @@ ROUTES: dict[str, tuple[str, Any, dict[str, Any], set[str]]] = {
         {*VLLM, *SGLANG},
     ),
     "generate": ("/generate", GenerateRequest, {"text": "a", "sampling_params": {"max_new_tokens": 1}}, {*GENERATE}),
+    "inference": (
+        "/inference/v1/generate",
+        InferenceRequest,
+        {"token_ids": [5], "sampling_params": {"max_tokens": 1}},
+        {*VLLM, *SGLANG, *INFERENCE},
+    ),
     "branches": (
         "/branches/x/generate",
         RunRequest,

@@ -17,7 +17,13 @@ from ...chat.tool_use import tool_limits
 from ...fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ...fields.parse import StreamOptions, Strings, parse
 from ...fields.prompts import check_label, openai_priority
-from ...fields.sampling import OpenAIFields, ParsedSampling, openai_sampling
+from ...fields.sampling import (
+    OpenAIFields,
+    ParsedSampling,
+    check_prompt_logprobs,
+    openai_sampling,
+    prompt_logprobs_field,
+)
 from ...state import AppState
 
 
@@ -44,6 +50,7 @@ class ChatRequest(ChatFields):
     n: int = 1
     logprobs: bool = False
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = prompt_logprobs_field()
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = None
     modalities: Strings | None = None
@@ -137,4 +144,5 @@ def chat_sampling(request: ChatRequest, preferred: Mapping[str, float]) -> Parse
         n=request.n,
         skip_special_tokens=request.skip_special_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        prompt_logprobs=check_prompt_logprobs(request.prompt_logprobs, stream=request.stream),
     )

@@ -16,6 +16,7 @@ from ...plumbing.respond import respond
 from ...plumbing.routes import Routes
 from ...state import AppState
 from ..chunks import Choices
+from ..prompt_logprobs import describe_prompt_logprobs
 from ..sent_ids import SentIds
 from .choice import ChatChoice
 from .request import CHAT_UNSUPPORTED, ChatRequest, chat_spec
@@ -44,6 +45,7 @@ class _ChatReply(Choices):
 
     def __init__(self, state: AppState, body: ChatRequest, chat: PreparedChat) -> None:
         self._samples = chat.samples
+        self._tokenizer = state.tokenizer
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -58,7 +60,10 @@ class _ChatReply(Choices):
         self._prompt_ids = SentIds(chat.samples[0].output) if body.return_token_ids else None
 
     def whole(self, batch: Batch) -> dict[str, Any]:
-        return super().whole(batch) | self._prompt_token_ids()
+        answer = super().whole(batch) | self._prompt_token_ids()
+        if self._samples[0].params.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = describe_prompt_logprobs(self._tokenizer, self._samples[0].output)
+        return answer
 
     def _chunk(self, piece: dict[str, Any]) -> dict[str, Any]:
         return super()._chunk(piece) | self._prompt_token_ids()
