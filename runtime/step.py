@@ -160,6 +160,13 @@ class Executor(Protocol):
         """
         ...
 
+    def prepare_next(self) -> bool:
+        """Does a piece of the preparation that was left for later, some 20 ms. Called while no step runs.
+
+        Returns whether more may be left; False always where nothing was.
+        """
+        ...
+
     def close(self) -> None:
         """Frees all device memory. The executor cannot be used afterwards."""
         ...

@@ -107,6 +107,12 @@ class EngineCore:
         waits = (self.branches.registry.sweep(), self.scheduler.cache.pins.sweep())
         return min((seconds for seconds in waits if seconds is not None), default=None)
 
+    def idle(self) -> float | None:
+        """Called while there is no work: `sweep`, and a piece of the preparation that the executor left for later.
+        Returns the seconds after which to call it again, if any."""
+        expires = self.sweep()
+        return 0.0 if self.executor.prepare_next() else expires
+
     def _advance(self) -> None:
         scheduled = self.scheduler.plan(self.scheduler.poll())
         self.advanced = scheduled is not None or bool(self._inflight)

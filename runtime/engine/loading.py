@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..config import EngineConfig
 from ..executor.null import NullExecutor
+from ..executor.startup_times import StartupTimes
 from ..executor.torch_environment import prepare_torch
 from ..grammar.compiler import GrammarCompiler
 from ..models.folder import model_folder
@@ -14,6 +16,8 @@ from ..models.sampling_defaults import sampling_defaults
 from ..step import Executor
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
+
+logger = logging.getLogger(__name__)
 
 NULL_POOL_TOKENS = 1 << 20
 NULL_CONTEXT = 32_768
@@ -28,12 +32,17 @@ class LoadedEngine:
 
 def load_engine(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> LoadedEngine:
     """Loads a model. ``progress(done, total)`` is called with bytes of weights. Raises `LoadError`."""
+    times = StartupTimes()
     prepare_torch()
     from ..executor.executor import ModelExecutor  # torch: seconds to import
 
+    times.lap("imports")
     tokenizer = Tokenizer.load(model_folder(config.model))
-    executor = ModelExecutor.load(config, progress)
+    times.lap("tokenizer")
+    executor = ModelExecutor.load(config, progress, times)
     core = _core(config, executor, tokenizer, executor.eos_ids, executor.max_model_len, executor.device.type == "cuda")
+    times.lap("scheduler")
+    logger.info("loaded in %s", times)
     return LoadedEngine(core, tokenizer, list(executor.memory_plan.lines()))
 
 

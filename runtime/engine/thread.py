@@ -189,7 +189,7 @@ class EngineThread:
         if self.core.has_work:
             wait: float | None = 0.0 if self.core.advanced else _IDLE_SECONDS
         else:
-            wait = self.core.sweep()
+            wait = self.core.idle()
         with contextlib.suppress(queue.Empty):
             while True:
                 job = self._jobs.get(timeout=wait)

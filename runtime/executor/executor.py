@@ -28,6 +28,7 @@ from .measure import measure_activations
 from .memory import MemoryPlan, plan_memory
 from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
+from .startup_times import StartupTimes
 from .threads import ThreadChoice
 from .token_history import to_device
 
@@ -65,8 +66,16 @@ class ModelExecutor:
     The planner owns rows and pages: nothing here checks that a page belongs to a row.
     """
 
-    def __init__(self, config: EngineConfig, model: ModelConfig, decoder: Decoder, memory: MemoryPlan) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: ModelConfig,
+        decoder: Decoder,
+        memory: MemoryPlan,
+        times: StartupTimes | None = None,
+    ) -> None:
         """Allocates the pool and the page table, and captures graphs. Usually called by `load`."""
+        times = times or StartupTimes()
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.layout.page_size, model.vocab_size
@@ -81,50 +90,62 @@ class ModelExecutor:
         self._inputs = InputStaging(self.device, scratch_page * self.page_size, max_tokens, rows)
         self._last_token = torch.zeros(rows + 1, dtype=torch.int64, device=self.device)
         specs = decoder.layer_specs()
+        times.lap("memory")
         self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
+        times.lap("attention")
         self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
         self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
         self._threads = ThreadChoice(memory)
         self._graphs: StepGraphs | None = None
+        self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
+            times.lap("first CUDA graphs")
 
     @classmethod
-    def load(cls, config: EngineConfig, progress: Progress | None = None) -> ModelExecutor:
+    def load(
+        cls, config: EngineConfig, progress: Progress | None = None, times: StartupTimes | None = None
+    ) -> ModelExecutor:
         """Loads the model of ``config.model`` and allocates everything. ``progress`` gets (bytes loaded, total bytes).
+        ``times`` counts what that takes.
 
         Raises `LoadError`: one line with the problem and its fix.
         """
         check(config)
         device = pick_device(config)
         with on_device(device):
-            return cls._load(config, device, progress)
+            return cls._load(config, device, progress, times or StartupTimes())
 
     @classmethod
-    def _load(cls, config: EngineConfig, device: torch.device, progress: Progress | None) -> ModelExecutor:
+    def _load(
+        cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes
+    ) -> ModelExecutor:
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
         length = max_model_len(config, model)
         memory = plan_memory(config, model, dtype, device, length, batched)
+        times.lap("device")
         if config.load_format == "dummy":
             weights = dummy_weights(model, dtype, device, config.seed)
         else:
             weights = load_weights(folder, model, dtype, device, progress)
         weight_bytes = sum(weight.nbytes for weight in weights.values())
         decoder = Decoder(model, weights, pick_ops(device))
+        times.lap("weights")
         if device.type == "cuda":
             step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
             memory = plan_memory(config, model, dtype, device, length, batched, measured)
+            times.lap("measuring the largest step")
         if memory.kv_tokens < length:
             logger.warning(
                 "the KV pool holds %d tokens, less than one context of %d: longer requests are refused (%s)",
                 *(memory.kv_tokens, length, memory.limit),
             )
-        return cls(config, model, decoder, memory)
+        return cls(config, model, decoder, memory, times)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""
@@ -139,10 +160,17 @@ class ModelExecutor:
                 self._prompt_logprobs.start(start)
             return self._forward(plan)
 
+    def prepare_next(self) -> bool:
+        """Captures one more step shape: see `runtime.step.Executor`."""
+        if self._graphs is None:
+            return False
+        with on_device(self.device), torch.inference_mode():
+            return self._graphs.capture_next()
+
     def close(self) -> None:
         """Frees the memory of weights, pool and graphs. The executor cannot be used afterwards."""
         with on_device(self.device):
-            del self._graphs, self._decoder, self._pool, self._attention, self._sampler
+            del self._graphs, self._staged, self._decoder, self._pool, self._attention, self._sampler
             del self._prompt_logprobs, self._logits
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -154,6 +182,7 @@ class ModelExecutor:
         inputs, form = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
         count = len(plan.samples)
         if self._graphs is not None and form is not None:
+            self._staged[form] = inputs
             self._graphs.replay(form)
             return self._launched(plan, inputs, self._logits[:count], [])
         self._decoder.reserve(int(plan.kv_lens.max()))
@@ -202,13 +231,11 @@ class ModelExecutor:
         return sampled
 
     def _capture(self, max_tokens: int) -> StepGraphs:
-        staged: dict[StepShape, StepInputs] = {}
-
         def prepare(shape: StepShape) -> None:
-            staged[shape], _ = self._stage(_empty_plan(), shape, [])
+            self._staged[shape], _ = self._stage(_empty_plan(), shape, [])
 
         def run(shape: StepShape) -> None:
-            hidden = self._hidden(staged[shape], pending=True)
+            hidden = self._hidden(self._staged[shape], pending=True)
             self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
 
         rows, forms = self._table.host.shape[0] - 1, self._attention.forms

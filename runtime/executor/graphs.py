@@ -3,12 +3,18 @@
 A captured step has a `StepShape`; a step runs as the smallest shape that fits it. Chunks of prompts and decodes are
 captured together, so a step that continues a few branches costs the host no more than one that only decodes. Larger
 steps run eagerly: they keep the device busy for longer than their launches take.
+
+The server does not wait for some 150 captures before it is ready. The largest shape is captured at start, because it
+sizes the memory that all graphs share; another is captured when a step first has it, or while the engine is idle.
 """
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,9 +27,11 @@ CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 CHUNKS = 64  # the most chunks in a captured step
 WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries initialized on first use
 
+logger = logging.getLogger(__name__)
+
 
 class StepGraphs:
-    """Captures every shape at once, largest first, in one memory pool.
+    """Captures shapes in one memory pool.
 
     Args:
         run: enqueues the step of a shape over its staged inputs. Its results must be in memory allocated before:
@@ -49,33 +57,73 @@ class StepGraphs:
         self._mixed = _upto(MIXED_DECODES, max_requests)
         self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
         self._chunks = min(CHUNKS, max_requests)
-        self._captured: dict[StepShape, torch.cuda.CUDAGraph] = {}
+        self._captured: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: failed, runs eagerly
+        self._missing = self.shapes()
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
 
     def shapes(self) -> list[StepShape]:
-        """Largest first, so that smaller ones fit into memory that is already allocated."""
+        """Every shape in each of its forms, the largest first: smaller ones fit into memory allocated for it."""
         decodes = [StepShape(n, 0, 0) for n in self._decodes]
         mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
         forms = [form for shape in decodes + mixed for form in self._forms(shape)]
         return sorted(forms, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
 
     def capture(self) -> None:
-        """Called once, before the first step. Kernels that have not run yet are compiled here, not during a request."""
+        """Captures the largest shape in each form. Called once, before the first step."""
         # A stream of this device: torch's default capture stream belongs to the device of the process's first capture.
-        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
-        ran_trees = False
-        for i, shape in enumerate(self.shapes()):
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        largest = replace(self._missing[0], tree=False)
+        for shape in [shape for shape in self._missing if replace(shape, tree=False) == largest]:
             self._prepare(shape)
-            if i == 0:
-                for _ in range(WARM_UPS):
-                    self._run(shape)
-            if not (shape.tree and ran_trees):  # kernels that differ between shapes have run in the other form
+            for _ in range(WARM_UPS):
                 self._run(shape)
-            ran_trees |= shape.tree
             torch.cuda.synchronize(self._device)
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: other engines of this process may allocate and copy while this one captures.
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            self._capture(shape)
+
+    def capture_next(self) -> bool:
+        """Captures one more shape, which takes some 20 ms; the step staged before is lost. False: all are captured."""
+        while self._missing:
+            shape = self._missing[0]
+            if shape in self._captured:
+                self._missing.pop(0)
+                continue
+            self._prepare(shape)
+            self._capture(shape, warm_up=True)
+            return True
+        return False
+
+    def replay(self, shape: StepShape) -> None:
+        """Runs the step that was staged last, in the form that `AttentionBackend.plan` returned.
+
+        The first step of a shape runs eagerly, which compiles kernels that have not run yet. The shape is captured
+        while the device computes that step.
+        """
+        graph = self._captured.get(shape)
+        if graph is not None:
+            graph.replay()
+            return
+        self._run(shape)
+        if shape not in self._captured:
+            self._capture(shape)
+
+    def _capture(self, shape: StepShape, warm_up: bool = False) -> None:
+        """Records the staged step. Not with `torch.cuda.graph`: it waits for the device and empties torch's caches."""
+        graph = torch.cuda.CUDAGraph()
+        try:
+            if warm_up:
                 self._run(shape)
+            with torch.cuda.stream(self._stream):
+                # thread_local: other engines of this process may allocate and copy while this one captures.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    self._run(shape)
+                finally:
+                    graph.capture_end()
+        except RuntimeError as error:  # mostly `torch.OutOfMemoryError`: other processes took what was reserved
+            logger.warning("steps of %s run eagerly, because they could not be captured: %s", shape, error)
+            self._captured[shape] = None
+        else:
             self._captured[shape] = graph
 
     def shape_for(self, plan: StepPlan) -> StepShape | None:
@@ -89,10 +137,6 @@ class StepGraphs:
         if decodes is None or chunk_tokens is None:
             return None
         return StepShape(decodes, chunk_tokens, self._chunks if chunks else 0)
-
-    def replay(self, shape: StepShape) -> None:
-        """Runs the step that was staged last, in the form that `AttentionBackend.plan` returned."""
-        self._captured[shape].replay()
 
 
 def largest_shape(max_requests: int) -> int:

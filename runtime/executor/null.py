@@ -51,5 +51,8 @@ class NullExecutor:
         self._idle_at = max(self._idle_at, time.monotonic()) + self._step_seconds
         return _Step(StepResult(tokens.astype(np.int32)), self._idle_at, plan.constrained)
 
+    def prepare_next(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass

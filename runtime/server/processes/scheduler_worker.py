@@ -70,8 +70,8 @@ class SchedulerWorker:
             if not working:
                 if leaving:
                     break
-                expires = core.sweep()
-                timeout_ms = None if expires is None else int(1000 * expires) + 1
+                again = core.idle()
+                timeout_ms = None if again is None else int(1000 * again) + 1
             else:
                 # If nothing can advance (grammars are compiling), wait a moment instead of spinning.
                 timeout_ms = 0 if core.advanced else 1

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from branchwise.kernels.attention.base import StepShape
 from branchwise.runtime.executor import backends, graphs
 from branchwise.runtime.executor import executor as subject
 from branchwise.runtime.executor.graphs import StepGraphs
@@ -27,20 +28,29 @@ PROMPTS = [np.random.default_rng(i).integers(2, 300, 30).tolist() for i in range
 
 
 class RepeatingGraphs(StepGraphs):
-    """Captures nothing: a replay makes the same calls again."""
+    """Captures nothing: a replay makes the same calls again, over the inputs that were staged at its capture."""
 
     replays = 0
 
     def capture(self) -> None:
-        for shape in self.shapes():
-            self._prepare(shape)
-            self._run(shape)
-            repeated: Any = SimpleNamespace(replay=partial(self._run, shape))
-            self._captured[shape] = repeated
+        while self.capture_next():
+            pass
 
-    def replay(self, shape: Any) -> None:
+    def _capture(self, shape: StepShape, warm_up: bool = False) -> None:
+        self._run(shape)
+        repeated: Any = SimpleNamespace(replay=partial(self._run, shape))
+        self._captured[shape] = repeated
+
+    def replay(self, shape: StepShape) -> None:
         type(self).replays += 1
         super().replay(shape)
+
+
+class LazyGraphs(RepeatingGraphs):
+    """Captures the shapes of the steps that come, and some while idle."""
+
+    def capture(self) -> None:
+        self.capture_next()
 
 
 def run(drive: Any, make: SimpleNamespace) -> list[list[int]]:
@@ -61,14 +71,16 @@ def run(drive: Any, make: SimpleNamespace) -> list[list[int]]:
     return found
 
 
+@pytest.mark.parametrize("kind", [RepeatingGraphs, LazyGraphs])
 def test_padded_steps_are_those_of_the_torch_backend(
-    driver: Callable[..., Any], make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    kind: type[RepeatingGraphs], driver: Callable[..., Any], make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run(driver(), make)
+    kind.replays = 0
     monkeypatch.setattr(backends, "_problem_with_triton", lambda device: None)
-    monkeypatch.setattr(subject, "StepGraphs", RepeatingGraphs)
+    monkeypatch.setattr(subject, "StepGraphs", kind)
     for name, sizes in {"DECODES": (1, 2, 4), "MIXED_DECODES": (4,), "CHUNK_TOKENS": (8, 16)}.items():
         monkeypatch.setattr(graphs, name, sizes)
     got = run(driver(attention_backend="triton", max_num_seqs=4), make)
     assert got == expected
-    assert RepeatingGraphs.replays == 4  # all but the step with more samples than requests
+    assert kind.replays == 4  # all but the step with more samples than requests

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -83,31 +83,81 @@ def test_the_executor_works_on_its_device_and_restores_the_callers(
     assert devices.current == "user"
 
 
-def test_graphs_are_captured_on_a_stream_of_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's default capture stream is created once a process, on the device of the first capture."""
-    captures: list[dict[str, Any]] = []
+class FakeGraph:
+    """Records where it is captured."""
 
+    captures: ClassVar[list[dict[str, Any]]] = []
+    stream: ClassVar[Any] = None
+    fails: ClassVar[bool] = False
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.captures.append({"stream": FakeGraph.stream, "mode": capture_error_mode})
+
+    def capture_end(self) -> None:
+        if self.fails:
+            raise torch.OutOfMemoryError("injected")
+
+    def replay(self) -> None:
+        self.captures.append({"replayed": True})
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     @contextlib.contextmanager
-    def graph(captured: Any, **options: Any) -> Iterator[None]:
-        captures.append(options)
+    def on_stream(stream: Any) -> Iterator[None]:
+        FakeGraph.stream = stream
         yield
+        FakeGraph.stream = None
 
-    synchronized: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "stream", on_stream)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(FakeGraph, "captures", [])
+    return FakeGraph
+
+
+def test_graphs_are_captured_on_a_stream_of_their_own_device(fake_cuda: type[FakeGraph]) -> None:
+    """torch's default capture stream is created once a process, on the device of the first capture."""
     for index in (1, 0):
         device = torch.device("cuda", index)
-        runs: list[StepShape] = []
-        graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, device)
+        graphs = StepGraphs(lambda shape: None, lambda shape: None, 2, 64, device)
         graphs.capture()
-        assert [capture["stream"].device for capture in captures] == [device] * len(graphs.shapes())
-        assert {capture["capture_error_mode"] for capture in captures} == {"thread_local"}
-        assert synchronized == [device] * len(graphs.shapes())
-        captures.clear()
-        synchronized.clear()
+        while graphs.capture_next():
+            pass
+        assert [capture["stream"].device for capture in fake_cuda.captures] == [device] * len(graphs.shapes())
+        assert {capture["mode"] for capture in fake_cuda.captures} == {"thread_local"}
+        fake_cuda.captures.clear()
+
+
+def test_a_shape_is_captured_by_its_first_step_and_replayed_by_the_next(fake_cuda: type[FakeGraph]) -> None:
+    runs: list[StepShape] = []
+    graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, torch.device("cuda", 0))
+    graphs.capture()
+    assert len(fake_cuda.captures) == 1  # the largest alone
+    runs.clear()
+    shape = StepShape(2, 0, 0)
+    graphs.replay(shape)
+    assert runs == [shape, shape]  # computed, then recorded
+    graphs.replay(shape)
+    assert len(runs) == 2 and fake_cuda.captures[-1] == {"replayed": True}
+
+
+def test_a_shape_that_cannot_be_captured_runs_eagerly(
+    fake_cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[StepShape] = []
+    graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, torch.device("cuda", 0))
+    graphs.capture()
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    while graphs.capture_next():
+        pass
+    runs.clear()
+    shape = StepShape(2, 0, 0)
+    for _ in range(2):
+        graphs.replay(shape)
+    assert runs == [shape, shape]
 
 
 def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -103,6 +103,9 @@ class CanaryExecutor:
                 drawn.append(token)
         return Pending(StepResult(np.array(drawn, dtype=np.int32)))
 
+    def prepare_next(self) -> bool:
+        return False
+
     def close(self) -> None:
         pass
 

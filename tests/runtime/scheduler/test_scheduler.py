@@ -389,3 +389,11 @@ def test_samples_of_a_prompt_share_its_tokens(make_driver):
     scheduler.add(Generate([9, 10], SamplingParams(max_tokens=4, n=2), tokens=b"\x02\0\0\0" * 600))
     refused = scheduler.take_output().finished
     assert [(one.id, one.error.status) for one in refused] == [(9, 400), (10, 400)]
+
+
+def test_an_idle_engine_lets_the_executor_prepare(make_driver):
+    """Until nothing is left; then the engine may block."""
+    driver = make_driver()
+    left = [True, True, False]
+    driver.executor.prepare_next = lambda: left.pop(0)
+    assert [driver.core.idle() for _ in range(3)] == [0.0, 0.0, None]
