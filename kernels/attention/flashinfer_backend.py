@@ -8,6 +8,7 @@ pages of each request.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..base import Ops
 from ..kv_pool import KVPool
 from ..staging import Fence, Staging
 from .base import AttentionBatch, LayerSpec, StepShape, padded, split_step
-from .flashinfer_module import FlashInferKernel, PagedCall, Variant, build
+from .flashinfer_module import FlashInferKernel, PagedCall, Variant, build, build_later
 
 TILES = (16, 64, 128)  # rows of `fa2`'s query tiles: query tokens times the heads of a group
 CTAS_PER_PROCESSOR = 2  # thread blocks `fa2` fills a device with by splitting keys
@@ -85,7 +86,9 @@ class FlashInferAttention:
             for spec in layers
             for kernel in kernels(device, spec, head_dim)
         )
-        build(list(variants))
+        build([variant for variant in variants if variant.kernel == "fa2"])
+        # `fa3` takes a minute to compile the first time. Until then `fa2` serves long chunks.
+        self._fa3 = build_later([variant for variant in variants if variant.kernel == "fa3"])
         size = workspace_bytes(num_heads, kv_heads, head_dim, _processors(device), *captured)
         workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
@@ -100,11 +103,16 @@ class FlashInferAttention:
         kinds = {_kind(spec): spec for spec in layers}
         self._decode = {kind: call("fa2", spec, causal=False) for kind, spec in kinds.items()}
         self._short = {kind: call("fa2", spec, causal=True) for kind, spec in kinds.items()}
-        self._long = self._short | {
-            kind: call("fa3", spec, causal=True)
-            for kind, spec in kinds.items()
-            if "fa3" in kernels(device, spec, head_dim)
-        }
+        self._long = self._short
+
+        def add_fa3() -> None:
+            self._long = self._short | {
+                kind: call("fa3", spec, causal=True)
+                for kind, spec in kinds.items()
+                if "fa3" in kernels(device, spec, head_dim)
+            }
+
+        self._add_fa3: Callable[[], None] | None = add_fa3
         self._ints = Staging(8 * max_requests + 64, torch.int32, device)
         # Requests that share a prefix each list its pages.
         most = max_requests * table.shape[1]
@@ -130,7 +138,7 @@ class FlashInferAttention:
             rows, kv_lens = padded(decodes.rows, size, self._scratch_row), padded(decodes.kv_lens, size, 1)
             self._add(self._decode, decodes.tokens, rows, np.ones(size, np.int32), kv_lens, self._decode_indices)
         if chunks is not None:
-            calls = self._long if shape is None and chunks.mean_q_len >= LONG_CHUNK else self._short
+            calls = self._long_calls() if shape is None and chunks.mean_q_len >= LONG_CHUNK else self._short
             rows, q_lens, kv_lens = (
                 padded(x, chunks.max_requests) for x in (chunks.rows, chunks.q_lens, chunks.kv_lens)
             )
@@ -166,6 +174,13 @@ class FlashInferAttention:
                 spec.softcap or 0.0,
             )
         return out
+
+    def _long_calls(self) -> dict[_LayerKind, PagedCall]:
+        if self._add_fa3 is not None and self._fa3.done():
+            if self._fa3.exception() is None:
+                self._add_fa3()
+            self._add_fa3 = None
+        return self._long
 
     def _add(
         self,

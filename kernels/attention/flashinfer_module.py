@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -114,15 +115,15 @@ def plan_tail(kernel: FlashInferKernel) -> list[int | bool]:
 
 
 def build(variants: Sequence[Variant]) -> None:
-    """Loads the modules, and compiles those that FlashInfer's cache lacks in parallel: a minute or two the first time.
+    """Loads the modules, and compiles those that FlashInfer's cache lacks in parallel: half a minute the first time.
 
     FlashInfer's own `build_jit_specs` does not help: it runs ninja in another folder than `build_and_load` does, and
     each ninja considers the other's output stale, so both compile everything again at every start (0.6.12).
     """
     try:
-        if not all(variant.spec().is_compiled for variant in variants):
+        if not _compiled(variants):
             logger.warning(
-                "compiling FlashInfer's attention kernels for this model: a minute or two, the first time only"
+                "compiling FlashInfer's attention kernels for this model: half a minute, the first time only"
             )
         with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
             list(pool.map(_load, variants))
@@ -130,6 +131,38 @@ def build(variants: Sequence[Variant]) -> None:
         raise Unavailable(
             f"FlashInfer's kernels could not be compiled: {_gist(str(error))} (it needs CUDA's nvcc and a C++ compiler)"
         ) from error
+
+
+def build_later(variants: Sequence[Variant]) -> Future[None]:
+    """`build` for modules that work can begin without: compiles in a thread what FlashInfer's cache lacks, and loads
+    what it has before returning. A failure is logged and is the future's exception."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            build(variants)
+        except Unavailable as error:
+            logger.warning("serving goes on without %s: %s", names, error)
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+    names = ", ".join(dict.fromkeys(variant.kernel for variant in variants))
+    try:
+        compiled = _compiled(variants)
+    except Exception:  # FlashInfer raises errors of any class; `build` says which
+        compiled = True
+    if compiled:
+        run()
+    else:
+        logger.warning("serving begins without FlashInfer's %s, which is compiled meanwhile (about a minute)", names)
+        # A daemon: a server that is stopped does not wait for the compiler.
+        threading.Thread(target=run, name="flashinfer-build", daemon=True).start()
+    return future
+
+
+def _compiled(variants: Sequence[Variant]) -> bool:
+    return all(variant.spec().is_compiled for variant in variants)
 
 
 def _gist(output: str) -> str:

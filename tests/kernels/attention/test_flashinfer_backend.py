@@ -5,6 +5,8 @@ Tests with FlashInfer itself are in tests/gpu.
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,9 +62,18 @@ class Module:
 
 
 @pytest.fixture
-def backend(monkeypatch):
+def fa3():
+    """Whether `fa3` is compiled; it is, unless a test replaces this."""
+    future = Future()
+    future.set_result(None)
+    return future
+
+
+@pytest.fixture
+def backend(monkeypatch, fa3):
     monkeypatch.setattr(subject, "PagedCall", Module)
     monkeypatch.setattr(subject, "build", lambda variants: None)
+    monkeypatch.setattr(subject, "build_later", lambda variants: fa3)
     monkeypatch.setattr(
         subject, "kernels", lambda device, spec, head_dim: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"]
     )
@@ -121,6 +132,32 @@ def test_long_chunks_take_fa3_where_there_is_one(backend, monkeypatch):
     for requests, kernel in ([(1, 5), (20, 20)], "fa3"), ([(1, 5), (3, 20), (4, 9)], "fa2"):
         flashinfer.plan(batch_of(requests, flashinfer._table))
         assert [call.variant.kernel for call in flashinfer._planned[-1].calls.values()] == [kernel, "fa2", "fa2"]
+
+
+class TestBeforeFa3IsCompiled:
+    @pytest.fixture
+    def fa3(self):
+        return Future()
+
+    def test_long_chunks_take_fa2_until_then(self, backend, fa3, monkeypatch):
+        flashinfer, _ = backend
+        monkeypatch.setattr(subject, "LONG_CHUNK", 16)
+        batch = batch_of([(1, 5), (20, 20)], flashinfer._table)
+
+        def kernel():
+            flashinfer.plan(batch)
+            return next(iter(flashinfer._planned[-1].calls.values())).variant.kernel
+
+        assert kernel() == "fa2"
+        fa3.set_result(None)
+        assert kernel() == kernel() == "fa3"
+
+    def test_and_always_if_it_cannot_be(self, backend, fa3, monkeypatch):
+        flashinfer, _ = backend
+        monkeypatch.setattr(subject, "LONG_CHUNK", 16)
+        fa3.set_exception(Unavailable("no compiler"))
+        flashinfer.plan(batch_of([(1, 5), (20, 20)], flashinfer._table))
+        assert {call.variant.kernel for call in flashinfer._planned[-1].calls.values()} == {"fa2"}
 
 
 def planned_bytes(num_heads, kv_heads, head_dim, processors, tokens, requests, captured):
@@ -196,6 +233,30 @@ def test_a_failed_compilation_is_one_line(error, said, monkeypatch):
         flashinfer_module.build([Variant("fa2", torch.bfloat16, 128), Variant("fa3", torch.bfloat16, 128)])
     assert str(caught.value).startswith(f"FlashInfer's kernels could not be compiled: {said}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_building_later(compiled, monkeypatch):
+    """What FlashInfer's cache has is loaded at once; the rest in a thread."""
+    threads = []
+    monkeypatch.setattr(Variant, "spec", lambda variant: SimpleNamespace(is_compiled=compiled))
+    monkeypatch.setattr(flashinfer_module, "_load", lambda variant: threads.append(threading.current_thread()))
+    future = flashinfer_module.build_later([Variant("fa3", torch.bfloat16, 128)])
+    if compiled:
+        assert future.done()
+    assert future.result(10) is None
+    assert len(threads) == 1
+
+
+def test_a_later_build_that_fails_is_told_by_its_future(monkeypatch, caplog):
+    def fail(variant):
+        raise RuntimeError("nvcc: not found")
+
+    monkeypatch.setattr(Variant, "spec", lambda variant: SimpleNamespace(is_compiled=False))
+    monkeypatch.setattr(flashinfer_module, "_load", fail)
+    future = flashinfer_module.build_later([Variant("fa3", torch.bfloat16, 128)])
+    assert isinstance(future.exception(10), Unavailable)
+    assert "serving goes on without fa3" in caplog.text
 
 
 # `csrc/batch_prefill_jit_binding.cu` declares `plan` so, and its successors append parameters.
