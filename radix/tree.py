@@ -206,6 +206,15 @@ class RadixTree:
         self.structure.unlock(lease.node)
         self._deliver_events()
 
+    def exclusive(self, lease: Lease) -> int:
+        """Pages that would become available if the lease ended: those that no other lease or hold protects."""
+        pages = lease.owned
+        for node in lease.node.upwards():
+            if node.locks > 1:
+                break
+            pages += len(node.pages)
+        return pages
+
     # ---- branches and pins, between requests: hold, share, unhold ----
 
     def hold(self, tokens: Int32, namespace: Namespace = DEFAULT) -> Hold | None:

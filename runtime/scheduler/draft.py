@@ -52,6 +52,7 @@ class Draft:
     swaps: list[tuple[int, int, Int32]] = field(default_factory=list)
     finishing: list[Request] = field(default_factory=list)
     retracted: bool = False
+    yields: int = 0  # requests retracted for the sake of other owners
 
     @property
     def empty(self) -> bool:

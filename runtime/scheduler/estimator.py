@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
-from .rows import FREE, Rows
+from .rows import Rows
 
 _CLIP = 4096  # future tokens of one request that are taken into account at most
 
@@ -33,13 +34,14 @@ class OutputEstimator:
         expected = prompt_len + min(_CLIP, int(self.fraction * (limit - prompt_len)))
         return min(limit, max(expected, num_tokens + 1))
 
-    def expected_pages(self, rows: Rows, page_size: int) -> int:
-        """Pages that running requests are expected to need beyond those they have."""
-        active = np.flatnonzero(rows.phase != FREE)
-        if len(active) == 0:
-            return 0
+    def expected_lengths(self, rows: Rows, active: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """`expected_length` of the requests in the rows ``active``, int64 [n]."""
         prompt_len, limit = rows.prompt_len[active], rows.limit[active]
         expected = prompt_len + np.minimum(_CLIP, (self.fraction * (limit - prompt_len)).astype(np.int32))
-        expected = np.minimum(limit, np.maximum(expected, rows.length[active] + 1))
-        missing = -(-expected // page_size) - rows.pages[active]
+        return np.minimum(limit, np.maximum(expected, rows.length[active] + 1)).astype(np.int64)
+
+    def expected_pages(self, rows: Rows, page_size: int) -> int:
+        """Pages that running requests are expected to need beyond those they have."""
+        active = rows.active()
+        missing = -(-self.expected_lengths(rows, active) // page_size) - rows.pages[active]
         return int(np.maximum(missing, 0).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -40,6 +41,8 @@ class Ledger:
         self.page_size = tree.page_size
         self.rows = Rows(max_rows)
         self.waiting: dict[int, Request] = {}  # by id, in order of arrival
+        self.owners: Counter[str] = Counter()  # unfinished requests by owner (API key); see `Scheduler`
+        self.running: Counter[str] = Counter()  # of them, those with a row
         self.clock = 0  # tokens scheduled so far: measures how long requests have waited
         self.retractions = 0
         self.hold_owner: HoldOwner | None = None
@@ -56,6 +59,7 @@ class Ledger:
         del self.waiting[request.id]
         row = self.rows.take(request, lease.hit)
         request.row, request.lease, request.status = row, lease, Status.RUNNING
+        self.running[request.namespace[0]] += 1
         self.rows.pages[row] = len(lease.pages)
         if len(lease.pages):
             self._writes.append((row, 0, np.array(lease.pages, dtype=np.int32)))
@@ -100,6 +104,15 @@ class Ledger:
         self.rows.give_back(row)
         self._writes = [write for write in self._writes if write[0] != row]
         request.row, request.lease = -1, None
+        self.running[request.namespace[0]] -= 1
+
+    def left(self, request: Request) -> None:
+        """A request has ended."""
+        owner = request.namespace[0]
+        self.owners[owner] -= 1
+        if not self.owners[owner]:
+            del self.owners[owner]
+            self.running.pop(owner, None)
 
     def retract(self, request: Request) -> None:
         """Returns a running request to the queue. What it has computed stays in the tree, so resuming can be a hit."""
@@ -141,6 +154,8 @@ class Ledger:
 
     def check(self) -> None:
         """Raises RuntimeError if rows and leases disagree; then walks the tree and the pages (`RadixTree.check`)."""
+        if self.running + Counter() != Counter(request.namespace[0] for request in self.rows.running()):
+            raise RuntimeError("the count of an owner's running requests is wrong")
         for request in self.rows.running():
             row, lease = request.row, self.lease(request)
             computed, length = int(self.rows.computed[row]), int(self.rows.length[row])

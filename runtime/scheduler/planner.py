@@ -12,6 +12,8 @@ from ..messages import CacheReport
 from ..step import RowStart
 from .draft import Chunk, Draft, ScheduledStep
 from .estimator import OutputEstimator
+from .fairness import Fairness
+from .forecast import NEVER, Reservations
 from .ledger import Ledger
 from .policy import admission_order
 from .request import Request
@@ -19,8 +21,10 @@ from .rows import DECODE, PREFILL
 
 _PRODUCER_MIN = 64  # tokens: do not wait for another request to compute a shared prefix shorter than this
 _COPY_MIN = 4  # tokens: do not wait a step to share less than this of a page
-_MAX_MISFITS = 8  # candidates that do not fit before admission ends for the step
-_MAX_SKIPS = 64  # later requests admitted before one that does not fit; then it blocks the queue until it fits
+_MAX_TRIES = 8  # candidates that cannot be admitted before admission ends for the step
+_MAX_SKIPS = 64  # later requests admitted before one that does not fit; then they must end before it could start
+_PATIENCE = 32  # times the step's budget: tokens after which a waiting request is overdue (see `policy`)
+_MAX_YIELDS = 4  # running requests retracted in one step so that other owners' can be admitted
 _REFRESH = 2  # waiting requests whose cached prefix is looked up again per step (a lookup costs up to 0.1 ms)
 
 
@@ -34,8 +38,12 @@ class Planner:
         self._page_size = ledger.page_size
         self._policy: SchedulePolicy = policy
         self._budget = max_batched_tokens
+        self._patience = _PATIENCE * max_batched_tokens
         self._cursor = 0
+        self._first: Request | None = None  # overtaken too often: goes first, and nothing delays its start
+        self._fairness = Fairness(ledger)
         self.estimator = OutputEstimator()
+        self._reservations = Reservations(ledger, self.estimator)
         self.served: list[Request] = []  # ended at admission: everything that they need is cached
 
     def plan(self) -> ScheduledStep | None:
@@ -99,25 +107,29 @@ class Planner:
         rows = r.in_order(PREFILL).tolist()
         if self._policy == "priority":
             rows.sort(key=lambda row: -r.request(row).priority)
+        shares = self._fairness.prompt_shares(draft.budget)
         for row in rows:
             if r.phase[row] != PREFILL:
                 continue
             request = r.request(row)
-            self._chunk(draft, request)
+            owner, before = request.namespace[0], draft.budget
+            self._chunk(draft, request, most=shares.get(owner, before))
+            if owner in shares:
+                shares[owner] -= before - draft.budget
             if r.phase[row] == PREFILL:
                 unfinished.append(request)
         # An older prompt may have caused the retraction of a younger, decoding request.
         draft.decode_rows = draft.decode_rows[r.phase[draft.decode_rows] == DECODE]
         return unfinished
 
-    def _chunk(self, draft: Draft, request: Request, copy_from: int | None = None) -> None:
-        """Schedules as much of the request's prompt as the budget allows, and publishes it at once.
+    def _chunk(self, draft: Draft, request: Request, copy_from: int | None = None, most: int | None = None) -> None:
+        """Schedules as much of the request's prompt as the budget and ``most`` allow, and publishes it at once.
 
         ``copy_from``: the page to copy to the request's first new page, to reuse its first tokens.
         """
         r, row = self._rows, request.row
         start, length = int(r.computed[row]), int(r.length[row])
-        end = min(length, start + draft.budget)
+        end = min(length, start + (draft.budget if most is None else min(most, draft.budget)))
         pages = int(r.pages[row])
         if end == start or not self._grow(draft, request, -(-end // self._page_size) - pages):
             if copy_from is not None:
@@ -143,27 +155,73 @@ class Planner:
     # -- admission -----------------------------------------------------------------------------------------------------
 
     def _admissions(self, draft: Draft, producers: list[Request]) -> None:
+        """Admits waiting requests, in the order of the policy and fairly between owners, as far as they fit.
+
+        A request that does not fit may be overtaken. After `_MAX_SKIPS` times only by requests that end before it could
+        start, so that it starts no later than if nothing else were admitted.
+        """
         ledger = self._ledger
-        if not ledger.waiting or draft.budget <= 0 or not self._rows.has_free:
+        if not ledger.waiting or draft.budget <= 0:
             return
-        expected = self.estimator.expected_pages(self._rows, self._page_size)
+        if not self._rows.has_free and not self._fairness.someone_may_take():
+            return
+        self._reservations.begin()
         misfits: list[Request] = []
+        tries = _MAX_TRIES
+        deadline = NEVER  # steps from now within which a request must have ended
         for request in self._candidates():
-            if draft.budget <= 0 or not self._rows.has_free:
+            if draft.budget <= 0 or tries <= 0:
                 break
             if self._should_await_producer(request, producers) or (draft.chunks and self._should_await_copy(request)):
                 continue
-            more = self._admit(draft, request, expected, look=not misfits)
-            if more is None:
-                misfits.append(request)
-                if request.skips >= _MAX_SKIPS or len(misfits) >= _MAX_MISFITS:
+            tries -= 1
+            if self._longest_run(request) > deadline or not (self._rows.has_free or self._yield_to(draft, request)):
+                continue
+            admitted = self._admit(draft, request, look=not misfits)
+            if not admitted and self._yield_to(draft, request):
+                self._reservations.begin()
+                admitted = self._admit(draft, request, look=True)
+            if admitted:
+                tries += 1
+                for overtaken in misfits:
+                    overtaken.skips += 1
+                if request.row >= 0 and self._rows.phase[request.row] == PREFILL:
+                    producers.append(request)
+                if not self._rows.has_free and not self._fairness.someone_may_take():
                     break
                 continue
-            expected += more
-            for overtaken in misfits:
-                overtaken.skips += 1
-            if request.row >= 0 and self._rows.phase[request.row] == PREFILL:
-                producers.append(request)
+            misfits.append(request)
+            if request.skips >= _MAX_SKIPS and self._first is None:
+                self._first = request
+            if request is self._first:
+                have = request.hit_estimate // self._page_size
+                deadline = self._reservations.forecast.start_of(
+                    self._expected_pages(request) - have, self._tree.available
+                )
+
+    def _longest_run(self, request: Request) -> int:
+        """Steps after which it has certainly ended, if it is admitted now and never retracted."""
+        return request.limit - request.num_tokens + -(-request.num_tokens // self._budget)
+
+    def _expected_pages(self, request: Request) -> int:
+        expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
+        return -(-max(expected, request.num_tokens) // self._page_size)
+
+    def _yield_to(self, draft: Draft, request: Request) -> bool:
+        """Retracts a running request of another owner for the sake of fairness; returns whether it did."""
+        if draft.yields >= _MAX_YIELDS or not self._fairness.contended:
+            return False
+        pages = self._expected_pages(request) - request.hit_estimate // self._page_size
+        victim = self._fairness.yielding(request, pages, (chunk.row for chunk in draft.chunks))
+        if victim is None:
+            return False
+        kept = draft.decode_rows[draft.decode_rows != victim.row]
+        draft.budget += len(draft.decode_rows) - len(kept)
+        draft.decode_rows = kept
+        self._ledger.retract(victim)
+        draft.retracted = True
+        draft.yields += 1
+        return True
 
     def _candidates(self) -> list[Request]:
         """Waiting requests in the order in which to try them. Looks up a few cached prefixes again in each step."""
@@ -172,7 +230,11 @@ class Planner:
             request = waiting[(self._cursor + i) % len(waiting)]
             request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
         self._cursor = (self._cursor + _REFRESH) % len(waiting)
-        return admission_order(self._policy, waiting, self._ledger.clock)
+        order = admission_order(self._policy, waiting, self._ledger.clock, self._patience)
+        order = self._fairness.interleave(order)
+        if self._first is not None and self._ledger.waiting.get(self._first.id) is not self._first:
+            self._first = None
+        return order if self._first is None else [self._first, *(each for each in order if each is not self._first)]
 
     def _should_await_producer(self, request: Request, producers: list[Request]) -> bool:
         """Whether another request is computing a long part of this prompt that is not in the tree yet."""
@@ -180,6 +242,8 @@ class Planner:
             return False
         limit = request.reuse_limit
         for producer in producers:
+            if producer.row < 0:
+                continue  # retracted since
             have = self._ledger.lease(producer).length
             soon = have + _PRODUCER_MIN
             if (
@@ -203,43 +267,48 @@ class Planner:
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
 
-    def _may_fit(self, request: Request, pages: int, look: bool) -> bool:
+    def _may_fit(self, request: Request, expected: int, look: bool) -> bool:
         """Whether it may fit, by the last lookup of its prefix or, with ``look``, by a new one."""
-        if pages - request.hit_estimate // self._page_size <= self._tree.available:
+
+        def fits() -> bool:
+            have = request.hit_estimate // self._page_size
+            return self._reservations.demand(request.num_tokens, expected, have) <= self._tree.available
+
+        if fits():
             return True
         if look:
             request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
-        return look and pages - request.hit_estimate // self._page_size <= self._tree.available
+        return look and fits()
 
-    def _admit(self, draft: Draft, request: Request, reserved: int, *, look: bool) -> int | None:
-        """Admits the request if it fits beside the ``reserved`` pages that running requests are expected to need.
+    def _admit(self, draft: Draft, request: Request, *, look: bool) -> bool:
+        """Admits the request if it fits beside what running requests are expected to need. False: nothing changed.
 
-        ``look``: look its prefix up again if it seems not to fit.
-
-        Its hits are locked before anything is evicted for it. Returns the pages that it is expected to need beyond
-        those it has now, or None, with nothing changed, if it does not fit.
+        ``look``: look its prefix up again if it seems not to fit. Its hits are locked before anything is evicted for
+        it.
         """
         tree, page = self._tree, self._page_size
+        demand, relieve = self._reservations.demand, self._ledger.relieve
         alone = not len(self._rows)
-        prompt_pages = -(-request.num_tokens // page)
-        expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
-        total = max(prompt_pages, -(-expected // page))
-        if not alone and not self._may_fit(request, total + reserved, look):
-            pages = total + reserved - request.hit_estimate // page
-            if not self._ledger.relieve(pages, everything=False):
-                return None  # before the match, which would count as a use of the prefix
+        available, length = tree.available, request.num_tokens
+        prompt_pages = -(-length // page)
+        expected = self.estimator.expected_length(request.prompt_len, length, request.limit)
+        if (
+            not alone
+            and not self._may_fit(request, expected, look)
+            and not relieve(demand(length, expected, request.hit_estimate // page), everything=False)
+        ):
+            return False  # before the match, which would count as a use of the prefix
         lease = tree.match(request.tokens, request.namespace, request.reuse_limit, request.priority)
         # Its hits are leased now, so its branch's hold can be given up like any other.
-        self._ledger.relieve(total - len(lease.pages) + reserved, everything=alone)
+        fits = relieve(demand(length, expected, len(lease.pages)), everything=alone)
         if alone and lease.copy is not None and prompt_pages - len(lease.pages) > tree.available:
             # The page to copy from is locked, and may be the only one left to evict.
             aligned = lease.length
             tree.release(lease)
             lease = tree.match(request.tokens, request.namespace, aligned, request.priority)
-        fits = total - len(lease.pages) + reserved <= tree.available
         if not fits and not (alone and prompt_pages - len(lease.pages) <= tree.available):
             tree.release(lease)
-            return None
+            return False
         if request.cache is None:
             report = lease.report
             refilled = max(0, min(request.remembered, request.reuse_limit) - lease.hit)
@@ -251,8 +320,9 @@ class Planner:
             tree.release(lease)
             del self._ledger.waiting[request.id]
             self.served.append(request)
-            return 0
+            return True
         row = self._ledger.enter(request, lease)
         draft.starts.append(RowStart(row, request.params, request.seed, request.tokens, request.prompt_len))
         self._chunk(draft, request, copy_from=None if lease.copy is None else lease.copy[0])
-        return total - len(lease.pages)
+        self._reservations.add(length, expected, len(lease.pages), max(0, available - tree.available))
+        return True

@@ -2,8 +2,10 @@
 
 ``hrrn`` (highest response ratio next) sorts by (waited + work) / work. Work is the number of tokens that are not
 cached; waiting time is the number of tokens that the engine has scheduled since the request arrived. Cache hits go
-first because their work is small; no request starves because every ratio grows without bound. Counting tokens instead
-of seconds keeps the order deterministic.
+first because their work is small. Counting tokens instead of seconds keeps the order deterministic.
+
+Under every policy a request that has waited for ``patience`` tokens is overdue and precedes all that are not: a steady
+stream of requests that the policy prefers delays it by no more than that.
 """
 
 from __future__ import annotations
@@ -16,14 +18,19 @@ from ..config import SchedulePolicy
 from .request import Request
 
 
-def admission_order(policy: SchedulePolicy, waiting: Collection[Request], clock: int) -> list[Request]:
+def admission_order(
+    policy: SchedulePolicy, waiting: Collection[Request], clock: int, patience: int = 1 << 62
+) -> list[Request]:
     """Sorts ``waiting``, given in order of arrival, for admission; ties keep that order. ``clock``: tokens scheduled.
 
-    Retracted requests precede others of the same priority: what they have computed is a hit until it is evicted.
+    Overdue requests are first, by arrival. Then retracted requests precede others of the same priority: what they have
+    computed is a hit until it is evicted.
     """
     requests = list(waiting)
     if len(requests) <= 1:
         return requests
+    arrived = np.array([r.arrival_clock for r in requests])
+    overdue = clock - arrived > patience
     never_retracted = np.array([r.retractions == 0 for r in requests])
     keys: tuple[np.ndarray, ...]
     if policy == "fcfs":
@@ -34,6 +41,7 @@ def admission_order(policy: SchedulePolicy, waiting: Collection[Request], clock:
         keys = (np.array([-r.hit_estimate for r in requests]), never_retracted)
     else:
         work = np.array([r.num_tokens - r.hit_estimate for r in requests]).clip(min=1)
-        waited = clock - np.array([r.arrival_clock for r in requests])
-        keys = (work, -(waited + work) / work, never_retracted)
+        keys = (work, -(clock - arrived + work) / work, never_retracted)
+    if overdue.any():
+        keys = (*keys, np.where(overdue, arrived, 0), ~overdue)
     return [requests[i] for i in np.lexsort(keys).tolist()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from ..step import PENDING, Int32
 from .request import Request
@@ -26,6 +27,9 @@ class Rows:
         self.limit = np.zeros(max_rows, dtype=np.int32)
         self.prompt_len = np.zeros(max_rows, dtype=np.int32)
         self.pages = np.zeros(max_rows, dtype=np.int32)  # pages in the row's lease
+        # Pages that would become available if it ended, when last looked up; 0: not looked up yet.
+        self.exclusive = np.zeros(max_rows, dtype=np.int32)
+        self.entered = np.zeros(max_rows, dtype=np.int32)  # tokens that it had when it was admitted
         self.last_token = np.zeros(max_rows, dtype=np.int32)  # the next input token; PENDING: only on the device so far
         self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
         self.constrained = np.zeros(max_rows, dtype=np.bool_)  # the request has a matcher
@@ -51,6 +55,8 @@ class Rows:
         self.limit[row] = request.limit
         self.prompt_len[row] = request.prompt_len
         self.pages[row] = 0
+        self.exclusive[row] = 0
+        self.entered[row] = request.num_tokens
         self.last_token[row] = PENDING
         self.constrained[row] = request.matcher is not None
         self.blocked[row] = False
@@ -78,6 +84,10 @@ class Rows:
         rows = np.flatnonzero(self.phase == phase).astype(np.int32)
         return rows[np.argsort(self.order[rows], kind="stable")]
 
+    def active(self) -> npt.NDArray[np.int64]:
+        """Rows of running requests, int64 [n], in no particular order."""
+        return np.flatnonzero(self.phase != FREE)
+
     def request(self, row: int) -> Request:
         request = self.requests[row]
         if request is None:
@@ -86,5 +96,5 @@ class Rows:
 
     def running(self) -> list[Request]:
         """Running requests, oldest admission first."""
-        rows = np.flatnonzero(self.phase != FREE)
+        rows = self.active()
         return [self.request(row) for row in rows[np.argsort(self.order[rows], kind="stable")].tolist()]

@@ -122,6 +122,7 @@ class Scheduler:
         request.arrival, request.arrival_clock = self.clock(), self.ledger.clock
         request.hit_estimate = self.tree.peek(request.tokens, request.namespace, request.reuse_limit)
         self._live[request.id] = request
+        self.ledger.owners[request.namespace[0]] += 1
         self._totals.prompt_tokens += request.prompt_len
         echo_from = 0 if request.echo_from is None and params.prompt_logprobs is not None else request.echo_from
         self._out.started.append(
@@ -383,6 +384,7 @@ class Scheduler:
         request.status = Status.FINISHED
         self.cache.ended(request, well=reason in ("stop", "length"))
         del self._live[request.id]
+        self.ledger.left(request)
         if reason in ("stop", "length"):
             self.planner.estimator.finished(request.num_outputs, request.limit - request.prompt_len)
         self._totals.finished += 1

@@ -124,7 +124,9 @@ class Driver:
     max_running: int = 0
     next_id: int = 1
 
-    def add(self, prompt: Sequence[int], *, priority: int = 0, salt: str = "", **params: object) -> int:
+    def add(
+        self, prompt: Sequence[int], *, priority: int = 0, owner: str = "", salt: str = "", **params: object
+    ) -> int:
         id_ = self.next_id
         self.next_id += 1
         defaults: dict[str, object] = {"max_tokens": 8, "seed": id_, "ignore_eos": True}
@@ -132,7 +134,7 @@ class Driver:
         self.prompts[id_] = list(prompt)
         self.outputs[id_] = []
         data = np.asarray(prompt, dtype="<i4").tobytes()
-        self.core.add(Generate([id_], self.params[id_], tokens=data, namespace=("", salt), priority=priority))
+        self.core.add(Generate([id_], self.params[id_], tokens=data, namespace=(owner, salt), priority=priority))
         return id_
 
     def abort(self, id_: int) -> None:

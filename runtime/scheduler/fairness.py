@@ -1,0 +1,108 @@
+"""Fairness between owners (API keys): the requests of one do not wait until those of another have ended.
+
+Owners share what is scarce by max-min fairness: rows at admission, pages at admission, and the tokens of a step between
+prompts. With one owner nothing here has any effect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .ledger import Ledger
+from .request import Request
+from .rows import PREFILL
+
+_FIRST_RUN = 32  # tokens that a retracted request may compute before it can yield again; doubled each time
+
+
+class Fairness:
+    """Divides rows, pages and tokens between the owners of the ledger's requests."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._rows = ledger.rows
+
+    @property
+    def contended(self) -> bool:
+        """Whether requests of several owners are unfinished."""
+        return len(self._ledger.owners) > 1
+
+    def interleave(self, requests: Sequence[Request]) -> list[Request]:
+        """The same requests in an order that gives the next row to the owner with the fewest. Each owner's keep their
+        order."""
+        if not self.contended:
+            return list(requests)
+        rows = dict(self._ledger.running)
+        ranks = []
+        for request in requests:
+            owner = request.namespace[0]
+            rank = rows.get(owner, 0)
+            rows[owner] = rank + 1
+            ranks.append(rank)
+        return [requests[i] for i in np.argsort(ranks, kind="stable").tolist()]
+
+    def someone_may_take(self) -> bool:
+        """Whether an owner has waiting requests and so few rows that others may have to yield."""
+        ledger = self._ledger
+        few = self._few_rows
+        return self.contended and any(ledger.running[o] < min(n, few) for o, n in ledger.owners.items())
+
+    def yielding(self, request: Request, pages: int, chunked: Iterable[int]) -> Request | None:
+        """The running request to retract so that ``request``, which needs ``pages`` more, can be admitted, or None.
+
+        An owner may take up to half of an equal share of rows and pages from owners above an equal share; the other
+        half is left to the ends of requests, so that a burst does not retract half of all. The youngest yields, and
+        only if it has computed enough since it was last retracted: each request yields a logarithmic number of times.
+        ``chunked``: rows that must stay, as the step computes a part of their prompts.
+        """
+        ledger, rows = self._ledger, self._rows
+        owner, total = request.namespace[0], ledger.tree.allocator.total
+        count = len(ledger.owners)
+        if count < 2 or ledger.running[owner] >= self._few_rows:
+            return None
+        held: dict[str, int] = {}
+        running = ledger.rows.running()
+        for each in running:
+            name = each.namespace[0]
+            held[name] = held.get(name, 0) + int(rows.pages[each.row])
+        if held.get(owner, 0) + pages > total // (2 * count):
+            return None
+        kept = set(chunked)
+        most_rows, most_pages = rows.max_rows // count, total // count
+        for each in reversed(running):
+            name, row = each.namespace[0], each.row
+            above = ledger.running[name] > most_rows if not rows.has_free else held[name] > most_pages
+            ran = int(rows.length[row] - rows.entered[row])
+            if (
+                name != owner
+                and above
+                and row not in kept
+                and (not each.retractions or ran >= _FIRST_RUN << min(each.retractions, 20))
+            ):
+                return each
+        return None
+
+    def prompt_shares(self, budget: int) -> dict[str, int]:
+        """How many of the step's ``budget`` tokens the running prompts of each owner may have. Empty: no limit."""
+        if not self.contended or not np.any(self._rows.phase == PREFILL):
+            return {}
+        work: dict[str, int] = {}
+        rows = self._rows
+        for row in rows.in_order(PREFILL).tolist():
+            owner = rows.request(row).namespace[0]
+            work[owner] = work.get(owner, 0) + int(rows.length[row] - rows.computed[row])
+        if rows.has_free or self.someone_may_take():
+            for request in self._ledger.waiting.values():
+                owner = request.namespace[0]
+                work[owner] = work.get(owner, 0) + request.num_tokens - request.hit_estimate
+        shares: dict[str, int] = {}
+        for i, (owner, tokens) in enumerate(sorted(work.items(), key=lambda item: (item[1], item[0]))):
+            shares[owner] = min(tokens, budget // (len(work) - i))
+            budget -= shares[owner]
+        return shares
+
+    @property
+    def _few_rows(self) -> int:
+        return max(1, self._rows.max_rows // (2 * len(self._ledger.owners)))
