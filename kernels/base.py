@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from .kv_pool import KVLayer
+from .ops import Activation
+from .quantize import QuantizedRows, Quantizer
 
 
 class Ops(Protocol):
@@ -20,12 +23,28 @@ class Ops(Protocol):
         """See `ops.add_rms_norm`."""
         ...
 
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """See `ops.silu_mul`."""
+    def add_rms_norm_quantized(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+    ) -> QuantizedRows:
+        """See `ops.add_rms_norm_quantized`."""
         ...
 
-    def gelu_mul(self, gate_up: Tensor, approximate: str = "tanh") -> Tensor:
-        """See `ops.gelu_mul`."""
+    def gate_mul(self, gate_up: Tensor, activation: Activation) -> Tensor:
+        """See `ops.gate_mul`."""
+        ...
+
+    def gate_mul_quantized(self, gate_up: Tensor, activation: Activation, quantizer: Quantizer) -> QuantizedRows:
+        """See `ops.gate_mul_quantized`."""
+        ...
+
+    def quantize(self, x: Tensor, quantizer: Quantizer) -> QuantizedRows:
+        """See `quantize.quantize`."""
+        ...
+
+    def fp8_linear(
+        self, x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `ops.fp8_linear`."""
         ...
 
     def rope_write(

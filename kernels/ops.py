@@ -5,11 +5,16 @@ T is tokens of a step, H hidden size, D head size. Inputs are on one device; no 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .kv_pool import KVLayer
+from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]  # gelu_tanh: the approximation by tanh
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -25,6 +30,13 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Ten
     """Adds ``x`` into ``residual`` in place and returns the norm of the sum. Both ``[T, H]``."""
     residual.add_(x)
     return rms_norm(residual, weight, eps)
+
+
+def add_rms_norm_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+) -> QuantizedRows:
+    """`add_rms_norm`, then `quantize`."""
+    return quantize(add_rms_norm(x, residual, weight, eps), quantizer)
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,16 +55,31 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out.to(x.dtype)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """SwiGLU (Shazeer, 2020): ``[T, 2 * I]`` with the gate first, to ``[T, I]``."""
+def gate_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """SwiGLU and GeGLU (Shazeer, 2020): ``[T, 2 * I]`` with the gate first, to ``activation(gate) * up`` ``[T, I]``."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+    if activation == "silu":
+        return F.silu(gate).mul_(up)
+    return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
 
 
-def gelu_mul(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
-    """GeGLU: as `silu_mul`, with GELU (``approximate``: ``tanh`` or ``none``)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate=approximate).mul_(up)
+def gate_mul_quantized(gate_up: Tensor, activation: Activation, quantizer: Quantizer) -> QuantizedRows:
+    """`gate_mul`, then `quantize`."""
+    return quantize(gate_mul(gate_up, activation), quantizer)
+
+
+def fp8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``x @ weight.T + bias`` of FP8 values, summed in float32: ``[T, K]`` to ``[T, N]`` in ``dtype``.
+
+    Args:
+        x: with a scale for each token, or for each 128 channels if the weight's scales are of blocks.
+        weight: float8_e4m3fn ``[N, K]``.
+        scale: float32 ``[N, 1]``, or of blocks of 128 × 128 ``[ceil(N / 128), ceil(K / 128)]``.
+        bias: ``[N]`` or None.
+    """
+    values = x.values.float().unflatten(-1, (x.scales.shape[1], -1)) * x.scales[:, :, None]
+    out = F.linear(values.flatten(-2), dequantize_weight(weight, scale, torch.float32))
+    return (out if bias is None else out + bias).to(dtype)
 
 
 def rope_write(

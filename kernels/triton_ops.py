@@ -12,7 +12,23 @@ import triton.language as tl
 from torch import Tensor
 
 from .kv_pool import KVLayer
+from .ops import Activation
+from .quantize import QuantizedRows, Quantizer
+from .triton_fp8 import fp8_linear
 from .triton_launch import kernel
+from .triton_quantize import QuantizedOutput, quantize, row_warps, store_quantized
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_quantized",
+    "fp8_linear",
+    "gate_mul",
+    "gate_mul_quantized",
+    "page_indices",
+    "quantize",
+    "rms_norm",
+    "rope_write",
+]
 
 TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread
 
@@ -59,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         (x, weight, out),
         (rows,),
         (size, heads, x.stride(0), head_stride, size if weight.dim() > 1 else 0, eps, some, block),
-        warps=_row_warps(block),
+        warps=row_warps(block),
     )
     return out
 
@@ -70,11 +86,15 @@ def _add_rms_norm(
     residual_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    static_ptr: tl.tensor,
     D: tl.constexpr,
     X_STRIDE: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    STATIC: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
@@ -88,73 +108,100 @@ def _add_rms_norm(
     total = rounded.to(tl.float32)
     weight = tl.load(weight_ptr + channel, mask, other=0.0)
     scale = tl.rsqrt(tl.sum(total * total, axis=0) / D + EPS)
-    tl.store(out_ptr + row * D + channel, (total * scale * weight).to(out_ptr.dtype.element_ty), mask)
+    normed = (total * scale * weight).to(residual_ptr.dtype.element_ty)
+    if GROUP:
+        store_quantized(normed, row, 0, out_ptr, scales_ptr, static_ptr, D, BLOCK, GROUP, STATIC)
+    else:
+        tl.store(out_ptr + row * D + channel, normed, mask)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.add_rms_norm`. Tokens may be strided."""
-    tokens, size = x.shape
-    out = torch.empty((tokens, size), dtype=residual.dtype, device=x.device)
-    if tokens:
-        block = triton.next_power_of_2(size)
-        _add_rms_norm(
-            (tokens, 1, 1),
-            (x, residual, weight, out),
-            (),
-            (size, x.stride(0), residual.stride(0), eps, block),
-            warps=_row_warps(block),
-        )
+    out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    _launch_add_rms_norm(x, residual, weight, eps, (out, out, out), (0, False))
     return out
 
 
-def _row_warps(block: int) -> int:
-    """Warps for rows of one program: 16 elements a thread, so that several accesses are in flight."""
-    return min(max(block // 512, 4), 16)
+def add_rms_norm_quantized(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+) -> QuantizedRows:
+    """See `ops.add_rms_norm_quantized`. Tokens may be strided."""
+    out = QuantizedOutput(len(x), x.shape[1], triton.next_power_of_2(x.shape[1]), quantizer, x.device)
+    _launch_add_rms_norm(x, residual, weight, eps, out.tensors, out.constants)
+    return out.rows
+
+
+def _launch_add_rms_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    outputs: tuple[Tensor, ...],
+    quantization: tuple[int, bool],
+) -> None:
+    tokens, size = x.shape
+    if tokens:
+        block = triton.next_power_of_2(size)
+        constants = (size, x.stride(0), residual.stride(0), eps, block, *quantization)
+        _add_rms_norm((tokens, 1, 1), (x, residual, weight, *outputs), (), constants, warps=row_warps(block))
 
 
 @kernel()
 def _gate_mul(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    scales_ptr: tl.tensor,
+    static_ptr: tl.tensor,
     SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    STATIC: tl.constexpr,
 ) -> None:
     row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    channel = start + tl.arange(0, BLOCK)
     mask = channel < SIZE
     gate_ptrs = gate_up_ptr + row * STRIDE + channel
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + SIZE, mask, other=0.0).to(tl.float32)
     if ACTIVATION == "silu":
         gate = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 1.5957… is 2 * sqrt(2 / pi)
+    elif ACTIVATION == "gelu_tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 1.5957… is 2 * sqrt(2 / pi)
         gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
     else:
         gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    tl.store(out_ptr + row * SIZE + channel, (gate * up).to(out_ptr.dtype.element_ty), mask)
+    product = (gate * up).to(gate_up_ptr.dtype.element_ty)
+    if GROUP:
+        store_quantized(product, row, start, out_ptr, scales_ptr, static_ptr, SIZE, BLOCK, GROUP, STATIC)
+    else:
+        tl.store(out_ptr + row * SIZE + channel, product, mask)
 
 
-def _gated(gate_up: Tensor, activation: str) -> Tensor:
-    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
-    out = torch.empty((tokens, size), dtype=gate_up.dtype, device=gate_up.device)
-    if tokens:
-        constants = (size, gate_up.stride(0), activation, TILE)
-        _gate_mul((tokens, triton.cdiv(size, TILE), 1), (gate_up, out), (), constants, warps=4)
+def gate_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See `ops.gate_mul`; computed in float32 and rounded once."""
+    out = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    _launch_gate_mul(gate_up, activation, TILE, (out, out, out), (0, False))
     return out
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """See `ops.silu_mul`; computed in float32 and rounded once."""
-    return _gated(gate_up, "silu")
+def gate_mul_quantized(gate_up: Tensor, activation: Activation, quantizer: Quantizer) -> QuantizedRows:
+    """See `ops.gate_mul_quantized`. A row that has one scale is one program."""
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    block = TILE if quantizer.group else triton.next_power_of_2(size)
+    out = QuantizedOutput(tokens, size, block, quantizer, gate_up.device)
+    _launch_gate_mul(gate_up, activation, block, out.tensors, out.constants)
+    return out.rows
 
 
-def gelu_mul(gate_up: Tensor, approximate: str = "tanh") -> Tensor:
-    """See `ops.gelu_mul`; computed in float32 and rounded once."""
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"approximate is {approximate!r}; it can be 'tanh' or 'none'")
-    return _gated(gate_up, approximate)
+def _launch_gate_mul(
+    gate_up: Tensor, activation: Activation, block: int, outputs: tuple[Tensor, ...], quantization: tuple[int, bool]
+) -> None:
+    tokens, size = gate_up.shape[0], gate_up.shape[1] // 2
+    if tokens:
+        constants = (size, gate_up.stride(0), activation, block, *quantization)
+        _gate_mul((tokens, triton.cdiv(size, block), 1), (gate_up, *outputs), (), constants, warps=row_warps(block))
 
 
 @kernel("num_slots")

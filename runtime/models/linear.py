@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from ...kernels.linear import Linear
+from ...kernels.linear import Linear, PlainLinear
 
 Scheme = Literal["none"]  # none: in the model's dtype
 
@@ -18,4 +18,4 @@ def make_linear(name: str, tensors: dict[str, Tensor], scheme: Scheme = "none") 
     """
     if scheme != "none":
         raise ValueError(f"no storage scheme {scheme!r} for weights")
-    return Linear(tensors.pop(name), tensors.pop(f"{name}_bias", None))
+    return PlainLinear(tensors.pop(name), tensors.pop(f"{name}_bias", None))

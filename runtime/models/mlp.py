@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.base import Ops
+from ...kernels.ops import Activation
 from .config import ModelConfig
 from .linear import make_linear
 
@@ -31,20 +32,12 @@ class GatedMLP:
     """
 
     def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> None:
-        self._activation, self._ops = config.activation, ops
+        self._activation, self._ops = cast(Activation, config.activation), ops  # `config.py` admits no other
         self._gate_up = make_linear(f"{layer}.gate_up", weights)
         self._down = make_linear(f"{layer}.down", weights)
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = self._gate_up(x)
-        match self._activation:
-            case "silu":
-                x = self._ops.silu_mul(x)
-            case "gelu_tanh":
-                x = self._ops.gelu_mul(x, "tanh")
-            case _:
-                x = self._ops.gelu_mul(x, "none")
-        return self._down(x)
+        return self._down(self._ops.gate_mul(self._gate_up(x), self._activation))
 
 
 class PlainMLP:

@@ -9,7 +9,7 @@ import torch
 
 from branchwise.kernels import ops
 from branchwise.kernels.kv_pool import KVLayer
-from branchwise.kernels.linear import Linear, packs
+from branchwise.kernels.linear import PlainLinear, packs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -49,11 +49,11 @@ def test_gated_activations() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 10)
     gate, up = x[:, :5].double(), x[:, 5:].double()
-    torch.testing.assert_close(ops.silu_mul(x), (gate * torch.sigmoid(gate) * up).float())
+    torch.testing.assert_close(ops.gate_mul(x, "silu"), (gate * torch.sigmoid(gate) * up).float())
     exact = gate * 0.5 * (1 + torch.erf(gate / math.sqrt(2))) * up
-    torch.testing.assert_close(ops.gelu_mul(x, "none"), exact.float())
+    torch.testing.assert_close(ops.gate_mul(x, "gelu"), exact.float())
     inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
-    torch.testing.assert_close(ops.gelu_mul(x, "tanh"), (gate * 0.5 * (1 + torch.tanh(inner)) * up).float())
+    torch.testing.assert_close(ops.gate_mul(x, "gelu_tanh"), (gate * 0.5 * (1 + torch.tanh(inner)) * up).float())
 
 
 @pytest.mark.parametrize("normed", [False, True])
@@ -93,7 +93,7 @@ def test_linear_equals_torch_also_where_it_is_packed(dtype: torch.dtype, rows: i
     with torch.inference_mode():
         for b in (None, bias):
             exact = x.double() @ weight.double().T + (0 if b is None else b.double())
-            torch.testing.assert_close(Linear(weight, b)(x), exact.to(dtype), atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(PlainLinear(weight, b)(x), exact.to(dtype), atol=tolerance, rtol=tolerance)
 
 
 def test_float32_is_packed_on_a_cpu() -> None:

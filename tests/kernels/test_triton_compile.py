@@ -30,6 +30,7 @@ TORCH_TO_TRITON = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }
 
 
@@ -95,9 +96,10 @@ def call_everything() -> None:
     triton_ops.rms_norm(zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
     triton_ops.rms_norm(zeros(4, 8, 128), zeros(8, 128, dtype=float32), 1e-5)
     triton_ops.add_rms_norm(zeros(4, 4096), zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
-    triton_ops.silu_mul(zeros(4, 28672))
-    triton_ops.gelu_mul(zeros(4, 2 * 333))
-    triton_ops.gelu_mul(zeros(4, 28672), "none")
+    triton_ops.gate_mul(zeros(4, 28672), "silu")
+    triton_ops.gate_mul(zeros(4, 2 * 333), "gelu_tanh")
+    triton_ops.gate_mul(zeros(4, 28672), "gelu")
+    call_fp8()
     for size, turning, norm in ((128, 128, None), (128, 128, zeros(40, 128, dtype=float32)), (80, 32, None)):
         cos_sin = zeros(4, turning, dtype=float32)
         cos, sin = cos_sin[:, : turning // 2], cos_sin[:, turning // 2 :]
@@ -134,6 +136,29 @@ def call_everything() -> None:
             q, kv = zeros(int(q_lens.sum()), 32, size), zeros(int(q_lens.sum()), 8, size)
             attention.run(0, q, kv, kv)
     call_tree_attention()
+
+
+def call_fp8() -> None:
+    """Each format of activations and weights, for the products of Llama 3.1 8B."""
+    from branchwise.kernels import triton_ops
+    from branchwise.kernels.quantize import Quantizer
+
+    e4m3 = torch.float8_e4m3fn
+    for quantizer in (Quantizer(e4m3), Quantizer(e4m3, group=128), Quantizer(e4m3, scale=torch.ones(1))):
+        weight = torch.ones(4096)
+        hidden = torch.zeros((4, 4096), dtype=torch.bfloat16)
+        triton_ops.quantize(hidden, quantizer)
+        triton_ops.add_rms_norm_quantized(hidden, hidden, weight, 1e-5, quantizer)
+        triton_ops.gate_mul_quantized(torch.zeros((4, 28672), dtype=torch.bfloat16), "silu", quantizer)
+    for tokens in (1, 32, 64, 128):
+        for outputs, inputs in ((6144, 4096), (28672, 4096)):
+            weight = torch.zeros((outputs, inputs), dtype=e4m3)
+            for quantizer, scale in (
+                (Quantizer(e4m3), torch.ones((outputs, 1))),
+                (Quantizer(e4m3, group=128), torch.ones((outputs // 128, inputs // 128))),
+            ):
+                rows = triton_ops.QuantizedOutput(tokens, inputs, 4096, quantizer, torch.device("cpu")).rows
+                triton_ops.fp8_linear(rows, weight, scale, None, torch.bfloat16)
 
 
 def call_tree_attention() -> None:
@@ -178,7 +203,9 @@ def compiled() -> Iterator[dict[str, dict[str, int]]]:
 def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, int]]) -> None:
     names = Counter(label.split("[")[0] for label in compiled)
     small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge", "merge_slots"}
-    assert set(names) == small | {"_top_p_threshold", "attend"} and names["attend"] == 31
+    small |= {"_quantize", "_add_splits"}
+    assert set(names) == small | {"_top_p_threshold", "attend", "_fp8_linear"} and names["attend"] == 31
+    assert names["_fp8_linear"] == 16
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
     assert not spilled
 

@@ -1,0 +1,79 @@
+"""8-bit formats of weights and activations in torch: the specification of the faster kernels.
+
+A quantized value is ``value * scale``. Weights have one float32 scale for each output channel, or for each block of
+128 × 128. Activations have one for each token, or for each 128 channels of a token, so that a token's result does not
+depend on the other tokens of its step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BLOCK = 128  # rows and columns of a weight, or channels of a token, that share a scale in block formats
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_SMALLEST = 1e-12  # magnitude that a scale is computed from at least: rows of zeros have a scale too
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantizer:
+    """How the input of a linear layer is quantized.
+
+    Args:
+        dtype: float8_e4m3fn or int8.
+        group: channels of a token that share a scale; 0: all of them.
+        scale: float32 ``[1]``, calibrated (static); None: computed from the largest magnitude of each group (dynamic).
+    """
+
+    dtype: torch.dtype
+    group: int = 0
+    scale: Tensor | None = None
+
+
+class QuantizedRows(NamedTuple):
+    """Tokens ``[T, K]`` of a `Quantizer`'s dtype, with float32 scales ``[T, 1]`` or ``[T, K / group]``."""
+
+    values: Tensor
+    scales: Tensor
+
+    def index_select(self, dim: int, index: Tensor) -> QuantizedRows:
+        """As `torch.Tensor.index_select`."""
+        return QuantizedRows(self.values.index_select(dim, index), self.scales.index_select(dim, index))
+
+
+Rows = Tensor | QuantizedRows  # the input of a linear layer, ``[T, K]``
+
+
+def quantize(x: Tensor, quantizer: Quantizer) -> QuantizedRows:
+    """Tokens ``[T, K]`` in 8 bits. K is a multiple of the group. Values beyond a static scale's range saturate."""
+    largest = LARGEST[quantizer.dtype]
+    groups = x.float().unflatten(-1, (-1, quantizer.group or x.shape[-1]))
+    if quantizer.scale is None:
+        magnitude = groups.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
+        inverse, scales = largest / magnitude, magnitude * (1 / largest)
+    else:
+        inverse, scales = 1 / quantizer.scale, quantizer.scale.expand(*groups.shape[:-1], 1)
+    return QuantizedRows(_round(groups * inverse, quantizer.dtype).flatten(-2), scales.squeeze(-1).contiguous())
+
+
+def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A weight ``[N, K]`` in 8 bits, and its float32 scale of each output channel ``[N, 1]``."""
+    return quantize(weight, Quantizer(dtype))
+
+
+def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """``weight`` ``[N, K]`` times ``scale``, ``[N, 1]`` or ``[ceil(N / 128), ceil(K / 128)]``, rounded once."""
+    if scale.shape[0] != weight.shape[0]:
+        scale = scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]]
+    if scale.shape[1] != 1:
+        scale = scale.repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
+    return (weight.float() * scale).to(dtype)
+
+
+def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
+    largest = LARGEST[dtype]
+    x = x.clamp_(-largest, largest)
+    return (x.round_() if dtype == torch.int8 else x).to(dtype)

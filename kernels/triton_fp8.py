@@ -1,0 +1,159 @@
+"""FP8 matrix products on a GPU: a Triton kernel that streams the weight for few tokens, torch's GEMM for many.
+
+With few tokens the product is bound by reading the weight. The kernel takes tiles of the weight as the left operand, so
+that tensor cores work on 64 or more output channels however few tokens there are ("swap AB"). If the output channels
+make too few programs to read at full bandwidth, several programs share a tile's input channels, and a second kernel
+adds their sums in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .quantize import BLOCK, QuantizedRows
+from .triton_launch import kernel
+
+FEW = 256  # tokens up to which the kernel is used where torch has a GEMM
+
+
+class Tile(NamedTuple):
+    """How a product is cut into programs."""
+
+    outputs: int  # output channels of a program
+    tokens: int
+    inputs: int  # input channels of an iteration
+    splits: int  # programs that share the input channels of a tile
+    warps: int
+    stages: int
+
+
+@kernel("tokens")
+def _fp8_linear(
+    x_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    tokens: tl.tensor,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    INPUTS: tl.constexpr,
+) -> None:
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    split = tl.program_id(2)
+    # Beyond the edges the last channel or token is read again, which needs no mask in the loop.
+    row, token = tl.minimum(n, N - 1), tl.minimum(t, tokens - 1)
+    STEPS: tl.constexpr = (K + INPUTS * SPLITS - 1) // (INPUTS * SPLITS)
+    k = split * (STEPS * INPUTS) + tl.arange(0, INPUTS)
+    weight_ptrs = weight_ptr + row[:, None].to(tl.int64) * K + k[None, :]
+    x_ptrs = x_ptr + token[None, :].to(tl.int64) * K + k[:, None]
+    total = tl.zeros([OUTPUTS, TOKENS], tl.float32)
+    for step in range(STEPS):
+        if K % (INPUTS * SPLITS):
+            inside = k + step * INPUTS < K
+            weight = tl.load(weight_ptrs, inside[None, :], other=0.0)
+            x = tl.load(x_ptrs, inside[:, None], other=0.0)
+        else:
+            weight = tl.load(weight_ptrs)
+            x = tl.load(x_ptrs)
+        if BLOCKS:  # INPUTS is 128: an iteration has one scale
+            block = split * STEPS + step
+            x_scale = tl.load(x_scale_ptr + token * (K // 128) + block, block < K // 128, other=0.0)
+            scale = tl.load(scale_ptr + row // 128 * (K // 128) + block, block < K // 128, other=0.0)
+            total += tl.dot(weight, x) * scale[:, None] * x_scale[None, :]
+        else:
+            total = tl.dot(weight, x, total)
+        weight_ptrs += INPUTS
+        x_ptrs += INPUTS
+    total = tl.trans(total)
+    if SPLITS == 1:
+        if not BLOCKS:
+            total *= tl.load(x_scale_ptr + token)[:, None] * tl.load(scale_ptr + row)[None, :]
+        if BIAS:
+            total += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + (split * tokens + t[:, None].to(tl.int64)) * N + n[None, :]
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), (t[:, None] < tokens) & (n[None, :] < N))
+
+
+@kernel("tokens")
+def _add_splits(
+    sums_ptr: tl.tensor,
+    x_scale_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    tokens: tl.tensor,
+    N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    total = tl.zeros([OUTPUTS], tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums_ptr + (split * tokens + token) * N + n, n < N, other=0.0)
+    if not BLOCKS:
+        total *= tl.load(x_scale_ptr + token) * tl.load(scale_ptr + n, n < N, other=0.0)
+    if BIAS:
+        total += tl.load(bias_ptr + n, n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * N + n, total.to(out_ptr.dtype.element_ty), n < N)
+
+
+def fp8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See `ops.fp8_linear`. K is a multiple of 16, or of 128 if scales are of blocks."""
+    tokens, outputs, blocks = len(x.values), weight.shape[0], scale.shape[1] > 1 or len(scale) < len(weight)
+    if tokens > FEW and not blocks and dtype == torch.bfloat16:
+        scales = x.scales, scale.t()
+        return torch._scaled_mm(x.values, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
+    if not tokens:
+        return torch.empty((0, outputs), dtype=dtype, device=weight.device)
+    return fp8_linear_in_tiles(x, weight, scale, bias, dtype, pick_tile(tokens, outputs, blocks))
+
+
+def fp8_linear_in_tiles(
+    x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype, tile: Tile
+) -> Tensor:
+    """`fp8_linear` by the kernel of this file, for at least one token."""
+    tokens, (outputs, inputs) = len(x.values), weight.shape
+    blocks = scale.shape[1] > 1 or len(scale) < outputs
+    out = torch.empty((tokens, outputs), dtype=dtype, device=weight.device)
+    sums = out
+    if tile.splits > 1:
+        sums = torch.empty((tile.splits, tokens, outputs), dtype=torch.float32, device=weight.device)
+    scales = x.scales, scale, scale if bias is None else bias
+    flags = blocks, bias is not None, tile.splits
+    _fp8_linear(
+        (triton.cdiv(outputs, tile.outputs), triton.cdiv(tokens, tile.tokens), tile.splits),
+        (x.values, scales[0], weight, *scales[1:], sums),
+        (tokens,),
+        (outputs, inputs, *flags, tile.outputs, tile.tokens, tile.inputs),
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+    if tile.splits > 1:
+        grid = (tokens, triton.cdiv(outputs, 1024), 1)
+        _add_splits(grid, (sums, *scales, out), (tokens,), (outputs, *flags, 1024), warps=4)
+    return out
+
+
+def pick_tile(tokens: int, outputs: int, blocks: bool) -> Tile:
+    """The tile for ``tokens`` rows and ``outputs`` channels."""
+    columns = min(max(16, triton.next_power_of_2(tokens)), 128)
+    if blocks:
+        return Tile(128 if tokens > 64 else 64, columns, BLOCK, 1, 4 if tokens <= 64 else 8, 4)
+    splits = 1 if outputs >= 8192 else 2 if outputs >= 6144 else 4
+    return Tile(64, columns, 256, splits, 4, 4)
