@@ -8,10 +8,12 @@ from .inspection import Inspection
 from .lease import Lease
 from .node import DEFAULT, Namespace
 from .pages import PageAllocator
+from .scores import SCORE, Scores
 from .tree import RadixTree
 
 __all__ = [
     "DEFAULT",
+    "SCORE",
     "Explanation",
     "Hold",
     "Inspection",
@@ -25,5 +27,6 @@ __all__ = [
     "PagesLeft",
     "RadixError",
     "RadixTree",
+    "Scores",
     "TreeObserver",
 ]

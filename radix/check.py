@@ -12,6 +12,7 @@ from .hold import Hold
 from .lease import Lease
 from .node import DEVICE, Node, Root, page_key
 from .pages import PageAllocator
+from .scores import ScoreTable
 from .structure import PrefixTree
 
 
@@ -107,6 +108,16 @@ def check_pages(allocator: PageAllocator, nodes: list[Node], leases: Iterable[Le
     _require(len(times) == allocator.total, "a page beyond the pool")
     _require(bool((times > 0).all()), f"pages lost: {np.flatnonzero(times == 0).tolist()}")
     _require(bool((times < 2).all()), f"pages in two places: {np.flatnonzero(times > 1).tolist()}")
+
+
+def check_scores(nodes: list[Node], scores: ScoreTable) -> None:
+    """Checks that scores are of cached tokens, and none of a prompt's first token, which nothing precedes."""
+    if not scores.allocated:
+        return
+    for node in nodes:
+        known = np.concatenate([scores.known(page) for page in node.pages.tolist()])
+        _require(not known[len(node.tokens) :].any(), f"node {node.serial} has scores of tokens that it does not hold")
+        _require(not (isinstance(node.parent, Root) and known[0]), f"node {node.serial} scores a prompt's first token")
 
 
 def _require(condition: bool, otherwise: str) -> None:

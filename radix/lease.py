@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .explain import Explanation
 from .node import Int32, Namespace, Node
+from .scores import Scores
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +29,7 @@ class Lease:
     node: Node  # internal: where the path ends
     source: Node | None  # internal: the node of the copied page, locked until the next publish or release
     grown: Node | None = None  # internal: the node that this lease added
+    scores_ahead: tuple[int, Scores] | None = None  # internal: (position, score) of a token whose page is not reserved
     released: bool = False
 
     @property

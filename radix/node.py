@@ -90,10 +90,10 @@ class Node:
         if not self.children:
             self.children = _CHILDLESS
 
-    def covers(self, key: bytes, but: Node | None = None) -> bool:
-        """Whether the first page of a child other than ``but`` begins with ``key``: one of the next two, as sorted."""
+    def covering(self, key: bytes, but: Node | None = None) -> Node | None:
+        """A child other than ``but`` whose first page begins with ``key``: one of the next two, as sorted."""
         _, after = self.nearest_first(key)
-        return any(child is not but and child.key.startswith(key) for child in islice(after, 2))
+        return next((child for child in islice(after, 2) if child is not but and child.key.startswith(key)), None)
 
     def nearest_first(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
         """The children before ``key`` and those at or after it; in each, ever fewer leading tokens are shared."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .check import check_locks, check_pages, check_structure
+from .check import check_locks, check_pages, check_scores, check_structure
 from .dump import dump_namespaces
 from .errors import InvariantError, LeaseError
 from .events import TreeObserver
@@ -22,6 +22,7 @@ from .matching import Walk, closest_page, follow
 from .node import DEFAULT, Int32, Namespace, Node, Root, join, page_key
 from .pages import PageAllocator
 from .prune import prune
+from .scores import Scores, ScoreTable, remembered
 from .structure import PrefixTree
 
 EVICTIONS_REMEMBERED = 65_536
@@ -56,6 +57,7 @@ class RadixTree:
         # Under these policies an extension of a node counts as a use of the whole node. Under the others new pages
         # must not inherit an old node's history, so a node is extended only by the lease that added it.
         self._by_recency = policy in ("lru", "priority")
+        self._scores = ScoreTable(num_pages, page_size)
         self._published_in = np.full(num_pages, -1, np.int64)  # the step in which a page entered the tree
         self._step = 0
         self._clock = 0
@@ -162,7 +164,14 @@ class RadixTree:
         if short > 0:
             self.allocator.give_back(self.structure.evict(short))
         pages = self.allocator.allocate(n)
+        self._scores.forget(pages)
+        if lease.copy is not None and lease.source is not None and n and not lease.owned:
+            self._scores.copy(lease.copy[0], int(pages[0]), lease.copy[1])
         lease.pages = np.concatenate((lease.pages, pages))
+        if lease.scores_ahead is not None and n:
+            start, scores = lease.scores_ahead
+            lease.scores_ahead = None
+            self.record_scores(lease, start, scores)
         if short > 0:
             self._deliver_events()
         return pages
@@ -215,6 +224,28 @@ class RadixTree:
             pages += len(node.pages)
         return pages
 
+    # ---- scores of prompt tokens: see `scores` ----
+
+    def scores(self, tokens: Int32, namespace: Namespace = DEFAULT, start: int = 1) -> Scores:
+        """The remembered scores of ``tokens[start:]``, up to the first that is not remembered."""
+        root = self.structure.roots.get(namespace) if self.enabled else None
+        return remembered(self._scores, root, np.asarray(tokens, np.int32), start)
+
+    def record_scores(self, lease: Lease, start: int, scores: Scores) -> None:
+        """Keeps the scores of the lease's tokens from position ``start`` on, as long as their pages are cached.
+
+        The logits of a page's last token score the first token of a page that may not be reserved yet: that score is
+        kept with the lease until then.
+        """
+        self._require_live(lease)
+        if not self.enabled:
+            return
+        room = max(0, len(lease.pages) * self.page_size - start)
+        if room:
+            self._scores.write(lease.pages, start, scores[:room])
+        if len(scores) > room:
+            lease.scores_ahead = start + room, scores[room:]
+
     # ---- branches and pins, between requests: hold, share, unhold ----
 
     def hold(self, tokens: Int32, namespace: Namespace = DEFAULT) -> Hold | None:
@@ -253,7 +284,11 @@ class RadixTree:
         del self.holds[hold]
         node, parent = hold.node, hold.node.parent
         self.structure.unlock(node)
-        if not node.locks and self.structure.is_partial(node) and parent and parent.covers(node.key, but=node):
+        if node.locks or parent is None or not self.structure.is_partial(node):
+            return
+        covering = parent.covering(node.key, but=node)
+        if covering is not None:
+            self._scores.merge(node.pages, covering.pages[:1])
             self.allocator.give_back(self.structure.remove(node, "covered"))
             self._deliver_events()
 
@@ -333,6 +368,7 @@ class RadixTree:
         nodes = check_structure(self.structure)
         check_locks(self.structure, nodes, self.leases, self.holds)
         check_pages(self.allocator, nodes, self.leases)
+        check_scores(nodes, self._scores)
 
     # ---- publishing ----
 
@@ -352,6 +388,7 @@ class RadixTree:
         replaced = None
         if known > first:
             canonical = join(walk.pages)
+            self._scores.merge(lease.pages[first:known], canonical)
             self.allocator.quarantine(lease.pages[first:known])
             lease.pages = np.concatenate((lease.pages[:first], canonical, lease.pages[known:]))
             replaced = first, canonical
@@ -364,7 +401,7 @@ class RadixTree:
     def _grow(self, lease: Lease, end: Node, tokens: Int32, pages: Int32) -> Node:
         """Adds pages after ``end``, which the lease has locked: to the node itself if it may grow, else as a child."""
         key = page_key(tokens[: self.page_size])
-        self.allocator.quarantine(self.structure.remove_covered(end, key))  # this step may copy from them
+        self._remove_covered(end, key, int(pages[0]))
         self._published_in[pages] = self._step
         if self._may_extend(lease, end, len(tokens)):
             self.structure.extend(end, tokens, pages)
@@ -384,14 +421,25 @@ class RadixTree:
     def _keep_partial_page(self, lease: Lease, tokens: Int32) -> int:
         """Adds a finished request's last, partial page to the tree, to be copied from. Returns 1 if it was added."""
         key = page_key(tokens)
-        if not key or lease.node.covers(key):
+        if not key:
             return 0
-        self.allocator.quarantine(self.structure.remove_covered(lease.node, key))
         at = lease.length // self.page_size
         page = lease.pages[at : at + 1]
+        self._scores.forget(page, len(tokens))
+        covering = lease.node.covering(key)
+        if covering is not None:
+            self._scores.merge(page, covering.pages[:1])
+            return 0
+        self._remove_covered(lease.node, key, int(page[0]))
         self._published_in[page] = self._step
         self.structure.insert(lease.node, key, tokens, page, now=self._tick(), priority=lease.priority, locked=False)
         return 1
+
+    def _remove_covered(self, parent: Node, key: bytes, page: int) -> None:
+        """Removes the partial pages whose tokens ``page`` begins with. The step being planned may copy from them."""
+        covered = self.structure.remove_covered(parent, key)
+        self._scores.merge(covered, np.full_like(covered, page))
+        self.allocator.quarantine(covered)
 
     # ---- helpers ----
 

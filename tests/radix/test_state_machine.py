@@ -26,7 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from branchwise.radix import Lease, RadixTree
+from branchwise.radix import SCORE, Lease, RadixTree
 
 NAMESPACES = [("ann", ""), ("ann", "salt"), ("bob", "")]
 X, Y, Z = 1, 256, 2  # the tokens: bytes in the wrong order would sort them otherwise
@@ -37,6 +37,12 @@ Prefix = tuple[tuple[str, str], tuple[int, ...]]  # (namespace, every token from
 
 def fingerprint(namespace: tuple[str, str], tokens: tuple[int, ...]) -> int:
     return hash((NAMESPACES.index(namespace), tokens))
+
+
+def scores_of(namespace: tuple[str, str], tokens: tuple[int, ...], start: int) -> np.ndarray:
+    """A score depends on all tokens up to its own."""
+    marks = [fingerprint(namespace, tokens[: position + 1]) for position in range(start, len(tokens))]
+    return np.array([(-(mark % 997), mark % 31, -(mark % 13)) for mark in marks], SCORE)
 
 
 @dataclass
@@ -376,6 +382,32 @@ class Machine(RuleBasedStateMachine):
             self.cache[prefix].last_access = now
         self.requests.remove(r)
 
+    @precondition(lambda self: self.requests)
+    @rule(data=st.data())
+    def score(self, data: st.DataObject) -> None:
+        """Scores of some of a request's tokens arrive: of those with KV, and of the one after them."""
+        r = data.draw(st.sampled_from(self.requests))
+        stop = min(r.computed + 1, len(r.tokens))
+        if stop > 1:
+            self.record(r, data.draw(st.integers(1, stop - 1)), stop)
+
+    def record(self, r: Request, start: int, stop: int) -> None:
+        self.tree.record_scores(r.lease, start, scores_of(r.namespace, r.tokens[:stop], start))
+
+    @precondition(lambda self: any(r.scheduled_in < self.step and r.to_copy is None for r in self.requests))
+    @rule(data=st.data())
+    def score_all_and_release(self, data: st.DataObject) -> None:
+        """Whatever page ends up with a token, it has the token's score."""
+        ready = [r for r in self.requests if r.scheduled_in < self.step and r.to_copy is None]
+        r = data.draw(st.sampled_from(ready))
+        computed = min(r.computed, len(r.lease.pages) * self.size)
+        if computed < 2:
+            return
+        self.record(r, 1, computed)
+        self.leave(r, keep=True)
+        found = self.tree.scores(np.array(r.tokens[:computed], np.int32), r.namespace)
+        assert len(found) == (computed - 1 if self.enabled else 0)
+
     @rule(lag=st.integers(0, 2))
     def launch(self, lag: int) -> None:
         """The step is launched and the next one planned, while up to ``lag`` are still running."""
@@ -422,6 +454,9 @@ class Machine(RuleBasedStateMachine):
         assert tree.allocator.quarantined == len(self.waiting)
         assert tree.evicted_total == self.evicted
         assert sum(tree.reasons.values()) == self.uids
+        for namespace, tokens in self.cache:
+            found = tree.scores(np.array(tokens, np.int32), namespace)
+            assert found.tolist() == scores_of(namespace, tokens, 1)[: len(found)].tolist()
 
     def teardown(self) -> None:
         """Releases all requests; then a flush must empty the tree."""

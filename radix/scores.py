@@ -1,0 +1,97 @@
+"""Scores of tokens, kept beside their pages: a token's logprob, and the likeliest token with its logprob."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .matching import closest_page, follow
+from .node import Int32, Root, join
+
+# 12 bytes a token. The logprob is NaN where no score is known.
+SCORE = np.dtype([("logprob", np.float32), ("best_id", np.int32), ("best", np.float32)])
+Scores = npt.NDArray[Any]  # [n] of `SCORE`
+
+
+class ScoreTable:
+    """The scores of every page, by page number and offset, so that they stay with their tokens through splits.
+
+    A score depends on all tokens up to its own, as keys and values do: it may be used wherever the page may. The table
+    is allocated by the first `write`; until then every method does nothing.
+
+    Positions are a sequence's; its ``pages`` are those from position 0 on.
+    """
+
+    def __init__(self, num_pages: int, page_size: int) -> None:
+        self._shape = num_pages, page_size
+        self._table: Scores | None = None  # [num_pages, page_size]
+
+    @property
+    def allocated(self) -> bool:
+        """Whether there has been a score."""
+        return self._table is not None
+
+    def write(self, pages: Int32, start: int, scores: Scores) -> None:
+        """Keeps the scores of the tokens from position ``start`` on."""
+        if self._table is None:
+            self._table = np.zeros(self._shape, SCORE)
+            self._table["logprob"] = np.nan
+        self._table.reshape(-1)[self._slots(pages, start, start + len(scores))] = scores
+
+    def read(self, pages: Int32, start: int, stop: int) -> Scores:
+        """A copy of the scores from position ``start`` up to the first unknown one, at most to ``stop``."""
+        if self._table is None or stop <= start:
+            return np.empty(0, SCORE)
+        found = self._table.reshape(-1)[self._slots(pages, start, stop)]
+        unknown = np.isnan(found["logprob"])
+        return found[: int(unknown.argmax())] if unknown.any() else found
+
+    def forget(self, pages: Int32, offset: int = 0) -> None:
+        """Drops the scores of pages that change owner, or those from ``offset`` on in each page."""
+        if self._table is not None and len(pages):
+            self._table["logprob"][pages, offset:] = np.nan
+
+    def copy(self, source: int, target: int, tokens: int) -> None:
+        """Copies the scores of a page's first ``tokens`` with the page."""
+        if self._table is not None:
+            self._table[target, :tokens] = self._table[source, :tokens]
+
+    def merge(self, sources: Int32, targets: Int32) -> None:
+        """Adds to each target what only its source knows. A target holds its source's tokens; it may hold more."""
+        if self._table is None:
+            return
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            unknown = np.isnan(self._table["logprob"][target])
+            self._table[target, unknown] = self._table[source, unknown]
+
+    def known(self, page: int) -> npt.NDArray[np.bool_]:
+        """[page_size] which of a page's tokens have a score, for `RadixTree.check`."""
+        if self._table is None:
+            return np.zeros(self.page_size, np.bool_)
+        return ~np.isnan(self._table["logprob"][page])
+
+    @property
+    def page_size(self) -> int:
+        return self._shape[1]
+
+    def _slots(self, pages: Int32, start: int, stop: int) -> npt.NDArray[np.int64]:
+        positions, page_size = np.arange(start, stop), self.page_size
+        return pages[positions // page_size].astype(np.int64) * page_size + positions % page_size
+
+
+def remembered(table: ScoreTable, root: Root | None, tokens: Int32, start: int) -> Scores:
+    """The scores of ``tokens[start:]`` below ``root``, up to the first that is not known. Changes nothing."""
+    if root is None or not table.allocated:
+        return np.empty(0, SCORE)
+    page_size = table.page_size
+    walk = follow(root, tokens, 0, len(tokens), page_size)
+    offset = max(0, start - walk.length)  # of the first score wanted in the page where the walk stopped
+
+    def scored(page: int) -> bool:
+        return offset < page_size and bool(table.known(page)[offset])
+
+    partial = closest_page(walk, tokens, len(tokens), page_size, scored)
+    pages = walk.pages if partial.node is None else [*walk.pages, np.array([partial.page], np.int32)]
+    return table.read(join(pages), start, walk.length + partial.tokens)
