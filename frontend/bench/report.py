@@ -11,6 +11,8 @@ from .client import Measured
 if TYPE_CHECKING:
     from rich.table import Table
 
+WARM = 0.001  # of the prompt tokens; below it two of our requests may have been sent in another order than counted
+
 
 def percentiles(values: list[float]) -> dict[str, float] | None:
     """p50, p90, p99 (nearest rank above) and mean, rounded to 0.1 ms; None if there are no values."""
@@ -43,6 +45,11 @@ def figures(measured: Measured, seconds: float) -> dict[str, Any]:
         "ttft": percentiles(measured.ttft),
         "itl": percentiles(measured.itl),
     }
+
+
+def warm(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The workloads whose prompts the server had cached before this run: more than a run of its own can reuse."""
+    return [name for name, found in results.items() if found["cached_share"] > found["ideal_cached_share"] + WARM]
 
 
 def share(part: int, whole: int) -> float:

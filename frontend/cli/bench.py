@@ -96,6 +96,10 @@ def bench(
             typer.echo(json.dumps(results, indent=1))
         else:
             out.print(report.table(results))
+        earlier = report.warm(results)
+        if earlier:
+            again = "their times are those of a warm cache; use another --seed, or restart the server"
+            err.print(f"cached before this run: {', '.join(earlier)}: {again}", style="yellow", soft_wrap=True)
         if bars.failed:
             raise SystemExit(EXIT_FAILED)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, chat, doctor, generate, peers, serve, tree
+from . import bench, chat, doctor, generate, peers, pull, serve, tree
 
 app = typer.Typer(
     name="branchwise",
     help="Serve language models to programs that branch: every shared prefix is computed once.",
     epilog="Start with **branchwise serve**, and in another terminal **branchwise chat http://127.0.0.1:8000**.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,6 +40,7 @@ app.command("chat")(chat.chat)
 app.command("tree")(tree.tree)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("pull")(pull.pull)
 
 
 def main() -> None:

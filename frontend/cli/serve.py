@@ -53,7 +53,7 @@ def _run(config: ServerConfig) -> None:
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
         logging.getLogger(client).setLevel(logging.WARNING)
-    _check_before_download(config.engine)
+    check_before_download(config.engine)
     # If the port is taken, the start fails at once and says so.
     err.file = DroppingStream(2)  # type: ignore[assignment]
     startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
@@ -62,7 +62,7 @@ def _run(config: ServerConfig) -> None:
     raise SystemExit(code)
 
 
-def _check_before_download(config: EngineConfig) -> None:
+def check_before_download(config: EngineConfig) -> None:
     """Fails before anything is printed if there is no such model, and before its weights are downloaded if it cannot
     be served here. Raises `LoadError`."""
     from ...runtime.errors import LoadError

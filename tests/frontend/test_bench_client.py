@@ -11,7 +11,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from branchwise.frontend.bench.client import CompletionsClient, Measured, ids_of, open_client
-from branchwise.frontend.bench.report import percentiles, table
+from branchwise.frontend.bench.report import percentiles, table, warm
 from branchwise.frontend.bench.runner import BenchConfig, run
 from branchwise.frontend.errors import BackendError
 
@@ -165,3 +165,12 @@ async def test_the_table_shows_every_workload(serve: Serve) -> None:
     prompt = results["fewshot"]["prompt_tokens"]
     assert prompt == 5 * (2048 + 64)
     assert results["fewshot"]["ideal_cached_share"] == pytest.approx(4 * 2048 / prompt, abs=1e-4)
+
+
+def test_workloads_that_an_earlier_run_had_cached_are_named() -> None:
+    rows = {
+        "cold": {"cached_share": 0.8703, "ideal_cached_share": 0.8700},
+        "warm": {"cached_share": 0.9995, "ideal_cached_share": 0.8700},
+        "evicted": {"cached_share": 0.1, "ideal_cached_share": 0.8700},
+    }
+    assert warm(rows) == ["warm"]

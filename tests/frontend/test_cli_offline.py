@@ -26,7 +26,7 @@ from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.models.folder import SHIPPED
 
-COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor"]
+COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "pull"]
 FLAGS = [
     "--host",
     "--port",
@@ -357,6 +357,19 @@ def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloa
     done = branchwise("serve", "--model", "some/model", "--port", "0", "--device", "cpu", env=hub)
     assert_one_line_error(done, 2)
     assert done.stdout == "" and not any(path.endswith(".safetensors") for path in Hub.requested)
+
+
+def test_pull_downloads_a_model_and_prints_its_folder(hub: dict[str, str]) -> None:
+    done = branchwise("pull", "some/model", env=hub)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1])
+    assert (folder / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
+
+
+def test_pull_refuses_what_cannot_be_served_before_its_weights_are_downloaded(hub: dict[str, str]) -> None:
+    Hub.config = json.dumps(json.loads(Hub.config) | {"architectures": ["MambaForCausalLM"]}).encode()
+    assert_one_line_error(branchwise("pull", "some/model", env=hub), 2, "MambaForCausalLM")
+    assert not any(path.endswith(".safetensors") for path in Hub.requested)
 
 
 def test_in_process_the_hub_out_of_reach_is_no_page_of_tracebacks(unused_port: int, tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""The files of docs/deploy: what they run, probe and scrape exists."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from branchwise.frontend.cli.main import app
+from branchwise.runtime.server.http.plumbing.auth import OPEN_PATHS
+from branchwise.runtime.server.http.plumbing.metrics import Metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+DEPLOY = ROOT / "docs/deploy"
+DOCKERFILES = ["Dockerfile", "Dockerfile.gpu"]
+
+
+def check_serve(arguments: list[str]) -> dict[str, Any]:
+    """What ``branchwise serve`` reads from them. Raises `click.UsageError` for a flag or value it does not take."""
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    return dict(command.make_context("serve", list(arguments)).params)
+
+
+def instructions(name: str) -> list[tuple[str, str]]:
+    text = re.sub(r"^#.*\n", "", (DEPLOY / name).read_text(), flags=re.M).replace("\\\n", " ")
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line.strip()]
+
+
+def manifests() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_dockerfiles(name: str) -> None:
+    found = instructions(name)
+    assert {"FROM", "COPY", "RUN", "USER", "ENTRYPOINT", "HEALTHCHECK"} <= {word for word, _ in found}
+    entry = json.loads(next(rest for word, rest in found if word == "ENTRYPOINT"))
+    assert entry[:2] == ["branchwise", "serve"]
+    assert check_serve(entry[2:])["host"] == "0.0.0.0"
+    probe = json.loads(next(rest for word, rest in found if word == "HEALTHCHECK").partition(" CMD ")[2])
+    compile(probe[2], name, "exec")
+    assert [path for path in OPEN_PATHS if path in probe[2]]
+    for line in (rest for word, rest in found if word == "RUN"):
+        for path in re.findall(r"(?<=-c )\S+\.txt", line):
+            assert (ROOT / path).is_file()
+    assert next(rest for word, rest in reversed(found) if word == "USER") == "branchwise"
+    assert re.fullmatch(
+        r"[A-Za-z0-9./-]+:[a-z0-9.-]+( AS build)?", next(rest for word, rest in found if word == "FROM")
+    )
+
+
+def test_dockerignore_keeps_what_the_build_needs() -> None:
+    for name in DOCKERFILES:
+        ignored = (DEPLOY / f"{name}.dockerignore").read_text().split()
+        needed = {"pyproject.toml", "README.md", "LICENSE", ".ci", "radix", "kernels", "runtime", "frontend"}
+        assert not needed & set(ignored)
+
+
+def test_compose() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    build = services["branchwise"]["build"]
+    assert (DEPLOY / build["context"] / build["dockerfile"]).is_file()
+    assert check_serve(services["branchwise"]["command"])["drain_delay"] == 5
+    for volume in services["grafana"]["volumes"]:
+        assert (DEPLOY / volume.split(":")[0]).is_file()
+    (scrape,) = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())["scrape_configs"]
+    assert scrape["static_configs"][0]["targets"] == ["branchwise:8000"]
+    assert scrape["metrics_path"] == "/metrics"
+
+
+def test_dashboard_shows_metrics_that_exist() -> None:
+    families = text_string_to_metric_families(Metrics().render().decode())
+    known = {sample.name for family in families for sample in family.samples}
+    panels = json.loads((DEPLOY / "grafana/branchwise.json").read_text())["panels"]
+    shown = {name for panel in panels for t in panel["targets"] for name in re.findall(r"branchwise_\w+", t["expr"])}
+    assert len(shown) > 15
+    assert shown <= known
+    (source,) = yaml.safe_load((DEPLOY / "grafana/provisioning.yaml").read_text())["datasources"]
+    assert {panel["datasource"]["uid"] for panel in panels} == {source["uid"]}
+
+
+def test_kubernetes() -> None:
+    service, claim, deployment = manifests()
+    pod = deployment["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    read = check_serve(container["args"])
+    assert read["drain_delay"] + read["drain_seconds"] < pod["terminationGracePeriodSeconds"]
+    assert service["spec"]["selector"] == deployment["spec"]["template"]["metadata"]["labels"]
+    port = container["ports"][0]
+    assert port["name"] == service["spec"]["ports"][0]["targetPort"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        get = container[probe]["httpGet"]
+        assert get["path"] in OPEN_PATHS
+        assert get["port"] == port["name"]
+    liveness = container["livenessProbe"]
+    assert liveness["periodSeconds"] * liveness["failureThreshold"] > read["drain_delay"] + read["drain_seconds"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
+    assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_systemd_unit(tmp_path: Path) -> None:
+    text = (DEPLOY / "branchwise.service").read_text()
+    command = shlex.split(re.search(r"^ExecStart=(.*)$", text, re.M)[1])  # type: ignore[index]
+    assert command[1] == "serve"
+    assert check_serve(command[2:])["api_key_file"] == "%d/api-key"
+    analyze = shutil.which("systemd-analyze")
+    if analyze is None:
+        pytest.skip("no systemd-analyze here")
+    unit = tmp_path / "branchwise.service"
+    unit.write_text(text.replace(command[0], sys.executable))  # it looks whether the program exists
+    done = subprocess.run([analyze, "verify", str(unit)], capture_output=True, text=True)
+    assert "branchwise.service" not in done.stderr, done.stderr
