@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from . import python_values
-from .json_values import CONTENTS, WORD, container, escape, joined, string
+from .json_values import CONTENTS, escape, joined, string
 from .output import CallWriter
-from .reader import SPACE, Malformed, Reader, Wait
+from .reader import Malformed, Reader, Wait
+from .values import value
+
+_PYTHON_DICTS = ("{'", "{ '", "{\n'")
 
 
 def arguments(reader: Reader, call: CallWriter, quote: str = "") -> Wait[None]:
     """Reads the value of a call's arguments.
 
-    Objects and lists pass as they are written; an object in Python's quotes, or with bare keys and strings in
-    ``quote``, becomes JSON. A string that begins like an object or a list holds arguments encoded twice: its content
-    passes. Any other string passes as a JSON string. ``null`` and an empty string are ``{}``.
+    A string that begins like an object or a list holds arguments encoded twice: its content passes. Any other string
+    passes as a JSON string. ``null`` and an empty string are ``{}``. Other values pass as `value` reads them.
     """
     first = yield from reader.peek()
     if not first:
         raise Malformed
-    if first in "{[":
-        yield from _container(reader, call, quote)
-    elif first in CONTENTS:
-        call.begin_arguments()
+    call.begin_arguments()
+    if first in CONTENTS:
         content = _StringContent(call)
         try:
             yield from string(reader, content)
@@ -29,29 +28,14 @@ def arguments(reader: Reader, call: CallWriter, quote: str = "") -> Wait[None]:
             content.close(complete=False)
             raise
         content.close(complete=True)
+    elif first in "{[":
+        strict = call.bare and not (yield from reader.ahead(_PYTHON_DICTS))
+        yield from value(reader, call.sink(), quote=quote, json=True, strict=strict)
     else:
-        word = yield from reader.run(WORD)
-        if not word:
-            raise Malformed
-        call.begin_arguments()
-        if reader.ended and reader.at == len(reader.text):  # cut off
-            call.arguments(word)
-            raise Malformed
-        value = python_values.scalar(word)
-        call.arguments("{}" if value == "null" else value)
+        word: list[str] = []
+        yield from value(reader, word.append, strict=call.bare)
+        call.arguments("{}" if word == ["null"] else "".join(word))
     call.arguments_done = True
-
-
-def _container(reader: Reader, call: CallWriter, quote: str = "") -> Wait[None]:
-    opened = reader.take(reader.at + 1)
-    blank = yield from reader.run(SPACE)
-    following = yield from reader.peek()
-    call.begin_arguments()
-    if opened == "{" and (following == "'" or quote):
-        yield from python_values.value(reader, call.sink(), opened + blank, quote=quote)
-    else:
-        call.arguments(opened + blank)
-        yield from container(reader, call.sink(), opened)
 
 
 class _StringContent:
@@ -65,7 +49,7 @@ class _StringContent:
         self._is_string = False
         self._nested = Reader()
         self._reading: Wait[None] | None = None  # of the container in the string
-        self._malformed = False
+        self._malformed: Malformed | None = None
 
     def __call__(self, text: str) -> None:
         text, self._high = self._high + text, ""
@@ -85,7 +69,7 @@ class _StringContent:
             self._nested.ended = True
             self._advance()
             if self._malformed or self._nested.text[self._nested.at :].strip():
-                raise Malformed
+                raise self._malformed or Malformed
 
     def _add(self, text: str) -> None:
         if not self._is_string and self._reading is None:
@@ -96,7 +80,7 @@ class _StringContent:
                 return
             if first in "{[":
                 text = text.lstrip(" \t\r\n")
-                self._reading = _container(self._nested, self._call)
+                self._reading = value(self._nested, self._show, json=True, strict=self._call.bare)
             else:
                 self._is_string = True
                 self._show('"')
@@ -111,5 +95,5 @@ class _StringContent:
         try:
             if not self._malformed:
                 next(self._reading, None)
-        except Malformed:
-            self._malformed = True
+        except Malformed as error:
+            self._malformed = error

@@ -8,9 +8,11 @@ from json.encoder import encode_basestring
 
 from .reader import Malformed, Reader, Show, Wait
 
-_PLAIN = re.compile(r"[ \t\r\n0-9A-Za-z+\-.:,]+")  # outside strings, between brackets
 _IN_STRING = re.compile(r'[^"\\\x00-\x1f]+')
 _BETWEEN_BRACKETS = re.compile(r'[^"{}\[\]<\\]+')
+# After a quote: what must follow the end of a string, or text and (the group) another quote.
+_QUOTE_INSIDE = re.compile(r"""[ \t]*(?:[,:}\])<;\r\n]|(?<=[ \t])["'/#]|[^"\n]*(?:(")|\n))""")
+_LOOKAHEAD = 128  # characters from a quote on, in which the other must come
 _CLOSING = {"{": "}", "[": "]"}
 _JSON_ESCAPES = frozenset('"\\/bfnrt')
 WORD = re.compile(r"[0-9A-Za-z+\-._]+")
@@ -42,59 +44,39 @@ def _refuse(constant: str) -> None:
     raise ValueError(constant)
 
 
-def container(reader: Reader, show: Show, opened: str = "") -> Wait[None]:
-    """Reads an object or a list to its closing bracket. ``opened``: the opening brackets already read.
+def json_string(reader: Reader, show: Show, *, strict: bool = False) -> Wait[None]:
+    """Reads a JSON string, quotes included; ``show`` gets it as written, in pieces, but for what JSON does not allow.
 
-    ``show`` gets the text as the model wrote it, except that in strings a raw control character becomes an escape and
-    an escape that JSON lacks becomes what it must mean. Only brackets and strings are checked: other invalid JSON
-    between them passes. Raises `Malformed` with the open brackets at one that does not match, or at a character that
-    JSON has only in strings.
+    A raw control character becomes an escape, an escape that JSON lacks what it must mean, and unless ``strict`` a
+    quote that does not end the string an escaped quote.
     """
-    brackets = list(opened)
-    in_string = wrong = False
+    show(reader.take(reader.at + 1))
     while True:
-        text, at = reader.text, reader.at
-        end, start = len(text), at
-        mended = ""  # of the text from `reader.at` to `start`
-        while at < end:
-            match = (_IN_STRING if in_string else _PLAIN).match(text, at)
-            if match:
-                at = match.end()
-                continue
-            character = text[at]
-            if in_string and character == "\\":
-                escape_end = _escape_end(text, at, reader.ended)
-                if not escape_end:
-                    break
-                written = text[at:escape_end]
-                valid = _mended_escape(written)
-                if valid != written:
-                    mended += text[start:at] + valid
-                    start = escape_end
-                at = escape_end
-                continue
-            if in_string and character != '"':
-                mended += text[start:at] + escape(character)
-                start = at + 1
-            elif character == '"':
-                in_string = not in_string
-            elif character in "{[":
-                brackets.append(character)
-            elif brackets and character == _CLOSING[brackets[-1]]:
-                brackets.pop()
-                if not brackets:
-                    reader.take(at + 1)
-                    show(mended + text[start : at + 1])
-                    return
-            else:
-                wrong = True
-                break
-            at += 1
-        if at > reader.at:
-            reader.take(at)
-            show(mended + text[start:at])
-        if wrong or reader.ended:
-            raise Malformed("".join(brackets))
+        found = yield from reader.stream(_IN_STRING, show)
+        if not found:
+            raise Malformed
+        if found == "\\":
+            while not (end := _escape_end(reader.text, reader.at, reader.ended)):
+                yield
+            show(_mended_escape(reader.take(end)))
+        elif found != '"':
+            show(escape(reader.take(reader.at + 1)))
+        elif not strict and (yield from _goes_on(reader)):
+            reader.take(reader.at + 1)
+            show('\\"')
+        else:
+            show(reader.take(reader.at + 1))
+            return
+
+
+def _goes_on(reader: Reader) -> Wait[bool]:
+    """Whether the quote that comes next is part of its string: text follows it, and another quote on the same line."""
+    while True:
+        match = _QUOTE_INSIDE.match(reader.text, reader.at + 1, reader.at + _LOOKAHEAD)
+        if match:
+            return match[1] is not None
+        if reader.ended or len(reader.text) - reader.at >= _LOOKAHEAD:
+            return False
         yield
 
 
@@ -118,16 +100,16 @@ def _mended_escape(written: str) -> str:
     return escape(kind) if kind < " " else "\\" + written
 
 
-def rest(reader: Reader, show: Show, opened: str) -> Wait[None]:
-    """Reads what remains of malformed JSON, to the bracket that closes the first of ``opened``.
+def rest(reader: Reader, show: Show, opened: str, *, markers: bool = True) -> Wait[None]:
+    """Reads what remains of JSON or malformed JSON, to the bracket that closes the first of ``opened``.
 
-    Raises `Malformed` at the end of the text, or at what may be a marker.
+    Raises `Malformed` at the end of the text, or if there are ``markers`` at what may be one.
     """
     brackets = list(opened)
     in_string = False
     while brackets:
         found = yield from reader.stream(CONTENTS['"'] if in_string else _BETWEEN_BRACKETS, show)
-        if not found or found == "<":
+        if not found or (found == "<" and markers):
             raise Malformed
         show(reader.take(reader.at + 1))
         if found == "\\" and (yield from reader.peek()):
@@ -141,11 +123,12 @@ def rest(reader: Reader, show: Show, opened: str) -> Wait[None]:
                 pass  # an inner bracket that was never closed
 
 
-def string(reader: Reader, show: Show, *, triple: bool = False) -> Wait[None]:
+def string(reader: Reader, show: Show, *, triple: bool = False, lenient: bool = False) -> Wait[None]:
     """Reads a string in double or single quotes; ``show`` gets what it says, decoded, in pieces.
 
-    JSON's escapes and Python's; an unknown one stands for itself. ``triple``: Python's tripled quotes too. Halves of a
-    surrogate pair come out as they were written, as two characters.
+    JSON's escapes and Python's; an unknown one stands for itself. ``triple``: Python's tripled quotes too. ``lenient``:
+    a quote with a letter after it does not end the string. Halves of a surrogate pair come out as they were written,
+    as two characters.
     """
     quote = yield from reader.peek()
     if quote not in CONTENTS:
@@ -171,8 +154,12 @@ def string(reader: Reader, show: Show, *, triple: bool = False) -> Wait[None]:
                 reader.take(reader.at + 2)
                 show(simple)
         elif closer == quote:
-            reader.take(reader.at + 1)
-            return
+            while lenient and not reader.text[reader.at + 1 : reader.at + 2] and not reader.ended:
+                yield
+            if not (lenient and reader.text[reader.at + 1 : reader.at + 2].isalpha()):
+                reader.take(reader.at + 1)
+                return
+            show(reader.take(reader.at + 1))
         elif (yield from reader.literal((closer,))):
             return
         else:  # one or two of three
@@ -214,18 +201,3 @@ def joined(text: str) -> str:
     if not _SURROGATE.search(text):
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def skip(reader: Reader) -> Wait[None]:
-    """Reads any value and drops it."""
-    first = yield from reader.peek()
-    if first in ("{", "["):
-        yield from container(reader, _drop)
-    elif first in CONTENTS:
-        yield from string(reader, _drop)
-    elif not (yield from reader.run(WORD)):
-        raise Malformed
-
-
-def _drop(_: str) -> None:
-    pass

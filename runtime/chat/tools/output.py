@@ -199,13 +199,20 @@ class CallWriter:
             self.arguments("{}")
         self._finish(True)
 
-    def fail(self) -> bool:
-        """The text departed from the format, or ended. Returns whether that cut short a call that had started."""
+    def fail(self, missing: str = "") -> bool:
+        """The text departed from the format, or ended. Returns whether that cut short a call that had started.
+
+        Unless the text has ended, ``missing`` completes the arguments, so that clients can parse them.
+        """
         if self.malformed or self.over or not self.started:
             self._out.text()
             self.is_text = self.is_text or not self.started
         else:
             self.malformed = True
+            reader = self._out.reader
+            if not self.arguments_done and not (reader.ended and reader.at == len(reader.text)):
+                self.begin_arguments()
+                self.arguments(missing or "{}")
             self._finish(self.arguments_done)
         return self.malformed
 

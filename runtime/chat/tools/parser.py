@@ -175,11 +175,11 @@ class StreamParser:
         self._call = None
         try:
             yield from self._payload(begin)
-        except Malformed:
+        except Malformed as error:
             if self._call is None:
                 out.text()
                 return False
-            if not self._call.fail():
+            if not self._call.fail(error.missing):
                 return False
         else:
             if not self._is_text():

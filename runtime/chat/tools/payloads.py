@@ -12,12 +12,13 @@ import re
 from functools import cache
 from typing import Protocol
 
-from . import json_values, python_values, schema_values
+from . import json_values, schema_values
 from .arguments import arguments
 from .formats import Tags, ToolFormat
 from .json_values import escape
 from .output import CallWriter
 from .reader import Malformed, Markers, Reader, Wait
+from .values import value
 
 NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _KEYWORD = re.compile(r"[A-Za-z0-9_]+")
@@ -63,7 +64,7 @@ def _json_list(reader: Reader, calls: Calls, format: ToolFormat, bare: bool) -> 
         following = yield from reader.space()
         if bare and following != "{":  # some other list: calls are not looked for in it
             calls.open().fail()
-            yield from json_values.container(reader, calls.text, "[")
+            yield from json_values.rest(reader, calls.text, "[", markers=False)
             return
         yield from _envelope(reader, calls, format)
         if (yield from reader.space()) == "]":
@@ -83,10 +84,9 @@ def _envelope(reader: Reader, calls: Calls, format: ToolFormat) -> Wait[None]:
         opened = ""
         call.end()
     except Malformed as error:
-        call.fail()
+        call.fail(error.missing)
         if opened:  # an ordinary answer without a marker is JSON
-            to_end = json_values.container if call.bare else json_values.rest
-            yield from to_end(reader, calls.text, opened + error.opened)
+            yield from json_values.rest(reader, calls.text, opened + error.opened, markers=not call.bare)
 
 
 def _fields(reader: Reader, call: CallWriter, format: ToolFormat) -> Wait[None]:
@@ -105,7 +105,7 @@ def _fields(reader: Reader, call: CallWriter, format: ToolFormat) -> Wait[None]:
             decided = call.name and call.arguments_begun
             if call.bare and not decided and key not in _BESIDE_ARGUMENTS:
                 raise Malformed
-            yield from json_values.skip(reader)
+            yield from value(reader, lambda _: None, json=True, strict=call.bare)
         following = yield from reader.space()
         if following != "}":
             yield from reader.expect(",")
@@ -164,13 +164,23 @@ def pythonic_calls(reader: Reader, calls: Calls, bare: bool) -> Wait[None]:
 def _function(reader: Reader, calls: Calls) -> Wait[None]:
     call = calls.open()
     name = yield from reader.run(NAME)
-    yield from reader.space()
+    if (yield from reader.space()) == "=":  # the call's result is assigned
+        reader.take(reader.at + 1)
+        yield from reader.space()
+        name = yield from reader.run(NAME)
+        yield from reader.space()
     yield from reader.expect("(")
+    if name == "print" and call.tool is None:  # Gemma 3's examples print what a call returns
+        yield from reader.space()
+        yield from _function(reader, calls)
+        yield from reader.space()
+        yield from reader.expect(")")
+        return
     try:
-        yield from _keywords(reader, call, name.removesuffix(".call"))
+        yield from _keywords(reader, call, name.removeprefix("default_api.").removesuffix(".call"))
         call.end()
-    except Malformed:
-        call.fail()
+    except Malformed as error:
+        call.fail(error.missing)
         depth = 1
         while depth:  # the rest of the call is text
             found = yield from reader.until(_PARENTHESES, calls.text)
@@ -187,24 +197,27 @@ _PARENTHESES = Markers(("(", ")"))
 def _keywords(reader: Reader, call: CallWriter, name: str) -> Wait[None]:
     following = yield from reader.space()
     lead = "{"
-    while following != ")":
-        key = yield from reader.run(_KEYWORD)
-        yield from reader.space()
-        yield from reader.expect("=")
-        if not key:
-            raise Malformed
-        if lead == "{":
-            call.begin_arguments()
-            call.named(name)
-        yield from reader.space()
-        yield from python_values.value(reader, call.sink(), lead=f"{lead}{json.dumps(key)}: ")
-        lead = ", "
-        following = yield from reader.space()
-        if following == ",":
-            reader.take(reader.at + 1)
+    try:
+        while following != ")":
+            key = yield from reader.run(_KEYWORD)
+            yield from reader.space()
+            yield from reader.expect("=")
+            if not key:
+                raise Malformed
+            if lead == "{":
+                call.begin_arguments()
+                call.named(name)
+            yield from reader.space()
+            yield from value(reader, call.sink(), lead=f"{lead}{json.dumps(key)}: ")
+            lead = ", "
             following = yield from reader.space()
-        elif following != ")":
-            raise Malformed
+            if following == ",":
+                reader.take(reader.at + 1)
+                following = yield from reader.space()
+            elif following != ")":
+                raise Malformed
+    except Malformed as error:
+        raise Malformed(missing=error.missing + "}" if error.missing or lead != "{" else "{}") from error
     reader.take(reader.at + 1)
     if lead == "{":
         call.begin_arguments()
@@ -252,7 +265,7 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
         for part in tags.key_end.split():
             yield from reader.space()
             if not (yield from reader.literal((part,))):
-                raise Malformed
+                raise Malformed(missing="{}" if lead == "{" else "}")
         call.begin_arguments()
         call.arguments(f'{lead}"{escape(key)}": ')
         lead = ", "
@@ -261,7 +274,7 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
         yield from reader.space()
     end = yield from reader.ahead(format.end)
     if not end and not (tags.function_end and (yield from reader.literal((tags.function_end,)))):
-        raise Malformed
+        raise Malformed(missing="{}" if lead == "{" else "}")
     call.begin_arguments()
     call.arguments_done = True
     call.arguments("{}" if lead == "{" else "}")

@@ -22,12 +22,13 @@ _SPACES = frozenset(["", " ", "\t", "\r", "\n"])
 class Malformed(Exception):
     """The text departs from the format at the reader's position, or ends too early.
 
-    ``opened``: the brackets that are open there, as far as the raising reader knows.
+    ``opened``: the brackets that are open there, as far as the raising reader knows. ``missing``: what makes a whole
+    JSON text of the value that was shown in part.
     """
 
-    def __init__(self, opened: str = "") -> None:
-        super().__init__(opened)
-        self.opened = opened
+    def __init__(self, opened: str = "", missing: str = "") -> None:
+        super().__init__(opened, missing)
+        self.opened, self.missing = opened, missing
 
 
 class Markers:

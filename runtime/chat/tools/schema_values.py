@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from . import python_values
 from .definitions import Tool
 from .json_values import escape, is_json
-from .python_values import JSON_NUMBER
 from .reader import Malformed, Reader
+from .values import JSON_NUMBER, value
 
 STRING = frozenset({"string"})
 # Names that are not JSON schema's, which tools written for other languages use.
@@ -112,7 +111,7 @@ def _from_python(text: str) -> str | None:
     reader.ended = True
     pieces: list[str] = []
     try:
-        for _ in python_values.value(reader, pieces.append):
+        for _ in value(reader, pieces.append, json=True):
             pass
     except Malformed:
         return None

@@ -91,9 +91,9 @@ def test_random_cuts(corpus, data: st.DataObject) -> None:
     assert assemble(case.stream(pieces)) == assemble(case.stream([case.text]))
 
 
-def test_complete_calls_hold_json(case) -> None:
+def test_calls_hold_json_unless_they_are_cut_off(case) -> None:
     for call in assemble(case.stream([case.text])).calls:
-        if call.complete and "wrong JSON" not in case.name:
+        if call.complete or not case.text.endswith(call.source):
             json.loads(call.arguments, parse_constant=lambda constant: 1 / 0)
 
 
@@ -101,7 +101,7 @@ def test_arguments_in_json_are_the_models_own(case) -> None:
     """Where the format is JSON, what a call's source holds besides its name and arguments is the envelope."""
     if case.tools not in ("hermes", "llama3_json", "mistral") or "'" in case.text:
         return
-    if case.name in ("other fields", "escapes in the name"):
+    if case.name in ("other fields", "escapes in the name", "a bracket that does not fit") or "repaired" in case.name:
         return
     for call in assemble(case.stream([case.text])).calls:
         if call.complete and call.arguments in call.source:

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from branchwise.runtime.chat.tools import TOOL_FORMATS, Tool, assemble, parse
 
@@ -86,6 +88,11 @@ OUTPUTS = {
         [CALL],
     ),
     "Gemma 3: other code": ("gemma3", "```python\nf(a=1)\n```", "```python\nf(a=1)\n```", []),
+    "Gemma 3: printed": ("gemma3", "```tool_code\nprint(f(a=1))\n```", "", [CALL]),
+    "Gemma 3: printed, lines": ("gemma3", "```tool_code\nprint( f(a=1) )\nprint(f(a=1))\n```", "", [CALL, CALL]),
+    "Gemma 3: Gemini's module": ("gemma3", "```tool_code\nprint(default_api.f(a=1))\n```", "", [CALL]),
+    "Gemma 3: assigned": ("gemma3", "```tool_code\nx = f(a=1)\nf(a=1)\n```", "", [CALL, CALL]),
+    "Gemma 3: text printed": ("gemma3", '```tool_code\nprint("f")\n```', '```tool_code\nprint("f")\n```', []),
     "Gemma 3: lines of calls": ("gemma3", "```tool_code\nf(a=1)\nf(a=1)\n```", "", [CALL, CALL]),
     "GLM: no newlines": ("glm45", GLM.replace("\n", ""), "", [CALL]),
     "GLM: no arguments": ("glm45", "<tool_call>f\n</tool_call>", "", [("f", "{}", True)]),
@@ -187,8 +194,8 @@ OUTPUTS = {
     "arguments that are a bare word": (
         "hermes",
         '<tool_call>{"name": "f", "arguments": Oslo}</tool_call>',
-        "}",
-        [("f", "", False)],
+        "",
+        [("f", '"Oslo"', True)],
     ),
     "a bad sibling before": ("mistral", f'[TOOL_CALLS] [{{"nam": "f"}}, {A1}]', '[TOOL_CALLS] [{"nam": "f"}', [CALL]),
     "a bad sibling between": (
@@ -200,14 +207,14 @@ OUTPUTS = {
     "a started sibling that goes wrong": (
         "hermes",
         f'<tool_call>[{{"name": "f", "arguments": {{"a": x!}}}}, {A1}]</tool_call>',
-        "!}}",
-        [("f", '{"a": x', False), CALL],
+        "",
+        [("f", '{"a": "x!"}', True), CALL],
     ),
     "a started sibling whose brackets do not match": (
         "mistral",
         f'[TOOL_CALLS] [{{"name": "f", "arguments": {{"a": [1}}}}, {A1}]',
-        "}}",
-        [("f", '{"a": [1', False), CALL],
+        "",
+        [("f", '{"a": [1]}', True), CALL],
     ),
     "a bad sibling in one marker": (
         "hermes",
@@ -225,15 +232,15 @@ OUTPUTS = {
     "a Python sibling that goes wrong": (
         "pythonic",
         "[f(a=g(1)), f(a=1)]",
-        "(1))",
-        [("f", "", False), CALL],
+        "",
+        [("f", '{"a": "g(1)"}', True), CALL],
     ),
     "an unknown Python sibling": ("pythonic", "[g(a=1), f(a=1)]", "[g(a=1)", [CALL]),
     "a bad tagged sibling": (
         "qwen3_coder",
         "<tool_call>\n<function=f>hm</function>\n<function=f>\n<parameter=a>1</parameter></function></tool_call>",
         "hm</function>\n",
-        [("f", "", False), CALL],
+        [("f", "{}", False), CALL],
     ),
     "an extra brace": ("hermes", f"<tool_call>\n{A1}}}\n</tool_call>", "", [CALL]),
     "two extra braces and another call": (
@@ -325,6 +332,100 @@ def test_an_end_of_reasoning_alone_before_a_call(make_case) -> None:
 def test_ids_that_the_model_writes() -> None:
     (call,) = parse(KIMI, "kimi_k2").calls
     assert (call.id, call.name) == ("functions.f:0", "f")
+
+
+# Arguments that are not JSON, and the value that is made of them.
+REPAIRED = {
+    '{"b": True, "a": None}': {"b": True, "a": None},
+    '{"a": x}': {"a": "x"},
+    '{"a": New York, "b": 12:30, c: 1}': {"a": "New York", "b": "12:30", "c": 1},
+    '{"a": [1, 2,], "b": {"c": 1,},}': {"a": [1, 2], "b": {"c": 1}},
+    '{"a": NaN, "b": -Infinity, "c": undefined}': {"a": None, "b": None, "c": None},
+    '{"a": 0x10, "b": +1, "c": .5, "d": 1., "e": 1_000, "f": -0b11}': {
+        "a": 16,
+        "b": 1,
+        "c": 0.5,
+        "d": 1.0,
+        "e": 1000,
+        "f": -3,
+    },
+    '{"a": 017, "b": 10%, "c": -}': {"a": "017", "b": "10%", "c": "-"},
+    '{"a": /* c */ 1, // d, "e"\n"b": 2 # f }\n}': {"a": 1, "b": 2},
+    '/* "x" */ {"a": 1}': {"a": 1},
+    """{"a": 'x', 'b': 'it's'}""": {"a": "x", "b": "it's"},
+    '{"a": "say "hi" now", "b": "x"}': {"a": 'say "hi" now', "b": "x"},
+    '{"a": "x" "b": 1\n"c": [1 2, "d" "e"]}': {"a": "x", "b": 1, "c": ["1 2", "d", "e"]},
+    '{"a" 1, "b": , "c"}': {"a": 1, "b": None, "c": None},
+    '{,"a": 1,, "b":: 2]}': {"a": 1, "b": 2},
+    '{"a": {"b": [1, (2, 3}': {"a": {"b": [1, [2, 3]]}},
+    "{a: {b: [c, d]}}": {"a": {"b": ["c", "d"]}},
+    '{"a": f(1, "x"), "b": a[0]}': {"a": 'f(1, "x")', "b": "a[0]"},
+    '{"a": "C:\\new\\q", "b": "a\tb"}': {"a": "C:\new\\q", "b": "a\tb"},
+    '{"a": "\ud83d"}': {"a": "\ud83d"},
+    "Oslo": "Oslo",
+    "0x10": 16,
+    "[True, (None,), {}]": [True, [None], {}],
+}
+
+
+def whole(text: str) -> object:
+    return json.loads(text, parse_constant=lambda constant: pytest.fail(constant))
+
+
+@pytest.mark.parametrize("format", ["hermes", "mistral", "mistral_named", "deepseek_v3", "kimi_k2", "nemotron"])
+@pytest.mark.parametrize("written", REPAIRED)
+def test_arguments_are_repaired(make_case, written: str, format: str) -> None:
+    text = ONE_CALL[format].replace('{"a": 1}', written)
+    if format in ("mistral_named", "deepseek_v3", "kimi_k2") and not written.startswith("{"):
+        return  # an object must follow the name
+    for pieces in cuts(text):
+        parsed = assemble(make_case("", text, format).stream(pieces))
+        assert [(call.name, whole(call.arguments), call.complete) for call in parsed.calls] == [
+            ("f", REPAIRED[written], True)
+        ], pieces
+        assert not parsed.content
+
+
+@pytest.mark.parametrize("written", ["x", "g(1, [2])", "a + b", "NaN", "0x10", "-1_0", "{'a': (1,), 2: None}", "[1 2]"])
+@pytest.mark.parametrize("format", ["pythonic", "gemma3", "llama3_json"])
+def test_values_in_code_are_json(make_case, written: str, format: str) -> None:
+    text = {"llama3_json": "<|python_tag|>f.call(a=1)"}.get(format, ONE_CALL[format]).replace(
+        "a=1", f"s=1, a={written}"
+    )
+    for pieces in cuts(text):
+        (call,) = assemble(make_case("", text, format).stream(pieces)).calls
+        assert set(whole(call.arguments)) == {"s", "a"} and call.complete, pieces
+
+
+PARTS = [
+    *"{}[]():,\"'<#",
+    "/*",
+    "*/",
+    "//",
+    "\n",
+    " ",
+    "\\",
+    "a",
+    "True",
+    "0x1",
+    "-",
+    '"k": ',
+    '"v"',
+    "'w'",
+    "null",
+    "1",
+]
+
+
+@given(parts=st.lists(st.sampled_from(PARTS), max_size=14), format=st.sampled_from(["hermes", "mistral", "pythonic"]))
+@settings(max_examples=1500, deadline=None)
+def test_whatever_the_arguments_they_are_json(parts: list[str], format: str) -> None:
+    """Unless the output ends inside the call, and then they are the beginning of it."""
+    text = ONE_CALL[format].replace('{"a": 1}', "{" + "".join(parts) + "}").replace("a=1", "a=" + "".join(parts) + ")")
+    for call in parse(text + '\n"}\'")]}*/\n</tool_call>)]}\n<a', format, new_id=lambda: "").calls[:-1]:
+        whole(call.arguments)
+    for call in parse(text + "\nThat is all.", format, new_id=lambda: "").calls:
+        assert not call.complete or whole(call.arguments) is not ...
 
 
 def test_types_that_json_schema_lacks(make_case) -> None:
