@@ -35,7 +35,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_dtype: Type of cached keys and values: auto, the weights' own.
         kv_cache_tokens: Tokens the KV cache holds; 1 or more. Default: by memory.
         gpu_memory_utilization: Share of the GPU's memory to use; on a CPU, of half the free memory. From 0.05 to 0.98.
-        tensor_parallel_size: GPUs to split the model over; only 1 so far.
+        tensor_parallel_size: GPUs to split the model over, or on a CPU processes: a divisor of its attention heads.
+            From 1 to 64.
         attention_backend: Attention kernels: on a GPU tree, which reads each shared prefix once, flashinfer or triton,
             which read it once for each request; torch; or auto, the fastest that runs here.
         sampling_defaults: Sampling parameters that a request omits: model, those of its generation_config.json, or
@@ -183,6 +184,7 @@ def check(config: EngineConfig) -> EngineConfig:
     for name, low, high in (
         ("page_size", 1, 256),
         ("max_num_seqs", 1, 4096),
+        ("tensor_parallel_size", 1, 64),
         ("max_branches", 0, 1_000_000),
         ("branch_ttl", 1.0, 604_800.0),
         ("max_pinned_share", 0.0, 0.9),
@@ -199,8 +201,6 @@ def check(config: EngineConfig) -> EngineConfig:
             raise LoadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not 0.05 <= config.gpu_memory_utilization <= 0.98:
         raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
-    if config.tensor_parallel_size != 1:
-        raise LoadError(f"--tensor-parallel-size {config.tensor_parallel_size}: only 1 is supported in this version")
     return config
 
 

@@ -167,6 +167,10 @@ class Executor(Protocol):
         """
         ...
 
+    def beat(self) -> None:
+        """Returns once every device of this executor has answered. Called only while no step is in flight."""
+        ...
+
     def close(self) -> None:
         """Frees all device memory. The executor cannot be used afterwards."""
         ...

@@ -45,6 +45,7 @@ ROOMS = {
         "runtime/executor",
         "runtime/grammar",
         "runtime/models",
+        "runtime/parallel",
         "runtime/scheduler",
         "runtime/tokenizer",
     },

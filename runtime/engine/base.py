@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Self, Unpack, overload
 
@@ -26,8 +27,10 @@ class EngineBase:
     """Loads a model and starts the thread that drives it, which ends with `close` or when the object is collected."""
 
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
-        loaded = load_engine(engine_config(str(model), settings))
+        failed: Future[str] = Future()
+        loaded = load_engine(engine_config(str(model), settings), failed=failed)
         self._start(loaded.core, loaded.tokenizer)
+        failed.add_done_callback(self._thread.executor_failed)
 
     @classmethod
     def from_core(cls, core: EngineCore, tokenizer: Tokenizer) -> Self:

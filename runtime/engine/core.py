@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import EngineConfig, step_budget
-from ..errors import InvalidRequest
+from ..errors import EngineDead, InvalidRequest
 from ..grammar.compiler import GrammarCompiler
 from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, StepOutput
 from ..scheduler.branches.service import BranchService
@@ -83,11 +83,13 @@ class EngineCore:
         """Plans, launches and reads steps; returns the new output, or None if there is none.
 
         A step that fails ends the requests it may have touched with an error, and the engine goes on; after several
-        failures in a row it raises.
+        failures in a row it raises. Raises `EngineDead` if the executor says that it has ended.
         """
         self.sweep()
         try:
             self._advance()
+        except EngineDead:  # the executor cannot go on
+            raise
         except Exception as error:
             self._failures += 1
             logger.exception("a step failed")
@@ -112,6 +114,12 @@ class EngineCore:
         Returns the seconds after which to call it again, if any."""
         expires = self.sweep()
         return 0.0 if self.executor.prepare_next() else expires
+
+    def beat(self) -> None:
+        """Returns once the executor's devices have answered, or at once while there is work: then a step's result shows
+        it. Raises if one of them cannot answer."""
+        if not self.has_work:
+            self.executor.beat()
 
     def _advance(self) -> None:
         scheduled = self.scheduler.plan(self.scheduler.poll())

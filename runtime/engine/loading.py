@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 
 from ..config import EngineConfig
 from ..executor.null import NullExecutor
@@ -28,22 +29,38 @@ class LoadedEngine:
     core: EngineCore
     tokenizer: Tokenizer
     memory_plan: list[str]  # lines for display
+    rank_pids: list[int] = field(default_factory=list)  # of the processes that compute parts of the model
 
 
-def load_engine(config: EngineConfig, progress: Callable[[int, int], None] | None = None) -> LoadedEngine:
-    """Loads a model. ``progress(done, total)`` is called with bytes of weights. Raises `LoadError`."""
+def load_engine(
+    config: EngineConfig,
+    progress: Callable[[int, int], None] | None = None,
+    failed: Future[str] | None = None,
+) -> LoadedEngine:
+    """Loads a model. ``progress(done, total)`` is called with bytes of weights. Raises `LoadError`.
+
+    ``failed``: gets the reason, on another thread, when a process that computes a part of the model ends. The thread
+    that drives the core may not return from a step then.
+    """
     times = StartupTimes()
     prepare_torch()
     from ..executor.executor import ModelExecutor  # torch: seconds to import
+    from ..executor.rank_zero import RankZero
 
     times.lap("imports")
     tokenizer = Tokenizer.load(model_folder(config.model))
     times.lap("tokenizer")
-    executor = ModelExecutor.load(config, progress, times)
-    core = _core(config, executor, tokenizer, executor.eos_ids, executor.max_model_len, executor.device.type == "cuda")
+    executor: Executor
+    rank_pids = []
+    if config.tensor_parallel_size > 1:
+        split = RankZero.load(config, progress, times, failed or Future())
+        executor, local, rank_pids = split, split.local, split.ranks.pids
+    else:
+        executor = local = ModelExecutor.load(config, progress, times)
+    core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, local.device.type == "cuda")
     times.lap("scheduler")
     logger.info("loaded in %s", times)
-    return LoadedEngine(core, tokenizer, list(executor.memory_plan.lines()))
+    return LoadedEngine(core, tokenizer, list(local.memory_plan.lines()), rank_pids)
 
 
 def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:

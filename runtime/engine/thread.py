@@ -27,6 +27,8 @@ Sink = Callable[[Delta], None]
 
 _IDLE_SECONDS = 0.001  # between looks at the core while it has work but can advance nothing: grammars are compiling
 
+STUCK_SECONDS = 5.0  # how long to wait at the end for a thread whose executor has failed
+
 _running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 
 
@@ -148,7 +150,12 @@ class EngineThread:
     def close(self) -> None:
         """Ends requests in flight with an error and frees the device. Idempotent."""
         self.stop()
-        self._thread.join()
+        self._thread.join(None if self._dead is None else STUCK_SECONDS)
+
+    def executor_failed(self, failed: Future[str]) -> None:
+        """Ends every request with the reason. The engine's thread may be stuck in a step, and then stays there."""
+        self._tell_all(f"the engine failed: {failed.result()}")
+        self.stop()
 
     def _promise(self, job: Callable[[Future[T]], None]) -> Future[T]:
         future: Future[T] = Future()
@@ -179,6 +186,8 @@ class EngineThread:
             while self._run_jobs():
                 self._step()
             self._end("the engine was closed")
+        except EngineDead as error:  # the executor says that it has ended, and why
+            self._end(f"the engine failed: {error}")
         except BaseException as error:  # a Rust panic is not an `Exception`, and callers must get it too
             self._end(f"the engine failed: {type(error).__name__}: {error}")
             raise
@@ -214,8 +223,13 @@ class EngineThread:
                 sink(delta)
 
     def _end(self, why: str) -> None:
+        self._tell_all(why)
+        self.core.close()
+
+    def _tell_all(self, why: str) -> None:
         with self._gate:
-            self._dead = why
+            self._dead = self._dead or why  # the first reason counts
+            why = self._dead
             sinks, self._sinks = self._sinks, {}
             futures = list(self._futures)
         for id, sink in sinks.items():
@@ -223,7 +237,6 @@ class EngineThread:
         for future in futures:
             if future.running() or future.set_running_or_notify_cancel():
                 future.set_exception(EngineDead(why))
-        self.core.close()
 
     def disown(self) -> None:
         """For a forked process, which has the engine's memory but not its thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -13,6 +14,9 @@ from ..errors import LoadError
 from ..models.config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+# torch's own switch for tests: the ranks of symmetric memory may be on one device. They all are then.
+_ONE_DEVICE = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -24,8 +28,9 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def pick_device(config: EngineConfig) -> torch.device:
-    """The device that ``config.device`` names; a GPU with its index. ``auto`` is a GPU if there is one."""
+def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
+    """The device that ``config.device`` names; a GPU with its index. ``auto`` is a GPU if there is one. The ranks of a
+    model have GPUs side by side: rank 0 the named one."""
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,8 +44,14 @@ def pick_device(config: EngineConfig) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
             raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
-        if device.index is None:
-            return torch.device("cuda", torch.cuda.current_device())
+        first = torch.cuda.current_device() if device.index is None else device.index
+        ranks = config.tensor_parallel_size
+        if first + ranks > count and not _ONE_DEVICE:
+            raise LoadError(
+                f"--tensor-parallel-size {ranks}: torch {torch.__version__} sees {count} CUDA devices, and the model "
+                f"would be on cuda:{first} to cuda:{first + ranks - 1}"
+            )
+        return torch.device("cuda", first if _ONE_DEVICE else first + rank)
     return device
 
 

@@ -19,13 +19,15 @@ from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
+from ..parallel.group import TensorGroup
+from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
 from .backends import make_attention, pick_ops, pick_top_p
 from .device import on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
-from .memory import MemoryPlan, plan_memory
+from .memory import MemoryPlan, agree, plan_memory
 from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
 from .startup_times import StartupTimes
@@ -63,7 +65,8 @@ class LaunchedStep:
 class ModelExecutor:
     """The executor of one device. Not thread-safe: only the scheduler's thread calls it.
 
-    The planner owns rows and pages: nothing here checks that a page belongs to a row.
+    The planner owns rows and pages: nothing here checks that a page belongs to a row. Where a model is split over
+    several ranks, every rank launches the same plans; only rank 0 samples, and its results alone are read.
     """
 
     def __init__(
@@ -72,10 +75,12 @@ class ModelExecutor:
         model: ModelConfig,
         decoder: Decoder,
         memory: MemoryPlan,
-        times: StartupTimes | None = None,
+        group: TensorGroup,
+        times: StartupTimes,
     ) -> None:
-        """Allocates the pool and the page table, and captures graphs. Usually called by `load`."""
-        times = times or StartupTimes()
+        """Allocates the pool and the page table, and captures graphs. Usually called by `load`. ``model``: the rank's
+        own config."""
+        self._group = group
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
         self.num_pages, self.page_size, self.vocab_size = memory.num_pages, memory.layout.page_size, model.vocab_size
@@ -95,7 +100,7 @@ class ModelExecutor:
         times.lap("attention")
         self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
         self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
-        self._threads = ThreadChoice(memory)
+        self._threads = ThreadChoice(memory, group.size)
         self._graphs: StepGraphs | None = None
         self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
@@ -105,47 +110,55 @@ class ModelExecutor:
 
     @classmethod
     def load(
-        cls, config: EngineConfig, progress: Progress | None = None, times: StartupTimes | None = None
+        cls,
+        config: EngineConfig,
+        progress: Progress | None = None,
+        times: StartupTimes | None = None,
+        place: Place = ALONE,
     ) -> ModelExecutor:
-        """Loads the model of ``config.model`` and allocates everything. ``progress`` gets (bytes loaded, total bytes).
-        ``times`` counts what that takes.
+        """Loads the rank's part of the model of ``config.model`` and allocates everything. ``progress`` gets (bytes
+        loaded, total bytes). ``times`` counts what that takes.
 
         Raises `LoadError`: one line with the problem and its fix.
         """
         check(config)
-        device = pick_device(config)
+        device = pick_device(config, place.rank)
         with on_device(device):
-            return cls._load(config, device, progress, times or StartupTimes())
+            return cls._load(config, device, progress, times or StartupTimes(), place)
 
     @classmethod
     def _load(
-        cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes
+        cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes, place: Place
     ) -> ModelExecutor:
         folder = model_folder(config.model)
         model = load_config(folder)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
         length = max_model_len(config, model)
-        memory = plan_memory(config, model, dtype, device, length, batched)
+        rank, ranks = place.rank, place.size
+        memory = plan_memory(config, model, dtype, device, length, batched, rank=rank)
         times.lap("device")
         if config.load_format == "dummy":
-            weights = dummy_weights(model, dtype, device, config.seed)
+            weights = dummy_weights(model, dtype, device, config.seed, rank=rank, world=ranks)
         else:
-            weights = load_weights(folder, model, dtype, device, progress)
+            weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks)
         weight_bytes = sum(weight.nbytes for weight in weights.values())
-        decoder = Decoder(model, weights, pick_ops(device))
         times.lap("weights")
+        group = place.meet(device)
+        times.lap("other ranks")
+        decoder = Decoder(model, weights, pick_ops(device), group)
         if device.type == "cuda":
-            step = measure_activations(decoder, model, dtype, device, batched, config.max_num_seqs, length)
+            step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
-            memory = plan_memory(config, model, dtype, device, length, batched, measured)
+            memory = plan_memory(config, model, dtype, device, length, batched, measured, rank)
             times.lap("measuring the largest step")
+        memory = agree(memory, group)
         if memory.kv_tokens < length:
             logger.warning(
                 "the KV pool holds %d tokens, less than one context of %d: longer requests are refused (%s)",
                 *(memory.kv_tokens, length, memory.limit),
             )
-        return cls(config, model, decoder, memory, times)
+        return cls(config, decoder.config, decoder, memory, group, times)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""
@@ -156,22 +169,39 @@ class ModelExecutor:
             if len(plan.copies):
                 self._pool.copy_pages(to_device(plan.copies.astype(np.int64), self.device))
             for start in plan.starts:
-                self._sampler.start(start)
+                if self._group.rank == 0:
+                    self._sampler.start(start)
                 self._prompt_logprobs.start(start)
             return self._forward(plan)
 
+    def next_capture(self) -> StepShape | None:
+        """A step shape that is yet to be captured."""
+        return self._graphs.next_missing() if self._graphs is not None else None
+
+    def capture(self, shape: StepShape) -> None:
+        """Runs a step of nothing but padding, and captures it."""
+        if self._graphs is None:
+            raise RuntimeError("steps of this executor are not captured")
+        with on_device(self.device), torch.inference_mode():
+            self._graphs.capture_missing(shape)
+
     def prepare_next(self) -> bool:
         """Captures one more step shape: see `runtime.step.Executor`."""
-        if self._graphs is None:
-            return False
+        shape = self.next_capture()
+        if shape is not None:
+            self.capture(shape)
+        return shape is not None
+
+    def beat(self) -> None:
+        """See `runtime.step.Executor`."""
         with on_device(self.device), torch.inference_mode():
-            return self._graphs.capture_next()
+            self._group.all_reduce(torch.zeros(1, device=self.device)).item()
 
     def close(self) -> None:
         """Frees the memory of weights, pool and graphs. The executor cannot be used afterwards."""
         with on_device(self.device):
             del self._graphs, self._staged, self._decoder, self._pool, self._attention, self._sampler
-            del self._prompt_logprobs, self._logits
+            del self._prompt_logprobs, self._logits, self._group
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -197,7 +227,7 @@ class ModelExecutor:
         the outputs of the forward pass stay valid."""
         token_bytes = self._pool.layout.token_bytes
         kv_bytes = int(plan.kv_lens.sum()) * token_bytes, self._attention.saved_keys * token_bytes
-        if logits is None or not len(plan.samples):
+        if logits is None or not len(plan.samples) or self._group.rank:
             return LaunchedStep(kv_bytes, None, prompt)
         if not len(plan.constrained):
             return LaunchedStep(kv_bytes, self._sample(plan, inputs, logits), prompt)
@@ -216,10 +246,11 @@ class ModelExecutor:
         return self._inputs.stage(plan, batch, shape, extra_outputs), form
 
     def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
-        """Hidden states of the outputs. ``pending``: some of the token ids are only on the device so far."""
+        """Hidden states of the outputs. ``pending``: some of the token ids are only on the device so far, where rank 0
+        has sampled them."""
         ids = inputs.ids
         if pending:
-            ids = torch.where(ids == PENDING, self._last_token[inputs.rows], ids)
+            ids = self._group.broadcast(torch.where(ids == PENDING, self._last_token[inputs.rows], ids))
         tokens = StepTokens(ids, inputs.positions, inputs.slots)
         return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs)
 
@@ -239,7 +270,7 @@ class ModelExecutor:
             self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
 
         rows, forms = self._table.host.shape[0] - 1, self._attention.forms
-        graphs = StepGraphs(run, prepare, rows, max_tokens, self.device, forms)
+        graphs = StepGraphs(run, prepare, rows, max_tokens, self.device, forms, alone=self._group.size == 1)
         largest = max(shape.num_outputs for shape in graphs.shapes())
         self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
         self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move

@@ -41,6 +41,8 @@ class StepGraphs:
         max_tokens: the most query tokens in a step.
         device: where steps run; the calling thread's current device.
         forms: the forms in which a shape is captured (`AttentionBackend.forms`).
+        alone: a shape that cannot be captured runs eagerly from then on. Not where other ranks took part in the run
+            that failed: they would stay inside it, so the error ends this rank.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class StepGraphs:
         max_tokens: int,
         device: torch.device,
         forms: Callable[[StepShape], list[StepShape]] = lambda shape: [shape],
+        alone: bool = True,
     ) -> None:
+        self._alone = alone
         self._run, self._prepare, self._device, self._forms = run, prepare, device, forms
         self._decodes = _upto(DECODES, max_requests)
         self._mixed = _upto(MIXED_DECODES, max_requests)
@@ -81,17 +85,16 @@ class StepGraphs:
             torch.cuda.synchronize(self._device)
             self._capture(shape)
 
-    def capture_next(self) -> bool:
-        """Captures one more shape, which takes some 20 ms; the step staged before is lost. False: all are captured."""
-        while self._missing:
-            shape = self._missing[0]
-            if shape in self._captured:
-                self._missing.pop(0)
-                continue
-            self._prepare(shape)
-            self._capture(shape, warm_up=True)
-            return True
-        return False
+    def next_missing(self) -> StepShape | None:
+        """A shape that is yet to be captured; None: all are."""
+        while self._missing and self._missing[0] in self._captured:
+            self._missing.pop(0)
+        return self._missing[0] if self._missing else None
+
+    def capture_missing(self, shape: StepShape) -> None:
+        """Captures the shape, which takes some 20 ms; the step staged before is lost."""
+        self._prepare(shape)
+        self._capture(shape, warm_up=True)
 
     def replay(self, shape: StepShape) -> None:
         """Runs the step that was staged last, in the form that `AttentionBackend.plan` returned.
@@ -121,6 +124,8 @@ class StepGraphs:
                 finally:
                     graph.capture_end()
         except RuntimeError as error:  # mostly `torch.OutOfMemoryError`: other processes took what was reserved
+            if not self._alone:
+                raise
             logger.warning("steps of %s run eagerly, because they could not be captured: %s", shape, error)
             self._captured[shape] = None
         else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,8 @@ from ...kernels.linear import packs
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.config import ModelConfig
-from ..models.weights import weight_specs
+from ..models.weights import rank_config, shard_shape, weight_specs
+from ..parallel.group import TensorGroup
 
 GIB = 1024**3
 # Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
@@ -24,8 +25,19 @@ CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rare
 
 
 @dataclass(frozen=True, slots=True)
+class RankMemory:
+    """What one rank would plan by itself: bytes, and pages of KV."""
+
+    free: int
+    weights: int
+    activations: int
+    reserve: int
+    pages: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of everything large on one device."""
+    """Bytes of everything large on one rank's device. All ranks have as many pages: as many as fit each of them."""
 
     device: str
     dtype: torch.dtype
@@ -38,6 +50,7 @@ class MemoryPlan:
     max_num_seqs: int
     max_pages_per_row: int
     limit: str  # why the pool is not larger
+    ranks: tuple[RankMemory, ...] = ()  # of all ranks, where there are several
 
     @property
     def kv_tokens(self) -> int:
@@ -67,6 +80,15 @@ class MemoryPlan:
             ("KV of a token", human_bytes(layout.token_bytes), token),
             ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {layout.page_size} tokens, {self.limit}"),
             ("KV tokens", f"{self.kv_tokens:,}", "held at once, shared prefixes once"),
+            *(
+                (
+                    f"rank {rank}",
+                    human_bytes(one.weights + one.activations + one.reserve + self.page_table_bytes + self.kv_bytes),
+                    f"of {human_bytes(one.free)} free: weights {human_bytes(one.weights)}, activations "
+                    f"{human_bytes(one.activations)}, room for {one.pages:,} pages",
+                )
+                for rank, one in enumerate(self.ranks)
+            ),
         ]
 
     def lines(self) -> list[str]:
@@ -84,8 +106,9 @@ def plan_memory(
     max_model_len: int,
     max_num_batched_tokens: int,
     measured: tuple[int, int, int] | None = None,
+    rank: int = 0,
 ) -> MemoryPlan:
-    """Decides the number of KV pages. Raises `LoadError` if no memory is left for them.
+    """Decides the number of KV pages of a rank. Raises `LoadError` if no memory is left for them.
 
     Called before the weights are loaded, and on a GPU again afterwards with what was ``measured``: bytes free before
     loading, bytes of the weights, bytes of the largest step.
@@ -93,13 +116,15 @@ def plan_memory(
     With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise it takes what
     ``gpu_memory_utilization`` of a GPU's memory leaves, however few requests run at once: pages that no request uses
     are the cache. On a CPU it takes half of the free memory times ``gpu_memory_utilization``, less the weights and
-    activations, and at most 4 GiB.
+    activations, and at most 4 GiB; ranks on a CPU share both.
     """
     free, total = device_memory(device)
-    weights = weight_bytes(model, dtype, device)
-    activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs)
+    ranks = config.tensor_parallel_size
+    weights = weight_bytes(model, dtype, device, rank, ranks)
+    activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs, ranks)
     if measured is not None:
         free, weights, activations = measured
+    model = rank_config(model, ranks)
     layout = KVLayout(model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
     page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
@@ -114,15 +139,15 @@ def plan_memory(
             )
     else:
         if device.type == "cpu":
-            share = config.gpu_memory_utilization / 2
+            share = config.gpu_memory_utilization / 2 / ranks
             budget, reason = free * share, f"{share:.0%} of free memory less the rest"
         else:
             used = total - free
             budget = total * config.gpu_memory_utilization - used
             reason = f"what {config.gpu_memory_utilization:.0%} of the memory leaves"
         pages, limit = int(budget - weights - activations - reserve) // page, reason
-        if device.type == "cpu" and pages > CPU_KV_LIMIT // page:
-            pages, limit = CPU_KV_LIMIT // page, "the default limit on a CPU (--kv-cache-tokens sets another)"
+        if device.type == "cpu" and pages > CPU_KV_LIMIT // (ranks * page):
+            pages, limit = CPU_KV_LIMIT // (ranks * page), "the default limit on a CPU (--kv-cache-tokens sets another)"
         if pages < 1:
             held = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
             raise LoadError(
@@ -146,21 +171,39 @@ def plan_memory(
     )
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of all weights in ``dtype`` (norms in float32), and of the packed copies of `kernels.linear`."""
+def agree(plan: MemoryPlan, group: TensorGroup) -> MemoryPlan:
+    """The plan that all ranks follow: as many pages as the rank with the least room for them has."""
+    if group.size == 1:
+        return plan
+    own = torch.tensor(
+        [plan.free_bytes, plan.weight_bytes, plan.activation_bytes, plan.reserve_bytes, plan.num_pages],
+        dtype=torch.int64,
+        device=plan.device,
+    )
+    ranks = tuple(RankMemory(*one) for one in group.all_gather(own).tolist())
+    pages = min(one.pages for one in ranks)
+    limit = plan.limit if pages == plan.num_pages else "as many as fit every rank"
+    return replace(
+        plan, num_pages=pages, max_pages_per_row=min(plan.max_pages_per_row, pages), limit=limit, ranks=ranks
+    )
+
+
+def weight_bytes(model: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1) -> int:
+    """Bytes of the rank's weights in ``dtype`` (norms in float32), and of the packed copies of `kernels.linear`."""
     total = sum(
-        math.prod(spec.shape) * (torch.float32.itemsize if spec.norm else dtype.itemsize)
+        math.prod(shard_shape(spec, rank, ranks)) * (torch.float32.itemsize if spec.norm else dtype.itemsize)
         for spec in weight_specs(model)
     )
     if model.tied_embeddings and packs(device, dtype):  # the output layer is packed, the embedding stays
-        total += model.vocab_size * model.hidden_size * dtype.itemsize
+        total += model.vocab_size * model.hidden_size * dtype.itemsize // ranks
     return total
 
 
-def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: int) -> int:
-    """An upper estimate for a step of ``tokens`` query tokens that samples ``rows``: MLP, attention, logits."""
-    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
-    widest = max(3 * model.intermediate_size, heads) + 4 * model.hidden_size
+def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: int, ranks: int = 1) -> int:
+    """An upper estimate for a step of ``tokens`` query tokens that samples ``rows``: MLP, attention, logits. Of the
+    model's whole config, on one of ``ranks``."""
+    heads = (2 * model.num_heads // ranks + 2 * max(1, model.num_kv_heads // ranks)) * model.head_dim
+    widest = max(-(-3 * model.intermediate_size // ranks), heads) + 4 * model.hidden_size
     return tokens * widest * dtype.itemsize + 3 * max(rows, 256) * model.vocab_size * 4
 
 

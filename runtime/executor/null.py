@@ -54,5 +54,8 @@ class NullExecutor:
     def prepare_next(self) -> bool:
         return False
 
+    def beat(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

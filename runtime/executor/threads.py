@@ -26,13 +26,14 @@ class ThreadChoice:
 
     Args:
         memory: its weights are read once a step, and each costs a multiplication and an addition a token.
+        ranks: how many processes compute each step together.
     """
 
-    def __init__(self, memory: MemoryPlan) -> None:
+    def __init__(self, memory: MemoryPlan, ranks: int = 1) -> None:
         self._on_cpu = memory.device == "cpu"
         self._now = torch.get_num_threads()
         # torch counts the machine's processors; a container's quota may be smaller.
-        self._all = min(self._now, container_processors(Path("/sys/fs/cgroup")) or self._now)
+        self._all = max(1, min(self._now, container_processors(Path("/sys/fs/cgroup")) or self._now) // ranks)
         self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.layout.token_bytes
         self._weights = memory.weight_bytes // memory.dtype.itemsize
 

@@ -14,7 +14,7 @@ from ..errors import LoadError
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .quantization import refuse_quantized_tensors
-from .weights import Source, WeightSpec, lm_head_spec, shard, weight_specs
+from .weights import Source, WeightSpec, lm_head_spec, shard, shard_shape, weight_specs
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
@@ -51,12 +51,12 @@ def load_weights(
         specs = [spec for spec in specs if spec.shard != "rank0" or rank == 0]
         indices = [shard(spec, rank, world) for spec in specs]
         dtypes = [torch.float32 if spec.norm else dtype for spec in specs]
-        sizes = [math.prod(_shape(index)) * kind.itemsize for index, kind in zip(indices, dtypes, strict=True)]
+        shapes = [shard_shape(spec, rank, world) for spec in specs]
+        sizes = [math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes, strict=True)]
         weights: dict[str, Tensor] = {}
         for i, spec in enumerate(specs):
-            weight = _read(
-                checkpoint, spec, indices[i], torch.empty(_shape(indices[i]), dtype=dtypes[i], device=device)
-            )
+            weight = torch.empty(shapes[i], dtype=dtypes[i], device=device)
+            weight = _read(checkpoint, spec, indices[i], weight)
             weights[spec.name] = weight.add_(config.norm_offset) if spec.norm else weight
             if progress is not None:
                 progress(sum(sizes[: i + 1]), sum(sizes))
@@ -73,16 +73,16 @@ def dummy_weights(
     generator = torch.Generator(device).manual_seed(seed)
     weights = {}
     for spec in weight_specs(config):
-        index = shard(spec, rank, world)
+        shape = shard_shape(spec, rank, world)
         if spec.norm:
-            weights[spec.name] = torch.ones(_shape(index), device=device)
+            weights[spec.name] = torch.ones(shape, device=device)
             continue
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
         bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
         weight.uniform_(-bound, bound, generator=generator)
-        if _shape(index) != spec.shape:
+        if shape != spec.shape:
             sources = weight.split([source.shape[0] for source in spec.sources])
-            weight = torch.cat([source[part] for source, part in zip(sources, index, strict=True)])
+            weight = torch.cat([source[part] for source, part in zip(sources, shard(spec, rank, world), strict=True)])
         if spec.shard != "rank0" or rank == 0:
             weights[spec.name] = weight
     return weights
@@ -101,12 +101,6 @@ def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], num_layers: in
     unread = [name for name in unread if not name.endswith(_CONSTANTS)]
     if unread:
         logger.warning("%d tensors of the checkpoint's layers are not used, such as %s", len(unread), unread[0])
-
-
-def _shape(indices: tuple[tuple[slice, ...], ...]) -> tuple[int, ...]:
-    """Of the parts joined along dimension 0."""
-    rows, *rest = ([part.stop - part.start for part in dim] for dim in zip(*indices, strict=True))
-    return (sum(rows), *(sizes[0] for sizes in rest))
 
 
 def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:

@@ -76,6 +76,13 @@ def _source_shard(spec: WeightSpec, source: Source, rank: int, world: int) -> tu
     return tuple(index)
 
 
+def shard_shape(spec: WeightSpec, rank: int, world: int) -> tuple[int, ...]:
+    """The shape of the rank's part of the weight."""
+    parts = shard(spec, rank, world)
+    rows, *rest = ([index.stop - index.start for index in dim] for dim in zip(*parts, strict=True))
+    return (sum(rows), *(sizes[0] for sizes in rest))
+
+
 def even_range(size: int, rank: int, world: int) -> slice:
     """The rank's part of ``size`` indices that are no heads: ``ceil(blocks / world)`` blocks, or what is left."""
     block = next((block for block in _BLOCKS if size % block == 0 and size // block >= world), 1)

@@ -13,12 +13,12 @@ from ..config import ServerConfig
 from ..errors import LoadError
 from ..messages import Failed, Ready, Shutdown
 from .processes.channels import Inbox, Outbox, ToHttp
-from .processes.launch import ROLES, Role, RunDirectory
+from .processes.launch import EXIT_FAILED, ROLES, Role, RunDirectory
 from .processes.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
-FAILURE_SECONDS = 0.5  # how long the reason of a process that could not start may take to arrive after its exit
+FAILURE_SECONDS = 0.5  # how long the reason of a process that has failed may take to arrive after its exit
 EXIT_SECONDS = 5.0  # how long the processes may take to exit after `Shutdown`
 
 
@@ -30,7 +30,7 @@ class EngineProcesses:
     """
 
     def __init__(self, config: ServerConfig, receive: Callable[[ToHttp], None]) -> None:
-        self._receive = receive
+        self._receive, self._ranks = receive, config.engine.tensor_parallel_size
         self._run_dir = RunDirectory(config)
         self._context: zmq.Context[Any] = zmq.Context()
         self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")
@@ -68,18 +68,26 @@ class EngineProcesses:
             ready.cancel()
         if self._all_ready.is_set():
             return self._ready["scheduler"]
-        await asyncio.wait((self._failure,), timeout=FAILURE_SECONDS)
-        role, how = self.ended.result()
-        raise LoadError(self._failure.result() if self._failure.done() else f"the {role} process {how} while starting")
+        raise LoadError(await self._reason() or f"{self._end_seen()} while starting")
 
-    def describe_end(self) -> str:
-        """The process that ended or hangs unexpectedly, and how."""
+    async def describe_end(self) -> str:
+        """The process that ended or hangs unexpectedly and how, or the reason that it gave."""
+        return await self._reason() or self._end_seen()
+
+    def _end_seen(self) -> str:
         role, how = self.ended.result()
         return f"the {role} process {how}"
 
+    async def _reason(self) -> str | None:
+        """What a process that ended with `EXIT_FAILED` said. Its message may arrive after its exit."""
+        if self.ended.result()[1] == _how(EXIT_FAILED):
+            await asyncio.wait((self._failure,), timeout=FAILURE_SECONDS)
+        return self._failure.result() if self._failure.done() else None
+
     def give_up(self, role: Role, seconds: float) -> None:
         """Treats a process that has not answered for so long as ended. `close` kills it."""
-        self._end(role, f"has not answered for {seconds:.0f} s (--hang-timeout)")
+        rank = "or another rank of the model " if self._ranks > 1 and role == "scheduler" else ""
+        self._end(role, f"{rank}has not answered for {seconds:.0f} s (--hang-timeout)")
 
     async def leave(self) -> None:
         """Lets the processes exit, in the order of the pipeline. `close` kills those that do not."""

@@ -327,7 +327,7 @@ class Server:
 
     async def _die(self, http: HttpServer, serving: asyncio.Task[None]) -> None:
         """Tells every waiting client that a process has ended or hangs, then ends the server. Raises `EngineDead`."""
-        end = self._processes.describe_end()
+        end = await self._processes.describe_end()
         logger.error("%s; going down", end)
         error = EngineDead(f"{end}; the server is going down")
         self._client.died(error)

@@ -17,6 +17,8 @@ from ...config import ServerConfig
 from ...errors import LoadError
 from .channels import MAX_PATH
 
+EXIT_FAILED = 2  # exit code of a process that has sent a `Failed`, which says why it ends
+
 Role = Literal["tokenizer", "scheduler", "detokenizer"]
 # The scheduler first: it has the most to import and to load.
 ROLES: tuple[Role, ...] = ("scheduler", "detokenizer", "tokenizer")

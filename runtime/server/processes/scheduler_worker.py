@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from ...messages import (
     BranchOp,
     BranchRun,
     Control,
+    Failed,
     Generate,
     Heartbeat,
     Message,
@@ -26,6 +30,7 @@ from ...messages import (
     StopMatched,
 )
 from .channels import Inbox, Outbox, ToScheduler
+from .launch import EXIT_FAILED
 
 STATS_SECONDS = 0.2  # shortest time between two `Stats` while there is work; one more when it ends
 
@@ -41,14 +46,22 @@ class SchedulerWorker:
         if config.null_executor:
             loaded = load_null_engine(config.engine, config.null_step_seconds)
         else:
-            loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]))
+            failed: Future[str] = Future()
+            failed.add_done_callback(partial(_leave, run_dir))
+            loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]), failed)
         self._core = loaded.core
         self._stats_at = 0.0
         self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
         # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
         gc.freeze()
-        http.send([Ready("scheduler", {**self._core.info(), "memory_plan": loaded.memory_plan})])
+        http.send(
+            [
+                Ready(
+                    "scheduler", {**self._core.info(), "memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
+                )
+            ]
+        )
 
     def run(self) -> None:
         """Steps while there is work and blocks while there is none, until `Shutdown` has arrived and every request has
@@ -105,6 +118,7 @@ class SchedulerWorker:
     def _pass_heartbeats(self) -> None:
         """After a step: a heartbeat that passes proves that the device answers, not only that this process runs."""
         if self._heartbeats:
+            self._core.beat()
             self._detokenizer.send(self._heartbeats)
             self._http.send([Heartbeat(each.number, "scheduler") for each in self._heartbeats])
             self._heartbeats.clear()
@@ -124,6 +138,16 @@ class SchedulerWorker:
             self._stats_at = now
             messages: list[Message] = [self._core.stats()]
             self._http.send(messages)
+
+
+def _leave(run_dir: Path, failed: Future[str]) -> None:
+    """Ends this process: its main thread may be stuck in a step whose other ranks have ended."""
+    context: zmq.Context[Any] = zmq.Context()  # sockets belong to their thread
+    http = Outbox(context, run_dir, "http")
+    http.send([Failed("scheduler", failed.result())])
+    http.close()
+    context.term()  # once the message has been delivered
+    os._exit(EXIT_FAILED)
 
 
 def _progress(done: int, total: int) -> Progress:

@@ -1,6 +1,6 @@
 """Entry point of every child: ``python -m branchwise.runtime.server.processes.worker ROLE RUN_DIR``.
 
-Exit codes: 0 after `Shutdown`, 1 after a bug, 2 if it could not start (a `Failed` then says why).
+Exit codes: 0 after `Shutdown`, 1 after a bug, `EXIT_FAILED` if it could not start or the engine has ended.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any, Protocol
 import zmq
 
 from ...config import ServerConfig
-from ...errors import BranchwiseError
+from ...errors import BranchwiseError, EngineDead
 from ...messages import Failed
+from ...parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..log_stream import DroppingStream
 from .channels import Outbox
-from .launch import hold_lock, read_launch
-from .lifeline import die_with_parent, ignore_stop_signals
+from .launch import EXIT_FAILED, hold_lock, read_launch
 
 logger = logging.getLogger(__name__)
 
@@ -66,13 +66,16 @@ def main(role: str, run_dir: Path) -> int:
             worker = make_worker(role, launch.config, context, run_dir, http)
         except BranchwiseError as error:
             http.send([Failed(role, str(error))])
-            return 2
+            return EXIT_FAILED
         except Exception as error:
             logger.exception("could not start")
             http.send([Failed(role, f"{type(error).__name__}: {error}")])
-            return 2
+            return EXIT_FAILED
         try:
             worker.run()
+        except EngineDead as error:
+            http.send([Failed(role, str(error))])
+            return EXIT_FAILED
         except Exception:
             logger.exception("stopped by a bug")
             return 1

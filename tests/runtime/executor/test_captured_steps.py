@@ -33,8 +33,8 @@ class RepeatingGraphs(StepGraphs):
     replays = 0
 
     def capture(self) -> None:
-        while self.capture_next():
-            pass
+        while shape := self.next_missing():
+            self.capture_missing(shape)
 
     def _capture(self, shape: StepShape, warm_up: bool = False) -> None:
         self._run(shape)
@@ -50,7 +50,7 @@ class LazyGraphs(RepeatingGraphs):
     """Captures the shapes of the steps that come, and some while idle."""
 
     def capture(self) -> None:
-        self.capture_next()
+        self.capture_missing(self.next_missing())
 
 
 def run(drive: Any, make: SimpleNamespace) -> list[list[int]]:

@@ -124,8 +124,8 @@ def test_graphs_are_captured_on_a_stream_of_their_own_device(fake_cuda: type[Fak
         device = torch.device("cuda", index)
         graphs = StepGraphs(lambda shape: None, lambda shape: None, 2, 64, device)
         graphs.capture()
-        while graphs.capture_next():
-            pass
+        while shape := graphs.next_missing():
+            graphs.capture_missing(shape)
         assert [capture["stream"].device for capture in fake_cuda.captures] == [device] * len(graphs.shapes())
         assert {capture["mode"] for capture in fake_cuda.captures} == {"thread_local"}
         fake_cuda.captures.clear()
@@ -151,13 +151,22 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(
     graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, torch.device("cuda", 0))
     graphs.capture()
     monkeypatch.setattr(FakeGraph, "fails", True)
-    while graphs.capture_next():
-        pass
+    while shape := graphs.next_missing():
+        graphs.capture_missing(shape)
     runs.clear()
     shape = StepShape(2, 0, 0)
     for _ in range(2):
         graphs.replay(shape)
     assert runs == [shape, shape]
+
+
+def test_a_rank_whose_capture_fails_ends(fake_cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other ranks may be inside the run that failed."""
+    graphs = StepGraphs(lambda shape: None, lambda shape: None, 2, 64, torch.device("cuda", 0), alone=False)
+    graphs.capture()
+    monkeypatch.setattr(FakeGraph, "fails", True)
+    with pytest.raises(RuntimeError):
+        graphs.replay(StepShape(2, 0, 0))
 
 
 def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -275,7 +275,10 @@ def test_progress_counts_every_byte(checkpoint: Callable[[str], Path]) -> None:
         ({"max_model_len": 513}, "--max-model-len 513: the model's own limit is 512"),
         ({"device": "tpu"}, "--device tpu"),
         ({"device": "cuda:99"}, "--device cuda:99"),
-        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2"),
+        (
+            {"tensor_parallel_size": 3},
+            "--tensor-parallel-size 3: 4 attention heads and 2 KV heads cannot be divided by it",
+        ),
         ({"kv_cache_tokens": 2**50}, "--kv-cache-tokens"),
     ],
 )

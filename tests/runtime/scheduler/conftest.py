@@ -62,6 +62,9 @@ class CanaryExecutor:
         self.plans: list[StepPlan] = []
         self.fail_next = False
 
+    def beat(self) -> None:
+        pass
+
     def launch(self, plan: StepPlan) -> Pending:
         if self.fail_next:
             self.fail_next = False

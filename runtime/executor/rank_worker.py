@@ -1,0 +1,78 @@
+"""The process of a rank other than 0: ``python -m branchwise.runtime.executor.rank_worker DESCRIPTOR``.
+
+It runs its part of every step that it is handed, in order, until the connection ends. Exit codes: 0 then, 1 after a
+bug, 2 if it could not start (a `RankReport` then says why).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+import torch
+
+from ...kernels.attention.base import StepShape
+from ..errors import BranchwiseError
+from ..parallel.connect import connect
+from ..parallel.group import TensorGroup
+from ..parallel.lifeline import die_with_parent, ignore_stop_signals
+from ..parallel.place import Place
+from ..parallel.ranks import BEAT, CAPTURE, RankLaunch, RankReport
+from ..step_codec import decode_plan
+from .executor import ModelExecutor
+
+logger = logging.getLogger(__name__)
+
+
+def main(descriptor: int) -> int:
+    """Serves as one rank until rank 0 ends it. Returns the exit code."""
+    ignore_stop_signals()
+    connection: Connection[bytes, bytes] = Connection(descriptor)
+    launch = msgspec.json.decode(connection.recv_bytes(), type=RankLaunch)
+    die_with_parent(launch.parent)
+    logging.basicConfig(
+        level=logging.ERROR, format=f"%(asctime)s %(levelname)s rank {launch.rank} %(name)s: %(message)s"
+    )
+
+    def report(what: RankReport) -> None:
+        connection.send_bytes(msgspec.json.encode(what))
+
+    def meet(device: torch.device) -> TensorGroup:
+        report(RankReport("loaded"))
+        return connect(Path(launch.store), launch.rank, launch.config.tensor_parallel_size, device)
+
+    try:
+        place = Place(launch.rank, launch.config.tensor_parallel_size, meet)
+        executor = ModelExecutor.load(launch.config, place=place)
+    except BranchwiseError as error:
+        report(RankReport(error=str(error)))
+        return 2
+    except Exception as error:
+        logger.exception("could not start")
+        report(RankReport(error=f"{type(error).__name__}: {error}"))
+        return 2
+    report(RankReport("ready"))
+    try:
+        while message := connection.recv_bytes():
+            if message == BEAT:
+                executor.beat()
+            elif message.startswith(CAPTURE):
+                executor.capture(msgspec.json.decode(message[len(CAPTURE) :], type=StepShape))
+            else:
+                executor.launch(decode_plan(message))
+    except EOFError:
+        pass
+    except Exception:
+        logger.exception("stopped by a bug")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    code = main(int(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # without the destructors of collectives, which would wait for ranks that have ended

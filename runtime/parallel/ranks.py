@@ -1,0 +1,160 @@
+"""The processes of the other ranks, as rank 0 sees them: started, watched, handed each step, and ended."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+
+import msgspec
+
+from ..config import EngineConfig
+from ..errors import LoadError
+
+logger = logging.getLogger(__name__)
+
+_STDERR = 2
+# Messages to a rank besides steps, whose encoding begins with another byte: to end; to prove that it and its device
+# answer; to capture the step shape that follows.
+END, BEAT, CAPTURE = b"", b"\0", b"\1"
+EXIT_SECONDS = 2.0  # how long the ranks may take to exit once they are told to
+
+
+class RankLaunch(msgspec.Struct, frozen=True):
+    """The first message to a rank: all that it needs to know to load its part of the model."""
+
+    parent: int  # process id of rank 0
+    rank: int
+    store: str  # the file by which the ranks find each other
+    config: EngineConfig
+
+
+class RankReport(msgspec.Struct, frozen=True):
+    """What a rank has reached while starting: ``loaded`` its weights, or ``ready`` for steps; or why it failed."""
+
+    reached: str = ""
+    error: str | None = None
+
+
+class Ranks:
+    """Ranks 1 to ``size - 1``, each a child process that runs ``module`` with the descriptor of its connection.
+
+    A connection is a pair of sockets without a name, so no other process can reach it. It carries a `RankLaunch`, then
+    each step; a rank ends when its connection does. Nothing is queued without bound: sending to a rank that has stopped
+    reading blocks, which is what a heartbeat notices.
+
+    Args:
+        failed: gets the reason when a rank ends before `close`, from a thread of its own. All other ranks are killed
+            first. Rank 0's thread may be inside a collective with them by then, and then does not return in general.
+    """
+
+    def __init__(self, config: EngineConfig, module: str, failed: Future[str]) -> None:
+        self.size, self.failed = config.tensor_parallel_size, failed
+        self._module = module
+        self._folder = Path(tempfile.mkdtemp(prefix="branchwise-ranks-"))  # mode 0700
+        self.store = self._folder / "store"
+        self._closing = False
+        self._failure: str | None = None
+        self._changed = threading.Condition()
+        self._reached: dict[str, int] = {"loaded": 0, "ready": 0}
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._connections: list[Connection[bytes, bytes]] = []
+        self._threads = []
+        for rank in range(1, self.size):
+            ours, theirs = Pipe()
+            self._connections.append(ours)
+            launch = RankLaunch(os.getpid(), rank, str(self.store), config)
+            ours.send_bytes(msgspec.json.encode(launch))
+            thread = threading.Thread(
+                target=self._live, args=(rank, ours, theirs), name=f"branchwise-rank-{rank}", daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._children.values()]
+
+    def wait(self, stage: str) -> None:
+        """Returns once all ranks have reached ``loaded`` or ``ready``. Raises `LoadError` if one cannot."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._reached[stage] == self.size - 1)
+        if self._failure is not None:
+            raise LoadError(self._failure)
+        if stage == "ready":
+            shutil.rmtree(self._folder, ignore_errors=True)  # they have met: a server that is killed leaves nothing
+
+    def send(self, message: bytes) -> None:
+        """To every rank. Raises RuntimeError if one has ended."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        for connection in self._connections:
+            try:
+                connection.send_bytes(message)
+            except OSError as error:
+                raise RuntimeError("a rank has ended") from error
+
+    def fail(self, why: str) -> None:
+        """Ends all ranks for that reason, of which the first one counts."""
+        with self._changed:
+            if self._closing or self._failure is not None:
+                return
+            self._failure = why
+            for child in self._children.values():
+                child.kill()
+            self._changed.notify_all()
+        self.failed.set_result(why)
+
+    def close(self) -> None:
+        """Ends the ranks, at once while they are starting. Idempotent."""
+        with self._changed:
+            self._closing = True
+            if self._reached["ready"] < self.size - 1:
+                for child in self._children.values():
+                    child.kill()
+        for connection in self._connections:
+            with contextlib.suppress(OSError):
+                connection.send_bytes(END)
+        for thread in self._threads:
+            thread.join(EXIT_SECONDS)
+        for child in list(self._children.values()):
+            child.kill()  # no effect on one that has been reaped
+        for thread in self._threads:
+            thread.join(EXIT_SECONDS)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _live(self, rank: int, ours: Connection[bytes, bytes], theirs: Connection[bytes, bytes]) -> None:
+        """The life of one rank. Linux kills a child when the thread that started it ends, so this one stays."""
+        child = subprocess.Popen(
+            [sys.executable, "-m", self._module, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            stdout=_STDERR,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C in a terminal must not reach it
+        )
+        theirs.close()
+        with self._changed:
+            self._children[rank] = child
+            if self._closing or self._failure is not None:
+                child.kill()
+        error: str | None = None
+        with contextlib.suppress(EOFError, OSError):
+            while error is None:
+                report = msgspec.json.decode(ours.recv_bytes(), type=RankReport)
+                error = report.error
+                if error is None:
+                    with self._changed:
+                        self._reached[report.reached] += 1
+                        self._changed.notify_all()
+        code = child.wait()
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+        self.fail(f"rank {rank}: {error}" if error is not None else f"rank {rank} {how}")
+        ours.close()

@@ -1,0 +1,201 @@
+"""A model over two processes: the same tokens as one, and what happens when one of the two ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from branchwise import Engine, EngineDead, LoadError, SamplingParams
+
+TEXT = "A tree of tokens grows a branch for every question that is asked of one document."
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+SETTINGS: dict[str, Any] = {"device": "cpu", "kv_cache_tokens": 2048, "check_when_idle": True}
+
+
+def rank_pids(engine: Engine) -> list[int]:
+    executor: Any = engine._core.executor
+    return list(executor.ranks.pids)
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("llama-gqa")
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Iterator[Engine]:
+    with Engine(folder, **SETTINGS) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Iterator[Engine]:
+    """With overlap, as on a GPU: the next step's tokens are only on rank 0 when it is launched."""
+    with Engine(folder, tensor_parallel_size=2, overlap=True, **SETTINGS) as engine:
+        yield engine
+
+
+def both(one: Engine, two: Engine, prompts: Any, params: Any) -> list[list[list[int]]]:
+    return [
+        [choice.token_ids for output in engine.generate(prompts, params) for choice in output.outputs]
+        for engine in (one, two)
+    ]
+
+
+def test_the_same_tokens_cold_and_warm(one: Engine, two: Engine) -> None:
+    prompts = [TEXT * n + end for n in (1, 3) for end in ("", " a", " b")]
+    for hit in (False, True):
+        expected, found = both(one, two, prompts, GREEDY)
+        assert found == expected
+        assert (two.generate(prompts[-1], GREEDY).cached_tokens > 0) or not hit
+
+
+def test_seeded_samples_with_penalties(one: Engine, two: Engine) -> None:
+    settings: dict[str, Any] = {"temperature": 0.9, "seed": 5, "n": 3, "max_tokens": 30, "ignore_eos": True}
+    params = [
+        SamplingParams(**settings),
+        SamplingParams(top_p=0.8, frequency_penalty=0.5, **settings),
+        SamplingParams(top_k=20, repetition_penalty=1.2, logit_bias={7: 2.0}, **settings),
+    ]
+    expected, found = both(one, two, [TEXT] * 3, params)
+    assert found == expected
+
+
+def test_constrained_tokens(one: Engine, two: Engine) -> None:
+    schema = '{"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}'
+    params = [
+        SamplingParams(json_schema=schema, temperature=0, max_tokens=60),
+        SamplingParams(regex="[a-z]{20}", temperature=0.8, seed=3, max_tokens=40),
+        GREEDY,
+    ]
+    expected, found = both(one, two, [TEXT] * 3, params)
+    assert found == expected
+
+
+def test_prompt_logprobs(one: Engine, two: Engine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=2)
+    expected, found = (engine.generate(TEXT * 4, params).prompt_logprobs for engine in (one, two))
+    assert list(found) == list(expected)
+    for position, row in found.items():
+        assert row.token == expected[position].token
+        assert row.logprob == pytest.approx(expected[position].logprob, abs=1e-4)
+
+
+def test_branches(one: Engine, two: Engine) -> None:
+    found = []
+    for engine in (one, two):
+        with engine.branch(TEXT) as trunk:
+            trunk.generate(GREEDY)
+            forks = trunk.fork(3)
+            for i, fork in enumerate(forks):
+                fork.extend(f" {i}")
+            found.append([fork.generate(GREEDY).token_ids for fork in forks])
+    assert found[0] == found[1]
+
+
+def test_retraction(folder: Path) -> None:
+    """More work than pages: requests are retracted and computed again."""
+    settings = {**SETTINGS, "kv_cache_tokens": 256, "max_num_seqs": 8}
+    prompts = [f"{i} {TEXT}" for i in range(8)]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    found, retractions = [], []
+    for ranks in (1, 2):
+        with Engine(folder, tensor_parallel_size=ranks, **settings) as engine:
+            found.append([output.token_ids for output in engine.generate(prompts, params)])
+            retractions.append(engine.stats().retractions)
+    assert found[0] == found[1]
+    assert retractions[0] == retractions[1] > 0
+
+
+def test_dummy_weights_are_those_of_one_rank(folder: Path) -> None:
+    found = []
+    for ranks in (1, 2):
+        with Engine(folder, load_format="dummy", tensor_parallel_size=ranks, **SETTINGS) as engine:
+            found.append(engine.generate(TEXT, GREEDY).token_ids)
+    assert found[0] == found[1]
+
+
+def test_the_memory_plan_has_every_rank(two: Engine) -> None:
+    executor: Any = two._core.executor
+    lines = executor.local.memory_plan.lines()
+    assert [line.split()[:2] for line in lines[-2:]] == [["rank", "0"], ["rank", "1"]]
+    assert all("free: weights" in line and "room for 128 pages" in line for line in lines[-2:])
+
+
+def test_a_rank_that_is_killed_ends_every_request(folder: Path) -> None:
+    engine = Engine(folder, tensor_parallel_size=2, **SETTINGS)
+    [pid] = rank_pids(engine)
+    failures: list[EngineDead] = []
+
+    def client() -> None:
+        with pytest.raises(EngineDead, match="rank 1 was killed by signal 9") as caught:
+            engine.generate(TEXT, SamplingParams(max_tokens=400, ignore_eos=True))
+        failures.append(caught.value)
+
+    threads = [threading.Thread(target=client) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while engine.stats().generated_tokens < 20:
+        time.sleep(0.01)
+    killed = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(10)
+    assert len(failures) == 3 and time.monotonic() - killed < 2
+    with pytest.raises(EngineDead, match="rank 1 was killed"):
+        engine.generate(TEXT, GREEDY)
+    engine.close()
+
+
+def test_a_rank_that_is_killed_while_idle_is_noticed(folder: Path) -> None:
+    engine = Engine(folder, tensor_parallel_size=2, **SETTINGS)
+    os.kill(rank_pids(engine)[0], signal.SIGKILL)
+    deadline = time.monotonic() + 2
+    while engine._thread._dead is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(EngineDead, match="rank 1 was killed"):
+        engine.generate(TEXT, GREEDY)
+    engine.close()
+
+
+def test_closing_ends_the_ranks(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    engine = Engine(folder, tensor_parallel_size=2, **SETTINGS)
+    [pid] = rank_pids(engine)
+    assert not list(tmp_path.iterdir())  # the ranks have met, and left nothing to be removed
+    engine.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_rank_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here only rank 1 fails: it does not find the weights that rank 0 has opened before."""
+    from branchwise.runtime.executor import rank_zero
+
+    def missing(config: Any, module: str, failed: Any) -> Any:
+        import msgspec
+
+        return ranks(msgspec.structs.replace(config, model=str(folder / "nowhere")), module, failed)
+
+    ranks = rank_zero.Ranks
+    monkeypatch.setattr(rank_zero, "Ranks", missing)
+    with pytest.raises(LoadError, match=r"^rank 1: .*nowhere") as caught:
+        Engine(folder, tensor_parallel_size=2, **SETTINGS)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rank_that_dies_while_starting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from branchwise.runtime.executor import rank_zero
+
+    ranks = rank_zero.Ranks
+    monkeypatch.setattr(rank_zero, "Ranks", lambda config, module, failed: ranks(config, "no_such_module", failed))
+    with pytest.raises(LoadError, match="rank 1 ended with code 1"):
+        Engine(folder, tensor_parallel_size=2, **SETTINGS)
