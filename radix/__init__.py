@@ -6,13 +6,17 @@ from .explain import Explanation
 from .hold import Hold
 from .inspection import Inspection
 from .lease import Lease
-from .node import DEFAULT, Namespace
+from .moves import Moves, Reach, Transfer
+from .node import DEFAULT, DEVICE, DISK, HOST, Namespace
 from .pages import PageAllocator
 from .scores import SCORE, Scores
 from .tree import RadixTree
 
 __all__ = [
     "DEFAULT",
+    "DEVICE",
+    "DISK",
+    "HOST",
     "SCORE",
     "Explanation",
     "Hold",
@@ -20,6 +24,7 @@ __all__ = [
     "InvariantError",
     "Lease",
     "LeaseError",
+    "Moves",
     "Namespace",
     "OutOfPages",
     "PageAllocator",
@@ -27,6 +32,8 @@ __all__ = [
     "PagesLeft",
     "RadixError",
     "RadixTree",
+    "Reach",
     "Scores",
+    "Transfer",
     "TreeObserver",
 ]

@@ -15,10 +15,11 @@ MAX_DEPTH = 100  # JSON encoders recurse
 def dump_namespaces(tree: PrefixTree, max_nodes: int, preview: int | None) -> tuple[list[dict[str, Any]], int]:
     """``[{"owner", "salt", "leases", "children": [node...]}...]``, and the number of namespaces left out.
 
-    A node: ``tokens`` and ``pages`` (counts), ``preview`` (its first token ids; by default a page and eight more, as
-    siblings may share all but the last token of a page), ``leases`` (locks), ``hits``, ``last_access`` (logical time),
-    ``stub`` (it is a partial page), ``children``; ``omitted`` counts children left out. Breadth-first, so that
-    ``max_nodes`` cuts off the deepest nodes. At most ``max_nodes`` namespaces are listed, and at least one.
+    A node: ``tokens`` (count), ``pages``, ``host`` and ``disk`` (slots in each memory tier), ``preview`` (its first
+    token ids; by default a page and eight more, as siblings may share all but the last token of a page), ``leases``
+    (locks), ``hits``, ``last_access`` (logical time), ``stub`` (it is a partial page), ``children``; ``omitted``
+    counts children left out. Breadth-first, so that ``max_nodes`` cuts off the deepest nodes. At most ``max_nodes``
+    namespaces are listed, and at least one.
     """
     preview = tree.page_size + 8 if preview is None else preview
     namespaces: list[dict[str, Any]] = []
@@ -43,6 +44,8 @@ def _describe(tree: PrefixTree, node: Node, preview: int) -> dict[str, Any]:
     return {
         "tokens": len(node.tokens),
         "pages": len(node.pages),
+        "host": len(node.host),
+        "disk": len(node.disk),
         "preview": node.tokens[:preview].tolist(),
         "leases": node.locks,
         "hits": node.hits,

@@ -1,4 +1,4 @@
-"""Eviction order: an index of the evictable leaves, sorted by the policy."""
+"""Eviction order: an index of the evictable leaves of a memory tier, sorted by the policy."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class EvictionIndex:
         """Removes a leaf. Raises ValueError if it is not indexed under its present key."""
         self._leaves.remove(self.entry(leaf))
 
-    def pop(self) -> Node:
-        """Removes and returns the leaf to evict next."""
-        node: Node = self._leaves.pop(0)[2]
+    def first(self) -> Node:
+        """The leaf to evict next. Raises IndexError if there is none."""
+        node: Node = self._leaves[0][2]
         return node

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from .node import TOKEN_BYTES, Namespace
 
-Reason = Literal["hit", "evicted", "diverged", "namespace", "cold", "disabled"]
+Reason = Literal["hit", "tier", "evicted", "diverged", "namespace", "cold", "disabled"]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
@@ -15,6 +15,7 @@ class Explanation(NamedTuple):
     """What a match reused, and why it did not reuse more.
 
     ``hit``        everything it was allowed to reuse was cached
+    ``tier``       the next page is on the host or the disk, and was not loaded
     ``evicted``    the next page was cached and has been evicted
     ``diverged``   something is cached after the reused tokens, and its next token differs
     ``namespace``  nothing is cached under this salt, but something is under another salt of the same owner. It does

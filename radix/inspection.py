@@ -29,6 +29,9 @@ def explain(
         return Explanation(hit, "hit")
     next_page = page_key(tokens[walk.length : walk.length + tree.page_size])
     at_node_end = present < limit and not walk.stopped_inside  # pages can be missing only after the end of a node
+    below = walk.node.children.get(next_page)
+    if below is not None and not len(below.pages):
+        return Explanation(hit, "tier")
     if at_node_end and tree.evictions.evicted(walk.node.serial, next_page, partial.common):
         return Explanation(hit, "evicted")
     if hit and hit == present and partial.diverges:

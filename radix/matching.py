@@ -6,9 +6,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import NamedTuple
 
-from .node import DEVICE, TOKEN_BYTES, Int32, Node, common_tokens, page_key
-
-_SIBLINGS = 32  # examined in either direction for a page that may be copied
+from .node import SIBLINGS, TOKEN_BYTES, Int32, Node, common_tokens, page_key
 
 
 class Walk(NamedTuple):
@@ -16,6 +14,7 @@ class Walk(NamedTuple):
 
     node: Node  # the last node entered
     inside: int  # pages of it that match; fewer than it has when the walk stopped inside it
+    size: int  # pages of it
     length: int  # tokens matched, from position 0
     beyond: int  # tokens of the node's next page that match too, when the walk stopped inside it
     pages: list[Int32]  # the matched pages, node by node
@@ -23,7 +22,7 @@ class Walk(NamedTuple):
     @property
     def stopped_inside(self) -> bool:
         """Whether the walk ended before the last page of its node."""
-        return self.inside < len(self.node.pages)
+        return self.inside < self.size
 
 
 class Partial(NamedTuple):
@@ -43,17 +42,18 @@ class _Candidate(NamedTuple):
     node: Node
 
 
-def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) -> Walk:
-    """Follows ``tokens[start:limit]`` down from the end of ``node``, through nodes on the device only.
+def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int, *, below: bool = False) -> Walk:
+    """Follows ``tokens[start:limit]`` down from the end of ``node``, through nodes on the device only, or, with
+    ``below``, also through nodes that only lower tiers hold.
 
     Costs one dictionary lookup and one array comparison a node.
     """
-    length, pages = start, []
+    length, pages, size = start, [], len(node.tokens) // page_size
     while length + page_size <= limit:
         child = node.children.get(page_key(tokens[length : length + page_size]))
-        if child is None or not child.residency & DEVICE:
+        if child is None or not (below or len(child.pages)):
             break
-        node = child
+        node, size = child, len(child.tokens) // page_size
         n = min(len(node.tokens), limit - length)  # at least a page: the lookup compared it
         differs = node.tokens[:n] != tokens[length : length + n]
         same = int(differs.argmax())
@@ -62,9 +62,9 @@ def follow(node: Node, tokens: Int32, start: int, limit: int, page_size: int) ->
         inside = same // page_size
         pages.append(node.pages[:inside])
         length += inside * page_size
-        if inside < len(node.pages):
-            return Walk(node, inside, length, same - inside * page_size, pages)
-    return Walk(node, len(node.pages), length, 0, pages)
+        if inside < size:
+            return Walk(node, inside, size, length, same - inside * page_size, pages)
+    return Walk(node, size, size, length, 0, pages)
 
 
 def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: Callable[[int], bool]) -> Partial:
@@ -82,8 +82,8 @@ def closest_page(walk: Walk, tokens: Int32, limit: int, page_size: int, usable: 
         candidates = []
         for side in walk.node.nearest_first(wanted):
             # Look past the nearest only if it may not be copied: requests that arrive together leave such siblings.
-            for child in islice(side, _SIBLINGS):
-                if not child.residency & DEVICE:
+            for child in islice(side, SIBLINGS):
+                if not len(child.pages):
                     continue
                 common = common_tokens(child.key, wanted)
                 page = int(child.pages[0])

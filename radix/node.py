@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 from types import MappingProxyType
 from typing import Any
 
@@ -16,10 +16,12 @@ Namespace = tuple[str, str]  # (owner, salt); no lookup crosses from one namespa
 
 DEFAULT: Namespace = ("", "")
 TOKEN_BYTES = 4
-DEVICE = 1  # bit of `Node.residency`: the pages are in the KV pool. Other tiers will add bits of their own.
+SIBLINGS = 32  # examined in either direction for a page with the same beginning
+DEVICE, HOST, DISK = 0, 1, 2  # the memory tiers: see `tiers.Tier`
 
 _EMPTY: Int32 = np.empty(0, np.int32)
 _EMPTY.setflags(write=False)
+_NONE_BELOW: Any = (0, 0, 0)  # `Node.below` of all nodes without children
 _CHILDLESS: Any = MappingProxyType({})  # shared by all leaves: a SortedDict of its own would cost 2 kB
 
 
@@ -41,7 +43,9 @@ def join(arrays: list[Int32]) -> Int32:
 
 
 class Node:
-    """A run of tokens, int32 [n], and the pages that hold their keys and values, int32 [n / page_size].
+    """A run of tokens, int32 [n], and where their keys and values are: int32 [n / page_size] in each memory tier that
+    has a copy, empty in the others. ``pages`` are page numbers on the device, ``host`` and ``disk`` slots of the lower
+    tiers (`tiers.Tier`). A node has a copy in at least one tier; a copy is of all its pages.
 
     A *partial page* is a leaf with one page and fewer tokens than fit in it. ``serial`` identifies the position at
     which the node *ends*. It changes whenever that position moves, so that an `explain.EvictionRecord` entry about
@@ -49,18 +53,21 @@ class Node:
     """
 
     __slots__ = (
+        "below",
         "children",
         "created",
+        "disk",
         "hits",
+        "host",
         "key",
         "last_access",
         "locks",
         "pages",
         "parent",
         "priority",
-        "residency",
         "serial",
         "tokens",
+        "transfer",
     )
 
     def __init__(self, tokens: Int32, pages: Int32, key: bytes, parent: Node | None, serial: int | Namespace) -> None:
@@ -70,7 +77,9 @@ class Node:
         self.parent = parent
         self.children: SortedDict = _CHILDLESS  # key -> Node
         self.serial = serial
-        self.residency = DEVICE  # where the pages are, as bits; a match uses only nodes with `DEVICE` set
+        self.host = self.disk = _EMPTY
+        self.below: list[int] = _NONE_BELOW  # children with a copy in each tier
+        self.transfer: object = None  # the `moves.Transfer` that copies this node to a higher tier
         self.locks = 0  # leases and holds whose path includes this node, and leases that copy from it
         self.hits = 0  # matches that reused this node
         self.priority = 0  # the highest priority of the requests that used it
@@ -80,7 +89,7 @@ class Node:
     def add_child(self, child: Node) -> None:
         """Files ``child`` under its key and becomes its parent."""
         if self.children is _CHILDLESS:
-            self.children = SortedDict()
+            self.children, self.below = SortedDict(), [0, 0, 0]
         self.children[child.key] = child
         child.parent = self
 
@@ -88,12 +97,14 @@ class Node:
         """Removes a child; its ``parent`` is left as it is."""
         del self.children[child.key]
         if not self.children:
-            self.children = _CHILDLESS
+            self.children, self.below = _CHILDLESS, _NONE_BELOW
 
     def covering(self, key: bytes, but: Node | None = None) -> Node | None:
-        """A child other than ``but`` whose first page begins with ``key``: one of the next two, as sorted."""
+        """A child other than ``but`` on the device whose first page begins with ``key``. Children that share the key
+        are neighbours, and the nearest are examined."""
         _, after = self.nearest_first(key)
-        return next((child for child in islice(after, 2) if child is not but and child.key.startswith(key)), None)
+        beginning = takewhile(lambda child: child.key.startswith(key), islice(after, SIBLINGS))
+        return next((child for child in beginning if child is not but and len(child.pages)), None)
 
     def nearest_first(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
         """The children before ``key`` and those at or after it; in each, ever fewer leading tokens are shared."""

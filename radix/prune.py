@@ -17,7 +17,7 @@ def prune(tree: PrefixTree, tokens: Int32, namespace: Namespace) -> Int32:
     root = tree.roots.get(namespace)
     if root is None:
         return join([])
-    walk = follow(root, tokens, 0, len(tokens), tree.page_size)
+    walk = follow(root, tokens, 0, len(tokens), tree.page_size, below=True)
     rest = tokens[walk.length :]
     if walk.stopped_inside:
         below = [walk.node] if walk.beyond >= len(rest) else []

@@ -1,4 +1,4 @@
-"""The tree: nodes, locks, counters and the eviction index. All pages are added and removed here."""
+"""The tree: nodes, locks, tiers and the eviction indexes. All copies of pages are added and removed here."""
 
 from __future__ import annotations
 
@@ -7,30 +7,51 @@ from collections.abc import Iterator
 import numpy as np
 
 from .events import ROOT, Events, LeaveReason, PagesEntered, PagesLeft
-from .eviction import POLICIES, EvictionIndex
+from .eviction import POLICIES
 from .explain import EvictionRecord
 from .matching import Walk
-from .node import TOKEN_BYTES, Int32, Namespace, Node, Root, join, page_key
+from .node import DEVICE, DISK, HOST, TOKEN_BYTES, Int32, Namespace, Node, Root, join, page_key
+from .pages import PageAllocator
+from .tiers import Tier
 
 
 class PrefixTree:
-    """Token prefixes and the numbers of the pages that hold them, for each namespace.
+    """Token prefixes and the slots that hold them in each memory tier, for each namespace. Independent of leases.
 
-    Independent of leases and of page allocation: `insert` takes page numbers, and methods that remove pages return
-    them. Counters, read-only for others: ``cached`` (pages in the tree), ``evictable`` (pages of unlocked nodes),
-    ``evicted_total`` (pages ever evicted, pruned or flushed), ``num_nodes``.
+    Counters, read-only for others: those of each `Tier`; ``evicted_total`` (pages ever evicted from the device, pruned
+    or flushed), ``num_nodes``. ``host`` and ``disk`` are None without such a tier.
     """
 
-    def __init__(self, page_size: int, policy: str, evictions_remembered: int) -> None:
+    def __init__(
+        self,
+        page_size: int,
+        policy: str,
+        evictions_remembered: int,
+        *,
+        num_pages: int,
+        host_slots: int = 0,
+        disk_slots: int = 0,
+    ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         self.page_size = page_size
-        self.cached = 0
-        self.evictable = 0
+        sizes = {DEVICE: num_pages, HOST: host_slots, DISK: disk_slots}
+        tiers = {
+            number: Tier(number, PageAllocator(size, page_size), POLICIES[policy])
+            for number, size in sizes.items()
+            if size or number == DEVICE
+        }
+        self.tiers = list(tiers.values())
+        self.device, self.host, self.disk = tiers[DEVICE], tiers.get(HOST), tiers.get(DISK)
+        self.keep_one_shot = True  # pages that were used once move to the host too when the device evicts them
+        self.stores: list[tuple[Int32, Int32]] = []  # (pages, host slots): copies that the device has yet to make
+        self.step = 0  # being planned
+        self._clock = 0  # logical time
+        self.stores_after = -1  # the last step that may write a page of those ever in `stores`
+        self.published_in = np.full(num_pages, -1, np.int64)  # the step in which a page entered the tree
         self.evicted_total = 0
         self.num_nodes = 0
         self.roots: dict[Namespace, Root] = {}
-        self.leaves = EvictionIndex(POLICIES[policy])
         self.salts_in_use: dict[str, int] = {}  # owner -> number of its namespaces with cached pages
         self.evictions = EvictionRecord(evictions_remembered)
         self.events = Events()
@@ -40,16 +61,44 @@ class PrefixTree:
         """Whether the node is a partial page. False for a root."""
         return 0 < len(node.tokens) < self.page_size
 
+    def size(self, node: Node) -> int:
+        """The node's pages, wherever they are."""
+        return -(-len(node.tokens) // self.page_size)
+
+    def resident(self, node: Node) -> bool:
+        """Whether any tier has a copy of the node."""
+        return bool(len(node.pages) or len(node.host) or len(node.disk))
+
+    def tick(self) -> int:
+        """A new logical time."""
+        self._clock += 1
+        return self._clock
+
+    def root(self, namespace: Namespace) -> Root:
+        """The namespace's root, made if need be."""
+        root = self.roots.get(namespace)
+        if root is None:
+            root = self.roots[namespace] = Root(namespace)
+        return root
+
     # ---- pages in ----
 
     def insert(
         self, parent: Node, key: bytes, tokens: Int32, pages: Int32, *, now: int, priority: int, locked: bool
     ) -> Node:
-        """Adds pages as a child of ``parent``, which must be locked. ``key``: of the first page of ``tokens``.
+        """Adds pages on the device as a child of ``parent``, which must be locked. ``key``: of the first page of
+        ``tokens``.
 
         ``locked``: the child starts with one lock, that of the lease which adds it.
         """
-        child = Node(tokens.copy(), pages.copy(), key, parent, self._new_serial())
+        child = self.add_node(parent, key, tokens, now=now, priority=priority)
+        child.locks = int(locked)
+        self.enter(child, pages)
+        return child
+
+    def add_node(self, parent: Node, key: bytes, tokens: Int32, *, now: int, priority: int = 0) -> Node:
+        """Adds a child without a copy in any tier: the caller gives it one."""
+        child = Node(tokens.copy(), join([]), key, parent, self._new_serial())
         child.created = child.last_access = now
         child.priority = priority
         parent.add_child(child)
@@ -57,51 +106,100 @@ class PrefixTree:
         if isinstance(parent, Root) and len(parent.children) == 1:
             owner = parent.namespace[0]
             self.salts_in_use[owner] = self.salts_in_use.get(owner, 0) + 1
-        if locked:
-            child.locks = 1
-        else:
-            self.evictable += len(pages)
-            self.leaves.add(child)
-        self._entered(parent, tokens, pages)
         return child
 
+    def enter(self, node: Node, pages: Int32) -> None:
+        """The node, whose parent is on the device or a root, gets a copy on the device."""
+        self.device.put(node, pages.copy())
+        self._announce(node.parent, node.tokens, pages)
+
     def extend(self, node: Node, tokens: Int32, pages: Int32) -> None:
-        """Adds whole pages to the end of a locked node without children."""
-        self._entered(node, tokens, pages)
+        """Adds whole pages to the end of a locked node without children that is on the device only."""
+        self._announce(node, tokens, pages)
+        self.device.cached += len(pages)
         node.tokens = np.concatenate((node.tokens, tokens))
         node.pages = np.concatenate((node.pages, pages))
         node.serial = self._new_serial()
 
-    def _entered(self, after: Node, tokens: Int32, pages: Int32) -> None:
-        """Accounts for pages that enter after the present end of ``after``."""
-        self.cached += len(pages)
-        if self.events.observers:
+    def _announce(self, after: Node | None, tokens: Int32, pages: Int32) -> None:
+        """Pages entered the device after the present end of ``after``."""
+        if self.events.observers and after is not None:
             self.events.pending.append(PagesEntered(_namespace(after), _last_page(after), tokens.copy(), pages.copy()))
 
     def contents(self) -> Iterator[PagesEntered]:
-        """The present contents as events, parents before children."""
+        """What is on the device, as events, parents before children."""
         for namespace, root in self.roots.items():
             below = list(root.children.values())
             while below:
                 node = below.pop()
-                yield PagesEntered(namespace, _last_page(node.parent), node.tokens, node.pages)
-                below += node.children.values()
+                if len(node.pages):
+                    yield PagesEntered(namespace, _last_page(node.parent), node.tokens, node.pages)
+                    below += node.children.values()
 
     # ---- pages out ----
 
-    def evict(self, n: int, reason: LeaveReason = "evicted") -> Int32:
-        """Removes and returns ``n`` pages, at most ``evictable``: from the tail of the first leaf, then of the next."""
+    def reserve(self, tier: Tier, n: int) -> Int32 | None:
+        """n slots of a tier, evicting as needed; None, with nothing changed, if there are not enough."""
+        short = n - tier.slots.free
+        if short > tier.evictable:
+            return None
+        if short > 0:
+            tier.free(self.evict(tier, short))
+        return tier.slots.allocate(n)
+
+    def evict(self, tier: Tier, n: int, reason: LeaveReason = "evicted") -> Int32:
+        """Takes ``n`` slots, at most ``tier.evictable``, from the tail of its first leaf, then of the next.
+
+        Evicting from the device is moving down: pages without a lower copy get one, if the host has room.
+        """
         freed = []
+        moves_down = tier is self.device and self.host is not None and reason == "evicted"
         while n:
-            leaf = self.leaves.pop()
-            freed.append(self._leave(leaf, max(0, len(leaf.pages) - n), reason))
+            leaf = tier.leaves.first()
+            keep = len(tier.of(leaf)) - n
+            if keep > 0:
+                self.split(leaf, keep)
+            if moves_down and (leaf.hits or self.keep_one_shot):
+                self.copy_down(leaf)
+            freed.append(self.drop(leaf, tier, reason))
             n -= len(freed[-1])
         return join(freed)
 
-    def remove(self, leaf: Node, reason: LeaveReason) -> Int32:
-        """Removes an unlocked leaf and returns its pages."""
-        self.leaves.remove(leaf)
-        return self._leave(leaf, 0, reason)
+    def copy_down(self, node: Node) -> bool:
+        """Gives a node on the device a copy on the host, if it has no lower copy; returns whether it has one now.
+
+        The copy counts at once. The device makes it before it runs anything that is planned from now on (`stores`).
+        """
+        if self.host is None or not len(node.pages):
+            return bool(len(node.host))
+        if not len(node.host):
+            if len(node.disk):
+                return True
+            slots = self.reserve(self.host, len(node.pages))
+            if slots is None:
+                return False
+            self.host.put(node, slots)
+            self.stores.append((node.pages, slots))
+            self.stores_after = max(self.stores_after, int(self.published_in[node.pages].max()))
+        return True
+
+    def drop(self, node: Node, tier: Tier, reason: LeaveReason) -> Int32:
+        """Takes an unlocked leaf of a tier off that tier. A node that no tier holds is removed."""
+        if tier is self.device:
+            self._left(node, reason)
+        slots = tier.take(node)
+        if not self.resident(node):
+            self._remove(node, reason)
+        return slots
+
+    def remove(self, node: Node, reason: LeaveReason) -> Int32:
+        """Removes an unlocked node that has no child on the device, from every tier. Returns its pages."""
+        pages = node.pages
+        if len(pages):
+            self._left(node, reason)
+        self._take_everywhere(node)
+        self._remove(node, reason)
+        return pages
 
     def remove_covered(self, parent: Node, key: bytes) -> Int32:
         """Removes the unlocked partial pages below ``parent`` whose tokens a page ``key`` begins with, and more."""
@@ -113,93 +211,115 @@ class PrefixTree:
                     freed.append(self.remove(node, "covered"))
         return join(freed)
 
-    def _leave(self, leaf: Node, keep: int, reason: LeaveReason) -> Int32:
-        """Removes all but the first ``keep`` pages of an unlocked leaf that was taken off the index.
+    def forget(self, node: Node, tier: Tier) -> None:
+        """Drops the copies that a lower tier has of a node and of what continues it: one of them is wrong.
 
-        No other method removes pages. A leaf without pages is removed too, which may make its parent a leaf.
+        A copy that a transfer may be reading stays, and fails again when it is read.
         """
-        after, tokens, pages, key = leaf.parent, leaf.tokens, leaf.pages, leaf.key
-        if after is None:
-            raise RuntimeError("a root has no pages to remove")
-        if keep:
-            after, border = leaf, keep * self.page_size
-            tokens, pages = tokens[border:], pages[keep:]
-            key = page_key(tokens[: self.page_size])
-            leaf.tokens, leaf.pages = _head(leaf.tokens, border), _head(leaf.pages, keep)
-            leaf.serial = self._new_serial()
-            self.leaves.add(leaf)
-        else:
-            after.remove_child(leaf)
-            self.num_nodes -= 1
-            if not after.children:
-                self._lost_last_child(after)
-        n = len(pages)
-        self.cached -= n
-        self.evictable -= n
-        if reason != "covered":
-            self.evicted_total += n
-            self.evictions.note(after.serial, key)
-        if self.events.observers:
-            self.events.pending.append(PagesLeft(_namespace(after), _last_page(after), tokens, pages, reason))
-        return pages
+        order = [node]
+        for each in order:
+            order += each.children.values()
+        for each in reversed(order):  # children before their parents
+            if not len(tier.of(each)) or each.below[tier.number]:
+                continue
+            if not each.locks:
+                tier.free(self.drop(each, tier, "evicted"))
+            elif tier is self.disk and len(each.pages):
+                tier.free(tier.take(each))
 
-    def _lost_last_child(self, parent: Node) -> None:
-        if isinstance(parent, Root):
+    def clear_lower(self) -> None:
+        """Removes every copy of unlocked nodes from the host and the disk."""
+        for tier in self.tiers[1:]:
+            tier.free(self.evict(tier, tier.evictable, "flushed"))
+
+    def _left(self, node: Node, reason: LeaveReason) -> None:
+        """Accounts for a node that leaves the device."""
+        if reason != "covered":
+            self.evicted_total += len(node.pages)
+        if self.events.observers and node.parent is not None:
+            self.events.pending.append(
+                PagesLeft(_namespace(node), _last_page(node.parent), node.tokens, node.pages, reason)
+            )
+
+    def _remove(self, node: Node, reason: LeaveReason) -> None:
+        """Removes an unlocked node without copies, and what lower tiers remember below it, which nothing can reach."""
+        parent = node.parent
+        if parent is None:
+            raise RuntimeError("a root has no pages to remove")
+        below = list(node.children.values())
+        while below:
+            orphan = below.pop()
+            self._take_everywhere(orphan)
+            self.num_nodes -= 1
+            below += orphan.children.values()
+        parent.remove_child(node)
+        self.num_nodes -= 1
+        if reason != "covered":
+            self.evictions.note(parent.serial, node.key)
+        if isinstance(parent, Root) and not parent.children:
             owner = parent.namespace[0]
             self.salts_in_use[owner] -= 1
             if not self.salts_in_use[owner]:
                 del self.salts_in_use[owner]
-        if not parent.locks:
-            self._became_leaf(parent)
+            if not parent.locks:
+                del self.roots[parent.namespace]
+
+    def _take_everywhere(self, node: Node) -> None:
+        """Takes a node's copies; those of the lower tiers are freed, those on the device are the caller's to free."""
+        for tier in self.tiers:
+            if len(tier.of(node)):
+                slots = tier.take(node)
+                if tier is not self.device:
+                    tier.free(slots)
 
     # ---- splits and locks ----
 
     def split_at(self, walk: Walk) -> Node:
-        """The node that ends exactly where the walk ended, split off if need be.
+        """The node that ends exactly where the walk ended, split off if need be."""
+        return self.split(walk.node, walk.inside) if walk.stopped_inside else walk.node
 
-        The lower half is the old node: it ends where it ended, so its serial, leases and index entry stay valid. The
-        upper half gets copies of times, hits and priority, and of the locks, which belong to paths that pass it.
+    def split(self, lower: Node, pages: int) -> Node:
+        """Splits a node after its first ``pages`` pages, some but not all; returns the upper part.
+
+        The lower part is the old node: it ends where it ended, so its serial, leases and index entries stay valid. The
+        upper part gets copies of times, hits and priority, and of the locks, which belong to paths that pass it.
         """
-        lower, inside = walk.node, walk.inside
-        if not walk.stopped_inside:
-            return lower
-        parent, border = lower.parent, inside * self.page_size
+        parent, border = lower.parent, pages * self.page_size
         if parent is None:
             raise RuntimeError("a root has no pages to split")
-        upper = Node(lower.tokens[:border].copy(), lower.pages[:inside].copy(), lower.key, parent, self._new_serial())
+        upper = Node(_head(lower.tokens, border), join([]), lower.key, parent, self._new_serial())
         upper.locks, upper.hits, upper.priority = lower.locks, lower.hits, lower.priority
-        upper.created, upper.last_access, upper.residency = lower.created, lower.last_access, lower.residency
-        lower.tokens, lower.pages = lower.tokens[border:].copy(), lower.pages[inside:].copy()
+        upper.created, upper.last_access, upper.transfer = lower.created, lower.last_access, lower.transfer
+        lower.tokens = lower.tokens[border:].copy()
         lower.key = page_key(lower.tokens[: self.page_size])
         parent.children[upper.key] = upper
         upper.add_child(lower)
+        for tier in self.tiers:
+            slots = tier.of(lower)
+            if len(slots):
+                tier.place(upper, _head(slots, pages))
+                tier.place(lower, slots[pages:].copy())
+                upper.below[tier.number] = 1
         self.num_nodes += 1
         return upper
 
     def lock(self, node: Node, top: Node | None = None) -> None:
         """Adds one lock to each node from ``node`` up to ``top`` (exclusive) or to the root (inclusive)."""
         for each in node.upwards(top):
-            if not each.locks and len(each.pages):  # a root has no pages and is never evicted
-                self.evictable -= len(each.pages)
-                if not each.children:
-                    self.leaves.remove(each)
+            if not each.locks:
+                for tier in self.tiers:
+                    tier.protect(each)
             each.locks += 1
 
     def unlock(self, node: Node, top: Node | None = None) -> None:
-        """Undoes one `lock`."""
+        """Undoes one `lock`. An unlocked root without children is dropped."""
         for each in node.upwards(top):
             each.locks -= 1
             if not each.locks:
-                self.evictable += len(each.pages)
-                if not each.children:
-                    self._became_leaf(each)
-
-    def _became_leaf(self, node: Node) -> None:
-        """An unlocked node without children can be evicted; an unlocked root without children is dropped."""
-        if isinstance(node, Root):
-            del self.roots[node.namespace]
-        else:
-            self.leaves.add(node)
+                for tier in self.tiers:
+                    tier.expose(each)
+                if isinstance(each, Root) and not each.children:
+                    del self.roots[each.namespace]
 
     def _new_serial(self) -> int:
         self._serial += 1

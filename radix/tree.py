@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .check import check_locks, check_pages, check_scores, check_structure
+from .check import check_locks, check_scores, check_slots, check_structure
 from .dump import dump_namespaces
 from .errors import InvariantError, LeaseError
 from .events import TreeObserver
@@ -18,15 +18,15 @@ from .explain import REASONS, Explanation, Reason
 from .hold import Hold
 from .inspection import Inspection, explain, inspect
 from .lease import Lease
-from .matching import Walk, closest_page, follow
-from .node import DEFAULT, Int32, Namespace, Node, Root, join, page_key
-from .pages import PageAllocator
+from .matching import closest_page, follow
+from .moves import Moves, Reach, Transfer
+from .node import DEFAULT, DEVICE, DISK, Int32, Namespace, Node, Root, join
 from .prune import prune
+from .publishing import Publisher
 from .scores import Scores, ScoreTable, remembered
 from .structure import PrefixTree
 
 EVICTIONS_REMEMBERED = 65_536
-GROWS_UP_TO = 4096  # tokens: extending a node copies it, so a longer node gets a child instead
 
 
 class RadixTree:
@@ -46,21 +46,25 @@ class RadixTree:
         policy: str = "lru",
         enabled: bool = True,
         evictions_remembered: int = EVICTIONS_REMEMBERED,
+        *,
+        host_slots: int = 0,
+        disk_slots: int = 0,
     ) -> None:
-        self.structure = PrefixTree(page_size, policy, evictions_remembered)
-        self.allocator = PageAllocator(num_pages, page_size)
+        self.structure = PrefixTree(
+            *(page_size, policy, evictions_remembered),
+            num_pages=num_pages,
+            host_slots=host_slots if enabled else 0,
+            disk_slots=disk_slots if enabled else 0,
+        )
+        self.allocator = self.structure.device.slots
+        self.moves = Moves(self.structure)
         self.page_size = page_size
         self.enabled = enabled
         self.reasons: dict[Reason, int] = dict.fromkeys(REASONS, 0)
         self.leases: dict[Lease, None] = {}  # the live ones, in the order in which they were made
         self.holds: dict[Hold, None] = {}  # likewise
-        # Under these policies an extension of a node counts as a use of the whole node. Under the others new pages
-        # must not inherit an old node's history, so a node is extended only by the lease that added it.
-        self._by_recency = policy in ("lru", "priority")
         self._scores = ScoreTable(num_pages, page_size)
-        self._published_in = np.full(num_pages, -1, np.int64)  # the step in which a page entered the tree
-        self._step = 0
-        self._clock = 0
+        self._publisher = Publisher(self.structure, self._scores, policy)
 
     @property
     def roots(self) -> dict[Namespace, Root]:
@@ -70,12 +74,12 @@ class RadixTree:
     @property
     def cached(self) -> int:
         """Pages in the tree."""
-        return self.structure.cached
+        return self.structure.device.cached
 
     @property
     def evictable(self) -> int:
         """Pages of unlocked nodes."""
-        return self.structure.evictable
+        return self.structure.device.evictable
 
     @property
     def evicted_total(self) -> int:
@@ -90,7 +94,7 @@ class RadixTree:
     @property
     def available(self) -> int:
         """Pages that a reservation could get now. Quarantined pages are not counted."""
-        return self.allocator.free + self.structure.evictable
+        return self.structure.device.available
 
     # ---- requests: match, reserve, publish, release ----
 
@@ -121,9 +125,7 @@ class RadixTree:
         tokens = np.asarray(tokens, np.int32)
         limit = _clamp(limit, len(tokens)) if self.enabled else 0
         structure = self.structure
-        root = structure.roots.get(namespace)
-        if root is None:
-            root = structure.roots[namespace] = Root(namespace)
+        root = structure.root(namespace)
         walk = follow(root, tokens, 0, limit, self.page_size)
         partial = closest_page(walk, tokens, limit, self.page_size, self._may_copy)
         if self.enabled:
@@ -148,7 +150,7 @@ class RadixTree:
         structure.lock(end)
         if partial.node is not None:
             structure.lock(partial.node, end)
-        now = self._tick()
+        now = self.structure.tick()
         for node in end.upwards():
             _use(node, now, priority)
         if partial.node is not None and structure.is_partial(partial.node):  # all of it is used; else a part
@@ -158,12 +160,9 @@ class RadixTree:
     def reserve(self, lease: Lease, n: int) -> Int32 | None:
         """n more pages for the lease, evicting as needed; None, with nothing changed, if there are not enough."""
         self._require_live(lease)
-        short = n - self.allocator.free
-        if short > self.structure.evictable:
+        pages = self.structure.reserve(self.structure.device, n)
+        if pages is None:
             return None
-        if short > 0:
-            self.allocator.give_back(self.structure.evict(short))
-        pages = self.allocator.allocate(n)
         self._scores.forget(pages)
         if lease.copy is not None and lease.source is not None and n and not lease.owned:
             self._scores.copy(lease.copy[0], int(pages[0]), lease.copy[1])
@@ -172,8 +171,7 @@ class RadixTree:
             start, scores = lease.scores_ahead
             lease.scores_ahead = None
             self.record_scores(lease, start, scores)
-        if short > 0:
-            self._deliver_events()
+        self.structure.events.deliver()
         return pages
 
     def publish(self, lease: Lease, tokens: Int32) -> tuple[int, Int32] | None:
@@ -189,8 +187,8 @@ class RadixTree:
         Raises `LeaseError` if the lease has ended or has too few pages.
         """
         self._require_live(lease)
-        replaced = self._publish(lease, tokens)
-        self._deliver_events()
+        replaced = self._publisher.publish(lease, tokens if self.enabled else tokens[: lease.length])
+        self.structure.events.deliver()
         return replaced
 
     def release(self, lease: Lease, tokens: Int32 | None = None) -> None:
@@ -204,16 +202,16 @@ class RadixTree:
             tokens = np.asarray(tokens, np.int32)
             if len(tokens) > len(lease.pages) * self.page_size:
                 raise LeaseError(f"{len(tokens)} tokens to publish, but the lease has {len(lease.pages)} pages")
-            self._publish(lease, tokens)
-            kept = self._keep_partial_page(lease, tokens[lease.length :])
-        self._release_source(lease)
+            self._publisher.publish(lease, tokens)
+            kept = self._publisher.keep_partial_page(lease, tokens[lease.length :])
+        self._publisher.release_source(lease)
         self.allocator.quarantine(lease.pages[lease.length // self.page_size + kept :])
         lease.pages = lease.pages[:0]
         lease.released = True
         del self.leases[lease]
         self._touch(lease.node)  # it was in use until now
         self.structure.unlock(lease.node)
-        self._deliver_events()
+        self.structure.events.deliver()
 
     def exclusive(self, lease: Lease) -> int:
         """Pages that would become available if the lease ended: those that no other lease or hold protects."""
@@ -258,7 +256,7 @@ class RadixTree:
         partial = closest_page(walk, tokens, len(tokens), self.page_size, _any_page)
         end = self.structure.split_at(walk)
         if partial.node is not None:  # a child of the path's end by now; only its first page is needed
-            end = self.structure.split_at(Walk(partial.node, 1, 0, 0, []))
+            end = partial.node if len(partial.node.pages) == 1 else self.structure.split(partial.node, 1)
         if end is root:
             return None
         self.structure.lock(end)
@@ -290,14 +288,14 @@ class RadixTree:
         if covering is not None:
             self._scores.merge(node.pages, covering.pages[:1])
             self.allocator.give_back(self.structure.remove(node, "covered"))
-            self._deliver_events()
+            self.structure.events.deliver()
 
     # ---- steps ----
 
     def begin_step(self) -> int:
         """Begins to plan a step (see `PageAllocator.begin_step`). Pages published before are no longer in flight."""
-        self._step = self.allocator.begin_step()
-        return self._step
+        self.structure.step = self.allocator.begin_step()
+        return self.structure.step
 
     def end_step(self, step: int) -> None:
         """Every step up to and including this one has ended."""
@@ -306,15 +304,46 @@ class RadixTree:
     def cancel_step(self, step: int) -> None:
         """The step begun last was planned and will not run. Nothing may have been published for it."""
         self.allocator.cancel_step(step)
-        self._step = step - 1  # the number is used again; pages published until then are not in flight in that step
+        self.structure.step = (
+            step - 1
+        )  # the number is used again; pages published until then are not in flight in that step
+
+    # ---- lower tiers ----
+
+    def reach(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Reach:
+        """How much of ``tokens`` each tier remembers, in order: see `moves.Reach`. Changes nothing."""
+        if not self.enabled:
+            return Reach(0, 0, 0, [])
+        tokens = np.asarray(tokens, np.int32)
+        return self.moves.reach(tokens, namespace, _clamp(limit, len(tokens)))
+
+    def end_transfer(self, transfer: Transfer, good: int, damaged: bool = False) -> None:
+        """A copy has ended: see `Moves.end`. Its pages can be matched, and copied from."""
+        if transfer.target == DEVICE:
+            self._scores.forget(transfer.target_slots)
+            self.structure.published_in[transfer.target_slots] = -1
+        if transfer.target != DISK:
+            self._touch(transfer.node)
+        self.moves.end(transfer, good, damaged)
+
+    def take_stores(self) -> tuple[Int32, Int32, int]:
+        """The copies to the host that the device has yet to make, before it runs or loads anything else: pages, host
+        slots, no slot twice, and the last step that may write one of the pages."""
+        stores, self.structure.stores = self.structure.stores, []
+        pages, slots = (join([store[i] for store in stores]) for i in (0, 1))
+        if len(slots):
+            _, last = np.unique(slots[::-1], return_index=True)  # a slot that was evicted and taken again
+            pages, slots = (each[len(slots) - 1 - last] for each in (pages, slots))
+        return pages, slots, self.structure.stores_after
 
     # ---- operators and subscribers ----
 
     def flush(self) -> int:
-        """Removes everything that is neither leased nor held; returns the number of pages."""
-        freed = self.structure.evict(self.structure.evictable, "flushed")
+        """Removes everything that is neither leased nor held, from every tier; returns the number of pages."""
+        freed = self.structure.evict(self.structure.device, self.evictable, "flushed")
         self.allocator.give_back(freed)
-        self._deliver_events()
+        self.structure.clear_lower()
+        self.structure.events.deliver()
         return len(freed)
 
     def inspect(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Inspection:
@@ -328,7 +357,7 @@ class RadixTree:
         """Removes what begins with ``tokens`` and is neither leased nor held: see `prune.prune`. Returns the pages."""
         freed = prune(self.structure, np.asarray(tokens, np.int32), namespace)
         self.allocator.give_back(freed)
-        self._deliver_events()
+        self.structure.events.deliver()
         return len(freed)
 
     def subscribe(self, observer: TreeObserver) -> None:
@@ -366,93 +395,12 @@ class RadixTree:
         if leases is not None and set(leases) != set(self.leases):
             raise InvariantError(f"{len(self.leases)} leases are live, the caller has {len(leases)}")
         nodes = check_structure(self.structure)
-        check_locks(self.structure, nodes, self.leases, self.holds)
-        check_pages(self.allocator, nodes, self.leases)
+        check_locks(self.structure, nodes, self.leases, self.holds, self.moves.active)
+        for tier in self.structure.tiers:
+            check_slots(tier, nodes, self.leases, self.moves.active)
         check_scores(nodes, self._scores)
 
-    # ---- publishing ----
-
-    def _publish(self, lease: Lease, tokens: Int32) -> tuple[int, Int32] | None:
-        page_size = self.page_size
-        first, last = lease.length // page_size, len(tokens) // page_size
-        if last > len(lease.pages):
-            raise LeaseError(f"{last} whole pages to publish, but the lease has {len(lease.pages)}")
-        self._release_source(lease)
-        if last <= first or not self.enabled:
-            return None
-        tokens = np.asarray(tokens, np.int32)
-        walk = follow(lease.node, tokens, lease.length, last * page_size, page_size)
-        end = self.structure.split_at(walk)
-        self.structure.lock(end, lease.node)
-        known = walk.length // page_size
-        replaced = None
-        if known > first:
-            canonical = join(walk.pages)
-            self._scores.merge(lease.pages[first:known], canonical)
-            self.allocator.quarantine(lease.pages[first:known])
-            lease.pages = np.concatenate((lease.pages[:first], canonical, lease.pages[known:]))
-            replaced = first, canonical
-        if last > known:
-            end = self._grow(lease, end, tokens[walk.length : last * page_size], lease.pages[known:last])
-        lease.node = end
-        lease.length = last * page_size
-        return replaced
-
-    def _grow(self, lease: Lease, end: Node, tokens: Int32, pages: Int32) -> Node:
-        """Adds pages after ``end``, which the lease has locked: to the node itself if it may grow, else as a child."""
-        key = page_key(tokens[: self.page_size])
-        self._remove_covered(end, key, int(pages[0]))
-        self._published_in[pages] = self._step
-        if self._may_extend(lease, end, len(tokens)):
-            self.structure.extend(end, tokens, pages)
-            return end
-        lease.grown = self.structure.insert(
-            end, key, tokens, pages, now=self._tick(), priority=lease.priority, locked=True
-        )
-        return lease.grown
-
-    def _may_extend(self, lease: Lease, end: Node, growth: int) -> bool:
-        if end.locks > 1 or end.children or not len(end.pages) or len(end.tokens) > max(GROWS_UP_TO, growth):
-            return False
-        if self._by_recency:
-            return end is lease.grown or end.priority == lease.priority
-        return end is lease.grown and not end.hits
-
-    def _keep_partial_page(self, lease: Lease, tokens: Int32) -> int:
-        """Adds a finished request's last, partial page to the tree, to be copied from. Returns 1 if it was added."""
-        key = page_key(tokens)
-        if not key:
-            return 0
-        at = lease.length // self.page_size
-        page = lease.pages[at : at + 1]
-        self._scores.forget(page, len(tokens))
-        covering = lease.node.covering(key)
-        if covering is not None:
-            self._scores.merge(page, covering.pages[:1])
-            return 0
-        self._remove_covered(lease.node, key, int(page[0]))
-        self._published_in[page] = self._step
-        self.structure.insert(lease.node, key, tokens, page, now=self._tick(), priority=lease.priority, locked=False)
-        return 1
-
-    def _remove_covered(self, parent: Node, key: bytes, page: int) -> None:
-        """Removes the partial pages whose tokens ``page`` begins with. The step being planned may copy from them."""
-        covered = self.structure.remove_covered(parent, key)
-        self._scores.merge(covered, np.full_like(covered, page))
-        self.allocator.quarantine(covered)
-
     # ---- helpers ----
-
-    def _release_source(self, lease: Lease) -> None:
-        """The source is below the path's end. If it was split meanwhile, both halves are on the way up."""
-        if lease.source is not None:
-            self.structure.unlock(lease.source, lease.node)
-            lease.source = None
-
-    def _deliver_events(self) -> None:
-        events = self.structure.events
-        if events.pending:
-            events.deliver()
 
     def _require_live(self, lease: Lease) -> None:
         if lease not in self.leases:
@@ -464,17 +412,13 @@ class RadixTree:
 
     def _may_copy(self, page: int) -> bool:
         """Whether a page may be copied: not while in flight, as the step being planned writes it after its copies."""
-        return bool(self._published_in[page] != self._step)
+        return bool(self.structure.published_in[page] != self.structure.step)
 
     def _touch(self, end: Node) -> None:
         """Marks a locked path as used now."""
-        now = self._tick()
+        now = self.structure.tick()
         for node in end.upwards():
             node.last_access = now
-
-    def _tick(self) -> int:
-        self._clock += 1
-        return self._clock
 
 
 def _use(node: Node, now: int, priority: int) -> None:

@@ -205,7 +205,7 @@ class CacheReport(msgspec.Struct, array_like=True):
     """Cache reuse of one request."""
 
     hit_tokens: int
-    reason: str  # hit | cold | diverged | evicted | namespace | disabled
+    reason: str  # `radix.explain.Reason`
     diverged_at: int | None = None  # token index, for ``diverged``
     refilled: int = 0  # tokens of its branch that were evicted and are computed again
     write_tokens: int = 0  # prompt tokens that it computed and left in the cache

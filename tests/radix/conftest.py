@@ -67,8 +67,10 @@ class Mirror:
 class Driver:
     """Wraps a tree; after every move its `check` runs and it is compared with a `Mirror`."""
 
-    def __init__(self, num_pages: int = 32, page_size: int = 4, policy: str = "lru", enabled: bool = True) -> None:
-        self.tree = RadixTree(num_pages, page_size, policy, enabled)
+    def __init__(
+        self, num_pages: int = 32, page_size: int = 4, policy: str = "lru", enabled: bool = True, host_slots: int = 0
+    ) -> None:
+        self.tree = RadixTree(num_pages, page_size, policy, enabled, host_slots=host_slots)
         self.mirror = Mirror(page_size)
         self.tree.subscribe(self.mirror)
         self.tree.begin_step()

@@ -145,7 +145,15 @@ def test_reasons_are_counted(drive):
     d.remember(A)
     for tokens in (A, [*A[:5], 1, 1], [1, 2, 3, 4, 5]):
         d.release(d.match(tokens))
-    assert d.tree.reasons == {"hit": 1, "evicted": 0, "diverged": 1, "namespace": 0, "cold": 2, "disabled": 0}
+    assert d.tree.reasons == {
+        "hit": 1,
+        "tier": 0,
+        "evicted": 0,
+        "diverged": 1,
+        "namespace": 0,
+        "cold": 2,
+        "disabled": 0,
+    }
 
 
 def test_a_hit_never_looks_in_the_eviction_record(drive, monkeypatch):

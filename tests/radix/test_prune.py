@@ -33,9 +33,9 @@ def test_an_inspection_says_what_a_match_would(drive, page_size):
     rng = random.Random(3)
     for _ in range(60):
         text = rng.choice(texts)[: rng.randrange(1, 41)] + [96] * rng.randrange(3)
-        before = driver.tree.dump(), driver.tree._clock
+        before = driver.tree.dump(), driver.tree.structure._clock
         seen = driver.tree.inspect(array(text), limit=len(text) - 1)
-        assert (driver.tree.dump(), driver.tree._clock) == before
+        assert (driver.tree.dump(), driver.tree.structure._clock) == before
         lease = driver.match(text)
         assert seen.report == lease.report
         assert seen.locked == 0

@@ -1,0 +1,214 @@
+"""Copies between memory tiers that take time: up for requests that wait for them, and from the host down to the disk.
+
+The tree decides and accounts; who moves the bytes reports with `Moves.end`. (Copies from the device down to the host
+need none of this: the device makes them in order, see `PrefixTree.copy_down`.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from .matching import closest_page, follow
+from .node import DEVICE, DISK, HOST, Int32, Namespace, Node, common_tokens, join, page_key
+from .structure import PrefixTree
+from .tiers import Tier
+
+
+@dataclass(slots=True, eq=False)
+class Transfer:
+    """Copies whole pages of consecutive nodes from one tier to another. Begun and ended by `Moves`.
+
+    Its target slots are reserved, all of them, before it begins, and its path is locked: it waits for nothing but the
+    copy itself.
+    """
+
+    source: int  # DEVICE, HOST or DISK
+    target: int
+    node: Node  # internal: the last node. If nodes are split meanwhile, all parts are on the way up
+    source_slots: Int32  # [n] in order of position
+    target_slots: Int32  # [n]
+
+
+class Reach(NamedTuple):
+    """How far a prompt is remembered, in all tiers."""
+
+    device: int  # tokens that a match would reuse now
+    host: int  # tokens after those that the host has
+    disk: int  # and that only the disk has
+    nodes: list[tuple[Node, int]]  # internal: the nodes below the device, from the top, and the pages wanted of each
+
+    @property
+    def transfer(self) -> Transfer | None:
+        """The transfer that is bringing the first of these nodes up, if any."""
+        first = self.nodes[0][0].transfer if self.nodes else None
+        return first if isinstance(first, Transfer) else None
+
+
+@dataclass(slots=True)
+class Moves:
+    """The transfers of one tree."""
+
+    structure: PrefixTree
+    active: dict[Transfer, None] = field(default_factory=dict)
+
+    def reach(self, tokens: Int32, namespace: Namespace, limit: int) -> Reach:
+        """What the tiers remember of ``tokens[:limit]``. Changes nothing."""
+        structure, size = self.structure, self.structure.page_size
+        root = structure.roots.get(namespace)
+        if root is None:
+            return Reach(0, 0, 0, [])
+        top = follow(root, tokens, 0, limit, size)
+        copied = closest_page(top, tokens, limit, size, lambda _page: True).tokens
+        device = top.length + copied
+        if top.stopped_inside or not self._any_below(top.node):
+            return Reach(device, 0, 0, [])
+        walk = follow(top.node, tokens, top.length, limit, size, below=True)
+        below = [(node, structure.size(node)) for node in walk.node.upwards(top.node)][::-1]
+        if below:
+            below[-1] = walk.node, walk.inside + (walk.stopped_inside and walk.beyond > 0)
+            copied = 0
+        extra = walk.beyond
+        if not walk.stopped_inside:
+            wanted = page_key(tokens[walk.length : min(walk.length + size, limit)])
+            nearest = _nearest_below(walk.node, wanted)
+            extra = common_tokens(nearest.key, wanted) if nearest is not None else 0
+            if nearest is not None and extra > copied:
+                below.append((nearest, 1))
+        counts = {HOST: 0, DISK: 0}
+        left = max(0, walk.length + extra - device) if below else 0
+        for node, pages in below:
+            tokens_of = min(left, pages * size)
+            counts[HOST if len(node.host) else DISK] += tokens_of
+            left -= tokens_of
+        return Reach(device, counts[HOST], counts[DISK], below)
+
+    def _any_below(self, node: Node) -> bool:
+        return any(node.below[tier.number] for tier in self.structure.tiers[1:])
+
+    def load(self, reach: Reach, most: int) -> Transfer | None:
+        """Begins to copy to the device what the host has after the device's part, at most ``most`` pages of it. None if
+        there is no room, or nothing that no other transfer is copying."""
+        nodes = []
+        for node, pages in reach.nodes:
+            if not len(node.host) or node.transfer is not None:
+                break
+            nodes.append((node, pages))
+        return self._begin(nodes, HOST, DEVICE, most)
+
+    def fetch(self, reach: Reach, most: int) -> Transfer | None:
+        """The same from the disk to the host: the first nodes that only the disk has."""
+        nodes: list[tuple[Node, int]] = []
+        for node, pages in reach.nodes:
+            if len(node.host):
+                if nodes:
+                    break
+                continue
+            if node.transfer is not None:
+                break
+            nodes.append((node, pages))
+        return self._begin(nodes, DISK, HOST, most)
+
+    def persist(self, node: Node, most: int) -> Transfer | None:
+        """Begins to copy a node and those above it, from the top, to the disk, which has a node only if it has all
+        above it. What is only on the device goes to the host first."""
+        structure = self.structure
+        nodes: list[tuple[Node, int]] = []
+        structure.lock(node)  # making room on the host must not evict these
+        for each in reversed(list(node.upwards())):
+            size = structure.size(each)
+            if not size or len(each.disk):
+                continue
+            if each.transfer is not None or not structure.copy_down(each):
+                break
+            nodes.append((each, size))
+        begun = self._begin(nodes, HOST, DISK, most)
+        structure.unlock(node)
+        return begun
+
+    def end(self, transfer: Transfer, good: int, damaged: bool = False) -> None:
+        """The transfer has ended; its first ``good`` pages arrived.
+
+        Nodes that arrived in part count as failed. ``damaged``: the first of them is wrong where it came from, and is
+        forgotten there. Nodes that reached the target by another way meanwhile keep what they have.
+        """
+        del self.active[transfer]
+        structure = self.structure
+        target, source = self._tier(transfer.target), self._tier(transfer.source)
+        nodes, left = [], len(transfer.target_slots)
+        for node in transfer.node.upwards():
+            if not left:
+                break
+            nodes.append(node)
+            left -= structure.size(node)
+        at, unused = 0, []
+        failed: Node | None = None
+        for node in reversed(nodes):
+            slots = transfer.target_slots[at : at + structure.size(node)]
+            at += len(slots)
+            if node.transfer is transfer:
+                node.transfer = None
+            above = node.parent
+            if at > good:
+                failed = failed or node
+                unused.append(slots)
+            elif len(target.of(node)) or (above is not None and above.parent and not self._may_follow(target, above)):
+                unused.append(slots)
+            elif target is structure.device:
+                structure.enter(node, slots)
+            else:
+                target.put(node, slots)
+        target.free(join(unused))
+        structure.unlock(transfer.node)
+        if damaged and failed is not None:
+            structure.forget(failed, source)
+        structure.events.deliver()
+
+    def _may_follow(self, target: Tier, above: Node) -> bool:
+        """Whether a node may get a copy in a tier where the one above it has what it has."""
+        return target.number == HOST or len(target.of(above)) > 0
+
+    def _begin(self, wanted: Sequence[tuple[Node, int]], source: int, target: int, most: int) -> Transfer | None:
+        structure = self.structure
+        nodes: list[Node] = []
+        for node, pages in wanted:
+            pages = min(pages, most)
+            if not pages:
+                break
+            most -= pages
+            nodes.append(node if pages == structure.size(node) else structure.split(node, pages))
+        if not nodes:
+            return None
+        structure.lock(nodes[-1])
+        taken = self._tier(source)
+        source_slots = join([taken.of(node) for node in nodes])
+        target_slots = structure.reserve(self._tier(target), len(source_slots))
+        structure.events.deliver()
+        if target_slots is None:
+            structure.unlock(nodes[-1])
+            return None
+        transfer = Transfer(source, target, nodes[-1], source_slots, target_slots)
+        for node in nodes:
+            if target != DISK:
+                node.transfer = transfer
+        self.active[transfer] = None
+        return transfer
+
+    def _tier(self, number: int) -> Tier:
+        return next(tier for tier in self.structure.tiers if tier.number == number)
+
+
+def _nearest_below(node: Node, wanted: bytes) -> Node | None:
+    """The child that is not on the device and shares most tokens with the wanted page, at least one."""
+    best: Node | None = None
+    for side in node.nearest_first(wanted) if wanted else ():
+        for child in side:
+            shared = common_tokens(child.key, wanted)
+            if not shared:
+                break
+            if not len(child.pages):
+                if best is None or shared > common_tokens(best.key, wanted):
+                    best = child
+                break
+    return best

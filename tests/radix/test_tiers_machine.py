@@ -1,0 +1,254 @@
+"""Random programs against a tree over three tiers, with every copy failing in every way.
+
+Each tier is an array whose slots hold a fingerprint of the whole prefix up to each token. Copies move fingerprints
+late, in part, or not at all; the disk loses bits. After every operation each copy that the tree claims is compared with
+the prefix that it should hold, so that a slot reused too early, or a copy that never arrived, cannot go unseen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from branchwise.radix import DEVICE, DISK, HOST, Lease, RadixTree, Transfer
+from branchwise.radix.node import Node
+
+X, Y, Z = 1, 256, 2
+WRONG = -7
+NAMESPACES = [("ann", ""), ("bob", "")]
+
+
+def fingerprints(namespace: tuple[str, str], tokens: tuple[int, ...]) -> list[int]:
+    return [hash((namespace[0], tokens[: i + 1])) for i in range(len(tokens))]
+
+
+class Machine(RuleBasedStateMachine):
+    policy = "lru"
+    mirror_type: type[Any]
+    seen_by_tier: dict[int, int]
+
+    @initialize(
+        size=st.sampled_from([1, 2, 4]),
+        pages=st.integers(5, 16),
+        host=st.integers(1, 16),
+        disk=st.sampled_from([4, 30, 30, 0]),
+        one_shot=st.booleans(),
+    )
+    def start(self, size: int, pages: int, host: int, disk: int, one_shot: bool) -> None:
+        self.size = size
+        self.tree = RadixTree(pages, size, self.policy, host_slots=host, disk_slots=disk)
+        self.tree.structure.keep_one_shot = one_shot
+        self.mirror = self.mirror_type(size)
+        self.tree.subscribe(self.mirror)
+        self.data = {
+            DEVICE: np.zeros((pages, size), np.int64),
+            HOST: np.zeros((host, size), np.int64),
+            DISK: np.zeros((disk, size), np.int64),
+        }
+        self.damaged: set[int] = set()  # slots of the disk
+        self.running: list[tuple[Lease, tuple[str, str], tuple[int, ...]]] = []
+        self.transfers: list[Transfer] = []
+        self.seen: list[tuple[int, ...]] = [(X,) * size + (Y,) * size]
+        self.step = self.tree.begin_step()
+
+    # ---- the memories ----
+
+    def make_stores(self) -> None:
+        """What the device does before anything that was planned after these copies."""
+        pages, slots, after = self.tree.take_stores()
+        assert len(set(slots.tolist())) == len(slots) and after <= self.step
+        self.data[HOST][slots] = self.data[DEVICE][pages]
+
+    def forget_freed(self) -> None:
+        if self.tree.structure.disk is not None:
+            self.damaged -= set(self.tree.structure.disk.take_freed().tolist())
+
+    # ---- what a program does ----
+
+    def prompt(self, data: st.DataObject) -> tuple[int, ...]:
+        base = data.draw(st.sampled_from(self.seen))
+        kept = data.draw(st.sampled_from([len(base), len(base), len(base) // 2, 1]))
+        tail = data.draw(st.lists(st.sampled_from([X, Y, Z]), max_size=self.size + 2))
+        return (base[:kept] + tuple(tail))[: 5 * self.size]
+
+    @rule(data=st.data(), ends=st.booleans(), namespace=st.sampled_from(NAMESPACES))
+    def request(self, data: st.DataObject, ends: bool, namespace: tuple[str, str]) -> None:
+        """A request reads what it reuses, computes the rest, and ends or runs on."""
+        if len(self.running) >= 3:
+            self.end(0)
+        tokens = self.prompt(data)
+        array, expected = np.array(tokens, np.int32), fingerprints(namespace, tokens)
+        reach = self.tree.reach(array, namespace, len(tokens) - 1)
+        lease = self.tree.match(array, namespace, len(tokens) - 1)
+        assert lease.hit == reach.device
+        pages = -(-len(tokens) // self.size)
+        if self.tree.reserve(lease, pages - len(lease.pages)) is None:
+            self.tree.release(lease)
+            return
+        self.make_stores()
+        device = self.data[DEVICE]
+        if lease.copy is not None:
+            device[lease.pages[lease.length // self.size]] = device[lease.copy[0]]
+        read = device[lease.pages].reshape(-1)[: lease.hit].tolist()
+        assert read == expected[: lease.hit], "a wrong page was reused"
+        for position in range(lease.hit, len(tokens)):
+            device[lease.pages[position // self.size], position % self.size] = expected[position]
+        self.tree.publish(lease, array)
+        self.running.append((lease, namespace, tokens))
+        self.seen = [*self.seen, tokens][-10:]
+        self.next_step()
+        if ends:
+            self.end(len(self.running) - 1)
+
+    def next_step(self) -> None:
+        self.tree.end_step(self.step)
+        self.step = self.tree.begin_step()
+
+    def end(self, index: int) -> None:
+        lease, _, tokens = self.running.pop(index)
+        self.tree.release(lease, np.array(tokens, np.int32))
+        self.next_step()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end_one(self, data: st.DataObject) -> None:
+        self.end(data.draw(st.integers(0, len(self.running) - 1)))
+
+    @rule(data=st.data(), up=st.booleans(), most=st.integers(1, 8), namespace=st.sampled_from(NAMESPACES))
+    def bring_up(self, data: st.DataObject, up: bool, most: int, namespace: tuple[str, str]) -> None:
+        tokens = np.array(self.prompt(data), np.int32)
+        reach = self.tree.reach(tokens, namespace, len(tokens) - 1)
+        assert reach.device + reach.host + reach.disk <= max(0, len(tokens) - 1)
+        begun = self.tree.moves.load(reach, most) if up else self.tree.moves.fetch(reach, most)
+        if begun is not None:
+            assert 0 < len(begun.target_slots) <= most
+            self.make_stores()
+            self.transfers.append(begun)
+
+    @rule(data=st.data(), most=st.integers(1, 8))
+    def write_down(self, data: st.DataObject, most: int) -> None:
+        nodes = self.nodes()
+        if self.tree.structure.disk is None or not nodes:
+            return
+        begun = self.tree.moves.persist(data.draw(st.sampled_from(nodes)), most)
+        self.make_stores()
+        if begun is not None:
+            self.transfers.append(begun)
+
+    @precondition(lambda self: self.transfers)
+    @rule(data=st.data(), fate=st.sampled_from(["arrives", "arrives", "stops"]))
+    def finish(self, data: st.DataObject, fate: str) -> None:
+        """A copy ends: whole, in part, or at the first slot that is damaged."""
+        transfer = self.transfers.pop(data.draw(st.integers(0, len(self.transfers) - 1)))
+        n = len(transfer.target_slots)
+        good = n if fate == "arrives" else data.draw(st.integers(0, n - 1))
+        damaged = False
+        self.forget_freed()
+        if transfer.source == DISK:
+            bad = [i for i, slot in enumerate(transfer.source_slots.tolist()) if slot in self.damaged]
+            if bad and bad[0] < good:
+                good, damaged = bad[0], True
+        self.make_stores()
+        source, target = transfer.source_slots[:good], transfer.target_slots[:good]
+        self.data[transfer.target][transfer.target_slots[good:]] = WRONG
+        self.data[transfer.target][target] = self.data[transfer.source][source]
+        if transfer.target == DISK:
+            self.damaged -= set(target.tolist())
+        self.tree.end_transfer(transfer, good, damaged)
+
+    @precondition(lambda self: self.tree.structure.disk is not None)
+    @rule(data=st.data())
+    def lose_bits(self, data: st.DataObject) -> None:
+        slot = data.draw(st.integers(0, len(self.data[DISK]) - 1))
+        self.data[DISK][slot] = WRONG
+        self.damaged.add(slot)
+
+    @rule(really=st.integers(0, 19), data=st.data())
+    def empty(self, really: int, data: st.DataObject) -> None:
+        if really == 0:
+            self.tree.flush()
+        elif really == 1:
+            self.tree.prune(np.array(self.prompt(data), np.int32), NAMESPACES[0])
+
+    # ---- what must hold always ----
+
+    def nodes(self) -> list[Node]:
+        found = [child for root in self.tree.roots.values() for child in root.children.values()]
+        for node in found:
+            found += node.children.values()
+        return found
+
+    @invariant()
+    def every_copy_is_right(self) -> None:
+        self.tree.check([lease for lease, _, _ in self.running])
+        self.mirror.compare(self.tree)
+        self.forget_freed()
+        pages, slots, _ = (each.copy() if isinstance(each, np.ndarray) else each for each in self.peek_stores())
+        host = self.data[HOST].copy()
+        host[slots] = self.data[DEVICE][pages]
+        stack = [((n, ()), node) for n, root in self.tree.roots.items() for node in root.children.values()]
+        while stack:
+            (namespace, before), node = stack.pop()
+            tokens = before + tuple(node.tokens.tolist())
+            expected = fingerprints(namespace, tokens)[len(before) :]
+            for tier, copy in (
+                (DEVICE, self.data[DEVICE][node.pages]),
+                (HOST, host[node.host]),
+                (DISK, self.data[DISK][node.disk]),
+            ):
+                slots_of = {DEVICE: node.pages, HOST: node.host, DISK: node.disk}[tier].tolist()
+                if tier == DISK and self.damaged & set(slots_of):
+                    continue
+                if slots_of:
+                    type(self).seen_by_tier[tier] += 1
+                    assert copy.reshape(-1)[: len(expected)].tolist() == expected, f"a wrong copy in tier {tier}"
+            stack += [((namespace, tokens), child) for child in node.children.values()]
+
+    def peek_stores(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """The pending copies to the host, left pending."""
+        pending = list(self.tree.structure.stores)
+        stores = self.tree.take_stores()
+        self.tree.structure.stores = pending
+        return stores
+
+    def teardown(self) -> None:
+        if not hasattr(self, "tree"):
+            return
+        for transfer in self.transfers:
+            self.tree.end_transfer(transfer, 0)
+        for lease, _, _ in self.running:
+            self.tree.release(lease)
+        self.next_step()
+        self.tree.flush()
+        self.tree.check([])
+        assert not self.tree.roots
+        assert all(tier.slots.free == tier.slots.total for tier in self.tree.structure.tiers)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "fifo", "priority"])
+def test_random_programs_over_three_tiers(policy: str, mirror: type[Any]) -> None:
+    seen = dict.fromkeys((DEVICE, HOST, DISK), 0)
+    machine = type("Machine", (Machine,), {"policy": policy, "mirror_type": mirror, "seen_by_tier": seen})
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=100,
+            stateful_step_count=60,
+            deadline=None,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        ),
+    )
+    assert min(seen.values()) >= 100, "a tier was hardly used"
