@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from contextlib import AbstractContextManager
 
 import torch
@@ -12,11 +11,9 @@ import torch
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.config import ModelConfig
+from ..parallel.devices import rank_devices
 
 logger = logging.getLogger(__name__)
-
-# torch's own switch for tests: the ranks of symmetric memory may be on one device. They all are then.
-_ONE_DEVICE = os.environ.get("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES") == "1"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -46,12 +43,13 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
             raise LoadError(f"--device {name}: torch {torch.__version__} sees {count} CUDA devices")
         first = torch.cuda.current_device() if device.index is None else device.index
         ranks = config.tensor_parallel_size
-        if first + ranks > count and not _ONE_DEVICE:
+        indices = rank_devices(first, ranks)
+        if indices[-1] >= count:
             raise LoadError(
                 f"--tensor-parallel-size {ranks}: torch {torch.__version__} sees {count} CUDA devices, and the model "
-                f"would be on cuda:{first} to cuda:{first + ranks - 1}"
+                f"would be on cuda:{first} to cuda:{indices[-1]}"
             )
-        return torch.device("cuda", first if _ONE_DEVICE else first + rank)
+        return torch.device("cuda", indices[rank])
     return device
 
 

@@ -20,6 +20,7 @@ from ..parallel.group import TensorGroup
 GIB = 1024**3
 # Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
 GPU_RESERVE = 3 * GIB // 2
+RANK_RESERVE = GIB // 2  # where ranks exchange tensors: buffers, and the libraries' own
 TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
@@ -129,6 +130,7 @@ def plan_memory(
     page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
     reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
+    reserve += RANK_RESERVE if device.type == "cuda" and ranks > 1 else 0
     if config.kv_cache_tokens is not None:
         pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"
         short = weights + activations + reserve + pages * page - free

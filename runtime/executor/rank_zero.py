@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import msgspec
 import torch
 
-from ..config import EngineConfig
+from ..config import EngineConfig, check
 from ..errors import EngineDead
 from ..models.loader import Progress
 from ..parallel.connect import connect
@@ -18,6 +18,7 @@ from ..parallel.place import Place
 from ..parallel.ranks import BEAT, CAPTURE, Ranks
 from ..step import StepPlan
 from ..step_codec import encode
+from .device import pick_device
 from .executor import LaunchedStep, ModelExecutor
 from .startup_times import StartupTimes
 
@@ -43,6 +44,8 @@ class RankZero:
 
         Raises `LoadError`: one line with the rank, the problem and its fix.
         """
+        check(config)
+        config = msgspec.structs.replace(config, device=str(pick_device(config)))  # by number: rank 0's comes first
         ranks = Ranks(config, f"{__package__}.rank_worker", failed)
 
         def meet(device: torch.device) -> TensorGroup:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .devices import without_peer_access
 from .gloo import GlooGroup
 from .group import TensorGroup
 from .place import MEET_SECONDS
@@ -20,6 +21,11 @@ def connect(store: Path, rank: int, size: int, device: torch.device) -> TensorGr
     file.set_timeout(timedelta(seconds=MEET_SECONDS))
     if device.type == "cpu":
         return GlooGroup(file, rank, size)
-    from .nccl import NcclGroup
+    from .nccl import NcclGroup  # these need a torch for GPUs
+    from .symmetric import SymmetricGroup
 
+    file.set(f"device/{rank}", str(device.index))
+    devices = [int(file.get(f"device/{peer}")) for peer in range(size)]
+    if not without_peer_access(devices):
+        return SymmetricGroup(file, rank, size, device, f"branchwise-{store.parent.name}")
     return NcclGroup(file, rank, size, device)
