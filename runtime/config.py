@@ -47,9 +47,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         eviction_policy: What to evict first when the cache is full: lru, lfu, fifo or priority.
         disable_radix_cache: Reuse nothing across requests, to compare.
         max_branches: Branches kept at once; one more is refused with a 429. From 0 to 1000000.
+        max_branches_per_key: Branches of one API key; one more is refused with a 429. From 0 to 1000000. Default: an
+            equal share of max_branches for each key of the server.
         branch_ttl: Seconds a branch lives after its last use. From 1 to 604800.
         max_pinned_share: Share of the KV cache that pins and cache breakpoints may keep from eviction. From 0 to 0.9.
-        pinned_share_per_key: Share of that for one API key. From 0 to 1.
+        pinned_share_per_key: Share of that for one API key. From 0 to 1. Default: an equal share for each key of the
+            server.
         max_pin_ttl: Seconds a pin or breakpoint may last at most. From 1 to 31536000.
         jump_forward: Append tokens that a grammar forces without a forward pass for each.
         overlap: Plan step N+1 while step N runs. Default: on a GPU only.
@@ -79,9 +82,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     eviction_policy: EvictionPolicy = "lru"
     disable_radix_cache: bool = False
     max_branches: int = 4096
+    max_branches_per_key: int | None = None
     branch_ttl: float = 600.0
     max_pinned_share: float = 0.25
-    pinned_share_per_key: float = 1.0
+    pinned_share_per_key: float | None = None
     max_pin_ttl: float = 86_400.0
     jump_forward: bool = True
     overlap: bool | None = None
@@ -104,8 +108,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             Origin headers.
         served_model_name: Name clients use. Default: the model's.
         max_queued_requests: Most unfinished requests; one more is refused with a 503.
-        max_queued_per_key: Most unfinished requests of one API key; one more is refused with a 429. Default: no limit
-            of its own.
+        max_queued_per_key: Most unfinished requests of one API key; one more is refused with a 429. Default: an equal
+            share of max_queued_requests for each key of the server.
         request_timeout: Seconds after which a request is ended with an error (504). Default: none.
         max_body_bytes: Bytes of a request's body.
         max_total_body_bytes: Bytes of the bodies of all unfinished requests, not counting the first 64 KiB of each; one
@@ -186,6 +190,7 @@ def check(config: EngineConfig) -> EngineConfig:
         ("max_num_seqs", 1, 4096),
         ("tensor_parallel_size", 1, 64),
         ("max_branches", 0, 1_000_000),
+        ("max_branches_per_key", 0, 1_000_000),
         ("branch_ttl", 1.0, 604_800.0),
         ("max_pinned_share", 0.0, 0.9),
         ("pinned_share_per_key", 0.0, 1.0),
@@ -193,7 +198,7 @@ def check(config: EngineConfig) -> EngineConfig:
         ("seed", 0, 2**31 - 1),
     ):
         value = getattr(config, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise LoadError(f"--{name.replace('_', '-')} must be between {low} and {high}, got {value}")
     for name in ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens"):
         value = getattr(config, name)
@@ -205,7 +210,9 @@ def check(config: EngineConfig) -> EngineConfig:
 
 
 def check_server(config: ServerConfig) -> ServerConfig:
-    """Checks the engine's settings and the API keys; returns the config with ``api_key`` read from ``api_key_file``.
+    """Checks the engine's settings and the API keys.
+
+    Returns the config with ``api_key`` read from ``api_key_file``, and with the limits of one key that were left out.
 
     Raises `LoadError` naming the flag. An empty key is an error rather than no key: the server would be open to all.
     """
@@ -230,7 +237,22 @@ def check_server(config: ServerConfig) -> ServerConfig:
         raise LoadError("--extra-api-key: a key must differ from every other key, as it has its own part of the cache")
     if config.extra_api_keys and config.api_key is None:
         raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
-    return config
+    return _with_shares(config)
+
+
+def _with_shares(config: ServerConfig) -> ServerConfig:
+    """Gives each key an equal share of what is limited in total, so that no key can use up what others need."""
+    engine, keys = config.engine, 1 + len(config.extra_api_keys)
+    if keys == 1:
+        return config
+    if engine.max_branches_per_key is None:
+        engine = msgspec.structs.replace(engine, max_branches_per_key=-(-engine.max_branches // keys))
+    if engine.pinned_share_per_key is None:
+        engine = msgspec.structs.replace(engine, pinned_share_per_key=1 / keys)
+    queued = config.max_queued_per_key
+    if queued is None:
+        queued = -(-config.max_queued_requests // keys)
+    return msgspec.structs.replace(config, engine=engine, max_queued_per_key=queued)
 
 
 def _check_types(config: EngineConfig | ServerConfig) -> None:

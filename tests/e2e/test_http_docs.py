@@ -341,7 +341,15 @@ def test_limits_have_the_defaults_of_the_configuration() -> None:
         else:
             assert float(default.replace(",", "")) == value, flag
     caps = {name for name in ServerConfig.__struct_fields__ if name.startswith("max_")}
-    caps |= {"max_branches", "branch_ttl", "max_pin_ttl", "max_pinned_share", "pinned_share_per_key", "max_model_len"}
+    caps |= {
+        "max_branches",
+        "max_branches_per_key",
+        "branch_ttl",
+        "max_pin_ttl",
+        "max_pinned_share",
+        "pinned_share_per_key",
+        "max_model_len",
+    }
     assert {f"--{name.replace('_', '-')}" for name in caps} <= flags.keys()
 
 
@@ -433,6 +441,7 @@ ELSEWHERE = {
     "bytes of request line and headers": "tests/e2e/test_server_bad_input.py",
     "share of the cache that is pinned": "tests/e2e/test_openapi_errors.py",
     "of that, for one key": "tests/e2e/test_cache_routes.py",
+    "branches of a key": "tests/runtime/scheduler/branches/test_registry.py",
     "pins of a key": "tests/runtime/scheduler/test_cache_control.py",
 }
 

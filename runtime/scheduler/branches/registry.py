@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import heapq
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 
 from ....radix.hold import Hold
@@ -61,11 +61,14 @@ class Branches:
         tree: RadixTree,
         *,
         max_branches: int,
+        max_per_key: int | None = None,
         ttl: float,
         now: Callable[[], float],
     ) -> None:
         self._tree = tree
         self._max = max_branches
+        self._max_per_key = max_branches if max_per_key is None else max_per_key
+        self._by_owner: Counter[str] = Counter()
         self._ttl = ttl
         self._now = now
         self._ids = BranchIds()
@@ -91,7 +94,7 @@ class Branches:
         ``ttl``: seconds until it expires after each use, at most the server's.
         """
         ttl = self._check_ttl(ttl)
-        self._make_room(1)
+        self._make_room(namespace[0], 1)
         branch = BranchRecord(self._ids.make(namespace[0], 1)[0], namespace, tokens, ttl)
         self._add(branch)
         self.renew_hold(branch)
@@ -102,7 +105,7 @@ class Branches:
         if not 1 <= n <= MAX_FORK:
             raise InvalidRequest("n", f"must be between 1 and {MAX_FORK}, got {n}")
         ttl = branch.ttl if ttl is None else self._check_ttl(ttl)
-        self._make_room(n)
+        self._make_room(branch.namespace[0], n)
         if branch.hold is not None:
             self._tree.share(branch.hold, n)
         children = []
@@ -122,18 +125,26 @@ class Branches:
             )
         return ttl
 
-    def _make_room(self, n: int) -> None:
+    def _make_room(self, owner: str, n: int) -> None:
         self.sweep()
-        if len(self._branches) + n > self._max:
-            raise InvalidRequest(
-                None,
-                f"there are {len(self._branches)} branches, and {n} more would exceed the limit of {self._max} "
-                "(--max-branches); delete some, or try again when others have expired",
-                status=429,
+        own, most = self._by_owner[owner], self._max_per_key
+        if most < self._max and own + n > most:
+            problem = (
+                f"this key has {own} branches, and {n} more would exceed its limit of {most} (--max-branches-per-key)"
             )
+        elif len(self) + n > self._max:
+            problem = (
+                f"there are {len(self)} branches, and {n} more would exceed the limit of {self._max} (--max-branches)"
+            )
+        else:
+            return
+        raise InvalidRequest(
+            None, f"{problem}; delete some, or try again when others have expired", status=429, code="too_many_branches"
+        )
 
     def _add(self, branch: BranchRecord) -> None:
         self._branches[branch.id] = branch
+        self._by_owner[branch.namespace[0]] += 1
         branch.expires = self._now() + branch.ttl
         heapq.heappush(self._deadlines, (branch.expires, next(self._serial), branch))
         self._file(branch)
@@ -141,6 +152,9 @@ class Branches:
     def remove(self, branch: BranchRecord) -> None:
         """Ends the branch: `get` answers 410 from now on. The caller must end its requests."""
         del self._branches[branch.id]
+        self._by_owner[branch.namespace[0]] -= 1
+        if not self._by_owner[branch.namespace[0]]:
+            del self._by_owner[branch.namespace[0]]
         self._drop_hold(branch)
         branch.state = BranchState.GONE
         branch.tokens = EMPTY
@@ -239,6 +253,8 @@ class Branches:
 
     def check(self) -> None:
         """Raises RuntimeError if holds and branches are inconsistent. The tree checks the locks."""
+        if self._by_owner != Counter(branch.namespace[0] for branch in self):
+            raise RuntimeError("the count of an owner's branches is wrong")
         counts: dict[Hold, int] = {}
         for branch in self:
             filed = (branch in self._idle, branch in self._busy)

@@ -39,7 +39,11 @@ class BranchService:
         self._scheduler = scheduler
         self._clock = scheduler.clock
         self.registry = Branches(
-            scheduler.tree, max_branches=config.max_branches, ttl=config.branch_ttl, now=scheduler.clock
+            scheduler.tree,
+            max_branches=config.max_branches,
+            max_per_key=config.max_branches_per_key,
+            ttl=config.branch_ttl,
+            now=scheduler.clock,
         )
         scheduler.ledger.hold_owner = self.registry
         self.encode: Callable[[Message], None] | None = None

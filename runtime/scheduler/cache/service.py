@@ -43,7 +43,7 @@ class CacheService:
         self.pins = Pins(
             tree,
             share=config.max_pinned_share,
-            share_per_key=config.pinned_share_per_key,
+            share_per_key=1.0 if config.pinned_share_per_key is None else config.pinned_share_per_key,
             max_ttl=config.max_pin_ttl,
             now=clock,
         )

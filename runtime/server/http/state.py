@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...config import ServerConfig
 from ...tokenizer.tokenizer import Tokenizer
+from ..fair_queue import FairLock
 from ..heartbeat import HeartbeatMonitor
 from .engine_client import EngineClient
 from .plumbing.auth import Namespaces
@@ -30,7 +30,7 @@ class AppState:
     _tokenizer: Tokenizer | None = None
     preferred: Mapping[str, float] = field(default_factory=dict)  # the model's `sampling_defaults`
     # Long texts are tokenized in a thread, one at a time: several would take the CPU that streams need.
-    long_texts: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(1))
+    long_texts: FairLock = field(default_factory=FairLock)
     created: int = field(default_factory=lambda: int(time.time()))  # Unix seconds
 
     @property

@@ -29,9 +29,11 @@ from ...messages import (
     Shutdown,
     StopMatched,
 )
+from ..fair_queue import FairQueue
 from .channels import Inbox, Outbox, ToScheduler
 from .launch import EXIT_FAILED
 
+CONTROL_SECONDS = 0.005  # of control messages between two steps; the rest are answered after the next step
 STATS_SECONDS = 0.2  # shortest time between two `Stats` while there is work; one more when it ends
 
 
@@ -51,6 +53,7 @@ class SchedulerWorker:
             loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]), failed)
         self._core = loaded.core
         self._stats_at = 0.0
+        self._controls: FairQueue[Control] = FairQueue()
         self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
         # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
@@ -72,6 +75,7 @@ class SchedulerWorker:
         while True:
             for message in self._inbox.receive(timeout_ms):
                 leaving |= self._handle(message)
+            self._answer_controls()
             self._answer_branches()  # before the step, which may take long
             output = core.step()
             if output is not None:
@@ -80,7 +84,9 @@ class SchedulerWorker:
             self._answer_branches()
             working = core.has_work
             self._report(working)
-            if not working:
+            if self._controls:
+                timeout_ms = 0
+            elif not working:
                 if leaving:
                     break
                 again = core.idle()
@@ -108,7 +114,9 @@ class SchedulerWorker:
             case StopMatched():
                 self._core.stop_matched(message.id)
             case Control():
-                self._http.send([self._core.control(message)])
+                asked = message.argument
+                owner = asked["namespace"][0] if isinstance(asked, dict) and "namespace" in asked else ""
+                self._controls.put(owner, message)
             case Heartbeat():
                 self._heartbeats.append(message)
             case Shutdown():
@@ -122,6 +130,11 @@ class SchedulerWorker:
             self._detokenizer.send(self._heartbeats)
             self._http.send([Heartbeat(each.number, "scheduler") for each in self._heartbeats])
             self._heartbeats.clear()
+
+    def _answer_controls(self) -> None:
+        end = time.monotonic() + CONTROL_SECONDS
+        while self._controls and time.monotonic() < end:
+            self._http.send([self._core.control(self._controls.take())])
 
     def _answer_branches(self) -> None:
         branches = self._core.branches

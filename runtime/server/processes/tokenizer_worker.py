@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import zmq
@@ -28,13 +31,26 @@ from ...messages import (
 )
 from ...tokenizer.pieces import encode_message
 from ...tokenizer.tokenizer import Tokenizer
+from ..fair_queue import FairQueue
 from .channels import Inbox, Outbox, ToTokenizer
 
 logger = logging.getLogger(__name__)
 
+LONG = 16_384  # characters; a longer text is tokenized in a thread
+_SLICE_SECONDS = 0.005  # of tokenizing before the inbox is read again
+_POLL_MS = 5  # how often the thread's results are collected
+
+Text = Generate | BranchOp | BranchRun
+
 
 class TokenizerWorker:
-    """Receives requests from HTTP; forwards them with token ids to the scheduler, and refuses those that do not fit."""
+    """Receives requests from HTTP; forwards them with token ids to the scheduler, and refuses those that do not fit.
+
+    Owners take turns: the texts of one delay another's by one text. Long texts are tokenized in a thread, so that they
+    delay short ones by no more than the CPU that they take. Heartbeats and aborts are not queued behind texts.
+
+    The operations of one owner on branches stay in order. `Generate` messages may overtake each other.
+    """
 
     def __init__(self, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> None:
         self._inbox: Inbox[ToTokenizer] = Inbox(context, run_dir, "tokenizer")
@@ -43,49 +59,129 @@ class TokenizerWorker:
         self._limits: Limits | None = None
         self._tokenizer = Tokenizer.load(Path(config.engine.model))
         self._longest_token = _longest_token(self._tokenizer)
+        self._queue: FairQueue[Text] = FairQueue()
+        self._long: FairQueue[Text] = FairQueue()  # taken from the queue, for the thread
+        self._in_thread: Text | None = None
+        self._todo: SimpleQueue[Text | None] = SimpleQueue()
+        self._done: SimpleQueue[tuple[Text, Refusal | None]] = SimpleQueue()
+        self._open: set[int] = set()  # requests that have not been forwarded yet
+        self._aborted: set[int] = set()  # of them, those whose client has left
         http.send([Ready("tokenizer")])
 
     def run(self) -> None:
-        """Serves until `Shutdown`. Messages are forwarded in the order in which they arrive."""
-        while True:
-            forward: list[Message] = []
-            refused: list[Delta] = []
-            leaving = False
-            for message in self._inbox.receive(None):
+        """Serves until `Shutdown`, and then until every text before it is tokenized."""
+        thread = threading.Thread(target=self._encode_long_texts, name="long-texts", daemon=True)
+        thread.start()
+        shutdown: Shutdown | None = None
+        while shutdown is None or self._queue or self._in_thread is not None:
+            for message in self._inbox.receive(self._timeout_ms()):
                 match message:
-                    case Generate():
-                        self._prepare(message, forward, refused)
-                    case BranchOp() | BranchRun():
-                        self._encode(message)
-                        forward.append(message)
+                    case Generate() | BranchOp() | BranchRun():
+                        self._enqueue(message)
                     case Abort():
-                        forward.append(message)
+                        self._abort(message)
                     case Limits():
                         self._limits = message
                     case Heartbeat():
                         self._http.send([Heartbeat(message.number, "tokenizer")])
-                        forward.append(message)
+                        self._scheduler.send([message])
                     case Shutdown():
-                        forward.append(message)
-                        leaving = True
-            if refused:  # first: one bad prompt fails its HTTP request, before the other prompts generate anything
-                self._http.send([Deltas(refused)])
-            self._scheduler.send(forward)
-            if leaving:
-                self._scheduler.close()
-                self._inbox.close()
-                return
+                        shutdown = message
+            self._work()
+        self._todo.put(None)
+        self._scheduler.send([shutdown])
+        self._scheduler.close()
+        self._inbox.close()
 
-    def _prepare(self, message: Generate, forward: list[Message], refused: list[Delta]) -> None:
+    def _timeout_ms(self) -> int | None:
+        if self._queue:
+            return 0
+        return None if self._in_thread is None else _POLL_MS
+
+    # -- order ---------------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, message: Text) -> None:
+        if not isinstance(message, BranchOp):
+            self._open.update(message.ids)
+        self._queue.put(message.namespace[0], message)
+
+    def _abort(self, message: Abort) -> None:
+        """An abort follows its request. A prompt of which all samples are aborted is not tokenized."""
+        if message.id in self._open:
+            self._aborted.add(message.id)
+        else:
+            self._scheduler.send([message])
+
+    def _work(self) -> None:
+        """Tokenizes texts for a moment, and sends on what is done."""
+        done: list[tuple[Text, Refusal | None]] = []
+        end = time.monotonic() + _SLICE_SECONDS
+        while self._queue and time.monotonic() < end:
+            message = self._queue.take()
+            if _characters(message) > LONG or self._follows_long(message):
+                self._long.put(message.namespace[0], message)
+            else:
+                done.append((message, self._prepare(message)))
+        while not self._done.empty():
+            done.append(self._done.get())
+            self._in_thread = None
+        if self._in_thread is None and self._long:
+            self._in_thread = self._long.take()
+            self._todo.put(self._in_thread)
+        self._send(done)
+
+    def _follows_long(self, message: Text) -> bool:
+        """Whether it is an operation on a branch that must stay behind one of the same owner."""
+        if isinstance(message, Generate):
+            return False
+        owner = message.namespace[0]
+        return owner in self._long or (self._in_thread is not None and self._in_thread.namespace[0] == owner)
+
+    def _encode_long_texts(self) -> None:
+        while (message := self._todo.get()) is not None:
+            self._done.put((message, self._prepare(message)))
+
+    def _send(self, done: list[tuple[Text, Refusal | None]]) -> None:
+        """Forwards messages to the scheduler, with aborts after their requests. Those with a refusal are answered from
+        here, and the scheduler never sees them."""
+        forward: list[Message] = []
+        ended: list[Delta] = []
+        for message, refusal in done:
+            ids = [] if isinstance(message, BranchOp) else message.ids
+            aborted = self._aborted.intersection(ids)
+            self._open.difference_update(ids)
+            self._aborted -= aborted
+            if refusal is not None:
+                ended += [Delta(id, finish=Finished(id, "error", error=refusal)) for id in ids]
+            elif isinstance(message, Generate) and len(aborted) == len(ids):
+                ended += [Delta(id, finish=Finished(id, "abort")) for id in ids]
+            else:
+                forward += [message, *map(Abort, sorted(aborted))]
+        if ended:  # first: one bad prompt fails its HTTP request, before the other prompts generate anything
+            self._http.send([Deltas(ended)])
+        self._scheduler.send(forward)
+
+    # -- texts ---------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, message: Text) -> Refusal | None:
+        """Adds the token ids. Returns why a prompt is refused. A failure of a branch's text becomes the message's
+        ``refusal`` instead: the scheduler answers messages in the order of their branch."""
         try:
-            if message.text is not None:
+            if not isinstance(message, Generate):
+                encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
+            elif message.text is not None and not self._aborted.issuperset(message.ids):
                 self._tokenize(message, message.text)
-            forward.append(message)
+            return None
         except InvalidRequest as error:
-            refused += _refusals(message, Refusal.of(error))
+            refusal = Refusal.of(error)
         except BaseException:  # a Rust panic is not an `Exception`, and one text must not stop the server
-            logger.exception("could not tokenize a prompt")
-            refused += _refusals(message, Refusal(None, "the prompt could not be tokenized", 500))
+            logger.exception("could not tokenize a text")
+            what = "prompt" if isinstance(message, Generate) else "text"
+            refusal = Refusal(None, f"the {what} could not be tokenized", 500)
+        if isinstance(message, Generate):
+            return refusal
+        message.refusal = refusal
+        return None
 
     def _tokenize(self, message: Generate, text: str) -> None:
         """Replaces the message's text by its tokens. Raises `InvalidRequest` if they exceed the limits."""
@@ -101,14 +197,6 @@ class TokenizerWorker:
         ]
         message.text, message.tokens = None, ids.astype("<i4", copy=False).tobytes()
 
-    def _encode(self, message: BranchOp | BranchRun) -> None:
-        """A failure becomes the message's ``refusal``: the scheduler answers messages in the order of their branch."""
-        try:
-            encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
-        except BaseException:  # as in `_prepare`
-            logger.exception("could not tokenize a text")
-            message.refusal = Refusal(None, "the text could not be tokenized", 500)
-
     def _check_bytes(self, text: str, field: str) -> None:
         """Refuses a text that is too long for any tokenization before it is tokenized, which would delay all others."""
         if self._limits is None or self._longest_token is None:
@@ -122,6 +210,16 @@ class TokenizerWorker:
             )
 
 
+def _characters(message: Text) -> int:
+    """Characters to tokenize."""
+    if isinstance(message, Generate):
+        return len(message.text or "")
+    pieces = [message.piece] if message.piece is not None else []
+    if isinstance(message, BranchRun):
+        pieces += message.continuations or []
+    return sum(len(piece.before) + len(piece.text or "") for piece in pieces)
+
+
 def _longest_token(tokenizer: Tokenizer) -> int | None:
     """Bytes of the longest token; None if a byte of a text may end up in no token, which makes it no bound."""
     backend = tokenizer.backend
@@ -129,8 +227,3 @@ def _longest_token(tokenizer: Tokenizer) -> int | None:
     if not tokenizer.byte_level or backend.normalizer is not None or greedy:
         return None
     return max(len(token.encode()) for token in backend.get_vocab())
-
-
-def _refusals(message: Generate, refusal: Refusal) -> list[Delta]:
-    """A terminal delta for each of the request's samples; the scheduler never sees the request."""
-    return [Delta(id, finish=Finished(id, "error", error=refusal)) for id in message.ids]

@@ -170,3 +170,14 @@ def test_a_key_from_a_file(config: Callable[..., ServerConfig], tmp_path: Path) 
         check_server(config(api_key="a", api_key_file=file))
     with pytest.raises(LoadError, match="cannot be read"):
         check_server(config(api_key_file=str(tmp_path / "none")))
+
+
+def test_each_key_has_an_equal_share_of_what_is_limited_in_total(config: Callable[..., ServerConfig]) -> None:
+    alone = config(api_key="a")
+    assert check_server(alone) == alone
+    shared = check_server(config(api_key="a", extra_api_keys=("b", "c")))
+    assert shared.max_queued_per_key == 1366
+    assert shared.engine.max_branches_per_key == 1366
+    assert shared.engine.pinned_share_per_key == pytest.approx(1 / 3)
+    assert check_server(shared) == shared
+    assert check_server(config(api_key="a", extra_api_keys=("b",), max_queued_per_key=9)).max_queued_per_key == 9

@@ -130,7 +130,10 @@ def routes(state: AppState) -> Routes:
         """How many branches there are, and the pages they hold. Where several tenants have keys, the caller's own."""
         owner = None if sees_all(state) else state.namespaces.of(None)[0]
         facts = await state.client.control("branches", owner)
-        return json_response(facts | {"max_branches": state.config.engine.max_branches})
+        engine = state.config.engine
+        return json_response(
+            facts | {"max_branches": engine.max_branches if owner is None else engine.max_branches_per_key}
+        )
 
     @routes.add("POST", "/branches/batch", body=BatchRequest)
     async def batch(request: Request) -> Response:

@@ -119,7 +119,7 @@ async def token_ids(state: AppState, text: str, *, special: bool) -> npt.NDArray
     encode = state.tokenizer.encode
     if len(text) <= INLINE:
         return encode(text, special)
-    async with state.long_texts:
+    async with state.long_texts.of(state.namespaces.of(None)[0]):
         return await asyncio.to_thread(encode, text, special)
 
 

@@ -138,7 +138,7 @@ TOO_LARGE = Failure(
 TOO_MANY_BRANCHES = Failure(
     "TooManyBranches",
     429,
-    "As many branches exist as `--max-branches` allows.",
+    "As many branches exist as `--max-branches` allows, or as many of the key as `--max-branches-per-key` allows.",
     (
         Example(
             "too many branches",

@@ -165,3 +165,20 @@ def test_the_idle_go_first_the_longest_unused_before_others(tree, branches):
     assert made[2].tokens.length == 40
     branches.check()
     tree.check()
+
+
+def test_one_key_cannot_use_up_the_branches_of_another(tree):
+    branches = Branches(tree, max_branches=5, max_per_key=3, ttl=10.0, now=lambda: 0.0)
+    trunk = branches.create(("a", ""))
+    branches.fork(trunk, 2)
+    for attempt in (lambda: branches.create(("a", "other salt")), lambda: branches.fork(trunk, 1)):
+        with pytest.raises(InvalidRequest, match=r"this key has 3 branches.*--max-branches-per-key") as caught:
+            attempt()
+        assert (caught.value.status, caught.value.code) == (429, "too_many_branches")
+    other = branches.create(("b", ""))
+    branches.fork(other, 1)
+    with pytest.raises(InvalidRequest, match=r"there are 5 branches.*--max-branches\)"):
+        branches.create(("c", ""))
+    branches.remove(trunk)
+    branches.create(("a", ""))
+    branches.check()

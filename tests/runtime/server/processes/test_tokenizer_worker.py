@@ -1,4 +1,4 @@
-"""One text that the tokenizer library cannot take is one answer, not the end of everybody's server."""
+"""The tokenizer process: fair between owners, alive under a flood, and not ended by one text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,22 @@ import pytest
 import zmq
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.messages import BranchOp, Deltas, Generate, Limits, Piece, Ready, Refusal, Shutdown
+from branchwise.runtime.messages import (
+    Abort,
+    BranchOp,
+    Deltas,
+    Generate,
+    Heartbeat,
+    Limits,
+    Piece,
+    Ready,
+    Refusal,
+    Shutdown,
+)
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.processes.channels import Inbox, Outbox
 from branchwise.runtime.server.processes.launch import RunDirectory
-from branchwise.runtime.server.processes.tokenizer_worker import TokenizerWorker
+from branchwise.runtime.server.processes.tokenizer_worker import LONG, TokenizerWorker
 
 
 class Panic(BaseException):
@@ -70,3 +81,85 @@ def test_what_breaks_the_tokenizer_is_refused(
     passed = said(Generate([9, 10], SamplingParams(max_tokens=1, n=2), text="whole"))
     assert isinstance(passed, Generate)
     assert (passed.ids, passed.text, len(passed.tokens) > 0) == ([9, 10], None, True)
+
+
+Flow = tuple[TokenizerWorker, Inbox[Any], Inbox[Any], Outbox]
+
+
+def generate(id: int, text: str, owner: str = "a") -> Generate:
+    return Generate([id], SamplingParams(max_tokens=1), text=text, namespace=(owner, ""))
+
+
+def receive(inbox: Inbox[Any], count: int) -> list[Any]:
+    got: list[Any] = []
+    while len(got) < count:
+        new = inbox.receive(10_000)
+        assert new, f"only {len(got)} of {count} messages came"
+        got += new
+    return got
+
+
+def slowly(worker: TokenizerWorker, monkeypatch: pytest.MonkeyPatch, gate: threading.Event) -> None:
+    """Long texts are tokenized only once the gate is open."""
+    encode = worker._tokenizer.encode_marked
+
+    def wait(text: str, *rest: Any) -> Any:
+        if len(text) > LONG:
+            assert gate.wait(20)
+        return encode(text[:100], *rest)
+
+    monkeypatch.setattr(worker._tokenizer, "encode_marked", wait)
+    monkeypatch.setattr(worker, "_longest_token", None)
+
+
+def test_owners_take_turns(server: Flow) -> None:
+    _, _, scheduler, outbox = server
+    outbox.send([Limits(1000, 10_000, 10_000)])
+    outbox.send([*(generate(i, "flood " * 300) for i in range(200)), generate(1000, "small", "b")])
+    order = [message.ids[0] for message in receive(scheduler, 201)]
+    assert order.index(1000) <= 2
+    assert [id for id in order if id != 1000] == list(range(200))
+
+
+def test_short_texts_heartbeats_and_aborts_do_not_wait_for_long_texts(
+    server: Flow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, http, scheduler, outbox = server
+    gate = threading.Event()
+    slowly(worker, monkeypatch, gate)
+    outbox.send([Limits(1000, 10_000, 10_000)])
+    outbox.send([generate(i, "x" * (LONG + 1)) for i in range(5)])
+    outbox.send([Heartbeat(7), generate(10, "small", "b"), generate(11, "of the same owner"), Abort(2), Abort(99)])
+    got = receive(scheduler, 4)
+    assert Heartbeat(7) in got
+    assert Abort(99) in got  # its request went before
+    assert {message.ids[0] for message in got if isinstance(message, Generate)} == {10, 11}
+    assert receive(http, 1)[0].passed == "tokenizer"
+    gate.set()
+    assert [message.ids[0] for message in receive(scheduler, 4)] == [0, 1, 3, 4]
+    ((delta,),) = (message.items for message in receive(http, 1))
+    assert (delta.id, delta.finish.reason) == (2, "abort")  # it was not even tokenized
+
+
+def test_an_abort_follows_its_request(server: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, _, scheduler, outbox = server
+    gate = threading.Event()
+    slowly(worker, monkeypatch, gate)
+    outbox.send([Limits(1000, 10_000, 10_000)])
+    both = generate(1, "x" * (LONG + 1))
+    both.ids.append(2)
+    outbox.send([both, Abort(2)])
+    gate.set()
+    first, second = receive(scheduler, 2)
+    assert (first.ids, second) == ([1, 2], Abort(2))
+    outbox.send([Abort(1)])
+    assert receive(scheduler, 1) == [Abort(1)]
+
+
+def test_operations_on_branches_keep_the_order_of_their_owner(server: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, _, scheduler, outbox = server
+    monkeypatch.setattr(worker, "_longest_token", None)
+    outbox.send([Limits(1000, 1_000_000, 1_000_000)])
+    texts = ["x" * (LONG + 1) if i % 3 == 0 else "short" for i in range(12)]
+    outbox.send([BranchOp(i, "extend", ("a", ""), "b", Piece(text)) for i, text in enumerate(texts)])
+    assert [message.id for message in receive(scheduler, 12)] == list(range(12))
