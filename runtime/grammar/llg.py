@@ -16,6 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from ..constraint import Constraint, ConstraintError
 from ..step import TokenBitmask
 from . import schema
+from .finite_rules import check_rules
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -115,11 +116,24 @@ def _grammar(constraint: Constraint) -> str:
             f"has {rules} rules in {len(text)} characters, of which the product must be at most {_MAX_RULES_LENGTH}"
         )
     try:
-        return LLMatcher.grammar_from_lark(any_to_lark(text))
-    except RecursionError:
+        lark = _with_rewritten_schemas(any_to_lark(text))
+        check_rules(lark)
+        return LLMatcher.grammar_from_lark(lark)
+    except (RecursionError, ConstraintError):
         raise
     except Exception as error:
         raise ConstraintError(f"is not a grammar: {_one_line(str(error))}") from error
+
+
+def _with_rewritten_schemas(lark: str) -> str:
+    """The grammar with each ``%json {…}`` as `schema.parse` writes it."""
+    pieces, at = [], 0
+    for match in re.finditer(r"%json\s*(?=\{)", lark):
+        if match.start() >= at:
+            value, end = json.JSONDecoder().raw_decode(lark, match.end())
+            pieces += [lark[at : match.end()], json.dumps(schema.parse(json.dumps(value)))]
+            at = end
+    return "".join([*pieces, lark[at:]])
 
 
 def _depth(text: str) -> int:

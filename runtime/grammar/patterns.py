@@ -106,6 +106,22 @@ def matches_only(pattern: str, names: Sequence[str]) -> bool:
     return bool(matcher.is_error())
 
 
+def matches_nothing(definitions: str, terminals: str) -> bool:
+    """Whether no text matches ``terminals``, a sequence of names and regular expressions.
+
+    ``definitions``: of the names, as statements of a Lark grammar.
+    """
+    from llguidance import LLMatcher, LLParserLimits
+
+    lark = f"{definitions}\nstart: ALL__\nALL__: {terminals}"
+    limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=50_000)
+    matcher = LLMatcher(_byte_tokenizer(), LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
+    if matcher.is_error():
+        return False  # what is wrong with the grammar is said when it is compiled
+    matcher.compute_bitmask()
+    return bool(matcher.is_error()) and "NoExtension" in matcher.get_error()
+
+
 def _json(name: str) -> bytes:
     return json.dumps(name, ensure_ascii=False).encode()
 

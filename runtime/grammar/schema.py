@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ..constraint import ConstraintError
+from .finite_schema import without_endless
 from .keywords import LITERALS, NAMED_SCHEMAS, check, declared_names, resolve, simplified
 from .unions import exclusive
 
@@ -34,6 +35,7 @@ def parse(text: str) -> Any:
     if not _composes(schema):
         schema = _closed(schema)
     schema = _rewritten(schema, schema, declared_names(schema))
+    schema = without_endless(schema)
     check(schema)
     return {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
 
