@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..constraint import Constraint, ConstraintError
-from .matcher import Grammar, Matcher
+from .matcher import Grammar
 
 if TYPE_CHECKING:
     from ..tokenizer.tokenizer import Tokenizer
@@ -134,9 +134,9 @@ class GrammarCompiler:
                 self._queue.discard(job)
                 del self._compiling[constraint]
 
-    def advance(self, matcher: Matcher, token: int) -> Future[None]:
-        """`Matcher.advance_and_compute_mask` in a thread."""
-        job = _Job(partial(matcher.advance_and_compute_mask, token))
+    def follow(self, call: Callable[[], None]) -> Future[None]:
+        """Runs ``call``, a method of a `Matcher`, in a thread."""
+        job = _Job(call)
         with self._lock:
             self._advances.append(job)
         self._pool.submit(self._run_next)

@@ -126,13 +126,14 @@ def _grammar(constraint: Constraint) -> str:
 
 
 def _with_rewritten_schemas(lark: str) -> str:
-    """The grammar with each ``%json {…}`` as `schema.parse` writes it."""
+    """The grammar with each ``%json {…}`` as `schema.parse` writes it, unless it has been there."""
     pieces, at = [], 0
     for match in re.finditer(r"%json\s*(?=\{)", lark):
         if match.start() >= at:
             value, end = json.JSONDecoder().raw_decode(lark, match.end())
-            pieces += [lark[at : match.end()], json.dumps(schema.parse(json.dumps(value)))]
-            at = end
+            if "x-guidance" not in value:
+                pieces += [lark[at : match.end()], json.dumps(schema.parse(json.dumps(value)))]
+                at = end
     return "".join([*pieces, lark[at:]])
 
 

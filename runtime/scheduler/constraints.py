@@ -5,8 +5,9 @@ requests skip steps until their next mask is known, and no other request waits f
 
 Grammar threads finish at times that no plan can predict, so what they finished is an explicit input of a plan:
 `ConstraintManager.poll` collects it as `ConstraintEvents` and `Scheduler.plan` takes it. Given the same messages,
-events and results, the planner makes the same plans. One measured quantity remains: `Grammar.slow`, from CPU times,
-decides whether a row skips a step. It changes when a token is sampled, never which.
+events and results, the planner makes the same plans. Measured times remain: `Grammar.slow`, from CPU times, decides
+whether a row skips a step, and `STEP_SECONDS` whether a sample is put off. They change when a token is sampled, never
+which.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -32,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 COMPILE_SECONDS = 10.0  # from a request's arrival until its grammar must be compiled
 PARALLEL_MASKS = 4  # fewer masks than this are filled one by one
-STEP_SECONDS = 0.05  # of one step's masks: beyond it, outputs of slow grammars end with an error
+STEP_SECONDS = 0.05  # of one step's masks: beyond it, samples of slow grammars are put off
 
 
 class ConstraintEvents(NamedTuple):
@@ -141,7 +143,7 @@ class ConstraintManager:
         if self._compiler is None or mask_needed or not matcher.grammar.slow:
             matcher.advance(token)
             return True
-        matcher.job = self._compiler.advance(matcher, token)
+        matcher.job = self._compiler.follow(partial(matcher.advance_and_compute_mask, token))
         self._advancing[request.id] = request
         return False
 
@@ -171,12 +173,14 @@ class ConstraintManager:
         if len(fast) >= PARALLEL_MASKS:
             compute_masks(fast)
 
-    def masks(self, live: list[Request | None]) -> TokenBitmask:
-        """Tokens that each request may sample: uint32 [len(live), mask_words].
+    def masks(self, live: list[Request | None]) -> tuple[TokenBitmask, list[Request]]:
+        """Tokens that each request may sample, uint32 [len(live), mask_words], and the requests that are put off.
 
         ``live``: None for a request that has ended; its mask allows everything and its token is dropped. A request
         found to have ended has `Matcher.error` or `Matcher.finished` set afterwards, and its mask allows everything.
+        So does the mask of a request that is put off, which a thread computes: `poll` reports when it is known.
         """
+        late: list[Request] = []
         words = 0 if self._compiler is None else self._compiler.mask_words
         masks = np.full((len(live), words), 0xFFFFFFFF, np.uint32)
         began = time.monotonic()
@@ -187,8 +191,12 @@ class ConstraintManager:
             matcher = _matcher(request)
             if self.is_advancing(request):  # retracted and admitted again before its job was done
                 self._take_job(request)
-            if matcher.grammar.slow and time.monotonic() - began > STEP_SECONDS:
-                matcher.error = ConstraintError("is too slow to be enforced for so many outputs at once", status=503)
+            slow = matcher.grammar.slow and matcher.needs_mask and not matcher.forced
+            if slow and self._compiler is not None and time.monotonic() - began > STEP_SECONDS:
+                matcher.job = self._compiler.follow(matcher.compute_mask)
+                self._advancing[request.id] = request
+                late.append(request)
+                continue
             matcher.compute_mask()
             if matcher.error is None and not matcher.finished:
                 mask[:] = matcher.mask
@@ -196,7 +204,7 @@ class ConstraintManager:
                     suppress(mask, matcher.grammar.backend.eos_ids)
                 if request.num_outputs < request.params.min_tokens:
                     suppress(mask, request.stop_ids)
-        return masks
+        return masks, late
 
 
 def _matcher(request: Request) -> Matcher:

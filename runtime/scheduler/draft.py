@@ -33,7 +33,7 @@ class ScheduledStep:
     """A plan with the requests that its results belong to. Results are matched by request, never by row."""
 
     plan: StepPlan
-    sampled: list[Request]  # parallel to plan.samples
+    sampled: list[Request | None]  # parallel to plan.samples; None: the token is dropped
     prompt_logprobs: dict[int, Request]  # by index into the plan's requests
     finishing: list[Request]  # finish with this step without a sample (max_tokens=0)
     prompt_tokens: int  # of the step's query tokens, those of prompts

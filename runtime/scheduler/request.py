@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Status(enum.Enum):
     """A request's state. Retraction leads from RUNNING back to WAITING; FINISHED is final."""
 
-    COMPILING = enum.auto()  # its grammar is being compiled
+    COMPILING = enum.auto()  # its grammar is being compiled, or its next mask computed
     WAITING = enum.auto()
     RUNNING = enum.auto()
     FINISHED = enum.auto()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -36,6 +37,8 @@ from .ledger import Ledger
 from .planner import Planner
 from .request import Request, Status
 from .rows import DECODE
+
+logger = logging.getLogger(__name__)
 
 _TAIL = 8  # last prompt tokens sent to the detokenizer, which needs them to decode the first output
 _NO_EVENTS = ConstraintEvents()
@@ -185,23 +188,33 @@ class Scheduler:
             self._totals.computed_tokens += step.prompt_tokens
             for i in step.plan.constrained.tolist():
                 request = step.sampled[i]
-                if request.matcher is not None and request.matcher.grammar.slow:
+                if request is not None and request.matcher is not None and request.matcher.grammar.slow:
                     self.ledger.rows.blocked[request.row] = True
         return step
 
     def masks(self, step: ScheduledStep) -> npt.NDArray[np.uint32]:
         """The tokens that the step's constrained samples may sample, for `PendingStep.sample`. Every earlier step must
         have been completed: what is allowed depends on the tokens before."""
-        requests = [step.sampled[i] for i in step.plan.constrained.tolist()]
-        live = [None if request.status is Status.FINISHED else request for request in requests]
-        masks = self._constraints.masks(live)
-        for request in live:
-            if request is not None:
+        indices = step.plan.constrained.tolist()
+        requests = [step.sampled[i] for i in indices]
+        live = [None if one is None or one.status is Status.FINISHED else one for one in requests]
+        masks, late = self._constraints.masks(live)
+        for i, request in zip(indices, live, strict=True):
+            if request in late:
+                step.sampled[i] = None
+                self._put_off(request)
+            elif request is not None:
                 self._end_matched(request)
                 if self._may_jump(request) and request.matcher and len(request.matcher.forced) > _WORTH_A_STEP:
                     self.ledger.rows.blocked[request.row] = True  # until `complete` jumps: a step launched before
                     # could not include the forced tokens
         return masks
+
+    def _put_off(self, request: Request) -> None:
+        """Takes the request out of the running ones until a thread has computed its mask. What it has stays cached."""
+        self.ledger.retract(request)
+        del self.ledger.waiting[request.id]
+        request.status = Status.COMPILING
 
     def _apply(self, events: ConstraintEvents) -> None:
         """Queue requests whose grammar is compiled, and unblock those whose mask is known."""
@@ -218,13 +231,24 @@ class Scheduler:
                 self.ledger.rows.blocked[request.row] = False
                 if self._may_jump(request) and self._is_idle(request):
                     self._emit(request, self._jump(request))
+            elif request.status is Status.COMPILING:
+                request.status = Status.WAITING
+                self.ledger.waiting[request.id] = request
             self._end_matched(request)
 
     def _end_matched(self, request: Request) -> None:
-        """Finish a request whose grammar allows no further token."""
+        """Finish a request whose grammar allows no further token.
+
+        An output that reached the limits on what can be enforced ends like one that reached its number of tokens: what
+        was sent is the beginning of a valid one.
+        """
         if request.matcher is None:
             return
-        if request.matcher.error is not None:
+        error = request.matcher.error
+        if error is not None and error.status < 500 and request.num_outputs:
+            logger.info("request %d ends after %d tokens: its grammar %s", request.id, request.num_outputs, error)
+            self._finish(request, "length")
+        elif error is not None:
             self._finish(request, "error", error=self._constraints.refusal(request))
         elif request.matcher.finished:
             self._finish(request, "stop")
@@ -249,20 +273,20 @@ class Scheduler:
         self._totals.kv_bytes += result.kv_bytes
         self._totals.kv_bytes_saved += result.kv_bytes_saved
         for i, (start, rows) in result.prompt_logprobs.items():
-            request = step.prompt_logprobs[i]
-            if request.status is Status.FINISHED:
+            scored = step.prompt_logprobs[i]
+            if scored.status is Status.FINISHED:
                 continue
             if np.isnan(rows.chosen).any():
-                self._fail_not_finite(request, "the prompt")
+                self._fail_not_finite(scored, "the prompt")
                 continue
-            self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(rows)))
+            self._out.prompt_logprobs.append(PromptLogprobs(scored.id, start, pack_logprobs(rows)))
         ids: list[int] = []
         sampled_tokens: list[int] = []
         r = self.ledger.rows
         ended: list[tuple[Request, FinishReason, int | None]] = []
         constrained: list[Request] = []
         for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
-            if request.status is Status.FINISHED:
+            if request is None or request.status is Status.FINISHED:
                 continue
             if token == NON_FINITE or (i in result.logprobs and np.isnan(result.logprobs[i].chosen[0])):
                 self._fail_not_finite(request, f"output token {request.num_outputs + 1}")

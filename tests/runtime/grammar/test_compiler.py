@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,9 @@ def test_matchers_go_before_compilations(compiler: GrammarCompiler, gate: thread
     running = busy(compiler)
     waiting = [compiler.compile(Constraint("regex", f"x{i}")) for i in range(50)]
     ends: list[int] = []
-    job = compiler.advance(matcher, int(compiler._backend._tokenizer.tokenize_str("a")[0]))
+    job = compiler.follow(
+        partial(matcher.advance_and_compute_mask, int(compiler._backend._tokenizer.tokenize_str("a")[0]))
+    )
     job.add_done_callback(lambda _: ends.append(sum(future.done() for future in waiting)))
     gate.set()
     job.result(20)
