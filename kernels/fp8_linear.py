@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .base import Ops
-from .quantize import Quantizer, Rows
+from .quantize import BLOCK, Quantizer, Rows, in_blocks
 
 
 class Fp8Linear:
@@ -39,6 +39,16 @@ class Fp8Linear:
         return self._ops.fp8_linear(rows, self._weight, self._scale, self._bias, self._dtype)
 
 
-def has_fp8(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 (compute capability 8.9 and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+def has_fp8(weight: Tensor, scale: Tensor) -> bool:
+    """Whether `Fp8Linear` takes this weight: its device multiplies FP8, and its sizes fit."""
+    outputs, inputs = weight.shape
+    fits = outputs % 16 == 0 and inputs % (BLOCK if in_blocks(weight, scale) else 16) == 0
+    return fits and multiplies_fp8(weight.device)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device is a GPU of compute capability 8.9 or later. A memory plan may be of a GPU that is not here:
+    it is taken for a recent one."""
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 9)

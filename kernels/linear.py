@@ -82,11 +82,6 @@ class Int8Linear:
         return (out if self._bias is None else out.add_(self._bias)).to(self._dtype)
 
 
-def has_int8(device: torch.device) -> bool:
-    """Whether `Int8Linear` runs fast: an x86 processor that multiplies int8 natively (VNNI)."""
-    return device.type == "cpu" and bool(torch.cpu._is_vnni_supported())
-
-
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether `PlainLinear` keeps a packed copy of a weight."""
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 BLOCK = 128  # rows and columns of a weight, or channels of a token, that share a scale in block formats
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+_PART = 1 << 24  # elements
 _SMALLEST = 1e-12  # magnitude that a scale is computed from at least: rows of zeros have a scale too
 
 
@@ -60,8 +61,17 @@ def quantize(x: Tensor, quantizer: Quantizer) -> QuantizedRows:
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A weight ``[N, K]`` in 8 bits, and its float32 scale of each output channel ``[N, 1]``."""
-    return quantize(weight, Quantizer(dtype))
+    """A weight ``[N, K]`` in 8 bits, and its float32 scale of each output channel ``[N, 1]``.
+
+    Rows are taken in parts: temporaries of a whole weight may not fit beside a large model.
+    """
+    parts = [quantize(rows, Quantizer(dtype)) for rows in weight.split(max(1, _PART // weight.shape[1]))]
+    return torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
+
+
+def in_blocks(weight: Tensor, scale: Tensor) -> bool:
+    """Whether the scales of ``weight`` ``[N, K]`` are of blocks, and not of output channels."""
+    return scale.shape != (len(weight), 1)
 
 
 def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .quantize import BLOCK, QuantizedRows
+from .quantize import BLOCK, QuantizedRows, in_blocks
 from .triton_launch import kernel
 
 FEW = 256  # tokens up to which the kernel is used where torch has a GEMM
@@ -115,7 +115,7 @@ def _add_splits(
 
 def fp8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `ops.fp8_linear`. K is a multiple of 16, or of 128 if scales are of blocks."""
-    tokens, outputs, blocks = len(x.values), weight.shape[0], scale.shape[1] > 1 or len(scale) < len(weight)
+    tokens, outputs, blocks = len(x.values), len(weight), in_blocks(weight, scale)
     if tokens > FEW and not blocks and dtype == torch.bfloat16:
         scales = x.scales, scale.t()
         return torch._scaled_mm(x.values, weight.t(), *scales, bias=bias, out_dtype=dtype, use_fast_accum=True)
@@ -129,13 +129,12 @@ def fp8_linear_in_tiles(
 ) -> Tensor:
     """`fp8_linear` by the kernel of this file, for at least one token."""
     tokens, (outputs, inputs) = len(x.values), weight.shape
-    blocks = scale.shape[1] > 1 or len(scale) < outputs
     out = torch.empty((tokens, outputs), dtype=dtype, device=weight.device)
     sums = out
     if tile.splits > 1:
         sums = torch.empty((tile.splits, tokens, outputs), dtype=torch.float32, device=weight.device)
     scales = x.scales, scale, scale if bias is None else bias
-    flags = blocks, bias is not None, tile.splits
+    flags = in_blocks(weight, scale), bias is not None, tile.splits
     _fp8_linear(
         (triton.cdiv(outputs, tile.outputs), triton.cdiv(tokens, tile.tokens), tile.splits),
         (x.values, scales[0], weight, *scales[1:], sums),

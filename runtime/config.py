@@ -23,8 +23,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         model: A folder, a Hugging Face hub id, or nothing for the model that ships with the package.
         load_format: auto, or dummy: random weights of the config's shapes, for benchmarks.
-        dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's on a GPU, float32 on a
-            CPU.
+        dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's; on a CPU bfloat16 if
+            the checkpoint has it and the processor multiplies it natively, else float32.
+        quantization: Format of linear layers' weights: auto, the checkpoint's own; fp8, quantized while loading; int8,
+            for CPUs.
         device: auto, cpu, cuda or cuda:N.
         seed: For requests without a seed, and for dummy weights; 0 or more.
         max_model_len: Longest prompt and answer together, in tokens; 1 or more. Default: the model's own.
@@ -63,6 +65,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model: str = ""
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Dtype = "auto"
+    quantization: Literal["auto", "fp8", "int8"] = "auto"
     device: str = "auto"
     seed: int = 0
 

@@ -129,7 +129,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     """The memory plan of a model on this machine. Loads no weights."""
     name = config.model or "the shipped model"
     try:
-        from ...runtime.executor.device import pick_device, pick_dtype
+        from ...runtime.executor.device import apply_quantization, pick_device, pick_dtype
         from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
         from ...runtime.models.config import load_config
@@ -140,9 +140,9 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         return
     try:
         folder = model_folder(config.model, weights=False)
-        shape = load_config(folder)
-        sampling_defaults(config, folder)
         device = pick_device(config)
+        shape = apply_quantization(config, load_config(folder), device)
+        sampling_defaults(config, folder)
         longest = max_model_len(config, shape)
         batched = step_budget(config, gpu=device.type == "cuda")
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)

@@ -36,6 +36,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "admin_api_key": {"metavar": "KEY", "envvar": "BRANCHWISE_ADMIN_API_KEY"},
     "dtype": {"metavar": "TYPE"},
     "kv_cache_dtype": {"metavar": "TYPE"},
+    "quantization": {"metavar": "FORMAT"},
     "profile": {"metavar": "FOLDER"},
     "request_timeout": {"min": 0.1},
     "drain_delay": {"min": 0},

@@ -33,7 +33,7 @@ _SAID = {
     "the tokenizer of the model's folder is used": ("--tokenizer", "--tokenizer-path", "--tokenizer-mode"),
     "download that revision with hf download, and serve its folder": ("--revision",),
     "not there yet (README.md, what is not there yet)": (
-        *("-q", "--quantization", "--pipeline-parallel-size", "--pp-size", "--data-parallel-size", "--dp", "--dp-size"),
+        *("--pipeline-parallel-size", "--pp-size", "--data-parallel-size", "--dp", "--dp-size"),
         *("--enable-lora", "--lora-modules", "--lora-paths", "--speculative-config", "--speculative-algorithm"),
         *("--ssl-keyfile", "--ssl-certfile", "--allowed-origins", "--swap-space", "--cpu-offload-gb"),
     ),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import logging
 from contextlib import AbstractContextManager
+from dataclasses import replace
 
 import torch
 
+from ...kernels.processor import multiplies_bfloat16, multiplies_int8
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.config import ModelConfig
+from ..models.quantization import ONLINE_FP8
 from ..parallel.devices import rank_devices
 
 logger = logging.getLogger(__name__)
@@ -54,13 +57,27 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
 
 
 def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """The dtype of weights and KV. ``auto`` is the checkpoint's on a GPU that supports it, and float32 on a CPU."""
+    """The dtype of activations, of weights that are not quantized, and of KV. ``auto`` is the checkpoint's, on a device
+    that multiplies it natively; float32 on other CPUs."""
     name: str = config.dtype
     if name == "auto":
-        name = "float32" if device.type == "cpu" else model.dtype
+        name = model.dtype
+        if device.type == "cpu":
+            return torch.bfloat16 if name == "bfloat16" and multiplies_bfloat16() else torch.float32
         if name == "bfloat16" and torch.cuda.get_device_capability(device) < (8, 0):
             # Gemma's activations exceed the range of float16 (65,504).
             name = "float32" if model.sandwich_norms else "float16"
             logger.warning("this GPU does not support bfloat16, the checkpoint's dtype: serving in %s", name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def apply_quantization(config: EngineConfig, model: ModelConfig, device: torch.device) -> ModelConfig:
+    """The model with the quantization that ``config`` asks for, beside its checkpoint's own. Raises `LoadError` if the
+    device cannot multiply int8."""
+    if config.quantization == "int8" and (device.type != "cpu" or not multiplies_int8()):
+        where = f"{device} is a GPU: use fp8" if device.type != "cpu" else "this processor has no VNNI: use auto"
+        raise LoadError(f"--quantization int8 is for CPUs with VNNI, and {where}")
+    if config.quantization == "fp8" and model.quantization is None:
+        return replace(model, quantization=ONLINE_FP8)
+    return model

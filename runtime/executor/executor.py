@@ -23,7 +23,7 @@ from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
 from .backends import make_attention, pick_ops, pick_top_p
-from .device import on_device, pick_device, pick_dtype
+from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
@@ -131,7 +131,7 @@ class ModelExecutor:
         cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes, place: Place
     ) -> ModelExecutor:
         folder = model_folder(config.model)
-        model = load_config(folder)
+        model = apply_quantization(config, load_config(folder), device)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
         length = max_model_len(config, model)
@@ -142,11 +142,12 @@ class ModelExecutor:
             weights = dummy_weights(model, dtype, device, config.seed, rank=rank, world=ranks)
         else:
             weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks)
-        weight_bytes = sum(weight.nbytes for weight in weights.values())
+        # Weights in FP8 grow on a GPU that cannot multiply them.
+        weight_bytes = max(memory.weight_bytes, sum(weight.nbytes for weight in weights.values()))
         times.lap("weights")
         group = place.meet(device)
         times.lap("other ranks")
-        decoder = Decoder(model, weights, pick_ops(device), group)
+        decoder = Decoder(model, weights, pick_ops(device), group, int8=config.quantization == "int8")
         if device.type == "cuda":
             step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,11 +9,11 @@ from pathlib import Path
 import torch
 
 from ...kernels.kv_pool import KVLayout
-from ...kernels.linear import packs
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.config import ModelConfig
-from ..models.weights import rank_config, shard_shape, weight_specs
+from ..models.linear import weight_bytes, weight_format
+from ..models.weights import rank_config
 from ..parallel.group import TensorGroup
 
 GIB = 1024**3
@@ -42,6 +41,7 @@ class MemoryPlan:
 
     device: str
     dtype: torch.dtype
+    weight_format: str
     free_bytes: int  # before the weights were loaded
     weight_bytes: int
     activation_bytes: int  # of the largest step: measured on a GPU, an upper estimate on a CPU
@@ -67,14 +67,14 @@ class MemoryPlan:
 
     def rows(self) -> list[tuple[str, str, str]]:
         """Rows of a table: (name, size, derivation)."""
-        dtype, layout = str(self.dtype).removeprefix("torch."), self.layout
+        layout = self.layout
         token = (
             f"2 (K, V) × {layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_dim}"
             f" × {layout.dtype.itemsize} B ({str(layout.dtype).removeprefix('torch.')})"
         )
         return [
             ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
-            ("weights", human_bytes(self.weight_bytes), dtype),
+            ("weights", human_bytes(self.weight_bytes), self.weight_format),
             ("activations", human_bytes(self.activation_bytes), "the largest step, at most"),
             *([("reserve", human_bytes(self.reserve_bytes), "workspaces, CUDA graphs")] if self.reserve_bytes else []),
             ("page table", human_bytes(self.page_table_bytes), f"{self.max_num_seqs} rows × {self.max_pages_per_row}"),
@@ -120,8 +120,8 @@ def plan_memory(
     activations, and at most 4 GiB; ranks on a CPU share both.
     """
     free, total = device_memory(device)
-    ranks = config.tensor_parallel_size
-    weights = weight_bytes(model, dtype, device, rank, ranks)
+    ranks, int8 = config.tensor_parallel_size, config.quantization == "int8"
+    weights = weight_bytes(model, dtype, device, rank, ranks, int8=int8)
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs, ranks)
     if measured is not None:
         free, weights, activations = measured
@@ -161,6 +161,7 @@ def plan_memory(
     return MemoryPlan(
         device=str(device),
         dtype=dtype,
+        weight_format=weight_format(model, dtype, device, int8=int8) + _no_bfloat16(config, model, dtype, device),
         free_bytes=free,
         weight_bytes=weights,
         activation_bytes=activations,
@@ -190,15 +191,10 @@ def agree(plan: MemoryPlan, group: TensorGroup) -> MemoryPlan:
     )
 
 
-def weight_bytes(model: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1) -> int:
-    """Bytes of the rank's weights in ``dtype`` (norms in float32), and of the packed copies of `kernels.linear`."""
-    total = sum(
-        math.prod(shard_shape(spec, rank, ranks)) * (torch.float32.itemsize if spec.norm else dtype.itemsize)
-        for spec in weight_specs(model)
-    )
-    if model.tied_embeddings and packs(device, dtype):  # the output layer is packed, the embedding stays
-        total += model.vocab_size * model.hidden_size * dtype.itemsize // ranks
-    return total
+def _no_bfloat16(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """Why ``--dtype auto`` is not the checkpoint's bfloat16 on this CPU."""
+    replaced = config.dtype == "auto" and model.dtype == "bfloat16" and dtype == torch.float32 and device.type == "cpu"
+    return " (the processor does not multiply bfloat16)" if replaced else ""
 
 
 def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: int, ranks: int = 1) -> int:

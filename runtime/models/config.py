@@ -12,7 +12,7 @@ from ..tokenizer.special_tokens import eos_token_id
 from .checkpoint import checkpoint_dtype
 from .eos import EosSource, eos_ids
 from .folder import read_json
-from .quantization import refuse_quantized_config, refuse_quantized_folder
+from .quantization import Quantization, parse_quantization, parse_quantization_files
 from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Norms, Switch
 from .rope import RopeConfig, parse_rope
 
@@ -73,6 +73,7 @@ class ModelConfig:
     dtype: str  # the checkpoint's: float32 | bfloat16 | float16; from `parse_config` also auto, the tensors' own
     eos_ids: tuple[int, ...]  # tokens that end an output
     bos_id: int | None
+    quantization: Quantization | None = None  # of the linear layers' weights
 
     @property
     def num_layers(self) -> int:
@@ -112,16 +113,15 @@ def load_config(folder: Path) -> ModelConfig:
         raise LoadError(f"{folder} has no config.json: it is not a Hugging Face model folder")
     raw = read_json(path)
     generation = folder / "generation_config.json"
-    refuse_quantized_folder(folder)
+    quantization = parse_quantization_files(folder)
     config = parse_config(
         raw,
         read_json(generation) if generation.is_file() else {},
         str(path),
         tokenizer_eos=eos_token_id(folder),
     )
-    if config.dtype != "auto":
-        return config
-    return replace(config, dtype=checkpoint_dtype(folder) or "float32")
+    dtype = config.dtype if config.dtype != "auto" else checkpoint_dtype(folder) or "float32"
+    return replace(config, dtype=dtype, quantization=config.quantization or quantization)
 
 
 def parse_config(
@@ -137,7 +137,7 @@ def parse_config(
     text = raw.get("text_config") if known.text_config else None
     if text is not None and not isinstance(text, dict):
         raise LoadError(f"{where}: text_config must be an object, got {type(text).__name__}")
-    refuse_quantized_config(raw, where)
+    quantization = parse_quantization(raw, where)
     # The nested settings win; what they leave out may stand outside (torch_dtype, tie_word_embeddings).
     fields = _Fields({**known.defaults, **_drop_none(raw), **_drop_none(text or {})}, where)
 
@@ -196,6 +196,7 @@ def parse_config(
         dtype=_dtype(fields),
         eos_ids=_eos_ids(raw, text or {}, generation, known, where, tokenizer_eos, vocab_size),
         bos_id=_bos(fields),
+        quantization=quantization,
     )
 
 

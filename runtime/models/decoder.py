@@ -11,9 +11,10 @@ from torch import Tensor
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
+from ...kernels.quantize import Quantizer, Rows
 from ..parallel.group import SingleRank, TensorGroup
 from .config import ModelConfig
-from .linear import make_linear
+from .linear import LinearFactory
 from .mlp import make_mlp
 from .norm import Norm
 from .rope import RopeTable
@@ -37,12 +38,19 @@ class Decoder:
         weights: by the names of `weights.weight_specs`, all on one device: this rank's slices. Emptied: a weight that
             is packed for its kernel would otherwise stay in memory twice.
         ops: the small operations.
+        int8: quantize the linear layers to int8, for a CPU.
         group: the ranks that the model is split over (Shoeybi et al., 2019): each computes its heads, its part of the
             MLP and its part of the vocabulary, and two sums a layer join them.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: dict[str, Tensor], ops: Ops, group: TensorGroup | None = None
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor],
+        ops: Ops,
+        group: TensorGroup | None = None,
+        *,
+        int8: bool = False,
     ) -> None:
         self._group: TensorGroup = group or SingleRank()
         self.config = config = rank_config(config, self._group.size)
@@ -55,9 +63,10 @@ class Decoder:
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
-        self._lm_head = make_linear("lm_head", weights)
+        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8)
+        self._lm_head = make_linear("lm_head")
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
-        self._layers = [_Layer(config, i, weights, ops, self._group) for i in range(config.num_layers)]
+        self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
 
     def layer_specs(self) -> list[LayerSpec]:
         """Scale, window and softcap of each layer, for the attention backend."""
@@ -132,7 +141,13 @@ class _Layer:
     """
 
     def __init__(
-        self, config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops, group: TensorGroup
+        self,
+        config: ModelConfig,
+        index: int,
+        weights: dict[str, Tensor],
+        ops: Ops,
+        make_linear: LinearFactory,
+        group: TensorGroup,
     ) -> None:
         def weight(name: str) -> Tensor:
             return weights.pop(f"layers.{index}.{name}")
@@ -142,8 +157,8 @@ class _Layer:
             Norm(config, f"layers.{index}.{name}", weights, ops) if name in config.norms else None
             for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         )
-        self.qkv, self.o = make_linear(f"layers.{index}.qkv", weights), make_linear(f"layers.{index}.o", weights)
-        self.mlp = make_mlp(config, f"layers.{index}", weights, ops)
+        self.qkv, self.o = make_linear(f"layers.{index}.qkv"), make_linear(f"layers.{index}.o")
+        self.mlp = make_mlp(config, f"layers.{index}", weights, ops, make_linear)
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm == "head":
@@ -152,12 +167,12 @@ class _Layer:
         elif config.qk_norm == "all":
             self.whole_norms = [weight("q_norm"), weight("k_norm")]
 
-    def input(self, delta: Tensor | None, hidden: Tensor) -> Tensor:
-        """Adds ``delta`` into ``hidden`` in place. Returns what attention reads."""
-        return _add(delta, hidden, self.attention_norm)
+    def input(self, delta: Tensor | None, hidden: Tensor) -> Rows:
+        """Adds ``delta`` into ``hidden`` in place. Returns what attention reads, and a parallel MLP too."""
+        return _add(delta, hidden, self.attention_norm, None if self.config.parallel else self.qkv.quantizer)
 
     def queries_keys_values(
-        self, x: Tensor, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
+        self, x: Rows, cos: Tensor, sin: Tensor, kv: KVLayer, slots: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values; also stores keys and values."""
         config = self.config
@@ -170,13 +185,14 @@ class _Layer:
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
 
-    def finish(self, hidden: Tensor, x: Tensor, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, x: Rows, attended: Tensor) -> Tensor:
         """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
         total = self.group.all_reduce  # over ranks: each has its heads' part of the product, and its part of the MLP's
         if self.config.parallel:
             return self._scaled(total(self.o(attended).add_(self.mlp(x))), None)
         attended = self._scaled(total(self.o(attended)), self.attention_post_norm)
-        return self._scaled(total(self.mlp(_add(attended, hidden, self.mlp_norm))), self.mlp_post_norm)
+        x = _add(attended, hidden, self.mlp_norm, self.mlp.quantizer)
+        return self._scaled(total(self.mlp(x)), self.mlp_post_norm)
 
     def _whole_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the heads of all ranks. All have as many, so the mean over ranks is that over all heads."""
@@ -192,8 +208,9 @@ class _Layer:
         return delta if self.config.residual_scale == 1.0 else delta.mul_(self.config.residual_scale)
 
 
-def _add(delta: Tensor | None, hidden: Tensor, norm: Norm | None) -> Tensor:
-    """Adds ``delta`` into ``hidden`` in place and returns the norm of the sum; without a norm, the sum itself."""
+def _add(delta: Tensor | None, hidden: Tensor, norm: Norm | None, quantizer: Quantizer | None) -> Rows:
+    """Adds ``delta`` into ``hidden`` in place and returns the norm of the sum, for a linear layer with ``quantizer``;
+    without a norm, the sum itself."""
     if norm is not None:
-        return norm.add(delta, hidden)
+        return norm.add_quantized(delta, hidden, quantizer)
     return hidden if delta is None else hidden.add_(delta)

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...kernels.quantize import quantize_weight
 from ..errors import LoadError
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .quantization import refuse_quantized_tensors
-from .weights import Source, WeightSpec, lm_head_spec, shard, shard_shape, weight_specs
+from .quantization import KV_SCALE, refuse_quantized_tensors
+from .weights import Source, WeightSpec, lm_head_specs, shard, shard_shape, stored_dtype, weight_specs
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
@@ -36,28 +37,40 @@ def load_weights(
 ) -> dict[str, Tensor]:
     """Reads every weight the config calls for, fused, in ``dtype`` (norms in float32) on ``device``.
 
+    A quantized weight ``name`` is float8_e4m3fn. Its scales, float32, are ``name_scale``: of each output channel
+    ``[N, 1]`` or of each block ``[ceil(N / 128), ceil(K / 128)]``; with static activations ``name_input_scale``, one of
+    each tensor that is part of the weight.
+
     Rank ``rank`` of ``world`` reads and gets its slices alone (`weights.shard`). A ``lm_head`` that differs from the
     embedding is returned although the config says that they are tied, with a warning.
 
     Raises `LoadError` for a missing, truncated or corrupt file, a missing or mis-shaped tensor, values that are not
-    finite, and a quantized checkpoint.
+    finite, and a checkpoint that is quantized in another way than its config says.
     """
     with Checkpoint(folder) as checkpoint:
         specs = list(weight_specs(config))
         if config.tied_embeddings and _head_differs(checkpoint, config):
             logger.warning("lm_head.weight differs from the embedding although tie_word_embeddings is true: using both")
-            specs.append(lm_head_spec(config))
-        _check_names(checkpoint, specs, config.num_layers)
+            specs.extend(lm_head_specs(config))
+        _check_names(checkpoint, specs, config)
         specs = [spec for spec in specs if spec.shard != "rank0" or rank == 0]
         indices = [shard(spec, rank, world) for spec in specs]
-        dtypes = [torch.float32 if spec.norm else dtype for spec in specs]
+        online = config.quantization is not None and config.quantization.scale is None
         shapes = [shard_shape(spec, rank, world) for spec in specs]
-        sizes = [math.prod(shape) * kind.itemsize for shape, kind in zip(shapes, dtypes, strict=True)]
+        sizes = [
+            math.prod(shape) * stored_dtype(spec, dtype).itemsize for spec, shape in zip(specs, shapes, strict=True)
+        ]
         weights: dict[str, Tensor] = {}
         for i, spec in enumerate(specs):
-            weight = torch.empty(shapes[i], dtype=dtypes[i], device=device)
-            weight = _read(checkpoint, spec, indices[i], weight)
-            weights[spec.name] = weight.add_(config.norm_offset) if spec.norm else weight
+            kind = dtype if spec.kind == "fp8" and online else stored_dtype(spec, dtype)
+            weight = _read(checkpoint, spec, indices[i], torch.empty(shapes[i], dtype=kind, device=device))
+            match spec.kind:
+                case "norm":
+                    weights[spec.name] = weight.add_(config.norm_offset)
+                case "fp8" if online:
+                    weights[spec.name], weights[f"{spec.name}_scale"] = quantize_weight(weight, torch.float8_e4m3fn)
+                case _:
+                    weights[spec.name] = weight
             if progress is not None:
                 progress(sum(sizes[: i + 1]), sum(sizes))
     return weights
@@ -71,42 +84,51 @@ def dummy_weights(
     Each rank makes whole weights, one at a time, and keeps its slices: all ranks together have those of a single one.
     """
     generator = torch.Generator(device).manual_seed(seed)
+    bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
     weights = {}
     for spec in weight_specs(config):
         shape = shard_shape(spec, rank, world)
-        if spec.norm:
-            weights[spec.name] = torch.ones(shape, device=device)
+        if spec.kind in ("norm", "scale"):
+            weights[spec.name] = torch.full(shape, 1.0 if spec.kind == "norm" else bound / 448, device=device)
             continue
         weight = torch.empty(spec.shape, dtype=dtype, device=device)
-        bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
         weight.uniform_(-bound, bound, generator=generator)
         if shape != spec.shape:
             sources = weight.split([source.shape[0] for source in spec.sources])
             weight = torch.cat([source[part] for source, part in zip(sources, shard(spec, rank, world), strict=True)])
+        if spec.kind == "fp8":
+            weight = weight.mul_(448 / bound).to(torch.float8_e4m3fn)
+            weights.setdefault(f"{spec.name}_scale", torch.full((shape[0], 1), bound / 448, device=device))
         if spec.shard != "rank0" or rank == 0:
             weights[spec.name] = weight
     return weights
 
 
-def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], num_layers: int) -> None:
-    """Refuses quantized checkpoints, and warns of tensors of a layer that are not read: the model may be another one.
+def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelConfig) -> None:
+    """Refuses tensors that are quantized in another way than the config says, and warns of tensors of a layer that are
+    not read: the model may be another one.
 
     Looks at the language model's tensors alone: a vision tower may have scales of another kind.
     """
-    read = {checkpoint.full_name(source.name) for spec in specs for source in spec.sources}
+    quantization = config.quantization
+    stored = quantization is not None and quantization.scale is not None
+    read = {checkpoint.full_name(s.name): stored and spec.kind == "fp8" for spec in specs for s in spec.sources}
     ours = (checkpoint.full_name("model."), checkpoint.full_name("lm_head."))
-    refuse_quantized_tensors([entry for entry in checkpoint.dtypes() if entry[0].startswith(ours)], read)
-    layers = tuple(checkpoint.full_name(f"model.layers.{i}.") for i in range(num_layers))
+    dtypes = [entry for entry in checkpoint.dtypes() if entry[0].startswith(ours)]
+    kv_scales = quantization is not None and quantization.kv_scales
+    refuse_quantized_tensors(dtypes, read, kv_scales=kv_scales)
+    layers = tuple(checkpoint.full_name(f"model.layers.{i}.") for i in range(config.num_layers))
     unread = [name for name, _ in checkpoint.dtypes() if name.startswith(layers) and name not in read]
-    unread = [name for name in unread if not name.endswith(_CONSTANTS)]
+    unread = [name for name in unread if not name.endswith(_CONSTANTS) and not KV_SCALE.search(name)]
     if unread:
         logger.warning("%d tensors of the checkpoint's layers are not used, such as %s", len(unread), unread[0])
 
 
 def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:
     parts = weight.split([index[0].stop - index[0].start for index in indices])
+    copy = _copy_scale if spec.kind == "scale" else _copy
     for source, index, part in zip(spec.sources, indices, parts, strict=True):
-        _copy(checkpoint, source, index, part)
+        copy(checkpoint, source, index, part)
     return weight
 
 
@@ -126,6 +148,26 @@ def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part
         raise LoadError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged; download it again")
 
 
+def _copy_scale(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:
+    """A scalar stands for all channels."""
+    name, shape = checkpoint.full_name(source.name), checkpoint.shape(source.name)
+    rows = source.tensor_rows or source.shape[0]
+    expected = tuple(-(-size // block) for size, block in zip((rows, *source.shape[1:]), source.block, strict=False))
+    if math.prod(shape) == 1:
+        tensor = checkpoint.read(source.name, ()).float().reshape([1] * part.dim())
+    elif shape == expected:
+        first = source.start // source.block[0]
+        tensor = checkpoint.read(
+            source.name, (slice(first + index[0].start, first + index[0].stop), *index[1:])
+        ).float()
+        tensor = _separate(tensor, source) if source.interleaved else tensor
+    else:
+        raise LoadError(f"tensor {name} has shape {list(shape)}, its weight calls for {list(expected)}")
+    if not _finite(tensor) or not bool((tensor > 0).all()):
+        raise LoadError(f"tensor {name} holds scales that are not positive numbers: the checkpoint is damaged")
+    part.copy_(tensor)
+
+
 def _separate(tensor: Tensor, source: Source) -> Tensor:
     """Reorders the first ``interleaved`` rows of each unit: even ones, then odd ones.
 
@@ -140,6 +182,8 @@ def _separate(tensor: Tensor, source: Source) -> Tensor:
 
 def _finite(tensor: Tensor) -> bool:
     """Whether every value is: one pass without a temporary, since NaN and infinity survive a sum."""
+    if tensor.dtype == torch.float8_e4m3fn:  # no infinity, two NaNs; not every device sums it
+        return not bool((tensor.view(torch.uint8) & 0x7F).eq_(0x7F).any())
     return math.isfinite(tensor.sum(dtype=torch.float32).item())
 
 

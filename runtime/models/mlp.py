@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
@@ -9,52 +10,68 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.base import Ops
+from ...kernels.linear import Linear
 from ...kernels.ops import Activation
+from ...kernels.quantize import Quantizer, Rows
 from .config import ModelConfig
-from .linear import make_linear
 
 
 class MLP(Protocol):
-    def __call__(self, x: Tensor) -> Tensor:
+    @property
+    def quantizer(self) -> Quantizer | None:
+        """Of its input."""
+        ...
+
+    def __call__(self, x: Rows) -> Tensor:
         """Normed hidden states ``[T, hidden]`` to what is added to the residual stream, before any norm of it."""
         ...
 
 
-def make_mlp(config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> MLP:
+def make_mlp(
+    config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops, make_linear: Callable[[str], Linear]
+) -> MLP:
     """The MLP of ``layer``, whose weights it takes out of ``weights``."""
-    return GatedMLP(config, layer, weights, ops) if config.gated_mlp else PlainMLP(config, layer, weights)
+    if config.gated_mlp:
+        return GatedMLP(config, layer, ops, make_linear)
+    return PlainMLP(config, layer, weights, make_linear)
 
 
 class GatedMLP:
     """``down(activation(gate(x)) * up(x))`` (Shazeer, 2020), with gate and up in one product.
 
-    Takes ``{layer}.gate_up``, ``{layer}.down`` and their biases out of ``weights``.
+    ``make_linear`` makes ``{layer}.gate_up`` and ``{layer}.down``.
     """
 
-    def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops) -> None:
+    def __init__(self, config: ModelConfig, layer: str, ops: Ops, make_linear: Callable[[str], Linear]) -> None:
         self._activation, self._ops = cast(Activation, config.activation), ops  # `config.py` admits no other
-        self._gate_up = make_linear(f"{layer}.gate_up", weights)
-        self._down = make_linear(f"{layer}.down", weights)
+        self._gate_up, self._down = make_linear(f"{layer}.gate_up"), make_linear(f"{layer}.down")
+        self.quantizer = self._gate_up.quantizer
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._ops.gate_mul(self._gate_up(x), self._activation))
+    def __call__(self, x: Rows) -> Tensor:
+        gate_up, quantizer = self._gate_up(x), self._down.quantizer
+        if quantizer is None:
+            return self._down(self._ops.gate_mul(gate_up, self._activation))
+        return self._down(self._ops.gate_mul_quantized(gate_up, self._activation, quantizer))
 
 
 class PlainMLP:
     """``down(activation(up(x)))``; relu2 is squared ReLU (So et al., 2021), xielu has learned slopes.
 
-    Takes ``{layer}.up``, ``{layer}.down``, their biases and xielu's parameters out of ``weights``.
+    ``make_linear`` makes ``{layer}.up`` and ``{layer}.down``. Takes xielu's parameters out of ``weights``.
     """
 
-    def __init__(self, config: ModelConfig, layer: str, weights: dict[str, Tensor]) -> None:
+    def __init__(
+        self, config: ModelConfig, layer: str, weights: dict[str, Tensor], make_linear: Callable[[str], Linear]
+    ) -> None:
         self._activation = config.activation
         self._slopes: tuple[Tensor, Tensor] | None = None
         if config.activation == "xielu":
             alpha_p, alpha_n = weights.pop(f"{layer}.alpha_p"), weights.pop(f"{layer}.alpha_n")
             self._slopes = F.softplus(alpha_p), _XIELU_BETA + F.softplus(alpha_n)
-        self._up, self._down = make_linear(f"{layer}.up", weights), make_linear(f"{layer}.down", weights)
+        self._up, self._down = make_linear(f"{layer}.up"), make_linear(f"{layer}.down")
+        self.quantizer = self._up.quantizer
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Rows) -> Tensor:
         x = self._up(x)
         if self._slopes is not None:
             return self._down(_xielu(x, *self._slopes))

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...kernels.base import Ops
+from ...kernels.quantize import Quantizer, Rows
 from .config import ModelConfig
 
 
@@ -29,3 +30,9 @@ class Norm:
         if not self._centered:
             return self._ops.add_rms_norm(delta, hidden, self._weight, self._eps)
         return self(hidden.add_(delta))
+
+    def add_quantized(self, delta: Tensor | None, hidden: Tensor, quantizer: Quantizer | None) -> Rows:
+        """`add`, for a linear layer with this ``quantizer``; quantized here where that is the same pass."""
+        if delta is None or quantizer is None or self._centered:
+            return self.add(delta, hidden)
+        return self._ops.add_rms_norm_quantized(delta, hidden, self._weight, self._eps, quantizer)

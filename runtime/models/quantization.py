@@ -1,18 +1,22 @@
-"""Refuses quantized checkpoints, whichever file declares it: read as plain weights, their values would give garbage."""
+"""Which weights of a checkpoint are quantized and how: FP8 as four tools write it. Everything else is refused by name,
+because other formats read as plain weights would give garbage."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from ..errors import LoadError
+from .folder import read_json
 
 # ``quantization_config`` (transformers), ``compression_config`` (compressed-tensors), ``quantization`` (MLX), …
 _KEY = re.compile(r"quant|compression_config|load_in_[48]bit")
-# ModelOpt, AutoGPTQ, AutoAWQ: written beside config.json.
-_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_MODELOPT = "hf_quant_config.json"
+_FILES = ("quantize_config.json", "quant_config.json")  # AutoGPTQ, AutoAWQ: written beside config.json
 # ``q_proj.weight_scale``, ``k_scale``, ``w.scales``, ``weight_scale_inv``, ``weight_scale_2``, ``qweight``, ``absmax``.
 _TENSOR = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_[0-9]+|scb|q?zeros|zero_points?|qweight|weight_packed|g_idx|absmax|quant_map"
@@ -20,30 +24,223 @@ _TENSOR = re.compile(
     re.IGNORECASE,
 )
 _PLAIN_DTYPES = ("F64", "F32", "F16", "BF16")
+FP8_DTYPE = "F8_E4M3"
+# Scales of keys and values, which `loader.load_kv_scales` reads; of queries and probabilities, which nothing needs.
+KV_SCALE = re.compile(r"\.self_attn\.((([qkv]_proj)\.)?(q|k|v|kv|prob)_scale|[kv]_proj\.output_scale)$")
+_INSTEAD = "use the model's unquantized or FP8 checkpoint, with --quantization fp8 or int8 for less memory"
 
 
-def refuse_quantized_config(raw: Mapping[str, Any], where: str) -> None:
-    """Raises `LoadError` naming the key of a config.json, or of its text_config, that declares quantization."""
-    for values in (raw, raw.get("text_config")):
-        for key, value in values.items() if isinstance(values, dict) else ():
-            if _KEY.search(key) and value:
-                raise LoadError(f"{where}: quantized checkpoints are not supported ({key})")
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the weights of linear layers are stored in FP8 (e4m3).
+
+    Args:
+        weights: what shares a scale: a tensor, an output channel, or a block of 128 × 128.
+        activations: static: calibrated, one for all tokens; token: computed for each; group: for 128 channels of each.
+        scale: name of the scale's tensor beside ``weight``; None: the checkpoint's weights are plain floats, and are
+            quantized while they are loaded.
+        ignored: patterns of the modules that are not quantized.
+        targets: patterns of the modules that are.
+        kv_scales: whether the checkpoint has scales for keys and values in FP8 (`loader.load_kv_scales`).
+    """
+
+    weights: Literal["tensor", "channel", "block"]
+    activations: Literal["static", "token", "group"]
+    scale: Literal["weight_scale", "weight_scale_inv"] | None
+    ignored: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ("Linear",)
+    kv_scales: bool = False
+
+    def covers(self, module: str) -> bool:
+        """Whether the weight of ``module``, such as ``model.layers.0.mlp.up_proj``, is quantized."""
+        return any(_matches(p, module) for p in self.targets) and not any(_matches(p, module) for p in self.ignored)
 
 
-def refuse_quantized_folder(folder: Path) -> None:
-    """Raises `LoadError` naming a file that quantization tools write."""
+ONLINE_FP8 = Quantization("channel", "token", None, ignored=("lm_head",))
+
+
+def parse_quantization(raw: Mapping[str, Any], where: str) -> Quantization | None:
+    """The quantization that a config.json declares, None if it declares none. Raises `LoadError` for one that is not
+    supported, naming the key or the method."""
+    text = raw.get("text_config")
+    declared = {
+        key: value
+        for values in (raw, text if isinstance(text, dict) else {})
+        for key, value in values.items()
+        if _KEY.search(key) and value
+    }
+    if not declared:
+        return None
+    key = next(iter(declared))
+    if set(declared) == {"quantization_config"} and isinstance(declared[key], dict):
+        return _parse(declared[key], f"{where}: {key}")
+    raise LoadError(f"{where}: quantized checkpoints are not supported ({key}); {_INSTEAD}")
+
+
+def parse_quantization_files(folder: Path) -> Quantization | None:
+    """As `parse_quantization`, from the files that tools write beside config.json."""
     for name in _FILES:
         if (folder / name).is_file():
-            raise LoadError(f"{folder / name}: quantized checkpoints are not supported")
+            raise LoadError(f"{folder / name}: quantized checkpoints are not supported; {_INSTEAD}")
+    path = folder / _MODELOPT
+    if not path.is_file():
+        return None
+    config = read_json(path).get("quantization")
+    if not isinstance(config, dict):
+        raise LoadError(f"{path}: quantization is missing")
+    return _modelopt(config, str(path))
 
 
-def refuse_quantized_tensors(dtypes: Iterable[tuple[str, str]], read: set[str]) -> None:
-    """Raises `LoadError` for a weight whose dtype is not a plain float, or a scale that belongs to a quantized weight.
+def _parse(config: Mapping[str, Any], where: str) -> Quantization:
+    method = config.get("quant_method")
+    parsers = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt}
+    if not isinstance(method, str) or method not in parsers:
+        _refuse(where, f"quant_method {method!r}")
+    return parsers[method](config, where)
 
-    ``dtypes``: (name, safetensors' dtype) of every tensor. ``read``: the names that are loaded.
+
+def _compressed_tensors(config: Mapping[str, Any], where: str) -> Quantization:
+    """llm-compressor's FP8, FP8_DYNAMIC and FP8_BLOCK; also checkpoints with scales of keys and values alone."""
+    for key in ("sparsity_config", "transform_config"):
+        if (found := _table(config, key, where)) and found.get("format") != "dense":
+            _refuse(where, key)
+    kv_scales = _kv_scales(_table(config, "kv_cache_scheme", where), where)
+    groups = _table(config, "config_groups", where)
+    if not groups and kv_scales:
+        return Quantization("tensor", "static", "weight_scale", targets=(), kv_scales=True)
+    if config.get("format") not in ("float-quantized", "naive-quantized"):
+        _refuse(where, f"format {config.get('format')!r}")
+    if len(groups) != 1:
+        _refuse(where, f"{len(groups)} config_groups")
+    group = _table(groups, next(iter(groups)), where)
+    weights, inputs = (_fp8_arguments(group, key, where) for key in ("weights", "input_activations"))
+    if group.get("output_activations"):
+        _refuse(where, "output_activations")
+    strategy, rows = weights.get("strategy"), inputs.get("strategy")
+    if strategy not in ("tensor", "channel", "block"):
+        _refuse(where, f"weights of strategy {strategy!r}")
+    if strategy == "block" and weights.get("block_structure") not in ([128, 128], "128x128"):
+        _refuse(where, f"block_structure {weights.get('block_structure')}")
+    kind = "dynamic" if inputs.get("dynamic") else "static"
+    activations = _ACTIVATIONS.get((rows, kind))
+    if activations is None or (strategy == "block") != (activations == "group") or inputs.get("group_size", 128) != 128:
+        _refuse(where, f"{strategy} weights and {kind} {rows} input_activations")
+    ignored, targets = _patterns(config, "ignore", where), _patterns(group, "targets", where)
+    return Quantization(strategy, activations, "weight_scale", ignored, targets, kv_scales)
+
+
+_ACTIVATIONS: dict[tuple[Any, str], Literal["static", "token", "group"]] = {
+    ("tensor", "static"): "static",
+    ("token", "dynamic"): "token",
+    ("group", "dynamic"): "group",
+}
+
+
+def _fp8_arguments(group: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    arguments = _table(group, key, where)
+    bits, kind = arguments.get("num_bits"), arguments.get("type")
+    if (bits, kind) != (8, "float") or not arguments.get("symmetric", True):
+        _refuse(where, f"{key} of type {kind!r} with {bits} bits")
+    return arguments
+
+
+def _fp8(config: Mapping[str, Any], where: str) -> Quantization:
+    """Blocks as DeepSeek and Qwen write them; without blocks, as AutoFP8 does. Neither quantizes lm_head."""
+    if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        _refuse(where, f"fmt {config.get('fmt')!r}")
+    scheme, block = config.get("activation_scheme"), config.get("weight_block_size")
+    if scheme not in ("dynamic", "static"):
+        _refuse(where, f"activation_scheme {scheme!r}")
+    if block is not None and (block != [128, 128] or scheme != "dynamic"):
+        _refuse(where, f"weight_block_size {block} and activation_scheme {scheme!r}")
+    ignored = (
+        "lm_head",
+        *_patterns(config, "modules_to_not_convert", where),
+        *_patterns(config, "ignored_layers", where),
+    )
+    if block is not None:
+        return Quantization("block", "group", "weight_scale_inv", ignored)
+    kv_scales = _kv_scales(_table(config, "kv_cache_scheme", where), where)
+    return Quantization(
+        "tensor", "static" if scheme == "static" else "token", "weight_scale", ignored, kv_scales=kv_scales
+    )
+
+
+def _modelopt(config: Mapping[str, Any], where: str) -> Quantization:
+    """NVIDIA ModelOpt's FP8: one static scale for each tensor."""
+    if config.get("quant_algo") != "FP8":
+        _refuse(where, f"quant_algo {config.get('quant_algo')!r}")
+    algorithm = config.get("kv_cache_quant_algo")
+    if algorithm not in (None, "FP8"):
+        _refuse(where, f"kv_cache_quant_algo {algorithm!r}")
+    kv_scales = algorithm == "FP8" or _kv_scales(_table(config, "kv_cache_scheme", where), where)
+    ignored = (*_patterns(config, "exclude_modules", where), *_patterns(config, "ignore", where))
+    return Quantization("tensor", "static", "weight_scale", ignored, kv_scales=kv_scales)
+
+
+def _kv_scales(scheme: Mapping[str, Any], where: str) -> bool:
+    if scheme and (scheme.get("num_bits"), scheme.get("type"), bool(scheme.get("dynamic"))) != (8, "float", False):
+        _refuse(where, f"kv_cache_scheme {dict(scheme)}")
+    return bool(scheme)
+
+
+def _table(config: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
+    found = config.get(key) or {}
+    if not isinstance(found, dict):
+        raise LoadError(f"{where}: {key} must be an object, got {type(found).__name__}")
+    return found
+
+
+def _patterns(config: Mapping[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """A list of module names, wildcards or ``re:`` expressions."""
+    found = config.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+        raise LoadError(f"{where}: {key} must be a list of module names")
+    for item in found:
+        if item.startswith("re:"):
+            try:
+                re.compile(item[3:])
+            except re.error as error:
+                raise LoadError(f"{where}: {key}: {item} is not a regular expression ({error})") from error
+    return tuple(found)
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise LoadError(f"{where}: quantized checkpoints with {what} are not supported; {_INSTEAD}")
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """Whether a pattern names the module, a module around it, or its class.
+
+    ``re:`` begins an expression that the name must begin with; ``*`` and ``?`` are wildcards; otherwise a name matches
+    at its beginning or its end, whole components only (``mlp.gate`` is not ``mlp.gate_proj``).
+    """
+    if pattern == "Linear":
+        return True
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    for prefix in ("language_model.model.", "model.language_model."):  # multimodal checkpoints
+        if pattern.startswith(prefix):
+            pattern = "model." + pattern.removeprefix(prefix)
+    if any(wildcard in pattern for wildcard in "*?["):
+        return fnmatchcase(module, pattern)
+    return f".{module}.".startswith(f".{pattern}.") or f".{module}".endswith(f".{pattern}")
+
+
+def refuse_quantized_tensors(dtypes: Iterable[tuple[str, str]], read: Mapping[str, bool], kv_scales: bool) -> None:
+    """Raises `LoadError` for a weight of another dtype than its config says, and for a scale that nothing reads.
+
+    Args:
+        dtypes: (name, safetensors' dtype) of every tensor.
+        read: the names that are loaded, and whether each is a weight in FP8.
+        kv_scales: whether scales of keys and values are expected.
     """
     for name, dtype in dtypes:
-        if name in read and dtype not in _PLAIN_DTYPES:
-            raise LoadError(f"tensor {name} is {dtype}: quantized checkpoints are not supported")
-        if name not in read and (_TENSOR.search(name) or dtype.startswith("F8")):
-            raise LoadError(f"tensor {name} ({dtype}) belongs to a quantized checkpoint: these are not supported")
+        fp8 = read.get(name)
+        if fp8 and dtype != FP8_DTYPE:
+            raise LoadError(f"tensor {name} is {dtype}, config.json says that it is quantized to {FP8_DTYPE}")
+        if fp8 is False and dtype not in _PLAIN_DTYPES:
+            raise LoadError(f"tensor {name} is {dtype}: config.json does not say how it is quantized; {_INSTEAD}")
+        expected = kv_scales and KV_SCALE.search(name)
+        if fp8 is None and not expected and (_TENSOR.search(name) or dtype.startswith("F8")):
+            raise LoadError(f"tensor {name} ({dtype}) belongs to a quantized checkpoint: not supported; {_INSTEAD}")

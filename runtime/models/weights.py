@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
+import torch
+
+from ...kernels.quantize import BLOCK
 from ..errors import LoadError
 from .config import ModelConfig
 
@@ -13,6 +16,11 @@ from .config import ModelConfig
 # rank0: the bias of a weight that is cut along its inputs. Only rank 0 has it, so that the sum over ranks adds it once.
 Shard = Literal["column", "row", "replicated", "rank0"]
 _BLOCKS = (128, 16)  # cuts are at multiples of the first that fits: quantized products need aligned sizes
+
+
+# weight: in the model's dtype. norm: a norm or another small vector, in float32, with the family's offset added.
+# fp8: in float8_e4m3fn. scale: the scales of such a weight, in float32.
+Kind = Literal["weight", "norm", "fp8", "scale"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +33,8 @@ class Source:
     start: int = 0  # row of the tensor that is the first of these
     tensor_rows: int = 0  # rows of the whole tensor, if that is more than ``shape`` says
     interleaved: int = 0  # of each unit, leading rows of which even and odd ones are to be moved apart
+    # For scales: how many rows and columns of the weight, whose shape ``shape`` is, share one of these values.
+    block: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +44,11 @@ class WeightSpec:
     name: str
     sources: tuple[Source, ...]
     shard: Shard
-    norm: bool = False  # a norm or another small vector: kept in float32, with the family's offset added
+    kind: Kind = "weight"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
+        return shard_shape(self, 0, 1)
 
 
 def rank_config(config: ModelConfig, world: int) -> ModelConfig:
@@ -59,7 +69,22 @@ def shard(spec: WeightSpec, rank: int, world: int) -> tuple[tuple[slice, ...], .
     is replicated on ``world / units`` neighbouring ranks. Rows that are no units, such as the vocabulary, are cut into
     equal ranges of whole blocks; the last ranges are shorter where the blocks do not divide.
     """
-    return tuple(_source_shard(spec, source, rank, world) for source in spec.sources)
+    indices = tuple(_source_shard(spec, source, rank, world) for source in spec.sources)
+    return (
+        tuple(_in_blocks(*pair) for pair in zip(spec.sources, indices, strict=True))
+        if spec.kind == "scale"
+        else indices
+    )
+
+
+def _in_blocks(source: Source, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    """The scales of a slice of a weight. Raises `LoadError` if the slice is cut inside a block."""
+    blocks = []
+    for part, size, block in zip(index, source.shape, source.block, strict=False):
+        if part.start % block or (part.stop % block and part.stop != size):
+            raise LoadError(f"{source.name}: a rank's part [{part.start}, {part.stop}) is not whole blocks of {block}")
+        blocks.append(slice(part.start // block, -(-part.stop // block)))
+    return tuple(blocks)
 
 
 def _source_shard(spec: WeightSpec, source: Source, rank: int, world: int) -> tuple[slice, ...]:
@@ -90,6 +115,11 @@ def even_range(size: int, rank: int, world: int) -> slice:
     return slice(min(rank * part, size), min((rank + 1) * part, size))
 
 
+def stored_dtype(spec: WeightSpec, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a weight of a model in ``dtype`` is stored in."""
+    return {"weight": dtype, "fp8": torch.float8_e4m3fn}.get(spec.kind, torch.float32)
+
+
 def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     """All weights, in the order the forward pass uses them."""
     hidden, vocab = config.hidden_size, config.vocab_size
@@ -98,12 +128,52 @@ def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
         yield from _layer_specs(config, i)
     yield from _norm_specs(config, "norm", "model.norm")
     if not config.tied_embeddings:
-        yield lm_head_spec(config)
+        yield from lm_head_specs(config)
 
 
-def lm_head_spec(config: ModelConfig) -> WeightSpec:
+def lm_head_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     """The output projection, where it is a weight of its own."""
-    return WeightSpec("lm_head", (Source("lm_head.weight", (config.vocab_size, config.hidden_size)),), "column")
+    sources = (Source("lm_head.weight", (config.vocab_size, config.hidden_size)),)
+    yield from _linear_specs(config, "lm_head", sources, "column")
+
+
+def _linear_specs(config: ModelConfig, name: str, sources: tuple[Source, ...], cut: Shard) -> Iterator[WeightSpec]:
+    """The weight of a linear layer, and its scales if it is quantized in the checkpoint.
+
+    Scalar scales of a fused weight's tensors become scales of their channels, which loses nothing. A fused weight's
+    input has one static scale, the largest of its tensors': that is one row of several here.
+    """
+    quantization = config.quantization
+    covered = {quantization is not None and quantization.covers(s.name.removesuffix(".weight")) for s in sources}
+    if len(covered) > 1:
+        names = ", ".join(source.name for source in sources)
+        raise LoadError(f"{names} are one product here, and only some of them are quantized: this is not supported")
+    if quantization is None or covered == {False}:
+        yield WeightSpec(name, sources, cut)
+        return
+    yield WeightSpec(name, sources, cut, "fp8")
+    if quantization.scale is None:
+        return
+    if quantization.weights == "block":
+        _check_blocks(sources)
+
+    def scale(source: Source) -> Source:
+        block = (BLOCK, BLOCK) if quantization.weights == "block" else (1, source.shape[1])
+        return replace(source, name=f"{source.name.removesuffix('weight')}{quantization.scale}", block=block)
+
+    by_rows = quantization.weights != "block" and cut == "row"  # all ranks have all rows of the weight
+    yield WeightSpec(f"{name}_scale", tuple(map(scale, sources)), "replicated" if by_rows else cut, "scale")
+    if quantization.activations == "static":
+        inputs = dict.fromkeys(source.name.removesuffix("weight") + "input_scale" for source in sources)
+        yield WeightSpec(f"{name}_input_scale", tuple(Source(tensor, (1,)) for tensor in inputs), "replicated", "scale")
+
+
+def _check_blocks(sources: tuple[Source, ...]) -> None:
+    """Raises `LoadError` if the blocks of a fused weight's tensors do not make up blocks of the weight."""
+    for source in sources:
+        last = source is sources[-1]
+        if source.interleaved or source.start % BLOCK or (source.shape[0] % BLOCK and not last):
+            raise LoadError(f"{source.name}: scales of {BLOCK} × {BLOCK} blocks do not fit its {source.shape[0]} rows")
 
 
 def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
@@ -123,14 +193,14 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
                 yield Source(name, (size, *rest), units, start[module], rows[module], interleaved)
                 start[module] += size
 
-        yield WeightSpec(f"layers.{i}.{name}", tuple(sources("weight", inputs)), cut)
+        yield from _linear_specs(config, f"layers.{i}.{name}", tuple(sources("weight", inputs)), cut)
         if bias:
             yield WeightSpec(f"layers.{i}.{name}_bias", tuple(sources("bias")), "rank0" if cut == "row" else cut)
 
     def vector(name: str, tensor: str, size: int, heads: int = 0) -> WeightSpec:
         """``heads``: the vector has a part for each, and is cut with them."""
         source = Source(prefix + tensor, (size,), heads)
-        return WeightSpec(f"layers.{i}.{name}", (source,), "column" if heads else "replicated", norm=True)
+        return WeightSpec(f"layers.{i}.{name}", (source,), "column" if heads else "replicated", kind="norm")
 
     sizes = ((q, heads, pairs), (kv, kv_heads, pairs), (kv, kv_heads, 0))
     qkv = [_Output(f"self_attn.{name}", *size) for name, size in zip(config.qkv, sizes, strict=True)]
@@ -157,7 +227,7 @@ def _norm_specs(config: ModelConfig, name: str, module: str) -> Iterator[WeightS
     """A norm of the residual stream."""
     for suffix, kind in (("", "weight"), ("_bias", "bias"))[: 1 + config.norm_bias]:
         source = Source(f"{module}.{kind}", (config.hidden_size,))
-        yield WeightSpec(name + suffix, (source,), "replicated", norm=True)
+        yield WeightSpec(name + suffix, (source,), "replicated", kind="norm")
 
 
 class _Output(NamedTuple):

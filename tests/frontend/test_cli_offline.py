@@ -464,7 +464,7 @@ def test_version() -> None:
         ("--tp", "--tp: called --tensor-parallel-size here"),
         ("--enforce-eager", "--enforce-eager: called --no-cuda-graphs here"),
         ("--trust-remote-code", "--trust-remote-code: a model's own code is never run"),
-        ("--quantization", "--quantization: not there yet"),
+        ("--speculative-config", "--speculative-config: not there yet"),
         ("--enable-prefix-caching", "--enable-prefix-caching: always on"),
     ],
 )

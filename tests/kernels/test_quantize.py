@@ -8,7 +8,8 @@ import torch
 from branchwise.kernels import ops
 from branchwise.kernels.base import Ops
 from branchwise.kernels.fp8_linear import Fp8Linear
-from branchwise.kernels.linear import Int8Linear, has_int8
+from branchwise.kernels.linear import Int8Linear
+from branchwise.kernels.processor import multiplies_int8
 from branchwise.kernels.quantize import QuantizedRows, Quantizer, dequantize_weight, quantize, quantize_weight
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -127,7 +128,7 @@ def test_fp8_linear_quantizes_what_comes_in_the_models_dtype(tokens: int, module
         assert float((expected - exact).norm()) <= 0.05 * float(exact.norm())
 
 
-@pytest.mark.skipif(not has_int8(torch.device("cpu")), reason="the processor has no VNNI")
+@pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
 @pytest.mark.parametrize("tokens", [0, 1, 40])
 def test_int8_linear(tokens: int) -> None:
     weight, x, bias = torch.randn(48, 64), torch.randn(tokens, 64), torch.randn(48)

@@ -13,6 +13,7 @@ from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor import memory
 from branchwise.runtime.executor.memory import GIB, MemoryPlan, human_bytes, plan_memory
+from branchwise.runtime.models import linear
 from branchwise.runtime.models.config import ModelConfig, load_config
 from branchwise.runtime.models.loader import load_weights
 
@@ -108,9 +109,9 @@ def test_planned_weights_are_the_weights_loaded(
     model = load_config(checkpoint(family))
     weights = load_weights(checkpoint(family), model, torch.float32, CPU)
     loaded = sum(weight.nbytes for weight in weights.values())
-    monkeypatch.setattr(memory, "packs", lambda device, dtype: False)
+    monkeypatch.setattr(linear, "packs", lambda device, dtype: False)
     assert plan(model).weight_bytes == loaded
-    monkeypatch.setattr(memory, "packs", lambda device, dtype: True)  # a tied output layer is then a second copy
+    monkeypatch.setattr(linear, "packs", lambda device, dtype: True)  # a tied output layer is then a second copy
     assert plan(model).weight_bytes == loaded + (weights["embedding"].nbytes if tied else 0)
 
 

@@ -207,12 +207,12 @@ def test_dynamic_rope_is_plain_within_the_context() -> None:
     ],
 )
 def test_quantized_configs_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(LoadError, match="quantized checkpoints are not supported") as caught:
+    with pytest.raises(LoadError, match=r"quantized checkpoints.* are not supported") as caught:
         parse(changes)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json"])
+@pytest.mark.parametrize("file", ["quantize_config.json", "quant_config.json"])
 def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "quantization_config": {}}))
     load_config(tmp_path)
