@@ -32,6 +32,7 @@ def branch_server(
         page_size=request.param,
         check_when_idle=True,
         max_branches=64,
+        max_branches_per_key=64,
         branch_ttl=60.0,
     )
     config = ServerConfig(engine=engine, port=0, api_key=KEY, extra_api_keys=(NEIGHBOUR,))
