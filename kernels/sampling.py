@@ -190,5 +190,8 @@ def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Te
     """
     normal = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp_(min=LOGPROB_FLOOR, max=0.0)
     chosen = normal.gather(1, tokens[:, None]).squeeze(1)
+    if k == 1:
+        best = greedy(normal)[:, None]
+        return chosen, best, normal.gather(1, best)
     top = normal.topk(min(k, logits.shape[1]), dim=-1)
     return chosen, top.indices, top.values

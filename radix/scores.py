@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .matching import closest_page, follow
-from .node import Int32, Root, join
+from .matching import Walk, follow
+from .node import SIBLINGS, Int32, Root, common_tokens, join, page_key
 
 # 12 bytes a token. The logprob is NaN where no score is known.
 SCORE = np.dtype([("logprob", np.float32), ("best_id", np.int32), ("best", np.float32)])
@@ -44,9 +46,11 @@ class ScoreTable:
         """A copy of the scores from position ``start`` up to the first unknown one, at most to ``stop``."""
         if self._table is None or stop <= start:
             return np.empty(0, SCORE)
-        found = self._table.reshape(-1)[self._slots(pages, start, stop)]
-        unknown = np.isnan(found["logprob"])
-        return found[: int(unknown.argmax())] if unknown.any() else found
+        return _known_run(self._table.reshape(-1)[self._slots(pages, start, stop)])
+
+    def read_page(self, page: int, start: int, stop: int) -> Scores:
+        """The same of one page, by offset."""
+        return np.empty(0, SCORE) if self._table is None else _known_run(self._table[page, start:stop].copy())
 
     def forget(self, pages: Int32, offset: int = 0) -> None:
         """Drops the scores of pages that change owner, or those from ``offset`` on in each page."""
@@ -81,17 +85,35 @@ class ScoreTable:
         return pages[positions // page_size].astype(np.int64) * page_size + positions % page_size
 
 
+def _known_run(scores: Scores) -> Scores:
+    unknown = np.isnan(scores["logprob"])
+    return scores[: int(unknown.argmax())] if unknown.any() else scores
+
+
 def remembered(table: ScoreTable, root: Root | None, tokens: Int32, start: int) -> Scores:
     """The scores of ``tokens[start:]`` below ``root``, up to the first that is not known. Changes nothing."""
     if root is None or not table.allocated:
         return np.empty(0, SCORE)
-    page_size = table.page_size
-    walk = follow(root, tokens, 0, len(tokens), page_size)
-    offset = max(0, start - walk.length)  # of the first score wanted in the page where the walk stopped
+    walk = follow(root, tokens, 0, len(tokens), table.page_size)
+    found = table.read(join(walk.pages), start, walk.length)
+    if start + len(found) < walk.length:
+        return found
+    first = max(start, walk.length)
+    longest = max(
+        (table.read_page(page, first - walk.length, common) for page, common in _next_pages(walk, tokens, table)),
+        key=len,
+        default=found[:0],
+    )
+    return np.concatenate((found, longest))
 
-    def scored(page: int) -> bool:
-        return offset < page_size and bool(table.known(page)[offset])
 
-    partial = closest_page(walk, tokens, len(tokens), page_size, scored)
-    pages = walk.pages if partial.node is None else [*walk.pages, np.array([partial.page], np.int32)]
-    return table.read(join(pages), start, walk.length + partial.tokens)
+def _next_pages(walk: Walk, tokens: Int32, table: ScoreTable) -> Iterator[tuple[int, int]]:
+    """The pages that begin as the page at which the walk stopped, with the tokens that they share with it."""
+    if walk.stopped_inside:
+        yield int(walk.node.pages[walk.inside]), walk.beyond
+        return
+    wanted = page_key(tokens[walk.length : walk.length + table.page_size])
+    for side in walk.node.nearest_first(wanted):
+        for child in islice(side, SIBLINGS):
+            if len(child.pages):
+                yield int(child.pages[0]), common_tokens(child.key, wanted)

@@ -210,6 +210,7 @@ class CacheReport(msgspec.Struct, array_like=True):
     refilled: int = 0  # tokens of its branch that were evicted and are computed again
     write_tokens: int = 0  # prompt tokens that it computed and left in the cache
     pinned_tokens: int = 0  # the longest prefix that its breakpoints pin; known at the end
+    cached_logprobs: int = 0  # of the prompt's logprobs, those that were remembered
 
 
 class RequestStarted(Message):

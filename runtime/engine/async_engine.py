@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from ..scheduler.branches.scores import Score
 from .async_branch import AsyncBranch
 from .base import EngineBase
-from .prompts import BranchPiece
+from .prompts import BranchPiece, Prompt
 
 
 class AsyncEngine(EngineBase):
@@ -17,6 +19,11 @@ class AsyncEngine(EngineBase):
     generate = EngineBase.agenerate
     chat = EngineBase.achat
     stream = EngineBase.astream
+
+    async def score(self, prefix: Prompt, continuations: Sequence[Prompt], *, cache_salt: str = "") -> list[Score]:
+        """`Engine.score` for asyncio."""
+        async with await self.branch(prefix, cache_salt=cache_salt) as branch:
+            return await branch.score(continuations)
 
     async def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> AsyncBranch:
         """`Engine.branch` for asyncio."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self, Unpack, overload
 
 from ..sampling_params import SamplingParams
+from ..scheduler.branches.scores import Score
 from .base import EngineBase
 from .branch import Branch
 from .prompts import BranchPiece, ChatOptions, Messages, Prompt, chat_batch, prompt_batch
@@ -113,6 +114,12 @@ class Engine(EngineBase):
         single, prompts = chat_batch(self.tokenizer, messages, **options)
         results = self.generate(prompts, params, cache_salt=cache_salt, priority=priority)
         return results[0] if single else results
+
+    def score(self, prefix: Prompt, continuations: Sequence[Prompt], *, cache_salt: str = "") -> list[Score]:
+        """Logprobs of the tokens of every continuation after ``prefix``, in order: what they share is computed once,
+        and nothing that the cache remembers. To score one prefix again and again, keep a `branch` of it."""
+        with self.branch(prefix, cache_salt=cache_salt) as branch:
+            return branch.score(continuations)
 
     def branch(self, prompt: BranchPiece = (), *, cache_salt: str = "", ttl: float | None = None) -> Branch:
         """A branch that begins with ``prompt``: text, token ids, or messages (then the chat template's text); without

@@ -83,7 +83,7 @@ class Draft:
             request = chunk.request
             k = request.params.prompt_logprobs
             if k is not None and request.prompt_logprob_next <= min(chunk.end, request.prompt_len - 1):
-                logprobs.append((i, k, request.prompt_logprob_next))
+                logprobs.append((i, max(k, 1), request.prompt_logprob_next))  # at least the best: the tree keeps it
                 prompt_logprobs[i] = request
                 request.prompt_logprob_next = min(chunk.end, request.prompt_len - 1) + 1
         table_rows, table_cols, table_pages = ledger.take_writes()

@@ -16,6 +16,7 @@ from .fairness import Fairness
 from .forecast import NEVER, Reservations
 from .ledger import Ledger
 from .policy import admission_order
+from .prompt_scores import PromptScores
 from .request import Request
 from .rows import DECODE, PREFILL
 
@@ -44,6 +45,7 @@ class Planner:
         self._fairness = Fairness(ledger)
         self.estimator = OutputEstimator()
         self._reservations = Reservations(ledger, self.estimator)
+        self.scores = PromptScores(ledger)
         self.served: list[Request] = []  # ended at admission: everything that they need is cached
 
     def plan(self) -> ScheduledStep | None:
@@ -166,13 +168,16 @@ class Planner:
         if not self._rows.has_free and not self._fairness.someone_may_take():
             return
         self._reservations.begin()
+        self.scores.begin_step()
         misfits: list[Request] = []
         tries = _MAX_TRIES
         deadline = NEVER  # steps from now within which a request must have ended
         for request in self._candidates():
             if draft.budget <= 0 or tries <= 0:
                 break
-            if self._should_await_producer(request, producers) or (draft.chunks and self._should_await_copy(request)):
+            if self.scores.should_await(request) or self._should_await_producer(request, producers):
+                continue
+            if draft.chunks and self._should_await_copy(request):
                 continue
             tries -= 1
             if self._longest_run(request) > deadline or not (self._rows.has_free or self._yield_to(draft, request)):
@@ -315,12 +320,14 @@ class Planner:
             reason = "disabled" if request.no_cache else report.reason
             written = 0 if reason == "disabled" else max(0, request.prompt_len - lease.hit)
             request.cache = CacheReport(report.hit_tokens, reason, report.diverged_at, refilled, written)
+        request.cache.cached_logprobs = request.cached_logprobs
         if lease.hit == request.num_tokens:  # max_tokens=0 and everything is cached
             self._ledger.pin_breakpoints(request)
             tree.release(lease)
             del self._ledger.waiting[request.id]
             self.served.append(request)
             return True
+        self.scores.carry(request, lease)
         row = self._ledger.enter(request, lease)
         draft.starts.append(RowStart(row, request.params, request.seed, request.tokens, request.prompt_len))
         self._chunk(draft, request, copy_from=None if lease.copy is None else lease.copy[0])

@@ -36,8 +36,10 @@ class Request:
     __slots__ = (
         "arrival",
         "arrival_clock",
+        "awaits",
         "breakpoints",
         "cache",
+        "cached_logprobs",
         "deferred",
         "echo_from",
         "hit_estimate",
@@ -55,6 +57,7 @@ class Request:
         "params",
         "priority",
         "prompt_len",
+        "prompt_logprob_done",
         "prompt_logprob_next",
         "queue_seconds",
         "remembered",
@@ -122,8 +125,11 @@ class Request:
         self.opened: bool = False
         self.retractions: int = 0
         self.queue_seconds: float = 0.0
-        # next prompt position whose logprob is still to be delivered; position 0 has none
+        # First prompt positions whose logprobs are not scheduled, and not delivered. Position 0 has none.
         self.prompt_logprob_next: int = max(1, params.prompt_logprob_start)
+        self.prompt_logprob_done: int = self.prompt_logprob_next
+        self.cached_logprobs: int = 0  # of the prompt's, those that came from the tree
+        self.awaits: Request | None = None  # it computes the logprob that this one needs next
 
     @property
     def tokens(self) -> Int32:
@@ -141,6 +147,16 @@ class Request:
     @property
     def wants_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs is not None and self.prompt_logprob_next < self.prompt_len
+
+    @property
+    def keeps_scores(self) -> bool:
+        """Whether the tree remembers its prompt logprobs: with at most one alternative."""
+        return self.params.prompt_logprobs is not None and self.params.prompt_logprobs <= 1
+
+    @property
+    def shares_scores(self) -> bool:
+        """Whether it lacks prompt logprobs that the tree may remember."""
+        return self.keeps_scores and self.wants_prompt_logprobs
 
     @property
     def reuse_limit(self) -> int:

@@ -28,7 +28,7 @@ from ..messages import (
     StepOutput,
 )
 from ..sampling_params import MAX_SEED
-from ..step import NON_FINITE, StepResult
+from ..step import NON_FINITE, StepResult, TokenLogprobs
 from .cache.service import CacheService
 from .clock import Clock
 from .constraints import ConstraintEvents, ConstraintManager
@@ -177,6 +177,9 @@ class Scheduler:
         """
         self._apply(events)
         step = self.planner.plan()
+        for request, position, rows in self.planner.scores.recalled:
+            self._deliver_prompt_logprobs(request, position, rows)
+        self.planner.scores.recalled.clear()
         for request in self.planner.served:
             self._first_scheduled(request)
             self._finish(request, "length")
@@ -279,7 +282,8 @@ class Scheduler:
             if np.isnan(rows.chosen).any():
                 self._fail_not_finite(scored, "the prompt")
                 continue
-            self._out.prompt_logprobs.append(PromptLogprobs(scored.id, start, pack_logprobs(rows)))
+            self.planner.scores.record(scored, start, rows)
+            self._deliver_prompt_logprobs(scored, start, rows)
         ids: list[int] = []
         sampled_tokens: list[int] = []
         r = self.ledger.rows
@@ -324,6 +328,11 @@ class Scheduler:
                 self._end_matched(request)
         for request in step.finishing:
             self._finish(request, "length")
+
+    def _deliver_prompt_logprobs(self, request: Request, start: int, rows: TokenLogprobs) -> None:
+        k = request.params.prompt_logprobs or 0
+        asked = TokenLogprobs(rows.chosen, rows.top_ids[:, :k], rows.top[:, :k])
+        self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
 
     def _publish_page(self, request: Request) -> None:
         """Publishes the page that a decode has just filled. Pages of prompts are published when they are scheduled."""

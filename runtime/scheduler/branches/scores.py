@@ -20,6 +20,7 @@ class Score:
     cached_tokens: int = 0  # of the prompt: the branch and the continuation
     prompt_tokens: int = 0
     refilled: int = 0
+    cached_logprobs: int = 0  # of the logprobs, those that were remembered
     unconditional: Score | None = None  # the same tokens without the branch, if requested
 
     @property
@@ -61,5 +62,7 @@ class ScoreCollector:
     def _score(self, index: int) -> Score:
         output, values = self._outputs[index], self._values[index]
         unknown = len(output.prompt) - len(values)
-        refilled = 0 if output.cache is None else output.cache.refilled
-        return Score(output.prompt, [*[None] * unknown, *values], output.cached_tokens, output.prompt_tokens, refilled)
+        score = Score(output.prompt, [*[None] * unknown, *values], output.cached_tokens, output.prompt_tokens)
+        if output.cache is not None:
+            score.refilled, score.cached_logprobs = output.cache.refilled, output.cache.cached_logprobs
+        return score

@@ -11,9 +11,10 @@ import pytest
 
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
+from branchwise.runtime.logprobs import TokenLogprob, unpack
 from branchwise.runtime.messages import Finished, Generate, StepOutput
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.step import PENDING, StepPlan, StepResult
+from branchwise.runtime.step import PENDING, StepPlan, StepResult, TokenLogprobs
 
 VOCAB = 50
 EOS = 1
@@ -23,6 +24,18 @@ def next_token(context: Sequence[int], seed: int) -> int:
     """The oracle: the token that the canary model samples after ``context``."""
     data = np.asarray(context, dtype="<i4").tobytes() + int(seed).to_bytes(8, "little")
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % VOCAB
+
+
+def score_of(context: Sequence[int]) -> tuple[float, int, float]:
+    """The oracle's logprob of the context's last token, and the likeliest token in its place with its logprob."""
+    mark = next_token(context, 0)
+    return -float(mark + 1), next_token(context[:-1], 1), -0.5
+
+
+def prompt_rows(scores: Sequence[tuple[float, int, float]], k: int) -> TokenLogprobs:
+    chosen, ids, best = (np.array(column) for column in zip(*scores, strict=True))
+    wide = np.repeat(ids[:, None], k, axis=1).astype(np.int32)
+    return TokenLogprobs(chosen.astype(np.float32), wide, np.repeat(best[:, None], k, axis=1).astype(np.float32))
 
 
 def expected_output(prompt: Sequence[int], seed: int, params: SamplingParams) -> tuple[list[int], str]:
@@ -58,7 +71,8 @@ class CanaryExecutor:
         self.table = np.full((max_rows, -(-max_len // page_size) + 1), -1, dtype=np.int32)
         self.seeds = np.zeros(max_rows, dtype=np.int64)
         self.last_token = np.zeros(max_rows, dtype=np.int32)
-        self.prefilled = 0
+        self.prefilled = self.scored = 0
+        self.prompts: dict[int, list[int]] = {}  # by row
         self.plans: list[StepPlan] = []
         self.fail_next = False
 
@@ -78,6 +92,7 @@ class CanaryExecutor:
         self.table[plan.table_rows, plan.table_cols] = plan.table_pages
         for start in plan.starts:
             self.seeds[start.row] = start.seed
+            self.prompts[start.row] = start.tokens[: start.prompt_len].tolist()
         page = self.page_size
         if len(plan.copies):
             pool = self.slots.reshape(self.num_pages, page, 2)
@@ -104,7 +119,18 @@ class CanaryExecutor:
                 token = next_token(read[:, 0].tolist(), int(self.seeds[row]))
                 self.last_token[row] = token
                 drawn.append(token)
-        return Pending(StepResult(np.array(drawn, dtype=np.int32)))
+        result = StepResult(np.array(drawn, dtype=np.int32))
+        for index, k, wanted in plan.prompt_logprobs:
+            row, end = int(plan.rows[index]), int(plan.kv_lens[index])
+            start = max(wanted, end - int(plan.q_lens[index]) + 1)
+            prompt = self.prompts[row]
+            stop = min(end + 1, len(prompt))
+            positions = np.arange(end)
+            read = self.slots[self.table[row, positions // page] * page + positions % page, 0].tolist()
+            scores = [score_of([*read[:at], prompt[at]]) for at in range(start, stop)]
+            result.prompt_logprobs[index] = start, prompt_rows(scores, k)
+            self.scored += stop - start
+        return Pending(result)
 
     def prepare_next(self) -> bool:
         return False
@@ -123,6 +149,7 @@ class Driver:
     params: dict[int, SamplingParams] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
     finished: dict[int, Finished] = field(default_factory=dict)
+    prompt_logprobs: dict[int, dict[int, TokenLogprob]] = field(default_factory=dict)
     aborted: set[int] = field(default_factory=set)
     max_running: int = 0
     next_id: int = 1
@@ -158,6 +185,14 @@ class Driver:
         for id_, token in zip(ids, np.frombuffer(output.tokens, dtype="<i4").tolist(), strict=True):
             assert id_ not in self.finished, "a token after the end"
             self.outputs[id_].append(token)
+        for piece in output.prompt_logprobs:
+            assert piece.id not in self.finished, "logprobs after the end"
+            if piece.id not in self.prompts:
+                continue  # of a branch
+            found = self.prompt_logprobs.setdefault(piece.id, {})
+            tokens = self.prompts[piece.id][piece.start :][: len(piece.rows.chosen) // 4]
+            assert piece.start == max(found, default=piece.start - 1) + 1, "logprobs out of order"
+            found.update(enumerate(unpack(tokens, piece.rows), piece.start))
         for finish in output.finished:
             assert finish.id not in self.finished, "two ends"
             self.finished[finish.id] = finish
@@ -178,6 +213,7 @@ class Driver:
                 assert self.outputs[id_] == expected[: len(self.outputs[id_])]
                 continue
             assert self.outputs[id_] == expected
+            self.verify_prompt_logprobs(id_)
             assert finish.reason == reason
             assert finish.completion_tokens == len(expected)
         allocator = self.core.scheduler.tree.allocator
@@ -185,6 +221,16 @@ class Driver:
         self.core.check()
         assert allocator.free == allocator.total
         assert len(self.core.scheduler.ledger.rows) == 0
+
+    def verify_prompt_logprobs(self, id_: int) -> None:
+        params, prompt, found = self.params[id_], self.prompts[id_], self.prompt_logprobs.get(id_, {})
+        if params.prompt_logprobs is None:
+            assert not found
+            return
+        assert list(found) == list(range(max(1, params.prompt_logprob_start), len(prompt)))
+        for position, row in found.items():
+            chosen, best_id, best = score_of(prompt[: position + 1])
+            assert row.logprob == chosen and row.top == [(best_id, best)] * params.prompt_logprobs
 
 
 @pytest.fixture

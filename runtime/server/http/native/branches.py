@@ -354,6 +354,7 @@ def _described(score: Score) -> dict[str, Any]:
         "sum": score.sum,
         "mean": score.mean,
         "cached_tokens": score.cached_tokens,
+        "cached_logprobs": score.cached_logprobs,
         "prompt_tokens": score.prompt_tokens,
     }
     if score.unconditional is not None:

@@ -77,6 +77,8 @@ class GenerateReply:
                 meta["forward_passes_saved"] = output.finish.jumped_tokens
             meta["queue_time"] = output.finish.queue_seconds
             meta["e2e_latency"] = time.monotonic() - self._started
+        if sample.prompt_logprobs is not None:
+            meta["cached_logprobs"] = 0 if output.cache is None else output.cache.cached_logprobs
         if sample.logprobs is not None:
             self._add_logprobs(meta, output, sample)
         result: dict[str, Any] = {"text": output.text, "output_ids": output.token_ids, "meta_info": meta}
