@@ -17,6 +17,7 @@ MAX_STOP_TOKEN_IDS = 256
 MAX_LOGIT_BIAS = 1024
 MAX_LOGPROBS = 20
 MAX_N = 128
+MAX_TOKENS = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
 
@@ -117,8 +118,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 # field: (low, high, low is exclusive)
 _RANGES: dict[str, tuple[float, float, bool]] = {
-    "max_tokens": (0, 2**31 - 1, False),
-    "min_tokens": (0, 2**31 - 1, False),
+    "max_tokens": (0, MAX_TOKENS, False),
+    "min_tokens": (0, MAX_TOKENS, False),
     "temperature": (0.0, 100.0, False),
     "top_p": (0.0, 1.0, True),
     "top_k": (-1, 2**31 - 1, False),

@@ -9,6 +9,8 @@ from typing import Any
 from ..errors import LoadError
 
 SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is the model's card
+ADAPTER = "adapter_config.json"  # of peft
+MERGE = "merge it into the base model (peft's merge_and_unload) and serve the result"
 WEIGHT_FILES = "*.safetensors"
 HUB_PATTERNS = ["*.json", "tokenizer*", "*.jinja"]  # without the weights
 # A second copy of the weights in Mistral's or Meta's own format, and exports for other runtimes in subfolders.
@@ -26,6 +28,8 @@ def model_folder(model: str, *, weights: bool = True) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER).is_file():
+                raise LoadError(f"{path} holds a LoRA adapter and no model: {MERGE}")
             raise LoadError(f"{path} has no config.json: it is not a Hugging Face model folder")
         return path
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:

@@ -15,6 +15,7 @@ from ..errors import LoadError
 from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .quantization import KV_SCALE, refuse_quantized_tensors
+from .unread import warn_of_adapter, warn_of_unread
 from .weights import Source, WeightSpec, lm_head_specs, shard, shard_shape, stored_dtype, weight_specs
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
@@ -47,6 +48,7 @@ def load_weights(
     Raises `LoadError` for a missing, truncated or corrupt file, a missing or mis-shaped tensor, values that are not
     finite, and a checkpoint that is quantized in another way than its config says.
     """
+    warn_of_adapter(folder)
     with Checkpoint(folder) as checkpoint:
         specs = list(weight_specs(config))
         if config.tied_embeddings and _head_differs(checkpoint, config):
@@ -105,8 +107,7 @@ def dummy_weights(
 
 
 def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelConfig) -> None:
-    """Refuses tensors that are quantized in another way than the config says, and warns of tensors of a layer that are
-    not read: the model may be another one.
+    """Refuses tensors that are quantized in another way than the config says, and warns of tensors that are not read.
 
     Looks at the language model's tensors alone: a vision tower may have scales of another kind.
     """
@@ -118,10 +119,9 @@ def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelC
     kv_scales = quantization is not None and quantization.kv_scales
     refuse_quantized_tensors(dtypes, read, kv_scales=kv_scales)
     layers = tuple(checkpoint.full_name(f"model.layers.{i}.") for i in range(config.num_layers))
-    unread = [name for name, _ in checkpoint.dtypes() if name.startswith(layers) and name not in read]
-    unread = [name for name in unread if not name.endswith(_CONSTANTS) and not KV_SCALE.search(name)]
-    if unread:
-        logger.warning("%d tensors of the checkpoint's layers are not used, such as %s", len(unread), unread[0])
+    known = {*read, checkpoint.full_name("lm_head.weight")}  # a head that equals the tied embedding is not read
+    unread = [name for name, _ in checkpoint.dtypes() if name not in known]
+    warn_of_unread([name for name in unread if not name.endswith(_CONSTANTS) and not KV_SCALE.search(name)], layers)
 
 
 def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def test_max_tokens_beyond_the_context_is_what_the_context_leaves(shipped: Any) 
     body = {"messages": SUM, "max_tokens": 32_000, "temperature": 0}
     answer = shipped.http.post("/v1/messages", json=body).json()
     assert (answer["stop_reason"], answer["content"][0]["text"]) == ("end_turn", "12 + 30 = 42")
+    assert shipped.http.post("/v1/messages", json={**body, "max_tokens": 2**64}).json()["content"] == answer["content"]
     full = {"role": "user", "content": "word " * 60_000}
     refused = shipped.http.post("/v1/messages", json={**body, "messages": [full]})
     assert refused.status_code == 400 and refused.json()["error"]["message"].startswith("messages")

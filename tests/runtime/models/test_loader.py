@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.checkpoint import Checkpoint
 from branchwise.runtime.models.config import load_config
-from branchwise.runtime.models.folder import HUB_IGNORED, HUB_PATTERNS, WEIGHT_FILES
+from branchwise.runtime.models.folder import HUB_IGNORED, HUB_PATTERNS, WEIGHT_FILES, model_folder
 from branchwise.runtime.models.loader import dummy_weights, load_weights
 from branchwise.runtime.models.weights import even_range, rank_config, shard, weight_specs
 
@@ -163,6 +163,32 @@ def test_weights_of_a_layer_that_are_not_used_are_warned_of(
 ) -> None:
     load(edit(folder("mistral"), lambda tensors: tensors.update({name: torch.ones(1)})))
     assert (f"1 tensors of the checkpoint's layers are not used, such as {name}" in caplog.text) == warns
+
+
+def test_other_tensors_that_are_not_used_are_named_by_group(
+    folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    extra = {f"vision_tower.layers.{i}.weight": torch.ones(1) for i in range(3)}
+    load(edit(folder("mistral"), lambda tensors: tensors.update({**extra, "lm_head.bias": torch.ones(1)})))
+    text = "4 tensors of the checkpoint are no part of the model served: vision_tower (3), lm_head.bias (1)"
+    assert text in caplog.text
+
+
+def test_a_lora_adapter_that_is_not_merged_is_named(
+    folder: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = folder("mistral")
+    load(path)
+    assert "LoRA" not in caplog.text
+    (path / "adapter_config.json").write_text("{}")
+    load(path)
+    assert f"{path / 'adapter_config.json'}: this LoRA adapter is not used: merge it" in caplog.text
+    name = "model.layers.0.self_attn.q_proj.lora_A.default.weight"
+    load(edit(path, lambda tensors: tensors.update({name: torch.ones(1)})))
+    assert "holds a LoRA adapter that is not merged and not used: merge it" in caplog.text
+    (path / "config.json").unlink()
+    with pytest.raises(LoadError, match="holds a LoRA adapter and no model: merge it"):
+        model_folder(str(path))
 
 
 @pytest.mark.parametrize("family", ["apertus", "gemma3", "qwen2", "phi3", "glm4", "starcoder2"])

@@ -8,7 +8,7 @@ from typing import Any
 from ....chat.conversation import Conversation, OfferedTool
 from ....errors import InvalidRequest
 from ....models.sampling_defaults import DEFAULTED
-from ....sampling_params import SamplingParams
+from ....sampling_params import MAX_TOKENS, SamplingParams
 from ..chat.spec import ChatSpec, ToolChoice, named_tool
 from ..chat.tool_use import tool_limits
 from ..fields.cache import CacheFields
@@ -72,7 +72,7 @@ def messages_sampling(body: MessagesRequest, preferred: Any, format: Mapping[str
     return SamplingParams(
         **{**preferred, **said},
         **format,
-        max_tokens=body.max_tokens,
+        max_tokens=min(body.max_tokens, MAX_TOKENS),  # the context leaves less
         stop=tuple(body.stop_sequences or ()),
         seed=engine_seed(body.seed),
     )
