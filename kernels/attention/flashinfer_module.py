@@ -233,11 +233,13 @@ class PagedCall:
         last_page_lens: Tensor,
         scale: float,
         softcap: float,
+        lse: Tensor | None = None,
     ) -> None:
-        """Attends into ``out`` ``[rows, heads, D]``. Index tensors int32 on the device, as planned."""
+        """Attends into ``out`` ``[rows, heads, D]``. Index tensors int32 on the device, as planned. ``lse``: float32
+        ``[rows, heads]``, where to put the logarithm to base 2 of each row's sum."""
         args = [
             *(self._workspace, self._ints, self._plan, q, k_pages, v_pages),
-            *(qo_indptr, kv_indptr, kv_indices, last_page_lens, out, None),
+            *(qo_indptr, kv_indptr, kv_indices, last_page_lens, out, lse),
             *(int(self._causal), _NHD, self._window_left, self._pdl),  # MaskMode: 0 none, 1 causal
         ]
         if self._fa2:
