@@ -13,7 +13,7 @@ import numpy as np
 
 from ..arrays import Int32, Int64, ranges
 
-BLOCK = 32  # columns compared at first; doubled while requests agree
+BLOCK = 64  # columns compared at first; four times as many while requests agree
 MAX_BLOCK = 1024
 
 
@@ -88,12 +88,13 @@ def _agreement(table: Int32, rows: Int32, size: Int64, agreed: Int64, limits: In
         block = table[:, at:end][rows[ranges(first[open_groups], counts)]]
         leader = np.cumsum(counts) - counts
         differs = block != np.repeat(block[leader], counts, axis=0)
-        differs = np.logical_or.reduceat(differs, leader, axis=0)
-        mismatch = np.where(differs.any(axis=1), differs.argmax(axis=1), end - at) + at
+        column = differs.argmax(axis=1)  # the first difference, or 0 where there is none
+        column[~differs[np.arange(len(column)), column]] = end - at
+        mismatch = np.minimum.reduceat(column, leader) + at
         limit = limits[open_groups]
         stops[open_groups] = np.minimum(mismatch, limit)
         open_groups = open_groups[(mismatch == end) & (end < limit)]
-        at, width = end, min(2 * width, MAX_BLOCK)
+        at, width = end, min(4 * width, MAX_BLOCK)
     return stops
 
 

@@ -8,13 +8,16 @@ kernel ends them at the query's position, so a plan stays valid while its reques
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from ..arrays import Int32, Int64, ranges
-from .split import ALIGN, ITEM, Records
+from .split import ALIGN, ITEM, ITEM_FIELDS, Records
 from .tree_nodes import Nodes, find_nodes, indptr_of
 
 OPEN = 2**31 - 1  # the end of a tail: wherever its queries are
@@ -91,6 +94,7 @@ class TreePlan:
         merges: int32 ``[T, 2]``, where each query token's slots begin in ``slots``, and how many there are; -1 where
             the token's one item writes the output itself. Tokens that belong to none of the requests have 0.
         slots: int32 ``[slots]``, each query token's slots in the order of their keys.
+        merged_slots: partial results that are written and merged.
         keys_read: keys that the items read, each node's once.
         keys_flat: keys that would be read with nothing shared.
     """
@@ -99,6 +103,7 @@ class TreePlan:
     queries: Int32
     merges: Int32
     slots: Int32
+    merged_slots: int
     keys_read: int
     keys_flat: int
 
@@ -122,22 +127,43 @@ def plan_tree(
         always: plan even where the flat backend is expected to be faster.
     """
     q_lens, kv_lens = requests.q_lens, requests.kv_lens
+    tiles = _tile_table(costs, group, 1 << num_tokens.bit_length())
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
-    nodes, covered = choose(nodes, q_lens, group, page_size, costs)
+    nodes, covered = choose(nodes, q_lens, page_size, costs, tiles)
     segments = _segments(nodes, covered, requests, page_size)
-    gain = np.inf if always else _gain(nodes, segments, group, costs)
+    gain = np.inf if always else _gain(nodes, segments, costs, tiles)
     if gain <= 0:
         return None
     for coarseness in (1, 2, 4, 8):
-        plan = _cut(segments, num_tokens, int(kv_lens.sum()), group, costs, limits, coarseness)
+        plan = _cut(
+            segments, num_tokens, int(kv_lens.sum()), max(costs.tiles[-1] // group, 1), tiles, limits, coarseness
+        )
         if plan is not None:
-            merged = plan.merges[:, 1].clip(0)  # partial results of each query token
-            merging = costs.partial * int(merged.sum()) + costs.in_turn * int(merged.max(initial=0))
+            most = int(plan.merges[:, 1].max(initial=0))  # partial results of a query token; -1: nothing to merge
+            merging = costs.partial * plan.merged_slots + costs.in_turn * most
             return plan if merging < gain else None
     return None
 
 
-def choose(nodes: Nodes, q_lens: Int64, group: int, page_size: int, costs: TreeCosts) -> tuple[Nodes, Int64]:
+class _TileTable(NamedTuple):
+    """By the number of query tokens that read a key together."""
+
+    tile: Int64  # index of the smallest tile that holds them, or of the largest there is
+    passes: Float64  # cost of the passes over one key
+
+
+@lru_cache(maxsize=64)
+def _tile_table(costs: TreeCosts, group: int, most: int) -> _TileTable:
+    """For up to ``most`` query tokens."""
+    rows = np.arange(most + 1) * group
+    tile = np.minimum(np.searchsorted(costs.tiles, rows), len(costs.tiles) - 1)
+    per_key, largest = np.array(costs.per_key), costs.tiles[-1]
+    whole, rest = rows // largest, rows % largest
+    rest_tile = np.minimum(np.searchsorted(costs.tiles, rest), len(costs.tiles) - 1)
+    return _TileTable(tile, whole * per_key[-1] + np.where(rest > 0, per_key[rest_tile], 0.0))
+
+
+def choose(nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, tiles: _TileTable) -> tuple[Nodes, Int64]:
     """The nodes worth sharing, extended upwards over the columns of those that are not.
 
     Returns:
@@ -148,12 +174,13 @@ def choose(nodes: Nodes, q_lens: Int64, group: int, page_size: int, costs: TreeC
     covered = np.zeros(len(q_lens), np.int64)
     if not count:
         return nodes, covered
-    tokens = np.add.reduceat(q_lens[nodes.members], nodes.indptr[:-1])
-    shared = _passes(tokens * group, costs)
-    alone = np.add.reduceat(_passes(q_lens * group, costs)[nodes.members], nodes.indptr[:-1])
+    of_members = q_lens[nodes.members]
+    tokens = np.add.reduceat(of_members, nodes.indptr[:-1])
+    shared = tiles.passes[tokens]
+    alone = np.add.reduceat(tiles.passes[of_members], nodes.indptr[:-1])
     # Passes over a node's columns if its children, and its members without a child, read them instead.
     below = alone.copy()
-    child = np.flatnonzero(nodes.parents >= 0)
+    child = (nodes.parents >= 0).nonzero()[0]
     np.add.at(below, nodes.parents[child], (shared - alone)[child])
     saved = np.maximum(below, 1.0) - np.maximum(shared, 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -164,7 +191,7 @@ def choose(nodes: Nodes, q_lens: Int64, group: int, page_size: int, costs: TreeC
         if parent >= 0:
             starts[i] = nodes.stops[parent] if taken[parent] else starts[parent]
         taken[i] = stop - starts[i] >= least
-    kept = np.flatnonzero(taken)
+    kept = taken.nonzero()[0]
     counts = nodes.counts[kept]
     members = nodes.members[ranges(nodes.indptr[kept], counts)]
     covered[members] = np.repeat(nodes.stops[kept], counts)
@@ -202,11 +229,12 @@ def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: i
     )
 
 
-def _gain(nodes: Nodes, segments: _Segments, group: int, costs: TreeCosts) -> float:
+def _gain(nodes: Nodes, segments: _Segments, costs: TreeCosts, tiles: _TileTable) -> float:
     """The expected saving of the tree path, before the cost of merging."""
     count = len(nodes.starts)
     lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
-    together = np.maximum(_passes(np.diff(segments.indptr)[:count] * group, costs), 1.0)
+    tokens = segments.indptr[1 : count + 1] - segments.indptr[:count]
+    together = np.maximum(tiles.passes[tokens], 1.0)
     alone = np.maximum(nodes.counts * costs.flat, 1.0)
     saved = float(((alone - together) * lengths).sum()) + (costs.flat_tail - 1.0) * tails
     return saved - (costs.tree_layer - costs.flat_layer)
@@ -216,67 +244,62 @@ def _cut(
     segments: _Segments,
     num_tokens: int,
     keys_flat: int,
-    group: int,
-    costs: TreeCosts,
+    per_tile: int,
+    tiles: _TileTable,
     limits: TreeLimits,
     coarseness: int,
 ) -> TreePlan | None:
-    """Items of about equal work, enough to fill the device; None if they exceed the limits."""
-    per_tile = max(costs.tiles[-1] // group, 1)  # query tokens
-    counts = np.diff(segments.indptr)
-    tiles = -(-counts // per_tile)
-    # All tiles of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
-    work = _passes(counts * group, costs) * segments.lengths
-    of_tile = _tile(counts * group, costs)
-    wanted = np.bincount(of_tile, work, len(costs.tiles)) / np.array(limits.workers) * coarseness
-    pieces = np.rint(work / np.maximum(tiles * wanted[of_tile], 1.0)).astype(np.int64)
-    pieces = np.clip(pieces, 1, np.maximum(segments.lengths // np.array(limits.min_keys)[of_tile], 1))
-    keys = np.maximum(-(-segments.lengths // (pieces * ALIGN)) * ALIGN, ALIGN)
-    pieces = np.maximum(-(-segments.lengths // keys), 1)
+    """Items of about equal work, enough to fill the device; None if they exceed the limits.
 
-    of = np.repeat(np.arange(len(tiles)), tiles * pieces)  # the segment of each item
-    nth = ranges(np.zeros_like(tiles), tiles * pieces)
-    piece, tile = nth // tiles[of], nth % tiles[of]
+    ``per_tile``: query tokens that fit the largest tile.
+    """
+    lengths, counts = segments.lengths, segments.indptr[1:] - segments.indptr[:-1]
+    parts = -(-counts // per_tile)
+    # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
+    work, of_tile = tiles.passes[counts] * lengths, tiles.tile[counts]
+    target = np.bincount(of_tile, work, len(limits.workers)) / np.array(limits.workers) * coarseness
+    pieces = np.rint(work / np.maximum(parts * target[of_tile], 1.0)).astype(np.int64)
+    pieces = np.maximum(np.minimum(pieces, lengths // np.array(limits.min_keys)[of_tile]), 1)
+    keys = np.maximum(-(-lengths // (pieces * ALIGN)) * ALIGN, ALIGN)
+    pieces = np.maximum(-(-lengths // keys), 1)
+
+    number = parts * pieces  # of items
+    of = np.arange(len(number)).repeat(number)  # the segment of each item
+    nth = np.arange(len(of)) - (number.cumsum() - number)[of]
+    piece, part = np.divmod(nth, parts[of])
     last = piece == pieces[of] - 1
-    count = np.minimum(counts[of] - tile * per_tile, per_tile)
-    slot = np.cumsum(count) - count
-    queries = segments.queries[ranges(segments.indptr[of] + tile * per_tile, count)]
+    first = part * per_tile
+    count = np.minimum(counts[of] - first, per_tile)
+    slot = count.cumsum() - count
+    queries = segments.queries[ranges(segments.indptr[of] + first, count)]
     if len(queries) > limits.slots:
         return None
     per_token = np.bincount(queries, minlength=num_tokens)
+    split = per_token > 1
     offset = piece * keys[of]
-    items = np.zeros(len(of), ITEM)
-    items["row"] = segments.rows[of]
-    items["query"], items["num_queries"] = slot, count
-    items["start"] = segments.starts[of] + offset
-    items["stop"] = items["full"] = np.where(last, segments.stops[of], items["start"] + keys[of])
-    items["partial"] = np.where(per_token[queries[slot]] > 1, slot, -1)
-    of_tile = _tile(count * group, costs)
-    length = np.where(last, segments.lengths[of] - offset, keys[of])
-    order = np.argsort((of_tile << 32) - length, kind="stable")  # the last to start is the shortest
-    sizes = np.bincount(of_tile, minlength=len(costs.tiles))
-    if (sizes > limits.items).any():
+    of_tile = tiles.tile[count]
+    length = np.where(last, lengths[of] - offset, keys[of])
+    order = ((of_tile << 32) - length).argsort(kind="stable")  # the last to start is the shortest
+    sizes = np.bincount(of_tile, minlength=len(limits.items)).tolist()
+    if any(size > limit for size, limit in zip(sizes, limits.items, strict=True)):
         return None
+    items = np.empty((len(of), ITEM_FIELDS), np.int32)  # the fields of `ITEM`, in its order
+    start = segments.starts[of] + offset
+    stop = np.where(last, segments.stops[of], start + keys[of])
+    fields = (segments.rows[of], slot, count, start, stop, stop, np.where(split[queries[slot]], slot, -1), 0)
+    for nth_field, values in enumerate(fields):
+        items[:, nth_field] = values
+    records = items[order].view(ITEM)[:, 0]
+    ends = itertools.accumulate(sizes)
     merges = np.empty((num_tokens, 2), np.int32)
-    merges[:, 0] = np.cumsum(per_token) - per_token
+    merges[:, 0] = per_token.cumsum() - per_token
     merges[:, 1] = np.where(per_token == 1, -1, per_token)
     return TreePlan(
-        items=tuple(np.split(items[order], np.cumsum(sizes)[:-1])),
+        items=tuple(records[end - size : end] for end, size in zip(ends, sizes, strict=True)),
         queries=queries.astype(np.int32),
         merges=merges,
-        slots=np.argsort(queries, kind="stable").astype(np.int32),
-        keys_read=int(segments.lengths.sum()),
+        slots=queries.argsort(kind="stable").astype(np.int32),
+        merged_slots=int(split[queries].sum()),
+        keys_read=int(lengths.sum()),
         keys_flat=keys_flat,
     )
-
-
-def _tile(rows: Int64, costs: TreeCosts) -> Int64:
-    """Index of the smallest tile that holds so many query rows, or of the largest there is."""
-    return np.minimum(np.searchsorted(costs.tiles, rows), len(costs.tiles) - 1)
-
-
-def _passes(rows: Int64, costs: TreeCosts) -> Float64:
-    """Cost of the passes over one key that so many query rows need."""
-    per_key, largest = np.array(costs.per_key), costs.tiles[-1]
-    rest = rows % largest
-    return rows // largest * per_key[-1] + np.where(rest > 0, per_key[_tile(rest, costs)], 0.0)

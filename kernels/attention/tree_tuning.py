@@ -73,7 +73,7 @@ def _plan(nth: int, tiles: int, count: int, rows: int, queries: int) -> TreePlan
     slots = np.arange(count * queries, dtype=np.int32)
     none, merges = np.zeros(0, ITEM), np.full((queries, 2), -1, np.int32)
     by_tile = tuple(items if i == nth else none for i in range(tiles))
-    return TreePlan(by_tile, slots % queries, merges, slots, keys_read=0, keys_flat=0)
+    return TreePlan(by_tile, slots % queries, merges, slots, merged_slots=0, keys_read=0, keys_flat=0)
 
 
 def milliseconds(launch: Callable[[], None]) -> float:
