@@ -74,12 +74,16 @@ class StepShape:
 
     Query tokens 0 … decodes - 1 are the decodes, then come ``tokens`` tokens of at most ``requests`` chunks. A step
     with fewer is padded. A padding decode reads at most the first token of the scratch page, which no request owns.
+
+    A *joint* shape has no place for decodes alone: any number of them come first among its ``tokens``, and the chunks
+    follow without a gap.
     """
 
     decodes: int
     tokens: int
     requests: int
     tree: bool = False  # whether shared prefixes are read once: other kernels, so a graph of its own
+    joint: int = 0  # of a joint shape: the most query tokens that can be sampled
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +93,11 @@ class StepShape:
     @property
     def num_outputs(self) -> int:
         """The most query tokens that can be sampled: one a request."""
-        return self.decodes + self.requests
+        return self.joint or self.decodes + self.requests
+
+    def first_chunk(self, num_decodes: int) -> int:
+        """The first query token of the chunks of a step with so many decodes."""
+        return max(self.decodes, num_decodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,7 @@ class AttentionBackend(Protocol):
     """
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
+    joint: bool  # whether captured steps with chunks have joint shapes
     saved_keys: int  # of the planned step: keys that are read once for several requests, for all of these but one
 
     def forms(self, shape: StepShape) -> list[StepShape]:
@@ -161,7 +170,7 @@ class AttentionBackend(Protocol):
                 shape. Only where ``captures``.
 
         Returns:
-            The form of ``shape`` whose graph to replay.
+            The form of ``shape`` whose graph to replay; None where the step has to run as it is, without padding.
         """
         ...
 

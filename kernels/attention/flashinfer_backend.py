@@ -66,6 +66,7 @@ class FlashInferAttention:
     """
 
     captures = True
+    joint = False
     saved_keys = 0
 
     def __init__(

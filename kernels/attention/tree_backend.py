@@ -24,8 +24,9 @@ SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
 MIN_DECODES = 8  # smaller steps are not captured on the tree path
 SLOTS = 8192  # partial results of query tokens
-# For each tile: programs that a multiprocessor should have, and keys that a program should read at least.
-WORKERS, MIN_KEYS = (8, 2), (128, 256)
+# For each tile: programs that a multiprocessor should have, keys that a program should read at least, and items of a
+# captured step for each request.
+WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,16 +77,19 @@ class TreeAttention:
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
         tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group)
-        self._costs = replace(costs, tiles=tuple(tile.rows for tile in tiles), per_key=costs.per_key[: len(tiles)])
+        self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in WORKERS[: len(tiles)])
         self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
         if pool.device.type == "cuda":
             tune(self._runner, pool, num_heads, table, self._workers)
         self._scratch_row = len(table) - 1
+        # Of a joint step the flat backend sees the decodes as one request on the scratch page.
+        self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size
         # The last members planned, and their plan; None where the flat path is faster.
         self._members: _Members | None = None
         self._plan: TreePlan | None = None
+        self._tree_paid = False  # whether the last step that had the choice took the tree path
         # Columns of each row of the page table that the plan was made from.
         self._planned_columns = np.zeros(len(table), np.int64)
         self._loaded: tuple[TreePlan, int] | None = None
@@ -93,21 +97,23 @@ class TreeAttention:
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
 
     def forms(self, shape: StepShape) -> list[StepShape]:
-        """See `AttentionBackend.forms`."""
+        """See `AttentionBackend.forms`. A joint shape has the tree's form alone."""
+        if shape.joint:
+            return [replace(shape, tree=True)]
         return [shape, replace(shape, tree=True)] if shape.decodes >= MIN_DECODES else [shape]
 
     def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
         """See `AttentionBackend.plan`."""
-        decodes = batch.num_decodes if shape is None else shape.decodes
-        forced = shape is not None and shape.tree
-        limits = self._limits if shape is None else replace(self._limits, items=self._items(shape.num_tokens))
+        decodes = batch.num_decodes if shape is None else shape.first_chunk(batch.num_decodes)
+        forced = shape is not None and (shape.tree or shape.joint > 0)
+        limits = self._limits if shape is None else replace(self._limits, items=self._items(_most_members(shape)))
         if self._rewritten(batch):
             self._members = None
         members, plan = self._find_members(batch, decodes), None
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
             plan = self._plan_members(batch, members, limits, forced)
         if plan is None:
-            self._step, form = None, self._flat.plan(batch, shape)
+            self._step, form = None, self._flat.plan(batch, None if forced else shape)
             self.saved_keys = self._flat.saved_keys
             return form
         self.saved_keys = plan.keys_flat - plan.keys_read
@@ -156,23 +162,30 @@ class TreeAttention:
         self, batch: AttentionBatch, members: _Members, limits: TreeLimits, forced: bool
     ) -> TreePlan | None:
         requests = members.requests
-        unchanged = self._members is not None and members.continues(self._members)
-        if unchanged and not forced and (self._plan is None or _fits(self._plan, limits)):
-            return self._plan
+        if self._members is not None and members.continues(self._members):
+            if self._plan is None and not forced:
+                return None
+            if self._plan is not None and (forced or self._plan.gain >= 0.0) and _fits(self._plan, limits):
+                return self._plan
         self._planned_columns[:] = 0
         self._planned_columns[requests.rows] = requests.kv_lens // self._page_size
-        self._plan = plan_tree(
-            batch.host_page_table,
-            requests,
-            members.num_tokens,
-            self._group,
-            self._page_size,
-            self._costs,
-            limits,
-            always=forced,
+        # Steps that gain about as much as they lose would change kernels at every step: a change has to pay.
+        least = -np.inf if forced else 0.0 if self._tree_paid else self._costs.margin
+        self._members, self._plan = (
+            members,
+            plan_tree(
+                batch.host_page_table,
+                requests,
+                members.num_tokens,
+                self._group,
+                self._page_size,
+                self._costs,
+                limits,
+                least,
+            ),
         )
-        # A forced plan is no decision to keep.
-        self._members = None if forced else members
+        if not forced:
+            self._tree_paid = self._plan is not None
         return self._plan
 
     def _rewritten(self, batch: AttentionBatch) -> bool:
@@ -192,22 +205,32 @@ class TreeAttention:
             return
         rows, kv_lens = batch.rows.copy(), batch.kv_lens.copy()
         rows[members.chunks], kv_lens[members.chunks] = self._scratch_row, batch.q_lens[members.chunks]
-        rest = replace(batch, rows=rows[n:], q_lens=batch.q_lens[n:], kv_lens=kv_lens[n:], num_decodes=0)
-        self._flat.plan(rest, None if shape is None else replace(shape, decodes=0, tree=False))
+        rows, q_lens, kv_lens = rows[n:], batch.q_lens[n:], kv_lens[n:]
         self._chunks_from = decodes
+        if shape is not None and shape.joint:
+            rows, q_lens, kv_lens = (
+                np.concatenate([np.array([first], np.int32), of_chunks])
+                for first, of_chunks in ((self._scratch_row, rows), (n, q_lens), (n, kv_lens))
+            )
+            self._chunks_from = 0
+            shape = replace(shape, requests=shape.requests + 1)
+        rest = replace(batch, rows=rows, q_lens=q_lens, kv_lens=kv_lens, num_decodes=0)
+        self._flat.plan(rest, None if shape is None else replace(shape, decodes=0, tree=False))
 
-    def _items(self, num_tokens: int) -> tuple[int, ...]:
-        """The most items of each tile in captured steps of so many query tokens: a tail each and a few nodes."""
-        per_token = (1.25, 0.25)
-        return tuple(
-            int(num_tokens * share) + 2 * workers for share, workers in zip(per_token, self._workers, strict=False)
-        )
+    def _items(self, members: int) -> tuple[int, ...]:
+        """The most items of each tile in captured steps of so many requests: a tail each and a few nodes."""
+        return tuple(int(members * share) + 2 * workers for share, workers in zip(ITEMS, self._workers, strict=False))
 
 
 def _default_costs(pool: KVPool) -> TreeCosts:
     """On devices where it was measured, the narrow tile also beats FlashInfer's decode at keys that are not shared."""
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] == 9
     return TreeCosts(flat_tail=1.06) if hopper and pool.layout.head_dim == 128 else TreeCosts()
+
+
+def _most_members(shape: StepShape) -> int:
+    """The most requests of a captured step that a plan needs to have room for."""
+    return min((shape.joint or shape.decodes) + shape.requests, shape.num_tokens)
 
 
 def _fits(plan: TreePlan, limits: TreeLimits) -> bool:

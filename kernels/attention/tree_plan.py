@@ -9,7 +9,7 @@ kernel ends them at the query's position, so a plan stays valid while its reques
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -38,17 +38,24 @@ class TreeCosts:
         flat_tail: what that backend takes for a key that only one request reads.
         partial: writing and merging one query token's partial result.
         in_turn: merging one more partial result of the same query token, while no other token is waited for.
-        flat_layer, tree_layer: the launches of one layer and their latency; the tree's include a margin.
+        flat_layer, tree_layer: the launches of one layer and their latency.
+        margin: the saving from which on steps change from the flat path to the tree; back they change at none.
     """
 
-    tiles: tuple[int, ...] = (16, 64)
-    per_key: tuple[float, ...] = (0.45, 0.95)
+    tiles: tuple[int, ...] = (16, 64, 128)
+    per_key: tuple[float, ...] = (0.45, 0.87, 1.48)
     flat: float = 0.45
     flat_tail: float = 1.0
     partial: float = 5.0
-    in_turn: float = 150.0
+    in_turn: float = 260.0
     flat_layer: float = 9000.0
-    tree_layer: float = 16000.0
+    tree_layer: float = 11000.0
+    margin: float = 4000.0
+
+    def for_tiles(self, tiles: tuple[int, ...]) -> TreeCosts:
+        """The same costs for other tiles: each costs what the smallest known one costs that is no smaller."""
+        known = np.minimum(np.searchsorted(self.tiles, tiles), len(self.tiles) - 1)
+        return replace(self, tiles=tiles, per_key=tuple(self.per_key[i] for i in known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +89,7 @@ class TreeRequests:
     kv_lens: Int64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TreePlan:
     """Every key that one of T query tokens sees is in exactly one of the items that list the token.
 
@@ -97,6 +104,7 @@ class TreePlan:
         merged_slots: partial results that are written and merged.
         keys_read: keys that the items read, each node's once.
         keys_flat: keys that would be read with nothing shared.
+        gain: the expected saving in a layer over the flat backend, in the units of `TreeCosts`.
     """
 
     items: tuple[Records, ...]
@@ -106,6 +114,7 @@ class TreePlan:
     merged_slots: int
     keys_read: int
     keys_flat: int
+    gain: float = 0.0
 
 
 def plan_tree(
@@ -116,32 +125,31 @@ def plan_tree(
     page_size: int,
     costs: TreeCosts,
     limits: TreeLimits,
-    always: bool = False,
+    least_gain: float = 0.0,
 ) -> TreePlan | None:
-    """Plans the requests together; None where the flat backend is expected to be faster, or the plan does not fit.
+    """Plans the requests together; None where too little is gained, or the plan does not fit.
 
     Args:
         table: int32 ``[rows, columns]``, the page table.
         num_tokens: query tokens of the step.
         group: query heads of a key head.
-        always: plan even where the flat backend is expected to be faster.
+        least_gain: the expected saving in a layer from which on to plan, in the units of ``costs``; -inf: always.
     """
     q_lens, kv_lens = requests.q_lens, requests.kv_lens
     tiles = _tile_table(costs, group, 1 << num_tokens.bit_length())
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
     nodes, covered = choose(nodes, q_lens, page_size, costs, tiles)
     segments = _segments(nodes, covered, requests, page_size)
-    gain = np.inf if always else _gain(nodes, segments, costs, tiles)
-    if gain <= 0:
+    gain = _gain(nodes, segments, costs, tiles)
+    if gain < least_gain:
         return None
+    per_tile = max(costs.tiles[-1] // group, 1)
     for coarseness in (1, 2, 4, 8):
-        plan = _cut(
-            segments, num_tokens, int(kv_lens.sum()), max(costs.tiles[-1] // group, 1), tiles, limits, coarseness
-        )
+        plan = _cut(segments, num_tokens, int(kv_lens.sum()), per_tile, tiles, limits, coarseness)
         if plan is not None:
             most = int(plan.merges[:, 1].max(initial=0))  # partial results of a query token; -1: nothing to merge
-            merging = costs.partial * plan.merged_slots + costs.in_turn * most
-            return plan if merging < gain else None
+            plan.gain = gain - costs.partial * plan.merged_slots - costs.in_turn * most
+            return plan if plan.gain >= least_gain else None
     return None
 
 

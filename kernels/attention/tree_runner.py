@@ -33,23 +33,25 @@ class TreeTile(NamedTuple):
 
 
 def tree_tiles(head_dim: int, itemsize: int, group: int) -> tuple[TreeTile, ...]:
-    """A narrow and a wide tile. Larger ones spill registers (checked for sm_90 in the tests).
+    """Tiles of ascending size. Larger ones spill registers (checked for sm_90 in the tests).
 
     The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
-    an H200, 128 requests of 1,152 tokens with heads of 128: 143 µs where 4 warps take 166. The wide one fills a `wgmma`
-    of 64 rows; tiles of 128 rows (184 µs where 64 take 163, 8 groups of 32 requests on 8k tokens) and 8 warps on 64
-    rows (289 µs) are slower.
+    an H200, 128 requests of 1,152 tokens with heads of 128: 143 µs where 4 warps take 166. The others are bound by
+    arithmetic: with 5 stages, 8 groups of 32 requests on 8k tokens take 94 µs with 128 rows (365 TFLOP/s) and 110 with
+    64, which leave fewer rows empty where fewer requests share a node.
     """
+    tiles: tuple[TreeTile, ...]
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
-        narrow, wide = TreeTile(16, 32, 4, 2), TreeTile(32, 32, 4, 2)
+        tiles = TreeTile(16, 32, 4, 2), TreeTile(32, 32, 4, 2)
     elif head_dim > 128:
-        narrow, wide = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
+        tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
-        narrow, wide = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 3)
+        tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
     least = triton.next_power_of_2(group)
-    if least > narrow.rows:
-        narrow = narrow._replace(rows=least, warps=max(narrow.warps, least // 16))
-    return (narrow, wide) if narrow.rows < wide.rows else (narrow,)
+    if least > tiles[0].rows:
+        narrow = tiles[0]._replace(rows=least, warps=max(tiles[0].warps, least // 16))
+        tiles = (narrow, *(tile for tile in tiles[1:] if tile.rows > least))
+    return tiles
 
 
 class TreeRunner:

@@ -92,6 +92,7 @@ class TritonAttention:
     """
 
     captures = True
+    joint = False
     saved_keys = 0
 
     def __init__(

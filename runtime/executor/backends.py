@@ -16,7 +16,7 @@ from ...kernels.base import Ops
 from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
-from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, largest_shape
+from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, JOINT_TOKENS, largest_shape
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def _flashinfer(
 
     check_available(pool.device, pool.layout.dtype, pool.layout.head_dim)
     max_requests = len(table.host) - 1
-    captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
+    # A joint step has all its decodes as one more request among the chunks.
+    captured = min(max_requests, DECODES[-1]), max(CHUNK_TOKENS[-1], JOINT_TOKENS[-1]), CHUNKS + 1
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 

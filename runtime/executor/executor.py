@@ -106,7 +106,7 @@ class ModelExecutor:
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
-            times.lap("first CUDA graphs")
+            times.lap("CUDA graphs")
 
     @classmethod
     def load(
@@ -244,16 +244,16 @@ class ModelExecutor:
             written=(plan.table_rows, plan.table_cols),
         )
         form = self._attention.plan(batch, shape)
-        return self._inputs.stage(plan, batch, shape, extra_outputs), form
+        return self._inputs.stage(plan, batch, form, extra_outputs), form
 
-    def _hidden(self, inputs: StepInputs, pending: bool) -> Tensor:
+    def _hidden(self, inputs: StepInputs, pending: bool, layers: int | None = None) -> Tensor:
         """Hidden states of the outputs. ``pending``: some of the token ids are only on the device so far, where rank 0
-        has sampled them."""
+        has sampled them. ``layers``: run these first ones alone."""
         ids = inputs.ids
         if pending:
             ids = self._group.broadcast(torch.where(ids == PENDING, self._last_token[inputs.rows], ids))
         tokens = StepTokens(ids, inputs.positions, inputs.slots)
-        return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs)
+        return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs, layers)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
         rows = plan.rows[plan.sampled_requests]
@@ -266,12 +266,25 @@ class ModelExecutor:
         def prepare(shape: StepShape) -> None:
             self._staged[shape], _ = self._stage(_empty_plan(), shape, [])
 
-        def run(shape: StepShape) -> None:
-            hidden = self._hidden(self._staged[shape], pending=True)
+        def run(shape: StepShape, layers: int | None = None) -> None:
+            hidden = self._hidden(self._staged[shape], pending=True, layers=layers)
             self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
 
-        rows, forms = self._table.host.shape[0] - 1, self._attention.forms
-        graphs = StepGraphs(run, prepare, rows, max_tokens, self.device, forms, alone=self._group.size == 1)
+        rows, attention = self._table.host.shape[0] - 1, self._attention
+        kinds = self.model_config.layers
+        # Layers that run every kernel: one of each kind, and the last, whose MLP runs for the outputs alone.
+        some = min(2 + max(kinds.index(kind) for kind in kinds), len(kinds))
+        graphs = StepGraphs(
+            run,
+            partial(run, layers=some),
+            prepare,
+            rows,
+            max_tokens,
+            self.device,
+            attention.forms,
+            joint=attention.joint,
+            alone=self._group.size == 1,
+        )
         largest = max(shape.num_outputs for shape in graphs.shapes())
         self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
         self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move

@@ -4,8 +4,9 @@ A captured step has a `StepShape`; a step runs as the smallest shape that fits i
 captured together, so a step that continues a few branches costs the host no more than one that only decodes. Larger
 steps run eagerly: they keep the device busy for longer than their launches take.
 
-The server does not wait for some 150 captures before it is ready. The largest shape is captured at start, because it
-sizes the memory that all graphs share; another is captured when a step first has it, or while the engine is idle.
+A capture takes the host some 35 ms. Where chunks and decodes have joint shapes (`StepShape`) there are some 45, all of
+them captured at start. Otherwise there is a shape for each pair of numbers, some 80. Those of pairs are captured when a
+step first has them or while the engine is idle.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ import torch
 from ...kernels.attention.base import StepShape
 from ..step import StepPlan
 
-DECODES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512)
+DECODES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
 MIXED_DECODES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
+JOINT_TOKENS = (
+    *(32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896, 1024),
+    *(1280, 1536, 1792, 2048),
+)
 CHUNKS = 64  # the most chunks in a captured step
 WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries initialized on first use
 
@@ -36,11 +41,12 @@ class StepGraphs:
     Args:
         run: enqueues the step of a shape over its staged inputs. Its results must be in memory allocated before:
             memory that it allocates itself is reused by the shapes captured later.
+        warm_up: runs every kernel of such a step: those that have not run yet are loaded, which a capture cannot do.
         prepare: stages a step of nothing but padding.
         max_requests: the most requests in a step.
         max_tokens: the most query tokens in a step.
         device: where steps run; the calling thread's current device.
-        forms: the forms in which a shape is captured (`AttentionBackend.forms`).
+        forms, joint: as in `AttentionBackend`.
         alone: a shape that cannot be captured runs eagerly from then on. Not where other ranks took part in the run
             that failed: they would stay inside it, so the error ends this rank.
     """
@@ -48,19 +54,23 @@ class StepGraphs:
     def __init__(
         self,
         run: Callable[[StepShape], None],
+        warm_up: Callable[[StepShape], None],
         prepare: Callable[[StepShape], None],
         max_requests: int,
         max_tokens: int,
         device: torch.device,
         forms: Callable[[StepShape], list[StepShape]] = lambda shape: [shape],
+        joint: bool = False,
         alone: bool = True,
     ) -> None:
         self._alone = alone
-        self._run, self._prepare, self._device, self._forms = run, prepare, device, forms
+        self._run, self._warm_up, self._prepare, self._device, self._forms = run, warm_up, prepare, device, forms
         self._decodes = _upto(DECODES, max_requests)
         self._mixed = _upto(MIXED_DECODES, max_requests)
         self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
         self._chunks = min(CHUNKS, max_requests)
+        self._joint = [n for n in JOINT_TOKENS if n <= max_tokens] if joint else []
+        self._max_requests = max_requests
         self._captured: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: failed, runs eagerly
         self._missing = self.shapes()
         self._pool: Any = None
@@ -69,21 +79,27 @@ class StepGraphs:
     def shapes(self) -> list[StepShape]:
         """Every shape in each of its forms, the largest first: smaller ones fit into memory allocated for it."""
         decodes = [StepShape(n, 0, 0) for n in self._decodes]
-        mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
+        if self._joint:
+            mixed = [self._joint_shape(tokens) for tokens in self._joint]
+        else:
+            mixed = [StepShape(n, tokens, self._chunks) for n in self._mixed for tokens in self._chunk_tokens]
         forms = [form for shape in decodes + mixed for form in self._forms(shape)]
         return sorted(forms, key=lambda shape: (shape.num_tokens, shape.num_outputs), reverse=True)
 
     def capture(self) -> None:
-        """Captures the largest shape in each form. Called once, before the first step."""
+        """Captures the largest shapes, those without chunks and the joint ones. Called once, before the first step."""
         # A stream of this device: torch's default capture stream belongs to the device of the process's first capture.
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         largest = replace(self._missing[0], tree=False)
-        for shape in [shape for shape in self._missing if replace(shape, tree=False) == largest]:
-            self._prepare(shape)
-            for _ in range(WARM_UPS):
-                self._run(shape)
-            torch.cuda.synchronize(self._device)
-            self._capture(shape)
+        for shape in self.shapes():
+            if replace(shape, tree=False) == largest:
+                self._prepare(shape)
+                for _ in range(WARM_UPS):
+                    self._run(shape)
+                torch.cuda.synchronize(self._device)
+                self._capture(shape)
+            elif shape.joint or not shape.tokens:
+                self.capture_missing(shape)
 
     def next_missing(self) -> StepShape | None:
         """A shape that is yet to be captured; None: all are."""
@@ -92,7 +108,7 @@ class StepGraphs:
         return self._missing[0] if self._missing else None
 
     def capture_missing(self, shape: StepShape) -> None:
-        """Captures the shape, which takes some 20 ms; the step staged before is lost."""
+        """Captures the shape, which takes some 35 ms; the step staged before is lost."""
         self._prepare(shape)
         self._capture(shape, warm_up=True)
 
@@ -115,7 +131,7 @@ class StepGraphs:
         graph = torch.cuda.CUDAGraph()
         try:
             if warm_up:
-                self._run(shape)
+                self._warm_up(shape)
             with torch.cuda.stream(self._stream):
                 # thread_local: other engines of this process may allocate and copy while this one captures.
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -137,16 +153,22 @@ class StepGraphs:
         chunks, tokens = len(plan.rows) - n, plan.num_tokens - n
         if plan.prompt_logprobs or chunks > self._chunks or len(plan.samples) > len(plan.rows):
             return None
+        if chunks and self._joint:
+            total = _at_least(self._joint, plan.num_tokens)
+            return None if total is None else self._joint_shape(total)
         decodes = _at_least(self._mixed if chunks else self._decodes, n)
         chunk_tokens = _at_least(self._chunk_tokens, tokens) if chunks else 0
         if decodes is None or chunk_tokens is None:
             return None
         return StepShape(decodes, chunk_tokens, self._chunks if chunks else 0)
 
+    def _joint_shape(self, tokens: int) -> StepShape:
+        return StepShape(0, tokens, self._chunks, joint=min(tokens, self._max_requests))
+
 
 def largest_shape(max_requests: int) -> int:
     """Query tokens of the largest shape captured for steps of ``max_requests``."""
-    return max(_upto(DECODES, max_requests)) + CHUNK_TOKENS[-1]
+    return max(max(_upto(DECODES, max_requests)) + CHUNK_TOKENS[-1], JOINT_TOKENS[-1])
 
 
 def _upto(sizes: Sequence[int], largest: int) -> list[int]:

@@ -51,7 +51,8 @@ class InputStaging:
         tokens, num_outputs = plan.num_tokens, len(outputs)
         if shape is not None:
             tokens, num_outputs = shape.num_tokens, shape.num_outputs
-            outputs = np.where(outputs >= plan.num_decodes, outputs + (shape.decodes - plan.num_decodes), outputs)
+            chunks = shape.first_chunk(plan.num_decodes)
+            outputs = np.where(outputs >= plan.num_decodes, outputs + (chunks - plan.num_decodes), outputs)
         self._staging.begin()
 
         def put(array: npt.NDArray[np.integer], pad: int = 0) -> Tensor:
@@ -59,7 +60,7 @@ class InputStaging:
                 n, given = plan.num_decodes, array
                 array = np.full(tokens, pad, np.int64)
                 array[:n] = given[:n]
-                array[shape.decodes : shape.decodes + len(given) - n] = given[n:]
+                array[chunks : chunks + len(given) - n] = given[n:]
             return self._staging.put(array)
 
         inputs = StepInputs(

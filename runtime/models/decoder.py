@@ -79,7 +79,12 @@ class Decoder:
             table.reserve(length)
 
     def forward(
-        self, tokens: StepTokens, pool: KVPool, attention: AttentionBackend, outputs: Tensor | None = None
+        self,
+        tokens: StepTokens,
+        pool: KVPool,
+        attention: AttentionBackend,
+        outputs: Tensor | None = None,
+        layers: int | None = None,
     ) -> Tensor:
         """Hidden states after the last norm.
 
@@ -89,6 +94,7 @@ class Decoder:
             attention: planned for this step.
             outputs: int64 ``[S]``, the query tokens whose hidden states are returned; None: all. The last layer's MLP
                 runs for these alone: of other tokens only keys and values are used later.
+            layers: run the first so many layers alone, to have the kernels loaded; the result means nothing.
 
         Returns:
             ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
@@ -98,9 +104,9 @@ class Decoder:
         if config.embed_scale != 1.0:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
         cos_sin = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
-        last = config.num_layers - 1
+        last = (layers or config.num_layers) - 1
         delta: Tensor | None = None
-        for i, layer in enumerate(self._layers):
+        for i, layer in enumerate(self._layers[: last + 1]):
             cos, sin = cos_sin[config.layers[i].rope]
             x = layer.input(delta, hidden)
             q, k, v = layer.queries_keys_values(x, cos, sin, pool.layer(i), tokens.slots)

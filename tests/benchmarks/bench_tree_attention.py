@@ -68,7 +68,7 @@ def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
 
 def host_part() -> None:
     print("planning on the host, ms")
-    limits = TreeLimits((8192, 8192), 1 << 16, (132, 33), (128, 256))
+    limits = TreeLimits((8192,) * 3, 1 << 16, (132, 33, 16), (128, 256, 256))
     for batch, prefix, tail in ((256, 2048, 256), (256, 8192, 128), (1024, 2048, 256), (256, 0, 1024)):
         forest = Forest(batch, prefix, tail)
         plan = milliseconds(

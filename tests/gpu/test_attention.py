@@ -74,14 +74,15 @@ class World:
         given = q
         if shape is not None:
             given = torch.randn(shape.num_tokens, HEADS + 2, self.dim, device="cuda", dtype=torch.bfloat16)[:, :HEADS]
+            chunk = shape.first_chunk(decodes)
             given[:decodes] = q[:decodes]
-            given[shape.decodes : shape.decodes + tokens - decodes] = q[decodes:]
+            given[chunk : chunk + tokens - decodes] = q[decodes:]
         slots = torch.from_numpy(batch.query_slots()).cuda()
         for layer, spec in enumerate(self.specs):
             flat = self.pool[layer].flatten(1, 2)
             out = self.backend.run(layer, given, flat[0, slots], flat[1, slots])
             if shape is not None:
-                out = torch.cat([out[:decodes], out[shape.decodes : shape.decodes + tokens - decodes]])
+                out = torch.cat([out[:decodes], out[chunk : chunk + tokens - decodes]])
             at = 0
             for i, (q_len, kv_len) in enumerate(requests):
                 expected = self._expected(layer, spec, q[at : at + q_len], int(rows[i]), kv_len)
@@ -119,6 +120,9 @@ def test_padded_steps(backend: str, specs: str) -> None:
     world.step(STEPS["decodes"], StepShape(8, 0, 0))
     world.step(STEPS["both"], StepShape(16, 256, 8))
     world.step(STEPS["chunks"], StepShape(4, 1024, 30))
+    if world.backend.joint:
+        world.step(STEPS["both"], StepShape(0, 512, 8, joint=16))
+        world.step(STEPS["chunks"], StepShape(0, 1024, 30, joint=16))
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])

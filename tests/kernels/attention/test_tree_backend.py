@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from branchwise.kernels.attention.tree_tuning import tune
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHARE_ALL = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
+SHARE_ALL = TreeCosts(per_key=(0.5, 0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
 SPECS = [
     LayerSpec(0.25),
     LayerSpec(0.2, window=37),
@@ -223,11 +224,11 @@ class Recorder:
         monkeypatch.setattr(triton_launch.Kernel, "__call__", record)
 
 
-@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 3)])
+@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 3), StepShape(0, 40, 3, joint=12)])
 def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
-    tree, (base, form) = world.tree, world.tree.forms(shape)
-    assert base == shape and form.tree
+    tree, form = world.tree, world.tree.forms(shape)[-1]
+    assert form == replace(shape, tree=True)
     assert tree.plan(world.batch([(1, 1)]), form) == form  # what capturing stages
     q, out = torch.zeros(shape.num_tokens, 4, 32, device=DEVICE), torch.zeros(shape.num_tokens, 4, 32, device=DEVICE)
     recorder = Recorder(monkeypatch)
@@ -237,9 +238,10 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
     for decodes in (DECODES, DECODES[:5], [(1, length + 3) for _, length in DECODES[:5]]):
         batch = world.batch([*decodes, *chunks])
         real, n = world.queries(batch), len(decodes)
+        chunk = shape.first_chunk(n)
         q.fill_(float("nan"))
         q[:n] = real[:n]
-        q[10 : 10 + len(real) - n] = real[n:]
+        q[chunk : chunk + len(real) - n] = real[n:]
         assert tree.plan(batch, shape) == form
         out.fill_(float("nan"))
         for kernel, args, options in recorded:
@@ -247,10 +249,10 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
         replayed = out.clone()
         out.fill_(float("nan"))
         tree.run(0, q, q, q, out)
-        chosen = torch.cat([out[:n], out[10 : 10 + len(real) - n]])
+        chosen = torch.cat([out[:n], out[chunk : chunk + len(real) - n]])
         torch.testing.assert_close(chosen, world.expected(batch, real, 0), atol=3e-6, rtol=3e-6)
-        assert torch.equal(replayed, out)  # to the bit
-        assert not out[n:10].any()  # padding decodes are 0
+        assert torch.equal(replayed.nan_to_num(7.0), out.nan_to_num(7.0))  # to the bit
+        assert not out[n:chunk].any()  # padding decodes are 0
 
 
 def test_small_steps_have_no_tree_form() -> None:
@@ -258,6 +260,38 @@ def test_small_steps_have_no_tree_form() -> None:
     assert world.tree.forms(StepShape(4, 0, 0)) == [StepShape(4, 0, 0)]
     shape = StepShape(4, 0, 0)
     assert world.tree.plan(world.batch(DECODES[:4]), shape) == shape
+
+
+def test_a_joint_step_that_no_plan_fits_runs_as_it_is() -> None:
+    world = World()
+    world.tree._limits = replace(world.tree._limits, slots=4)
+    assert world.tree.plan(world.batch([*DECODES, (4, 60)]), StepShape(0, 40, 3, joint=12)) is None
+    world.check(world.batch([*DECODES, (4, 60)]))
+
+
+def test_a_decision_is_not_changed_for_a_small_gain(plans: list[int]) -> None:
+    """A step changes to the tree path for at least the margin, and back only where nothing is gained."""
+    world = World()
+    tree, few, many = world.tree, world.batch([(1, 60)] * 3), world.batch([(1, 60)] * 8)
+
+    def gain(batch: AttentionBatch) -> float:
+        tree.plan(batch, StepShape(8, 0, 0, tree=True))
+        assert tree._plan is not None
+        return tree._plan.gain
+
+    def takes_the_tree(batch: AttentionBatch) -> bool:
+        tree.plan(batch)
+        return tree._step is not None
+
+    tree._costs = replace(tree._costs, tree_layer=0.0, flat_layer=0.0, in_turn=0.0)
+    tree._costs = replace(tree._costs, margin=(gain(few) + gain(many)) / 2)
+    assert not takes_the_tree(few)
+    assert takes_the_tree(many)
+    assert takes_the_tree(few)
+    tree._costs = replace(tree._costs, tree_layer=1e9)
+    assert not takes_the_tree(many)
+    tree._costs = replace(tree._costs, tree_layer=0.0)
+    assert not takes_the_tree(few)
 
 
 def test_what_cannot_be_served_is_refused() -> None:

@@ -17,8 +17,8 @@ from branchwise.kernels.attention.tree_plan import (
     plan_tree,
 )
 
-EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
-ROOMY = TreeLimits(items=(4096, 4096), slots=1 << 16, workers=(8, 8), min_keys=(256, 256))
+EVERYTHING_SHARED = TreeCosts(per_key=(0.5, 0.5, 0.5), flat=1.0, partial=0.0, tree_layer=-1e12)
+ROOMY = TreeLimits(items=(4096,) * 3, slots=1 << 16, workers=(8, 8, 8), min_keys=(256,) * 3)
 
 
 def tree_table(paths: list[list[tuple[int, int]]], page_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,9 +91,9 @@ def test_every_key_is_read_once(forest: tuple[list[list[tuple[int, int]]], int],
     group = data.draw(st.sampled_from([1, 4, 7]))
     costs = TreeCosts(partial=data.draw(st.sampled_from([0.0, 2.0, 1e9])))
     limits = TreeLimits(
-        (4096, 4096), 1 << 16, (data.draw(st.integers(1, 40)),) * 2, (data.draw(st.integers(64, 256)),) * 2
+        (4096,) * 3, 1 << 16, (data.draw(st.integers(1, 40)),) * 3, (data.draw(st.integers(64, 256)),) * 3
     )
-    plan = plan_tree(table, requests, int(q_lens.sum()), group, page_size, costs, limits, always=True)
+    plan = plan_tree(table, requests, int(q_lens.sum()), group, page_size, costs, limits, -np.inf)
     assert plan is not None
     check_coverage(plan, table, requests, page_size)
     assert all(len(items) == 0 or items["num_queries"].min() > 0 for items in plan.items)
@@ -163,14 +163,16 @@ def test_a_node_too_short_to_pay_is_read_by_those_below_it() -> None:
 )
 def test_the_gate(paths: list[list[tuple[int, int]]], tree: bool) -> None:
     table, kv_lens = tree_table(paths, 16)
-    plan = plan_tree(table, requests_of(kv_lens), len(paths), 4, 16, TreeCosts(), ROOMY)
+    costs = TreeCosts()
+    plan = plan_tree(table, requests_of(kv_lens), len(paths), 4, 16, costs, ROOMY, costs.margin)
     assert (plan is not None) == tree
 
 
 @pytest.mark.parametrize(("batch", "tree"), [(4, False), (32, False), (128, True)])
 def test_many_requests_that_share_nothing_take_the_faster_kernel(batch: int, tree: bool) -> None:
     table, kv_lens = tree_table([[(i, 1152)] for i in range(batch)], 16)
-    plan = plan_tree(table, requests_of(kv_lens), batch, 4, 16, TreeCosts(flat_tail=1.06), ROOMY)
+    costs = TreeCosts(flat_tail=1.06)
+    plan = plan_tree(table, requests_of(kv_lens), batch, 4, 16, costs, ROOMY, costs.margin)
     assert (plan is not None) == tree
     assert plan is None or (plan.merges[:, 1] == -1).all()
 
@@ -179,22 +181,24 @@ def test_limits_make_items_coarser_and_then_give_up() -> None:
     table, kv_lens = tree_table([[(0, 8192), (1 + i, 64)] for i in range(32)], 16)
 
     def plan(wide_items: int) -> TreePlan | None:
-        limits = TreeLimits((64, wide_items), 1 << 16, (8, 32), (256, 256))
+        limits = TreeLimits((64, 64, wide_items), 1 << 16, (8, 32, 32), (256,) * 3)
         return plan_tree(table, requests_of(kv_lens), 32, 4, 16, TreeCosts(), limits)
 
     fine, coarse = plan(64), plan(16)
     assert fine is not None and coarse is not None
-    assert len(fine.items[1]) == 32 and len(coarse.items[1]) == 16
+    assert len(fine.items[2]) == 32 and len(coarse.items[2]) == 16
     assert plan(1) is None
 
 
 def test_tails_are_open() -> None:
     table, kv_lens = tree_table([[(0, 256), (i, 70)] for i in range(1, 3)], 16)
-    plan = plan_tree(table, requests_of(kv_lens), 2, 4, 16, TreeCosts(), ROOMY, always=True)
+    plan = plan_tree(table, requests_of(kv_lens), 2, 4, 16, TreeCosts(), ROOMY, -np.inf)
     assert plan is not None
     assert sorted(set(np.concatenate(plan.items)["stop"].tolist()))[-1] == OPEN
 
 
 def test_no_requests() -> None:
-    plan = plan_tree(np.zeros((1, 4), np.int32), requests_of(np.empty(0, np.int64)), 0, 4, 16, TreeCosts(), ROOMY, True)
+    plan = plan_tree(
+        np.zeros((1, 4), np.int32), requests_of(np.empty(0, np.int64)), 0, 4, 16, TreeCosts(), ROOMY, -np.inf
+    )
     assert plan is not None and not len(plan.queries) and all(len(items) == 0 for items in plan.items)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from branchwise.kernels.attention import tree_backend
 from branchwise.kernels.attention.base import StepShape
 from branchwise.runtime.executor import backends, graphs
 from branchwise.runtime.executor import executor as subject
@@ -71,16 +72,28 @@ def run(drive: Any, make: SimpleNamespace) -> list[list[int]]:
     return found
 
 
+@pytest.mark.parametrize("backend", ["triton", "tree"])
 @pytest.mark.parametrize("kind", [RepeatingGraphs, LazyGraphs])
 def test_padded_steps_are_those_of_the_torch_backend(
-    kind: type[RepeatingGraphs], driver: Callable[..., Any], make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    kind: type[RepeatingGraphs],
+    backend: str,
+    driver: Callable[..., Any],
+    make: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The tree backend's steps with chunks have joint shapes."""
     expected = run(driver(), make)
     kind.replays = 0
     monkeypatch.setattr(backends, "_problem_with_triton", lambda device: None)
     monkeypatch.setattr(subject, "StepGraphs", kind)
-    for name, sizes in {"DECODES": (1, 2, 4), "MIXED_DECODES": (4,), "CHUNK_TOKENS": (8, 16)}.items():
+    monkeypatch.setattr(tree_backend, "MIN_DECODES", 2)
+    for name, sizes in {
+        "DECODES": (1, 2, 4),
+        "MIXED_DECODES": (4,),
+        "CHUNK_TOKENS": (8, 16),
+        "JOINT_TOKENS": (8, 16),
+    }.items():
         monkeypatch.setattr(graphs, name, sizes)
-    got = run(driver(attention_backend="triton", max_num_seqs=4), make)
+    got = run(driver(attention_backend=backend, max_num_seqs=4), make)
     assert got == expected
     assert kind.replays == 4  # all but the step with more samples than requests

@@ -101,6 +101,9 @@ class FakeGraph:
         self.captures.append({"replayed": True})
 
 
+def ignore(shape: StepShape) -> None: ...
+
+
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> type[FakeGraph]:
     @contextlib.contextmanager
@@ -122,7 +125,7 @@ def test_graphs_are_captured_on_a_stream_of_their_own_device(fake_cuda: type[Fak
     """torch's default capture stream is created once a process, on the device of the first capture."""
     for index in (1, 0):
         device = torch.device("cuda", index)
-        graphs = StepGraphs(lambda shape: None, lambda shape: None, 2, 64, device)
+        graphs = StepGraphs(ignore, ignore, ignore, 2, 64, device)
         graphs.capture()
         while shape := graphs.next_missing():
             graphs.capture_missing(shape)
@@ -133,11 +136,11 @@ def test_graphs_are_captured_on_a_stream_of_their_own_device(fake_cuda: type[Fak
 
 def test_a_shape_is_captured_by_its_first_step_and_replayed_by_the_next(fake_cuda: type[FakeGraph]) -> None:
     runs: list[StepShape] = []
-    graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, torch.device("cuda", 0))
+    graphs = StepGraphs(runs.append, ignore, ignore, 2, 64, torch.device("cuda", 0))
     graphs.capture()
-    assert len(fake_cuda.captures) == 1  # the largest alone
+    assert len(fake_cuda.captures) == 3  # one and two decodes, and the largest shape
     runs.clear()
-    shape = StepShape(2, 0, 0)
+    shape = StepShape(2, 32, 2)
     graphs.replay(shape)
     assert runs == [shape, shape]  # computed, then recorded
     graphs.replay(shape)
@@ -148,25 +151,30 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(
     fake_cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs: list[StepShape] = []
-    graphs = StepGraphs(runs.append, lambda shape: None, 2, 64, torch.device("cuda", 0))
+    graphs = StepGraphs(runs.append, ignore, ignore, 2, 64, torch.device("cuda", 0))
     graphs.capture()
     monkeypatch.setattr(FakeGraph, "fails", True)
-    while shape := graphs.next_missing():
-        graphs.capture_missing(shape)
+    while (missing := graphs.next_missing()) is not None:
+        graphs.capture_missing(missing)
     runs.clear()
-    shape = StepShape(2, 0, 0)
+    shape = StepShape(2, 32, 2)
     for _ in range(2):
         graphs.replay(shape)
     assert runs == [shape, shape]
 
 
-def test_a_rank_whose_capture_fails_ends(fake_cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The other ranks may be inside the run that failed."""
-    graphs = StepGraphs(lambda shape: None, lambda shape: None, 2, 64, torch.device("cuda", 0), alone=False)
+def test_joint_shapes_are_all_captured_at_start(fake_cuda: type[FakeGraph]) -> None:
+    """And hold any step of so many tokens, whatever share of them is decodes."""
+    graphs = StepGraphs(ignore, ignore, ignore, 40, 300, torch.device("cuda", 0), joint=True)
     graphs.capture()
-    monkeypatch.setattr(FakeGraph, "fails", True)
-    with pytest.raises(RuntimeError):
-        graphs.replay(StepShape(2, 0, 0))
+    assert graphs.next_missing() is None
+    assert len(fake_cuda.captures) == len(graphs.shapes())
+    none = np.empty(0, np.int32)
+    for decodes, chunk in ((30, 40), (1, 69), (0, 70)):
+        q_lens = np.array([1] * decodes + [chunk], np.int32)
+        tokens, samples = np.zeros(decodes + chunk, np.int32), np.arange(len(q_lens), dtype=np.int32)
+        plan = StepPlan(0, samples, q_lens, q_lens, tokens, decodes, samples, none, none, none, none.reshape(0, 2))
+        assert graphs.shape_for(plan) == StepShape(0, 96, 40, joint=40)
 
 
 def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
