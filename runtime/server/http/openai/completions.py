@@ -39,7 +39,7 @@ from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
-from .legacy_logprobs import LegacyLogprobs
+from .legacy_logprobs import LegacyLogprobs, TokenTexts
 from .prompt_logprobs import describe_prompt_logprobs
 from .sent_ids import SentIds
 
@@ -115,7 +115,8 @@ class _CompletionReply(Choices):
                 for i, prompt in enumerate(raw)
             ]
         echoes = [_echo_text(state, prompt, params) if body.echo else None for prompt in raw]
-        choices = [_Choice(state, body, params, echo) for echo in echoes for _ in range(params.n)]
+        texts = TokenTexts(state.tokenizer, as_ids=body.return_tokens_as_token_ids)
+        choices = [_Choice(texts, body, params, echo) for echo in echoes for _ in range(params.n)]
         head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -128,18 +129,17 @@ class _CompletionReply(Choices):
 class _Choice:
     """One sample: its output so far, and how much of that has been sent."""
 
-    def __init__(self, state: AppState, body: CompletionRequest, params: SamplingParams, echo: str | None) -> None:
+    def __init__(self, texts: TokenTexts, body: CompletionRequest, params: SamplingParams, echo: str | None) -> None:
         self.output = Output()
         self._echo = echo  # the prompt's text, until it has been sent
         self._sent = 0  # characters of the completion
         self._sent_tokens = 0
         self._ids = SentIds(self.output) if body.return_token_ids else None
         self._prompt_logprobs = body.prompt_logprobs is not None
-        self._tokenizer = state.tokenizer
+        self._tokenizer = texts.tokenizer
         self._legacy = None
         if params.logprobs is not None:
-            as_ids = body.return_tokens_as_token_ids
-            self._legacy = LegacyLogprobs(state.tokenizer, params.skip_special_tokens, tokens_as_ids=as_ids)
+            self._legacy = LegacyLogprobs(texts, params.skip_special_tokens)
 
     def feed(self, delta: Delta) -> None:
         self.output.feed(delta)
