@@ -27,8 +27,9 @@ ROOMS = {
     "runtime/grammar": {"runtime", "runtime/tokenizer"},
     "runtime/parallel": {"runtime"},
     "runtime/models": {"runtime", "runtime/tokenizer", "runtime/parallel", "kernels"},
-    "runtime/executor": {"runtime", "runtime/models", "runtime/parallel", "kernels"},
-    "runtime/scheduler": {"runtime", "runtime/grammar", "runtime/tokenizer", "radix"},
+    "runtime/tiers": {"runtime", "radix", "kernels"},
+    "runtime/executor": {"runtime", "runtime/tiers", "runtime/models", "runtime/parallel", "kernels"},
+    "runtime/scheduler": {"runtime", "runtime/tiers", "runtime/grammar", "runtime/tokenizer", "radix"},
     "runtime/engine": {
         "runtime",
         "runtime/chat",
@@ -36,6 +37,7 @@ ROOMS = {
         "runtime/grammar",
         "runtime/models",
         "runtime/scheduler",
+        "runtime/tiers",
         "runtime/tokenizer",
     },
     "runtime/server": {
@@ -56,6 +58,7 @@ ROOMS = {
         "runtime/executor",
         "runtime/models",
         "runtime/server",
+        "runtime/tiers",
         "runtime/tokenizer",
     },
 }

@@ -6,20 +6,29 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..config import EngineConfig
+from ..config import EngineConfig, parse_bytes
+from ..errors import LoadError
+from ..executor.device import device_name
+from ..executor.memory import MemoryPlan
 from ..executor.null import NullExecutor
 from ..executor.startup_times import StartupTimes
 from ..executor.torch_environment import prepare_torch
 from ..grammar.compiler import GrammarCompiler
 from ..models.folder import model_folder
 from ..models.sampling_defaults import sampling_defaults
+from ..scheduler.memory import LowerTiers
 from ..step import Executor
+from ..tiers.disk import DiskTier
+from ..tiers.fingerprint import Fingerprint, model_fingerprint
+from ..tiers.folder import CacheFolder
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
 logger = logging.getLogger(__name__)
 
+_COMPUTED_BY = ("attention_backend", "quantization")  # settings on which the bits of keys and values depend
 NULL_POOL_TOKENS = 1 << 20
 NULL_CONTEXT = 32_768
 
@@ -57,7 +66,11 @@ def load_engine(
         executor, local, rank_pids = split, split.local, split.ranks.pids
     else:
         executor = local = ModelExecutor.load(config, progress, times)
-    core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, local.device.type == "cuda")
+    lower = None
+    if local.host is not None:
+        disk = None if config.disk_cache is None else _open_disk(config, local.memory_plan, local.host.page_bytes)
+        lower = LowerTiers(local.host, disk)
+    core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, local.device.type == "cuda", lower)
     times.lap("scheduler")
     logger.info("loaded in %s", times)
     return LoadedEngine(core, tokenizer, list(local.memory_plan.lines()), rank_pids)
@@ -72,6 +85,23 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
     return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
 
 
+def _open_disk(config: EngineConfig, memory: MemoryPlan, page_bytes: int) -> DiskTier:
+    """Raises `LoadError` if the folder cannot be used."""
+    device = memory.device if memory.device == "cpu" else device_name(memory.device)
+    settings = [str(getattr(config, name)) for name in _COMPUTED_BY if name in config.__struct_fields__]
+    fingerprint = Fingerprint(
+        model=model_fingerprint(model_folder(config.model), config.seed if config.load_format == "dummy" else None),
+        computed_by=" ".join([device, str(memory.dtype), *settings]),
+        layout=str(memory.layout),
+        page_bytes=page_bytes,
+    )
+    records = parse_bytes(config.disk_cache_size) // page_bytes
+    if records < 1:
+        raise LoadError(f"--disk-cache-size {config.disk_cache_size} is less than one page of {page_bytes} bytes")
+    folder = CacheFolder(Path(config.disk_cache or "").expanduser(), fingerprint, records)
+    return DiskTier(folder, config.disk_cache_salted)
+
+
 def _core(
     config: EngineConfig,
     executor: Executor,
@@ -79,6 +109,7 @@ def _core(
     eos_ids: tuple[int, ...],
     max_model_len: int,
     gpu: bool,
+    lower: LowerTiers | None = None,
 ) -> EngineCore:
     return EngineCore(
         config,
@@ -88,4 +119,5 @@ def _core(
         gpu=gpu,
         grammars=GrammarCompiler(tokenizer, executor.vocab_size, eos_ids),
         preferred=sampling_defaults(config, model_folder(config.model)),
+        lower=lower,
     )
