@@ -79,8 +79,8 @@ class Soak:
         waits = sorted(tally.waits.get("small", [0.0]))
         p50, p99 = statistics.median(waits), waits[int(0.99 * (len(waits) - 1))]
         self.rows.append(
-            f"  small requests beside the flood: {len(waits)}, p50 {p50:.2f} s, p99 {p99:.2f} s, worst {waits[-1]:.2f} s, "
-            f"load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
+            f"  small requests beside the flood: {len(waits)}, p50 {p50:.2f} s, p99 {p99:.2f} s, "
+            f"worst {waits[-1]:.2f} s, load of the machine {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
         )
         if p99 > WAIT_BAR:
             self.faults.append(f"{kind}: small requests waited {p99:.2f} s (p99)")
