@@ -45,6 +45,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             which read it once for each request; torch; or auto, the fastest that runs here.
         sampling_defaults: Sampling parameters that a request omits: model, those of its generation_config.json, or
             neutral (SGLang's name: openai), temperature and top_p 1 and no other filter.
+        deterministic: The same tokens and logprobs, to the bit, whatever else is in the batch and in the cache: fixed
+            shapes and orders of sums. Slower.
         cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.
         schedule_policy: Which request is admitted first: hrrn weighs waiting time against uncached work, lpm takes the
             longest cached prefix, fcfs the oldest, priority the one with the highest priority.
@@ -88,6 +90,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "tree", "flashinfer", "triton", "torch"] = "auto"
     sampling_defaults: SamplingDefaults = "model"
+    deterministic: bool = False
     cuda_graphs: bool = True
 
     schedule_policy: SchedulePolicy = "hrrn"
@@ -227,6 +230,10 @@ def check(config: EngineConfig) -> EngineConfig:
         raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
     if config.disable_radix_cache and (parse_bytes(config.host_cache) or config.disk_cache):
         raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
+    if config.deterministic and config.tensor_parallel_size > 1:
+        raise LoadError("--deterministic cannot be combined with --tensor-parallel-size: sums over ranks vary in order")
+    if config.deterministic and config.attention_backend != "auto":
+        raise LoadError("--deterministic chooses the attention kernels: leave --attention-backend out")
     if not 0.05 <= config.gpu_memory_utilization <= 0.98:
         raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
     return config

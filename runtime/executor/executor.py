@@ -37,6 +37,8 @@ from .token_history import to_device
 
 logger = logging.getLogger(__name__)
 
+FIXED_ROWS = (16, 128)  # of a product with ``deterministic``, on a CPU and on a GPU: a small step pays for as many
+
 
 @dataclass(slots=True)
 class LaunchedStep:
@@ -103,7 +105,7 @@ class ModelExecutor:
         times.lap("attention")
         self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
         self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
-        self._threads = ThreadChoice(memory, group.size)
+        self._threads = ThreadChoice(memory, group.size, fixed=config.deterministic)
         self._graphs: StepGraphs | None = None
         self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
@@ -150,7 +152,9 @@ class ModelExecutor:
         times.lap("weights")
         group = place.meet(device)
         times.lap("other ranks")
-        decoder = Decoder(model, weights, pick_ops(device), group, int8=config.quantization == "int8")
+        fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
+        int8 = config.quantization == "int8"
+        decoder = Decoder(model, weights, pick_ops(device), group, int8=int8, fixed_rows=fixed_rows)
         if device.type == "cuda":
             step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
