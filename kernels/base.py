@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .addends import Addends
 from .kv_pool import KVLayer
 from .ops import Activation
 from .quantize import QuantizedRows, Quantizer
@@ -19,12 +20,12 @@ class Ops(Protocol):
         """See `ops.rms_norm`."""
         ...
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         """See `ops.add_rms_norm`."""
         ...
 
     def add_rms_norm_quantized(
-        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+        self, x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
     ) -> QuantizedRows:
         """See `ops.add_rms_norm_quantized`."""
         ...

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .addends import Addends, summed
 from .kv_pool import KVLayer
 from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
 
@@ -26,14 +27,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.mul_(weight).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Adds ``x`` into ``residual`` in place and returns the norm of the sum. Both ``[T, H]``."""
-    residual.add_(x)
+    residual.add_(summed(x))
     return rms_norm(residual, weight, eps)
 
 
 def add_rms_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+    x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
 ) -> QuantizedRows:
     """`add_rms_norm`, then `quantize`."""
     return quantize(add_rms_norm(x, residual, weight, eps), quantizer)

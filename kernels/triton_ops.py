@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .addends import Addends
 from .kv_pool import KVLayer
 from .ops import Activation
 from .quantize import QuantizedRows, Quantizer
@@ -90,17 +91,25 @@ def _add_rms_norm(
     static_ptr: tl.tensor,
     D: tl.constexpr,
     X_STRIDE: tl.constexpr,
+    ADDENDS: tl.constexpr,
     RESIDUAL_STRIDE: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
 ) -> None:
+    """``ADDENDS``: x is the sum of so many tensors, whose addresses ``x_ptr`` points at; 0: ``x_ptr`` is x itself."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < D
     residual_ptrs = residual_ptr + row * RESIDUAL_STRIDE + channel
-    x = tl.load(x_ptr + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
+    if ADDENDS:
+        x = tl.zeros([BLOCK], tl.float32)
+        for addend in tl.static_range(ADDENDS):
+            address = tl.load(x_ptr + addend).to(tl.pointer_type(residual_ptr.dtype.element_ty))
+            x += tl.load(tl.multiple_of(address, 16) + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
     total = tl.load(residual_ptrs, mask, other=0.0).to(tl.float32) + x
     rounded = total.to(residual_ptr.dtype.element_ty)
     tl.debug_barrier()  # several threads may read one element: all must have read it before one overwrites it
@@ -115,35 +124,38 @@ def _add_rms_norm(
         tl.store(out_ptr + row * D + channel, normed, mask)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See `ops.add_rms_norm`. Tokens may be strided."""
-    out = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     _launch_add_rms_norm(x, residual, weight, eps, (out, out, out), (0, False))
     return out
 
 
 def add_rms_norm_quantized(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+    x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
 ) -> QuantizedRows:
     """See `ops.add_rms_norm_quantized`. Tokens may be strided."""
-    out = QuantizedOutput(len(x), x.shape[1], triton.next_power_of_2(x.shape[1]), quantizer, x.device)
+    tokens, size = residual.shape
+    out = QuantizedOutput(tokens, size, triton.next_power_of_2(size), quantizer, residual.device)
     _launch_add_rms_norm(x, residual, weight, eps, out.tensors, out.constants)
     return out.rows
 
 
 def _launch_add_rms_norm(
-    x: Tensor,
+    x: Tensor | Addends,
     residual: Tensor,
     weight: Tensor,
     eps: float,
     outputs: tuple[Tensor, ...],
     quantization: tuple[int, bool],
 ) -> None:
-    tokens, size = x.shape
+    tokens, size = residual.shape
     if tokens:
         block = triton.next_power_of_2(size)
-        constants = (size, x.stride(0), residual.stride(0), eps, block, *quantization)
-        _add_rms_norm((tokens, 1, 1), (x, residual, weight, *outputs), (), constants, warps=row_warps(block))
+        addends, first = (0, x) if isinstance(x, Tensor) else (len(x.tensors), x.tensors[0])
+        constants = (size, first.stride(0), addends, residual.stride(0), eps, block, *quantization)
+        start = x if isinstance(x, Tensor) else x.addresses
+        _add_rms_norm((tokens, 1, 1), (start, residual, weight, *outputs), (), constants, warps=row_warps(block))
 
 
 @kernel()

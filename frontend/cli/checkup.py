@@ -78,12 +78,27 @@ def devices() -> Iterator[Finding]:
             free, total = device_memory(torch.device("cuda", index))
             name = torch.cuda.get_device_name(index)
             yield Finding(f"cuda:{index}", f"{name}, {human_bytes(free)} of {human_bytes(total)} free")
+        yield from _peer_access(list(range(torch.cuda.device_count())))
         yield from _gpu_libraries()
     elif Path("/dev/nvidiactl").exists():
         found = f"an NVIDIA device is here, but torch {torch.__version__} cannot use it"
         yield Finding("cuda", found, "note", f"{_pip('torch>=2.11,<2.15')} --force-reinstall")
     else:
         yield Finding("cuda", "no NVIDIA device; the CPU will serve")
+
+
+def _peer_access(devices: list[int]) -> Iterator[Finding]:
+    """Whether GPUs reach each other's memory, by which the ranks of a model exchange tensors fastest."""
+    from ...runtime.parallel.devices import without_peer_access
+
+    if len(devices) > 1:
+        missing = without_peer_access(devices)
+        if not missing:
+            yield Finding("peer access", f"the {len(devices)} GPUs reach each other's memory")
+            return
+        pairs = ", ".join(f"cuda:{a} to cuda:{b}" for a, b in missing[:4]) + (", …" if len(missing) > 4 else "")
+        found = f"none from {pairs}: --tensor-parallel-size then exchanges tensors through NCCL, which is slower"
+        yield Finding("peer access", found, "note", "nvidia-smi topo -p2p n    (what the driver allows, and why not)")
 
 
 def _gpu_libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
@@ -152,8 +167,9 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("model", str(error), "broken", fix)
         return
     yield Finding("model", f"{name}: {shape.architecture} in {folder}")
+    each = f", on each of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
     yield Finding(
-        "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}"
+        "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}{each}"
     )
     for what, size, how in plan.rows():
         if what.startswith("KV"):

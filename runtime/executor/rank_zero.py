@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import TimeoutError
 from contextlib import contextmanager
 
 import msgspec
 import torch
 
-from ..config import EngineConfig, check
+from ..config import EngineConfig
 from ..errors import EngineDead
 from ..models.loader import Progress
 from ..parallel.connect import connect
@@ -37,27 +37,20 @@ class RankZero:
         self.num_pages, self.page_size, self.vocab_size = local.num_pages, local.page_size, local.vocab_size
 
     @classmethod
-    def load(
-        cls, config: EngineConfig, progress: Progress | None, times: StartupTimes, failed: Future[str]
-    ) -> RankZero:
-        """Starts the other ranks and loads this one's part meanwhile. ``failed``: see `Ranks`.
+    def load(cls, config: EngineConfig, ranks: Ranks, progress: Progress | None, times: StartupTimes) -> RankZero:
+        """Loads this rank's part of the model, while the other ranks load theirs.
 
         Raises `LoadError`: one line with the rank, the problem and its fix.
         """
-        check(config)
-        config = msgspec.structs.replace(config, device=str(pick_device(config)))  # by number: rank 0's comes first
-        ranks = Ranks(config, f"{__package__}.rank_worker", failed)
 
         def meet(device: torch.device) -> TensorGroup:
             ranks.wait("loaded")
             return connect(ranks.store, 0, ranks.size, device)
 
-        try:
-            local = ModelExecutor.load(config, progress, times, Place(0, ranks.size, meet))
-            ranks.wait("ready")
-        except BaseException:
-            ranks.close()
-            raise
+        config = msgspec.structs.replace(config, device=str(pick_device(config)))
+        ranks.start(config)
+        local = ModelExecutor.load(config, progress, times, Place(0, ranks.size, meet))
+        ranks.wait("ready")
         return cls(local, ranks)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.addends import Addends, summed
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
@@ -39,8 +40,6 @@ class Decoder:
             is packed for its kernel would otherwise stay in memory twice.
         ops: the small operations.
         int8: quantize the linear layers to int8, for a CPU.
-        fixed_rows: run linear layers and MLPs for so many rows at a time, so that a token's result does not depend on
-            the others of its step; None: for those that there are.
         group: the ranks that the model is split over (Shoeybi et al., 2019): each computes its heads, its part of the
             MLP and its part of the vocabulary, and two sums a layer join them.
     """
@@ -53,7 +52,6 @@ class Decoder:
         group: TensorGroup | None = None,
         *,
         int8: bool = False,
-        fixed_rows: int | None = None,
     ) -> None:
         self._group: TensorGroup = group or SingleRank()
         self.config = config = rank_config(config, self._group.size)
@@ -66,7 +64,7 @@ class Decoder:
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
-        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8, fixed_rows=fixed_rows)
+        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8)
         self._lm_head = make_linear("lm_head")
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
@@ -108,7 +106,7 @@ class Decoder:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
         cos_sin = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
         last = (layers or config.num_layers) - 1
-        delta: Tensor | None = None
+        delta: Tensor | Addends | None = None
         for i, layer in enumerate(self._layers[: last + 1]):
             cos, sin = cos_sin[config.layers[i].rope]
             x = layer.input(delta, hidden)
@@ -167,7 +165,7 @@ class _Layer:
             for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         )
         self.qkv, self.o = make_linear(f"layers.{index}.qkv"), make_linear(f"layers.{index}.o")
-        self.mlp = make_linear.fixed(make_mlp(config, f"layers.{index}", weights, ops, make_linear.plain))
+        self.mlp = make_mlp(config, f"layers.{index}", weights, ops, make_linear)
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm == "head":
@@ -176,7 +174,7 @@ class _Layer:
         elif config.qk_norm == "all":
             self.whole_norms = [weight("q_norm"), weight("k_norm")]
 
-    def input(self, delta: Tensor | None, hidden: Tensor) -> Rows:
+    def input(self, delta: Tensor | Addends | None, hidden: Tensor) -> Rows:
         """Adds ``delta`` into ``hidden`` in place. Returns what attention reads, and a parallel MLP too."""
         return _add(delta, hidden, self.attention_norm, None if self.config.parallel else self.qkv.quantizer)
 
@@ -194,14 +192,14 @@ class _Layer:
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
 
-    def finish(self, hidden: Tensor, x: Rows, attended: Tensor) -> Tensor:
+    def finish(self, hidden: Tensor, x: Rows, attended: Tensor) -> Tensor | Addends:
         """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
-        total = self.group.all_reduce  # over ranks: each has its heads' part of the product, and its part of the MLP's
+        addends = self.group.addends  # of ranks: each has its heads' part of the product, and its part of the MLP's
         if self.config.parallel:
-            return self._scaled(total(self.o(attended).add_(self.mlp(x))), None)
-        attended = self._scaled(total(self.o(attended)), self.attention_post_norm)
-        x = _add(attended, hidden, self.mlp_norm, self.mlp.quantizer)
-        return self._scaled(total(self.mlp(x)), self.mlp_post_norm)
+            return self._scaled(addends(self.o(attended).add_(self.mlp(x))), None)
+        delta = self._scaled(addends(self.o(attended)), self.attention_post_norm)
+        x = _add(delta, hidden, self.mlp_norm, self.mlp.quantizer)
+        return self._scaled(addends(self.mlp(x)), self.mlp_post_norm)
 
     def _whole_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the heads of all ranks. All have as many, so the mean over ranks is that over all heads."""
@@ -210,16 +208,16 @@ class _Layer:
         square = self.group.all_reduce(x.float().square().mean(-1, keepdim=True)) / self.group.size
         return (x * torch.rsqrt(square + self.config.norm_eps) * weight).to(x.dtype)
 
-    def _scaled(self, delta: Tensor, norm: Norm | None) -> Tensor:
+    def _scaled(self, delta: Tensor | Addends, norm: Norm | None) -> Tensor | Addends:
         """The output of attention or MLP, as it is added to the residual stream."""
         if norm is not None:
-            delta = norm(delta)
-        return delta if self.config.residual_scale == 1.0 else delta.mul_(self.config.residual_scale)
+            delta = norm(summed(delta))
+        return delta if self.config.residual_scale == 1.0 else summed(delta).mul_(self.config.residual_scale)
 
 
-def _add(delta: Tensor | None, hidden: Tensor, norm: Norm | None, quantizer: Quantizer | None) -> Rows:
+def _add(delta: Tensor | Addends | None, hidden: Tensor, norm: Norm | None, quantizer: Quantizer | None) -> Rows:
     """Adds ``delta`` into ``hidden`` in place and returns the norm of the sum, for a linear layer with ``quantizer``;
     without a norm, the sum itself."""
     if norm is not None:
         return norm.add_quantized(delta, hidden, quantizer)
-    return hidden if delta is None else hidden.add_(delta)
+    return hidden if delta is None else hidden.add_(summed(delta))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...kernels.addends import Addends, summed
 from ...kernels.base import Ops
 from ...kernels.quantize import Quantizer, Rows
 from .config import ModelConfig
@@ -23,15 +24,15 @@ class Norm:
             return self._ops.rms_norm(x, self._weight, self._eps)
         return F.layer_norm(x.float(), x.shape[-1:], self._weight, self._bias, self._eps).to(x.dtype)
 
-    def add(self, delta: Tensor | None, hidden: Tensor) -> Tensor:
+    def add(self, delta: Tensor | Addends | None, hidden: Tensor) -> Tensor:
         """Adds ``delta``, if there is one, into ``hidden`` in place. Returns the norm of the sum. Both ``[T, H]``."""
         if delta is None:
             return self(hidden)
         if not self._centered:
             return self._ops.add_rms_norm(delta, hidden, self._weight, self._eps)
-        return self(hidden.add_(delta))
+        return self(hidden.add_(summed(delta)))
 
-    def add_quantized(self, delta: Tensor | None, hidden: Tensor, quantizer: Quantizer | None) -> Rows:
+    def add_quantized(self, delta: Tensor | Addends | None, hidden: Tensor, quantizer: Quantizer | None) -> Rows:
         """`add`, for a linear layer with this ``quantizer``; quantized here where that is the same pass."""
         if delta is None or quantizer is None or self._centered:
             return self.add(delta, hidden)

@@ -32,6 +32,9 @@ class GlooGroup:
         self._group.allreduce([x]).wait()
         return x
 
+    def addends(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype)
         self._group.allgather([list(gathered.unbind())], [x.contiguous()]).wait()

@@ -6,6 +6,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from ...kernels.addends import Addends
+
 
 class TensorGroup(Protocol):
     """Every rank calls the same methods with the same shapes in the same order. Each call is enqueued on the current
@@ -16,6 +18,11 @@ class TensorGroup(Protocol):
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's ``x``. ``x`` may be overwritten; the result is valid until the next call."""
+        ...
+
+    def addends(self, x: Tensor) -> Tensor | Addends:
+        """As `all_reduce`, but the sum may be left to the operation that reads it. Valid until the call after the next.
+        Between the last call of a step and the first of the next there is another of this group's methods."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -33,6 +40,9 @@ class SingleRank:
     rank, size = 0, 1
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def addends(self, x: Tensor) -> Tensor:
         return x
 
     def all_gather(self, x: Tensor) -> Tensor:

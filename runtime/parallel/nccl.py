@@ -37,6 +37,9 @@ class NcclGroup:
         self._group.allreduce([x]).wait()
         return x
 
+    def addends(self, x: Tensor) -> Tensor:
+        return self.all_reduce(x)
+
     def all_gather(self, x: Tensor) -> Tensor:
         gathered = torch.empty((self.size, *x.shape), dtype=x.dtype, device=x.device)
         self._group._allgather_base(gathered, x.contiguous()).wait()

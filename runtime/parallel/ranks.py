@@ -45,7 +45,8 @@ class RankReport(msgspec.Struct, frozen=True):
 
 
 class Ranks:
-    """Ranks 1 to ``size - 1``, each a child process that runs ``module`` with the descriptor of its connection.
+    """Ranks 1 to ``size - 1``, each a child process that runs ``module`` with the descriptor of its connection. They
+    import what they need until `start` tells them what to load.
 
     A connection is a pair of sockets without a name, so no other process can reach it. It carries a `RankLaunch`, then
     each step; a rank ends when its connection does. Nothing is queued without bound: sending to a rank that has stopped
@@ -56,8 +57,8 @@ class Ranks:
             first. Rank 0's thread may be inside a collective with them by then, and then does not return in general.
     """
 
-    def __init__(self, config: EngineConfig, module: str, failed: Future[str]) -> None:
-        self.size, self.failed = config.tensor_parallel_size, failed
+    def __init__(self, size: int, module: str, failed: Future[str]) -> None:
+        self.size, self.failed = size, failed
         self._module = module
         self._folder = Path(tempfile.mkdtemp(prefix="branchwise-ranks-"))  # mode 0700
         self.store = self._folder / "store"
@@ -71,8 +72,6 @@ class Ranks:
         for rank in range(1, self.size):
             ours, theirs = Pipe()
             self._connections.append(ours)
-            launch = RankLaunch(os.getpid(), rank, str(self.store), config)
-            ours.send_bytes(msgspec.json.encode(launch))
             thread = threading.Thread(
                 target=self._live, args=(rank, ours, theirs), name=f"branchwise-rank-{rank}", daemon=True
             )
@@ -82,6 +81,13 @@ class Ranks:
     @property
     def pids(self) -> list[int]:
         return [child.pid for child in self._children.values()]
+
+    def start(self, config: EngineConfig) -> None:
+        """Lets every rank load its part of the model. ``config.device`` is rank 0's, with its number."""
+        for rank, connection in enumerate(self._connections, 1):
+            launch = RankLaunch(os.getpid(), rank, str(self.store), config)
+            with contextlib.suppress(OSError):  # it has ended, which `wait` says
+                connection.send_bytes(msgspec.json.encode(launch))
 
     def wait(self, stage: str) -> None:
         """Returns once all ranks have reached ``loaded`` or ``ready``. Raises `LoadError` if one cannot."""

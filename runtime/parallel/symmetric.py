@@ -13,8 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 
-BUFFER_BYTES = 128 << 20  # what ranks exchange at once: 8,192 tokens of 8,192 bfloat16
+from ...kernels.addends import Addends
+
+BUFFER_BYTES = 64 << 20  # what ranks exchange at once: 8,192 tokens of 4,096 bfloat16
 _ONE_SHOT_BYTES = 1 << 20  # above, each rank adds up a part (two-shot), which reads less but copies first
+# Above, addends are added up first, with each rank a part. Two ranks read as much either way.
+_ADDENDS_BYTES = {2: BUFFER_BYTES}
 
 
 class SymmetricGroup:
@@ -24,21 +28,44 @@ class SymmetricGroup:
     has ended, the others' devices are only free once their processes have ended too.
 
     Args:
-        name: of the group, new in this process, and the same for all ranks.
+        name: of the group, the same for all ranks.
     """
+
+    # A process can have one such group in its life: torch numbers the meetings of a process, and ranks only find each
+    # other at the same number, which a rank that has just started does not have.
+    made = False
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, name: str) -> None:
         self.rank, self.size, self._name = rank, size, name
+        SymmetricGroup.made = True
         # Multicast objects belong to the host's NVLink switches, which other users may share.
         os.environ.setdefault("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")
         group = dist.ProcessGroup(store, rank, size)
         group._set_group_name(dist.GroupName(name))
         _register_process_group(dist.GroupName(name), group)
-        self._buffer = _SymmetricMemory.empty_strided_p2p((BUFFER_BYTES,), (1,), torch.uint8, device)
+        # Three regions: for the other methods, and two for addends.
+        self._buffer = _SymmetricMemory.empty_strided_p2p((3 * BUFFER_BYTES,), (1,), torch.uint8, device)
         self._shared = _SymmetricMemory.rendezvous(self._buffer, name)
-        self._buffers = [self._shared.get_buffer(peer, (BUFFER_BYTES,), torch.uint8) for peer in range(size)]
+        self._buffers = [self._shared.get_buffer(peer, (3 * BUFFER_BYTES,), torch.uint8) for peer in range(size)]
+        self._addresses = [
+            torch.tensor([buffer.data_ptr() + region * BUFFER_BYTES for buffer in self._buffers], device=device)
+            for region in range(3)
+        ]
+        self._region = 1  # of the next addends
+
+    def addends(self, x: Tensor) -> Tensor | Addends:
+        """One barrier a call: a rank writes to a region again only after the barrier of the call between, which its
+        peers reach after they have read the region."""
+        if x.nbytes > _ADDENDS_BYTES.get(self.size, _ONE_SHOT_BYTES):
+            return self.all_reduce(x)
+        region, self._region = self._region, 3 - self._region
+        tensors = self._parts(x, region)
+        tensors[self.rank].copy_(x)
+        self._shared.barrier()
+        return Addends(tensors, self._addresses[region])
 
     def all_reduce(self, x: Tensor) -> Tensor:
+        self._region = 1  # captured steps and eager ones take the same regions: each begins here, with the embedding
         if x.dtype not in (torch.bfloat16, torch.float32):  # which the kernels are for
             return self.all_reduce(x.float()).to(x.dtype)
         x = x.contiguous()
@@ -57,7 +84,7 @@ class SymmetricGroup:
         x = x.contiguous()
         if x.nbytes > BUFFER_BYTES:
             return torch.cat([self.all_gather(part) for part in x.split(_rows(x))], dim=1)
-        parts = [buffer[: x.nbytes].view(x.dtype).view(x.shape) for buffer in self._buffers]
+        parts = self._parts(x)
         parts[self.rank].copy_(x)
         self._shared.barrier()  # once all ranks have written
         gathered = torch.stack(parts)
@@ -66,6 +93,11 @@ class SymmetricGroup:
 
     def broadcast(self, x: Tensor) -> Tensor:
         return self.all_gather(x)[0]  # token ids: a few KiB
+
+    def _parts(self, like: Tensor, region: int = 0) -> tuple[Tensor, ...]:
+        """The start of a region of each rank's buffer."""
+        start = region * BUFFER_BYTES
+        return tuple(buffer[start : start + like.nbytes].view(like.dtype).view(like.shape) for buffer in self._buffers)
 
 
 def _rows(x: Tensor) -> int:

@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tiny_model import LLAMA_8B, write
+from tiny_model import LLAMA_8B, LLAMA_70B, write
 
 OUT = Path(__file__).resolve().parent.parent.parent / ".bench"
 START_SECONDS = 600  # FlashInfer compiles its kernels the first time
@@ -130,12 +130,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", default=",".join(PEERS))
     parser.add_argument("--profile", default="no_sharing,tree_of_thought", help="workloads to record, or nothing")
+    parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="Llama 3.1's; the table's peers are 8b")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("flags", nargs="*", help="more flags for the server, after --")
     args = parser.parse_args()
     OUT.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="branchwise-bench-") as scratch:
-        folder = write(Path(scratch) / "llama-3.1-8b", LLAMA_8B)
+        folder = write(Path(scratch) / f"llama-3.1-{args.shape}", {"8b": LLAMA_8B, "70b": LLAMA_70B}[args.shape])
         log = OUT / "server.log"
         with server(folder, args.port, log, args.flags) as (_, ready):
             pass

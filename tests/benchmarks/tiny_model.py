@@ -47,6 +47,12 @@ LLAMA_8B: dict[str, Any] = CONFIG | {  # Llama-3.1-8B's
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+LLAMA_70B: dict[str, Any] = LLAMA_8B | {  # Llama-3.1-70B's
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
 
 
 def write(folder: Path, config: dict[str, Any] = CONFIG) -> Path:

@@ -486,3 +486,17 @@ def test_what_is_said_of_their_flags_is_true() -> None:
 def test_a_value_that_looks_like_one_of_their_flags_is_a_value() -> None:
     done = branchwise("serve", "--served-model-name", "x", "--", "--model")
     assert done.returncode == 2 and "--model: not a folder" in plain(done.stderr)
+
+
+def test_doctor_names_gpus_that_do_not_reach_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from branchwise.frontend.cli import checkup
+
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: {a, b} != {0, 2})
+    [finding] = checkup._peer_access([0, 1, 2])
+    assert finding.state == "note" and "none from cuda:0 to cuda:2, cuda:2 to cuda:0:" in finding.found
+    assert "nvidia-smi topo" in finding.fix
+    [finding] = checkup._peer_access([0, 1])
+    assert finding.state == "ok"
+    assert not list(checkup._peer_access([0]))

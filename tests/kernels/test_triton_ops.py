@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
+from branchwise.kernels.addends import Addends
 from branchwise.kernels.kv_pool import KVLayer
 from branchwise.kernels.ops import Activation
 
@@ -53,6 +54,20 @@ def test_rms_norm_of_zeros_and_of_huge_values() -> None:
     got = triton_ops.rms_norm(x, weight, 1e-5)
     assert torch.isfinite(got).all()
     close(got, ops.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 64), (4, 4096), (3, 1000), (0, 64)])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_add_rms_norm_of_addends(shape: tuple[int, int], dtype: torch.dtype, ranks: int) -> None:
+    """What the ranks of a model have each computed, in places of their own."""
+    tensors = tuple(randn(*shape, dtype=dtype, seed=seed) for seed in range(ranks))
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device=DEVICE)
+    x, residual, weight = Addends(tensors, addresses), randn(*shape, dtype=dtype, seed=9), randn(shape[1])
+    expected_residual = residual.clone()
+    expected = ops.add_rms_norm(x, expected_residual, weight, 1e-5)
+    close(triton_ops.add_rms_norm(x, residual, weight, 1e-5), expected)
+    close(residual, expected_residual)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

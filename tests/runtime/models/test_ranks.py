@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from branchwise.kernels.addends import Addends
+
 TOLERANCE = 1e-4
 PAGE_SIZE = 16
 
@@ -31,6 +33,9 @@ class ThreadGroup:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x.copy_(torch.stack(self._exchange(x)).sum(0))
+
+    def addends(self, x: torch.Tensor) -> Addends:
+        return Addends(tuple(self._exchange(x)), torch.empty(0))
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchange(x))

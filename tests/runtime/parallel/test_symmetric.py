@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from branchwise.kernels.addends import Addends, summed
 from branchwise.runtime.parallel import symmetric
 from branchwise.runtime.parallel.symmetric import SymmetricGroup
 
@@ -20,8 +21,9 @@ SIZE = 2
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[SymmetricGroup]:
     monkeypatch.setattr(symmetric, "BUFFER_BYTES", 256)
     monkeypatch.setattr(symmetric, "_ONE_SHOT_BYTES", 64)
+    monkeypatch.setattr(symmetric, "_ADDENDS_BYTES", {2: 256})
     barrier = threading.Barrier(SIZE)
-    buffers = [torch.zeros(256, dtype=torch.uint8) for _ in range(SIZE)]
+    buffers = [torch.zeros(3 * 256, dtype=torch.uint8) for _ in range(SIZE)]
     shared = SimpleNamespace(barrier=lambda: barrier.wait(10))
 
     def summed(own: torch.Tensor) -> torch.Tensor:
@@ -46,6 +48,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[SymmetricGroup]:
         group = SymmetricGroup.__new__(SymmetricGroup)
         group.rank, group.size, group._name = rank, SIZE, "test"
         group._buffer, group._shared, group._buffers = buffers[rank], shared, buffers  # type: ignore[assignment]
+        group._region, group._addresses = 1, [torch.tensor(region) for region in range(3)]
         made.append(group)
     return made
 
@@ -77,3 +80,21 @@ class TestGroup:
     def test_broadcast(self, groups: list[SymmetricGroup], rows: int, dtype: torch.dtype) -> None:
         for found in on_ranks(groups, lambda group: group.broadcast(of(group.rank, rows, dtype))):
             assert torch.equal(found, of(0, rows, dtype))
+
+    def test_addends(self, groups: list[SymmetricGroup], rows: int, dtype: torch.dtype) -> None:
+        """Each call leaves the addends of the one before in place."""
+
+        def calls(group: SymmetricGroup) -> list[torch.Tensor]:
+            group.all_reduce(of(group.rank, 1, torch.float32))
+            first, second = (group.addends(of(group.rank + step, rows, dtype)) for step in (0, 1))
+            if of(0, rows, dtype).nbytes > 256:
+                return [summed(second)]
+            assert isinstance(first, Addends) and isinstance(second, Addends)
+            assert int(first.addresses) == 1 and int(second.addresses) == 2
+            return [first.total(), second.total()]
+
+        expected = [of(step, rows, dtype) + of(1 + step, rows, dtype) for step in (0, 1)]
+        with ThreadPoolExecutor(SIZE) as pool:
+            for found in pool.map(calls, groups):
+                for total, wanted in zip(found, expected[-len(found) :], strict=True):
+                    assert torch.equal(total, wanted)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from branchwise import Engine, EngineDead, LoadError, SamplingParams
+from branchwise.runtime.engine import loading
+from branchwise.runtime.parallel.ranks import Ranks
 
 TEXT = "A tree of tokens grows a branch for every question that is asked of one document."
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -178,24 +181,36 @@ def test_closing_ends_the_ranks(folder: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_a_rank_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here only rank 1 fails: it does not find the weights that rank 0 has opened before."""
-    from branchwise.runtime.executor import rank_zero
-
-    def missing(config: Any, module: str, failed: Any) -> Any:
-        import msgspec
-
-        return ranks(msgspec.structs.replace(config, model=str(folder / "nowhere")), module, failed)
-
-    ranks = rank_zero.Ranks
-    monkeypatch.setattr(rank_zero, "Ranks", missing)
+    start = Ranks.start
+    nowhere = str(folder / "nowhere")
+    monkeypatch.setattr(
+        Ranks, "start", lambda self, config: start(self, msgspec.structs.replace(config, model=nowhere))
+    )
     with pytest.raises(LoadError, match=r"^rank 1: .*nowhere") as caught:
         Engine(folder, tensor_parallel_size=2, **SETTINGS)
     assert "\n" not in str(caught.value)
 
 
 def test_a_rank_that_dies_while_starting(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchwise.runtime.executor import rank_zero
-
-    ranks = rank_zero.Ranks
-    monkeypatch.setattr(rank_zero, "Ranks", lambda config, module, failed: ranks(config, "no_such_module", failed))
+    monkeypatch.setattr(loading, "RANK_MODULE", "no_such_module")
     with pytest.raises(LoadError, match="rank 1 ended with code 1"):
         Engine(folder, tensor_parallel_size=2, **SETTINGS)
+
+
+def test_a_start_that_fails_ends_the_ranks(folder: Path) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(LoadError, match="--max-model-len"):
+        Engine(folder, tensor_parallel_size=2, max_model_len=10**6, **SETTINGS)
+    assert not set(threading.enumerate()) - before
+
+
+def test_ranks_that_cannot_connect_say_so_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    from branchwise.runtime.parallel import connect, gloo
+
+    monkeypatch.setattr(connect, "MEET_SECONDS", 0.2)
+    monkeypatch.setattr(gloo, "MEET_SECONDS", 0.2)
+    with pytest.raises(LoadError, match="the 2 ranks could not connect: ") as caught:
+        connect.connect(tmp_path / "store", 0, 2, torch.device("cpu"))
+    assert "\n" not in str(caught.value)
