@@ -15,7 +15,7 @@ FAST := tests/test_layout.py tests/radix tests/runtime/scheduler tests/runtime/e
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint test-gpu bench bench-gpu install clean
+.PHONY: help demo check test lint test-gpu bench bench-gpu soak install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -41,6 +41,9 @@ bench: $(VENV)/.installed-test ## tree, planner, BranchBench and transformers on
 
 bench-gpu: $(VENV)/.installed-gpu ## BranchBench on a GPU beside vLLM's and SGLang's figures, and where a step's time goes
 	$(BIN)/python tests/benchmarks/bench_gpu.py
+
+soak: $(VENV)/.installed-test ## hostile and leaving clients, killed and stopped processes: MINUTES=60
+	nice -n 10 $(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),60)
 
 install: $(VENV)/.installed ## .venv with the package, nothing else
 

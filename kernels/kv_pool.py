@@ -88,6 +88,11 @@ class KVPool:
         """The view of one layer that kernels read and write."""
         return self._layers[index]
 
+    def fragments(self) -> Tensor:
+        """The memory as bytes, whatever its format: uint8 ``[rows, pages, bytes]``, a view. ``fragments()[:, p]`` is
+        all of page p."""
+        return self._data.flatten(3).flatten(0, 1).view(torch.uint8)
+
     def copy_pages(self, copies: Tensor) -> None:
         """Copies whole pages in every layer: copy-on-write of a page whose first tokens are reused.
 

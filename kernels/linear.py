@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .quantize import Quantizer, Rows, quantize, quantize_weight
+from .quantize import QuantizedRows, Quantizer, Rows, quantize, quantize_weight
 
 _ROWS = 512  # the number of rows that the packed layout is optimized for; it works for any
 
@@ -80,6 +80,38 @@ class Int8Linear:
         values, scales = quantize(x, self.quantizer) if isinstance(x, Tensor) else x
         out = torch._int_mm(values, self._weight).mul(self._scale).mul_(scales)
         return (out if self._bias is None else out.add_(self._bias)).to(self._dtype)
+
+
+class FixedRows:
+    """Calls ``inner`` with tiles of exactly ``rows`` rows, the last one padded with zeros.
+
+    Libraries choose a kernel, and with it the order of sums, by the number of rows: padded to one shape, a row's result
+    does not depend on how many others there are. Nor does it depend on its place or on the others' values, where sums
+    run over a row's own inputs alone, as in a product with a matrix or an activation.
+
+    Args:
+        inner: ``[rows, inputs]`` to ``[rows, outputs]``, row by row: a `Linear`, or an MLP.
+        rows: of a tile.
+    """
+
+    def __init__(self, inner: Linear, rows: int) -> None:
+        self._inner, self._rows = inner, rows
+        self.quantizer = inner.quantizer
+
+    def __call__(self, x: Rows) -> Tensor:
+        if isinstance(x, QuantizedRows):
+            parts = [QuantizedRows(*pair) for pair in zip(*(self._tiles(part) for part in x), strict=True)]
+            return torch.cat([self._inner(part) for part in parts])[: len(x.values)]
+        return torch.cat([self._inner(part) for part in self._tiles(x)])[: len(x)]
+
+    def _tiles(self, x: Tensor) -> list[Tensor]:
+        """Copies, so that a tile's memory is aligned wherever it begins in ``x``."""
+        tiles = []
+        for part in x.split(self._rows):
+            tile = part.new_zeros(self._rows, *part.shape[1:])
+            tile[: len(part)] = part
+            tiles.append(tile)
+        return tiles
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from .matching import closest_page, follow
-from .node import DEVICE, DISK, HOST, Int32, Namespace, Node, common_tokens, join, page_key
+from .node import DEVICE, DISK, HOST, Int32, Namespace, Node, Root, common_tokens, join, page_key
 from .structure import PrefixTree
 from .tiers import Tier
 
@@ -115,6 +117,8 @@ class Moves:
         above it. What is only on the device goes to the host first."""
         structure = self.structure
         nodes: list[tuple[Node, int]] = []
+        if not self._attached(node):
+            return None
         structure.lock(node)  # making room on the host must not evict these
         for each in reversed(list(node.upwards())):
             size = structure.size(each)
@@ -164,6 +168,84 @@ class Moves:
         if damaged and failed is not None:
             structure.forget(failed, source)
         structure.events.deliver()
+
+    def restore(self, rows: Sequence[tuple[int, int, Namespace, Int32, int]]) -> None:
+        """Fills an empty tree with what the disk remembers of an earlier process: (slot, slot of the page before or -1,
+        namespace, tokens, time) of each page, each after the page before it. Runs without branches become one node."""
+        structure, disk = self.structure, self._tier(DISK)
+        followers: dict[int, int] = {}
+        for _, before, *_ in rows:
+            followers[before] = followers.get(before, 0) + 1
+        latest = {slot: time for slot, _, _, _, time in rows}
+        for slot, before, *_ in reversed(rows):  # a prefix was last used when anything that continues it was
+            if before >= 0:
+                latest[before] = max(latest[before], latest[slot])
+        disk.slots.claim(np.array([row[0] for row in rows], np.int32))
+        runs: dict[int, tuple[int, Namespace, list[Int32], list[int]]] = {}  # by last slot: slot before, ...
+        heads = []
+        for slot, before, namespace, tokens, _ in rows:
+            run = runs.pop(before, None) if followers[before] == 1 else None
+            if run is None or latest[before] != latest[slot] or len(tokens) < structure.page_size:
+                if run is not None:
+                    runs[before] = run
+                run = (before, namespace, [], [])
+                heads.append(run)
+            run[2].append(tokens)
+            run[3].append(slot)
+            runs[slot] = run
+        ends: dict[int, Node] = {}
+        order = {time: structure.tick() for time in sorted(set(latest.values()))}
+        for before, namespace, parts, slots in heads:
+            above = ends[before] if before >= 0 else structure.root(namespace)
+            tokens = join(parts)
+            key = page_key(tokens[: structure.page_size])
+            node = structure.add_node(above, key, tokens, now=order[latest[slots[-1]]])
+            disk.put(node, np.array(slots, np.int32))
+            ends[slots[-1]] = node
+
+    def describe(self, transfer: Transfer) -> list[tuple[Namespace, int, Int32]]:
+        """Of each page that is being written to the disk: the namespace, the disk's slot of the page before, or -1, and
+        its tokens."""
+        size, left = self.structure.page_size, len(transfer.target_slots)
+        tokens: list[Int32] = []
+        before = -1
+        for node in transfer.node.upwards():
+            if left:
+                tokens.append(node.tokens)
+                left -= self.structure.size(node)
+            elif len(node.disk):
+                before = int(node.disk[-1])
+                break
+        all_tokens = join(tokens[::-1])
+        *_, root = transfer.node.upwards()
+        namespace = root.namespace if isinstance(root, Root) else ("", "")
+        befores = [before, *transfer.target_slots[:-1].tolist()]
+        return [(namespace, before, all_tokens[i * size : (i + 1) * size]) for i, before in enumerate(befores)]
+
+    def end_of(self, namespace: Namespace, prefix: Int32) -> Node | None:
+        """The node at or inside which the whole pages of a prefix end, in any tier."""
+        root = self.structure.roots.get(namespace)
+        if root is None:
+            return None
+        node = follow(root, prefix, 0, len(prefix), self.structure.page_size, below=True).node
+        return None if node is root else node
+
+    def leaves(self) -> list[Node]:
+        """Every node without children."""
+        found: list[Node] = [child for root in self.structure.roots.values() for child in root.children.values()]
+        for node in found:
+            found += node.children.values()
+        return [node for node in found if not node.children]
+
+    def _attached(self, node: Node) -> bool:
+        """Whether the node is still in the tree."""
+        for each in node.upwards():
+            parent = each.parent
+            if parent is None:
+                return isinstance(each, Root) and self.structure.roots.get(each.namespace) is each
+            if parent.children.get(each.key) is not each:
+                return False
+        return False
 
     def _may_follow(self, target: Tier, above: Node) -> bool:
         """Whether a node may get a copy in a tier where the one above it has what it has."""

@@ -52,6 +52,15 @@ class PageAllocator:
         self._in_use.put(pages, True)
         return pages
 
+    def claim(self, pages: Int32) -> None:
+        """Takes these pages, which are free: what they hold is from an earlier process. O(all pages)."""
+        if not np.isin(pages, self._stack[: self.free]).all():
+            raise InvariantError("pages claimed that are not free")
+        left = self._stack[: self.free][~np.isin(self._stack[: self.free], pages)]
+        self.free = len(left)
+        self._stack[: self.free] = left
+        self._in_use.put(pages, True)
+
     def give_back(self, pages: Int32) -> None:
         """Frees pages that no step in flight uses; the next `allocate` returns them in this order."""
         self._mark_unused(pages)

@@ -227,9 +227,11 @@ class PrefixTree:
             elif tier is self.disk and len(each.pages):
                 tier.free(tier.take(each))
 
-    def clear_lower(self) -> None:
-        """Removes every copy of unlocked nodes from the host and the disk."""
+    def clear_lower(self, keep_disk: bool) -> None:
+        """Removes every copy of unlocked nodes from the host and, if not ``keep_disk``, from the disk."""
         for tier in self.tiers[1:]:
+            if tier is self.disk and keep_disk:
+                continue
             tier.free(self.evict(tier, tier.evictable, "flushed"))
 
     def _left(self, node: Node, reason: LeaveReason) -> None:

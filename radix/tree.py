@@ -5,7 +5,7 @@ The idea is SGLang's RadixAttention (arXiv 2312.07104); README.md says what diff
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -317,6 +317,11 @@ class RadixTree:
         tokens = np.asarray(tokens, np.int32)
         return self.moves.reach(tokens, namespace, _clamp(limit, len(tokens)))
 
+    def restore(self, rows: Sequence[tuple[int, int, Namespace, Int32, int]]) -> None:
+        """Fills an empty tree with what the disk remembers: see `Moves.restore`."""
+        if rows and self.enabled:
+            self.moves.restore(rows)
+
     def end_transfer(self, transfer: Transfer, good: int, damaged: bool = False) -> None:
         """A copy has ended: see `Moves.end`. Its pages can be matched, and copied from."""
         if transfer.target == DEVICE:
@@ -338,11 +343,12 @@ class RadixTree:
 
     # ---- operators and subscribers ----
 
-    def flush(self) -> int:
-        """Removes everything that is neither leased nor held, from every tier; returns the number of pages."""
+    def flush(self, *, keep_disk: bool = False) -> int:
+        """Removes everything that is neither leased nor held, from every tier, or from all but the disk; returns the
+        number of pages on the device."""
         freed = self.structure.evict(self.structure.device, self.evictable, "flushed")
         self.allocator.give_back(freed)
-        self.structure.clear_lower()
+        self.structure.clear_lower(keep_disk)
         self.structure.events.deliver()
         return len(freed)
 

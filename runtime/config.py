@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -14,6 +15,7 @@ from .errors import LoadError
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
+Preemption = Literal["auto", "recompute", "swap"]
 SamplingDefaults = Literal["model", "neutral", "openai"]  # openai: SGLang's word for neutral
 
 
@@ -43,10 +45,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
             which read it once for each request; torch; or auto, the fastest that runs here.
         sampling_defaults: Sampling parameters that a request omits: model, those of its generation_config.json, or
             neutral (SGLang's name: openai), temperature and top_p 1 and no other filter.
+        deterministic: The same tokens and logprobs, to the bit, whatever else is in the batch and in the cache: fixed
+            shapes and orders of sums. Slower.
         cuda_graphs: Capture steps of up to about a thousand tokens, so that each is one launch.
         schedule_policy: Which request is admitted first: hrrn weighs waiting time against uncached work, lpm takes the
             longest cached prefix, fcfs the oldest, priority the one with the highest priority.
         eviction_policy: What to evict first when the cache is full: lru, lfu, fifo or priority.
+        host_cache: Memory of the host that keeps what the device evicts: a size such as 64GiB; 0 for none, which is the
+            default.
+        disk_cache: Folder that keeps the cache across restarts. One server at a time can use it. Default: none.
+        disk_cache_size: Bytes of the folder that cached pages may take: a size such as 200GiB.
+        disk_cache_salted: Also write prefixes of requests with a cache salt, which by default never leave memory.
+        preemption: What becomes of a running request's keys and values when memory is short: swap copies them to the
+            host and back, recompute computes them again, auto does what is faster.
         disable_radix_cache: Reuse nothing across requests, to compare.
         max_branches: Branches kept at once; one more is refused with a 429. From 0 to 1000000.
         max_branches_per_key: Branches of one API key; one more is refused with a 429. From 0 to 1000000. Default: an
@@ -79,10 +90,16 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "tree", "flashinfer", "triton", "torch"] = "auto"
     sampling_defaults: SamplingDefaults = "model"
+    deterministic: bool = False
     cuda_graphs: bool = True
 
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
+    host_cache: str = "0"
+    disk_cache: str | None = None
+    disk_cache_size: str = "64GiB"
+    disk_cache_salted: bool = False
+    preemption: Preemption = "auto"
     disable_radix_cache: bool = False
     max_branches: int = 4096
     max_branches_per_key: int | None = None
@@ -207,9 +224,29 @@ def check(config: EngineConfig) -> EngineConfig:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise LoadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    for name in ("host_cache", "disk_cache_size"):
+        parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")
+    if config.tensor_parallel_size > 1 and (parse_bytes(config.host_cache) or config.disk_cache):
+        raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
+    if config.disable_radix_cache and (parse_bytes(config.host_cache) or config.disk_cache):
+        raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
+    if config.deterministic and config.tensor_parallel_size > 1:
+        raise LoadError("--deterministic cannot be combined with --tensor-parallel-size: sums over ranks vary in order")
+    if config.deterministic and config.attention_backend != "auto":
+        raise LoadError("--deterministic chooses the attention kernels: leave --attention-backend out")
     if not 0.05 <= config.gpu_memory_utilization <= 0.98:
         raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
     return config
+
+
+def parse_bytes(text: str, flag: str = "") -> int:
+    """Bytes of a size such as ``64GiB``, ``1.5 GB`` or ``0``. Raises `LoadError` naming the flag."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B?)", text.strip(), re.IGNORECASE)
+    if found is None:
+        raise LoadError(f"{flag} {text!r} is not a size: write it like 64GiB")
+    unit = found[2].upper()
+    power = "BKMGT".index(unit[0]) if unit else 0
+    return int(float(found[1]) * (1000 if unit.endswith("B") and "I" not in unit and power else 1024) ** power)
 
 
 def check_server(config: ServerConfig) -> ServerConfig:

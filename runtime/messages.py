@@ -209,6 +209,9 @@ class CacheReport(msgspec.Struct, array_like=True):
     diverged_at: int | None = None  # token index, for ``diverged``
     refilled: int = 0  # tokens of its branch that were evicted and are computed again
     write_tokens: int = 0  # prompt tokens that it computed and left in the cache
+    host_tokens: int = 0  # of hit_tokens, those that came from the host's memory
+    disk_tokens: int = 0  # and from the disk
+    tier_reason: str = ""  # why more of what lower tiers remember was not used: late | failed | full | slower
     pinned_tokens: int = 0  # the longest prefix that its breakpoints pin; known at the end
     cached_logprobs: int = 0  # of the prompt's logprobs, those that were remembered
 
@@ -322,6 +325,14 @@ class Stats(Message):
     branches: int = 0
     branches_holding: int = 0  # branches that keep pages from eviction
     branch_holds_lost: int = 0  # holds given up under memory pressure
+    host_pages_total: int = 0
+    host_pages_cached: int = 0
+    disk_pages_total: int = 0
+    disk_pages_cached: int = 0
+    host_tokens: int = 0  # of cached_tokens, those that came from the host
+    disk_tokens: int = 0  # and from the disk
+    tier_failures: int = 0  # copies between tiers that did not arrive whole
+    tier_late: int = 0  # waits for a copy that were given up
     pins: int = 0
     pages_pinned: int = 0
 

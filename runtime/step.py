@@ -26,10 +26,6 @@ def _no_indices() -> Int32:
     return np.empty(0, np.int32)
 
 
-def _no_pairs() -> Int32:
-    return np.empty((0, 2), np.int32)
-
-
 @dataclass(slots=True, frozen=True)
 class RowStart:
     """A request takes a row of the page table: everything the executor needs to know about it.
@@ -49,9 +45,9 @@ class RowStart:
 class StepPlan:
     """One forward pass: chunks of prompts and decodes together. Decodes (q_len 1, sampled) come first.
 
-    A step applies, in this order: ``table_*``, ``host_stores``, ``host_loads``, ``copies``, ``starts``. Then each layer
-    writes the keys and values of all query tokens to the pool before its attention reads the pool. So a request may
-    read a page that another request of the same step writes.
+    A step applies, in this order: ``table_*``, ``copies``, ``starts``. Then each layer writes the keys and values of
+    all query tokens to the pool before its attention reads the pool. So a request may read a page that another request
+    of the same step writes.
     """
 
     step: int
@@ -76,10 +72,6 @@ class StepPlan:
     # [K] indices into samples whose tokens are constrained: the step is launched without sampling, and
     # `PendingStep.sample` brings the allowed tokens.
     constrained: Int32 = field(default_factory=_no_indices)
-    # Copies between the pool and a tier in host memory, whole pages in all layers. Empty without such a tier; an
-    # executor that has none refuses them.
-    host_stores: Int32 = field(default_factory=_no_pairs)  # [_, 2] (page, host page): read before this step writes
-    host_loads: Int32 = field(default_factory=_no_pairs)  # [_, 2] (host page, page)
 
     @property
     def num_tokens(self) -> int:
@@ -123,12 +115,6 @@ class StepResult:
     # KV bytes that attention reads if each request reads its own, and those that shared reads saved of them.
     kv_bytes: int = 0
     kv_bytes_saved: int = 0
-
-
-def refuse_host_copies(plan: StepPlan) -> None:
-    """For executors without a host tier. Raises `ValueError`: running the step without its copies would be wrong."""
-    if len(plan.host_stores) or len(plan.host_loads):
-        raise ValueError(f"step {plan.step} copies pages to or from host memory, and this executor has no host tier")
 
 
 class PendingStep(Protocol):

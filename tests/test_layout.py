@@ -27,8 +27,9 @@ ROOMS = {
     "runtime/grammar": {"runtime", "runtime/tokenizer"},
     "runtime/parallel": {"runtime", "kernels"},
     "runtime/models": {"runtime", "runtime/tokenizer", "runtime/parallel", "kernels"},
-    "runtime/executor": {"runtime", "runtime/models", "runtime/parallel", "kernels"},
-    "runtime/scheduler": {"runtime", "runtime/grammar", "runtime/tokenizer", "radix"},
+    "runtime/tiers": {"runtime", "radix", "kernels"},
+    "runtime/executor": {"runtime", "runtime/tiers", "runtime/models", "runtime/parallel", "kernels"},
+    "runtime/scheduler": {"runtime", "runtime/tiers", "runtime/grammar", "runtime/tokenizer", "radix"},
     "runtime/engine": {
         "runtime",
         "runtime/chat",
@@ -37,6 +38,7 @@ ROOMS = {
         "runtime/models",
         "runtime/parallel",
         "runtime/scheduler",
+        "runtime/tiers",
         "runtime/tokenizer",
     },
     "runtime/server": {
@@ -58,6 +60,7 @@ ROOMS = {
         "runtime/models",
         "runtime/parallel",
         "runtime/server",
+        "runtime/tiers",
         "runtime/tokenizer",
     },
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,16 @@ from ..grammar.compiler import GrammarCompiler
 from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, StepOutput
 from ..scheduler.branches.service import BranchService
 from ..scheduler.draft import ScheduledStep
+from ..scheduler.memory import LowerTiers
 from ..scheduler.scheduler import Scheduler
 from ..step import Executor, PendingStep
+from ..tiers.copies import HostCopies
 from .profiling import StepProfiler
 
 logger = logging.getLogger(__name__)
 
+_WRITE_SECONDS = 30.0  # that writing the cache to the disk may take when the engine is closed
+_COPY_SECONDS = 0.002  # between looks at copies while nothing else is to be done
 _MAX_FAILURES = 3  # failed steps in a row after which the engine gives up
 
 
@@ -41,6 +46,7 @@ class EngineCore:
         gpu: bool = False,
         grammars: GrammarCompiler | None = None,
         preferred: Mapping[str, float] | None = None,
+        lower: LowerTiers | None = None,
     ) -> None:
         self.config = config
         self.preferred = dict(preferred or {})  # `sampling_defaults`, used where requests are made
@@ -55,7 +61,9 @@ class EngineCore:
             max_batched_tokens=budget,
             eos_ids=eos_ids,
             grammars=grammars,
+            lower=lower,
         )
+        self._lower = lower
         self._grammars = grammars
         self.branches = BranchService(self.scheduler, config)
         self._depth = int(config.overlap if config.overlap is not None else gpu)
@@ -113,6 +121,10 @@ class EngineCore:
         """Called while there is no work: `sweep`, and a piece of the preparation that the executor left for later.
         Returns the seconds after which to call it again, if any."""
         expires = self.sweep()
+        self.scheduler.tiers.idle()
+        self._pump_copies()
+        if self.scheduler.tiers.busy:
+            expires = _COPY_SECONDS
         return 0.0 if self.executor.prepare_next() else expires
 
     def beat(self) -> None:
@@ -122,22 +134,45 @@ class EngineCore:
             self.executor.beat()
 
     def _advance(self) -> None:
-        scheduled = self.scheduler.plan(self.scheduler.poll())
+        scheduled = self.scheduler.plan(self.scheduler.poll(), self.scheduler.tiers.poll())
+        copies = self._start_stores()
         self.advanced = scheduled is not None or bool(self._inflight)
         if scheduled is not None:
-            pending = self.executor.launch(scheduled.plan)
+            try:
+                pending = self.executor.launch(scheduled.plan)
+            finally:
+                self._start_loads(copies)
             self._inflight.append((scheduled, pending))
             if len(scheduled.plan.constrained):  # the mask depends on the tokens of the step before
                 while len(self._inflight) > 1:
                     self._complete()
                 pending.sample(self.scheduler.masks(scheduled))
-        elif not self._inflight:
-            if self.scheduler.has_requests and not self.scheduler.waits_for_grammars:
+        else:
+            self._start_loads(copies)
+        if scheduled is None and not self._inflight:
+            if self.scheduler.has_requests and not self.scheduler.waits_outside:
                 logger.error("no request can advance: %s", self.stats())
                 self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
             return
         if len(self._inflight) > self._depth or scheduled is None:
             self._complete()
+
+    def _start_stores(self) -> HostCopies | None:
+        """Starts the copies to the host of the plan just made: the step may write to the pages that they read."""
+        copies = self.scheduler.tiers.begin()
+        if copies is not None and self._lower is not None:
+            self._lower.host.store(copies)
+        return copies
+
+    def _start_loads(self, copies: HostCopies | None) -> None:
+        """Starts the copies from the host: the step of the same plan may still copy from the pages that they write."""
+        if copies is not None and self._lower is not None:
+            self._lower.host.load(copies)
+
+    def _pump_copies(self) -> None:
+        """Without a step: applies copies that have ended, and starts others."""
+        self.scheduler.tiers.apply(self.scheduler.tiers.poll())
+        self._start_loads(self._start_stores())
 
     def _complete(self) -> None:
         oldest, pending = self._inflight[0]
@@ -214,4 +249,20 @@ class EngineCore:
         self._inflight.clear()
         if self._grammars is not None:
             self._grammars.close()
+        self._write_everything()
         self.executor.close()
+        if self._lower is not None and self._lower.disk is not None:
+            self._lower.disk.close()
+
+    def _write_everything(self) -> None:
+        """Writes to the disk tier what it lacks."""
+        tiers, deadline = self.scheduler.tiers, time.monotonic() + _WRITE_SECONDS
+        try:
+            while tiers.write_everything():
+                if time.monotonic() > deadline:
+                    logger.warning("disk cache: not everything was written in %.0f s", _WRITE_SECONDS)
+                    break
+                self._pump_copies()
+                time.sleep(_COPY_SECONDS)
+        except Exception:
+            logger.exception("disk cache: the cache was not written")

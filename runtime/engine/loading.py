@@ -7,8 +7,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..config import EngineConfig, check
+from ..config import EngineConfig, check, parse_bytes
+from ..errors import LoadError
 from ..executor.null import NullExecutor
 from ..executor.startup_times import StartupTimes
 from ..executor.torch_environment import prepare_torch
@@ -16,12 +19,20 @@ from ..grammar.compiler import GrammarCompiler
 from ..models.folder import model_folder
 from ..models.sampling_defaults import sampling_defaults
 from ..parallel.ranks import Ranks
+from ..scheduler.memory import LowerTiers
 from ..step import Executor
+from ..tiers.disk import DiskTier
+from ..tiers.fingerprint import Fingerprint, model_fingerprint
+from ..tiers.folder import CacheFolder
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
+if TYPE_CHECKING:  # it imports torch, which reads what `prepare_torch` sets
+    from ..executor.memory import MemoryPlan
+
 logger = logging.getLogger(__name__)
 
+_COMPUTED_BY = ("attention_backend", "quantization")  # settings on which the bits of keys and values depend
 RANK_MODULE = f"{__package__.rpartition('.')[0]}.executor.rank_worker"
 NULL_POOL_TOKENS = 1 << 20
 NULL_CONTEXT = 32_768
@@ -65,7 +76,11 @@ def load_engine(
         else:
             executor = split = RankZero.load(config, ranks, progress, times)
             local = split.local
-        core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, local.device.type == "cuda")
+        gpu, lower = local.device.type == "cuda", None
+        if local.host is not None:
+            disk = None if config.disk_cache is None else _open_disk(config, local.memory_plan, local.host.page_bytes)
+            lower = LowerTiers(local.host, disk)
+        core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, gpu, lower)
         undo.pop_all()
     times.lap("scheduler")
     logger.info("loaded in %s", times)
@@ -81,6 +96,25 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
     return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
 
 
+def _open_disk(config: EngineConfig, memory: MemoryPlan, page_bytes: int) -> DiskTier:
+    """Raises `LoadError` if the folder cannot be used."""
+    from ..executor.device import device_name
+
+    device = memory.device if memory.device == "cpu" else device_name(memory.device)
+    settings = [str(getattr(config, name)) for name in _COMPUTED_BY if name in config.__struct_fields__]
+    fingerprint = Fingerprint(
+        model=model_fingerprint(model_folder(config.model), config.seed if config.load_format == "dummy" else None),
+        computed_by=" ".join([device, str(memory.dtype), *settings]),
+        layout=str(memory.layout),
+        page_bytes=page_bytes,
+    )
+    records = parse_bytes(config.disk_cache_size) // page_bytes
+    if records < 1:
+        raise LoadError(f"--disk-cache-size {config.disk_cache_size} is less than one page of {page_bytes} bytes")
+    folder = CacheFolder(Path(config.disk_cache or "").expanduser(), fingerprint, records)
+    return DiskTier(folder, config.disk_cache_salted)
+
+
 def _core(
     config: EngineConfig,
     executor: Executor,
@@ -88,6 +122,7 @@ def _core(
     eos_ids: tuple[int, ...],
     max_model_len: int,
     gpu: bool,
+    lower: LowerTiers | None = None,
 ) -> EngineCore:
     return EngineCore(
         config,
@@ -97,4 +132,5 @@ def _core(
         gpu=gpu,
         grammars=GrammarCompiler(tokenizer, executor.vocab_size, eos_ids),
         preferred=sampling_defaults(config, model_folder(config.model)),
+        lower=lower,
     )

@@ -11,6 +11,7 @@ import torch
 from ...kernels import ops as torch_ops
 from ...kernels import sampling
 from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
+from ...kernels.attention.fixed_backend import FixedAttention
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVPool
@@ -57,11 +58,14 @@ def make_attention(
 
     ``auto`` and ``tree`` are tree attention over FlashInfer, or over Triton where FlashInfer does not run. Where
     neither does, ``auto`` is torch. ``flashinfer`` and ``triton`` read keys once for each request.
+    ``config.deterministic`` has a backend of its own.
 
     ``max_tokens``: the most query tokens of a step, padding included.
 
     Raises `LoadError` with the reason where a backend that was named cannot run.
     """
+    if config.deterministic:
+        return FixedAttention(pool, layers, num_heads)
     choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
     if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)

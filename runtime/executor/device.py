@@ -81,3 +81,8 @@ def apply_quantization(config: EngineConfig, model: ModelConfig, device: torch.d
     if config.quantization == "fp8" and model.quantization is None:
         return replace(model, quantization=ONLINE_FP8)
     return model
+
+
+def device_name(device: str) -> str:
+    """The name of a GPU, as its driver gives it."""
+    return torch.cuda.get_device_name(torch.device(device))

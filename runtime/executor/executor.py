@@ -21,13 +21,14 @@ from ..models.folder import model_folder
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
-from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask, refuse_host_copies
+from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
+from ..tiers.host import HostTier
 from .backends import make_attention, pick_ops, pick_top_p
 from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
 from .measure import measure_activations
-from .memory import MemoryPlan, agree, plan_memory
+from .memory import MemoryPlan, agree, host_slots, plan_memory
 from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
 from .startup_times import StartupTimes
@@ -35,6 +36,8 @@ from .threads import ThreadChoice
 from .token_history import to_device
 
 logger = logging.getLogger(__name__)
+
+FIXED_ROWS = (16, 128)  # of a product with ``deterministic``, on a CPU and on a GPU: a small step pays for as many
 
 
 @dataclass(slots=True)
@@ -90,6 +93,8 @@ class ModelExecutor:
         rows, scratch_page = memory.max_num_seqs, memory.num_pages
         # The last page is the scratch page, which is not in the tree: padding tokens write there.
         self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
+        slots = host_slots(config, memory)
+        self.host = HostTier(self._pool, slots) if slots else None
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
         max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)
         self._inputs = InputStaging(self.device, scratch_page * self.page_size, max_tokens, rows)
@@ -100,7 +105,7 @@ class ModelExecutor:
         times.lap("attention")
         self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
         self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
-        self._threads = ThreadChoice(memory, group.size)
+        self._threads = ThreadChoice(memory, group.size, fixed=config.deterministic)
         self._graphs: StepGraphs | None = None
         self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
         self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
@@ -147,7 +152,9 @@ class ModelExecutor:
         times.lap("weights")
         group = place.meet(device)
         times.lap("other ranks")
-        decoder = Decoder(model, weights, pick_ops(device), group, int8=config.quantization == "int8")
+        fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
+        int8 = config.quantization == "int8"
+        decoder = Decoder(model, weights, pick_ops(device), group, int8=int8, fixed_rows=fixed_rows)
         if device.type == "cuda":
             step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
@@ -163,7 +170,6 @@ class ModelExecutor:
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""
-        refuse_host_copies(plan)
         self._threads.set_for(plan)
         with on_device(self.device), torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
@@ -173,7 +179,10 @@ class ModelExecutor:
                 if self._group.rank == 0:
                     self._sampler.start(start)
                 self._prompt_logprobs.start(start)
-            return self._forward(plan)
+            launched = self._forward(plan)
+            if self.host is not None:
+                self.host.launched(plan.step)
+            return launched
 
     def next_capture(self) -> StepShape | None:
         """A step shape that is yet to be captured."""
@@ -201,6 +210,8 @@ class ModelExecutor:
     def close(self) -> None:
         """Frees the memory of weights, pool and graphs. The executor cannot be used afterwards."""
         with on_device(self.device):
+            if self.host is not None:
+                self.host.close()
             del self._graphs, self._staged, self._decoder, self._pool, self._attention, self._sampler
             del self._prompt_logprobs, self._logits, self._group
             if self.device.type == "cuda":

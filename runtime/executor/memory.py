@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.kv_pool import KVLayout
-from ..config import EngineConfig
+from ..config import EngineConfig, parse_bytes
 from ..errors import LoadError
 from ..models.config import ModelConfig
 from ..models.linear import weight_bytes, weight_format
@@ -21,6 +21,7 @@ GIB = 1024**3
 GPU_RESERVE = 3 * GIB // 2
 RANK_RESERVE = GIB // 2  # where ranks exchange tensors: buffers, and the libraries' own
 TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
+DISK_STAGING = GIB // 4  # of host memory, for pages on their way to and from a disk tier
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
 
@@ -203,6 +204,20 @@ def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: 
     heads = (2 * model.num_heads // ranks + 2 * max(1, model.num_kv_heads // ranks)) * model.head_dim
     widest = max(-(-3 * model.intermediate_size // ranks), heads) + 4 * model.hidden_size
     return tokens * widest * dtype.itemsize + 3 * max(rows, 256) * model.vocab_size * 4
+
+
+def host_slots(config: EngineConfig, memory: MemoryPlan) -> int:
+    """Pages of the host tier: what ``host_cache`` asks for. A disk tier needs some of it, to pass through.
+
+    Raises `LoadError` if the host has less memory free.
+    """
+    asked = parse_bytes(config.host_cache)
+    free, _ = device_memory(torch.device("cpu"))
+    if asked > free:
+        raise LoadError(f"--host-cache {config.host_cache}: {human_bytes(free)} of memory are free")
+    if config.disk_cache is not None and asked < DISK_STAGING:
+        asked = min(DISK_STAGING, free // 4)
+    return asked // memory.layout.page_bytes
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

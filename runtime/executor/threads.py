@@ -27,13 +27,18 @@ class ThreadChoice:
     Args:
         memory: its weights are read once a step, and each costs a multiplication and an addition a token.
         ranks: how many processes compute each step together.
+        fixed: every step gets the same number, a power of two: threads cut elementwise work at multiples of the vector
+            width then, and what is left over for scalar code, which rounds differently, is nothing.
     """
 
-    def __init__(self, memory: MemoryPlan, ranks: int = 1) -> None:
+    def __init__(self, memory: MemoryPlan, ranks: int = 1, *, fixed: bool = False) -> None:
         self._on_cpu = memory.device == "cpu"
         self._now = torch.get_num_threads()
         # torch counts the machine's processors; a container's quota may be smaller.
         self._all = max(1, min(self._now, container_processors(Path("/sys/fs/cgroup")) or self._now) // ranks)
+        self._fixed = fixed
+        if fixed:
+            self._all = 1 << self._all.bit_length() - 1
         self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.layout.token_bytes
         self._weights = memory.weight_bytes // memory.dtype.itemsize
 
@@ -45,7 +50,7 @@ class ThreadChoice:
     def set_for(self, plan: StepPlan) -> None:
         if not self._on_cpu or self._now == self._all == 1:
             return
-        threads = self._all if self.seconds(plan) > _WORTH_SHARING else 1
+        threads = self._all if self._fixed or self.seconds(plan) > _WORTH_SHARING else 1
         if threads != self._now:
             torch.set_num_threads(threads)
             self._now = threads

@@ -97,7 +97,7 @@ def _with_patterns(schema: Schema) -> Schema:
     """``schema`` with a pattern that completes its format, and with patterns without look-ahead."""
     pattern, exact = schema.get("pattern"), _EXACT_FORMATS.get(str(schema.get("format")))
     patterns = without_lookahead(pattern) if isinstance(pattern, str) else []
-    if patterns is None or (not exact and len(patterns) < 2):
+    if patterns is None or (not exact and patterns in ([], [pattern])):
         return schema
     first, *more = [*patterns, exact] if exact else patterns
     others = [*_list(schema.get("allOf")), *({"pattern": pattern} for pattern in more)]
@@ -124,11 +124,11 @@ def _has_no_effect(keyword: str, schema: Schema) -> bool:
         case "uniqueItems":
             return value is False or _at_most(schema.get("maxItems"), 1)
         case "unevaluatedItems":
-            return _accepts_all(value) or ("items" in schema and not isinstance(schema["items"], list))
+            return accepts_all(value) or ("items" in schema and not isinstance(schema["items"], list))
         case "unevaluatedProperties":
-            return _accepts_all(value) or "additionalProperties" in schema
+            return accepts_all(value) or "additionalProperties" in schema
         case "propertyNames":
-            return _accepts_all(value) or (_accepts_all(value, "type") and value["type"] == "string")
+            return accepts_all(value) or (accepts_all(value, "type") and value["type"] == "string")
         case "dependentSchemas" | "dependencies":
             return not value
         case "dependentRequired":
@@ -208,9 +208,9 @@ def _fold_patterns(schema: Schema, names: Sequence[str]) -> None:
             continue
         for name in matched:
             declared = properties.get(name, True)
-            if _accepts_all(declared) or declared == inner:
+            if accepts_all(declared) or declared == inner:
                 properties = {**properties, name: inner}
-            elif not _accepts_all(inner):
+            elif not accepts_all(inner):
                 properties = {**properties, name: {"allOf": [declared, inner]}}
         schema["properties"] = properties
         schema["patternProperties"] = {
@@ -329,7 +329,7 @@ def _may_be(schema: Schema, type: str) -> bool:
     return not isinstance(types, list) or type in types
 
 
-def _accepts_all(value: Any, *ignored: str) -> bool:
+def accepts_all(value: Any, *ignored: str) -> bool:
     return value is True or (isinstance(value, dict) and not value.keys() - _ANNOTATIONS - set(ignored))
 
 

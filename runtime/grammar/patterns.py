@@ -11,6 +11,19 @@ _LOOKAROUND = ("(?=", "(?!", "(?<=", "(?<!")
 _MAX_CHECKED_NAMES = 256  # names of one object that a pattern is checked against
 
 
+# Patterns of zod 4 with look-ahead inside, and the same without: ``z.email()`` and ``z.iso.duration()``.
+_LOCAL = r"[A-Za-z0-9_'+\-]"
+_TIME = r"T(?:\d+H(?:\d+M)?(?:\d+(?:[.,]\d+)?S)?|\d+M(?:\d+(?:[.,]\d+)?S)?|\d+(?:[.,]\d+)?S)"
+_KNOWN = {
+    r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$": (
+        rf"^(?:{_LOCAL}+\.)*{_LOCAL}*[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{{2,}}$"
+    ),
+    r"^P(?:(\d+W)|(?!.*W)(?=\d|T\d)(\d+Y)?(\d+M)?(\d+D)?(T(?=\d)(\d+H)?(\d+M)?(\d+([.,]\d+)?S)?)?)$": (
+        rf"^P(?:\d+W|(?:\d+Y(?:\d+M)?(?:\d+D)?|\d+M(?:\d+D)?|\d+D)(?:{_TIME})?|{_TIME})$"
+    ),
+}
+
+
 def without_lookahead(pattern: str) -> list[str] | None:
     """Patterns that a string must all match in order to match ``pattern``, without look-around.
 
@@ -20,6 +33,8 @@ def without_lookahead(pattern: str) -> list[str] | None:
     """
     if not any(mark in pattern for mark in _LOOKAROUND):
         return [pattern]
+    if pattern in _KNOWN:
+        return [_KNOWN[pattern]]
     if not pattern.startswith("^(?"):
         return None  # look-around that may apply anywhere in the string
     rest = pattern[1:]

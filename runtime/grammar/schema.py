@@ -9,7 +9,7 @@ import msgspec
 
 from ..constraint import ConstraintError
 from .finite_schema import without_endless
-from .keywords import LITERALS, NAMED_SCHEMAS, check, declared_names, resolve, simplified
+from .keywords import LITERALS, NAMED_SCHEMAS, accepts_all, check, declared_names, resolve, simplified
 from .unions import exclusive
 
 MAX_DEPTH = 64  # nested objects and lists
@@ -34,7 +34,9 @@ def parse(text: str) -> Any:
     _bound(schema)
     if not _composes(schema):
         schema = _closed(schema)
-    schema = _rewritten(schema, schema, declared_names(schema))
+    written, schema = schema, _rewritten(schema, schema, declared_names(schema))
+    if schema is False and written is not False:
+        raise ConstraintError("uses not, of a schema that every value satisfies: no value satisfies this one")
     schema = without_endless(schema)
     check(schema)
     return {**schema, "x-guidance": _OPTIONS} if isinstance(schema, dict) else schema
@@ -76,6 +78,8 @@ def _rewritten(value: Any, root: Any, names: Sequence[str], named: bool = False)
         key: inner if key in LITERALS else _rewritten(inner, root, names, key in NAMED_SCHEMAS)
         for key, inner in value.items()
     }
+    if accepts_all(result.get("not")):  # zod's never
+        return False
     branches = result.get("oneOf")
     if (
         isinstance(branches, list)

@@ -40,6 +40,8 @@ class Decoder:
             is packed for its kernel would otherwise stay in memory twice.
         ops: the small operations.
         int8: quantize the linear layers to int8, for a CPU.
+        fixed_rows: run linear layers and MLPs for so many rows at a time, so that a token's result does not depend on
+            the others of its step; None: for those that there are.
         group: the ranks that the model is split over (Shoeybi et al., 2019): each computes its heads, its part of the
             MLP and its part of the vocabulary, and two sums a layer join them.
     """
@@ -52,6 +54,7 @@ class Decoder:
         group: TensorGroup | None = None,
         *,
         int8: bool = False,
+        fixed_rows: int | None = None,
     ) -> None:
         self._group: TensorGroup = group or SingleRank()
         self.config = config = rank_config(config, self._group.size)
@@ -64,7 +67,7 @@ class Decoder:
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
-        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8)
+        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8, fixed_rows=fixed_rows)
         self._lm_head = make_linear("lm_head")
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
@@ -165,7 +168,7 @@ class _Layer:
             for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         )
         self.qkv, self.o = make_linear(f"layers.{index}.qkv"), make_linear(f"layers.{index}.o")
-        self.mlp = make_mlp(config, f"layers.{index}", weights, ops, make_linear)
+        self.mlp = make_linear.fixed(make_mlp(config, f"layers.{index}", weights, ops, make_linear.plain))
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm == "head":

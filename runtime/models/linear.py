@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.base import Ops
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
-from ...kernels.linear import Int8Linear, Linear, PlainLinear, packs
+from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, packs
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
 from .weights import shard_shape, stored_dtype, weight_specs
@@ -27,13 +27,31 @@ class LinearFactory:
         ops: the small operations.
         dtype: the model's.
         int8: quantize weights to int8, for a CPU.
+        fixed_rows: multiply so many rows at a time, always (`FixedRows`); None: those that there are.
     """
 
-    def __init__(self, weights: dict[str, Tensor], ops: Ops, dtype: torch.dtype, *, int8: bool = False) -> None:
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        ops: Ops,
+        dtype: torch.dtype,
+        *,
+        int8: bool = False,
+        fixed_rows: int | None = None,
+    ) -> None:
         self._weights, self._ops, self._dtype, self._int8 = weights, ops, dtype, int8
+        self._fixed_rows = fixed_rows
+
+    def fixed(self, layer: Linear) -> Linear:
+        """``layer``, which works row by row, with ``fixed_rows``."""
+        return layer if self._fixed_rows is None else FixedRows(layer, self._fixed_rows)
 
     def __call__(self, name: str) -> Linear:
         """The product with weight ``name`` and, if there is one, its ``name_bias``."""
+        return self.fixed(self.plain(name))
+
+    def plain(self, name: str) -> Linear:
+        """The same without ``fixed_rows``, for a part of what is `fixed` as a whole."""
         weight, scale, input_scale, bias = (
             self._weights.pop(name + suffix, None) for suffix in ("", "_scale", "_input_scale", "_bias")
         )

@@ -10,10 +10,9 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.25
 
 
 def ignore_stop_signals() -> None:
@@ -26,19 +25,12 @@ def die_with_parent(parent: int, run_dir: Path | None = None) -> None:
     """Ends this process when process ``parent`` ends for any reason, SIGKILL included.
 
     With ``run_dir``, this process then removes that directory. One child does, so that a killed server leaves no
-    sockets behind. Linux sends a signal; elsewhere a thread polls. Call it from the main thread.
+    sockets behind. Linux ends the others by a signal; the one that cleans up polls in a thread, as a signal's handler
+    in Python would not run while the main thread waits for a message. Call it from the main thread.
     """
-    if sys.platform == "linux":
-        death_signal = signal.SIGKILL if run_dir is None else signal.SIGHUP
-        if run_dir is not None:
-            directory = run_dir
-
-            def leave(_signal: int, _frame: FrameType | None) -> None:
-                _leave(directory)
-
-            signal.signal(signal.SIGHUP, leave)
+    if sys.platform == "linux" and run_dir is None:
         libc = ctypes.CDLL(None, use_errno=True)
-        if libc.prctl(_PR_SET_PDEATHSIG, int(death_signal), 0, 0, 0) != 0:
+        if libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     else:
         threading.Thread(target=_watch, args=(parent, run_dir), name="lifeline", daemon=True).start()

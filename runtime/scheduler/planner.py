@@ -10,6 +10,7 @@ import numpy as np
 from ..config import SchedulePolicy
 from ..messages import CacheReport
 from ..step import RowStart
+from ..tiers.none import NoTiers
 from .draft import Chunk, Draft, ScheduledStep
 from .estimator import OutputEstimator
 from .fairness import Fairness
@@ -32,10 +33,11 @@ _REFRESH = 2  # waiting requests whose cached prefix is looked up again per step
 class Planner:
     """Plans steps over the ledger's requests. ``max_batched_tokens``: query tokens per step."""
 
-    def __init__(self, ledger: Ledger, *, policy: SchedulePolicy, max_batched_tokens: int) -> None:
+    def __init__(self, ledger: Ledger, *, policy: SchedulePolicy, max_batched_tokens: int, tiers: NoTiers) -> None:
         self._ledger = ledger
         self._rows = ledger.rows
         self._tree = ledger.tree
+        self._tiers = tiers
         self._page_size = ledger.page_size
         self._policy: SchedulePolicy = policy
         self._budget = max_batched_tokens
@@ -180,6 +182,8 @@ class Planner:
             if draft.chunks and self._should_await_copy(request):
                 continue
             tries -= 1
+            if self._should_await_copies(request):
+                continue
             if self._longest_run(request) > deadline or not (self._rows.has_free or self._yield_to(draft, request)):
                 continue
             admitted = self._admit(draft, request, look=not misfits)
@@ -272,6 +276,12 @@ class Planner:
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
 
+    def _should_await_copies(self, request: Request) -> bool:
+        """Whether it would fit, and lower memory tiers are bringing up a part of its prompt."""
+        expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
+        fits = not len(self._rows) or self._may_fit(request, expected, look=False)
+        return fits and self._tiers.should_wait(request)
+
     def _may_fit(self, request: Request, expected: int, look: bool) -> bool:
         """Whether it may fit, by the last lookup of its prefix or, with ``look``, by a new one."""
 
@@ -320,6 +330,8 @@ class Planner:
             reason = "disabled" if request.no_cache else report.reason
             written = 0 if reason == "disabled" else max(0, request.prompt_len - lease.hit)
             request.cache = CacheReport(report.hit_tokens, reason, report.diverged_at, refilled, written)
+            came = self._tiers.served(request, lease.hit)
+            request.cache.host_tokens, request.cache.disk_tokens, request.cache.tier_reason = came
         request.cache.cached_logprobs = request.cached_logprobs
         if lease.hit == request.num_tokens:  # max_tokens=0 and everything is cached
             self._ledger.pin_breakpoints(request)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ...radix.tree import RadixTree
 from ..config import EngineConfig
 from ..errors import InvalidRequest
 from ..grammar.compiler import GrammarCompiler
@@ -29,14 +28,17 @@ from ..messages import (
 )
 from ..sampling_params import MAX_SEED
 from ..step import NON_FINITE, StepResult, TokenLogprobs
+from ..tiers.copies import Ended
 from .cache.service import CacheService
 from .clock import Clock
 from .constraints import ConstraintEvents, ConstraintManager
 from .draft import ScheduledStep
 from .ledger import Ledger
+from .memory import LowerTiers, make_tree
 from .planner import Planner
 from .request import Request, Status
 from .rows import DECODE
+from .totals import update_stats
 
 logger = logging.getLogger(__name__)
 
@@ -63,20 +65,18 @@ class Scheduler:
         max_batched_tokens: int,
         eos_ids: tuple[int, ...] = (),
         grammars: GrammarCompiler | None = None,
+        lower: LowerTiers | None = None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = Clock(now)
         self.limits = limits
-        self.tree = RadixTree(
-            num_pages,
-            page_size=config.page_size,
-            policy=config.eviction_policy,
-            enabled=not config.disable_radix_cache,
-        )
+        self.tree, self.tiers = make_tree(config, num_pages, lower, self.clock)
         self.cache = CacheService(self.tree, config, self.clock)
         self.ledger = Ledger(self.tree, max_rows)
         self.ledger.pin_breakpoints = self.cache.pin_breakpoints
-        self.planner = Planner(self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens)
+        self.planner = Planner(
+            self.ledger, policy=config.schedule_policy, max_batched_tokens=max_batched_tokens, tiers=self.tiers
+        )
         self._eos_ids = eos_ids
         self._constraints = ConstraintManager(grammars)
         self._jump_forward = config.jump_forward
@@ -170,12 +170,14 @@ class Scheduler:
         self.clock.tick()
         return self._constraints.poll(self.clock())
 
-    def plan(self, events: ConstraintEvents = _NO_EVENTS) -> ScheduledStep | None:
-        """The next step, or None if nothing can run now. It must be launched, in order.
+    def plan(self, events: ConstraintEvents = _NO_EVENTS, copies: Sequence[Ended] = ()) -> ScheduledStep | None:
+        """The next step, or None if nothing can run now. It must be launched, in order, after `TierManager.begin`.
 
         ``events``: which grammars and masks became ready since the last plan. Grammar threads are not polled here.
+        ``copies``: the copies between memory tiers that have ended, from `TierManager.poll`.
         """
         self._apply(events)
+        self.tiers.apply(copies)
         step = self.planner.plan()
         for request, position, rows in self.planner.scores.recalled:
             self._deliver_prompt_logprobs(request, position, rows)
@@ -264,6 +266,7 @@ class Scheduler:
             self._out.queue_seconds[request.id] = request.queue_seconds
             self._totals.cached_tokens += request.cache.hit_tokens
             self.cache.begun(request)
+            self.tiers.used(request.namespace, request.prompt[: request.cache.hit_tokens])
 
     def complete(self, step: ScheduledStep, result: StepResult) -> None:
         """Applies the result of a launched step. Steps complete in launch order.
@@ -273,6 +276,7 @@ class Scheduler:
         """
         self.clock.tick()
         self.tree.end_step(step.plan.step)
+        self.tiers.step_ended(step.prompt_tokens, step.plan.num_tokens)
         self._totals.kv_bytes += result.kv_bytes
         self._totals.kv_bytes_saved += result.kv_bytes_saved
         for i, (start, rows) in result.prompt_logprobs.items():
@@ -414,6 +418,7 @@ class Scheduler:
         else:
             self.ledger.waiting.pop(request.id, None)
         self._constraints.forget(request)
+        self.tiers.forget(request.id)
         request.status = Status.FINISHED
         self.cache.ended(request, well=reason in ("stop", "length"))
         del self._live[request.id]
@@ -459,7 +464,8 @@ class Scheduler:
             self.ledger.hold_owner.forget()
         self.cache.pins.forget()
         self.tree.end_step(self.tree.begin_step())  # whatever was in flight has ended
-        self.tree.flush()
+        self.tiers.distrust()
+        self.tree.flush(keep_disk=True)
 
     def fail_oldest(self, error: str) -> None:
         """Ends one request with ``error``: a last resort when no request can advance."""
@@ -474,9 +480,10 @@ class Scheduler:
         return bool(self._live)
 
     @property
-    def waits_for_grammars(self) -> bool:
-        """Whether grammar threads will make a request schedulable, though none may be now."""
-        return self._constraints.busy
+    def waits_outside(self) -> bool:
+        """Whether grammar threads or copies between memory tiers will make a request schedulable, though none may be
+        now."""
+        return self._constraints.busy or self.tiers.busy
 
     def take_output(self) -> StepOutput | None:
         """All output since the last call, or None."""
@@ -488,12 +495,5 @@ class Scheduler:
 
     def stats(self) -> Stats:
         """The present counters. The same object is updated by the next call."""
-        totals, tree = self._totals, self.tree
-        totals.running = len(self.ledger.rows)
-        totals.waiting = len(self.ledger.waiting) + self._constraints.compiling
-        totals.pages_free = tree.allocator.free
-        totals.pages_cached = tree.evictable
-        totals.evicted_pages = tree.evicted_total
-        totals.pins, totals.pages_pinned = len(self.cache.pins), self.cache.pins.pages
-        totals.retractions = self.ledger.retractions
-        return totals
+        waiting = len(self.ledger.waiting) + self._constraints.compiling
+        return update_stats(self._totals, self.ledger, waiting, self.cache.pins, self.tiers)

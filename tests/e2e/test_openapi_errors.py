@@ -139,6 +139,11 @@ CASES: dict[str, tuple[str, str, Callable[[Api], httpx.Response]]] = {
     ),
     "gone": ("POST", "/branches/{id}/extend", gone),
     "too large": ("POST", "/generate", lambda api: api.post("/generate", text="x" * 20_000)),
+    "compressed": (
+        "POST",
+        "/generate",
+        lambda api: api.http.post("/generate", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"}),
+    ),
     "too many branches": ("POST", "/branches", one_too_many),
     "no room for a pin": (
         "POST",

@@ -38,8 +38,6 @@ plans = st.builds(
     starts=st.lists(starts, max_size=3),
     prompt_logprobs=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20), st.integers(0, 99)), max_size=3),
     constrained=ids,
-    host_stores=pairs,
-    host_loads=pairs,
 )
 
 

@@ -15,7 +15,7 @@ from .reader import SPACE, Malformed, Markers, Reader, Show, Wait
 # Complete strings without escapes, in Python and in JSON: fast paths for `string` and `json_string`.
 _SHORT_STRING = re.compile(r"""(?:\"([^"\\]+)\"|'([^'\\]+)'|""|'')(?=[\s,:)}\]])""")
 _SHORT_JSON = re.compile(r'"[^"\\\x00-\x1f]*"(?=[,:}\]])')
-_BARE_KEY = re.compile(r"[^\s:{}\[\](),\"'<]+")
+_BARE_KEY = re.compile(r"[^\s:={}\[\](),\"'<]+")
 _BARE = re.compile(r"[^,()\[\]{}\"'<\n#/]+")
 _NUMBER = re.compile(r"[0-9.eE+\-]+(?=[,\]}])")  # a fast path
 _COMMENTS = ("#", "//", "/*")
@@ -57,6 +57,8 @@ def value(
         if following in _BLANK:
             pending += yield from reader.run(SPACE)
             following = reader.text[reader.at : reader.at + 1]
+        if following == "=" and state == _COLON and not strict:
+            following = ":"
         if following in _PUNCTUATION:
             if state == _COLON and following == ":":
                 reader.take(reader.at + 1)

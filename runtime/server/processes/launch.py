@@ -47,8 +47,11 @@ class RunDirectory:
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
         remove_stale(Path(base))
-        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # mkdtemp: mode 0700
-        self._lock = hold_lock(self.path, "http")
+        try:
+            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # mkdtemp: mode 0700
+            self._lock = hold_lock(self.path, "http")
+        except OSError as error:  # no space, no inodes, no permission
+            raise LoadError(f"{base} cannot take the server's sockets: {error.strerror}; set TMPDIR") from error
         keyless = msgspec.structs.replace(
             config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None
         )

@@ -102,17 +102,6 @@ def test_sampled_tokens_depend_on_their_position_alone(driver: Drive, make: Simp
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("copies", ["host_stores", "host_loads"])
-def test_copies_to_a_tier_that_is_not_there_are_refused(copies: str, driver: Drive, make: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match="no host tier"):
-        driver().step(
-            [(0, PROMPT[:8], 0, True)],
-            table=make.columns(0, [4]),
-            starts=[make.start(0, PROMPT[:8])],
-            **{copies: np.array([[1, 2]], np.int32)},
-        )
-
-
 def test_copy_on_write_reuses_part_of_a_page(driver: Drive, make: SimpleNamespace, oracle: Oracle) -> None:
     """The second request shares 12 tokens with the first: a page and half of the next, which is copied."""
     drive = driver()

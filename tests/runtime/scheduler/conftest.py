@@ -14,7 +14,10 @@ from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.logprobs import TokenLogprob, unpack
 from branchwise.runtime.messages import Finished, Generate, StepOutput
 from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.scheduler.memory import LowerTiers
 from branchwise.runtime.step import PENDING, StepPlan, StepResult, TokenLogprobs
+from branchwise.runtime.tiers.copies import Ended, HostCopies
+from branchwise.runtime.tiers.disk import DiskTier
 
 VOCAB = 50
 EOS = 1
@@ -139,12 +142,54 @@ class CanaryExecutor:
         pass
 
 
+class CanaryHost:
+    """A `HostCopier` for the canary executor. Loads end late, fail or stay under way as ``fate`` says of each."""
+
+    def __init__(self, executor: CanaryExecutor, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._pool = executor.slots.reshape(executor.num_pages, -1)
+        self.page_bytes = self._pool.shape[1] * self._pool.itemsize
+        self.memory = np.zeros((num_slots, self.page_bytes), np.uint8)
+        self.fate: Callable[[], str] = lambda: "arrives"
+        self.loads = self.stores = self._calls = 0
+        self._under_way: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def store(self, copies: HostCopies) -> None:
+        assert len(set(copies.slots.tolist())) == len(copies.slots)
+        self._calls += 1
+        self.stores += len(copies.pages)
+        self.memory[copies.slots] = self._pool[copies.pages].view(np.uint8)
+
+    def load(self, copies: HostCopies) -> None:
+        for id_, slots, pages in copies.loads:
+            self._pool[pages] = -9  # until it has ended
+            self._under_way.append((id_, slots, pages))
+
+    def stored(self) -> int:
+        return self._calls
+
+    def ended(self) -> list[Ended]:
+        ended, waiting = [], []
+        for id_, slots, pages in self._under_way:
+            fate = self.fate()
+            if fate == "waits":
+                waiting.append((id_, slots, pages))
+                continue
+            good = len(slots) if fate == "arrives" else len(slots) // 2
+            self._pool[pages[:good]] = self.memory[slots[:good]].view(np.int64)
+            self.loads += good
+            ended.append(Ended(id_, good, 1e-4, damaged=fate == "damaged"))
+        self._under_way = waiting
+        return ended
+
+
 @dataclass
 class Driver:
     """Feeds a core, collects its output and compares it with the oracle."""
 
     core: EngineCore
     executor: CanaryExecutor
+    host: CanaryHost | None = None
     prompts: dict[int, list[int]] = field(default_factory=dict)
     params: dict[int, SamplingParams] = field(default_factory=dict)
     outputs: dict[int, list[int]] = field(default_factory=dict)
@@ -236,10 +281,20 @@ class Driver:
 @pytest.fixture
 def make_driver() -> Callable[..., Driver]:
     def make(
-        *, num_pages: int = 64, page_size: int = 4, max_len: int = 512, overlap: bool = False, **config: object
+        *,
+        num_pages: int = 64,
+        page_size: int = 4,
+        max_len: int = 512,
+        overlap: bool = False,
+        host_slots: int = 0,
+        disk: DiskTier | None = None,
+        **config: object,
     ) -> Driver:
         settings = EngineConfig(page_size=page_size, overlap=overlap, **({"max_num_seqs": 8} | config))  # type: ignore[arg-type]
         executor = CanaryExecutor(num_pages, page_size, settings.max_num_seqs, max_len)
-        return Driver(EngineCore(settings, executor, (EOS,), max_len), executor)
+        host = CanaryHost(executor, host_slots) if host_slots else None
+        lower = None if host is None else LowerTiers(host, disk)
+        core = EngineCore(settings, executor, (EOS,), max_len, lower=lower)
+        return Driver(core, executor, host)
 
     return make

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ import pytest
 from branchwise import EngineConfig, Server, ServerConfig
 from branchwise.runtime.config import check_server
 from branchwise.runtime.errors import EngineDead, LoadError
+from branchwise.runtime.server.processes.launch import RunDirectory
 from branchwise.runtime.server.server import ServerStopped
 
 
@@ -181,3 +184,14 @@ def test_each_key_has_an_equal_share_of_what_is_limited_in_total(config: Callabl
     assert shared.engine.pinned_share_per_key == pytest.approx(1 / 3)
     assert check_server(shared) == shared
     assert check_server(config(api_key="a", extra_api_keys=("b",), max_queued_per_key=9)).max_queued_per_key == 9
+
+
+def test_a_disk_without_space_or_inodes_is_one_line(
+    config: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(**_: Any) -> str:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    with pytest.raises(LoadError, match="No space left on device; set TMPDIR"):
+        RunDirectory(config())

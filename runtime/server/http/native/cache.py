@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,8 @@ def routes(state: AppState) -> Routes:
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
             if facts:  # the first try kept less than all
-                await _ask(state, "cache_unpin", namespace, pin=facts["id"])
+                with contextlib.suppress(InvalidRequest):  # it has expired, or the cache was flushed
+                    await _ask(state, "cache_unpin", namespace, pin=facts["id"])
             if body.warm:
                 await _compute(
                     state, request, [prompt], field, {"namespace": namespace, "add_special_tokens": not is_chat}

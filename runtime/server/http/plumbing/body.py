@@ -95,13 +95,18 @@ class BodyLimit:
 async def read_json_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. NaN, Infinity, lone surrogates, invalid UTF-8 and absurd nesting are a 400.
 
-    A body with more values than the server allows is a 413 before it is parsed: parsing it would block the event loop.
-    Scans of large bodies yield to the event loop between slices.
+    A compressed body is a 415. A body with more values than the server allows is a 413 before it is parsed: parsing it
+    would block the event loop. Scans of large bodies yield to the event loop between slices.
 
     A list of non-negative integers in a field for token ids becomes an int64 array [n], a list of long ones a list of
     arrays; other lists stay lists. 33,000 ids cost a third of the time that as many Python objects take, during which
     other requests wait.
     """
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise InvalidRequest(
+            None, f"Content-Encoding {encoding[:60]} is not supported: send the body as it is", status=415
+        )
     body = await request.body()
     if not body:
         raise InvalidRequest(None, "the body is empty: it must be a JSON object")

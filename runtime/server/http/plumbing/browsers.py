@@ -22,7 +22,8 @@ ACTING_GETS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})  # 
 class BrowserGuard:
     """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host).
 
-    ``Host`` is checked on loopback addresses only: elsewhere the names of the server are unknown.
+    On a loopback address ``Host`` must be one of its names. Elsewhere the names of the server are unknown: a browser's
+    must be an IP address, a name without a dot or of the local network (.local), or allowed, as no public domain is.
 
     A browser's POST must be declared as JSON, which makes the browser ask the server first (a CORS preflight, which is
     refused), and its GET cannot act, as the address of an image would. Other clients are free to do both.
@@ -51,7 +52,8 @@ class BrowserGuard:
                 return f"requests from the web site {origin[:100].decode('latin-1')} are refused"
         elif headers.get(b"sec-fetch-site") == b"cross-site":
             return "requests from other web sites are refused"
-        if self._check_host and host and _host_name(b"//" + host) not in self._names:
+        name = _host_name(b"//" + host)
+        if host and name not in self._names and (self._check_host or (_from_browser(headers) and not _is_local(name))):
             return f"requests to the host {host[:100].decode('latin-1')} are refused"
         return None
 
@@ -63,9 +65,20 @@ def _acts(method: str, path: str, headers: dict[bytes, bytes]) -> str | None:
         kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
         return None if kind == b"application/json" else "a browser's POST must have Content-Type: application/json"
     # A browser marks no GET for an address without TLS that is not its own machine's.
-    if method == "GET" and path in ACTING_GETS and (marked or headers.get(b"user-agent", b"").startswith(b"Mozilla/")):
+    if method == "GET" and path in ACTING_GETS and _from_browser(headers):
         return f"GET {path} is refused to browsers, send POST"
     return None
+
+
+def _from_browser(headers: dict[bytes, bytes]) -> bool:
+    return b"origin" in headers or b"sec-fetch-site" in headers or headers.get(b"user-agent", b"")[:8] == b"Mozilla/"
+
+
+def _is_local(name: str | None) -> bool:
+    """Whether it is an IP address or a name that DNS rebinding cannot use."""
+    if name is None:
+        return False
+    return "." not in name or name.endswith(".local") or name.replace(".", "").isdigit()
 
 
 def _host_name(url: bytes) -> str | None:

@@ -135,6 +135,12 @@ TOO_LARGE = Failure(
     "The body has more bytes than `--max-body-bytes`.",
     (Example("too large", "the request body must be at most 16777216 bytes"),),
 )
+COMPRESSED = Failure(
+    "Compressed",
+    415,
+    "The body is compressed.",
+    (Example("compressed", "Content-Encoding gzip is not supported: send the body as it is"),),
+)
 TOO_MANY_BRANCHES = Failure(
     "TooManyBranches",
     429,
@@ -222,6 +228,7 @@ FAILURES = {
         RECORDING,
         BRANCH_GONE,
         TOO_LARGE,
+        COMPRESSED,
         TOO_MANY_BRANCHES,
         KEY_QUEUE,
         PIN_QUOTA,

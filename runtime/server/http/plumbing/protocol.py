@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from .errors import RETRY_AFTER_SECONDS, error_body
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
 
 MAX_PIPELINED = 64  # requests of one connection that wait for earlier ones
 
@@ -32,6 +37,7 @@ class HttpProtocol(HttpToolsProtocol):
     body_bytes = 16 * 1024  # plus a second for every so many bytes of it,
     body_most_seconds = 300.0  # but no more than this
     unread_seconds = 60.0  # for which a client may leave a full send buffer unread
+    half_closed_seconds = 0.5  # for an answer to a client that has closed its side: most such clients have left
 
     _loose = 0  # bytes since the parser last completed something: a head, a piece of body, a chunk's header
     _head_timer: asyncio.TimerHandle | None = None
@@ -40,6 +46,10 @@ class HttpProtocol(HttpToolsProtocol):
     _in_body = False
     _body_since = 0.0  # the loop's time when the first piece of a request came without its end
     _body_seen = 0  # bytes
+    _half_closed_timer: asyncio.TimerHandle | None = None
+    _owed = 0  # whole requests that have not been answered
+    _problem: str | None = None  # of the request that the parser is told to refuse
+    _refusal: tuple[int, str] | None = None  # to be sent after the answers that are owed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -51,12 +61,29 @@ class HttpProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        for timer in (self._head_timer, self._body_timer, self._unread_timer):
+        for timer in (self._head_timer, self._body_timer, self._unread_timer, self._half_closed_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
 
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """A client that has left looks like one that only sends no more: both get a moment, then an end."""
+        if self.cycle is None or self.cycle.response_complete or self._in_body:
+            return None
+        self.cycle.keep_alive = False
+        self._half_closed_timer = self.loop.call_later(self.half_closed_seconds, self._end_half_closed)
+        return True
+
+    def _end_half_closed(self) -> None:
+        if self.cycle.response_started:
+            self._close()
+        else:
+            self._owed = 0
+            self._refuse(400, "the client closed its side of the connection before the answer; keep it open meanwhile")
+
     def data_received(self, data: bytes) -> None:
+        if self._refusal is not None:
+            return
         # Checked before this piece is counted: its end may belong to a body.
         if self._loose > self.max_head_bytes:
             self.send_400_response(f"the request's headers are larger than {self.max_head_bytes} bytes")
@@ -88,8 +115,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._in_body, self._body_seen = True, 0
         self._head_arrived()
         if len(self.pipeline) >= MAX_PIPELINED:
-            raise ValueError("too many pipelined requests")  # the parser's caller answers 400 and closes
+            self._problem = f"more than {MAX_PIPELINED} requests are pipelined"
+        elif sum(name == b"host" for name, _ in self.headers) > 1:
+            self._problem = "the request has more than one Host header"
+        if self._problem is not None:
+            raise ValueError(self._problem)  # the parser's caller answers 400 and closes
         super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign]
 
     # -- bodies --------------------------------------------------------------------------------------------------------
 
@@ -107,6 +140,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self._body_timer is not None:
             self._body_timer.cancel()
             self._body_timer = None
+        self._owed += 1
         super().on_message_complete()
 
     def _body_is_late(self) -> None:
@@ -125,6 +159,14 @@ class HttpProtocol(HttpToolsProtocol):
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
+    def on_response_complete(self) -> None:
+        self._owed = max(0, self._owed - 1)
+        if self._refusal is not None and not self._owed:
+            self.pipeline.clear()
+            if not self.transport.is_closing():
+                self._refuse(*self._refusal)
+        super().on_response_complete()
+
     def pause_writing(self) -> None:
         super().pause_writing()
         self._unread_timer = self.loop.call_later(self.unread_seconds, self.transport.abort)
@@ -139,10 +181,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._close()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(400, msg)
+        self._refuse(400, self._problem or msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Send an error in OpenAI's shape and close the connection."""
+        """Send an error in OpenAI's shape and close the connection, after the answers to earlier requests."""
+        if self._owed:
+            self._refusal = status, message
+            self._head_arrived()  # nothing more is read
+            return
         body = msgspec.json.encode(error_body(status, message))
         retry = f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if status == 503 else ""
         head = (
@@ -157,3 +203,21 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.unread_seconds, self.transport.abort)
+
+
+def _unchunked(cycle: RequestResponseCycle) -> Callable[[ASGISendEvent], Coroutine[Any, Any, None]]:
+    """``cycle.send`` for HTTP/1.0, which has no chunks: a body of unknown length ends where the connection does."""
+    send = cycle.send
+    until_close = False
+
+    async def send_unchunked(message: ASGISendEvent) -> None:
+        nonlocal until_close
+        if message["type"] == "http.response.start":
+            until_close = not any(name.lower() == b"content-length" for name, _ in message.get("headers", []))
+            if until_close:
+                cycle.chunked_encoding = False
+        elif until_close and message["type"] == "http.response.body":
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    return send_unchunked

@@ -214,6 +214,7 @@ def _failures(
         yield failures.TIMED_OUT
     if body is not None:
         yield failures.TOO_LARGE
+        yield failures.COMPRESSED
     if engine:
         yield failures.ENGINE_FAILED
         yield failures.UNAVAILABLE

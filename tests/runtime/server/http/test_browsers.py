@@ -98,3 +98,16 @@ async def test_a_browser_changes_nothing_by_get(
     code, text = await status(make_state(), {"Host": OWN, **mark}, path)
     assert code == 403 and f"GET {path}" in text
     assert (await status(make_state(), {"Host": OWN, "User-Agent": "python-requests/2.32"}, path))[0] != 403
+
+
+@pytest.mark.parametrize("marks", [{"User-Agent": "Mozilla/5.0"}, {"Sec-Fetch-Site": "same-origin"}])
+async def test_a_rebound_name_is_refused_on_any_address(
+    make_state: Callable[..., AppState], marks: dict[str, str]
+) -> None:
+    """After DNS rebinding a page's GETs are of its own origin, and name its own domain."""
+    state = make_state(host="0.0.0.0", allowed_hosts=("models.example",))
+    code, text = await status(state, {"Host": "evil.example:8000", **marks})
+    assert code == 403 and "--allowed-host" in text
+    for host in ("models.example", "10.1.2.3:8000", "[fe80::1]:8000", "gpubox:8000", "gpubox.local", "localhost"):
+        assert (await status(state, {"Host": host, **marks}))[0] == 200
+    assert (await status(state, {"Host": "service.cluster.example"}))[0] == 200, "other clients have any name for it"

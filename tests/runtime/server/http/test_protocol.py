@@ -26,6 +26,7 @@ class Hasty(HttpProtocol):
     unread_seconds = 0.3
     body_most_seconds = 1.5
     max_connections = 8
+    half_closed_seconds = 0.3
 
 
 class App:
@@ -49,7 +50,7 @@ class App:
                 if not message["more_body"]:
                     break
             body = b"x" * LARGE if scope["path"] == "/large" else b"%d bytes" % size
-            length = [(b"content-length", b"%d" % len(body))]
+            length = [] if scope["path"] == "/stream" else [(b"content-length", b"%d" % len(body))]
             await send({"type": "http.response.start", "status": 200, "headers": length})
             for start in range(0, len(body), 1 << 16):
                 await send({"type": "http.response.body", "body": body[start : start + (1 << 16)], "more_body": True})
@@ -206,3 +207,64 @@ async def test_a_body_may_not_take_forever_however_large_it_is(connect: Connect)
     started = time.monotonic()
     assert (await said(reader)).startswith(b"HTTP/1.1 408 ")
     assert 1 < time.monotonic() - started < 4
+
+
+GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+async def test_answers_that_are_owed_come_before_the_refusal_of_a_bad_request(connect: Connect, app: App) -> None:
+    reader, writer = await connect()
+    writer.write(GET % b"/slow" + HEAD % 3 + b"abc" + b"NONSENSE\r\n\r\n" + GET % b"/")
+    answer = await said(reader)
+    assert answer.count(b"HTTP/1.1") == 3
+    first, second, third = answer.split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and first.endswith(b"0 bytes")
+    assert second.startswith(b"200") and second.endswith(b"3 bytes")
+    assert third.startswith(b"400") and b"Invalid HTTP request" in third
+    assert app.ended == 2
+
+
+async def test_a_bad_body_behind_a_slow_request_replaces_no_answer(connect: Connect) -> None:
+    reader, writer = await connect()
+    chunked = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    writer.write(GET % b"/slow" + chunked + b"zz\r\n")
+    first, second = (await said(reader)).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200") and first.endswith(b"0 bytes")
+    assert second.startswith(b"400")
+
+
+async def test_a_client_that_closed_its_side_gets_an_answer(connect: Connect, app: App) -> None:
+    reader, writer = await connect()
+    writer.write(HEAD % 3 + b"abc")
+    writer.write_eof()
+    answer = await said(reader)
+    assert answer.startswith(b"HTTP/1.1 200") and answer.endswith(b"3 bytes")
+    reader, writer = await connect()
+    writer.write(GET % b"/slow")
+    writer.write_eof()
+    started = time.monotonic()
+    head, _, body = (await said(reader)).partition(b"\r\n\r\n")
+    assert 0.2 < time.monotonic() - started < 0.8, "one that has left must not be computed for long"
+    assert head.startswith(b"HTTP/1.1 400")
+    assert "closed its side" in json.loads(body)["error"]["message"]
+
+
+async def test_http_1_0_gets_no_chunks(connect: Connect) -> None:
+    for path, end in ((b"/stream", b"0 bytes"), (b"/", b"0 bytes")):
+        reader, writer = await connect()
+        writer.write(b"GET %s HTTP/1.0\r\n\r\n" % path)
+        head, _, body = (await said(reader)).partition(b"\r\n\r\n")
+        assert b"chunked" not in head
+        assert b"connection: close" in head
+        assert body == end
+    reader, writer = await connect()
+    writer.write(GET % b"/stream")
+    assert (await asyncio.wait_for(reader.readuntil(b"0\r\n\r\n"), 5)).count(b"chunked") == 1
+
+
+async def test_a_request_names_one_host(connect: Connect) -> None:
+    reader, writer = await connect()
+    writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\nHost: evil.example\r\n\r\n")
+    head, _, body = (await said(reader)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400")
+    assert "more than one Host" in json.loads(body)["error"]["message"]

@@ -1,0 +1,149 @@
+"""The disk tier: reads and writes of a `CacheFolder` on threads of their own."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from ...radix.node import Int32, Namespace
+from ...radix.tree import RadixTree
+from .copies import Ended
+from .folder import CacheFolder, Damaged
+
+logger = logging.getLogger(__name__)
+
+_READERS = 4
+_LOG_SECONDS = 60.0  # between two lines about failures
+
+
+class DiskTier:
+    """Jobs on a folder. All changes of the index and all writes run on one thread, in order; reads run on others.
+
+    ``keep_salted``: also prefixes of requests with a salt, which is a secret of theirs, are written.
+    """
+
+    def __init__(self, folder: CacheFolder, keep_salted: bool = False) -> None:
+        self.folder = folder
+        self._keep_salted = keep_salted
+        self._writer = ThreadPoolExecutor(1, "branchwise-disk-write")
+        self._readers = ThreadPoolExecutor(_READERS, "branchwise-disk-read")
+        self._checksums: dict[int, tuple[bytes, bytes]] = {}  # record -> (prefix, checksum) of what is in the index
+        self._guard = threading.Lock()
+        self._ended: deque[Ended] = deque()
+        self._logged = 0.0
+
+    def keeps(self, namespace: Namespace) -> bool:
+        """Whether a namespace's prefixes are written."""
+        return self._keep_salted or not namespace[1]
+
+    def restore(self, tree: RadixTree) -> int:
+        """Adds what the folder remembers to an empty tree. Returns the number of tokens."""
+        rows = self.folder.load()
+        self._checksums = {row.record: (row.prefix, row.checksum) for row in rows}
+        tree.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in rows])
+        return sum(len(row.tokens) for row in rows)
+
+    def ended(self) -> list[Ended]:
+        """The jobs that have ended since the last call."""
+        ended = []
+        while self._ended:
+            ended.append(self._ended.popleft())
+        return ended
+
+    def read(self, id: int, records: Int32, memory: npt.NDArray[np.uint8], slots: Int32) -> None:
+        """Reads records into slots of ``memory``."""
+        wanted = list(zip(records.tolist(), slots.tolist(), strict=True))
+
+        def job() -> Ended:
+            started = time.perf_counter()
+            good, damaged = 0, False
+            try:
+                for record, slot in wanted:
+                    with self._guard:
+                        known = self._checksums.get(record)
+                    if known is None:
+                        raise Damaged(f"record {record} is not in the index")
+                    self.folder.read(record, *known, memory[slot])
+                    good += 1
+            except Damaged as error:
+                damaged = True
+                self._log("a page is dropped: %s", error)
+            except OSError as error:
+                damaged = True  # a disk that cannot read it now will hardly do so later
+                self._log("reading failed: %s", error)
+            return Ended(id, good, time.perf_counter() - started, damaged)
+
+        self._run(self._readers, id, job)
+
+    def write(
+        self,
+        id: int,
+        pages: list[tuple[Namespace, int, Int32]],
+        records: Int32,
+        memory: npt.NDArray[np.uint8],
+        slots: Int32,
+    ) -> None:
+        """Writes slots of ``memory`` to records, all or none: see `CacheFolder.write`."""
+        targets, sources = records.tolist(), slots.tolist()
+
+        def job() -> Ended:
+            started = time.perf_counter()
+            try:
+                self.folder.write(pages, targets, [memory[slot] for slot in sources])
+                found = self.folder.index.checksums(targets)
+            except (OSError, sqlite3.Error) as error:
+                self._log("writing failed: %s", error)
+                return Ended(id, 0, 0.0)
+            with self._guard:
+                self._checksums.update(found)
+            return Ended(id, len(targets), time.perf_counter() - started)
+
+        self._run(self._writer, id, job)
+
+    def delete(self, records: Int32) -> None:
+        """Deletes records, before any write that is queued later."""
+        if not len(records):
+            return
+        gone = records.tolist()
+        with self._guard:
+            for record in gone:
+                self._checksums.pop(record, None)
+
+        def job() -> Ended | None:
+            try:
+                self.folder.index.delete(gone)
+            except sqlite3.Error as error:  # checksums will show what the records hold
+                self._log("deleting failed: %s", error)
+            return None
+
+        self._run(self._writer, 0, job)
+
+    def close(self) -> None:
+        """Waits for queued jobs and closes the folder."""
+        self._readers.shutdown(wait=True)
+        self._writer.shutdown(wait=True)
+        self.folder.close()
+
+    def _run(self, pool: ThreadPoolExecutor, id: int, job: Callable[[], Ended | None]) -> None:
+        def done(future: Future[Ended | None]) -> None:
+            error = future.exception()
+            if error is not None:
+                logger.error("disk cache: a job failed", exc_info=error)
+            ended = Ended(id, 0, 0.0) if error is not None and id else (None if error is not None else future.result())
+            if ended is not None:
+                self._ended.append(ended)
+
+        pool.submit(job).add_done_callback(done)
+
+    def _log(self, message: str, error: Exception) -> None:
+        if time.monotonic() - self._logged > _LOG_SECONDS or not self._logged:
+            self._logged = time.monotonic()
+            logger.warning("disk cache: " + message, error)

@@ -1,0 +1,172 @@
+"""A folder of cached pages: segment files of fixed-size records, and their index. Blocking; see `disk` for threads.
+
+FOLDER/lock, secret                        one server at a time; the key of namespaces
+FOLDER/<fingerprint>/format.json           what the pages are of
+FOLDER/<fingerprint>/index.sqlite          which prefix each record holds
+FOLDER/<fingerprint>/segment-00000.bin     record r is page r % n of segment r // n
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import sqlite3
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ...radix.node import Int32, Namespace
+from ..errors import LoadError
+from .fingerprint import Fingerprint
+from .index import Index, PageRow, now, prefix_hash, sound
+
+logger = logging.getLogger(__name__)
+
+SEGMENT_BYTES = 128 << 20
+_MIN_FREE = 1 << 30  # bytes that are left free on the file system
+
+
+class Damaged(Exception):
+    """A record is not what its row says: short, or changed."""
+
+
+class CacheFolder:
+    """An open folder, locked against others. Raises `LoadError` if it cannot be used, or another process uses it.
+
+    Args:
+        path: made if need be, readable by its owner only.
+        max_records: records that fit in the quota.
+    """
+
+    def __init__(self, path: Path, fingerprint: Fingerprint, max_records: int) -> None:
+        self.page_bytes = fingerprint.page_bytes
+        self.max_records = max_records
+        self._per_segment = max(1, SEGMENT_BYTES // self.page_bytes)
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = lock_folder(path)
+            self.path = path / fingerprint.digest
+            self.path.mkdir(mode=0o700, exist_ok=True)
+            (self.path / "format.json").write_text(json.dumps(fingerprint.facts(), indent=1))
+            self.index = self._open_index()
+        except OSError as error:
+            raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
+        self._segments: dict[int, int] = {}  # open files
+
+    def _open_index(self) -> Index:
+        file = self.path / "index.sqlite"
+        try:
+            index = Index(file)
+            len(index)
+            return index
+        except sqlite3.Error as error:
+            logger.warning("disk cache: the index %s is damaged (%s): starting an empty one", file, error)
+            for each in self.path.glob("index.sqlite*"):
+                each.unlink()
+            return Index(file)
+
+    def load(self) -> list[PageRow]:
+        """The rows of every prefix that is whole, parents first. Others are deleted."""
+        try:
+            good, bad = sound(self.index.rows(), self.max_records)
+            if bad:
+                logger.warning("disk cache: %d pages are incomplete or beyond the quota, and are dropped", len(bad))
+                self.index.delete(bad)
+            return good
+        except sqlite3.Error as error:
+            logger.warning("disk cache: the index cannot be read (%s): starting empty", error)
+            self.index.close()
+            for each in self.path.glob("index.sqlite*"):
+                each.unlink()
+            self.index = Index(self.path / "index.sqlite")
+            return []
+
+    def read(self, record: int, prefix: bytes, checksum: bytes, out: npt.NDArray[np.uint8]) -> None:
+        """Reads one record into ``out``, uint8 [page_bytes]. Raises `Damaged`, or OSError."""
+        file, offset = self._place(record)
+        if os.preadv(file, [out.data], offset) != self.page_bytes:
+            raise Damaged(f"record {record} is short")
+        if _checksum(prefix, out) != checksum:
+            raise Damaged(f"record {record} has changed")
+
+    def write(
+        self,
+        pages: Sequence[tuple[Namespace, int, Int32]],
+        records: Sequence[int],
+        payloads: Sequence[npt.NDArray[np.uint8]],
+    ) -> None:
+        """Writes pages, and then their rows. ``pages``: (namespace, record before, tokens) of each, parents first.
+
+        Raises OSError or `sqlite3.Error`; then nothing was added.
+        """
+        self._require_space(len(records))
+        befores = [before for _, before, _ in pages if before >= 0]
+        hashes = {record: prefix for record, (prefix, _) in self.index.checksums(befores).items()}
+        hashes[-1] = b""
+        rows = []
+        files = set()
+        for (namespace, before, tokens), record, payload in zip(pages, records, payloads, strict=True):
+            if before not in hashes:
+                raise OSError(errno.ENOENT, f"the page before record {record} is not on the disk")
+            file, offset = self._place(record)
+            view = payload.data.cast("B")
+            while len(view):
+                written = os.pwrite(file, view, offset)
+                view, offset = view[written:], offset + written
+            files.add(file)
+            prefix = hashes[record] = prefix_hash(hashes[before], namespace, tokens)
+            rows.append(PageRow(record, before, namespace, tokens, prefix, _checksum(prefix, payload), now()))
+        for file in files:
+            os.fdatasync(file)
+        self.index.add(rows)
+
+    def close(self) -> None:
+        """Closes all files and gives up the lock."""
+        self.index.close()
+        for file in self._segments.values():
+            os.close(file)
+        self._segments.clear()
+        self._lock.close()
+
+    def _place(self, record: int) -> tuple[int, int]:
+        """The file and the offset of a record."""
+        segment, index = divmod(record, self._per_segment)
+        file = self._segments.get(segment)
+        if file is None:
+            path = self.path / f"segment-{segment:05}.bin"
+            file = self._segments[segment] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return file, index * self.page_bytes
+
+    def _require_space(self, records: int) -> None:
+        free = os.statvfs(self.path)
+        if free.f_bavail * free.f_frsize - records * self.page_bytes < _MIN_FREE:
+            raise OSError(errno.ENOSPC, f"less than {_MIN_FREE >> 30} GiB would be left free in {self.path}")
+
+
+def lock_folder(path: Path) -> IO[str]:
+    """The folder's lock, held until the file is closed. Raises `LoadError` if another process has it."""
+    lock = (path / "lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        owner = lock.read(64).strip() or "another process"
+        lock.close()
+        raise LoadError(f"the disk cache {path} is in use by {owner}: give each server a folder of its own") from error
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()}")
+    lock.flush()
+    return lock
+
+
+def _checksum(prefix: bytes, payload: npt.NDArray[np.uint8]) -> bytes:
+    digest = xxhash.xxh3_128(prefix)
+    digest.update(payload.data)
+    return digest.digest()

@@ -1,0 +1,228 @@
+"""A tier in host memory: page-first, pinned on a GPU, with streams of its own for the copies."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...kernels.kv_pool import KVPool
+from ...radix.node import Int32
+from .copies import Ended, HostCopies
+
+logger = logging.getLogger(__name__)
+
+_PIN_BYTES = 2 << 30  # registered at once
+_MAX_PITCH = 2**31 - 1  # bytes between rows of a two-dimensional copy
+_TO_HOST, _TO_DEVICE = 2, 1  # cudaMemcpyKind
+_BATCH = 64  # pages of one gather, where pages need one
+
+
+class HostTier:
+    """`copies.HostCopier` for a `KVPool`: ``memory[slot]`` holds a page's bytes in every layer, whatever their format.
+
+    On a GPU one `cudaMemcpy2DAsync` a page moves its fragments without a kernel. Memory is pinned by a thread, a piece
+    at a time; until then copies from and to it are slower. On a CPU both tiers are host memory, and a copy is done
+    when the call returns.
+    """
+
+    def __init__(self, pool: KVPool, num_slots: int) -> None:
+        self._fragments = pool.fragments()
+        rows, _, width = self._fragments.shape
+        self.num_slots, self.page_bytes = num_slots, rows * width
+        # Aligned, and taken from the system as it is first written.
+        size, flags = num_slots * self.page_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self.memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8).reshape(num_slots, self.page_bytes)
+        self._ended: list[Ended] = []
+        self._calls = 0
+        self._device: _Streams | None = None
+        if pool.device.type == "cuda":
+            self._device = _Streams(pool.device)
+            self._pin = threading.Thread(target=self._pin_all, name="branchwise-pin", daemon=True)
+            self._pin.start()
+
+    def store(self, copies: HostCopies) -> None:
+        """See `copies.HostCopier`."""
+        self._calls += 1
+        if self._device is not None:
+            with torch.cuda.device(self._fragments.device):
+                self._device.store(self, copies, self._calls)
+        elif len(copies.pages):
+            stored = torch.from_numpy(copies.pages.astype(np.int64))
+            gathered = self._fragments.index_select(1, stored).transpose(0, 1)
+            self.memory[copies.slots] = gathered.reshape(len(stored), -1).numpy()
+
+    def load(self, copies: HostCopies) -> None:
+        """See `copies.HostCopier`."""
+        rows, _, width = self._fragments.shape
+        for id, slots, pages in copies.loads:
+            if self._device is not None:
+                with torch.cuda.device(self._fragments.device):
+                    self._device.load(self, id, slots, pages)
+                continue
+            started = time.perf_counter()
+            data = torch.from_numpy(self.memory[slots]).view(len(slots), rows, width).transpose(0, 1)
+            self._fragments.index_copy_(1, torch.from_numpy(pages.astype(np.int64)), data)
+            self._ended.append(Ended(id, len(slots), time.perf_counter() - started))
+
+    def launched(self, step: int) -> None:
+        """A step has been launched on the current stream."""
+        if self._device is not None:
+            self._device.launched(step)
+
+    def stored(self) -> int:
+        """See `copies.HostCopier`."""
+        return self._calls if self._device is None else self._device.stored()
+
+    def ended(self) -> list[Ended]:
+        """See `copies.HostCopier`."""
+        if self._device is not None:
+            return self._device.ended()
+        ended, self._ended = self._ended, []
+        return ended
+
+    def close(self) -> None:
+        """Waits for copies, and unpins the memory. The pool may be freed afterwards."""
+        if self._device is not None:
+            self._closing = True
+            self._pin.join()
+            self._device.close()
+            for address in self._pinned:
+                torch.cuda.cudart().cudaHostUnregister(address)
+        del self._fragments
+
+    _closing = False
+    _pinned: tuple[int, ...] = ()
+
+    def _pin_all(self) -> None:
+        """Registers the memory piece by piece. No page lies in two pieces, and no piece shares a page of the system."""
+        slots = max(1, _PIN_BYTES // self.page_bytes)
+        while slots * self.page_bytes % mmap.PAGESIZE:
+            slots += 1
+        for first in range(0, self.num_slots, slots):
+            if self._closing:
+                return
+            piece = self.memory[first : first + slots]
+            error = torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, 0)
+            if int(error):
+                logger.warning("host cache: pinning memory failed with CUDA error %d; copies are slower", int(error))
+                return
+            self._pinned += (piece.ctypes.data,)
+
+    def copy(self, slots: Int32, pages: Int32, kind: int, stream: torch.cuda.Stream) -> None:
+        """Enqueues copies of whole pages on a CUDA stream: ``kind`` `_TO_HOST` or `_TO_DEVICE`."""
+        rows, num_pages, width = self._fragments.shape
+        pitch = num_pages * width
+        if pitch > _MAX_PITCH:
+            self._copy_gathered(slots, pages, kind)
+            return
+        base, host, handle = self._fragments.data_ptr(), self.memory.ctypes.data, ctypes.c_void_p(stream.cuda_stream)
+        copy = _runtime().cudaMemcpy2DAsync
+        for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
+            there = (ctypes.c_void_p(host + slot * self.page_bytes), ctypes.c_size_t(width))
+            here = (ctypes.c_void_p(base + page * width), ctypes.c_size_t(pitch))
+            target, source = (there, here) if kind == _TO_HOST else (here, there)
+            error = copy(*target, *source, ctypes.c_size_t(width), ctypes.c_size_t(rows), kind, handle)
+            if error:
+                raise RuntimeError(f"cudaMemcpy2DAsync of page {page} failed with CUDA error {error}")
+
+    def _copy_gathered(self, slots: Int32, pages: Int32, kind: int) -> None:
+        """The same for a pool whose rows are too far apart for a two-dimensional copy: through a contiguous buffer."""
+        rows, _, width = self._fragments.shape
+        host = torch.from_numpy(self.memory)
+        for first in range(0, len(pages), _BATCH):
+            some = pages[first : first + _BATCH].astype(np.int64)
+            index = torch.from_numpy(some).to(self._fragments.device)
+            places = slots[first : first + _BATCH].tolist()
+            if kind == _TO_HOST:
+                gathered = self._fragments.index_select(1, index).transpose(0, 1).reshape(len(some), -1)
+                for i, slot in enumerate(places):
+                    host[slot].copy_(gathered[i], non_blocking=True)
+            else:
+                gathered = torch.empty(len(some), self.page_bytes, dtype=torch.uint8, device=self._fragments.device)
+                for i, slot in enumerate(places):
+                    gathered[i].copy_(host[slot], non_blocking=True)
+                self._fragments.index_copy_(1, index, gathered.view(len(some), rows, width).transpose(0, 1))
+
+
+class _Streams:
+    """The streams and events of a GPU: stores wait for the steps that wrote their pages and later steps for them; loads
+    wait for stores and for every step launched before, which may still use their pages."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._steps: deque[tuple[int, torch.cuda.Event]] = deque(maxlen=8)
+        self._stores: deque[tuple[int, torch.cuda.Event]] = deque()
+        self._loads: deque[tuple[int, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._stored = 0
+
+    def launched(self, step: int) -> None:
+        event = torch.cuda.Event()
+        event.record()
+        self._steps.append((step, event))
+
+    def store(self, tier: HostTier, copies: HostCopies, number: int) -> None:
+        if len(copies.pages):
+            # Steps run in order: the first kept one at or after ``after``, else the last, has all the writes.
+            writer = next((event for step, event in self._steps if step >= copies.after), None)
+            if self._steps:
+                self._down.wait_event(writer or self._steps[-1][1])
+            with torch.cuda.stream(self._down):
+                tier.copy(copies.slots, copies.pages, _TO_HOST, self._down)
+            torch.cuda.current_stream().wait_event(self._record(self._down, number))
+        elif self._stores:
+            self._stores.append((number, self._stores[-1][1]))
+        else:
+            self._stored = number
+
+    def load(self, tier: HostTier, id: int, slots: Int32, pages: Int32) -> None:
+        self._up.wait_event(self._now(torch.cuda.current_stream()))
+        begun, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        with torch.cuda.stream(self._up):
+            begun.record()
+            tier.copy(slots, pages, _TO_DEVICE, self._up)
+            ended.record()
+        self._loads.append((id, len(slots), begun, ended))
+
+    def stored(self) -> int:
+        while self._stores and self._stores[0][1].query():
+            self._stored = self._stores.popleft()[0]
+        return self._stored
+
+    def ended(self) -> list[Ended]:
+        done = []
+        while self._loads and self._loads[0][3].query():
+            id, pages, begun, ended = self._loads.popleft()
+            done.append(Ended(id, pages, begun.elapsed_time(ended) / 1e3))
+        return done
+
+    def close(self) -> None:
+        self._down.synchronize()
+        self._up.synchronize()
+
+    def _record(self, stream: torch.cuda.Stream, number: int) -> torch.cuda.Event:
+        event = self._now(stream)
+        self._stores.append((number, event))
+        return event
+
+    @staticmethod
+    def _now(stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event()
+        event.record(stream)
+        return event
+
+
+def _runtime() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    version = str(torch.version.cuda).partition(".")[0]
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(f"libcudart.so.{version}")
+    return ctypes.CDLL("libcudart.so")

@@ -1,0 +1,78 @@
+"""What the scheduler asks of memory tiers, answered for an engine that has none below its device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
+
+from ...radix.node import Int32, Namespace
+from ..messages import Stats
+from .copies import Ended, HostCopies
+
+Reason = Literal["", "late", "failed", "full", "slower"]  # why tokens of a lower tier were computed instead
+
+
+class Request(Protocol):
+    """What tiers need to know of a request in the queue."""
+
+    id: int
+    namespace: Namespace
+    retractions: int
+
+    @property
+    def tokens(self) -> Int32: ...
+
+    @property
+    def reuse_limit(self) -> int: ...
+
+
+class Served(NamedTuple):
+    """Where the reused tokens of a request came from."""
+
+    host: int = 0
+    disk: int = 0
+    reason: Reason = ""
+
+
+class NoTiers:
+    """See `manager.TierManager`, which overrides all of it."""
+
+    @property
+    def busy(self) -> bool:
+        return False
+
+    def poll(self) -> list[Ended]:
+        return []
+
+    def apply(self, ended: Sequence[Ended]) -> None:
+        pass
+
+    def begin(self) -> HostCopies | None:
+        return None
+
+    def should_wait(self, request: Request) -> bool:
+        return False
+
+    def served(self, request: Request, hit: int) -> Served:
+        return Served()
+
+    def used(self, namespace: Namespace, prefix: Int32) -> None:
+        pass
+
+    def forget(self, request_id: int) -> None:
+        pass
+
+    def step_ended(self, prompt_tokens: int, tokens: int) -> None:
+        pass
+
+    def idle(self) -> None:
+        pass
+
+    def distrust(self) -> None:
+        pass
+
+    def write_everything(self) -> bool:
+        return False
+
+    def count(self, totals: Stats) -> None:
+        pass

@@ -1,0 +1,199 @@
+"""Requests over memory tiers: what was evicted comes back, failures are misses, and no token changes.
+
+The canary executor verifies every context that it reads, so a page that came back wrong, or was read too early, fails.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from branchwise.runtime.step import StepPlan
+from branchwise.runtime.tiers.manager import TierManager
+from branchwise.runtime.tiers.none import NoTiers
+
+Make = Callable[..., Any]
+
+
+def prompt(seed: int, length: int = 40) -> list[int]:
+    return random.Random(seed).choices(range(2, 50), k=length)
+
+
+def tiers(driver: Any) -> TierManager:
+    manager = driver.core.scheduler.tiers
+    assert isinstance(manager, TierManager)
+    return manager
+
+
+def test_what_the_device_evicts_comes_back_from_the_host(make_driver: Make) -> None:
+    """Ten prompts of 10 pages pass through a pool of 16; each is then asked again and computes its last token only."""
+    d = make_driver(num_pages=16, host_slots=200, max_num_seqs=1)
+    for i in range(10):
+        d.add(prompt(i), max_tokens=4)
+        d.drain()
+    computed = d.executor.prefilled
+    again = [d.add(prompt(i), max_tokens=4, seed=i + 1) for i in range(10)]
+    d.drain()
+    assert d.executor.prefilled == computed, "one token each, as a decode"
+    for id_ in again:
+        cache = d.finished[id_].cache
+        assert cache.hit_tokens == 39 and not cache.disk_tokens
+    stats = d.core.stats()
+    assert stats.host_tokens == sum(d.finished[id_].cache.host_tokens for id_ in again) >= 8 * 39
+    assert stats.host_pages_total == 200 and stats.tier_failures == 0
+    d.verify()
+
+
+def test_all_who_want_arriving_pages_share_one_load(make_driver: Make) -> None:
+    d = make_driver(num_pages=32, host_slots=100)
+    d.add(prompt(0), max_tokens=1)
+    d.drain()
+    evict(d)
+    assert d.host.stores == 10
+    d.host.fate = lambda: "waits"
+    for tail in range(6):
+        d.add([*prompt(0), 2 + tail], max_tokens=2)
+    for _ in range(5):
+        d.step()
+    assert len(d.core.scheduler.tree.moves.active) == 1
+    d.host.fate = lambda: "arrives"
+    d.drain()
+    assert d.host.loads == 10
+    d.verify()
+
+
+@pytest.mark.parametrize("fate", ["fails", "damaged"])
+def test_a_failed_load_is_a_miss(make_driver: Make, fate: str) -> None:
+    d = make_driver(num_pages=32, host_slots=100)
+    d.add(prompt(0), max_tokens=1)
+    d.drain()
+    evict(d)
+    d.host.fate = lambda: fate
+    id_ = d.add(prompt(0), max_tokens=3, seed=1)
+    d.drain()
+    assert d.finished[id_].cache.hit_tokens < 39
+    assert tiers(d).failures > 0
+    d.verify()
+
+
+def test_a_late_load_is_a_miss_and_ends_later(make_driver: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("branchwise.runtime.tiers.manager._LATE", 0.0)
+    d = make_driver(num_pages=32, host_slots=100)
+    d.add(prompt(0), max_tokens=1)
+    d.drain()
+    evict(d)
+    d.host.fate = lambda: "waits"
+    id_ = d.add(prompt(0), max_tokens=3, seed=1)
+    while id_ not in d.finished:
+        d.step()
+    assert d.finished[id_].cache.tier_reason == "late" and d.finished[id_].cache.hit_tokens == 0
+    assert tiers(d).late == 1 and tiers(d).busy
+    d.host.fate = lambda: "arrives"
+    while tiers(d).busy:
+        d.core.idle()
+    d.core.check()
+    d.verify()
+
+
+def test_the_gate_computes_what_is_slower_to_load(make_driver: Make) -> None:
+    d = make_driver(num_pages=32, host_slots=100)
+    d.add(prompt(0), max_tokens=1)
+    d.drain()
+    evict(d)
+    gate = tiers(d).gate
+    gate.computing, gate.reading[1] = 1e9, 1.0
+    id_ = d.add(prompt(0), max_tokens=3, seed=1)
+    d.drain()
+    cache = d.finished[id_].cache
+    assert (cache.hit_tokens, cache.tier_reason, cache.reason) == (0, "slower", "tier")
+    assert gate.reading[1] > 1.0, "a refusal makes the next less likely"
+    d.verify()
+
+
+@pytest.mark.parametrize("mode", ["auto", "recompute", "swap"])
+def test_preemption_does_not_change_answers(make_driver: Make, mode: str) -> None:
+    """Six requests whose answers do not fit beside each other. With swap, what was computed is never computed again."""
+    d = make_driver(num_pages=24, host_slots=200, preemption=mode, max_num_batched_tokens=64)
+    for i in range(6):
+        d.add(prompt(i, 12), max_tokens=60, ignore_eos=True)
+    d.drain()
+    d.verify()
+    retractions = sum(finished.retractions for finished in d.finished.values())
+    assert retractions > 0
+    again = d.executor.prefilled - 6 * 12
+    if mode == "swap":
+        assert again <= retractions, "only each one's last token"
+        assert d.host.loads > 0
+    if mode == "recompute":
+        assert d.host.loads == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_chaos_with_a_pool_of_a_few_percent_of_the_working_set(make_driver: Make, overlap: bool) -> None:
+    """40 conversations over a pool of 24 pages, with loads late, failing and damaged, aborts and failed steps."""
+    chance = random.Random(7)
+    d = make_driver(num_pages=24, host_slots=300, overlap=overlap, max_num_batched_tokens=32)
+    d.host.fate = lambda: chance.choice(["arrives", "arrives", "arrives", "waits", "fails", "damaged"])
+    for _ in range(400):
+        if len(d.core.scheduler.ledger.waiting) < 6:
+            talk = prompt(chance.randrange(40), 30)
+            id_ = d.add(talk[: chance.randint(3, 30)], max_tokens=chance.randint(1, 30))
+            if chance.random() < 0.1:
+                d.abort(id_)
+        d.step()
+    d.drain()
+    assert d.host.loads > 50 and d.host.stores > 300
+    d.verify()
+
+
+def test_a_failed_step_forgets_what_was_copied_from_it(make_driver: Make) -> None:
+    d = make_driver(num_pages=16, host_slots=100)
+    d.add(prompt(0), max_tokens=2)
+    d.drain()
+    evict(d)
+    d.executor.fail_next = True
+    d.add(prompt(1), max_tokens=2)
+    d.step()
+    tree = d.core.scheduler.tree
+    assert tree.cached == 0 and tree.structure.host.cached == 0
+    d.core.check()
+
+
+def test_no_tier_costs_nothing(make_driver: Make) -> None:
+    d = make_driver(num_pages=16)
+    assert type(d.core.scheduler.tiers) is NoTiers
+    d.add(prompt(0), max_tokens=2)
+    d.drain()
+    assert d.core.stats().host_pages_total == 0
+    d.verify()
+
+
+def evict(d: Any) -> None:
+    """Fills the device with another prompt, so that what was there moves down."""
+    tree = d.core.scheduler.tree
+    tree.allocator.give_back(tree.structure.evict(tree.structure.device, tree.evictable))
+    d.core._pump_copies()
+
+
+def test_plans_are_a_function_of_the_copies_that_ended(make_driver: Make) -> None:
+    """The same calls, with copies that end after the same plans, make the same plans."""
+
+    def run() -> list[StepPlan]:
+        chance = random.Random(3)
+        d = make_driver(num_pages=24, host_slots=100, max_num_batched_tokens=32)
+        d.core.scheduler.clock._source = lambda: 0.0
+        d.host.fate = lambda: chance.choice(["arrives", "waits"])
+        for i in range(60):
+            d.add(prompt(i % 12, 20), max_tokens=6)
+            d.step(check=False)
+        d.drain()
+        return list(d.executor.plans)
+
+    first, second = run(), run()
+    assert len(first) == len(second)
+    for a, b in zip(first, second, strict=True):
+        assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.table_pages, b.table_pages)
