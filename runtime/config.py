@@ -149,6 +149,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         drain_seconds: Seconds that requests in flight may take to finish after that.
         hang_timeout: Seconds for which a process of the engine, or a step on its device, may hang before every client
             gets an error and the server ends. /health says 503 after 10 s. Loading does not count. 0: no limit.
+        restart: Times within an hour that a dead or hanging engine is replaced, after 1, 2, 4, … seconds; its requests
+            fail, and its branches, pins and cache are lost. 0: the server ends. From 0 to 100.
         log_level: debug, info, warning or error.
         stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
         null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
@@ -181,6 +183,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     drain_delay: float = 0.0
     drain_seconds: float = 30.0
     hang_timeout: float = 300.0
+    restart: int = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stats_log_seconds: float = 10.0
     null_executor: bool = False
@@ -258,6 +261,8 @@ def check_server(config: ServerConfig) -> ServerConfig:
     """
     check(config.engine)
     _check_types(config)
+    if not 0 <= config.restart <= 100:
+        raise LoadError(f"--restart must be between 0 and 100, got {config.restart}")
     key_flag = "--api-key"
     if config.api_key_file is not None:
         key_flag = "--api-key-file"

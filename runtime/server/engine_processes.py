@@ -96,8 +96,15 @@ class EngineProcesses:
         if not await asyncio.to_thread(self._supervisor.wait, EXIT_SECONDS):
             logger.warning("the engine's processes did not exit in time and were killed")
 
+    async def kill(self) -> None:
+        """Kills and reaps the processes, which may take seconds."""
+        self._leaving = True
+        await asyncio.to_thread(self._supervisor.kill)
+
     def close(self) -> None:
-        """Kills and reaps what is left, and removes the run directory."""
+        """Kills and reaps what is left, and removes the run directory. Idempotent."""
+        if self._context.closed:
+            return
         self._leaving = True
         self._loop.remove_reader(self._inbox.fd)
         self._supervisor.kill()

@@ -43,7 +43,8 @@ class HeartbeatMonitor:
         return self._waiting_for() if self.age >= stale else None
 
     def start(self) -> None:
-        """Call it once every process is ready: loading a model does not count."""
+        """Call it once every process is ready: loading a model does not count. Again after the engine has restarted."""
+        self.age = 0.0
         self._loop = asyncio.get_running_loop()
         self._ticked = self._loop.time()
         self._beat()

@@ -18,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Self
 import msgspec
 
 from ..config import ServerConfig, check_server
-from ..errors import EngineDead, Overloaded
+from ..errors import EngineDead, LoadError, Overloaded
 from ..messages import ControlReply, Deltas, Heartbeat, Limits, Progress, Stats
 from ..models.folder import model_folder
 from .accept_errors import accept_errors_limited
 from .engine_processes import EngineProcesses
 from .heartbeat import HeartbeatMonitor
 from .processes.channels import ToHttp
+from .restarts import Restarts
 from .startup import (
     check_parsers,
     listen,
@@ -238,7 +239,13 @@ class Server:
             await _first(becoming_ready, stop, serving)
             if becoming_ready.done():
                 ready.set_result(await becoming_ready)
-            await _first(stop, self._processes.ended, serving)
+            restarts = Restarts(self._config.restart)
+            while True:
+                await _first(stop, self._processes.ended, serving)
+                delay = restarts.next_delay() if ready.done() and not (stop.done() or serving.done()) else None
+                if delay is None:
+                    break
+                await self._restart(delay, sock, stop, serving)
             if self._processes.ended.done():
                 await self._die(http, serving)
             elif serving.done():
@@ -267,14 +274,18 @@ class Server:
         self._throughput = ThroughputLog(config.stats_log_seconds, logger.info)
         self._lag = LoopLag(metrics.observe_loop_lag)
         self._client = EngineClient(
-            self._processes.to_tokenizer,
-            self._processes.to_scheduler,
+            lambda messages: self._processes.to_tokenizer(messages),
+            lambda messages: self._processes.to_scheduler(messages),
             config.max_queued_requests,
             metrics,
             config.request_timeout,
             config.max_queued_per_key,
         )
-        self._heartbeat = HeartbeatMonitor(self._processes.to_tokenizer, config.hang_timeout, self._processes.give_up)
+        self._heartbeat = HeartbeatMonitor(
+            lambda messages: self._processes.to_tokenizer(messages),
+            config.hang_timeout,
+            lambda role, seconds: self._processes.give_up(role, seconds),
+        )
         metrics.gauge(
             "heartbeat_age_seconds",
             "Time for which the engine's processes have not answered a heartbeat; 0: they answer",
@@ -334,6 +345,35 @@ class Server:
         http.should_exit = True
         await asyncio.wait([serving], timeout=LAST_ANSWERS_SECONDS)
         raise error
+
+    async def _restart(
+        self, delay: float, sock: socket.socket, stop: asyncio.Task[bool], serving: asyncio.Task[None]
+    ) -> None:
+        """Tells every waiting client that a process has ended or hangs, and replaces the engine's processes.
+
+        If the new ones cannot start, ``ended`` is set again. Raises `ServerStopped`.
+        """
+        end = await self._processes.describe_end()
+        logger.error("%s; restarting the engine in %g s (--restart)", end, delay)
+        self._heartbeat.stop()
+        self._client.lost(EngineDead(f"{end}; the engine is restarting"))
+        await self._processes.kill()
+        self._processes.close()
+        await _first(stop, serving, seconds=delay)
+        if not (stop.done() or serving.done()):
+            self._processes = EngineProcesses(self._config, self._receive)
+            self._processes.start()
+            becoming_ready = asyncio.create_task(self._become_ready(sock, time.monotonic()))
+            await _first(becoming_ready, stop, serving)
+            if becoming_ready.done():
+                try:
+                    self._info = becoming_ready.result()
+                    logger.warning("the engine has restarted")
+                except LoadError as error:
+                    logger.error("the engine did not restart: %s", error)
+                return
+            becoming_ready.cancel()
+        raise ServerStopped("the server was stopped while its engine restarted")
 
     async def _drain(self, http: HttpServer, serving: asyncio.Task[None]) -> None:
         """Announces the end for ``drain_delay``, refuses new requests while those in flight finish, then ends the

@@ -34,7 +34,8 @@ from ...messages import (
 )
 from .plumbing.metrics import Metrics
 
-ServerState = Literal["starting", "ready", "leaving", "draining", "dead"]  # leaving: not ready for more, but takes it
+# leaving: not ready for more, but takes it
+ServerState = Literal["starting", "ready", "leaving", "draining", "restarting", "dead"]
 
 CONTROL_SECONDS = 30.0
 
@@ -330,6 +331,15 @@ class EngineClient:
         self.state = "dead"
         self.fail_all(error)
 
+    def lost(self, error: EngineDead) -> None:
+        """The engine has died and will be replaced: fails everything in flight, and refuses requests until `ready`."""
+        self.state, self._limits = "restarting", None
+        self.fail_all(error)
+        self._in_flight.clear()
+        self._unfinished.clear()
+        self._labels.clear()
+        self._label_of.clear()
+
     # -- control -------------------------------------------------------------------------------------------------------
 
     async def control(
@@ -377,4 +387,6 @@ class EngineClient:
             return EngineDead("the engine has stopped; the server is going down")
         if self.state == "draining":
             return Overloaded("the server is shutting down")
+        if self.state == "restarting":
+            return Overloaded("the engine is restarting; try again later")
         return Overloaded("the model is still loading")
