@@ -25,6 +25,7 @@ from .triton_kernels import attend, merge
 
 HEAD_DIMS = range(16, 257)
 MERGE_PIECES = 16  # partial results read at a time
+FIXED_ROWS = 64  # of the tile of ``fixed``
 CAPTURED_CHUNK = 16  # query tokens that a chunk of a captured step is assumed to have
 ALIGNMENT_INTS = ALIGNMENT // 4
 
@@ -89,6 +90,8 @@ class TritonAttention:
         layers: one spec a layer; scales are positive.
         num_heads: query heads, a multiple of kv_heads.
         max_requests, max_tokens: of one step. A larger step moves the buffers, which invalidates captured graphs.
+        fixed: one tile for all steps, and no key range is split: a query meets its keys in blocks that begin at
+            multiples of their size, in order, and its result has the same bits in any step.
     """
 
     captures = True
@@ -96,7 +99,14 @@ class TritonAttention:
     saved_keys = 0
 
     def __init__(
-        self, pool: KVPool, layers: list[LayerSpec], num_heads: int, max_requests: int = 1024, max_tokens: int = 16384
+        self,
+        pool: KVPool,
+        layers: list[LayerSpec],
+        num_heads: int,
+        max_requests: int = 1024,
+        max_tokens: int = 16384,
+        *,
+        fixed: bool = False,
     ) -> None:
         layout, device = pool.layout, pool.device
         self._page_size, kv_heads, self._head_dim = layout.page_size, layout.kv_heads, layout.head_dim
@@ -104,7 +114,7 @@ class TritonAttention:
             raise ValueError(f"no kernel for {num_heads} and {kv_heads} heads of {self._head_dim} channels")
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")
-        self._pool, self._layers = pool, layers
+        self._pool, self._layers, self._fixed = pool, layers, fixed
         self._heads, self._kv_heads, self._group = num_heads, kv_heads, num_heads // kv_heads
         self._itemsize = layout.dtype.itemsize
         self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
@@ -209,9 +219,12 @@ class TritonAttention:
 
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
-        tile = tile_for(tokens * self._group, self._head_dim, self._itemsize)
+        rows = FIXED_ROWS if self._fixed else tokens * self._group
+        tile = tile_for(rows, self._head_dim, self._itemsize)
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group
 
     def _target(self, tile: Tile) -> int:
+        if self._fixed:
+            return 1  # one piece is enough: none is split
         return math.ceil(self._processors * tile.per_sm / self._kv_heads)

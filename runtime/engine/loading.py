@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # it imports torch, which reads what `prepare_torch` sets
 
 logger = logging.getLogger(__name__)
 
-_COMPUTED_BY = ("attention_backend", "quantization")  # settings on which the bits of keys and values depend
+_COMPUTED_BY = ("attention_backend", "deterministic", "quantization")  # on these the bits of keys and values depend
 RANK_MODULE = f"{__package__.rpartition('.')[0]}.executor.rank_worker"
 NULL_POOL_TOKENS = 1 << 20
 NULL_CONTEXT = 32_768

@@ -65,7 +65,10 @@ def make_attention(
     Raises `LoadError` with the reason where a backend that was named cannot run.
     """
     if config.deterministic:
-        return FixedAttention(pool, layers, num_heads)
+        try:
+            return _triton(pool, layers, num_heads, table, max_tokens, fixed=True)
+        except Unavailable:  # on a CPU, or without Triton
+            return FixedAttention(pool, layers, num_heads)
     choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
     if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)
@@ -112,7 +115,13 @@ def _flashinfer(
 
 
 def _triton(
-    pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, max_tokens: int
+    pool: KVPool,
+    layers: list[LayerSpec],
+    num_heads: int,
+    table: PageTable,
+    max_tokens: int,
+    *,
+    fixed: bool = False,
 ) -> AttentionBackend:
     problem = _problem_with_triton(pool.device)
     if problem is not None:
@@ -122,4 +131,4 @@ def _triton(
     head_dim = pool.layout.head_dim
     if head_dim not in HEAD_DIMS:
         raise Unavailable(f"there is no Triton kernel for head_dim {head_dim} ({HEAD_DIMS[0]} to {HEAD_DIMS[-1]})")
-    return TritonAttention(pool, layers, num_heads, len(table.host) - 1, max_tokens)
+    return TritonAttention(pool, layers, num_heads, len(table.host) - 1, max_tokens, fixed=fixed)
