@@ -108,6 +108,7 @@ def _add_rms_norm(
         for addend in tl.static_range(ADDENDS):
             address = tl.load(x_ptr + addend).to(tl.pointer_type(residual_ptr.dtype.element_ty))
             x += tl.load(tl.multiple_of(address, 16) + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
+        x = x.to(residual_ptr.dtype.element_ty).to(tl.float32)  # the sum that an all-reduce would give
     else:
         x = tl.load(x_ptr + row * X_STRIDE + channel, mask, other=0.0).to(tl.float32)
     total = tl.load(residual_ptrs, mask, other=0.0).to(tl.float32) + x
