@@ -215,6 +215,17 @@ class CacheReport(msgspec.Struct, array_like=True):
     pinned_tokens: int = 0  # the longest prefix that its breakpoints pin; known at the end
     cached_logprobs: int = 0  # of the prompt's logprobs, those that were remembered
 
+    def tiers(self) -> dict[str, Any]:
+        """Where the reused tokens came from, and why not more of what lower memory tiers remember, as fields of an
+        answer; empty if no lower tier took part."""
+        if not (self.host_tokens or self.disk_tokens or self.tier_reason):
+            return {}
+        device = self.hit_tokens - self.host_tokens - self.disk_tokens
+        facts: dict[str, Any] = {"device": device, "host": self.host_tokens, "disk": self.disk_tokens}
+        if self.tier_reason:
+            facts["not_more"] = self.tier_reason
+        return {"tiers": facts}
+
 
 class RequestStarted(Message):
     """The scheduler's first message about a request: the detokenizer's initial state. Precedes its first token."""

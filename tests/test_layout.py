@@ -50,6 +50,7 @@ ROOMS = {
         "runtime/models",
         "runtime/parallel",
         "runtime/scheduler",
+        "runtime/tiers",
         "runtime/tokenizer",
     },
     "frontend": {

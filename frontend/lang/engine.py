@@ -120,7 +120,7 @@ def _meta(
         "cached_tokens": 0 if cache is None else cache.hit_tokens,
     }
     if cache is not None:
-        meta["cache"] = {"hit_tokens": cache.hit_tokens, "reason": cache.reason}
+        meta["cache"] = {"hit_tokens": cache.hit_tokens, "reason": cache.reason, **cache.tiers()}
         if cache.diverged_at is not None:
             meta["cache"]["diverged_at"] = cache.diverged_at
     if params.logprobs is not None:

@@ -84,7 +84,8 @@ def load_engine(
         undo.pop_all()
     times.lap("scheduler")
     logger.info("loaded in %s", times)
-    return LoadedEngine(core, tokenizer, list(local.memory_plan.lines()), [] if ranks is None else ranks.pids)
+    lines = [*local.memory_plan.lines(), *_tier_lines(lower)]
+    return LoadedEngine(core, tokenizer, lines, [] if ranks is None else ranks.pids)
 
 
 def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
@@ -94,6 +95,20 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
     executor = NullExecutor(pages, config.page_size, tokenizer.vocab_size, step_seconds)
     core = _core(config, executor, tokenizer, (), config.max_model_len or NULL_CONTEXT, gpu=False)
     return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
+
+
+def _tier_lines(lower: LowerTiers | None) -> list[str]:
+    """What is below the device, for display."""
+    from ..executor.memory import human_bytes
+
+    if lower is None:
+        return []
+    host = lower.host
+    lines = [f"host cache {human_bytes(host.num_slots * host.page_bytes)}: {host.num_slots:,} pages"]
+    if lower.disk is not None:
+        folder = lower.disk.folder
+        lines.append(f"disk cache {human_bytes(folder.max_records * host.page_bytes)} at most, in {folder.path}")
+    return lines
 
 
 def _open_disk(config: EngineConfig, memory: MemoryPlan, page_bytes: int) -> DiskTier:

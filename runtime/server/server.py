@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -266,6 +267,7 @@ class Server:
                 await serving
 
     def _make_state(self) -> None:
+        from ..tiers.folder import folder_secret
         from .http.engine_client import EngineClient
         from .http.plumbing.auth import Namespaces
         from .http.plumbing.loop_lag import LoopLag
@@ -298,8 +300,10 @@ class Server:
             "Time since the engine's last step, or since the oldest unfinished request came; 0: no requests",
             lambda: metrics.step_age(self._client.oldest_arrival),
         )
+        folder = config.engine.disk_cache
+        secret = None if folder is None else folder_secret(Path(folder).expanduser())
         self._state: AppState = AppState(
-            config, self._client, metrics, Namespaces(config.api_key), self._name, self._heartbeat
+            config, self._client, metrics, Namespaces(config.api_key, secret), self._name, self._heartbeat
         )
 
     def _receive(self, message: ToHttp) -> None:

@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import secrets
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -148,6 +149,26 @@ class CacheFolder:
         free = os.statvfs(self.path)
         if free.f_bavail * free.f_frsize - records * self.page_bytes < _MIN_FREE:
             raise OSError(errno.ENOSPC, f"less than {_MIN_FREE >> 30} GiB would be left free in {self.path}")
+
+
+def folder_secret(path: Path) -> bytes:
+    """The key of the names of namespaces: 32 random bytes, the same as long as the folder. Raises `LoadError`."""
+    file = path / "secret"
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass
+        else:
+            with os.fdopen(descriptor, "wb") as made:
+                made.write(secrets.token_bytes(32))
+        found = file.read_bytes()
+    except OSError as error:
+        raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
+    if len(found) != 32:
+        raise LoadError(f"{file} is damaged: delete it, and with it what keys and salts had in the cache")
+    return found
 
 
 def lock_folder(path: Path) -> IO[str]:

@@ -147,9 +147,11 @@ class CacheService:
         seen = self._tree.inspect(ids, question.namespace, max(0, len(ids) - 1))
         hit = seen.report.hit_tokens
         pinned = min(hit, self.pins.pinned(seen.pages) * self._tree.page_size)
+        reach = self._tree.reach(ids, question.namespace, max(0, len(ids) - 1))
         return {
             "prompt_tokens": len(ids),
             "hit_tokens": hit,
+            "tiers": {"device": reach.device, "host": reach.host, "disk": reach.disk},
             "computed_tokens": len(ids) - hit,
             "reason": seen.report.reason,
             "diverged_at": seen.report.diverged_at,

@@ -16,9 +16,10 @@ import pytest
 
 from branchwise.radix import RadixTree
 from branchwise.runtime.errors import LoadError
+from branchwise.runtime.server.http.plumbing.auth import Namespaces
 from branchwise.runtime.tiers.disk import DiskTier
 from branchwise.runtime.tiers.fingerprint import Fingerprint, model_fingerprint
-from branchwise.runtime.tiers.folder import CacheFolder, Damaged
+from branchwise.runtime.tiers.folder import CacheFolder, Damaged, folder_secret
 
 ANN, SALTED = ("ann", ""), ("ann", "salt")
 BYTES = 4096
@@ -232,3 +233,13 @@ def test_a_fingerprint_changes_with_the_weights(tmp_path: Path) -> None:
     assert model_fingerprint(tmp_path) == before != model_fingerprint(tmp_path, seed=1)
     (tmp_path / "a.safetensors").write_bytes(b"x" * 9_999_999 + b"y")
     assert model_fingerprint(tmp_path) != before
+
+
+def test_names_of_namespaces_survive_a_restart(tmp_path: Path) -> None:
+    secret = folder_secret(tmp_path / "cache")
+    assert folder_secret(tmp_path / "cache") == secret != folder_secret(tmp_path / "other")
+    assert ((tmp_path / "cache" / "secret").stat().st_mode & 0o777) == 0o600
+    assert Namespaces("key", secret).of("salt") == Namespaces("key", secret).of("salt") != Namespaces("key").of("salt")
+    (tmp_path / "cache" / "secret").write_bytes(b"short")
+    with pytest.raises(LoadError, match="damaged"):
+        folder_secret(tmp_path / "cache")

@@ -99,8 +99,9 @@ class Namespaces:
     request sends can only divide the owner's part further.
     """
 
-    def __init__(self, api_key: str | None) -> None:
-        self._secret = secrets.token_bytes(32)
+    def __init__(self, api_key: str | None, secret: bytes | None = None) -> None:
+        """``secret``: the key of the digests, where they must be the same after a restart: those of a disk cache."""
+        self._secret = secret or secrets.token_bytes(32)
         self._default = Caller(api_key, False)
         self._owners: dict[str | None, str] = {None: ""}
 

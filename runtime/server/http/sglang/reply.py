@@ -67,6 +67,7 @@ class GenerateReply:
             report = output.cache
             meta["cache"] = {"hit_tokens": report.hit_tokens, "reason": report.reason}
             meta["cache"]["write_tokens"] = report.write_tokens
+            meta["cache"] |= report.tiers()
             if output.finish is not None:
                 meta["cache"]["pinned_tokens"] = report.pinned_tokens
             if output.cache.diverged_at is not None:

@@ -1,0 +1,60 @@
+"""A server with a disk cache: killed, restarted, and asked again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from branchwise.runtime.config import EngineConfig, ServerConfig
+
+PROMPT = [(7 * i + i * i) % 60 + 3 for i in range(90)]
+
+
+def config(model: Path, folder: Path) -> ServerConfig:
+    engine = EngineConfig(model=str(model), device="cpu", max_model_len=256, host_cache="4MiB", disk_cache=str(folder))
+    return ServerConfig(engine=engine, port=0, api_key="key")
+
+
+def ask(server: Any, **more: Any) -> dict[str, Any]:
+    body = {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 6, "temperature": 0, "ignore_eos": True}}
+    answer = server.http.post("/generate", json=body | more)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed"])
+def test_a_restarted_server_answers_from_the_disk(
+    start_server: Any, checkpoint: Callable[[str], Path], tmp_path: Path, end: str
+) -> None:
+    """A prompt that was asked twice is on the disk soon. The key's namespace is the same after the restart."""
+    with start_server(config(checkpoint("llama-gqa"), tmp_path)) as server:
+        first, second = ask(server), ask(server)
+        assert second["meta_info"]["cache"]["hit_tokens"] == 89 and "tiers" not in second["meta_info"]["cache"]
+        ask(server, cache_salt="a secret")
+        ask(server, cache_salt="a secret")
+        deadline = time.monotonic() + 10
+        while server.metrics()["disk_cache_pages_cached"] < 5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if end == "killed":
+            for pid in [server.process.pid, *server.pids.values()]:
+                os.kill(pid, signal.SIGKILL)
+            server.process.wait()
+            server.stop = lambda: 0
+    with start_server(config(checkpoint("llama-gqa"), tmp_path)) as server:
+        explained = server.http.post("/cache/explain", json={"prompt": PROMPT}).json()
+        assert explained["hit_tokens"] == 0 and explained["reason"] == "tier"
+        assert explained["tiers"]["disk"] >= 80
+        again = ask(server)
+        assert again["text"] == first["text"]
+        cache = again["meta_info"]["cache"]
+        assert cache["tiers"]["disk"] == cache["hit_tokens"] >= 80
+        salted = ask(server, cache_salt="a secret")["meta_info"]["cache"]
+        assert salted["hit_tokens"] == 0, "salts never leave memory"
+        assert server.metrics()["disk_cached_tokens_total"] >= 80
