@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, chat, doctor, generate, peers, pull, serve, tree
+from . import bench, cache, chat, doctor, generate, peers, pull, serve, tree
 
 app = typer.Typer(
     name="branchwise",
@@ -41,6 +41,7 @@ app.command("tree")(tree.tree)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("pull")(pull.pull)
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

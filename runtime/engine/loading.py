@@ -23,7 +23,7 @@ from ..scheduler.memory import LowerTiers
 from ..step import Executor
 from ..tiers.disk import DiskTier
 from ..tiers.fingerprint import Fingerprint, model_fingerprint
-from ..tiers.folder import CacheFolder
+from ..tiers.folder import CacheFolder, bytes_of_others
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
@@ -123,10 +123,13 @@ def _open_disk(config: EngineConfig, memory: MemoryPlan, page_bytes: int) -> Dis
         layout=str(memory.layout),
         page_bytes=page_bytes,
     )
-    records = parse_bytes(config.disk_cache_size) // page_bytes
-    if records < 1:
+    path, quota = Path(config.disk_cache or "").expanduser(), parse_bytes(config.disk_cache_size)
+    if quota < page_bytes:
         raise LoadError(f"--disk-cache-size {config.disk_cache_size} is less than one page of {page_bytes} bytes")
-    folder = CacheFolder(Path(config.disk_cache or "").expanduser(), fingerprint, records)
+    others = bytes_of_others(path, fingerprint.digest)
+    if others:
+        logger.warning("disk cache: %d bytes of %s are of other models (branchwise cache prune)", others, path)
+    folder = CacheFolder(path, fingerprint, max(1, (quota - others) // page_bytes))
     return DiskTier(folder, config.disk_cache_salted)
 
 

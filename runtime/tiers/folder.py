@@ -47,6 +47,7 @@ class CacheFolder:
     """
 
     def __init__(self, path: Path, fingerprint: Fingerprint, max_records: int) -> None:
+        self.fingerprint = fingerprint
         self.page_bytes = fingerprint.page_bytes
         self.max_records = max_records
         self._per_segment = max(1, SEGMENT_BYTES // self.page_bytes)
@@ -80,6 +81,7 @@ class CacheFolder:
             if bad:
                 logger.warning("disk cache: %d pages are incomplete or beyond the quota, and are dropped", len(bad))
                 self.index.delete(bad)
+                self.trim()
             return good
         except sqlite3.Error as error:
             logger.warning("disk cache: the index cannot be read (%s): starting empty", error)
@@ -128,6 +130,16 @@ class CacheFolder:
             os.fdatasync(file)
         self.index.add(rows)
 
+    def trim(self) -> None:
+        """Gives space back to the file system: what lies behind the last used record of each segment."""
+        used: dict[int, int] = {}
+        for row in self.index.rows():
+            segment, index = divmod(row.record, self._per_segment)
+            used[segment] = max(used.get(segment, 0), index + 1)
+        for file in self.path.glob("segment-*.bin"):
+            pages = used.get(int(file.stem.partition("-")[2]), 0)
+            os.truncate(file, min(file.stat().st_size, pages * self.page_bytes))
+
     def close(self) -> None:
         """Closes all files and gives up the lock."""
         self.index.close()
@@ -149,6 +161,12 @@ class CacheFolder:
         free = os.statvfs(self.path)
         if free.f_bavail * free.f_frsize - records * self.page_bytes < _MIN_FREE:
             raise OSError(errno.ENOSPC, f"less than {_MIN_FREE >> 30} GiB would be left free in {self.path}")
+
+
+def bytes_of_others(path: Path, digest: str) -> int:
+    """Bytes that the pages of other models take in a folder."""
+    files = (file for file in path.glob("*/*") if file.parent.name != digest)
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def folder_secret(path: Path) -> bytes:

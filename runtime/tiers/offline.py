@@ -1,0 +1,229 @@
+"""Operations on the folder of a disk cache that no server uses: list, verify, prune, save to a file, load from one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+import numpy as np
+
+from ..errors import LoadError
+from .fingerprint import Fingerprint
+from .folder import CacheFolder, Damaged
+from .index import PageRow, prefix_hash
+
+_MAGIC = b"branchwise-cache-1\n"
+_WRITE_AT_ONCE = 256  # pages
+_HEADER_BYTES = 1 << 20  # more is not a header of ours
+
+
+class SavedPage(msgspec.Struct, array_like=True):
+    """A page in a file, followed by its bytes. ``before``: the place in the file of the page before it, -1: none."""
+
+    before: int
+    tokens: bytes  # int32, little-endian
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The pages of one model in a folder."""
+
+    digest: str
+    facts: dict[str, object]
+    pages: int
+    tokens: int
+    payload_bytes: int
+    namespaces: int
+    newest: int  # seconds since 1970
+
+
+def digests(path: Path) -> list[str]:
+    """The fingerprints in a folder. Raises `LoadError` if it is not one of ours."""
+    found = sorted(each.parent.name for each in path.glob("*/format.json"))
+    if not found:
+        raise LoadError(f"{path} holds no disk cache")
+    return found
+
+
+def open_part(path: Path, digest: str) -> CacheFolder:
+    """The pages of one model, locked. Raises `LoadError`."""
+    file = path / digest / "format.json"
+    try:
+        fingerprint = Fingerprint(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
+    if fingerprint.digest != digest:
+        raise LoadError(f"{file} is of another format: {fingerprint.digest} instead of {digest}")
+    return CacheFolder(path, fingerprint, 1 << 40)
+
+
+def describe(path: Path) -> list[Part]:
+    """What a folder holds."""
+    parts = []
+    for digest in digests(path):
+        folder = open_part(path, digest)
+        rows = list(folder.index.rows())
+        parts.append(
+            Part(
+                digest,
+                folder.fingerprint.facts(),
+                len(rows),
+                sum(len(row.tokens) for row in rows),
+                len(rows) * folder.page_bytes,
+                len({row.namespace for row in rows}),
+                max((row.written for row in rows), default=0),
+            )
+        )
+        folder.close()
+    return parts
+
+
+def verify(folder: CacheFolder) -> tuple[int, list[int]]:
+    """Reads every page; deletes those that are damaged, and what continues them. Returns (good pages, deleted)."""
+    rows = folder.load()
+    out = np.empty(folder.page_bytes, np.uint8)
+    bad: set[int] = set()
+    for row in rows:
+        try:
+            if row.before in bad:
+                raise Damaged(f"record {row.before} is")
+            folder.read(row.record, row.prefix, row.checksum, out)
+        except (Damaged, OSError):
+            bad.add(row.record)
+    folder.index.delete(bad)
+    return len(rows) - len(bad), sorted(bad)
+
+
+def prune_folder(path: Path, keep_bytes: int) -> tuple[int, int]:
+    """Deletes the oldest prefixes of all models until their pages take at most ``keep_bytes``: the model that was
+    written last gives up none while another has some. Returns (pages deleted, bytes left)."""
+    deleted = left = 0
+    for part in sorted(describe(path), key=lambda part: -part.newest):
+        folder = open_part(path, part.digest)
+        room = max(0, keep_bytes - left) // folder.page_bytes
+        gone = prune(folder, room)
+        folder.trim()
+        folder.close()
+        if gone == part.pages:
+            shutil.rmtree(path / part.digest)
+        deleted += gone
+        left += (part.pages - gone) * folder.page_bytes
+    return deleted, left
+
+
+def prune(folder: CacheFolder, keep_pages: int) -> int:
+    """Deletes the oldest prefixes, from their ends, until at most ``keep_pages`` are left. Returns the number deleted."""
+    rows = folder.load()
+    latest = {row.record: row.written for row in rows}
+    for row in reversed(rows):
+        if row.before >= 0:
+            latest[row.before] = max(latest[row.before], latest[row.record])
+    depth = {-1: 0}
+    for row in rows:
+        depth[row.record] = depth[row.before] + 1
+    order = sorted(rows, key=lambda row: (latest[row.record], -depth[row.record]))
+    gone = [row.record for row in order[: max(0, len(rows) - keep_pages)]]
+    folder.index.delete(gone)
+    return len(gone)
+
+
+def save(folder: CacheFolder, file: BinaryIO, owner: str = "") -> int:
+    """Writes every whole prefix of an owner without a salt to a file, which does not name the owner. Returns the number
+    of pages."""
+    encoder = msgspec.msgpack.Encoder()
+    file.write(_MAGIC)
+    _write(file, encoder.encode(folder.fingerprint.facts()))
+    out = np.empty(folder.page_bytes, np.uint8)
+    places: dict[int, int] = {-1: -1}
+    for row in folder.load():
+        if row.before not in places or row.namespace != (owner, ""):
+            continue
+        try:
+            folder.read(row.record, row.prefix, row.checksum, out)
+        except (Damaged, OSError):
+            continue
+        page = SavedPage(places[row.before], row.tokens.astype("<i4").tobytes())
+        _write(file, encoder.encode(page))
+        file.write(out.data)
+        places[row.record] = len(places) - 1
+    return len(places) - 1
+
+
+def load(folder: CacheFolder, file: BinaryIO, owner: str = "") -> tuple[int, int]:
+    """Adds the pages of a file that `save` wrote, as those of ``owner``. Returns (pages added, pages that were there).
+
+    Raises `LoadError` if the file is not one, is of another model or format, or is cut off: what came before stays.
+    """
+    if file.read(len(_MAGIC)) != _MAGIC:
+        raise LoadError("the file was not written by `branchwise cache save`")
+    facts = msgspec.msgpack.decode(_read(file))
+    if facts != folder.fingerprint.facts():
+        differing = sorted(key for key, value in folder.fingerprint.facts().items() if facts.get(key) != value)
+        raise LoadError(f"the file is of another engine: {', '.join(differing)} differ")
+    known = {row.prefix: row.record for row in folder.load()}
+    prefixes = {record: prefix for prefix, record in known.items()} | {-1: b""}
+    namespace = (owner, "")
+    free = _free_records(folder)
+    records: list[int] = []
+    there = 0
+    batch: list[tuple[PageRow, np.ndarray]] = []
+    decoder = msgspec.msgpack.Decoder(SavedPage)
+    while True:
+        header = _read(file, may_end=True)
+        if not header:
+            break
+        page = decoder.decode(header)
+        payload = np.frombuffer(file.read(folder.page_bytes), np.uint8)
+        if len(payload) != folder.page_bytes or not -1 <= page.before < len(records):
+            raise LoadError("the file is damaged or cut off")
+        tokens = np.frombuffer(page.tokens, "<i4").astype(np.int32)
+        before = records[page.before] if page.before >= 0 else -1
+        prefix = prefix_hash(prefixes[before], namespace, tokens)
+        if prefix in known:
+            records.append(known[prefix])
+            there += 1
+            continue
+        record = known[prefix] = next(free)
+        prefixes[record] = prefix
+        records.append(record)
+        batch.append((PageRow(record, before, namespace, tokens, prefix, b"", 0), payload))
+        if len(batch) >= _WRITE_AT_ONCE:
+            _flush(folder, batch)
+    _flush(folder, batch)
+    return len(records) - there, there
+
+
+def _flush(folder: CacheFolder, batch: list[tuple[PageRow, np.ndarray]]) -> None:
+    if batch:
+        pages = [(row.namespace, row.before, row.tokens) for row, _ in batch]
+        folder.write(pages, [row.record for row, _ in batch], [payload for _, payload in batch])
+        batch.clear()
+
+
+def _free_records(folder: CacheFolder) -> Iterator[int]:
+    used = {row.record for row in folder.index.rows()}
+    record = 0
+    while True:
+        if record not in used:
+            yield record
+        record += 1
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    file.write(len(data).to_bytes(4, "little") + data)
+
+
+def _read(file: BinaryIO, may_end: bool = False) -> bytes:
+    length = file.read(4)
+    if may_end and not length:
+        return b""
+    size = int.from_bytes(length, "little")
+    data = file.read(size) if len(length) == 4 and 0 < size <= _HEADER_BYTES else b""
+    if not data or len(data) != size:
+        raise LoadError("the file is damaged or cut off")
+    return data
