@@ -117,7 +117,7 @@ def prune_folder(path: Path, keep_bytes: int) -> tuple[int, int]:
 
 
 def prune(folder: CacheFolder, keep_pages: int) -> int:
-    """Deletes the oldest prefixes, from their ends, until at most ``keep_pages`` are left. Returns the number deleted."""
+    """Deletes the oldest prefixes, from their ends, until at most ``keep_pages`` are left. Returns how many."""
     rows = folder.load()
     latest = {row.record: row.written for row in rows}
     for row in reversed(rows):
