@@ -31,9 +31,12 @@ logger = logging.getLogger(__name__)
 def main(descriptor: int) -> int:
     """Serves as one rank until rank 0 ends it. Returns the exit code."""
     ignore_stop_signals()
+    die_with_parent(os.getppid())
     connection: Connection[bytes, bytes] = Connection(descriptor)
-    launch = msgspec.json.decode(connection.recv_bytes(), type=RankLaunch)
-    die_with_parent(launch.parent)
+    try:
+        launch = msgspec.json.decode(connection.recv_bytes(), type=RankLaunch)
+    except EOFError:
+        return 0
     logging.basicConfig(
         level=logging.ERROR, format=f"%(asctime)s %(levelname)s rank {launch.rank} %(name)s: %(message)s"
     )

@@ -1,4 +1,4 @@
-"""The ranks a model is split over, as one of them sees them: the three collectives of tensor parallelism."""
+"""The collectives of tensor parallelism: how the ranks that a model is split over exchange tensors."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ...kernels.addends import Addends
 
 
 class TensorGroup(Protocol):
-    """Every rank calls the same methods with the same shapes in the same order. Each call is enqueued on the current
-    stream, and can be captured in a CUDA graph on devices that have them."""
+    """The ranks of one model, for one of them. All ranks must call the same methods with the same shapes in the same
+    order. Each call is enqueued on the current stream; on a GPU it can be captured in a CUDA graph."""
 
     rank: int
     size: int
@@ -21,8 +21,8 @@ class TensorGroup(Protocol):
         ...
 
     def addends(self, x: Tensor) -> Tensor | Addends:
-        """As `all_reduce`, but the sum may be left to the operation that reads it. Valid until the call after the next.
-        Between the last call of a step and the first of the next there is another of this group's methods."""
+        """As `all_reduce`, but the sum may be left to the operation that reads it. The result is valid until the second
+        call after this one. Each step must call another method of this group before its first `addends`."""
         ...
 
     def all_gather(self, x: Tensor) -> Tensor:

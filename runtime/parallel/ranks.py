@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -31,7 +30,6 @@ EXIT_SECONDS = 2.0  # how long the ranks may take to exit once they are told to
 class RankLaunch(msgspec.Struct, frozen=True):
     """The first message to a rank: all that it needs to know to load its part of the model."""
 
-    parent: int  # process id of rank 0
     rank: int
     store: str  # the file by which the ranks find each other
     config: EngineConfig
@@ -46,15 +44,15 @@ class RankReport(msgspec.Struct, frozen=True):
 
 class Ranks:
     """Ranks 1 to ``size - 1``, each a child process that runs ``module`` with the descriptor of its connection. They
-    import what they need until `start` tells them what to load.
+    import torch at once, and load their parts of the model after `start`.
 
     A connection is a pair of sockets without a name, so no other process can reach it. It carries a `RankLaunch`, then
-    each step; a rank ends when its connection does. Nothing is queued without bound: sending to a rank that has stopped
-    reading blocks, which is what a heartbeat notices.
+    each step; a rank ends when its connection does. Its queue is bounded: sending to a rank that has stopped reading
+    blocks, and the heartbeat notices that.
 
     Args:
         failed: gets the reason when a rank ends before `close`, from a thread of its own. All other ranks are killed
-            first. Rank 0's thread may be inside a collective with them by then, and then does not return in general.
+            first. Rank 0's thread may be inside a collective with them, and on a GPU does not return from it.
     """
 
     def __init__(self, size: int, module: str, failed: Future[str]) -> None:
@@ -83,10 +81,10 @@ class Ranks:
         return [child.pid for child in self._children.values()]
 
     def start(self, config: EngineConfig) -> None:
-        """Lets every rank load its part of the model. ``config.device`` is rank 0's, with its number."""
+        """Tells every rank to load its part of the model. ``config.device`` is rank 0's, with its number."""
         for rank, connection in enumerate(self._connections, 1):
-            launch = RankLaunch(os.getpid(), rank, str(self.store), config)
-            with contextlib.suppress(OSError):  # it has ended, which `wait` says
+            launch = RankLaunch(rank, str(self.store), config)
+            with contextlib.suppress(OSError):  # it has ended: `wait` raises
                 connection.send_bytes(msgspec.json.encode(launch))
 
     def wait(self, stage: str) -> None:
@@ -96,7 +94,7 @@ class Ranks:
         if self._failure is not None:
             raise LoadError(self._failure)
         if stage == "ready":
-            shutil.rmtree(self._folder, ignore_errors=True)  # they have met: a server that is killed leaves nothing
+            shutil.rmtree(self._folder, ignore_errors=True)  # they have connected: a killed server leaves nothing
 
     def send(self, message: bytes) -> None:
         """To every rank. Raises RuntimeError if one has ended."""
@@ -138,7 +136,8 @@ class Ranks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _live(self, rank: int, ours: Connection[bytes, bytes], theirs: Connection[bytes, bytes]) -> None:
-        """The life of one rank. Linux kills a child when the thread that started it ends, so this one stays."""
+        """Starts one rank, receives its reports and waits for its end, all on one thread: Linux kills a child when the
+        thread that started it ends."""
         child = subprocess.Popen(
             [sys.executable, "-m", self._module, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,

@@ -16,8 +16,9 @@ from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 from ...kernels.addends import Addends
 
 BUFFER_BYTES = 64 << 20  # what ranks exchange at once: 8,192 tokens of 4,096 bfloat16
-_ONE_SHOT_BYTES = 1 << 20  # above, each rank adds up a part (two-shot), which reads less but copies first
-# Above, addends are added up first, with each rank a part. Two ranks read as much either way.
+_ONE_SHOT_BYTES = 1 << 20  # up to here every rank reads all parts; above, each adds up a part for all (two-shot)
+# The most bytes of `addends`, by the number of ranks; for other numbers `_ONE_SHOT_BYTES`. Two ranks transfer as much
+# in one shot as in two.
 _ADDENDS_BYTES = {2: BUFFER_BYTES}
 
 
@@ -31,8 +32,8 @@ class SymmetricGroup:
         name: of the group, the same for all ranks.
     """
 
-    # A process can have one such group in its life: torch numbers the meetings of a process, and ranks only find each
-    # other at the same number, which a rank that has just started does not have.
+    # A process can make one such group: torch counts the rendezvous of each process and matches ranks by that count,
+    # which is 0 in a rank that has just started.
     made = False
 
     def __init__(self, store: dist.Store, rank: int, size: int, device: torch.device, name: str) -> None:
