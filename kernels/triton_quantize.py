@@ -27,7 +27,7 @@ def store_quantized(
     """Stores ``x`` ``[BLOCK]``, the channels of ``row`` from ``start`` on, in e4m3, and a scale for each group.
 
     ``x`` is 0 beyond the ``SIZE`` channels of a row. ``GROUP`` divides ``BLOCK``. ``STATIC``: ``static_ptr`` holds the
-    scale of all rows. Rows are the grid's first dimension.
+    scale of all rows.
     """
     GROUPS: tl.constexpr = BLOCK // GROUP
     groups = tl.reshape(x.to(tl.float32), [GROUPS, GROUP])
@@ -43,7 +43,8 @@ def store_quantized(
     values = tl.reshape(values, [BLOCK]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SIZE + channel, values, channel < SIZE)
     group = start // GROUP + tl.arange(0, GROUPS)
-    tl.store(scales_ptr + group * tl.num_programs(0) + row, tl.reshape(scale, [GROUPS]), group < tl.cdiv(SIZE, GROUP))
+    in_row: tl.constexpr = (SIZE + GROUP - 1) // GROUP
+    tl.store(scales_ptr + row * in_row + group, tl.reshape(scale, [GROUPS]), group < in_row)
 
 
 @kernel()
@@ -81,7 +82,7 @@ class QuantizedOutput:
     def __init__(self, tokens: int, size: int, block: int, quantizer: Quantizer, device: torch.device) -> None:
         group = quantizer.group or block
         values = torch.empty((tokens, size), dtype=quantizer.dtype, device=device)
-        self.rows = QuantizedRows(values, torch.empty((triton.cdiv(size, group), tokens), device=device).t())
+        self.rows = QuantizedRows(values, torch.empty((tokens, triton.cdiv(size, group)), device=device))
         static = quantizer.scale
         self.tensors = (*self.rows, self.rows.scales if static is None else static)
         self.constants = (group, static is not None)

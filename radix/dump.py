@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from itertools import islice
 from typing import Any
 
 from .node import Node
@@ -12,20 +11,23 @@ from .structure import PrefixTree
 MAX_DEPTH = 100  # JSON encoders recurse
 
 
-def dump_namespaces(tree: PrefixTree, max_nodes: int, preview: int | None) -> tuple[list[dict[str, Any]], int]:
+def dump_namespaces(
+    tree: PrefixTree, max_nodes: int, preview: int | None, owner: str | None = None
+) -> tuple[list[dict[str, Any]], int]:
     """``[{"owner", "salt", "leases", "children": [node...]}...]``, and the number of namespaces left out.
 
-    A node: ``tokens`` (count), ``pages``, ``host`` and ``disk`` (slots in each memory tier), ``preview`` (its first
-    token ids; by default a page and eight more, as siblings may share all but the last token of a page), ``leases``
-    (locks), ``hits``, ``last_access`` (logical time), ``stub`` (it is a partial page), ``children``; ``omitted``
-    counts children left out. Breadth-first, so that ``max_nodes`` cuts off the deepest nodes. At most ``max_nodes``
-    namespaces are listed, and at least one.
+    ``owner``: only namespaces of this owner; None: all. A node: ``id`` (until it grows), ``tokens`` (count), ``pages``,
+    ``host`` and ``disk`` (slots in each memory tier), ``preview`` (its first token ids; by default a page and eight
+    more, as siblings may share all but the last token of a page), ``leases`` (locks), ``hits``, ``last_access``
+    (logical time), ``stub`` (it is a partial page), ``children``; ``omitted`` counts children left out. Breadth-first,
+    so that ``max_nodes`` cuts off the deepest nodes. At most ``max_nodes`` namespaces are listed, and at least one.
     """
     preview = tree.page_size + 8 if preview is None else preview
     namespaces: list[dict[str, Any]] = []
     queue: deque[tuple[Node, dict[str, Any], int]] = deque()
-    for (owner, salt), root in islice(tree.roots.items(), max(1, max_nodes)):
-        namespaces.append({"owner": owner, "salt": salt, "leases": root.locks, "children": []})
+    roots = [(name, root) for name, root in tree.roots.items() if owner is None or name[0] == owner]
+    for (of, salt), root in roots[: max(1, max_nodes)]:
+        namespaces.append({"owner": of, "salt": salt, "leases": root.locks, "children": []})
         queue.append((root, namespaces[-1], 0))
     room = max_nodes
     while queue:
@@ -37,11 +39,12 @@ def dump_namespaces(tree: PrefixTree, max_nodes: int, preview: int | None) -> tu
             room -= 1
             shown["children"].append(_describe(tree, child, preview))
             queue.append((child, shown["children"][-1], depth + 1))
-    return namespaces, len(tree.roots) - len(namespaces)
+    return namespaces, len(roots) - len(namespaces)
 
 
 def _describe(tree: PrefixTree, node: Node, preview: int) -> dict[str, Any]:
     return {
+        "id": node.serial,
         "tokens": len(node.tokens),
         "pages": len(node.pages),
         "host": len(node.host),

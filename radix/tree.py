@@ -376,9 +376,10 @@ class RadixTree:
         """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""
         self.structure.events.observers.remove(observer)
 
-    def dump(self, max_nodes: int = 1000, preview: int | None = None) -> dict[str, Any]:
-        """``{"namespaces": [...], "omitted": namespaces left out, "totals"}``: see `dump.dump_namespaces`."""
-        namespaces, omitted = dump_namespaces(self.structure, max_nodes, preview)
+    def dump(self, max_nodes: int = 1000, preview: int | None = None, owner: str | None = None) -> dict[str, Any]:
+        """``{"namespaces": [...], "omitted": namespaces left out, "totals"}``: see `dump.dump_namespaces`. The totals
+        are those of the whole tree."""
+        namespaces, omitted = dump_namespaces(self.structure, max_nodes, preview, owner)
         totals = {
             "page_size": self.page_size,
             "pages": self.allocator.total,

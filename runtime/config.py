@@ -153,6 +153,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             fail, and its branches, pins and cache are lost. 0: the server ends. From 0 to 100.
         log_level: debug, info, warning or error.
         stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
+        ui: Serve the page at /ui: the tree as it changes, figures, and conversations that branch. Default: on a
+            loopback host.
         null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
         null_step_seconds: Seconds that each step of the null executor takes.
     """
@@ -186,8 +188,14 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     restart: int = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     stats_log_seconds: float = 10.0
+    ui: bool | None = None
     null_executor: bool = False
     null_step_seconds: float = 0.0
+
+    @property
+    def has_ui(self) -> bool:
+        """Whether the page at ``/ui`` is served."""
+        return self.host in ("127.0.0.1", "::1", "localhost") if self.ui is None else self.ui
 
 
 def step_budget(config: EngineConfig, *, gpu: bool) -> int:

@@ -158,6 +158,7 @@ class BranchRun(Message):
 ControlWhat = Literal[
     "flush_cache",
     "tree",
+    "watch",
     "info",
     "check",
     "branches",

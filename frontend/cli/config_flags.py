@@ -92,8 +92,8 @@ def _flag(kind: type, field: msgspec.structs.FieldInfo, hint: Any, doc: str) -> 
     settings |= {"help": doc or None, "rich_help_panel": _PANEL.get(field.name, default_panel)}
     names = ["--" + field.name.replace("_", "-")]
     default = field.default
-    if hint is bool:
-        names = [f"{names[0]}/--no-{names[0][2:]}"] if default else names
+    if hint in (bool, bool | None):
+        names = [f"{names[0]}/--no-{names[0][2:]}"] if default is not False else names
     else:
         settings["metavar"] = _metavar(hint, doc)
     if default is None or default == ():

@@ -138,6 +138,8 @@ class _Startup:
         out.print(command, markup=False, soft_wrap=True)
         out.print(f"  branchwise chat --url {url}", markup=False, soft_wrap=True)
         out.print(f"  branchwise tree {url}", markup=False, soft_wrap=True)
+        if self._config.has_ui:
+            out.print(f"  or open {url}/ui", markup=False, soft_wrap=True)
 
 
 def _reachable(host: str) -> str:

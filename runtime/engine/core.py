@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ..config import EngineConfig, step_budget
 from ..errors import EngineDead, InvalidRequest
 from ..grammar.compiler import GrammarCompiler
@@ -17,6 +19,7 @@ from ..scheduler.branches.service import BranchService
 from ..scheduler.draft import ScheduledStep
 from ..scheduler.memory import LowerTiers
 from ..scheduler.scheduler import Scheduler
+from ..scheduler.watch import WatchQuestion, watch
 from ..step import Executor, PendingStep
 from ..tiers.copies import HostCopies
 from .profiling import StepProfiler
@@ -182,7 +185,8 @@ class EngineCore:
 
     def control(self, message: Control) -> ControlReply:
         """Answers a control message. flush_cache: evict everything that no running request leases, pinned or not.
-        tree: a dump. info: see `info`. check: the invariants. cache_*: see `CacheService.answer`."""
+        tree: a dump. watch: see `scheduler.watch`. info: see `info`. check: the invariants. cache_*: see
+        `CacheService.answer`."""
         try:
             return ControlReply(message.id, True, self._control(message))
         except InvalidRequest as error:
@@ -203,6 +207,8 @@ class EngineCore:
         if message.what == "tree":
             options = message.argument or {}
             return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
+        if message.what == "watch":
+            return watch(self.scheduler, msgspec.convert(message.argument, WatchQuestion))
         if message.what == "info":
             return self.info()
         if message.what in ("start_profile", "stop_profile"):

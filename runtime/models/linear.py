@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -72,19 +71,16 @@ def weight_bytes(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1, *, int8: bool = False
 ) -> int:
     """Bytes of a rank's weights as a decoder stores them, packed copies included. ``int8``: see `LinearFactory`."""
-    checkpoint, total = config.quantization, 0
-    alike = checkpoint is None or checkpoint.scale is None  # a checkpoint may leave some layers' weights unquantized
-    native = checkpoint is not None and multiplies_fp8(device)
-    for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
+    native, total = config.quantization is not None and multiplies_fp8(device), 0
+    for spec in weight_specs(config):
         shape = shard_shape(spec, rank, ranks)
         linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and spec.name != "embedding"
         if linear and int8:
-            size = math.prod(shape) + 4 * shape[0]
-        elif spec.kind not in ("fp8", "scale") or native:
-            size = math.prod(shape) * stored_dtype(spec, dtype).itemsize
-        else:
-            size = math.prod(shape) * dtype.itemsize if spec.kind == "fp8" else 0
-        total += size * config.num_layers if alike and spec.name.startswith("layers.") else size
+            total += math.prod(shape) + 4 * shape[0]
+        elif native or spec.kind not in ("fp8", "scale"):
+            total += math.prod(shape) * stored_dtype(spec, dtype).itemsize
+        elif spec.kind == "fp8":
+            total += math.prod(shape) * dtype.itemsize
     if config.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
         rows = config.vocab_size // ranks
         total += rows * (config.hidden_size + 4 if int8 else config.hidden_size * dtype.itemsize)

@@ -20,6 +20,7 @@ from .plumbing.request_id import RequestId
 from .plumbing.shortcut import Handler, Shortcut
 from .sglang import generate
 from .state import AppState
+from .ui import live, page
 from .vllm import generate as inference
 
 _MODULES = (
@@ -43,6 +44,8 @@ def make_app(state: AppState) -> FastAPI:
     # No interactive documentation: its pages load scripts from other hosts. The schema is served, behind the key.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     routes = [module.routes(state) for module in _MODULES]
+    if state.config.has_ui:
+        routes += [page.routes(), live.routes(state)]
     fast: dict[str, Handler] = {}
     for one in routes:
         app.include_router(one.router)
@@ -64,6 +67,7 @@ def make_app(state: AppState) -> FastAPI:
         api_key=state.config.api_key,
         extra_api_keys=state.config.extra_api_keys,
         admin_api_key=state.config.admin_api_key,
+        open_paths=page.paths() if config.has_ui else (),
     )
     if config.api_key is None:
         app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts)

@@ -132,10 +132,7 @@ class EngineCall:
 
     def _take(self) -> Batch:
         if self._error is not None:
-            try:
-                raise self._error
-            finally:
-                self._error = None  # its traceback refers to this call, and to the request's body
+            raise self._error
         taken, self._pending = self._pending, []
         return taken
 

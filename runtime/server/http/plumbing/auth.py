@@ -46,11 +46,17 @@ class AuthMiddleware:
     """
 
     def __init__(
-        self, app: ASGIApp, api_key: str | None, extra_api_keys: Sequence[str] = (), admin_api_key: str | None = None
+        self,
+        app: ASGIApp,
+        api_key: str | None,
+        extra_api_keys: Sequence[str] = (),
+        admin_api_key: str | None = None,
+        open_paths: Iterable[str] = (),
     ) -> None:
         """``extra_api_keys``: of further tenants. ``admin_api_key``: the operator's; None: ``api_key`` is the
-        operator's."""
+        operator's. ``open_paths``: need no key, as `OPEN_PATHS`."""
         self._app = app
+        self._open = OPEN_PATHS.union(open_paths)
         self._callers = [(_digest(key.encode()), Caller(key, False)) for key in extra_api_keys]
         if api_key is not None:
             self._callers.append((_digest(api_key.encode()), Caller(api_key, admin_api_key is None)))
@@ -59,7 +65,7 @@ class AuthMiddleware:
             self._callers.append((_digest(admin_api_key.encode()), Caller(api_key, True)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or scope["path"] in OPEN_PATHS:
+        if scope["type"] == "lifespan" or scope["path"] in self._open:
             await self._app(scope, receive, send)
             return
         caller = self._anonymous

@@ -6,6 +6,7 @@ import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -69,12 +70,11 @@ class Metrics:
             self.registry.register(made)
             return made
 
-        self.observe_first_token = histogram(
-            "time_to_first_token", "From the request's arrival to its first token", _SLOW
-        ).observe
-        self.observe_token = histogram(
+        self._first_token = histogram("time_to_first_token", "From the request's arrival to its first token", _SLOW)
+        self._token = histogram(
             "inter_token_latency", "Between a request's tokens; the mean for a response that is not streamed", _FAST
-        ).observe
+        )
+        self.observe_first_token, self.observe_token = self._first_token.observe, self._token.observe
         self._e2e = histogram("e2e_request_latency", "From the request's arrival to its end", _SLOW)
         self._queue = histogram("queue_time", "From arrival at the scheduler to the first scheduled chunk", _SLOW)
         # A quantile over these observations is a quantile over time: see `LoopLag`.
@@ -127,6 +127,16 @@ class Metrics:
         while len(self._window) > 1 and self._window[1][0] <= start:
             self._window.popleft()
 
+    def figures(self) -> dict[str, Any]:
+        """For the live page, JSON-able: totals so far, and ``[count, seconds]`` of the latencies between tokens."""
+        fields = (*(field for _, _, field in _GAUGES), *(field for _, _, field in _COUNTERS))
+        return {
+            **{field: getattr(self._stats, field) for field in fields},
+            "hit_rate": self.hit_rate,
+            "first_token": self._first_token.totals,
+            "inter_token": self._token.totals,
+        }
+
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -146,6 +156,11 @@ class Histogram(Collector):
     def observe(self, value: float, times: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
+
+    @property
+    def totals(self) -> tuple[int, float]:
+        """Number of observations, and their sum."""
+        return sum(self._counts), self._sum
 
     def collect(self) -> Iterator[Metric]:
         family = HistogramMetricFamily(self._name, self._text)

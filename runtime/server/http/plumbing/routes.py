@@ -32,9 +32,12 @@ PAGES = {
     "inference": "Token ids, as vLLM's clients send them.",
     "branches": "Prompts that the server remembers, so that a client sends only what is new.",
     "cache": "What the cache did, would do, and is asked to do.",
+    "ui": "What the page at /ui shows.",
     "models": "What is served and how it is doing: models, tokens, health, metrics, aborts.",
 }
-Page = Literal["chat", "completions", "responses", "messages", "generate", "inference", "branches", "cache", "models"]
+Page = Literal[
+    "chat", "completions", "responses", "messages", "generate", "inference", "branches", "cache", "ui", "models"
+]
 
 
 class Query(NamedTuple):
@@ -121,6 +124,7 @@ class Routes:
         generates: bool = False,
         engine: bool = True,
         text: Literal["also", "only"] | None = None,
+        events: bool = False,
         fast: bool = False,
         hidden: bool = False,
     ) -> Callable[[Function], Function]:
@@ -135,6 +139,7 @@ class Routes:
             generates: Whether it opens engine requests: they have a share of the queue, and a time limit.
             engine: Whether it needs the engine to be ready.
             text: Whether it answers in plain text.
+            events: Whether it answers with server-sent events, whatever the request says.
             fast: Whether `Shortcut` calls it without the framework's routing.
             hidden: Whether the document leaves it out.
         """
@@ -149,7 +154,7 @@ class Routes:
                     dependencies=[Depends(require_admin)] if admin else None,
                     include_in_schema=not hidden,
                     response_class=PlainTextResponse if text == "only" else JSONResponse,
-                    openapi_extra=self._operation(path, body, query, list(found), text),
+                    openapi_extra=self._operation(path, body, query, list(found), text, events),
                 )
                 if fast:
                     self.fast[path] = handler
@@ -164,15 +169,16 @@ class Routes:
         query: dict[str, Query] | None,
         found: list[Failure],
         text: str | None,
+        events: bool,
     ) -> dict[str, Any]:
-        answer: dict[str, Any] = {"application/json": {"schema": {}}}
+        answer: dict[str, Any] = {"text/event-stream" if events else "application/json": {"schema": {}}}
         if text == "only":
             answer = {}
         if text is not None:
             answer["text/plain"] = {"schema": {"type": "string"}}
         if body is not None and "stream" in body.model_fields:
-            events = "With `stream`: events, of which each has an object after `data: `."
-            answer["text/event-stream"] = {"schema": {"type": "string", "description": events}}
+            about = "With `stream`: events, of which each has an object after `data: `."
+            answer["text/event-stream"] = {"schema": {"type": "string", "description": about}}
         responses: dict[str, Any] = {"200": {"description": "Successful Response", "content": answer}}
         if path in OPEN_PATHS:
             responses["503"] = {"description": "The same, with another state: it takes no requests.", "content": answer}

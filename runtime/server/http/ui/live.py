@@ -1,0 +1,184 @@
+"""``GET /ui/events``: what the page shows, as it changes: server-sent events, each a whole snapshot.
+
+There is one producer for all listeners with the same rights, and none while nobody listens. It asks the scheduler no
+more often than twice a second, and so rarely that the answers take at most `SHARE` of the scheduler's time and of this
+process's. A listener that reads slowly skips snapshots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
+
+from ....errors import InvalidRequest, shown
+from ..plumbing.auth import is_admin
+from ..plumbing.errors import describe
+from ..plumbing.routes import Query, Routes
+from ..plumbing.sse import event
+from ..state import AppState
+from .labels import Labels
+
+INTERVAL, SHARE = 0.5, 0.01  # seconds between snapshots at least; of a thread's time at most
+SILENCE = 10.0  # seconds without a change after which a comment shows that the connection lives
+DEFAULT_NODES, MAX_NODES = 1000, 4000
+MAX_LISTENERS = 64
+_QUERY = {
+    "max_nodes": Query(
+        {"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "Nodes of the tree at most."
+    )
+}
+
+Ask = Callable[[], Awaitable[dict[str, Any]]]
+
+
+def routes(state: AppState) -> Routes:
+    routes = Routes("ui")
+    feeds = Feeds(state)
+
+    @routes.add("GET", "/ui/events", query=_QUERY, events=True)
+    async def events(request: Request) -> Response:
+        """The tree and the requests on it as they change: the caller's own, or everybody's for the operator."""
+        nodes = _count(request.query_params.get("max_nodes"))
+        owner = None if is_admin() else state.namespaces.of(None)[0]
+        return FeedStream(feeds.get(owner, nodes))
+
+    return routes
+
+
+def _count(text: str | None) -> int:
+    if text is None:
+        return DEFAULT_NODES
+    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= MAX_NODES):
+        raise InvalidRequest("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
+    return int(text)
+
+
+class Feeds:
+    """The producers, by what their listeners may see."""
+
+    def __init__(self, state: AppState) -> None:
+        self._state = state
+        self._feeds: dict[tuple[str | None, int], Feed] = {}
+
+    def get(self, owner: str | None, max_nodes: int) -> Feed:
+        """Raises `InvalidRequest` (503) if there are too many listeners."""
+        self._feeds = {key: feed for key, feed in self._feeds.items() if feed.listeners}
+        if sum(feed.listeners for feed in self._feeds.values()) >= MAX_LISTENERS:
+            raise InvalidRequest(None, f"{MAX_LISTENERS} pages are open, the most there can be", status=503)
+        key = (owner, max_nodes)
+        if key not in self._feeds:
+            labels = Labels(lambda ids: self._state.tokenizer.decode(ids, skip_special_tokens=False))
+            self._feeds[key] = Feed(lambda: self._snapshot(owner, max_nodes, labels))
+        return self._feeds[key]
+
+    async def _snapshot(self, owner: str | None, max_nodes: int, labels: Labels) -> dict[str, Any]:
+        found = await self._state.client.control("watch", {"owner": owner, "max_nodes": max_nodes})
+        labels.add(found["tree"])
+        if owner is None:
+            found["figures"] = self._state.metrics.figures()
+        found["model"] = self._state.model_name
+        return dict(found)
+
+
+class Feed:
+    """One producer: the newest snapshot, and those who wait for the next."""
+
+    def __init__(self, ask: Ask, clock: Callable[[], float] = time.monotonic) -> None:
+        self._ask = ask
+        self._clock = clock
+        self._changed = asyncio.Condition()
+        self._task: asyncio.Task[None] | None = None
+        self._compared: dict[str, Any] = {}
+        self.listeners = 0
+        self.version = 0  # of `event`
+        self.event = b""
+        self.failed = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Any:
+        """While inside, snapshots are made."""
+        self.listeners += 1
+        if self._task is None:
+            self._task = asyncio.create_task(self._produce())
+        try:
+            yield
+        finally:
+            self.listeners -= 1
+            if not self.listeners and self._task is not None:
+                self._task.cancel()
+                self._task = None
+
+    async def newer(self, version: int) -> int:
+        """Waits for a snapshot after ``version``; returns its version."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.version != version)
+        return self.version
+
+    async def _produce(self) -> None:
+        while not self.failed:
+            try:
+                found = await self._ask()
+                began = time.thread_time()
+                spent = float(found.pop("seconds"))
+                if found != self._compared:
+                    self._compared, made = found, event(found)
+                    await self._publish(made)
+                spent = max(spent, time.thread_time() - began)
+            except Exception as error:  # the engine has died, or the server is stopping: listeners are told
+                self.failed = True
+                await self._publish(event(describe(error)[1]))
+                return
+            await asyncio.sleep(max(INTERVAL, spent / SHARE))
+
+    async def _publish(self, made: bytes) -> None:
+        async with self._changed:
+            self.event = made
+            self.version += 1
+            self._changed.notify_all()
+
+
+class FeedStream(Response):
+    """Streams a feed until the client leaves or the feed fails."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, feed: Feed) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._feed = feed
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        sending = asyncio.create_task(self._send(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (sending, leaving):
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
+
+    async def _send(self, send: Send) -> None:
+        feed, version = self._feed, 0
+        with feed.listening():
+            while True:
+                try:
+                    version = await asyncio.wait_for(feed.newer(version), SILENCE)
+                    body = feed.event
+                except TimeoutError:
+                    body = b": alive\n\n"
+                await send({"type": "http.response.body", "body": body, "more_body": not feed.failed})
+                if feed.failed:
+                    return
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

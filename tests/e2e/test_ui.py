@@ -1,0 +1,173 @@
+"""The page at /ui and its events, without a browser."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+
+from branchwise.runtime.config import EngineConfig, ServerConfig
+from branchwise.runtime.server.http.ui.labels import Labels
+from branchwise.runtime.server.http.ui.live import Feed
+
+
+def test_the_page_is_static_and_strict(server: Any) -> None:
+    page = server.http.get("/ui")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert "<script>" not in page.text and "style=" not in page.text and "http" not in page.text
+    again = server.http.get("/ui", headers={"If-None-Match": page.headers["etag"]})
+    assert again.status_code == 304 and not again.content
+    for path in page.text.split('"')[1::2]:
+        if path.startswith("/ui/"):
+            asset = server.http.get(path)
+            assert asset.status_code == 200 and asset.headers["content-security-policy"] == policy, path
+    assert server.http.get("/ui/../auth.py").status_code == 404
+
+
+def test_where_it_is_served(start_server: Any) -> None:
+    assert [ServerConfig(engine=EngineConfig(), host=host).has_ui for host in ("127.0.0.1", "::1", "0.0.0.0")] == [
+        True,
+        True,
+        False,
+    ]
+    assert ServerConfig(engine=EngineConfig(), host="0.0.0.0", ui=True).has_ui
+    without = start_server(ui=False)
+    assert [without.http.get(path).status_code for path in ("/ui", "/ui/app.js", "/ui/events")] == [404, 404, 404]
+
+
+def snapshots(server: Any, key: str, seconds: float = 10.0, **query: Any) -> Any:
+    """The snapshots of a connection, as they arrive."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.stream("GET", f"{server.url}/ui/events", headers=headers, params=query, timeout=seconds) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        for line in response.iter_lines():
+            if line.startswith("data: "):
+                yield json.loads(line[6:])
+
+
+def texts(snapshot: dict[str, Any]) -> str:
+    found, nodes = "", [child for space in snapshot["tree"]["namespaces"] for child in space["children"]]
+    while nodes:
+        node = nodes.pop()
+        found += node["text"]
+        nodes += node["children"]
+    return found
+
+
+def test_a_tenant_sees_only_what_is_theirs(start_server: Any) -> None:
+    running = start_server(api_key="first-key", extra_api_keys=("other-key",), admin_api_key="admin-key")
+
+    def ask(key: str, prompt: str) -> None:
+        body = {"prompt": prompt, "max_tokens": 20}
+        answer = httpx.post(f"{running.url}/v1/completions", json=body, headers={"x-api-key": key}, timeout=30)
+        assert answer.status_code == 200, answer.text
+
+    ask("first-key", "the first tenant wrote this " * 4)
+    ask("other-key", "another tenant wrote that " * 4)
+    assert httpx.get(f"{running.url}/ui/events").status_code == 401
+    assert httpx.get(f"{running.url}/ui").status_code == 200  # it holds no data
+    first, other, admin = (next(snapshots(running, key)) for key in ("first-key", "other-key", "admin-key"))
+    assert "first" in texts(first) and "another" not in texts(first)
+    assert "another" in texts(other) and "first" not in texts(other)
+    assert "another" in texts(admin) and "first" in texts(admin)
+    for mine in (first, other):
+        assert mine["tree"]["totals"] == {"page_size": 16} and "figures" not in mine  # sums tell about others
+    assert admin["figures"]["prompt_tokens"] > 0
+
+
+def test_requests_are_shown_on_their_path(start_server: Any) -> None:
+    running = start_server(null_step_seconds=0.02)
+    body = {"prompt": "a prompt that takes several pages of tokens " * 8, "max_tokens": 200, "ignore_eos": True}
+    body["stream"] = True
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as streaming:
+        lines = streaming.iter_lines()  # kept: without it httpx closes the response
+        next(lines)
+        for snapshot in snapshots(running, ""):
+            shown = [each for each in snapshot["requests"] if each["path"]]
+            if shown:
+                break
+    (request,) = shown
+    assert request["state"] == "running" and 0 < request["computed"] <= request["tokens"] <= request["limit"]
+    ids, nodes = set(), [child for space in snapshot["tree"]["namespaces"] for child in space["children"]]
+    while nodes:
+        node = nodes.pop()
+        ids.add(node["id"])
+        nodes += node["children"]
+    assert set(request["path"]) <= ids
+
+
+@pytest.mark.parametrize("nodes", ["0", "4001", "-1", "x", "1.5"])
+def test_a_bad_count_is_refused(server: Any, nodes: str) -> None:
+    answer = server.http.get("/ui/events", params={"max_nodes": nodes})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "max_nodes"
+
+
+async def test_one_producer_for_all_listeners_and_none_without() -> None:
+    asked: list[float] = []
+
+    async def ask() -> dict[str, Any]:
+        asked.append(time.monotonic())
+        return {"seconds": 0.0, "value": min(len(asked), 3)}
+
+    feed = Feed(ask)
+    with feed.listening(), feed.listening():
+        version = await feed.newer(0)
+        assert (version, feed.listeners) == (1, 2)
+        assert b'"value":1' in feed.event and await feed.newer(1) == 2
+        await feed.newer(2)
+        await asyncio.sleep(1.1)  # no change: nothing is published
+        assert feed.version == 3 and len(asked) >= 4
+    many = len(asked)
+    await asyncio.sleep(0.7)
+    assert len(asked) == many
+    assert all(after - before >= 0.45 for before, after in pairwise(asked))
+
+
+async def test_a_dear_snapshot_is_taken_rarely() -> None:
+    asked: list[float] = []
+
+    async def ask() -> dict[str, Any]:
+        asked.append(time.monotonic())
+        return {"seconds": 0.02, "value": len(asked)}  # 1 % of the time: every two seconds
+
+    feed = Feed(ask)
+    with feed.listening():
+        await feed.newer(await feed.newer(0))
+    assert asked[1] - asked[0] >= 1.9
+
+
+async def test_a_failure_is_told_and_ends_the_feed() -> None:
+    async def ask() -> dict[str, Any]:
+        raise RuntimeError("the scheduler is gone")
+
+    feed = Feed(ask)
+    with feed.listening():
+        await feed.newer(0)
+    assert feed.failed and b'"error"' in feed.event
+
+
+def test_a_node_is_decoded_once() -> None:
+    decoded: list[tuple[int, ...]] = []
+
+    def decode(ids: Any) -> str:
+        decoded.append(tuple(ids))
+        return str(list(ids))
+
+    def tree() -> dict[str, Any]:
+        child = {"preview": [3], "children": []}
+        return {"namespaces": [{"children": [{"preview": [1, 2], "children": [child]}]}]}
+
+    labels = Labels(decode)
+    for _ in range(3):
+        found = tree()
+        labels.add(found)
+    (node,) = found["namespaces"][0]["children"]
+    assert (node["text"], node["children"][0]["text"], "preview" in node) == ("[1, 2]", "[3]", False)
+    assert decoded == [(1, 2), (3,)]

@@ -1,0 +1,251 @@
+"""The page at /ui in a real Chromium, driven over its DevTools protocol. Skipped where there is none.
+
+python tests/e2e/test_ui_browser.py URL FOLDER     writes the screenshots of docs/ui.md, of a running server
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import httpx
+import pytest
+import pytest_asyncio
+
+PROGRAM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+_FLAGS = [
+    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
+    *("--disable-background-networking", "--remote-debugging-port=0", "--window-size=1280,800"),
+]
+START_SECONDS = 60.0
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._last = 0
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self.requests: list[str] = []  # addresses that the tab has asked for
+        self.errors: list[str] = []  # of its console
+        self._reader = asyncio.create_task(self._read())
+
+    async def _read(self) -> None:
+        async for message in self._socket:
+            found = message.json()
+            if "id" in found:
+                self._answers.pop(found["id"]).set_result(found)
+            elif found["method"] == "Network.requestWillBeSent":
+                self.requests.append(found["params"]["request"]["url"])
+            elif found["method"] == "Runtime.exceptionThrown":
+                self.errors.append(str(found["params"]["exceptionDetails"]))
+            elif found["method"] == "Log.entryAdded" and found["params"]["entry"]["level"] == "error":
+                self.errors.append(found["params"]["entry"]["text"])
+
+    async def send(self, method: str, **params: Any) -> dict[str, Any]:
+        self._last += 1
+        answer = self._answers[self._last] = asyncio.get_running_loop().create_future()
+        await self._socket.send_json({"id": self._last, "method": method, "params": params})
+        found = await asyncio.wait_for(answer, START_SECONDS)
+        assert "error" not in found, found
+        return dict(found["result"])
+
+    async def open(self, url: str) -> None:
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            await self.send(f"{domain}.enable")
+        await self.send("Page.navigate", url=url)
+
+    async def js(self, expression: str) -> Any:
+        """The value of an expression; a promise is awaited."""
+        found = await self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def until(self, condition: str, seconds: float = 20.0) -> Any:
+        """Waits until an expression is true; returns its value."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        while not (found := await self.js(condition)):
+            text = await self.js("document.body ? document.body.innerText.slice(0, 2000) : 0")
+            assert asyncio.get_running_loop().time() < deadline, f"{condition} is still false; the page says:\n{text}"
+            await asyncio.sleep(0.05)
+        return found
+
+    async def text(self) -> str:
+        return str(await self.js("document.body.innerText"))
+
+    async def type(self, selector: str, text: str) -> None:
+        """Writes into a field and presses Enter."""
+        await self.js(f"document.querySelector({selector!r}).focus()")
+        await self.send("Input.insertText", text=text)
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
+        await self.send("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
+        await self.send("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    async def screenshot(self, path: Path) -> None:
+        path.write_bytes(base64.b64decode((await self.send("Page.captureScreenshot", format="png"))["data"]))
+
+    async def close(self) -> None:
+        self._reader.cancel()
+        await self._socket.close()
+
+
+@asynccontextmanager
+async def browser(folder: Path) -> AsyncIterator[Page]:
+    """A tab of a new browser, whose profile is in ``folder``."""
+    assert PROGRAM is not None
+    command = [PROGRAM, *_FLAGS, f"--user-data-dir={folder}", "about:blank"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        ready = folder / "DevToolsActivePort"
+        async with asyncio.timeout(START_SECONDS):
+            while not ready.exists() or len(ready.read_text().splitlines()) < 2:
+                await asyncio.sleep(0.05)
+        address = f"http://127.0.0.1:{ready.read_text().splitlines()[0]}"
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{address}/json/list") as response:
+                tab = next(each for each in await response.json() if each["type"] == "page")
+            socket = await session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=64 << 20)
+            page = Page(socket)
+            try:
+                yield page
+            finally:
+                await page.close()
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@pytest_asyncio.fixture(loop_scope="function")
+async def page(tmp_path: Path) -> AsyncIterator[Page]:
+    if PROGRAM is None:
+        pytest.skip("no Chromium here")
+    async with browser(tmp_path) as tab:
+        yield tab
+
+
+async def show(page: Page, server: Any, view: str = "tree") -> None:
+    await page.open(f"{server.url}/ui#{view}")
+    await page.until("!!document.querySelector('.state.live')")
+
+
+async def send(page: Page, message: str, answers: int = 1) -> None:
+    await page.type(".say textarea", message)
+    done = f"document.querySelectorAll('#app small').length >= {answers} && !document.body.innerText.includes('▍')"
+    await page.until(done, 60)
+
+
+def complete(server: Any, prompt: str, **fields: Any) -> None:
+    body = {"prompt": prompt, "max_tokens": 8, **fields}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+
+
+async def test_the_tree_follows_traffic(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    await show(page, server)
+    assert "0 tokens cached" in await page.text()
+    await asyncio.to_thread(complete, server, "something that is long enough for several pages of tokens " * 4)
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.innerText.includes('something'))")
+    await page.js(
+        "[...document.querySelectorAll('.cell')].find((each) => each.innerText.includes('something')).click()"
+    )
+    await page.until(
+        "document.querySelector('aside') && document.querySelector('aside').innerText.includes('evictable')"
+    )
+    assert not page.errors
+
+
+@pytest.mark.parametrize("nodes", [1000, 10_000])
+async def test_large_trees(page: Page, start_server: Callable[..., Any], nodes: int) -> None:
+    """Of the largest tree a part is shown; the page stays usable and the server fast."""
+    engine = {"kv_cache_tokens": 4 * nodes + 65_536, "page_size": 4}
+    server = start_server(engine=engine)
+    for first in range(0, nodes, 1024):
+        prompts = [[1 + i // 64 % 64, 1 + i % 64, 1 + i // 4096, 3, 5] for i in range(first, min(nodes, first + 1024))]
+        body = {"prompt": prompts, "max_tokens": 1}
+        answer = await asyncio.to_thread(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+    begun = asyncio.get_running_loop().time()
+    await show(page, server)
+    await page.until("document.querySelectorAll('.cell').length > 100", 10)
+    assert asyncio.get_running_loop().time() - begun < 8
+    assert not page.errors
+
+
+async def test_a_conversation_branches(page: Page, shipped: Any) -> None:
+    await show(page, shipped, "chat")
+    await send(page, "Who is Mira?")
+    assert "baker" in await page.text() and "prompt tokens cached" in await page.text()
+    await send(page, "Where does she live?", answers=2)
+    # Back to the first answer, and on from there in two ways side by side.
+    await page.js(
+        "[...document.querySelectorAll('.message.assistant button')].find((b) => b.innerText == 'branch here').click()"
+    )
+    await page.js("document.querySelector('.settings').open = true")
+    box = "document.querySelector('.settings input')"
+    await page.js(f"{box}.value = 2; {box}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+    await page.until("document.querySelectorAll('.side .card').length == 1")  # the branch that was left
+    await send(page, "Who is Tobin?", answers=3)
+    await page.until("document.querySelectorAll('.side .card').length == 2")
+    await page.js("document.querySelector('.side .card button').click()")
+    await page.until("document.querySelectorAll('.message').length == 4")
+    await page.js(
+        "[...document.querySelectorAll('.settings button')].find((b) => b.innerText == 'as a program').click()"
+    )
+    program = await page.until("document.querySelector('.export') && document.querySelector('.export').innerText")
+    assert ".fork(2)" in program
+    compile(program, "exported", "exec")
+    assert not page.errors
+
+
+async def test_text_is_text(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    evil = "<img src=x onerror='window.pwned=1'><script>window.pwned=1</script> " * 3
+    await asyncio.to_thread(complete, server, evil)
+    await show(page, server)
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.title.includes('onerror'))")
+    assert await page.js("window.pwned") is None
+    assert await page.js("document.querySelectorAll('img').length") == 0
+    assert {url.split("/ui")[0] for url in page.requests} == {server.url}
+
+
+async def test_a_key_is_asked_for_and_shows_its_own_part(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server(api_key="first-key", extra_api_keys=("other-key",))
+    body = {"prompt": "what the first tenant wrote " * 6, "max_tokens": 4}
+    headers = {"x-api-key": "first-key"}
+    await asyncio.to_thread(httpx.post, f"{server.url}/v1/completions", json=body, headers=headers)
+    await page.open(f"{server.url}/ui")
+    await page.until("!!document.querySelector('input[name=key]')")
+    await page.type("input[name=key]", "other-key")
+    await page.until("!!document.querySelector('.state.live')")
+    assert "tenant" not in await page.text()
+    await page.js("sessionStorage.setItem('branchwise-key', 'first-key'); location.reload()")
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.title.includes('tenant'))")
+
+
+async def _screenshots(url: str, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as profile:
+        async with browser(Path(profile)) as page:
+            await page.open(f"{url}/ui#chat")
+            await page.until("!!document.querySelector('.state.live')")
+            for i, question in enumerate(["Who is Mira?", "Who is Tobin?", "Tell me a story."]):
+                await send(page, question, i + 1)
+            await page.screenshot(folder / "ui-chat.png")
+            for view, index in (("tree", 0), ("figures", 1)):
+                await page.js(f"document.querySelectorAll('nav button')[{index}].click()")
+                await asyncio.sleep(1)
+                await page.screenshot(folder / f"ui-{view}.png")
+
+
+if __name__ == "__main__":
+    asyncio.run(_screenshots(sys.argv[1], Path(sys.argv[2])))
