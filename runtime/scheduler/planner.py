@@ -278,6 +278,8 @@ class Planner:
 
     def _should_await_copies(self, request: Request) -> bool:
         """Whether it would fit, and lower memory tiers are bringing up a part of its prompt."""
+        if not self._tiers.exist:
+            return False
         expected = self.estimator.expected_length(request.prompt_len, request.num_tokens, request.limit)
         fits = not len(self._rows) or self._may_fit(request, expected, look=False)
         return fits and self._tiers.should_wait(request)

@@ -51,6 +51,8 @@ class Wait:
 class TierManager(NoTiers):
     """Made by the engine if there is a lower tier. ``now``: the scheduler's clock, in seconds."""
 
+    exist = True
+
     def __init__(
         self,
         tree: RadixTree,

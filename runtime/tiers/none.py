@@ -37,6 +37,8 @@ class Served(NamedTuple):
 class NoTiers:
     """See `manager.TierManager`, which overrides all of it."""
 
+    exist = False
+
     @property
     def busy(self) -> bool:
         return False

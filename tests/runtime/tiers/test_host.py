@@ -45,7 +45,7 @@ def test_the_gate_learns_and_recovers() -> None:
         gate.read(1, 1000, 0.1)  # 10,000 pages/s: 160,000 tokens/s
     assert abs(gate.computing - 1e5) < 1e3
     assert gate.pays(16_000, 1000, 0, 0)
-    assert not gate.pays(16, 1, 0, 0), "the step that it costs is longer than computing 16 tokens"
+    assert not gate.pays(16, 1, 0, 0), "waiting takes longer than computing 16 tokens"
     assert not gate.pays(16_000, 1000, 0, 5000), "it would wait behind others"
     for _ in range(50):
         gate.read(1, 1000, 1.0)
