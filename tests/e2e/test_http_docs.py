@@ -412,10 +412,6 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "levels of a schema": (CHAT, {"messages": [USER], "json_schema": json.dumps(nested(70))}),
     "values in a schema": (CHAT, {"messages": [USER], "json_schema": json.dumps({"enum": [*range(20_000)]})}),
     "choices": (CHAT, {"messages": [USER], "structured_outputs": {"choice": [f"x{i}" for i in range(1025)]}}),
-    "work to compile and follow a grammar": (
-        CHAT,
-        {"messages": [USER], "regex": "((a{1,100}){1,100}){1,100}", "max_tokens": 200, "ignore_eos": True},
-    ),
     "`chat_template_kwargs` entries": (
         CHAT,
         {"messages": [USER], "chat_template_kwargs": {f"x{i}": 1 for i in range(65)}},
@@ -431,6 +427,7 @@ BEYOND: dict[str, tuple[str, dict[str, Any]]] = {
     "nodes of `/cache/tree`": ("/cache/tree?max_nodes=100001", {}),
 }
 ELSEWHERE = {
+    "work to compile and follow a grammar": "tests/runtime/grammar/test_engine_grammar.py",
     "names and values in calls' arguments, where a template reads them": "tests/runtime/chat/test_messages.py",
     "the same, where the cache is smaller": "tests/runtime/test_fit.py",
     "seconds of a request": "tests/e2e/test_server_timeouts.py",
