@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +51,10 @@ class StepProfiler:
         recording.export_chrome_trace(str(path))
         kernels = [row for row in recording.key_averages() if row.device_type == DeviceType.CUDA]
         kernels.sort(key=lambda row: -row.self_device_time_total)
-        busy = sum(row.self_device_time_total for row in kernels) / 1e6
         # From the first kernel to the end of the last: starting and stopping the profiler takes time too.
         ranges = [event.time_range for event in recording.events() if event.device_type == DeviceType.CUDA]
         seconds = (max(r.end for r in ranges) - min(r.start for r in ranges)) / 1e6 if ranges else 0.0
+        busy = covered((r.start, r.end) for r in ranges) / 1e6
         return {
             "trace": str(path),
             "steps": steps - self._steps,
@@ -65,3 +66,12 @@ class StepProfiler:
                 for row in kernels[:TOP_KERNELS]
             ],
         }
+
+
+def covered(ranges: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of (start, end) ranges: kernels of several streams run side by side."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from branchwise.runtime.engine.profiling import StepProfiler
+from branchwise.runtime.engine.profiling import StepProfiler, covered
 from branchwise.runtime.errors import InvalidRequest
 
 
@@ -29,3 +29,8 @@ def test_a_recording_is_a_chrome_trace(tmp_path: Path) -> None:
         assert any("aten::mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
     profiler.start(13)
     assert profiler.stop(14)["steps"] == 1
+
+
+def test_kernels_side_by_side_are_counted_once() -> None:
+    assert covered([(0.0, 4.0), (2.0, 3.0), (6.0, 9.0), (3.5, 5.0)]) == 8.0
+    assert covered([]) == 0.0
