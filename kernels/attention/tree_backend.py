@@ -16,9 +16,10 @@ from torch import Tensor
 from ..arrays import Int64, ranges
 from ..kv_pool import KVPool
 from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
-from .tree_plan import TreeCosts, TreeLimits, TreePlan, TreeRequests, plan_tree
+from .tree_costs import TreeCosts
+from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import TreeRunner, tree_tiles
-from .tree_tuning import tune
+from .tree_tuning import calibrate, tune
 
 SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
@@ -57,7 +58,7 @@ class TreeAttention:
         table: int32 ``[rows, columns]``, the page table on the device. Its last row belongs to no request.
         flat: the backend that reads keys once for each request.
         max_tokens: the most query tokens of a captured step, and the most decodes of any step.
-        costs: what the choice between the paths is made by; measured on an H200 by default.
+        costs: what the choice between the paths is made by; by default measured, on a GPU.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class TreeAttention:
         max_tokens: int,
         costs: TreeCosts | None = None,
     ) -> None:
-        layout, costs = pool.layout, costs or _default_costs(pool)
+        layout, fitted = pool.layout, costs is None
+        costs = costs or _default_costs(pool)
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")
         self.captures, self.saved_keys = flat.captures, 0
@@ -83,6 +85,8 @@ class TreeAttention:
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
         if pool.device.type == "cuda":
             tune(self._runner, pool, num_heads, table, self._workers)
+            if fitted:
+                self._costs = calibrate(self._costs, self._runner, flat, layers, pool, num_heads, table, self._limits)
         self._scratch_row = len(table) - 1
         # Of a joint step the flat backend sees the decodes as one request on the scratch page.
         self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size

@@ -9,53 +9,16 @@ kernel ends them at the query's position, so a plan stays valid while its reques
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from ..arrays import Int32, Int64, ranges
 from .split import ALIGN, ITEM, ITEM_FIELDS, Records
+from .tree_costs import Float64, TreeCosts, tile_table
 from .tree_nodes import Nodes, find_nodes, indptr_of
 
 OPEN = 2**31 - 1  # the end of a tail: wherever its queries are
-Float64 = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class TreeCosts:
-    """Times on the device, in units of reading one token's keys and values in one layer from device memory.
-
-    The defaults were measured on an H200 with 4 query heads a key head (`tests/benchmarks/bench_tree_attention.py`).
-    They are ratios of memory bandwidth to cache bandwidth and to arithmetic, of about the same size for other models.
-
-    Attributes:
-        tiles: query rows (query tokens times the query heads of a key head) that a kernel takes at a time, ascending.
-        per_key: one pass over a key that is in the L2 cache, for each tile. The first pass costs at least 1.
-        flat: the same for a backend that reads keys once for each request.
-        flat_tail: what that backend takes for a key that only one request reads.
-        partial: writing and merging one query token's partial result.
-        in_turn: merging one more partial result of the same query token, while no other token is waited for.
-        flat_layer, tree_layer: the launches of one layer and their latency.
-        margin: the saving from which on steps change from the flat path to the tree; back they change at none.
-    """
-
-    tiles: tuple[int, ...] = (16, 64, 128)
-    per_key: tuple[float, ...] = (0.45, 0.87, 1.48)
-    flat: float = 0.45
-    flat_tail: float = 1.0
-    partial: float = 5.0
-    in_turn: float = 260.0
-    flat_layer: float = 9000.0
-    tree_layer: float = 11000.0
-    margin: float = 4000.0
-
-    def for_tiles(self, tiles: tuple[int, ...]) -> TreeCosts:
-        """The same costs for other tiles: each costs what the smallest known one costs that is no smaller."""
-        known = np.minimum(np.searchsorted(self.tiles, tiles), len(self.tiles) - 1)
-        return replace(self, tiles=tiles, per_key=tuple(self.per_key[i] for i in known))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +79,11 @@ class TreePlan:
     keys_flat: int
     gain: float = 0.0
 
+    @property
+    def most(self) -> int:
+        """The most partial results that one query token has to merge."""
+        return max(int(self.merges[:, 1].max(initial=0)), 0)
+
 
 def plan_tree(
     table: Int32,
@@ -136,42 +104,23 @@ def plan_tree(
         least_gain: the expected saving in a layer from which on to plan, in the units of ``costs``; -inf: always.
     """
     q_lens, kv_lens = requests.q_lens, requests.kv_lens
-    tiles = _tile_table(costs, group, 1 << num_tokens.bit_length())
+    tile_of, passes = tile_table(costs, group, 1 << num_tokens.bit_length())
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
-    nodes, covered = choose(nodes, q_lens, page_size, costs, tiles)
+    nodes, covered = choose(nodes, q_lens, page_size, costs, passes)
     segments = _segments(nodes, covered, requests, page_size)
-    gain = _gain(nodes, segments, costs, tiles)
+    gain = _gain(nodes, segments, costs, passes)
     if gain < least_gain:
         return None
     per_tile = max(costs.tiles[-1] // group, 1)
     for coarseness in (1, 2, 4, 8):
-        plan = _cut(segments, num_tokens, int(kv_lens.sum()), per_tile, tiles, limits, coarseness)
+        plan = _cut(segments, num_tokens, int(kv_lens.sum()), per_tile, tile_of, passes, limits, coarseness)
         if plan is not None:
-            most = int(plan.merges[:, 1].max(initial=0))  # partial results of a query token; -1: nothing to merge
-            plan.gain = gain - costs.partial * plan.merged_slots - costs.in_turn * most
+            plan.gain = gain - costs.merging(plan.merged_slots, plan.most)
             return plan if plan.gain >= least_gain else None
     return None
 
 
-class _TileTable(NamedTuple):
-    """By the number of query tokens that read a key together."""
-
-    tile: Int64  # index of the smallest tile that holds them, or of the largest there is
-    passes: Float64  # cost of the passes over one key
-
-
-@lru_cache(maxsize=64)
-def _tile_table(costs: TreeCosts, group: int, most: int) -> _TileTable:
-    """For up to ``most`` query tokens."""
-    rows = np.arange(most + 1) * group
-    tile = np.minimum(np.searchsorted(costs.tiles, rows), len(costs.tiles) - 1)
-    per_key, largest = np.array(costs.per_key), costs.tiles[-1]
-    whole, rest = rows // largest, rows % largest
-    rest_tile = np.minimum(np.searchsorted(costs.tiles, rest), len(costs.tiles) - 1)
-    return _TileTable(tile, whole * per_key[-1] + np.where(rest > 0, per_key[rest_tile], 0.0))
-
-
-def choose(nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, tiles: _TileTable) -> tuple[Nodes, Int64]:
+def choose(nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, passes: Float64) -> tuple[Nodes, Int64]:
     """The nodes worth sharing, extended upwards over the columns of those that are not.
 
     Returns:
@@ -184,8 +133,8 @@ def choose(nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, tiles:
         return nodes, covered
     of_members = q_lens[nodes.members]
     tokens = np.add.reduceat(of_members, nodes.indptr[:-1])
-    shared = tiles.passes[tokens]
-    alone = np.add.reduceat(tiles.passes[of_members], nodes.indptr[:-1])
+    shared = passes[tokens]
+    alone = np.add.reduceat(passes[of_members], nodes.indptr[:-1])
     # Passes over a node's columns if its children, and its members without a child, read them instead.
     below = alone.copy()
     child = (nodes.parents >= 0).nonzero()[0]
@@ -237,12 +186,12 @@ def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: i
     )
 
 
-def _gain(nodes: Nodes, segments: _Segments, costs: TreeCosts, tiles: _TileTable) -> float:
+def _gain(nodes: Nodes, segments: _Segments, costs: TreeCosts, passes: Float64) -> float:
     """The expected saving of the tree path, before the cost of merging."""
     count = len(nodes.starts)
     lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
     tokens = segments.indptr[1 : count + 1] - segments.indptr[:count]
-    together = np.maximum(tiles.passes[tokens], 1.0)
+    together = np.maximum(passes[tokens], 1.0)
     alone = np.maximum(nodes.counts * costs.flat, 1.0)
     saved = float(((alone - together) * lengths).sum()) + (costs.flat_tail - 1.0) * tails
     return saved - (costs.tree_layer - costs.flat_layer)
@@ -253,18 +202,19 @@ def _cut(
     num_tokens: int,
     keys_flat: int,
     per_tile: int,
-    tiles: _TileTable,
+    tile_of: Int64,
+    passes: Float64,
     limits: TreeLimits,
     coarseness: int,
 ) -> TreePlan | None:
     """Items of about equal work, enough to fill the device; None if they exceed the limits.
 
-    ``per_tile``: query tokens that fit the largest tile.
+    ``per_tile``: query tokens that fit the largest tile; ``tile_of``, ``passes``: see `tree_costs.tile_table`.
     """
     lengths, counts = segments.lengths, segments.indptr[1:] - segments.indptr[:-1]
     parts = -(-counts // per_tile)
     # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
-    work, of_tile = tiles.passes[counts] * lengths, tiles.tile[counts]
+    work, of_tile = passes[counts] * lengths, tile_of[counts]
     target = np.bincount(of_tile, work, len(limits.workers)) / np.array(limits.workers) * coarseness
     pieces = np.rint(work / np.maximum(parts * target[of_tile], 1.0)).astype(np.int64)
     pieces = np.maximum(np.minimum(pieces, lengths // np.array(limits.min_keys)[of_tile]), 1)
@@ -285,7 +235,7 @@ def _cut(
     per_token = np.bincount(queries, minlength=num_tokens)
     split = per_token > 1
     offset = piece * keys[of]
-    of_tile = tiles.tile[count]
+    of_tile = tile_of[count]
     length = np.where(last, lengths[of] - offset, keys[of])
     order = ((of_tile << 32) - length).argsort(kind="stable")  # the last to start is the shortest
     sizes = np.bincount(of_tile, minlength=len(limits.items)).tolist()

@@ -1,29 +1,65 @@
-"""Picks how deep tree attention's kernels prefetch, by timing them on the device at start.
+"""Times tree attention on the device at start: how deep its kernels prefetch, and what the choice of path is made by.
 
 Whether more loads in flight or more programs at once is faster depends on the device's shared memory and on the head
 size. The candidates compute the same in the same order, so the choice does not change a result.
+
+What the two paths cost is measured on a few small forests, alone in a CUDA graph, and the constants of `TreeCosts` are
+fitted to that. Both together take a few hundred milliseconds.
 """
 
 from __future__ import annotations
 
 import logging
+import statistics
+import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from ..kv_pool import KVPool
-from .base import LayerSpec
+from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from .split import ITEM
-from .tree_plan import TreePlan
+from .tree_costs import TreeCosts
+from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import DEEP, TreeRunner
 
 logger = logging.getLogger(__name__)
 
-KEYS = 1024  # read by each item
+KEYS = 1024  # read by each item, to choose the stages
 LAUNCHES = 8  # timed at once
+PRIOR = 0.15  # how far a constant may move from its default, in units of a point's relative error
+WORST_FIT = 0.25  # median relative error from which on the defaults are kept
+
+
+class Forest(NamedTuple):
+    """Requests in groups that share ``prefix`` tokens, each with a ``tail`` of its own. 0 groups: nothing is shared."""
+
+    requests: int
+    groups: int
+    prefix: int
+    tail: int
+
+    def table(self, page_size: int) -> npt.NDArray[np.int32]:
+        """Its page table, of pages numbered in order."""
+        shared, own = self.prefix // page_size, -(-self.tail // page_size)
+        first_own = self.groups * shared
+        owns = first_own + np.arange(self.requests * own, dtype=np.int32).reshape(self.requests, own)
+        if not self.groups:
+            return owns
+        group = np.arange(self.requests) * self.groups // self.requests
+        return np.concatenate([group[:, None] * shared + np.arange(shared), owns], axis=1).astype(np.int32)
+
+
+POINTS = (
+    *(Forest(128, 0, 0, 1152), Forest(8, 0, 0, 64), Forest(32, 0, 0, 512)),
+    *(Forest(8, 1, 2048, 64), Forest(8, 1, 8192, 256), Forest(32, 1, 2048, 256), Forest(32, 1, 8192, 64)),
+    *(Forest(16, 4, 2048, 64), Forest(64, 2, 4096, 128), Forest(128, 4, 2048, 128)),
+)
 
 
 def tune(runner: TreeRunner, pool: KVPool, heads: int, table: Tensor, workers: tuple[int, ...]) -> None:
@@ -53,7 +89,7 @@ def tune(runner: TreeRunner, pool: KVPool, heads: int, table: Tensor, workers: t
         for stages in dict.fromkeys((tile.stages, DEEP)):
             runner.tiles[nth] = tile._replace(stages=stages)
             try:
-                times[stages] = milliseconds(lambda n=nth, i=items: runner.attend(n, 0, spec, q, q, i))  # type: ignore[misc]
+                times[stages] = milliseconds(lambda _, n=nth, i=items: runner.attend(n, 0, spec, q, q, i))  # type: ignore[misc]
             except OutOfResources:
                 continue
         runner.tiles[nth] = tile._replace(stages=min(times, key=times.__getitem__, default=tile.stages))
@@ -76,16 +112,135 @@ def _plan(nth: int, tiles: int, count: int, rows: int, queries: int) -> TreePlan
     return TreePlan(by_tile, slots % queries, merges, slots, merged_slots=0, keys_read=0, keys_flat=0)
 
 
-def milliseconds(launch: Callable[[], None]) -> float:
-    """Device time of a launch, the least of three rounds."""
-    launch()
+def milliseconds(launch: Callable[[int], None]) -> float:
+    """Device time of ``launch(0)``, ``launch(1)``, …, in a CUDA graph: launching them takes longer than they run. The
+    least of three rounds."""
+    launch(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(LAUNCHES):
+            launch(i)
+        graph.capture_end()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     rounds = []
     for _ in range(3):
         start.record()
-        for _ in range(LAUNCHES):
-            launch()
+        graph.replay()
         end.record()
         end.synchronize()
         rounds.append(start.elapsed_time(end) / LAUNCHES)
     return min(rounds)
+
+
+def calibrate(
+    costs: TreeCosts,
+    runner: TreeRunner,
+    flat: AttentionBackend,
+    layers: list[LayerSpec],
+    pool: KVPool,
+    heads: int,
+    table: Tensor,
+    limits: TreeLimits,
+) -> TreeCosts:
+    """Costs fitted to both paths' times on this device; ``costs`` themselves where too little can be measured.
+
+    Args:
+        flat: the other path, which captures.
+        layers: one spec a layer; those without a window take turns, so that none finds its keys in the cache.
+        heads, table: as for `tune`.
+        limits: what plans fit.
+    """
+    group = heads // pool.layout.kv_heads
+    begun, restored = time.perf_counter(), table.clone()
+    flat_rows, flat_ms, tree_rows, tree_ms = [], [], [], []
+    plain = [i for i, spec in enumerate(layers) if spec.window is None]
+    for point in POINTS:
+        pages = point.table(pool.layout.page_size)
+        n, columns = pages.shape
+        if n >= len(table) or columns > table.shape[1] or pages.max() >= pool.num_pages - 1 or len(plain) < 2:
+            continue
+        host = np.zeros(table.shape, np.int32)
+        host[:n, :columns] = pages
+        table[:n, :columns] = torch.from_numpy(pages).to(table.device)
+        ones, rows = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
+        kv_lens = np.full(n, point.prefix + point.tail, np.int32)
+        batch = AttentionBatch(rows, ones, kv_lens, n, pool.layout.page_size, table, host)
+        requests = TreeRequests(rows, rows.astype(np.int64), ones.astype(np.int64), kv_lens.astype(np.int64))
+        plan = plan_tree(host, requests, n, group, batch.page_size, costs, limits, -np.inf)
+        if plan is None or plan.keys_read != point.groups * point.prefix + n * point.tail:
+            continue
+        flat.plan(batch, StepShape(n, 0, 0))
+        runner.load(plan, n)
+        runner.advance(requests.kv_lens - 1)
+        q = torch.zeros((n, heads, pool.layout.head_dim), dtype=pool.layout.dtype, device=table.device)
+        ms = _both_paths(plan, runner, flat, q, {i: layers[i] for i in plain})
+        flat_ms.append(ms[0])
+        tree_ms.append(ms[1])
+        flat_rows.append(flat_terms(costs, point))
+        tree_rows.append(tree_terms(costs, point, group, plan))
+    table.copy_(restored)
+    if len(tree_ms) < len(POINTS) // 2:
+        return costs
+    fitted, error = fit(costs, np.array(flat_rows), np.array(flat_ms), np.array(tree_rows), np.array(tree_ms))
+    took = 1e3 * (time.perf_counter() - begun)
+    good = error < WORST_FIT
+    logger.info(
+        "tree attention: measured %d forests in %.0f ms; the fitted costs are off by %.0f %% (median)%s",
+        *(len(tree_ms), took, 100 * error, "" if good else ": keeping the built-in ones"),
+    )
+    return fitted if good else costs
+
+
+def _both_paths(
+    plan: TreePlan, runner: TreeRunner, flat: AttentionBackend, q: Tensor, layers: dict[int, LayerSpec]
+) -> tuple[float, float]:
+    """Milliseconds of a layer on the flat path and on the tree path, both planned before."""
+    out, grid, indices = torch.empty_like(q), tuple(len(items) for items in plan.items), list(layers)
+
+    def run_flat(i: int) -> None:
+        flat.run(indices[i % len(indices)], q, q, q, out)
+
+    def run_tree(i: int) -> None:
+        layer = indices[i % len(indices)]
+        runner.run(layer, layers[layer], q, out, grid, len(q))
+
+    return milliseconds(run_flat), milliseconds(run_tree)
+
+
+def flat_terms(costs: TreeCosts, point: Forest) -> list[float]:
+    """The flat path's time by the defaults: launches, keys that are read again, keys of one request."""
+    again = costs.flat * point.requests * point.prefix
+    return [costs.flat_layer, again, costs.flat_tail * point.requests * point.tail]
+
+
+def tree_terms(costs: TreeCosts, point: Forest, group: int, plan: TreePlan) -> list[float]:
+    """The tree path's: launches, keys read together, keys of one request, merging."""
+    readers = point.requests // max(point.groups, 1)
+    together = point.groups * point.prefix * max(float(costs.passes(group, readers)[readers]), 1.0)
+    return [costs.tree_layer, together, float(point.requests * point.tail), costs.merging(plan.merged_slots, plan.most)]
+
+
+def fit(
+    costs: TreeCosts,
+    flat_terms: npt.NDArray[np.float64],
+    flat_times: npt.NDArray[np.float64],
+    tree_terms: npt.NDArray[np.float64],
+    tree_times: npt.NDArray[np.float64],
+) -> tuple[TreeCosts, float]:
+    """Constants for which the terms ``[points, terms]`` add up to the times, and the median relative error.
+
+    Least squares of relative errors, with each constant drawn to its default; the unit is free.
+    """
+    unit = statistics.median([*(flat_times / flat_terms.sum(1)), *(tree_times / tree_terms.sum(1))])
+    factors, errors = [], []
+    for terms, times in ((flat_terms, flat_times), (tree_terms, tree_times)):
+        count = terms.shape[1]
+        rows = np.concatenate([unit * terms / times[:, None], PRIOR * np.eye(count)])
+        found = np.linalg.lstsq(rows, np.concatenate([np.ones(len(times)), np.full(count, PRIOR)]), rcond=None)[0]
+        found = np.clip(found, 0.25, 4.0)
+        factors.append(found)
+        errors.extend(abs(unit * terms @ found / times - 1.0))
+    (flat_layer, again, alone), (tree_layer, together, tail, merging) = factors
+    return costs.scaled(flat_layer, again, alone, tree_layer, together, tail, merging), statistics.median(errors)

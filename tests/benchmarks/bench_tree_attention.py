@@ -20,7 +20,8 @@ import torch
 
 from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.tree_backend import TreeAttention
-from branchwise.kernels.attention.tree_plan import TreeCosts, TreeLimits, TreeRequests, plan_tree
+from branchwise.kernels.attention.tree_costs import TreeCosts
+from branchwise.kernels.attention.tree_plan import TreeLimits, TreeRequests, plan_tree
 from branchwise.kernels.kv_pool import KVPool
 
 HEADS, KV_HEADS, DIM, PAGE, LAYERS, PER_GROUP = 32, 8, 128, 16, 2, 32

@@ -45,7 +45,7 @@ class World:
             return TritonAttention(KVPool(self.pool), self.specs, HEADS)
         if backend == "tree":
             from branchwise.kernels.attention.tree_backend import TreeAttention
-            from branchwise.kernels.attention.tree_plan import TreeCosts
+            from branchwise.kernels.attention.tree_costs import TreeCosts
 
             flat, always = self._make("triton", rows), TreeCosts(flat=1.0, partial=0.0, tree_layer=-1e12)
             return TreeAttention(KVPool(self.pool), self.specs, HEADS, self.device_table, flat, 2048, always)

@@ -13,7 +13,7 @@ import torch
 from branchwise import Engine, SamplingParams
 from branchwise.kernels.attention import tree_backend
 from branchwise.kernels.attention.base import StepShape
-from branchwise.kernels.attention.tree_plan import TreeCosts
+from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.executor import ModelExecutor

@@ -21,7 +21,7 @@ from triton.runtime.errors import OutOfResources
 from branchwise.kernels import triton_launch
 from branchwise.kernels.attention import tree_backend, tree_tuning
 from branchwise.kernels.attention.tree_backend import TreeAttention
-from branchwise.kernels.attention.tree_plan import TreeCosts
+from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_tuning import tune
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
@@ -125,8 +125,8 @@ def test_tuning_takes_what_is_faster_and_restores_the_table(monkeypatch: pytest.
     runner, table = world.tree._runner, world.device_table
     before, rows, launched = list(runner.tiles), world.table.copy(), []
 
-    def took(launch: Callable[[], None]) -> float:
-        launch()
+    def took(launch: Callable[[int], None]) -> float:
+        launch(0)
         launched.append([tile.stages for tile in runner.tiles])
         if len(launched) == 4:
             raise OutOfResources(1, 0, "shared memory")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_nodes import find_nodes
 from branchwise.kernels.attention.tree_plan import (
     OPEN,
-    TreeCosts,
     TreeLimits,
     TreePlan,
     TreeRequests,
