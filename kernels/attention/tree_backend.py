@@ -7,11 +7,13 @@ serves every step until the composition changes: until then the host only sends 
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from ..arrays import Int64, ranges
 from ..kv_pool import KVPool
@@ -20,6 +22,8 @@ from .tree_costs import TreeCosts
 from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import TreeRunner, tree_tiles
 from .tree_tuning import calibrate, tune
+
+logger = logging.getLogger(__name__)
 
 SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
@@ -86,7 +90,7 @@ class TreeAttention:
         if pool.device.type == "cuda":
             tune(self._runner, pool, num_heads, table, self._workers)
             if fitted:
-                self._costs = calibrate(self._costs, self._runner, flat, layers, pool, num_heads, table, self._limits)
+                self._costs = self._calibrated(num_heads, table)
         self._scratch_row = len(table) - 1
         # Of a joint step the flat backend sees the decodes as one request on the scratch page.
         self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size
@@ -99,6 +103,17 @@ class TreeAttention:
         self._loaded: tuple[TreePlan, int] | None = None
         self._step: tuple[tuple[int, ...], int] | None = None  # grid and query tokens of a step on the tree path
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
+
+    def _calibrated(self, num_heads: int, table: Tensor) -> TreeCosts:
+        """The costs on this device, or the built-in ones where they cannot be measured."""
+        try:
+            return calibrate(
+                *(self._costs, self._runner, self._flat, self._layers, self._runner.pool, num_heads, table),
+                self._limits,
+            )
+        except (RuntimeError, OutOfResources) as error:  # a start does not fail for want of a measurement
+            logger.warning("tree attention keeps its built-in costs, because measuring failed: %s", error)
+            return self._costs
 
     def forms(self, shape: StepShape) -> list[StepShape]:
         """See `AttentionBackend.forms`. A joint shape has the tree's form alone."""

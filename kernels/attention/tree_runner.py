@@ -76,7 +76,7 @@ class TreeRunner:
         max_tokens: int,
     ) -> None:
         layout, device = pool.layout, pool.device
-        self._pool, self._table, self._limits, self._max_tokens = pool, table, limits, max_tokens
+        self.pool, self._table, self._limits, self._max_tokens = pool, table, limits, max_tokens
         self.tiles = list(tiles)  # `tree_tuning` replaces them by others that compute the same
         self._heads, self._head_dim = heads, layout.head_dim
         self._block_d = triton.next_power_of_2(layout.head_dim)
@@ -143,7 +143,7 @@ class TreeRunner:
         """Launches the first ``items`` items of one tile."""
         if not items:
             return
-        tile, kv, table = self.tiles[nth], self._pool.layer(layer), self._table
+        tile, kv, table = self.tiles[nth], self.pool.layer(layer), self._table
         kv_heads = self._shape[1]
         attend(
             (kv_heads, items, 1),

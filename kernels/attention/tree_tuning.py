@@ -120,9 +120,11 @@ def milliseconds(launch: Callable[[int], None]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(torch.cuda.Stream()):
         graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(LAUNCHES):
-            launch(i)
-        graph.capture_end()
+        try:
+            for i in range(LAUNCHES):
+                launch(i)
+        finally:
+            graph.capture_end()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     rounds = []
     for _ in range(3):
@@ -156,31 +158,33 @@ def calibrate(
     begun, restored = time.perf_counter(), table.clone()
     flat_rows, flat_ms, tree_rows, tree_ms = [], [], [], []
     plain = [i for i, spec in enumerate(layers) if spec.window is None]
-    for point in POINTS:
-        pages = point.table(pool.layout.page_size)
-        n, columns = pages.shape
-        if n >= len(table) or columns > table.shape[1] or pages.max() >= pool.num_pages - 1 or len(plain) < 2:
-            continue
-        host = np.zeros(table.shape, np.int32)
-        host[:n, :columns] = pages
-        table[:n, :columns] = torch.from_numpy(pages).to(table.device)
-        ones, rows = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
-        kv_lens = np.full(n, point.prefix + point.tail, np.int32)
-        batch = AttentionBatch(rows, ones, kv_lens, n, pool.layout.page_size, table, host)
-        requests = TreeRequests(rows, rows.astype(np.int64), ones.astype(np.int64), kv_lens.astype(np.int64))
-        plan = plan_tree(host, requests, n, group, batch.page_size, costs, limits, -np.inf)
-        if plan is None or plan.keys_read != point.groups * point.prefix + n * point.tail:
-            continue
-        flat.plan(batch, StepShape(n, 0, 0))
-        runner.load(plan, n)
-        runner.advance(requests.kv_lens - 1)
-        q = torch.zeros((n, heads, pool.layout.head_dim), dtype=pool.layout.dtype, device=table.device)
-        ms = _both_paths(plan, runner, flat, q, {i: layers[i] for i in plain})
-        flat_ms.append(ms[0])
-        tree_ms.append(ms[1])
-        flat_rows.append(flat_terms(costs, point))
-        tree_rows.append(tree_terms(costs, point, group, plan))
-    table.copy_(restored)
+    try:
+        for point in POINTS:
+            pages = point.table(pool.layout.page_size)
+            n, columns = pages.shape
+            if n >= len(table) or columns > table.shape[1] or pages.max() >= pool.num_pages - 1 or len(plain) < 2:
+                continue
+            host = np.zeros(table.shape, np.int32)
+            host[:n, :columns] = pages
+            table[:n, :columns] = torch.from_numpy(pages).to(table.device)
+            ones, rows = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
+            kv_lens = np.full(n, point.prefix + point.tail, np.int32)
+            batch = AttentionBatch(rows, ones, kv_lens, n, pool.layout.page_size, table, host)
+            requests = TreeRequests(rows, rows.astype(np.int64), ones.astype(np.int64), kv_lens.astype(np.int64))
+            plan = plan_tree(host, requests, n, group, batch.page_size, costs, limits, -np.inf)
+            if plan is None or plan.keys_read != point.groups * point.prefix + n * point.tail:
+                continue
+            flat.plan(batch, StepShape(n, 0, 0))
+            runner.load(plan, n)
+            runner.advance(requests.kv_lens - 1)
+            q = torch.zeros((n, heads, pool.layout.head_dim), dtype=pool.layout.dtype, device=table.device)
+            ms = _both_paths(plan, runner, flat, q, {i: layers[i] for i in plain})
+            flat_ms.append(ms[0])
+            tree_ms.append(ms[1])
+            flat_rows.append(flat_terms(costs, point))
+            tree_rows.append(tree_terms(costs, point, group, plan))
+    finally:
+        table.copy_(restored)
     if len(tree_ms) < len(POINTS) // 2:
         return costs
     fitted, error = fit(costs, np.array(flat_rows), np.array(flat_ms), np.array(tree_rows), np.array(tree_ms))

@@ -38,6 +38,7 @@ from .token_history import to_device
 logger = logging.getLogger(__name__)
 
 FIXED_ROWS = (16, 128)  # of a product with ``deterministic``, on a CPU and on a GPU: a small step pays for as many
+LOGIT_ROWS = 16  # logits of captured steps are computed for a multiple of so many samples
 
 
 @dataclass(slots=True)
@@ -108,7 +109,7 @@ class ModelExecutor:
         self._threads = ThreadChoice(memory, group.size, fixed=config.deterministic)
         self._graphs: StepGraphs | None = None
         self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
-        self._logits = torch.empty(0, device=self.device)  # of captured steps, which all write here
+        self._hidden_outputs = torch.empty(0, device=self.device)  # of captured steps, which all write here
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
             times.lap("CUDA graphs")
@@ -213,7 +214,7 @@ class ModelExecutor:
             if self.host is not None:
                 self.host.close()
             del self._graphs, self._staged, self._decoder, self._pool, self._attention, self._sampler
-            del self._prompt_logprobs, self._logits, self._group
+            del self._prompt_logprobs, self._hidden_outputs, self._group
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
@@ -226,7 +227,10 @@ class ModelExecutor:
         if self._graphs is not None and form is not None:
             self._staged[form] = inputs
             self._graphs.replay(form)
-            return self._launched(plan, inputs, self._logits[:count], [])
+            # Not captured: a shape has room for far more outputs than most of its steps sample.
+            rows = min(-(-count // LOGIT_ROWS) * LOGIT_ROWS, form.num_outputs)
+            logits = self._decoder.logits(self._hidden_outputs[:rows])[:count] if count else None
+            return self._launched(plan, inputs, logits, [])
         self._decoder.reserve(int(plan.kv_lens.max()))
         hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
         logits = self._decoder.logits(hidden[:count]) if count else None
@@ -279,15 +283,16 @@ class ModelExecutor:
 
         def run(shape: StepShape, layers: int | None = None) -> None:
             hidden = self._hidden(self._staged[shape], pending=True, layers=layers)
-            self._decoder.logits(hidden, out=self._logits[: shape.num_outputs])
+            self._hidden_outputs[: shape.num_outputs].copy_(hidden)
+
+        def warm_up(shape: StepShape) -> None:
+            run(shape, layers=self._decoder.few_layers)
+            self._decoder.logits(self._hidden_outputs[: shape.num_outputs])
 
         rows, attention = self._table.host.shape[0] - 1, self._attention
-        kinds = self.model_config.layers
-        # Layers that run every kernel: one of each kind, and the last, whose MLP runs for the outputs alone.
-        some = min(2 + max(kinds.index(kind) for kind in kinds), len(kinds))
         graphs = StepGraphs(
             run,
-            partial(run, layers=some),
+            warm_up,
             prepare,
             rows,
             max_tokens,
@@ -297,7 +302,9 @@ class ModelExecutor:
             alone=self._group.size == 1,
         )
         largest = max(shape.num_outputs for shape in graphs.shapes())
-        self._logits = torch.empty((largest, self.vocab_size), dtype=torch.float32, device=self.device)
+        self._hidden_outputs = torch.zeros(
+            (largest, self.model_config.hidden_size), dtype=self.memory_plan.dtype, device=self.device
+        )
         self._decoder.reserve(self.max_model_len)  # the tables that a graph reads must not move
         with torch.inference_mode():
             graphs.capture()

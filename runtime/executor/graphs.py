@@ -95,7 +95,7 @@ class StepGraphs:
             if replace(shape, tree=False) == largest:
                 self._prepare(shape)
                 for _ in range(WARM_UPS):
-                    self._run(shape)
+                    self._warm_up(shape)
                 torch.cuda.synchronize(self._device)
                 self._capture(shape)
             elif shape.joint or not shape.tokens:

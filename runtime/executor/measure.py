@@ -57,7 +57,9 @@ def measure_activations(
         sampler = Sampler(rows, model.vocab_size, device, top_p_threshold=pick_top_p(device))
         for row in range(rows):
             sampler.start(RowStart(row, params, row, np.zeros(1, np.int32), 1))
-        hidden = decoder.forward(StepTokens(zeros, zeros, zeros), pool, _NoAttention(), zeros[:rows])
+        hidden = decoder.forward(
+            StepTokens(zeros, zeros, zeros), pool, _NoAttention(), zeros[:rows], decoder.few_layers
+        )
         sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.ones(rows, np.int64))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before

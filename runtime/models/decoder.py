@@ -77,6 +77,13 @@ class Decoder:
         config = self.config
         return [LayerSpec(config.attention_scale, c.window, config.attention_softcap) for c in config.layers]
 
+    @property
+    def few_layers(self) -> int:
+        """How many of the first layers run every kernel and take as much memory as all: one of each kind, and a last
+        one, whose MLP runs for the outputs alone."""
+        kinds = self.config.layers
+        return min(2 + max(kinds.index(kind) for kind in kinds), len(kinds))
+
     def reserve(self, length: int) -> None:
         """Computes rotary tables for positions below ``length``, unless they exist."""
         for table in self._ropes.values():
@@ -98,7 +105,7 @@ class Decoder:
             attention: planned for this step.
             outputs: int64 ``[S]``, the query tokens whose hidden states are returned; None: all. The last layer's MLP
                 runs for these alone: of other tokens only keys and values are used later.
-            layers: run the first so many layers alone, to have the kernels loaded; the result means nothing.
+            layers: run the first so many layers alone (`few_layers`), for what they load and allocate.
 
         Returns:
             ``[T, hidden]``, or ``[S, hidden]`` if ``outputs`` is given.
@@ -121,13 +128,13 @@ class Decoder:
             delta = layer.finish(hidden, x, attended.flatten(1))
         return self._norm.add(delta, hidden)
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, written to ``out`` if it is given."""
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``."""
         logits = self._lm_head(hidden)
         if self._group.size > 1:
             parts = self._group.all_gather(logits)
             logits = parts.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
-        logits = logits.float() if out is None else out.copy_(logits)
+        logits = logits.float()
         if self.config.logits_scale != 1.0:
             logits = logits.mul_(self.config.logits_scale)
         cap = self.config.final_softcap
