@@ -11,12 +11,16 @@ from .matching import Partial, Walk, closest_page, follow
 from .node import Int32, Namespace, Root, join, page_key
 from .structure import PrefixTree
 
+SHOWN = 16  # tokens
+
 
 class Inspection(NamedTuple):
-    """``pages``: the pages of the reusable tokens, in order; the last page may be reusable only in part."""
+    """``pages``: the pages of the reusable tokens, in order; the last page may be reusable only in part. ``instead``:
+    the first cached tokens after those, at most `SHOWN`: of several continuations, the one nearest to the prompt's."""
 
     report: Explanation
     pages: Int32
+    instead: Int32
     locked: int  # how many of the reusable tokens are leased or held: always the first ones
 
 
@@ -53,4 +57,17 @@ def inspect(tree: PrefixTree, tokens: Int32, namespace: Namespace, limit: int) -
     locked *= tree.page_size
     if partial.node is not None and partial.node.locks:
         locked += partial.tokens
-    return Inspection(report, join(pages), locked)
+    wanted = page_key(tokens[walk.length : min(walk.length + tree.page_size, limit)])
+    return Inspection(report, join(pages), _instead(walk, partial, wanted, tree.page_size), locked)
+
+
+def _instead(walk: Walk, partial: Partial, wanted: bytes, page_size: int) -> Int32:
+    if walk.stopped_inside:
+        after = walk.node.tokens[walk.inside * page_size :]
+    elif partial.node is not None:
+        after = partial.node.tokens
+    else:
+        before, behind = walk.node.nearest_first(wanted)
+        nearest = next(behind, None) or next(before, None)
+        after = join([]) if nearest is None else nearest.tokens
+    return after[partial.common : partial.common + SHOWN]

@@ -355,7 +355,7 @@ class RadixTree:
     def inspect(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Inspection:
         """What `match` would find once this step has run, and how much of it is locked, without changing anything."""
         if not self.enabled:
-            return Inspection(Explanation(0, "disabled"), join([]), 0)
+            return Inspection(Explanation(0, "disabled"), join([]), join([]), 0)
         tokens = np.asarray(tokens, np.int32)
         return inspect(self.structure, tokens, namespace, _clamp(limit, len(tokens)))
 

@@ -77,6 +77,21 @@ def test_explain_names_the_part_of_the_request_where_reuse_ends(ask: Any) -> Non
     assert "volatile" not in ask("/cache/explain", prompt="Hi")
 
 
+def test_explain_names_what_breaks_reuse(ask: Any) -> None:
+    """A model's output sent back: its ids hit to the last token; its text may be tokenized otherwise, or left out."""
+    head = ids(40)
+    texts = ((id, ask("/detokenize", tokens=[id])["prompt"]) for id in range(300, 400))
+    word, text = next((id, text) for id, text in texts if len(text) > 1 and text.isascii() and text.isalpha())
+    letters = [ask("/tokenize", prompt=letter, add_special_tokens=False)["tokens"] for letter in text]
+    spelled = [*head, *(id for one in letters for id in one)]
+    ask("/generate", input_ids=spelled, sampling_params={"max_new_tokens": 0})
+    assert ask("/cache/explain", input_ids=[*spelled, 9])["hit_tokens"] == len(spelled)
+    said = ask("/cache/explain", input_ids=[*head, word])
+    assert (said["hit_tokens"], said["breaks"], said["cached_instead"]) == (40, "tokenization", text)
+    assert ask("/cache/explain", input_ids=[*head, word + 1, 9])["breaks"] == "text"
+    assert ask("/cache/explain", input_ids=[*spelled, word])["breaks"] is None
+
+
 def test_explain_touches_nothing_and_tells_the_truth(ask: Any) -> None:
     text = "The tree remembers every prefix it has seen, and says so."
     said = ask("/cache/explain", prompt=text)

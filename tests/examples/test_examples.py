@@ -20,6 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 # What the shipped model gets right, and so would be wrong if a prompt were not what the program says.
 KNOWN = {
     "branch_solve_merge": ["->  first (3 of 3", "->  second (0 of 3"],
+    "evaluate_fewshot": ["Where does Mira live?        Mira lives in Penvale.", "of 12 right"],
     "extraction": ["'name': 'Hanno', 'age': 41, 'job': 'baker'"],
     "fewshot_classification": ["the film was wonderful       good", "what a nasty trip            bad"],
     "long_document": ["of 8 right"],
@@ -138,7 +139,7 @@ def openai_only(url: str) -> Iterator[str]:
     door.server_close()
 
 
-USES_SELECT = {"branch_solve_merge", "fewshot_classification", "react", "tree_of_thought"}
+USES_SELECT = {"branch_solve_merge", "evaluate_fewshot", "fewshot_classification", "react", "tree_of_thought"}
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN.keys() - USES_SELECT))

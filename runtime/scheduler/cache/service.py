@@ -157,6 +157,7 @@ class CacheService:
             "diverged_at": seen.report.diverged_at,
             "pinned_tokens": pinned,
             "protected_tokens": seen.locked,
+            "instead": seen.instead.astype("<i4").tobytes(),
         }
 
     def _pin_facts(self, pin: Pin, requested: int, ttl: float) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 from fastapi import Request, Response
 from pydantic import Field
 
+from ....chat.breaks import breaks
 from ....chat.conversation import Conversation
 from ....chat.volatile import part_at, volatile_parts
 from ....errors import InvalidRequest, renaming
@@ -81,6 +82,9 @@ def routes(state: AppState) -> Routes:
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
         facts["continues_with"] = state.tokenizer.decode(following, skip_special_tokens=False)
+        cached = memoryview(facts.pop("instead")).cast("i").tolist()
+        facts["cached_instead"] = state.tokenizer.decode(cached, skip_special_tokens=False) or None
+        facts["breaks"] = breaks(facts["continues_with"], facts["cached_instead"])
         if conversation is not None:
             reused = memoryview(tokens[: 4 * facts["hit_tokens"]]).cast("i").tolist()
             position = len(state.tokenizer.decode(reused, skip_special_tokens=False))
