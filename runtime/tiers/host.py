@@ -20,7 +20,9 @@ from .copies import Ended, HostCopies
 
 logger = logging.getLogger(__name__)
 
-_PIN_BYTES = 2 << 30  # registered at once
+_PIN_BYTES = 256 << 20  # registered at once: the driver serves nobody else meanwhile
+_PORTABLE = 1  # cudaHostRegisterPortable
+_POPULATE_WRITE = 23  # <linux/mman.h>: takes memory from the system without changing it
 _MAX_PITCH = 2**31 - 1  # bytes between rows of a two-dimensional copy
 _TO_HOST, _TO_DEVICE = 2, 1  # cudaMemcpyKind
 _BATCH = 64  # pages of one gather, where pages need one
@@ -111,7 +113,9 @@ class HostTier:
             if self._closing:
                 return
             piece = self.memory[first : first + slots]
-            error = torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, 0)
+            address, size = ctypes.c_void_p(piece.ctypes.data), ctypes.c_size_t(piece.nbytes)
+            ctypes.CDLL(None).madvise(address, size, _POPULATE_WRITE)  # an older kernel does it while it registers
+            error = torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, _PORTABLE)
             if int(error):
                 logger.warning("host cache: pinning memory failed with CUDA error %d; copies are slower", int(error))
                 return

@@ -251,6 +251,15 @@ class Driver:
 
     def verify(self) -> None:
         """Every request ended once, with exactly the oracle's tokens, and all pages can be freed."""
+        self.check_outputs()
+        allocator = self.core.scheduler.tree.allocator
+        self.core.scheduler.tree.flush()
+        self.core.check()
+        assert allocator.free == allocator.total
+        assert len(self.core.scheduler.ledger.rows) == 0
+
+    def check_outputs(self) -> None:
+        """Every request ended once, with exactly the oracle's tokens."""
         for id_, prompt in self.prompts.items():
             finish, params = self.finished[id_], self.params[id_]
             expected, reason = expected_output(prompt, params.seed or 0, params)
@@ -261,11 +270,6 @@ class Driver:
             self.verify_prompt_logprobs(id_)
             assert finish.reason == reason
             assert finish.completion_tokens == len(expected)
-        allocator = self.core.scheduler.tree.allocator
-        self.core.scheduler.tree.flush()
-        self.core.check()
-        assert allocator.free == allocator.total
-        assert len(self.core.scheduler.ledger.rows) == 0
 
     def verify_prompt_logprobs(self, id_: int) -> None:
         params, prompt, found = self.params[id_], self.prompts[id_], self.prompt_logprobs.get(id_, {})

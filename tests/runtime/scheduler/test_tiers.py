@@ -5,14 +5,20 @@ The canary executor verifies every context that it reads, so a page that came ba
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from branchwise.runtime.step import StepPlan
+from branchwise.runtime.tiers.disk import DiskTier
+from branchwise.runtime.tiers.fingerprint import Fingerprint
+from branchwise.runtime.tiers.folder import CacheFolder
 from branchwise.runtime.tiers.manager import TierManager
 from branchwise.runtime.tiers.none import NoTiers
 
@@ -197,3 +203,47 @@ def test_plans_are_a_function_of_the_copies_that_ended(make_driver: Make) -> Non
     assert len(first) == len(second)
     for a, b in zip(first, second, strict=True):
         assert np.array_equal(a.token_ids, b.token_ids) and np.array_equal(a.table_pages, b.table_pages)
+
+
+def disk_of(path: Path) -> DiskTier:
+    """Room for 600 pages of the canary executor: 4 tokens of two int64."""
+    return DiskTier(CacheFolder(path, Fingerprint("canary", "cpu", "layout", 64), 600))
+
+
+def test_chaos_over_three_tiers_and_restarts(
+    make_driver: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five servers in turn use one folder, with loads that fail, a disk that is full at times, and bits that flip."""
+    chance = random.Random(11)
+    pwrite = os.pwrite
+
+    def unreliable(file: int, data: Any, offset: int) -> int:
+        if chance.random() < 0.02:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(file, data, offset)
+
+    monkeypatch.setattr("branchwise.runtime.tiers.folder.os.pwrite", unreliable)
+    from_disk = failures = 0
+    for round_ in range(5):
+        d = make_driver(num_pages=24, host_slots=40, disk=disk_of(tmp_path), max_num_batched_tokens=32)
+        d.next_id = 1000 * round_ + 1
+        d.host.fate = lambda: chance.choice(["arrives", "arrives", "arrives", "waits", "fails"])
+        for _ in range(120):
+            if len(d.core.scheduler.ledger.waiting) < 6:
+                talk = prompt(chance.randrange(30), 30)
+                d.add(talk[: chance.randint(3, 30)], max_tokens=chance.randint(1, 12))
+            d.step()
+        d.drain()
+        from_disk += d.core.stats().disk_tokens
+        failures += d.core.stats().tier_failures
+        d.host.fate = lambda: "arrives"
+        d.core.close()
+        for finished in d.finished.values():
+            assert finished.reason in ("length", "stop")
+        d.check_outputs()
+        for segment in tmp_path.glob("*/segment-*.bin"):
+            data = bytearray(segment.read_bytes())
+            for _ in range(3):
+                data[chance.randrange(len(data))] ^= 1
+            segment.write_bytes(data)
+    assert from_disk > 200 and failures > 5
