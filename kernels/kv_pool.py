@@ -1,19 +1,23 @@
 """The paged KV pool: keys and values of every layer, in pages that the radix tree hands out.
 
-Everything that depends on how a token's keys and values are stored is here: the bytes of a token, how they are written,
-how pages are copied, and the view that kernels read (`KVLayer`).
+Everything that depends on how a token's keys and values are laid out is here: the bytes of a token, how they are
+written and read, how pages are copied, and the view that kernels read (`KVLayer`). `kv_format` has the formats.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .kv_format import CHOICES, PLAIN, KVFormat
+
 COPY_BYTES = 64 * 1024 * 1024  # most bytes in flight while pages are copied
+ALIGNMENT = 16  # bytes: a quantized page is a multiple of the widest load
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,52 +28,162 @@ class KVLayout:
     page_size: int  # tokens
     kv_heads: int
     head_dim: int
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the model: what is written and what is read back
+    k_format: KVFormat = PLAIN
+    v_format: KVFormat = PLAIN
+
+    @classmethod
+    def of(
+        cls,
+        choice: str,
+        num_layers: int,
+        page_size: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+    ) -> KVLayout:
+        """The layout of ``--kv-cache-dtype`` ``choice``."""
+        return cls(num_layers, page_size, kv_heads, head_dim, dtype, *CHOICES[choice])
+
+    @property
+    def quantized(self) -> bool:
+        """Whether keys or values are stored in another format than the model's dtype."""
+        return not (self.k_format.plain and self.v_format.plain)
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The formats of keys and values, for people."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        k, v = (dtype if each.plain else each.name for each in (self.k_format, self.v_format))
+        return k, v
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one token's keys and values in one head of one layer, scales included."""
+        return sum(
+            each.data_bytes(self.head_dim, self.dtype) + each.scale_bytes(self.head_dim)
+            for each in (self.k_format, self.v_format)
+        )
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token's keys and values in every layer."""
-        return 2 * self.num_layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return -(-self.page_bytes // self.page_size)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in every layer."""
-        return self.page_size * self.token_bytes
+        return self.num_layers * (_align(sum(self._parts())) if self.quantized else sum(self._parts()))
+
+    def data_shape(self, num_pages: int) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the pool's memory. A page is index p of the third dimension in all layouts.
+
+        Plain: ``[layers, 2, pages, page_size, kv_heads, head_dim]``. Quantized: uint8 ``[layers, 1, pages, bytes]``,
+        where a page is its keys, its values, the keys' scales and the values' scales, each ``[page_size, kv_heads,
+        bytes of one head]``.
+        """
+        if self.quantized:
+            return (self.num_layers, 1, num_pages, self.page_bytes // self.num_layers), torch.uint8
+        shape = self.num_layers, 2, num_pages, self.page_size, self.kv_heads, self.head_dim
+        return shape, self.dtype
+
+    def _parts(self) -> tuple[int, int, int, int]:
+        """Bytes of keys, values, key scales and value scales of one page in one layer."""
+        heads, formats = self.page_size * self.kv_heads, (self.k_format, self.v_format)
+        k, v = (heads * each.data_bytes(self.head_dim, self.dtype) for each in formats)
+        k_scales, v_scales = (heads * each.scale_bytes(self.head_dim) for each in formats)
+        return k, v, k_scales, v_scales
+
+    def layer(self, data: Tensor) -> KVLayer:
+        """The view of one layer's ``data``, which is shaped as `data_shape` says, without the first dimension."""
+        if not self.quantized:
+            empty = data[0, ..., :0]
+            return KVLayer(data[0], data[1], empty, empty)
+        sizes, formats = self._parts(), (self.k_format, self.v_format)
+        parts = data[0, :, : sum(sizes)].split(sizes, dim=1)
+        k, v, k_scales, v_scales = (part.unflatten(1, (self.page_size, self.kv_heads, -1)) for part in parts)
+        k, v = (x.view(self.dtype) if each.plain else x for x, each in zip((k, v), formats, strict=True))
+        record = PageRecord(data.shape[2], sizes[0], sizes[0] + sizes[1], sum(sizes[:3]))
+        return KVLayer(k, v, k_scales, v_scales, *formats, record)
+
+
+class PageRecord(NamedTuple):
+    """Bytes of a quantized page in one layer, and of what lies before its values, key scales and value scales."""
+
+    page: int
+    values: int
+    key_scales: int
+    value_scales: int
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayer:
-    """One layer of the pool. ``k`` and ``v`` are views of ``data``."""
+    """One layer of the pool. ``k`` and ``v`` have the model's dtype where their format is plain, else uint8."""
 
-    data: Tensor  # [2, pages, page_size, kv_heads, head_dim]: keys, values
-    k: Tensor  # [pages, page_size, kv_heads, head_dim]
+    k: Tensor  # [pages, page_size, kv_heads, head_dim, or the bytes of one head]; pages may be strided
     v: Tensor
+    k_scales: Tensor  # uint8 [pages, page_size, kv_heads, bytes of one head's scales]
+    v_scales: Tensor
+    k_format: KVFormat = PLAIN
+    v_format: KVFormat = PLAIN
+    record: PageRecord | None = None  # where keys or values are quantized
+    # Scales of keys and of values in a calibrated checkpoint, float32 [2, kv_heads]; None: of each token and head.
+    static_scales: Tensor | None = None
 
     @classmethod
     def of(cls, data: Tensor) -> KVLayer:
-        """``data``: contiguous."""
-        return cls(data, data[0], data[1])
+        """Plain keys and values: contiguous ``[2, pages, page_size, kv_heads, head_dim]``."""
+        empty = data[0, ..., :0]
+        return cls(data[0], data[1], empty, empty)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of keys, values, key scales and value scales: between pages, tokens and heads, in elements of each tensor."""
+        return tuple(x.stride(i) for x in (self.k, self.v, self.k_scales, self.v_scales) for i in range(3))
 
     def write(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Stores T tokens. ``slots``: int64 ``[T]``, page * page_size + offset; ``k``, ``v``: ``[T, kv_heads, D]``."""
-        self.k.flatten(0, 1).index_copy_(0, slots, k)
-        self.v.flatten(0, 1).index_copy_(0, slots, v)
+        """Stores T tokens. ``slots``: int64 ``[T]``, page * page_size + offset; ``k``, ``v``: ``[T, kv_heads, D]``.
+
+        Keys are stored as they are given: rotate them first where ``k_format.rotates_keys``.
+        """
+        k_static, v_static = (None, None) if self.static_scales is None else self.static_scales[..., None]
+        for x, data, scales, each, static in (
+            (k, self.k, self.k_scales, self.k_format, k_static),
+            (v, self.v, self.v_scales, self.v_format, v_static),
+        ):
+            encoded, encoded_scales = each.encode(x, static)
+            _put(data, slots, encoded)
+            if not each.plain:
+                _put(scales, slots, encoded_scales)
+
+    def read(self, index: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values of whole pages (int64 ``[P]``), or of tokens (pages and offsets, int64 ``[T]`` each).
+
+        Returns ``[P, page_size, kv_heads, D]`` or ``[T, kv_heads, D]`` each, in float32 where the format is not plain.
+        Keys are as stored: see `write`.
+        """
+        k = self.k_format.decode(self.k[index], self.k_scales[index])
+        return k, self.v_format.decode(self.v[index], self.v_scales[index])
 
 
 class KVPool:
     """Pages of keys and values.
 
     Args:
-        data: ``[layers, 2, pages, page_size, kv_heads, head_dim]``, contiguous. Must hold finite values everywhere:
-            what attention masks is multiplied by 0, and 0 * NaN would be NaN.
+        data: of the layout's `KVLayout.data_shape`, contiguous. Must hold finite values everywhere: what attention
+            masks is multiplied by 0, and 0 * NaN would be NaN.
+        layout: default: plain, as ``data`` is shaped.
     """
 
-    def __init__(self, data: Tensor) -> None:
-        num_layers, _, self.num_pages, page_size, kv_heads, head_dim = data.shape
-        self.layout = KVLayout(num_layers, page_size, kv_heads, head_dim, data.dtype)
+    def __init__(self, data: Tensor, layout: KVLayout | None = None) -> None:
+        if layout is None:
+            num_layers, _, _, page_size, kv_heads, head_dim = data.shape
+            layout = KVLayout(num_layers, page_size, kv_heads, head_dim, data.dtype)
+        self.num_pages = data.shape[2]
+        self.layout = layout
         self.device = data.device
-        self._data = data
-        self._layers = [KVLayer.of(layer) for layer in data]
+        self.data = data
+        self._layers = [layout.layer(layer) for layer in data]
 
     @classmethod
     def allocate(cls, layout: KVLayout, num_pages: int, device: torch.device) -> KVPool:
@@ -78,11 +192,11 @@ class KVPool:
         On a CPU the memory comes from calloc, which the kernel zeroes page by page as it is first written: 4 GiB cost
         5 ms instead of seconds, and memory that is never used is never taken.
         """
-        shape = (layout.num_layers, 2, num_pages, layout.page_size, layout.kv_heads, layout.head_dim)
+        shape, dtype = layout.data_shape(num_pages)
         if device.type != "cpu":
-            return cls(torch.zeros(shape, dtype=layout.dtype, device=device))
-        size = math.prod(shape) * layout.dtype.itemsize
-        return cls(torch.from_numpy(np.zeros(size, np.uint8)).view(layout.dtype).view(shape))
+            return cls(torch.zeros(shape, dtype=dtype, device=device), layout)
+        size = math.prod(shape) * dtype.itemsize
+        return cls(torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape), layout)
 
     def layer(self, index: int) -> KVLayer:
         """The view of one layer that kernels read and write."""
@@ -91,7 +205,12 @@ class KVPool:
     def fragments(self) -> Tensor:
         """The memory as bytes, whatever its format: uint8 ``[rows, pages, bytes]``, a view. ``fragments()[:, p]`` is
         all of page p."""
-        return self._data.flatten(3).flatten(0, 1).view(torch.uint8)
+        return self.data.flatten(3).flatten(0, 1).view(torch.uint8)
+
+    def set_static_scales(self, index: int, scales: Tensor) -> None:
+        """Makes layer ``index`` quantize by a checkpoint's own fp8 scales: ``[2, kv_heads]``, of keys and of values."""
+        scales = scales.to(self.device, torch.float32).contiguous()
+        self._layers[index] = replace(self._layers[index], static_scales=scales)
 
     def copy_pages(self, copies: Tensor) -> None:
         """Copies whole pages in every layer: copy-on-write of a page whose first tokens are reused.
@@ -102,5 +221,17 @@ class KVPool:
         """
         sources, destinations = copies.unbind(1)
         layers = max(1, self.layout.num_layers * COPY_BYTES // max(self.layout.page_bytes * len(copies), 1))
-        for some in self._data.split(layers):
+        for some in self.data.split(layers):
             some.index_copy_(2, destinations, some.index_select(2, sources))
+
+
+def _put(pages: Tensor, slots: Tensor, x: Tensor) -> None:
+    """Stores ``x`` ``[T, ...]`` at ``slots`` of ``pages`` ``[pages, page_size, ...]``."""
+    if pages.is_contiguous():
+        pages.flatten(0, 1).index_copy_(0, slots, x)
+    else:
+        pages.index_put_((slots // pages.shape[1], slots % pages.shape[1]), x)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

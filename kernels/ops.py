@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .addends import Addends, summed
+from .kv_format import hadamard
 from .kv_pool import KVLayer
 from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
 
@@ -95,6 +96,9 @@ def rope_write(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms (if asked) and rotates queries and keys, and writes the keys and values of T tokens to the KV pool.
 
+    Where the pool stores rotated keys (`KVFormat.rotates_keys`), queries and keys are also multiplied by a Hadamard
+    matrix.
+
     Args:
         qkv: ``[T, heads + 2 * kv_heads, D]``: queries, keys, values. May be overwritten.
         cos, sin: as for `rope`.
@@ -110,7 +114,8 @@ def rope_write(
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
     if qk_norm is not None:
         qk = rms_norm(qk, qk_norm, eps)
-    q, k = rope(qk, cos, sin).split([heads, kv_heads], dim=1)
+    qk = rope(qk, cos, sin)
+    q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split([heads, kv_heads], dim=1)
     kv.write(slots, k, v)
     return q, k, v
 

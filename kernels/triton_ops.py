@@ -16,6 +16,7 @@ from .kv_pool import KVLayer
 from .ops import Activation
 from .quantize import QuantizedRows, Quantizer
 from .triton_fp8 import fp8_linear
+from .triton_kv_write import write_quantized
 from .triton_launch import kernel
 from .triton_quantize import QuantizedOutput, quantize, row_warps, store_quantized
 
@@ -225,6 +226,7 @@ def _rope_write(
     pool_ptr: tl.tensor,
     slots_ptr: tl.tensor,
     norm_ptr: tl.tensor,
+    static_ptr: tl.tensor,
     num_slots: tl.tensor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -237,6 +239,12 @@ def _rope_write(
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK_REST: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    RECORD: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr,
+    ROTATE: tl.constexpr,
+    STATIC: tl.constexpr,
 ) -> None:
     """One token, some of its heads. The rotated channels are two tiles: each thread has both ends of its pairs."""
     token = tl.program_id(0).to(tl.int64)
@@ -273,16 +281,26 @@ def _rope_write(
     tl.debug_barrier()  # as in `_add_rms_norm`
     tl.store(base + pair, first, rotated & pairs)
     tl.store(base + HALF + pair, second, rotated & pairs)
-    is_kv = head >= HEADS
-    kv_head = tl.where(is_kv, head - HEADS, 0)
-    slot = tl.load(slots_ptr + token) + (kv_head // KV_HEADS) * num_slots.to(tl.int64)
-    target = pool_ptr + (slot * KV_HEADS + kv_head % KV_HEADS) * D
-    tl.store(target + pair, first.to(pool_ptr.dtype.element_ty), is_kv & pairs)
-    tl.store(target + HALF + pair, second.to(pool_ptr.dtype.element_ty), is_kv & pairs)
-    if 2 * HALF < D:
-        if NORM:
-            tl.store(base + rest, last, rotated & rests)
-        tl.store(target + rest, last.to(pool_ptr.dtype.element_ty), is_kv & rests)
+    if 2 * HALF < D and NORM:
+        tl.store(base + rest, last, rotated & rests)
+    slot = tl.load(slots_ptr + token)
+    if RECORD is None:
+        is_kv = head >= HEADS
+        kv_head = tl.where(is_kv, head - HEADS, 0)
+        slot += (kv_head // KV_HEADS) * num_slots.to(tl.int64)
+        target = pool_ptr + (slot * KV_HEADS + kv_head % KV_HEADS) * D
+        tl.store(target + pair, first.to(pool_ptr.dtype.element_ty), is_kv & pairs)
+        tl.store(target + HALF + pair, second.to(pool_ptr.dtype.element_ty), is_kv & pairs)
+        if 2 * HALF < D:
+            tl.store(target + rest, last.to(pool_ptr.dtype.element_ty), is_kv & rests)
+    else:  # read again: quantization needs all channels of a head in one tile
+        tl.debug_barrier()
+        token_ptr = qkv_ptr + token * ((HEADS + 2 * KV_HEADS) * D)
+        heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        write_quantized(
+            token_ptr, heads, slot, pool_ptr, static_ptr, HEADS, KV_HEADS, D, PAGE_SIZE, RECORD, K_FORMAT, V_FORMAT,
+            ROTATE, STATIC, BLOCK_HEADS,
+        )  # fmt: skip
 
 
 def rope_write(
@@ -305,15 +323,27 @@ def rope_write(
         constants = (
             *(heads, kv_heads, size, half, cos.stride(0), sin.stride(0)),
             *(qk_norm is not None, eps, block_heads, block_half, block_rest),
+            *(kv.k.shape[1], _record(kv), kv.k_format.name, kv.v_format.name),
+            *(kv.k_format.rotates_keys, kv.static_scales is not None),
         )
         _rope_write(
             (tokens, triton.cdiv(all_heads, block_heads), 1),
-            (qkv, cos, sin, kv.data, slots, cos if qk_norm is None else qk_norm),
+            (
+                *(qkv, cos, sin, kv.k, slots, cos if qk_norm is None else qk_norm),
+                cos if kv.static_scales is None else kv.static_scales,
+            ),
             (kv.k.shape[0] * kv.k.shape[1],),
             constants,
             warps=4,
         )
     return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+
+
+def _record(kv: KVLayer) -> tuple[int, ...] | None:
+    """As `triton_kv_write.write_quantized` takes it."""
+    if kv.record is None:
+        return None
+    return (*kv.record, *(x.shape[-1] * x.element_size() for x in (kv.k, kv.v, kv.k_scales, kv.v_scales)))
 
 
 @kernel()

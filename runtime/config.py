@@ -36,7 +36,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_num_batched_tokens: Tokens of one step: prompt chunks and decodes; 1 or more. Default: 2048 on a CPU, 8192
             on a GPU.
         page_size: Tokens of one KV page. From 1 to 256. Reuse is exact to the token at any size.
-        kv_cache_dtype: Type of cached keys and values: auto, the weights' own.
+        kv_cache_dtype: Storage of cached keys and values: auto, the weights' own; fp8, half the bytes of bfloat16; int4
+            or nvfp4, about a quarter; k16v8, keys as auto and values as fp8.
         kv_cache_tokens: Tokens the KV cache holds; 1 or more. Default: by memory.
         gpu_memory_utilization: Share of the GPU's memory to use; on a CPU, of half the free memory. From 0.05 to 0.98.
         tensor_parallel_size: GPUs (on a CPU: processes) to split the model over; a divisor of its attention heads. From
@@ -84,7 +85,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
     page_size: int = 16
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8", "int4", "nvfp4", "k16v8"] = "auto"
     kv_cache_tokens: int | None = None
     gpu_memory_utilization: float = 0.9
     tensor_parallel_size: int = 1

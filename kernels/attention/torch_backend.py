@@ -70,6 +70,7 @@ class TorchAttention:
         self._group = num_heads // self._kv_heads
         self._key_bytes = self._kv_heads * self._head_dim * layout.dtype.itemsize  # of a token in one layer
         self._plans: dict[int | None, _Plan] = {}
+        self._own_tokens: tuple[Tensor, Tensor] | None = None  # pages and offsets, where the pool is quantized
         self.saved_keys = 0
         self._scratch = [
             pool.layer(0).k.new_empty(0) for _ in range(2)
@@ -85,6 +86,11 @@ class TorchAttention:
             raise ValueError("the torch backend does not support padded steps: its plan depends on the values")
         full: _Plan | None = None
         self._plans, self.saved_keys = {}, 0
+        if self._pool.layout.quantized and batch.num_decodes < len(batch.rows):
+            slots = self._index(batch.query_slots())
+            self._own_tokens = slots // self._page_size, slots % self._page_size
+        else:
+            self._own_tokens = None
         for window in dict.fromkeys(spec.window for spec in self._layers):
             slides = batch.kv_lens > (np.inf if window is None else window)
             if window is not None and slides.any():
@@ -97,6 +103,8 @@ class TorchAttention:
         """See `AttentionBackend.run`."""
         kv, spec = self._pool.layer(layer), self._layers[layer]
         plan = self._plans[spec.window]
+        if self._own_tokens is not None:  # as later steps will see them
+            k, v = (x.to(q.dtype) for x in kv.read(self._own_tokens))
         # Merging rounds once more, so it is done in float32.
         result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -140,7 +148,12 @@ class TorchAttention:
     def _gather(self, kv: KVLayer, part: _Part) -> tuple[Tensor, Tensor]:
         """Keys and values ``[B, kv_heads, L, D]``, valid until the next call."""
         shape = (part.num_requests, -1, self._kv_heads, self._head_dim)
-        if isinstance(part.pages, slice):
+        if self._pool.layout.quantized:
+            pages = part.pages
+            if isinstance(pages, slice):
+                pages = torch.arange(pages.start, pages.stop, device=self._pool.device)
+            k, v = (x.to(self._pool.layout.dtype) for x in kv.read(pages))
+        elif isinstance(part.pages, slice):
             k, v = kv.k[part.pages], kv.v[part.pages]
         else:
             k, v = self._gather_into(0, kv.k, part.pages), self._gather_into(1, kv.v, part.pages)

@@ -82,7 +82,7 @@ class TreeAttention:
         self.captures, self.saved_keys = flat.captures, 0
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
-        tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group)
+        tiles = tree_tiles(layout.head_dim, layout.dtype.itemsize, self._group, layout.quantized)
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in WORKERS[: len(tiles)])
         self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])

@@ -32,7 +32,7 @@ class TreeTile(NamedTuple):
     stages: int
 
 
-def tree_tiles(head_dim: int, itemsize: int, group: int) -> tuple[TreeTile, ...]:
+def tree_tiles(head_dim: int, itemsize: int, group: int, quantized: bool = False) -> tuple[TreeTile, ...]:
     """Tiles of ascending size. Larger ones spill registers (checked for sm_90 in the tests).
 
     The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
@@ -43,6 +43,10 @@ def tree_tiles(head_dim: int, itemsize: int, group: int) -> tuple[TreeTile, ...]
     tiles: tuple[TreeTile, ...]
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         tiles = TreeTile(16, 32, 4, 2), TreeTile(32, 32, 4, 2)
+    elif quantized and head_dim > 128:
+        tiles = TreeTile(16, 64, 4, 3), TreeTile(32, 32, 8, 2)
+    elif quantized:
+        tiles = TreeTile(16, 64, head_dim // 64, 3), TreeTile(64, 64, 4, 3), TreeTile(128, 64, 8, 3)
     elif head_dim > 128:
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
@@ -82,6 +86,7 @@ class TreeRunner:
         self._block_d = triton.next_power_of_2(layout.head_dim)
         self._shape = (heads, layout.kv_heads, layout.head_dim, layout.page_size)
         self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
+        self._storage = pool.layer(0).strides, layout.k_format.name, layout.v_format.name
         ints = sum(limits.items) * ITEM_FIELDS + 2 * limits.slots + 2 * max_tokens
         self._staged_plan = Staging(ints, torch.int32, device)
         self._staged_positions = Staging(max_tokens, torch.int32, device)
@@ -148,12 +153,12 @@ class TreeRunner:
         attend(
             (kv_heads, items, 1),
             (
-                *(q, kv.k, kv.v, table, self._queries, self._positions, self._items[nth]),
+                *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, self._queries, self._positions, self._items[nth]),
                 *(out, self._partial, self._lse),
             ),
             (),
             (
-                *(*self._shape, q.stride(0), out.stride(0), table.stride(0)),
+                *(*self._shape, *self._storage, q.stride(0), out.stride(0), table.stride(0)),
                 *(spec.scale, spec.softcap or 0.0, spec.window or 0, self._precision),
                 *(tile.rows, tile.keys, self._block_d),
             ),

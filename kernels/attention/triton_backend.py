@@ -40,14 +40,22 @@ class Tile(NamedTuple):
     per_sm: int  # programs to aim at for each multiprocessor: two rounds of what fits at once
 
 
-def tile_for(rows: int, head_dim: int, itemsize: int) -> Tile:
+def tile_for(rows: int, head_dim: int, itemsize: int, quantized: bool = False) -> Tile:
     """The tile for requests of about so many rows. Larger ones spill registers (checked for sm_90 in the tests)."""
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         return Tile(16, 32, 4, 2, 4) if rows <= 16 else Tile(32, 32, 4, 2, 4)
     if head_dim > 128:
-        return Tile(16, 32, 4, 3, 6) if rows <= 16 else Tile(64, 32, 8, 3, 2)
+        narrow, wide = (
+            (Tile(16, 64, 4, 3, 6), Tile(32, 32, 8, 2, 2))
+            if quantized
+            else (
+                Tile(16, 32, 4, 3, 6),
+                Tile(64, 32, 8, 3, 2),
+            )
+        )
+        return narrow if rows <= 16 else wide
     if rows <= 16:
-        return Tile(16, 64, 2, 3, 8)
+        return Tile(16, 64, max(1, head_dim // 64) if quantized else 2, 3, 8)
     return Tile(64, 64, 4, 3, 4) if rows <= 64 else Tile(128, 64, 8, 3, 2)
 
 
@@ -118,6 +126,7 @@ class TritonAttention:
         self._heads, self._kv_heads, self._group = num_heads, kv_heads, num_heads // kv_heads
         self._itemsize = layout.dtype.itemsize
         self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
+        self._storage = pool.layer(0).strides, layout.k_format.name, layout.v_format.name
         self._block_d = triton.next_power_of_2(self._head_dim)
         self._processors = 4
         if device.type == "cuda":
@@ -177,10 +186,14 @@ class TritonAttention:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
             attend(
                 (self._kv_heads, items, 1),
-                (q, kv.k, kv.v, table, call.queries, self._positions, call.items, out, self._partial, self._lse),
+                (
+                    *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, call.queries, self._positions, call.items),
+                    *(out, self._partial, self._lse),
+                ),
                 (),
                 (
-                    *(heads, self._kv_heads, dim, self._page_size, q.stride(0), out.stride(0), table.stride(0)),
+                    *(heads, self._kv_heads, dim, self._page_size, *self._storage),
+                    *(q.stride(0), out.stride(0), table.stride(0)),
                     *(spec.scale, spec.softcap or 0.0, spec.window or 0, self._precision),
                     *(tile.rows, tile.keys, self._block_d),
                 ),
@@ -220,7 +233,7 @@ class TritonAttention:
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
         rows = FIXED_ROWS if self._fixed else tokens * self._group
-        tile = tile_for(rows, self._head_dim, self._itemsize)
+        tile = tile_for(rows, self._head_dim, self._itemsize, self._pool.layout.quantized)
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group
 

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from ..triton_launch import kernel
+from .kv_tiles import finish_output, load_keys, load_values, prepare_queries, scale_probs, scale_scores
 from .split import ITEM_FIELDS, MERGE_FIELDS
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -36,11 +37,16 @@ def _read_merge(merges_ptr: tl.tensor, index: tl.tensor) -> tuple[tl.tensor, ...
 @triton.jit
 def _attend_range(
     acc: tl.tensor,
+    bias: tl.tensor,
     peak: tl.tensor,
     total: tl.tensor,
     q: tl.tensor,
+    q_factor: tl.tensor,
+    q_total: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     pages_ptr: tl.tensor,
     start: tl.tensor,
     stop: tl.tensor,
@@ -48,38 +54,34 @@ def _attend_range(
     highest: tl.tensor,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
-    TOKEN_STRIDE: tl.constexpr,
+    STRIDES: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOWED: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over keys ``start … stop - 1``; row i sees ``lowest[i] … highest[i]``. MASKED: not all of them."""
     FACTOR: tl.constexpr = (SOFTCAP if SOFTCAP > 0.0 else SCALE) * _LOG2_E
-    channel = tl.arange(0, BLOCK_D)
     for at in range(start, stop, BLOCK_N):
         key = at + tl.arange(0, BLOCK_N)
+        valid = key < stop
         if MASKED:
-            page = tl.load(pages_ptr + key // PAGE_SIZE, key < stop, other=0)
+            page = tl.load(pages_ptr + key // PAGE_SIZE, valid, other=0).to(tl.int64)
         else:
-            page = tl.load(pages_ptr + key // PAGE_SIZE)
-        offset = (page.to(tl.int64) * PAGE_SIZE + key % PAGE_SIZE) * TOKEN_STRIDE
-        k_ptrs = k_ptr + offset[None, :] + channel[:, None]
-        v_ptrs = v_ptr + offset[:, None] + channel[None, :]
-        # Masked values are 0, not what the pool has there: 0 * NaN would be NaN.
-        if MASKED:
-            k = tl.load(k_ptrs, (key < stop)[None, :] & (channel < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, (key < stop)[:, None] & (channel < D)[None, :], other=0.0)
-        elif D < BLOCK_D:
-            k = tl.load(k_ptrs, (channel < D)[:, None], other=0.0)
-            v = tl.load(v_ptrs, (channel < D)[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs)
-            v = tl.load(v_ptrs)
+            page = tl.load(pages_ptr + key // PAGE_SIZE).to(tl.int64)
+        within = key % PAGE_SIZE
+        k_at, v_at = page * STRIDES[0] + within * STRIDES[1], page * STRIDES[3] + within * STRIDES[4]
+        k_scale_at, v_scale_at = page * STRIDES[6] + within * STRIDES[7], page * STRIDES[9] + within * STRIDES[10]
+        k = load_keys(k_ptr, k_at, k_scales_ptr, k_scale_at, valid, K_FORMAT, MASKED, D, BLOCK_N, BLOCK_D)
+        v = load_values(v_ptr, v_at, v_scales_ptr, v_scale_at, valid, V_FORMAT, MASKED, D, BLOCK_M, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+        scores = scale_scores(scores, q_factor, q_total, k_scales_ptr, k_scale_at, valid, K_FORMAT, MASKED)
         if SOFTCAP > 0.0:  # softcap * tanh(x), with exponentials; an infinite one makes tanh 1
             scores = 1.0 - 2.0 / (tl.exp2(scores * (2.0 * SCALE / SOFTCAP * _LOG2_E)) + 1.0)
         if MASKED:
@@ -94,9 +96,12 @@ def _attend_range(
         probs = tl.exp2(scores * FACTOR - safe[:, None])
         alpha = tl.exp2(peak - safe)
         total = total * alpha + tl.sum(probs, axis=1)
-        acc = tl.dot(probs.to(q.dtype), v.to(q.dtype), acc * alpha[:, None], input_precision=PRECISION)
+        weighted, low = scale_probs(probs, v_scales_ptr, v_scale_at, valid, q.dtype, V_FORMAT, MASKED)
+        if V_FORMAT == "int4":
+            bias = bias * alpha + low
+        acc = tl.dot(weighted, v.to(weighted.dtype), acc * alpha[:, None], input_precision=PRECISION)
         peak = new_peak
-    return acc, peak, total
+    return acc, bias, peak, total
 
 
 @kernel()
@@ -104,6 +109,8 @@ def attend(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     table_ptr: tl.tensor,
     queries_ptr: tl.tensor,
     positions_ptr: tl.tensor,
@@ -115,6 +122,9 @@ def attend(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    STRIDES: tl.constexpr,
+    K_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr,
     Q_STRIDE: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
     TABLE_STRIDE: tl.constexpr,
@@ -126,7 +136,10 @@ def attend(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
-    """One `split.ITEM`, one key head. ``positions``: of the step's query tokens. SOFTCAP, WINDOW: 0 for none."""
+    """One `split.ITEM`, one key head. ``positions``: of the step's query tokens. SOFTCAP, WINDOW: 0 for none.
+
+    STRIDES: see `KVLayer.strides`.
+    """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
     row, first, num_queries, start, stop, full, partial = _read_item(items_ptr, tl.program_id(1))
@@ -144,29 +157,34 @@ def attend(
     stop = tl.minimum(stop, tl.max(position, axis=0) + 1)
     full = tl.minimum(full, nearest + 1)
     q = tl.load(q_ptr + (query * Q_STRIDE + head * D)[:, None] + channel[None, :], mask, other=0.0)
+    q, q_factor, q_total = prepare_queries(q, K_FORMAT, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bias = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     highest = tl.minimum(position, stop - 1)
     lowest = position - (WINDOW - 1)
-    k_head, v_head = k_ptr + kv_head * D, v_ptr + kv_head * D
+    k_head, v_head = k_ptr + kv_head * STRIDES[2], v_ptr + kv_head * STRIDES[5]
+    k_scales, v_scales = k_scales_ptr + kv_head * STRIDES[8], v_scales_ptr + kv_head * STRIDES[11]
     pages = table_ptr + row.to(tl.int64) * TABLE_STRIDE
     middle = start
     if WINDOW == 0:  # whole blocks that every query sees need no mask
         middle = start + tl.maximum(full - start, 0) // BLOCK_N * BLOCK_N
-        acc, peak, total = _attend_range(
-            acc, peak, total, q, k_head, v_head, pages, start, middle, lowest, highest,
-            D, PAGE_SIZE, KV_HEADS * D, SCALE, SOFTCAP, False, False, PRECISION, BLOCK_N, BLOCK_D,
+        acc, bias, peak, total = _attend_range(
+            acc, bias, peak, total, q, q_factor, q_total, k_head, v_head, k_scales, v_scales, pages, start, middle,
+            lowest, highest, D, PAGE_SIZE, STRIDES, K_FORMAT, V_FORMAT, SCALE, SOFTCAP, False, False, PRECISION,
+            BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:  # blocks outside of every query's window are skipped
         middle = start + tl.maximum(nearest - (WINDOW - 1) - start, 0) // BLOCK_N * BLOCK_N
-    acc, peak, total = _attend_range(
-        acc, peak, total, q, k_head, v_head, pages, middle, stop, lowest, highest,
-        D, PAGE_SIZE, KV_HEADS * D, SCALE, SOFTCAP, WINDOW > 0, True, PRECISION, BLOCK_N, BLOCK_D,
+    acc, bias, peak, total = _attend_range(
+        acc, bias, peak, total, q, q_factor, q_total, k_head, v_head, k_scales, v_scales, pages, middle, stop,
+        lowest, highest, D, PAGE_SIZE, STRIDES, K_FORMAT, V_FORMAT, SCALE, SOFTCAP, WINDOW > 0, True, PRECISION,
+        BLOCK_M, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
     seen = total > 0.0
-    acc = acc / tl.where(seen, total, 1.0)[:, None]
+    acc = finish_output(acc, bias, V_FORMAT, BLOCK_M, BLOCK_D) / tl.where(seen, total, 1.0)[:, None]
     if partial < 0:
         out_ptrs = out_ptr + (query * OUT_STRIDE + head * D)[:, None] + channel[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask)

@@ -57,8 +57,8 @@ def make_attention(
     """The backend of ``config.attention_backend``.
 
     ``auto`` and ``tree`` are tree attention over FlashInfer, or over Triton where FlashInfer does not run. Where
-    neither does, ``auto`` is torch. ``flashinfer`` and ``triton`` read keys once for each request.
-    ``config.deterministic`` has a backend of its own.
+    neither does, ``auto`` is torch. ``flashinfer`` and ``triton`` read keys once for each request. Quantized pages are
+    read by Triton and torch alone. ``config.deterministic`` has a backend of its own.
 
     ``max_tokens``: the most query tokens of a step, padding included.
 
@@ -72,6 +72,10 @@ def make_attention(
     choice, makers = config.attention_backend, {"flashinfer": _flashinfer, "triton": _triton}
     if choice == "torch" or (choice == "auto" and pool.device.type == "cpu"):
         return TorchAttention(pool, layers, num_heads)
+    if pool.layout.quantized:
+        if choice == "flashinfer":
+            raise LoadError(f"--attention-backend flashinfer reads no {pool.layout.names[1]} pages: use tree or triton")
+        del makers["flashinfer"]
     for name in [choice] if choice in makers else makers:
         try:
             flat = makers[name](pool, layers, num_heads, table, max_tokens)

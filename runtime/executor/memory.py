@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.kv_format import problem
 from ...kernels.kv_pool import KVLayout
 from ..config import EngineConfig, parse_bytes
 from ..errors import LoadError
@@ -70,8 +71,8 @@ class MemoryPlan:
         """Rows of a table: (name, size, derivation)."""
         layout = self.layout
         token = (
-            f"2 (K, V) × {layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_dim}"
-            f" × {layout.dtype.itemsize} B ({str(layout.dtype).removeprefix('torch.')})"
+            f"{layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_bytes} B:"
+            f" {layout.head_dim} channels, {' and '.join(dict.fromkeys(layout.names))}"
         )
         return [
             ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
@@ -127,7 +128,7 @@ def plan_memory(
     if measured is not None:
         free, weights, activations = measured
     model = rank_config(model, ranks)
-    layout = KVLayout(model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
+    layout = kv_layout(config, model, dtype, device)
     page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
     reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
@@ -173,6 +174,16 @@ def plan_memory(
         max_pages_per_row=min(row_pages, pages),  # a row has no page twice
         limit=limit,
     )
+
+
+def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> KVLayout:
+    """How keys and values are stored. Raises `LoadError` for a format that the device or the model cannot have."""
+    choice = config.kv_cache_dtype
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    reason = problem(choice, model.head_dim, capability)
+    if reason is not None:
+        raise LoadError(f"--kv-cache-dtype {choice}: {reason}")
+    return KVLayout.of(choice, model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
 
 
 def agree(plan: MemoryPlan, group: TensorGroup) -> MemoryPlan:

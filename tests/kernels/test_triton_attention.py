@@ -167,9 +167,12 @@ def test_a_piece_serves_queries_of_requests_that_are_not_neighbours() -> None:
     k, v = case.pool[0]
     attend(
         (2, len(items), 1),
-        (q, k, v, table, given[0], given[1], given[2], out, partial, lse),
+        (q, k, v, k, v, table, given[0], given[1], given[2], out, partial, lse),
         (),
-        (heads, 2, 16, 16, q.stride(0), out.stride(0), table.stride(0), PLAIN.scale, 0.0, 0, "ieee", 16, 32, 16),
+        (
+            *(heads, 2, 16, 16, KVPool(case.pool).layer(0).strides, "plain", "plain"),
+            *(q.stride(0), out.stride(0), table.stride(0), PLAIN.scale, 0.0, 0, "ieee", 16, 32, 16),
+        ),
         warps=4,
     )
     merge(

@@ -28,6 +28,7 @@ TORCH_TO_TRITON = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.float8_e4m3fn: "*fp8e4nv",
@@ -136,6 +137,31 @@ def call_everything() -> None:
             q, kv = zeros(int(q_lens.sum()), 32, size), zeros(int(q_lens.sum()), 8, size)
             attention.run(0, q, kv, kv)
     call_tree_attention()
+    call_quantized()
+
+
+def call_quantized() -> None:
+    """Every storage format at the head sizes of served models: written, and read by both tiles and by a long chunk."""
+    from branchwise.kernels import triton_ops
+    from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
+    from branchwise.kernels.attention.tree_backend import TreeAttention
+    from branchwise.kernels.attention.triton_backend import TritonAttention
+    from branchwise.kernels.kv_pool import KVLayout, KVPool
+
+    none, host_table = np.empty(0, np.int32), np.zeros((4, 64), np.int32)
+    table, chunk = torch.from_numpy(host_table), np.array([200], np.int32)
+    for choice in ("fp8", "int4", "nvfp4", "k16v8"):
+        for size in (64, 128, 256):
+            pool = KVPool.allocate(KVLayout.of(choice, 1, 16, 8, size, torch.bfloat16), 4, torch.device("cpu"))
+            qkv, cos = torch.zeros(4, 48, size, dtype=torch.bfloat16), torch.zeros(4, size // 2)
+            triton_ops.rope_write(qkv, 32, cos, cos, pool.layer(0), torch.arange(4))
+            flat = TritonAttention(pool, [LayerSpec(0.09)], 32)
+            flat.plan(AttentionBatch(chunk * 0, chunk, chunk, 0, 16, table, host_table))
+            q, kv = (torch.zeros(200, heads, size, dtype=torch.bfloat16) for heads in (32, 8))
+            flat.run(0, q, kv, kv)
+            attention = TreeAttention(pool, [LayerSpec(0.09)], 32, table, flat, 16)
+            attention.plan(AttentionBatch(none, none, none, 0, 16, table, host_table), StepShape(8, 0, 0, tree=True))
+            attention.run(0, q[:8], kv[:8], kv[:8])
 
 
 def call_fp8() -> None:

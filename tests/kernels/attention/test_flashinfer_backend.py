@@ -120,7 +120,7 @@ def test_what_flashinfer_is_given(backend, requests, shape):
         ]
     )
     for layer in range(len(SPECS)):
-        flat = pool.layer(layer).data.flatten(1, 2)
+        flat = pool.data[layer].flatten(1, 2)
         expected = reference.run(layer, q, flat[0, slots], flat[1, slots])
         out = flashinfer.run(layer, given, flat[0, slots], flat[1, slots])
         torch.testing.assert_close(out[where], expected, atol=1e-5, rtol=1e-5)

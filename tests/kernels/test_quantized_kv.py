@@ -1,0 +1,126 @@
+"""Quantized keys and values: Triton's kernels against the torch specification; without a GPU in the interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from branchwise.kernels import ops
+from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_format import hadamard
+from branchwise.kernels.kv_pool import KVLayout, KVPool
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from branchwise.kernels import triton_ops
+from branchwise.kernels.attention.tree_backend import TreeAttention
+from branchwise.kernels.attention.triton_backend import TritonAttention
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CHOICES = ["fp8", "int4", "nvfp4", "k16v8"]
+PAGE, PAGES, ROWS, COLUMNS = 16, 81, 8, 10
+
+
+def filled(choice: str, head_dim: int, dtype: torch.dtype, kv_heads: int = 2, layers: int = 1) -> KVPool:
+    """A pool whose every token holds a random key and value."""
+    pool = KVPool.allocate(KVLayout.of(choice, layers, PAGE, kv_heads, head_dim, dtype), PAGES, DEVICE)
+    generator = torch.Generator().manual_seed(head_dim)
+    for layer in range(layers):
+        k, v = torch.randn((2, PAGES * PAGE, kv_heads, head_dim), generator=generator).to(DEVICE, dtype)
+        k[..., 3] *= 8  # a large channel, as models have
+        pool.layer(layer).write(torch.arange(PAGES * PAGE, device=DEVICE), k, v * 0.1)
+    return pool
+
+
+def step(requests: list[tuple[int, int]]) -> AttentionBatch:
+    """``requests``: (query tokens, tokens before), decodes first. The first four columns are shared by all rows."""
+    table = np.random.default_rng(0).permutation(PAGES - 1)[: ROWS * COLUMNS].reshape(ROWS, COLUMNS).astype(np.int32)
+    table[:, :4] = table[0, :4]
+    table = np.concatenate([table, np.full((1, COLUMNS), PAGES - 1, np.int32)])
+    q_lens = np.array([q for q, _ in requests], np.int32)
+    return AttentionBatch(
+        rows=np.arange(len(requests), dtype=np.int32),
+        q_lens=q_lens,
+        kv_lens=q_lens + np.array([before for _, before in requests], np.int32),
+        num_decodes=int((q_lens == 1).sum()),
+        page_size=PAGE,
+        page_table=torch.from_numpy(table).to(DEVICE),
+        host_page_table=table,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_rope_write_stores_what_the_specification_does(choice: str, head_dim: int, dtype: torch.dtype) -> None:
+    layout = KVLayout.of(choice, 1, PAGE, 2, head_dim, dtype)
+    mine, theirs = (KVPool.allocate(layout, PAGES, DEVICE) for _ in "ab")
+    qkv = torch.randn((5, 8, head_dim), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    # The interpreter rounds to float8 wrongly where that carries: values and scales that float8 has exactly.
+    if choice == "nvfp4":
+        qkv = (qkv * 2).round().clamp(-4, 4)
+        qkv[..., ::16] = 6
+    elif choice != "int4":
+        qkv = (qkv * 100).to(torch.float8_e4m3fn).float()
+        qkv[..., 0] = 448
+    qkv = qkv.to(dtype)
+    cos = torch.ones(5, head_dim // 2, device=DEVICE)
+    slots = torch.tensor([3, 17, 60, 40, 5], device=DEVICE)
+    given = qkv.clone()
+    q, k, v = triton_ops.rope_write(given, 4, cos, torch.zeros_like(cos), mine.layer(0), slots)
+    expected = ops.rope_write(qkv.clone(), 4, cos, torch.zeros_like(cos), theirs.layer(0), slots)
+    for got, want in zip((q, k, v), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+    theirs.layer(0).write(slots, k, v)  # of the same bits
+    assert torch.equal(mine.data, theirs.data)
+    if layout.k_format.rotates_keys:
+        torch.testing.assert_close(hadamard(q), qkv[:, :4], atol=5e-3, rtol=5e-3)
+
+
+def test_rope_write_uses_a_checkpoints_scales() -> None:
+    pools = [KVPool.allocate(KVLayout.of("fp8", 1, PAGE, 2, 64, torch.float32), 2, DEVICE) for _ in "ab"]
+    scales = torch.tensor([[0.25, 0.5], [1.0, 2.0]], device=DEVICE)
+    qkv = torch.arange(8, device=DEVICE)[None, :, None] * torch.ones(3, 8, 64, device=DEVICE)
+    cos, slots = torch.ones(3, 32, device=DEVICE), torch.tensor([0, 31, 7], device=DEVICE)
+    for pool, module in zip(pools, (ops, triton_ops), strict=True):
+        pool.set_static_scales(0, scales)
+        module.rope_write(qkv.clone(), 4, cos, torch.zeros_like(cos), pool.layer(0), slots)  # type: ignore[attr-defined]
+    assert torch.equal(pools[0].data, pools[1].data)
+    stored = pools[1].layer(0)
+    assert torch.equal(
+        torch.stack([x[0, 0].view(torch.float32)[:, 0] for x in (stored.k_scales, stored.v_scales)]), scales
+    )
+
+
+SPECS = [LayerSpec(0.1), LayerSpec(0.1, window=37), LayerSpec(0.1, softcap=4.0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("backend", ["flat", "tree"])
+def test_attention_reads_what_the_specification_does(
+    backend: str, choice: str, head_dim: int, dtype: torch.dtype
+) -> None:
+    heads = 4
+    pool = filled(choice, head_dim, dtype, layers=len(SPECS))
+    batch = step([(1, 70), (1, 150), (1, 64), (1, 90), (20, 60), (3, 100)])
+    q = torch.randn((int(batch.q_lens.sum()), heads, head_dim), generator=torch.Generator().manual_seed(2))
+    q = (q * 3).to(DEVICE, dtype)
+    exact = pool
+    if choice != "k16v8":  # whose keys are in the model's dtype
+        exact = KVPool(pool.data, replace(pool.layout, dtype=torch.float32))
+    oracle = TorchAttention(exact, SPECS, heads, share=False)
+    oracle.plan(batch)
+    attention: TritonAttention | TreeAttention = TritonAttention(pool, SPECS, heads)
+    if backend == "tree":
+        attention = TreeAttention(pool, SPECS, heads, batch.page_table, attention, 64)
+    attention.plan(batch)
+    tolerance = 3e-3  # queries are rounded to float16
+    for layer in range(len(SPECS)):
+        want = oracle.run(layer, q.to(exact.layout.dtype), q, q)
+        torch.testing.assert_close(attention.run(layer, q, q, q).float(), want.float(), atol=tolerance, rtol=tolerance)
