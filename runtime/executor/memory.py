@@ -179,10 +179,11 @@ def plan_memory(
 def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> KVLayout:
     """How keys and values are stored. Raises `LoadError` for a format that the device or the model cannot have."""
     choice = config.kv_cache_dtype
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    reason = problem(choice, model.head_dim, capability)
-    if reason is not None:
-        raise LoadError(f"--kv-cache-dtype {choice}: {reason}")
+    if choice != "auto":
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        reason = problem(choice, model.head_dim, capability)
+        if reason is not None:
+            raise LoadError(f"--kv-cache-dtype {choice}: {reason}")
     return KVLayout.of(choice, model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
 
 
