@@ -32,7 +32,7 @@ class _Tile:
 
 @dataclass(slots=True)
 class _Request:
-    slots: Tensor  # int64 [keys of its last tile]
+    place: tuple[Tensor, Tensor]  # pages and offsets, int64 [keys of its last tile]
     length: int  # keys that it has; the others are read as zeros
     tiles: list[_Tile]
 
@@ -79,23 +79,24 @@ class FixedAttention:
             tiles.append(_Tile(tokens, slice(low - first, high - first), first, keys))
         positions = np.minimum(np.arange(tiles[-1].keys), stop - 1)  # beyond the end: any slot, read as zero
         pages = batch.host_page_table[row, positions // batch.page_size].astype(np.int64)
-        slots = torch.from_numpy(pages * batch.page_size + positions % batch.page_size)
-        return _Request(slots.to(self._pool.device), stop, tiles)
+        offsets = (positions % batch.page_size).astype(np.int64)
+        place = (torch.from_numpy(x).to(self._pool.device) for x in (pages, offsets))
+        return _Request((next(place), next(place)), stop, tiles)
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.run`."""
         kv, spec = self._pool.layer(layer), self._layers[layer]
         result = torch.empty_like(q) if out is None else out
         for request in self._requests:
-            keys, values = self._read(kv.k, request), self._read(kv.v, request)
+            keys, values = (self._padded(x, request) for x in kv.read(request.place))
             for tile in request.tiles:
                 found = self._attend(spec, tile, q[tile.tokens].float(), keys, values)
                 result[tile.tokens] = found[tile.rows].to(q.dtype)
         return result
 
-    def _read(self, source: Tensor, request: _Request) -> Tensor:
+    def _padded(self, read: Tensor, request: _Request) -> Tensor:
         """float32 ``[kv_heads, keys, D]``, 0 beyond the request's end."""
-        read = source.flatten(0, 1).index_select(0, request.slots).float()
+        read = read.float()
         read[request.length :] = 0.0
         return read.transpose(0, 1).contiguous()
 

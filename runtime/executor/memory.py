@@ -70,10 +70,10 @@ class MemoryPlan:
     def rows(self) -> list[tuple[str, str, str]]:
         """Rows of a table: (name, size, derivation)."""
         layout = self.layout
-        token = (
-            f"{layout.num_layers} layers × {layout.kv_heads} KV heads × {layout.head_bytes} B:"
-            f" {layout.head_dim} channels, {' and '.join(dict.fromkeys(layout.names))}"
-        )
+        of_layers, names = f"{layout.num_layers} layers × {layout.kv_heads} KV heads", dict.fromkeys(layout.names)
+        token = f"2 (K, V) × {of_layers} × {layout.head_dim} × {layout.dtype.itemsize} B ({layout.names[0]})"
+        if layout.quantized:
+            token = f"{of_layers} × {layout.head_bytes} B (K and V with scales, {' and '.join(names)})"
         return [
             ("free on " + self.device, human_bytes(self.free_bytes), "before loading"),
             ("weights", human_bytes(self.weight_bytes), self.weight_format),
