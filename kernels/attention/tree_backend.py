@@ -244,7 +244,10 @@ class TreeAttention:
 def _default_costs(pool: KVPool) -> TreeCosts:
     """On devices where it was measured, the narrow tile also beats FlashInfer's decode at keys that are not shared."""
     hopper = pool.device.type == "cuda" and torch.cuda.get_device_capability(pool.device)[0] == 9
-    return TreeCosts(flat_tail=1.06) if hopper and pool.layout.head_dim == 128 else TreeCosts()
+    layout = pool.layout
+    if layout.quantized:  # the flat backend's kernel is the narrow tile's
+        return TreeCosts().for_bytes(2 * layout.head_dim * layout.dtype.itemsize / layout.head_bytes)
+    return TreeCosts(flat_tail=1.06) if hopper and layout.head_dim == 128 else TreeCosts()
 
 
 def _most_members(shape: StepShape) -> int:

@@ -39,6 +39,14 @@ class TreeCosts:
     tree_layer: float = 11000.0
     margin: float = 4000.0
 
+    def for_bytes(self, ratio: float) -> TreeCosts:
+        """The same costs where a token has ``ratio`` times fewer bytes: reading it, the unit, takes that much less."""
+        scaled = {
+            name: getattr(self, name) * ratio for name in ("partial", "in_turn", "flat_layer", "tree_layer", "margin")
+        }
+        per_key = tuple(cost * ratio for cost in self.per_key)
+        return replace(self, per_key=per_key, flat=min(self.flat * ratio, 1.0), **scaled)
+
     def for_tiles(self, tiles: tuple[int, ...]) -> TreeCosts:
         """The same costs for other tiles: each costs what the smallest known one costs that is no smaller."""
         known = np.minimum(np.searchsorted(self.tiles, tiles), len(self.tiles) - 1)

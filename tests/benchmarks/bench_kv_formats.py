@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from itertools import product
 
 import numpy as np
 import torch
@@ -35,8 +34,8 @@ CASES = [
     ("128 x 1152", 128, 1152, 0),
     ("8 x 32 x 8k", 256, 8320, 8192),
 ]
-NARROW = [(16, keys, warps, stages) for keys, warps, stages in product((32, 64), (1, 2), (3, 5))] + [(16, 64, 4, 3)]
-WIDE = [(64, 64, 4, 3), (64, 64, 4, 5), (64, 32, 4, 3), (64, 128, 4, 2), (64, 128, 8, 3), (128, 64, 8, 3)]
+NARROW = [(16, 32, 1, 3), (16, 32, 1, 5), (16, 64, 2, 5), (16, 32, 2, 4), (16, 64, 4, 4)]
+WIDE = [(64, 64, 4, 5), (128, 64, 8, 5)]
 
 
 def filled(choice: str, pages: int) -> KVPool:
@@ -79,9 +78,9 @@ def bench(choice: str, sweep: bool, base: dict[str, float], small: bool) -> None
         pool = filled(choice, int(step.host_page_table.max()) + 1)
         q = torch.randn((requests, HEADS, DIM), device=DEVICE, dtype=torch.bfloat16)
         flat = TritonAttention(pool, [SPEC], HEADS)
-        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, requests)
+        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64))
         tiles = list(tree._runner.tiles)
-        nth = 1 if shared else 0
+        nth = len(tiles) - 1 if shared else 0
         candidates = [tiles[nth]]
         if sweep:
             candidates += [TreeTile(*tile) for tile in (WIDE if shared else NARROW)]
@@ -134,7 +133,7 @@ def check(choice: str) -> None:
         own = torch.arange(len(at), device=DEVICE)
         want = oracle.run(0, q, k[own, at].to(q.dtype), v[own, at].to(q.dtype)).float()
         flat = TritonAttention(pool, [SPEC], HEADS)
-        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, requests)
+        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64))
         for name, backend in (("flat", flat), ("tree", tree)):
             backend.plan(step)
             got = backend.run(0, q, q, q).float()
