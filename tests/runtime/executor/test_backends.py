@@ -42,7 +42,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(flashinfer_module, "check_available", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(flashinfer_backend, "FlashInferAttention", broken)
-    monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args: "triton")
+    monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args, **options: "triton")
     monkeypatch.setattr(tree_backend, "TreeAttention", lambda *args: ("tree", args[4]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
