@@ -16,9 +16,11 @@ import numpy as np
 import torch
 
 from branchwise.kernels import triton_ops
+from branchwise.kernels.attention import tree_backend
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.attention.tree_backend import TreeAttention
+from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_runner import TreeTile
 from branchwise.kernels.attention.tree_tuning import milliseconds
 from branchwise.kernels.attention.triton_backend import TritonAttention
@@ -78,7 +80,7 @@ def bench(choice: str, sweep: bool, base: dict[str, float], small: bool) -> None
         pool = filled(choice, int(step.host_page_table.max()) + 1)
         q = torch.randn((requests, HEADS, DIM), device=DEVICE, dtype=torch.bfloat16)
         flat = TritonAttention(pool, [SPEC], HEADS)
-        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64))
+        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64), TreeCosts())
         tiles = list(tree._runner.tiles)
         nth = len(tiles) - 1 if shared else 0
         candidates = [tiles[nth]]
@@ -133,7 +135,7 @@ def check(choice: str) -> None:
         own = torch.arange(len(at), device=DEVICE)
         want = oracle.run(0, q, k[own, at].to(q.dtype), v[own, at].to(q.dtype)).float()
         flat = TritonAttention(pool, [SPEC], HEADS)
-        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64))
+        tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64), TreeCosts())
         for name, backend in (("flat", flat), ("tree", tree)):
             backend.plan(step)
             got = backend.run(0, q, q, q).float()
@@ -160,6 +162,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="few requests, to fill Triton's cache")
     args = parser.parse_args()
     base: dict[str, float] = {}
+    tree_backend.tune = lambda *_: None  # type: ignore[assignment]  # tiles are chosen here
     formats = args.formats.split(",")
     for choice in formats:
         bench_write(choice)
