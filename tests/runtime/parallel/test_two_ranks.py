@@ -125,6 +125,16 @@ def test_dummy_weights_are_those_of_one_rank(folder: Path) -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize(("quantization", "error"), [("int8", 0.12), ("fp8", 0.3)])
+def test_quantized_weights(quantization: str, error: float, folder: Path, one: Engine) -> None:
+    """Each rank quantizes its own slices, so tokens may differ from one rank's; the error must be that of the format
+    (one rank: 0.08 and 0.21)."""
+    params, prompt = SamplingParams(max_tokens=1, prompt_logprobs=0), [(7 * i) % 390 + 2 for i in range(120)]
+    with Engine(folder, tensor_parallel_size=2, quantization=quantization, **SETTINGS) as two:
+        found, exact = (engine.generate(prompt, params).prompt_logprobs for engine in (two, one))
+    assert sum(abs(found[at].logprob - exact[at].logprob) for at in exact) / len(exact) < error
+
+
 def test_the_memory_plan_has_every_rank(two: Engine) -> None:
     executor: Any = two._core.executor
     lines = executor.local.memory_plan.lines()
