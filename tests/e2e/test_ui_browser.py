@@ -1,6 +1,6 @@
 """The page at /ui in a real Chromium, driven over its DevTools protocol. Skipped where there is none.
 
-python tests/e2e/test_ui_browser.py URL FOLDER     writes the screenshots of docs/ui.md, of a running server
+python tests/e2e/test_ui_browser.py URL FOLDER     the screenshots of docs/images, of a running server
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ class Page:
         await self.send("Input.dispatchKeyEvent", type="keyUp", **key)
 
     async def screenshot(self, path: Path) -> None:
-        path.write_bytes(base64.b64decode((await self.send("Page.captureScreenshot", format="png"))["data"]))
+        """The part of the window that the page fills."""
+        height = await self.js("Math.min(innerHeight, document.getElementById('app').getBoundingClientRect().bottom)")
+        clip = {"x": 0, "y": 0, "width": await self.js("innerWidth"), "height": height, "scale": 1}
+        found = await self.send("Page.captureScreenshot", format="png", clip=clip)
+        path.write_bytes(base64.b64decode(found["data"]))
 
     async def close(self) -> None:
         self._reader.cancel()
