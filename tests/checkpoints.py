@@ -54,6 +54,17 @@ _LLAMA3 = {
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+_EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 3}
+_SIGMOID_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 48,
+    "n_shared_experts": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+}
 
 
 def _llama(**values: Any) -> Family:
@@ -167,6 +178,69 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {**_EXPERTS, "sliding_window": 24}),
+    "qwen2-moe": Family(
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {
+            **_EXPERTS,
+            "head_dim": 16,
+            "moe_intermediate_size": 48,
+            "shared_expert_intermediate_size": 80,
+            "norm_topk_prob": False,
+            "mlp_only_layers": [1],
+            "use_sliding_window": True,
+            "sliding_window": 20,
+        },
+    ),
+    "qwen3-moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {**_EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "tie_word_embeddings": True},
+    ),
+    "olmoe": Family("OlmoeConfig", "OlmoeForCausalLM", {**_EXPERTS, "head_dim": 16}),
+    "granite-moe": Family(
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**_EXPERTS, "attention_multiplier": 0.2, "residual_multiplier": 0.6, "head_dim": 16},
+    ),
+    "granite-moe-shared": Family(
+        "GraniteMoeSharedConfig",
+        "GraniteMoeSharedForCausalLM",
+        {**_EXPERTS, "attention_multiplier": 0.2, "shared_intermediate_size": 80, "head_dim": 16},
+    ),
+    "glm4-moe": Family(
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {**_SIGMOID_EXPERTS, "use_qk_norm": True, "attention_bias": True, "routed_scaling_factor": 1.5},
+    ),
+    "phimoe": Family(
+        "PhimoeConfig",
+        "PhimoeForCausalLM",
+        {
+            **_EXPERTS,
+            "head_dim": 16,
+            "num_experts_per_tok": 2,
+            "router_jitter_noise": 0.1,
+            "attention_bias": True,
+            "lm_head_bias": True,
+        },
+    ),
+    "dots1": Family(
+        "Dots1Config", "Dots1ForCausalLM", {**_SIGMOID_EXPERTS, "sliding_window": 24, "max_window_layers": 1}
+    ),
+    "minimax-m2": Family("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {**_EXPERTS, "rotary_dim": 8}),
+    "ernie-moe": Family(
+        "Ernie4_5_MoeConfig",
+        "Ernie4_5_MoeForCausalLM",
+        {
+            "moe_intermediate_size": 48,
+            "moe_num_experts": 6,
+            "moe_k": 3,
+            "moe_num_shared_experts": 1,
+            "use_bias": True,
+        },
+    ),
 }
 
 
@@ -191,13 +265,19 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
             if "norm" in name or name.endswith(("bias", "alpha_p", "alpha_n")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
                 parameter *= 4
             if recipe.model.startswith("Gemma") and "post_" in name:
                 parameter += 3
             # Sharp attention: what is said depends on where one looks, so texts do not settle on one token.
             if name.endswith(("q_proj.weight", "q_norm.weight")):
                 parameter *= 5
+            # Experts of unequal weights.
+            if name.endswith(("gate.weight", "router.weight")):
+                parameter *= 3
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
     model.save_pretrained(folder, **({"max_shard_size": recipe.shard_size} if recipe.shard_size else {}))
     return folder
 

@@ -9,11 +9,14 @@ from typing import Any, Literal
 
 from ..errors import LoadError
 from ..tokenizer.special_tokens import eos_token_id
+from .architecture import Architecture, Norms, Switch
 from .checkpoint import checkpoint_dtype
 from .eos import EosSource, eos_ids
+from .experts import ExpertsConfig, parse_experts, sparse_layers
+from .fields import Fields
 from .folder import read_json
 from .quantization import Quantization, parse_quantization, parse_quantization_files
-from .registry import ARCHITECTURES, MODEL_TYPES, Architecture, Norms, Switch
+from .registry import ARCHITECTURES, MODEL_TYPES
 from .rope import RopeConfig, parse_rope
 
 _ACTIVATIONS = {
@@ -34,6 +37,7 @@ class LayerConfig:
 
     window: int | None  # a token sees the last ``window`` tokens, itself included; None: all of them
     rope: RopeConfig
+    sparse: bool = False  # its MLP is a mixture of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +78,8 @@ class ModelConfig:
     eos_ids: tuple[int, ...]  # tokens that end an output
     bos_id: int | None
     quantization: Quantization | None = None  # of the linear layers' weights
+    experts: ExpertsConfig | None = None  # of the sparse layers
+    lm_head_bias: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -139,7 +145,7 @@ def parse_config(
         raise LoadError(f"{where}: text_config must be an object, got {type(text).__name__}")
     quantization = parse_quantization(raw, where)
     # The nested settings win; what they leave out may stand outside (torch_dtype, tie_word_embeddings).
-    fields = _Fields({**known.defaults, **_drop_none(raw), **_drop_none(text or {})}, where)
+    fields = Fields({**known.defaults, **_drop_none(raw), **_drop_none(text or {})}, where)
 
     heads, hidden = fields.count("num_attention_heads"), fields.count("hidden_size")
     kv_heads = fields.count("num_key_value_heads", heads)
@@ -159,6 +165,7 @@ def parse_config(
     if _llama4_scaling(fields):
         raise LoadError(f"{where}: llama_4_scaling_beta is not supported")
     vocab_size = fields.count("vocab_size")
+    experts = None if known.experts is None else parse_experts(fields, known.experts)
     parallel = _switch(known.parallel, fields)
     scale = fields.number("query_pre_attn_scalar", head_dim) ** -0.5 if known.gemma else head_dim**-0.5
 
@@ -170,7 +177,7 @@ def parse_config(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        layers=_layers(fields, known, head_dim),
+        layers=_layers(fields, known, head_dim, sparse=experts is not None),
         max_position_embeddings=fields.count("max_position_embeddings"),
         norm_kind=known.norm_kind,
         norm_bias=known.norm_bias,
@@ -188,7 +195,7 @@ def parse_config(
         o_bias=_switch(known.o_bias, fields),
         mlp_bias=_switch(known.mlp_bias, fields),
         norms={name: module for name, module in known.norms.items() if name != "mlp_norm" or not parallel},
-        qk_norm=known.qk_norm,
+        qk_norm=known.qk_norm if _switch(known.qk_norm_if, fields) else "none",
         qkv=known.qkv,
         parallel=parallel,
         interleaved_rope=known.interleaved_rope,
@@ -197,6 +204,8 @@ def parse_config(
         eos_ids=_eos_ids(raw, text or {}, generation, known, where, tokenizer_eos, vocab_size),
         bos_id=_bos(fields),
         quantization=quantization,
+        experts=experts,
+        lm_head_bias=_switch(known.lm_head_bias, fields),
     )
 
 
@@ -214,34 +223,7 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
     raise LoadError(f"{where}: {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
 
 
-class _Fields:
-    """Typed access to a config's values; every error names the file and the key."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values, self.where = values, where
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.values.get(key, default)
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key, default)
-        if value is None:
-            raise LoadError(f"{self.where}: {key} is missing")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise LoadError(f"{self.where}: {key} must be a positive integer, got {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise LoadError(f"{self.where}: {key} must be a positive number, got {value!r}")
-        return value
-
-    def optional_number(self, key: str) -> float | None:
-        return None if self.values.get(key) is None else self.number(key)
-
-
-def _layers(fields: _Fields, known: Architecture, head_dim: int) -> tuple[LayerConfig, ...]:
+def _layers(fields: Fields, known: Architecture, head_dim: int, *, sparse: bool) -> tuple[LayerConfig, ...]:
     count = fields.count("num_hidden_layers")
     types = fields.get("layer_types")
     if types is None:
@@ -249,8 +231,7 @@ def _layers(fields: _Fields, known: Architecture, head_dim: int) -> tuple[LayerC
     if not isinstance(types, list) or len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
         raise LoadError(f"{fields.where}: layer_types must name sliding_attention or full_attention for {count} layers")
     slides = known.windows != "none" and fields.get("sliding_window") is not None
-    if known.windows == "qwen":
-        slides = slides and bool(fields.get("use_sliding_window", False))
+    slides = slides and bool(fields.get("use_sliding_window", not known.windows.startswith("qwen")))
     window = fields.count("sliding_window") if slides else None
     if known.windows == "all":  # Mistral: every layer slides whatever layer_types may say
         types = ["sliding_attention"] * count
@@ -260,13 +241,14 @@ def _layers(fields: _Fields, known: Architecture, head_dim: int) -> tuple[LayerC
     ropes = {kind: parse_rope(values, kind, head_dim, fields.where) for kind in dict.fromkeys(types)}
     plain = RopeConfig(theta=1.0, dim=head_dim, kind="none")
     rotated = _rotated(fields, known, types, window)
+    experts = sparse_layers(fields, count) if sparse else [False] * count
     return tuple(
-        LayerConfig(window if kind == "sliding_attention" else None, ropes[kind] if rotates else plain)
-        for kind, rotates in zip(types, rotated, strict=True)
+        LayerConfig(window if kind == "sliding_attention" else None, ropes[kind] if rotates else plain, has_experts)
+        for kind, rotates, has_experts in zip(types, rotated, experts, strict=True)
     )
 
 
-def _rotated(fields: _Fields, known: Architecture, types: list[str], window: int | None) -> list[bool]:
+def _rotated(fields: Fields, known: Architecture, types: list[str], window: int | None) -> list[bool]:
     """Which layers have a rotary embedding."""
     if known.unrotated == "full" and window is not None:
         return [kind == "sliding_attention" for kind in types]
@@ -281,10 +263,12 @@ def _rotated(fields: _Fields, known: Architecture, types: list[str], window: int
     return [bool(rotates) for rotates in listed]
 
 
-def _default_types(fields: _Fields, known: Architecture, count: int) -> list[str]:
+def _default_types(fields: Fields, known: Architecture, count: int) -> list[str]:
     if known.windows == "alternate":
         pattern = fields.count("sliding_window_pattern")
         sliding = [bool((i + 1) % pattern) for i in range(count)]
+    elif known.windows == "qwen_even":
+        sliding = [i % 2 == 0 and i < fields.count("max_window_layers") for i in range(count)]
     elif known.windows == "qwen":
         sliding = [i >= fields.count("max_window_layers") for i in range(count)]
     else:
@@ -292,17 +276,17 @@ def _default_types(fields: _Fields, known: Architecture, count: int) -> list[str
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
 
-def _llama4_scaling(fields: _Fields) -> bool:
+def _llama4_scaling(fields: Fields) -> bool:
     """Whether queries are scaled by their position (Ministral 3, Llama 4)."""
     rope = fields.get("rope_parameters")
     return bool(isinstance(rope, dict) and rope.get("llama_4_scaling_beta"))
 
 
-def _switch(rule: Switch, fields: _Fields) -> bool:
+def _switch(rule: Switch, fields: Fields) -> bool:
     return rule == "always" or (rule != "never" and bool(fields.get(rule, False)))
 
 
-def _dtype(fields: _Fields) -> str:
+def _dtype(fields: Fields) -> str:
     name = str(fields.get("dtype", fields.get("torch_dtype", "auto"))).removeprefix("torch.")
     if name not in ("float32", "bfloat16", "float16", "auto"):
         raise LoadError(f"{fields.where}: dtype {name} is not supported; supported: float32, bfloat16, float16")
@@ -329,7 +313,7 @@ def _eos_ids(
     return eos_ids(sources, vocab_size)
 
 
-def _bos(fields: _Fields) -> int | None:
+def _bos(fields: Fields) -> int | None:
     value = fields.get("bos_token_id")
     if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
         raise LoadError(f"{fields.where}: bos_token_id must be an integer, got {value!r}")

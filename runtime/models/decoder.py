@@ -16,7 +16,8 @@ from ...kernels.quantize import Quantizer, Rows
 from ..parallel.group import SingleRank, TensorGroup
 from .config import ModelConfig
 from .linear import LinearFactory
-from .mlp import make_mlp
+from .mlp import MLP, GatedMLP, PlainMLP
+from .moe import MixtureOfExperts
 from .norm import Norm
 from .rope import RopeTable
 from .weights import even_range, rank_config
@@ -61,9 +62,10 @@ class Decoder:
         self._vocabulary = even_range(config.vocab_size, self._group.rank, self._group.size)
         # Every rank computes as many logits, so that they can be gathered: padding follows the vocabulary's last rows.
         rows = even_range(config.vocab_size, 0, self._group.size).stop
-        for name in ("embedding", "lm_head"):
+        for name in ("embedding", "lm_head", "lm_head_bias"):
             if name in weights and len(weights[name]) < rows:
-                weights[name] = F.pad(weights[name], (0, 0, 0, rows - len(weights[name])))
+                padding = weights[name].new_zeros(rows - len(weights[name]), *weights[name].shape[1:])
+                weights[name] = torch.cat([weights[name], padding])
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
@@ -175,7 +177,7 @@ class _Layer:
             for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
         )
         self.qkv, self.o = make_linear(f"layers.{index}.qkv"), make_linear(f"layers.{index}.o")
-        self.mlp = make_linear.fixed(make_mlp(config, f"layers.{index}", weights, ops, make_linear.plain))
+        self.mlp = make_linear.fixed(_make_mlp(config, index, weights, ops, make_linear))
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm == "head":
@@ -223,6 +225,16 @@ class _Layer:
         if norm is not None:
             delta = norm(summed(delta))
         return delta if self.config.residual_scale == 1.0 else summed(delta).mul_(self.config.residual_scale)
+
+
+def _make_mlp(config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops, make_linear: LinearFactory) -> MLP:
+    """The MLP of a layer, whose weights it takes out of ``weights``."""
+    layer = f"layers.{index}"
+    if config.layers[index].sparse:
+        return MixtureOfExperts(config, layer, weights, ops, make_linear)
+    if config.gated_mlp:
+        return GatedMLP(config, layer, ops, make_linear.plain)
+    return PlainMLP(config, layer, weights, make_linear.plain)
 
 
 def _add(delta: Tensor | Addends | None, hidden: Tensor, norm: Norm | None, quantizer: Quantizer | None) -> Rows:

@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.base import Ops
+from ...kernels.experts import ExpertLinear, GroupedLinear, LoopedLinear, MaskedLinear, groups
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
 from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, packs
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
 from .weights import shard_shape, stored_dtype, weight_specs
+
+_PLAIN = ("embedding", ".router", ".shared_gate")  # matrices that are never quantized
 
 
 class LinearFactory:
@@ -52,11 +55,29 @@ class LinearFactory:
 
     def plain(self, name: str) -> Linear:
         """The same without ``fixed_rows``, for a part of what is `fixed` as a whole."""
-        weight, scale, input_scale, bias = (
-            self._weights.pop(name + suffix, None) for suffix in ("", "_scale", "_input_scale", "_bias")
-        )
-        if weight is None:
-            raise KeyError(name)
+        return self._linear(*self._pop(name))
+
+    def experts(self, name: str, count: int) -> ExpertLinear:
+        """The products with the ``count`` experts whose rows weight ``name`` holds one below the other. Experts in FP8
+        are dequantized."""
+        weight, *others = self._pop(name)
+        inputs, outputs = weight.shape[1], weight.shape[0] // count
+        if groups(self._dtype, weight.device, inputs, outputs):
+            if others[0] is not None:
+                weight = dequantize_weight(weight, others[0], self._dtype)
+            return GroupedLinear(weight.view(count, outputs, inputs))
+        parts = ([None] * count if part is None else part.chunk(count) for part in (weight, *others))
+        linears = [self._linear(*expert) for expert in zip(*parts, strict=True)]
+        if weight.device.type != "cpu":
+            return MaskedLinear(linears)
+        return LoopedLinear([self.fixed(linear) for linear in linears])  # how many rows each has depends on all tokens
+
+    def _pop(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The weight, its scale, its static input scale and its bias."""
+        scale, input_scale, bias = (self._weights.pop(name + end, None) for end in ("_scale", "_input_scale", "_bias"))
+        return self._weights.pop(name), scale, input_scale, bias
+
+    def _linear(self, weight: Tensor, scale: Tensor | None, input_scale: Tensor | None, bias: Tensor | None) -> Linear:
         if scale is not None and has_fp8(weight, scale):
             group = BLOCK if in_blocks(weight, scale) else 0
             static = None if input_scale is None else input_scale.amax(0, keepdim=True)
@@ -71,10 +92,11 @@ def weight_bytes(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1, *, int8: bool = False
 ) -> int:
     """Bytes of a rank's weights as a decoder stores them, packed copies included. ``int8``: see `LinearFactory`."""
-    native, total = config.quantization is not None and multiplies_fp8(device), 0
+    fp8, total = config.quantization is not None and multiplies_fp8(device), 0
     for spec in weight_specs(config):
         shape = shard_shape(spec, rank, ranks)
-        linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and spec.name != "embedding"
+        linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
+        native = fp8 and ".experts." not in spec.name
         if linear and int8:
             total += math.prod(shape) + 4 * shape[0]
         elif native or spec.kind not in ("fp8", "scale"):
@@ -97,4 +119,5 @@ def weight_format(config: ModelConfig, dtype: torch.dtype, device: torch.device,
     if not multiplies_fp8(device):
         return f"{plain}, dequantized from FP8, which {device} does not multiply"
     scales = {"tensor": "tensor", "channel": "output channel", "block": "128 × 128 block"}
-    return f"FP8 with a scale for each {scales[config.quantization.weights]}; embedding and norms {plain}"
+    others = "embedding and norms" if config.experts is None else "experts, embedding and norms"
+    return f"FP8 with a scale for each {scales[config.quantization.weights]}; {others} {plain}"

@@ -135,10 +135,14 @@ def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, 
 def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:
     name = checkpoint.full_name(source.name)
     shape, expected = checkpoint.shape(source.name), (source.tensor_rows or source.shape[0], *source.shape[1:])
+    stacked: tuple[slice, ...] = ()
+    if source.expert is not None:
+        expert, count = source.expert
+        expected, stacked = (count, *expected), (slice(expert, expert + 1),)
     if shape != expected:
         raise LoadError(f"tensor {name} has shape {list(shape)}, config.json calls for {list(expected)}")
     rows = slice(source.start + index[0].start, source.start + index[0].stop)
-    tensor = checkpoint.read(source.name, (rows, *index[1:]))
+    tensor = checkpoint.read(source.name, (*stacked, rows, *index[1:])).flatten(0, len(stacked))
     part.copy_(_separate(tensor, source) if source.interleaved else tensor)
     if not _finite(part):
         if _finite(tensor):

@@ -27,15 +27,6 @@ class MLP(Protocol):
         ...
 
 
-def make_mlp(
-    config: ModelConfig, layer: str, weights: dict[str, Tensor], ops: Ops, make_linear: Callable[[str], Linear]
-) -> MLP:
-    """The MLP of ``layer``, whose weights it takes out of ``weights``."""
-    if config.gated_mlp:
-        return GatedMLP(config, layer, ops, make_linear)
-    return PlainMLP(config, layer, weights, make_linear)
-
-
 class GatedMLP:
     """``down(activation(gate(x)) * up(x))`` (Shazeer, 2020), with gate and up in one product.
 

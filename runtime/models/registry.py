@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from .architecture import PRE_NORMS, Architecture, Experts, Norms
 
-Switch = str  # "never", "always", or a key of config.json that says
-# The norms of a layer: what each one normalizes -> its module in the checkpoint.
-Norms = Mapping[Literal["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"], str]
-
-PRE_NORMS: Norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
 _POST_NORMS: Norms = {
     "attention_post_norm": "post_attention_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
@@ -21,37 +14,7 @@ _GLM4_NORMS: Norms = {
     "attention_post_norm": "post_self_attn_layernorm",
     "mlp_post_norm": "post_mlp_layernorm",
 }
-
-
 _FUSED_MLP = ("gate_up_proj", "gate_up_proj", "down_proj")
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """Feature switches of one family. ``defaults`` are the values its config.json may leave out."""
-
-    model_type: str  # as config.json names the family
-    qkv_bias: Switch = "never"
-    o_bias: Switch = "never"
-    mlp_bias: Switch = "never"
-    norms: Norms = field(default_factory=lambda: PRE_NORMS)
-    qk_norm: Literal["none", "head", "all"] = "none"  # queries and keys are normed by head, or all heads as one vector
-    gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
-    norm_kind: Literal["rms", "layer"] = "rms"
-    norm_bias: bool = False
-    norm_eps: str = "rms_norm_eps"  # config.json's key
-    parallel: Switch = "never"  # attention and MLP get the same input and are added together
-    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
-    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # two: without a gate
-    interleaved_rope: bool = False  # channels 2i and 2i + 1 are rotated together, rather than i and i + dim / 2
-    scaled_rope: Literal["all", "full"] = "all"  # full: rope_scaling leaves sliding layers alone
-    unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
-    windows: Literal["none", "all", "qwen", "alternate"] = "none"  # which layers slide when layer_types is absent
-    refused: tuple[str, ...] = ()  # keys of config.json that switch on what is not supported
-    text_config: bool = False  # the language model's settings are nested under "text_config"
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-
 _GEMMA = {
     "vocab_size": 256000,
     "num_attention_heads": 8,
@@ -89,6 +52,30 @@ _COHERE = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": True,
 }
+_MIXTRAL_EXPERTS = (
+    "block_sparse_moe.experts.{}.w1.weight",
+    "block_sparse_moe.experts.{}.w3.weight",
+    "block_sparse_moe.experts.{}.w2.weight",
+)
+_GRANITE_EXPERTS = Experts(
+    router="block_sparse_moe.router.layer.weight",
+    experts=(
+        "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.input_linear.weight",
+        "block_sparse_moe.output_linear.weight",
+    ),
+    shared=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+    shared_size="shared_intermediate_size",
+    shared_unit="channels",
+    normalize="always",  # a softmax over the chosen experts' logits alone, which is the same
+)
+_GLM_EXPERTS = Experts(
+    shared_size="n_shared_experts",
+    bias="mlp.gate.e_score_correction_bias",
+    scores="sigmoid",
+    float32_router=True,
+)
+_GRANITE = {"max_position_embeddings": 2048, "attention_multiplier": 1.0}
 _MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -190,7 +177,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         mlp_bias="mlp_bias",
-        defaults={"max_position_embeddings": 2048, "attention_multiplier": 1.0},
+        defaults=_GRANITE,
     ),
     "Olmo2ForCausalLM": Architecture(
         "olmo2",
@@ -316,6 +303,130 @@ ARCHITECTURES: dict[str, Architecture] = {
         unrotated="full",
         windows="alternate",
         defaults=_COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4},
+    ),
+    "MixtralForCausalLM": Architecture(
+        "mixtral",
+        windows="all",
+        experts=Experts(router="block_sparse_moe.gate.weight", experts=_MIXTRAL_EXPERTS, normalize="always"),
+        defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    ),
+    "Qwen2MoeForCausalLM": Architecture(
+        "qwen2_moe",
+        qkv_bias="qkv_bias",
+        windows="qwen_even",
+        experts=Experts(
+            shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
+            shared_size="shared_expert_intermediate_size",
+            shared_unit="channels",
+            shared_gate="mlp.shared_expert_gate",
+        ),
+        defaults=_QWEN | {"qkv_bias": True},
+    ),
+    "Qwen3MoeForCausalLM": Architecture(
+        "qwen3_moe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="head",
+        windows="all",
+        experts=Experts(),
+        defaults=_QWEN | {"use_sliding_window": False, "sliding_window": 4096},
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="all",
+        refused=("clip_qkv",),
+        experts=Experts(),
+        defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+    ),
+    "GraniteMoeForCausalLM": Architecture(
+        "granitemoe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        experts=_GRANITE_EXPERTS,
+        defaults=_GRANITE,
+    ),
+    "GraniteMoeSharedForCausalLM": Architecture(
+        "granitemoeshared",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        experts=_GRANITE_EXPERTS,
+        defaults=_GRANITE,
+    ),
+    "Glm4MoeForCausalLM": Architecture(  # GLM 4.5 and 4.6, and their Air
+        "glm4_moe",
+        qkv_bias="attention_bias",
+        qk_norm="head",
+        qk_norm_if="use_qk_norm",
+        experts=_GLM_EXPERTS,
+        defaults={
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "partial_rotary_factor": 0.5,
+            "first_k_dense_replace": 1,
+            "norm_topk_prob": True,
+        },
+    ),
+    "PhimoeForCausalLM": Architecture(  # Phi 3.5 MoE
+        "phimoe",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        lm_head_bias="lm_head_bias",
+        norm_kind="layer",
+        norm_bias=True,
+        windows="all",
+        experts=Experts(router="block_sparse_moe.gate.weight", experts=_MIXTRAL_EXPERTS, scores="sparsemixer"),
+        defaults={"max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1_000_000.0},
+    ),
+    "Dots1ForCausalLM": Architecture(
+        "dots1",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="head",
+        experts=_GLM_EXPERTS,
+        windows="qwen",
+        defaults={
+            "max_position_embeddings": 2048,
+            "use_sliding_window": True,
+            "sliding_window": 4096,
+            "max_window_layers": 62,
+        },
+    ),
+    "MiniMaxM2ForCausalLM": Architecture(
+        "minimax_m2",
+        qk_norm="all",
+        experts=Experts(
+            router="block_sparse_moe.gate.weight",
+            experts=_MIXTRAL_EXPERTS,
+            bias="block_sparse_moe.e_score_correction_bias",
+            scores="sigmoid",
+            normalize="always",
+        ),
+        defaults={"max_position_embeddings": 196608, "rope_theta": 5_000_000.0},
+    ),
+    "Ernie4_5_MoeForCausalLM": Architecture(
+        "ernie4_5_moe",
+        qkv_bias="use_bias",
+        o_bias="use_bias",
+        mlp_bias="use_bias",
+        lm_head_bias="use_bias",
+        interleaved_rope=True,
+        experts=Experts(
+            bias="mlp.moe_statics.e_score_correction_bias",
+            bias_shape=(1,),
+            shared_size="moe_num_shared_experts",
+            float32_router=True,
+            normalize="always",
+        ),
+        defaults={
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "tie_word_embeddings": True,
+            "moe_layer_start_index": 1,
+            "moe_num_shared_experts": 2,
+        },
     ),
 }
 

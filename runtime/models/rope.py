@@ -127,7 +127,10 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
             raise LoadError(f"{where}: rope {key} must be a positive number, got {value!r}")
         return float(value)
 
-    partial = number("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rotated: Any = config.get("rotary_dim")  # MiniMax
+    partial = number(
+        "partial_rotary_factor", config.get("partial_rotary_factor", rotated / head_dim if _positive(rotated) else 1.0)
+    )
     base = RopeConfig(theta=float(number("rope_theta", local if sliding else theta)), dim=int(head_dim * partial))
     if kind == "dynamic" and values.get("alpha") is not None:  # Hunyuan: NTK-aware scaling by a fixed factor
         return replace(base, theta=base.theta * number("alpha") ** (base.dim / (base.dim - 2)))

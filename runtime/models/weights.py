@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 
 from ...kernels.quantize import BLOCK
 from ..errors import LoadError
 from .config import ModelConfig
+from .experts import ExpertsConfig
 
 # Where tensor parallelism cuts a weight: along its outputs (dimension 0), along its inputs (dimension 1), or nowhere.
 # rank0: the bias of a weight that is cut along its inputs. Only rank 0 has it, so that the sum over ranks adds it once.
@@ -35,6 +36,7 @@ class Source:
     interleaved: int = 0  # of each unit, leading rows of which even and odd ones are to be moved apart
     # For scales: how many rows and columns of the weight, whose shape ``shape`` is, share one of these values.
     block: tuple[int, int] = (1, 1)
+    expert: tuple[int, int] | None = None  # (i, E): of a tensor with a first dimension of E experts, the i-th
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     yield from _norm_specs(config, "norm", "model.norm")
     if not config.tied_embeddings:
         yield from lm_head_specs(config)
+    if config.lm_head_bias:
+        yield WeightSpec("lm_head_bias", (Source("lm_head.bias", (config.vocab_size,)),), "column")
 
 
 def lm_head_specs(config: ModelConfig) -> Iterator[WeightSpec]:
@@ -137,18 +141,21 @@ def lm_head_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     yield from _linear_specs(config, "lm_head", sources, "column")
 
 
-def _linear_specs(config: ModelConfig, name: str, sources: tuple[Source, ...], cut: Shard) -> Iterator[WeightSpec]:
+def _linear_specs(
+    config: ModelConfig, name: str, sources: tuple[Source, ...], cut: Shard, *, online: bool = True
+) -> Iterator[WeightSpec]:
     """The weight of a linear layer, and its scales if it is quantized in the checkpoint.
 
     Scalar scales of a fused weight's tensors become scales of their channels, which loses nothing. A fused weight's
-    input has one static scale, the largest of its tensors': that is one row of several here.
+    input has one static scale, the largest of its tensors': that is one row of several here. ``online``: whether it
+    is quantized while it is loaded, if the checkpoint's is not and the config says so.
     """
     quantization = config.quantization
     covered = {quantization is not None and quantization.covers(s.name.removesuffix(".weight")) for s in sources}
     if len(covered) > 1:
         names = ", ".join(source.name for source in sources)
         raise LoadError(f"{names} are one product here, and only some of them are quantized: this is not supported")
-    if quantization is None or covered == {False}:
+    if quantization is None or covered == {False} or (quantization.scale is None and not online):
         yield WeightSpec(name, sources, cut)
         return
     yield WeightSpec(name, sources, cut, "fp8")
@@ -177,7 +184,7 @@ def _check_blocks(sources: tuple[Source, ...]) -> None:
 
 
 def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden = config.hidden_size
     heads, kv_heads = config.num_heads, config.num_kv_heads
     q, kv = heads * config.head_dim, kv_heads * config.head_dim
     pairs = config.layers[i].rope.dim if config.interleaved_rope else 0
@@ -214,13 +221,54 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
         yield vector("q_norm", "self_attn.q_norm.weight", q, heads)
         yield vector("k_norm", "self_attn.k_norm.weight", kv, kv_heads)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
-    *up, down = (f"mlp.{module}" for module in config.mlp)
+    prefixes, modules, inner = "", tuple(f"mlp.{module}" for module in config.mlp), config.intermediate_size
+    if config.layers[i].sparse:
+        assert config.experts is not None
+        yield from _expert_specs(config, config.experts, i)
+        prefixes, modules, inner = "shared.", config.experts.family.shared, config.experts.shared_size
+        if not inner:
+            return
+    *up, down = modules
     fused = "gate_up" if config.gated_mlp else "up"
-    yield from linear(fused, [_Output(module, inner) for module in up], hidden, "column", config.mlp_bias)
+    yield from linear(prefixes + fused, [_Output(module, inner) for module in up], hidden, "column", config.mlp_bias)
     if config.activation == "xielu":
         yield vector("alpha_p", "mlp.act_fn.alpha_p", 1)
         yield vector("alpha_n", "mlp.act_fn.alpha_n", 1)
-    yield from linear("down", [_Output(down, hidden)], inner, "row", config.mlp_bias)
+    yield from linear(prefixes + "down", [_Output(down, hidden)], inner, "row", config.mlp_bias)
+
+
+def _expert_specs(config: ModelConfig, experts: ExpertsConfig, i: int) -> Iterator[WeightSpec]:
+    """Router and routed experts. ``experts.gate_up``: gate and up of expert 0, of expert 1, …, one below the other."""
+    hidden, inner, family = config.hidden_size, experts.size, experts.family
+    name, prefix = f"layers.{i}", f"model.layers.{i}."
+    yield WeightSpec(f"{name}.router", (Source(prefix + family.router, (experts.count, hidden)),), "replicated")
+    if family.bias:
+        source = Source(prefix + family.bias, (*family.bias_shape, experts.count))
+        yield WeightSpec(f"{name}.router_bias", (source,), "replicated", kind="norm")
+    if family.shared_gate and experts.shared_size:
+        source = Source(f"{prefix}{family.shared_gate}.weight", (1, hidden))
+        yield WeightSpec(f"{name}.shared_gate", (source,), "replicated")
+    gate, up, down = (prefix + tensor for tensor in family.experts)
+
+    def sources(tensors: tuple[str, ...], rows: int, inputs: int) -> tuple[Source, ...]:
+        fused = len(tensors) > len(set(tensors))
+        return tuple(
+            Source(
+                tensor.format(expert),
+                (rows, inputs),
+                start=rows * k if fused else 0,
+                tensor_rows=rows * len(tensors) if fused else 0,
+                expert=None if "{}" in tensor else (expert, experts.count),
+            )
+            for expert in range(experts.count)
+            for k, tensor in enumerate(tensors)
+        )
+
+    for part, tensors, cut in (
+        ("gate_up", sources((gate, up), inner, hidden), "column"),
+        ("down", sources((down,), hidden, inner), "row"),
+    ):
+        yield from _linear_specs(config, f"{name}.experts.{part}", tensors, cast(Shard, cut), online=False)
 
 
 def _norm_specs(config: ModelConfig, name: str, module: str) -> Iterator[WeightSpec]:

@@ -23,7 +23,12 @@ def facts(output):
     return output.token_ids, output.logprobs, output.prompt_logprobs
 
 
-MODELS = [("llama-gqa", "float32", 4), ("llama-gqa", "bfloat16", 16), ("gemma2", "float32", 16)]
+MODELS = [
+    ("llama-gqa", "float32", 4),
+    ("llama-gqa", "bfloat16", 16),
+    ("gemma2", "float32", 16),
+    ("qwen3-moe", "float32", 4),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: "-".join(map(str, model)))

@@ -175,7 +175,8 @@ def test_the_tokenizers_end_token_counts(declared: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("architectures", [None, [], ["SomeModel"], "absent"])
 def test_the_model_type_says_what_architectures_leaves_out(model_type: str, architectures: Any) -> None:
-    changes = {"architectures": architectures, "model_type": model_type}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    changes = {"architectures": architectures, "model_type": model_type, **experts}
     assert parse(changes).architecture == MODEL_TYPES[model_type]
 
 

@@ -191,7 +191,21 @@ def test_a_lora_adapter_that_is_not_merged_is_named(
         model_folder(str(path))
 
 
-@pytest.mark.parametrize("family", ["apertus", "gemma3", "qwen2", "phi3", "glm4", "starcoder2"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "apertus",
+        "gemma3",
+        "qwen2",
+        "phi3",
+        "glm4",
+        "starcoder2",
+        "glm4-moe",
+        "phimoe",
+        "granite-moe-shared",
+        "ernie-moe",
+    ],
+)
 def test_no_family_leaves_weights_unused(
     family: str, checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -257,7 +271,7 @@ def test_a_dtype_that_the_config_leaves_open_is_the_tensors(
 # -- tensor parallelism ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "qwen3", "gemma2"])
+@pytest.mark.parametrize("family", ["llama-gqa", "llama-mqa", "qwen3", "gemma2", "glm4-moe", "granite-moe"])
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_the_shards_of_all_ranks_make_up_the_whole(family: str, world: int, checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint(family)
@@ -281,7 +295,7 @@ def test_the_shards_of_all_ranks_make_up_the_whole(family: str, world: int, chec
                 index[i][dim].stop - index[i][dim].start for index in (shard(spec, r, world) for r in range(world))
             ]
             if dim:
-                pieces = parts
+                pieces = [part.split(rows)[i] for part in parts]
             else:
                 starts = [sum(s.stop - s.start for s, *_ in shard(spec, r, world)[:i]) for r in range(world)]
                 pieces = [part[start : start + n] for part, start, n in zip(parts, starts, sizes, strict=True)]
@@ -314,7 +328,7 @@ def test_an_even_range_is_a_part_of_whole_blocks(size: int, world: int) -> None:
         assert not any(part.start % 128 for part in parts)
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "olmo2"])
+@pytest.mark.parametrize("family", ["llama-gqa", "olmo2", "glm4-moe"])
 def test_dummy_weights_of_all_ranks_are_those_of_one(family: str, checkpoint: Callable[[str], Path]) -> None:
     config = load_config(checkpoint(family))
     whole = dummy_weights(config, torch.float32, CPU, seed=3)

@@ -70,9 +70,19 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {  # scales of tensor, channel 
 @pytest.fixture(scope="session")
 def plain(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose matrices are whole blocks of 128."""
-    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2}
-    folder = tmp_path_factory.mktemp("fp8") / "plain"
-    return Path(checkpoints.build("llama-mha", folder, **sizes, num_key_value_heads=2, tie_word_embeddings=False))
+    return in_whole_blocks("llama-mha", checkpoints, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def plain_experts(checkpoints: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture of experts whose matrices are whole blocks of 128."""
+    return in_whole_blocks("qwen3-moe", checkpoints, tmp_path_factory, moe_intermediate_size=128)
+
+
+def in_whole_blocks(family: str, checkpoints: ModuleType, factory: pytest.TempPathFactory, **others: Any) -> Path:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64, "num_hidden_layers": 2, **others}
+    folder = factory.mktemp("fp8") / family
+    return Path(checkpoints.build(family, folder, **sizes, num_key_value_heads=2, tie_word_embeddings=False))
 
 
 def quantized(plain: Path, folder: Path, form: str, declared: dict[str, Any], dtype: torch.dtype) -> tuple[Path, Path]:
@@ -141,6 +151,13 @@ def test_a_quantized_checkpoint_has_the_logits_of_its_dequantized_weights(
     form, declared = FORMATS[name]
     made, reference = quantized(plain, tmp_path, form, declared, torch.bfloat16)
     torch.testing.assert_close(logits(made, prompt), logits(reference, prompt), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors dynamic", "compressed-tensors static", "fp8 block"])
+def test_quantized_experts_have_the_logits_of_their_dequantized_weights(
+    name: str, plain_experts: Path, tmp_path: Path, prompt: Any
+) -> None:
+    test_a_quantized_checkpoint_has_the_logits_of_its_dequantized_weights(name, plain_experts, tmp_path, prompt)
 
 
 @pytest.mark.parametrize("name", FORMATS)

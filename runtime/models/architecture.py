@@ -1,0 +1,81 @@
+"""What may differ between families of models: the columns of the table in `registry`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Switch = str  # "never", "always", or a key of config.json that says
+# The norms of a layer: what each one normalizes -> its module in the checkpoint.
+Norms = Mapping[Literal["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"], str]
+
+PRE_NORMS: Norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """How a family's mixtures of experts are named and how they choose. Names are relative to the layer.
+
+    Args:
+        router: tensor of the router.
+        experts: tensors of gate, up and down; of one name: rows of one tensor. ``{}`` is the expert's number; without
+            it, one tensor has all experts.
+        shared: modules of the shared expert's gate, up and down; of one name: rows of one tensor.
+        shared_size: key of the shared expert's size, in ``shared_unit``.
+        shared_gate: module whose sigmoid multiplies the shared expert's output.
+        bias: tensor added to the scores for the choice; ``bias_shape``: its dimensions before that of the experts.
+        scores: of the logits. sparsemixer: see `moe._sparsemixer`.
+        float32_router: the router is multiplied in float32.
+        normalize: the weights of a token's experts are divided by their sum.
+    """
+
+    router: str = "mlp.gate.weight"
+    experts: tuple[str, str, str] = (
+        "mlp.experts.{}.gate_proj.weight",
+        "mlp.experts.{}.up_proj.weight",
+        "mlp.experts.{}.down_proj.weight",
+    )
+    shared: tuple[str, str, str] = (
+        "mlp.shared_experts.gate_proj",
+        "mlp.shared_experts.up_proj",
+        "mlp.shared_experts.down_proj",
+    )
+    shared_size: str = ""
+    shared_unit: Literal["experts", "channels"] = "experts"
+    shared_gate: str = ""
+    bias: str = ""
+    bias_shape: tuple[int, ...] = ()
+    scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    float32_router: bool = False
+    normalize: Switch = "norm_topk_prob"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Feature switches of one family. ``defaults`` are the values its config.json may leave out."""
+
+    model_type: str  # as config.json names the family
+    qkv_bias: Switch = "never"
+    o_bias: Switch = "never"
+    mlp_bias: Switch = "never"
+    norms: Norms = field(default_factory=lambda: PRE_NORMS)
+    qk_norm: Literal["none", "head", "all"] = "none"  # queries and keys are normed by head, or all heads as one vector
+    qk_norm_if: Switch = "always"
+    gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
+    norm_kind: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    norm_eps: str = "rms_norm_eps"  # config.json's key
+    parallel: Switch = "never"  # attention and MLP get the same input and are added together
+    qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # two: without a gate
+    interleaved_rope: bool = False  # channels 2i and 2i + 1 are rotated together, rather than i and i + dim / 2
+    scaled_rope: Literal["all", "full"] = "all"  # full: rope_scaling leaves sliding layers alone
+    unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
+    # Which layers slide when layer_types is absent.
+    windows: Literal["none", "all", "qwen", "qwen_even", "alternate"] = "none"
+    refused: tuple[str, ...] = ()  # keys of config.json that switch on what is not supported
+    text_config: bool = False  # the language model's settings are nested under "text_config"
+    experts: Experts | None = None  # of layers with a mixture of experts
+    lm_head_bias: Switch = "never"
+    defaults: Mapping[str, Any] = field(default_factory=dict)
