@@ -44,23 +44,24 @@ def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
     """
     starts, stops, parents, members, counts = [], [], [], [], []
     total = 0
-    live = np.flatnonzero(limits > 0)
+    live = (limits > 0).nonzero()[0]
     group = np.zeros(len(live), np.int64)  # of each live member: members agree on every column before ``column``
     column, parent = np.zeros(1, np.int64), np.full(1, -1)
     while len(live) > 1:
         key = (group << 32) | table[rows[live], column[group]]
-        order = np.argsort(key, kind="stable")
+        order = key.argsort(kind="stable")
         key = key[order]
-        first = np.flatnonzero(np.concatenate([[True], key[1:] != key[:-1]]))
-        size = np.diff(first, append=len(key))
+        ends = np.append((key[1:] != key[:-1]).nonzero()[0] + 1, len(key))
+        size = ends.copy()
+        size[1:] -= ends[:-1]
         big = size > 1
         if not big.any():
             break
-        kept = order[np.repeat(big, size)]
+        kept = order[big.repeat(size)]
         live, size = live[kept], size[big]
-        first = np.cumsum(size) - size
+        first = size.cumsum() - size
         came_from = group[kept][first]
-        group = np.repeat(np.arange(len(size)), size)
+        group = np.arange(len(size)).repeat(size)
         start = column[came_from]
         stop = _agreement(table, rows[live], size, start + 1, np.minimum.reduceat(limits[live], first))
         starts.append(start)
@@ -79,15 +80,15 @@ def _agreement(table: Int32, rows: Int32, size: Int64, agreed: Int64, limits: In
     """For each group of ``size`` consecutive ``rows`` that agree before column ``agreed``: the first column where two
     of them differ, at most its limit."""
     stops = limits.copy()
-    open_groups = np.flatnonzero(agreed < limits)
-    first = np.cumsum(size) - size
+    open_groups = (agreed < limits).nonzero()[0]
+    first = size.cumsum() - size
     at, width = int(agreed[open_groups].min(initial=2**31)), BLOCK
     while len(open_groups):
         end = min(at + width, int(limits[open_groups].max()))
         counts = size[open_groups]
         block = table[:, at:end][rows[ranges(first[open_groups], counts)]]
-        leader = np.cumsum(counts) - counts
-        differs = block != np.repeat(block[leader], counts, axis=0)
+        leader = counts.cumsum() - counts
+        differs = block != block[leader].repeat(counts, axis=0)
         column = differs.argmax(axis=1)  # the first difference, or 0 where there is none
         column[~differs[np.arange(len(column)), column]] = end - at
         mismatch = np.minimum.reduceat(column, leader) + at

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import logging
+import threading
 from importlib.util import find_spec
 from typing import cast
 
@@ -21,6 +24,17 @@ from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, JOINT_TOKENS, largest_shape
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
+
+
+def preload(config: EngineConfig, device: torch.device) -> None:
+    """Imports FlashInfer, which takes half a second, in a thread, while the device is initialized and weights load."""
+    if device.type == "cuda" and config.attention_backend in ("auto", "tree", "flashinfer"):
+        threading.Thread(target=_import_flashinfer, name="flashinfer-import", daemon=True).start()
+
+
+def _import_flashinfer() -> None:
+    with contextlib.suppress(Exception):  # whoever needs it imports it again, and tells why it fails
+        importlib.import_module("flashinfer.jit")
 
 
 def pick_ops(device: torch.device) -> Ops:

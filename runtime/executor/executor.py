@@ -23,7 +23,7 @@ from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
 from ..tiers.host import HostTier
-from .backends import make_attention, pick_ops, pick_top_p
+from .backends import make_attention, pick_ops, pick_top_p, preload
 from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
@@ -136,6 +136,7 @@ class ModelExecutor:
     def _load(
         cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes, place: Place
     ) -> ModelExecutor:
+        preload(config, device)
         folder = model_folder(config.model)
         model = apply_quantization(config, load_config(folder), device)
         dtype = pick_dtype(config, model, device)

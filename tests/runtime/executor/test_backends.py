@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
+from branchwise.runtime.executor import backends
 from branchwise.runtime.executor.backends import make_attention, pick_ops
 from branchwise.runtime.executor.device import pick_dtype
 from branchwise.runtime.models.config import load_config
@@ -85,3 +87,20 @@ def test_a_named_one_that_cannot_run_is_refused(choice: str, head_dim: int, devi
     with pytest.raises(LoadError) as caught:
         make(choice, head_dim, device)
     assert str(caught.value).startswith(says)
+
+
+def test_flashinfer_is_imported_ahead_where_it_may_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    done = threading.Event()
+
+    def fail(name: str) -> None:
+        imported.append(name)
+        done.set()
+        raise ImportError("no such module")  # told by whoever needs it, not here
+
+    monkeypatch.setattr(backends.importlib, "import_module", fail)
+    backends.preload(EngineConfig(), torch.device("cpu"))
+    backends.preload(EngineConfig(attention_backend="triton"), torch.device("cuda", 0))
+    assert not imported
+    backends.preload(EngineConfig(), torch.device("cuda", 0))
+    assert done.wait(10) and imported == ["flashinfer.jit"]
