@@ -22,11 +22,11 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.watch import WatchQuestion, watch
 from ..step import Executor, PendingStep
 from ..tiers.copies import HostCopies
+from ..tiers.disk import WRITE_SECONDS
 from .profiling import StepProfiler
 
 logger = logging.getLogger(__name__)
 
-_WRITE_SECONDS = 30.0  # that writing the cache to the disk may take when the engine is closed
 _COPY_SECONDS = 0.002  # between looks at copies while nothing else is to be done
 _MAX_FAILURES = 3  # failed steps in a row after which the engine gives up
 
@@ -262,11 +262,11 @@ class EngineCore:
 
     def _write_everything(self) -> None:
         """Writes to the disk tier what it lacks."""
-        tiers, deadline = self.scheduler.tiers, time.monotonic() + _WRITE_SECONDS
+        tiers, deadline = self.scheduler.tiers, time.monotonic() + WRITE_SECONDS
         try:
             while tiers.write_everything():
                 if time.monotonic() > deadline:
-                    logger.warning("disk cache: not everything was written in %.0f s", _WRITE_SECONDS)
+                    logger.warning("disk cache: not everything was written in %.0f s", WRITE_SECONDS)
                     break
                 self._pump_copies()
                 time.sleep(_COPY_SECONDS)

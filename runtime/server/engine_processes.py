@@ -12,6 +12,7 @@ import zmq
 from ..config import ServerConfig
 from ..errors import LoadError
 from ..messages import Failed, Ready, Shutdown
+from ..tiers.disk import WRITE_SECONDS
 from .processes.channels import Inbox, Outbox, ToHttp
 from .processes.launch import EXIT_FAILED, ROLES, Role, RunDirectory
 from .processes.supervisor import Supervisor
@@ -19,7 +20,7 @@ from .processes.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 FAILURE_SECONDS = 0.5  # how long the reason of a process that has failed may take to arrive after its exit
-EXIT_SECONDS = 5.0  # how long the processes may take to exit after `Shutdown`
+EXIT_SECONDS = 5.0  # how long the processes may take to exit after `Shutdown`, beside writing a disk cache
 
 
 class EngineProcesses:
@@ -31,6 +32,7 @@ class EngineProcesses:
 
     def __init__(self, config: ServerConfig, receive: Callable[[ToHttp], None]) -> None:
         self._receive, self._ranks = receive, config.engine.tensor_parallel_size
+        self._exit_seconds = EXIT_SECONDS + (WRITE_SECONDS if config.engine.disk_cache else 0)
         self._run_dir = RunDirectory(config)
         self._context: zmq.Context[Any] = zmq.Context()
         self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")
@@ -93,7 +95,7 @@ class EngineProcesses:
         """Lets the processes exit, in the order of the pipeline. `close` kills those that do not."""
         self._leaving = True
         self.to_tokenizer([Shutdown()])
-        if not await asyncio.to_thread(self._supervisor.wait, EXIT_SECONDS):
+        if not await asyncio.to_thread(self._supervisor.wait, self._exit_seconds):
             logger.warning("the engine's processes did not exit in time and were killed")
 
     async def kill(self) -> None:

@@ -20,6 +20,7 @@ from .folder import CacheFolder, Damaged
 
 logger = logging.getLogger(__name__)
 
+WRITE_SECONDS = 30.0  # that writing the rest of the cache may take when the engine is closed
 _READERS = 4
 _LOG_SECONDS = 60.0  # between two lines about failures
 

@@ -112,3 +112,21 @@ def test_settings_that_cannot_be_are_refused(checkpoint: Checkpoint, tmp_path: P
     ):
         with pytest.raises(LoadError, match=problem):
             Engine(checkpoint("llama-gqa"), device="cpu", **settings)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_cannot_be_written_does_not_keep_the_engine(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Serving goes on, and closing takes no longer than without the disk."""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("branchwise.runtime.tiers.folder.CacheFolder.write", full)
+    with engine(checkpoint("llama-gqa"), disk_cache=str(tmp_path)) as made:
+        for _ in range(2):
+            for prompt in PROMPTS:
+                assert made.generate(prompt, GREEDY).token_ids
+        assert made.stats().disk_pages_cached == 0
+        begun = time.monotonic()
+    assert time.monotonic() - begun < 5
