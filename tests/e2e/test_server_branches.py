@@ -206,7 +206,8 @@ def test_scores_are_the_logprobs_of_the_prompt(api: Api, tokenizer: Tokenizer) -
     for continuation, score in zip(continuations, scores, strict=True):
         ids = continuation if isinstance(continuation, list) else tokenizer.encode_more(continuation).tolist()
         assert score["token_ids"] == ids
-        assert score["cached_tokens"] == len(before) - 1
+        # Remembered tokens need no logits; the token before the first that does is computed again for its own.
+        assert score["cached_tokens"] == len(before) - 1 + score["cached_logprobs"]
         for prefix, found in ((before, score), (opening, score["unconditional"])):
             plain = api.stateless(
                 prefix + ids, {"max_new_tokens": 0}, return_logprob=True, logprob_start_len=len(prefix)
