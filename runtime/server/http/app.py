@@ -16,6 +16,7 @@ from .plumbing import errors, openapi
 from .plumbing.auth import AuthMiddleware
 from .plumbing.body import BodyLimit
 from .plumbing.browsers import BrowserGuard
+from .plumbing.ending import AnswerCancelled
 from .plumbing.request_id import RequestId
 from .plumbing.shortcut import Handler, Shortcut
 from .sglang import generate
@@ -71,6 +72,7 @@ def make_app(state: AppState) -> FastAPI:
     )
     if config.api_key is None:
         app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts)
+    app.add_middleware(AnswerCancelled, client=state.client)
     app.add_middleware(MessagesErrors)
     app.add_middleware(RequestId)
     return app

@@ -185,7 +185,7 @@ class EngineClient:
     def limits(self) -> Limits:
         """The model's limits. Raises `Overloaded` before the engine is ready."""
         if self._limits is None:
-            raise self._unavailable()
+            raise self.unavailable()
         return self._limits
 
     @property
@@ -231,7 +231,7 @@ class EngineClient:
 
     def _new_call(self, count: int, owner: str) -> EngineCall:
         if self.state not in ("ready", "leaving"):
-            raise self._unavailable()
+            raise self.unavailable()
         if len(self._in_flight) + count > self._max_requests:
             raise Overloaded(
                 f"{len(self._in_flight)} requests are queued and {count} more would pass the limit of "
@@ -363,7 +363,7 @@ class EngineClient:
         self, question: Control | BranchOp, send: Callable[[Sequence[Message]], None], seconds: float
     ) -> Any:
         if self.state not in ("ready", "leaving", "draining"):
-            raise self._unavailable()
+            raise self.unavailable()
         future: asyncio.Future[ControlReply] = asyncio.get_running_loop().create_future()
         self._controls[question.id] = future
         try:
@@ -382,7 +382,8 @@ class EngineClient:
         if future is not None and not future.done():
             future.set_result(reply)
 
-    def _unavailable(self) -> Exception:
+    def unavailable(self) -> Exception:
+        """The error of a request that comes in a state in which none is taken."""
         if self.state == "dead":
             return EngineDead("the engine has stopped; the server is going down")
         if self.state == "draining":
