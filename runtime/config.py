@@ -121,7 +121,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         engine: The engine's settings.
         host: Address to listen on.
         port: Port to listen on. 0: any free one.
-        api_key: Key that every route but /health requires. Default: none is required.
+        api_key: Key that every route requires but /health and the files of /ui. Default: none is required.
         api_key_file: File that holds api_key, such as a mounted secret. Default: none.
         extra_api_keys: Further keys, each with its own part of the cache.
         admin_api_key: Key for routes that affect all keys: flush, evict, tree, all stats. Default: api_key.
