@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ from ..errors import LoadError
 from ..models.config import ModelConfig, load_config
 from ..models.decoder import Decoder, StepTokens
 from ..models.folder import model_folder
+from ..models.kv_scales import KVScales, load_kv_scales
 from ..models.loader import Progress, dummy_weights, load_weights
 from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
@@ -81,9 +82,10 @@ class ModelExecutor:
         memory: MemoryPlan,
         group: TensorGroup,
         times: StartupTimes,
+        kv_scales: Mapping[int, KVScales],
     ) -> None:
         """Allocates the pool and the page table, and captures graphs. Usually called by `load`. ``model``: the rank's
-        own config."""
+        own config; ``kv_scales``: of layers whose keys and values are stored by a checkpoint's own scales."""
         self._group = group
         self.model_config, self.memory_plan = model, memory
         self.device = torch.device(memory.device)
@@ -94,6 +96,8 @@ class ModelExecutor:
         rows, scratch_page = memory.max_num_seqs, memory.num_pages
         # The last page is the scratch page, which is not in the tree: padding tokens write there.
         self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
+        for i, scales in kv_scales.items():
+            self._pool.set_static_scales(i, torch.stack(scales))
         slots = host_slots(config, memory)
         self.host = HostTier(self._pool, slots) if slots else None
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
@@ -168,7 +172,12 @@ class ModelExecutor:
                 "the KV pool holds %d tokens, less than one context of %d: longer requests are refused (%s)",
                 *(memory.kv_tokens, length, memory.limit),
             )
-        return cls(config, decoder.config, decoder, memory, group, times)
+        kv_scales: Mapping[int, KVScales] = {}
+        if memory.layout.v_format.name == "fp8" and config.load_format != "dummy":
+            kv_scales = load_kv_scales(folder, model, rank=rank, world=ranks)
+            if kv_scales:
+                logger.info("the checkpoint's own scales store keys and values of %d layers", len(kv_scales))
+        return cls(config, decoder.config, decoder, memory, group, times, kv_scales)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
         """Enqueues the step: see `runtime.step.Executor`."""

@@ -1,0 +1,130 @@
+"""Storage formats of keys and values in torch: errors, independence of tokens, and pages that are copied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from branchwise.kernels.kv_format import CHOICES, FORMATS, NVFP4_BLOCK, KVFormat, hadamard, problem
+from branchwise.kernels.kv_pool import KVLayout, KVPool
+
+QUANTIZED = [FORMATS["fp8"], FORMATS["int4"], FORMATS["nvfp4"]]
+# The largest error of one value, in units of the largest value of its head or block.
+WORST = {"fp8": 1 / 16 / 2, "int4": 1 / 15, "nvfp4": 1 / 6 + 1 / 16}
+CPU = torch.device("cpu")
+EDGES = [0.0, -0.0, 1e-30, -1e-12, 1.0, -448.0, 3e4, -3e4]
+
+
+def tensor(seed: int, *shape: int, scale: float = 1.0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+@pytest.mark.parametrize("each", QUANTIZED, ids=lambda each: each.name)
+@given(seed=st.integers(0, 1000), exponent=st.integers(-8, 12), edge=st.sampled_from(EDGES))
+@settings(max_examples=40, deadline=None)
+def test_errors_are_bounded_and_what_was_read_is_stored_as_it_is(
+    each: KVFormat, seed: int, exponent: int, edge: float
+) -> None:
+    x = tensor(seed, 3, 2, 64, scale=2.0**exponent)
+    x[0, 0, 5] = edge
+    read = each.decode(*each.encode(x, None))
+    assert read.isfinite().all()
+    span = x.unflatten(-1, (-1, NVFP4_BLOCK if each.name == "nvfp4" else 64))
+    span = (span.amax(-1) - span.amin(-1)).clamp(min=0) + span.abs().amax(-1) * (each.name != "int4")
+    worst = (read - x).abs().unflatten(-1, (span.shape[-1], -1)).amax(-1)
+    in_range = span < (300 if each.name == "nvfp4" else 1e9)  # beyond, the largest block scale
+    floor = 2e-3 if each.name == "nvfp4" else 2.0**-12 + span * 2.0**-10  # the smallest scales, and rounded minima
+    assert ((worst <= WORST[each.name] * span + floor) | ~in_range).all()
+    again = each.decode(*each.encode(read, None))
+    torch.testing.assert_close(again, read, atol=float(span.max()) * 2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("each", QUANTIZED, ids=lambda each: each.name)
+def test_a_tokens_bytes_depend_on_that_token_and_head_alone(each: KVFormat) -> None:
+    x = tensor(0, 7, 3, 64)
+    data, scales = each.encode(x, None)
+    assert data.shape == (7, 3, each.data_bytes(64, torch.bfloat16)) and scales.shape == (7, 3, each.scale_bytes(64))
+    for token in range(7):
+        for head in range(3):
+            alone = each.encode(x[token, head], None)
+            assert torch.equal(alone[0], data[token, head]) and torch.equal(alone[1], scales[token, head])
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice != "auto"])
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_copied_pages_and_rewritten_tokens_are_those_of_a_cold_pool(choice: str, data: st.DataObject) -> None:
+    """Copy-on-write inside a page: the reused tokens of the copy, and those written after them, are bit for bit those
+    of a pool that computed the sequence from its start."""
+    page = data.draw(st.sampled_from([1, 4, 16]))
+    reused, total = data.draw(st.integers(0, page)), page
+    layout = KVLayout.of(choice, 2, page, 2, 32, torch.float32)
+    warm, cold = (KVPool.allocate(layout, 3, CPU) for _ in "ab")
+    first, second = tensor(1, 2, 2, total, 2, 32), tensor(2, 2, 2, total, 2, 32)
+    second[:, :, :reused] = first[:, :, :reused]
+    for layer in range(2):
+        slots = torch.arange(page)
+        warm.layer(layer).write(slots, *first[layer])
+        cold.layer(layer).write(slots + 2 * page, *second[layer])
+    warm.copy_pages(torch.tensor([[0, 2]]))
+    for layer in range(2):
+        rest = second[layer][:, reused:]
+        warm.layer(layer).write(2 * page + torch.arange(reused, page), *rest)
+    assert torch.equal(warm.data[:, :, 2], cold.data[:, :, 2])
+    for mine, theirs in zip(warm.layer(1).read(torch.tensor([2])), cold.layer(1).read(torch.tensor([2])), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("choice", "least"), [("fp8", 1.93), ("int4", 3.5), ("nvfp4", 3.5), ("k16v8", 1.3)])
+def test_bytes_of_a_token(choice: str, least: float) -> None:
+    sizes = 32, 16, 8, 128, torch.bfloat16
+    plain, layout = KVLayout.of("auto", *sizes), KVLayout.of(choice, *sizes)
+    assert plain.token_bytes == 131_072 and plain.token_bytes / layout.token_bytes >= least
+    pool = KVPool.allocate(layout, 3, CPU)
+    assert pool.data.nbytes == 3 * layout.page_bytes == 3 * 16 * layout.token_bytes
+    assert pool.fragments().shape[1] == 3 and pool.fragments().nbytes == pool.data.nbytes
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_hadamard_is_orthonormal_and_its_own_inverse(size: int) -> None:
+    x, y = tensor(3, 4, size), tensor(4, 4, size)
+    torch.testing.assert_close(hadamard(hadamard(x)), x)
+    torch.testing.assert_close((hadamard(x) * hadamard(y)).sum(-1), (x * y).sum(-1))
+
+
+def test_a_rotation_spreads_a_large_channel() -> None:
+    """What it is for: one channel ten times the others would leave them two of sixteen steps."""
+    x = tensor(5, 64, 128)
+    x[:, 7] *= 20
+    each = FORMATS["int4"]
+    plain = each.decode(*each.encode(x, None)) - x
+    rotated = hadamard(each.decode(*each.encode(hadamard(x), None))) - x
+    assert rotated.norm() < 0.5 * plain.norm()
+
+
+def test_static_scales_are_stored_and_used() -> None:
+    each, x = FORMATS["fp8"], tensor(6, 5, 2, 32)
+    data, scales = each.encode(x, torch.tensor([[0.5], [0.001]]))
+    assert torch.equal(scales.view(torch.float32)[..., 0], torch.tensor([0.5, 0.001]).expand(5, 2))
+    assert each.decode(data, scales)[:, 1].abs().max() <= 448 * 0.001 + 1e-6  # clamped, not NaN
+
+
+@pytest.mark.parametrize(
+    ("choice", "head_dim", "capability", "reason"),
+    [
+        ("auto", 80, (7, 5), None),
+        ("fp8", 80, None, None),
+        ("int4", 40, None, "not a multiple of 16; use fp8"),
+        ("fp8", 80, (9, 0), "not of 80; use auto"),
+        ("nvfp4", 128, (8, 0), "use int4"),
+        ("int4", 128, (8, 0), None),
+        ("k16v8", 256, (9, 0), None),
+    ],
+)
+def test_what_cannot_be_stored_is_refused_with_the_closest_that_can(
+    choice: str, head_dim: int, capability: tuple[int, int] | None, reason: str | None
+) -> None:
+    found = problem(choice, head_dim, capability)
+    assert found is None if reason is None else found is not None and found.endswith(reason)
