@@ -1,4 +1,4 @@
-"""``--kv-cache-dtype`` through the executor: sizes, what is refused, a checkpoint's scales, and equality warm and cold."""
+"""``--kv-cache-dtype`` in the executor: sizes, refusals, a checkpoint's scales, and equal answers warm and cold."""
 
 from __future__ import annotations
 
