@@ -35,14 +35,15 @@ class Quantizer:
 
 
 class QuantizedRows(NamedTuple):
-    """Tokens ``[T, K]`` of a `Quantizer`'s dtype, with float32 scales ``[T, 1]`` or ``[T, K / group]``."""
+    """Tokens ``[T, K]`` of a `Quantizer`'s dtype, with float32 scales ``[T, 1]`` or ``[T, K / group]``. The scales are
+    stored group after group (stride 1 over tokens), as block-wise matrix products read them."""
 
     values: Tensor
     scales: Tensor
 
     def index_select(self, dim: int, index: Tensor) -> QuantizedRows:
         """As `torch.Tensor.index_select`."""
-        return QuantizedRows(self.values.index_select(dim, index), self.scales.index_select(dim, index))
+        return QuantizedRows(self.values.index_select(dim, index), _by_groups(self.scales.index_select(dim, index)))
 
 
 Rows = Tensor | QuantizedRows  # the input of a linear layer, ``[T, K]``
@@ -57,7 +58,7 @@ def quantize(x: Tensor, quantizer: Quantizer) -> QuantizedRows:
         inverse, scales = largest / magnitude, magnitude * (1 / largest)
     else:
         inverse, scales = 1 / quantizer.scale, quantizer.scale.expand(*groups.shape[:-1], 1)
-    return QuantizedRows(_round(groups * inverse, quantizer.dtype).flatten(-2), scales.squeeze(-1).contiguous())
+    return QuantizedRows(_round(groups * inverse, quantizer.dtype).flatten(-2), _by_groups(scales.squeeze(-1)))
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -81,6 +82,10 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     if scale.shape[1] != 1:
         scale = scale.repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
     return (weight.float() * scale).to(dtype)
+
+
+def _by_groups(scales: Tensor) -> Tensor:
+    return scales.t().contiguous().t()
 
 
 def _round(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ def store_quantized(
     """Stores ``x`` ``[BLOCK]``, the channels of ``row`` from ``start`` on, in e4m3, and a scale for each group.
 
     ``x`` is 0 beyond the ``SIZE`` channels of a row. ``GROUP`` divides ``BLOCK``. ``STATIC``: ``static_ptr`` holds the
-    scale of all rows.
+    scale of all rows. Rows are the grid's first dimension.
     """
     GROUPS: tl.constexpr = BLOCK // GROUP
     groups = tl.reshape(x.to(tl.float32), [GROUPS, GROUP])
@@ -43,8 +43,7 @@ def store_quantized(
     values = tl.reshape(values, [BLOCK]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SIZE + channel, values, channel < SIZE)
     group = start // GROUP + tl.arange(0, GROUPS)
-    in_row: tl.constexpr = (SIZE + GROUP - 1) // GROUP
-    tl.store(scales_ptr + row * in_row + group, tl.reshape(scale, [GROUPS]), group < in_row)
+    tl.store(scales_ptr + group * tl.num_programs(0) + row, tl.reshape(scale, [GROUPS]), group < tl.cdiv(SIZE, GROUP))
 
 
 @kernel()
@@ -82,7 +81,7 @@ class QuantizedOutput:
     def __init__(self, tokens: int, size: int, block: int, quantizer: Quantizer, device: torch.device) -> None:
         group = quantizer.group or block
         values = torch.empty((tokens, size), dtype=quantizer.dtype, device=device)
-        self.rows = QuantizedRows(values, torch.empty((tokens, triton.cdiv(size, group)), device=device))
+        self.rows = QuantizedRows(values, torch.empty((triton.cdiv(size, group), tokens), device=device).t())
         static = quantizer.scale
         self.tensors = (*self.rows, self.rows.scales if static is None else static)
         self.constants = (group, static is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,17 +93,21 @@ def weight_bytes(
     config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1, *, int8: bool = False
 ) -> int:
     """Bytes of a rank's weights as a decoder stores them, packed copies included. ``int8``: see `LinearFactory`."""
-    fp8, total = config.quantization is not None and multiplies_fp8(device), 0
-    for spec in weight_specs(config):
+    checkpoint, total = config.quantization, 0
+    fp8 = checkpoint is not None and multiplies_fp8(device)
+    # Layers with experts may follow ones without, and a checkpoint may leave some layers' weights unquantized.
+    alike = config.experts is None and (checkpoint is None or checkpoint.scale is None)
+    for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
         shape = shard_shape(spec, rank, ranks)
         linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
         native = fp8 and ".experts." not in spec.name
         if linear and int8:
-            total += math.prod(shape) + 4 * shape[0]
-        elif native or spec.kind not in ("fp8", "scale"):
-            total += math.prod(shape) * stored_dtype(spec, dtype).itemsize
-        elif spec.kind == "fp8":
-            total += math.prod(shape) * dtype.itemsize
+            size = math.prod(shape) + 4 * shape[0]
+        elif spec.kind not in ("fp8", "scale") or native:
+            size = math.prod(shape) * stored_dtype(spec, dtype).itemsize
+        else:
+            size = math.prod(shape) * dtype.itemsize if spec.kind == "fp8" else 0
+        total += size * config.num_layers if alike and spec.name.startswith("layers.") else size
     if config.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
         rows = config.vocab_size // ranks
         total += rows * (config.hidden_size + 4 if int8 else config.hidden_size * dtype.itemsize)

@@ -25,6 +25,7 @@ from ..models.folder import model_folder
 from .accept_errors import accept_errors_limited
 from .engine_processes import EngineProcesses
 from .heartbeat import HeartbeatMonitor
+from .memory import return_freed_memory
 from .processes.channels import ToHttp
 from .restarts import Restarts
 from .startup import (
@@ -56,6 +57,7 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
     failed or a second signal came. Raises `LoadError` if the server cannot start.
     """
     raise_descriptor_limit()
+    return_freed_memory()
     server = Server(config, on_progress)
     server.resolve_model()  # here: Ctrl-C ends a download only in the main thread
 

@@ -1,8 +1,8 @@
 """FP8 matrix products on a GPU, in a CUDA graph: `python -m tests.benchmarks.bench_fp8_linear [--sweep 12]`.
 
-Microseconds of the four products of a layer of Llama 3.1 8B: bfloat16, `torch._scaled_mm` with tensor-wise and row-wise
-scales, ours, and ours with scales of blocks. Several copies of a weight take turns, so that none is found in the L2
-cache. ``--sweep N`` also tries the kernel's tiles, compiled by N processes, and prints the fastest of each product.
+Microseconds of the four products of a layer of Llama 3.1 8B: bfloat16; `torch._scaled_mm` with tensor-wise and
+row-wise scales; ours; both with scales of blocks. Several copies of a weight take turns, so that none is found in the
+L2 cache. ``--sweep N`` also tries the kernel's tiles, compiled by N processes, and prints the fastest of each product.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import multiprocessing
 import statistics
 from collections.abc import Callable
@@ -77,6 +78,10 @@ def row(product: Product, tokens: int) -> dict[str, float]:
     def scaled(i: int, a: Tensor, b: Tensor) -> Tensor:
         return torch._scaled_mm(rows.values, product.weights[i].t(), a, b, out_dtype=BF16, use_fast_accum=True)
 
+    def block(i: int) -> Tensor:
+        scales = groups.scales, product.blocks.t()
+        return torch._scaled_mm(groups.values, product.weights[i].t(), *scales, out_dtype=BF16)
+
     def ours(i: int, r: QuantizedRows, scale: Tensor) -> Tensor:
         return triton_ops.fp8_linear(r, product.weights[i], scale, None, BF16)
 
@@ -85,11 +90,21 @@ def row(product: Product, tokens: int) -> dict[str, float]:
         "tensor": microseconds(lambda i: scaled(i, one, one), product.copies),
         "row": microseconds(lambda i: scaled(i, rows.scales, product.scale.t()), product.copies),
         "ours": microseconds(lambda i: ours(i, rows, product.scale), product.copies),
+        "block": microseconds(block, product.copies) if supported(block) else math.nan,
         "ours, blocks": microseconds(lambda i: ours(i, groups, product.blocks), product.copies),
     }
 
 
-def tiles(outputs: int, tokens: int) -> list[Tile]:
+def supported(call: Callable[[int], object]) -> bool:
+    try:
+        call(0)
+    except (RuntimeError, ValueError) as error:
+        print(str(error).strip().splitlines()[0][:150])
+        return False
+    return True
+
+
+def tiles(outputs: int, tokens: int, blocks: bool) -> list[Tile]:
     """The tiles worth trying."""
     columns = [min(max(tokens, 16), 128)] + ([64, 256] if tokens == 256 else [])
     splits = [1, 2] if outputs > 8192 else [1, 2, 4] if outputs > 4096 else [1, 2, 4, 8]
@@ -98,18 +113,21 @@ def tiles(outputs: int, tokens: int) -> list[Tile]:
         for (n, k, warps), t, s, stages in itertools.product(
             ((64, 128, 4), (64, 256, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8)), columns, splits, (3, 5)
         )
-        if (n + t) * k * stages <= SHARED_MEMORY and n * t <= 128 * 32 * warps
+        if (n + t) * k * stages <= SHARED_MEMORY and n * t <= 128 * 32 * warps and (k == BLOCK or not blocks)
     ]
 
 
-def time_tiles(name: str, tokens: int, chosen: list[Tile], compile_only: bool) -> list[tuple[float, Tile]]:
+def time_tiles(
+    name: str, tokens: int, chosen: list[Tile], blocks: bool, compile_only: bool
+) -> list[tuple[float, Tile]]:
     product = Product(*SHAPES[name], plain=False)
-    rows = triton_ops.quantize(product.x(tokens), Quantizer(E4M3))
+    rows = triton_ops.quantize(product.x(tokens), Quantizer(E4M3, BLOCK if blocks else 0))
+    scale = product.blocks if blocks else product.scale
     found = []
     for tile in chosen:
 
         def call(i: int, tile: Tile = tile) -> Tensor:
-            return fp8_linear_in_tiles(rows, product.weights[i], product.scale, None, BF16, tile)
+            return fp8_linear_in_tiles(rows, product.weights[i], scale, None, BF16, tile)
 
         try:
             if compile_only:
@@ -122,14 +140,14 @@ def time_tiles(name: str, tokens: int, chosen: list[Tile], compile_only: bool) -
     return sorted(found)
 
 
-def sweep(processes: int) -> dict[str, list[list[object]]]:
-    cases = [(name, tokens, tiles(SHAPES[name][0], tokens)) for name in SHAPES for tokens in SWEPT]
-    parts = [(name, tokens, some[i::4], True) for name, tokens, some in cases for i in range(4)]
+def sweep(processes: int, blocks: bool) -> dict[str, list[list[object]]]:
+    cases = [(name, tokens, tiles(SHAPES[name][0], tokens, blocks)) for name in SHAPES for tokens in SWEPT]
+    parts = [(name, tokens, some[i::4], blocks, True) for name, tokens, some in cases for i in range(4)]
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         pool.starmap(time_tiles, parts, chunksize=1)
     best: dict[str, list[list[object]]] = {}
     for name, tokens, some in cases:
-        found = time_tiles(name, tokens, some, False)
+        found = time_tiles(name, tokens, some, blocks, False)
         best[f"{name} {tokens}"] = [[us, *tile] for us, tile in found]
         print(f"{name:8} {tokens:4}  " + "   ".join(f"{us:.1f} {tuple(tile)}" for us, tile in found[:4]), flush=True)
     return best
@@ -140,9 +158,10 @@ def main() -> None:
     parser.add_argument(
         "--sweep", type=int, default=0, metavar="N", help="try the kernel's tiles; compile in N processes"
     )
+    parser.add_argument("--blocks", action="store_true", help="try them with scales of blocks")
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
     args = parser.parse_args()
-    figures: dict[str, object] = {"tiles": sweep(args.sweep)} if args.sweep else {}
+    figures: dict[str, object] = {"tiles": sweep(args.sweep, args.blocks)} if args.sweep else {}
     columns: list[str] = []
     for name, shape in SHAPES.items():
         product = Product(*shape)

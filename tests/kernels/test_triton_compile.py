@@ -178,7 +178,7 @@ def call_fp8() -> None:
         triton_ops.add_rms_norm_quantized(hidden, hidden, weight, 1e-5, quantizer)
         triton_ops.gate_mul_quantized(torch.zeros((4, 28672), dtype=torch.bfloat16), "silu", quantizer)
     for tokens in (1, 32, 64, 128):
-        for outputs, inputs in ((6144, 4096), (28672, 4096)):
+        for outputs, inputs in ((28672, 4096), (4096, 14336)):
             weight = torch.zeros((outputs, inputs), dtype=e4m3)
             for quantizer, scale in (
                 (Quantizer(e4m3), torch.ones((outputs, 1))),

@@ -132,7 +132,10 @@ class EngineCall:
 
     def _take(self) -> Batch:
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                self._error = None  # its traceback refers to this call, and to the request's body
         taken, self._pending = self._pending, []
         return taken
 

@@ -17,6 +17,7 @@ from ...errors import BranchwiseError, EngineDead
 from ...messages import Failed
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..log_stream import DroppingStream
+from ..memory import return_freed_memory
 from .channels import Outbox
 from .launch import EXIT_FAILED, hold_lock, read_launch
 
@@ -33,6 +34,8 @@ class Worker(Protocol):
 
 def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_dir: Path, http: Outbox) -> Worker:
     """Makes the worker of a role, which sends `Ready`. Imports are local: only the scheduler imports torch."""
+    if role != "scheduler":
+        return_freed_memory()
     if role == "tokenizer":
         from .tokenizer_worker import TokenizerWorker
 

@@ -1,0 +1,46 @@
+"""Memory that a server has freed goes back to the system."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+BLOCKS = """
+import ctypes, os, sys
+from branchwise.runtime.server.memory import return_freed_memory
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+if sys.argv[1] == "with":
+    return_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = libc.free.argtypes = None
+before, kept = resident(), []
+for _ in range(3):  # the first round teaches glibc to take such blocks from the heap
+    blocks = []
+    for _ in range(100):
+        block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(1 << 20)))
+        ctypes.memset(block, 1, 1 << 20)
+        blocks.append(block)
+        kept.append(libc.malloc(ctypes.c_size_t(2000)))  # small blocks between large ones keep the heap from shrinking
+    for block in blocks:
+        libc.free(block)
+print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_large_blocks_go_back_to_the_system() -> None:
+    def left(how: str) -> float:
+        run = subprocess.run(
+            [sys.executable, "-c", BLOCKS, how], capture_output=True, text=True, check=True, timeout=60
+        )
+        return float(run.stdout)
+
+    assert left("without") > 50, "otherwise this test shows nothing"
+    assert left("with") < 20
