@@ -7,7 +7,7 @@ depend on the other tokens of its step.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -35,15 +35,14 @@ class Quantizer:
 
 
 class QuantizedRows(NamedTuple):
-    """Tokens ``[T, K]`` of a `Quantizer`'s dtype, with float32 scales ``[T, 1]`` or ``[T, K / group]``. The scales are
-    stored group after group (stride 1 over tokens), as block-wise matrix products read them."""
+    """Tokens ``[T, K]`` of a `Quantizer`'s dtype, with float32 scales ``[T, 1]`` or ``[T, K / group]``."""
 
     values: Tensor
     scales: Tensor
 
     def index_select(self, dim: int, index: Tensor) -> QuantizedRows:
         """As `torch.Tensor.index_select`."""
-        return QuantizedRows(self.values.index_select(dim, index), _by_groups(self.scales.index_select(dim, index)))
+        return QuantizedRows(self.values.index_select(dim, index), self.scales.index_select(dim, index))
 
 
 Rows = Tensor | QuantizedRows  # the input of a linear layer, ``[T, K]``
@@ -51,14 +50,19 @@ Rows = Tensor | QuantizedRows  # the input of a linear layer, ``[T, K]``
 
 def quantize(x: Tensor, quantizer: Quantizer) -> QuantizedRows:
     """Tokens ``[T, K]`` in 8 bits. K is a multiple of the group. Values beyond a static scale's range saturate."""
-    largest = LARGEST[quantizer.dtype]
-    groups = x.float().unflatten(-1, (-1, quantizer.group or x.shape[-1]))
+    if quantizer.group:
+        groups = quantize(x.reshape(-1, quantizer.group), replace(quantizer, group=0))
+        return QuantizedRows(groups.values.view(x.shape), groups.scales.view(len(x), -1))
+    x, largest = x.float(), LARGEST[quantizer.dtype]
     if quantizer.scale is None:
-        magnitude = groups.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
-        inverse, scales = largest / magnitude, magnitude * (1 / largest)
+        magnitude = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
+        scaled, scales = x * (largest / magnitude), magnitude * (1 / largest)
     else:
-        inverse, scales = 1 / quantizer.scale, quantizer.scale.expand(*groups.shape[:-1], 1)
-    return QuantizedRows(_round(groups * inverse, quantizer.dtype).flatten(-2), _by_groups(scales.squeeze(-1)))
+        scaled = (x * (1 / quantizer.scale)).clamp_(-largest, largest)
+        scales = quantizer.scale.repeat(len(x), 1)
+    if quantizer.dtype == torch.int8:
+        scaled.round_()
+    return QuantizedRows(scaled.to(quantizer.dtype), scales)
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -82,13 +86,3 @@ def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
     if scale.shape[1] != 1:
         scale = scale.repeat_interleave(BLOCK, 1)[:, : weight.shape[1]]
     return (weight.float() * scale).to(dtype)
-
-
-def _by_groups(scales: Tensor) -> Tensor:
-    return scales.t().contiguous().t()
-
-
-def _round(x: Tensor, dtype: torch.dtype) -> Tensor:
-    largest = LARGEST[dtype]
-    x = x.clamp_(-largest, largest)
-    return (x.round_() if dtype == torch.int8 else x).to(dtype)

@@ -136,7 +136,7 @@ def fp8_linear_in_tiles(
     sums = out
     if tile.splits > 1:
         sums = torch.empty((tile.splits, tokens, outputs), dtype=torch.float32, device=weight.device)
-    scales = x.scales, scale, scale if bias is None else bias
+    scales = x.scales.t().contiguous(), scale, scale if bias is None else bias
     flags = in_blocks(weight, scale), bias is not None, tile.splits
     _fp8_linear(
         (triton.cdiv(outputs, tile.outputs), triton.cdiv(tokens, tile.tokens), tile.splits),

@@ -38,7 +38,9 @@ def store_quantized(
         magnitude = tl.maximum(tl.max(tl.abs(groups), axis=1, keep_dims=True), 1e-12)
         inverse = tl.div_rn(tl.full([GROUPS, 1], 448.0, tl.float32), magnitude)
         scale = magnitude * (1 / 448.0)
-    values = tl.minimum(tl.maximum(groups * inverse, -448.0), 448.0)
+    values = groups * inverse
+    if STATIC:  # NaN stays NaN: a request with such values ends with an error
+        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     channel = start + tl.arange(0, BLOCK)
     values = tl.reshape(values, [BLOCK]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + row * SIZE + channel, values, channel < SIZE)

@@ -287,10 +287,12 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="questions of each kind; half as many long ones and puzzles")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--kv-cache-dtype", default="auto", help="storage of keys and values: see `branchwise serve`")
+    for flag in ("--dtype", "--quantization", "--kv-cache-dtype"):
+        parser.add_argument(flag, default="auto", help="as of `branchwise serve`")
     args = parser.parse_args()
     begun = time.time()
-    with Engine(args.model, device=args.device, kv_cache_dtype=args.kv_cache_dtype) as engine:
+    formats = {"dtype": args.dtype, "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
+    with Engine(args.model, device=args.device, **formats) as engine:
         rows = evaluate(Subject(engine), args.n)
     head = (
         f"Held-out draws, greedy unless said; n = {args.n}, half as many long ones and puzzles. "

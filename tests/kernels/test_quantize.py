@@ -58,6 +58,22 @@ def test_values_beyond_a_static_scale_saturate() -> None:
     assert rows.values.float().tolist() == [[256.0, -448.0]] and rows.scales.tolist() == [[pytest.approx(0.004)]]
 
 
+@pytest.mark.parametrize(
+    "quantizer", [DYNAMIC, BLOCKS, STATIC, Quantizer(torch.int8)], ids=["row", "group", "static", "int8"]
+)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_values_that_are_not_finite_stay_so(value: float, quantizer: Quantizer) -> None:
+    """A request whose logits are NaN ends with an error: quantization must not hide them."""
+    if quantizer is STATIC and value == torch.inf:
+        pytest.skip("saturates, as any value beyond a static scale does")
+    x = randn(2, 256)
+    x[1, 3] = value
+    on_device = DEVICE.type == "cuda" and quantizer.dtype == E4M3  # Triton's interpreter rounds NaN to a number
+    for module in (ops, triton_ops) if on_device else (ops,):
+        finite = dequantized(module.quantize(x, quantizer)).isfinite()
+        assert finite[0].all() and not finite[1, 3]
+
+
 def test_a_weight_has_a_scale_for_each_output() -> None:
     weight = randn(6, 32) * torch.tensor([1.0, 2.0, 4.0, 8.0, 0.1, 100.0], device=DEVICE)[:, None]
     values, scale = quantize_weight(weight, E4M3)
