@@ -30,7 +30,7 @@ from target import ADMIN, KEYS, Target
 from branchwise.runtime.config import EngineConfig, ServerConfig
 
 WAIT_BAR = 2.0  # seconds: p99 of small requests beside the flood of another key
-GROWTH_BAR = 1.10  # resident memory at the end over that after the first fifth, of each process
+GROWTH_BAR = 1.10  # median resident memory of the last third over that of the first, of each process
 SLACK_MB = 10.0
 DESCRIPTOR_BAR = 16
 ROLES = ("tokenizer", "scheduler", "detokenizer")
@@ -84,12 +84,17 @@ class Soak:
         )
         if p99 > WAIT_BAR:
             self.faults.append(f"{kind}: small requests waited {p99:.2f} s (p99)")
-        early, late = samples[len(samples) // 5], samples[-1]
-        for role in early:
-            (before, opened), (after, open_now) = early[role], late[role]
-            self.rows.append(f"  {role:12s} {before:7.1f} -> {after:7.1f} MB, {opened:4d} -> {open_now:4d} descriptors")
+        tenth = max(1, len(samples) // 10)
+        early, late = samples[tenth : 4 * tenth], samples[-3 * tenth :]  # single samples have bodies of the moment
+        for role in target.pids:
+            (before, opened), (after, open_now) = _median(early, role), _median(late, role)
+            self.rows.append(
+                f"  {role:12s} {before:7.1f} -> {after:7.1f} MB, {opened:4.0f} -> {open_now:4.0f} descriptors"
+            )
             if after > before * GROWTH_BAR + SLACK_MB:
                 self.faults.append(f"{kind}: {role} grew from {before:.0f} to {after:.0f} MB")
+            if open_now > opened + DESCRIPTOR_BAR:
+                self.faults.append(f"{kind}: {role} has {open_now:.0f} descriptors after {opened:.0f}")
 
     def chaos(self, kind: str, seconds: float) -> None:
         """One server of which a process is stopped for a moment, and then one is killed, or the server itself."""
@@ -139,6 +144,12 @@ class Soak:
         ends = ", ".join(f"{count} {end}" for end, count in sorted(tally.ends.items()))
         self.rows.append(f"{what}: {sum(tally.ends.values())} requests ({ends}); {len(faults)} faults")
         print(self.rows[-1], flush=True)
+
+
+def _median(samples: list[dict[str, tuple[float, int]]], role: str) -> tuple[float, float]:
+    """Of memory and of descriptors."""
+    memory, descriptors = zip(*(sample[role] for sample in samples if role in sample), strict=True)
+    return statistics.median(memory), statistics.median(descriptors)
 
 
 def main() -> int:
