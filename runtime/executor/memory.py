@@ -110,25 +110,32 @@ def plan_memory(
     max_num_batched_tokens: int,
     measured: tuple[int, int, int] | None = None,
     rank: int = 0,
+    gpu_bytes: int | None = None,
 ) -> MemoryPlan:
     """Decides the number of KV pages of a rank. Raises `LoadError` if no memory is left for them.
 
     Called before the weights are loaded, and on a GPU again afterwards with what was ``measured``: bytes free before
     loading, bytes of the weights, bytes of the largest step.
 
+    ``gpu_bytes``: plan for a Hopper GPU with that much memory, all of it free, which need not be here; ``device`` is
+    then ``cuda``.
+
     With ``kv_cache_tokens`` the pool holds that many tokens, rounded up to whole pages. Otherwise it takes what
     ``gpu_memory_utilization`` of a GPU's memory leaves, however few requests run at once: pages that no request uses
     are the cache. On a CPU it takes half of the free memory times ``gpu_memory_utilization``, less the weights and
     activations, and at most 4 GiB; ranks on a CPU share both.
     """
-    free, total = device_memory(device)
+    free, total = device_memory(device) if gpu_bytes is None else (gpu_bytes, gpu_bytes)
     ranks, int8 = config.tensor_parallel_size, config.quantization == "int8"
     weights = weight_bytes(model, dtype, device, rank, ranks, int8=int8)
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs, ranks)
     if measured is not None:
         free, weights, activations = measured
     model = rank_config(model, ranks)
-    layout = kv_layout(config, model, dtype, device)
+    capability = None
+    if device.type == "cuda" and config.kv_cache_dtype != "auto":
+        capability = torch.cuda.get_device_capability(device) if gpu_bytes is None else (9, 0)
+    layout = kv_layout(config, model, dtype, capability)
     page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
     reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
@@ -176,14 +183,17 @@ def plan_memory(
     )
 
 
-def kv_layout(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> KVLayout:
-    """How keys and values are stored. Raises `LoadError` for a format that the device or the model cannot have."""
+def kv_layout(
+    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None
+) -> KVLayout:
+    """How keys and values are stored. Raises `LoadError` for a format that the device or the model cannot have.
+
+    ``capability``: see `kernels.kv_format.problem`.
+    """
     choice = config.kv_cache_dtype
-    if choice != "auto":
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        reason = problem(choice, model.head_dim, capability)
-        if reason is not None:
-            raise LoadError(f"--kv-cache-dtype {choice}: {reason}")
+    reason = problem(choice, model.head_dim, capability)
+    if reason is not None:
+        raise LoadError(f"--kv-cache-dtype {choice}: {reason}")
     return KVLayout.of(choice, model.num_layers, config.page_size, model.num_kv_heads, model.head_dim, dtype)
 
 
