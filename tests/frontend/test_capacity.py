@@ -51,7 +51,7 @@ def test_requests_share_what_they_share() -> None:
 
 
 def test_a_model_of_70_billion_parameters_on_two_gpus(tmp_path: Path) -> None:
-    """The claim that FP8 keys and values double the requests: pools 1.94 apart, (pool - shared) / (request - shared)."""
+    """The claim that FP8 keys and values double the requests: (pool - shared) / (request - shared)."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
     found = {}
     for choice in ("auto", "fp8", "int4"):
