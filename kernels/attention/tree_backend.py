@@ -19,6 +19,7 @@ from ..arrays import Int64, ranges
 from ..kv_pool import KVPool
 from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from .tree_costs import TreeCosts
+from .tree_gate import describe
 from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import TreeRunner, tree_tiles
 from .tree_tuning import calibrate, tune
@@ -91,6 +92,7 @@ class TreeAttention:
             tune(self._runner, pool, num_heads, table, self._workers)
             if fitted:
                 self._costs = self._calibrated(num_heads, table)
+            logger.info("tree attention: %s", describe(self._group, self._page_size, self._costs, self._limits))
         self._scratch_row = len(table) - 1
         # Of a joint step the flat backend sees the decodes as one request on the scratch page.
         self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size

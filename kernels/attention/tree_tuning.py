@@ -13,7 +13,6 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +24,8 @@ from ..kv_pool import KVPool
 from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from .split import ITEM
 from .tree_costs import TreeCosts
-from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
+from .tree_gate import Forest
+from .tree_plan import TreeLimits, TreePlan, plan_tree
 from .tree_runner import DEEP, TreeRunner
 
 logger = logging.getLogger(__name__)
@@ -34,25 +34,6 @@ KEYS = 1024  # read by each item, to choose the stages
 LAUNCHES = 8  # timed at once
 PRIOR = 0.15  # how far a constant may move from its default, in units of a point's relative error
 WORST_FIT = 0.25  # median relative error from which on the defaults are kept
-
-
-class Forest(NamedTuple):
-    """Requests in groups that share ``prefix`` tokens, each with a ``tail`` of its own. 0 groups: nothing is shared."""
-
-    requests: int
-    groups: int
-    prefix: int
-    tail: int
-
-    def table(self, page_size: int) -> npt.NDArray[np.int32]:
-        """Its page table, of pages numbered in order."""
-        shared, own = self.prefix // page_size, -(-self.tail // page_size)
-        first_own = self.groups * shared
-        owns = first_own + np.arange(self.requests * own, dtype=np.int32).reshape(self.requests, own)
-        if not self.groups:
-            return owns
-        group = np.arange(self.requests) * self.groups // self.requests
-        return np.concatenate([group[:, None] * shared + np.arange(shared), owns], axis=1).astype(np.int32)
 
 
 POINTS = (
@@ -167,10 +148,9 @@ def calibrate(
             host = np.zeros(table.shape, np.int32)
             host[:n, :columns] = pages
             table[:n, :columns] = torch.from_numpy(pages).to(table.device)
-            ones, rows = np.ones(n, np.int32), np.arange(n, dtype=np.int32)
-            kv_lens = np.full(n, point.prefix + point.tail, np.int32)
-            batch = AttentionBatch(rows, ones, kv_lens, n, pool.layout.page_size, table, host)
-            requests = TreeRequests(rows, rows.astype(np.int64), ones.astype(np.int64), kv_lens.astype(np.int64))
+            requests = point.decodes()
+            q_lens, kv_lens = (lengths.astype(np.int32) for lengths in (requests.q_lens, requests.kv_lens))
+            batch = AttentionBatch(requests.rows, q_lens, kv_lens, n, pool.layout.page_size, table, host)
             plan = plan_tree(host, requests, n, group, batch.page_size, costs, limits, -np.inf)
             if plan is None or plan.keys_read != point.groups * point.prefix + n * point.tail:
                 continue

@@ -12,13 +12,14 @@ import torch
 
 from branchwise.kernels.attention.base import LayerSpec
 from branchwise.kernels.attention.tree_costs import TreeCosts
-from branchwise.kernels.attention.tree_plan import TreeLimits, TreeRequests, plan_tree
+from branchwise.kernels.attention.tree_gate import Forest, describe, pays_from
+from branchwise.kernels.attention.tree_plan import TreeLimits, plan_tree
 from branchwise.kernels.kv_pool import KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from branchwise.kernels.attention import tree_tuning
-from branchwise.kernels.attention.tree_tuning import POINTS, Forest, calibrate, fit, flat_terms, tree_terms
+from branchwise.kernels.attention.tree_tuning import POINTS, calibrate, fit, flat_terms, tree_terms
 
 GROUP, PAGE = 4, 16
 LIMITS = TreeLimits((4096,) * 3, 1 << 16, (132, 33, 16), (128, 256, 256))
@@ -28,10 +29,8 @@ NANOSECONDS = 1e-6  # milliseconds
 def terms(costs: TreeCosts) -> tuple[np.ndarray, np.ndarray]:
     flat, tree = [], []
     for point in POINTS:
-        table, n = point.table(PAGE), point.requests
-        lengths = np.full(n, point.prefix + point.tail, np.int64)
-        requests = TreeRequests(np.arange(n, dtype=np.int32), np.arange(n), np.ones(n, np.int64), lengths)
-        plan = plan_tree(table, requests, n, GROUP, PAGE, costs, LIMITS, -np.inf)
+        n = point.requests
+        plan = plan_tree(point.table(PAGE), point.decodes(), n, GROUP, PAGE, costs, LIMITS, -np.inf)
         assert plan is not None and plan.keys_read == point.groups * point.prefix + n * point.tail
         flat.append(flat_terms(costs, point))
         tree.append(tree_terms(costs, point, GROUP, plan))
@@ -125,3 +124,15 @@ def test_a_bad_fit_keeps_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     costs = replace(TreeCosts(), margin=1.0)
     specs = [LayerSpec(1.0), LayerSpec(1.0)]
     assert calibrate(costs, stand, stand, specs, pool, GROUP, table, LIMITS) == costs  # type: ignore[arg-type]
+
+
+def test_the_gate_in_words() -> None:
+    """More readers share shorter prefixes; launches that cost more raise the gate."""
+    costs = TreeCosts()
+    gates = [pays_from(readers, GROUP, PAGE, costs, LIMITS) for readers in (8, 32, 128)]
+    assert gates == sorted(gates, reverse=True) and gates[0] is not None and gates[0] > gates[2]
+    assert describe(GROUP, PAGE, costs, LIMITS) == (
+        f"8 requests read a shared prefix once from {gates[0]:,} tokens on, 32 from {gates[1]:,}, 128 from {gates[2]:,}"
+    )
+    slow = replace(costs, tree_layer=1e12)
+    assert describe(GROUP, PAGE, slow, LIMITS) == "no prefix of up to 32,768 tokens is read once"
