@@ -1,8 +1,9 @@
 """What `make bench-gpu` measures: BranchBench against our server on one GPU, in the shape of Llama-3.1-8B.
 
-    bench_gpu.py [--workloads all] [--profile no_sharing,tree_of_thought] [--port 8000] [-- SERVER FLAGS]
+    bench_gpu.py [--workloads all] [--profile no_sharing,tree_of_thought] [--ablation] [--port 8000] [-- SERVER FLAGS]
 
-Flags after ``--`` go to the server: ``-- --attention-backend flashinfer`` is the ablation of tree attention.
+``--ablation`` runs the workloads once more without tree attention, everything else equal. Flags after ``--`` go to the
+server.
 
 Random weights (``--load-format dummy``): answers mean nothing, times do. A second run of the profiled workloads records
 the steps of one second in their middle: how long the device was idle, and which kernels took its time. Figures and
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--workloads", default=",".join(PEERS))
     parser.add_argument("--profile", default="no_sharing,tree_of_thought", help="workloads to record, or nothing")
     parser.add_argument("--shape", choices=("8b", "70b"), default="8b", help="Llama 3.1's; the table's peers are 8b")
+    parser.add_argument("--ablation", action="store_true", help="also with --attention-backend flashinfer")
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("flags", nargs="*", help="more flags for the server, after --")
     args = parser.parse_args()
@@ -148,7 +150,20 @@ def main() -> None:
             recorded = {
                 name: profile(url, name, ours[name]["makespan"]) for name in args.profile.split(",") if name in ours
             }
+        flat: dict[str, Any] = {}
+        if args.ablation:
+            flags = [*args.flags, "--attention-backend", "flashinfer"]
+            with server(folder, args.port, OUT / "server-flat.log", flags) as (url, _):
+                flat = run(url, args.workloads, OUT / "branchbench-gpu-flat.json")
+    for line in log.read_text().splitlines():
+        if "loaded in" in line or "tree attention:" in line:
+            print(line)
     print("\n".join(rows(ours, ready)))
+    if flat:
+        print("\n".join(["", "| workload | tree (s) | flat (s) | flat ÷ tree |", "| --- | ---: | ---: | ---: |"]))
+    for name, result in flat.items():
+        tree, without = ours[name]["makespan"], result["makespan"]
+        print(f"| {name} | {tree:.2f} | {without:.2f} | {without / tree:.2f} |")
     for name, found in recorded.items():
         print(
             f"\n{name}: {found['steps']} steps in {found['seconds']:.2f} s, "
