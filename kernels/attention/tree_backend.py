@@ -36,7 +36,7 @@ WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
 
 
 @dataclass(frozen=True, slots=True)
-class _Members:
+class Members:
     """The requests of a step that are planned together: its decodes and its short chunks."""
 
     chunks: Int64  # indices into the batch
@@ -44,7 +44,7 @@ class _Members:
     num_tokens: int  # query tokens up to the last member's
     offset: int  # query token at which chunks begin; -1 where no chunk is a member
 
-    def continues(self, earlier: _Members) -> bool:
+    def continues(self, earlier: Members) -> bool:
         """Whether these are the same requests, with a few more keys."""
         mine, theirs = self.requests, earlier.requests
         if self.offset != earlier.offset or not np.array_equal(mine.rows, theirs.rows):
@@ -97,7 +97,7 @@ class TreeAttention:
         # Of a joint step the flat backend sees the decodes as one request on the scratch page.
         self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size
         # The last members planned, and their plan; None where the flat path is faster.
-        self._members: _Members | None = None
+        self._members: Members | None = None
         self._plan: TreePlan | None = None
         self._tree_paid = False  # whether the last step that had the choice took the tree path
         # Columns of each row of the page table that the plan was made from.
@@ -167,7 +167,7 @@ class TreeAttention:
         self._runner.run(layer, self._layers[layer], q, out, *self._step)
         return out
 
-    def _find_members(self, batch: AttentionBatch, decodes: int) -> _Members:
+    def _find_members(self, batch: AttentionBatch, decodes: int) -> Members:
         n = batch.num_decodes
         q_lens = batch.q_lens.astype(np.int64)
         chunks = n + np.flatnonzero(batch.q_lens[n:] <= SHORT_CHUNK)
@@ -177,10 +177,10 @@ class TreeAttention:
         index = np.concatenate([np.arange(n), chunks])
         starts = np.cumsum(q_lens) - q_lens + (np.arange(len(q_lens)) >= n) * (decodes - n)
         requests = TreeRequests(batch.rows[index], starts[index], q_lens[index], batch.kv_lens[index].astype(np.int64))
-        return _Members(chunks, requests, tokens if len(chunks) else n, decodes if len(chunks) else -1)
+        return Members(chunks, requests, tokens if len(chunks) else n, decodes if len(chunks) else -1)
 
     def _plan_members(
-        self, batch: AttentionBatch, members: _Members, limits: TreeLimits, forced: bool
+        self, batch: AttentionBatch, members: Members, limits: TreeLimits, forced: bool
     ) -> TreePlan | None:
         requests = members.requests
         if self._members is not None and members.continues(self._members):
@@ -216,7 +216,7 @@ class TreeAttention:
         rows, columns = batch.written
         return bool((columns < self._planned_columns[rows]).any())
 
-    def _plan_chunks(self, batch: AttentionBatch, members: _Members, shape: StepShape | None, decodes: int) -> None:
+    def _plan_chunks(self, batch: AttentionBatch, members: Members, shape: StepShape | None, decodes: int) -> None:
         """Leaves the other chunks to the flat backend, for which the members among them read the scratch page."""
         n = batch.num_decodes
         self._chunks_from = None

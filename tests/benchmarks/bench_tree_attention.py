@@ -1,8 +1,10 @@
 """Tree attention against FlashInfer, one layer in a CUDA graph: `python -m tests.benchmarks.bench_tree_attention`.
 
 B requests in groups of up to 32 that share a prefix, each with a tail of its own; 32 query and 8 key heads of 128
-channels, bfloat16, pages of 16. Layers take turns, so that no layer finds its keys in the L2 cache. Without a GPU only
-the host's part is measured: planning anew, and the check that a plan still holds.
+channels, bfloat16, pages of 16. Layers take turns, so that no layer finds its keys in the L2 cache. ``--page 1`` and
+``--window 4096`` measure other pages and a sliding window. Beside each time stand the errors of both paths against
+float64 on the same inputs, FlashInfer's and ours as a multiple of it. Without a GPU only the host's part is measured:
+planning anew, and the check that a plan still holds.
 """
 
 from __future__ import annotations
@@ -18,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from branchwise.kernels.arrays import ranges
 from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
-from branchwise.kernels.attention.tree_backend import TreeAttention
+from branchwise.kernels.attention.tree_backend import Members, TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_plan import TreeLimits, TreeRequests, plan_tree
 from branchwise.kernels.kv_pool import KVPool
 
 HEADS, KV_HEADS, DIM, PAGE, LAYERS, PER_GROUP = 32, 8, 128, 16, 2, 32
-SPECS = [LayerSpec(DIM**-0.5)] * LAYERS
+CHECKED = 4  # requests whose results are compared with float64
 BATCHES, PREFIXES, TAILS = (8, 32, 128, 256), (512, 2048, 8192, 32768), (64, 256, 1024)
 CONTROLS = [(1, 0, 2048), (4, 0, 1024), (4, 2048, 256), (32, 0, 1024), (128, 0, 1152), (256, 0, 512)]
 COLUMNS = f"{'B':>4} {'prefix':>6} {'tail':>5} {'flat us':>8} {'tree us':>8} {'flat/tree':>9} {'gate':>5}"
@@ -34,10 +37,11 @@ COLUMNS = f"{'B':>4} {'prefix':>6} {'tail':>5} {'flat us':>8} {'tree us':>8} {'f
 class Forest:
     """``batch`` requests in groups that share ``prefix`` tokens, with ``tail`` tokens of their own each."""
 
-    def __init__(self, batch: int, prefix: int, tail: int) -> None:
+    def __init__(self, batch: int, prefix: int, tail: int, page: int = PAGE) -> None:
         rng = np.random.default_rng(0)
         groups = max(1, batch // PER_GROUP)
-        shared, own = prefix // PAGE, -(-tail // PAGE) + 1
+        self.page = page
+        shared, own = prefix // page, -(-tail // page) + 1
         self.pages = groups * shared + batch * own + 1
         pages = rng.permutation(self.pages - 1).astype(np.int32)
         prefixes = pages[: groups * shared].reshape(groups, shared)
@@ -54,7 +58,7 @@ class Forest:
     def batch(self, device_table: torch.Tensor) -> AttentionBatch:
         none = np.empty(0, np.int32)
         ones, n = np.ones(len(self.rows), np.int32), len(self.rows)
-        return AttentionBatch(self.rows, ones, self.kv_lens, n, PAGE, device_table, self.table, (none, none))
+        return AttentionBatch(self.rows, ones, self.kv_lens, n, self.page, device_table, self.table, (none, none))
 
 
 def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
@@ -67,8 +71,27 @@ def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(times) * 1e3
 
 
+def errors(forest: Forest, pool: KVPool, q: torch.Tensor, spec: LayerSpec, *outs: torch.Tensor) -> list[float]:
+    """Root mean square error of each result against float64, over a few requests of the first layer."""
+    kv, group = pool.layer(0), HEADS // KV_HEADS
+    sums = [0.0] * len(outs)
+    for i in np.linspace(0, len(forest.rows) - 1, CHECKED).astype(int).tolist():
+        length = int(forest.kv_lens[i])
+        start = 0 if spec.window is None else max(0, length - spec.window)
+        pages = torch.from_numpy(forest.table[forest.rows[i]].astype(np.int64)).to(q.device)
+        k, v = (
+            x[pages].flatten(0, 1)[start:length].double().repeat_interleave(group, 1).transpose(0, 1)
+            for x in (kv.k, kv.v)
+        )
+        scores = (k @ q[i].double()[:, :, None]).squeeze(2) * spec.scale
+        exact = (scores.softmax(-1)[:, None] @ v).squeeze(1)
+        for nth, out in enumerate(outs):
+            sums[nth] += float((out[i].double() - exact).square().mean())
+    return [(total / CHECKED) ** 0.5 for total in sums]
+
+
 def host_part() -> None:
-    print("planning on the host, ms")
+    print("planning on the host, ms; then the check that a plan still holds, as in every step that changes nothing")
     limits = TreeLimits((8192,) * 3, 1 << 16, (132, 33, 16), (128, 256, 256))
     for batch, prefix, tail in ((256, 2048, 256), (256, 8192, 128), (1024, 2048, 256), (256, 0, 1024)):
         forest = Forest(batch, prefix, tail)
@@ -77,7 +100,23 @@ def host_part() -> None:
                 f.table, f.requests(), len(f.rows), HEADS // KV_HEADS, PAGE, TreeCosts(), limits
             )
         )
-        print(f"  {batch:4} requests, {prefix:5} + {tail:4} tokens: {plan:6.3f}")
+        print(f"  {batch:4} requests, {prefix:5} + {tail:4} tokens: {plan:6.3f}, {steady(forest):6.3f}")
+
+
+def steady(forest: Forest) -> float:
+    """What `TreeAttention.plan` does in a step whose composition is the last one's, without its copy to the device."""
+    n = len(forest.rows)
+    members = Members(np.arange(0), forest.requests(), n, -1)
+    later = Members(np.arange(0), forest.requests(), n, -1)
+    later.requests.kv_lens[:] += 1
+    positions, queries = np.zeros(n, np.int64), later.requests
+
+    def step() -> None:
+        if not later.continues(members):
+            raise RuntimeError("the plan of the step before does not hold")
+        positions[ranges(queries.queries, queries.q_lens)] = ranges(queries.kv_lens - queries.q_lens, queries.q_lens)
+
+    return milliseconds(step)
 
 
 def graph_us(backend: AttentionBackend, q: torch.Tensor, out: torch.Tensor) -> float:
@@ -101,18 +140,18 @@ def graph_us(backend: AttentionBackend, q: torch.Tensor, out: torch.Tensor) -> f
     return statistics.median(start.elapsed_time(end) for start, end in pairs) * 1e3 / 8
 
 
-def cell(batch: int, prefix: int, tail: int) -> dict[str, float]:
-    """Flat and tree times of one forest, the gate's choice, and the host's time while nothing changes."""
+def cell(batch: int, prefix: int, tail: int, page: int = PAGE, window: int | None = None) -> dict[str, float]:
+    """Flat and tree times and errors of one forest, the gate's choice, and the host's time while nothing changes."""
     from branchwise.kernels import triton_ops
     from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
 
-    forest = Forest(batch, prefix, tail)
-    data = torch.randn(LAYERS, 2, forest.pages, PAGE, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
+    forest, specs = Forest(batch, prefix, tail, page), [LayerSpec(DIM**-0.5, window)] * LAYERS
+    data = torch.randn(LAYERS, 2, forest.pages, page, KV_HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     pool, table = KVPool(data), torch.from_numpy(forest.table).cuda()
     q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     out, expected = torch.empty_like(q), torch.empty_like(q)
-    flat = FlashInferAttention(pool, SPECS, HEADS, table, triton_ops, batch)
-    tree = TreeAttention(pool, SPECS, HEADS, table, flat, max(batch, 8))
+    flat = FlashInferAttention(pool, specs, HEADS, table, triton_ops, batch)
+    tree = TreeAttention(pool, specs, HEADS, table, flat, max(batch, 8), TreeCosts())
     steps = forest.batch(table)
     flat.plan(steps, StepShape(batch, 0, 0))
     flat_us = graph_us(flat, q, expected)
@@ -121,6 +160,11 @@ def cell(batch: int, prefix: int, tail: int) -> dict[str, float]:
     tree.plan(steps, StepShape(batch, 0, 0, tree=True))
     tree_us = graph_us(tree, q, out)
     torch.testing.assert_close(out, expected, atol=4e-3, rtol=2e-2)
+    flat.plan(steps, StepShape(batch, 0, 0))
+    flat.run(0, q, q, q, expected)
+    tree.plan(steps, StepShape(batch, 0, 0, tree=True))
+    tree.run(0, q, q, q, out)
+    flat_error, tree_error = errors(forest, pool, q, specs[0], expected, out)
     return {
         "batch": batch,
         "prefix": prefix,
@@ -129,12 +173,16 @@ def cell(batch: int, prefix: int, tail: int) -> dict[str, float]:
         "tree_us": tree_us,
         "gate": bool(chosen is not None and chosen.tree),
         "host_ms": host_ms,
+        "flat_error": flat_error,
+        "tree_error": tree_error,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, help="write the figures there as JSON")
+    parser.add_argument("--page", type=int, default=PAGE, help="tokens of a page")
+    parser.add_argument("--window", type=int, help="of a sliding window, in tokens")
     arguments = parser.parse_args()
     host_part()
     if not torch.cuda.is_available():
@@ -146,11 +194,12 @@ def main() -> None:
     print(COLUMNS)
     found = []
     for batch, prefix, tail in [*CONTROLS, *cells]:
-        f = cell(batch, prefix, tail)
+        f = cell(batch, prefix, tail, arguments.page, arguments.window)
         found.append(f)
         ratio, gate = f["flat_us"] / f["tree_us"], "tree" if f["gate"] else "flat"
         times = f"{f['flat_us']:8.1f} {f['tree_us']:8.1f} {ratio:9.2f}"
-        print(f"{batch:4} {prefix:6} {tail:5} {times} {gate:>5}  host {f['host_ms']:.3f} ms", flush=True)
+        error = f"error {f['flat_error']:.1e} x {f['tree_error'] / f['flat_error']:.2f}"
+        print(f"{batch:4} {prefix:6} {tail:5} {times} {gate:>5}  host {f['host_ms']:.3f} ms, {error}", flush=True)
         torch.cuda.empty_cache()
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(found, indent=1))
