@@ -178,6 +178,36 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
         },
     ),
+    "cohere-qk-norm": Family(
+        "CohereConfig", "CohereForCausalLM", {"logit_scale": 0.5, "use_qk_norm": True, "head_dim": 16}
+    ),
+    "stablelm-qk-norm": Family("StableLmConfig", "StableLmForCausalLM", {"qk_layernorm": True, "head_dim": 16}),
+    "hunyuan": Family(
+        "HunYuanDenseV1Config",
+        "HunYuanDenseV1ForCausalLM",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 20.0, "factor": 1.0}},
+    ),
+    "hunyuan-moe": Family(
+        "HunYuanMoEV1Config", "HunYuanMoEV1ForCausalLM", {"num_experts": 6, "moe_topk": 3, "attention_bias": True}
+    ),
+    "ministral3": Family(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 32,
+                "max_position_embeddings": 512,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.3,
+            }
+        },
+    ),
     "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {**_EXPERTS, "sliding_window": 24}),
     "qwen2-moe": Family(
         "Qwen2MoeConfig",
@@ -273,7 +303,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
             if name.endswith(("q_proj.weight", "q_norm.weight")):
                 parameter *= 5
             # Experts of unequal weights.
-            if name.endswith(("gate.weight", "router.weight")):
+            if name.endswith(("gate.weight", "router.weight", "gate.wg.weight")):
                 parameter *= 3
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+# Queries and keys are normed by head; by head after their rotation; by head with LayerNorm and weights of each head; or
+# all heads as one vector.
+QKNorm = Literal["none", "head", "head_rotated", "head_layer", "all"]
 Switch = str  # "never", "always", or a key of config.json that says
 # The norms of a layer: what each one normalizes -> its module in the checkpoint.
 Norms = Mapping[Literal["attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm"], str]
@@ -60,7 +63,11 @@ class Architecture:
     o_bias: Switch = "never"
     mlp_bias: Switch = "never"
     norms: Norms = field(default_factory=lambda: PRE_NORMS)
-    qk_norm: Literal["none", "head", "all"] = "none"  # queries and keys are normed by head, or all heads as one vector
+    qk_norm: QKNorm = "none"
+    qk_norm_modules: tuple[str, str] = (
+        "q_norm",
+        "k_norm",
+    )  # ``{}``: the head's number; else one tensor has all
     qk_norm_if: Switch = "always"
     gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
     norm_kind: Literal["rms", "layer"] = "rms"

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
+
 from ..errors import LoadError
 from ..tokenizer.special_tokens import eos_token_id
-from .architecture import Architecture, Norms, Switch
+from .architecture import Architecture, Norms, QKNorm, Switch
 from .checkpoint import checkpoint_dtype
 from .eos import EosSource, eos_ids
 from .experts import ExpertsConfig, parse_experts, sparse_layers
@@ -41,6 +44,18 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QueryScaling:
+    """Queries grow with the logarithm of their position (Llama 4, Ministral 3)."""
+
+    beta: float
+    length: int  # positions below it are not scaled
+
+    def __call__(self, positions: Tensor) -> Tensor:
+        """float32 ``[T]`` of int64 ``[T]``."""
+        return 1 + self.beta * torch.log1p((positions // self.length).float())
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """One decoder of any family. Sizes are numbers of elements."""
 
@@ -69,7 +84,8 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     norms: Norms  # of each layer
-    qk_norm: Literal["none", "head", "all"]
+    qk_norm: QKNorm
+    qk_norm_modules: tuple[str, str]
     qkv: tuple[str, str, str]  # modules; of one name: rows of one tensor
     parallel: bool  # attention and MLP get the same input and are added together
     interleaved_rope: bool  # in the checkpoint; the loader reorders the channels
@@ -80,6 +96,7 @@ class ModelConfig:
     quantization: Quantization | None = None  # of the linear layers' weights
     experts: ExpertsConfig | None = None  # of the sparse layers
     lm_head_bias: bool = False
+    query_scaling: QueryScaling | None = None
 
     @property
     def num_layers(self) -> int:
@@ -162,8 +179,6 @@ def parse_config(
     for key in known.refused:
         if fields.get(key):
             raise LoadError(f"{where}: {key} is not supported for {name}")
-    if _llama4_scaling(fields):
-        raise LoadError(f"{where}: llama_4_scaling_beta is not supported")
     vocab_size = fields.count("vocab_size")
     experts = None if known.experts is None else parse_experts(fields, known.experts)
     parallel = _switch(known.parallel, fields)
@@ -196,6 +211,7 @@ def parse_config(
         mlp_bias=_switch(known.mlp_bias, fields),
         norms={name: module for name, module in known.norms.items() if name != "mlp_norm" or not parallel},
         qk_norm=known.qk_norm if _switch(known.qk_norm_if, fields) else "none",
+        qk_norm_modules=known.qk_norm_modules,
         qkv=known.qkv,
         parallel=parallel,
         interleaved_rope=known.interleaved_rope,
@@ -205,6 +221,7 @@ def parse_config(
         bos_id=_bos(fields),
         quantization=quantization,
         experts=experts,
+        query_scaling=_query_scaling(fields),
         lm_head_bias=_switch(known.lm_head_bias, fields),
     )
 
@@ -276,10 +293,12 @@ def _default_types(fields: Fields, known: Architecture, count: int) -> list[str]
     return ["sliding_attention" if slides else "full_attention" for slides in sliding]
 
 
-def _llama4_scaling(fields: Fields) -> bool:
-    """Whether queries are scaled by their position (Ministral 3, Llama 4)."""
+def _query_scaling(fields: Fields) -> QueryScaling | None:
     rope = fields.get("rope_parameters")
-    return bool(isinstance(rope, dict) and rope.get("llama_4_scaling_beta"))
+    if not isinstance(rope, dict) or not rope.get("llama_4_scaling_beta"):
+        return None
+    nested = Fields(rope, f"{fields.where}: rope_parameters")
+    return QueryScaling(nested.number("llama_4_scaling_beta"), nested.count("original_max_position_embeddings"))
 
 
 def _switch(rule: Switch, fields: Fields) -> bool:

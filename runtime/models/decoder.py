@@ -116,6 +116,9 @@ class Decoder:
         hidden = self._embed(tokens.ids)
         if config.embed_scale != 1.0:
             hidden = hidden * torch.tensor(config.embed_scale, dtype=hidden.dtype)
+        query_scale: Tensor | None = None
+        if config.query_scaling is not None:
+            query_scale = config.query_scaling(tokens.positions)[:, None, None].to(hidden.dtype)
         cos_sin = {rope: table.lookup(tokens.positions) for rope, table in self._ropes.items()}
         last = (layers or config.num_layers) - 1
         delta: Tensor | Addends | None = None
@@ -123,6 +126,8 @@ class Decoder:
             cos, sin = cos_sin[config.layers[i].rope]
             x = layer.input(delta, hidden)
             q, k, v = layer.queries_keys_values(x, cos, sin, pool.layer(i), tokens.slots)
+            if query_scale is not None:
+                q = q * query_scale
             attended = attention.run(i, q, k, v)
             if i == last and outputs is not None:
                 hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
@@ -180,9 +185,12 @@ class _Layer:
         self.mlp = make_linear.fixed(_make_mlp(config, index, weights, ops, make_linear))
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
-        if config.qk_norm == "head":
+        if config.qk_norm in ("head", "head_rotated"):
             q, k = weight("q_norm"), weight("k_norm")
             self.qk_norm = torch.cat([q.expand(config.num_heads, -1), k.expand(config.num_kv_heads, -1)])
+        elif config.qk_norm == "head_layer":
+            q, k = _own_heads(weight("q_norm"), config, group), _own_heads(weight("k_norm"), config, group, kv=True)
+            self.qk_norm = torch.cat([q, k])
         elif config.qk_norm == "all":
             self.whole_norms = [weight("q_norm"), weight("k_norm")]
 
@@ -202,7 +210,18 @@ class _Layer:
             part.copy_(self._whole_norm(part.contiguous(), norm))
             start += len(norm)
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
+        if config.qk_norm in ("none", "head", "all"):
+            return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
+        assert self.qk_norm is not None
+        qk = qkv[:, : len(self.qk_norm)]
+        if config.qk_norm == "head_layer":
+            qk.copy_(F.layer_norm(qk.float(), qk.shape[2:], eps=config.norm_eps).mul_(self.qk_norm))
+            return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots)
+        q, k, v = self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots)
+        q = self.ops.rms_norm(q.contiguous(), self.qk_norm[: config.num_heads], config.norm_eps)
+        k = self.ops.rms_norm(k.contiguous(), self.qk_norm[config.num_heads :], config.norm_eps)
+        kv.write(slots, k, v)  # in place of the keys without a norm
+        return q, k, v
 
     def finish(self, hidden: Tensor, x: Rows, attended: Tensor) -> Tensor | Addends:
         """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
@@ -225,6 +244,17 @@ class _Layer:
         if norm is not None:
             delta = norm(summed(delta))
         return delta if self.config.residual_scale == 1.0 else summed(delta).mul_(self.config.residual_scale)
+
+
+def _own_heads(weight: Tensor, config: ModelConfig, group: TensorGroup, *, kv: bool = False) -> Tensor:
+    """``[heads of this rank, D]`` of the norm weights of all ranks' heads, channels in the order of the rotation."""
+    heads = weight.view(-1, config.head_dim)
+    count = config.num_kv_heads if kv else config.num_heads
+    first = group.rank * len(heads) // group.size
+    heads = heads[first : first + count]
+    if config.interleaved_rope:
+        heads = torch.cat([heads[:, 0::2], heads[:, 1::2]], 1)
+    return heads
 
 
 def _make_mlp(config: ModelConfig, index: int, weights: dict[str, Tensor], ops: Ops, make_linear: LinearFactory) -> MLP:

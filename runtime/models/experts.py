@@ -41,7 +41,7 @@ def parse_experts(fields: Fields, family: Experts) -> ExpertsConfig:
     """Raises `LoadError` that names the file and the key."""
     count, count_key = _first(fields, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     top_k, top_k_key = _first(fields, "num_experts_per_tok", "moe_k", "moe_topk")
-    size = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
+    size, _ = _first(fields, "moe_intermediate_size", "intermediate_size")
     groups, top_groups = fields.count("n_group", 1), fields.count("topk_group", 1)
     if top_k > count:
         raise LoadError(f"{fields.where}: {top_k_key} ({top_k}) is larger than {count_key} ({count})")
@@ -90,6 +90,10 @@ def sparse_layers(fields: Fields, count: int) -> list[bool]:
 
 
 def _first(fields: Fields, *keys: str) -> tuple[int, str]:
-    """The value of the first of ``keys`` that config.json has, and which that is."""
+    """The value of the first of ``keys`` that config.json has, and which that is. A list has one value for each layer:
+    all must be the same."""
     key = next((key for key in keys if fields.get(key) is not None), keys[0])
+    value = fields.get(key)
+    if isinstance(value, list) and value and value.count(value[0]) == len(value):
+        return Fields({key: value[0]}, fields.where).count(key), key
     return fields.count(key), key

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from .architecture import PRE_NORMS, Architecture, Experts, Norms
 
 _POST_NORMS: Norms = {
@@ -76,6 +78,13 @@ _GLM_EXPERTS = Experts(
     float32_router=True,
 )
 _GRANITE = {"max_position_embeddings": 2048, "attention_multiplier": 1.0}
+_HUNYUAN: dict[str, Any] = {
+    "qkv_bias": "attention_bias",
+    "o_bias": "attention_bias",
+    "qk_norm": "head_rotated",
+    "qk_norm_modules": ("query_layernorm", "key_layernorm"),
+    "defaults": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
+}
 _MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -89,6 +98,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "MistralForCausalLM": Architecture("mistral", windows="all", defaults=_MISTRAL),
     # The multimodal checkpoints of Mistral Small 3, text only.
     "Mistral3ForConditionalGeneration": Architecture("mistral3", windows="all", text_config=True, defaults=_MISTRAL),
+    "Ministral3ForCausalLM": Architecture(
+        "ministral3",
+        windows="all",
+        defaults={"head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5},
+    ),
+    "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", **_HUNYUAN),
     "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", windows="qwen", defaults=_QWEN),
     "Qwen3ForCausalLM": Architecture(
         "qwen3",
@@ -278,7 +293,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm_bias=True,
         norm_eps="layer_norm_eps",
         parallel="use_parallel_residual",
-        refused=("qk_layernorm",),
+        qk_norm="head_layer",
+        qk_norm_if="qk_layernorm",
+        qk_norm_modules=("q_layernorm.norms.{}", "k_layernorm.norms.{}"),
         defaults={"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
     ),
     "CohereForCausalLM": Architecture(
@@ -289,7 +306,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         norm_eps="layer_norm_eps",
         parallel="always",
         interleaved_rope=True,
-        refused=("use_qk_norm",),
+        qk_norm="head_layer",
+        qk_norm_if="use_qk_norm",
         defaults=_COHERE,
     ),
     "Cohere2ForCausalLM": Architecture(
@@ -392,6 +410,18 @@ ARCHITECTURES: dict[str, Architecture] = {
             "sliding_window": 4096,
             "max_window_layers": 62,
         },
+    ),
+    "HunYuanMoEV1ForCausalLM": Architecture(
+        "hunyuan_v1_moe",
+        **_HUNYUAN,
+        experts=Experts(
+            router="mlp.gate.wg.weight",
+            shared=("mlp.shared_mlp.gate_proj", "mlp.shared_mlp.up_proj", "mlp.shared_mlp.down_proj"),
+            shared_size="intermediate_size",
+            shared_unit="channels",
+            float32_router=True,
+            normalize="always",
+        ),
     ),
     "MiniMaxM2ForCausalLM": Architecture(
         "minimax_m2",

@@ -214,12 +214,18 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
     for name, module in config.norms.items():
         yield from _norm_specs(config, f"layers.{i}.{name}", prefix + module)
     yield from linear("qkv", qkv, hidden, "column", config.qkv_bias)
-    if config.qk_norm == "head":
-        yield vector("q_norm", "self_attn.q_norm.weight", config.head_dim)
-        yield vector("k_norm", "self_attn.k_norm.weight", config.head_dim)
-    elif config.qk_norm == "all":
-        yield vector("q_norm", "self_attn.q_norm.weight", q, heads)
-        yield vector("k_norm", "self_attn.k_norm.weight", kv, kv_heads)
+    for which, module, count in zip(("q_norm", "k_norm"), config.qk_norm_modules, (heads, kv_heads), strict=True):
+        tensor = f"self_attn.{module}.weight"
+        if config.qk_norm == "all":
+            yield vector(which, tensor, count * config.head_dim, count)
+        elif config.qk_norm == "head_layer" and "{}" not in tensor:
+            source = Source(prefix + tensor, (count, config.head_dim))
+            yield WeightSpec(f"layers.{i}.{which}", (source,), "replicated", kind="norm")
+        elif config.qk_norm == "head_layer":
+            norms = tuple(Source(prefix + tensor.format(head), (config.head_dim,)) for head in range(count))
+            yield WeightSpec(f"layers.{i}.{which}", norms, "replicated", kind="norm")
+        elif config.qk_norm != "none":
+            yield vector(which, tensor, config.head_dim)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
     prefixes, modules, inner = "", tuple(f"mlp.{module}" for module in config.mlp), config.intermediate_size
     if config.layers[i].sparse:

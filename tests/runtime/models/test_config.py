@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -287,8 +288,13 @@ def test_mistral_small_3_inside_a_multimodal_config() -> None:
     config = parse(base={"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
     assert (config.head_dim, config.ropes[0].theta, config.layers[0].window) == (32, 1e9, None)
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "llama_4_scaling_beta": 0.1}
-    with pytest.raises(LoadError, match="llama_4_scaling_beta is not supported"):
+    with pytest.raises(LoadError, match="rope_parameters: original_max_position_embeddings is missing"):
         parse(base={"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text})
+    text["rope_parameters"]["original_max_position_embeddings"] = 100  # Ministral 3: queries grow with their position
+    scaling = parse(base={"architectures": ["Mistral3ForConditionalGeneration"], "text_config": text}).query_scaling
+    assert scaling is not None
+    scales = scaling(torch.tensor([0, 99, 100, 299]))
+    assert scales.tolist() == pytest.approx([1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(3)])
 
 
 @pytest.mark.parametrize("kind", ["longrope", "su"])
