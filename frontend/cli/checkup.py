@@ -166,7 +166,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         fix = ours if config.model else f"{_pip('branchwise')} --force-reinstall"
         yield Finding("model", str(error), "broken", fix)
         return
-    yield Finding("model", f"{name}: {shape.architecture} in {folder}")
+    yield Finding("model", f"{name}: {shape.architecture}, served natively, in {folder}")
     each = f", on each of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
     yield Finding(
         "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}{each}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, cache, chat, doctor, generate, peers, pull, serve, tree
+from . import architectures, bench, cache, chat, doctor, generate, peers, pull, serve, tree
 
 app = typer.Typer(
     name="branchwise",
@@ -40,6 +40,7 @@ app.command("chat")(chat.chat)
 app.command("tree")(tree.tree)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("models")(architectures.models)
 app.command("pull")(pull.pull)
 app.add_typer(cache.app, name="cache")
 

@@ -64,10 +64,7 @@ class Architecture:
     mlp_bias: Switch = "never"
     norms: Norms = field(default_factory=lambda: PRE_NORMS)
     qk_norm: QKNorm = "none"
-    qk_norm_modules: tuple[str, str] = (
-        "q_norm",
-        "k_norm",
-    )  # ``{}``: the head's number; else one tensor has all
+    qk_norm_modules: tuple[str, str] = ("q_norm", "k_norm")  # ``{}``: the head's number
     qk_norm_if: Switch = "always"
     gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
     norm_kind: Literal["rms", "layer"] = "rms"

@@ -461,3 +461,12 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 MODEL_TYPES = {known.model_type: name for name, known in ARCHITECTURES.items()}
+
+
+def listing() -> str:
+    """The supported architectures by kind, a line each, without the ``ForCausalLM`` of their names."""
+    kinds: dict[str, list[str]] = {"Dense": [], "Mixtures of experts": [], "Text of multimodal models": []}
+    for name, known in ARCHITECTURES.items():
+        kind = "Text of multimodal models" if known.text_config else "Mixtures of experts" if known.experts else "Dense"
+        kinds[kind].append(name.removesuffix("ForCausalLM"))
+    return "\n".join(f"- {kind}: {', '.join(sorted(names))}" for kind, names in kinds.items())

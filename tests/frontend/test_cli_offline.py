@@ -26,7 +26,7 @@ from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.models.folder import SHIPPED
 
-COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "pull"]
+COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "models", "pull"]
 FLAGS = [
     "--host",
     "--port",
@@ -347,6 +347,7 @@ def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
 def test_doctor_downloads_no_weights(hub: dict[str, str]) -> None:
     done = branchwise("doctor", "some/model", "--device", "cpu", env=hub)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "LlamaForCausalLM, served natively" in done.stdout
     assert "KV tokens" in done.stdout and "HTTP Request" not in done.stdout + done.stderr
     assert any(path.endswith("/config.json") for path in Hub.requested)
     assert not any(path.endswith(".safetensors") for path in Hub.requested)

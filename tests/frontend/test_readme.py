@@ -107,6 +107,12 @@ def test_quickstart_without_a_server_is_one_line(unused_port: int) -> None:
     assert line.startswith(f"no server at http://127.0.0.1:{unused_port}") and "branchwise serve" in line
 
 
+def test_the_list_of_models_is_what_the_command_prints() -> None:
+    result = CliRunner().invoke(app, ["models"])
+    assert result.exit_code == 0 and "Mixtures of experts: " in result.output
+    assert result.output in README
+
+
 def test_commands_and_flags_exist() -> None:
     shown = set(re.findall(r"^branchwise (\w+)", README, re.MULTILINE)) | set(re.findall(r"`branchwise (\w+)", README))
     assert shown >= {"serve", "generate", "chat", "tree", "bench", "doctor"}
