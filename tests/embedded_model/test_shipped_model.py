@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import evaluate
 import pytest
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from branchwise import Engine
+from branchwise.kernels.processor import multiplies_int8
 from branchwise.runtime.models.folder import SHIPPED
 from corpus import arithmetic, dialogue, extraction, fewshot, puzzle, recall, tools
 from corpus.conversation import Conversation, user
@@ -107,3 +109,15 @@ def test_quoted_figures_are_the_measured_ones() -> None:
         assert quoted is not None, file
         lines = [line for line in quoted[1].splitlines() if line.startswith("| ")]
         assert len(lines) > 5 and set(lines) <= measured, set(lines) - measured
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_weights_in_8_bits_answer_as_well(quantization: Literal["fp8", "int8"]) -> None:
+    if quantization == "int8" and not multiplies_int8():
+        pytest.skip("the processor has no VNNI")
+    with Engine(device="cpu", kv_cache_tokens=32_768, dtype="float32", quantization=quantization) as engine:
+        subject = evaluate.Subject(engine)
+        asked = evaluate.collect(tools.make, "tools_call", 20, 121)
+        assert evaluate.measure(subject, "", asked, evaluate.calls).right >= 16
+        assert evaluate.measure(subject, "", evaluate.collect(recall.make, "recall", 20, 131)).right >= 18
+        assert evaluate.measure(subject, "", evaluate.collect(arithmetic.make, "arithmetic_steps", 20, 172)).right >= 18
