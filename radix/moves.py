@@ -17,6 +17,8 @@ from .node import DEVICE, DISK, HOST, Int32, Namespace, Node, Root, common_token
 from .structure import PrefixTree
 from .tiers import Tier
 
+FULL = 8  # the host is nearly full when less than this part of it is free
+
 
 @dataclass(slots=True, eq=False)
 class Transfer:
@@ -165,6 +167,10 @@ class Moves:
                 target.put(node, slots)
         target.free(join(unused))
         structure.unlock(transfer.node)
+        if target is structure.device and source.slots.free < source.slots.total // FULL:
+            for node in nodes:  # a full host keeps what the device lacks
+                if len(node.pages) and len(node.host) and not node.locks:
+                    source.free(source.take(node))
         if damaged and failed is not None:
             structure.forget(failed, source)
         structure.events.deliver()

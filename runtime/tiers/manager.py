@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
-from ...radix.moves import Reach, Transfer
+from ...radix.moves import FULL, Reach, Transfer
 from ...radix.node import DEVICE, DISK, HOST, Int32, Namespace, Node, Root
 from ...radix.tree import RadixTree
 from ..config import Preemption
@@ -27,8 +27,7 @@ logger = logging.getLogger(__name__)
 _LOADS = 16  # transfers at once
 _MOST_PAGES = 1024  # of one transfer: the first pages of a long prompt arrive while the rest is on its way
 _ATTEMPTS = 8  # transfers that one request may wait for in vain: what arrives may be evicted before it is admitted
-_FULL = 8  # the host is nearly full when less than this part of it is free: the next victims are written to the disk
-_VICTIMS = 8  # of them are looked at
+_VICTIMS = 8  # leaves of a nearly full host that are looked at, to be written to the disk
 _LATE = 1.0  # seconds after which a copy is late, beyond four times its estimate
 _SWAP_LATE = 60.0  # the same for a request that was preempted with --preemption swap
 _WRITE_QUEUE = 4096  # prefixes remembered to be written to the disk
@@ -299,7 +298,7 @@ class TierManager(NoTiers):
                 if begun.node is not leaf:
                     self._leaves.append(leaf)
                 return
-        if host is not None and host.slots.free < host.slots.total // _FULL:
+        if host is not None and host.slots.free < host.slots.total // FULL:
             for _, _, node in list(islice(host.leaves, _VICTIMS)):
                 if not len(node.disk) and self._persist(node) is not None:
                     return

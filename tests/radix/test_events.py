@@ -165,3 +165,17 @@ def test_only_pages_on_the_device_are_matched(drive):
     assert d.peek([*A[:8], 5, 5, 7]) == 8, "nor copied from"
     assert d.tree.reach(np.array(A, np.int32))[:3] == (8, 4, 0)
     assert d.tree.reach(np.array([*A[:8], 5, 5, 7], np.int32))[:3] == (8, 2, 0)
+
+
+@pytest.mark.parametrize(("slots", "left"), [(40, 3), (8, 0)])
+def test_a_full_host_gives_up_what_was_loaded(drive, slots, left):
+    d = drive(host_slots=slots)
+    if slots == 8:
+        d.remember([7] * 20)
+    d.remember(A)
+    structure = d.tree.structure
+    d.tree.allocator.give_back(structure.evict(structure.device, d.tree.evictable))
+    assert structure.host.slots.free == (37 if slots == 40 else 0)
+    transfer = d.tree.moves.load(d.tree.reach(np.array(A, np.int32)), 8)
+    d.tree.end_transfer(transfer, 3)
+    assert d.peek(A) == 12 and structure.host.cached == left + (5 if slots == 8 else 0)
