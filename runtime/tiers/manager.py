@@ -207,7 +207,10 @@ class TierManager(NoTiers):
         self._waits.pop(request_id, None)
 
     def _crowded(self, wait: Wait, tokens: int) -> bool:
-        """Whether others' copies would have to be evicted for this request's before they are used."""
+        """Whether copies of others would have to be evicted for this one before they are used. Never while nothing is
+        under way: two requests whose copies were evicted again would wait for each other."""
+        if not self._ids:
+            return False
         claimed = sum(each.claim for each in self._waits.values() if each is not wait)
         under_way = sum(len(each.target_slots) for each in self._ids.values() if each.target == DEVICE)
         room = self._tree.available + under_way
