@@ -323,6 +323,7 @@ class Stats(Message):
     pages_free: int = 0
     pages_cached: int = 0  # evictable: in the tree and not leased
     page_size: int = 0
+    kv_token_bytes: int = 0  # keys and values of one token in every layer, on one rank; 0 without a model
     steps: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0

@@ -56,6 +56,7 @@ class EngineCore:
         self.executor = executor
         limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
         budget = step_budget(config, gpu=gpu)
+        self.kv_token_bytes = 0  # for `stats`: set by who knows the pool
         self.scheduler = Scheduler(
             config,
             limits,
@@ -243,6 +244,7 @@ class EngineCore:
         stats, branches = self.scheduler.stats(), self.branches.registry
         stats.branches, stats.branches_holding = len(branches), branches.holding
         stats.branch_holds_lost = branches.holds_lost
+        stats.kv_token_bytes = self.kv_token_bytes
         return stats
 
     def check(self) -> None:

@@ -81,6 +81,7 @@ def load_engine(
             disk = None if config.disk_cache is None else _open_disk(config, local.memory_plan, local.host.page_bytes)
             lower = LowerTiers(local.host, disk)
         core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, gpu, lower)
+        core.kv_token_bytes = local.memory_plan.layout.token_bytes
         undo.pop_all()
     times.lap("scheduler")
     logger.info("loaded in %s", times)

@@ -42,6 +42,8 @@ def test_a_reused_prefix_answers_as_a_computed_one(choice: str) -> None:
     with Engine(**settings, max_num_batched_tokens=96, page_size=32) as engine:
         assert tokens(engine) == cold
         assert tokens(engine) == cold, "warm"
+        plan = ModelExecutor.load(EngineConfig(**settings)).memory_plan  # type: ignore[arg-type]
+        assert engine.stats().kv_token_bytes == plan.layout.token_bytes
 
 
 @pytest.mark.parametrize("choice", ["fp8", "int4"])

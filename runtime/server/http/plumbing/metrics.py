@@ -26,6 +26,7 @@ _GAUGES = (
     ("requests_running", "Requests with a row of the page table", "running"),
     ("requests_waiting", "Requests waiting to be scheduled", "waiting"),
     ("kv_pages", "Pages of the KV pool", "pages_total"),
+    ("kv_token_bytes", "Bytes of one token's keys and values, on one rank", "kv_token_bytes"),
     ("kv_pages_free", "Pages in use by nothing", "pages_free"),
     ("kv_pages_cached", "Pages in use by the tree only: evictable", "pages_cached"),
     ("kv_pages_pinned", "Pages that pins and cache breakpoints keep from eviction", "pages_pinned"),
@@ -186,6 +187,9 @@ class _StatsCollector(Collector):
             yield GaugeMetricFamily(f"branchwise_{name}", text, value=getattr(stats, field))
         for name, text, field in _COUNTERS:
             yield CounterMetricFamily(f"branchwise_{name}", text, value=getattr(stats, field))
+        yield GaugeMetricFamily(
+            "branchwise_kv_tokens", "Tokens that the KV pool holds", value=stats.pages_total * stats.page_size
+        )
         in_use = stats.pages_total - stats.pages_free - stats.pages_cached
         usage = in_use / stats.pages_total if stats.pages_total else 0.0
         yield GaugeMetricFamily(
