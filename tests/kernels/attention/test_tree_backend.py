@@ -22,6 +22,7 @@ from branchwise.kernels import triton_launch
 from branchwise.kernels.attention import tree_backend, tree_tuning
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
+from branchwise.kernels.attention.tree_gate import Forest
 from branchwise.kernels.attention.tree_tuning import tune
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
@@ -301,3 +302,37 @@ def test_what_cannot_be_served_is_refused() -> None:
     world.tree.plan(world.batch(DECODES))
     with pytest.raises(ValueError, match="contiguous"):
         world.tree.run(0, torch.zeros(8, 4, 64, device=DEVICE)[..., ::2], world.table, world.table)  # type: ignore[arg-type]
+
+
+def test_calibration_runs_both_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On small forests, in the interpreter; what a launch takes is made up. The page table is restored."""
+    world = World(specs=[LayerSpec(0.25), LayerSpec(0.2)])
+    tree, rows, launched = world.tree, world.table.copy(), []
+
+    def took(launch: Callable[[int], None]) -> float:
+        for layer in range(2):
+            launch(layer)
+        launched.append(launch.__name__)
+        return 1.0
+
+    monkeypatch.setattr(tree_tuning, "milliseconds", took)
+    monkeypatch.setattr(tree_tuning, "POINTS", (Forest(6, 0, 0, 20), Forest(6, 2, 32, 8), Forest(8, 1, 40, 12)))
+    tree._calibrated(world.heads, world.device_table)
+    assert launched == ["run_flat", "run_tree"] * 3
+    assert np.array_equal(world.device_table.cpu().numpy(), rows)
+    world.check(world.batch(DECODES))
+
+
+def test_a_start_survives_a_calibration_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(launch: Callable[[int], None]) -> float:
+        raise RuntimeError("out of memory")
+
+    world = World(specs=[LayerSpec(0.25), LayerSpec(0.2)])
+    monkeypatch.setattr(tree_tuning, "milliseconds", fail)
+    monkeypatch.setattr(tree_tuning, "POINTS", (Forest(6, 2, 32, 8),))
+    costs = world.tree._costs
+    assert world.tree._calibrated(world.heads, world.device_table) == costs
+    assert "built-in costs" in caplog.text
+    world.check(world.batch(DECODES))
