@@ -144,6 +144,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     """The memory plan of a model on this machine. Loads no weights."""
     name = config.model or "the shipped model"
     try:
+        from ...runtime.executor.backends import describe_attention
         from ...runtime.executor.device import apply_quantization, pick_device, pick_dtype
         from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
@@ -167,6 +168,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         yield Finding("model", str(error), "broken", fix)
         return
     yield Finding("model", f"{name}: {shape.architecture}, served natively, in {folder}")
+    yield Finding("attention", describe_attention(config, shape, device))
     each = f", on each of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
     yield Finding(
         "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}{each}"

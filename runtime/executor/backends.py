@@ -20,6 +20,7 @@ from ...kernels.base import Ops
 from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
+from ..models.config import ModelConfig
 from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, JOINT_TOKENS, largest_shape
 from .inputs import PageTable
 
@@ -104,6 +105,31 @@ def make_attention(
     if choice == "tree":
         raise LoadError("--attention-backend tree: neither FlashInfer nor Triton can run its other steps")
     return TorchAttention(pool, layers, num_heads)
+
+
+def describe_attention(config: EngineConfig, model: ModelConfig, device: torch.device) -> str:
+    """Which attention would serve, for `branchwise doctor`: nothing is compiled or measured.
+
+    On a GPU it says from how many tokens on shared prefixes are read once by the built-in costs. A start measures them
+    on the device and logs what it found.
+    """
+    choice, problem = config.attention_backend, _problem_with_triton(device)
+    if choice == "torch" or (choice == "auto" and device.type == "cpu"):
+        return "torch, which reads each shared prefix once"
+    if choice in ("flashinfer", "triton"):
+        return f"{choice}, which reads a shared prefix once for each request"
+    if problem is not None:
+        return f"not the tree: {problem}"
+    from ...kernels.attention.tree_backend import MIN_KEYS, SLOTS, WORKERS
+    from ...kernels.attention.tree_costs import TreeCosts
+    from ...kernels.attention.tree_gate import describe
+    from ...kernels.attention.tree_plan import TreeLimits
+
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    workers = tuple(max(1, each * processors // model.num_kv_heads) for each in WORKERS)
+    limits = TreeLimits((SLOTS,) * len(WORKERS), SLOTS, workers, MIN_KEYS)
+    gate = describe(model.num_heads // model.num_kv_heads, config.page_size, TreeCosts(), limits)
+    return f"tree: by the built-in costs, which a start measures anew, {gate}"
 
 
 def _over(

@@ -104,3 +104,29 @@ def test_flashinfer_is_imported_ahead_where_it_may_serve(monkeypatch: pytest.Mon
     assert not imported
     backends.preload(EngineConfig(), torch.device("cuda", 0))
     assert done.wait(10) and imported == ["flashinfer.jit"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "device", "said"),
+    [
+        ("auto", "cpu", "torch, which"),
+        ("torch", "cuda", "torch, which"),
+        ("flashinfer", "cuda", "flashinfer, which reads a shared prefix once for each request"),
+        (
+            "auto",
+            "cuda",
+            "tree: by the built-in costs, which a start measures anew, 8 requests read a shared prefix once",
+        ),
+        ("tree", "cpu", "not the tree: "),
+    ],
+)
+def test_attention_in_words(
+    choice: Any, device: str, said: str, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if device == "cuda":
+        monkeypatch.setattr(backends, "_problem_with_triton", lambda device: None)
+        properties = SimpleNamespace(multi_processor_count=132)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    model = dataclasses.replace(load_config(checkpoint("llama-gqa")), num_heads=32, num_kv_heads=8)
+    config = EngineConfig(attention_backend=choice)
+    assert backends.describe_attention(config, model, torch.device(device)).startswith(said)
