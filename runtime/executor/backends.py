@@ -114,6 +114,8 @@ def describe_attention(config: EngineConfig, model: ModelConfig, device: torch.d
     on the device and logs what it found.
     """
     choice, problem = config.attention_backend, _problem_with_triton(device)
+    if config.deterministic:
+        return "fixed tiles: the same bits whatever else is in a step (--deterministic)"
     if choice == "torch" or (choice == "auto" and device.type == "cpu"):
         return "torch, which reads each shared prefix once"
     if choice in ("flashinfer", "triton"):
