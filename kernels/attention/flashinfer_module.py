@@ -12,10 +12,10 @@ from __future__ import annotations
 import logging
 import re
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,8 +125,8 @@ def build(variants: Sequence[Variant]) -> None:
             logger.warning(
                 "compiling FlashInfer's attention kernels for this model: half a minute, the first time only"
             )
-        with ThreadPoolExecutor(max_workers=max(len(variants), 1)) as pool:
-            list(pool.map(_load, variants))
+        for loading in [_in_thread(partial(_load, variant)) for variant in variants]:
+            loading.result()
     except Exception as error:  # FlashInfer raises errors of any class
         raise Unavailable(
             f"FlashInfer's kernels could not be compiled: {_gist(str(error))} (it needs CUDA's nvcc and a C++ compiler)"
@@ -136,28 +136,39 @@ def build(variants: Sequence[Variant]) -> None:
 def build_later(variants: Sequence[Variant]) -> Future[None]:
     """`build` for modules that work can begin without: compiles in a thread what FlashInfer's cache lacks, and loads
     what it has before returning. A failure is logged and is the future's exception."""
-    future: Future[None] = Future()
 
     def run() -> None:
         try:
             build(variants)
         except Unavailable as error:
             logger.warning("serving goes on without %s: %s", names, error)
-            future.set_exception(error)
-        else:
-            future.set_result(None)
+            raise
 
     names = ", ".join(dict.fromkeys(variant.kernel for variant in variants))
     try:
         compiled = _compiled(variants)
     except Exception:  # FlashInfer raises errors of any class; `build` says which
         compiled = True
-    if compiled:
-        run()
-    else:
+    if not compiled:
         logger.warning("serving begins without FlashInfer's %s, which is compiled meanwhile (about a minute)", names)
-        # A daemon: a server that is stopped does not wait for the compiler.
-        threading.Thread(target=run, name="flashinfer-build", daemon=True).start()
+    future = _in_thread(run)
+    if compiled:
+        wait([future])
+    return future
+
+
+def _in_thread(work: Callable[[], Any]) -> Future[Any]:
+    """Runs ``work`` in a daemon thread: a process that exits does not wait for the compiler, as it does for the threads
+    of an executor."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="flashinfer-build", daemon=True).start()
     return future
 
 

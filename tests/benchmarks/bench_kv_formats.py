@@ -70,7 +70,7 @@ def graph_ms(run: Callable[[], object]) -> float:
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         run()
-    return milliseconds(graph.replay)
+    return milliseconds(lambda _: graph.replay())
 
 
 def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[str, float], small: bool) -> None:

@@ -5,6 +5,8 @@ Tests with FlashInfer itself are in tests/gpu.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import Future
 from types import SimpleNamespace
@@ -246,6 +248,18 @@ def test_building_later(compiled, monkeypatch):
         assert future.done()
     assert future.result(10) is None
     assert len(threads) == 1
+
+
+def test_a_process_that_exits_does_not_wait_for_the_compiler():
+    program = """if True:
+        import time
+        from branchwise.kernels.attention import flashinfer_module as subject
+        subject._compiled = lambda variants: False
+        subject._load = lambda variant: time.sleep(60)
+        assert not subject.build_later([subject.Variant("fa3", None, 128)]).done()
+    """
+    done = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_later_build_that_fails_is_told_by_its_future(monkeypatch, caplog):
