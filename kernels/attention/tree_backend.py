@@ -64,6 +64,7 @@ class TreeAttention:
         flat: the backend that reads keys once for each request.
         max_tokens: the most query tokens of a captured step, and the most decodes of any step.
         costs: what the choice between the paths is made by; by default measured, on a GPU.
+        measure: False: keep the built-in costs, which are the same on all GPUs of one kind.
     """
 
     def __init__(
@@ -75,8 +76,9 @@ class TreeAttention:
         flat: AttentionBackend,
         max_tokens: int,
         costs: TreeCosts | None = None,
+        measure: bool = True,
     ) -> None:
-        layout, fitted = pool.layout, costs is None
+        layout, fitted = pool.layout, costs is None and measure
         costs = costs or _default_costs(pool)
         if any(spec.scale <= 0 for spec in layers):
             raise ValueError("scales must be positive")

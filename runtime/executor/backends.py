@@ -101,7 +101,8 @@ def make_attention(
             continue
         if choice == name or (choice == "auto" and _problem_with_triton(pool.device) is not None):
             return flat
-        return _over(flat, pool, layers, num_heads, table)
+        # Whether a plan fits a captured step depends on the costs, and ranks must run steps of one shape.
+        return _over(flat, pool, layers, num_heads, table, measure=config.tensor_parallel_size == 1)
     if choice == "tree":
         raise LoadError("--attention-backend tree: neither FlashInfer nor Triton can run its other steps")
     return TorchAttention(pool, layers, num_heads)
@@ -135,16 +136,16 @@ def describe_attention(config: EngineConfig, model: ModelConfig, device: torch.d
 
 
 def _over(
-    flat: AttentionBackend, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable
+    flat: AttentionBackend, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, *, measure: bool
 ) -> AttentionBackend:
-    """Tree attention, with ``flat`` for the steps that share little."""
+    """Tree attention, with ``flat`` for the steps that share little. ``measure``: see `TreeAttention`."""
     problem = _problem_with_triton(pool.device)
     if problem is not None:
         raise LoadError(f"--attention-backend tree: {problem}")
     from ...kernels.attention.tree_backend import TreeAttention
 
     rows = len(table.host) - 1
-    return TreeAttention(pool, layers, num_heads, table.device, flat, max(rows, largest_shape(rows)))
+    return TreeAttention(pool, layers, num_heads, table.device, flat, max(rows, largest_shape(rows)), measure=measure)
 
 
 def _flashinfer(

@@ -86,6 +86,7 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
 def call_everything() -> None:
     """Each function at the sizes of Llama 3.1 8B, and at sizes that take its other branches."""
     from branchwise.kernels import triton_ops, triton_sampling
+    from branchwise.kernels.addends import Addends
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
     from branchwise.kernels.attention.triton_backend import TritonAttention
     from branchwise.kernels.kv_pool import KVLayer, KVPool
@@ -97,6 +98,9 @@ def call_everything() -> None:
     triton_ops.rms_norm(zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
     triton_ops.rms_norm(zeros(4, 8, 128), zeros(8, 128, dtype=float32), 1e-5)
     triton_ops.add_rms_norm(zeros(4, 4096), zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
+    for ranks in (2, 8):
+        addends = Addends((zeros(4, 4096),) * ranks, zeros(ranks, dtype=torch.int64))
+        triton_ops.add_rms_norm(addends, zeros(4, 4096), zeros(4096, dtype=float32), 1e-5)
     triton_ops.gate_mul(zeros(4, 28672), "silu")
     triton_ops.gate_mul(zeros(4, 2 * 333), "gelu_tanh")
     triton_ops.gate_mul(zeros(4, 28672), "gelu")

@@ -45,7 +45,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_module, "check_available", lambda device, dtype, head_dim: None)
     monkeypatch.setattr(flashinfer_backend, "FlashInferAttention", broken)
     monkeypatch.setattr(triton_backend, "TritonAttention", lambda *args, **options: "triton")
-    monkeypatch.setattr(tree_backend, "TreeAttention", lambda *args: ("tree", args[4]))
+    monkeypatch.setattr(tree_backend, "TreeAttention", lambda *args, **options: ("tree", args[4]))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
 
 
@@ -130,3 +130,17 @@ def test_attention_in_words(
     model = dataclasses.replace(load_config(checkpoint("llama-gqa")), num_heads=32, num_kv_heads=8)
     config = EngineConfig(attention_backend=choice)
     assert backends.describe_attention(config, model, torch.device(device)).startswith(said)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_do_not_measure_costs_of_their_own(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With costs of its own a rank could run a step in another shape than the others, which then wait for ever."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(backends, "_problem_with_triton", lambda device: None)
+    monkeypatch.setattr(backends, "_flashinfer", lambda *args: SimpleNamespace())
+    monkeypatch.setattr(tree_backend, "TreeAttention", lambda *args, **options: seen.append(options))
+    pool = SimpleNamespace(device=torch.device("cuda"), layout=SimpleNamespace(quantized=False))
+    table = SimpleNamespace(host=np.zeros((9, 4)), device=None)
+    config = EngineConfig(attention_backend="tree", tensor_parallel_size=ranks)
+    make_attention(config, pool, [LayerSpec(1.0)], 4, table, 64)  # type: ignore[arg-type]
+    assert seen == [{"measure": ranks == 1}]
