@@ -117,12 +117,11 @@ def _encode_nvfp4(x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
     peak = blocks.abs().amax(-1, keepdim=True) * (1.0 / (E2M1_MAX * NVFP4_GLOBAL))
     scales = peak.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
-    y = (blocks * (1.0 / (scales.float() * NVFP4_GLOBAL))).flatten(-2)
-    size = y.abs()
-    # Round to nearest, ties to the even code.
-    codes = sum(size > t for t in (0.25, 1.25, 2.5, 5.0)) + sum(size >= t for t in (0.75, 1.75, 3.5))
-    codes = codes.to(torch.uint8) | ((y < 0).to(torch.uint8) << 3)
-    return _pack(codes), scales.squeeze(-1).view(torch.uint8)
+    size, unit = blocks.abs(), scales.float() * NVFP4_GLOBAL
+    # Round to nearest, ties to the even code. The products are exact, which a quotient would not be.
+    codes = sum(size > unit * t for t in (0.25, 1.25, 2.5, 5.0)) + sum(size >= unit * t for t in (0.75, 1.75, 3.5))
+    codes = codes.to(torch.uint8) | ((blocks < 0).to(torch.uint8) << 3)
+    return _pack(codes.flatten(-2)), scales.squeeze(-1).view(torch.uint8)
 
 
 def _decode_nvfp4(data: Tensor, scales: Tensor) -> Tensor:

@@ -86,11 +86,10 @@ def store_nvfp4(
     blocks = tl.reshape(x, (ROWS, BLOCKS, _NVFP4_BLOCK))
     peak = tl.max(tl.abs(blocks), axis=2) * (1.0 / (_E2M1_MAX * _NVFP4_GLOBAL))
     scale = tl.minimum(tl.maximum(peak, 0.001953125), _E4M3_MAX).to(tl.float8e4nv)
-    y = blocks * tl.div_rn(1.0, scale.to(tl.float32) * _NVFP4_GLOBAL)[:, :, None]
-    size = tl.abs(y)
-    codes = (size > 0.25).to(tl.int32) + (size >= 0.75).to(tl.int32) + (size > 1.25).to(tl.int32)
-    codes += (size >= 1.75).to(tl.int32) + (size > 2.5).to(tl.int32) + (size >= 3.5).to(tl.int32)
-    codes += (size > 5.0).to(tl.int32) + 8 * (y < 0.0).to(tl.int32)
+    size, unit = tl.abs(blocks), (scale.to(tl.float32) * _NVFP4_GLOBAL)[:, :, None]
+    codes = (size > unit * 0.25).to(tl.int32) + (size >= unit * 0.75).to(tl.int32) + (size > unit * 1.25).to(tl.int32)
+    codes += (size >= unit * 1.75).to(tl.int32) + (size > unit * 2.5).to(tl.int32) + (size >= unit * 3.5).to(tl.int32)
+    codes += (size > unit * 5.0).to(tl.int32) + 8 * (blocks < 0.0).to(tl.int32)
     store_words(tl.reshape(codes, (ROWS, D)), data_ptrs, mask, ROWS, D)
     tl.store(
         scale_ptrs[:, None].to(tl.pointer_type(tl.float8e4nv)) + tl.arange(0, BLOCKS)[None, :], scale, mask[:, None]
