@@ -78,6 +78,17 @@ def store_int4(
 
 
 @triton.jit
+def _round_e4m3(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The nearest e4m3 values of positive float32 up to 448, ties to even: as codes, and as float32."""
+    bits = x.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - 960
+    subnormal = ((x * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)
+    code = tl.where(x < 0.015625, subnormal, normal)
+    value = tl.where(code < 8, code.to(tl.float32) * 0.001953125, ((code + 960) << 20).to(tl.float32, bitcast=True))
+    return code, value
+
+
+@triton.jit
 def store_nvfp4(
     x: tl.tensor, data_ptrs: tl.tensor, scale_ptrs: tl.tensor, mask: tl.tensor, ROWS: tl.constexpr, D: tl.constexpr
 ) -> None:
@@ -85,15 +96,16 @@ def store_nvfp4(
     BLOCKS: tl.constexpr = D // _NVFP4_BLOCK
     blocks = tl.reshape(x, (ROWS, BLOCKS, _NVFP4_BLOCK))
     peak = tl.max(tl.abs(blocks), axis=2) * (1.0 / (_E2M1_MAX * _NVFP4_GLOBAL))
-    scale = tl.minimum(tl.maximum(peak, 0.001953125), _E4M3_MAX).to(tl.float8e4nv)
-    size, unit = tl.abs(blocks), (scale.to(tl.float32) * _NVFP4_GLOBAL)[:, :, None]
+    scale, rounded = _round_e4m3(tl.minimum(tl.maximum(peak, 0.001953125), _E4M3_MAX))
+    size, unit = tl.abs(blocks), (rounded * _NVFP4_GLOBAL)[:, :, None]
     codes = (size > unit * 0.25).to(tl.int32) + (size >= unit * 0.75).to(tl.int32) + (size > unit * 1.25).to(tl.int32)
     codes += (size >= unit * 1.75).to(tl.int32) + (size > unit * 2.5).to(tl.int32) + (size >= unit * 3.5).to(tl.int32)
     codes += (size > unit * 5.0).to(tl.int32) + 8 * (blocks < 0.0).to(tl.int32)
     store_words(tl.reshape(codes, (ROWS, D)), data_ptrs, mask, ROWS, D)
-    tl.store(
-        scale_ptrs[:, None].to(tl.pointer_type(tl.float8e4nv)) + tl.arange(0, BLOCKS)[None, :], scale, mask[:, None]
-    )
+    even, odd = tl.split(tl.reshape(scale, (ROWS, BLOCKS // 4, 2, 2)))
+    even, odd = tl.split(even | (odd << 8))
+    words_ptr = scale_ptrs[:, None].to(tl.pointer_type(tl.int32)) + tl.arange(0, BLOCKS // 4)[None, :]
+    tl.store(words_ptr, even | (odd << 16), mask[:, None])
 
 
 @triton.jit
