@@ -1,7 +1,7 @@
 """Collectives between GPUs that reach each other's memory: torch's symmetric memory, without NVLink multicast.
 
-Measured on two H200s, all-reduce of bfloat16 ``[B, 8192]`` in a CUDA graph, against NCCL: 6.6 and 11.1 µs (1 row), 10.0
-and 18.0 (64 rows), 23 and 36 (256), 108 and 141 (2,048).
+Measured on two H200s, all-reduce of bfloat16 ``[B, 8192]`` in a CUDA graph, two-shot against NCCL: 7.5 and 9.9 µs
+(1 row), 15.4 and 16.5 (64 rows), 23.3 and 34.2 (256), 127 and 136 (2,048).
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 from ...kernels.addends import Addends
 
 BUFFER_BYTES = 64 << 20  # what ranks exchange at once: 8,192 tokens of 4,096 bfloat16
-_ONE_SHOT_BYTES = 1 << 20  # up to here every rank reads all parts; above, each adds up a part for all (two-shot)
-# The most bytes of `addends`, by the number of ranks; for other numbers `_ONE_SHOT_BYTES`. Two ranks transfer as much
-# in one shot as in two.
-_ADDENDS_BYTES = {2: BUFFER_BYTES}
+# Up to here every rank reads all parts; above, each adds up a part for all (two-shot). 0: one-shot and `addends` have
+# run in Triton's interpreter only. To be measured on two devices: 1 MiB, and `BUFFER_BYTES` of addends for two ranks.
+_ONE_SHOT_BYTES = 0
+_ADDENDS_BYTES: dict[int, int] = {}  # the most bytes of `addends`, by the number of ranks; else `_ONE_SHOT_BYTES`
 
 
 class SymmetricGroup:
