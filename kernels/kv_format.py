@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal
 
@@ -56,10 +56,11 @@ class KVFormat:
 
     name: FormatName
     bits: int
-    scale_bytes: Callable[[int], int]
+    # Without the functions, whose addresses change: a disk cache recognizes its pages by the text of a layout.
+    scale_bytes: Callable[[int], int] = field(repr=False)
     rotates_keys: bool
-    encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-    decode: Callable[[Tensor, Tensor], Tensor]
+    encode: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] = field(repr=False)
+    decode: Callable[[Tensor, Tensor], Tensor] = field(repr=False)
 
     @property
     def plain(self) -> bool:

@@ -50,6 +50,7 @@ class Generate(Message):
     breakpoints: list[tuple[int, float]] = []
     shorten: bool = False  # lower max_tokens to what the context leaves, instead of refusing
     no_cache: bool = False  # its namespace is its own, and its pages are freed when it ends
+    more: int = 0  # prompts of the same HTTP request that follow at once: all are tokenized before one is forwarded
 
 
 class Abort(Message):

@@ -38,7 +38,9 @@ def test_ids_and_logprobs_are_those_of_completions(shipped: Any, ids: list[int])
     [choice], [expected] = answer["choices"], other["choices"]
     assert choice["token_ids"] == expected["token_ids"]
     assert answer["prompt_token_ids"] == ids
-    assert [row["logprob"] for row in choice["logprobs"]["content"]] == expected["logprobs"]["token_logprobs"]
+    given = [row["logprob"] for row in choice["logprobs"]["content"]]
+    # The second is computed after a cached prefix: in other chunks, so rounded otherwise.
+    assert given == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-4)
     for row in choice["logprobs"]["content"]:
         assert row["top_logprobs"][0] == {name: row[name] for name in ("token_id", "logprob", "rank")}
         assert row["rank"] == 1 and len(row["top_logprobs"]) == 2

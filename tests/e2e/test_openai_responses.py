@@ -197,7 +197,7 @@ def test_stream_helper(client: openai.OpenAI) -> None:
         kinds = [event.type for event in stream]
         called = stream.get_final_response().output[0]
     assert kinds.count("response.function_call_arguments.done") == 1
-    assert kinds.count("response.function_call_arguments.delta") > 5
+    assert kinds.count("response.function_call_arguments.delta") >= 5
     assert called.type == "function_call"
     assert called.parsed_arguments == {"koayi": 695, "repeat": False}
     with client.responses.stream(model="branchwise", input=WRITE, text_format=Person, temperature=0) as stream:
@@ -266,7 +266,7 @@ def test_the_model_calls_a_function(client: openai.OpenAI, choice: Any) -> None:
     events = list(respond(client, PAINT, tools=TOOLS, tool_choice=choice, stream=True))
     deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
     assert "".join(deltas) == PAINTED
-    assert len(deltas) > 5
+    assert len(deltas) >= 5
     assert not any(event.type == "response.output_text.delta" for event in events)
 
 
@@ -510,7 +510,7 @@ def test_thinking_is_an_item_of_its_own(start_server: Any) -> None:
     assert 20 <= counted < whole.usage.output_tokens - 5
     deltas = [event.delta for event in events if event.type == "response.reasoning_text.delta"]
     assert "".join(deltas) == "hm " * 20
-    assert len(deltas) > 5
+    assert len(deltas) >= 5
     last = events[-1].response
     assert last.usage.output_tokens_details.reasoning_tokens == counted
     assert [item.type for item in last.output] == ["reasoning", "message"]

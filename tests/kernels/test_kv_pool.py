@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -43,3 +46,15 @@ def test_copies_read_every_source_first(bytes_in_flight: int, monkeypatch: pytes
     KVPool(data).copy_pages(torch.tensor([[0, 1], [1, 2], [2, 0]]))
     assert torch.equal(data[:, :, [1, 2, 0]], before[:, :, [0, 1, 2]])
     assert torch.equal(data[:, :, 3], before[:, :, 3])
+
+
+@pytest.mark.parametrize("choice", ["auto", "fp8", "int4", "nvfp4", "k16v8"])
+def test_a_layout_is_described_alike_in_every_process(choice: str) -> None:
+    """A disk cache compares these texts after a restart."""
+    program = (
+        "import torch; from branchwise.kernels.kv_pool import KVLayout; "
+        f"print(KVLayout.of({choice!r}, 2, 16, 4, 64, torch.bfloat16))"
+    )
+    found = [subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout for _ in range(2)]
+    assert found[0] == found[1] != ""
+    assert "0x" not in found[0]

@@ -217,7 +217,10 @@ class EngineClient:
         if len(prompts) > 1:
             call.prompts = [i for i, prompt in enumerate(prompts) for _ in range(prompt.params.n)]
         ids = iter(call.ids)
-        messages = [msgspec.structs.replace(each, ids=list(itertools.islice(ids, each.params.n))) for each in prompts]
+        messages = [
+            msgspec.structs.replace(each, ids=list(itertools.islice(ids, each.params.n)), more=len(prompts) - 1 - i)
+            for i, each in enumerate(prompts)
+        ]
         self._to_tokenizer(messages)
         for message, label in itertools.zip_longest(messages, labels):
             self._expect(message.ids, call, owner, label)

@@ -41,13 +41,16 @@ _SLICE_SECONDS = 0.005  # of tokenizing before the inbox is read again
 _POLL_MS = 5  # how often the thread's results are collected
 
 Text = Generate | BranchOp | BranchRun
+Unit = list[Text]  # the prompts of one HTTP request, or one operation on a branch
 
 
 class TokenizerWorker:
     """Receives requests from HTTP; forwards them with token ids to the scheduler, and refuses those that do not fit.
 
-    Owners take turns: the texts of one delay another's by one text. Long texts are tokenized in a thread, so that they
-    delay short ones by no more than the CPU that they take. Heartbeats and aborts are not queued behind texts.
+    Owners take turns: the texts of one delay another's by one request. The prompts of a request are tokenized
+    together, so that one which is refused fails it before another generates anything. Long texts are tokenized in a
+    thread, so that they delay short ones by no more than the CPU that they take. Heartbeats and aborts are not queued
+    behind texts.
 
     The operations of one owner on branches stay in order. `Generate` messages may overtake each other.
     """
@@ -59,11 +62,12 @@ class TokenizerWorker:
         self._limits: Limits | None = None
         self._tokenizer = Tokenizer.load(Path(config.engine.model))
         self._longest_token = _longest_token(self._tokenizer)
-        self._queue: FairQueue[Text] = FairQueue()
-        self._long: FairQueue[Text] = FairQueue()  # taken from the queue, for the thread
-        self._in_thread: Text | None = None
-        self._todo: SimpleQueue[Text | None] = SimpleQueue()
-        self._done: SimpleQueue[tuple[Text, Refusal | None]] = SimpleQueue()
+        self._arriving: Unit = []  # prompts of which `Generate.more` follow
+        self._queue: FairQueue[Unit] = FairQueue()
+        self._long: FairQueue[Unit] = FairQueue()  # taken from the queue, for the thread
+        self._in_thread: Unit | None = None
+        self._todo: SimpleQueue[Unit | None] = SimpleQueue()
+        self._done: SimpleQueue[list[tuple[Text, Refusal | None]]] = SimpleQueue()
         self._open: set[int] = set()  # requests that have not been forwarded yet
         self._aborted: set[int] = set()  # of them, those whose client has left
         http.send([Ready("tokenizer")])
@@ -103,7 +107,10 @@ class TokenizerWorker:
     def _enqueue(self, message: Text) -> None:
         if not isinstance(message, BranchOp):
             self._open.update(message.ids)
-        self._queue.put(message.namespace[0], message)
+        self._arriving.append(message)
+        if not (isinstance(message, Generate) and message.more):
+            self._queue.put(message.namespace[0], self._arriving)
+            self._arriving = []
 
     def _abort(self, message: Abort) -> None:
         """An abort follows its request. A prompt of which all samples are aborted is not tokenized."""
@@ -117,13 +124,13 @@ class TokenizerWorker:
         done: list[tuple[Text, Refusal | None]] = []
         end = time.monotonic() + _SLICE_SECONDS
         while self._queue and time.monotonic() < end:
-            message = self._queue.take()
-            if _characters(message) > LONG or self._follows_long(message):
-                self._long.put(message.namespace[0], message)
+            unit = self._queue.take()
+            if sum(map(_characters, unit)) > LONG or self._follows_long(unit[0]):
+                self._long.put(unit[0].namespace[0], unit)
             else:
-                done.append((message, self._prepare(message)))
+                done += [(message, self._prepare(message)) for message in unit]
         while not self._done.empty():
-            done.append(self._done.get())
+            done += self._done.get()
             self._in_thread = None
         if self._in_thread is None and self._long:
             self._in_thread = self._long.take()
@@ -135,11 +142,11 @@ class TokenizerWorker:
         if isinstance(message, Generate):
             return False
         owner = message.namespace[0]
-        return owner in self._long or (self._in_thread is not None and self._in_thread.namespace[0] == owner)
+        return owner in self._long or (self._in_thread is not None and self._in_thread[0].namespace[0] == owner)
 
     def _encode_long_texts(self) -> None:
-        while (message := self._todo.get()) is not None:
-            self._done.put((message, self._prepare(message)))
+        while (unit := self._todo.get()) is not None:
+            self._done.put([(message, self._prepare(message)) for message in unit])
 
     def _send(self, done: list[tuple[Text, Refusal | None]]) -> None:
         """Forwards messages to the scheduler, with aborts after their requests. Those with a refusal are answered from

@@ -163,3 +163,20 @@ def test_operations_on_branches_keep_the_order_of_their_owner(server: Flow, monk
     texts = ["x" * (LONG + 1) if i % 3 == 0 else "short" for i in range(12)]
     outbox.send([BranchOp(i, "extend", ("a", ""), "b", Piece(text)) for i, text in enumerate(texts)])
     assert [message.id for message in receive(scheduler, 12)] == list(range(12))
+
+
+def test_no_prompt_of_a_request_goes_ahead_of_one_that_is_refused(
+    server: tuple[TokenizerWorker, Inbox[Any], Inbox[Any], Outbox],
+) -> None:
+    """Short and long ones: what is refused is said before the scheduler hears of the others."""
+    _, http, scheduler, outbox = server
+    outbox.send([Limits(1000, 30_000, 30_000)])
+    for first, much in ((10, "word " * 60_000), (20, "w " * 8_000)):
+        limits = [] if first == 10 else [Limits(1000, 100, 100)]
+        prompts = [Generate([first], SamplingParams(max_tokens=1), text="ok", more=1)]
+        prompts.append(Generate([first + 1], SamplingParams(max_tokens=1), text=much))
+        outbox.send([*limits, *prompts])
+        forwarded = scheduler.receive(20_000)
+        assert [message.ids for message in forwarded] == [[first]]
+        (refused,) = http.receive(0)  # it was sent before
+        assert [delta.id for delta in refused.items] == [first + 1]
