@@ -189,6 +189,8 @@ def test_whatever_goes_wrong_on_a_route_is_declared(api: Api) -> None:
             refused = stranger.request(method, url)
         assert refused.status_code == (200 if path in ("/health", "/ui") else 401)
         api.declared(method, path, refused)
+        if path == "/ui/events":  # without an error it has no end
+            url += "?max_nodes=0"
         for body in [*bodies, b"{" + b" " * 20_000] if has_body else [b""]:
             answer = api.http.request(method, url, content=body)
             name = api.declared(method, path, answer)
