@@ -174,7 +174,7 @@ def test_joint_shapes_are_all_captured_at_start(fake_cuda: type[FakeGraph]) -> N
         q_lens = np.array([1] * decodes + [chunk], np.int32)
         tokens, samples = np.zeros(decodes + chunk, np.int32), np.arange(len(q_lens), dtype=np.int32)
         plan = StepPlan(0, samples, q_lens, q_lens, tokens, decodes, samples, none, none, none, none.reshape(0, 2))
-        assert graphs.shape_for(plan) == StepShape(0, 96, 40, joint=40)
+        assert graphs.shape_for(plan) == StepShape(0, 128, 40, joint=40)
 
 
 def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
