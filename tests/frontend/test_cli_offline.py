@@ -223,7 +223,7 @@ def test_choices_are_the_configs() -> None:
     [
         (["/no/such/folder"], ["/no/such/folder"]),
         (["--page-size", "0"], ["--page-size", "between 1 and 256"]),
-        (["--tensor-parallel-size", "2"], ["--tensor-parallel-size"]),
+        (["--tensor-parallel-size", "5"], ["--tensor-parallel-size", "4 attention heads"]),
         (["--gpu-memory-utilization", "3"], ["--gpu-memory-utilization", "0.98"]),
     ],
 )

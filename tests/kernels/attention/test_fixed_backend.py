@@ -54,7 +54,8 @@ class Setup:
         backend.plan(batch)
         q = torch.cat([self.q[row, start:stop] for row, start, stop in chunks])
         slots = torch.from_numpy(batch.query_slots()).to(self.device)
-        k, v = self.pool.layer(0).data.flatten(1, 2)[:, slots]
+        layer = self.pool.layer(0)
+        k, v = layer.k.flatten(0, 1)[slots], layer.v.flatten(0, 1)[slots]
         return list(backend.run(0, q, k, v).split(q_lens.tolist()))
 
 
@@ -84,7 +85,8 @@ def test_a_token_gets_the_same_bits_in_any_step(make: Make, spec: LayerSpec) -> 
 def test_what_lies_beyond_a_prompts_end_is_never_read() -> None:
     setup = Setup(torch.float32)
     [before] = setup.run(FixedAttention, SPECS["full"], (0, 10, 45))
-    setup.pool.layer(0).data.flatten(1, 2)[:, 45:] = float("nan")
+    for stored in (setup.pool.layer(0).k, setup.pool.layer(0).v):
+        stored.flatten(0, 1)[45:] = float("nan")
     [after] = setup.run(FixedAttention, SPECS["full"], (0, 10, 45))
     assert torch.equal(before, after)
 
