@@ -87,7 +87,7 @@ class Feeds:
 
 
 class Feed:
-    """One producer: the newest snapshot, and those who wait for the next."""
+    """One producer of snapshots: keeps the newest and notifies its listeners."""
 
     def __init__(self, ask: Ask, clock: Callable[[], float] = time.monotonic) -> None:
         self._ask = ask
