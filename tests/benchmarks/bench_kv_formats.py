@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 
 import numpy as np
@@ -64,13 +63,13 @@ def make_step(requests: int, tokens: int, shared: int, q_len: int = 1) -> Attent
     return AttentionBatch(rows, q_lens, lengths, decodes, PAGE, torch.from_numpy(table).to(DEVICE), table)
 
 
-def graph_ms(run: Callable[[], object]) -> float:
-    run()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=stream):
-        run()
-    return milliseconds(lambda _: graph.replay())
+def launches(run: Callable[..., object], *args: object) -> Callable[[int], None]:
+    """``run(*args)`` in the form that ``milliseconds`` times."""
+
+    def launch(_: int) -> None:
+        run(*args)
+
+    return launch
 
 
 def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[str, float], small: bool) -> None:
@@ -99,12 +98,12 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
     for tile in dict.fromkeys(candidates):
         tree._runner.tiles[nth] = tile
         try:
-            times[tile] = graph_ms(partial(tree._runner.run, 0, SPEC, q, out, grid, requests))
+            times[tile] = milliseconds(launches(tree._runner.run, 0, SPEC, q, out, grid, requests))
         except Exception as error:  # a tile that does not fit
             print(f"    {choice} {tuple(tile)}: {str(error)[:60]}")
     if not shared:
         flat.plan(step)
-        times["flat"] = graph_ms(partial(flat.run, 0, q, q, q, out))
+        times["flat"] = milliseconds(launches(flat.run, 0, q, q, q, out))
     keys = plan.keys_read
     base.setdefault(name, min(times.values()))
     best = min(times, key=times.__getitem__)
@@ -152,7 +151,7 @@ def bench_write(choice: str) -> None:
         qkv = torch.randn((tokens, HEADS + 2 * KV_HEADS, DIM), device=DEVICE, dtype=torch.bfloat16)
         cos = torch.randn((tokens, DIM // 2), device=DEVICE)
         slots = torch.randperm(1024 * PAGE, device=DEVICE)[:tokens]
-        ms = graph_ms(partial(triton_ops.rope_write, qkv, HEADS, cos, cos, pool.layer(0), slots))
+        ms = milliseconds(launches(triton_ops.rope_write, qkv, HEADS, cos, cos, pool.layer(0), slots))
         print(f"write {tokens:>5} tokens {choice:<6} {1e3 * ms:7.1f} us", flush=True)
 
 
