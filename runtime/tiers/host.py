@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import logging
-import mmap
-import threading
 import time
 from collections import deque
 from typing import Any
@@ -17,12 +14,8 @@ import torch
 from ...kernels.kv_pool import KVPool
 from ...radix.node import Int32
 from .copies import Ended, HostCopies
+from .pinned import PinningThread, anonymous_memory
 
-logger = logging.getLogger(__name__)
-
-_PIN_BYTES = 256 << 20  # registered at once: the driver serves nobody else meanwhile
-_PORTABLE = 1  # cudaHostRegisterPortable
-_POPULATE_WRITE = 23  # <linux/mman.h>: takes memory from the system without changing it
 _MAX_PITCH = 2**31 - 1  # bytes between rows of a two-dimensional copy
 _TO_HOST, _TO_DEVICE = 2, 1  # cudaMemcpyKind
 _BATCH = 64  # pages of one gather, where pages need one
@@ -31,30 +24,27 @@ _BATCH = 64  # pages of one gather, where pages need one
 class HostTier:
     """`copies.HostCopier` for a `KVPool`: ``memory[slot]`` holds a page's bytes in every layer, whatever their format.
 
-    On a GPU one `cudaMemcpy2DAsync` a page moves its fragments without a kernel. Memory is pinned by a thread, a piece
-    at a time; until then copies from and to it are slower. On a CPU both tiers are host memory, and a copy is done
-    when the call returns.
+    On a GPU one `cudaMemcpy2DAsync` a page moves its fragments without a kernel, and memory is pinned ahead of its use
+    (`pinned.PinningThread`). On a CPU both tiers are host memory, and a copy is done when the call returns.
     """
 
     def __init__(self, pool: KVPool, num_slots: int) -> None:
         self._fragments = pool.fragments()
         rows, _, width = self._fragments.shape
         self.num_slots, self.page_bytes = num_slots, rows * width
-        # Aligned, and taken from the system as it is first written.
-        size, flags = num_slots * self.page_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        self.memory = np.frombuffer(mmap.mmap(-1, size, flags=flags), np.uint8).reshape(num_slots, self.page_bytes)
+        self.memory = anonymous_memory(num_slots, self.page_bytes)
         self._ended: list[Ended] = []
         self._calls = 0
         self._device: _Streams | None = None
         if pool.device.type == "cuda":
             self._device = _Streams(pool.device)
-            self._pin = threading.Thread(target=self._pin_all, name="branchwise-pin", daemon=True)
-            self._pin.start()
+            self._pinning = PinningThread(self.memory)
 
     def store(self, copies: HostCopies) -> None:
         """See `copies.HostCopier`."""
         self._calls += 1
         if self._device is not None:
+            self._pinning.use(int(copies.slots.max(initial=-1)) + 1)
             with torch.cuda.device(self._fragments.device):
                 self._device.store(self, copies, self._calls)
         elif len(copies.pages):
@@ -67,6 +57,7 @@ class HostTier:
         rows, _, width = self._fragments.shape
         for id, slots, pages in copies.loads:
             if self._device is not None:
+                self._pinning.use(int(slots.max()) + 1)
                 with torch.cuda.device(self._fragments.device):
                     self._device.load(self, id, slots, pages)
                 continue
@@ -94,32 +85,9 @@ class HostTier:
     def close(self) -> None:
         """Waits for copies, and unpins the memory. The pool may be freed afterwards."""
         if self._device is not None:
-            self._closing = True
-            self._pin.join()
             self._device.close()
-            for address in self._pinned:
-                torch.cuda.cudart().cudaHostUnregister(address)
+            self._pinning.close()
         del self._fragments
-
-    _closing = False
-    _pinned: tuple[int, ...] = ()
-
-    def _pin_all(self) -> None:
-        """Registers the memory piece by piece. No page lies in two pieces, and no piece shares a page of the system."""
-        slots = max(1, _PIN_BYTES // self.page_bytes)
-        while slots * self.page_bytes % mmap.PAGESIZE:
-            slots += 1
-        for first in range(0, self.num_slots, slots):
-            if self._closing:
-                return
-            piece = self.memory[first : first + slots]
-            address, size = ctypes.c_void_p(piece.ctypes.data), ctypes.c_size_t(piece.nbytes)
-            ctypes.CDLL(None).madvise(address, size, _POPULATE_WRITE)  # an older kernel does it while it registers
-            error = torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, _PORTABLE)
-            if int(error):
-                logger.warning("host cache: pinning memory failed with CUDA error %d; copies are slower", int(error))
-                return
-            self._pinned += (piece.ctypes.data,)
 
     def copy(self, slots: Int32, pages: Int32, kind: int, stream: torch.cuda.Stream) -> None:
         """Enqueues copies of whole pages on a CUDA stream: ``kind`` `_TO_HOST` or `_TO_DEVICE`."""

@@ -43,7 +43,8 @@ def copies(pages: list[int]) -> None:
     pool = KVPool.allocate(KVLayout(32, PAGE, 8, 128, torch.bfloat16), 8192, torch.device("cuda"))
     begun = time.perf_counter()
     tier = HostTier(pool, 4096)
-    while not tier._device or tier._pin.is_alive():
+    tier._pinning.use(tier.num_slots)
+    while tier._pinning.pinned_bytes < tier.memory.nbytes:
         time.sleep(0.01)
     print(f"pinned {tier.memory.nbytes / 2**30:.1f} GiB in {time.perf_counter() - begun:.2f} s")
     print("pages   D2H GB/s   H2D GB/s   both GB/s")

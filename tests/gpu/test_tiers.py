@@ -70,3 +70,21 @@ def test_answers_do_not_change(gpu_checkpoint: Callable[[str], Path]) -> None:
             stats = engine.stats()
     assert found[0] == found[1]
     assert stats.host_tokens > 1000 and stats.tier_failures == 0
+
+
+def test_answers_in_a_batch_do_not_change(gpu_checkpoint: Callable[[str], Path]) -> None:
+    """Requests at once in a pool that holds a sixth of them, beside copies in both directions: the same bits."""
+    prompts = [[(7 * i + j * j) % 60 + 3 for j in range(90)] for i in range(24)]
+    params = SamplingParams(temperature=0.8, seed=3, max_tokens=40, ignore_eos=True, logprobs=1)
+    settings: dict[str, Any] = {"device": "cuda", "deterministic": True, "max_model_len": 256}
+    found = []
+    for pool in (
+        {"kv_cache_tokens": 8192},
+        {"kv_cache_tokens": 512, "host_cache": "256MiB", "preemption": "swap", "check_when_idle": True},
+    ):
+        with Engine(str(gpu_checkpoint("llama-gqa")), **settings, **pool) as engine:
+            answers = [[(one.token_ids, one.logprobs) for one in engine.generate(prompts, params)] for _ in range(4)]
+            stats = engine.stats()
+        found.append(answers)
+    assert found[0] == found[1]
+    assert stats.host_tokens > 1000 and stats.tier_failures == 0
