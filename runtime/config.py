@@ -127,6 +127,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         admin_api_key: Key for routes that affect all keys: flush, evict, tree, all stats. Default: api_key.
         allowed_hosts: Names of this server, beside localhost, that requests without a key may have in their Host and
             Origin headers.
+        allow_origins: Web sites whose pages may call this server (CORS), such as http://localhost:3000. *: all; needs
+            api_key.
         served_model_name: Name clients use. Default: the model's.
         max_queued_requests: Most unfinished requests; one more is refused with a 503.
         max_queued_per_key: Most unfinished requests of one API key; one more is refused with a 429. Default: an equal
@@ -153,6 +155,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         restart: Times within an hour that a dead or hanging engine is replaced, after 1, 2, 4, … seconds; its requests
             fail, and its branches, pins and cache are lost. 0: the server ends. From 0 to 100.
         log_level: debug, info, warning or error.
+        log_format: text, or json: an object a line.
+        log_requests: Log a line for each request: id, owner, tokens, times and how it ended; never its text.
         stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
         ui: Serve the page at /ui: the tree as it changes, figures, and conversations that branch. Default: on a
             loopback host.
@@ -168,6 +172,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     extra_api_keys: tuple[str, ...] = ()
     admin_api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    allow_origins: tuple[str, ...] = ()
     served_model_name: str | None = None
     max_queued_requests: int = 4096
     max_queued_per_key: int | None = None
@@ -188,6 +193,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     hang_timeout: float = 300.0
     restart: int = 0
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    log_requests: bool = False
     stats_log_seconds: float = 10.0
     ui: bool | None = None
     null_executor: bool = False
@@ -291,7 +298,17 @@ def check_server(config: ServerConfig) -> ServerConfig:
         raise LoadError("--extra-api-key: a key must differ from every other key, as it has its own part of the cache")
     if config.extra_api_keys and config.api_key is None:
         raise LoadError("--extra-api-key needs --api-key, whose cache is the server's own")
+    _check_origins(config)
     return _with_shares(config)
+
+
+def _check_origins(config: ServerConfig) -> None:
+    for origin in config.allow_origins:
+        if origin == "*":
+            if config.api_key is None:
+                raise LoadError("--allow-origins '*' lets every web site use this server: it needs --api-key")
+        elif re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) is None:
+            raise LoadError(f"--allow-origins {origin!r} is not an origin: write it like https://app.example:8443")
 
 
 def _with_shares(config: ServerConfig) -> ServerConfig:

@@ -33,6 +33,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "api_key_file": {"metavar": "FILE"},
     "extra_api_keys": {"metavar": "KEY"},
     "allowed_hosts": {"metavar": "HOST"},
+    "allow_origins": {"metavar": "ORIGIN"},
     "admin_api_key": {"metavar": "KEY", "envvar": "BRANCHWISE_ADMIN_API_KEY"},
     "dtype": {"metavar": "TYPE"},
     "kv_cache_dtype": {"metavar": "TYPE"},
@@ -99,7 +100,7 @@ def _flag(kind: type, field: msgspec.structs.FieldInfo, hint: Any, doc: str) -> 
     if default is None or default == ():
         settings["show_default"] = False
     if default == ():  # a tuple of str: a flag that may be given more than once
-        names, hint, default = [names[0].removesuffix("s")], list[str] | None, None
+        names, hint, default = [names[0].removesuffix("s"), names[0]], list[str] | None, None
     option = typer.Option(*names, **settings | _SETTINGS.get(field.name, {}))
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]

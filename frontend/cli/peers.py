@@ -22,6 +22,7 @@ _CALLED = {
     "--disable-radix-cache": ("--no-enable-prefix-caching",),
     "--no-cuda-graphs": ("--enforce-eager", "--disable-cuda-graph"),
     "--seed": ("--random-seed",),
+    "--allow-origins": ("--allowed-origins",),
 }
 _SAID = {
     "always on: no flag is needed": (
@@ -35,7 +36,7 @@ _SAID = {
     "not there yet (README.md, what is not there yet)": (
         *("--pipeline-parallel-size", "--pp-size", "--data-parallel-size", "--dp", "--dp-size"),
         *("--enable-lora", "--lora-modules", "--lora-paths", "--speculative-config", "--speculative-algorithm"),
-        *("--ssl-keyfile", "--ssl-certfile", "--allowed-origins", "--swap-space", "--cpu-offload-gb"),
+        *("--ssl-keyfile", "--ssl-certfile", "--swap-space", "--cpu-offload-gb"),
     ),
 }
 PEERS = {

@@ -8,12 +8,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.config import EngineConfig, ServerConfig
+from ...runtime.server.log_format import FIELDS, formatter
 from .config_flags import config_flags
 from .console import err, escape, expected_failures, out
 from .options import Model, ModelFlag, one_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
+
+logger = logging.getLogger(__name__)
 
 
 @config_flags()
@@ -33,7 +36,7 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
             variable = f"BRANCHWISE_{field.upper()}"
             if settings[field] is None and os.environ.get(variable) == "":  # typer ignores it: no key would be asked
                 raise LoadError(f"{variable} is set and empty: set it to a key, or unset it")
-        for field in ("extra_api_keys", "allowed_hosts"):
+        for field in ("extra_api_keys", "allowed_hosts", "allow_origins"):
             settings[field] = tuple(settings[field] or ())
         engine_fields = settings.keys() & set(EngineConfig.__struct_fields__)
         engine = EngineConfig(
@@ -49,7 +52,13 @@ def _run(config: ServerConfig) -> None:
     from ...runtime.server.server import run_server
     from . import checkup
 
-    handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
+    handler: logging.Handler
+    if config.log_format == "json":
+        out.quiet = True  # the lines for people; `_Startup.ready` logs the address instead
+        handler = logging.StreamHandler(DroppingStream(2))
+        handler.setFormatter(formatter("json", "http"))
+    else:
+        handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
         logging.getLogger(client).setLevel(logging.WARNING)
@@ -124,6 +133,8 @@ class _Startup:
             values = ", ".join(f"{name} {value}" for name, value in preferred.items())
             out.print(f"  model defaults for fields that a request omits: {values}", markup=False, soft_wrap=True)
         url = f"http://{_reachable(info['host'])}:{info['port']}"
+        if self._config.log_format == "json":
+            logger.info("ready at %s", url, extra={FIELDS: {"url": url, "model": info["model"]}})
         seconds = time.monotonic() - self._started
         key = "" if self._config.api_key is None else ' -H "Authorization: Bearer $BRANCHWISE_API_KEY"'
         if info["has_chat_template"]:

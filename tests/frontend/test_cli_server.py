@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
 
@@ -52,6 +52,29 @@ def test_a_server_at_work_says_so_in_its_log() -> None:
     _, log = process.communicate(timeout=60)
     assert done.returncode == 0, done.stderr
     assert re.search(r"1 running, 0 waiting; [\d.,]+ tokens/s generated; prompts [\d.,]+ tokens/s", log), log
+
+
+def test_a_log_of_json_has_nothing_else_and_a_line_a_request() -> None:
+    arguments = ["serve", "--port", "0", "--kv-cache-tokens", "8192", "--log-format", "json", "--log-requests"]
+    command = [sys.executable, "-m", "branchwise", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    found: list[dict[str, Any]] = []
+    for line in process.stderr:
+        found.append(json.loads(line))
+        if found[-1]["message"].startswith("ready at"):
+            break
+    url = found[-1]["url"]
+    good = branchwise("generate", "--url", url, "--max-tokens", "5", "Once upon a time", key=False)
+    bad = branchwise("generate", "--url", url, "--temperature", "-1", "Once upon a time", key=False)
+    process.terminate()
+    out, log = process.communicate(timeout=60)
+    assert (good.returncode, bad.returncode, out) == (0, 1, ""), (good.stderr, bad.stderr, out)
+    requests = [each for each in map(json.loads, log.splitlines()) if each.get("path") == "/generate"]
+    assert [each["status"] for each in requests] == [200, 400]
+    assert requests[0]["prompt_tokens"] > 0 and requests[0]["completion_tokens"] == 5
+    assert requests[1]["param"] == "sampling_params.temperature"
+    assert "Once upon" not in log
 
 
 def test_the_curl_line_works_as_printed(server: Running) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 
 from .... import __version__
 from .anthropic import count as messages_count
 from .anthropic import route as messages
 from .anthropic.errors import MessagesErrors
+from .fields.usage import CACHE_HEADER
 from .native import admin, branches, cache, models, tokens, tree
 from .openai import completions
 from .openai.chat import route as chat
@@ -18,7 +20,9 @@ from .plumbing.body import BodyLimit
 from .plumbing.browsers import BrowserGuard
 from .plumbing.ending import AnswerCancelled
 from .plumbing.request_id import RequestId
+from .plumbing.request_log import RequestLog, log_line
 from .plumbing.shortcut import Handler, Shortcut
+from .plumbing.tracing import span_sink
 from .sglang import generate
 from .state import AppState
 from .ui import live, page
@@ -71,8 +75,19 @@ def make_app(state: AppState) -> FastAPI:
         open_paths=page.paths() if config.has_ui else (),
     )
     if config.api_key is None:
-        app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts)
+        app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts, origins=config.allow_origins)
     app.add_middleware(AnswerCancelled, client=state.client)
     app.add_middleware(MessagesErrors)
+    if config.allow_origins:  # outside of the keys' check: a preflight carries no key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allow_origins,
+            allow_methods=("GET", "POST", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "request-id", "retry-after", CACHE_HEADER),
+        )
+    sinks = [sink for sink in (log_line if config.log_requests else None, span_sink(state.model_name)) if sink]
+    if sinks:
+        app.add_middleware(RequestLog, sinks=sinks)
     app.add_middleware(RequestId)
     return app

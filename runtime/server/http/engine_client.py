@@ -32,7 +32,9 @@ from ...messages import (
     Message,
     Refusal,
 )
+from .plumbing import request_log
 from .plumbing.metrics import Metrics
+from .plumbing.request_log import RequestRecord
 
 # leaving: not ready for more, but takes it
 ServerState = Literal["starting", "ready", "leaving", "draining", "restarting", "dead"]
@@ -48,7 +50,7 @@ class EngineCall:
     Leaving the context aborts those that have not finished. Only one task may wait for a call.
     """
 
-    def __init__(self, client: EngineClient, ids: range) -> None:
+    def __init__(self, client: EngineClient, ids: range, record: RequestRecord | None = None) -> None:
         self._client = client
         self.prompts: list[int] = []  # of several: the prompt of each engine request
         self.ids = ids
@@ -58,6 +60,7 @@ class EngineCall:
         self._until_all = False  # wake the waiter only when all have finished
         self._error: Exception | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._record = record
 
     async def batch(self) -> Batch:
         """Waits for deltas; returns those that have arrived since the last call, none once all have finished.
@@ -94,6 +97,8 @@ class EngineCall:
         self._wake()
 
     def push(self, delta: Delta) -> None:
+        if self._record is not None:
+            self._record.add(delta)
         if delta.finish is not None:
             self._open.discard(delta.id)
             if delta.finish.reason == "error":
@@ -252,7 +257,10 @@ class EngineClient:
                 status=429,
                 code="rate_limit_exceeded",
             )
-        call = EngineCall(self, range(self._next_id, self._next_id + count))
+        record = request_log.current()
+        if record is not None:
+            record.owner = owner
+        call = EngineCall(self, range(self._next_id, self._next_id + count), record)
         self._next_id += count
         if self._request_timeout is not None:
             call.end_within(self._request_timeout)

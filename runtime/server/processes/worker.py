@@ -16,6 +16,7 @@ from ...config import ServerConfig
 from ...errors import BranchwiseError, EngineDead
 from ...messages import Failed
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
+from ..log_format import formatter
 from ..log_stream import DroppingStream
 from ..memory import return_freed_memory
 from .channels import Outbox
@@ -59,9 +60,9 @@ def main(role: str, run_dir: Path) -> int:
     die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
     lock = hold_lock(run_dir, role)
     sys.stdout = sys.stderr = DroppingStream(2)
-    logging.basicConfig(
-        level=launch.config.log_level.upper(), format=f"%(asctime)s %(levelname)s {role} %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(formatter(launch.config.log_format, role))
+    logging.basicConfig(level=launch.config.log_level.upper(), handlers=[handler])
     context: zmq.Context[Any] = zmq.Context()
     http = Outbox(context, run_dir, "http")
     try:

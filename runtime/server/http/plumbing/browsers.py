@@ -20,7 +20,8 @@ ACTING_GETS = frozenset({"/flush_cache", "/start_profile", "/stop_profile"})  # 
 
 
 class BrowserGuard:
-    """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host).
+    """For servers without a key. ``host``: the address listened on; ``allowed``: further host names (--allowed-host);
+    ``origins``: of web sites that may call this server (--allow-origins).
 
     On a loopback address ``Host`` must be one of its names. Elsewhere the names of the server are unknown: a browser's
     must be an IP address, a name without a dot or of the local network (.local), or allowed, as no public domain is.
@@ -29,8 +30,9 @@ class BrowserGuard:
     refused), and its GET cannot act, as the address of an image would. Other clients are free to do both.
     """
 
-    def __init__(self, app: ASGIApp, host: str, allowed: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, host: str, allowed: Collection[str] = (), origins: Collection[str] = ()) -> None:
         self._app = app
+        self._origins = {origin.encode() for origin in origins}
         self._names = LOOPBACK | {name.lower() for name in allowed}
         self._check_host = host in LOOPBACK
 
@@ -42,13 +44,13 @@ class BrowserGuard:
         if problem is None:
             await self._app(scope, receive, send)
             return
-        hint = "start the server with --api-key, or name the host with --allowed-host"
+        hint = "start the server with --api-key, name the host with --allowed-host or the web site with --allow-origins"
         await error_response(403, f"{problem}: {hint}")(scope, receive, send)
 
     def _problem(self, headers: dict[bytes, bytes]) -> str | None:
         origin, host = headers.get(b"origin"), headers.get(b"host", b"")
         if origin is not None:
-            if _host_name(origin) not in self._names:
+            if origin not in self._origins and _host_name(origin) not in self._names:
                 return f"requests from the web site {origin[:100].decode('latin-1')} are refused"
         elif headers.get(b"sec-fetch-site") == b"cross-site":
             return "requests from other web sites are refused"

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from ....errors import EngineDead, InvalidRequest, Overloaded, TimedOut
+from . import request_log
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +40,11 @@ def error_body(
 ) -> dict[str, dict[str, Any]]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     usual = (_BRANCH_CODES if param == "branch" else _CODES).get(status)
-    return {"error": {"message": _cut(message), "type": kind, "param": param and _cut(param), "code": code or usual}}
+    error = {"message": _cut(message), "type": kind, "param": param and _cut(param), "code": code or usual}
+    record = request_log.current()
+    if record is not None:
+        record.error = error
+    return {"error": error}
 
 
 def _cut(text: str) -> str:

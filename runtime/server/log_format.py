@@ -1,0 +1,39 @@
+"""The lines of the log: text, or JSON objects (``--log-format json``)."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+FIELDS = "fields"  # of a record's ``extra``: a dict whose items become keys of its JSON object
+
+
+class JsonFormatter(logging.Formatter):
+    """Keys: ``time`` (ISO 8601, UTC), ``level``, ``process`` (http, tokenizer, scheduler, detokenizer), ``logger``,
+    ``message``, ``exception`` (a traceback, if there is one), and the record's own fields."""
+
+    def __init__(self, process: str) -> None:
+        super().__init__()
+        self._process = process
+
+    def format(self, record: logging.LogRecord) -> str:
+        made: dict[str, Any] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "process": self._process,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            made["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(made | getattr(record, FIELDS, {})).decode()
+
+
+def formatter(kind: str, process: str) -> logging.Formatter:
+    """``kind``: text or json. ``process``: whose log it is."""
+    if kind == "json":
+        return JsonFormatter(process)
+    return logging.Formatter(f"%(asctime)s %(levelname)s {process} %(name)s: %(message)s")
