@@ -160,6 +160,10 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
         stats_log_seconds: Seconds between lines about the load, while there is work. 0: no such lines.
         ui: Serve the page at /ui: the tree as it changes, figures, and conversations that branch. Default: on a
             loopback host.
+        kv_events: Address on which to publish which blocks of tokens enter and leave the cache, in vLLM's and SGLang's
+            format: tcp://127.0.0.1:5557; port * is any free one. Whoever can connect sees all keys' prompts. Default:
+            none.
+        kv_events_replay: Address at which subscribers can get batches of events again that they have missed.
         null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
         null_step_seconds: Seconds that each step of the null executor takes.
     """
@@ -197,6 +201,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     log_requests: bool = False
     stats_log_seconds: float = 10.0
     ui: bool | None = None
+    kv_events: str | None = None
+    kv_events_replay: str | None = None
     null_executor: bool = False
     null_step_seconds: float = 0.0
 
@@ -277,6 +283,10 @@ def check_server(config: ServerConfig) -> ServerConfig:
     """
     check(config.engine)
     _check_types(config)
+    if config.kv_events_replay is not None and config.kv_events is None:
+        raise LoadError("--kv-events-replay needs --kv-events: there is nothing to replay")
+    if config.kv_events is not None and config.engine.disable_radix_cache:
+        raise LoadError("--kv-events: nothing is cached with --disable-radix-cache")
     if not 0 <= config.restart <= 100:
         raise LoadError(f"--restart must be between 0 and 100, got {config.restart}")
     key_flag = "--api-key"

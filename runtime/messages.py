@@ -170,6 +170,7 @@ ControlWhat = Literal[
     "cache_pin",
     "cache_unpin",
     "cache_evict",
+    "kv_events",
 ]
 
 

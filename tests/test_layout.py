@@ -28,6 +28,7 @@ ROOMS = {
     "runtime/parallel": {"runtime", "kernels"},
     "runtime/models": {"runtime", "runtime/tokenizer", "runtime/parallel", "kernels"},
     "runtime/tiers": {"runtime", "radix", "kernels"},
+    "runtime/fleet": {"runtime", "radix"},
     "runtime/executor": {"runtime", "runtime/tiers", "runtime/models", "runtime/parallel", "kernels"},
     "runtime/scheduler": {"runtime", "runtime/tiers", "runtime/grammar", "runtime/tokenizer", "radix"},
     "runtime/engine": {
@@ -46,6 +47,7 @@ ROOMS = {
         "runtime/chat",
         "runtime/engine",
         "runtime/executor",
+        "runtime/fleet",
         "runtime/grammar",
         "runtime/models",
         "runtime/parallel",

@@ -39,6 +39,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "kv_cache_dtype": {"metavar": "TYPE"},
     "quantization": {"metavar": "FORMAT"},
     "profile": {"metavar": "FOLDER"},
+    "kv_events": {"metavar": "ADDRESS"},
+    "kv_events_replay": {"metavar": "ADDRESS"},
     "request_timeout": {"min": 0.1},
     "drain_delay": {"min": 0},
     "drain_seconds": {"min": 0},

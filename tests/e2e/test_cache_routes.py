@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+import msgspec
 import openai
 import pytest
+import zmq
 
 KEY, OTHER, ADMIN = "ann-key", "bob-key", "operator-key"
+SNAPSHOT = "/cache/events/snapshot"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,13 @@ def running(tokenizer_folder: Any, run_server_process: Any, tmp_path_factory: py
         pinned_share_per_key=0.75,
     )
     config = ServerConfig(
-        engine=engine, port=0, null_executor=True, api_key=KEY, extra_api_keys=(OTHER,), admin_api_key=ADMIN
+        engine=engine,
+        port=0,
+        null_executor=True,
+        api_key=KEY,
+        extra_api_keys=(OTHER,),
+        admin_api_key=ADMIN,
+        kv_events="tcp://127.0.0.1:*",
     )
     with run_server_process(config, tmp_path_factory.mktemp("run")) as server:
         yield server
@@ -37,7 +46,7 @@ def ask(running: Any) -> Iterator[Any]:
     """``ask(path, key=..., status=..., **body)``; the cache is empty at first, and the books balance at the end."""
 
     def ask(path: str, *, key: str = KEY, status: int = 200, headers: dict[str, str] | None = None, **body: Any) -> Any:
-        method = "GET" if path in ("/cache/stats", "/cache/tree", "/cache/check") else "POST"
+        method = "GET" if path in ("/cache/stats", "/cache/tree", "/cache/check", SNAPSHOT) else "POST"
         sent = {"Authorization": f"Bearer {key}", **(headers or {})}
         response = running.http.request(method, path, headers=sent, json=body if method == "POST" else None)
         assert response.status_code == status, response.text
@@ -189,7 +198,7 @@ def test_admin_routes_need_the_admin_key(ask: Any, running: Any) -> None:
             assert ask(path, key=key, status=403, **body)["error"]["type"] == "permission_error"
         ask(path, key=ADMIN, **body)
         ask(path, key="guess", status=401, **body)
-    for path in ("/cache/tree", "/cache/check"):
+    for path in ("/cache/tree", "/cache/check", SNAPSHOT):
         ask(path, status=403)
         ask(path, key=ADMIN)
     both = {"Authorization": f"Bearer {KEY}", "x-api-key": ADMIN}
@@ -332,3 +341,31 @@ def test_the_openai_client_speaks_these_fields(ask: Any, running: Any) -> None:
         details = reply.usage.prompt_tokens_details
         assert (details.cached_tokens, details.cache_write_tokens) == (cached, 64 - cached)
     assert ask("/cache/explain", key=OTHER, input_ids=ids(64), prompt_cache_key="k")["pinned_tokens"] == 63
+
+
+def test_kv_events_and_their_snapshot_agree(running: Any, ask: Any) -> None:
+    context: zmq.Context[Any] = zmq.Context()
+    subscriber = context.socket(zmq.SUB)
+    subscriber.subscribe(b"")
+    subscriber.connect(running.info["kv_events"])
+    for number in range(100):  # until the subscription has arrived
+        complete(ask, ids(40, number))
+        if subscriber.poll(50):
+            break
+    ask("/flush_cache", key=ADMIN)
+    complete(ask, ids(40), cache_salt="s")
+    seen = ask(SNAPSHOT, key=ADMIN)
+    ts, [stored], rank = seen["batch"]
+    assert ts > 0 and rank == 0 and stored["type"] == "BlockStored"
+    size = seen["block_size"]
+    assert stored["token_ids"] == ids(40)[: 40 // size * size] and stored["parent_block_hash"] is None
+    assert len(stored["cache_salt"]) > 32, "the owner and the salt, as digests"
+    last, batch = -1, None
+    while last < seen["seq"]:
+        assert subscriber.poll(5000)
+        _, number, payload = subscriber.recv_multipart()
+        assert last < 0 or int.from_bytes(number, "big") == last + 1
+        last, batch = int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
+    assert last == seen["seq"] and batch is not None and batch[1] == [stored]
+    assert not subscriber.poll(50)
+    context.destroy(0)

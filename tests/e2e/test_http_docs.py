@@ -87,7 +87,8 @@ def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -
         pytest.skip("the pages' examples need bash and curl")
     traces = tmp_path_factory.mktemp("traces")
     engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True, profile=str(traces))
-    with run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped")) as server:
+    config = ServerConfig(engine=engine, port=0, kv_events="tcp://127.0.0.1:*")
+    with run_server_process(config, tmp_path_factory.mktemp("shipped")) as server:
         yield server
         server.http.post("/flush_cache").raise_for_status()  # what the pages' branches hold
         server.idle()

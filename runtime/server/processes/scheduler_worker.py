@@ -14,11 +14,13 @@ import zmq
 
 from ...config import ServerConfig
 from ...engine.loading import load_engine, load_null_engine
+from ...fleet.publisher import KVEventPublisher
 from ...messages import (
     Abort,
     BranchOp,
     BranchRun,
     Control,
+    ControlReply,
     Failed,
     Generate,
     Heartbeat,
@@ -52,19 +54,18 @@ class SchedulerWorker:
             failed.add_done_callback(partial(_leave, run_dir))
             loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]), failed)
         self._core = loaded.core
+        self._events: KVEventPublisher | None = None
+        info = {**self._core.info(), "memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
+        if config.kv_events is not None:
+            self._events = KVEventPublisher(self._core.scheduler.tree, config.kv_events, config.kv_events_replay)
+            info["kv_events"], info["kv_events_replay"] = self._events.address, self._events.replay_address
         self._stats_at = 0.0
         self._controls: FairQueue[Control] = FairQueue()
         self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
         # Objects made so far live as long as the process: exclude them from garbage collection during steps.
         gc.collect()
         gc.freeze()
-        http.send(
-            [
-                Ready(
-                    "scheduler", {**self._core.info(), "memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
-                )
-            ]
-        )
+        http.send([Ready("scheduler", info)])
 
     def run(self) -> None:
         """Steps while there is work and blocks while there is none, until `Shutdown` has arrived and every request has
@@ -82,6 +83,8 @@ class SchedulerWorker:
                 self._detokenizer.send([output])
             self._pass_heartbeats()
             self._answer_branches()
+            if self._events is not None:
+                self._events.publish()
             working = core.has_work
             self._report(working)
             if self._controls:
@@ -95,6 +98,8 @@ class SchedulerWorker:
                 # If nothing can advance (grammars are compiling), wait a moment instead of spinning.
                 timeout_ms = 0 if core.advanced else 1
         self._detokenizer.send([Shutdown()])
+        if self._events is not None:
+            self._events.close()
         core.close()
         self._detokenizer.close()
         self._tokenizer.close(0)
@@ -134,7 +139,12 @@ class SchedulerWorker:
     def _answer_controls(self) -> None:
         end = time.monotonic() + CONTROL_SECONDS
         while self._controls and time.monotonic() < end:
-            self._http.send([self._core.control(self._controls.take())])
+            self._http.send([self._answer(self._controls.take())])
+
+    def _answer(self, control: Control) -> ControlReply:
+        if control.what == "kv_events":
+            return ControlReply(control.id, True, None if self._events is None else self._events.snapshot())
+        return self._core.control(control)
 
     def _answer_branches(self) -> None:
         branches = self._core.branches

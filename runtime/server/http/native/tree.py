@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import msgspec
 from fastapi import Request, Response
 from starlette.responses import PlainTextResponse
 
 from ....errors import InvalidRequest, shown
+from ....fleet.block_events import snapshot
 from ..plumbing.routes import Query, Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
@@ -36,6 +40,16 @@ def routes(state: AppState) -> Routes:
     async def check() -> Response:
         """Check the invariants of tree and pages between two steps. A 500 names the one that is broken."""
         return json_response({"check": await state.client.control("check")})
+
+    @routes.add("GET", "/cache/events/snapshot", admin=True)
+    async def events_snapshot() -> Response:
+        """What the KV events up to number ``seq`` add up to, for a subscriber that starts late or has missed some.
+        Needs ``--kv-events``."""
+        facts = await state.client.control("kv_events")
+        if facts is None:
+            raise InvalidRequest(None, "the server was started without --kv-events ADDRESS")
+        made = await asyncio.to_thread(lambda: msgspec.json.encode(snapshot(facts)))  # large: not on the event loop
+        return Response(made, media_type="application/json")
 
     @routes.add("POST", "/flush_cache", admin=True)
     @routes.add("GET", "/flush_cache", admin=True)  # SGLang takes both

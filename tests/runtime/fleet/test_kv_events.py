@@ -1,0 +1,234 @@
+"""KV events: what they say is what the tree holds, and other engines' subscribers can read them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import zmq
+
+from branchwise.radix.tree import RadixTree
+from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.errors import LoadError
+from branchwise.runtime.executor.null import NullExecutor
+from branchwise.runtime.fleet.block_events import BlockEvents, snapshot
+from branchwise.runtime.fleet.hashes import block_hashes, root_hash
+from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from branchwise.runtime.fleet.publisher import KVEventPublisher
+from branchwise.runtime.messages import Generate, Limits
+from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.scheduler.scheduler import Scheduler
+
+PAGE, PAGES = 4, 40
+
+
+class TheirStored(msgspec.Struct, tag="BlockStored", omit_defaults=True):
+    """vLLM's, restated: `vllm/distributed/kv_events.py`."""
+
+    block_hashes: list[int]
+    parent_block_hash: int | None
+    token_ids: list[int]
+    block_size: int
+    lora_id: int | None
+    medium: str | None = None
+
+
+class TheirRemoved(msgspec.Struct, tag="BlockRemoved", omit_defaults=True):
+    block_hashes: list[int]
+    medium: str | None = None
+
+
+class TheirCleared(msgspec.Struct, tag="AllBlocksCleared", omit_defaults=True):
+    pass
+
+
+class TheirBatch(msgspec.Struct, array_like=True, omit_defaults=True):
+    ts: float
+    events: list[TheirStored | TheirRemoved | TheirCleared]
+    data_parallel_rank: int | None = None
+
+
+class Mirror:
+    """A subscriber's view: hash -> (parent, tokens). Applies what other engines' routers may assume."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, tuple[int | None, tuple[int, ...]]] = {}
+
+    def apply(self, events: list[Any]) -> None:
+        for event in events:
+            if type(event).__name__.endswith("Cleared"):
+                self.blocks.clear()
+            elif type(event).__name__.endswith("Removed"):
+                for hash_ in event.block_hashes:
+                    del self.blocks[hash_]
+            else:
+                assert event.parent_block_hash is None or event.parent_block_hash in self.blocks
+                before, size = event.parent_block_hash, event.block_size
+                assert len(event.token_ids) == size * len(event.block_hashes)
+                for i, hash_ in enumerate(event.block_hashes):
+                    assert hash_ not in self.blocks and 0 <= hash_ < 1 << 64
+                    self.blocks[hash_] = before, tuple(event.token_ids[i * size : (i + 1) * size])
+                    before = hash_
+
+
+def of_snapshot(events: BlockEvents) -> dict[int, Any]:
+    mirror = Mirror()
+    mirror.apply(snapshot({"seq": 0, "block_size": PAGE, "contents": events.contents()}).batch.events)
+    return mirror.blocks
+
+
+def drive(seed: int) -> Iterator[Scheduler]:
+    """A scheduler in which random requests of few prompts come, leave early, end and are evicted."""
+    executor = NullExecutor(PAGES, PAGE, 1000)
+    scheduler = Scheduler(
+        EngineConfig(page_size=PAGE),
+        Limits(1000, 128, PAGES * PAGE),
+        num_pages=PAGES,
+        max_rows=6,
+        max_batched_tokens=32,
+    )
+    rng = random.Random(seed)
+    prompts = [[2 + (i * k) % 40 for i in range(60)] for k in (3, 5, 7)]
+    for number in range(1, 250):
+        prompt = [*rng.choice(prompts)[: rng.randrange(2, 60)], rng.randrange(100)]
+        namespace = rng.choice([("", ""), ("", "salt"), ("ann", "")])
+        data = np.array(prompt, "<i4").tobytes()
+        scheduler.add(
+            Generate([number], SamplingParams(max_tokens=rng.randrange(1, 20)), tokens=data, namespace=namespace)
+        )
+        if rng.random() < 0.1:
+            scheduler.abort(rng.randrange(1, number + 1))
+        if rng.random() < 0.02:
+            scheduler.tree.flush()
+        for _ in range(rng.randrange(4)):
+            step = scheduler.plan(scheduler.poll())
+            if step is not None:
+                scheduler.complete(step, executor.launch(step.plan).result())
+        yield scheduler
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_subscriber_knows_every_block(seed: int) -> None:
+    mirror, events, kinds = Mirror(), None, set()
+    for scheduler in drive(seed):
+        events = events or BlockEvents(scheduler.tree)
+        batch = events.take()
+        if batch is not None:
+            mirror.apply(batch.events)
+            kinds |= {type(event) for event in batch.events}
+        assert of_snapshot(events) == mirror.blocks
+        assert len(mirror.blocks) <= scheduler.tree.cached
+    scheduler.tree.flush()
+    while scheduler.has_requests:
+        for request in list(scheduler.ledger.rows.running()) + list(scheduler.ledger.waiting.values()):
+            scheduler.abort(request.id)
+    scheduler.tree.flush()
+    assert events is not None
+    last = events.take()
+    assert last is None or last.events == [AllBlocksCleared()]
+    assert kinds >= {BlockStored, BlockRemoved}
+
+
+def test_a_hash_names_a_prefix_in_a_namespace() -> None:
+    tokens = np.arange(12, dtype=np.int32)
+    whole = block_hashes(tokens, 4)
+    assert block_hashes(tokens[:11], 4) == whole[:2]
+    assert block_hashes(tokens[4:], 4, whole[0]) == whole[1:], "a hash continues the one before"
+    assert block_hashes(tokens[4:8], 4) != whole[1:2], "what precedes a block counts"
+    salts = {root_hash(name) for name in (("", ""), ("a", ""), ("", "a"), ("ab", "c"), ("a", "bc"))}
+    assert len(salts) == 5
+    # Routers and replicas of different versions must agree.
+    assert whole == [0xA1D0BD893C9531AC, 0x244C2E40BDC3593D, 0xA3F3948BF151C718]
+    assert root_hash(("ann", "salt")) == 0x847E04B40E125A50
+
+
+def fill(tree: RadixTree, tokens: list[int]) -> None:
+    array = np.array(tokens, np.int32)
+    step = tree.begin_step()
+    lease = tree.match(array)
+    tree.reserve(lease, -(-len(tokens) // tree.page_size) - len(lease.pages))
+    tree.release(lease, array)
+    tree.end_step(step)
+
+
+class Subscriber:
+    def __init__(self, publisher: KVEventPublisher) -> None:
+        self.context: zmq.Context[Any] = zmq.Context()
+        self.sub = self.context.socket(zmq.SUB)
+        self.sub.subscribe(b"")
+        self.sub.connect(publisher.address)
+
+    def next(self) -> tuple[int, TheirBatch]:
+        assert self.sub.poll(5000)
+        topic, number, payload = self.sub.recv_multipart()
+        assert topic == b""
+        return int.from_bytes(number, "big"), msgspec.msgpack.decode(payload, type=TheirBatch)
+
+
+@pytest.fixture
+def published() -> Iterator[tuple[RadixTree, KVEventPublisher]]:
+    tree = RadixTree(16, PAGE)
+    fill(tree, [1, 2, 3, 4, 5, 6, 7, 8, 9])  # before there is a publisher
+    publisher = KVEventPublisher(tree, "tcp://127.0.0.1:*", "tcp://127.0.0.1:*")
+    yield tree, publisher
+    publisher.close()
+
+
+def test_batches_are_numbered_and_other_engines_subscribers_read_them(
+    published: tuple[RadixTree, KVEventPublisher],
+) -> None:
+    tree, publisher = published
+    subscriber = Subscriber(publisher)
+    mirror, tokens = Mirror(), 100
+    while not subscriber.sub.poll(50):  # until it has joined: it is blind to what was before
+        fill(tree, list(range(tokens, tokens + 4)))
+        publisher.publish()
+        tokens += 4
+    first, _ = subscriber.next()
+    facts = publisher.snapshot()
+    mirror.apply(snapshot(facts).batch.events)
+    assert facts["seq"] >= first and any(tokens == (1, 2, 3, 4) for _, tokens in mirror.blocks.values())
+    tree.flush()
+    fill(tree, [7, 7, 7, 7])
+    publisher.publish()
+    publisher.publish()  # nothing has happened: no batch
+    last = facts["seq"]
+    while last <= facts["seq"]:
+        last, batch = subscriber.next()
+    assert last == facts["seq"] + 1
+    mirror.apply(batch.events)
+    assert [tokens for _, tokens in mirror.blocks.values()] == [(7, 7, 7, 7)]
+    subscriber.context.destroy(0)
+
+
+def test_missed_batches_are_sent_again(published: tuple[RadixTree, KVEventPublisher]) -> None:
+    tree, publisher = published
+    for start in range(100, 120, 4):
+        fill(tree, list(range(start, start + 4)))
+        publisher.publish()
+    context: zmq.Context[Any] = zmq.Context()
+    dealer = context.socket(zmq.DEALER)
+    dealer.connect(publisher.replay_address or "")
+    for start, expected in ((0, [0, 1, 2, 3, 4, 5]), (4, [4, 5]), (9, [])):
+        dealer.send_multipart((b"", b"not a number"))  # ignored
+        dealer.send_multipart((b"", start.to_bytes(8, "big")))
+        numbers = []
+        while True:
+            assert dealer.poll(5000)
+            _, number, payload = dealer.recv_multipart()
+            if number == b"\xff" * 8:
+                break
+            assert msgspec.msgpack.decode(payload, type=TheirBatch).data_parallel_rank == 0
+            numbers.append(int.from_bytes(number, "big"))
+        assert numbers == expected
+    context.destroy(0)
+
+
+def test_an_address_that_cannot_be_bound_names_its_flag() -> None:
+    tree = RadixTree(4, PAGE)
+    with pytest.raises(LoadError, match=r"--kv-events 127\.0\.0\.1: .*tcp://127\.0\.0\.1:5557"):
+        KVEventPublisher(tree, "127.0.0.1")
