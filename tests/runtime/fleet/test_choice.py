@@ -1,0 +1,95 @@
+"""The router's index and its choice."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from branchwise.runtime.fleet.choice import Loads, choose, costs
+from branchwise.runtime.fleet.index import PrefixIndex
+from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+
+
+def loads(n: int, queued=0.0, running=0.0, recent=0.0) -> Loads:
+    return Loads(*(np.broadcast_to(np.asarray(each, np.float64), n) for each in (queued, running, recent)))
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 30)), max_size=60), st.integers(0, 33))
+def test_the_index_finds_how_far_each_replica_goes(depths: list[tuple[int, int]], length: int) -> None:
+    """Against the definition: the longest prefix of which all blocks are there."""
+    index, held = PrefixIndex(), dict.fromkeys(range(41), 0)
+    chain = list(range(1000, 1040))
+    for replica, depth in depths:
+        if depth > held[replica]:
+            index.store(replica, chain[held[replica] : depth])
+        else:
+            index.remove(replica, chain[depth : held[replica]][::-1])
+        held[replica] = depth
+    found = index.overlap(chain[:length], 41)
+    assert found.tolist() == [min(held[replica], length) for replica in range(41)]
+    assert [index.blocks(replica) for replica in held] == list(held.values())
+    assert len(index) == max(held.values())
+
+
+def test_events_of_one_replica_do_not_touch_another() -> None:
+    index = PrefixIndex()
+    for replica in (0, 1):
+        index.apply(replica, [BlockStored([1, 2, 3], None, [], 4, None), BlockStored([4], 3, [], 4, None)])
+    index.apply(1, [BlockRemoved([4]), BlockRemoved([99])])
+    assert index.overlap([1, 2, 3, 4], 3).tolist() == [4, 3, 0]
+    index.apply(0, [AllBlocksCleared()])
+    assert index.overlap([1, 2, 3, 4], 3).tolist() == [0, 3, 0]
+    index.clear(1)
+    assert not len(index) and index.overlap([1], 2).tolist() == [0, 0]
+    assert index.overlap([], 2).tolist() == [0, 0]
+
+
+counts = st.lists(st.integers(0, 100_000), min_size=1, max_size=30)
+
+
+@given(counts, st.integers(1, 50_000), st.data())
+def test_more_cached_and_less_load_are_never_worse(cached: list[int], prompt: int, data: st.DataObject) -> None:
+    n = len(cached)
+    busy = loads(n, *(data.draw(st.lists(st.integers(0, 99_999), min_size=n, max_size=n)) for _ in range(3)))
+    array = np.array(cached)
+    best = choose(prompt, array, busy, 1000.0)
+    assert costs(prompt, array, busy, 1000.0)[best] == costs(prompt, array, busy, 1000.0).min()
+    better = array.copy()
+    better[best] += data.draw(st.integers(0, 1000))
+    assert choose(prompt, better, busy, 1000.0) == best, "it has even more of the prompt"
+    lighter = Loads(*(each.copy() for each in busy[:2]), busy.recent)
+    lighter.queued[best] = 0
+    assert choose(prompt, array, lighter, 1000.0) == best, "it has even less to do"
+
+
+def test_what_is_cached_wins_until_the_queue_is_longer() -> None:
+    cached = np.array([8000, 0])
+    assert choose(9000, cached, loads(2, queued=[7000, 0]), 1000.0) == 0
+    assert choose(9000, cached, loads(2, queued=[9000, 0]), 1000.0) == 1
+    assert choose(9000, cached, loads(2, queued=[0, 0]), 1000.0, np.array([False, True])) == 1, "it may not be chosen"
+    with pytest.raises(ValueError, match="no replica"):
+        choose(9000, cached, loads(2), 1000.0, np.array([False, False]))
+
+
+def test_a_prompt_that_is_cached_nowhere_goes_where_least_was_done() -> None:
+    assert choose(500, np.zeros(3, np.int64), loads(3, recent=[10.0, 5.0, 9.0]), 1000.0) == 1
+
+
+def test_a_choice_among_a_thousand_replicas_takes_less_than_a_millisecond() -> None:
+    """The bar of one choice: median of many, on this machine. A prompt of 32k tokens that 300 replicas have in part."""
+    n, blocks = 1000, 2048
+    index, rng = PrefixIndex(), np.random.default_rng(0)
+    chain = rng.integers(1, 1 << 63, blocks).tolist()
+    for replica in range(0, n, 3):
+        index.store(replica, chain[: 1 + 40 * (replica % 50)])
+    busy = loads(n, rng.integers(0, 9000, n), rng.integers(0, 99, n), rng.integers(0, 99_999, n))
+    seconds = []
+    for _ in range(101):
+        began = time.perf_counter()
+        choose(16 * blocks, 16 * index.overlap(chain, n), busy, 12_000.0)
+        seconds.append(time.perf_counter() - began)
+    assert sorted(seconds)[50] < 1e-3
