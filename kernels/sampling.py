@@ -182,16 +182,19 @@ def _below(target: Tensor, total: Tensor) -> Tensor:
     return torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
 
 
-def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def logprobs(logits: Tensor, tokens: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities under the raw logits [S, V]: of ``tokens`` [S] and of the ``k`` best, descending.
 
-    Returns float32 [S], int64 [S, k], float32 [S, k]. Log 0 is `LOGPROB_FLOOR`. A row that holds NaN or positive
-    infinity, or no finite logit, is NaN.
+    Returns the logprobs of ``tokens``, float32 [S]; their ranks, int64 [S]: how many tokens are at least as likely (as
+    in vLLM: 1 for the best, and tokens of equal probability share the last of their ranks); the ids of the best, int64
+    [S, k], and their logprobs, float32 [S, k]. Log 0 is `LOGPROB_FLOOR`. A row that holds NaN or positive infinity, or
+    no finite logit, is NaN.
     """
     normal = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp_(min=LOGPROB_FLOOR, max=0.0)
-    chosen = normal.gather(1, tokens[:, None]).squeeze(1)
+    chosen = normal.gather(1, tokens[:, None])
+    ranks = (normal >= chosen).sum(dim=1)
     if k == 1:
         best = greedy(normal)[:, None]
-        return chosen, best, normal.gather(1, best)
+        return chosen.squeeze(1), ranks, best, normal.gather(1, best)
     top = normal.topk(min(k, logits.shape[1]), dim=-1)
-    return chosen, top.indices, top.values
+    return chosen.squeeze(1), ranks, top.indices, top.values

@@ -1,4 +1,4 @@
-"""Scores of tokens, kept beside their pages: a token's logprob, and the likeliest token with its logprob."""
+"""Scores of tokens, kept beside their pages: a token's logprob and rank, and the likeliest token with its logprob."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy.typing as npt
 from .matching import Walk, follow
 from .node import SIBLINGS, Int32, Root, common_tokens, join, page_key
 
-# 12 bytes a token. The logprob is NaN where no score is known.
-SCORE = np.dtype([("logprob", np.float32), ("best_id", np.int32), ("best", np.float32)])
+# 16 bytes a token. The logprob is NaN where no score is known. ``rank``: how many tokens are at least as likely.
+SCORE = np.dtype([("logprob", np.float32), ("rank", np.int32), ("best_id", np.int32), ("best", np.float32)])
 Scores = npt.NDArray[Any]  # [n] of `SCORE`
 
 

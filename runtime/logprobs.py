@@ -11,11 +11,20 @@ from .step import TokenLogprobs
 
 
 class TokenLogprob(NamedTuple):
-    """One token's logprob and the k likeliest alternatives as (token id, logprob), best first."""
+    """One token's logprob and rank (how many tokens are at least as likely), and the k likeliest alternatives as (token
+    id, logprob), best first."""
 
     token: int
     logprob: float
+    rank: int
     top: list[tuple[int, float]]
+
+    @property
+    def by_likelihood(self) -> dict[int, tuple[float, int]]:
+        """(logprob, rank) by token id: of the token itself, and then of the alternatives."""
+        found = {self.token: (self.logprob, self.rank)}
+        found |= {id: (logprob, rank) for rank, (id, logprob) in enumerate(self.top, 1)}
+        return found
 
 
 def pack(rows: TokenLogprobs) -> LogprobRows:
@@ -23,6 +32,7 @@ def pack(rows: TokenLogprobs) -> LogprobRows:
     return LogprobRows(
         rows.top.shape[1],
         rows.chosen.astype("<f4").tobytes(),
+        rows.ranks.astype("<i4").tobytes(),
         rows.top_ids.astype("<i4").tobytes(),
         rows.top.astype("<f4").tobytes(),
     )
@@ -31,9 +41,10 @@ def pack(rows: TokenLogprobs) -> LogprobRows:
 def unpack(tokens: list[int], rows: LogprobRows) -> list[TokenLogprob]:
     """The logprobs of ``tokens``, which the rows describe in order."""
     chosen = np.frombuffer(rows.chosen, dtype="<f4").tolist()
+    ranks = np.frombuffer(rows.ranks, dtype="<i4").tolist()
     ids = np.frombuffer(rows.top_ids, dtype="<i4").reshape(len(chosen), rows.k).tolist()
     top = np.frombuffer(rows.top, dtype="<f4").reshape(len(chosen), rows.k).tolist()
     return [
-        TokenLogprob(token, value, list(zip(best_ids, best, strict=True)))
-        for token, value, best_ids, best in zip(tokens, chosen, ids, top, strict=True)
+        TokenLogprob(token, value, rank, list(zip(best_ids, best, strict=True)))
+        for token, value, rank, best_ids, best in zip(tokens, chosen, ranks, ids, top, strict=True)
     ]

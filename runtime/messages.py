@@ -243,10 +243,11 @@ class RequestStarted(Message):
 
 
 class LogprobRows(Message):
-    """`TokenLogprobs` of n tokens as bytes: float32 [n], int32 [n, k], float32 [n, k]."""
+    """`TokenLogprobs` of n tokens as bytes: float32 [n], int32 [n], int32 [n, k], float32 [n, k]."""
 
     k: int
     chosen: bytes
+    ranks: bytes
     top_ids: bytes
     top: bytes
 

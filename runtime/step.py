@@ -100,6 +100,7 @@ class TokenLogprobs:
     """Logprobs of n tokens: the chosen token's and the k best (descending), from the raw logits."""
 
     chosen: npt.NDArray[np.float32]  # [n]; NaN where the logits hold NaN or infinity
+    ranks: Int32  # [n] of the chosen token: how many tokens are at least as likely
     top_ids: Int32  # [n, k]
     top: npt.NDArray[np.float32]  # [n, k]
 

@@ -33,13 +33,14 @@ class PromptRows:
     index: int  # into the plan's requests
     start: int  # position of the first token
     chosen: Tensor  # float32 [n]
+    ranks: Tensor  # int64 [n]
     top_ids: Tensor  # int64 [n, k]
     top: Tensor  # float32 [n, k]
 
     def to_host(self) -> TokenLogprobs:
         """Waits for the device."""
-        ids = self.top_ids.cpu().numpy().astype(np.int32)
-        return TokenLogprobs(self.chosen.cpu().numpy(), ids, self.top.cpu().numpy())
+        ranks, ids = (part.cpu().numpy().astype(np.int32) for part in (self.ranks, self.top_ids))
+        return TokenLogprobs(self.chosen.cpu().numpy(), ranks, ids, self.top.cpu().numpy())
 
 
 class PromptLogprobRows:
@@ -80,6 +81,5 @@ class PromptLogprobRows:
                 logits = self._decoder.logits(hidden[row + at : row + at + len(targets)])
                 parts.append(sampling.logprobs(logits, targets, span.k))
             row += len(span.targets)
-            chosen, ids, top = (torch.cat(columns) for columns in zip(*parts, strict=True))
-            found.append(PromptRows(span.index, span.start, chosen, ids, top))
+            found.append(PromptRows(span.index, span.start, *map(torch.cat, zip(*parts, strict=True))))
         return found

@@ -39,7 +39,7 @@ class Sampled:
 
     tokens: Tensor
     _host_tokens: Tensor  # copied right behind the sampling, so that reading it does not wait for later steps
-    _logprobs: tuple[Tensor, Tensor, Tensor] | None
+    _logprobs: tuple[Tensor, ...] | None  # of `sampling.logprobs`
     _logprob_samples: list[tuple[int, int]]  # (index into the samples, k) of each row of _logprobs
     _copied: torch.cuda.Event | None
 
@@ -49,10 +49,11 @@ class Sampled:
             self._copied.synchronize()
         found: dict[int, TokenLogprobs] = {}
         if self._logprobs is not None:
-            chosen, ids, top = (part.numpy() for part in self._logprobs)
-            ids = ids.astype(np.int32)
+            chosen, ranks, ids, top = (part.numpy() for part in self._logprobs)
+            ranks, ids = ranks.astype(np.int32), ids.astype(np.int32)
             for i, (sample, k) in enumerate(self._logprob_samples):
-                found[sample] = TokenLogprobs(chosen[i : i + 1], ids[i : i + 1, :k], top[i : i + 1, :k])
+                one = slice(i, i + 1)
+                found[sample] = TokenLogprobs(chosen[one], ranks[one], ids[one, :k], top[one, :k])
         return self._host_tokens.numpy().astype(np.int32), found
 
 
@@ -224,14 +225,14 @@ class Sampler:
         self,
         tokens: Tensor,
         finite: Tensor,
-        found: tuple[Tensor, Tensor, Tensor] | None,
+        found: tuple[Tensor, ...] | None,
         samples: list[tuple[int, int]],
     ) -> Sampled:
         host_tokens = torch.where(finite, tokens, NON_FINITE)  # the device goes on with a token that exists
         if self.device.type != "cuda":
             return Sampled(tokens, host_tokens, found, samples, None)
         host_tokens = _copy_out(host_tokens)
-        host_found = None if found is None else (_copy_out(found[0]), _copy_out(found[1]), _copy_out(found[2]))
+        host_found = None if found is None else tuple(map(_copy_out, found))
         copied = torch.cuda.Event()
         copied.record()
         return Sampled(tokens, host_tokens, host_found, samples, copied)

@@ -1,7 +1,7 @@
 """Prompt logprobs that the tree remembers, and requests that wait for others to compute theirs.
 
-The tree keeps a token's logprob and the likeliest token with its logprob (`radix.scores`), so a request for at most one
-alternative gets every remembered position from memory, and computes from the first missing one on.
+The tree keeps a token's logprob and rank, and the likeliest token with its logprob (`radix.scores`), so a request for
+at most one alternative gets every remembered position from memory, and computes from the first missing one on.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class PromptScores:
         if request.lease is None or not request.keeps_scores:
             return
         scores = np.empty(len(rows.chosen), SCORE)
-        scores["logprob"], scores["best_id"], scores["best"] = rows.chosen, rows.top_ids[:, 0], rows.top[:, 0]
+        scores["logprob"], scores["rank"] = rows.chosen, rows.ranks
+        scores["best_id"], scores["best"] = rows.top_ids[:, 0], rows.top[:, 0]
         self._tree.record_scores(request.lease, start, scores)
 
     def _recall(self, request: Request) -> None:
@@ -70,7 +71,8 @@ class PromptScores:
             return  # logprobs before these are still being computed, and are delivered in order
         scores = self._tree.scores(request.prompt, request.namespace, start)
         if len(scores):
-            rows = TokenLogprobs(scores["logprob"], scores["best_id"][:, None], scores["best"][:, None])
+            best = scores["best_id"][:, None], scores["best"][:, None]
+            rows = TokenLogprobs(scores["logprob"], scores["rank"], *best)
             self.recalled.append((request, start, rows))
             request.prompt_logprob_next = request.prompt_logprob_done = start + len(scores)
             request.cached_logprobs += len(scores)

@@ -335,7 +335,7 @@ class Scheduler:
 
     def _deliver_prompt_logprobs(self, request: Request, start: int, rows: TokenLogprobs) -> None:
         k = request.params.prompt_logprobs or 0
-        asked = TokenLogprobs(rows.chosen, rows.top_ids[:, :k], rows.top[:, :k])
+        asked = TokenLogprobs(rows.chosen, rows.ranks, rows.top_ids[:, :k], rows.top[:, :k])
         self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
 
     def _publish_page(self, request: Request) -> None:

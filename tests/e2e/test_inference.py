@@ -32,21 +32,39 @@ def events(shipped: Any, body: dict[str, Any]) -> list[Any]:
 
 
 def test_ids_and_logprobs_are_those_of_completions(shipped: Any, ids: list[int]) -> None:
+    cold = generate(shipped, ids, logprobs=2, prompt_logprobs=1)  # computes what the next two find in the cache
     answer = generate(shipped, ids, {"return_token_ids": True}, logprobs=2, prompt_logprobs=1)
     body = {"prompt": ids, "temperature": 0, "max_tokens": 6, "ignore_eos": True, "return_token_ids": True}
     other = shipped.http.post("/v1/completions", json={**body, "logprobs": 2, "prompt_logprobs": 1}).json()
     [choice], [expected] = answer["choices"], other["choices"]
     assert choice["token_ids"] == expected["token_ids"]
     assert answer["prompt_token_ids"] == ids
-    given = [row["logprob"] for row in choice["logprobs"]["content"]]
-    # The second is computed after a cached prefix: in other chunks, so rounded otherwise.
-    assert given == pytest.approx(expected["logprobs"]["token_logprobs"], abs=1e-4)
+    given, first = ([row["logprob"] for row in c["logprobs"]["content"]] for c in (choice, cold["choices"][0]))
+    assert given == expected["logprobs"]["token_logprobs"]  # to the bit: the same steps after the same cached prefix
+    assert given == pytest.approx(first, abs=1e-4)  # its prompt was computed in one step: other shapes round otherwise
     for row in choice["logprobs"]["content"]:
         assert row["top_logprobs"][0] == {name: row[name] for name in ("token_id", "logprob", "rank")}
         assert row["rank"] == 1 and len(row["top_logprobs"]) == 2
     rows = answer["prompt_logprobs"]
     assert rows[0] is None and all(str(id) in row for id, row in zip(ids[1:], rows[1:], strict=True))
-    assert rows == expected["prompt_logprobs"]
+    assert rows == expected["prompt_logprobs"]  # to the bit: both are remembered
+
+
+def test_ranks_are_those_of_the_whole_vocabulary(shipped: Any, ids: list[int]) -> None:
+    """Of tokens outside the alternatives too, computed or remembered: with enough alternatives a rank is a place among
+    them."""
+    shipped.http.post("/flush_cache").raise_for_status()
+    computed, remembered = (generate(shipped, ids, prompt_logprobs=1)["prompt_logprobs"] for _ in range(2))
+    assert computed == remembered
+    ranked = generate(shipped, ids, prompt_logprobs=20)["prompt_logprobs"]
+    ranks = [row[str(id)]["rank"] for id, row in zip(ids[1:], computed[1:], strict=True)]
+    assert ranks == [row[str(id)]["rank"] for id, row in zip(ids[1:], ranked[1:], strict=True)]
+    assert min(ranks) == 1 and max(ranks) > 20
+    for id, row in zip(ids[1:], ranked[1:], strict=True):
+        listed = sorted(row, key=lambda each: row[each]["rank"])
+        assert row[str(id)]["rank"] == listed.index(str(id)) + 1 or row[str(id)]["rank"] > 20
+    sampled = generate(shipped, ids, temperature=5, seed=3, logprobs=0, max_tokens=20)["choices"][0]
+    assert max(row["rank"] for row in sampled["logprobs"]["content"]) > 20
 
 
 def test_a_stream_has_the_same_ids(shipped: Any, ids: list[int]) -> None:

@@ -243,14 +243,23 @@ def test_logprobs_are_log_softmax_and_nan_where_the_logits_are() -> None:
     logits[1, 10] = -INF
     logits[2, 7] = math.nan
     tokens = torch.tensor([3, 10, 0, 49])
-    chosen, ids, top = sampling.logprobs(logits, tokens, 5)
+    chosen, ranks, ids, top = sampling.logprobs(logits, tokens, 5)
     expected = torch.log_softmax(logits.double(), dim=-1)
     for row in (0, 3):
         torch.testing.assert_close(chosen[row].double(), expected[row, tokens[row]], atol=1e-5, rtol=0)
         torch.testing.assert_close(top[row].double(), expected[row].topk(5).values, atol=1e-5, rtol=0)
         assert ids[row].tolist() == expected[row].topk(5).indices.tolist()
+        assert ranks[row] == 1 + expected[row].argsort(descending=True).tolist().index(tokens[row])
+    assert ranks[1] == 50
     assert chosen[1] == sampling.LOGPROB_FLOOR
     assert chosen.isnan().tolist() == [False, False, True, False]
     assert torch.isfinite(top[[0, 1, 3]]).all()
-    assert sampling.logprobs(logits, tokens, 0)[1].shape == (4, 0)
-    assert sampling.logprobs(logits[:, :3], tokens.clamp(max=2), 20)[1].shape == (4, 3)
+    assert sampling.logprobs(logits, tokens, 0)[2].shape == (4, 0)
+    assert sampling.logprobs(logits[:, :3], tokens.clamp(max=2), 20)[2].shape == (4, 3)
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_ranks_count_the_tokens_that_are_at_least_as_likely(k: int) -> None:
+    """As vLLM's do, whatever k is: equal ones share the last of their ranks."""
+    logits = torch.tensor([[5.0, 1, 5, 3, -INF, -INF]]).expand(6, 6)
+    assert sampling.logprobs(logits, torch.arange(6), k)[1].tolist() == [2, 4, 2, 3, 6, 6]

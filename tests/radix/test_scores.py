@@ -11,7 +11,7 @@ from branchwise.radix import SCORE, Lease
 
 
 def of(*values: int) -> np.ndarray:
-    return np.array([(-value, value, -1) for value in values], SCORE)
+    return np.array([(-value, value, value, -1) for value in values], SCORE)
 
 
 def remember(driver: Any, tokens: Sequence[int], start: int = 1) -> None:
@@ -33,7 +33,7 @@ def test_nothing_is_allocated_before_the_first_score(drive: Callable[..., Any]) 
     driver.remember([1, 2, 3, 4, 5, 6])
     assert known(driver, [1, 2, 3]) == [] and not driver.tree._scores.allocated
     remember(driver, [1, 2, 3])
-    assert driver.tree._scores.allocated and SCORE.itemsize == 12
+    assert driver.tree._scores.allocated and SCORE.itemsize == 16
 
 
 def test_scores_are_exact_at_any_token(drive: Callable[..., Any]) -> None:

@@ -42,7 +42,7 @@ def fingerprint(namespace: tuple[str, str], tokens: tuple[int, ...]) -> int:
 def scores_of(namespace: tuple[str, str], tokens: tuple[int, ...], start: int) -> np.ndarray:
     """A score depends on all tokens up to its own."""
     marks = [fingerprint(namespace, tokens[: position + 1]) for position in range(start, len(tokens))]
-    return np.array([(-(mark % 997), mark % 31, -(mark % 13)) for mark in marks], SCORE)
+    return np.array([(-(mark % 997), mark % 89, mark % 31, -(mark % 13)) for mark in marks], SCORE)
 
 
 @dataclass

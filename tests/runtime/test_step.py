@@ -47,6 +47,7 @@ def logprobs(draw: st.DrawFn) -> TokenLogprobs:
     floats = st.floats(width=32, allow_nan=False)
     return TokenLogprobs(
         draw(arrays.arrays(np.float32, n, elements=floats)),
+        draw(arrays.arrays(np.int32, n, elements=int32)),
         draw(arrays.arrays(np.int32, (n, k), elements=int32)),
         draw(arrays.arrays(np.float32, (n, k), elements=floats)),
     )

@@ -168,9 +168,10 @@ def test_prompt_logprobs(chunks: list[int], wanted: int, driver: Drive, make: Si
     for first, rows in pieces:
         assert first == position
         assert rows.top_ids.shape == rows.top.shape == (len(rows.chosen), 3)
-        for chosen, ids, top in zip(rows.chosen, rows.top_ids, rows.top, strict=True):
+        for chosen, rank, ids, top in zip(rows.chosen, rows.ranks, rows.top_ids, rows.top, strict=True):
             expected = logprobs[position - 1]
             assert abs(chosen - expected[PROMPT[position]].item()) < 1e-4
+            assert rank == 1 + expected.argsort(descending=True).tolist().index(PROMPT[position])
             assert ids.tolist() == expected.topk(3).indices.tolist()
             np.testing.assert_allclose(top, expected.topk(3).values, atol=1e-4)
             position += 1

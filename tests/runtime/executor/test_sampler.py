@@ -282,6 +282,8 @@ def test_logprobs_are_of_the_raw_logits() -> None:
         assert found.chosen.shape == (1,) and found.top.shape == (1, k) and found.top_ids.shape == (1, k)
         assert found.chosen.dtype == np.float32 and found.top_ids.dtype == np.int32
         assert found.chosen[0] == pytest.approx(float(expected[sample, tokens[sample]]), abs=1e-5)
+        order = expected[sample].argsort(descending=True).tolist()
+        assert found.ranks.tolist() == [1 + order.index(int(tokens[sample]))] and found.ranks.dtype == np.int32
         best = expected[sample].topk(k)
         assert found.top_ids[0].tolist() == best.indices.tolist()
         assert found.top[0].tolist() == pytest.approx(best.values.tolist(), abs=1e-5)

@@ -29,16 +29,18 @@ def next_token(context: Sequence[int], seed: int) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") % VOCAB
 
 
-def score_of(context: Sequence[int]) -> tuple[float, int, float]:
-    """The oracle's logprob of the context's last token, and the likeliest token in its place with its logprob."""
+def score_of(context: Sequence[int]) -> tuple[float, int, int, float]:
+    """The oracle's logprob and rank of the context's last token, and the likeliest token in its place with its
+    logprob."""
     mark = next_token(context, 0)
-    return -float(mark + 1), next_token(context[:-1], 1), -0.5
+    return -float(mark + 1), mark + 2, next_token(context[:-1], 1), -0.5
 
 
-def prompt_rows(scores: Sequence[tuple[float, int, float]], k: int) -> TokenLogprobs:
-    chosen, ids, best = (np.array(column) for column in zip(*scores, strict=True))
+def prompt_rows(scores: Sequence[tuple[float, int, int, float]], k: int) -> TokenLogprobs:
+    chosen, ranks, ids, best = (np.array(column) for column in zip(*scores, strict=True))
     wide = np.repeat(ids[:, None], k, axis=1).astype(np.int32)
-    return TokenLogprobs(chosen.astype(np.float32), wide, np.repeat(best[:, None], k, axis=1).astype(np.float32))
+    top = np.repeat(best[:, None], k, axis=1).astype(np.float32)
+    return TokenLogprobs(chosen.astype(np.float32), ranks.astype(np.int32), wide, top)
 
 
 def expected_output(prompt: Sequence[int], seed: int, params: SamplingParams) -> tuple[list[int], str]:
@@ -278,8 +280,8 @@ class Driver:
             return
         assert list(found) == list(range(max(1, params.prompt_logprob_start), len(prompt)))
         for position, row in found.items():
-            chosen, best_id, best = score_of(prompt[: position + 1])
-            assert row.logprob == chosen and row.top == [(best_id, best)] * params.prompt_logprobs
+            chosen, rank, best_id, best = score_of(prompt[: position + 1])
+            assert (row.logprob, row.rank) == (chosen, rank) and row.top == [(best_id, best)] * params.prompt_logprobs
 
 
 @pytest.fixture

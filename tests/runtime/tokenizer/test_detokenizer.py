@@ -373,7 +373,7 @@ EOS = BYTE_LEVEL.backend.token_to_id("</s>")
 
 def test_a_request_from_opened_to_finished(core: DetokenizerCore, letter: Callable[[str], int]) -> None:
     report = CacheReport(3, "hit")
-    rows = LogprobRows(0, b"aaaa", b"", b"")
+    rows = LogprobRows(0, b"aaaa", b"rrrr", b"", b"")
     prompt_rows = PromptLogprobs(7, 1, rows)
     first = RequestStarted(7, 5, b"", SamplingParams(), prompt=b"12345678")
     deltas, stopped = core.feed(step(started=[first], cache={7: report}, prompt_logprobs=[prompt_rows]))

@@ -25,7 +25,7 @@ TOKENIZER = tokenizer()
 
 
 def row(logprob: float) -> LogprobRows:
-    return LogprobRows(0, np.array([logprob], np.float32).tobytes(), b"", b"")
+    return LogprobRows(0, np.array([logprob], np.float32).tobytes(), b"\1\0\0\0", b"", b"")
 
 
 def step(tokens: dict[int, int], **more: object) -> StepOutput:

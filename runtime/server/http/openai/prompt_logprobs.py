@@ -12,7 +12,7 @@ from .chat.logprobs import LEAST_LOGPROB
 def describe_prompt_logprobs(tokenizer: Tokenizer, output: Output) -> list[dict[str, Any] | None]:
     """One entry a prompt token: the token's own logprob and those of the k likeliest, by token id as JSON has keys.
 
-    None where there is no logprob: nothing precedes the first token. ``rank`` is null outside the k likeliest.
+    None where there is no logprob: nothing precedes the first token.
     """
     described: list[dict[str, Any] | None] = []
     for position in range(len(output.prompt)):
@@ -20,15 +20,14 @@ def describe_prompt_logprobs(tokenizer: Tokenizer, output: Output) -> list[dict[
         if row is None:
             described.append(None)
             continue
-        ranks = {id: rank for rank, (id, _) in enumerate(row.top, 1)}
         described.append(
             {
                 str(id): {
                     "logprob": max(logprob, LEAST_LOGPROB),
-                    "rank": ranks.get(id),
+                    "rank": rank,
                     "decoded_token": tokenizer.token_text(id),
                 }
-                for id, logprob in {row.token: row.logprob, **dict(row.top)}.items()
+                for id, (logprob, rank) in row.by_likelihood.items()
             }
         )
     return described

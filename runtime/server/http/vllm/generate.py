@@ -146,11 +146,9 @@ class _Choice:
 
 
 def _by_id(row: TokenLogprob) -> dict[str, Any]:
-    """The sampled token, and the alternatives with it first. ``rank`` is null outside the k likeliest."""
-    ranks = {id: rank for rank, (id, _) in enumerate(row.top, 1)}
-    candidates = {row.token: row.logprob, **dict(row.top)}
+    """The sampled token, and the alternatives with it first."""
     listed = [
-        {"token_id": id, "logprob": max(logprob, LEAST_LOGPROB), "rank": ranks.get(id)}
-        for id, logprob in candidates.items()
+        {"token_id": id, "logprob": max(logprob, LEAST_LOGPROB), "rank": rank}
+        for id, (logprob, rank) in row.by_likelihood.items()
     ]
     return {**listed[0], "top_logprobs": listed}

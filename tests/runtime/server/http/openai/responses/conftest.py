@@ -56,7 +56,10 @@ def told(tokenizer: Tokenizer) -> Callable[..., list[Delta]]:
         texts = [detokenizer.push(id) for id in ids]
         texts = [*texts[:-1], (texts[-1] if texts else "") + detokenizer.finish()]
         none = np.zeros((1, 0), np.float32)
-        rows = [pack(TokenLogprobs(np.array([-0.5], np.float32), none.astype(np.int32), none)) for _ in ids]
+        rows = [
+            pack(TokenLogprobs(np.array([-0.5], np.float32), np.array([9], np.int32), none.astype(np.int32), none))
+            for _ in ids
+        ]
         deltas = [
             Delta(1, "".join(texts[i : i + size]), array("i", ids[i : i + size]).tobytes(), rows[i : i + size])
             for i in range(0, len(ids), size)
