@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import architectures, bench, cache, chat, doctor, generate, peers, pull, serve, tree
+from . import architectures, bench, cache, chat, doctor, generate, peers, pull, serve, simulate, tree
 
 app = typer.Typer(
     name="branchwise",
@@ -42,6 +42,7 @@ app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("models")(architectures.models)
 app.command("pull")(pull.pull)
+app.command("simulate")(simulate.simulate)
 app.add_typer(cache.app, name="cache")
 
 

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ...radix.events import ROOT, PagesEntered, PagesLeft
 from ...radix.node import DEFAULT, Namespace
@@ -13,39 +14,59 @@ from ...radix.tree import RadixTree
 from .hashes import block_hashes, root_hash
 from .kv_events import MEDIUM_DEVICE, AllBlocksCleared, BlockRemoved, BlockStored, KVEventBatch, KVSnapshot
 
+Uint64 = npt.NDArray[np.uint64]
+
+
+class PageHashes:
+    """The block hash of each page of a tree, by page number, so that neither the parent of an event nor a removal needs
+    the tokens before it. A block is a whole page: partial pages are left out, since other engines have none."""
+
+    def __init__(self, tree: RadixTree) -> None:
+        self._page_size = tree.page_size
+        self._hashes = np.zeros(tree.allocator.total, np.uint64)
+
+    def enter(self, event: PagesEntered) -> list[int]:
+        """The hashes of the blocks that entered."""
+        whole = len(event.tokens) // self._page_size
+        if not whole:
+            return []
+        parent = self.parent(event)
+        after = root_hash(event.namespace) if parent is None else parent
+        hashes = block_hashes(event.tokens, self._page_size, after)
+        self._hashes[event.pages[:whole]] = hashes
+        return hashes
+
+    def of(self, event: PagesEntered | PagesLeft) -> Uint64:
+        """The hashes of blocks that have entered: uint64 [n]."""
+        return self._hashes[event.pages[: len(event.tokens) // self._page_size]]
+
+    def parent(self, event: PagesEntered | PagesLeft) -> int | None:
+        """The hash of the block before those of an event; None at the start of a prompt."""
+        return None if event.parent == ROOT else int(self._hashes[event.parent])
+
 
 class BlockEvents:
-    """Subscribes to a tree, and collects events until `take`. A block is a whole page: partial pages are left out,
-    since other engines have none.
-
-    It keeps one hash a page, so that neither the parent of an event nor a removal needs the tokens before it.
-    """
+    """Subscribes to a tree, and collects events until `take`."""
 
     def __init__(self, tree: RadixTree) -> None:
         self._tree = tree
-        self._hashes = np.zeros(tree.allocator.total, np.uint64)  # by page number
+        self._hashes = PageHashes(tree)
         self._events: list[BlockStored | BlockRemoved | AllBlocksCleared] = []
         self._flushed = False
         tree.subscribe(self)
 
     def pages_entered(self, event: PagesEntered) -> None:
-        size = self._tree.page_size
-        whole = len(event.tokens) // size
-        if not whole:
-            return
-        parent = None if event.parent == ROOT else int(self._hashes[event.parent])
-        tokens = event.tokens[: whole * size]
-        hashes = block_hashes(tokens, size, root_hash(event.namespace) if parent is None else parent)
-        self._hashes[event.pages[:whole]] = hashes
-        stored = BlockStored(hashes, parent, tokens.tolist(), size, None, MEDIUM_DEVICE, salt_name(event.namespace))
-        self._events.append(stored)
+        size, hashes = self._tree.page_size, self._hashes.enter(event)
+        if hashes:
+            parent, salt = self._hashes.parent(event), salt_name(event.namespace)
+            tokens = event.tokens[: len(hashes) * size].tolist()
+            self._events.append(BlockStored(hashes, parent, tokens, size, None, MEDIUM_DEVICE, salt))
 
     def pages_left(self, event: PagesLeft) -> None:
-        whole = len(event.tokens) // self._tree.page_size
         self._flushed |= event.reason == "flushed"
-        if not whole:
+        hashes = self._hashes.of(event).tolist()
+        if not hashes:
             return
-        hashes = self._hashes[event.pages[:whole]].tolist()
         if self._events and isinstance(self._events[-1], BlockRemoved):
             self._events[-1].block_hashes += hashes
         else:
@@ -69,12 +90,11 @@ class BlockEvents:
         size = self._tree.page_size
         found: list[tuple[str | None, int | None, bytes, bytes]] = []
         for event in self._tree.structure.contents():
-            whole = len(event.tokens) // size
-            if whole:
-                parent = None if event.parent == ROOT else int(self._hashes[event.parent])
-                hashes = self._hashes[event.pages[:whole]].astype("<u8").tobytes()
-                tokens = event.tokens[: whole * size].astype("<i4").tobytes()
-                found.append((salt_name(event.namespace), parent, hashes, tokens))
+            hashes = self._hashes.of(event)
+            if len(hashes):
+                tokens = event.tokens[: len(hashes) * size].astype("<i4").tobytes()
+                salt, parent = salt_name(event.namespace), self._hashes.parent(event)
+                found.append((salt, parent, hashes.astype("<u8").tobytes(), tokens))
         return found
 
 

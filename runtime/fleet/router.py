@@ -1,0 +1,127 @@
+"""What one router knows of a fleet, and its choices. No I/O and no clock: callers pass the time in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .choice import DEFAULT_WEIGHTS, Loads, Weights, choose
+from .index import PrefixIndex
+
+WINDOW = 300.0  # seconds over which work counts as recent
+_MEAN_RATE = 0.01  # of the running mean of prompt lengths
+
+
+@dataclass(slots=True)
+class Sent:
+    """A request that this router has sent to a replica."""
+
+    replica: int
+    queued: float  # tokens still to be computed before its first token
+    ended: bool = False
+
+
+class FleetRouter:
+    """Chooses replicas, numbered 0 .. n - 1, by `choice.choose`.
+
+    The load of a replica is what this router has sent to it and not seen end, and what the replica's last report says
+    beyond that: other routers' requests. ``index`` follows the replicas' events. A replica is *unsure* while events of
+    it are missing: it counts as having nothing cached, and is chosen by its load alone.
+    """
+
+    def __init__(self, block_size: int, replicas: int = 0, weights: Weights = DEFAULT_WEIGHTS) -> None:
+        self.block_size = block_size
+        self.index = PrefixIndex()
+        self.unsure = np.zeros(0, np.bool_)
+        self.allowed = np.zeros(0, np.bool_)  # may be chosen: neither dead, draining nor full
+        self._weights = weights
+        self._loads = np.zeros((5, 0))  # own queued, own running, others' queued, others' running, recent
+        self._mean_prompt = 0.0
+        self._decayed = 0.0  # seconds: when ``recent`` was last decayed
+        for _ in range(replicas):
+            self.add()
+
+    def __len__(self) -> int:
+        return len(self.allowed)
+
+    def add(self) -> int:
+        """A new replica, which may be chosen at once. Returns its number.
+
+        It starts with the mean of the others' recent work: as the only one without any, it would get every new prompt.
+        """
+        number = len(self)
+        column = np.zeros((5, 1))
+        column[4] = self._loads[4][self.allowed].mean() if self.allowed.any() else 0.0
+        self._loads = np.concatenate((self._loads, column), axis=1)
+        self.unsure = np.append(self.unsure, False)
+        self.allowed = np.append(self.allowed, True)
+        return number
+
+    def forget(self, replica: int) -> None:
+        """The replica is gone. Its number is not used again before `reset`."""
+        self.index.clear(replica)
+        self._loads[:, replica] = 0.0
+        self.allowed[replica] = False
+
+    def reset(self, replica: int) -> None:
+        """A new replica takes the number of one that is gone."""
+        self.forget(replica)
+        if self.allowed.any():
+            self._loads[4, replica] = self._loads[4][self.allowed].mean()
+        self.allowed[replica], self.unsure[replica] = True, False
+
+    def cached(self, prompt_tokens: int, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
+        """Tokens of a prompt that each replica has cached, whole blocks: int64 [n]."""
+        found = self.index.overlap(hashes, len(self)) * self.block_size
+        found[self.unsure] = 0
+        return np.minimum(found, prompt_tokens)
+
+    def choose(
+        self, now: float, prompt_tokens: int, hashes: Sequence[int], allowed: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[int, int]:
+        """The replica for a prompt, and the tokens of it that are cached there. Raises ValueError if there is none."""
+        cached = self.cached(prompt_tokens, hashes)
+        self._decay(now)
+        may = self.allowed if allowed is None else self.allowed & allowed
+        own_queued, own_running, queued, running, recent = self._loads
+        loads = Loads(own_queued + queued, own_running + running, recent)
+        mean = self._mean_prompt or float(prompt_tokens)
+        replica = choose(prompt_tokens, cached, loads, mean, may, self._weights)
+        return replica, int(cached[replica])
+
+    def sent(self, replica: int, prompt_tokens: int, cached_tokens: int) -> Sent:
+        """A request went to a replica. `started` and `ended` follow, or only `ended`."""
+        computed = float(prompt_tokens - cached_tokens)
+        self._loads[0, replica] += computed
+        self._loads[4, replica] += computed
+        self._mean_prompt += (_MEAN_RATE if self._mean_prompt else 1.0) * (prompt_tokens - self._mean_prompt)
+        return Sent(replica, computed)
+
+    def started(self, sent: Sent) -> None:
+        """Its first token has come: its prompt is computed."""
+        if not sent.ended and sent.queued >= 0:
+            self._loads[0, sent.replica] -= sent.queued
+            self._loads[1, sent.replica] += 1
+            sent.queued = -1.0
+
+    def ended(self, sent: Sent) -> None:
+        """Its last token has come, or it failed. May be called more than once."""
+        if not sent.ended:
+            sent.ended = True
+            row, amount = (0, sent.queued) if sent.queued >= 0 else (1, 1.0)
+            self._loads[row, sent.replica] = max(0.0, self._loads[row, sent.replica] - amount)
+
+    def report(self, replica: int, queued: float, running: float) -> None:
+        """What a replica says of itself: prompt tokens to compute, and requests that it generates for. What exceeds
+        this router's own was sent by others."""
+        self._loads[2, replica] = max(0.0, queued - self._loads[0, replica])
+        self._loads[3, replica] = max(0.0, running - self._loads[1, replica])
+
+    def _decay(self, now: float) -> None:
+        if now > self._decayed:
+            self._loads[4] *= math.exp((self._decayed - now) / WINDOW)
+            self._decayed = now

@@ -1,0 +1,185 @@
+"""A simulated fleet: a trace's arrivals, routers, and replicas with the real planner, on one virtual clock."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import LoadError
+from ..fleet.choice import DEFAULT_WEIGHTS, Weights
+from ..fleet.hashes import block_hashes
+from ..fleet.router import FleetRouter, Sent
+from .replica import ReplicaSettings, SimulatedReplica
+from .traces import Arrival
+
+Policy = Literal["round-robin", "sticky", "overlap", "branchwise"]
+POLICIES: tuple[Policy, ...] = ("round-robin", "sticky", "overlap", "branchwise")
+BALANCE_WINDOW = 300.0  # seconds
+_OVERLAP_ALONE = Weights(0.0, 0.0, 0.0)
+
+
+class FleetSettings(NamedTuple):
+    """One run. ``event_lag``: seconds from a change of a cache to the routers' knowledge of it. ``report_seconds``:
+    between two reports of a replica's load. ``speed``: the trace's times are divided by it."""
+
+    replicas: int = 16
+    policy: Policy = "branchwise"
+    routers: int = 1
+    event_lag: float = 0.0
+    report_seconds: float = 1.0
+    speed: float = 1.0
+    replica: ReplicaSettings = ReplicaSettings()
+    weights: Weights = DEFAULT_WEIGHTS
+
+
+class FleetResult(NamedTuple):
+    """What a run came to. Rates are shares of 1; times are seconds."""
+
+    settings: FleetSettings
+    requests: int
+    prompt_tokens: int
+    hit_rate: float  # of prompt tokens
+    balance: float  # prompt tokens computed by the busiest replica, over the mean
+    window_balance: float  # the same of the worst window of `BALANCE_WINDOW`
+    first_token: npt.NDArray[np.float64]  # [requests] from arrival to first token
+    seconds: float  # simulated
+    wall_seconds: float  # that the simulation took
+
+    def quantile(self, q: float) -> float:
+        """Of the time to first token."""
+        return float(np.quantile(self.first_token, q))
+
+
+class _Lagged:
+    """Changes of caches on their way to the routers."""
+
+    def __init__(self, lag: float, router: FleetRouter) -> None:
+        self._lag, self._index = lag, router.index
+        self._waiting: deque[tuple[float, int, list[int], list[int]]] = deque()
+        self.now = 0.0
+
+    def feed(self, replica: int) -> Callable[[list[int], list[int]], None]:
+        """Where a replica's changes go."""
+
+        def changed(stored: list[int], removed: list[int]) -> None:
+            if self._lag:
+                self._waiting.append((self.now + self._lag, replica, stored, removed))
+            else:
+                self._apply(replica, stored, removed)
+
+        return changed
+
+    def deliver(self) -> None:
+        """What has arrived by now."""
+        while self._waiting and self._waiting[0][0] <= self.now:
+            self._apply(*self._waiting.popleft()[1:])
+
+    def _apply(self, replica: int, stored: list[int], removed: list[int]) -> None:
+        self._index.store(replica, stored)
+        self._index.remove(replica, removed)
+
+
+def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResult:
+    """Runs a trace to its end.
+
+    Raises `LoadError` if a request of the trace does not fit a replica.
+    """
+    began = time.perf_counter()
+    n, page = settings.replicas, settings.replica.page_size
+    weights = _OVERLAP_ALONE if settings.policy == "overlap" else settings.weights
+    routers = [FleetRouter(page, n, weights) for _ in range(settings.routers)]
+    for router in routers[1:]:
+        router.index = routers[0].index  # each follows the same events, with the same lag
+    follows = settings.policy in ("overlap", "branchwise")
+    lagged = _Lagged(settings.event_lag, routers[0])
+    replicas = [SimulatedReplica(settings.replica, lagged.feed(i) if follows else None) for i in range(n)]
+    due: list[tuple[float, int]] = []  # (time, replica); out of date where the replica's differs
+    sent: dict[int, tuple[FleetRouter, Sent]] = {}
+    ttft = np.full(len(arrivals), np.nan)
+    starts = np.array([each.seconds for each in arrivals]) / settings.speed
+    windows: list[npt.NDArray[np.int64]] = []
+    before, window_ends, reported = np.zeros(n, np.int64), BALANCE_WINDOW / settings.speed, 0.0
+    hits, rng = 0, random.Random(0)
+
+    def run_until(limit: float) -> None:
+        nonlocal hits
+        while due and due[0][0] <= limit:
+            at, number = heapq.heappop(due)
+            replica = replicas[number]
+            if at != replica.next_time:
+                continue
+            lagged.now = at
+            replica.run()
+            if replica.next_time < math.inf:
+                heapq.heappush(due, (replica.next_time, number))
+            for id in replica.first_tokens:
+                ttft[id] = at - starts[id]
+                router, one = sent[id]
+                router.started(one)
+            for each in replica.ended:
+                hits += each.hit_tokens
+                router, one = sent.pop(each.id)
+                router.ended(one)
+            replica.first_tokens.clear()
+            replica.ended.clear()
+
+    for id, arrival in enumerate(arrivals):
+        now = float(starts[id])
+        while now >= window_ends:
+            run_until(window_ends)
+            computed = np.array([replica.computed_tokens for replica in replicas])
+            windows.append(computed - before)
+            before, window_ends = computed, window_ends + BALANCE_WINDOW / settings.speed
+        run_until(now)
+        lagged.now = now
+        lagged.deliver()
+        prompt = arrival.tokens()
+        if len(prompt) + arrival.output_tokens > settings.replica.kv_cache_tokens:
+            raise LoadError(
+                f"request {id} of the trace has {len(prompt)} tokens and {arrival.output_tokens} to generate: more "
+                f"than a replica's cache holds ({settings.replica.kv_cache_tokens})"
+            )
+        router = routers[rng.randrange(settings.routers)]
+        if settings.routers > 1 and now - reported >= settings.report_seconds:
+            reported = now
+            for number, replica in enumerate(replicas):
+                for each_router in routers:
+                    each_router.report(number, replica.queued, replica.running)
+        number, cached = _choose(settings, router, now, id, arrival, prompt)
+        sent[id] = router, router.sent(number, len(prompt), cached)
+        replica = replicas[number]
+        replica.add(now, id, prompt, arrival.output_tokens)
+        heapq.heappush(due, (replica.next_time, number))
+    run_until(math.inf)
+    total = np.array([replica.computed_tokens for replica in replicas])
+    prompt_tokens = sum(each.prompt_tokens for each in arrivals)
+    return FleetResult(
+        settings,
+        len(arrivals),
+        prompt_tokens,
+        hits / prompt_tokens,
+        float(total.max() / total.mean()),
+        max((float(each.max() / each.mean()) for each in windows if each.sum()), default=1.0),
+        ttft,
+        float(lagged.now),
+        time.perf_counter() - began,
+    )
+
+
+def _choose(
+    settings: FleetSettings, router: FleetRouter, now: float, id: int, arrival: Arrival, prompt: npt.NDArray[np.int32]
+) -> tuple[int, int]:
+    if settings.policy == "round-robin":
+        return id % settings.replicas, 0
+    if settings.policy == "sticky":
+        return zlib.crc32(arrival.session.to_bytes(8, "little")) % settings.replicas, 0
+    return router.choose(now, len(prompt), block_hashes(prompt, settings.replica.page_size))
