@@ -13,7 +13,7 @@ vocabulary order: a row whose filters keep everything gives the token of an unfi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -113,7 +113,17 @@ def unnormalized_probs(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Ten
     return probs.div_(temperature[:, None]).exp_().nan_to_num_(nan=0.0), (best < torch.inf).squeeze(1)
 
 
-TopP = Callable[[Tensor, Tensor, Tensor], Tensor]  # see `triton_sampling.top_p_threshold`
+class SamplingKernels(Protocol):
+    """What a device computes by kernels of its own: `triton_sampling`."""
+
+    def top_p_threshold(self, probs: Tensor, floor: Tensor, top_p: Tensor) -> Tensor:
+        """The smallest probability ``[S, 1]`` that top-p keeps among those of at least ``floor``. ``probs`` float32
+        ``[S, V]``, ``floor`` float32 ``[S, 1]``, ``top_p`` float64 ``[S]``, 1 is off."""
+        ...
+
+    def sample_logits(self, logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+        """As `sample_logits`."""
+        ...
 
 
 def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], vocab_size: int, top_p_window: int) -> int:
@@ -121,7 +131,7 @@ def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], voc
 
     ``top_k`` is ``vocab_size`` where off. ``top_p_window`` is for rows with top-p alone. On a CPU it is `TOP_WINDOW`,
     which `keep_threshold` widens where it does not hold the row's mass. On a GPU that check would stall the host: there
-    it is 1 with a ``top_p_threshold``, and otherwise ``vocab_size``.
+    it is 1 with `SamplingKernels`, and otherwise ``vocab_size``.
     """
     narrow = np.where(top_k < vocab_size, top_k, 1)
     if np.any((top_p < 1.0) & (top_k >= vocab_size)):
@@ -130,19 +140,19 @@ def window_for(top_k: npt.NDArray[np.int64], top_p: npt.NDArray[np.float64], voc
 
 
 def keep_threshold(
-    probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int, top_p_threshold: TopP | None = None
+    probs: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, window: int, kernels: SamplingKernels | None = None
 ) -> Tensor:
     """The smallest probability [S, 1] that top-k, then top-p of the rest, then min-p keep.
 
     ``probs`` [S, V] float32; ``top_k`` [S] int64 in [1, V], V is off; ``top_p`` [S] float64 in (0, 1], 1 is off;
     ``min_p`` [S] float32 in [0, 1], 0 is off. ``window`` from `window_for`. The threshold does not depend on it.
-    ``top_p_threshold``: finds top-p's threshold without sorting; the window then only serves top-k.
+    ``kernels``: find top-p's threshold without sorting; the window then only serves top-k.
     """
     vocab_size = probs.shape[1]
     best = probs.topk(window, dim=-1).values
     kth = best.gather(1, top_k.clamp(max=window)[:, None] - 1).masked_fill_((top_k >= vocab_size)[:, None], 0.0)
-    if top_p_threshold is not None:
-        return torch.maximum(top_p_threshold(probs, kth, top_p), min_p[:, None])
+    if kernels is not None:
+        return torch.maximum(kernels.top_p_threshold(probs, kth, top_p), min_p[:, None])
     mass = torch.where(probs >= kth, probs, 0.0).sum(dim=-1, keepdim=True, dtype=torch.float64)
     through = torch.where(best >= kth, best, 0.0).cumsum(dim=-1, dtype=torch.float64)
     before = through - best
@@ -155,6 +165,15 @@ def keep_threshold(
             wider = min(window * 8, vocab_size)
             nucleus[short] = keep_threshold(probs[short], top_k[short], top_p[short], min_p[short], wider)
     return torch.maximum(nucleus, min_p[:, None])
+
+
+def sample_logits(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Samples without filters: tokens int64 [S], and as `is_finite`: bool [S].
+
+    ``logits`` [S, V] of any floating dtype, contiguous; ``temperature`` [S] float32 > 0; ``uniform`` as for `sample`.
+    """
+    probs, finite = unnormalized_probs(logits.float(), temperature)
+    return sample(probs, uniform), finite
 
 
 def sample(probs: Tensor, uniform: Tensor) -> Tensor:

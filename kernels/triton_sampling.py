@@ -1,14 +1,102 @@
-"""Top-p without sorting, in Triton: see `sampling.keep_threshold` for the definition."""
+"""Sampling in Triton: see `sampling.SamplingKernels`."""
 
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from .triton_launch import kernel
 
 BLOCK = 4096  # columns read at a time
+
+
+@kernel()
+def _block_mass(
+    logits_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    mass_ptr: tl.tensor,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+) -> None:
+    """One block of columns of one row: its largest logit, NaN if the block holds NaN or positive infinity, and the sum
+    of ``exp((logit - largest) / temperature)``."""
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = block * BLOCK_V + tl.arange(0, BLOCK_V)
+    logit = tl.load(logits_ptr + row * V + column, column < V, other=float("-inf")).to(tl.float32)
+    best = tl.max(logit, axis=0)
+    probs = tl.exp((logit - best) / tl.load(temperature_ptr + row))
+    probs = tl.where(best == float("-inf"), 0.0, probs)
+    not_finite = tl.max(((logit != logit) | (logit == float("inf"))).to(tl.int32), axis=0)
+    to = row * tl.num_programs(0) + block
+    tl.store(best_ptr + to, tl.where(not_finite > 0, float("nan"), best))
+    tl.store(mass_ptr + to, tl.sum(probs.to(tl.float64), axis=0))
+
+
+@kernel()
+def _sample(
+    logits_ptr: tl.tensor,
+    temperature_ptr: tl.tensor,
+    uniform_ptr: tl.tensor,
+    best_ptr: tl.tensor,
+    mass_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    finite_ptr: tl.tensor,
+    V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+) -> None:
+    """One row: finds the block that holds the share ``uniform`` of the mass, then the column in it. Where rounding puts
+    the share beyond the end, the last one of positive probability is taken."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCK_B)
+    temperature, uniform = tl.load(temperature_ptr + row), tl.load(uniform_ptr + row)
+    bests = tl.load(best_ptr + row * BLOCKS + block, block < BLOCKS, other=float("-inf"))
+    finite = tl.max((bests != bests).to(tl.int32), axis=0) == 0
+    best = tl.max(tl.where(finite, bests, float("-inf")), axis=0)
+    factor = tl.where(bests > float("-inf"), tl.exp((bests - best) / temperature), 0.0).to(tl.float64)
+    mass = tl.load(mass_ptr + row * BLOCKS + block, block < BLOCKS, other=0.0)
+    mass = tl.where(finite & (factor > 0.0), mass * factor, 0.0)
+    through = tl.cumsum(mass, axis=0)
+    target = uniform * tl.sum(mass, axis=0)
+    last = tl.max(tl.where(mass > 0.0, block, -1), axis=0)
+    chosen = tl.minimum(tl.sum((through <= target).to(tl.int32), axis=0), last)
+    here = block == chosen
+    left = target - tl.sum(tl.where(here, through - mass, 0.0), axis=0)
+    left /= tl.sum(tl.where(here, factor, 0.0), axis=0)
+    peak = tl.sum(tl.where(here, bests, 0.0), axis=0)
+    column = tl.maximum(chosen, 0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    logit = tl.load(logits_ptr + row * V + column, column < V, other=float("-inf")).to(tl.float32)
+    probs = tl.exp((logit - peak) / temperature)
+    inside = tl.cumsum(probs.to(tl.float64), axis=0)
+    nth = tl.sum((inside <= left).to(tl.int32), axis=0)
+    token = tl.minimum(chosen * BLOCK_V + nth, tl.max(tl.where(probs > 0.0, column, -1), axis=0))
+    tl.store(tokens_ptr + row, tl.where(chosen < 0, V - 1, token).to(tl.int64))
+    tl.store(finite_ptr + row, finite)
+
+
+def sample_logits(logits: Tensor, temperature: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """See `sampling.sample_logits`; reads each logit once."""
+    rows, vocab_size = logits.shape
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    finite = torch.empty(rows, dtype=torch.bool, device=logits.device)
+    if not rows:
+        return tokens, finite
+    blocks = triton.cdiv(vocab_size, BLOCK)
+    best = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
+    mass = torch.empty((rows, blocks), dtype=torch.float64, device=logits.device)
+    _block_mass((blocks, rows, 1), (logits, temperature, best, mass), (), (vocab_size, BLOCK), warps=8)
+    _sample(
+        (rows, 1, 1),
+        (logits, temperature, uniform, best, mass, tokens, finite),
+        (),
+        (vocab_size, BLOCK, blocks, triton.next_power_of_2(blocks)),
+        warps=8,
+    )
+    return tokens, finite
 
 
 @kernel()

@@ -47,12 +47,12 @@ def pick_ops(device: torch.device) -> Ops:
     return cast(Ops, torch_ops)
 
 
-def pick_top_p(device: torch.device) -> sampling.TopP | None:
-    """Top-p without sorting, where Triton runs."""
+def pick_sampling(device: torch.device) -> sampling.SamplingKernels | None:
+    """Triton's where it runs."""
     if _problem_with_triton(device) is None:
-        from ...kernels.triton_sampling import top_p_threshold
+        from ...kernels import triton_sampling
 
-        return top_p_threshold
+        return cast(sampling.SamplingKernels, triton_sampling)
     return None
 
 

@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from ...kernels.attention.base import AttentionBatch, StepShape
 from ...kernels.kv_pool import KVPool
@@ -24,7 +25,7 @@ from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
 from ..tiers.host import HostTier
-from .backends import make_attention, pick_ops, pick_top_p, preload
+from .backends import make_attention, pick_ops, pick_sampling, preload
 from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
@@ -108,7 +109,7 @@ class ModelExecutor:
         times.lap("memory")
         self._attention = make_attention(config, self._pool, specs, model.num_heads, self._table, max_tokens)
         times.lap("attention")
-        self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_top_p(self.device))
+        self._sampler = Sampler(rows, model.vocab_size, self.device, model.eos_ids, pick_sampling(self.device))
         self._prompt_logprobs = PromptLogprobRows(decoder, self.device)
         self._threads = ThreadChoice(memory, group.size, fixed=config.deterministic)
         self._graphs: StepGraphs | None = None
@@ -234,17 +235,18 @@ class ModelExecutor:
         starts = plan.query_starts
         inputs, form = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
         count = len(plan.samples)
-        if self._graphs is not None and form is not None:
-            self._staged[form] = inputs
-            self._graphs.replay(form)
-            # Not captured: a shape has room for far more outputs than most of its steps sample.
-            rows = min(-(-count // LOGIT_ROWS) * LOGIT_ROWS, form.num_outputs)
-            logits = self._decoder.logits(self._hidden_outputs[:rows])[:count] if count else None
-            return self._launched(plan, inputs, logits, [])
-        self._decoder.reserve(int(plan.kv_lens.max()))
-        hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
-        logits = self._decoder.logits(hidden[:count]) if count else None
-        return self._launched(plan, inputs, logits, self._prompt_logprobs.compute(spans, hidden[count:]))
+        with record_function(_step_name(plan, form)):
+            if self._graphs is not None and form is not None:
+                self._staged[form] = inputs
+                self._graphs.replay(form)
+                # Not captured: a shape has room for far more outputs than most of its steps sample.
+                rows = min(-(-count // LOGIT_ROWS) * LOGIT_ROWS, form.num_outputs)
+                logits = self._decoder.logits(self._hidden_outputs[:rows])[:count] if count else None
+                return self._launched(plan, inputs, logits, [])
+            self._decoder.reserve(int(plan.kv_lens.max()))
+            hidden = self._hidden(inputs, pending=bool((plan.token_ids == PENDING).any()))
+            logits = self._decoder.logits(hidden[:count]) if count else None
+            return self._launched(plan, inputs, logits, self._prompt_logprobs.compute(spans, hidden[count:]))
 
     def _launched(
         self, plan: StepPlan, inputs: StepInputs, logits: Tensor | None, prompt: list[PromptRows]
@@ -319,6 +321,15 @@ class ModelExecutor:
         with torch.inference_mode():
             graphs.capture()
         return graphs
+
+
+def _step_name(plan: StepPlan, form: StepShape | None) -> str:
+    """The step as profiles name it: how it ran, and what it computes."""
+    kind = "eager" if form is None else "joint" if form.joint else "mixed" if form.tokens else "decode"
+    size = plan.num_tokens if form is None else form.num_tokens
+    paths = "" if form is None or not form.tree else ", tree"
+    chunks, tokens = len(plan.rows) - plan.num_decodes, plan.num_tokens - plan.num_decodes
+    return f"step: {kind} {size}{paths}, {plan.num_decodes} decodes, {chunks} chunks of {tokens} tokens"
 
 
 def _empty_plan() -> StepPlan:

@@ -12,7 +12,7 @@ from ..models.config import ModelConfig
 from ..models.decoder import Decoder, StepTokens
 from ..sampling_params import SamplingParams
 from ..step import RowStart
-from .backends import pick_top_p
+from .backends import pick_sampling
 from .sampler import Sampler
 
 
@@ -54,7 +54,7 @@ def measure_activations(
     before = torch.cuda.memory_allocated(device)
     decoder.reserve(max_model_len)
     with torch.inference_mode():
-        sampler = Sampler(rows, model.vocab_size, device, top_p_threshold=pick_top_p(device))
+        sampler = Sampler(rows, model.vocab_size, device, kernels=pick_sampling(device))
         for row in range(rows):
             sampler.start(RowStart(row, params, row, np.zeros(1, np.int32), 1))
         hidden = decoder.forward(

@@ -60,7 +60,7 @@ class Sampled:
 class Sampler:
     """Samples tokens for ``max_rows`` page-table rows over a vocabulary of ``vocab_size`` logits.
 
-    ``top_p_threshold``: as for `sampling.keep_threshold`.
+    ``kernels``: those of the device, if it has any.
 
     ``eos_ids`` are the model's end-of-sequence tokens. They are suppressed, with a request's ``stop_token_ids``, while
     the request has produced fewer than ``min_tokens`` (unless it ignores end-of-sequence tokens).
@@ -72,13 +72,13 @@ class Sampler:
         vocab_size: int,
         device: torch.device | str,
         eos_ids: Sequence[int] = (),
-        top_p_threshold: sampling.TopP | None = None,
+        kernels: sampling.SamplingKernels | None = None,
     ) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self._top_p_threshold = top_p_threshold
+        self._kernels = kernels
         self._top_p_window = vocab_size if self.device.type == "cuda" else sampling.TOP_WINDOW
-        if top_p_threshold is not None:
+        if kernels is not None:
             self._top_p_window = 1
         self._eos_ids = [token for token in eos_ids if 0 <= token < vocab_size]
         self._scalars = np.zeros((max_rows, _SCALARS))
@@ -140,9 +140,9 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Int32, positions: Int64, masks: SampleMasks | None = None) -> Sampled:
         """Samples one token for each row of ``logits``, without modifying them and without waiting for the device.
 
-        ``logits`` [S, V] float32 raw; ``rows`` [S] page-table rows; ``positions`` [S] position of the new token in its
-        request. The token depends on the logits, the request, its mask and the position alone. A row that occurs
-        several times has the same penalties for all its samples: those of the tokens before this step.
+        ``logits`` [S, V] raw, of any floating dtype; ``rows`` [S] page-table rows; ``positions`` [S] position of the
+        new token in its request. The token depends on the logits, the request, its mask and the position alone. A row
+        that occurs several times has the same penalties for all its samples: those of the tokens before this step.
         """
         at = rows.astype(np.int64)
         plain = bool(self._plain_greedy[at].all())
@@ -164,14 +164,14 @@ class Sampler:
         return self._finish(tokens, finite, found, list(zip(wanted.tolist(), ks.tolist(), strict=True)))
 
     def _adjust(self, logits: Tensor, rows: Int64, positions: Int64) -> Tensor:
-        """Applies penalties, bias and suppression to a copy; without any of them, returns ``logits`` itself."""
+        """Applies penalties, bias and suppression to a float32 copy; without any of them, returns ``logits`` itself."""
         penalized = np.flatnonzero(self._penalized[rows])
         biased = np.flatnonzero(self._biased[rows])
         min_tokens = self._min_tokens[rows]
         suppressed = np.flatnonzero((min_tokens > 0) & (positions - self._prompt_lens[rows] < min_tokens))
         if not (len(penalized) or len(biased) or len(suppressed)):
             return logits
-        logits = logits.clone()
+        logits = logits.to(torch.float32, copy=True)
         if len(penalized):
             counts, seen = self._history.of(rows[penalized])
             packed = self._to_device(self._scalars[rows[penalized], _REPETITION:].T.astype(np.float32))
@@ -209,17 +209,27 @@ class Sampler:
     def _sample_random(self, logits: Tensor, rows: Int64, positions: Int64) -> tuple[Tensor, Tensor]:
         scalars = self._scalars[rows]
         packed = self._to_device(np.vstack([scalars.T[:_REPETITION], sampling.uniforms(self._seeds[rows], positions)]))
-        probs, finite = sampling.unnormalized_probs(logits, packed[_TEMPERATURE].float())
         filtered = np.flatnonzero(self._filtered[rows])
-        if len(filtered):
-            top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
-            window = sampling.window_for(top_k, top_p, self.vocab_size, self._top_p_window)
-            index = self._to_device(filtered)
-            some, settings = probs[index], packed[:, index]
-            filters = settings[_TOP_K].long(), settings[_TOP_P], settings[_MIN_P].float()
-            keep = sampling.keep_threshold(some, *filters, window, self._top_p_threshold)
-            probs[index] = torch.where(some >= keep, some, 0.0)
-        return sampling.sample(probs, packed[-1]), finite
+        if not len(filtered):
+            return self._unfiltered(logits, packed)
+        top_k, top_p = scalars[filtered, _TOP_K].astype(np.int64), scalars[filtered, _TOP_P]
+        window = sampling.window_for(top_k, top_p, self.vocab_size, self._top_p_window)
+        if len(filtered) == len(rows):
+            return self._filtered_rows(logits, packed, window)
+        tokens, finite = self._unfiltered(logits, packed)
+        index = self._to_device(filtered)
+        tokens[index], finite[index] = self._filtered_rows(logits[index], packed[:, index], window)
+        return tokens, finite
+
+    def _unfiltered(self, logits: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+        sample = (self._kernels or sampling).sample_logits
+        return sample(logits, packed[_TEMPERATURE].float(), packed[-1])
+
+    def _filtered_rows(self, logits: Tensor, packed: Tensor, window: int) -> tuple[Tensor, Tensor]:
+        probs, finite = sampling.unnormalized_probs(logits.float(), packed[_TEMPERATURE].float())
+        filters = packed[_TOP_K].long(), packed[_TOP_P], packed[_MIN_P].float()
+        keep = sampling.keep_threshold(probs, *filters, window, self._kernels)
+        return sampling.sample(torch.where(probs >= keep, probs, 0.0), packed[-1]), finite
 
     def _finish(
         self,

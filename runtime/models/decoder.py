@@ -136,16 +136,16 @@ class Decoder:
         return self._norm.add(delta, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``."""
+        """``[S, vocab]`` of hidden states ``[S, hidden]``: in the model's dtype, or in float32 where the config scales
+        or caps them."""
         logits = self._lm_head(hidden)
         if self._group.size > 1:
             parts = self._group.all_gather(logits)
             logits = parts.transpose(0, 1).flatten(1)[:, : self.config.vocab_size]
-        logits = logits.float()
-        if self.config.logits_scale != 1.0:
-            logits = logits.mul_(self.config.logits_scale)
-        cap = self.config.final_softcap
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        scale, cap = self.config.logits_scale, self.config.final_softcap
+        if scale != 1.0:
+            logits = logits.float() * scale
+        return logits if cap is None else logits.float().div_(cap).tanh_().mul_(cap)
 
     def _embed(self, ids: Tensor) -> Tensor:
         """``[T, hidden]``: each rank looks up the tokens of its part of the vocabulary, and the sum has all of them."""

@@ -1,4 +1,5 @@
-"""Top-p over a whole vocabulary on a GPU: sorting every row against searching the threshold.
+"""Sampling over a whole vocabulary on a GPU: top-p by sorting and by `triton_sampling`, and tokens from bfloat16 logits
+by torch and by `triton_sampling`.
 
     python tests/benchmarks/bench_sampling.py [--vocab 128256] [--rounds 20]
 
@@ -13,8 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from branchwise.kernels import sampling
-from branchwise.kernels.triton_sampling import top_p_threshold
+from branchwise.kernels import sampling, triton_sampling
 
 ROWS = (1, 8, 64, 256)
 
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=128_256)
     parser.add_argument("--rounds", type=int, default=20)
     args = parser.parse_args()
-    print("rows  sort ms  search ms")
+    print("rows  top-p: sort ms  search ms  tokens: torch ms  kernels ms")
     for rows in ROWS:
         logits = torch.randn(rows, args.vocab, device="cuda") * 4
         probs, _ = sampling.unnormalized_probs(logits, torch.ones(rows, device="cuda"))
@@ -54,11 +54,18 @@ def main() -> None:
         def by_search(
             probs: torch.Tensor = probs, filters: tuple[torch.Tensor, ...] = (top_k, top_p, min_p)
         ) -> torch.Tensor:
-            return sampling.keep_threshold(probs, *filters, 1, top_p_threshold)
+            return sampling.keep_threshold(probs, *filters, 1, triton_sampling)
 
         if not torch.equal(by_sorting(), by_search()):
             raise SystemExit(f"{rows} rows: the thresholds differ")
-        print(f"{rows:4d} {milliseconds(by_sorting, args.rounds):8.3f} {milliseconds(by_search, args.rounds):10.3f}")
+        uniform = torch.rand(rows, device="cuda", dtype=torch.float64)
+        given = logits.bfloat16(), torch.ones(rows, device="cuda"), uniform
+        works = (
+            *(by_sorting, by_search),
+            lambda given=given: sampling.sample_logits(*given)[0],
+            lambda given=given: triton_sampling.sample_logits(*given)[0],
+        )
+        print(f"{rows:4d}", *(f"{milliseconds(work, args.rounds):10.3f}" for work in works), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ TORCH_TO_TRITON = {
     torch.float16: "*fp16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.bool: "*i1",
     torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
@@ -115,6 +116,7 @@ def call_everything() -> None:
 
     probs, top_p = zeros(4, 128256, dtype=float32), zeros(4, dtype=torch.float64)
     triton_sampling.top_p_threshold(probs, zeros(4, 1, dtype=float32), top_p)
+    triton_sampling.sample_logits(zeros(4, 128256), zeros(4, dtype=float32), top_p)
 
     host_table, every = np.zeros((4, 64), np.int32), ((2, 0), (0, 4), (0, 16), (0, 200))  # decodes, length of a chunk
     windowed, capped = LayerSpec(0.09, window=4096), LayerSpec(0.09, softcap=50.0)
@@ -235,7 +237,10 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
     names = Counter(label.split("[")[0] for label in compiled)
     small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge", "merge_slots"}
     small |= {"_quantize", "_add_splits"}
-    assert set(names) == small | {"_top_p_threshold", "attend", "_fp8_linear"} and names["attend"] == 46
+    assert (
+        set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", "attend", "_fp8_linear"}
+        and names["attend"] == 46
+    )
     assert names["_fp8_linear"] == 16
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
     # Triton's code for nvfp4's writes declares two bytes of local memory that no instruction uses.

@@ -1,4 +1,4 @@
-"""Top-p without sorting against sorting: on a GPU compiled, elsewhere in Triton's interpreter."""
+"""Sampling in Triton against torch: on a GPU compiled, elsewhere in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def thresholds(probs: torch.Tensor, top_k: int, top_p: list[float], min_p: float
     narrow = top_k if top_k < vocab_size else 1
     return [
         sampling.keep_threshold(*some, vocab_size),
-        sampling.keep_threshold(*some, narrow, triton_sampling.top_p_threshold),
+        sampling.keep_threshold(*some, narrow, triton_sampling),
     ]
 
 
@@ -65,3 +65,48 @@ def test_the_mass_of_a_large_vocabulary_does_not_overflow() -> None:
     floor, top_p = torch.zeros(1, 1), torch.tensor([0.9], dtype=torch.float64)
     got = triton_sampling.top_p_threshold(probs.to(DEVICE), floor.to(DEVICE), top_p.to(DEVICE))
     assert got.item() == 1.0 and math.log2(2**18 * 2**44) < 63
+
+
+def sampled(logits: torch.Tensor, temperature: list[float], uniform: list[float]) -> list[tuple[list[int], list[bool]]]:
+    """Tokens and whether each row is finite, by torch and by the kernels."""
+    settings = torch.tensor(temperature), torch.tensor(uniform, dtype=torch.float64)
+    some = [logits.to(DEVICE), *(each.to(DEVICE) for each in settings)]
+    found = [sampling.sample_logits(*some), triton_sampling.sample_logits(*some)]
+    return [(tokens.tolist(), finite.tolist()) for tokens, finite in found]
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 4096, 9000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_samples_what_torch_samples(vocab_size: int, dtype: torch.dtype) -> None:
+    rows = 12
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (torch.randn(rows, vocab_size, generator=generator) * 3).to(dtype)
+    logits[:, 0] = -torch.inf if vocab_size > 1 else 1.0
+    temperature = [1.0, 0.7, 2.0, 1e-6] * (rows // 4)
+    uniform = torch.rand(rows, generator=generator, dtype=torch.float64).tolist()
+    uniform[0], uniform[1] = 0.0, 1 - 2.0**-53
+    expected, got = sampled(logits, temperature, uniform)
+    assert got == expected
+
+
+def test_rows_that_are_not_finite() -> None:
+    logits = torch.zeros(6, 5000)
+    logits[0, 4999], logits[1, 17], logits[2] = torch.nan, torch.inf, -torch.inf
+    logits[3, :4999] = -torch.inf  # one token is possible
+    logits[4, 4097:] = -torch.inf  # and here the last block has none
+    expected, got = sampled(logits, [1.0] * 6, [0.5, 0.5, 0.5, 0.5, 1 - 2.0**-53, 0.5])
+    assert got == expected
+    assert got == ([4999, 4999, 4999, 4999, 4096, 2500], [False, False, True, True, True, True])
+
+
+def test_a_row_does_not_depend_on_the_others() -> None:
+    logits = torch.randn(5, 5000, generator=torch.Generator().manual_seed(1))
+    temperature, uniform = [0.5, 1.0, 1.5, 2.0, 0.9], [0.1, 0.3, 0.5, 0.7, 0.9]
+    together = sampled(logits, temperature, uniform)[1][0]
+    alone = [sampled(logits[i : i + 1], temperature[i : i + 1], uniform[i : i + 1])[1][0][0] for i in range(5)]
+    assert together == alone
+
+
+def test_no_rows_to_sample() -> None:
+    tokens, finite = triton_sampling.sample_logits(torch.empty(0, 9), torch.empty(0), torch.empty(0))
+    assert tokens.shape == finite.shape == (0,)
