@@ -339,9 +339,13 @@ class Scheduler:
         self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
 
     def _publish_page(self, request: Request) -> None:
-        """Publishes the page that a decode has just filled. Pages of prompts are published when they are scheduled."""
-        computed = request.num_tokens - 1
-        if request.row >= 0 and computed % self.tree.page_size == 0:
+        """Publishes the page that a decode has filled. Pages of prompts are published when they are scheduled.
+
+        Samples of one prompt fill their pages in the same step: they publish them in the steps that follow, a part of
+        the rows in each, because 256 at once take longer (10 ms) than a step.
+        """
+        computed, page_size = request.num_tokens - 1, self.tree.page_size
+        if request.row >= 0 and computed % page_size == request.row % page_size:
             if self.ledger.rows.phase[request.row] != DECODE:
                 return  # after a jump, not all of these tokens have been scheduled
             swap = self.ledger.publish(request, computed)
