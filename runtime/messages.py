@@ -291,6 +291,10 @@ class StepOutput(Message):
     queue_seconds: dict[int, float] = {}  # by request id: the same, how long it waited
     finished: list[Finished] = []
 
+    def __bool__(self) -> bool:
+        """Whether there is anything in it."""
+        return bool(self.started or self.ids or self.finished or self.cache or self.prompt_logprobs)
+
 
 class Delta(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """detokenizer → http: the new output of one request. ``finish`` is set exactly once, on the last delta.

@@ -140,7 +140,8 @@ class EngineCore:
     def _advance(self) -> None:
         scheduled = self.scheduler.plan(self.scheduler.poll(), self.scheduler.tiers.poll())
         copies = self._start_stores()
-        self.advanced = scheduled is not None or bool(self._inflight)
+        # Planning alone may end requests: those that need nothing but what is cached.
+        self.advanced = scheduled is not None or bool(self._inflight) or bool(self.scheduler.output)
         if scheduled is not None:
             try:
                 pending = self.executor.launch(scheduled.plan)
@@ -154,7 +155,7 @@ class EngineCore:
         else:
             self._start_loads(copies)
         if scheduled is None and not self._inflight:
-            if self.scheduler.has_requests and not self.scheduler.waits_outside:
+            if not self.advanced and self.scheduler.has_requests and not self.scheduler.waits_outside:
                 logger.error("no request can advance: %s", self.stats())
                 self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
             return

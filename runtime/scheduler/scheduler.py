@@ -82,7 +82,7 @@ class Scheduler:
         self._jump_forward = config.jump_forward
         self._seeds = random.Random(config.seed)
         self._live: dict[int, Request] = {}
-        self._out = StepOutput()
+        self.output = StepOutput()  # since the last `take_output`
         self._totals = Stats(pages_total=num_pages, page_size=config.page_size)
 
     # -- input ---------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ class Scheduler:
         self.ledger.owners[request.namespace[0]] += 1
         self._totals.prompt_tokens += request.prompt_len
         echo_from = 0 if request.echo_from is None and params.prompt_logprobs is not None else request.echo_from
-        self._out.started.append(
+        self.output.started.append(
             RequestStarted(
                 request.id,
                 request.prompt_len,
@@ -151,11 +151,11 @@ class Scheduler:
 
     def refuse(self, request_id: int, error: InvalidRequest) -> None:
         """Ends a request that was never added with an ``error``."""
-        self._out.finished.append(Finished(request_id, "error", error=Refusal.of(error)))
+        self.output.finished.append(Finished(request_id, "error", error=Refusal.of(error)))
 
     def refuse_aborted(self, request_id: int) -> None:
         """Ends a request whose client left before it was added."""
-        self._out.finished.append(Finished(request_id, "abort"))
+        self.output.finished.append(Finished(request_id, "abort"))
 
     def abort(self, request_id: int, reason: FinishReason = "abort") -> None:
         """Ends a request early. Does nothing if it has ended or is unknown."""
@@ -262,8 +262,8 @@ class Scheduler:
         if not request.opened and request.cache is not None:
             request.opened = True
             request.queue_seconds = self.clock() - request.arrival
-            self._out.cache[request.id] = request.cache
-            self._out.queue_seconds[request.id] = request.queue_seconds
+            self.output.cache[request.id] = request.cache
+            self.output.queue_seconds[request.id] = request.queue_seconds
             self._totals.cached_tokens += request.cache.hit_tokens
             self.cache.begun(request)
             self.tiers.used(request.namespace, request.prompt[: request.cache.hit_tokens])
@@ -303,7 +303,7 @@ class Scheduler:
             ids.append(request.id)
             sampled_tokens.append(token)
             if i in result.logprobs:
-                self._out.logprobs[request.id] = pack_logprobs(result.logprobs[i])
+                self.output.logprobs[request.id] = pack_logprobs(result.logprobs[i])
             row = request.row
             if row >= 0 and r.length[row] == request.num_tokens:  # else a later step in flight has its value
                 r.last_token[row] = token
@@ -322,8 +322,8 @@ class Scheduler:
                 ended.append((request, "length", None))
             else:
                 self._publish_page(request)
-        self._out.ids += np.array(ids, dtype="<i8").tobytes()
-        self._out.tokens += np.array(sampled_tokens, dtype="<i4").tobytes()
+        self.output.ids += np.array(ids, dtype="<i8").tobytes()
+        self.output.tokens += np.array(sampled_tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(ids)
         for request, reason, matched in ended:
             self._finish(request, reason, matched=matched)
@@ -336,7 +336,7 @@ class Scheduler:
     def _deliver_prompt_logprobs(self, request: Request, start: int, rows: TokenLogprobs) -> None:
         k = request.params.prompt_logprobs or 0
         asked = TokenLogprobs(rows.chosen, rows.ranks, rows.top_ids[:, :k], rows.top[:, :k])
-        self._out.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
+        self.output.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
 
     def _publish_page(self, request: Request) -> None:
         """Publishes the page that a decode has filled. Pages of prompts are published when they are scheduled.
@@ -401,8 +401,8 @@ class Scheduler:
 
     def _emit(self, request: Request, tokens: list[int]) -> None:
         """Outputs tokens that were appended between two steps' results."""
-        self._out.ids += np.full(len(tokens), request.id, dtype="<i8").tobytes()
-        self._out.tokens += np.array(tokens, dtype="<i4").tobytes()
+        self.output.ids += np.full(len(tokens), request.id, dtype="<i8").tobytes()
+        self.output.tokens += np.array(tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(tokens)
 
     def _finish(
@@ -431,7 +431,7 @@ class Scheduler:
             self.planner.estimator.finished(request.num_outputs, request.limit - request.prompt_len)
         self._totals.finished += 1
         self._totals.jumped_tokens += request.jumped
-        self._out.finished.append(
+        self.output.finished.append(
             Finished(
                 request.id,
                 reason,
@@ -491,11 +491,8 @@ class Scheduler:
 
     def take_output(self) -> StepOutput | None:
         """All output since the last call, or None."""
-        out = self._out
-        if not (out.started or out.ids or out.finished or out.cache or out.prompt_logprobs):
-            return None
-        self._out = StepOutput()
-        return out
+        output, self.output = self.output, StepOutput()
+        return output or None
 
     def stats(self) -> Stats:
         """The present counters. The same object is updated by the next call."""

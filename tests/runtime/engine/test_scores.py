@@ -44,6 +44,15 @@ def test_logprobs_from_memory_are_those_that_were_computed(clean):
     assert all(row.top == [] for row in chosen.values())
 
 
+def test_many_requests_that_need_nothing_computed_are_all_served(clean):
+    """More than one plan looks up: a plan that ends requests without a step is progress."""
+    prompts = [[5, 6, 7, 8 + i] for i in range(200)]
+    first = clean.generate(prompts, SCORED)
+    again, cost = computed(clean, lambda: clean.generate(prompts, SCORED))
+    assert cost == 0
+    assert [one.prompt_logprobs for one in again] == [one.prompt_logprobs for one in first]
+
+
 def test_more_alternatives_are_computed_and_agree(clean):
     ids = clean.tokenizer.encode(TEXT).tolist()
     first = clean.generate(ids, SCORED)
