@@ -269,7 +269,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_wheel_holds_the_tree(built: Path) -> None:
     """Every module is in it, no top-level name but ours, and the model that ships, whole."""
     assert [path.name for path in built.iterdir()] == ["branchwise"]
-    found = {path.relative_to(built / "branchwise") for path in built.rglob("*.py")}
+    package = built / "branchwise"
+    found = {path.relative_to(package) for path in built.rglob("*.py")} - {
+        path.relative_to(package) for path in (package / "examples").rglob("*")
+    }
     expected = {path.relative_to(ROOT) for room in TOP_LEVEL for path in modules(room)}
     expected |= {Path("__init__.py"), Path("__main__.py")}
     assert found == expected
@@ -277,6 +280,19 @@ def test_the_wheel_holds_the_tree(built: Path) -> None:
     shipped = built / "branchwise" / SHIPPED.relative_to(ROOT)
     assert {path.name: path.read_bytes() for path in shipped.iterdir()} == {
         path.name: path.read_bytes() for path in SHIPPED.iterdir()
+    }
+
+
+def test_the_wheel_holds_the_manual_the_examples_and_the_page(built: Path) -> None:
+    for folder, kinds in (
+        ("docs", {".md", ".png", ".svg", ".yaml", ".yml", ".json", ".service", ".gpu", ""}),
+        ("runtime/server/http/ui/assets", {".js", ".css", ".html", ".svg"}),
+    ):
+        there = {path.relative_to(built / "branchwise") for path in (built / "branchwise" / folder).rglob("*")}
+        ours = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()}
+        assert {path for path in ours if path.suffix in kinds} <= there, folder
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} <= {
+        path.name for path in (built / "branchwise" / "examples").iterdir()
     }
 
 
@@ -294,6 +310,8 @@ def test_an_installed_wheel_talks_without_a_model_named(built: Path, tmp_path: P
 
 def _copy_sources(target: Path) -> None:
     files = [path for room in TOP_LEVEL for path in modules(room)] + sorted(SHIPPED.iterdir())
+    files += [path for folder in ("docs", "examples") for path in (ROOT / folder).rglob("*") if path.is_file()]
+    files += [path for path in (ROOT / "runtime/server/http/ui/assets").rglob("*") if path.is_file()]
     files += [
         ROOT / name for name in ("__init__.py", "__main__.py", "py.typed", "pyproject.toml", "README.md", "LICENSE")
     ]

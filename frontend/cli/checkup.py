@@ -164,7 +164,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
     except LoadError as error:
         ours = "branchwise doctor    (the model that ships with the package)"
-        fix = ours if config.model else f"{_pip('branchwise')} --force-reinstall"
+        fix = ours if config.model else "install branchwise again: files of its model are missing or damaged"
         yield Finding("model", str(error), "broken", fix)
         return
     yield Finding("model", f"{name}: {shape.architecture}, served natively, in {folder}")

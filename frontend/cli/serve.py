@@ -52,13 +52,13 @@ def _run(config: ServerConfig) -> None:
     from ...runtime.server.server import run_server
     from . import checkup
 
+    out.quiet = config.log_format == "json"  # the lines for people; `_Startup.ready` logs the address instead
     handler: logging.Handler
-    if config.log_format == "json":
-        out.quiet = True  # the lines for people; `_Startup.ready` logs the address instead
-        handler = logging.StreamHandler(DroppingStream(2))
-        handler.setFormatter(formatter("json", "http"))
-    else:
+    if err.is_terminal and config.log_format == "text":
         handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
+    else:  # a record is a line
+        handler = logging.StreamHandler(DroppingStream(2))
+        handler.setFormatter(formatter(config.log_format, "http"))
     logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
     for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
         logging.getLogger(client).setLevel(logging.WARNING)

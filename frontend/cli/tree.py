@@ -51,12 +51,14 @@ def draw(dump: dict[str, Any]) -> Tree:
 
     totals = dump["totals"]
     page_size = totals["page_size"]
-    tokens, nodes = counted(totals["cached"] * page_size, "token"), counted(totals["nodes"], "node")
-    drawn = Tree(
-        f"[bold]{tokens} cached[/] in {nodes}; {totals['cached']:,} of "
-        f"{counted(totals['pages'], 'page')} of {counted(page_size, 'token')}, {totals['evicted']:,} evicted",
-        guide_style="dim",
-    )
+    title = "[bold]cached[/]"
+    if "nodes" in totals:  # a tenant's view has no sums
+        tokens, nodes = counted(totals["cached"] * page_size, "token"), counted(totals["nodes"], "node")
+        title = (
+            f"[bold]{tokens} cached[/] in {nodes}; {totals['cached']:,} of "
+            f"{counted(totals['pages'], 'page')} of {counted(page_size, 'token')}, {totals['evicted']:,} evicted"
+        )
+    drawn = Tree(title, guide_style="dim")
     for namespace in dump["namespaces"]:
         branch = drawn.add(_line(f"[cyan]{escape(namespace_title(namespace))}[/]"))
         _draw_children(branch, namespace)

@@ -76,7 +76,9 @@ def check_available(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     try:
         version = metadata.version("flashinfer-python")
     except metadata.PackageNotFoundError:
-        raise Unavailable("FlashInfer is not installed: pip install 'branchwise[gpu]'") from None
+        raise Unavailable(
+            f"FlashInfer is not installed: pip install 'flashinfer-python>={OLDEST},<{TOO_NEW}'"
+        ) from None
     if not Version(OLDEST) <= Version(version) < Version(TOO_NEW):
         raise Unavailable(f"FlashInfer {version} is installed; this version of Branchwise needs >={OLDEST},<{TOO_NEW}")
     if device.type != "cuda":

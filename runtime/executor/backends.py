@@ -58,7 +58,7 @@ def pick_sampling(device: torch.device) -> sampling.SamplingKernels | None:
 
 def _problem_with_triton(device: torch.device) -> str | None:
     if find_spec("triton") is None:
-        return "Triton is not installed: pip install 'branchwise[gpu]'"
+        return "Triton is not installed: pip install 'triton>=3.6'"
     if device.type != "cuda":
         return f"Triton runs on CUDA devices, not on {device}"
     if torch.cuda.get_device_capability(device) < (8, 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,26 @@ def test_the_page_is_static_and_strict(server: Any) -> None:
     assert server.http.get("/ui/../auth.py").status_code == 404
 
 
+def test_the_manual_is_served_whole_and_links_within(server: Any) -> None:
+    index = server.http.get("/docs")
+    assert index.status_code == 200 and index.headers["content-security-policy"]
+    found = set(re.findall(r'href="(/docs/[^"]+)"', index.text))
+    assert {"/docs/README", "/docs/language", "/docs/http/ui", "/docs/http", "/docs/deploy"} <= found
+    for path in sorted(found):
+        page = server.http.get(path)
+        assert page.status_code == 200 and "style=" not in page.text, path
+        for link in re.findall(r'(?:href|src)="([^"]+)"', page.text):
+            target, _, anchor = link.partition("#")
+            if target.startswith("http"):
+                continue
+            assert target == "" or target.startswith(("/docs", "/ui/")), f"{path}: {link}"
+            other = server.http.get(target) if target else page
+            assert other.status_code == 200, f"{path}: {link}"
+            assert not anchor or f'id="{anchor}"' in other.text, f"{path}: {link}"
+    assert server.http.get("/docs/../pyproject.toml").status_code == 404
+    assert server.http.get("/docs/nothing").status_code == 404
+
+
 def test_where_it_is_served(start_server: Any) -> None:
     assert [ServerConfig(engine=EngineConfig(), host=host).has_ui for host in ("127.0.0.1", "::1", "0.0.0.0")] == [
         True,
@@ -39,7 +60,7 @@ def test_where_it_is_served(start_server: Any) -> None:
     ]
     assert ServerConfig(engine=EngineConfig(), host="0.0.0.0", ui=True).has_ui
     without = start_server(ui=False)
-    assert [without.http.get(path).status_code for path in ("/ui", "/ui/app.js", "/ui/events")] == [404, 404, 404]
+    assert [without.http.get(path).status_code for path in ("/ui", "/ui/app.js", "/ui/events", "/docs")] == [404] * 4
 
 
 def snapshots(server: Any, key: str, seconds: float = 10.0, **query: Any) -> Any:

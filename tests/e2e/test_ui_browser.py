@@ -237,6 +237,20 @@ async def test_a_key_is_asked_for_and_shows_its_own_part(page: Page, start_serve
     await page.until("[...document.querySelectorAll('.cell')].some((each) => each.title.includes('tenant'))")
 
 
+async def test_the_reference_of_routes(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server(api_key="first-key")
+    await page.open(f"{server.url}/docs")
+    await page.until("!!document.querySelector('input[name=key]')")
+    await page.type("input[name=key]", "first-key")
+    await page.until("document.querySelectorAll('.operation').length > 30")
+    assert await page.js("document.querySelectorAll('.pages a').length") > 15
+    await page.js("[...document.querySelectorAll('.operation')].forEach((each) => each.open = true)")
+    text = await page.text()
+    assert "POST /v1/chat/completions" in text and "max_tokens" in text and "/branches/{id}" in text
+    assert {url.split("/ui")[0].split("/docs")[0].split("/openapi")[0] for url in page.requests} == {server.url}
+    assert not [error for error in page.errors if "401" not in error]
+
+
 async def _screenshots(url: str, folder: Path) -> None:
     with tempfile.TemporaryDirectory() as profile:
         async with browser(Path(profile)) as page:

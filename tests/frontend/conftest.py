@@ -34,6 +34,17 @@ def environment() -> Iterator[None]:
     patch.undo()
 
 
+@pytest.fixture
+def branchwise() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``branchwise("doctor", "some/model", env={...})`` runs the command line."""
+
+    def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "branchwise", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+
+    return run
+
+
 class Server:
     """A real `branchwise serve` of the shipped model, with a key. ``output`` is what it said until it was ready."""
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
+import tomllib
 import typing
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -24,9 +21,8 @@ from branchwise.frontend.cli.options import is_address
 from branchwise.frontend.cli.peers import PEERS
 from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.models.folder import SHIPPED
 
-COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "models", "pull"]
+COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "models", "pull", "docs", "top"]
 FLAGS = [
     "--host",
     "--port",
@@ -289,100 +285,6 @@ def test_a_model_beside_a_url_is_refused(command: list[str]) -> None:
     assert_one_line_error(done, 2, "--model", "--url")
 
 
-def test_the_hub_out_of_reach_is_said_without_class_names(unused_port: int, tmp_path: Path) -> None:
-    away = {"HF_ENDPOINT": f"http://127.0.0.1:{unused_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    done = branchwise("serve", "nobody/nothing", env=away)
-    assert_one_line_error(done, 2, "nobody/nothing: no such folder, and cannot reach the hub: ")
-    assert "Error" not in done.stderr.replace("error:", "")
-
-
-class Hub(BaseHTTPRequestHandler):
-    """A hub with one model, ``some/model``: the shipped one's files, with another config."""
-
-    requested: list[str] = []  # noqa: RUF012
-    config: bytes = b""
-
-    def do_GET(self) -> None:
-        type(self).requested.append(self.path)
-        files = [path for path in SHIPPED.iterdir() if path.is_file()]
-        if "/tree/" in self.path:
-            tree = [{"type": "file", "path": one.name, "oid": "0" * 40, "size": one.stat().st_size} for one in files]
-            self._answer(json.dumps(tree).encode())
-            return
-        if self.path.startswith("/api/models/some/model"):
-            siblings = [{"rfilename": path.name} for path in files]
-            self._answer(json.dumps({"id": "some/model", "sha": "0" * 40, "siblings": siblings}).encode())
-            return
-        name = self.path.rpartition("/")[2]
-        if not (SHIPPED / name).is_file():
-            self.send_error(404)
-            return
-        self._answer(self.config if name == "config.json" else (SHIPPED / name).read_bytes())
-
-    do_HEAD = do_GET
-
-    def _answer(self, body: bytes) -> None:
-        self.send_response(200)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[dict[str, str]]:
-    Hub.requested, Hub.config = [], (SHIPPED / "config.json").read_bytes()
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=httpd.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{httpd.server_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    httpd.shutdown()
-    httpd.server_close()
-
-
-def test_doctor_downloads_no_weights(hub: dict[str, str]) -> None:
-    done = branchwise("doctor", "some/model", "--device", "cpu", env=hub)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "LlamaForCausalLM, served natively" in done.stdout
-    assert "KV tokens" in done.stdout and "HTTP Request" not in done.stdout + done.stderr
-    assert any(path.endswith("/config.json") for path in Hub.requested)
-    assert not any(path.endswith(".safetensors") for path in Hub.requested)
-
-
-def test_a_model_that_cannot_be_served_is_refused_before_its_weights_are_downloaded(hub: dict[str, str]) -> None:
-    Hub.config = json.dumps(json.loads(Hub.config) | {"num_hidden_layers": 1_000_000}).encode()
-    done = branchwise("serve", "--model", "some/model", "--port", "0", "--device", "cpu", env=hub)
-    assert_one_line_error(done, 2)
-    assert done.stdout == "" and not any(path.endswith(".safetensors") for path in Hub.requested)
-
-
-def test_pull_downloads_a_model_and_prints_its_folder(hub: dict[str, str]) -> None:
-    done = branchwise("pull", "some/model", env=hub)
-    assert done.returncode == 0, done.stderr
-    folder = Path(done.stdout.splitlines()[-1])
-    assert (folder / "model.safetensors").read_bytes() == (SHIPPED / "model.safetensors").read_bytes()
-
-
-def test_pull_refuses_what_cannot_be_served_before_its_weights_are_downloaded(hub: dict[str, str]) -> None:
-    Hub.config = json.dumps(json.loads(Hub.config) | {"architectures": ["MambaForCausalLM"]}).encode()
-    assert_one_line_error(branchwise("pull", "some/model", env=hub), 2, "MambaForCausalLM")
-    assert not any(path.endswith(".safetensors") for path in Hub.requested)
-
-
-def test_in_process_the_hub_out_of_reach_is_no_page_of_tracebacks(unused_port: int, tmp_path: Path) -> None:
-    away = {"HF_ENDPOINT": f"http://127.0.0.1:{unused_port}", "HF_HOME": str(tmp_path), "NO_PROXY": "*"}
-    program = "from branchwise.runtime.models.folder import model_folder\nmodel_folder('nobody/nothing')"
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | away, capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].startswith(
-        "branchwise.runtime.errors.LoadError: nobody/nothing: no such folder"
-    )
-    assert done.stderr.count("Traceback") == 1
-
-
 def test_what_doctor_finds_broken_it_mends(tmp_path: Path) -> None:
     done = branchwise("doctor", str(tmp_path))
     assert done.returncode == 1
@@ -429,7 +331,15 @@ def test_generate_answers_in_process() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["tree"], ["tree", "--url"], ["bench", "--url"], ["generate", "hi", "--url"], ["chat", "--url"], ["chat"]],
+    [
+        ["tree"],
+        ["tree", "--url"],
+        ["top", "--once"],
+        ["bench", "--url"],
+        ["generate", "hi", "--url"],
+        ["chat", "--url"],
+        ["chat"],
+    ],
     ids=" ".join,
 )
 def test_no_server_is_one_line(arguments: list[str], unused_port: int) -> None:
@@ -501,3 +411,26 @@ def test_doctor_names_gpus_that_do_not_reach_each_other(monkeypatch: pytest.Monk
     [finding] = checkup._peer_access([0, 1])
     assert finding.state == "ok"
     assert not list(checkup._peer_access([0]))
+
+
+def test_docs_list_the_manual_and_show_a_page() -> None:
+    listed = branchwise("docs").stdout
+    assert re.search(r"^  language +The program language$", listed, re.M) and "  http/chat " in listed
+    examples = Path(re.search(r"^examples: (.+)$", listed, re.M)[1])  # type: ignore[index]
+    assert (examples / "tree_of_thought.py").is_file()
+    assert "**branchwise docs**" in str(app.info.epilog)
+    for name in ("http/chat", "chat", "docs/http/chat.md", "CHAT"):
+        assert branchwise("docs", name).stdout.startswith("# POST /v1/chat/completions"), name
+    assert_one_line_error(branchwise("docs", "nothing"), 1, "no page is called nothing", "branchwise docs")
+
+
+def test_what_is_advised_to_install_is_on_an_index() -> None:
+    """The package itself is on none, so no message may send people there; versions are those of the gpu extra."""
+    root = Path(__file__).resolve().parents[2]
+    extra = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
+    code = "\n".join(
+        path.read_text() for room in ("kernels", "runtime", "frontend") for path in (root / room).rglob("*.py")
+    )
+    advised = set(re.findall(r"pip install '?([\w.-]+(?:\[\w+\])?)", code))
+    assert advised >= {"flashinfer-python", "triton"} and not {one for one in advised if one.startswith("branchwise")}
+    assert "flashinfer-python>=0.6.12,<0.8" in extra and "triton>=3.6" in extra and "pip install 'triton>=3.6'" in code

@@ -77,6 +77,18 @@ def test_a_log_of_json_has_nothing_else_and_a_line_a_request() -> None:
     assert "Once upon" not in log
 
 
+def test_top_shows_the_load_the_requests_and_the_tree(server: Running) -> None:
+    done = branchwise("generate", "--url", server.url, "--max-tokens", "3", "A village by the river had a baker")
+    assert done.returncode == 0, done.stderr
+    shown = branchwise("top", server.url, "--once")
+    assert shown.returncode == 0, shown.stderr
+    assert f"at {server.url}" in shown.stdout and "running, 0 waiting" in shown.stdout
+    assert "KV " in shown.stdout and "no requests at the moment" in shown.stdout and "A village" in shown.stdout
+    found = json.loads(branchwise("top", server.url, "--json").stdout)
+    assert found["figures"]["generated_tokens"] >= 3 and found["rates"]["generated_tokens"] == 0
+    assert found["requests"] == [] and found["tree"]["namespaces"]
+
+
 def test_the_curl_line_works_as_printed(server: Running) -> None:
     line = next(line for line in server.output.splitlines() if "curl" in line)
     done = subprocess.run(["bash", "-c", f"{line} -sS"], capture_output=True, text=True, env=os.environ | KEY)

@@ -46,7 +46,7 @@ _MODULES = (
 
 
 def make_app(state: AppState) -> FastAPI:
-    # No interactive documentation: its pages load scripts from other hosts. The schema is served, behind the key.
+    # FastAPI's /docs loads scripts from other hosts; `ui/page.py` has one that does not.
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     routes = [module.routes(state) for module in _MODULES]
     if state.config.has_ui:
@@ -72,7 +72,7 @@ def make_app(state: AppState) -> FastAPI:
         api_key=state.config.api_key,
         extra_api_keys=state.config.extra_api_keys,
         admin_api_key=state.config.admin_api_key,
-        open_paths=page.paths() if config.has_ui else (),
+        open_paths=page.open_paths() if config.has_ui else (),
     )
     if config.api_key is None:
         app.add_middleware(BrowserGuard, host=config.host, allowed=config.allowed_hosts, origins=config.allow_origins)

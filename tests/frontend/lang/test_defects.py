@@ -1,4 +1,4 @@
-"""SGLang's language has defects (see the table in frontend/README.md); here each has a test that it is not ours."""
+"""SGLang's language has defects (see the table in docs/language.md); here each has a test that it is not ours."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ NEEDED = {"aiohttp", "jinja2", "msgspec", "numpy", "tokenizers"}
 
 
 def test_a_connected_program_needs_few_of_the_packages(server):
-    """Those that frontend/README.md names, and none else of what the server is made of."""
+    """Those that docs/language.md names, and none else of what the server is made of."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     packages = {re.split("[><=\\[;]", one)[0].strip() for one in project["dependencies"]}
     assert packages > NEEDED
@@ -300,7 +300,7 @@ def test_a_connected_program_needs_few_of_the_packages(server):
     done = subprocess.run([sys.executable, "-c", code, server.url, *others], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr[-800:]
     assert done.stdout.startswith("Mira is the baker") and done.stderr == ""
-    readme = (ROOT / "frontend" / "README.md").read_text()
+    readme = (ROOT / "docs" / "language.md").read_text()
     assert f"pip install {' '.join(sorted(NEEDED))}" in readme
 
 

@@ -1,4 +1,4 @@
-"""The tutorial in frontend/README.md is a program: it runs, and says what it should."""
+"""The tutorial in docs/language.md is a program: it runs, and says what it should."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 import branchwise as bw
 
 ROOT = Path(__file__).resolve().parents[3]
-README = (ROOT / "frontend" / "README.md").read_text()
+PAGE = (ROOT / "docs" / "language.md").read_text()
 
 
 def test_the_tutorial_runs() -> None:
-    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+    code = "\n".join(re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL))
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,
@@ -36,7 +36,7 @@ def test_the_tutorial_runs() -> None:
 
 
 def test_the_names_it_uses_exist() -> None:
-    for name in set(re.findall(r"\bbw\.(\w+)", README)):
+    for name in set(re.findall(r"\bbw\.(\w+)", PAGE)):
         assert hasattr(bw, name), name
-    for path in re.findall(r"`((?:tests|examples)/[\w./]*)`", README):
+    for path in re.findall(r"`((?:tests|examples)/[\w./]*)`", PAGE):
         assert (ROOT / path).exists(), path

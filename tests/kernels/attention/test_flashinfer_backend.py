@@ -191,7 +191,7 @@ def test_the_workspace_is_large_enough_for_any_step(processors, heads, kv_heads,
 @pytest.mark.parametrize(
     ("version", "message"),
     [
-        (None, "not installed: pip install 'branchwise[gpu]'"),
+        (None, "not installed: pip install 'flashinfer-python>=0.6.12,<0.8'"),
         ("0.5.3", "0.5.3 is installed; this version of Branchwise needs >=0.6.12,<0.8"),
         ("0.8.0", "0.8.0 is installed"),
         (OLDEST, "runs on CUDA devices, not on cpu"),

@@ -70,7 +70,7 @@ def branch_labels(nodes: Sequence[dict[str, Any]], width: int = _SHOWN) -> list[
             label, whole = f"{text[:_HEAD]}…{rest}", begin + len(rest) == len(text)
         else:
             label, whole = text[:width], len(text) <= width
-        more = "" if whole and node["tokens"] <= len(node["preview"]) else "…"
+        more = "" if whole and node["tokens"] <= len(node.get("preview", ())) else "…"
         labels.append(f"{label!r}{more}")
     return labels
 

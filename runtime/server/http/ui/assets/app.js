@@ -2,7 +2,8 @@
 import { html, render, useEffect, useState } from "/ui/vendor/htm-preact.js";
 import { Chat } from "/ui/chat.js";
 import { Figures, History } from "/ui/figures.js";
-import { events, NoKey, setKey } from "/ui/server.js";
+import { AskKey } from "/ui/key.js";
+import { events, NoKey } from "/ui/server.js";
 import { TreeView } from "/ui/tree.js";
 
 const VIEWS = { tree: "Tree", figures: "Figures", chat: "Chat" };
@@ -33,19 +34,6 @@ function useLive() {
   return live;
 }
 
-function AskKey() {
-  const submit = (event) => {
-    event.preventDefault();
-    setKey(new FormData(event.target).get("key"));
-    location.reload();
-  };
-  return html`<form class="card" onSubmit=${submit}>
-    <label>This server asks for a key. It stays in this tab.
-      <input name="key" type="password" autocomplete="off" autofocus required /></label>
-    <button>Continue</button>
-  </form>`;
-}
-
 function App() {
   const live = useLive();
   const [view, setView] = useState(VIEWS[location.hash.slice(1)] ? location.hash.slice(1) : "tree");
@@ -63,6 +51,7 @@ function App() {
         ([name, title]) =>
           html`<button aria-pressed=${view === name} onClick=${() => choose(name)}>${title}</button>`,
       )}</nav>
+      <a href="/docs">Manual</a>
       <span class="state ${live.state}" role="status">${live.state}${live.reason ? `: ${live.reason}` : ""}</span>
     </header>
     <main>
