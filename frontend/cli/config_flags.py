@@ -102,7 +102,8 @@ def _flag(kind: type, field: msgspec.structs.FieldInfo, hint: Any, doc: str) -> 
     if default is None or default == ():
         settings["show_default"] = False
     if default == ():  # a tuple of str: a flag that may be given more than once
-        names, hint, default = [names[0].removesuffix("s"), names[0]], list[str] | None, None
+        one = names[0] if field.name == "allow_origins" else names[0].removesuffix("s")  # CORS's usual name
+        names, hint, default = [one], list[str] | None, None
     option = typer.Option(*names, **settings | _SETTINGS.get(field.name, {}))
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[hint, option]

@@ -13,12 +13,27 @@ from branchwise.frontend.errors import BackendError
 
 TREE = {"namespaces": [], "omitted": 0, "totals": {"page_size": 16}}
 FIGURES = {
-    "running": 1, "waiting": 2, "generated_tokens": 100, "cached_tokens": 50, "computed_tokens": 10,
-    "hit_rate": 0.5, "pages_total": 100, "pages_free": 50, "pages_cached": 25, "evicted_pages": 0, "retractions": 0,
+    "running": 1,
+    "waiting": 2,
+    "generated_tokens": 100,
+    "cached_tokens": 50,
+    "computed_tokens": 10,
+    "hit_rate": 0.5,
+    "pages_total": 100,
+    "pages_free": 50,
+    "pages_cached": 25,
+    "evicted_pages": 0,
+    "retractions": 0,
 }
 REQUEST = {
-    "id": 7, "state": "running", "prompt_tokens": 1000, "hit_tokens": 900, "computed": 950, "limit": 1900,
-    "reason": "diverged", "path": [],
+    "id": 7,
+    "state": "running",
+    "prompt_tokens": 1000,
+    "hit_tokens": 900,
+    "computed": 950,
+    "limit": 1900,
+    "reason": "diverged",
+    "path": [],
 }
 
 
