@@ -64,6 +64,11 @@ class EvictionIndex:
         """Removes a leaf. Raises ValueError if it is not indexed under its present key."""
         self._leaves.remove(self.entry(leaf))
 
+    def pop_first(self) -> Node:
+        """Removes the leaf to evict next, and returns it."""
+        node: Node = self._leaves.pop(0)[2]
+        return node
+
     def first(self) -> Node:
         """The leaf to evict next. Raises IndexError if there is none."""
         node: Node = self._leaves[0][2]

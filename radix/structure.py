@@ -67,7 +67,7 @@ class PrefixTree:
 
     def resident(self, node: Node) -> bool:
         """Whether any tier has a copy of the node."""
-        return bool(len(node.pages) or len(node.host) or len(node.disk))
+        return node.pages.size > 0 or node.host.size > 0 or node.disk.size > 0
 
     def tick(self) -> int:
         """A new logical time."""
@@ -161,8 +161,13 @@ class PrefixTree:
                 self.split(leaf, keep)
             if moves_down and (leaf.hits or self.keep_one_shot):
                 self.copy_down(leaf)
-            freed.append(self.drop(leaf, tier, reason))
-            n -= len(freed[-1])
+            if tier is self.device:
+                self._left(leaf, reason)
+            slots = tier.take_first()
+            if not self.resident(leaf):
+                self._remove(leaf, reason)
+            freed.append(slots)
+            n -= len(slots)
         return join(freed)
 
     def copy_down(self, node: Node) -> bool:
@@ -237,7 +242,7 @@ class PrefixTree:
     def _left(self, node: Node, reason: LeaveReason) -> None:
         """Accounts for a node that leaves the device."""
         if reason != "covered":
-            self.evicted_total += len(node.pages)
+            self.evicted_total += node.pages.size
         if self.events.observers and node.parent is not None:
             self.events.pending.append(
                 PagesLeft(_namespace(node), _last_page(node.parent), node.tokens, node.pages, reason)
@@ -248,12 +253,8 @@ class PrefixTree:
         parent = node.parent
         if parent is None:
             raise RuntimeError("a root has no pages to remove")
-        below = list(node.children.values())
-        while below:
-            orphan = below.pop()
-            self._take_everywhere(orphan)
-            self.num_nodes -= 1
-            below += orphan.children.values()
+        if node.children:
+            self._remove_below(node)
         parent.remove_child(node)
         self.num_nodes -= 1
         if reason != "covered":
@@ -265,6 +266,14 @@ class PrefixTree:
                 del self.salts_in_use[owner]
             if not parent.locks:
                 del self.roots[parent.namespace]
+
+    def _remove_below(self, node: Node) -> None:
+        below = list(node.children.values())
+        while below:
+            orphan = below.pop()
+            self._take_everywhere(orphan)
+            self.num_nodes -= 1
+            below += orphan.children.values()
 
     def _take_everywhere(self, node: Node) -> None:
         """Takes a node's copies; those of the lower tiers are freed, those on the device are the caller's to free."""

@@ -56,16 +56,28 @@ class Tier:
 
     def take(self, node: Node) -> Int32:
         """The node loses its copy. Returns the slots, which the caller frees or reuses."""
-        slots, parent = self.of(node), node.parent
+        slots = self.of(node)
         if not node.locks:
             self.protect(node)
-        self.cached -= len(slots)
-        self.place(node, NO_SLOTS)
-        if parent is not None:
-            parent.below[self.number] -= 1
-            if self._indexed(parent):
-                self.leaves.add(parent)
+        self._lose(node, slots)
         return slots
+
+    def take_first(self) -> Int32:
+        """The first leaf loses its copy: `take`, without searching the index for it."""
+        node = self.leaves.pop_first()
+        slots = self.of(node)
+        self.evictable -= len(slots)
+        self._lose(node, slots)
+        return slots
+
+    def _lose(self, node: Node, slots: Int32) -> None:
+        parent, t = node.parent, self.number
+        self.cached -= len(slots)
+        setattr(node, self._copy, NO_SLOTS)
+        if parent is not None:
+            parent.below[t] -= 1
+            if not parent.locks and not parent.below[t] and len(self.of(parent)):
+                self.leaves.add(parent)
 
     def free(self, slots: Int32) -> None:
         """Frees slots that no node and no transfer uses."""
