@@ -188,6 +188,14 @@ class Tokenizer:
         return copy
 
     @cached_property
+    def longest_token(self) -> int | None:
+        """Bytes of the longest token; None if a byte of a text may end up in no token, which makes it no bound."""
+        greedy = any(token.lstrip or token.rstrip for token in self.backend.get_added_tokens_decoder().values())
+        if not self.byte_level or self.backend.normalizer is not None or greedy:
+            return None
+        return max(len(token.encode()) for token in self.backend.get_vocab())
+
+    @cached_property
     def anchor(self) -> list[int]:
         """The tokens of a line break: text put before other text that is not at the start, and then taken away."""
         return list(self.backend.encode("\n", add_special_tokens=False).ids)

@@ -69,6 +69,8 @@ def test_too_long_is_known_for_text_and_ids(server: Any) -> None:
 def test_megabytes_of_text_are_refused_before_they_are_tokenized(server: Any) -> None:
     body = {"prompt": "word and page " * 500_000, "max_tokens": 1}
     assert "at least" in server.refused("/v1/completions", "prompt", json=body)
+    for path in ("/cache/explain", "/cache/pin"):  # tokenized in the HTTP process
+        assert "at least" in server.refused(path, "prompt", json={"prompt": body["prompt"]})
 
 
 @pytest.mark.parametrize("path", ["/cache/explain", "/cache/pin", "/cache/evict"])

@@ -13,7 +13,7 @@ import zmq
 
 from ...config import ServerConfig
 from ...errors import InvalidRequest
-from ...limits import fit
+from ...limits import check_text_length, fit
 from ...messages import (
     Abort,
     BranchOp,
@@ -61,7 +61,6 @@ class TokenizerWorker:
         self._http = http
         self._limits: Limits | None = None
         self._tokenizer = Tokenizer.load(Path(config.engine.model))
-        self._longest_token = _longest_token(self._tokenizer)
         self._arriving: Unit = []  # prompts of which `Generate.more` follow
         self._queue: FairQueue[Unit] = FairQueue()
         self._long: FairQueue[Unit] = FairQueue()  # taken from the queue, for the thread
@@ -175,7 +174,7 @@ class TokenizerWorker:
         ``refusal`` instead: the scheduler answers messages in the order of their branch."""
         try:
             if not isinstance(message, Generate):
-                encode_message(self._tokenizer, message, lambda text: self._check_bytes(text, "text"))
+                encode_message(self._tokenizer, message, lambda text: self._check_length(text, "text"))
             elif message.text is not None and not self._aborted.issuperset(message.ids):
                 self._tokenize(message, message.text)
             return None
@@ -194,7 +193,7 @@ class TokenizerWorker:
         """Replaces the message's text by its tokens. Raises `InvalidRequest` if they exceed the limits."""
         if self._limits is None:
             raise RuntimeError("a request arrived before the limits")
-        self._check_bytes(text, "prompt")
+        self._check_length(text, "prompt")
         marks = [position for position, _ in message.breakpoints]
         ids, counts = self._tokenizer.encode_marked(text, marks, message.add_special_tokens)
         message.params = fit(len(ids), message.params, self._limits, shorten=message.shorten)
@@ -204,17 +203,9 @@ class TokenizerWorker:
         ]
         message.text, message.tokens = None, ids.astype("<i4", copy=False).tobytes()
 
-    def _check_bytes(self, text: str, field: str) -> None:
-        """Refuses a text that is too long for any tokenization before it is tokenized, which would delay all others."""
-        if self._limits is None or self._longest_token is None:
-            return
-        bound = min(self._limits.max_model_len, self._limits.pool_tokens)
-        size = len(text.encode())
-        if size > bound * self._longest_token:
-            raise InvalidRequest(
-                field,
-                f"has {size} bytes, at least {size // self._longest_token} tokens; the limit is {bound} tokens",
-            )
+    def _check_length(self, text: str, field: str) -> None:
+        if self._limits is not None:
+            check_text_length(text, self._tokenizer.longest_token, self._limits, field)
 
 
 def _characters(message: Text) -> int:
@@ -225,12 +216,3 @@ def _characters(message: Text) -> int:
     if isinstance(message, BranchRun):
         pieces += message.continuations or []
     return sum(len(piece.before) + len(piece.text or "") for piece in pieces)
-
-
-def _longest_token(tokenizer: Tokenizer) -> int | None:
-    """Bytes of the longest token; None if a byte of a text may end up in no token, which makes it no bound."""
-    backend = tokenizer.backend
-    greedy = any(token.lstrip or token.rstrip for token in backend.get_added_tokens_decoder().values())
-    if not tokenizer.byte_level or backend.normalizer is not None or greedy:
-        return None
-    return max(len(token.encode()) for token in backend.get_vocab())

@@ -14,7 +14,7 @@ from ....chat.breaks import breaks
 from ....chat.conversation import Conversation
 from ....chat.volatile import part_at, volatile_parts
 from ....errors import InvalidRequest, renaming
-from ....limits import fit
+from ....limits import check_text_length, fit
 from ....messages import ControlWhat
 from ....outputs import Output
 from ....sampling_params import SamplingParams
@@ -194,12 +194,13 @@ async def _prompt(
 
 async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:
     """The prompt's token ids as int32 bytes."""
+    limits = state.client.limits
     if not isinstance(prompt, str):
-        limits = state.client.limits
         fit(len(prompt), _NO_TOKENS, limits, path=field)  # first: it bounds the ids that are looked at
         return token_bytes(prompt, limits.vocab_size, field)
+    check_text_length(prompt, state.tokenizer.longest_token, limits, field)
     ids = await token_ids(state, prompt, special=add_special_tokens)
-    fit(len(ids), _NO_TOKENS, state.client.limits, path=field)
+    fit(len(ids), _NO_TOKENS, limits, path=field)
     return ids.astype("<i4", copy=False).tobytes()
 
 

@@ -109,7 +109,7 @@ def slowly(worker: TokenizerWorker, monkeypatch: pytest.MonkeyPatch, gate: threa
         return encode(text[:100], *rest)
 
     monkeypatch.setattr(worker._tokenizer, "encode_marked", wait)
-    monkeypatch.setattr(worker, "_longest_token", None)
+    monkeypatch.setattr(worker._tokenizer, "longest_token", None)
 
 
 def test_owners_take_turns(server: Flow) -> None:
@@ -158,7 +158,7 @@ def test_an_abort_follows_its_request(server: Flow, monkeypatch: pytest.MonkeyPa
 
 def test_operations_on_branches_keep_the_order_of_their_owner(server: Flow, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, _, scheduler, outbox = server
-    monkeypatch.setattr(worker, "_longest_token", None)
+    monkeypatch.setattr(worker._tokenizer, "longest_token", None)
     outbox.send([Limits(1000, 1_000_000, 1_000_000)])
     texts = ["x" * (LONG + 1) if i % 3 == 0 else "short" for i in range(12)]
     outbox.send([BranchOp(i, "extend", ("a", ""), "b", Piece(text)) for i, text in enumerate(texts)])
