@@ -16,6 +16,7 @@ from .errors import InvariantError, LeaseError
 from .events import TreeObserver
 from .explain import REASONS, Explanation, Reason
 from .hold import Hold
+from .hottest import hottest
 from .inspection import Inspection, explain, inspect
 from .lease import Lease
 from .matching import closest_page, follow
@@ -375,6 +376,10 @@ class RadixTree:
     def unsubscribe(self, observer: TreeObserver) -> None:
         """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""
         self.structure.events.observers.remove(observer)
+
+    def hottest(self, count: int, namespace: Namespace = DEFAULT) -> list[Int32]:
+        """The most used prefixes: see `hottest.hottest`."""
+        return hottest(self.structure, namespace, count)
 
     def dump(self, max_nodes: int = 1000, preview: int | None = None, owner: str | None = None) -> dict[str, Any]:
         """``{"namespaces": [...], "omitted": namespaces left out, "totals"}``: see `dump.dump_namespaces`. The totals

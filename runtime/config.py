@@ -70,6 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_pin_ttl: Seconds a pin or breakpoint may last at most. From 1 to 31536000.
         jump_forward: Append tokens that a grammar forces without a forward pass for each.
         overlap: Plan step N+1 while step N runs. Default: on a GPU only.
+        instance: Name of this engine among replicas: its ids of branches and pins then tell which one made them.
         profile: Folder for the Chrome traces of POST /start_profile and /stop_profile. Default: none; both are refused.
         check_when_idle: Verify tree and pages whenever the engine becomes idle, for debugging.
     """
@@ -110,6 +111,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_pin_ttl: float = 86_400.0
     jump_forward: bool = True
     overlap: bool | None = None
+    instance: str = ""
     profile: str | None = None
     check_when_idle: bool = False
 
@@ -164,6 +166,8 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
             format: tcp://127.0.0.1:5557; port * is any free one. Whoever can connect sees all keys' prompts. Default:
             none.
         kv_events_replay: Address at which subscribers can get batches of events again that they have missed.
+        namespace_secret: Key of the digests that name the parts of the cache that API keys and salts have. Replicas
+            behind one router must have the same one. Default: a random one, or the disk cache's.
         null_executor: Serve without a model, to measure everything else: tokens are a hash of their position.
         null_step_seconds: Seconds that each step of the null executor takes.
     """
@@ -203,6 +207,7 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True):
     ui: bool | None = None
     kv_events: str | None = None
     kv_events_replay: str | None = None
+    namespace_secret: str | None = None
     null_executor: bool = False
     null_step_seconds: float = 0.0
 

@@ -170,6 +170,7 @@ ControlWhat = Literal[
     "cache_pin",
     "cache_unpin",
     "cache_evict",
+    "cache_hottest",
     "kv_events",
 ]
 

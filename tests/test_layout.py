@@ -30,7 +30,7 @@ ROOMS = {
     "runtime/tiers": {"runtime", "radix", "kernels"},
     "runtime/fleet": {"runtime", "radix"},
     "runtime/executor": {"runtime", "runtime/tiers", "runtime/models", "runtime/parallel", "kernels"},
-    "runtime/scheduler": {"runtime", "runtime/tiers", "runtime/grammar", "runtime/tokenizer", "radix"},
+    "runtime/scheduler": {"runtime", "runtime/fleet", "runtime/tiers", "runtime/grammar", "runtime/tokenizer", "radix"},
     "runtime/simulation": {"runtime", "runtime/executor", "runtime/fleet", "runtime/scheduler", "radix"},
     "runtime/engine": {
         "runtime",

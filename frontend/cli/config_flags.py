@@ -18,7 +18,7 @@ from ...runtime.config import EngineConfig, ServerConfig
 MODEL, MEMORY, SCHEDULING, SERVER, LIMITS = "Model", "Memory", "Scheduling", "Server", "Limits"
 
 # Set by an argument (model), or only by code: what is for measuring, and what is decided by the device.
-_NO_FLAG = {"engine", "model", "overlap", "null_executor", "null_step_seconds"}
+_NO_FLAG = {"engine", "model", "overlap", "instance", "namespace_secret", "null_executor", "null_step_seconds"}
 _PANELS = {
     MODEL: "load_format dtype device max_model_len tensor_parallel_size sampling_defaults attention_backend "
     "cuda_graphs jump_forward seed tool_call_parser reasoning_parser",

@@ -12,14 +12,19 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Weights(NamedTuple):
-    """What the terms of `costs` count."""
+    """What the terms of `costs` count.
 
-    queued: float = 1.0  # tokens ahead in the replica's queue, against tokens to compute
+    A token ahead in the queue counts less than one to compute: it delays this request, while computing what another
+    replica has cached delays all that come after, and evicts as much.
+    """
+
+    queued: float = 0.25  # of a token ahead in the replica's queue
     running: float = 16.0  # tokens to compute that one running request delays as much as
     recent: float = 2.0  # mean prompts that a replica must save to take twice its share of the work
 
 
 DEFAULT_WEIGHTS = Weights()
+_FEW = 16  # prompts
 
 
 class Loads(NamedTuple):
@@ -38,9 +43,10 @@ def costs(
     Tokens to compute less those cached, tokens that are computed before them, and a share for work done lately. The
     last term spreads prompts that are cached nowhere, so that all caches turn over at one rate: together they then
     evict what one large LRU cache would. It has no unit of its own: it compares a replica with the mean, and is scaled
-    by the mean prompt, so that it means the same at any rate of requests and any number of replicas.
+    by the mean prompt, so that it means the same at any rate of requests and any number of replicas. Where replicas
+    have computed less than `_FEW` prompts lately, a share says little: the mean counts as that much.
     """
-    mean = float(loads.recent.mean()) if len(loads.recent) else 0.0
+    mean = max(float(loads.recent.mean()) if len(loads.recent) else 0.0, _FEW * mean_prompt)
     busier = loads.recent / mean if mean > 0 else np.zeros(len(loads.recent))
     computed = prompt_tokens - np.minimum(cached_tokens, prompt_tokens)
     return (

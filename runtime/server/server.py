@@ -302,6 +302,8 @@ class Server:
         )
         folder = config.engine.disk_cache
         secret = None if folder is None else folder_secret(Path(folder).expanduser())
+        if config.namespace_secret is not None:
+            secret = config.namespace_secret.encode()
         self._state: AppState = AppState(
             config, self._client, metrics, Namespaces(config.api_key, secret), self._name, self._heartbeat
         )

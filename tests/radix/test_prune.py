@@ -147,3 +147,19 @@ def test_pruning_keeps_the_books_and_the_neighbours(page_size, mirror):
     tree.prune(array([]))
     tree.check()
     assert tree.allocator.free == 96
+
+
+def test_the_hottest_prefixes_are_those_that_matches_used_most(drive):
+    driver = drive(num_pages=64, page_size=4)
+    warm, hot, cold = ids(12), ids(8, 50), ids(16, 70)
+    for text in (warm, hot, cold):
+        driver.remember(text)
+    for text, times in ((warm, 2), (hot, 5), ([*hot, 9, 9, 9, 9, 9], 3)):
+        for _ in range(times):
+            driver.remember([*text, 1])
+    before = driver.tree.dump(), driver.tree.structure._clock
+    found = [tokens.tolist() for tokens in driver.tree.hottest(10)]
+    assert (driver.tree.dump(), driver.tree.structure._clock) == before
+    assert found == [[*hot, 9, 9, 9, 9], warm], "the longer includes the shorter; nothing has used the cold one"
+    assert [tokens.tolist() for tokens in driver.tree.hottest(1)] == [hot]
+    assert driver.tree.hottest(3, ("nobody", "")) == []

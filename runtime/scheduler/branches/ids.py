@@ -7,18 +7,23 @@ import hmac
 import os
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 
+from ...fleet.instances import instance_tag
+
 _NONCE, _PROOF = 12, 12  # bytes: each 16 characters
 
 
 class BranchIds:
-    """An id is a random nonce and its keyed digest, with the owner's name."""
+    """An id is a random nonce and its keyed digest, with the owner's name. Of an engine with a name among replicas, the
+    nonce begins with its tag (`fleet.instances`)."""
 
-    def __init__(self) -> None:
+    def __init__(self, instance: str = "") -> None:
         self._key = os.urandom(32)
+        self._tag = instance_tag(instance)
 
     def make(self, owner: str, n: int) -> list[str]:
-        noise = os.urandom(_NONCE * n)
-        nonces = (noise[i : i + _NONCE] for i in range(0, len(noise), _NONCE))
+        size = _NONCE - len(self._tag)
+        noise = os.urandom(size * n)
+        nonces = (self._tag + noise[i : i + size] for i in range(0, len(noise), size))
         return ["b" + urlsafe_b64encode(nonce + self._proof(nonce, owner)).decode() for nonce in nonces]
 
     def made(self, id: str, owner: str) -> bool:

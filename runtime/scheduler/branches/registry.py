@@ -64,6 +64,7 @@ class Branches:
         max_per_key: int | None = None,
         ttl: float,
         now: Callable[[], float],
+        instance: str = "",
     ) -> None:
         self._tree = tree
         self._max = max_branches
@@ -71,7 +72,7 @@ class Branches:
         self._by_owner: Counter[str] = Counter()
         self._ttl = ttl
         self._now = now
-        self._ids = BranchIds()
+        self._ids = BranchIds(instance)
         self._branches: dict[str, BranchRecord] = {}
         # Branches with a hold, least recently used first. Idle ones give up theirs before busy ones do.
         self._idle: OrderedDict[BranchRecord, None] = OrderedDict()

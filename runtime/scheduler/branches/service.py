@@ -44,6 +44,7 @@ class BranchService:
             max_per_key=config.max_branches_per_key,
             ttl=config.branch_ttl,
             now=scheduler.clock,
+            instance=config.instance,
         )
         scheduler.ledger.hold_owner = self.registry
         self.encode: Callable[[Message], None] | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -18,7 +17,9 @@ from ....radix.hold import Hold
 from ....radix.node import Namespace, Node
 from ....radix.tree import RadixTree
 from ...errors import InvalidRequest
+from ...fleet.instances import PIN
 from ...step import Int32
+from ..branches.ids import BranchIds
 
 MAX_PINS = 4096  # of one key
 FULL = 429  # HTTP status: the request is valid and may succeed later
@@ -48,8 +49,11 @@ class Pins:
         share_per_key: float,
         max_ttl: float,
         now: Callable[[], float],
+        instance: str = "",
     ) -> None:
-        """``share``: of the pool; ``share_per_key``: of that; ``max_ttl``, ``now``: seconds."""
+        """``share``: of the pool; ``share_per_key``: of that; ``max_ttl``, ``now``: seconds; ``instance``: see
+        `BranchIds`."""
+        self._ids = BranchIds(instance)
         self._tree = tree
         self.max_pages = int(share * tree.allocator.total)
         self.max_pages_per_key = int(share_per_key * self.max_pages)
@@ -86,7 +90,7 @@ class Pins:
                 f"none of these {len(tokens)} tokens is cached, so there is nothing to pin (warm: true computes them)",
                 status=409,
             )
-        return self._add(f"pin-{secrets.token_hex(12)}", namespace, hold, ttl)
+        return self._add(PIN + self._ids.make(namespace[0], 1)[0][1:], namespace, hold, ttl)
 
     def pin_breakpoints(self, tokens: Int32, namespace: Namespace, breakpoints: Sequence[tuple[int, float]]) -> int:
         """Pins the prefixes of ``tokens`` that end at ``breakpoints``: (position, seconds); position -1 is the end.

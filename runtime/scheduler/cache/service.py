@@ -27,6 +27,7 @@ class CacheQuestion(msgspec.Struct):
     tokens: bytes = b""  # int32
     ttl: float = 0.0  # seconds
     pin: str = ""
+    count: int = 0
     everything: bool = False
 
     @property
@@ -46,6 +47,7 @@ class CacheService:
             share_per_key=1.0 if config.pinned_share_per_key is None else config.pinned_share_per_key,
             max_ttl=config.max_pin_ttl,
             now=clock,
+            instance=config.instance,
         )
         self._accounts = Accounts()
 
@@ -96,6 +98,9 @@ class CacheService:
                 return {"id": pin.id, "unpinned_tokens": pin.hold.tokens}
             case "cache_evict":
                 return self._evict(question)
+            case "cache_hottest":
+                found = self._tree.hottest(question.count, question.namespace)
+                return {"prefixes": [{"token_ids": tokens.tolist()} for tokens in found]}
         raise InvalidRequest(None, f"there is no cache operation {what!r}")
 
     def _stats(self, question: CacheQuestion) -> dict[str, Any]:

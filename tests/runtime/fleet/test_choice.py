@@ -68,8 +68,8 @@ def test_more_cached_and_less_load_are_never_worse(cached: list[int], prompt: in
 
 def test_what_is_cached_wins_until_the_queue_is_longer() -> None:
     cached = np.array([8000, 0])
-    assert choose(9000, cached, loads(2, queued=[7000, 0]), 1000.0) == 0
-    assert choose(9000, cached, loads(2, queued=[9000, 0]), 1000.0) == 1
+    assert choose(9000, cached, loads(2, queued=[28_000, 0]), 1000.0) == 0
+    assert choose(9000, cached, loads(2, queued=[36_000, 0]), 1000.0) == 1
     assert choose(9000, cached, loads(2, queued=[0, 0]), 1000.0, np.array([False, True])) == 1, "it may not be chosen"
     with pytest.raises(ValueError, match="no replica"):
         choose(9000, cached, loads(2), 1000.0, np.array([False, False]))

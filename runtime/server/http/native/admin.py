@@ -81,7 +81,7 @@ def sees_all(state: AppState) -> bool:
 async def _facts(state: AppState) -> dict[str, Any]:
     from ..... import __version__
 
-    secrets = {"api_key": None, "extra_api_keys": (), "admin_api_key": None}
+    secrets = {"api_key": None, "extra_api_keys": (), "admin_api_key": None, "namespace_secret": None}
     server = msgspec.to_builtins(msgspec.structs.replace(state.config, **secrets))
     for name in secrets:
         del server[name]

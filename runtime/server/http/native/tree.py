@@ -17,6 +17,10 @@ from .tree_text import add_text, tree_text
 
 MAX_NODES = 100_000
 DEFAULT_NODES = 1000
+MAX_HOTTEST, DEFAULT_HOTTEST = 1024, 32
+_HOTTEST_QUERY = {
+    "count": Query({"type": "integer", "minimum": 1, "maximum": MAX_HOTTEST, "default": DEFAULT_HOTTEST}, "At most.")
+}
 _TREE_QUERY = {
     "format": Query({"enum": ["json", "text"], "default": "json"}, "text: a drawing."),
     "max_nodes": Query({"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "At most."),
@@ -32,9 +36,16 @@ def routes(state: AppState) -> Routes:
         form = request.query_params.get("format", "json")
         if form not in ("json", "text"):
             raise InvalidRequest("format", f"must be json or text, got {shown(form)}")
-        nodes = _count(request.query_params.get("max_nodes"))
+        nodes = _count(request.query_params.get("max_nodes"), "max_nodes", MAX_NODES, DEFAULT_NODES)
         dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), state.tokenizer)
         return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
+
+    @routes.add("GET", "/cache/hottest", query=_HOTTEST_QUERY, admin=True)
+    async def hottest(request: Request) -> Response:
+        """The most used prefixes of the caller's part of the cache, to warm another server with."""
+        count = _count(request.query_params.get("count"), "count", MAX_HOTTEST, DEFAULT_HOTTEST)
+        question = {"namespace": state.namespaces.of(None), "count": count}
+        return json_response(await state.client.control("cache_hottest", question))
 
     @routes.add("GET", "/cache/check", admin=True)
     async def check() -> Response:
@@ -60,9 +71,9 @@ def routes(state: AppState) -> Routes:
     return routes
 
 
-def _count(text: str | None) -> int:
+def _count(text: str | None, field: str, most: int, default: int) -> int:
     if text is None:
-        return DEFAULT_NODES
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_NODES and len(text) < 9):
-        raise InvalidRequest("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
+        return default
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most and len(text) < 9):
+        raise InvalidRequest(field, f"must be between 1 and {most}, got {shown(text)}")
     return int(text)

@@ -1,0 +1,49 @@
+"""A request and its answer on the way between a gateway and a replica."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+import msgspec
+
+from ...runtime.fleet.view import RoutingHint
+
+Headers = list[tuple[bytes, bytes]]
+REPLICA_HEADER = b"x-branchwise-replica"  # of an answer: who gave it; of a request: who must answer
+# Of one connection, not of the message (RFC 9110, 7.6.1).
+HOP_BY_HOP = frozenset(
+    {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}
+)
+
+
+class ForwardedRequest(msgspec.Struct, array_like=True):
+    """``target``: path and query, as the client wrote them."""
+
+    method: str
+    target: str
+    headers: Headers
+    body: bytes
+
+
+class Head(msgspec.Struct, array_like=True):
+    """The beginning of an answer. Its body follows in pieces."""
+
+    status: int
+    headers: Headers
+
+
+class ReplicaGone(Exception):
+    """The replica ended or cannot be reached. Whether it did anything for the request is not known."""
+
+
+class NoReplica(Exception):
+    """No replica may take the request now."""
+
+
+class Dispatch(Protocol):
+    """Chooses a replica and forwards a request to it."""
+
+    def __call__(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
+        """One `Head`, then the body. Raises `ReplicaGone` or `NoReplica`. Closing it aborts the request."""
+        ...

@@ -1,0 +1,197 @@
+"""The HTTP side of a cluster: reads what a request asks for, and passes it and its answer through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any
+
+from ...runtime.config import ServerConfig
+from ...runtime.fleet.hashes import block_hashes, root_hash
+from ...runtime.fleet.instances import instance_of, instance_tag
+from ...runtime.fleet.view import RoutingHint
+from ...runtime.server.dry_run import RequestReader
+from .forward import REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
+
+logger = logging.getLogger(__name__)
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+
+TRIES = 3  # of a request of which no replica has answered anything yet
+SESSION_HEADER = b"x-session-id"  # requests with the same one go to the same replica
+# What concerns every replica is done by every one; numbers in their answers are added.
+EVERYWHERE = {("POST", "/flush_cache"), ("GET", "/flush_cache"), ("POST", "/abort_request"), ("POST", "/cache/evict")}
+_JSON = [(b"content-type", b"application/json")]
+
+
+class Gateway:
+    """An ASGI application. Several may serve one cluster: they share nothing but what replicas publish."""
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        dispatch: Dispatch,
+        members: Callable[[], Collection[str]],
+        block_size: Callable[[], int],
+    ) -> None:
+        """``config``: of the replicas, with their ``namespace_secret``. ``members``: names of the present ones.
+        Raises `LoadError`."""
+        self._config, self._dispatch = config, dispatch
+        self._members, self._block_size = members, block_size
+        self._reader = RequestReader(config)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008})
+            return
+        body = await self._body(receive)
+        if body is None:
+            await _answer(send, 413, f"the body is longer than {self._config.max_body_bytes} bytes (max_body_bytes)")
+            return
+        target = scope.get("raw_path") or scope["path"].encode()
+        query = scope["query_string"]
+        request = ForwardedRequest(
+            scope["method"], (target + (b"?" + query if query else b"")).decode("latin-1"), scope["headers"], body
+        )
+        work = asyncio.create_task(self._serve(request, scope, send))
+        left = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait((work, left), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            left.cancel()
+            if not work.done():
+                work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+
+    async def _body(self, receive: Receive) -> bytes | None:
+        parts, size = [], 0
+        while True:
+            message = await receive()
+            part = message.get("body", b"")
+            size += len(part)
+            if size > self._config.max_body_bytes:
+                return None
+            parts.append(part)
+            if not message.get("more_body", False):
+                return b"".join(parts)
+
+    async def hint(self, scope: Scope, body: bytes) -> RoutingHint:
+        """What a request asks for, as far as routing is concerned."""
+        headers = dict(scope["headers"])
+        named = headers.get(REPLICA_HEADER)
+        if named is not None:
+            return RoutingHint(instance=instance_tag(named.decode("latin-1")))
+        if scope["method"] == "GET" and not scope["path"].startswith("/branches/"):
+            return RoutingHint()
+        asked = await self._reader.read(scope, body)
+        session = headers.get(SESSION_HEADER)
+        hint = RoutingHint(sum(len(tokens) for _, tokens in asked.prompts))
+        if asked.prompts:
+            namespace, tokens = max(asked.prompts, key=lambda prompt: len(prompt[1]))
+            hint.hashes = block_hashes(tokens, self._block_size(), root_hash(namespace))
+        if asked.id is not None:
+            hint.instance = instance_of(asked.id)
+        if session is not None:
+            hint.session = session.decode("latin-1")[:256]
+        return hint
+
+    async def _serve(self, request: ForwardedRequest, scope: Scope, send: Send) -> None:
+        if (request.method, scope["path"]) in EVERYWHERE and REPLICA_HEADER not in dict(request.headers):
+            await self._everywhere(request, send)
+            return
+        hint = await self.hint(scope, request.body)
+        for attempt in range(1, TRIES + 1):
+            head: Head | None = None
+            try:
+                async for part in self._dispatch(request, hint):
+                    if isinstance(part, Head):
+                        head = part
+                        await _start(send, head.status, head.headers)
+                    else:
+                        await send({"type": "http.response.body", "body": part, "more_body": True})
+                if head is None:
+                    raise ReplicaGone("it answered nothing")
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
+            except NoReplica as error:
+                if hint.instance is not None:
+                    await _answer(send, 410, "the replica that made this id is gone, and what it kept with it")
+                else:
+                    await _answer(send, 503, f"no replica can take the request: {error}")
+                return
+            except ReplicaGone as error:
+                logger.warning("%s %s, try %d: %s", request.method, scope["path"], attempt, error)
+                if head is not None:
+                    await self._break(send, head, scope["path"])
+                    return
+                if hint.instance is not None or attempt == TRIES:
+                    await _answer(send, 503, "the replica that served the request ended; try again")
+                    return
+
+    async def _break(self, send: Send, head: Head, path: str) -> None:
+        """Ends an answer that has begun: an event stream with an error, anything else by closing the connection."""
+        if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
+            raise ConnectionAbortedError("the replica ended in the middle of its answer")
+        error: dict[str, Any] = {"type": "server_error", "message": "the replica ended in the middle of the answer"}
+        event = b""
+        if path.startswith("/v1/messages"):
+            event, error = b"event: error\n", {"type": "error", "error": {**error, "type": "api_error"}}
+        else:
+            error = {"error": {**error, "code": "replica_gone", "param": None}}
+        data = event + b"data: " + json.dumps(error).encode() + b"\n\n"
+        await send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def _everywhere(self, request: ForwardedRequest, send: Send) -> None:
+        answers = await asyncio.gather(*(self._ask(request, name) for name in self._members()))
+        heads = [head for head, _ in answers if head is not None]
+        failed = next((each for each in answers if each[0] is not None and each[0].status >= 400), None)
+        if not heads or failed is not None:
+            head, body = failed or (None, b"")
+            if head is None:
+                await _answer(send, 503, "no replica can take the request")
+                return
+            await _start(send, head.status, head.headers)
+            await send({"type": "http.response.body", "body": body})
+            return
+        total: dict[str, Any] = {}
+        for _, body in answers:
+            for name, value in (json.loads(body) if body else {}).items():
+                both = isinstance(value, int) and isinstance(total.get(name), int)
+                total[name] = total[name] + value if both else value
+        await _start(send, 200, _JSON)
+        await send({"type": "http.response.body", "body": json.dumps(total).encode()})
+
+    async def _ask(self, request: ForwardedRequest, name: str) -> tuple[Head | None, bytes]:
+        head, body = None, b""
+        try:
+            async for part in self._dispatch(request, RoutingHint(instance=instance_tag(name))):
+                if isinstance(part, Head):
+                    head = part
+                else:
+                    body += part
+        except (ReplicaGone, NoReplica):
+            return None, b""
+        return head, body
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _start(send: Send, status: int, headers: Headers) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+
+
+async def _answer(send: Send, status: int, problem: str) -> None:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"error": {"message": problem, "type": kind, "param": None, "code": None}}
+    await _start(send, status, [*_JSON, *([(b"retry-after", b"1")] if status == 503 else [])])
+    await send({"type": "http.response.body", "body": json.dumps(error).encode()})

@@ -1,0 +1,177 @@
+"""Follows the KV events of one replica into a router's index, and says while it is not sure of them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from .kv_events import END_OF_REPLAY, sequence_frame, sequence_number
+
+logger = logging.getLogger(__name__)
+
+REPLAY_SECONDS = 2.0  # that a replay may take; then a snapshot is taken
+RETRY_SECONDS = 0.5  # after a failed snapshot, doubled up to `MAX_RETRY_SECONDS`
+MAX_RETRY_SECONDS = 10.0
+HIGH_WATER = 10_000  # batches queued here at most; more are dropped, which is a gap
+
+
+class Change(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
+    """A `BlockStored` without its tokens, which an index does not need: decoding skips them."""
+
+    block_hashes: list[int]
+    medium: str | None = None
+
+
+class Removal(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
+    """A `BlockRemoved`."""
+
+    block_hashes: list[int]
+    medium: str | None = None
+
+
+class Clearing(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
+    """An `AllBlocksCleared`."""
+
+
+Event = Change | Removal | Clearing
+
+
+class Batch(msgspec.Struct, array_like=True, gc=False):
+    """A `KVEventBatch`."""
+
+    ts: float
+    events: list[Event]
+    data_parallel_rank: int | None = None
+
+
+class Snapshot(msgspec.Struct):
+    """A `KVSnapshot`."""
+
+    seq: int
+    block_size: int
+    batch: Batch
+
+
+class Sink:
+    """Where a follower's events go; `view.FleetView` has one a replica."""
+
+    def apply(self, events: list[Event]) -> None:
+        """The next events, in order."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Everything known is void: what comes next is all there is."""
+        raise NotImplementedError
+
+    def sure(self, sure: bool) -> None:
+        """Whether everything up to now is known."""
+        raise NotImplementedError
+
+
+class Follower:
+    """Subscribes to one replica. ``snapshot`` gets the bytes of its ``/cache/events/snapshot``.
+
+    It subscribes first, then takes a snapshot, then applies the batches after it, so nothing is missed in between. A
+    missing sequence number is a gap: the batches are asked for again, or, if they are not kept any more, a snapshot is
+    taken. Meanwhile the sink is told that it is not sure. A number that goes back means that the engine has restarted.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        replay_address: str | None,
+        snapshot: Callable[[], Awaitable[bytes]],
+        sink: Sink,
+        context: zmq.asyncio.Context | None = None,
+    ) -> None:
+        self._address, self._replay_address = address, replay_address
+        self._snapshot, self._sink = snapshot, sink
+        self._context = context or zmq.asyncio.Context.instance()
+        self._last = -1  # the number of the last batch applied
+        self._decode = msgspec.msgpack.Decoder(Batch).decode
+        self.gaps = 0  # found so far
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to follow, on the running loop."""
+        self._sink.sure(False)
+        self._task = asyncio.create_task(self._run(), name=f"follow {self._address}")
+
+    def stop(self) -> None:
+        """Ends it. Nothing is told to the sink afterwards."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> None:
+        socket = self._context.socket(zmq.SUB)
+        socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
+        socket.subscribe(b"")
+        socket.connect(self._address)
+        try:
+            await self._take_snapshot()
+            while True:
+                _, number, payload = await socket.recv_multipart()
+                await self._receive(sequence_number(number), payload)
+        finally:
+            socket.close(0)
+
+    async def _receive(self, number: int, payload: bytes) -> None:
+        if number == self._last + 1:
+            self._apply(number, payload)
+        elif number > self._last:
+            self.gaps += 1
+            logger.warning("kv events of %s: batches %d to %d are missing", self._address, self._last + 1, number - 1)
+            self._sink.sure(False)
+            if await self._replay() and self._last >= number:
+                self._sink.sure(True)
+            else:
+                await self._take_snapshot()
+        elif number == 0:  # numbers begin again. (Others up to the last are those that the snapshot includes.)
+            self._sink.sure(False)
+            await self._take_snapshot()
+
+    def _apply(self, number: int, payload: bytes) -> None:
+        self._last = number
+        self._sink.apply(self._decode(payload).events)
+
+    async def _take_snapshot(self) -> None:
+        seconds = RETRY_SECONDS
+        while True:
+            try:
+                found = msgspec.json.decode(await self._snapshot(), type=Snapshot)
+                break
+            except Exception as error:
+                logger.warning("kv events of %s: no snapshot: %s", self._address, error)
+                await asyncio.sleep(seconds)
+                seconds = min(2 * seconds, MAX_RETRY_SECONDS)
+        self._sink.reset()
+        self._last = found.seq
+        self._sink.apply(found.batch.events)
+        self._sink.sure(True)
+
+    async def _replay(self) -> bool:
+        """Applies the missing batches, if the replica still has them all."""
+        if self._replay_address is None:
+            return False
+        socket: Any = self._context.socket(zmq.DEALER)
+        socket.connect(self._replay_address)
+        try:
+            async with asyncio.timeout(REPLAY_SECONDS):
+                await socket.send_multipart((b"", sequence_frame(self._last + 1)))
+                while True:
+                    _, number, payload = await socket.recv_multipart()
+                    if number == END_OF_REPLAY:
+                        return True
+                    if sequence_number(number) != self._last + 1:
+                        return False
+                    self._apply(sequence_number(number), payload)
+        except TimeoutError:
+            return False
+        finally:
+            socket.close(0)

@@ -1,0 +1,167 @@
+"""A router's view of a fleet whose members come and go: who they are, what they have cached, how busy they are."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import msgspec
+import numpy as np
+
+from .follower import Change, Event, Follower, Removal, Sink
+from .router import FleetRouter, Sent
+
+K = TypeVar("K")
+
+
+class ReplicaReport(msgspec.Struct, omit_defaults=True):
+    """What a replica tells routers, about once a second."""
+
+    url: str  # of its HTTP server
+    kv_events: str  # address
+    kv_events_replay: str | None = None
+    block_size: int = 16
+    queued_tokens: float = 0.0  # of prompts, to compute
+    running: float = 0.0  # requests
+    full: bool = False  # its queue takes no more
+
+
+class RoutingHint(msgspec.Struct):
+    """What a request asks for, as far as routing is concerned."""
+
+    prompt_tokens: int = 0
+    hashes: list[int] = []  # of its prompt's blocks
+    instance: bytes | None = None  # the tag of the replica that holds its branch or pin: no other will do
+    session: str | None = None  # of a program: its requests stay together
+
+
+class Choice(NamedTuple, Generic[K]):
+    """A replica, and what is counted for the request until it ends."""
+
+    replica: K
+    cached_tokens: int
+    sent: Sent
+
+
+SnapshotOf = Callable[[str], Awaitable[bytes]]  # from a replica's URL
+
+
+class FleetView(Generic[K]):
+    """Members are known by keys of the caller's. Used on one event loop."""
+
+    def __init__(self, snapshot: SnapshotOf, tag_of: Callable[[K], bytes], block_size: int = 16) -> None:
+        """``snapshot(url)``: the body of that replica's snapshot. ``tag_of(key)``: `instance_tag` of its name."""
+        self._snapshot, self._tag_of = snapshot, tag_of
+        self.router = FleetRouter(block_size)
+        self._numbers: dict[K, int] = {}
+        self._free: list[int] = []
+        self._followers: dict[K, tuple[str, Follower]] = {}
+
+    def __contains__(self, key: K) -> bool:
+        return key in self._numbers
+
+    def update(self, members: Mapping[K, ReplicaReport | None]) -> None:
+        """The present members, with their last reports. A member without a report is chosen by its load alone."""
+        for key in [key for key in self._numbers if key not in members]:
+            self.remove(key)
+        for key, report in members.items():
+            number = self._numbers.get(key)
+            if number is None:
+                number = self._numbers[key] = self._free.pop() if self._free else self.router.add()
+                self.router.reset(number)
+                self.router.unsure[number] = True
+            if report is None:
+                continue
+            self.router.block_size = report.block_size
+            self.router.report(number, report.queued_tokens, report.running)
+            self.router.allowed[number] = not report.full
+            at, follower = self._followers.get(key, ("", None))
+            if at != report.kv_events:
+                if follower is not None:
+                    follower.stop()
+                self._follow(key, number, report)
+
+    def remove(self, key: K) -> None:
+        """A member is gone."""
+        number = self._numbers.pop(key, None)
+        if number is None:
+            return
+        _, follower = self._followers.pop(key, ("", None))
+        if follower is not None:
+            follower.stop()
+        self.router.forget(number)
+        self._free.append(number)
+
+    def choose(self, now: float, hint: RoutingHint, among: Collection[K]) -> Choice[K] | None:
+        """The member for a request, of those ``among`` that are known; None if there is none.
+
+        A request on a branch or a pin goes to the replica that made it, and nowhere else. A session goes to the one of
+        highest random weight, so that every router chooses the same one without talking to others.
+        """
+        keys = [key for key in among if key in self._numbers]
+        if hint.instance is not None:
+            keys = [key for key in keys if self._tag_of(key) == hint.instance]
+            return self._sent(keys[0], hint) if keys else None
+        usable = [key for key in keys if self.router.allowed[self._numbers[key]]] or keys
+        if not usable:
+            return None
+        if hint.session is not None:
+            session = hint.session.encode()
+            return self._sent(max(usable, key=lambda key: hashlib.blake2b(session + self._tag_of(key)).digest()), hint)
+        may = np.zeros(len(self.router), np.bool_)
+        may[[self._numbers[key] for key in usable]] = True
+        number, cached = self.router.choose(now, hint.prompt_tokens, hint.hashes, may)
+        [key] = [key for key in usable if self._numbers[key] == number]
+        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached))
+
+    def _sent(self, key: K, hint: RoutingHint) -> Choice[K]:
+        number = self._numbers[key]
+        cached = int(self.router.cached(hint.prompt_tokens, hint.hashes)[number])
+        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached))
+
+    def started(self, choice: Choice[Any]) -> None:
+        """The request's first output has come."""
+        self.router.started(choice.sent)
+
+    def ended(self, choice: Choice[Any]) -> None:
+        """The request has ended. May be called more than once, and after its replica is gone."""
+        self.router.ended(choice.sent)
+
+    def close(self) -> None:
+        """Follows nobody any more."""
+        for key in list(self._numbers):
+            self.remove(key)
+
+    def _follow(self, key: K, number: int, report: ReplicaReport) -> None:
+        follower = Follower(
+            report.kv_events,
+            report.kv_events_replay,
+            lambda: self._snapshot(report.url),
+            _Events(self.router, number),
+        )
+        self._followers[key] = report.kv_events, follower
+        follower.start()
+
+
+class _Events(Sink):
+    """One replica's events into the router's index."""
+
+    def __init__(self, router: FleetRouter, number: int) -> None:
+        self._router, self._number = router, number
+
+    def apply(self, events: list[Event]) -> None:
+        index = self._router.index
+        for event in events:
+            if isinstance(event, Change):
+                index.store(self._number, event.block_hashes)
+            elif isinstance(event, Removal):
+                index.remove(self._number, event.block_hashes)
+            else:
+                index.clear(self._number)
+
+    def reset(self) -> None:
+        self._router.index.clear(self._number)
+
+    def sure(self, sure: bool) -> None:
+        self._router.unsure[self._number] = not sure

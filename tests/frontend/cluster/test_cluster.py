@@ -1,0 +1,171 @@
+"""Routing through a gateway: what is cached, branches, keys, every dialect."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from typing import Any
+
+import httpx
+import pytest
+
+from branchwise.frontend.cluster.config import read_cluster_config
+from branchwise.runtime.errors import LoadError
+
+
+def ids(n: int, start: int = 3) -> list[int]:
+    return [(start + 11 * i) % 300 + 5 for i in range(n)]
+
+
+def replica_of(response: httpx.Response) -> str:
+    assert response.status_code == 200, response.text
+    return response.headers["x-branchwise-replica"]
+
+
+async def test_prompts_go_where_they_are_cached(start_cluster: Any) -> None:
+    """All dialects, from the first block on; the router learns it from events, not from its own answers."""
+    cluster = await start_cluster(3)
+    gateway, other = await cluster.gateway(), await cluster.gateway()
+    homes = []
+    for number in range(6):
+        answer = await gateway.http.post("/v1/completions", json={"prompt": ids(400, 37 * number), "max_tokens": 2})
+        homes.append(replica_of(answer))
+    assert set(Counter(homes).values()) == {2}, "what is cached nowhere is spread"
+    await asyncio.sleep(0.2)
+    for number, home in enumerate(homes):
+        prompt = [*ids(400, 37 * number), 7]
+        for http in (gateway.http, other.http):
+            answer = await http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2})
+            assert replica_of(answer) == home
+            assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 400
+    chat = {"messages": [{"role": "user", "content": "Who are you? " * 40}], "max_tokens": 3}
+    home = replica_of(await gateway.http.post("/v1/chat/completions", json=chat))
+    await asyncio.sleep(0.2)
+    answers = {
+        "/v1/responses": {"input": chat["messages"][0]["content"], "max_output_tokens": 3},
+        "/v1/messages": {"model": (await gateway.http.get("/v1/models")).json()["data"][0]["id"], **chat},
+        "/v1/chat/completions": chat,
+    }
+    for path, body in answers.items():
+        assert replica_of(await other.http.post(path, json=body)) == home, path
+    streamed = await other.http.post("/v1/chat/completions", json={**chat, "stream": True})
+    assert replica_of(streamed) == home and streamed.text.rstrip().endswith("data: [DONE]")
+    refused = await gateway.http.post("/v1/completions", json={"prompt": ids(4), "max_tokens": -1})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "max_tokens"
+    flushed = (await gateway.http.post("/flush_cache")).json()
+    assert flushed["evicted_pages"] > 6 * 400 // 16
+    for name in cluster.replicas:
+        tree = await gateway.http.get("/cache/tree", headers={"x-branchwise-replica": name})
+        assert replica_of(tree) == name and tree.json()["totals"]["cached"] == 0
+
+
+async def test_branches_and_pins_stay_with_the_replica_that_made_them(start_cluster: Any) -> None:
+    cluster = await start_cluster(3)
+    gateway, other = await cluster.gateway(), await cluster.gateway()
+    homes = set()
+    for number in range(6):
+        made = await gateway.http.post("/branches", json={"input_ids": ids(100, 41 * number)})
+        branch, home = made.json()["id"], replica_of(made)
+        homes.add(home)
+        ran = await other.http.post(f"/branches/{branch}/generate", json={"sampling_params": {"max_new_tokens": 3}})
+        assert replica_of(ran) == home
+        forked = await gateway.http.post(f"/branches/{branch}/fork", json={"n": 2})
+        assert replica_of(forked) == home
+        for fork in forked.json()["ids"]:
+            assert replica_of(await other.http.get(f"/branches/{fork}")) == home
+        pin = await gateway.http.post("/cache/pin", json={"input_ids": ids(100, 41 * number)})
+        assert replica_of(pin) == home, "what is cached there"
+        assert replica_of(await other.http.post("/cache/unpin", json={"id": pin.json()["id"]})) == home
+    assert len(homes) == 3
+    os.kill(cluster.replicas[home].pid, signal.SIGKILL)
+    answer = await other.http.get(f"/branches/{branch}")
+    assert answer.status_code in (410, 503)
+    answer = await other.http.get(f"/branches/{branch}")
+    assert answer.status_code == 410, "another replica would not know it"
+
+
+async def test_keys_and_salts_are_parts_of_the_cache(start_cluster: Any) -> None:
+    cluster = await start_cluster(2, api_key="ann", extra_api_keys=["bob"])
+    gateway = await cluster.gateway()
+    prompt = ids(320)
+
+    async def ask(key: str, **more: Any) -> tuple[str, int]:
+        headers = {"Authorization": f"Bearer {key}"}
+        answer = await gateway.http.post(
+            "/v1/completions", headers=headers, json={"prompt": prompt, "max_tokens": 1, **more}
+        )
+        home = replica_of(answer)
+        await asyncio.sleep(0.3)
+        return home, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert (await gateway.http.post("/v1/completions", json={"prompt": prompt})).status_code == 401
+    places = [("ann", {}), ("bob", {}), ("bob", {"cache_salt": "s"})]
+    first = [await ask(key, **more) for key, more in places]
+    assert [cached for _, cached in first] == [0, 0, 0]
+    assert first[0][0] != first[1][0], "another key's prompt is as good as new"
+    for (key, more), (home, _) in zip(places, first, strict=True):
+        assert await ask(key, **more) == (home, 319)
+
+
+async def test_a_session_stays_together(start_cluster: Any) -> None:
+    cluster = await start_cluster(3)
+    gateway, other = await cluster.gateway(), await cluster.gateway()
+    homes = {}
+    for session in map(str, range(12)):
+        for number, http in enumerate((gateway.http, other.http, gateway.http)):
+            body = {"prompt": ids(64, 7 * number + 13 * int(session)), "max_tokens": 1}
+            answer = await http.post("/v1/completions", json=body, headers={"x-session-id": session})
+            assert homes.setdefault(session, replica_of(answer)) == replica_of(answer)
+    assert len(set(homes.values())) == 3
+
+
+async def test_a_new_replica_is_warmed_and_a_stopped_one_finishes(start_cluster: Any) -> None:
+    cluster = await start_cluster(2, null_step_seconds=0.02)
+    gateway = await cluster.gateway()
+    for _ in range(3):
+        answer = await gateway.http.post("/v1/completions", json={"prompt": [*ids(320), 7], "max_tokens": 1})
+        home = replica_of(answer)
+        await asyncio.sleep(0.2)
+    prefixes = await cluster.replicas[home].hottest(8)
+    assert prefixes == [ids(320)]
+    new = await cluster.add()
+    await new.warm(prefixes)
+    await gateway.refresh()
+    await gateway.settled()
+    found = gateway.view.router.cached(321, [])
+    assert len(found) == 3
+    body = {"prompt": [*ids(320), 9], "max_tokens": 100}
+    running = asyncio.create_task(gateway.http.post("/v1/completions", json=body))
+    await asyncio.sleep(0.3)
+    [busy] = [each for each in cluster.replicas.values() if (await each.report()).running]
+    del cluster.replicas[busy.name]
+    await gateway.refresh()
+    assert await busy.stop() == 0
+    answer = await running
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 100, "nothing is lost"
+    answer = await gateway.http.post("/v1/completions", json=body)
+    assert replica_of(answer) == new.name if busy.name == home else True
+    assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 320
+
+
+def test_a_config_file_is_checked(tmp_path: Any) -> None:
+    pytest.importorskip("yaml")
+    path = tmp_path / "cluster.yaml"
+    path.write_text("replicas: 2\nengine: {model: '', max_num_seqs: 8}\nserver: {api_key: k}\n")
+    config = read_cluster_config(path)
+    made = config.replica("secret")
+    assert (made.engine.max_num_seqs, made.api_key, made.port, made.namespace_secret) == (8, "k", 0, "secret")
+    for text, problem in (
+        ("replicas: 0", "replicas"),
+        ("replicas: 3\nmax_replicas: 2", "max_replicas"),
+        ("wrong: 1", "wrong"),
+        ("engine: {max_num_seq: 8}", "max_num_seq"),
+        ("server: {port: 1}", "port"),
+        ("server: {restart: many}", "restart"),
+        ("[", "cluster.yaml"),
+    ):
+        path.write_text(text)
+        with pytest.raises(LoadError, match=problem):
+            read_cluster_config(path)
