@@ -154,7 +154,9 @@ class AttentionBackend(Protocol):
     """
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
-    joint: bool  # whether captured steps with chunks have joint shapes
+    # Captured steps with chunks have joint shapes, in which chunks of up to so many query tokens take no place of the
+    # shape's ``requests``. 0: decodes and chunks have places of their own.
+    joint: int
     saved_keys: int  # of the planned step: keys that are read once for several requests, for all of these but one
 
     def forms(self, shape: StepShape) -> list[StepShape]:

@@ -47,7 +47,7 @@ class FixedAttention:
     """
 
     captures = False
-    joint = False
+    joint = 0
     saved_keys = 0
 
     def __init__(self, pool: KVPool, layers: list[LayerSpec], num_heads: int) -> None:

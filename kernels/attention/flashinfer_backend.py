@@ -66,7 +66,7 @@ class FlashInferAttention:
     """
 
     captures = True
-    joint = False
+    joint = 0
     saved_keys = 0
 
     def __init__(

@@ -61,7 +61,7 @@ class TorchAttention:
     """
 
     captures = False
-    joint = False
+    joint = 0
 
     def __init__(self, pool: KVPool, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
         self._pool, self._layers, self._share = pool, layers, share

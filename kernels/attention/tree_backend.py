@@ -96,8 +96,9 @@ class TreeAttention:
                 self._costs = self._calibrated(num_heads, table)
             logger.info("tree attention: %s", describe(self._group, self._page_size, self._costs, self._limits))
         self._scratch_row = len(table) - 1
-        # Of a joint step the flat backend sees the decodes as one request on the scratch page.
-        self.joint = flat.captures and max_tokens <= table.shape[1] * self._page_size
+        # Of a joint step the flat backend sees decodes and short chunks that follow one another as one request on the
+        # scratch page.
+        self.joint = SHORT_CHUNK if flat.captures and max_tokens <= table.shape[1] * self._page_size else 0
         # The last members planned, and their plan; None where the flat path is faster.
         self._members: Members | None = None
         self._plan: TreePlan | None = None
@@ -231,12 +232,14 @@ class TreeAttention:
         rows, q_lens, kv_lens = rows[n:], batch.q_lens[n:], kv_lens[n:]
         self._chunks_from = decodes
         if shape is not None and shape.joint:
-            rows, q_lens, kv_lens = (
-                np.concatenate([np.array([first], np.int32), of_chunks])
-                for first, of_chunks in ((self._scratch_row, rows), (n, q_lens), (n, kv_lens))
-            )
+            is_member = np.ones(len(batch.rows), np.bool_)
+            is_member[n:] = rows == self._scratch_row
+            firsts = np.flatnonzero(~is_member | np.append(True, ~is_member[:-1]))  # a run of members is one request
+            q_lens = np.add.reduceat(batch.q_lens, firsts)
+            rows = np.where(is_member, self._scratch_row, batch.rows)[firsts].astype(np.int32)
+            kv_lens = np.where(is_member[firsts], q_lens, batch.kv_lens[firsts])
             self._chunks_from = 0
-            shape = replace(shape, requests=shape.requests + 1)
+            shape = replace(shape, requests=min(2 * shape.requests, self._scratch_row) + 1)
         rest = replace(batch, rows=rows, q_lens=q_lens, kv_lens=kv_lens, num_decodes=0)
         self._flat.plan(rest, None if shape is None else replace(shape, decodes=0, tree=False))
 

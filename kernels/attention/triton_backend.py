@@ -103,7 +103,7 @@ class TritonAttention:
     """
 
     captures = True
-    joint = False
+    joint = 0
     saved_keys = 0
 
     def __init__(

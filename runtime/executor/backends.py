@@ -156,8 +156,8 @@ def _flashinfer(
 
     check_available(pool.device, pool.layout.dtype, pool.layout.head_dim)
     max_requests = len(table.host) - 1
-    # A joint step has all its decodes as one more request among the chunks.
-    captured = min(max_requests, DECODES[-1]), max(CHUNK_TOKENS[-1], JOINT_TOKENS[-1]), CHUNKS + 1
+    # In a joint step, runs of decodes and short chunks are requests between the chunks.
+    captured = min(max_requests, DECODES[-1]), max(CHUNK_TOKENS[-1], JOINT_TOKENS[-1]), 2 * CHUNKS + 1
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 

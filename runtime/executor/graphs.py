@@ -4,7 +4,7 @@ A captured step has a `StepShape`; a step runs as the smallest shape that fits i
 captured together, so a step that continues a few branches costs the host no more than one that only decodes. Larger
 steps run eagerly: they keep the device busy for longer than their launches take.
 
-A capture takes the host some 35 ms. Where chunks and decodes have joint shapes (`StepShape`) there are some 40, all of
+A capture takes the host some 20 ms. Where chunks and decodes have joint shapes (`StepShape`) there are some 50, all of
 them captured at start. Otherwise there is a shape for each pair of numbers, some 80. Those of pairs are captured when a
 step first has them or while the engine is idle.
 """
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...kernels.attention.base import StepShape
@@ -26,8 +27,8 @@ DECODES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 5
 MIXED_DECODES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 # Up to about 200 tokens a step takes the time of reading the weights, however many it has; from there on padding costs.
-JOINT_TOKENS = (32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 2048)
-CHUNKS = 64  # the most chunks in a captured step
+JOINT_TOKENS = (32, *range(64, 1024, 64), *range(1024, 2049, 128))
+CHUNKS = 64  # the most chunks in a captured step, but for those that take no place in a joint one
 WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries initialized on first use
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class StepGraphs:
         max_tokens: int,
         device: torch.device,
         forms: Callable[[StepShape], list[StepShape]] = lambda shape: [shape],
-        joint: bool = False,
+        joint: int = 0,
         alone: bool = True,
     ) -> None:
         self._alone = alone
@@ -67,7 +68,7 @@ class StepGraphs:
         self._mixed = _upto(MIXED_DECODES, max_requests)
         self._chunk_tokens = [n for n in CHUNK_TOKENS if n <= max_tokens]
         self._chunks = min(CHUNKS, max_requests)
-        self._joint = [n for n in JOINT_TOKENS if n <= max_tokens] if joint else []
+        self._joint, self._short = [n for n in JOINT_TOKENS if n <= max_tokens] if joint else [], joint
         self._max_requests = max_requests
         self._captured: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: failed, runs eagerly
         self._missing = self.shapes()
@@ -149,7 +150,8 @@ class StepGraphs:
         """The captured shape this step runs as, or None."""
         n = plan.num_decodes
         chunks, tokens = len(plan.rows) - n, plan.num_tokens - n
-        if plan.prompt_logprobs or chunks > self._chunks or len(plan.samples) > len(plan.rows):
+        placed = np.count_nonzero(plan.q_lens[n:] > self._short)
+        if plan.prompt_logprobs or placed > self._chunks or len(plan.samples) > len(plan.rows):
             return None
         if chunks and self._joint:
             total = _at_least(self._joint, plan.num_tokens)
@@ -161,7 +163,8 @@ class StepGraphs:
         return StepShape(decodes, chunk_tokens, self._chunks if chunks else 0)
 
     def _joint_shape(self, tokens: int) -> StepShape:
-        return StepShape(0, tokens, self._chunks, joint=min(tokens, self._max_requests))
+        placed = min(self._chunks, tokens // (self._short + 1))
+        return StepShape(0, tokens, placed, joint=min(tokens, self._max_requests))
 
 
 def largest_shape(max_requests: int) -> int:

@@ -68,6 +68,7 @@ class Draft:
         rows.length[decode] += 1
         singles = [c for c in self.chunks if c.samples and len(c.tokens) == 1]
         longer = [c for c in self.chunks if not (c.samples and len(c.tokens) == 1)]
+        longer.sort(key=lambda chunk: len(chunk.tokens))  # attention takes short ones together with decodes
         chunks = singles + longer
 
         requests = [rows.request(row) for row in decode.tolist()] + [c.request for c in chunks]

@@ -225,7 +225,7 @@ class Recorder:
         monkeypatch.setattr(triton_launch.Kernel, "__call__", record)
 
 
-@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 3), StepShape(0, 40, 3, joint=12)])
+@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 4), StepShape(0, 40, 1, joint=12)])
 def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     tree, form = world.tree, world.tree.forms(shape)[-1]
@@ -235,7 +235,8 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
     recorder = Recorder(monkeypatch)
     tree.run(0, q, q, q, out)
     recorded = list(recorder.launches)
-    chunks = [(4, 60), (20, 90)] if shape.requests else []
+    # Members among the chunks, before and behind one that is none.
+    chunks = [(4, 60), (2, 50), (20, 90), (4, 70)] if shape.requests else []
     for decodes in (DECODES, DECODES[:5], [(1, length + 3) for _, length in DECODES[:5]]):
         batch = world.batch([*decodes, *chunks])
         real, n = world.queries(batch), len(decodes)
