@@ -25,6 +25,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         model: A folder, a Hugging Face hub id, or nothing for the model that ships with the package.
         load_format: auto, or dummy: random weights of the config's shapes, for benchmarks.
+        model_impl: Who computes the model: native, our decoder; transformers, its layers with our attention (needs pip
+            install 'branchwise[transformers]'); auto, native where it has the architecture.
+        trust_remote_code: Run Python files that come with a model, with all rights of the server. For models that
+            transformers computes.
         dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's; on a CPU bfloat16 if
             the checkpoint has it and the processor multiplies it natively, else float32.
         quantization: Format of linear layers' weights: auto, the checkpoint's own; fp8, quantized while loading; int8,
@@ -77,6 +81,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     model: str = ""
     load_format: Literal["auto", "dummy"] = "auto"
+    model_impl: Literal["auto", "native", "transformers"] = "auto"
+    trust_remote_code: bool = False
     dtype: Dtype = "auto"
     quantization: Literal["auto", "fp8", "int8"] = "auto"
     device: str = "auto"
@@ -260,6 +266,10 @@ def check(config: EngineConfig) -> EngineConfig:
         raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
     if config.disable_radix_cache and (parse_bytes(config.host_cache) or config.disk_cache):
         raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
+    if config.deterministic and config.model_impl == "transformers":
+        raise LoadError(
+            "--deterministic cannot be combined with --model-impl transformers: its sums depend on the batch"
+        )
     if config.deterministic and config.tensor_parallel_size > 1:
         raise LoadError("--deterministic cannot be combined with --tensor-parallel-size: sums over ranks vary in order")
     if config.deterministic and config.attention_backend != "auto":

@@ -33,11 +33,12 @@ def lines(config: EngineConfig, device_memory: str, request_tokens: int, shared_
     from ...runtime.executor.device import apply_quantization
     from ...runtime.executor.executor import max_model_len
     from ...runtime.executor.memory import plan_memory
-    from ...runtime.models.config import load_config
     from ...runtime.models.folder import model_folder
+    from ...runtime.models.implementation import load_model_config
 
     device = torch.device("cuda")
-    model = apply_quantization(config, load_config(model_folder(config.model, weights=False)), device)
+    folder = model_folder(config.model, weights=False, code=config.trust_remote_code)
+    model = apply_quantization(config, load_model_config(config, folder), device)
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
     longest, batched = max_model_len(config, model), step_budget(config, gpu=True)
     plan = plan_memory(config, model, dtype, device, longest, batched, gpu_bytes=parse_size(device_memory))

@@ -148,16 +148,16 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         from ...runtime.executor.device import apply_quantization, pick_device, pick_dtype
         from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
-        from ...runtime.models.config import load_config
         from ...runtime.models.folder import model_folder
+        from ...runtime.models.implementation import implementation_name, load_model_config
         from ...runtime.models.sampling_defaults import sampling_defaults
     except (ImportError, OSError) as error:
         yield Finding("model", f"{name} was not checked: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
     try:
-        folder = model_folder(config.model, weights=False)
+        folder = model_folder(config.model, weights=False, code=config.trust_remote_code)
         device = pick_device(config)
-        shape = apply_quantization(config, load_config(folder), device)
+        shape = apply_quantization(config, load_model_config(config, folder), device)
         sampling_defaults(config, folder)
         longest = max_model_len(config, shape)
         batched = step_budget(config, gpu=device.type == "cuda")
@@ -167,7 +167,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         fix = ours if config.model else "install branchwise again: files of its model are missing or damaged"
         yield Finding("model", str(error), "broken", fix)
         return
-    yield Finding("model", f"{name}: {shape.architecture}, served natively, in {folder}")
+    yield Finding("model", f"{name}: {shape.architecture}, {implementation_name(shape)}, in {folder}")
     yield Finding("attention", describe_attention(config, shape, device))
     each = f", on each of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
     yield Finding(

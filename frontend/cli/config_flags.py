@@ -20,8 +20,8 @@ MODEL, MEMORY, SCHEDULING, SERVER, LIMITS = "Model", "Memory", "Scheduling", "Se
 # Set by an argument (model), or only by code: what is for measuring, and what is decided by the device.
 _NO_FLAG = {"engine", "model", "overlap", "instance", "namespace_secret", "null_executor", "null_step_seconds"}
 _PANELS = {
-    MODEL: "load_format dtype device max_model_len tensor_parallel_size sampling_defaults attention_backend "
-    "cuda_graphs jump_forward seed tool_call_parser reasoning_parser",
+    MODEL: "load_format model_impl trust_remote_code dtype device max_model_len tensor_parallel_size "
+    "sampling_defaults attention_backend cuda_graphs jump_forward seed tool_call_parser reasoning_parser",
     SCHEDULING: "max_num_seqs max_num_batched_tokens schedule_policy",
     SERVER: "max_queued_requests max_queued_per_key profile",
 }

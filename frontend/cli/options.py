@@ -13,7 +13,14 @@ from .config_flags import field_docs
 
 SAMPLING = "Sampling"
 LOCAL_SERVER = "http://127.0.0.1:8000"
-ENGINE_FLAGS = ("max_model_len", "dtype", "device", "tensor_parallel_size")  # of the commands that load a model
+ENGINE_FLAGS = (
+    "max_model_len",
+    "dtype",
+    "device",
+    "tensor_parallel_size",
+    "model_impl",
+    "trust_remote_code",
+)  # of the commands that load a model
 _MODEL_HELP = field_docs(EngineConfig).get("model")
 _ADDRESS = re.compile(r"(\w+://.*|[\w.-]+:\d+(/.*)?)", re.ASCII)
 

@@ -20,7 +20,7 @@ from ...kernels.base import Ops
 from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
-from ..models.config import ModelConfig
+from ..models.implementation import AnyConfig
 from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, JOINT_TOKENS, largest_shape
 from .inputs import PageTable
 
@@ -108,7 +108,7 @@ def make_attention(
     return TorchAttention(pool, layers, num_heads)
 
 
-def describe_attention(config: EngineConfig, model: ModelConfig, device: torch.device) -> str:
+def describe_attention(config: EngineConfig, model: AnyConfig, device: torch.device) -> str:
     """Which attention would serve, for `branchwise doctor`: nothing is compiled or measured.
 
     On a GPU it says from how many tokens on shared prefixes are read once by the built-in costs. A start measures them

@@ -12,7 +12,7 @@ import torch
 from ...kernels.processor import multiplies_bfloat16, multiplies_int8
 from ..config import EngineConfig
 from ..errors import LoadError
-from ..models.config import ModelConfig
+from ..models.implementation import AnyConfig
 from ..models.quantization import ONLINE_FP8
 from ..parallel.devices import rank_devices
 
@@ -56,7 +56,7 @@ def pick_device(config: EngineConfig, rank: int = 0) -> torch.device:
     return device
 
 
-def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+def pick_dtype(config: EngineConfig, model: AnyConfig, device: torch.device) -> torch.dtype:
     """The dtype of activations, of weights that are not quantized, and of KV. ``auto`` is the checkpoint's, on a device
     that multiplies it natively; float32 on other CPUs."""
     name: str = config.dtype
@@ -72,7 +72,7 @@ def pick_dtype(config: EngineConfig, model: ModelConfig, device: torch.device) -
     return dtype
 
 
-def apply_quantization(config: EngineConfig, model: ModelConfig, device: torch.device) -> ModelConfig:
+def apply_quantization(config: EngineConfig, model: AnyConfig, device: torch.device) -> AnyConfig:
     """The model with the quantization that ``config`` asks for, beside its checkpoint's own. Raises `LoadError` if the
     device cannot multiply int8."""
     if config.quantization == "int8" and (device.type != "cpu" or not multiplies_int8()):

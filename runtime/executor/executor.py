@@ -16,11 +16,12 @@ from ...kernels.attention.base import AttentionBatch, StepShape
 from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig, check, step_budget
 from ..errors import LoadError
-from ..models.config import ModelConfig, load_config
-from ..models.decoder import Decoder, StepTokens
+from ..models.config import ModelConfig
+from ..models.decoder import StepTokens
 from ..models.folder import model_folder
+from ..models.implementation import AnyConfig, AnyDecoder, load, load_model_config
 from ..models.kv_scales import KVScales, load_kv_scales
-from ..models.loader import Progress, dummy_weights, load_weights
+from ..models.loader import Progress
 from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
@@ -78,8 +79,8 @@ class ModelExecutor:
     def __init__(
         self,
         config: EngineConfig,
-        model: ModelConfig,
-        decoder: Decoder,
+        model: AnyConfig,
+        decoder: AnyDecoder,
         memory: MemoryPlan,
         group: TensorGroup,
         times: StartupTimes,
@@ -142,26 +143,23 @@ class ModelExecutor:
         cls, config: EngineConfig, device: torch.device, progress: Progress | None, times: StartupTimes, place: Place
     ) -> ModelExecutor:
         preload(config, device)
-        folder = model_folder(config.model)
-        model = apply_quantization(config, load_config(folder), device)
+        folder = model_folder(config.model, code=config.trust_remote_code)
+        model = apply_quantization(config, load_model_config(config, folder), device)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
         length = max_model_len(config, model)
         rank, ranks = place.rank, place.size
         memory = plan_memory(config, model, dtype, device, length, batched, rank=rank)
         times.lap("device")
-        if config.load_format == "dummy":
-            weights = dummy_weights(model, dtype, device, config.seed, rank=rank, world=ranks)
-        else:
-            weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks)
+        fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
+        where = model, folder, dtype, device, pick_ops(device), progress
+        loaded = load(config, *where, rank=rank, ranks=ranks, fixed_rows=fixed_rows)
         # Weights in FP8 grow on a GPU that cannot multiply them.
-        weight_bytes = max(memory.weight_bytes, sum(weight.nbytes for weight in weights.values()))
+        weight_bytes = max(memory.weight_bytes, loaded.nbytes)
         times.lap("weights")
         group = place.meet(device)
         times.lap("other ranks")
-        fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
-        int8 = config.quantization == "int8"
-        decoder = Decoder(model, weights, pick_ops(device), group, int8=int8, fixed_rows=fixed_rows)
+        decoder = loaded.decoder(group)
         if device.type == "cuda":
             step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
             measured = (memory.free_bytes, weight_bytes, step)
@@ -174,7 +172,7 @@ class ModelExecutor:
                 *(memory.kv_tokens, length, memory.limit),
             )
         kv_scales: Mapping[int, KVScales] = {}
-        if memory.layout.v_format.name == "fp8" and config.load_format != "dummy":
+        if memory.layout.v_format.name == "fp8" and config.load_format != "dummy" and isinstance(model, ModelConfig):
             kv_scales = load_kv_scales(folder, model, rank=rank, world=ranks)
             if kv_scales:
                 logger.info("the checkpoint's own scales store keys and values of %d layers", len(kv_scales))
@@ -338,7 +336,7 @@ def _empty_plan() -> StepPlan:
     return StepPlan(0, none, none, none, none, 0, none, none, none, none, none.reshape(0, 2))
 
 
-def max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+def max_model_len(config: EngineConfig, model: AnyConfig) -> int:
     """The most tokens of a request. Raises `LoadError` if the config asks for more than the model supports."""
     if config.max_model_len is None:
         return model.max_model_len

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...kernels.attention.base import AttentionBatch, StepShape
 from ...kernels.kv_pool import KVLayout, KVPool
-from ..models.config import ModelConfig
-from ..models.decoder import Decoder, StepTokens
+from ..models.decoder import StepTokens
+from ..models.implementation import AnyConfig, AnyDecoder
 from ..sampling_params import SamplingParams
 from ..step import RowStart
 from .backends import pick_sampling
@@ -33,8 +33,8 @@ class _NoAttention:
 
 
 def measure_activations(
-    decoder: Decoder,
-    model: ModelConfig,
+    decoder: AnyDecoder,
+    model: AnyConfig,
     dtype: torch.dtype,
     device: torch.device,
     tokens: int,

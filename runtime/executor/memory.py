@@ -12,8 +12,7 @@ from ...kernels.kv_format import problem
 from ...kernels.kv_pool import KVLayout
 from ..config import EngineConfig, parse_bytes
 from ..errors import LoadError
-from ..models.config import ModelConfig
-from ..models.linear import weight_bytes, weight_format
+from ..models.implementation import AnyConfig, weight_bytes, weight_format
 from ..models.weights import rank_config
 from ..parallel.group import TensorGroup
 
@@ -103,7 +102,7 @@ class MemoryPlan:
 
 def plan_memory(
     config: EngineConfig,
-    model: ModelConfig,
+    model: AnyConfig,
     dtype: torch.dtype,
     device: torch.device,
     max_model_len: int,
@@ -184,7 +183,7 @@ def plan_memory(
 
 
 def kv_layout(
-    config: EngineConfig, model: ModelConfig, dtype: torch.dtype, capability: tuple[int, int] | None
+    config: EngineConfig, model: AnyConfig, dtype: torch.dtype, capability: tuple[int, int] | None
 ) -> KVLayout:
     """How keys and values are stored. Raises `LoadError` for a format that the device or the model cannot have.
 
@@ -214,13 +213,13 @@ def agree(plan: MemoryPlan, group: TensorGroup) -> MemoryPlan:
     )
 
 
-def _no_bfloat16(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> str:
+def _no_bfloat16(config: EngineConfig, model: AnyConfig, dtype: torch.dtype, device: torch.device) -> str:
     """Why ``--dtype auto`` is not the checkpoint's bfloat16 on this CPU."""
     replaced = config.dtype == "auto" and model.dtype == "bfloat16" and dtype == torch.float32 and device.type == "cpu"
     return " (the processor does not multiply bfloat16)" if replaced else ""
 
 
-def activation_bytes(model: ModelConfig, dtype: torch.dtype, tokens: int, rows: int, ranks: int = 1) -> int:
+def activation_bytes(model: AnyConfig, dtype: torch.dtype, tokens: int, rows: int, ranks: int = 1) -> int:
     """An upper estimate for a step of ``tokens`` query tokens that samples ``rows``: MLP, attention, logits. Of the
     model's whole config, on one of ``ranks``."""
     heads = (2 * model.num_heads // ranks + 2 * max(1, model.num_kv_heads // ranks)) * model.head_dim

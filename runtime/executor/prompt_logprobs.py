@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...kernels import sampling
-from ..models.decoder import Decoder
+from ..models.implementation import AnyDecoder
 from ..step import Int32, Int64, RowStart, StepPlan, TokenLogprobs
 
 SLICE = 256  # rows of logits computed at once
@@ -46,7 +46,7 @@ class PromptRows:
 class PromptLogprobRows:
     """Keeps the prompts whose logprobs were requested: a chunk's last logits belong to a token of the next chunk."""
 
-    def __init__(self, decoder: Decoder, device: torch.device) -> None:
+    def __init__(self, decoder: AnyDecoder, device: torch.device) -> None:
         self._decoder, self._device = decoder, device
         self._prompts: dict[int, Int32] = {}  # page-table row -> prompt
 

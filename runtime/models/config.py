@@ -34,6 +34,10 @@ _ACTIVATIONS = {
 _GATED, _UNGATED = ("silu", "gelu", "gelu_tanh"), ("relu2", "xielu", "gelu", "gelu_tanh")
 
 
+class UnsupportedArchitecture(LoadError):
+    """A model that our decoder does not have; transformers may."""
+
+
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
     """Settings that may differ between the layers of one model."""
@@ -237,7 +241,7 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
         return MODEL_TYPES[model_type]
     if name is None:
         raise LoadError(f"{where}: no architectures: it is not a causal language model's config")
-    raise LoadError(f"{where}: {name} is not supported; supported: {', '.join(ARCHITECTURES)}")
+    raise UnsupportedArchitecture(f"{where}: {name} is not supported natively (branchwise models lists what is)")
 
 
 def _layers(fields: Fields, known: Architecture, head_dim: int, *, sparse: bool) -> tuple[LayerConfig, ...]:

@@ -12,16 +12,17 @@ SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is th
 ADAPTER = "adapter_config.json"  # of peft
 MERGE = "merge it into the base model (peft's merge_and_unload) and serve the result"
 WEIGHT_FILES = "*.safetensors"
+CODE_FILES = "*.py"
 HUB_PATTERNS = ["*.json", "tokenizer*", "*.jinja"]  # without the weights
 # A second copy of the weights in Mistral's or Meta's own format, and exports for other runtimes in subfolders.
 HUB_IGNORED = ["consolidated*", "original/*", "*/*.safetensors", "*/*.json", "*/tokenizer*"]
 
 
-def model_folder(model: str, *, weights: bool = True) -> Path:
+def model_folder(model: str, *, weights: bool = True, code: bool = False) -> Path:
     """The folder of ``model``: a folder, a hub id whose files are downloaded, or "" for the model that ships with us.
 
-    ``weights``: False: of a hub id, download only the small files, to check the model before its weights. Raises
-    `LoadError` with one line: the problem and its fix.
+    ``weights``: False: of a hub id, download only the small files, to check the model before its weights. ``code``:
+    also download its Python files. Raises `LoadError` with one line: the problem and its fix.
     """
     if not model:
         return SHIPPED
@@ -42,7 +43,7 @@ def model_folder(model: str, *, weights: bool = True) -> Path:
     if silenced:
         disable_progress_bars()
     try:
-        patterns = [*HUB_PATTERNS, WEIGHT_FILES] if weights else HUB_PATTERNS
+        patterns = [*HUB_PATTERNS, *[WEIGHT_FILES] * weights, *[CODE_FILES] * code]
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except RepositoryNotFoundError:
         reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"

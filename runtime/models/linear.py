@@ -14,6 +14,7 @@ from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
 from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, packs
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
+from .hf.config import TransformersConfig
 from .weights import shard_shape, stored_dtype, weight_specs
 
 _PLAIN = ("embedding", ".router", ".shared_gate")  # matrices that are never quantized
@@ -114,7 +115,9 @@ def weight_bytes(
     return total
 
 
-def weight_format(config: ModelConfig, dtype: torch.dtype, device: torch.device, *, int8: bool = False) -> str:
+def weight_format(
+    config: ModelConfig | TransformersConfig, dtype: torch.dtype, device: torch.device, *, int8: bool = False
+) -> str:
     """How a decoder stores its weights, in words."""
     plain = str(dtype).removeprefix("torch.")
     if int8:

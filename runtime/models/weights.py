@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -12,6 +12,9 @@ from ...kernels.quantize import BLOCK
 from ..errors import LoadError
 from .config import ModelConfig
 from .experts import ExpertsConfig
+from .hf.config import TransformersConfig
+
+Config = TypeVar("Config", bound=ModelConfig | TransformersConfig)
 
 # Where tensor parallelism cuts a weight: along its outputs (dimension 0), along its inputs (dimension 1), or nowhere.
 # rank0: the bias of a weight that is cut along its inputs. Only rank 0 has it, so that the sum over ranks adds it once.
@@ -53,7 +56,7 @@ class WeightSpec:
         return shard_shape(self, 0, 1)
 
 
-def rank_config(config: ModelConfig, world: int) -> ModelConfig:
+def rank_config(config: Config, world: int) -> Config:
     """The config of one of ``world`` ranks: as many heads as each computes. Where there are fewer KV heads than ranks,
     each is replicated. Raises `LoadError` if the heads cannot be divided."""
     heads, kv_heads = config.num_heads, config.num_kv_heads

@@ -1,0 +1,226 @@
+"""The configuration of a model that transformers computes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ....kernels.attention.base import LayerSpec
+from ....kernels.linear import packs
+from ...errors import LoadError
+from ...tokenizer.special_tokens import eos_token_id
+from ..eos import EosSource, eos_ids
+from ..folder import ADAPTER, MERGE, read_json
+from ..quantization import Quantization, parse_quantization, parse_quantization_files
+from .library import TRACE, load_transformers, quiet
+from .trace import trace
+
+Cut = Literal["column", "row", "gather"]  # gather: cut into columns, and every rank gets the whole product
+_CUTS: dict[str, Cut] = {"colwise": "column", "rowwise": "row", "colwise_gather_output": "gather"}
+_WHOLE = {"replicated_with_grad_allreduce", "replicate"}  # styles of tensors that every rank has
+_UNQUANTIZED = re.compile(r"(^|[._])(gate|router|lm_head)$")  # routers of experts, and the output layer
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterShape:
+    """A parameter's place: bytes of memory follow from it."""
+
+    module: str
+    shape: tuple[int, ...]
+    linear: bool  # the weight of an `nn.Linear`
+    cut: Cut | None
+
+
+@dataclass(frozen=True, slots=True)
+class TransformersConfig:
+    """What the engine has to know of a model that transformers computes. Sizes are numbers of elements."""
+
+    architecture: str
+    folder: Path
+    trust_remote_code: bool
+    layers: tuple[LayerSpec, ...]  # calls of attention, in order
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int  # of the widest product of a layer
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    max_model_len: int
+    dtype: str  # the checkpoint's: float32 | bfloat16 | float16
+    eos_ids: tuple[int, ...]
+    bos_id: int | None
+    parameters: tuple[ParameterShape, ...]
+    tied_embeddings: bool
+    unsplittable: str | None  # why the model cannot be split over ranks
+    note: str | None  # what is worth knowing of how it is stored
+    quantization: Quantization | None = None
+
+    experts = None  # those of `ModelConfig`
+    sandwich_norms = True  # activations of an unknown model may exceed the range of float16
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def weight_bytes(self, dtype: torch.dtype, device: torch.device, ranks: int, *, int8: bool, fp8: bool) -> int:
+        """Bytes of a rank's weights as the decoder stores them. ``fp8``: on a device that multiplies it."""
+        total = 0
+        for one in self.parameters:
+            quantized = one.linear and (int8 or (fp8 and self.quantizes(one.module)))
+            size = math.prod(one.shape) * (1 if quantized else dtype.itemsize) + (4 * one.shape[0] if quantized else 0)
+            total += -(-size // ranks) if one.cut is not None else size
+        if self.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
+            total += self.vocab_size * (self.hidden_size + 4 if int8 else self.hidden_size * dtype.itemsize) // ranks
+        return total
+
+    def quantizes(self, module: str) -> bool:
+        """Whether the linear layer ``module`` is quantized to FP8 while it is loaded."""
+        return self.quantization is not None and not _UNQUANTIZED.search(module)
+
+
+def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -> TransformersConfig:
+    """Builds the model without weights and traces it. Raises `LoadError`: one line with what is not supported."""
+    transformers, raw = load_transformers(), read_json(folder / "config.json")
+    where = str(folder / "config.json")
+    if (folder / ADAPTER).is_file():
+        raise LoadError(f"{folder} holds a LoRA adapter: {MERGE}")
+    if parse_quantization(raw, where) is not None or parse_quantization_files(folder) is not None:
+        raise LoadError(f"{where}: quantized checkpoints are not read with --model-impl transformers; use the original")
+    model = build(folder, TRACE, torch.bfloat16, torch.device("meta"), trust_remote_code=trust_remote_code)
+    name, config = type(model).__name__, model.config.get_text_config()
+    try:
+        traced = trace(model, model.get_decoder())
+    except LoadError as error:
+        raise LoadError(
+            f"{where}: {name} is not served with transformers {transformers.__version__}: {error}"
+        ) from error
+    cuts, unsplittable = cuts_of(model)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    generation = folder / "generation_config.json"
+    vocab_size, embedding = int(config.vocab_size), model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    sources = [
+        EosSource(str(generation), (read_json(generation) if generation.is_file() else {}).get("eos_token_id")),
+        EosSource(where, config.eos_token_id),
+        EosSource("the tokenizer", eos_token_id(folder)),
+    ]
+    note = None
+    if traced.value_dim < traced.head_dim:
+        note = f"values of {traced.value_dim} channels are stored in {traced.head_dim}"
+    return TransformersConfig(
+        architecture=name,
+        folder=folder,
+        trust_remote_code=trust_remote_code,
+        layers=traced.layers,
+        vocab_size=vocab_size,
+        hidden_size=int(config.hidden_size),
+        intermediate_size=_widest(config, linears, head),
+        num_heads=traced.num_heads,
+        num_kv_heads=traced.num_kv_heads,
+        head_dim=traced.head_dim,
+        value_dim=traced.value_dim,
+        max_model_len=_max_model_len(config, where),
+        dtype=_dtype(config),
+        eos_ids=eos_ids(sources, vocab_size),
+        bos_id=config.bos_token_id if isinstance(config.bos_token_id, int) else None,
+        parameters=tuple(_parameters(model, linears, cuts)),
+        tied_embeddings=head is not None and embedding is not None and head.weight is embedding.weight,
+        unsplittable=unsplittable,
+        note=note,
+    )
+
+
+def build(folder: Path, attention: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Any:
+    """The model of ``folder``'s config.json, with weights that are not initialized. Raises `LoadError`."""
+    transformers = load_transformers()
+    from transformers.initialization import no_init_weights
+
+    try:
+        with quiet(transformers):
+            config = transformers.AutoConfig.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+            with device, no_init_weights():
+                return transformers.AutoModelForCausalLM.from_config(
+                    config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
+                ).eval()
+    except Exception as error:  # whatever a config's values provoke in the model's own code
+        raise LoadError(
+            f"{folder / 'config.json'}: transformers cannot build the model: {first_line(error)}"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line that says something, for an error of one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:240]
+
+
+def cuts_of(model: Any) -> tuple[dict[str, Cut], str | None]:
+    """How transformers' plan of tensor parallelism cuts the linear layers, by module; why it cannot be followed."""
+    plan = dict(getattr(model, "_tp_plan", None) or {})
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    cuts: dict[str, Cut] = {}
+    if not any(style == "colwise" for style in plan.values()):
+        return {}, "transformers has no plan that cuts its attention"
+    for pattern, style in plan.items():
+        matches = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
+        names = [name for name in linears if matches.fullmatch(name)]
+        if style in _WHOLE or "embed" in pattern:
+            continue
+        if style not in _CUTS or not names:
+            return {}, f"transformers cuts {pattern} in a way ({style}) that is not supported"
+        cuts.update(dict.fromkeys(names, _CUTS[style]))
+    return cuts, None
+
+
+def _parameters(model: Any, linears: dict[str, nn.Linear], cuts: dict[str, Cut]) -> Iterator[ParameterShape]:
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0]
+        weight = module in linears and name.endswith(".weight")
+        yield ParameterShape(module, tuple(parameter.shape), weight, cuts.get(module) if weight else None)
+
+
+def _widest(config: Any, linears: dict[str, nn.Linear], head: Any) -> int:
+    """An upper estimate, as the intermediate size of a gated MLP, of what a token's widest layer computes."""
+    widest = max((linear.out_features for linear in linears.values() if linear is not head), default=config.hidden_size)
+    experts = getattr(config, "num_experts_per_tok", None) or 0
+    size = getattr(config, "moe_intermediate_size", None) or getattr(config, "intermediate_size", 0) or 0
+    size = max(size) if isinstance(size, list | tuple) else size
+    return int(max(widest, experts * (size + 2 * config.hidden_size)))
+
+
+def _max_model_len(config: Any, where: str) -> int:
+    """Tokens of context. Rotary embeddings that change with the length keep what they are in the original context:
+    otherwise the keys of a whole context would change as it grows, so that no prefix of it could be reused."""
+    length = getattr(config, "max_position_embeddings", None)
+    if not isinstance(length, int) or length < 1:
+        raise LoadError(f"{where}: max_position_embeddings is missing, so the longest context is not known")
+    for rope in rope_parameters(config):
+        if str(rope.get("rope_type")) in CHANGING:
+            original = rope.get("original_max_position_embeddings")
+            length = min(length, original if isinstance(original, int) else length)
+    return length
+
+
+CHANGING = ("dynamic", "longrope")
+
+
+def rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """Those of each kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _dtype(config: Any) -> str:
+    name = str(config.dtype or "float32").removeprefix("torch.")
+    return name if name in ("float32", "bfloat16", "float16") else "float32"

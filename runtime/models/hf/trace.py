@@ -1,0 +1,137 @@
+"""What a model of transformers asks of attention, found by running it without weights on torch's meta device.
+
+The model's own code is the source: how often a step attends, with which heads, scales, windows and caps. What our
+attention does not compute is an error here, before any weight is read, instead of a wrong token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....kernels.attention.base import LayerSpec
+from ...errors import LoadError
+from .library import MaskFunction, attending
+
+_TOKENS = 8  # of the traced step
+_FAR = 1 << 17  # a position beyond which no window ends
+_HANDLED = {"scaling", "sliding_window", "softcap"}
+# Keyword arguments that do not change the result: queries and keys are rotated already, and nothing is dropped out.
+_NEUTRAL = {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """The attention of one step. Layers are calls of attention, in order: a layer that attends twice is two."""
+
+    layers: tuple[LayerSpec, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int  # of queries and keys
+    value_dim: int  # of values: at most ``head_dim``
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Attends with nothing and remembers what it was asked for."""
+
+    layers: list[LayerSpec] = field(default_factory=list)
+    shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
+    windows: dict[int, int | None] = field(default_factory=dict)  # of masks, by identity
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, arguments: Mapping[str, Any]) -> Tensor:
+        for name, value in arguments.items():
+            if value is not None and name not in _HANDLED | _NEUTRAL and (name, value) != ("is_causal", True):
+                what = "attention sinks" if name == "s_aux" else f"{name!r}"
+                raise LoadError(
+                    f"its layers pass {what} to attention, which --model-impl transformers does not compute"
+                )
+        scale, cap = arguments.get("scaling"), arguments.get("softcap")
+        window = self._window(mask, arguments.get("sliding_window"))
+        self.layers.append(LayerSpec(float(q.shape[3] ** -0.5 if scale is None else scale), window, cap))
+        self.shapes.append((q.shape[1], k.shape[1], q.shape[3], v.shape[3]))
+        return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
+
+    def _window(self, mask: Any, asked: int | None) -> int | None:
+        """The window of the mask; without one, the one that was asked for."""
+        if mask is None:
+            return asked
+        if not isinstance(mask, MaskFunction):
+            raise LoadError("it makes attention masks of its own, not with transformers' mask functions")
+        if id(mask) not in self.windows:
+            self.windows[id(mask)] = _window_of(mask)
+        window = self.windows[id(mask)]
+        if asked is not None and window != asked:
+            raise LoadError(f"a layer's mask has a window of {window} tokens and its attention one of {asked}")
+        return window
+
+
+def trace(model: Any, step: nn.Module) -> Trace:
+    """Runs ``step``, the decoder of ``model``, whose weights are on the meta device and in bfloat16.
+
+    Raises `LoadError` with the first thing that our attention, or a cache of pages, cannot do.
+    """
+    config = model.config.get_text_config()
+    _refuse_state(model, config)
+    recorder, ids = _Recorder(), torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
+    # With a mask of padding, transformers does not look at the values of the positions.
+    inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
+    try:
+        with attending(recorder), torch.no_grad():
+            step(**inputs, use_cache=False)
+    except LoadError:
+        raise
+    except Exception as error:  # of the model's own code, on tensors without values
+        reason = str(error).split("\n")[0][:160]
+        raise LoadError(
+            f"its forward pass cannot be traced without weights ({type(error).__name__}: {reason})"
+        ) from error
+    if not recorder.layers:
+        raise LoadError("its layers do not call transformers' attention interface")
+    if len(shapes := dict.fromkeys(recorder.shapes)) > 1:
+        found = " and ".join(f"{kv} KV heads of {dim} channels" for _, kv, dim, _ in shapes)
+        raise LoadError(f"its layers have different heads ({found}), and a page has the same in all layers")
+    (heads, kv_heads, head_dim, value_dim), *_ = shapes
+    if value_dim > head_dim:
+        raise LoadError(f"its values have {value_dim} channels, more than its keys' {head_dim}")
+    return Trace(tuple(recorder.layers), heads, kv_heads, head_dim, value_dim)
+
+
+def _refuse_state(model: Any, config: Any) -> None:
+    """Raises `LoadError` for models that keep another state than keys and values."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise LoadError("it is an encoder and a decoder, and pages are of a decoder alone")
+    types = {str(one) for one in getattr(config, "layer_types", None) or []} - _LAYER_TYPES
+    if types:
+        raise LoadError(f"it has layers of {', '.join(sorted(types))}, whose state is not keys and values of tokens")
+    if getattr(type(model), "_is_stateful", False):
+        raise LoadError("it keeps a recurrent state, not keys and values of tokens")
+    if not type(model).is_backend_compatible():
+        raise LoadError("transformers does not mark it as compatible with other attention functions")
+
+
+def _window_of(mask: MaskFunction) -> int | None:
+    """The window of a causal mask, from what some far queries see. Raises `LoadError` for any other mask."""
+    keys, zero, windows = torch.arange(_FAR), torch.tensor(0), set()
+    for query in (_FAR - 1, _FAR - 2, _FAR * 2 // 3, 3):
+        try:
+            seen = torch.as_tensor(mask.sees(zero, zero, torch.tensor(query), keys)).expand(_FAR).nonzero()[:, 0]
+        except (IndexError, RuntimeError, TypeError) as error:
+            raise LoadError("its attention mask depends on more than positions") from error
+        first = int(seen[0]) if len(seen) else query + 1
+        if len(seen) != query + 1 - first or (len(seen) and int(seen[-1]) != query):
+            raise LoadError(
+                "its attention is not causal, or in chunks: a token does not see those just before it alone"
+            )
+        if first:
+            windows.add(query + 1 - first)
+        elif query > 3:
+            windows.add(0)
+    if len(windows) > 1:
+        raise LoadError("its attention is in chunks: how far a token sees depends on its position")
+    return windows.pop() or None
