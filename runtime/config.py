@@ -25,8 +25,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     Args:
         model: A folder, a Hugging Face hub id, or nothing for the model that ships with the package.
         load_format: auto, or dummy: random weights of the config's shapes, for benchmarks.
-        model_impl: Who computes the model: native, our decoder; transformers, its layers with our attention (needs pip
-            install 'branchwise[transformers]'); auto, native where it has the architecture.
+        model_impl: Who computes the model: native, our decoder; transformers, its layers with our attention (needs
+            transformers 5); auto, native where it has the architecture.
         trust_remote_code: Run Python files that come with a model, with all rights of the server. For models that
             transformers computes.
         dtype: Type of weights and KV: auto, float32, bfloat16 or float16. auto: the checkpoint's; on a CPU bfloat16 if

@@ -71,6 +71,9 @@ def _llama(**values: Any) -> Family:
     return Family("LlamaConfig", "LlamaForCausalLM", values)
 
 
+# Weights of what a layer adds to the residual stream.
+_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj", "c_proj.weight", "dense.weight", "fc2.weight")
+
 FAMILIES: dict[str, Family] = {
     "llama-mha": _llama(num_key_value_heads=4, rope_parameters={"rope_type": "default", "rope_theta": 10000.0}),
     "llama-gqa": _llama(rope_parameters=_LLAMA3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
@@ -274,6 +277,45 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+_MLA = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
+# Families that our decoder does not have: transformers computes them, with our attention.
+OTHERS: dict[str, Family] = {
+    "gpt2": Family("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_head": 4, "n_layer": 3, "n_positions": 512}),
+    "gpt-neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", {"rotary_pct": 0.5}),
+    "opt": Family("OPTConfig", "OPTForCausalLM", {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 2}),
+    "phi": Family("PhiConfig", "PhiForCausalLM"),
+    "olmo": Family("OlmoConfig", "OlmoForCausalLM", {"clip_qkv": 8.0}),
+    "nemotron": Family("NemotronConfig", "NemotronForCausalLM"),
+    "helium": Family("HeliumConfig", "HeliumForCausalLM"),
+    "cwm": Family("CwmConfig", "CwmForCausalLM", {"sliding_window": 24}),
+    "vaultgemma": Family(
+        "VaultGemmaConfig",
+        "VaultGemmaForCausalLM",
+        {"sliding_window": 24, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 5.0},
+    ),
+    "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM"),  # attends twice a layer
+    "minicpm3": Family("MiniCPM3Config", "MiniCPM3ForCausalLM", {**_MLA, "head_dim": None}),  # narrow values
+    "afmoe": Family(
+        "AfmoeConfig",
+        "AfmoeForCausalLM",
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "num_dense_layers": 1,
+            "sliding_window": 24,
+        },
+    ),
+}
+
+
 def build(family: str, folder: Path, **overrides: Any) -> Path:
     """Makes the checkpoint in ``folder``: config, safetensors, tokenizer. The same bytes every time.
 
@@ -282,7 +324,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
     import torch
     import transformers
 
-    recipe = FAMILIES[family]
+    recipe = {**FAMILIES, **OTHERS}[family]
     vocab_size = write_tokenizer(folder)
     values = {**_SIZES, "vocab_size": vocab_size, **recipe.values, **overrides}
     config = getattr(transformers, recipe.config)(**values)
@@ -295,12 +337,12 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
             if "norm" in name or name.endswith(("bias", "alpha_p", "alpha_n")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
-            if name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
+            if name.endswith(_OUTPUTS):
                 parameter *= 4
             if recipe.model.startswith("Gemma") and "post_" in name:
                 parameter += 3
             # Sharp attention: what is said depends on where one looks, so texts do not settle on one token.
-            if name.endswith(("q_proj.weight", "q_norm.weight")):
+            if name.endswith(("q_proj.weight", "q_norm.weight", "c_attn.weight", "query_key_value.weight")):
                 parameter *= 5
             # Experts of unequal weights.
             if name.endswith(("gate.weight", "router.weight", "gate.wg.weight")):

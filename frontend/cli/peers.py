@@ -29,7 +29,6 @@ _SAID = {
         *("--enable-prefix-caching", "--enable-chunked-prefill", "--enable-auto-tool-choice", "--enable-metrics"),
         *("--enable-cache-report", "--enable-prompt-tokens-details"),
     ),
-    "a model's own code is never run: the supported architectures (README.md) are built in": ("--trust-remote-code",),
     "the tokenizer's own template is used; another one goes into the model's folder": ("--chat-template",),
     "the tokenizer of the model's folder is used": ("--tokenizer", "--tokenizer-path", "--tokenizer-mode"),
     "download that revision with hf download, and serve its folder": ("--revision",),

@@ -374,7 +374,6 @@ def test_version() -> None:
         ("--model-path", "--model-path: called --model here"),
         ("--tp", "--tp: called --tensor-parallel-size here"),
         ("--enforce-eager", "--enforce-eager: called --no-cuda-graphs here"),
-        ("--trust-remote-code", "--trust-remote-code: a model's own code is never run"),
         ("--speculative-config", "--speculative-config: not there yet"),
         ("--enable-prefix-caching", "--enable-prefix-caching: always on"),
     ],

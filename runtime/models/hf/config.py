@@ -148,14 +148,29 @@ def build(folder: Path, attention: str, dtype: torch.dtype, device: torch.device
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            _check_class(transformers, config)
             with device, no_init_weights():
                 return transformers.AutoModelForCausalLM.from_config(
                     config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
                 ).eval()
+    except LoadError as error:
+        raise LoadError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # whatever a config's values provoke in the model's own code
         raise LoadError(
             f"{folder / 'config.json'}: transformers cannot build the model: {first_line(error)}"
         ) from error
+
+
+def _check_class(transformers: Any, config: Any) -> None:
+    """Raises `LoadError` if transformers' class for ``config`` does not take attention functions. Code that comes with
+    the model is not looked at."""
+    if getattr(config, "auto_map", None):
+        return
+    known = transformers.AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if known is None:
+        raise LoadError(f"transformers has no causal language model of model_type {config.model_type!r}")
+    if not known.is_backend_compatible():
+        raise LoadError(f"{known.__name__} is not marked in transformers as compatible with other attention functions")
 
 
 def first_line(error: Exception) -> str:

@@ -66,9 +66,9 @@ class TransformersDecoder:
         return hidden if outputs is None else hidden.index_select(0, outputs)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 ``[S, vocab]`` of hidden states ``[S, hidden]``, scaled and capped as the model does it."""
+        """``[S, vocab]`` of hidden states ``[S, hidden]``, scaled and capped as the model does it."""
         logits: Tensor = self._head(inputs_embeds=hidden[None], use_cache=False).logits[0]
-        return logits.float()
+        return logits
 
 
 @dataclass(slots=True)

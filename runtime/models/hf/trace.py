@@ -64,7 +64,7 @@ class _Recorder:
         if not isinstance(mask, MaskFunction):
             raise LoadError("it makes attention masks of its own, not with transformers' mask functions")
         if id(mask) not in self.windows:
-            self.windows[id(mask)] = _window_of(mask)
+            self.windows[id(mask)] = window_of(mask)
         window = self.windows[id(mask)]
         if asked is not None and window != asked:
             raise LoadError(f"a layer's mask has a window of {window} tokens and its attention one of {asked}")
@@ -111,11 +111,9 @@ def _refuse_state(model: Any, config: Any) -> None:
         raise LoadError(f"it has layers of {', '.join(sorted(types))}, whose state is not keys and values of tokens")
     if getattr(type(model), "_is_stateful", False):
         raise LoadError("it keeps a recurrent state, not keys and values of tokens")
-    if not type(model).is_backend_compatible():
-        raise LoadError("transformers does not mark it as compatible with other attention functions")
 
 
-def _window_of(mask: MaskFunction) -> int | None:
+def window_of(mask: MaskFunction) -> int | None:
     """The window of a causal mask, from what some far queries see. Raises `LoadError` for any other mask."""
     keys, zero, windows = torch.arange(_FAR), torch.tensor(0), set()
     for query in (_FAR - 1, _FAR - 2, _FAR * 2 // 3, 3):

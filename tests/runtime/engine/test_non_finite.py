@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from branchwise import Engine, EngineDead, SamplingParams
-from branchwise.runtime.executor import executor
+from branchwise.runtime.models import implementation
 
 POISON = 77  # its embedding is NaN, as after an overflow in a layer
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -20,14 +20,14 @@ PROMPT = list(range(100, 140))
 @pytest.fixture(scope="module")
 def engine(checkpoint: Callable[[str], Path]) -> Iterator[Engine]:
     patch = pytest.MonkeyPatch()
-    load = executor.load_weights
+    load = implementation.load_weights
 
     def poisoned(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         weights = load(*args, **kwargs)
         weights["embedding"][POISON] = torch.nan
         return weights
 
-    patch.setattr(executor, "load_weights", poisoned)
+    patch.setattr(implementation, "load_weights", poisoned)
     with Engine(checkpoint("llama-mqa"), max_num_seqs=8, kv_cache_tokens=2048, page_size=8) as engine:
         patch.undo()
         yield engine

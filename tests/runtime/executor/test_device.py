@@ -21,6 +21,7 @@ from branchwise.runtime.executor import executor as subject
 from branchwise.runtime.executor.device import on_device
 from branchwise.runtime.executor.executor import ModelExecutor
 from branchwise.runtime.executor.graphs import StepGraphs
+from branchwise.runtime.models import implementation
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.step import RowStart, StepPlan
 
@@ -55,8 +56,10 @@ def test_the_executor_works_on_its_device_and_restores_the_callers(
 ) -> None:
     devices = Devices()
     monkeypatch.setattr(subject, "on_device", devices.enter)
-    for name in ("load_weights", "plan_memory", "make_attention", "Decoder", "InputStaging", "Sampler"):
+    for name in ("load", "plan_memory", "make_attention", "InputStaging", "Sampler"):
         devices.spy(monkeypatch, subject, name)
+    for name in ("load_weights", "Decoder"):
+        devices.spy(monkeypatch, implementation, name)
     config = EngineConfig(model=str(checkpoint("llama-gqa")), device="cpu", page_size=8, kv_cache_tokens=64)
     executor = ModelExecutor.load(config)
     for owner, name in (

@@ -227,7 +227,7 @@ def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
     ("changes", "says"),
     [
         ({"architectures": "absent"}, "no architectures"),
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported; supported: LlamaFor"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported natively"),
         ({"hidden_size": "absent"}, "hidden_size is missing"),
         ({"hidden_size": "64"}, "hidden_size must be a positive integer, got '64'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
