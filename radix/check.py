@@ -11,7 +11,7 @@ from .errors import InvariantError
 from .hold import Hold
 from .lease import Lease
 from .moves import Transfer
-from .node import DEVICE, HOST, Node, Root, join, page_key
+from .node import DEVICE, FILE, HOST, Node, Root, join, page_key
 from .scores import ScoreTable
 from .structure import PrefixTree
 from .tiers import Tier
@@ -120,10 +120,14 @@ def check_locks(
         _require(id(transfer.node) in known, "a transfer ends at a node that is not in the tree")
         path = list(transfer.node.upwards())
         locks.update(id(node) for node in path)
+        if transfer.source == FILE:
+            continue
         tier = next(tier for tier in tree.tiers if tier.number == transfer.source)
         slots = join([tier.of(node) for node in reversed(path)])
         n = len(transfer.source_slots)
-        _require(n == len(transfer.target_slots), "a transfer has as many sources as targets")
+        _require(
+            transfer.target == FILE or n == len(transfer.target_slots), "a transfer has as many sources as targets"
+        )
         _require(np.array_equal(slots[len(slots) - n :], transfer.source_slots), "a transfer copies from elsewhere")
     for node in nodes:
         _require(node.transfer is None or node.transfer in transfers, f"node {node.serial} awaits an ended transfer")

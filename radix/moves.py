@@ -28,7 +28,7 @@ class Transfer:
     copy itself.
     """
 
-    source: int  # DEVICE, HOST or DISK
+    source: int  # HOST, DISK or FILE
     target: int
     node: Node  # internal: the last node. If nodes are split meanwhile, all parts are on the way up
     source_slots: Int32  # [n] in order of position
@@ -174,6 +174,19 @@ class Moves:
         if damaged and failed is not None:
             structure.forget(failed, source)
         structure.events.deliver()
+
+    def start(self, transfer: Transfer) -> Transfer:
+        """Locks the transfer's path until it ends or is cancelled."""
+        self.structure.lock(transfer.node)
+        self.active[transfer] = None
+        return transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        """The transfer has ended without pages for a tier: its target slots, if any, are free."""
+        del self.active[transfer]
+        if len(transfer.target_slots):
+            self._tier(transfer.target).free(transfer.target_slots)
+        self.structure.unlock(transfer.node)
 
     def restore(self, rows: Sequence[tuple[int, int, Namespace, Int32, int]]) -> None:
         """Fills an empty tree with what the disk remembers of an earlier process: (slot, slot of the page before or -1,

@@ -18,6 +18,7 @@ DEFAULT: Namespace = ("", "")
 TOKEN_BYTES = 4
 SIBLINGS = 32  # examined in either direction for a page with the same beginning
 DEVICE, HOST, DISK = 0, 1, 2  # the memory tiers: see `tiers.Tier`
+FILE = 3  # the other end of a transfer that concerns no tier: see `files`
 
 _EMPTY: Int32 = np.empty(0, np.int32)
 _EMPTY.setflags(write=False)

@@ -171,6 +171,12 @@ ControlWhat = Literal[
     "cache_unpin",
     "cache_evict",
     "cache_hottest",
+    "cache_disk_list",
+    "cache_disk_prune",
+    "cache_disk_verify",
+    "cache_disk_save",
+    "cache_disk_load",
+    "cache_disk_job",  # whether one of the last three is done, and what came of it
     "kv_events",
 ]
 

@@ -89,8 +89,7 @@ def load(folder: Folder, file: File, model: Model = None, api_key: Key = None) -
         from ...runtime.tiers.offline import open_part
 
         part = open_part(folder, _chosen(folder, model))
-        with file.open("rb") as saved:
-            added, there = load_part(part, saved, _owner(folder, api_key))
+        added, there = load_part(part, file, _owner(folder, api_key))
         part.close()
         typer.echo(f"{added} pages added, {there} were there")
 

@@ -71,7 +71,7 @@ class Scheduler:
         self.clock = Clock(now)
         self.limits = limits
         self.tree, self.tiers = make_tree(config, num_pages, lower, self.clock)
-        self.cache = CacheService(self.tree, config, self.clock)
+        self.cache = CacheService(self.tree, config, self.clock, self.tiers.jobs)
         self.ledger = Ledger(self.tree, max_rows)
         self.ledger.pin_breakpoints = self.cache.pin_breakpoints
         self.planner = Planner(

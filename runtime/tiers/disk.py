@@ -7,8 +7,9 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +18,13 @@ from ...radix.node import Int32, Namespace
 from ...radix.tree import RadixTree
 from .copies import Ended
 from .folder import CacheFolder, Damaged
+from .saved import SavedFile, SavedFileWriter
 
 logger = logging.getLogger(__name__)
 
 WRITE_SECONDS = 30.0  # that writing the rest of the cache may take when the engine is closed
 _READERS = 4
+_LOADED_AT_ONCE = 16  # pages of a file in memory
 _LOG_SECONDS = 60.0  # between two lines about failures
 
 
@@ -40,6 +43,7 @@ class DiskTier:
         self._guard = threading.Lock()
         self._ended: deque[Ended] = deque()
         self._logged = 0.0
+        self._failing = False
 
     def keeps(self, namespace: Namespace) -> bool:
         """Whether a namespace's prefixes are written."""
@@ -68,8 +72,7 @@ class DiskTier:
             good, damaged = 0, False
             try:
                 for record, slot in wanted:
-                    with self._guard:
-                        known = self._checksums.get(record)
+                    known = self._known(record)
                     if known is None:
                         raise Damaged(f"record {record} is not in the index")
                     self.folder.read(record, *known, memory[slot])
@@ -101,11 +104,103 @@ class DiskTier:
                 self.folder.write(pages, targets, [memory[slot] for slot in sources])
                 found = self.folder.index.checksums(targets)
             except (OSError, sqlite3.Error) as error:
+                self._failing = True
                 self._log("writing failed: %s", error)
                 return Ended(id, 0, 0.0)
+            self._failing = False
             with self._guard:
                 self._checksums.update(found)
             return Ended(id, len(targets), time.perf_counter() - started)
+
+        self._run(self._writer, id, job)
+
+    @property
+    def failing(self) -> bool:
+        """Whether the last write failed."""
+        return self._failing
+
+    def verify(self, id: int, records: Sequence[int], bad: list[int]) -> None:
+        """Reads records, and adds to ``bad`` those that are damaged."""
+
+        def job() -> Ended:
+            out = np.empty(self.folder.page_bytes, np.uint8)
+            for record in records:
+                known = self._known(record)
+                try:
+                    if known is not None:
+                        self.folder.read(record, *known, out)
+                except (Damaged, OSError) as error:
+                    if self._known(record) == known:  # else it was deleted or written again meanwhile
+                        bad.append(record)
+                        self._log("a page is dropped: %s", error)
+            return Ended(id, len(records), 0.0)
+
+        self._run(self._readers, id, job)
+
+    def save(self, id: int, path: Path, records: Int32, pages: Sequence[Int32]) -> None:
+        """Writes the records of one prefix, whose tokens are ``pages``, to a new file: all or nothing."""
+
+        def job() -> Ended:
+            unfinished = path.with_name(f"{path.name}.{id}.tmp")
+            out = np.empty(self.folder.page_bytes, np.uint8)
+            try:
+                path.parent.mkdir(mode=0o700, exist_ok=True)
+                self.folder.require_space(len(records))
+                with unfinished.open("xb") as file:
+                    writer = SavedFileWriter(file, self.folder.fingerprint)
+                    for place, (record, tokens) in enumerate(zip(records.tolist(), pages, strict=True)):
+                        known = self._known(record)
+                        if known is None:
+                            raise Damaged(f"record {record} is not in the index")
+                        self.folder.read(record, *known, out)
+                        writer.add(place - 1, tokens, out)
+                unfinished.rename(path)
+            except (Damaged, OSError) as error:
+                unfinished.unlink(missing_ok=True)
+                self._log("saving failed: %s", error)
+                return Ended(id, 0, 0.0)
+            return Ended(id, len(records), 0.0)
+
+        self._run(self._readers, id, job)
+
+    def read_file(self, id: int, scan: Callable[[], None]) -> None:
+        """Runs ``scan``, which reads a file, on a thread for reading."""
+
+        def job() -> Ended:
+            scan()
+            return Ended(id, 0, 0.0)
+
+        self._run(self._readers, id, job)
+
+    def load(
+        self,
+        id: int,
+        file: SavedFile,
+        places: Sequence[int],
+        before: int,
+        rows: Sequence[tuple[Namespace, Int32]],
+        records: Int32,
+    ) -> None:
+        """Writes consecutive pages of a file to records, the first of them after the record ``before``. Those before
+        the first that fails are written."""
+
+        def job() -> Ended:
+            good, last = 0, before
+            try:
+                for first in range(0, len(places), _LOADED_AT_ONCE):
+                    some = slice(first, first + _LOADED_AT_ONCE)
+                    targets = records[some].tolist()
+                    payloads = [file.read(place) for place in places[some]]
+                    befores = [last, *targets[:-1]]
+                    pages = [(space, prior, ids) for (space, ids), prior in zip(rows[some], befores, strict=True)]
+                    self.folder.write(pages, targets, payloads)
+                    found = self.folder.index.checksums(targets)
+                    with self._guard:
+                        self._checksums.update(found)
+                    good, last = good + len(targets), targets[-1]
+            except (Damaged, OSError, sqlite3.Error) as error:
+                self._log("loading a file failed: %s", error)
+            return Ended(id, good, 0.0)
 
         self._run(self._writer, id, job)
 
@@ -132,6 +227,11 @@ class DiskTier:
         self._readers.shutdown(wait=True)
         self._writer.shutdown(wait=True)
         self.folder.close()
+
+    def _known(self, record: int) -> tuple[bytes, bytes] | None:
+        """(prefix, checksum) of a record, if it is in the index."""
+        with self._guard:
+            return self._checksums.get(record)
 
     def _run(self, pool: ThreadPoolExecutor, id: int, job: Callable[[], Ended | None]) -> None:
         def done(future: Future[Ended | None]) -> None:

@@ -96,7 +96,7 @@ class CacheFolder:
         file, offset = self._place(record)
         if os.preadv(file, [out.data], offset) != self.page_bytes:
             raise Damaged(f"record {record} is short")
-        if _checksum(prefix, out) != checksum:
+        if page_checksum(prefix, out) != checksum:
             raise Damaged(f"record {record} has changed")
 
     def write(
@@ -109,7 +109,7 @@ class CacheFolder:
 
         Raises OSError or `sqlite3.Error`; then nothing was added.
         """
-        self._require_space(len(records))
+        self.require_space(len(records))
         befores = [before for _, before, _ in pages if before >= 0]
         hashes = {record: prefix for record, (prefix, _) in self.index.checksums(befores).items()}
         hashes[-1] = b""
@@ -125,7 +125,7 @@ class CacheFolder:
                 view, offset = view[written:], offset + written
             files.add(file)
             prefix = hashes[record] = prefix_hash(hashes[before], namespace, tokens)
-            rows.append(PageRow(record, before, namespace, tokens, prefix, _checksum(prefix, payload), now()))
+            rows.append(PageRow(record, before, namespace, tokens, prefix, page_checksum(prefix, payload), now()))
         for file in files:
             os.fdatasync(file)
         self.index.add(rows)
@@ -157,7 +157,8 @@ class CacheFolder:
             file = self._segments[segment] = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         return file, index * self.page_bytes
 
-    def _require_space(self, records: int) -> None:
+    def require_space(self, records: int) -> None:
+        """Raises OSError if the file system has no room for so many records more."""
         free = os.statvfs(self.path)
         if free.f_bavail * free.f_frsize - records * self.page_bytes < _MIN_FREE:
             raise OSError(errno.ENOSPC, f"less than {_MIN_FREE >> 30} GiB would be left free in {self.path}")
@@ -205,7 +206,8 @@ def lock_folder(path: Path) -> IO[str]:
     return lock
 
 
-def _checksum(prefix: bytes, payload: npt.NDArray[np.uint8]) -> bytes:
+def page_checksum(prefix: bytes, payload: npt.NDArray[np.uint8]) -> bytes:
+    """xxh3-128 of a page's bytes, uint8 [page_bytes], after the hash of its prefix."""
     digest = xxhash.xxh3_128(prefix)
     digest.update(payload.data)
     return digest.digest()

@@ -20,6 +20,7 @@ from ..messages import Stats
 from .copies import Ended, HostCopier, HostCopies
 from .disk import DiskTier
 from .gate import Gate
+from .jobs import DiskJobs
 from .none import NoTiers, Reason, Request, Served
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class TierManager(NoTiers):
         self.failures = 0  # copies that did not arrive whole
         self.late = 0  # waits given up
         self._ids: dict[int, Transfer] = {}
-        self._next_id = 1
+        self._next_id = 0
         self._distrusted: set[int] = set()
         self._loads: list[int] = []  # begun since `begin`
         self._disk_jobs: deque[tuple[int, int]] = deque()  # (calls of `store` whose copies must be made first, id)
@@ -79,11 +80,12 @@ class TierManager(NoTiers):
         self._to_write: deque[tuple[Namespace, Int32]] = deque(maxlen=_WRITE_QUEUE)
         self._leaves: list[Node] | None = None  # what is left to write, once the engine stops
         self._step_ended: float | None = None  # None: the engine was idle since
+        self.jobs = None if disk is None else DiskJobs(tree, disk, self._new_id, self._persist)
 
     @property
     def busy(self) -> bool:
         """Whether copies are under way that requests may be waiting for."""
-        return bool(self._ids)
+        return bool(self._ids) or (self.jobs is not None and self.jobs.busy)
 
     # ---- inputs ----
 
@@ -102,6 +104,8 @@ class TierManager(NoTiers):
     def apply(self, ended: Sequence[Ended]) -> None:
         """Copies have ended: what arrived can be matched, what failed is a miss."""
         for end in ended:
+            if self.jobs is not None and self.jobs.apply(end):
+                continue
             transfer = self._ids.pop(end.id)
             if end.id in self._distrusted:
                 self._distrusted.discard(end.id)
@@ -245,9 +249,12 @@ class TierManager(NoTiers):
 
     # ---- outputs ----
 
-    def _begin(self, transfer: Transfer) -> None:
-        id = self._next_id
+    def _new_id(self) -> int:
         self._next_id += 1
+        return self._next_id
+
+    def _begin(self, transfer: Transfer) -> None:
+        id = self._new_id()
         self._ids[id] = transfer
         if transfer.target == DEVICE:
             self._loads.append(id)

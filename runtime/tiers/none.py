@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, Protocol
 from ...radix.node import Int32, Namespace
 from ..messages import Stats
 from .copies import Ended, HostCopies
+from .jobs import DiskJobs
 
 Reason = Literal["", "late", "failed", "full", "slower"]  # why tokens of a lower tier were computed instead
 
@@ -38,6 +39,7 @@ class NoTiers:
     """See `manager.TierManager`, which overrides all of it."""
 
     exist = False
+    jobs: DiskJobs | None = None  # of the disk tier, if there is one
 
     @property
     def busy(self) -> bool:

@@ -9,24 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import msgspec
 import numpy as np
 
 from ..errors import LoadError
 from .fingerprint import Fingerprint
 from .folder import CacheFolder, Damaged
 from .index import PageRow, prefix_hash
+from .saved import SavedFile, SavedFileWriter
 
-_MAGIC = b"branchwise-cache-1\n"
 _WRITE_AT_ONCE = 256  # pages
-_HEADER_BYTES = 1 << 20  # more is not a header of ours
-
-
-class SavedPage(msgspec.Struct, array_like=True):
-    """A page in a file, followed by its bytes. ``before``: the place in the file of the page before it, -1: none."""
-
-    before: int
-    tokens: bytes  # int32, little-endian
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +126,7 @@ def prune(folder: CacheFolder, keep_pages: int) -> int:
 def save(folder: CacheFolder, file: BinaryIO, owner: str = "") -> int:
     """Writes every whole prefix of an owner without a salt to a file, which does not name the owner. Returns the number
     of pages."""
-    encoder = msgspec.msgpack.Encoder()
-    file.write(_MAGIC)
-    _write(file, encoder.encode(folder.fingerprint.facts()))
+    writer = SavedFileWriter(file, folder.fingerprint)
     out = np.empty(folder.page_bytes, np.uint8)
     places: dict[int, int] = {-1: -1}
     for row in folder.load():
@@ -147,55 +136,43 @@ def save(folder: CacheFolder, file: BinaryIO, owner: str = "") -> int:
             folder.read(row.record, row.prefix, row.checksum, out)
         except (Damaged, OSError):
             continue
-        page = SavedPage(places[row.before], row.tokens.astype("<i4").tobytes())
-        _write(file, encoder.encode(page))
-        file.write(out.data)
-        places[row.record] = len(places) - 1
+        places[row.record] = writer.add(places[row.before], row.tokens, out)
     return len(places) - 1
 
 
-def load(folder: CacheFolder, file: BinaryIO, owner: str = "") -> tuple[int, int]:
+def load(folder: CacheFolder, path: Path, owner: str = "") -> tuple[int, int]:
     """Adds the pages of a file that `save` wrote, as those of ``owner``. Returns (pages added, pages that were there).
 
-    Raises `LoadError` if the file is not one, is of another model or format, or is cut off: what came before stays.
+    Raises `LoadError` if the file is not one, is of another model or format, or is damaged: what came before stays.
     """
-    if file.read(len(_MAGIC)) != _MAGIC:
-        raise LoadError("the file was not written by `branchwise cache save`")
-    facts = msgspec.msgpack.decode(_read(file))
-    if facts != folder.fingerprint.facts():
-        differing = sorted(key for key, value in folder.fingerprint.facts().items() if facts.get(key) != value)
-        raise LoadError(f"the file is of another engine: {', '.join(differing)} differ")
+    file = SavedFile(path, folder.fingerprint)
     known = {row.prefix: row.record for row in folder.load()}
     prefixes = {record: prefix for prefix, record in known.items()} | {-1: b""}
     namespace = (owner, "")
     free = _free_records(folder)
-    records: list[int] = []
+    records = [-1]  # of the pages so far, the last entry is of none
     there = 0
     batch: list[tuple[PageRow, np.ndarray]] = []
-    decoder = msgspec.msgpack.Decoder(SavedPage)
-    while True:
-        header = _read(file, may_end=True)
-        if not header:
-            break
-        page = decoder.decode(header)
-        payload = np.frombuffer(file.read(folder.page_bytes), np.uint8)
-        if len(payload) != folder.page_bytes or not -1 <= page.before < len(records):
-            raise LoadError("the file is damaged or cut off")
-        tokens = np.frombuffer(page.tokens, "<i4").astype(np.int32)
-        before = records[page.before] if page.before >= 0 else -1
-        prefix = prefix_hash(prefixes[before], namespace, tokens)
-        if prefix in known:
-            records.append(known[prefix])
-            there += 1
-            continue
-        record = known[prefix] = next(free)
-        prefixes[record] = prefix
-        records.append(record)
-        batch.append((PageRow(record, before, namespace, tokens, prefix, b"", 0), payload))
-        if len(batch) >= _WRITE_AT_ONCE:
-            _flush(folder, batch)
-    _flush(folder, batch)
-    return len(records) - there, there
+    try:
+        for place, page in enumerate(file.pages):
+            before = records[page.before]
+            prefix = prefix_hash(prefixes[before], namespace, page.ids)
+            record = known.get(prefix)
+            there += record is not None
+            if record is None:
+                payload = file.read(place)
+                record = known[prefix] = next(free)
+                prefixes[record] = prefix
+                batch.append((PageRow(record, before, namespace, page.ids, prefix, b"", 0), payload))
+            records.insert(-1, record)
+            if len(batch) >= _WRITE_AT_ONCE:
+                _flush(folder, batch)
+    except Damaged as error:
+        raise LoadError(str(error)) from error
+    finally:
+        file.close()
+        _flush(folder, batch)
+    return len(file.pages) - there, there
 
 
 def _flush(folder: CacheFolder, batch: list[tuple[PageRow, np.ndarray]]) -> None:
@@ -212,18 +189,3 @@ def _free_records(folder: CacheFolder) -> Iterator[int]:
         if record not in used:
             yield record
         record += 1
-
-
-def _write(file: BinaryIO, data: bytes) -> None:
-    file.write(len(data).to_bytes(4, "little") + data)
-
-
-def _read(file: BinaryIO, may_end: bool = False) -> bytes:
-    length = file.read(4)
-    if may_end and not length:
-        return b""
-    size = int.from_bytes(length, "little")
-    data = file.read(size) if len(length) == 4 and 0 < size <= _HEADER_BYTES else b""
-    if not data or len(data) != size:
-        raise LoadError("the file is damaged or cut off")
-    return data

@@ -47,6 +47,8 @@ def test_a_restarted_server_answers_from_the_disk(
                 os.kill(pid, signal.SIGKILL)
             server.process.wait()
             server.stop = lambda: 0
+        else:
+            check_operator_routes(server)
     with start_server(config(checkpoint("llama-gqa"), tmp_path)) as server:
         explained = server.http.post("/cache/explain", json={"prompt": PROMPT}).json()
         assert explained["hit_tokens"] == 0 and explained["reason"] == "tier"
@@ -58,3 +60,25 @@ def test_a_restarted_server_answers_from_the_disk(
         salted = ask(server, cache_salt="a secret")["meta_info"]["cache"]
         assert salted["hit_tokens"] == 0, "salts never leave memory"
         assert server.metrics()["disk_cached_tokens_total"] >= 80
+
+
+def check_operator_routes(server: Any) -> None:
+    """A prompt is saved, pruned and loaded; what cannot be done is refused with the reason."""
+    post = server.http.post
+    saved = post("/cache/save", json={"input_ids": PROMPT, "file": "system.cache"}).json()
+    assert saved == {"file": "system.cache", "tokens": 80, "pages": 5}
+    listed = server.http.get("/cache/list").json()
+    assert [each["file"] for each in listed["files"]] == ["system.cache"]
+    assert listed["tiers"]["disk"]["cached"] >= 5
+    assert post("/cache/verify").json()["damaged_pages"] == 0
+    assert post("/cache/prune", json={"size": "0"}).json()["pages"] == 0
+    assert post("/cache/load", json={"file": "system.cache"}).json() == {"pages": 5, "added_pages": 5}
+    for path, body, problem in (
+        ("/cache/load", {"file": "../system.cache"}, "file must be a name"),
+        ("/cache/load", {"file": "another"}, "there is no file another"),
+        ("/cache/save", {"input_ids": PROMPT[::-1], "file": "x"}, "prompt is not cached to its end"),
+        ("/cache/save", {"input_ids": PROMPT[:5], "file": "x"}, "prompt must have at least one page"),
+        ("/cache/prune", {"size": "much"}, "size must be a size"),
+    ):
+        answer = post(path, json=body)
+        assert answer.status_code == 400 and problem in answer.json()["error"]["message"], answer.text

@@ -11,6 +11,7 @@ from ....radix.tree import RadixTree
 from ...config import EngineConfig
 from ...errors import InvalidRequest
 from ...step import Int32
+from ...tiers.jobs import DiskJobs
 from ..clock import Clock
 from ..request import Request
 from .accounts import Accounts
@@ -29,6 +30,9 @@ class CacheQuestion(msgspec.Struct):
     pin: str = ""
     count: int = 0
     everything: bool = False
+    file: str = ""
+    keep_bytes: int = 0
+    job: int = 0
 
     @property
     def ids(self) -> Int32:
@@ -38,8 +42,9 @@ class CacheQuestion(msgspec.Struct):
 class CacheService:
     """Notified by the scheduler when requests start and end; answers the cache operations of `EngineCore.control`."""
 
-    def __init__(self, tree: RadixTree, config: EngineConfig, clock: Clock) -> None:
+    def __init__(self, tree: RadixTree, config: EngineConfig, clock: Clock, disk_jobs: DiskJobs | None = None) -> None:
         self._tree = tree
+        self._disk_jobs = disk_jobs
         self._clock = clock
         self.pins = Pins(
             tree,
@@ -101,6 +106,28 @@ class CacheService:
             case "cache_hottest":
                 found = self._tree.hottest(question.count, question.namespace)
                 return {"prefixes": [{"token_ids": tokens.tolist()} for tokens in found]}
+        if what.startswith("cache_disk_"):
+            return self._on_disk(what, question)
+        raise InvalidRequest(None, f"there is no cache operation {what!r}")
+
+    def _on_disk(self, what: str, question: CacheQuestion) -> dict[str, Any]:
+        """Operations on the disk tier: see `DiskJobs`. Those that take time are answered with the number of a job."""
+        jobs = self._disk_jobs
+        if jobs is None:
+            raise InvalidRequest(None, "the server has no disk tier: start it with --disk-cache")
+        match what:
+            case "cache_disk_list":
+                return jobs.tiers()
+            case "cache_disk_prune":
+                return jobs.prune(question.keep_bytes)
+            case "cache_disk_verify":
+                return {"job": jobs.verify()}
+            case "cache_disk_save":
+                return {"job": jobs.save(question.namespace, question.ids, question.file)}
+            case "cache_disk_load":
+                return {"job": jobs.load(question.namespace, question.file)}
+            case "cache_disk_job":
+                return jobs.answer(question.job)
         raise InvalidRequest(None, f"there is no cache operation {what!r}")
 
     def _stats(self, question: CacheQuestion) -> dict[str, Any]:

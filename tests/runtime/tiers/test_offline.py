@@ -97,20 +97,35 @@ def test_pages_of_a_key_are_loaded_as_those_of_another(tmp_path: Path) -> None:
     assert "0 pages added" in run("load", there, file, "--api-key", "key")[1]
 
 
-@pytest.mark.parametrize(("harm", "problem"), [("cut", "cut off"), ("magic", "not written by"), ("model", "differ")])
+@pytest.mark.parametrize(
+    ("harm", "problem"),
+    [
+        ("cut", "cut off"),
+        ("magic", "not written by"),
+        ("model", "differ"),
+        ("flip", "has changed"),
+        ("head", "damaged"),
+    ],
+)
 def test_files_that_are_not_right_are_refused(tmp_path: Path, harm: str, problem: str) -> None:
     fill(tmp_path / "here", 2)
     folder = offline.open_part(tmp_path / "here", PRINT.digest)
-    file = io.BytesIO()
-    offline.save(folder, file)
+    saved = io.BytesIO()
+    offline.save(folder, saved)
     folder.close()
-    data = file.getvalue()
+    data = saved.getvalue()
+    flipped, headless = bytearray(data), bytearray(data)
+    flipped[-7] ^= 1
+    headless[data.index(b"cpu") - 3] ^= 0xFF
     other = Fingerprint("other", "cpu", "layout", BYTES) if harm == "model" else PRINT
     fill(tmp_path / "there", 0, other)
     into = offline.open_part(tmp_path / "there", other.digest)
-    wrong = {"cut": data[:-100], "magic": b"x" + data, "model": data}[harm]
+    wrong = {"cut": data[:-100], "magic": b"x" + data, "model": data, "flip": flipped, "head": headless}[harm]
+    file = tmp_path / "file"
+    file.write_bytes(wrong)
     with pytest.raises(LoadError, match=problem):
-        offline.load(into, io.BytesIO(wrong))
+        offline.load(into, file)
+    assert len(into.index) == (5 if harm == "flip" else 0), "pages before the damaged one are good"
     into.close()
 
 

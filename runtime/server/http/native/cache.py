@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +14,8 @@ from pydantic import Field
 from ....chat.breaks import breaks
 from ....chat.conversation import Conversation
 from ....chat.volatile import part_at, volatile_parts
-from ....errors import InvalidRequest, renaming
+from ....config import parse_bytes
+from ....errors import InvalidRequest, LoadError, renaming
 from ....limits import check_text_length, fit
 from ....messages import ControlWhat
 from ....outputs import Output
@@ -32,6 +34,7 @@ from .tokens import token_ids
 
 DEFAULT_TTL = 300.0  # seconds, of a pin
 _WARM_TRIES = 2  # under memory pressure, computed pages may be evicted before they are pinned
+_JOB_SECONDS = 0.02  # between questions after a job
 _NO_TOKENS = SamplingParams(max_tokens=0)
 _CODES = {409: "not_cached", 429: "pin_quota"}  # other routes have these statuses for branches
 
@@ -53,6 +56,18 @@ class PinRequest(PromptRequest):
 
 class UnpinRequest(Strict):
     id: str
+
+
+class SaveRequest(PromptRequest):
+    file: str = Field(description="A name in the folder `saved` of the disk cache.")
+
+
+class LoadRequest(CacheFields):
+    file: str = Field(description="A name in the folder `saved` of the disk cache.")
+
+
+class PruneRequest(Strict):
+    size: str = Field(description="Bytes to keep, such as 50GiB; 0 deletes everything.")
 
 
 class WarmRequest(CacheFields):
@@ -138,6 +153,44 @@ def routes(state: AppState) -> Routes:
         tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
         return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
 
+    @routes.add("GET", "/cache/list", admin=True)
+    async def list_() -> Response:
+        """The pages of each memory tier, and the saved files. Needs ``--disk-cache``, as the four routes below do."""
+        return json_response(await _ask(state, "cache_disk_list", state.namespaces.of(None)))
+
+    @routes.add("POST", "/cache/verify", admin=True)
+    async def verify() -> Response:
+        """Read every page on the disk. Those that are damaged are deleted, with what continues them."""
+        return json_response(await _job(state, "cache_disk_verify", state.namespaces.of(None)))
+
+    @routes.add("POST", "/cache/prune", body=PruneRequest, admin=True)
+    async def prune(request: Request) -> Response:
+        """Delete the prefixes from the disk that were used longest ago, until the rest fits."""
+        body = parse(PruneRequest, await read_json_object(request))
+        try:
+            keep = parse_bytes(body.size, "size")
+        except LoadError as error:
+            raise InvalidRequest("size", "must be a size such as 50GiB") from error
+        return json_response(await _ask(state, "cache_disk_prune", state.namespaces.of(None), keep_bytes=keep))
+
+    @routes.add("POST", "/cache/save", body=SaveRequest, admin=True)
+    async def save(request: Request) -> Response:
+        """Save the whole pages of a cached prompt to a file on the server, for another server of the same model."""
+        raw = await read_json_object(request)
+        body = parse(SaveRequest, raw, unsupported=frozenset())
+        prompt, field, _ = await _prompt(state, body, raw)
+        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
+        return json_response(
+            await _job(state, "cache_disk_save", _namespace(state, body), tokens=tokens, file=body.file)
+        )
+
+    @routes.add("POST", "/cache/load", body=LoadRequest, admin=True)
+    async def load(request: Request) -> Response:
+        """Add the pages of a saved file to the disk tier, as the caller's. A file of another model, format, page size
+        or kernel is refused, and so is a damaged one."""
+        body = parse(LoadRequest, await read_json_object(request))
+        return json_response(await _job(state, "cache_disk_load", _namespace(state, body), file=body.file))
+
     @routes.add("POST", "/cache/warm", body=WarmRequest, generates=True)
     async def warm(request: Request) -> Response:
         """Compute prompts without generating."""
@@ -163,7 +216,15 @@ async def _ask(state: AppState, what: ControlWhat, namespace: tuple[str, str], *
     return answer
 
 
-def _namespace(state: AppState, body: PromptRequest) -> tuple[str, str]:
+async def _job(state: AppState, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
+    """Begins a job and asks after it until it is done."""
+    number = (await _ask(state, what, namespace, **question))["job"]
+    while not (facts := await _ask(state, "cache_disk_job", namespace, job=number)).pop("done"):
+        await asyncio.sleep(_JOB_SECONDS)
+    return facts
+
+
+def _namespace(state: AppState, body: CacheFields) -> tuple[str, str]:
     where = caching(state, body)
     if where.get("no_cache") or where["breakpoints"]:
         field = "prompt_cache_options" if body.prompt_cache_options is not None else "prompt_cache_breakpoint"
