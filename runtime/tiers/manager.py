@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _LOADS = 16  # transfers at once
 _MOST_PAGES = 1024  # of one transfer: the first pages of a long prompt arrive while the rest is on its way
-_ATTEMPTS = 8  # transfers that one request may wait for in vain: what arrives may be evicted before it is admitted
+_ATTEMPTS = 8  # transfers in a row that bring a request no further: what arrives may be evicted before it is admitted
 _VICTIMS = 8  # leaves of a nearly full host that are looked at, to be written to the disk
 _LATE = 1.0  # seconds after which a copy is late, beyond four times its estimate
 _SWAP_LATE = 60.0  # the same for a request that was preempted with --preemption swap
@@ -45,6 +45,7 @@ class Wait:
     claim: int = 0  # pages that it needs once its copies have arrived: others' copies must leave room for them
     deadline: float = 0.0
     attempts: int = 0
+    missing: int = 0  # tokens left to copy at the last attempt, those on the disk twice
     reason: Reason = ""
 
 
@@ -183,7 +184,9 @@ class TierManager(NoTiers):
         wait.transfer = reach.transfer or self._copy(request, reach, wait, must)
         if wait.transfer is None:
             return False
-        wait.attempts += 1
+        missing = reach.host + 2 * reach.disk
+        wait.attempts = 1 if missing < wait.missing else wait.attempts + 1
+        wait.missing = missing
         wait.claim = -(-len(request.tokens) // self._tree.page_size)
         wait.deadline = now + (_SWAP_LATE if must else _LATE) + 4 * estimate
         return True

@@ -72,6 +72,23 @@ def test_all_who_want_arriving_pages_share_one_load(make_driver: Make) -> None:
     d.verify()
 
 
+def test_a_long_prompt_comes_back_in_as_many_transfers_as_it_needs(
+    make_driver: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transfers are bounded, and so are those that bring nothing; those that bring something are not."""
+    monkeypatch.setattr("branchwise.runtime.tiers.manager._MOST_PAGES", 1)
+    d = make_driver(num_pages=64, host_slots=100)
+    d.add(prompt(0, 200), max_tokens=1)
+    d.drain()
+    evict(d)
+    computed = d.executor.prefilled
+    id_ = d.add(prompt(0, 200), max_tokens=1, seed=1)
+    d.drain()
+    assert d.executor.prefilled - computed <= 1
+    assert d.finished[id_].cache.host_tokens == 199
+    d.verify()
+
+
 @pytest.mark.parametrize("fate", ["fails", "damaged"])
 def test_a_failed_load_is_a_miss(make_driver: Make, fate: str) -> None:
     d = make_driver(num_pages=32, host_slots=100)
