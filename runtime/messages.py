@@ -160,6 +160,7 @@ ControlWhat = Literal[
     "flush_cache",
     "tree",
     "watch",
+    "node",
     "info",
     "check",
     "branches",

@@ -18,6 +18,7 @@ from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, 
 from ..scheduler.branches.service import BranchService
 from ..scheduler.draft import ScheduledStep
 from ..scheduler.memory import LowerTiers
+from ..scheduler.node_details import NodeQuestion, node_details
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.watch import WatchQuestion, watch
 from ..step import Executor, PendingStep
@@ -211,6 +212,9 @@ class EngineCore:
             return self.scheduler.tree.dump(max_nodes=int(options.get("max_nodes", 1000)))
         if message.what == "watch":
             return watch(self.scheduler, msgspec.convert(message.argument, WatchQuestion))
+        if message.what == "node":
+            question = msgspec.convert(message.argument, NodeQuestion)
+            return node_details(self.scheduler, self.branches.registry, question)
         if message.what == "info":
             return self.info()
         if message.what in ("start_profile", "stop_profile"):

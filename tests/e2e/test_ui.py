@@ -124,6 +124,45 @@ def test_requests_are_shown_on_their_path(start_server: Any) -> None:
     assert set(request["path"]) <= ids
 
 
+def test_a_node_in_full(start_server: Any) -> None:
+    """Its text, who holds it, and the request whose reuse ended in it; of one's own tree only."""
+    running = start_server(api_key="first-key", extra_api_keys=("other-key",), admin_api_key="admin-key")
+
+    def post(path: str, body: Any, key: str = "first-key") -> httpx.Response:
+        return httpx.post(f"{running.url}{path}", json=body, headers={"x-api-key": key}, timeout=30)
+
+    shared = "the beginning that both of the prompts share, which is long enough for several pages of tokens; "
+    assert post("/v1/completions", {"prompt": shared + "the first", "max_tokens": 1}).status_code == 200
+    assert post("/v1/completions", {"prompt": shared + "second one", "max_tokens": 1}).status_code == 200
+    assert post("/cache/pin", {"prompt": shared}).status_code == 200
+    (space,) = next(snapshots(running, "first-key"))["tree"]["namespaces"]
+    (top,) = space["children"]
+    question = {"owner": space["owner"], "salt": space["salt"], "path": [top["id"]]}
+    found = post("/ui/node", question).json()
+    assert found["start"] == 0 and found["end"] == top["tokens"] == found["pages"] * 16
+    assert f"<|begin|>{shared}".startswith(found["head"]) and found["tail"] == "" and found["between"] == 0
+    assert (found["pins"], found["branches"], found["requests"], found["hits"]) == (1, 0, [], top["hits"])
+    texts_below = [post("/ui/node", {**question, "path": [top["id"], child["id"]]}).json() for child in top["children"]]
+    stops = [stop for each in [found, *texts_below] for stop in each["stops"]]
+    assert [stop["request"] for stop in stops] == [2] and stops[0]["reason"] == "diverged"
+    assert "second" in stops[0]["after"] and "first" in stops[0]["instead"]
+    assert post("/ui/node", question, "other-key").status_code == 404
+    assert post("/ui/node", question, "admin-key").json()["head"] == found["head"]
+    missing = post("/ui/node", {**question, "path": [top["id"], 10**9]})
+    assert missing.status_code == 404 and missing.json()["error"]["param"] == "path"
+    assert post("/ui/node", {**question, "path": []}).status_code == 404
+    assert post("/ui/node", {**question, "path": [1] * 5000}).status_code == 400
+
+
+def test_a_long_node_is_shown_in_part(start_server: Any) -> None:
+    running = start_server()
+    answer = running.http.post("/v1/completions", json={"prompt": [5 + i % 90 for i in range(6000)], "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    (node,) = next(snapshots(running, ""))["tree"]["namespaces"][0]["children"]
+    found = running.http.post("/ui/node", json={"path": [node["id"]]}).json()
+    assert found["between"] == node["tokens"] - 4096 and found["head"] and found["tail"]
+
+
 @pytest.mark.parametrize("nodes", ["0", "4001", "-1", "x", "1.5"])
 def test_a_bad_count_is_refused(server: Any, nodes: str) -> None:
     answer = server.http.get("/ui/events", params={"max_nodes": nodes})

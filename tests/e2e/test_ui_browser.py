@@ -166,10 +166,79 @@ async def test_the_tree_follows_traffic(page: Page, start_server: Callable[..., 
     await page.until(
         "document.querySelector('aside') && document.querySelector('aside').innerText.includes('evictable')"
     )
+    # All of its text, and the next request that stops in it, with what it went on with.
+    prompt = "something that is long enough for several pages of tokens " * 3 + "and then another end of it"
+    await asyncio.to_thread(complete, server, prompt)
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.innerText.includes('omething'))")
+    await page.js(
+        "[...document.querySelectorAll('.cell')].find((each) => each.innerText.includes('something')).click()"
+    )
+    full = await page.until("document.querySelector('.full') && document.querySelector('.full').innerText")
+    assert "several pages" in full
+    for cell in range(await page.js("document.querySelectorAll('button.cell').length")):
+        await page.js(f"document.querySelectorAll('button.cell')[{cell}].click()")
+        await asyncio.sleep(0.3)
+        if "another" in await page.js("[...document.querySelectorAll('.stops')].map((each) => each.innerText).join()"):
+            break
+    else:
+        raise AssertionError("no node says why the second request stopped in it")
     assert not page.errors
 
 
-@pytest.mark.parametrize("nodes", [1000, 10_000])
+async def test_evictions_are_seen_as_they_happen(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server(engine={"kv_cache_tokens": 2048})
+    await asyncio.to_thread(complete, server, "the first of the prompts is this one " * 8)
+    await show(page, server)
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.title.includes('first of'))")
+    for i in range(12):
+        await asyncio.to_thread(complete, server, f"{i} is what another prompt begins with, at some length " * 8)
+        await asyncio.sleep(0.6)
+        if await page.js(
+            "[...document.querySelectorAll('.evicted')].some((each) => each.innerText.includes('first of'))"
+        ):
+            break
+    else:
+        raise AssertionError("the eviction was not shown")
+    assert "evicted:" in await page.text()
+    await page.until("!document.querySelector('.evicted')")
+    assert not page.errors
+
+
+async def test_a_request_is_seen_along_its_path(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server(null_step_seconds=0.1, engine={"max_num_batched_tokens": 64})
+    await show(page, server)
+    prompt = "a prompt that takes many chunks of the step's budget to be computed " * 40
+    asking = asyncio.create_task(asyncio.to_thread(complete, server, prompt, max_tokens=20, ignore_eos=True))
+    bar = "document.querySelector('.cell.running .done')"
+    width = f"{bar} && parseFloat({bar}.style.width)"
+    early = await page.until(f"({width}) < 80 && ({width})")
+    assert await page.js("document.querySelector('.requests progress').value") > 0
+    await page.until(f"({width}) > {early}")
+    await asking
+    await page.until("document.body.innerText.includes('no requests at the moment')")
+    assert not page.errors
+
+
+async def test_a_tool_call_is_a_card_and_json_is_indented(page: Page, shipped: Any) -> None:
+    await show(page, shipped, "chat")
+    await page.js("document.querySelector('.settings').open = true")
+    await page.js(
+        "[...document.querySelectorAll('.settings button')].find((b) => b.innerText == 'example tool').click()"
+    )
+    temperature = "document.querySelectorAll('.settings input')[1]"
+    await page.js(f"{temperature}.value = 0; {temperature}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+    await send(page, "Please get the weather. The city is Zemol.")
+    card = await page.until("document.querySelector('.call') && document.querySelector('.call').innerText")
+    assert "get_weather" in card and '"city": "Zemol"' in card and "\n" in card
+    await page.type(".call input", '{"status": "sunny", "temperature": 17}')
+    await page.until("document.querySelectorAll('.message.assistant').length == 2")
+    await page.until("!document.body.innerText.includes('▍')", 60)
+    assert "sunny" in await page.js("[...document.querySelectorAll('.message.assistant')].pop().innerText")
+    assert "temperature" in await page.js("document.querySelector('.message.tool .json').innerText")
+    assert not page.errors
+
+
+@pytest.mark.parametrize("nodes", [1000, 100_000])
 async def test_large_trees(page: Page, start_server: Callable[..., Any], nodes: int) -> None:
     """Of the largest tree a part is shown; the page stays usable and the server fast."""
     engine = {"kv_cache_tokens": 4 * nodes + 65_536, "page_size": 4}
@@ -183,6 +252,9 @@ async def test_large_trees(page: Page, start_server: Callable[..., Any], nodes: 
     await show(page, server)
     await page.until("document.querySelectorAll('.cell').length > 100", 10)
     assert asyncio.get_running_loop().time() - begun < 8
+    assert f"{nodes:,} nodes" in (text := await page.text()), text[:300]
+    await page.js("[...document.querySelectorAll('button.cell')].pop().click()")
+    await page.until("document.querySelector('aside .full')", 10)
     assert not page.errors
 
 

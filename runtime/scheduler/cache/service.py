@@ -14,6 +14,7 @@ from ...step import Int32
 from ...tiers.jobs import DiskJobs
 from ..clock import Clock
 from ..request import Request
+from ..stops import Stops
 from .accounts import Accounts
 from .pins import Pin, Pins
 
@@ -55,6 +56,7 @@ class CacheService:
             instance=config.instance,
         )
         self._accounts = Accounts()
+        self.stops = Stops()
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -62,6 +64,7 @@ class CacheService:
         """The request's first chunk is scheduled, or all of it is cached."""
         if request.cache is not None:
             self._accounts.add(request.namespace, request.prompt_len, request.cache, no_cache=request.no_cache)
+            self.stops.note(request)
 
     def leaving(self, request: Request, computed: int) -> None:
         """The request gives up its row after ``computed`` tokens: one that is aborted early has written no more."""

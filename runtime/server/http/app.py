@@ -25,7 +25,7 @@ from .plumbing.shortcut import Handler, Shortcut
 from .plumbing.tracing import span_sink
 from .sglang import generate
 from .state import AppState
-from .ui import live, page
+from .ui import live, node, page
 from .vllm import generate as inference
 
 _MODULES = (
@@ -50,7 +50,7 @@ def make_app(state: AppState) -> FastAPI:
     app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
     routes = [module.routes(state) for module in _MODULES]
     if state.config.has_ui:
-        routes += [page.routes(), live.routes(state)]
+        routes += [page.routes(), live.routes(state), node.routes(state)]
     fast: dict[str, Handler] = {}
     for one in routes:
         app.include_router(one.router)

@@ -78,6 +78,12 @@ NO_BRANCH = Failure(
     "No branch of this key has the id.",
     (Example("never was", "branch bnobody does not exist", param="branch"),),
 )
+NO_NODE = Failure(
+    "NoNode",
+    404,
+    "The path leads to no node of the caller's tree.",
+    (Example("no node", "path leads to no node of the tree: it has grown or was evicted", param="path"),),
+)
 NO_PIN = Failure(
     "NoPin",
     404,
@@ -222,6 +228,7 @@ FAILURES = {
         NOT_ADMIN,
         NO_MODEL,
         NO_BRANCH,
+        NO_NODE,
         NO_PIN,
         BRANCH_BUSY,
         NOT_CACHED,

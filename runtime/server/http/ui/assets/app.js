@@ -20,6 +20,7 @@ function useLive() {
           for await (const snapshot of events("/ui/events", undefined, stop.signal)) {
             history.add(snapshot);
             setLive({ state: "live", snapshot });
+            if (!performance.getEntriesByName("first snapshot").length) requestAnimationFrame(() => performance.mark("first snapshot"));
           }
         } catch (error) {
           if (stop.signal.aborted) return;

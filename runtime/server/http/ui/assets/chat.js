@@ -2,9 +2,11 @@
 import { html, useEffect, useRef, useState } from "/ui/vendor/htm-preact.js";
 import { append, asCurl, asProgram, children, empty, path, turns, update } from "/ui/conversation.js";
 import { events } from "/ui/server.js";
-import { number } from "/ui/tree.js";
+import { isJson, number, pretty } from "/ui/text.js";
 
-const SETTINGS = { n: 1, temperature: 0.7, max_tokens: 256, system: "" };
+const SETTINGS = { n: 1, temperature: 0.7, max_tokens: 256, system: "", tools: "", schema: "" };
+const TOOL = `[{"type": "function", "function": {"name": "get_weather", "description": "Get the weather.",
+  "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}]`;
 
 export function Chat({ model }) {
   const [state, setState] = useState(empty);
@@ -21,6 +23,8 @@ export function Chat({ model }) {
   const body = (messages) => ({
     model, messages: [...(settings.system ? [{ role: "system", content: settings.system }] : []), ...turns(messages)],
     max_tokens: settings.max_tokens, temperature: settings.temperature,
+    ...(settings.tools.trim() ? { tools: JSON.parse(settings.tools) } : {}),
+    ...(settings.schema.trim() ? { response_format: { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } } } : {}),
   });
 
   async function answer(parent) {
@@ -75,6 +79,17 @@ export function Chat({ model }) {
     return draw(id);
   }
 
+  // The result of a tool, after the message that called it. The model goes on when every call of it has a result.
+  function result(message, call, content) {
+    let parent = message.id;
+    for (const each of path(latest.current, tip)) if (each.role === "tool" && each.parent === parent) parent = each.id;
+    const [next, id] = append(latest.current, parent, { role: "tool", content, call_id: call.id, name: call.name });
+    change(next);
+    setTip(id);
+    const given = path(next, id).filter((each) => each.role === "tool").map((each) => each.call_id);
+    return message.calls.every((each) => given.includes(each.id)) ? draw(id) : undefined;
+  }
+
   const send = (event) => {
     event.preventDefault();
     const box = event.target.elements.text;
@@ -83,7 +98,7 @@ export function Chat({ model }) {
     box.value = "";
     say(content, tip);
   };
-  const act = { draw, setTip, stop: (id) => running.current.get(id)?.abort(), edit: (message, content) => say(content, message.parent) };
+  const act = { draw, setTip, result, stop: (id) => running.current.get(id)?.abort(), edit: (message, content) => say(content, message.parent) };
   const shown = path(state, tip);
   return html`
     <details class="settings"><summary>settings</summary>
@@ -91,6 +106,10 @@ export function Chat({ model }) {
       <label>temperature <input type="number" min="0" max="2" step="0.1" value=${settings.temperature} onInput=${set("temperature", Number)} /></label>
       <label>max tokens <input type="number" min="1" value=${settings.max_tokens} onInput=${set("max_tokens", Number)} /></label>
       <label class="wide">system <input value=${settings.system} onInput=${set("system", String)} /></label>
+      <label class="wide">tools (JSON) <textarea rows="2" placeholder=${TOOL} value=${settings.tools} onInput=${set("tools", String)}></textarea></label>
+      <label class="wide">answer's JSON schema <textarea rows="2" value=${settings.schema} onInput=${set("schema", String)}></textarea></label>
+      ${["tools", "schema"].filter((name) => settings[name].trim() && !isJson(settings[name])).map((name) => html`<p class="error">${name}: not JSON</p>`)}
+      <button onClick=${() => set("tools", String)({ target: { value: TOOL } })}>example tool</button>
       <button onClick=${() => setExported(asProgram(state, location.origin, settings))}>as a program</button>
       <button onClick=${() => setExported(asCurl(location.origin, body(shown.filter((each) => !each.busy))))}>as curl</button>
       <button onClick=${() => { change(empty()); setTip(null); }}>new conversation</button>
@@ -124,10 +143,10 @@ function Message({ message, state, act }) {
       onClick=${() => act.setTip(each.id)} title=${each.content.slice(0, 80)}>${i + 1}</button>`)}</span>`}
     ${editing
       ? html`<form onSubmit=${save}><textarea name="text" rows="3">${message.content}</textarea><button>Send as a branch</button></form>`
-      : html`<${Content} message=${message} />`}
+      : html`<${Content} message=${message} act=${act} />`}
     <span class="actions">
-      ${message.role === "user"
-        ? html`<button onClick=${() => setEditing(!editing)}>edit</button><button onClick=${() => (act.setTip(message.id), act.draw(message.id))}>more answers</button>`
+      ${message.role !== "assistant"
+        ? html`${message.role === "user" && html`<button onClick=${() => setEditing(!editing)}>edit</button>`}<button onClick=${() => (act.setTip(message.id), act.draw(message.id))}>more answers</button>`
         : html`<button onClick=${() => act.setTip(message.id)}>branch here</button>
             ${message.busy && html`<button onClick=${() => act.stop(message.id)}>stop</button>`}
             ${!message.busy && html`<button onClick=${() => (act.setTip(message.parent), act.draw(message.parent))}>retry</button>`}`}
@@ -135,12 +154,26 @@ function Message({ message, state, act }) {
   </li>`;
 }
 
-function Content({ message }) {
+function Content({ message, act }) {
+  const json = !message.busy && isJson(message.content);
   return html`
     ${message.thought && html`<details><summary>thinking</summary><pre>${message.thought}</pre></details>`}
-    <pre class="text">${pretty(message.content)}${message.busy ? "▍" : ""}</pre>
-    ${(message.calls || []).map((each) => html`<pre class="call">${each.name}(${pretty(each.arguments)})</pre>`)}
+    ${message.role === "tool" && html`<small class="quiet">result of ${message.name}</small>`}
+    ${(message.content || message.busy) && html`<pre class=${json ? "json" : "text"}>${json ? pretty(message.content) : message.content}${message.busy ? "▍" : ""}</pre>`}
+    ${(message.calls || []).map((call) => html`<${Call} key=${call.id} message=${message} call=${call} act=${act} />`)}
     ${message.note && html`<small class=${message.failed ? "error" : "quiet"}>${message.note}</small>`}`;
+}
+
+// A call as a card: the function, its arguments, and where its result is written.
+function Call({ message, call, act }) {
+  const answer = (event) => {
+    event.preventDefault();
+    act.result(message, call, event.target.elements.result.value);
+    event.target.reset();
+  };
+  return html`<div class="call card"><strong>${call.name}</strong> <small class="quiet">${call.id}</small>
+    <pre class="json">${pretty(call.arguments)}</pre>
+    ${act && !message.busy && html`<form onSubmit=${answer}><input name="result" aria-label="result of ${call.name}" placeholder='its result, such as {"status": "sunny"}' /><button>Send the result</button></form>`}</div>`;
 }
 
 // One of several continuations, side by side; the chosen one becomes part of the conversation.
@@ -155,19 +188,9 @@ function Continuation({ message, act }) {
 
 function addCalls(calls, deltas) {
   const found = [...calls];
-  for (const { index, function: part } of deltas) {
-    const before = found[index] || { name: "", arguments: "" };
-    found[index] = { name: before.name + (part.name || ""), arguments: before.arguments + (part.arguments || "") };
+  for (const { index, id, function: part } of deltas) {
+    const before = found[index] || { id: "", name: "", arguments: "" };
+    found[index] = { id: id || before.id, name: before.name + (part.name || ""), arguments: before.arguments + (part.arguments || "") };
   }
   return found;
-}
-
-// JSON is shown indented, everything else as it is.
-function pretty(text) {
-  if (!/^\s*[[{]/.test(text || "")) return text || "";
-  try {
-    return JSON.stringify(JSON.parse(text), null, 2);
-  } catch {
-    return text;
-  }
 }

@@ -32,8 +32,13 @@ export function children(state, id) {
   return childrenOf(state, id).map((each) => state.messages[each]);
 }
 
+// Messages as the API takes them, with calls and the results of tools.
 export function turns(messages) {
-  return messages.map(({ role, content }) => ({ role, content }));
+  return messages.map(({ role, content, calls, call_id }) => ({
+    role, content,
+    ...(calls && calls.length ? { tool_calls: calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } })) } : {}),
+    ...(call_id ? { tool_call_id: call_id } : {}),
+  }));
 }
 
 // The conversation as a request for curl.
@@ -48,7 +53,9 @@ export function asProgram(state, origin, settings) {
   const role = { system: "system", user: "user", assistant: "assistant" };
   let answers = 0;
   const text = (message) =>
-    message.role === "assistant"
+    message.role === "tool"
+      ? `bw.user(${JSON.stringify(`Result of ${message.name}: ${message.content}`)})`
+      : message.role === "assistant"
       ? `bw.assistant(bw.gen("answer${++answers}", max_tokens=${settings.max_tokens}, temperature=${settings.temperature}))`
       : `bw.${role[message.role]}(${JSON.stringify(message.content)})`;
   const write = (id, name, indent) => {

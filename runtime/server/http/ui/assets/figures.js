@@ -1,11 +1,12 @@
 // Figures over time: what the cache saved, memory, queue, latencies, and the reasons why reuse ended.
 import { html, useEffect, useRef, useState } from "/ui/vendor/htm-preact.js";
 import { json } from "/ui/server.js";
-import { count, number, REASONS } from "/ui/tree.js";
+import { count, number, REASONS } from "/ui/text.js";
 
 const KEPT = 600; // snapshots: five minutes at two a second
 const REASONS_MS = 3000;
 const ADVICE = {
+  tier: ["wait for the copy, or raise --kv-cache-tokens", ""],
   evicted: ["raise --kv-cache-tokens, pin what matters", "pins"],
   diverged: ["move what changes behind what does not", "explain"],
   namespace: ["send the same cache_salt for what may be shared", "salts"],

@@ -1,33 +1,30 @@
-// The tree as an icicle: one row a depth, width by tokens, colour by last use. Requests are marked on their path.
-import { html, useMemo, useState } from "/ui/vendor/htm-preact.js";
+// The tree as an icicle: one row a depth, width by tokens, colour by last use. Requests are marked on their path with
+// their progress, and what is evicted fades out where it was.
+import { html, useEffect, useMemo, useRef, useState } from "/ui/vendor/htm-preact.js";
+import { Details } from "/ui/node.js";
+import { count, number, REASONS } from "/ui/text.js";
 
 const ROW = 26; // pixels
 const WIDTH = 100; // per cent of the window
-const NARROW = 0.08; // per cent below which a node is too narrow to be drawn
+const NARROW = 0.08; // per cent below which siblings are drawn as one strip
 const LABEL = 3; // per cent from which on a node has a label
-
-export const REASONS = {
-  hit: "everything that could be reused was",
-  evicted: "what follows was evicted to make room: a larger pool, or a pin, would keep it",
-  diverged: "the prompt differs from what is cached inside a page",
-  namespace: "the same text is cached under another cache_salt",
-  cold: "nobody has sent what follows",
-  disabled: "the request asked not to use the cache",
-};
+const REST = 0.1; // share of a node's width that stands for the children that the server left out
+const FADE_MS = 2500; // as long as style.css lets an evicted node fade
 
 export function TreeView({ snapshot }) {
   const [chosen, choose] = useState(null);
   const [focus, setFocus] = useState(null);
   const { tree, requests } = snapshot;
   const uses = useMemo(() => usesOf(requests), [requests]);
-  const drawn = useMemo(() => layout(tree, focus), [tree, focus]);
+  const index = useMemo(() => indexOf(tree), [tree]);
+  const drawn = useMemo(() => layout(tree, focus && index.has(focus) ? index.get(focus).data : null), [tree, focus]);
+  const evicted = useEvictions(tree, index, drawn);
   const newest = useMemo(() => Math.max(1, ...drawn.nodes.map((each) => each.data.last_access || 0)), [drawn]);
-  const selected = chosen && drawn.byId.get(chosen);
   const totals = tree.totals;
   return html`
     <p class="quiet">
       ${totals.nodes === undefined
-        ? `${count(drawn.nodes.length - 1, "node")} of yours`
+        ? `${count(index.size, "node")} of yours`
         : `${count(totals.cached * totals.page_size, "token")} cached in ${count(totals.nodes, "node")}; ` +
           `${number(totals.evicted)} pages evicted; ${number(totals.free)} of ${number(totals.pages)} pages free`};${" "}
       ${count(requests.filter((each) => each.state === "running").length, "request")} running,
@@ -37,54 +34,78 @@ export function TreeView({ snapshot }) {
     <div class="icicle" role="tree" aria-label="cached prefixes" style=${{ height: `${drawn.depth * ROW}px` }}>
       ${drawn.nodes.map((node) => html`<${Cell} key=${node.data.id} node=${node} uses=${uses.get(node.data.id)}
         heat=${(node.data.last_access || 0) / newest} chosen=${chosen === node.data.id} choose=${choose} />`)}
+      ${drawn.strips.map((strip) => html`<div key=${strip.key} class="cell strip" style=${place(strip)}
+        title="${count(strip.nodes, "small node")}, ${count(strip.tokens, "token")}"></div>`)}
+      ${evicted.filter((each) => each.x1 > each.x0).map((each) => html`<div key=${each.key} class="cell evicted" style=${place(each)}>${each.text}</div>`)}
     </div>
     <p class="legend quiet">width: tokens · colour: last use · <i class="running"></i> used by a running request ·
-      <i class="held"></i> held · <i class="free"></i> evictable · <i class="below"></i> only in host memory or on disk</p>
-    ${selected && html`<${Details} node=${selected} uses=${uses.get(chosen) || []} focus=${() => setFocus(chosen)} />`}
+      <i class="held"></i> held · <i class="free"></i> evictable · <i class="below"></i> only in host memory or on disk ·
+      <i class="gone"></i> just evicted</p>
+    ${evicted.length > 0 && html`<p class="quiet" role="log">evicted: ${evicted.slice(0, 5).map((each) => `${each.text.slice(0, 40)} (${count(each.tokens, "token")})`).join(" · ")}</p>`}
+    ${chosen !== null && index.has(chosen) && html`<${Details} key=${chosen} place=${index.get(chosen)} snapshot=${snapshot} focus=${() => setFocus(chosen)} />`}
     <${Requests} requests=${requests} omitted=${snapshot.requests_omitted} choose=${choose} />`;
+}
+
+function place({ x0, x1, depth }) {
+  return { left: `${x0}%`, width: `${x1 - x0}%`, top: `${depth * ROW}px` };
 }
 
 function Cell({ node, uses, heat, chosen, choose }) {
   const { data } = node;
   const width = node.x1 - node.x0;
-  if (width < NARROW) return null;
+  if (data.rest) return html`<div class="cell strip" style=${place(node)} title=${data.text}>${width > LABEL ? data.text : ""}</div>`;
   const state = uses ? "running" : data.leases ? "held" : data.pages === 0 && !data.root ? "below" : "free";
-  const place = { left: `${node.x0}%`, width: `${width}%`, top: `${node.depth * ROW}px`, "--heat": heat.toFixed(2) };
-  return html`<button class="cell ${state} ${chosen ? "chosen" : ""}" role="treeitem" style=${place} title=${label(data)}
-    aria-label="${label(data)}, ${count(data.tokens, "token")}" aria-selected=${chosen} onClick=${() => choose(data.id)}>
-    ${width > LABEL ? label(data) : ""}</button>`;
-}
-
-function Details({ node, uses, focus }) {
-  const { data } = node;
-  const path = [];
-  for (let at = node; at && !at.data.root; at = at.parent) path.unshift(at.data.text);
-  const holders = data.leases - uses.length;
-  return html`<aside class="card">
-    <h2>${count(data.tokens, "token")}, ${count(data.hits, "hit")} ${data.stub ? "· a partial page" : ""}</h2>
-    <dl>
-      <dt>begins with</dt><dd><code>${data.text}</code></dd>
-      <dt>path</dt><dd><code>${path.join(" … ")}</code></dd>
-      <dt>pages</dt><dd>${number(data.pages)} on the device, ${number(data.host)} in host memory, ${number(data.disk)} on disk</dd>
-      <dt>held by</dt><dd>${count(uses.length, "request")}${holders > 0 ? ` and ${number(holders)} branches, pins or requests further on` : ""}
-        ${data.leases ? "" : ": evictable"}</dd>
-      ${data.omitted ? html`<dt>below</dt><dd>${count(data.omitted, "more branch")} not shown</dd>` : ""}
-    </dl>
-    ${uses.map((each) => html`<p>request ${each.id}: ${count(each.hit_tokens, "token")} reused, then ${REASONS[each.reason] || each.reason}</p>`)}
-    <button onClick=${focus}>show only what is below</button>
-  </aside>`;
+  const ends = (uses || []).filter((each) => each.path[0] === data.id && each.state === "running");
+  const done = ends.length ? Math.max(...ends.map((each) => Math.min(1, each.computed / Math.max(1, each.prompt_tokens)))) : null;
+  return html`<button class="cell ${state} ${chosen ? "chosen" : ""}" role="treeitem" style=${{ ...place(node), "--heat": heat.toFixed(2) }} title=${label(data)}
+    aria-label="${label(data)}, ${count(data.tokens, "token")}" aria-selected=${chosen} onClick=${() => !data.root && choose(data.id)}>
+    ${width > LABEL ? label(data) : ""}${done !== null && html`<i class="done" style=${{ width: `${100 * done}%` }} title="prompt computed: ${Math.round(100 * done)} %"></i>`}</button>`;
 }
 
 function Requests({ requests, omitted, choose }) {
   if (!requests.length) return html`<p class="quiet">no requests at the moment</p>`;
   return html`<table class="requests">
-    <thead><tr><th>request</th><th>state</th><th>prompt</th><th>reused</th><th>progress</th><th>why reuse ended</th></tr></thead>
-    <tbody>${requests.slice(0, 100).map((each) => html`<tr key=${each.id} tabindex="0" onClick=${() => choose(each.path[0])}>
+    <thead><tr><th>request</th><th>state</th><th>prompt</th><th>reused</th><th>prompt computed</th><th>generated</th><th>why reuse ended</th></tr></thead>
+    <tbody>${requests.slice(0, 100).map((each) => html`<tr key=${each.id} tabindex="0" onClick=${() => each.path.length && choose(each.path[0])}>
       <td>${each.id}</td><td>${each.state}</td><td>${number(each.prompt_tokens)}</td><td>${number(each.hit_tokens)}</td>
-      <td><progress max=${each.limit} value=${each.computed}></progress> ${number(each.computed)} of ${number(each.limit)}</td>
+      <td><progress max=${each.prompt_tokens} value=${Math.min(each.computed, each.prompt_tokens)}></progress> ${number(Math.min(each.computed, each.prompt_tokens))}</td>
+      <td>${number(each.tokens - each.prompt_tokens)} of ${number(each.limit - each.prompt_tokens)}</td>
       <td>${REASONS[each.reason] || each.reason}</td></tr>`)}</tbody>
   </table>
-  ${requests.length > 100 || omitted ? html`<p class="quiet">${number(requests.length - 100 + omitted)} more</p>` : ""}`;
+  ${requests.length > 100 || omitted ? html`<p class="quiet">${number(Math.max(0, requests.length - 100) + omitted)} more</p>` : ""}`;
+}
+
+// The nodes that the newest snapshots have lost, for as long as they fade. A node that grew has another id and the same
+// beginning: it is not among them.
+function useEvictions(tree, index, drawn) {
+  const before = useRef({ index, drawn });
+  const [gone, setGone] = useState([]);
+  useEffect(() => {
+    const last = before.current;
+    before.current = { index, drawn };
+    const now = Date.now();
+    const lost = last.index === index ? [] : lostNodes(last.index, index);
+    const cells = lost.map(({ data }) => {
+      const cell = last.drawn.byId.get(data.id);
+      return { key: `gone ${data.id}`, at: now, text: label(data), tokens: data.tokens, x0: cell ? cell.x0 : 0, x1: cell ? cell.x1 : 0, depth: cell ? cell.depth : 0 };
+    });
+    if (cells.length || gone.length) setGone([...cells, ...gone.filter((each) => now - each.at < FADE_MS)].slice(0, 200));
+  }, [tree]);
+  useEffect(() => {
+    if (!gone.length) return;
+    const timer = setTimeout(() => setGone((all) => all.filter((each) => Date.now() - each.at < FADE_MS)), FADE_MS);
+    return () => clearTimeout(timer);
+  }, [gone]);
+  return gone;
+}
+
+function lostNodes(old, now) {
+  const beginnings = new Set([...now.values()].map(({ data }) => data.text.slice(0, 24)));
+  return [...old.values()].filter(({ data }) => {
+    const still = now.get(data.id);
+    if (still) return data.pages > 0 && still.data.pages === 0; // moved to a lower tier
+    return data.pages > 0 && !beginnings.has(data.text.slice(0, 24));
+  });
 }
 
 function usesOf(requests) {
@@ -94,26 +115,51 @@ function usesOf(requests) {
   return uses;
 }
 
+// Every node by id, with its namespace and the ids on the way to it.
+function indexOf(tree) {
+  const found = new Map();
+  for (const space of tree.namespaces) {
+    const stack = space.children.map((data) => ({ data, space, path: [data.id] }));
+    while (stack.length) {
+      const each = stack.pop();
+      found.set(each.data.id, each);
+      for (const data of each.data.children) stack.push({ data, space, path: [...each.path, data.id] });
+    }
+  }
+  return found;
+}
+
 function layout(tree, focus) {
   const spaces = tree.namespaces.map((each, index) => ({
     ...each, id: `namespace ${index}`, root: true, tokens: 0, hits: 0, pages: 0, host: 0, disk: 0, text: title(each),
   }));
-  let data = { id: "all", root: true, tokens: 0, hits: 0, pages: 0, host: 0, disk: 0, leases: 0, text: "everything cached", children: spaces };
-  data = (focus !== null && find(data, focus)) || data;
-  const root = window.d3.hierarchy(data).sum((each) => each.tokens || 0);
+  const all = { id: "all", root: true, tokens: 0, hits: 0, pages: 0, host: 0, disk: 0, leases: 0, text: "everything cached", children: spaces, omitted: tree.omitted };
+  const root = window.d3.hierarchy(focus || all, childrenOf);
+  root.eachAfter((node) => {
+    const below = (node.children || []).filter((each) => !each.data.rest).reduce((sum, each) => sum + each.value, 0);
+    const rest = (node.children || []).find((each) => each.data.rest);
+    if (rest) rest.value = Math.max(1, below * REST);
+    node.value = node.data.rest ? 0 : (node.data.tokens || 0) + below + (rest ? rest.value : 0);
+  });
   window.d3.partition().size([WIDTH, root.height + 1])(root);
-  const nodes = root.descendants();
-  return { nodes, depth: root.height + 1, byId: new Map(nodes.map((each) => [each.data.id, each])) };
+  const nodes = [];
+  const strips = [];
+  root.each((node) => {
+    if (node.x1 - node.x0 >= NARROW) return nodes.push(node);
+    const last = strips[strips.length - 1];
+    if (last && last.depth === node.depth && Math.abs(last.x1 - node.x0) < 1e-6) {
+      last.x1 = node.x1;
+      last.nodes += 1;
+      last.tokens += node.data.tokens;
+    } else strips.push({ key: `strip ${node.data.id}`, depth: node.depth, x0: node.x0, x1: node.x1, nodes: 1, tokens: node.data.tokens });
+    return undefined;
+  });
+  return { nodes, strips, depth: root.height + 1, byId: new Map(nodes.map((each) => [each.data.id, each])) };
 }
 
-function find(data, id) {
-  const stack = [data];
-  while (stack.length) {
-    const each = stack.pop();
-    if (each.id === id) return each;
-    stack.push(...(each.children || []));
-  }
-  return null;
+function childrenOf(data) {
+  if (!data.omitted) return data.children;
+  return [...data.children, { id: `rest of ${data.id}`, rest: true, tokens: 0, text: `+ ${number(data.omitted)} more` }];
 }
 
 function title({ owner, salt }) {
@@ -123,13 +169,4 @@ function title({ owner, salt }) {
 
 function label(data) {
   return data.root ? data.text : data.text.replace(/\s+/g, " ");
-}
-
-export function number(value) {
-  return (value || 0).toLocaleString("en-US");
-}
-
-export function count(value, noun) {
-  const many = noun.endsWith("ch") ? `${noun}es` : `${noun}s`;
-  return `${number(value)} ${value === 1 ? noun : many}`;
 }
