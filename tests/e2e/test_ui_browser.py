@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import httpx
+import msgspec
 import pytest
 import pytest_asyncio
 
@@ -154,6 +155,13 @@ def complete(server: Any, prompt: str, **fields: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def fill(url: str, first: int, last: int) -> None:
+    """Caches prompts of one page of four tokens each: a node each."""
+    prompts = [[1 + i // 64 % 64, 1 + i % 64, 1 + i // 4096, 3] for i in range(first, last)]
+    answer = httpx.post(f"{url}/cache/warm", json={"prompts": prompts}, timeout=120)
+    assert answer.status_code == 200, answer.text
+
+
 async def test_the_tree_follows_traffic(page: Page, start_server: Callable[..., Any]) -> None:
     server = start_server()
     await show(page, server)
@@ -239,22 +247,24 @@ async def test_a_tool_call_is_a_card_and_json_is_indented(page: Page, shipped: A
 
 
 @pytest.mark.parametrize("nodes", [1000, 100_000])
-async def test_large_trees(page: Page, start_server: Callable[..., Any], nodes: int) -> None:
+async def test_large_trees(
+    page: Page, start_server: Callable[..., Any], null_settings: Any, tokenizer_folder: Path, nodes: int
+) -> None:
     """Of the largest tree a part is shown; the page stays usable and the server fast."""
-    engine = {"kv_cache_tokens": 4 * nodes + 65_536, "page_size": 4}
-    server = start_server(engine=engine)
+    config = null_settings(tokenizer_folder, engine={"kv_cache_tokens": 4 * nodes + 65_536, "page_size": 4})
+    engine = msgspec.structs.replace(config.engine, check_when_idle=False, max_num_seqs=1024)  # a check is O(nodes)
+    server = start_server(msgspec.structs.replace(config, engine=engine))
     for first in range(0, nodes, 1024):
-        prompts = [[1 + i // 64 % 64, 1 + i % 64, 1 + i // 4096, 3, 5] for i in range(first, min(nodes, first + 1024))]
-        body = {"prompt": prompts, "max_tokens": 1}
-        answer = await asyncio.to_thread(httpx.post, f"{server.url}/v1/completions", json=body, timeout=120)
-        assert answer.status_code == 200, answer.text
+        await asyncio.to_thread(fill, server.url, first, min(nodes, first + 1024))
     begun = asyncio.get_running_loop().time()
     await show(page, server)
-    await page.until("document.querySelectorAll('.cell').length > 100", 10)
+    await page.until("!!document.querySelector('button.strip')", 10)
     assert asyncio.get_running_loop().time() - begun < 8
     assert f"{nodes:,} nodes" in (text := await page.text()), text[:300]
-    await page.js("[...document.querySelectorAll('button.cell')].pop().click()")
-    await page.until("document.querySelector('aside .full')", 10)
+    await page.js("document.querySelector('button.strip').click()")
+    await page.until("document.querySelectorAll('.listed button').length == 100")
+    await page.js("document.querySelectorAll('.listed button')[50].click()")
+    await page.until("!!document.querySelector('aside .full')", 10)
     assert not page.errors
 
 

@@ -6,7 +6,8 @@ import { count, number, REASONS } from "/ui/text.js";
 
 const ROW = 26; // pixels
 const WIDTH = 100; // per cent of the window
-const NARROW = 0.08; // per cent below which siblings are drawn as one strip
+const NARROW = 0.3; // per cent below which neighbours are drawn as one strip
+const LISTED = 100; // nodes of a strip that a click lists
 const LABEL = 3; // per cent from which on a node has a label
 const REST = 0.1; // share of a node's width that stands for the children that the server left out
 const FADE_MS = 2500; // as long as style.css lets an evicted node fade
@@ -14,6 +15,7 @@ const FADE_MS = 2500; // as long as style.css lets an evicted node fade
 export function TreeView({ snapshot }) {
   const [chosen, choose] = useState(null);
   const [focus, setFocus] = useState(null);
+  const [opened, open] = useState(null); // key of a strip
   const { tree, requests } = snapshot;
   const uses = useMemo(() => usesOf(requests), [requests]);
   const index = useMemo(() => indexOf(tree), [tree]);
@@ -34,14 +36,15 @@ export function TreeView({ snapshot }) {
     <div class="icicle" role="tree" aria-label="cached prefixes" style=${{ height: `${drawn.depth * ROW}px` }}>
       ${drawn.nodes.map((node) => html`<${Cell} key=${node.data.id} node=${node} uses=${uses.get(node.data.id)}
         heat=${(node.data.last_access || 0) / newest} chosen=${chosen === node.data.id} choose=${choose} />`)}
-      ${drawn.strips.map((strip) => html`<div key=${strip.key} class="cell strip" style=${place(strip)}
-        title="${count(strip.nodes, "small node")}, ${count(strip.tokens, "token")}"></div>`)}
+      ${drawn.strips.map((strip) => html`<button key=${strip.key} class="cell strip ${opened === strip.key ? "chosen" : ""}" style=${place(strip)}
+        title=${sizeOf(strip)} onClick=${() => open(opened === strip.key ? null : strip.key)}>${strip.x1 - strip.x0 > LABEL ? sizeOf(strip) : ""}</button>`)}
       ${evicted.filter((each) => each.x1 > each.x0).map((each) => html`<div key=${each.key} class="cell evicted" style=${place(each)}>${each.text}</div>`)}
     </div>
     <p class="legend quiet">width: tokens · colour: last use · <i class="running"></i> used by a running request ·
       <i class="held"></i> held · <i class="free"></i> evictable · <i class="below"></i> only in host memory or on disk ·
       <i class="gone"></i> just evicted</p>
     ${evicted.length > 0 && html`<p class="quiet" role="log">evicted: ${evicted.slice(0, 5).map((each) => `${each.text.slice(0, 40)} (${count(each.tokens, "token")})`).join(" · ")}</p>`}
+    ${drawn.strips.filter((strip) => strip.key === opened).map((strip) => html`<${Strip} key=${opened} strip=${strip} choose=${choose} />`)}
     ${chosen !== null && index.has(chosen) && html`<${Details} key=${chosen} place=${index.get(chosen)} snapshot=${snapshot} focus=${() => setFocus(chosen)} />`}
     <${Requests} requests=${requests} omitted=${snapshot.requests_omitted} choose=${choose} />`;
 }
@@ -60,6 +63,17 @@ function Cell({ node, uses, heat, chosen, choose }) {
   return html`<button class="cell ${state} ${chosen ? "chosen" : ""}" role="treeitem" style=${{ ...place(node), "--heat": heat.toFixed(2) }} title=${label(data)}
     aria-label="${label(data)}, ${count(data.tokens, "token")}" aria-selected=${chosen} onClick=${() => !data.root && choose(data.id)}>
     ${width > LABEL ? label(data) : ""}${done !== null && html`<i class="done" style=${{ width: `${100 * done}%` }} title="prompt computed: ${Math.round(100 * done)} %"></i>`}</button>`;
+}
+
+// The nodes of a strip, the largest first.
+function Strip({ strip, choose }) {
+  const nodes = [...strip.nodes].sort((a, b) => b.tokens - a.tokens || b.hits - a.hits).slice(0, LISTED);
+  return html`<div class="card"><h2>${sizeOf(strip)}${strip.nodes.length > LISTED ? `; the largest ${LISTED}` : ""}</h2>
+    <div class="listed">${nodes.map((each) => html`<button key=${each.id} onClick=${() => choose(each.id)}>${label(each)} <span class="quiet">${count(each.tokens, "token")}</span></button>`)}</div></div>`;
+}
+
+function sizeOf(strip) {
+  return `${count(strip.nodes.length, "small node")}, ${count(strip.nodes.reduce((sum, each) => sum + each.tokens, 0), "token")}`;
 }
 
 function Requests({ requests, omitted, choose }) {
@@ -149,9 +163,8 @@ function layout(tree, focus) {
     const last = strips[strips.length - 1];
     if (last && last.depth === node.depth && Math.abs(last.x1 - node.x0) < 1e-6) {
       last.x1 = node.x1;
-      last.nodes += 1;
-      last.tokens += node.data.tokens;
-    } else strips.push({ key: `strip ${node.data.id}`, depth: node.depth, x0: node.x0, x1: node.x1, nodes: 1, tokens: node.data.tokens });
+      last.nodes.push(node.data);
+    } else strips.push({ key: `strip ${node.data.id}`, depth: node.depth, x0: node.x0, x1: node.x1, nodes: [node.data] });
     return undefined;
   });
   return { nodes, strips, depth: root.height + 1, byId: new Map(nodes.map((each) => [each.data.id, each])) };
