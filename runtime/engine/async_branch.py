@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, Literal, overload
@@ -22,7 +21,7 @@ class AsyncBranch(BranchBase):
     @classmethod
     async def create(cls, engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> AsyncBranch:
         op = cls._creation(engine, prompt, cache_salt, ttl)
-        return cls(engine, (await asyncio.wrap_future(engine._thread.operate(op)))["id"])
+        return cls(engine, (await engine._thread.aoperate(op))["id"])
 
     async def fork(self, n: int = 1) -> list[AsyncBranch]:
         ids = (await self._operate(self._operation("fork", n=n)))["ids"]
@@ -118,7 +117,7 @@ class AsyncBranch(BranchBase):
             await self._operate(self._operation("delete"))
 
     async def _operate(self, op: BranchOp) -> Any:
-        return await asyncio.wrap_future(self._thread.operate(op))
+        return await self._thread.aoperate(op)
 
     async def __aenter__(self) -> AsyncBranch:
         return self

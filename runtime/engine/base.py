@@ -161,20 +161,18 @@ class EngineBase:
 
     def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
         """What the cache holds, as nested dicts."""
-        return self._thread.ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes)).result()
+        return self._thread.ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
 
     def stats(self) -> Stats:
-        return self._thread.ask(lambda: msgspec.structs.replace(self._core.stats())).result()
+        return self._thread.ask(lambda: msgspec.structs.replace(self._core.stats()))
 
     def info(self) -> dict[str, Any]:
-        return self._thread.ask(self._core.info).result()
+        return self._thread.ask(self._core.info)
 
     def flush_cache(self) -> int:
         """Evicts everything that no running request uses, pins and branches included; returns the pages freed."""
-        return int(
-            self._thread.ask(lambda: self._core.control(Control(0, "flush_cache"))).result().value["evicted_pages"]
-        )
+        return int(self._thread.ask(lambda: self._core.control(Control(0, "flush_cache"))).value["evicted_pages"])
 
     def check(self) -> None:
         """Raises if an invariant of rows, leases, tree or pages is broken."""
-        self._thread.ask(self._core.check).result()
+        self._thread.ask(self._core.check)

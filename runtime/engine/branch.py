@@ -76,7 +76,7 @@ class Branch(BranchBase):
     @classmethod
     def create(cls, engine: EngineBase, prompt: BranchPiece, cache_salt: str, ttl: float | None) -> Branch:
         op = cls._creation(engine, prompt, cache_salt, ttl)
-        return cls(engine, engine._thread.operate(op).result()["id"])
+        return cls(engine, engine._thread.operate(op)["id"])
 
     def fork(self, n: int = 1) -> list[Branch]:
         """``n`` branches that begin as this one is now. No tokens or pages are copied."""
@@ -181,7 +181,7 @@ class Branch(BranchBase):
             self._operate(self._operation("delete"))
 
     def _operate(self, op: BranchOp) -> Any:
-        return self._thread.operate(op).result()
+        return self._thread.operate(op)
 
     def __enter__(self) -> Branch:
         return self

@@ -1,4 +1,9 @@
-"""The thread that drives an engine in process: other threads queue messages and questions for it."""
+"""The thread that drives an engine in process: other threads queue messages and questions for it.
+
+An interrupt (Ctrl-C) may raise `KeyboardInterrupt` in the main thread wherever that runs Python code, so what must not
+be cut in two is one call into C: a queue's `put`, a `threading.Lock`. Callers wait on queues of their own and never
+inside `Future.result`, which could leave the future locked and this thread waiting for the lock.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +29,28 @@ from .core import EngineCore
 
 T = TypeVar("T")
 Sink = Callable[[Delta], None]
+Inbox = queue.SimpleQueue[Delta]
 
 _IDLE_SECONDS = 0.001  # between looks at the core while it has work but can advance nothing: grammars are compiling
 
 STUCK_SECONDS = 5.0  # how long to wait at the end for a thread whose executor has failed
 
 _running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
+
+
+class _Follower(weakref.ref[Inbox]):
+    """Delivers deltas to the inbox of a thread that follows requests.
+
+    Its callback is the `put` of the engine's jobs: once nobody has the inbox any more, for whatever reason, the
+    follower itself becomes a job, and the engine ends its requests.
+    """
+
+    ids: Sequence[int] = ()
+
+    def deliver(self, delta: Delta) -> None:
+        inbox = self()
+        if inbox is not None:
+            inbox.put(delta)
 
 
 class EngineThread:
@@ -45,7 +66,7 @@ class EngineThread:
         self._detokenizer = DetokenizerCore(tokenizer)
         core.branches.encode = partial(encode_message, tokenizer)
         self._ids = itertools.count(1)
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | _Follower | None] = queue.SimpleQueue()
         self._sinks: dict[int, Sink] = {}
         self._futures: set[Future[Any]] = set()  # unanswered
         self._dead: str | None = None
@@ -84,10 +105,12 @@ class EngineThread:
 
     def follow(self, messages: Sequence[Generate | BranchRun]) -> Generator[Delta, None, None]:
         """Submits requests and yields their deltas until all have ended. Closing the iterator aborts what is left."""
-        inbox: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        unfinished = set(_ids_of(messages))
+        inbox: Inbox = queue.SimpleQueue()
+        follower = _Follower(inbox, self._jobs.put)
+        follower.ids = _ids_of(messages)
+        unfinished = set(follower.ids)
         try:  # also around `submit`: an interrupt inside it must not leave a request running
-            self.submit(messages, inbox.put)
+            self.submit(messages, follower.deliver)
             while unfinished:
                 delta = inbox.get()
                 if delta.finish is not None:
@@ -118,8 +141,9 @@ class EngineThread:
             if unfinished:
                 self.abort(unfinished)
 
-    def ask(self, question: Callable[[], T]) -> Future[T]:
-        """Runs ``question`` on the engine's thread; returns or raises its outcome. Raises `EngineDead`."""
+    def ask(self, question: Callable[[], T]) -> T:
+        """Runs ``question`` on the engine's thread and waits for it; returns or raises its outcome. Raises
+        `EngineDead`."""
 
         def job(future: Future[T]) -> None:
             try:
@@ -127,21 +151,20 @@ class EngineThread:
             except Exception as error:  # the caller handles it
                 future.set_exception(error)
 
-        return self._promise(job)
+        return self._wait(job)
 
-    def operate(self, op: BranchOp) -> Future[Any]:
-        """The value that an operation on a branch is answered with, or `InvalidRequest`. Raises `EngineDead`.
+    def operate(self, op: BranchOp) -> Any:
+        """Waits for the value that an operation on a branch is answered with. Raises `InvalidRequest`, `EngineDead`.
 
         Its text is tokenized here, on the caller's thread.
         """
-        [op.id] = self.new_ids(1)
-        encode_message(self.tokenizer, op)
+        return self._wait(self._operation(op))
 
-        def job(future: Future[Any]) -> None:
-            self.core.branches.waiters[op.id] = partial(_answer, future)
-            self.core.branches.take(op)
-
-        return self._promise(job)
+    async def aoperate(self, op: BranchOp) -> Any:
+        """`operate` for asyncio."""
+        future: Future[Any] = Future()
+        self._promise(self._operation(op), future)
+        return await asyncio.wrap_future(future)
 
     def stop(self) -> None:
         """Tells the thread to end, without waiting for it."""
@@ -157,8 +180,25 @@ class EngineThread:
         self._tell_all(f"the engine failed: {failed.result()}")
         self.stop()
 
-    def _promise(self, job: Callable[[Future[T]], None]) -> Future[T]:
+    def _operation(self, op: BranchOp) -> Callable[[Future[Any]], None]:
+        [op.id] = self.new_ids(1)
+        encode_message(self.tokenizer, op)
+
+        def job(future: Future[Any]) -> None:
+            self.core.branches.waiters[op.id] = partial(_answer, future)
+            self.core.branches.take(op)
+
+        return job
+
+    def _wait(self, job: Callable[[Future[T]], None]) -> T:
         future: Future[T] = Future()
+        done: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
+        future.add_done_callback(done.put)
+        self._promise(job, future)
+        return done.get().result()
+
+    def _promise(self, job: Callable[[Future[T]], None], future: Future[T]) -> None:
+        """Queues the job, which answers ``future``. The caller must leave the future alone until it is done."""
 
         def run() -> None:
             if future.set_running_or_notify_cancel():
@@ -166,7 +206,6 @@ class EngineThread:
 
         future.add_done_callback(self._futures.discard)
         self._queue(run, future=future)
-        return future
 
     def _queue(
         self, job: Callable[[], None], sinks: dict[int, Sink] | None = None, future: Future[Any] | None = None
@@ -204,9 +243,17 @@ class EngineThread:
                 job = self._jobs.get(timeout=wait)
                 if job is None:
                     return False
-                job()
+                if isinstance(job, _Follower):
+                    self._end_unread(job.ids)
+                else:
+                    job()
                 wait = 0.0
         return True
+
+    def _end_unread(self, ids: Iterable[int]) -> None:
+        for id in ids:
+            self._sinks.pop(id, None)
+            self.core.abort(id)
 
     def _step(self) -> None:
         output = self.core.step()

@@ -304,24 +304,6 @@ def test_an_idle_engine_lets_go_of_expired_branches(checkpoint):
             time.sleep(0.02)
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_an_interrupt_while_a_request_is_submitted_leaves_nothing_running(engine, monkeypatch, when):
-    submit = engine._thread.submit
-
-    def interrupted(*arguments):
-        if when == "after":
-            submit(*arguments)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(engine._thread, "submit", interrupted)
-    for prompts in (TEXT, [TEXT, TEXT + "x"]):
-        with pytest.raises(KeyboardInterrupt):
-            engine.generate(prompts, SamplingParams(max_tokens=450, ignore_eos=True))
-        with pytest.raises(KeyboardInterrupt):
-            list(engine.stream(TEXT, SamplingParams(max_tokens=450, ignore_eos=True)))
-    wait_until_idle(engine)
-
-
 def test_a_bad_prompt_of_several_is_refused_before_any_runs(engine):
     before = engine.stats().prompt_tokens
     with pytest.raises(InvalidRequest, match="prompt must not be empty"):
