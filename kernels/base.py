@@ -62,6 +62,10 @@ class Ops(Protocol):
         """See `ops.rope_write`."""
         ...
 
+    def apply_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+        """See `ops.apply_sinks`."""
+        ...
+
     def page_indices(self, table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:
         """See `ops.page_indices`."""
         ...

@@ -5,6 +5,7 @@ T is tokens of a step, H hidden size, D head size. Inputs are on one device; no 
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -16,7 +17,9 @@ from .kv_format import hadamard
 from .kv_pool import KVLayer
 from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
 
-Activation = Literal["silu", "gelu", "gelu_tanh"]  # gelu_tanh: the approximation by tanh
+# gelu_tanh: the approximation by tanh. swigluoai: GPT-OSS's, see `gate_mul`.
+Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -58,8 +61,14 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def gate_mul(gate_up: Tensor, activation: Activation) -> Tensor:
-    """SwiGLU and GeGLU (Shazeer, 2020): ``[T, 2 * I]`` with the gate first, to ``activation(gate) * up`` ``[T, I]``."""
+    """SwiGLU and GeGLU (Shazeer, 2020): ``[T, 2 * I]`` with the gate first, to ``activation(gate) * up`` ``[T, I]``.
+
+    swigluoai clamps both: ``gate * sigmoid(1.702 * gate) * (up + 1)``, with the gate at most 7 and up within -7 … 7.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
+    if activation == "swigluoai":
+        gate, up = gate.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
+        return torch.sigmoid(gate * SWIGLU_ALPHA).mul_(gate).mul_(up + 1)
     if activation == "silu":
         return F.silu(gate).mul_(up)
     return F.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none").mul_(up)
@@ -118,6 +127,17 @@ def rope_write(
     q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split([heads, kv_heads], dim=1)
     kv.write(slots, k, v)
     return q, k, v
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Adds each head's sink to the denominators of softmaxes, in place: ``out *= sigmoid(lse - sink)``.
+
+    Args:
+        out: ``[T, heads, D]``. Tokens may be strided.
+        lse: float32 ``[T, heads]``, the logarithms to base 2 of the denominators without sinks.
+        sinks: float32 ``[heads]``, to base e.
+    """
+    out.mul_(torch.sigmoid(lse * math.log(2.0) - sinks)[..., None])
 
 
 def page_indices(table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:

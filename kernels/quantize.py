@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 128  # rows and columns of a weight, or channels of a token, that share a scale in block formats
+MXFP4_BLOCK = 32  # inputs that share a scale in MXFP4
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 _PART = 1 << 24  # elements
 _SMALLEST = 1e-12  # magnitude that a scale is computed from at least: rows of zeros have a scale too
@@ -79,8 +81,24 @@ def in_blocks(weight: Tensor, scale: Tensor) -> bool:
     return scale.shape != (len(weight), 1)
 
 
+def dequantize_mxfp4(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[N, K]`` of a weight in MXFP4 (OCP Microscaling Formats, 2023).
+
+    Args:
+        values: uint8 ``[N, K / 2]``: e2m1, the first of two in the low bits.
+        scales: uint8 ``[N, K / 32]``: e8m0, exponents with a bias of 127 of each 32 inputs.
+        dtype: of the result.
+    """
+    table = torch.tensor(_E2M1, dtype=torch.float32, device=values.device)
+    pairs = torch.stack([values & 0xF, values >> 4], dim=-1).flatten(1)
+    blocks = table[pairs.int()].unflatten(1, (-1, MXFP4_BLOCK))
+    return torch.ldexp(blocks, scales.int()[..., None] - 127).flatten(1).to(dtype)
+
+
 def dequantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """``weight`` ``[N, K]`` times ``scale``, ``[N, 1]`` or ``[ceil(N / 128), ceil(K / 128)]``, rounded once."""
+    """``weight`` ``[N, K]`` times ``scale``, ``[N, 1]`` or of blocks, or in MXFP4, rounded once to ``dtype``."""
+    if weight.dtype == torch.uint8:
+        return dequantize_mxfp4(weight, scale, dtype)
     if scale.shape[0] != weight.shape[0]:
         scale = scale.repeat_interleave(BLOCK, 0)[: weight.shape[0]]
     if scale.shape[1] != 1:

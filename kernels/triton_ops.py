@@ -15,6 +15,7 @@ from .addends import Addends
 from .kv_pool import KVLayer
 from .ops import Activation
 from .quantize import QuantizedRows, Quantizer
+from .triton_activation import gated
 from .triton_fp8 import fp8_linear
 from .triton_kv_write import write_quantized
 from .triton_launch import kernel
@@ -23,6 +24,7 @@ from .triton_quantize import QuantizedOutput, quantize, row_warps, store_quantiz
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "apply_sinks",
     "fp8_linear",
     "gate_mul",
     "gate_mul_quantized",
@@ -180,13 +182,7 @@ def _gate_mul(
     gate_ptrs = gate_up_ptr + row * STRIDE + channel
     gate = tl.load(gate_ptrs, mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + SIZE, mask, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        gate = gate * tl.sigmoid(gate)
-    elif ACTIVATION == "gelu_tanh":  # 0.5 * (1 + tanh(z)) is sigmoid(2 z); 1.5957… is 2 * sqrt(2 / pi)
-        gate = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gate = gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    product = (gate * up).to(gate_up_ptr.dtype.element_ty)
+    product = gated(gate, up, ACTIVATION).to(gate_up_ptr.dtype.element_ty)
     if GROUP:
         store_quantized(product, row, start, out_ptr, scales_ptr, static_ptr, SIZE, BLOCK, GROUP, STATIC)
     else:
@@ -344,6 +340,39 @@ def _record(kv: KVLayer) -> tuple[int, ...] | None:
     if kv.record is None:
         return None
     return (*kv.record, *(x.shape[-1] * x.element_size() for x in (kv.k, kv.v, kv.k_scales, kv.v_scales)))
+
+
+@kernel()
+def _apply_sinks(
+    out_ptr: tl.tensor,
+    lse_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    channel = tl.arange(0, BLOCK_D)
+    lse = tl.load(lse_ptr + token * HEADS + head, head < HEADS, other=0.0)
+    sink = tl.load(sinks_ptr + head, head < HEADS, other=0.0) * 1.4426950408889634
+    scale = 1.0 / (1.0 + tl.exp2(sink - lse))
+    mask = (head < HEADS)[:, None] & (channel < D)[None, :]
+    out_ptrs = out_ptr + token * OUT_STRIDE + (head * D)[:, None] + channel[None, :]
+    out = tl.load(out_ptrs, mask, other=0.0).to(tl.float32) * scale[:, None]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask)
+
+
+def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """See `ops.apply_sinks`."""
+    tokens, heads, size = out.shape
+    if tokens:
+        block_d = triton.next_power_of_2(size)
+        block_h = max(1, TILE // block_d)
+        constants = heads, size, out.stride(0), block_h, block_d
+        _apply_sinks((tokens, triton.cdiv(heads, block_h), 1), (out, lse, sinks), (), constants, warps=4)
 
 
 @kernel()

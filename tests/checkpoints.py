@@ -53,6 +53,7 @@ _LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 _YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+_YARN_GPT_OSS = {**_YARN, "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
 _LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 _EXPERTS = {"num_local_experts": 6, "num_experts": 6, "num_experts_per_tok": 3}
 _SIGMOID_EXPERTS = {
@@ -263,6 +264,9 @@ FAMILIES: dict[str, Family] = {
         "Dots1Config", "Dots1ForCausalLM", {**_SIGMOID_EXPERTS, "sliding_window": 24, "max_window_layers": 1}
     ),
     "minimax-m2": Family("MiniMaxM2Config", "MiniMaxM2ForCausalLM", {**_EXPERTS, "rotary_dim": 8}),
+    "gpt-oss": Family(
+        "GptOssConfig", "GptOssForCausalLM", {**_EXPERTS, "sliding_window": 24, "rope_parameters": _YARN_GPT_OSS}
+    ),
     "ernie-moe": Family(
         "Ernie4_5_MoeConfig",
         "Ernie4_5_MoeForCausalLM",
@@ -347,6 +351,8 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
             # Experts of unequal weights.
             if name.endswith(("gate.weight", "router.weight", "gate.wg.weight")):
                 parameter *= 3
+            if name.endswith("sinks"):
+                parameter += torch.randn(parameter.shape, generator=generator)
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.3 * torch.randn(buffer.shape, generator=generator)

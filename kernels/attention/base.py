@@ -23,6 +23,9 @@ class LayerSpec:
     scale: float  # multiplies q·k
     window: int | None = None  # a token sees the last ``window`` tokens, itself included; None: all of them
     softcap: float | None = None  # scores become softcap * tanh(score / softcap) (Gemma 2)
+    # float32 [heads], attention sinks (Xiao et al., 2024; GPT-OSS): a learned logit of each query head that joins the
+    # softmax's denominator. Applied once to the whole softmax, never to partial results: out * sigmoid(lse - sink).
+    sinks: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)

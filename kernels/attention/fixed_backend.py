@@ -111,8 +111,11 @@ class FixedAttention:
             scores.div_(spec.softcap).tanh_().mul_(spec.softcap)
         hidden = _hidden(tile, spec.window, q.device)
         scores = scores.view(kv_heads, group, QUERIES, tile.keys).masked_fill_(hidden, float("-inf"))
-        probs = torch.softmax(scores, dim=-1).view(kv_heads, group * QUERIES, tile.keys)
-        out = torch.bmm(probs, values[:, : tile.keys].contiguous())
+        probs = torch.softmax(scores, dim=-1)
+        if spec.sinks is not None:
+            lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+            probs.mul_(torch.sigmoid(lse - spec.sinks.view(kv_heads, group, 1, 1)))
+        out = torch.bmm(probs.view(kv_heads, group * QUERIES, tile.keys), values[:, : tile.keys].contiguous())
         return out.view(kv_heads, group, QUERIES, dim).permute(2, 0, 1, 3).reshape(QUERIES, -1, dim)
 
 

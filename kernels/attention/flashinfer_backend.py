@@ -161,6 +161,7 @@ class FlashInferAttention:
             out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         spec = self._layers[layer]
         kv = self._pool.layer(layer)
+        lse = None if spec.sinks is None else torch.zeros(q.shape[:2], dtype=torch.float32, device=q.device)
         for p in self._planned:
             p.calls[_kind(spec)].run(
                 q[p.tokens],
@@ -173,7 +174,10 @@ class FlashInferAttention:
                 p.last_page_lens,
                 spec.scale,
                 spec.softcap or 0.0,
+                lse if lse is None else lse[p.tokens],
             )
+        if lse is not None and spec.sinks is not None:
+            self._ops.apply_sinks(out, lse, spec.sinks)
         return out
 
     def _long_calls(self) -> dict[_LayerKind, PagedCall]:

@@ -116,6 +116,8 @@ class TorchAttention:
             result[part.queries] = found.to(result.dtype)
         for part in plan.merged:
             merge_(result, lse, part.queries, *self._paged(kv, spec, part, q[part.queries]))
+        if spec.sinks is not None:
+            result = result * torch.sigmoid(lse - spec.sinks)[..., None]
         return result.to(q.dtype) if out is None else out.copy_(result)
 
     # -- run: one part. Queries are [N, heads, D]; a key head meets all queries of its group without being expanded. ---

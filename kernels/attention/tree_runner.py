@@ -138,11 +138,15 @@ class TreeRunner:
             main.wait_stream(side)
         merge_slots(
             (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
-            (self._partial, self._lse, self._merges, self._slots, out),
+            (self._partial, self._lse, self._merges, self._slots, self._sinks(spec), out),
             (),
-            (self._heads, self._head_dim, out.stride(0), MERGE_HEADS, self._block_d),
+            (self._heads, self._head_dim, out.stride(0), spec.sinks is not None, MERGE_HEADS, self._block_d),
             warps=4,
         )
+
+    def _sinks(self, spec: LayerSpec) -> Tensor:
+        """The layer's sinks; any tensor where it has none, which kernels then do not read."""
+        return self._lse if spec.sinks is None else spec.sinks
 
     def attend(self, nth: int, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, items: int) -> None:
         """Launches the first ``items`` items of one tile."""
@@ -154,12 +158,12 @@ class TreeRunner:
             (kv_heads, items, 1),
             (
                 *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, self._queries, self._positions, self._items[nth]),
-                *(out, self._partial, self._lse),
+                *(self._sinks(spec), out, self._partial, self._lse),
             ),
             (),
             (
                 *(*self._shape, *self._storage, q.stride(0), out.stride(0), table.stride(0)),
-                *(spec.scale, spec.softcap or 0.0, spec.window or 0, self._precision),
+                *(spec.scale, spec.softcap or 0.0, spec.window or 0, spec.sinks is not None, self._precision),
                 *(tile.rows, tile.keys, self._block_d),
             ),
             warps=tile.warps,

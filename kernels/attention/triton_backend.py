@@ -182,19 +182,20 @@ class TritonAttention:
         spec = self._layers[layer]
         kv = self._pool.layer(layer)
         heads, dim, table = self._heads, self._head_dim, self._table
+        sinks = self._lse if spec.sinks is None else spec.sinks
         for call in self._calls[spec.window]:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
             attend(
                 (self._kv_heads, items, 1),
                 (
                     *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, call.queries, self._positions, call.items),
-                    *(out, self._partial, self._lse),
+                    *(sinks, out, self._partial, self._lse),
                 ),
                 (),
                 (
                     *(heads, self._kv_heads, dim, self._page_size, *self._storage),
                     *(q.stride(0), out.stride(0), table.stride(0)),
-                    *(spec.scale, spec.softcap or 0.0, spec.window or 0, self._precision),
+                    *(spec.scale, spec.softcap or 0.0, spec.window or 0, spec.sinks is not None, self._precision),
                     *(tile.rows, tile.keys, self._block_d),
                 ),
                 warps=tile.warps,
@@ -203,9 +204,9 @@ class TritonAttention:
             if merges:
                 merge(
                     (heads, merges, call.tokens),
-                    (self._partial, self._lse, call.queries, call.merges, out),
+                    (self._partial, self._lse, call.queries, call.merges, sinks, out),
                     (),
-                    (heads, dim, out.stride(0), MERGE_PIECES, self._block_d),
+                    (heads, dim, out.stride(0), spec.sinks is not None, MERGE_PIECES, self._block_d),
                     warps=4,
                 )
         return out

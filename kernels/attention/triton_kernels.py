@@ -104,6 +104,13 @@ def _attend_range(
     return acc, bias, peak, total
 
 
+@triton.jit
+def _sink_scale(lse: tl.tensor, sinks_ptr: tl.tensor, head: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """What a whole softmax is multiplied by for its head's sink: sigmoid(lse - sink); ``lse`` is to base 2."""
+    sink = tl.load(sinks_ptr + head, mask, other=0.0) * _LOG2_E
+    return 1.0 / (1.0 + tl.exp2(sink - lse))
+
+
 @kernel()
 def attend(
     q_ptr: tl.tensor,
@@ -115,6 +122,7 @@ def attend(
     queries_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     items_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
@@ -131,6 +139,7 @@ def attend(
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
+    SINKS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -185,13 +194,15 @@ def attend(
 
     seen = total > 0.0
     acc = finish_output(acc, bias, V_FORMAT, BLOCK_M, BLOCK_D) / tl.where(seen, total, 1.0)[:, None]
+    lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
     if partial < 0:
+        if SINKS:
+            acc *= _sink_scale(lse, sinks_ptr, head, is_query)[:, None]
         out_ptrs = out_ptr + (query * OUT_STRIDE + head * D)[:, None] + channel[None, :]
         tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask)
     else:
         to = (partial + nth).to(tl.int64) * HEADS + head
         tl.store(partial_ptr + (to * D)[:, None] + channel[None, :], acc, mask)
-        lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
         tl.store(lse_ptr + to, lse, is_query)
 
 
@@ -201,10 +212,12 @@ def merge(
     lse_ptr: tl.tensor,
     queries_ptr: tl.tensor,
     merges_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -230,7 +243,11 @@ def merge(
         acc = acc * alpha + tl.sum(part * probs[:, None], axis=0)
         total = total * alpha + tl.sum(probs, axis=0)
         peak = new_peak
-    out = acc / tl.where(total > 0.0, total, 1.0)
+    seen = total > 0.0
+    out = acc / tl.where(seen, total, 1.0)
+    if SINKS:
+        lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        out *= _sink_scale(lse, sinks_ptr, head + tl.zeros([1], tl.int32), seen)
     to = out_ptr + query * OUT_STRIDE + head * D + channel
     tl.store(to, out.to(out_ptr.dtype.element_ty), channel < D)
 
@@ -261,10 +278,12 @@ def merge_slots(
     lse_ptr: tl.tensor,
     merges_ptr: tl.tensor,
     slots_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
     out_ptr: tl.tensor,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     OUT_STRIDE: tl.constexpr,
+    SINKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ) -> None:
@@ -297,6 +316,10 @@ def merge_slots(
         acc += part2 * weight2[:, None] + part3 * weight3[:, None]
         total = total * alpha + weight0 + weight1 + weight2 + weight3
         peak = new_peak
-    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    seen = total > 0.0
+    out = acc / tl.where(seen, total, 1.0)[:, None]
+    if SINKS:
+        lse = tl.where(seen, peak + tl.log2(tl.where(seen, total, 1.0)), float("-inf"))
+        out *= _sink_scale(lse, sinks_ptr, head, head < HEADS)[:, None]
     out_ptrs = out_ptr + query.to(tl.int64) * OUT_STRIDE + (head * D)[:, None] + channel[None, :]
     tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), (head < HEADS)[:, None] & (channel < D)[None, :])

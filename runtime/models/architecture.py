@@ -27,6 +27,11 @@ class Experts:
         shared: modules of the shared expert's gate, up and down; of one name: rows of one tensor.
         shared_size: key of the shared expert's size, in ``shared_unit``.
         shared_gate: module whose sigmoid multiplies the shared expert's output.
+        transposed: the tensors of experts are ``[E, inputs, outputs]``.
+        alternating: gate and up are the even and the odd outputs of one tensor.
+        biases: tensors ``[E, outputs]`` of gate and up, and of down.
+        activation: of the experts, where it is not config.json's.
+        router_bias: tensor added to the router's logits.
         bias: tensor added to the scores for the choice; ``bias_shape``: its dimensions before that of the experts.
         scores: of the logits. sparsemixer: see `moe._sparsemixer`.
         float32_router: the router is multiplied in float32.
@@ -47,6 +52,11 @@ class Experts:
     shared_size: str = ""
     shared_unit: Literal["experts", "channels"] = "experts"
     shared_gate: str = ""
+    transposed: bool = False
+    alternating: bool = False
+    biases: tuple[str, str] | None = None
+    activation: str = ""
+    router_bias: str = ""
     bias: str = ""
     bias_shape: tuple[int, ...] = ()
     scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
@@ -82,4 +92,5 @@ class Architecture:
     text_config: bool = False  # the language model's settings are nested under "text_config"
     experts: Experts | None = None  # of layers with a mixture of experts
     lm_head_bias: Switch = "never"
+    sinks: bool = False  # every query head has a learned logit that joins the softmax's denominator
     defaults: Mapping[str, Any] = field(default_factory=dict)

@@ -100,6 +100,7 @@ class ModelConfig:
     quantization: Quantization | None = None  # of the linear layers' weights
     experts: ExpertsConfig | None = None  # of the sparse layers
     lm_head_bias: bool = False
+    sinks: bool = False  # see `LayerSpec.sinks`
     query_scaling: QueryScaling | None = None
 
     @property
@@ -227,6 +228,7 @@ def parse_config(
         experts=experts,
         query_scaling=_query_scaling(fields),
         lm_head_bias=_switch(known.lm_head_bias, fields),
+        sinks=known.sinks,
     )
 
 

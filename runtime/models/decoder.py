@@ -75,9 +75,12 @@ class Decoder:
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
 
     def layer_specs(self) -> list[LayerSpec]:
-        """Scale, window and softcap of each layer, for the attention backend."""
+        """Scale, window, softcap and sinks of each layer, for the attention backend."""
         config = self.config
-        return [LayerSpec(config.attention_scale, c.window, config.attention_softcap) for c in config.layers]
+        return [
+            LayerSpec(config.attention_scale, c.window, config.attention_softcap, layer.sinks)
+            for c, layer in zip(config.layers, self._layers, strict=True)
+        ]
 
     @property
     def few_layers(self) -> int:
@@ -183,6 +186,7 @@ class _Layer:
         )
         self.qkv, self.o = make_linear(f"layers.{index}.qkv"), make_linear(f"layers.{index}.o")
         self.mlp = make_linear.fixed(_make_mlp(config, index, weights, ops, make_linear))
+        self.sinks = weight("sinks") if config.sinks else None
         self.qk_norm: Tensor | None = None  # [heads + kv_heads, D]: queries and keys are normed in one call
         self.whole_norms: list[Tensor] = []  # of queries and of keys, over all heads at once
         if config.qk_norm in ("head", "head_rotated"):

@@ -37,6 +37,9 @@ class ExpertsConfig:
     jitter: float
 
 
+_SWIGLU_OAI = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # the constants of `ops.gate_mul`
+
+
 def parse_experts(fields: Fields, family: Experts) -> ExpertsConfig:
     """Raises `LoadError` that names the file and the key."""
     count, count_key = _first(fields, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -56,6 +59,9 @@ def parse_experts(fields: Fields, family: Experts) -> ExpertsConfig:
         raise LoadError(
             f"{fields.where}: n_group {groups} and topk_group {top_groups} do not fit {top_k} of {count} experts"
         )
+    for key, value in _SWIGLU_OAI.items() if family.activation == "swigluoai" else ():
+        if fields.number(key, value) != value:
+            raise LoadError(f"{fields.where}: {key} {fields.get(key)} is not supported; supported: {value}")
     shared = fields.get(family.shared_size) or 0
     if isinstance(shared, bool) or not isinstance(shared, int) or shared < 0:
         raise LoadError(

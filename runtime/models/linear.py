@@ -102,6 +102,9 @@ def weight_bytes(
         shape = shard_shape(spec, rank, ranks)
         linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
         native = fp8 and ".experts." not in spec.name
+        if spec.kind == "bytes":  # MXFP4, dequantized: two values a byte
+            total += 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
+            continue
         if linear and int8:
             size = math.prod(shape) + 4 * shape[0]
         elif spec.kind not in ("fp8", "scale") or native:

@@ -14,7 +14,7 @@ from ...kernels.quantize import quantize_weight
 from ..errors import LoadError
 from .checkpoint import Checkpoint
 from .config import ModelConfig
-from .quantization import KV_SCALE, refuse_quantized_tensors
+from .quantization import FP8_DTYPE, KV_SCALE, refuse_quantized_tensors
 from .unread import warn_of_adapter, warn_of_unread
 from .weights import Source, WeightSpec, lm_head_specs, shard, shard_shape, stored_dtype, weight_specs
 
@@ -90,6 +90,11 @@ def dummy_weights(
     weights = {}
     for spec in weight_specs(config):
         shape = shard_shape(spec, rank, world)
+        if spec.kind == "bytes":  # MXFP4: scales of 2 ** -7, random values; each rank makes its own
+            low, high = (120, 121) if spec.name.endswith("_scale") else (0, 256)
+            weights[spec.name] = torch.empty(shape, dtype=torch.uint8, device=device)
+            weights[spec.name].random_(low, high, generator=generator)
+            continue
         if spec.kind in ("norm", "scale"):
             weights[spec.name] = torch.full(shape, 1.0 if spec.kind == "norm" else bound / 448, device=device)
             continue
@@ -113,7 +118,8 @@ def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelC
     """
     quantization = config.quantization
     stored = quantization is not None and quantization.scale is not None
-    read = {checkpoint.full_name(s.name): stored and spec.kind == "fp8" for spec in specs for s in spec.sources}
+    expected = {"fp8": FP8_DTYPE if stored else "", "bytes": "U8"}
+    read = {checkpoint.full_name(s.name): expected.get(spec.kind, "") for spec in specs for s in spec.sources}
     ours = (checkpoint.full_name("model."), checkpoint.full_name("lm_head."))
     dtypes = [entry for entry in checkpoint.dtypes() if entry[0].startswith(ours)]
     kv_scales = quantization is not None and quantization.kv_scales
@@ -134,15 +140,24 @@ def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, 
 
 def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:
     name = checkpoint.full_name(source.name)
-    shape, expected = checkpoint.shape(source.name), (source.tensor_rows or source.shape[0], *source.shape[1:])
-    stacked: tuple[slice, ...] = ()
+    expected: tuple[int, ...] = (source.tensor_rows or source.shape[0], *source.shape[1:])
+    first, step = source.start, source.step
+    index = (slice(first + step * index[0].start, first + step * (index[0].stop - 1) + 1), *index[1:])
+    if source.transposed:
+        expected, index = expected[::-1], index[::-1]
+    if source.packed:
+        parts = slice(index[1].start // source.packed, index[1].stop // source.packed)
+        expected = (expected[0], expected[1] // source.packed, source.packed)
+        index = (index[0], parts, slice(0, source.packed))
     if source.expert is not None:
         expert, count = source.expert
-        expected, stacked = (count, *expected), (slice(expert, expert + 1),)
-    if shape != expected:
+        expected, index = (count, *expected), (slice(expert, expert + 1), *index)
+    if (shape := checkpoint.shape(source.name)) != expected:
         raise LoadError(f"tensor {name} has shape {list(shape)}, config.json calls for {list(expected)}")
-    rows = slice(source.start + index[0].start, source.start + index[0].stop)
-    tensor = checkpoint.read(source.name, (*stacked, rows, *index[1:])).flatten(0, len(stacked))
+    tensor = checkpoint.read(source.name, index)
+    tensor = tensor if source.expert is None else tensor[0]
+    tensor = tensor.t() if source.transposed else tensor.flatten(1) if source.packed else tensor
+    tensor = tensor[:: source.step]
     part.copy_(_separate(tensor, source) if source.interleaved else tensor)
     if not _finite(part):
         if _finite(tensor):
@@ -150,6 +165,8 @@ def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part
                 f"tensor {name} does not fit {str(part.dtype).removeprefix('torch.')}: use --dtype bfloat16"
             )
         raise LoadError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged; download it again")
+    if part.dtype == torch.uint8 and not source.packed and bool((part == 0xFF).any()):
+        raise LoadError(f"tensor {name} holds scales that are NaN: the checkpoint is damaged; download it again")
 
 
 def _copy_scale(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:

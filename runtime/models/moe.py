@@ -32,8 +32,10 @@ class MixtureOfExperts:
     ) -> None:
         assert config.experts is not None
         self._experts, self._ops = config.experts, ops
-        self._activation = cast(Activation, config.activation)  # `config.py` admits no other
-        self._router = Router(config.experts, weights.pop(f"{layer}.router"), weights.pop(f"{layer}.router_bias", None))
+        # `config.py` admits no other
+        self._activation = cast(Activation, config.experts.family.activation or config.activation)
+        router = (weights.pop(f"{layer}.{name}", None) for name in ("router_bias", "router_logit_bias"))
+        self._router = Router(config.experts, weights.pop(f"{layer}.router"), *router)
         count = config.experts.count
         self._gate_up = make_linear.experts(f"{layer}.experts.gate_up", count)
         self._down = make_linear.experts(f"{layer}.experts.down", count)
@@ -60,16 +62,19 @@ class Router:
         config: of the mixture.
         weight: ``[E, hidden]``.
         bias: float32 ``[E]``, added to the scores for the choice alone (Wang et al., 2024), or None.
+        logit_bias: ``[E]``, added to the logits, or None.
     """
 
-    def __init__(self, config: ExpertsConfig, weight: Tensor, bias: Tensor | None) -> None:
-        self._config, self._bias = config, bias
+    def __init__(
+        self, config: ExpertsConfig, weight: Tensor, bias: Tensor | None, logit_bias: Tensor | None = None
+    ) -> None:
+        self._config, self._bias, self._logit_bias = config, bias, logit_bias
         self._weight = weight.float() if config.family.float32_router else weight
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[T, hidden]`` to the weights, float32 ``[T, k]``, and the numbers, int64 ``[T, k]``, of its experts."""
         config = self._config
-        logits = F.linear(x.to(self._weight.dtype), self._weight).float()
+        logits = F.linear(x.to(self._weight.dtype), self._weight, self._logit_bias).float()
         if config.family.scores == "sparsemixer":
             return _sparsemixer(logits, config.top_k, config.jitter)
         scores = logits.sigmoid() if config.family.scores == "sigmoid" else logits.softmax(-1)

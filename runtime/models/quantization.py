@@ -1,5 +1,5 @@
-"""Which weights of a checkpoint are quantized and how: FP8 as four tools write it. Everything else is refused by name,
-because other formats read as plain weights would give garbage."""
+"""Which weights of a checkpoint are quantized and how: FP8 as four tools write it, and GPT-OSS's MXFP4. Everything else
+is refused by name, because other formats read as plain weights would give garbage."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ _INSTEAD = "use the model's unquantized or FP8 checkpoint, with --quantization f
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the weights of linear layers are stored in FP8 (e4m3).
+    """How the weights of linear layers are stored in FP8 (e4m3), or those of experts in MXFP4.
 
     Args:
-        weights: what shares a scale: a tensor, an output channel, or a block of 128 × 128.
+        weights: what shares a scale in FP8: a tensor, an output channel, or a block of 128 × 128. mxfp4: 32 inputs do.
         activations: static: calibrated, one for all tokens; token: computed for each; group: for 128 channels of each.
-        scale: name of the scale's tensor beside ``weight``; None: the checkpoint's weights are plain floats, and are
-            quantized while they are loaded.
+        scale: name of the scale's tensor beside ``weight``; of MXFP4, its suffix. None: the checkpoint's weights are
+            plain floats, and are quantized while they are loaded.
         ignored: patterns of the modules that are not quantized.
         targets: patterns of the modules that are.
         kv_scales: whether the checkpoint has scales for keys and values in FP8 (`loader.load_kv_scales`).
     """
 
-    weights: Literal["tensor", "channel", "block"]
-    activations: Literal["static", "token", "group"]
-    scale: Literal["weight_scale", "weight_scale_inv"] | None
+    weights: Literal["tensor", "channel", "block", "mxfp4"]
+    activations: Literal["static", "token", "group", "none"]
+    scale: Literal["weight_scale", "weight_scale_inv", "_scales"] | None
     ignored: tuple[str, ...] = ()
     targets: tuple[str, ...] = ("Linear",)
     kv_scales: bool = False
@@ -93,7 +93,7 @@ def parse_quantization_files(folder: Path) -> Quantization | None:
 
 def _parse(config: Mapping[str, Any], where: str) -> Quantization:
     method = config.get("quant_method")
-    parsers = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt}
+    parsers = {"compressed-tensors": _compressed_tensors, "fp8": _fp8, "modelopt": _modelopt, "mxfp4": _mxfp4}
     if not isinstance(method, str) or method not in parsers:
         _refuse(where, f"quant_method {method!r}")
     return parsers[method](config, where)
@@ -166,6 +166,12 @@ def _fp8(config: Mapping[str, Any], where: str) -> Quantization:
     )
 
 
+def _mxfp4(config: Mapping[str, Any], where: str) -> Quantization:
+    """GPT-OSS: experts alone, as they were trained."""
+    ignored = _patterns(config, "modules_to_not_convert", where)
+    return Quantization("mxfp4", "none", "_scales", ignored, targets=("re:.*\\.mlp\\.experts\\.",))
+
+
 def _modelopt(config: Mapping[str, Any], where: str) -> Quantization:
     """NVIDIA ModelOpt's FP8: one static scale for each tensor."""
     if config.get("quant_algo") != "FP8":
@@ -227,20 +233,20 @@ def _matches(pattern: str, module: str) -> bool:
     return f".{module}.".startswith(f".{pattern}.") or f".{module}".endswith(f".{pattern}")
 
 
-def refuse_quantized_tensors(dtypes: Iterable[tuple[str, str]], read: Mapping[str, bool], kv_scales: bool) -> None:
+def refuse_quantized_tensors(dtypes: Iterable[tuple[str, str]], read: Mapping[str, str], kv_scales: bool) -> None:
     """Raises `LoadError` for a weight of another dtype than its config says, and for a scale that nothing reads.
 
     Args:
         dtypes: (name, safetensors' dtype) of every tensor.
-        read: the names that are loaded, and whether each is a weight in FP8.
+        read: the names that are loaded, and the dtype that each has because it is quantized; "" for plain floats.
         kv_scales: whether scales of keys and values are expected.
     """
     for name, dtype in dtypes:
-        fp8 = read.get(name)
-        if fp8 and dtype != FP8_DTYPE:
-            raise LoadError(f"tensor {name} is {dtype}, config.json says that it is quantized to {FP8_DTYPE}")
-        if fp8 is False and dtype not in _PLAIN_DTYPES:
+        quantized = read.get(name)
+        if quantized and dtype != quantized:
+            raise LoadError(f"tensor {name} is {dtype}, config.json says that it is quantized to {quantized}")
+        if quantized == "" and dtype not in _PLAIN_DTYPES:
             raise LoadError(f"tensor {name} is {dtype}: config.json does not say how it is quantized; {_INSTEAD}")
         expected = kv_scales and KV_SCALE.search(name)
-        if fp8 is None and not expected and (_TENSOR.search(name) or dtype.startswith("F8")):
+        if quantized is None and not expected and (_TENSOR.search(name) or dtype.startswith("F8")):
             raise LoadError(f"tensor {name} ({dtype}) belongs to a quantized checkpoint: not supported; {_INSTEAD}")

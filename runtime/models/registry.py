@@ -435,6 +435,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
         defaults={"max_position_embeddings": 196608, "rope_theta": 5_000_000.0},
     ),
+    "GptOssForCausalLM": Architecture(
+        "gpt_oss",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        sinks=True,
+        windows="alternate",
+        experts=Experts(
+            router="mlp.router.weight",
+            router_bias="mlp.router.bias",
+            experts=("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            biases=("mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"),
+            transposed=True,
+            alternating=True,
+            activation="swigluoai",
+            normalize="always",  # a softmax over the chosen experts' logits alone, which is the same
+        ),
+        defaults={
+            "head_dim": 64,
+            "attention_bias": True,
+            "sliding_window": 128,
+            "sliding_window_pattern": 2,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+        },
+    ),
     "Ernie4_5_MoeForCausalLM": Architecture(
         "ernie4_5_moe",
         qkv_bias="use_bias",

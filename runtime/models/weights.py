@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, TypeVar, cast
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
-from ...kernels.quantize import BLOCK
+from ...kernels.quantize import BLOCK, MXFP4_BLOCK
 from ..errors import LoadError
 from .config import ModelConfig
 from .experts import ExpertsConfig
@@ -23,8 +23,8 @@ _BLOCKS = (128, 16)  # cuts are at multiples of the first that fits: quantized p
 
 
 # weight: in the model's dtype. norm: a norm or another small vector, in float32, with the family's offset added.
-# fp8: in float8_e4m3fn. scale: the scales of such a weight, in float32.
-Kind = Literal["weight", "norm", "fp8", "scale"]
+# fp8: in float8_e4m3fn. scale: the scales of such a weight, in float32. bytes: MXFP4 as it is stored, in uint8.
+Kind = Literal["weight", "norm", "fp8", "scale", "bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,9 @@ class Source:
     # For scales: how many rows and columns of the weight, whose shape ``shape`` is, share one of these values.
     block: tuple[int, int] = (1, 1)
     expert: tuple[int, int] | None = None  # (i, E): of a tensor with a first dimension of E experts, the i-th
+    step: int = 1  # every ``step``-th row of the tensor, from ``start`` on
+    transposed: bool = False  # the tensor is ``[inputs, outputs]``
+    packed: int = 0  # the tensor's columns are two dimensions, the last one of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ def even_range(size: int, rank: int, world: int) -> slice:
 
 def stored_dtype(spec: WeightSpec, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a weight of a model in ``dtype`` is stored in."""
-    return {"weight": dtype, "fp8": torch.float8_e4m3fn}.get(spec.kind, torch.float32)
+    return {"weight": dtype, "fp8": torch.float8_e4m3fn, "bytes": torch.uint8}.get(spec.kind, torch.float32)
 
 
 def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:
@@ -144,22 +147,23 @@ def lm_head_specs(config: ModelConfig) -> Iterator[WeightSpec]:
     yield from _linear_specs(config, "lm_head", sources, "column")
 
 
-def _linear_specs(
-    config: ModelConfig, name: str, sources: tuple[Source, ...], cut: Shard, *, online: bool = True
-) -> Iterator[WeightSpec]:
+def _linear_specs(config: ModelConfig, name: str, sources: tuple[Source, ...], cut: Shard) -> Iterator[WeightSpec]:
     """The weight of a linear layer, and its scales if it is quantized in the checkpoint.
 
     Scalar scales of a fused weight's tensors become scales of their channels, which loses nothing. A fused weight's
-    input has one static scale, the largest of its tensors': that is one row of several here. ``online``: whether it
-    is quantized while it is loaded, if the checkpoint's is not and the config says so.
+    input has one static scale, the largest of its tensors': that is one row of several here.
     """
     quantization = config.quantization
     covered = {quantization is not None and quantization.covers(s.name.removesuffix(".weight")) for s in sources}
     if len(covered) > 1:
         names = ", ".join(source.name for source in sources)
         raise LoadError(f"{names} are one product here, and only some of them are quantized: this is not supported")
-    if quantization is None or covered == {False} or (quantization.scale is None and not online):
+    if quantization is None or covered == {False}:
         yield WeightSpec(name, sources, cut)
+        return
+    if quantization.weights == "mxfp4":
+        yield WeightSpec(name, tuple(_mxfp4(s, "_blocks", MXFP4_BLOCK // 2) for s in sources), cut, "bytes")
+        yield WeightSpec(f"{name}_scale", tuple(_mxfp4(s, "_scales", 1) for s in sources), cut, "bytes")
         return
     yield WeightSpec(name, sources, cut, "fp8")
     if quantization.scale is None:
@@ -176,6 +180,16 @@ def _linear_specs(
     if quantization.activations == "static":
         inputs = dict.fromkeys(source.name.removesuffix("weight") + "input_scale" for source in sources)
         yield WeightSpec(f"{name}_input_scale", tuple(Source(tensor, (1,)) for tensor in inputs), "replicated", "scale")
+
+
+def _mxfp4(source: Source, suffix: str, columns: int) -> Source:
+    """The values or the scales of a weight in MXFP4: ``columns`` bytes for each block of inputs."""
+    outputs, inputs = source.shape
+    if inputs % MXFP4_BLOCK:
+        raise LoadError(f"{source.name}: MXFP4 has blocks of {MXFP4_BLOCK} inputs, and there are {inputs}")
+    packed = columns if columns > 1 else 0
+    shape = (outputs, inputs // MXFP4_BLOCK * columns)
+    return replace(source, name=source.name + suffix, shape=shape, transposed=False, packed=packed)
 
 
 def _check_blocks(sources: tuple[Source, ...]) -> None:
@@ -229,6 +243,8 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
             yield WeightSpec(f"layers.{i}.{which}", norms, "replicated", kind="norm")
         elif config.qk_norm != "none":
             yield vector(which, tensor, config.head_dim)
+    if config.sinks:
+        yield vector("sinks", "self_attn.sinks", heads, heads)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
     prefixes, modules, inner = "", tuple(f"mlp.{module}" for module in config.mlp), config.intermediate_size
     if config.layers[i].sparse:
@@ -251,33 +267,49 @@ def _expert_specs(config: ModelConfig, experts: ExpertsConfig, i: int) -> Iterat
     hidden, inner, family = config.hidden_size, experts.size, experts.family
     name, prefix = f"layers.{i}", f"model.layers.{i}."
     yield WeightSpec(f"{name}.router", (Source(prefix + family.router, (experts.count, hidden)),), "replicated")
+    if family.router_bias:
+        yield WeightSpec(
+            f"{name}.router_logit_bias", (Source(prefix + family.router_bias, (experts.count,)),), "replicated"
+        )
     if family.bias:
         source = Source(prefix + family.bias, (*family.bias_shape, experts.count))
         yield WeightSpec(f"{name}.router_bias", (source,), "replicated", kind="norm")
     if family.shared_gate and experts.shared_size:
         source = Source(f"{prefix}{family.shared_gate}.weight", (1, hidden))
         yield WeightSpec(f"{name}.shared_gate", (source,), "replicated")
-    gate, up, down = (prefix + tensor for tensor in family.experts)
+    # Each rank has whole blocks of MXFP4.
+    units = inner // MXFP4_BLOCK if config.quantization is not None and config.quantization.weights == "mxfp4" else 0
 
-    def sources(tensors: tuple[str, ...], rows: int, inputs: int) -> tuple[Source, ...]:
-        fused = len(tensors) > len(set(tensors))
+    def sources(tensors: tuple[str, ...], shape: tuple[int, ...]) -> tuple[Source, ...]:
+        """``shape``: of one expert's rows in one of ``tensors``."""
+        count = len(tensors)
+        fused, step = count > len(set(tensors)), count if family.alternating else 1
         return tuple(
             Source(
-                tensor.format(expert),
-                (rows, inputs),
-                start=rows * k if fused else 0,
-                tensor_rows=rows * len(tensors) if fused else 0,
+                (prefix + tensor).format(expert),
+                shape,
+                units=units,
+                start=(k if family.alternating else k * shape[0]) if fused else 0,
+                tensor_rows=count * shape[0] if fused else 0,
                 expert=None if "{}" in tensor else (expert, experts.count),
+                step=step,
+                transposed=family.transposed and len(shape) == 2,
             )
             for expert in range(experts.count)
             for k, tensor in enumerate(tensors)
         )
 
-    for part, tensors, cut in (
-        ("gate_up", sources((gate, up), inner, hidden), "column"),
-        ("down", sources((down,), hidden, inner), "row"),
-    ):
-        yield from _linear_specs(config, f"{name}.experts.{part}", tensors, cast(Shard, cut), online=False)
+    gate, up, down = family.experts
+    gate_up_bias, down_bias = family.biases or ("", "")
+    parts: tuple[tuple[str, tuple[str, ...], tuple[int, int], str, Shard], ...] = (
+        ("gate_up", (gate, up), (inner, hidden), gate_up_bias, "column"),
+        ("down", (down,), (hidden, inner), down_bias, "row"),
+    )
+    for part, tensors, shape, bias, cut in parts:
+        yield from _linear_specs(config, f"{name}.experts.{part}", sources(tensors, shape), cut)
+        if bias:
+            of_rows = sources((bias,) * len(tensors), shape[:1])
+            yield WeightSpec(f"{name}.experts.{part}_bias", of_rows, "rank0" if cut == "row" else cut)
 
 
 def _norm_specs(config: ModelConfig, name: str, module: str) -> Iterator[WeightSpec]:

@@ -11,10 +11,12 @@ from branchwise.kernels.attention.partial import attend_reference
 from branchwise.kernels.kv_pool import KVPool
 
 HEADS, KV_HEADS, PAGES = 8, 2, 700
+SINKS = torch.linspace(-3.0, 6.0, HEADS, device="cuda") if torch.cuda.is_available() else None
 SPECS = {
     "plain": [LayerSpec(0.125)],
     "window": [LayerSpec(0.125, window=100), LayerSpec(0.125)],
     "softcap": [LayerSpec(0.2, softcap=20.0)],
+    "sinks": [LayerSpec(0.125, window=100, sinks=SINKS), LayerSpec(0.125, sinks=SINKS)],
     "both": [LayerSpec(0.2, window=100, softcap=20.0), LayerSpec(0.2, softcap=20.0)],
 }
 # (query tokens, tokens in all): decodes first
@@ -98,7 +100,9 @@ class World:
         key = torch.arange(kv_len, device="cuda")
         hidden = (key > query) | (key <= query - (spec.window or kv_len + 1))
         mask = torch.where(hidden, float("-inf"), 0.0)[None, None]
-        out, _ = attend_reference(q.float().transpose(0, 1)[None], k, v, spec.scale, spec.softcap, mask, False)
+        out, lse = attend_reference(q.float().transpose(0, 1)[None], k, v, spec.scale, spec.softcap, mask, False)
+        if spec.sinks is not None:
+            out = out * torch.sigmoid(lse - spec.sinks[:, None])[..., None]
         return out[0].transpose(0, 1)
 
 
@@ -112,7 +116,7 @@ def test_every_kind_of_step(backend: str, specs: str, page: int) -> None:
 
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
-@pytest.mark.parametrize("specs", ["plain", "both"])
+@pytest.mark.parametrize("specs", ["plain", "both", "sinks"])
 def test_padded_steps(backend: str, specs: str) -> None:
     world = World(backend, SPECS[specs], 16)
     if not world.backend.captures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,15 @@ class Case:
 
 
 PLAIN = LayerSpec(0.25)
-SPECS = [PLAIN, LayerSpec(0.2, window=37), LayerSpec(0.3, softcap=4.0), LayerSpec(0.3, window=130, softcap=9.0)]
+SINKS = torch.tensor([-4.0, 0.5, 2.0, 9.0, 0.0, -1.0, 3.0], device=DEVICE)
+SPECS = [
+    PLAIN,
+    LayerSpec(0.2, window=37),
+    LayerSpec(0.3, softcap=4.0),
+    LayerSpec(0.3, window=130, softcap=9.0),
+    LayerSpec(0.25, sinks=SINKS),
+    LayerSpec(0.2, window=37, sinks=SINKS),
+]
 STEPS = {
     "decodes": [(1, 0), (1, 63), (1, 64), (1, 310)],
     "one long decode": [(1, 319)],
@@ -98,13 +107,13 @@ STEPS = {
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 32, 16), (7, 1, 24, 16)])
 def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int, step: str) -> None:
     case = Case(1, kv_heads, dim, page, layers=len(SPECS))
-    batch = case.batch(STEPS[step])
+    batch, specs = case.batch(STEPS[step]), [s if s.sinks is None else replace(s, sinks=SINKS[:heads]) for s in SPECS]
     q = case.queries(batch, heads)
-    expected = [case.expected(SPECS, batch, q, layer) for layer in range(len(SPECS))]
+    expected = [case.expected(specs, batch, q, layer) for layer in range(len(specs))]
     case.poison(batch)
-    attention = TritonAttention(KVPool(case.pool), SPECS, heads)
+    attention = TritonAttention(KVPool(case.pool), specs, heads)
     attention.plan(batch)
-    for layer in range(len(SPECS)):
+    for layer in range(len(specs)):
         got = attention.run(layer, q, q, q)
         torch.testing.assert_close(got, expected[layer], atol=3e-6, rtol=3e-6)
 
@@ -167,19 +176,19 @@ def test_a_piece_serves_queries_of_requests_that_are_not_neighbours() -> None:
     k, v = case.pool[0]
     attend(
         (2, len(items), 1),
-        (q, k, v, k, v, table, given[0], given[1], given[2], out, partial, lse),
+        (q, k, v, k, v, table, given[0], given[1], given[2], lse, out, partial, lse),
         (),
         (
             *(heads, 2, 16, 16, KVPool(case.pool).layer(0).strides, "plain", "plain"),
-            *(q.stride(0), out.stride(0), table.stride(0), PLAIN.scale, 0.0, 0, "ieee", 16, 32, 16),
+            *(q.stride(0), out.stride(0), table.stride(0), PLAIN.scale, 0.0, 0, False, "ieee", 16, 32, 16),
         ),
         warps=4,
     )
     merge(
         (heads, len(merges), 2),
-        (partial, lse, given[0], given[3], out),
+        (partial, lse, given[0], given[3], lse, out),
         (),
-        (heads, 16, out.stride(0), 16, 16),
+        (heads, 16, out.stride(0), False, 16, 16),
         warps=4,
     )
     torch.testing.assert_close(out, expected, atol=3e-6, rtol=3e-6)

@@ -111,6 +111,7 @@ def call_everything() -> None:
         cos, sin = cos_sin[:, : turning // 2], cos_sin[:, turning // 2 :]
         slots, pool = torch.arange(4), zeros(2, 4, 16, 8, size)
         triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
+    triton_ops.apply_sinks(zeros(4, 64, 64), zeros(4, 64, dtype=float32), zeros(64, dtype=float32))
     table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
     triton_ops.page_indices(table, zeros(4, dtype=int32), indptr, 64, zeros(256, dtype=int32))
 
@@ -124,6 +125,7 @@ def call_everything() -> None:
         (128, LayerSpec(0.09), every),
         (128, windowed, every[:1]),
         (128, capped, every[3:]),
+        (64, LayerSpec(0.125, window=128, sinks=zeros(32, dtype=float32)), every),
         (80, LayerSpec(0.09), every[2:3]),
         (256, windowed, every[::2]),
     ):
@@ -206,6 +208,7 @@ def call_tree_attention() -> None:
     table = torch.from_numpy(host_table)
     for size, spec, dtype in (
         (64, LayerSpec(0.09), torch.bfloat16),
+        (64, LayerSpec(0.125, sinks=torch.zeros(32)), torch.bfloat16),
         (128, LayerSpec(0.09), torch.bfloat16),
         (128, LayerSpec(0.09), torch.float16),
         (128, LayerSpec(0.09, window=4096, softcap=50.0), torch.bfloat16),
@@ -235,7 +238,16 @@ def compiled() -> Iterator[dict[str, dict[str, int]]]:
 
 def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, int]]) -> None:
     names = Counter(label.split("[")[0] for label in compiled)
-    small = {"_rms_norm", "_add_rms_norm", "_gate_mul", "_rope_write", "_page_indices", "merge", "merge_slots"}
+    small = {
+        "_rms_norm",
+        "_add_rms_norm",
+        "_gate_mul",
+        "_rope_write",
+        "_page_indices",
+        "merge",
+        "merge_slots",
+        "_apply_sinks",
+    }
     small |= {"_quantize", "_add_splits"}
     assert (
         set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", "attend", "_fp8_linear"}

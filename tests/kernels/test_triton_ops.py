@@ -146,6 +146,17 @@ def test_rope_write_of_nothing() -> None:
     assert not pool.any()
 
 
+def test_apply_sinks_in_place() -> None:
+    whole = torch.randn(5, 8, 24, device=DEVICE)
+    lse, sinks = torch.randn(5, 6, device=DEVICE) * 9, torch.randn(6, device=DEVICE) * 9
+    lse[0, 0] = float("-inf")  # of a token that sees no key
+    expected = whole.clone()
+    ops.apply_sinks(expected[:, 1:7], lse, sinks)
+    assert not expected[:, 1:7].isnan().any()
+    triton_ops.apply_sinks(whole[:, 1:7], lse, sinks)
+    torch.testing.assert_close(whole, expected)
+
+
 @pytest.mark.parametrize("max_pages", [3, 1500])
 def test_page_indices(max_pages: int) -> None:
     generator = torch.Generator().manual_seed(max_pages)

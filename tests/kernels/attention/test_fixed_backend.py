@@ -20,6 +20,7 @@ SPECS = {
     "full": LayerSpec(0.25),
     "window": LayerSpec(0.25, window=40),
     "softcap": LayerSpec(0.25, softcap=5.0),
+    "sinks": LayerSpec(0.25, window=40, sinks=torch.tensor([-4.0, 0.5, 2.0, 9.0])),
 }
 Make = Callable[[KVPool, list[LayerSpec], int], AttentionBackend]
 

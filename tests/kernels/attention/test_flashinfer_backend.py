@@ -5,6 +5,7 @@ Tests with FlashInfer itself are in tests/gpu.
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -24,7 +25,14 @@ from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.kv_pool import KVPool
 
 PAGE, HEADS, KV_HEADS, DIM = 4, 4, 2, 16
-SPECS = [LayerSpec(0.25), LayerSpec(0.25, window=9), LayerSpec(0.3, softcap=3.0)]
+SINKS = torch.tensor([-4.0, 0.5, 2.0, 9.0])
+SPECS = [
+    LayerSpec(0.25),
+    LayerSpec(0.25, window=9),
+    LayerSpec(0.3, softcap=3.0),
+    LayerSpec(0.25, sinks=SINKS),
+    LayerSpec(0.25, window=9, sinks=SINKS),
+]
 
 
 class Module:
@@ -40,7 +48,7 @@ class Module:
         assert qo_indptr[-1] <= rows if capture else qo_indptr[-1] == rows
         self.host = [tensor.clone() for tensor in (qo_indptr, kv_indptr, kv_lens)]
 
-    def run(self, q, k, v, out, qo_indptr, kv_indptr, kv_indices, last_page_lens, scale, softcap):
+    def run(self, q, k, v, out, qo_indptr, kv_indptr, kv_indices, last_page_lens, scale, softcap, lse):
         for mine, planned in zip((qo_indptr, kv_indptr), self.host[:2], strict=True):
             assert mine.dtype == torch.int32
             assert torch.equal(mine, planned)
@@ -61,6 +69,8 @@ class Module:
             query, key = torch.arange(kv_len - (end - start), kv_len)[:, None], torch.arange(kv_len)
             scores[:, (key > query) | (key <= query - (self.window or kv_len + 1))] = float("-inf")
             out[start:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+            if lse is not None:
+                lse[start:end] = scores.logsumexp(-1).T / math.log(2)
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def backend(monkeypatch, fa3):
     monkeypatch.setattr(subject, "build", lambda variants: None)
     monkeypatch.setattr(subject, "build_later", lambda variants: fa3)
     monkeypatch.setattr(
-        subject, "kernels", lambda device, spec, head_dim: ["fa2", "fa3"] if spec == SPECS[0] else ["fa2"]
+        subject, "kernels", lambda device, spec, head_dim: ["fa2", "fa3"] if spec in SPECS[::3] else ["fa2"]
     )
     torch.manual_seed(0)
     pool = KVPool(torch.randn(len(SPECS), 2, 101, PAGE, KV_HEADS, DIM))

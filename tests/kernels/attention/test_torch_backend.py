@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -29,8 +29,9 @@ def oracle(q: np.ndarray, k: np.ndarray, v: np.ndarray, spec: LayerSpec) -> np.n
             scores = keys @ q[i, head].astype(np.float64) * spec.scale
             if spec.softcap is not None:
                 scores = spec.softcap * np.tanh(scores / spec.softcap)
+            sink = 0.0 if spec.sinks is None else np.exp(spec.sinks[head].item() - scores.max())
             weights = np.exp(scores - scores.max())
-            out[i, head] = weights @ values / weights.sum()
+            out[i, head] = weights @ values / (weights.sum() + sink)
     return out
 
 
@@ -104,10 +105,12 @@ class World:
                     at += n
 
 
+SINKS = torch.tensor([-4.0, 0.5, 2.0, 9.0, 0.0, -1.0, 3.0])
 SPECS = {
     "full": [LayerSpec(0.25)],
     "window": [LayerSpec(0.25, window=20), LayerSpec(0.25)],
     "softcap": [LayerSpec(1.0, softcap=3.0)],
+    "sinks": [LayerSpec(0.25, sinks=SINKS), LayerSpec(0.25, window=20, sinks=SINKS)],
     "all": [LayerSpec(0.3, window=33, softcap=2.0), LayerSpec(0.3, softcap=2.0), LayerSpec(0.3, window=7)],
 }
 
@@ -127,7 +130,8 @@ def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
 @pytest.mark.parametrize("kind", SPECS)
 def test_random_ragged_batches(kind: str, heads: int, kv_heads: int, page: int, share: bool) -> None:
     """Requests start, branch at page borders, are extended and decode, in mixed steps."""
-    world = World(heads, SPECS[kind], heads, kv_heads, page, share)
+    specs = [s if s.sinks is None else replace(s, sinks=s.sinks[:heads]) for s in SPECS[kind]]
+    world = World(heads, specs, heads, kv_heads, page, share)
     for row, n in ((0, 60), (1, 16), (2, 15)):
         world.begin(row)
         world.step([(row, n)])

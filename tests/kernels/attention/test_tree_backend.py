@@ -33,6 +33,8 @@ SPECS = [
     LayerSpec(0.2, window=37),
     LayerSpec(0.3, softcap=4.0),
     LayerSpec(0.3, window=90, softcap=9.0),
+    LayerSpec(0.25, window=37, sinks=torch.linspace(-4.0, 9.0, 20, device=DEVICE)),
+    LayerSpec(0.25, sinks=torch.linspace(-4.0, 9.0, 20, device=DEVICE)),
 ]
 ROWS, COLUMNS = 12, 24
 
@@ -115,7 +117,8 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 32, 4), (7, 1, 24, 1), (4, 4, 64, 4), (20, 1, 16, 4)])
 def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> None:
-    world = World(heads, kv_heads, dim, page, SPECS)
+    specs = [s if s.sinks is None else replace(s, sinks=s.sinks[:heads].contiguous()) for s in SPECS]
+    world = World(heads, kv_heads, dim, page, specs)
     world.check(world.batch([(1, 1 + length * page // 4) for _, length in DECODES]))
 
 
