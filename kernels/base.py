@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .addends import Addends
 from .kv_pool import KVLayer
-from .ops import Activation
+from .ops import Activation, Routing
 from .quantize import QuantizedRows, Quantizer
 
 
@@ -60,6 +60,10 @@ class Ops(Protocol):
         eps: float = 0.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ops.rope_write`."""
+        ...
+
+    def route(self, logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+        """See `ops.route`."""
         ...
 
     def apply_sinks(self, out: Tensor, lse: Tensor, sinks: Tensor) -> None:

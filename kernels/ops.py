@@ -6,6 +6,7 @@ T is tokens of a step, H hidden size, D head size. Inputs are on one device; no 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,6 +21,28 @@ from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
 # gelu_tanh: the approximation by tanh. swigluoai: GPT-OSS's, see `gate_mul`.
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """How tokens choose experts.
+
+    Args:
+        top_k: experts of a token.
+        scores: of the logits; sparsemixer: see `route`.
+        normalize: divide the weights of a token's experts by their sum.
+        scale: multiplies the weights of a token's experts.
+        groups: of as many experts each; only experts of the best ``top_groups`` are chosen.
+        jitter: of sparsemixer: experts whose logits are further below the best one are left out of its softmax.
+    """
+
+    top_k: int
+    scores: Literal["softmax", "sigmoid", "sparsemixer"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    jitter: float = 0.0
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -127,6 +150,52 @@ def rope_write(
     q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split([heads, kv_heads], dim=1)
     kv.write(slots, k, v)
     return q, k, v
+
+
+def route(logits: Tensor, bias: Tensor | None, routing: Routing) -> tuple[Tensor, Tensor]:
+    """The experts of each token.
+
+    Args:
+        logits: ``[T, E]``.
+        bias: float32 ``[E]``, added to the scores for the choice alone (Wang et al., 2024), or None.
+        routing: how to choose.
+
+    Returns:
+        The experts' weights, float32 ``[T, k]``, and their numbers, int32 ``[T, k]``, best first.
+    """
+    logits = logits.float()
+    if routing.scores == "sparsemixer":
+        return _sparsemixer(logits, routing)
+    scores = logits.sigmoid() if routing.scores == "sigmoid" else logits.softmax(-1)
+    choice = scores if bias is None else scores + bias
+    ids = _of_best_groups(choice, routing).topk(routing.top_k, dim=-1).indices
+    weights = scores.gather(1, ids)
+    if routing.normalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * routing.scale, ids.int()
+
+
+def _of_best_groups(choice: Tensor, routing: Routing) -> Tensor:
+    """DeepSeek V3's limit: a group's score is the sum of its two best experts'."""
+    if routing.groups == 1:
+        return choice
+    groups = choice.unflatten(1, (routing.groups, -1))
+    best = groups.topk(2, dim=-1).values.sum(-1).topk(routing.top_groups, dim=-1).indices
+    left_out = torch.ones(groups.shape[:2], dtype=torch.bool, device=choice.device).scatter_(1, best, False)
+    return groups.masked_fill(left_out[:, :, None], -torch.inf).flatten(1)
+
+
+def _sparsemixer(logits: Tensor, routing: Routing) -> tuple[Tensor, Tensor]:
+    """SparseMixer (Liu et al., 2024): experts one after the other, each weighted by a softmax over those that are left
+    and within ``2 * jitter`` of the best one, relative to the larger of the two magnitudes."""
+    left, weights, ids = logits, [], []
+    for _ in range(routing.top_k):
+        best, chosen = left.max(-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * routing.jitter
+        weights.append(left.masked_fill(far, -torch.inf).softmax(-1).gather(1, chosen))
+        left = left.scatter(1, chosen, -torch.inf)
+        ids.append(chosen)
+    return torch.cat(weights, 1), torch.cat(ids, 1).int()
 
 
 def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:

@@ -20,6 +20,7 @@ from .triton_fp8 import fp8_linear
 from .triton_kv_write import write_quantized
 from .triton_launch import kernel
 from .triton_quantize import QuantizedOutput, quantize, row_warps, store_quantized
+from .triton_routing import route
 
 __all__ = [
     "add_rms_norm",
@@ -32,6 +33,7 @@ __all__ = [
     "quantize",
     "rms_norm",
     "rope_write",
+    "route",
 ]
 
 TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread

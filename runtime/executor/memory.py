@@ -226,7 +226,7 @@ def activation_bytes(model: AnyConfig, dtype: torch.dtype, tokens: int, rows: in
     widest = max(-(-3 * model.intermediate_size // ranks), heads) + 4 * model.hidden_size
     if model.experts is not None:  # of each expert: its input, gate and up, their product, its output twice
         expert = 3 * model.hidden_size + -(-3 * model.experts.size // ranks)
-        widest = max(widest, model.experts.top_k * (expert + 2 * model.hidden_size) + 4 * model.hidden_size)
+        widest = max(widest, model.experts.routing.top_k * (expert + 2 * model.hidden_size) + 4 * model.hidden_size)
     return tokens * widest * dtype.itemsize + 3 * max(rows, 256) * model.vocab_size * 4
 
 

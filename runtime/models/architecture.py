@@ -33,7 +33,7 @@ class Experts:
         activation: of the experts, where it is not config.json's.
         router_bias: tensor added to the router's logits.
         bias: tensor added to the scores for the choice; ``bias_shape``: its dimensions before that of the experts.
-        scores: of the logits. sparsemixer: see `moe._sparsemixer`.
+        scores: of the logits. sparsemixer: see `ops._sparsemixer`.
         float32_router: the router is multiplied in float32.
         normalize: the weights of a token's experts are divided by their sum.
     """

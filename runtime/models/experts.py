@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...kernels.ops import Routing
 from ..errors import LoadError
 from .architecture import Experts
 from .fields import Fields
@@ -16,25 +17,16 @@ class ExpertsConfig:
     Args:
         family: names in the checkpoint and how the router scores.
         count: routed experts.
-        top_k: routed experts that a token is sent to.
+        routing: how tokens choose them.
         size: of a routed expert.
         shared_size: of the expert that all tokens are sent to; 0: there is none.
-        normalize: divide the weights of a token's experts by their sum.
-        scale: multiplies the weights of a token's experts.
-        groups: of as many experts each; only experts of the best ``top_groups`` are chosen.
-        jitter: of sparsemixer: experts whose logits are further below the best one are left out of its softmax.
     """
 
     family: Experts
     count: int
-    top_k: int
+    routing: Routing
     size: int
     shared_size: int
-    normalize: bool
-    scale: float
-    groups: int
-    top_groups: int
-    jitter: float
 
 
 _SWIGLU_OAI = {"swiglu_alpha": 1.702, "swiglu_limit": 7.0}  # the constants of `ops.gate_mul`
@@ -70,14 +62,17 @@ def parse_experts(fields: Fields, family: Experts) -> ExpertsConfig:
     return ExpertsConfig(
         family=family,
         count=count,
-        top_k=top_k,
+        routing=Routing(
+            top_k=top_k,
+            scores=family.scores,
+            normalize=family.normalize == "always" or bool(fields.get(family.normalize, False)),
+            scale=fields.number("routed_scaling_factor", 1.0),
+            groups=groups,
+            top_groups=top_groups,
+            jitter=fields.number("router_jitter_noise", 0.01) if family.scores == "sparsemixer" else 0.0,
+        ),
         size=size,
         shared_size=shared * size if family.shared_unit == "experts" else shared,
-        normalize=family.normalize == "always" or bool(fields.get(family.normalize, False)),
-        scale=fields.number("routed_scaling_factor", 1.0),
-        groups=groups,
-        top_groups=top_groups,
-        jitter=fields.number("router_jitter_noise", 0.01) if family.scores == "sparsemixer" else 0.0,
     )
 
 

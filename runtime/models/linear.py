@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.base import Ops
-from ...kernels.experts import ExpertLinear, GroupedLinear, LoopedLinear, MaskedLinear, groups
+from ...kernels.experts import Experts, ExpertWeight, LoopedExperts
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
 from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, packs
+from ...kernels.ops import Activation
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
 from .hf.config import TransformersConfig
@@ -59,27 +60,36 @@ class LinearFactory:
         """The same without ``fixed_rows``, for a part of what is `fixed` as a whole."""
         return self._linear(*self._pop(name))
 
-    def experts(self, name: str, count: int) -> ExpertLinear:
-        """The products with the ``count`` experts whose rows weight ``name`` holds one below the other. Experts in FP8
-        are dequantized."""
-        weight, *others = self._pop(name)
-        inputs, outputs = weight.shape[1], weight.shape[0] // count
-        if groups(self._dtype, weight.device, inputs, outputs):
-            if others[0] is not None:
-                weight = dequantize_weight(weight, others[0], self._dtype)
-            return GroupedLinear(weight.view(count, outputs, inputs))
-        parts = ([None] * count if part is None else part.chunk(count) for part in (weight, *others))
-        linears = [self._linear(*expert) for expert in zip(*parts, strict=True)]
-        if weight.device.type != "cpu":
-            return MaskedLinear(linears)
-        return LoopedLinear([self.fixed(linear) for linear in linears])  # how many rows each has depends on all tokens
+    def experts(self, name: str, count: int, activation: Activation) -> Experts:
+        """The ``count`` experts whose rows weights ``name.gate_up`` and ``name.down`` hold one below the other."""
+        gate_up, down = (self._expert_weight(f"{name}.{part}") for part in ("gate_up", "down"))
+        if gate_up.values.device.type == "cuda":
+            from ...kernels.triton_experts import TritonExperts
+
+            return TritonExperts(gate_up, down, count, activation)
+
+        def linears(weight: ExpertWeight) -> list[Linear]:
+            # How many rows an expert has depends on all tokens of the step.
+            return [self.fixed(self._linear(one.values, one.scale, bias=one.bias)) for one in weight.chunk(count)]
+
+        return LoopedExperts(linears(gate_up), linears(down), activation)
+
+    def _expert_weight(self, name: str) -> ExpertWeight:
+        """An input of experts is not quantized: a static scale of it is not used."""
+        weight, scale, _, bias = self._pop(name)
+        if weight.dtype == torch.float8_e4m3fn and not multiplies_fp8(weight.device):
+            assert scale is not None
+            weight, scale = dequantize_weight(weight, scale, self._dtype), None
+        return ExpertWeight(weight, scale, bias)
 
     def _pop(self, name: str) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """The weight, its scale, its static input scale and its bias."""
         scale, input_scale, bias = (self._weights.pop(name + end, None) for end in ("_scale", "_input_scale", "_bias"))
         return self._weights.pop(name), scale, input_scale, bias
 
-    def _linear(self, weight: Tensor, scale: Tensor | None, input_scale: Tensor | None, bias: Tensor | None) -> Linear:
+    def _linear(
+        self, weight: Tensor, scale: Tensor | None, input_scale: Tensor | None = None, bias: Tensor | None = None
+    ) -> Linear:
         if scale is not None and has_fp8(weight, scale):
             group = BLOCK if in_blocks(weight, scale) else 0
             static = None if input_scale is None else input_scale.amax(0, keepdim=True)
@@ -101,13 +111,11 @@ def weight_bytes(
     for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
         shape = shard_shape(spec, rank, ranks)
         linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
-        native = fp8 and ".experts." not in spec.name
-        if spec.kind == "bytes":  # MXFP4, dequantized: two values a byte
-            total += 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
-            continue
         if linear and int8:
             size = math.prod(shape) + 4 * shape[0]
-        elif spec.kind not in ("fp8", "scale") or native:
+        elif spec.kind == "bytes" and device.type != "cuda":  # MXFP4, dequantized: two values a byte
+            size = 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
+        elif spec.kind not in ("fp8", "scale") or fp8:
             size = math.prod(shape) * stored_dtype(spec, dtype).itemsize
         else:
             size = math.prod(shape) * dtype.itemsize if spec.kind == "fp8" else 0
@@ -127,8 +135,10 @@ def weight_format(
         return f"int8 with a scale for each output channel; embedding and norms {plain}"
     if config.quantization is None or not config.quantization.targets:
         return plain
+    if config.quantization.weights == "mxfp4":
+        where = "experts MXFP4" if device.type == "cuda" else "experts dequantized from MXFP4"
+        return f"{plain}; {where}"
     if not multiplies_fp8(device):
         return f"{plain}, dequantized from FP8, which {device} does not multiply"
     scales = {"tensor": "tensor", "channel": "output channel", "block": "128 × 128 block"}
-    others = "embedding and norms" if config.experts is None else "experts, embedding and norms"
-    return f"FP8 with a scale for each {scales[config.quantization.weights]}; {others} {plain}"
+    return f"FP8 with a scale for each {scales[config.quantization.weights]}; embedding and norms {plain}"

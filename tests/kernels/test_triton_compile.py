@@ -106,6 +106,7 @@ def call_everything() -> None:
     triton_ops.gate_mul(zeros(4, 2 * 333), "gelu_tanh")
     triton_ops.gate_mul(zeros(4, 28672), "gelu")
     call_fp8()
+    call_experts()
     for size, turning, norm in ((128, 128, None), (128, 128, zeros(40, 128, dtype=float32)), (80, 32, None)):
         cos_sin = zeros(4, turning, dtype=float32)
         cos, sin = cos_sin[:, : turning // 2], cos_sin[:, turning // 2 :]
@@ -171,6 +172,39 @@ def call_quantized() -> None:
             attention = TreeAttention(pool, [LayerSpec(0.09)], 32, table, flat, 16)
             attention.plan(AttentionBatch(none, none, none, 0, 16, table, host_table), StepShape(8, 0, 0, tree=True))
             attention.run(0, q[:8], kv[:8], kv[:8])
+
+
+def call_experts() -> None:
+    """Experts of Qwen3-30B-A3B in each format, and GPT-OSS's, for steps of few and of many tokens."""
+    from branchwise.kernels.experts import ExpertWeight
+    from branchwise.kernels.ops import Activation, Routing
+    from branchwise.kernels.triton_experts import TritonExperts
+    from branchwise.kernels.triton_ops import route
+
+    count, fp8, activations = 8, torch.float8_e4m3fn, torch.bfloat16
+
+    def weight(format: str, outputs: int, inputs: int) -> ExpertWeight:
+        rows = count * outputs
+        if format == "mxfp4":
+            scale = torch.zeros((rows, inputs // 32), dtype=torch.uint8)
+            values = torch.zeros((rows, inputs // 2), dtype=torch.uint8)
+            return ExpertWeight(values, scale, torch.zeros(rows, dtype=activations))
+        scales = {"plain": None, "channel": torch.ones(rows, 1), "block": torch.ones(rows // 128, inputs // 128)}
+        values = torch.zeros((rows, inputs), dtype=activations if format == "plain" else fp8)
+        return ExpertWeight(values, scales[format])
+
+    sizes: dict[str, tuple[int, int, Activation]] = {
+        "plain": (2048, 768, "silu"),
+        "channel": (2048, 768, "silu"),
+        "block": (2048, 768, "silu"),
+        "mxfp4": (2880, 2880, "swigluoai"),
+    }
+    for format, (hidden, inner, activation) in sizes.items():
+        experts = TritonExperts(weight(format, 2 * inner, hidden), weight(format, hidden, inner), count, activation)
+        experts._grouped = None
+        for tokens in (1, 40, 400):  # rows of a block: 16, 32 and 128
+            logits = torch.zeros((tokens, count), dtype=activations)
+            experts(torch.zeros((tokens, hidden), dtype=activations), *route(logits, None, Routing(4, normalize=True)))
 
 
 def call_fp8() -> None:
@@ -248,12 +282,10 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "merge_slots",
         "_apply_sinks",
     }
-    small |= {"_quantize", "_add_splits"}
-    assert (
-        set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", "attend", "_fp8_linear"}
-        and names["attend"] == 46
-    )
-    assert names["_fp8_linear"] == 16
+    small |= {"_quantize", "_add_splits", "_route", "_align", "_combine"}
+    large = {"attend": 52, "_fp8_linear": 16, "_expert_products": 24}
+    assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
+    assert {name: names[name] for name in large} == large
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
     # Triton's code for nvfp4's writes declares two bytes of local memory that no instruction uses.
     unused = {label for label, report in spilled.items() if "'nvfp4'" in label and report["STACK"] == 8}

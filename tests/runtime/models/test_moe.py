@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
-from branchwise.kernels.experts import LoopedLinear
+from branchwise.kernels.experts import LoopedExperts
 from branchwise.kernels.linear import Int8Linear
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.config import load_config, parse_config
@@ -75,41 +76,48 @@ def test_only_experts_of_the_best_groups_are_chosen(raw: Callable[[str], dict[st
     assert config is not None
     # Scores are sigmoids of these: expert 7 is the second best of all, but its group has nothing else.
     logits = torch.tensor([[3.0, 0.0, 1.0, 1.5, -9.0, -9.0, -9.0, 2.0]])
-    weights, ids = Router(config, logits.T.contiguous(), None)(torch.ones(1, 1))
+    weights, ids = Router(config, ops, logits.T.contiguous(), None)(torch.ones(1, 1))
     assert sorted(ids[0].tolist()) == [0, 2, 3]
-    assert weights.sum() == pytest.approx(config.scale)
+    assert weights.sum() == pytest.approx(config.routing.scale)
     # The bias decides which are chosen, and not how much they weigh.
-    biased, ids = Router(config, logits.T.contiguous(), torch.tensor([0, 0, 0, 0, 9.0, 9.0, 0, 0]))(torch.ones(1, 1))
+    biased, ids = Router(config, ops, logits.T.contiguous(), torch.tensor([0, 0, 0, 0, 9.0, 9.0, 0, 0]))(
+        torch.ones(1, 1)
+    )
     assert sorted(ids[0].tolist()) == [3, 4, 5]
     expected = torch.tensor([1.5, -9.0, -9.0]).sigmoid()
-    torch.testing.assert_close(biased.sort(descending=True).values[0], expected / expected.sum() * config.scale)
+    torch.testing.assert_close(biased.sort(descending=True).values[0], expected / expected.sum() * config.routing.scale)
 
 
 def test_experts_on_a_cpu_may_be_int8(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("qwen3-moe")
     config = load_config(folder)
     decoder = Decoder(config, load_weights(folder, config, torch.float32, CPU), ops, int8=True)
-    experts = decoder._layers[0].mlp._down  # type: ignore[attr-defined]
-    assert isinstance(experts, LoopedLinear) and all(isinstance(one, Int8Linear) for one in experts._experts)
+    experts = decoder._layers[0].mlp._experts  # type: ignore[attr-defined]
+    assert isinstance(experts, LoopedExperts)
+    assert all(isinstance(one, Int8Linear) for pair in experts._pairs for one in pair)
 
 
-def test_only_linear_layers_are_quantized_while_loading(checkpoint: Callable[[str], Path]) -> None:
-    """A grouped product is in the model's dtype: quantizing experts would lose precision and save nothing."""
+def test_experts_are_quantized_while_loading(checkpoint: Callable[[str], Path]) -> None:
+    """A router decides by small differences: it stays as it is."""
     from dataclasses import replace
 
     config = replace(load_config(checkpoint("glm4-moe")), quantization=ONLINE_FP8)
     kinds = {spec.name: spec.kind for spec in weight_specs(config)}
-    assert kinds["layers.1.experts.gate_up"] == kinds["layers.1.router"] == "weight"
-    assert kinds["layers.1.qkv"] == kinds["layers.1.shared.gate_up"] == "fp8"
+    assert kinds["layers.1.router"] == "weight"
+    assert kinds["layers.1.experts.gate_up"] == kinds["layers.1.qkv"] == kinds["layers.1.shared.gate_up"] == "fp8"
 
 
-def test_experts_of_an_fp8_checkpoint_are_counted_as_they_are_stored(checkpoint: Callable[[str], Path]) -> None:
-    """Experts are dequantized on a GPU too."""
+def test_experts_are_counted_as_they_are_stored(checkpoint: Callable[[str], Path]) -> None:
+    """A GPU keeps experts in FP8; a CPU dequantizes them."""
     from dataclasses import replace
 
     from branchwise.runtime.models.quantization import Quantization
 
     config, gpu = load_config(checkpoint("qwen3-moe")), torch.device("cuda")
     stored = replace(config, quantization=Quantization("channel", "token", "weight_scale", ignored=("re:.*self_attn",)))
+    experts = [spec for spec in weight_specs(stored) if ".experts." in spec.name]
+    values = sum(math.prod(spec.shape) for spec in experts if spec.kind == "fp8")
+    scales = sum(spec.shape[0] for spec in experts if spec.kind == "fp8")
     plain = weight_bytes(config, torch.bfloat16, gpu)
-    assert weight_bytes(stored, torch.bfloat16, gpu) == plain
+    assert weight_bytes(stored, torch.bfloat16, gpu) == plain - values + 4 * scales
+    assert weight_bytes(stored, torch.bfloat16, CPU) == weight_bytes(config, torch.bfloat16, CPU)
