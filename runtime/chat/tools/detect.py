@@ -37,7 +37,7 @@ def _tools(template: str, specials: frozenset[str]) -> str | None:
 
 def _reasoning(template: str, specials: frozenset[str]) -> str | None:
     for format in REASONING_FORMATS.values():
-        if format.end in template or (format.begin in specials and format.end in specials):
+        if (format.sign or format.end) in template or (format.begin in specials and format.end in specials):
             return format.name
     return None
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-Payload = Literal["json", "named", "tags", "pythonic"]
+Payload = Literal["json", "named", "tags", "pythonic", "channels"]
 Body = Literal["json", "tags", "keywords"]
 
 
@@ -18,7 +18,7 @@ class Tags(msgspec.Struct, frozen=True):
     """Tags around a function and its parameters: ``function`` NAME ``name_end``, then for each parameter
     ``parameter`` KEY ``key_end`` VALUE ``value_end``, then ``function_end``.
 
-    ``padded``: one newline inside each end of a value belongs to the tags.
+    ``padded``: one newline inside each end of a value belongs to the tags. ``pads``: checkpoints write it.
     """
 
     function: str
@@ -28,6 +28,24 @@ class Tags(msgspec.Struct, frozen=True):
     value_end: str
     function_end: str
     padded: bool = True
+    pads: bool = True
+
+
+class Channels(msgspec.Struct, frozen=True):
+    """An output of several messages, each with a header: ``start`` ROLE ``channel`` NAME ``message`` TEXT and one of
+    ``ends``. The prompt ends behind the first ROLE. A header with ``recipient`` and a name behind it is of a call,
+    whose arguments are the text; names may begin with ``namespace``. ``thinking``: the channel of reasoning.
+    ``inside``: other markers that may stand in a header.
+    """
+
+    start: str
+    channel: str
+    message: str
+    ends: tuple[str, ...]
+    inside: tuple[str, ...]
+    recipient: str
+    namespace: str
+    thinking: str
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -57,6 +75,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
       after ``call_id``, or as ``functions.NAME:INDEX``. With ``quote``, keys are bare and strings stand in ``quote``
     - ``tags``: as `Tags` describes
     - ``pythonic``: ``[NAME(key=value, ...), ...]``; after a marker, calls may also stand without brackets
+    - ``channels``: as `Channels` describes; the reasoning format then has the same channels
 
     ``bare``: the characters with which a payload may begin without a marker, where only whitespace came before (in the
     message, since the reasoning, since the last call) or, if ``anywhere``, after other text too. ``separator``: may
@@ -80,6 +99,7 @@ class ToolFormat(msgspec.Struct, frozen=True):
     names: tuple[str, ...] = ("name",)
     arguments: tuple[str, ...] = ("arguments", "parameters")
     tags: Tags | None = None
+    channels: Channels | None = None
     call_id: str = ""
     quote: str = ""
     short_ids: bool = False  # ids of nine alphanumerics: the checkpoint's template refuses others
@@ -88,16 +108,35 @@ class ToolFormat(msgspec.Struct, frozen=True):
 
 
 class ReasoningFormat(msgspec.Struct, frozen=True):
-    """``begin``, the thinking, ``end``. One newline inside each marker and two after ``end`` belong to the markers."""
+    """``begin``, the thinking, ``end``. One newline inside each marker and two after ``end`` belong to the markers.
+
+    ``after``: what is written between ``end`` and a call or an answer; ``answer``: before an answer. ``sign``: a text
+    that a chat template of this format contains; "": ``end``.
+    """
 
     name: str
     begin: str
     end: str
+    after: str = ""
+    answer: str = ""
+    sign: str = ""
+    channels: Channels | None = None
 
 
 _QWEN_TAGS = Tags("<function=", ">", "<parameter=", ">", "</parameter>", "</function>")
-_INVOKE_TAGS = Tags('<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>")
+_INVOKE_TAGS = Tags('<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>", pads=False)
 _GLM_TAGS = Tags("", "", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "", padded=False)
+
+_HARMONY = Channels(
+    start="<|start|>",
+    channel="<|channel|>",
+    message="<|message|>",
+    ends=("<|end|>", "<|call|>", "<|return|>"),
+    inside=("<|constrain|>",),
+    recipient="to=",
+    namespace="functions.",
+    thinking="analysis",
+)
 
 _ENVELOPE = '{"name": "NAME", "arguments": '
 _FUNCTIONGEMMA = ToolFormat(
@@ -167,6 +206,18 @@ def _tagged_json(name: str, begin: str, end: str, *signs: str) -> ToolFormat:
 TOOL_FORMATS = {
     format.name: format
     for format in (
+        ToolFormat(
+            "harmony",
+            ("channels",),
+            Written(
+                "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>",
+                "",  # a call's end token ends the output
+                separator="<|call|><|start|>assistant",
+                trigger="<|channel|>commentary to=",
+            ),
+            channels=_HARMONY,
+            signs=(r"<\|channel\|>commentary", r"<\|call\|>"),
+        ),
         msgspec.structs.replace(
             _MISTRAL,
             name="mistral_named",  # read alike, written differently
@@ -255,6 +306,14 @@ TOOL_FORMATS = {
         ),
         _QWEN_CODER,
         _tagged_json("nemotron", "<TOOLCALL>", "</TOOLCALL>", "<TOOLCALL>"),
+        ToolFormat(
+            "minimax_m1",
+            ("json",),
+            Written(_ENVELOPE, "}", "<tool_calls>\n", "\n", "\n</tool_calls>", trigger="<tool_calls>"),
+            begin=("<tool_calls>",),
+            end=("</tool_calls>",),
+            signs=(r"<tool_calls>[^<\[]{0,20}\{",),
+        ),
         _tagged_json("apriel", "<tool_calls>", "</tool_calls>", r"<tool_calls>[^<]{0,40}\["),
         ToolFormat(
             "hermes",
@@ -313,6 +372,15 @@ REASONING_FORMATS = {
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>"),
+        ReasoningFormat(
+            "harmony",
+            "<|channel|>analysis<|message|>",
+            "<|end|>",
+            after="<|start|>assistant",
+            answer="<|channel|>final<|message|>",
+            sign="<|channel|>analysis<|message|>",
+            channels=_HARMONY,
+        ),
     )
 }
 
@@ -334,8 +402,12 @@ _TOOL_ALIASES = {
     "glm47": "glm45",
     "minimax-m2": "minimax_m2",
     "hunyuan_a13b": "apriel",
+    "minimax": "minimax_m1",
+    "openai": "harmony",
+    "gpt-oss": "harmony",
 }
-_REASONING_ALIASES = dict.fromkeys(("qwen3", "deepseek_r1", "deepseek-r1", "glm45", "minimax_m2", "kimi_k2"), "think")
+_THINK = ("qwen3", "deepseek_r1", "deepseek-r1", "deepseek_v3", "glm45", "minimax_m1", "minimax_m2", "kimi_k2")
+_REASONING_ALIASES = dict.fromkeys(_THINK, "think") | dict.fromkeys(("openai_gptoss", "gpt-oss", "gpt_oss"), "harmony")
 
 
 def tool_format(name: str) -> ToolFormat:
@@ -361,4 +433,8 @@ def markers(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> froz
         found.update(tools.begin, tools.end, tools.before, tools.between, tools.after, (tools.call_id, tools.quote))
     if reasoning is not None:
         found.update((reasoning.begin, reasoning.end))
+    for format in (tools, reasoning):
+        if format is not None and format.channels is not None:
+            form = format.channels
+            found.update((form.start, form.channel, form.message), form.ends, form.inside)
     return frozenset(found - {""})

@@ -117,9 +117,7 @@ class _Lark:
         """``literals`` cuts text into the literals to write."""
         self._grammar = grammar
         self._literals = literals
-        self._specials = {text: id for text, id in special_tokens.items() if text}
-        alternatives = sorted(self._specials, key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(map(re.escape, alternatives))})") if alternatives else None
+        self._specials = special_tokens
         self._glue = _KEYWORD_GLUE[bool(grammar.quote)]
         self._rules: list[str] = []
 
@@ -164,7 +162,7 @@ class _Lark:
         tags, quote = self._grammar.markup, self._grammar.quote
         raw = "string" in types
         if tags:
-            padding = "\n" if tags.padded else ""
+            padding = "\n" if tags.padded and tags.pads else ""
             opening, closing = f"{tags.parameter}{key}{tags.key_end}{padding}", f"{padding}{tags.value_end}\n"
             ends = [tags.value_end, tags.parameter, *([tags.function_end] if tags.function_end else [])]
         else:
@@ -198,22 +196,26 @@ class _Lark:
             self._rules.append(f"{rule}_{kind}_{count}: {_EMPTY}")
 
     def _text(self, text: str) -> str:
-        """``text`` as literals, special tokens and numbers."""
-        parts: list[str] = []
-        for part in self._split.split(text) if self._split else [text]:
-            if part in self._specials:
-                parts.append(f"<[{self._specials[part]}]>")
-            else:
-                before, index, after = part.partition(_INDEX)
-                for piece in self._literals.findall(before):
-                    parts.append(json.dumps(piece, ensure_ascii=False))
-                if index:
-                    parts += ["/[0-9]{1,4}/", self._text(after)]
-        return " ".join(parts)
+        return literals(text, self._specials, self._literals)
 
     @staticmethod
     def _join(*parts: str) -> str:
         return " ".join(part for part in parts if part)
+
+
+def literals(text: str, special_tokens: Mapping[str, int], pieces: re.Pattern[str] | None = None) -> str:
+    """``text`` as literals, special tokens and numbers. ``pieces`` cuts text into literals."""
+    names = sorted((name for name in special_tokens if name), key=len, reverse=True)
+    parts: list[str] = []
+    for part in re.split(f"({'|'.join(map(re.escape, names))})", text) if names else [text]:
+        if part in special_tokens:
+            parts.append(f"<[{special_tokens[part]}]>")
+        else:
+            before, index, after = part.partition(_INDEX)
+            parts += [json.dumps(piece, ensure_ascii=False) for piece in (pieces or _WHOLE).findall(before)]
+            if index:
+                parts += ["/[0-9]{1,4}/", literals(after, special_tokens, pieces)]
+    return " ".join(parts)
 
 
 _EMPTY = '""'

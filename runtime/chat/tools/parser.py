@@ -25,6 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from . import payloads
+from .channels import Messages
 from .definitions import Tool
 from .events import Event, Parsed, assemble
 from .formats import ReasoningFormat, ToolFormat, reasoning_format, tool_format
@@ -73,7 +74,13 @@ class StreamParser:
         self._call: CallWriter | None = None
         self._hold_call = False
         self._bare_call = False
-        self._reading = self._read(reasoning_open)
+        forms = (each.channels for each in (self._format, self._reasoning) if each is not None)
+        channels = next((form for form in forms if form is not None), None)
+        if channels is None:
+            self._reading = self._read(reasoning_open)
+        else:
+            reads = {"calls": self._format is not None, "thoughts": self._reasoning is not None}
+            self._reading = Messages(self._reader, self._out, self, channels, **reads).read()
         self._finished = False
         next(self._reading, None)
 
@@ -222,7 +229,7 @@ class StreamParser:
         return self._call is not None and self._call.is_text
 
     def open(self) -> CallWriter:
-        """For payload readers: the next call."""
+        """For readers of payloads and messages: the next call."""
         self._call = CallWriter(
             self._out,
             self._tools,

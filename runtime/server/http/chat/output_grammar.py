@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ....chat.conversation import OfferedTool
-from ....chat.tools import ReasoningFormat, Tool
-from ....chat.tools.grammar import CallGrammar, call_grammar
+from ....chat.tools import ReasoningFormat, Tool, tool_format
+from ....chat.tools.grammar import CallGrammar, call_grammar, literals
 from ....constraint import Constraint, ConstraintError
 from ....errors import InvalidRequest
 from ....grammar import schema
@@ -71,7 +71,7 @@ class OutputGrammar:
 
     def _rules(self, asked: Constraint | None) -> list[str]:
         calls = self._calls
-        answer = [] if asked is None else [f"answer: {_answer(asked)}"]
+        answer = [] if asked is None else [f"answer: {self._before_answer()} {_answer(asked)}"]
         if calls is None:
             return ["body: answer", *answer]
         if self._forced:
@@ -111,10 +111,14 @@ class OutputGrammar:
         else:
             inner = ["inner: thought_text GAP", f"thought_text[suffix={json.dumps(format.end)}]: {_ANY}"]
         inner.append("GAP: /\\n{0,2}/")
+        if format.after:
+            inner[0] += f" {literals(format.after, self._special)}"
         if prompt.rstrip().endswith(format.begin):
             return ["inner", *inner]
-        begin = f"<[{self._special[format.begin]}]>" if format.begin in self._special else json.dumps(format.begin)
-        return ["thought?", f"thought: {begin} inner", *inner]
+        return ["thought?", f"thought: {literals(format.begin, self._special)} inner", *inner]
+
+    def _before_answer(self) -> str:
+        return literals(self._thoughts.answer, self._special) if self._thoughts is not None else ""
 
 
 def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, parallel: bool) -> CallGrammar | None:
@@ -122,6 +126,8 @@ def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, para
     and only the arguments of strict tools are constrained; None if there are none."""
     if not tools or not (enforced or any(offered.tool.strict for offered in tools)):
         return None
+    if not enforced and tool_format(format).channels is not None:
+        return None  # a message without a call is no plain text: its header has special tokens
     return call_grammar(format, prepared(tools), parallel=parallel, only_strict=not enforced)
 
 

@@ -49,6 +49,12 @@ OTHERS = [
     "<tool_call>{function-name}<args>{name: value}</args></tool_call>{%- for call in message.tool_calls %}",
     "{%- for call in message.tool_calls %}<function={{ call.name }}>{{ call.arguments }}</function>",
 ]
+HARMONY = (
+    "{{- '<|start|>assistant<|channel|>analysis<|message|>' + message.thinking + '<|end|>' }}"
+    "{{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' }}{{- '<|call|>' }}"
+)
+PHI = "{{- '<|user|>' + message.content + '<|end|><|assistant|>' }}"
+MINIMAX_M1 = 'within <tool_calls></tool_calls> XML tags, one a line:\n<tool_calls>\n{"name": <name>, "arguments": {}}'
 MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
 
 
@@ -73,6 +79,9 @@ MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
         (SEED, [], Detected("seed_oss", "seed_oss")),
         (MINIMAX, ["<tool_call>"], Detected("minimax_m2", None)),
         (APRIEL, [], Detected("apriel", None)),
+        (HARMONY, ["<|end|>", "<|call|>"], Detected("harmony", "harmony")),
+        (PHI, ["<|end|>"], Detected(None, None)),
+        (MINIMAX_M1, [], Detected("minimax_m1", None)),
         (R1 + THINKING, [], Detected("deepseek_v3", "think")),
         (V31, [], Detected("deepseek_v31", None)),
         (KIMI, [], Detected("kimi_k2", None)),

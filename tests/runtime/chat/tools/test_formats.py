@@ -20,8 +20,12 @@ GLM = "<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>1</arg_value>\n</tool_call
 INVOKE = '<invoke name="f">\n<parameter name="a">1</parameter>\n</invoke>'
 SEED = "<seed:tool_call>\n<function=f>\n<parameter=a>1</parameter>\n</function>\n</seed:tool_call>"
 
+HARMONY = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"a": 1}<|call|>'
+
 # One call f(a=1) in every format.
 ONE_CALL = {
+    "harmony": HARMONY,
+    "minimax_m1": f"<tool_calls>\n{A1}\n</tool_calls>",
     "mistral": f"[TOOL_CALLS] [{A1}]",
     "mistral_named": '[TOOL_CALLS]f[ARGS]{"a": 1}',
     "deepseek_v3": f"<｜tool▁calls▁begin｜>{DS}<｜tool▁calls▁end｜>",
@@ -41,6 +45,9 @@ ONE_CALL = {
     "pythonic": "[f(a=1)]",
     "llama3_json": '{"name": "f", "parameters": {"a": 1}}',
 }
+
+# Channels have a reasoning format of their own.
+BESIDE_THINKING = [format for format in ONE_CALL if format != "harmony"]
 
 # Name: format, text, content, calls.
 OUTPUTS = {
@@ -104,6 +111,26 @@ OUTPUTS = {
     ),
     "GLM: two calls": ("glm45", f"Hm.\n{GLM}\n{GLM}", "Hm.\n", [CALL, CALL]),
     "GLM: no call": ("glm45", "<tool_call>f is a tool</tool_call>", "<tool_call>f is a tool</tool_call>", []),
+    "harmony: the recipient first": (
+        "harmony",
+        "<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant to=functions.f<|channel|>commentary json"
+        '<|message|>{"a": 1}',
+        "Let me look.",
+        [CALL],
+    ),
+    "harmony: two calls": ("harmony", f"{HARMONY}<|start|>assistant{HARMONY}", "", [CALL, CALL]),
+    "harmony: cut": ("harmony", HARMONY[: HARMONY.index("}")], "", [("f", '{"a": 1', False)]),
+    "harmony: no arguments": ("harmony", HARMONY.replace('{"a": 1}', "{}"), "", [("f", "{}", True)]),
+    "harmony: a tool of its own": (
+        "harmony",
+        "<|channel|>analysis to=python<|message|>print(1)<|call|>",
+        "<|channel|>analysis to=python<|message|>print(1)",
+        [],
+    ),
+    "harmony: an answer without a header": ("harmony", '{"x": 1}\n', '{"x": 1}\n', []),
+    "harmony: an answer with one": ("harmony", "<|channel|>final<|message|>Hi,\n<you>.<|return|>", "Hi,\n<you>.", []),
+    "harmony: cut in a header": ("harmony", "<|channel|>final<|message|>Hi.<|end|><|start|>assist", "Hi.", []),
+    "MiniMax M1: two calls": ("minimax_m1", f"So.\n<tool_calls>\n{A1}\n{A1}\n</tool_calls>", "So.\n", [CALL, CALL]),
     "MiniMax: two calls": (
         "minimax_m2",
         f"<minimax:tool_call>\n{INVOKE}\n{INVOKE}\n</minimax:tool_call>",
@@ -287,7 +314,7 @@ def test_every_format_has_an_example() -> None:
     assert set(ONE_CALL) == set(TOOL_FORMATS)
 
 
-@pytest.mark.parametrize("format", ONE_CALL)
+@pytest.mark.parametrize("format", BESIDE_THINKING)
 @pytest.mark.parametrize("opened", [False, True], ids=["", "opened by the prompt"])
 @pytest.mark.parametrize("gap", ["", "\n", "\n\n"])
 def test_a_call_in_reasoning_that_is_never_closed(make_case, format: str, opened: bool, gap: str) -> None:
@@ -300,7 +327,7 @@ def test_a_call_in_reasoning_that_is_never_closed(make_case, format: str, opened
         check(case, "", "hm", [(call.name, call.arguments, True) for call in parsed.calls])
 
 
-@pytest.mark.parametrize("format", ONE_CALL)
+@pytest.mark.parametrize("format", BESIDE_THINKING)
 def test_a_call_in_reasoning_that_is_closed(make_case, format: str) -> None:
     """The model only thinks about the call."""
     inner = f"hm\n{ONE_CALL[format]}\n\nor </thin"

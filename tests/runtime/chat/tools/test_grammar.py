@@ -88,6 +88,12 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
             return f"[TOOL_CALLS] [{', '.join(envelope(*call) for call in calls)}]"
         case "nemotron":
             return f"<TOOLCALL>[{', '.join(envelope(*call) for call in calls)}]</TOOLCALL>"
+        case "harmony":
+            header = "<|channel|>commentary to=functions.%s <|constrain|>json<|message|>"
+            return "<|call|><|start|>assistant".join(header % n + json.dumps(a, ensure_ascii=False) for n, a in calls)
+        case "minimax_m1":
+            lines = "\n".join(envelope(*call) for call in calls)
+            return f"<tool_calls>\n{lines}\n</tool_calls>"
         case "apriel":
             return f"<tool_calls>[{', '.join(envelope(*call) for call in calls)}]</tool_calls>"
         case "xlam":
@@ -126,7 +132,7 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
             )
             return "\n".join(f"<tool_call>{call}</tool_call>" for call in inner)
         case "minimax_m2":
-            inner = (f'<invoke name="{n}">\n{tags(a, MINIMAX, PADDED_END)}</invoke>\n' for n, a in calls)
+            inner = (f'<invoke name="{n}">\n{tags(a, MINIMAX, "</parameter>")}</invoke>\n' for n, a in calls)
             return f"<minimax:tool_call>\n{''.join(inner)}</minimax:tool_call>"
     inner = (f"<function={name}>\n{tags(a, QWEN, PADDED_END)}</function>\n" for name, a in calls)
     outer = "seed:tool_call" if format == "seed_oss" else "tool_call"
@@ -134,7 +140,7 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
 
 
 GEMMA_QUOTE, GLM = '<|"|>', "<arg_key>%s</arg_key>\n<arg_value>"
-QWEN, MINIMAX, PADDED_END = "<parameter=%s>\n", '<parameter name="%s">\n', "\n</parameter>"
+QWEN, MINIMAX, PADDED_END = "<parameter=%s>\n", '<parameter name="%s">', "\n</parameter>"
 
 
 @pytest.fixture(params=sorted(TOOL_FORMATS))

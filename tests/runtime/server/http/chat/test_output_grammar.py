@@ -194,3 +194,18 @@ def test_markers_that_are_special_tokens(tokenizer: Tokenizer) -> None:
         ids = first + tokenizer.encode(rest, add_special_tokens=False).tolist()
         matcher = backend.compile(constraint)
         assert (matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()) is right
+
+
+def test_the_channels_of_harmony(takes: Any) -> None:
+    """Thinking and an answer, or a call, are messages of their own."""
+    harmony = reasoning_format("harmony")
+    thought = "<|channel|>analysis<|message|>one<|end|><|start|>assistant"
+    asked = OutputGrammar(None, False, harmony, {}).applied(SamplingParams(json_schema=json.dumps(SCHEMA)), ASKED)
+    answer = '<|channel|>final<|message|>{"x": 1}'
+    assert takes(asked, answer) and takes(asked, thought + answer)
+    assert not takes(asked, '{"x": 1}') and not takes(asked, answer.replace("1", '"a"'))
+    forced = applied("harmony", forced=True, thoughts=harmony)
+    call = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}'
+    assert takes(forced, call) and takes(forced, thought + call)
+    assert not takes(forced, thought + answer) and not takes(forced, call.replace("1", '"a"'))
+    assert applied("harmony", thoughts=harmony).constraint is None  # a strict tool, with auto
