@@ -109,7 +109,7 @@ def profile(url: str, workload: str, makespan: float) -> dict[str, Any]:
 
 
 def rows(ours: dict[str, Any], ready: float) -> Iterator[str]:
-    """The table of the README."""
+    """The table of docs/performance.md."""
 
     def row(name: str, seconds: float, peers: tuple[float, ...], note: str = "") -> str:
         return " | ".join(

@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def _print_markdown() -> None:
-    """The tables of the README, from whatever has been measured here so far."""
+    """The tables of docs/performance.md, from whatever has been measured here so far."""
     ours, theirs = (
         json.loads(file.read_text()) if file.is_file() else None
         for file in (OUT / "branchbench.json", OUT / "transformers.json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import os
 import re
 import subprocess
@@ -19,6 +21,9 @@ from branchwise.frontend.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+    name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("models", "serving", "performance", "architecture")
+}
 PYTHON_BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -110,7 +115,7 @@ def test_quickstart_without_a_server_is_one_line(unused_port: int) -> None:
 def test_the_list_of_models_is_what_the_command_prints() -> None:
     result = CliRunner().invoke(app, ["models"])
     assert result.exit_code == 0 and "Mixtures of experts: " in result.output
-    assert result.output in README
+    assert result.output in PAGES["models"]
 
 
 def test_commands_and_flags_exist() -> None:
@@ -122,25 +127,50 @@ def test_commands_and_flags_exist() -> None:
         assert result.exit_code == 0, command
         helps[command] = result.output
     everywhere = "\n".join(helps.values())
-    table = README[README.index("## Flags of `branchwise serve`") : README.index("## Design")]
-    for text, known in ((README, everywhere), (table, helps["serve"])):
+    texts = [(README + PAGES["models"] + PAGES["performance"], everywhere), (PAGES["serving"], helps["serve"])]
+    for text, known in texts:
         for flag in set(re.findall(r"--[a-z][a-z-]+", text)):
             assert re.search(rf"{flag}\b", known), flag
 
 
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)):
+    for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README + PAGES["performance"], re.MULTILINE)):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
 def test_files_exist() -> None:
-    paths = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(
-        r"`(examples/[\w./]+|radix/|kernels/|runtime/\w+)`", README
+    for folder, text in ((ROOT, README), *((ROOT / "docs", page) for page in PAGES.values())):
+        linked = re.findall(r"\]\(([^)#:]+)\)", text)
+        named = re.findall(r"`(examples/[\w./]+|tests/[\w./]+\.py)`", text)
+        assert linked
+        for path in linked:
+            assert (folder / path).exists(), path
+        for path in named:
+            assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_short_and_its_pictures_small() -> None:
+    assert len(README.encode()) < 12_000
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert len(pictures) == 2 and README.index(pictures[0]) < 1500, "a picture on the first screen"
+    assert all((ROOT / path).stat().st_size < 150_000 for path in pictures)
+
+
+def test_the_chart_and_the_sentence_beside_it_are_those_of_the_table() -> None:
+    spec = importlib.util.spec_from_file_location("chart", ROOT / "tests" / "benchmarks" / "chart.py")
+    assert spec is not None and spec.loader is not None
+    chart = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(chart)
+    seconds = chart.measured(PAGES["performance"])
+    assert len(seconds) == 7
+    assert chart.CHART.read_text() == chart.draw(seconds), "run python tests/benchmarks/chart.py"
+    ratios = sorted(min(theirs) / ours for ours, *theirs in seconds.values())
+    mean = math.prod(ratios) ** (1 / len(ratios))
+    said = re.search(
+        r"(\d\.\d\d) to (\d\.\d\d) times as fast.*?(\d\.\d\d) times in the geometric mean", README, re.DOTALL
     )
-    assert paths
-    for path in paths:
-        assert (ROOT / path).exists(), path
+    assert said is not None and [*map(float, said.groups())] == [round(x, 2) for x in (ratios[0], ratios[-1], mean)]
 
 
 ROUTES = re.findall(r"^\| `(GET|POST) (/\S+)` \|", README, re.MULTILINE)
