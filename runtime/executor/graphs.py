@@ -70,6 +70,7 @@ class StepGraphs:
         self._chunks = min(CHUNKS, max_requests)
         self._joint, self._short = [n for n in JOINT_TOKENS if n <= max_tokens] if joint else [], joint
         self._max_requests = max_requests
+        self._off = False  # whether the model itself cannot be captured
         self._captured: dict[StepShape, torch.cuda.CUDAGraph | None] = {}  # None: failed, runs eagerly
         self._missing = self.shapes()
         self._pool: Any = None
@@ -91,6 +92,8 @@ class StepGraphs:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
         largest = replace(self._missing[0], tree=False)
         for shape in self.shapes():
+            if self._off:
+                return
             if replace(shape, tree=False) == largest:
                 self._prepare(shape)
                 for _ in range(WARM_UPS):
@@ -104,7 +107,7 @@ class StepGraphs:
         """A shape that is yet to be captured; None: all are."""
         while self._missing and self._missing[0] in self._captured:
             self._missing.pop(0)
-        return self._missing[0] if self._missing else None
+        return self._missing[0] if self._missing and not self._off else None
 
     def capture_missing(self, shape: StepShape) -> None:
         """Captures the shape, which takes some 35 ms; the step staged before is lost."""
@@ -141,6 +144,10 @@ class StepGraphs:
         except RuntimeError as error:  # mostly `torch.OutOfMemoryError`: other processes took what was reserved
             if not self._alone:
                 raise
+            if not self._captured and not isinstance(error, torch.OutOfMemoryError):
+                self._off = True
+                logger.warning("steps run eagerly, because the model cannot be captured in a CUDA graph: %s", error)
+                return
             logger.warning("steps of %s run eagerly, because they could not be captured: %s", shape, error)
             self._captured[shape] = None
         else:
@@ -151,7 +158,7 @@ class StepGraphs:
         n = plan.num_decodes
         chunks, tokens = len(plan.rows) - n, plan.num_tokens - n
         placed = np.count_nonzero(plan.q_lens[n:] > self._short)
-        if plan.prompt_logprobs or placed > self._chunks or len(plan.samples) > len(plan.rows):
+        if self._off or plan.prompt_logprobs or placed > self._chunks or len(plan.samples) > len(plan.rows):
             return None
         if chunks and self._joint:
             total = _at_least(self._joint, plan.num_tokens)

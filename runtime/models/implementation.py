@@ -120,7 +120,10 @@ def load(
     """Reads the weights of rank ``rank`` of ``ranks``, or makes them up. Raises `LoadError`."""
     int8, dummy = config.quantization == "int8", config.load_format == "dummy"
     if isinstance(model, TransformersConfig):
-        loaded = dummy_model(model, dtype, config.seed) if dummy else load_model(model, dtype)
+        if dummy:
+            loaded = dummy_model(model, dtype, device if ranks == 1 else torch.device("cpu"), config.seed)
+        else:
+            loaded = load_model(model, dtype)
         size = weight_bytes(model, dtype, device, rank, ranks, int8=int8)
         if progress is not None:
             progress(size, size)

@@ -32,13 +32,25 @@ def test_logprobs(family: str, backend: str, graphs: bool, gpu_checkpoint: Calla
         pytest.importorskip("flashinfer")
     if backend == "torch" and graphs:
         pytest.skip("attention in torch is not captured")
-    folder = gpu_checkpoint(family)
+    compare(gpu_checkpoint(family), attention_backend=backend, cuda_graphs=graphs)
+
+
+@pytest.mark.parametrize(("family", "graphs"), [("cwm", True), ("afmoe", True), ("qwen3", False)])
+def test_logprobs_of_what_transformers_computes(
+    family: str, graphs: bool, gpu_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With windows, with experts, and a family of ours; all of them are captured."""
+    compare(gpu_checkpoint(family), model_impl="transformers", cuda_graphs=graphs)
+    assert "run eagerly" not in caplog.text
+
+
+def compare(folder: Path, **settings: Any) -> None:
+    """Logprobs of tokens cold and warm, as close to float32 as transformers in bfloat16 comes."""
     exact = logprobs_of_transformers(folder, torch.float32)
     theirs = logprobs_of_transformers(folder, torch.bfloat16)
     with Engine(
-        str(folder), device="cuda", dtype="bfloat16", attention_backend=backend, kv_cache_tokens=4096,
-        max_num_seqs=8, cuda_graphs=graphs,
-    ) as engine:  # fmt: skip
+        str(folder), device="cuda", dtype="bfloat16", kv_cache_tokens=4096, max_num_seqs=8, **settings
+    ) as engine:
         # One request a position: what the step that samples (captured, where there are graphs) says of its last token.
         lengths = list(range(2, len(PROMPT), 7))
         params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)

@@ -55,10 +55,10 @@ def load_model(config: TransformersConfig, dtype: torch.dtype) -> Any:
     return _prepared(model)
 
 
-def dummy_model(config: TransformersConfig, dtype: torch.dtype, seed: int) -> Any:
-    """The model with random weights of its shape, on the CPU: the same for the same seed."""
-    model = build(config.folder, SERVE, dtype, torch.device("cpu"), trust_remote_code=config.trust_remote_code)
-    generator, bound = torch.Generator().manual_seed(seed), 0.02 * 3**0.5
+def dummy_model(config: TransformersConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
+    """The model with random weights of its shape, on ``device``: the same for the same seed."""
+    model = build(config.folder, SERVE, dtype, device, trust_remote_code=config.trust_remote_code)
+    generator, bound = torch.Generator(device).manual_seed(seed), 0.02 * 3**0.5
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

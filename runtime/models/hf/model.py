@@ -13,6 +13,7 @@ from .config import TransformersConfig, cuts_of
 from .decoder import TransformersDecoder
 from .linear import replace_linears
 from .locality import check_locality
+from .norm import replace_norms
 
 
 def make_decoder(
@@ -21,6 +22,8 @@ def make_decoder(
     """Moves the rank's part of ``model`` to ``device``, with linear layers of ours. Raises `LoadError` for a model
     whose steps depend on more than what our pages hold."""
     cuts, _ = cuts_of(model)
+    with torch.inference_mode():
+        replace_norms(model, ops)
     replace_linears(model, config, cuts, ops, device, group, int8=int8)
     decoder = TransformersDecoder(rank_config(config, group.size), model, ops)
     check_locality(decoder, device)

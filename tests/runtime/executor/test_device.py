@@ -91,14 +91,14 @@ class FakeGraph:
 
     captures: ClassVar[list[dict[str, Any]]] = []
     stream: ClassVar[Any] = None
-    fails: ClassVar[bool] = False
+    fails: ClassVar[Exception | None] = None
 
     def capture_begin(self, pool: object, capture_error_mode: str) -> None:
         self.captures.append({"stream": FakeGraph.stream, "mode": capture_error_mode})
 
     def capture_end(self) -> None:
-        if self.fails:
-            raise torch.OutOfMemoryError("injected")
+        if self.fails is not None:
+            raise self.fails
 
     def replay(self) -> None:
         self.captures.append({"replayed": True})
@@ -156,7 +156,7 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(
     runs: list[StepShape] = []
     graphs = StepGraphs(runs.append, ignore, ignore, 2, 64, torch.device("cuda", 0))
     graphs.capture()
-    monkeypatch.setattr(FakeGraph, "fails", True)
+    monkeypatch.setattr(FakeGraph, "fails", torch.OutOfMemoryError("injected"))
     while (missing := graphs.next_missing()) is not None:
         graphs.capture_missing(missing)
     runs.clear()
@@ -164,6 +164,19 @@ def test_a_shape_that_cannot_be_captured_runs_eagerly(
     for _ in range(2):
         graphs.replay(shape)
     assert runs == [shape, shape]
+
+
+def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_so_once(
+    fake_cuda: type[FakeGraph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs = StepGraphs(ignore, ignore, ignore, 40, 300, torch.device("cuda", 0))
+    monkeypatch.setattr(FakeGraph, "fails", RuntimeError("operation not permitted when stream is capturing"))
+    graphs.capture()
+    none = np.empty(0, np.int32)
+    one, first = np.ones(1, np.int32), np.zeros(1, np.int32)
+    decode = StepPlan(1, first, one, one, one + 4, 1, first, first, first, one, none.reshape(0, 2))
+    assert graphs.shape_for(decode) is None and graphs.next_missing() is None
+    assert len(fake_cuda.captures) == 1 and caplog.text.count("run eagerly") == 1
 
 
 def test_joint_shapes_are_all_captured_at_start(fake_cuda: type[FakeGraph]) -> None:

@@ -16,10 +16,12 @@ import torch
 import transformers
 
 from branchwise import Engine, LoadError, SamplingParams
+from branchwise.kernels import ops
 from branchwise.runtime.config import EngineConfig, check
 from branchwise.runtime.models.config import ModelConfig
 from branchwise.runtime.models.hf import library
 from branchwise.runtime.models.hf.config import load_transformers_config
+from branchwise.runtime.models.hf.norm import replace_norms
 from branchwise.runtime.models.hf.trace import window_of
 from branchwise.runtime.models.implementation import load_model_config
 
@@ -242,3 +244,22 @@ def test_dummy_weights_are_the_same_for_the_same_seed(checkpoint: Callable[[str]
 def test_longrope_keeps_its_short_factors(checkpoint: Callable[[str], Path]) -> None:
     """Otherwise the keys of a whole context would change as it grows."""
     assert load_transformers_config(checkpoint("phi3")).max_model_len == 256
+
+
+@pytest.mark.parametrize(
+    ("family", "replaced"),
+    [("qwen3", 13), ("gemma2", 13), ("helium", 7), ("vaultgemma", 7), ("phi", 0), ("gpt2", 0)],  # 0: LayerNorm
+)
+def test_norms_that_are_ours_are_replaced(family: str, replaced: int, checkpoint: Callable[[str], Path]) -> None:
+    """With and without Gemma's offset; what is another computation stays: `test_the_same_as_transformers`."""
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint(family), dtype=torch.float32)
+    with torch.inference_mode():
+        assert replace_norms(model, ops) == replaced
+
+
+def test_a_norm_that_computes_something_else_stays(checkpoint: Callable[[str], Path]) -> None:
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("qwen3"), dtype=torch.float32)
+    kind = type(model.model.norm)
+    model.model.norm.__class__ = type("OtherRMSNorm", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
+    with torch.inference_mode():
+        assert replace_norms(model, ops) == 12
