@@ -232,7 +232,8 @@ FAMILIES: dict[str, Family] = {
         "Qwen3MoeForCausalLM",
         {**_EXPERTS, "moe_intermediate_size": 48, "norm_topk_prob": True, "tie_word_embeddings": True},
     ),
-    "olmoe": Family("OlmoeConfig", "OlmoeForCausalLM", {**_EXPERTS, "head_dim": 16}),
+    "olmoe": Family("OlmoeConfig", "OlmoeForCausalLM", {**_EXPERTS, "head_dim": 16, "clip_qkv": 1.5}),
+    "olmo": Family("OlmoConfig", "OlmoForCausalLM", {"clip_qkv": 1.5, "head_dim": 16, "tie_word_embeddings": False}),
     "granite-moe": Family(
         "GraniteMoeConfig",
         "GraniteMoeForCausalLM",

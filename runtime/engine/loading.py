@@ -28,7 +28,7 @@ from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
 if TYPE_CHECKING:  # it imports torch, which reads what `prepare_torch` sets
-    from ..executor.memory import MemoryPlan
+    from ..executor.executor import ModelExecutor
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def load_engine(
             local = split.local
         gpu, lower = local.device.type == "cuda", None
         if local.host is not None:
-            disk = None if config.disk_cache is None else _open_disk(config, local.memory_plan, local.host.page_bytes)
+            disk = None if config.disk_cache is None else _open_disk(config, local, local.host.page_bytes)
             lower = LowerTiers(local.host, disk)
         core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, gpu, lower)
         core.kv_token_bytes = local.memory_plan.layout.token_bytes
@@ -112,12 +112,14 @@ def _tier_lines(lower: LowerTiers | None) -> list[str]:
     return lines
 
 
-def _open_disk(config: EngineConfig, memory: MemoryPlan, page_bytes: int) -> DiskTier:
+def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int) -> DiskTier:
     """Raises `LoadError` if the folder cannot be used."""
     from ..executor.device import device_name
 
+    memory = executor.memory_plan
     device = memory.device if memory.device == "cpu" else device_name(memory.device)
     settings = [str(getattr(config, name)) for name in _COMPUTED_BY if name in config.__struct_fields__]
+    settings += ["long rope"] if executor.model_config.long_rope else []
     fingerprint = Fingerprint(
         model=model_fingerprint(model_folder(config.model), config.seed if config.load_format == "dummy" else None),
         computed_by=" ".join([device, str(memory.dtype), *settings]),

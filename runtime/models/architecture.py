@@ -79,6 +79,7 @@ class Architecture:
     gemma: bool = False  # (1 + w) norms, scaled embeddings, its own query scale and name of the activation
     norm_kind: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
+    norm_weight: bool = True
     norm_eps: str = "rms_norm_eps"  # config.json's key
     parallel: Switch = "never"  # attention and MLP get the same input and are added together
     qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
@@ -88,7 +89,6 @@ class Architecture:
     unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
     # Which layers slide when layer_types is absent.
     windows: Literal["none", "all", "qwen", "qwen_even", "alternate"] = "none"
-    refused: tuple[str, ...] = ()  # keys of config.json that switch on what is not supported
     text_config: bool = False  # the language model's settings are nested under "text_config"
     experts: Experts | None = None  # of layers with a mixture of experts
     lm_head_bias: Switch = "never"

@@ -74,6 +74,7 @@ class ModelConfig:
     max_position_embeddings: int
     norm_kind: Literal["rms", "layer"]
     norm_bias: bool
+    norm_weight: bool
     norm_eps: float
     norm_offset: float  # added to every norm weight: 1 for Gemma
     activation: str  # silu | gelu | gelu_tanh | relu2 | xielu
@@ -101,6 +102,7 @@ class ModelConfig:
     experts: ExpertsConfig | None = None  # of the sparse layers
     lm_head_bias: bool = False
     sinks: bool = False  # see `LayerSpec.sinks`
+    clip_qkv: float | None = None  # the largest magnitude of queries, keys and values before their rotation
     query_scaling: QueryScaling | None = None
 
     @property
@@ -118,12 +120,29 @@ class ModelConfig:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of context that the model supports: with YaRN's factor, and with LongRoPE's short factors."""
-        short = [rope.original_length for rope in self.ropes if rope.kind == "longrope"]
+        """Tokens of context that the model supports: with YaRN's factor, and with LongRoPE's factors (`for_length`)."""
+        short = [rope.original_length for rope in self.ropes if rope.kind == "longrope" and not rope.long]
         if short:
             return min(self.max_position_embeddings, *short)
         stretched = [int(rope.original_length * rope.factor) for rope in self.ropes if rope.kind == "yarn"]
         return max([self.max_position_embeddings, *stretched])
+
+    @property
+    def long_rope(self) -> bool:
+        """Whether LongRoPE's long factors are used."""
+        return any(rope.long for rope in self.ropes)
+
+    def for_length(self, length: int | None) -> ModelConfig:
+        """The model for contexts of up to ``length`` tokens; None: of its default length.
+
+        LongRoPE has long factors for contexts beyond its original length. Where longer contexts are served, all have
+        them, also short ones, as in vLLM: a prefix's keys then do not depend on the length of what follows it.
+        transformers changes factors, and with them all keys, as a context grows.
+        """
+        if length is None or length <= self.max_model_len or all(rope.kind != "longrope" for rope in self.ropes):
+            return self
+        layers = [replace(layer, rope=replace(layer.rope, long=layer.rope.kind == "longrope")) for layer in self.layers]
+        return replace(self, layers=tuple(layers))
 
     @property
     def ropes(self) -> tuple[RopeConfig, ...]:
@@ -181,9 +200,6 @@ def parse_config(
         raise LoadError(f"{where}: activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     if _ACTIVATIONS[activation] not in (_GATED if len(known.mlp) == 3 else _UNGATED):
         raise LoadError(f"{where}: activation {activation!r} is not supported for {name}")
-    for key in known.refused:
-        if fields.get(key):
-            raise LoadError(f"{where}: {key} is not supported for {name}")
     vocab_size = fields.count("vocab_size")
     experts = None if known.experts is None else parse_experts(fields, known.experts)
     parallel = _switch(known.parallel, fields)
@@ -201,6 +217,7 @@ def parse_config(
         max_position_embeddings=fields.count("max_position_embeddings"),
         norm_kind=known.norm_kind,
         norm_bias=known.norm_bias,
+        norm_weight=known.norm_weight,
         norm_eps=fields.number(known.norm_eps, 1e-6),
         norm_offset=1.0 if known.gemma else 0.0,
         activation=_ACTIVATIONS[activation],
@@ -229,6 +246,7 @@ def parse_config(
         query_scaling=_query_scaling(fields),
         lm_head_bias=_switch(known.lm_head_bias, fields),
         sinks=known.sinks,
+        clip_qkv=fields.optional_number("clip_qkv"),
     )
 
 

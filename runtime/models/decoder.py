@@ -213,6 +213,8 @@ class _Layer:
             part = qkv[:, start : start + len(norm)]
             part.copy_(self._whole_norm(part.contiguous(), norm))
             start += len(norm)
+        if config.clip_qkv is not None:
+            qkv = qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
         if config.qk_norm in ("none", "head", "all"):
             return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)

@@ -73,10 +73,10 @@ def load_model_config(config: EngineConfig, folder: Path) -> AnyConfig:
     """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or transformers' for an
     architecture that ours does not have. Raises `LoadError`."""
     if config.model_impl == "native":
-        return load_config(folder)
+        return load_config(folder).for_length(config.max_model_len)
     if config.model_impl == "auto":
         try:
-            return load_config(folder)
+            return load_config(folder).for_length(config.max_model_len)
         except UnsupportedArchitecture as error:
             if transformers_version() is None:
                 raise LoadError(f"{error}; with transformers it may be: {EXTRA}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,7 +16,11 @@ class Norm:
     """RMSNorm, or LayerNorm (Ba et al., 2016) in float32. Takes ``name`` and its ``name_bias`` out of ``weights``."""
 
     def __init__(self, config: ModelConfig, name: str, weights: dict[str, Tensor], ops: Ops) -> None:
-        self._weight, self._bias = weights.pop(name), weights.pop(f"{name}_bias", None)
+        if config.norm_weight:
+            self._weight = weights.pop(name)
+        else:
+            self._weight = torch.ones(config.hidden_size, device=next(iter(weights.values())).device)
+        self._bias = weights.pop(f"{name}_bias", None)
         self._centered, self._eps, self._ops = config.norm_kind == "layer", config.norm_eps, ops
 
     def __call__(self, x: Tensor) -> Tensor:

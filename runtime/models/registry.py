@@ -194,6 +194,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_bias="mlp_bias",
         defaults=_GRANITE,
     ),
+    "OlmoForCausalLM": Architecture(
+        "olmo",
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        norm_kind="layer",
+        norm_weight=False,
+        norm_eps="layer_norm_eps",
+        defaults={"max_position_embeddings": 2048, "layer_norm_eps": 1e-5},
+    ),
     "Olmo2ForCausalLM": Architecture(
         "olmo2",
         qkv_bias="attention_bias",
@@ -354,7 +363,6 @@ ARCHITECTURES: dict[str, Architecture] = {
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         qk_norm="all",
-        refused=("clip_qkv",),
         experts=Experts(),
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),

@@ -33,6 +33,8 @@ class RopeConfig:
     truncate: bool = True  # yarn
     attention_factor: float = 1.0  # yarn, longrope: multiplies cosines and sines
     short_factor: tuple[float, ...] = ()  # longrope: divides each frequency, in contexts up to ``original_length``
+    long_factor: tuple[float, ...] = ()  # longrope: the same in longer ones
+    long: bool = False  # longrope: which of the two
 
     def inverse_frequencies(self) -> Tensor:
         """Radians a position, float32 ``[dim / 2]``, as Hugging Face computes them."""
@@ -40,7 +42,9 @@ class RopeConfig:
             return torch.zeros(self.dim // 2)
         powers = self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim)
         if self.kind == "longrope":
-            return 1.0 / (torch.tensor(self.short_factor, dtype=torch.float32) * powers)
+            return 1.0 / (
+                torch.tensor(self.long_factor if self.long else self.short_factor, dtype=torch.float32) * powers
+            )
         if self.kind == "linear":
             return 1.0 / powers / self.factor
         if self.kind == "llama3":
@@ -168,11 +172,14 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
 
 
 def _longrope(base: RopeConfig, values: Mapping[str, Any], length: int, longest: int, where: str) -> RopeConfig:
-    """LongRoPE (Ding et al., 2024) with its short factors. The long ones would change the keys of a whole context as it
-    passes ``length``, so that no prefix of it could be reused: longer contexts are not served."""
-    factors = values.get("short_factor")
-    if not isinstance(factors, list) or len(factors) != base.dim // 2 or not all(_positive(one) for one in factors):
-        raise LoadError(f"{where}: rope short_factor must hold {base.dim // 2} positive numbers")
+    """LongRoPE (Ding et al., 2024), with its short factors: see `ModelConfig.for_length`."""
+
+    def factors(key: str) -> tuple[float, ...]:
+        found = values.get(key)
+        if not isinstance(found, list) or len(found) != base.dim // 2 or not all(_positive(one) for one in found):
+            raise LoadError(f"{where}: rope {key} must hold {base.dim // 2} positive numbers")
+        return tuple(map(float, found))
+
     factor = longest / length
     temperature = values.get("attention_factor")
     if temperature is None:
@@ -182,7 +189,8 @@ def _longrope(base: RopeConfig, values: Mapping[str, Any], length: int, longest:
         kind="longrope",
         original_length=length,
         attention_factor=float(temperature),
-        short_factor=tuple(map(float, factors)),
+        short_factor=factors("short_factor"),
+        long_factor=factors("long_factor"),
     )
 
 

@@ -314,6 +314,8 @@ def _expert_specs(config: ModelConfig, experts: ExpertsConfig, i: int) -> Iterat
 
 def _norm_specs(config: ModelConfig, name: str, module: str) -> Iterator[WeightSpec]:
     """A norm of the residual stream."""
+    if not config.norm_weight:
+        return
     for suffix, kind in (("", "weight"), ("_bias", "bias"))[: 1 + config.norm_bias]:
         source = Source(f"{module}.{kind}", (config.hidden_size,))
         yield WeightSpec(name + suffix, (source,), "replicated", kind="norm")

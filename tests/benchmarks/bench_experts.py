@@ -174,9 +174,6 @@ def layer(format: str, tokens: int, sweep: bool, shape: tuple[int, int, int, int
         times = [(took(one), tuple(one)) for one in tiles(tile, sweep)]
         best = ", ".join(f"{time_us:.0f} {one}" for time_us, one in sorted(times)[:5])
         print(f"  {name}: used {times[0][0]:.0f} µs {times[0][1]}; best {best}", flush=True)
-    if format == "plain" and experts[0]._grouped is not None:
-        grouped = experts[0]._grouped
-        print(f"  grouped_mm: {microseconds(lambda: grouped(x, alignment, activation)):.0f} µs", flush=True)  # type: ignore[arg-type]
 
 
 def profiled(engine: Engine, prompts: list[list[int]], steps: int = 16) -> None:
@@ -193,7 +190,6 @@ def profiled(engine: Engine, prompts: list[list[int]], steps: int = 16) -> None:
 
 def decode(requests: int, context: int, bandwidth: float, quantization: str) -> None:
     steps, config = 128, QWEN3_30B_A3B
-    params = SamplingParams(temperature=0, max_tokens=steps, ignore_eos=True)
     prompts = [[(31 * i + 7 * j) % 100_000 + 3 for j in range(context)] for i in range(requests)]
     with tempfile.TemporaryDirectory() as folder:
         begun = time.monotonic()
@@ -203,14 +199,14 @@ def decode(requests: int, context: int, bandwidth: float, quantization: str) -> 
             quantization=quantization,  # type: ignore[arg-type]
         ) as engine:  # fmt: skip
             print(f"ready in {time.monotonic() - begun:.1f} s", flush=True)
-            engine.generate(prompts, params)  # fills the cache; captures
-            begun = time.monotonic()
-            engine.generate(prompts, SamplingParams(temperature=0, max_tokens=1))
-            short = time.monotonic() - begun
-            begun = time.monotonic()
-            outputs = engine.generate(prompts, params)
-            step = (time.monotonic() - begun - short) / (steps - 1)
-            assert all(len(output.token_ids) == steps for output in outputs)
+            seconds = {}
+            for count in (steps, 16, steps):  # the first fills the cache and captures
+                params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+                begun = time.monotonic()
+                outputs = engine.generate(prompts, params)
+                seconds[count] = time.monotonic() - begun
+                assert all(len(output.token_ids) == count for output in outputs)
+            step = (seconds[steps] - seconds[16]) / (steps - 16)
             profiled(engine, prompts)
     layers, kv = config["num_hidden_layers"], config["num_key_value_heads"] * config["head_dim"]
     heads = config["num_attention_heads"] * config["head_dim"]

@@ -14,7 +14,7 @@ from branchwise.kernels.quantize import dequantize_mxfp4, dequantize_weight, qua
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from branchwise.kernels import triton_experts, triton_ops
-from branchwise.kernels.triton_experts import GroupedProducts, Tile, TritonExperts, interleave_mxfp4
+from branchwise.kernels.triton_experts import Tile, TritonExperts, interleave_mxfp4
 from branchwise.kernels.triton_routing import Alignment
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -104,28 +104,12 @@ def test_fused_experts(
     # One block of tokens, and several.
     for rows in (16, 64):
         monkeypatch.setattr(triton_experts, "pick_tile", lambda *_, rows=rows: Tile(64, rows, 64, 4, 2))
-        monkeypatch.setattr(triton_experts, "GROUPED_ROWS", 1 << 30)
         (gate_up, plain_up), (down, plain_down) = (
             weight(format, 2 * inner, hidden, bias),
             weight(format, hidden, inner, bias),
         )
         experts = TritonExperts(gate_up, down, E, activation)
         check(experts, [plain_up, plain_down], [gate_up.bias, down.bias], tokens, activation)
-
-
-def test_grouped_products_of_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    (gate_up, plain_up), (down, plain_down) = (
-        weight("plain", 2 * INNER, HIDDEN, False),
-        weight("plain", HIDDEN, INNER, False),
-    )
-    experts = TritonExperts(gate_up, down, E, "silu")
-    assert experts._grouped is None  # float32
-    monkeypatch.setattr(triton_experts, "GROUPED_ROWS", 0)
-    experts._grouped = GroupedProducts(gate_up.values, down.values, E)
-    check(experts, [plain_up, plain_down], [None, None], 40, "silu")
-    half = ExpertWeight(torch.zeros(64, 40, dtype=torch.bfloat16))
-    assert GroupedProducts.fits(half) and not GroupedProducts.fits(half, half._replace(bias=torch.zeros(64)))
-    assert not GroupedProducts.fits(ExpertWeight(torch.zeros(64, 44, dtype=torch.bfloat16)))
 
 
 def test_interleaved_mxfp4_has_neighbours_in_the_low_and_the_high_bits() -> None:

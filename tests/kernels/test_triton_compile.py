@@ -201,7 +201,6 @@ def call_experts() -> None:
     }
     for format, (hidden, inner, activation) in sizes.items():
         experts = TritonExperts(weight(format, 2 * inner, hidden), weight(format, hidden, inner), count, activation)
-        experts._grouped = None
         for tokens in (1, 40, 400):  # rows of a block: 16, 32 and 128
             logits = torch.zeros((tokens, count), dtype=activations)
             experts(torch.zeros((tokens, hidden), dtype=activations), *route(logits, None, Routing(4, normalize=True)))

@@ -63,7 +63,7 @@ class TransformersConfig:
     note: str | None  # what is worth knowing of how it is stored
     quantization: Quantization | None = None
 
-    experts = None  # those of `ModelConfig`
+    experts, long_rope = None, False  # those of `ModelConfig`
     sandwich_norms = True  # activations of an unknown model may exceed the range of float16
 
     @property

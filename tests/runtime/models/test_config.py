@@ -312,8 +312,14 @@ def test_phi_4_mini(kind: str) -> None:
     (rope,) = config.ropes
     assert (rope.dim, config.max_model_len) == (12, 4096)
     assert rope.attention_factor == pytest.approx((1 + np.log(32) / np.log(4096)) ** 0.5)
-    with pytest.raises(LoadError, match="rope short_factor must hold 6 positive numbers"):
-        parse({**changes, "rope_scaling": {**scaling, "short_factor": [1.0]}})
+    assert config.for_length(None) == config.for_length(4096) == config and not config.long_rope
+    stretched = config.for_length(4097)
+    assert stretched.max_model_len == 131072 and stretched.long_rope
+    (longer,) = stretched.ropes
+    assert torch.equal(longer.inverse_frequencies(), rope.inverse_frequencies() / 2)
+    for key in ("short_factor", "long_factor"):
+        with pytest.raises(LoadError, match=f"rope {key} must hold 6 positive numbers"):
+            parse({**changes, "rope_scaling": {**scaling, key: [1.0]}})
 
 
 def test_smollm3_layers_without_rope() -> None:

@@ -45,7 +45,7 @@ def raw(checkpoint: Callable[[str], Path]) -> Callable[[str], dict[str, Any]]:
         ("glm4-moe", {"n_shared_experts": -1}, "n_shared_experts must be a number of experts"),
         ("glm4-moe", {"first_k_dense_replace": "1"}, "the first and the last layer with experts must be numbers"),
         ("qwen3-moe", {"mlp_only_layers": [0.5]}, "mlp_only_layers must be a list of layer numbers"),
-        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is not supported"),
+        ("olmoe", {"clip_qkv": -8.0}, "clip_qkv must be a positive number"),
     ],
 )
 def test_settings_that_cannot_be(
