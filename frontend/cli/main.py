@@ -4,7 +4,22 @@ from __future__ import annotations
 
 import typer
 
-from . import architectures, bench, cache, chat, docs, doctor, generate, peers, pull, serve, simulate, top, tree
+from . import (
+    architectures,
+    bench,
+    cache,
+    chat,
+    cluster,
+    docs,
+    doctor,
+    generate,
+    peers,
+    pull,
+    serve,
+    simulate,
+    top,
+    tree,
+)
 
 app = typer.Typer(
     name="branchwise",
@@ -47,6 +62,7 @@ app.command("pull")(pull.pull)
 app.command("simulate")(simulate.simulate)
 app.command("docs")(docs.docs)
 app.add_typer(cache.app, name="cache")
+app.add_typer(cluster.app, name="cluster")
 
 
 def main() -> None:

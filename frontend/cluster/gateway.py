@@ -46,9 +46,13 @@ class Gateway:
         self._reader = RequestReader(config)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008})
+        if scope["type"] == "lifespan":
+            for state in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{state}.complete"})
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
             return
         body = await self._body(receive)
         if body is None:
@@ -92,7 +96,7 @@ class Gateway:
             return RoutingHint()
         asked = await self._reader.read(scope, body)
         session = headers.get(SESSION_HEADER)
-        hint = RoutingHint(sum(len(tokens) for _, tokens in asked.prompts))
+        hint = RoutingHint(prompt_tokens=sum(len(tokens) for _, tokens in asked.prompts))
         if asked.prompts:
             namespace, tokens = max(asked.prompts, key=lambda prompt: len(prompt[1]))
             hint.hashes = block_hashes(tokens, self._block_size(), root_hash(namespace))
@@ -176,7 +180,8 @@ class Gateway:
                     head = part
                 else:
                     body += part
-        except (ReplicaGone, NoReplica):
+        except (ReplicaGone, NoReplica) as error:
+            logger.warning("%s %s on replica %s: %s", request.method, request.target, name, error)
             return None, b""
         return head, body
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import aiohttp
@@ -66,7 +66,7 @@ class ReplicaProcess:
     async def start(self, seconds: float) -> None:
         """Returns when the server takes requests. Raises `LoadError` with what it wrote last if it does not."""
         self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", CHILD),
+            *(sys.executable, "-m", CHILD, self.name),  # the name is for people who look at processes
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env={**os.environ},
@@ -93,7 +93,7 @@ class ReplicaProcess:
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None, sock_connect=5.0)
         )
 
-    async def forward(self, request: ForwardedRequest) -> AsyncIterator[Head | bytes]:
+    async def forward(self, request: ForwardedRequest) -> AsyncGenerator[Head | bytes]:
         """The server's answer. Closing the iterator aborts the request. Raises `ReplicaGone`."""
         headers = [
             (name.decode("latin-1"), value.decode("latin-1"))
@@ -162,6 +162,10 @@ class ReplicaProcess:
             ) as answer:
                 if answer.status != 200:
                     logger.warning("replica %s was not warmed: %s", self.name, (await answer.text())[:500])
+
+    async def wait(self) -> int:
+        """Until the server has ended; its exit code."""
+        return await self._running.wait()
 
     async def stop(self) -> int:
         """Lets requests in flight finish, up to the config's ``drain_seconds``; returns the exit code."""

@@ -27,9 +27,10 @@ class ReplicaReport(msgspec.Struct, omit_defaults=True):
     full: bool = False  # its queue takes no more
 
 
-class RoutingHint(msgspec.Struct):
+class RoutingHint(msgspec.Struct, kw_only=True, omit_defaults=True):
     """What a request asks for, as far as routing is concerned."""
 
+    key: str = ""  # of the request: what tells the router that it has started
     prompt_tokens: int = 0
     hashes: list[int] = []  # of its prompt's blocks
     instance: bytes | None = None  # the tag of the replica that holds its branch or pin: no other will do

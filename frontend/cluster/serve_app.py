@@ -1,0 +1,182 @@
+"""The Ray Serve application: gateways and replicas as deployments."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from ...runtime.config import ServerConfig
+from ...runtime.fleet.view import RoutingHint
+from . import registry
+from .config import ClusterConfig
+from .forward import ForwardedRequest, Head, NoReplica, ReplicaGone
+from .gateway import Gateway
+from .replica import ReplicaProcess
+from .request_router import BranchwiseRouter
+
+logger = logging.getLogger(__name__)
+
+REPORT_SECONDS = 1.0  # between two reports of a replica
+HEALTH_SECONDS = 5.0
+WARM_SECONDS = 60.0  # to ask another replica for its most used prefixes
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+class EngineReplica:
+    """One server. Its actor ends when the server does, so that Serve starts another at once."""
+
+    async def __init__(self, config: bytes, settings: bytes) -> None:  # type: ignore[misc]
+        cluster = msgspec.json.decode(settings, type=ClusterConfig)
+        server = msgspec.json.decode(config, type=ServerConfig)
+        context = serve.get_replica_context()
+        host = "127.0.0.1" if cluster.host in _LOOPBACK else get_node_ip_address()
+        events = f"tcp://{host}:*"
+        server = msgspec.structs.replace(server, host=host, kv_events=events, kv_events_replay=events)
+        self._process = ReplicaProcess(server, context.replica_id.unique_id)
+        await self._process.start(cluster.start_seconds)
+        await self._warm(cluster.warm_prefixes, context.app_name, context.deployment)
+        self._stopping = False
+        self._watch = asyncio.create_task(self._end_with_server())
+
+    async def _warm(self, prefixes: int, app: str, deployment: str) -> None:
+        """Computes what another replica has used most, if there is one."""
+        if not prefixes or not another_runs(app, deployment):
+            return
+        with contextlib.suppress(Exception):
+            handle: DeploymentHandle = serve.get_deployment_handle(deployment, app)
+            async with asyncio.timeout(WARM_SECONDS):
+                found = await handle.hottest.remote(msgspec.msgpack.encode(RoutingHint()), prefixes)
+            await self._process.warm(found)
+            logger.info("warmed with %d prefixes", len(found))
+
+    async def _end_with_server(self) -> None:
+        await self._process.wait()
+        if not self._stopping:
+            logger.error("the server of replica %s has ended", self._process.name)
+            os._exit(1)
+
+    async def forward(self, hint: bytes, request: bytes) -> AsyncIterator[bytes]:
+        """The answer: a `Head` as msgpack, then pieces of the body."""
+        async with contextlib.aclosing(
+            self._process.forward(msgspec.msgpack.decode(request, type=ForwardedRequest))
+        ) as parts:
+            async for part in parts:
+                yield msgspec.msgpack.encode(part) if isinstance(part, Head) else part
+
+    async def hottest(self, hint: bytes, count: int) -> list[list[int]]:
+        """Its most used prefixes."""
+        return await self._process.hottest(count)
+
+    async def record_routing_stats(self) -> dict[str, Any]:
+        """What routers need to know."""
+        report: dict[str, Any] = msgspec.to_builtins(await self._process.report())
+        return report
+
+    async def check_health(self) -> None:
+        """Raises if the server does not answer."""
+        if not await self._process.healthy():
+            raise RuntimeError(f"the server of replica {self._process.name} does not answer")
+
+    async def __del__(self) -> None:
+        self._stopping = True
+        await self._process.stop()
+
+
+def another_runs(app: str, deployment: str) -> bool:
+    """Whether another replica runs already."""
+    found = serve.status().applications.get(app)
+    states = (
+        {} if found is None or deployment not in found.deployments else found.deployments[deployment].replica_states
+    )
+    return any(str(getattr(state, "value", state)) == "RUNNING" and count for state, count in states.items())
+
+
+class ClusterGateway:
+    """One gateway."""
+
+    def __init__(self, config: bytes, replicas: DeploymentHandle) -> None:
+        self._replicas = replicas.options(stream=True, method_name="forward")
+        self._config = msgspec.json.decode(config, type=ServerConfig)
+
+    def __serve_build_asgi_app__(self) -> Gateway:
+        return Gateway(self._config, self._dispatch, registry.members, registry.block_size)
+
+    async def _dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
+        hint.key = uuid.uuid4().hex
+        parts = self._replicas.remote(msgspec.msgpack.encode(hint), msgspec.msgpack.encode(request))
+        first = head = True
+        try:
+            async for part in parts:
+                if head:
+                    head = False
+                    yield msgspec.msgpack.decode(part, type=Head)
+                    continue
+                if first:
+                    first = False
+                    registry.started(hint.key)
+                yield part
+        except (BackPressureError, DeploymentUnavailableError) as error:
+            raise NoReplica(str(error)) from error
+        except (ReplicaGone, RayError, RayServeException) as error:
+            raise ReplicaGone(type(error).__name__) from error
+        finally:
+            parts.cancel()
+
+
+def make_app(cluster: ClusterConfig, secret: str | None = None) -> serve.Application:
+    """The application of a cluster. ``secret``: of the names of keys' and salts' parts of the cache; random if None."""
+    server = cluster.replica(secret or secrets.token_hex(32))
+    config, settings = msgspec.json.encode(server), msgspec.json.encode(cluster)
+    key = server.admin_api_key or server.api_key
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
+    if cluster.most_replicas > cluster.replicas:
+        scaling = {
+            "autoscaling_config": AutoscalingConfig(
+                min_replicas=cluster.replicas,
+                max_replicas=cluster.most_replicas,
+                target_ongoing_requests=cluster.target_ongoing_requests,
+            )
+        }
+    drain = cluster.drain_seconds + 60.0
+    engine = serve.deployment(
+        EngineReplica,
+        name="engine",
+        # Serve's default of 5 would leave the engine idle, and its 20 s would cut answers off.
+        max_ongoing_requests=server.max_queued_requests,
+        graceful_shutdown_timeout_s=drain,
+        graceful_shutdown_wait_loop_s=0.5,
+        health_check_period_s=HEALTH_SECONDS,
+        health_check_timeout_s=30.0,
+        ray_actor_options={"num_cpus": cluster.num_cpus, "num_gpus": cluster.num_gpus},
+        request_router_config=RequestRouterConfig(
+            request_router_class=BranchwiseRouter,
+            request_router_kwargs={"headers": headers},
+            request_routing_stats_period_s=REPORT_SECONDS,
+            request_routing_stats_timeout_s=10.0,
+        ),
+        **scaling,
+    )
+    gateway = serve.deployment(
+        serve.ingress()(ClusterGateway),
+        name="gateway",
+        num_replicas=cluster.routers,
+        max_ongoing_requests=server.max_queued_requests * cluster.most_replicas,
+        graceful_shutdown_timeout_s=drain,
+        ray_actor_options={"num_cpus": 0.1},
+    )
+    return gateway.bind(config, engine.bind(config, settings))
