@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     no_args_is_help=True,
-    help="Serve with several replicas, on this machine or on a Ray cluster. Needs `pip install 'branchwise[cluster]'`.",
+    help="Serve with several replicas, on this machine or on a Ray cluster. Needs `pip install 'ray[serve]' pyyaml`.",
 )
 NODE_CPUS = 2.0  # of a Ray that is started here, beside those of the replicas
 
@@ -94,7 +94,7 @@ def _connect(config: ClusterConfig | None, *, must_run: bool) -> None:
     try:
         import ray
     except ImportError as error:
-        raise LoadError("a cluster needs Ray: pip install 'branchwise[cluster]'") from error
+        raise LoadError("a cluster needs Ray: pip install 'ray[serve]' pyyaml") from error
     try:
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError as error:

@@ -86,7 +86,7 @@ def read_cluster_config(path: Path) -> ClusterConfig:
     try:
         found = msgspec.yaml.decode(path.read_bytes(), type=ClusterConfig)
     except ImportError as error:
-        raise LoadError("a cluster needs Ray and PyYAML: pip install 'branchwise[cluster]'") from error
+        raise LoadError("a cluster needs Ray and PyYAML: pip install 'ray[serve]' pyyaml") from error
     except (OSError, msgspec.MsgspecError) as error:
         raise LoadError(f"{path}: {error}") from error
     if not 1 <= found.replicas <= found.most_replicas <= 10_000 or found.routers < 1:
