@@ -307,6 +307,7 @@ OTHERS: dict[str, Family] = {
     ),
     "diffllama": Family("DiffLlamaConfig", "DiffLlamaForCausalLM"),  # attends twice a layer
     "minicpm3": Family("MiniCPM3Config", "MiniCPM3ForCausalLM", {**_MLA, "head_dim": None}),  # narrow values
+    "granite-swa": Family("GraniteSWAConfig", "GraniteSWAForCausalLM", {"sliding_window": 24}),  # sinks
     "afmoe": Family(
         "AfmoeConfig",
         "AfmoeForCausalLM",
@@ -339,7 +340,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # As initialised, norms are all alike and biases zero: mistakes in them would not show.
-            if "norm" in name or name.endswith(("bias", "alpha_p", "alpha_n")):
+            if "norm" in name or name.endswith(("bias", "alpha_p", "alpha_n", "sinks")):
                 parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
             # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
             if name.endswith(_OUTPUTS):

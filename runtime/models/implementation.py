@@ -85,7 +85,9 @@ def load_model_config(config: EngineConfig, folder: Path) -> AnyConfig:
         raise LoadError(
             "--deterministic: not with --model-impl transformers, whose sums depend on a step's other tokens"
         )
-    return load_transformers_config(folder, trust_remote_code=config.trust_remote_code)
+    model = load_transformers_config(folder, trust_remote_code=config.trust_remote_code)
+    model.check_ranks(config.tensor_parallel_size)
+    return model
 
 
 def implementation_name(model: AnyConfig) -> str:

@@ -45,7 +45,8 @@ class TransformersConfig:
     architecture: str
     folder: Path
     trust_remote_code: bool
-    layers: tuple[LayerSpec, ...]  # calls of attention, in order
+    layers: tuple[LayerSpec, ...]  # calls of attention, in order; without sinks
+    sinks: tuple[str, ...]  # the parameter of each layer's sinks; "" for none
     vocab_size: int
     hidden_size: int
     intermediate_size: int  # of the widest product of a layer
@@ -81,6 +82,19 @@ class TransformersConfig:
             total += self.vocab_size * (self.hidden_size + 4 if int8 else self.hidden_size * dtype.itemsize) // ranks
         return total
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raises `LoadError` if the model cannot be split over so many."""
+        problem = self.unsplittable
+        for one in self.parameters:
+            if one.cut == "column" and one.shape[0] % ranks:
+                problem = problem or f"{one.shape[0]} outputs of {one.module} cannot be divided by it"
+            if one.cut == "row" and one.shape[1] % ranks:
+                problem = problem or f"{one.shape[1]} inputs of {one.module} cannot be divided by it"
+        if self.num_heads % ranks or self.num_kv_heads % ranks:
+            problem = f"{self.num_heads} attention heads and {self.num_kv_heads} KV heads cannot be divided by it"
+        if ranks > 1 and problem is not None:
+            raise LoadError(f"--tensor-parallel-size {ranks}: {self.architecture} with transformers: {problem}")
+
     def quantizes(self, module: str) -> bool:
         """Whether the linear layer ``module`` is quantized to FP8 while it is loaded."""
         return self.quantization is not None and not _UNQUANTIZED.search(module)
@@ -103,6 +117,8 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
             f"{where}: {name} is not served with transformers {transformers.__version__}: {error}"
         ) from error
     cuts, unsplittable = cuts_of(model)
+    if any(traced.sinks):
+        unsplittable = "its attention sinks are not cut"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     generation = folder / "generation_config.json"
     vocab_size, embedding = int(config.vocab_size), model.get_input_embeddings()
@@ -120,6 +136,7 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         folder=folder,
         trust_remote_code=trust_remote_code,
         layers=traced.layers,
+        sinks=traced.sinks,
         vocab_size=vocab_size,
         hidden_size=int(config.hidden_size),
         intermediate_size=_widest(config, linears, head),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ class TransformersDecoder:
     def __init__(self, config: TransformersConfig, model: Any, ops: Ops) -> None:
         self.config, self._ops = config, ops
         self._layers = model.get_decoder()
+        self._specs = [
+            replace(spec, sinks=model.get_parameter(name).float()) if name else spec
+            for spec, name in zip(config.layers, config.sinks, strict=True)
+        ]
         self._head = _with_given_states(model, self._layers)
 
     def parameters(self) -> Iterator[Tensor]:
@@ -43,8 +47,8 @@ class TransformersDecoder:
         return self.config.num_layers
 
     def layer_specs(self) -> list[LayerSpec]:
-        """Scale, window and softcap of each layer, for the attention backend."""
-        return list(self.config.layers)
+        """Scale, window, softcap and sinks of each layer, for the attention backend."""
+        return self._specs
 
     def reserve(self, length: int) -> None:
         """Nothing: transformers computes rotary embeddings from the positions."""
@@ -59,7 +63,9 @@ class TransformersDecoder:
     ) -> Tensor:
         """See `decoder.Decoder.forward`. ``layers`` is not looked at: all run."""
         config = self.config
-        step = _Step(self._ops, pool, attention, tokens.slots, config.head_dim)
+        step = _Step(
+            self._ops, pool, attention, tokens.slots, config.num_heads + 2 * config.num_kv_heads, config.head_dim
+        )
         with attending(step):
             states = self._layers(input_ids=tokens.ids[None], position_ids=tokens.positions[None], use_cache=False)
         hidden: Tensor = states.last_hidden_state[0]
@@ -79,6 +85,7 @@ class _Step:
     pool: KVPool
     backend: AttentionBackend
     slots: Tensor
+    heads: int  # of queries, keys and values
     head_dim: int
     layer: int = 0
     identity: tuple[Tensor, Tensor] | None = None  # cosines and sines of no rotation: the model has rotated
@@ -89,6 +96,10 @@ class _Step:
         if value_dim < self.head_dim:
             v = F.pad(v, (0, self.head_dim - value_dim))
         qkv = torch.cat([q[0], k[0], v[0]]).transpose(0, 1).contiguous()
+        if qkv.shape[1] != self.heads:
+            raise RuntimeError(
+                f"a layer attends with {qkv.shape[1]} heads of queries, keys and values, not {self.heads}"
+            )
         if self.identity is None:
             shape = len(qkv), self.head_dim // 2
             self.identity = torch.ones(shape, device=qkv.device), torch.zeros(shape, device=qkv.device)

@@ -77,6 +77,8 @@ def _replace(
     int8: bool,
 ) -> None:
     cut = cuts.get(name) if group.size > 1 else None
+    if cut == "gather" and linear.out_features % group.size:
+        cut = None  # every rank computes all of it
     weight, bias = _part(linear, cut, group)
     weights, dtype = {"weight": weight.to(device)}, weight.dtype
     if bias is not None:

@@ -19,7 +19,7 @@ from .library import MaskFunction, attending
 
 _TOKENS = 8  # of the traced step
 _FAR = 1 << 17  # a position beyond which no window ends
-_HANDLED = {"scaling", "sliding_window", "softcap"}
+_HANDLED = {"scaling", "sliding_window", "softcap", "s_aux"}
 # Keyword arguments that do not change the result: queries and keys are rotated already, and nothing is dropped out.
 _NEUTRAL = {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
 _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
@@ -29,7 +29,8 @@ _LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
 class Trace:
     """The attention of one step. Layers are calls of attention, in order: a layer that attends twice is two."""
 
-    layers: tuple[LayerSpec, ...]
+    layers: tuple[LayerSpec, ...]  # without sinks
+    sinks: tuple[str, ...]  # the parameter of each layer's sinks; "" for none
     num_heads: int
     num_kv_heads: int
     head_dim: int  # of queries and keys
@@ -38,8 +39,10 @@ class Trace:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Attends with nothing and remembers what it was asked for."""
+    """Attends with nothing and remembers what it was asked for. ``names``: of parameters, by identity."""
 
+    names: Mapping[int, str]
+    sinks: list[str] = field(default_factory=list)
     layers: list[LayerSpec] = field(default_factory=list)
     shapes: list[tuple[int, int, int, int]] = field(default_factory=list)
     windows: dict[int, int | None] = field(default_factory=dict)  # of masks, by identity
@@ -51,6 +54,10 @@ class _Recorder:
                 raise LoadError(
                     f"its layers pass {what} to attention, which --model-impl transformers does not compute"
                 )
+        sinks = arguments.get("s_aux")
+        if sinks is not None and id(sinks) not in self.names:
+            raise LoadError("its attention sinks are computed, not a parameter")
+        self.sinks.append("" if sinks is None else self.names[id(sinks)])
         scale, cap = arguments.get("scaling"), arguments.get("softcap")
         window = self._window(mask, arguments.get("sliding_window"))
         self.layers.append(LayerSpec(float(q.shape[3] ** -0.5 if scale is None else scale), window, cap))
@@ -78,7 +85,8 @@ def trace(model: Any, step: nn.Module) -> Trace:
     """
     config = model.config.get_text_config()
     _refuse_state(model, config)
-    recorder, ids = _Recorder(), torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
+    recorder = _Recorder({id(parameter): name for name, parameter in model.named_parameters()})
+    ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # With a mask of padding, transformers does not look at the values of the positions.
     inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
     try:
@@ -99,7 +107,7 @@ def trace(model: Any, step: nn.Module) -> Trace:
     (heads, kv_heads, head_dim, value_dim), *_ = shapes
     if value_dim > head_dim:
         raise LoadError(f"its values have {value_dim} channels, more than its keys' {head_dim}")
-    return Trace(tuple(recorder.layers), heads, kv_heads, head_dim, value_dim)
+    return Trace(tuple(recorder.layers), tuple(recorder.sinks), heads, kv_heads, head_dim, value_dim)
 
 
 def _refuse_state(model: Any, config: Any) -> None:

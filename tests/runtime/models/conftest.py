@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +14,7 @@ import pytest
 import torch
 
 from branchwise.kernels import ops
+from branchwise.kernels.addends import Addends
 from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.kv_pool import KVPool
@@ -64,6 +68,47 @@ class Harness:
             hidden = self.decoder.forward(tokens, self.pool, self.attention, outputs)
             logits = self.decoder.logits(hidden)
         return list(logits.split(q_lens.tolist())) if outputs is None else [logits]
+
+
+class ThreadGroup:
+    """A `TensorGroup` whose ranks are threads of one process."""
+
+    def __init__(self, rank: int, size: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, size
+        self._slots, self._barrier = slots, barrier
+
+    def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
+        self._slots[self.rank] = x.clone()
+        self._barrier.wait(30)
+        everyone = list(self._slots)
+        self._barrier.wait(30)
+        return everyone
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(torch.stack(self._exchange(x)).sum(0))
+
+    def addends(self, x: torch.Tensor) -> Addends:
+        return Addends(tuple(self._exchange(x)), torch.empty(0))
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchange(x))
+
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(self._exchange(x)[0])
+
+
+def _on_ranks(size: int, work: Callable[[ThreadGroup], Any]) -> list[Any]:
+    """What ``work`` returns on each of ``size`` ranks."""
+    slots, barrier = [None] * size, threading.Barrier(size)
+    groups = [ThreadGroup(rank, size, slots, barrier) for rank in range(size)]
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(work, groups))
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[[int, Callable[[ThreadGroup], Any]], list[Any]]:
+    """``on_ranks(size, work)`` is what ``work(group)`` returns on each rank."""
+    return _on_ranks
 
 
 @pytest.fixture(scope="session")

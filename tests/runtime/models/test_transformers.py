@@ -17,10 +17,16 @@ import transformers
 
 from branchwise import Engine, LoadError, SamplingParams
 from branchwise.kernels import ops
+from branchwise.kernels.attention.base import AttentionBatch
+from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.kv_pool import KVLayout, KVPool
 from branchwise.runtime.config import EngineConfig, check
 from branchwise.runtime.models.config import ModelConfig
+from branchwise.runtime.models.decoder import StepTokens
 from branchwise.runtime.models.hf import library
 from branchwise.runtime.models.hf.config import load_transformers_config
+from branchwise.runtime.models.hf.loader import load_model
+from branchwise.runtime.models.hf.model import make_decoder
 from branchwise.runtime.models.hf.norm import replace_norms
 from branchwise.runtime.models.hf.trace import window_of
 from branchwise.runtime.models.implementation import load_model_config
@@ -28,7 +34,7 @@ from branchwise.runtime.models.implementation import load_model_config
 TOLERANCE = 1e-4
 # Of `OTHERS` in checkpoints.py.
 OTHERS = ["gpt2", "gpt-neox", "opt", "phi", "olmo", "nemotron", "helium", "cwm", "vaultgemma"]
-OTHERS += ["diffllama", "minicpm3", "afmoe"]
+OTHERS += ["diffllama", "minicpm3", "afmoe", "granite-swa"]
 PROMPT = np.random.default_rng(0).integers(4, 300, 40).tolist()
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 SCHEMA = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]}
@@ -137,7 +143,6 @@ _SMALL = {
         ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "layers of conv, whose state is not"),
         ("MambaConfig", {}, "not marked in transformers"),
         ("FalconConfig", {"alibi": True}, "not marked in transformers as compatible"),
-        ("GraniteSWAConfig", {}, "attention sinks"),
         ("Gemma4TextConfig", {"global_head_dim": 32, "head_dim": 16}, "its layers have different heads"),
         ("T5Config", {}, "no causal language model"),
         ("DogeConfig", {}, "cannot be traced without weights"),
@@ -263,3 +268,46 @@ def test_a_norm_that_computes_something_else_stays(checkpoint: Callable[[str], P
     model.model.norm.__class__ = type("OtherRMSNorm", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
     with torch.inference_mode():
         assert replace_norms(model, ops) == 12
+
+
+@pytest.mark.parametrize(("family", "size"), [("phi", 2), ("cwm", 2), ("nemotron", 2), ("gpt-neox", 4)])
+def test_ranks_compute_what_one_does(family: str, size: int, on_ranks: Any, checkpoint: Callable[[str], Path]) -> None:
+    folder, cpu = checkpoint(family), torch.device("cpu")
+    config = load_transformers_config(folder)
+    config.check_ranks(size)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+
+    def work(group: Any) -> torch.Tensor:
+        decoder = make_decoder(config, load_model(config, torch.float32), ops, cpu, group, int8=False)
+        heads = decoder.config.num_kv_heads
+        assert heads == config.num_kv_heads // size
+        pool = KVPool.allocate(KVLayout(config.num_layers, 64, heads, config.head_dim, torch.float32), 1, cpu)
+        attention = TorchAttention(pool, decoder.layer_specs(), decoder.config.num_heads)
+        table, length = np.zeros((1, 1), np.int32), np.array([len(PROMPT)], np.int32)
+        positions = torch.arange(len(PROMPT))
+        with torch.inference_mode():
+            attention.plan(AttentionBatch(np.zeros(1, np.int32), length, length, 0, 64, torch.from_numpy(table), table))
+            tokens = StepTokens(torch.tensor(PROMPT), positions, positions)
+            return decoder.logits(decoder.forward(tokens, pool, attention))
+
+    for got in on_ranks(size, work):
+        assert got.shape == expected.shape and (got - expected).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "ranks", "reason"),
+    [
+        ("cwm", 4, "4 attention heads and 2 KV heads"),
+        ("gpt2", 2, "has no plan that cuts its attention"),
+        ("granite-swa", 2, "sinks are not cut"),
+        ("qwen3-moe", 2, "in a way .* that is not supported"),
+    ],
+)
+def test_what_cannot_be_split_is_refused(
+    family: str, ranks: int, reason: str, checkpoint: Callable[[str], Path]
+) -> None:
+    config = EngineConfig(model_impl="transformers", tensor_parallel_size=ranks)
+    with pytest.raises(LoadError, match=reason):
+        load_model_config(config, checkpoint(family))
