@@ -69,9 +69,12 @@ def _cpu(pid: int) -> float:
 
 
 @contextmanager
-def server(folder: Path, step_seconds: float, checkout: Path | None, **engine: Any) -> Iterator[Server]:
-    engine = {"model": str(folder), "max_model_len": 65_536, "max_num_batched_tokens": 8192, **engine}
-    config = {"engine": engine, "port": 0, "null_executor": True, "null_step_seconds": step_seconds}
+def server(folder: Path | None, step_seconds: float, checkout: Path | None, **engine: Any) -> Iterator[Server]:
+    """``folder``: of a tokenizer, for the null executor; None: the shipped model."""
+    config: dict[str, Any] = {"engine": engine, "port": 0}
+    if folder is not None:
+        engine |= {"model": str(folder), "max_model_len": 65_536, "max_num_batched_tokens": 8192}
+        config |= {"null_executor": True, "null_step_seconds": step_seconds}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if checkout is not None:
         environment["PYTHONPATH"] = str(checkout.resolve())
