@@ -38,7 +38,8 @@ CLICK = """new Promise((done) => {
   requestAnimationFrame(() => {
     const begun = performance.now();
     (document.querySelector('.listed button') || [...document.querySelectorAll('button.cell')].pop()).click();
-    const look = () => document.querySelector('aside .full') ? done(performance.now() - begun) : requestAnimationFrame(look);
+    const look = () =>
+      document.querySelector('aside .full') ? done(performance.now() - begun) : requestAnimationFrame(look);
     look();
   });
 })"""
