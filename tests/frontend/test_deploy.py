@@ -78,6 +78,50 @@ def test_compose() -> None:
     assert scrape["metrics_path"] == "/metrics"
 
 
+def test_compose_is_of_the_specification() -> None:
+    pytest.importorskip("check_jsonschema")
+    command = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec"]
+    done = subprocess.run([*command, str(DEPLOY / "compose.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.33"])
+def test_kubernetes_takes_the_manifests(version: str) -> None:
+    """No field that the API does not know, and none of another type."""
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests():
+        kubernetes_validate.validate(manifest, version, strict=True)
+    wrong = manifests()[2]
+    wrong["spec"]["template"]["spec"]["containers"][0]["livenessProb"] = {}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(wrong, version, strict=True)
+
+
+def test_prometheus_takes_the_dashboards_queries() -> None:
+    promql_parser = pytest.importorskip("promql_parser")
+    panels = json.loads((DEPLOY / "grafana/branchwise.json").read_text())["panels"]
+    queries = [target["expr"] for panel in panels for target in panel["targets"]]
+    for query in queries:
+        promql_parser.parse(query.replace("$__rate_interval", "1m"))
+    with pytest.raises(ValueError):
+        promql_parser.parse("rate(branchwise_steps_total[1m]")
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        ("hadolint", ["Dockerfile", "Dockerfile.gpu"]),
+        ("promtool", ["check", "config", "--syntax-only", "prometheus.yml"]),
+    ],
+)
+def test_tools_that_are_here_find_no_fault(tool: str, arguments: list[str]) -> None:
+    program = shutil.which(tool)
+    if program is None:
+        pytest.skip(f"no {tool} here")
+    done = subprocess.run([program, *arguments], cwd=DEPLOY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_dashboard_shows_metrics_that_exist() -> None:
     families = text_string_to_metric_families(Metrics().render().decode())
     known = {sample.name for family in families for sample in family.samples}
