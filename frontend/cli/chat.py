@@ -18,12 +18,15 @@ if TYPE_CHECKING:
     from ...runtime.sampling_params import SamplingParams
     from .models import ChatTurn, Generated, Model
 
-HELP = """\
+HELP = '''\
 /reset  forget the conversation and start over
 /help   this list
 /exit   leave (or Ctrl-D)
-Ctrl-C  cut an answer short"""
+"""     begin a message of several lines, and end it; a line that ends with \\ goes on too
+Ctrl-C  cut an answer short'''
 PROMPT = "\001\033[1;36m\002you >\001\033[0m\002 "  # \001 and \002: readline must not count the colours
+MORE = "\001\033[36m\002  ... \001\033[0m\002 "
+BLOCK = '"""'
 
 
 @config_flags(*ENGINE_FLAGS)
@@ -138,7 +141,7 @@ def _account(generated: Generated, waited: float, seconds: float) -> str:
 
 
 def _lines(model: Model) -> Iterator[str]:
-    """The lines that are typed, until end of file, without empty ones. A terminal gets a prompt, history and line
+    """The messages that are typed, until end of file, without empty ones. A terminal gets a prompt, history and line
     editing."""
     interactive = sys.stdin.isatty()
     if interactive:
@@ -147,10 +150,26 @@ def _lines(model: Model) -> Iterator[str]:
         out.print(f"talking to {model.name}: type a message, /help for commands, Ctrl-D to leave", style="dim")
     while True:
         try:
-            line = input(PROMPT if interactive else "").strip()
+            message = _message(PROMPT if interactive else "", MORE if interactive else "")
         except EOFError:
             if interactive:
                 out.print()
             return
-        if line:
-            yield line
+        if message:
+            yield message
+
+
+def _message(prompt: str, more: str) -> str:
+    """One message: a line, lines that end with a backslash and the one after them, or all between two \"\"\"."""
+    line = input(prompt).strip()
+    lines = []
+    if line.startswith(BLOCK):
+        line = line.removeprefix(BLOCK)
+        while not line.endswith(BLOCK):
+            lines.append(line)
+            line = input(more).rstrip()
+        line = line.removesuffix(BLOCK)
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        line = input(more).rstrip()
+    return "\n".join([*lines, line]).strip()

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from branchwise.frontend.cli import chat
+
 pytest.importorskip("readline")
 
 
@@ -50,5 +52,27 @@ def test_a_chat_on_a_terminal() -> None:
     chat.wait_for("you >", 3)
     again = chat.shown.split("you >")[2]
     assert "Who is Mira" in again and re.search(r"[1-9]\d* of \d+ prompt tokens were cached", again)
+    chat.type('"""Read this:\nBruno lives in Milford.\nWhere does Bruno live?"""\n')
+    chat.wait_for("you >", 4)
+    assert "..." in chat.shown and "Bruno lives in Milford." in chat.shown.split("Where does Bruno live?")[-1]
     chat.type("\x04")
     assert chat.exit_code() == 0
+
+
+@pytest.mark.parametrize(
+    ("typed", "messages"),
+    [
+        (["one", "two"], ["one", "two"]),
+        (["one \\", "  two", "three"], ["one \n  two", "three"]),
+        (['"""one', "", "  two", '"""', "three"], ["one\n\n  two", "three"]),
+        (['"""one"""', '"""', "two", 'three"""'], ["one", "two\nthree"]),
+        (["", "/help"], ["", "/help"]),
+    ],
+)
+def test_a_message_may_have_several_lines(
+    monkeypatch: pytest.MonkeyPatch, typed: list[str], messages: list[str]
+) -> None:
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert [chat._message("", "") for _ in messages] == messages
+    assert next(lines, None) is None
