@@ -22,6 +22,7 @@ from .triton_launch import kernel
 from .triton_routing import Alignment
 
 _HALF = MXFP4_BLOCK // 2
+MANY_TOKENS = 2048  # of a step
 
 
 class Tile(NamedTuple):
@@ -202,8 +203,36 @@ def _combine(
     tl.store(out_ptr + token * N + n, total.to(out_ptr.dtype.element_ty), n < N)
 
 
+@kernel("blocks")
+def _dequantize(
+    codes_ptr: tl.tensor, scale_ptr: tl.tensor, out_ptr: tl.tensor, blocks: tl.tensor, BLOCKS: tl.constexpr
+) -> None:
+    """Some blocks of 32 inputs, as `interleave_mxfp4` lays them out."""
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    byte, exists = tl.arange(0, 16), (block < blocks)[:, None]
+    codes = tl.load(codes_ptr + block[:, None] * 16 + byte[None, :], exists, other=0).to(tl.int32)
+    scale = tl.load(scale_ptr + block, block < blocks, other=0).to(tl.int32)
+    factor = ((scale + 14) << 23).to(tl.float32, bitcast=True)[:, None]
+    out_ptrs = out_ptr + block[:, None] * 32 + byte[None, :]
+    tl.store(out_ptrs, _widen(codes & 15, factor, out_ptr.dtype.element_ty), exists)
+    tl.store(out_ptrs + 16, _widen(codes >> 4, factor, out_ptr.dtype.element_ty), exists)
+
+
+def dequantized(weight: ExpertWeight, dtype: torch.dtype) -> ExpertWeight:
+    """A weight in interleaved MXFP4 in ``dtype``."""
+    assert weight.scale is not None
+    rows, size = weight.values.shape
+    out = torch.empty((rows, 2 * size), dtype=dtype, device=weight.values.device)
+    blocks, some = weight.scale.numel(), 64
+    _dequantize((triton.cdiv(blocks, some), 1, 1), (weight.values, weight.scale, out), (blocks,), (some,), warps=4)
+    return ExpertWeight(out, bias=weight.bias)
+
+
 class TritonExperts:
     """See `experts.Experts`.
+
+    In steps of many tokens, each product first dequantizes its weight in MXFP4 whole: tiles would widen it once for
+    each of their rows. Such steps are larger than any captured one, so no CUDA graph keeps the buffer.
 
     Args:
         gate_up: gate and up of each expert, gate first.
@@ -227,9 +256,14 @@ class TritonExperts:
             return out
         tile = pick_tile(ids.numel() / self._count, self.weights[0].scale is None)
         alignment = Alignment(ids, self._count, tile.rows)
-        inner = products(x, self.weights[0], alignment, self._inner, self._activation, tile)
-        combine(products(inner, self.weights[1], alignment, self._outputs, "", tile), alignment, weights, out)
+        inner = products(x, self._weight(0, x), alignment, self._inner, self._activation, tile)
+        combine(products(inner, self._weight(1, x), alignment, self._outputs, "", tile), alignment, weights, out)
         return out
+
+    def _weight(self, nth: int, x: Tensor) -> ExpertWeight:
+        """Of the first or the second product of a step with inputs ``x``."""
+        weight = self.weights[nth]
+        return dequantized(weight, x.dtype) if weight.format == "mxfp4" and len(x) > MANY_TOKENS else weight
 
 
 def products(

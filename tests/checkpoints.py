@@ -296,7 +296,6 @@ OTHERS: dict[str, Family] = {
     "gpt-neox": Family("GPTNeoXConfig", "GPTNeoXForCausalLM", {"rotary_pct": 0.5}),
     "opt": Family("OPTConfig", "OPTForCausalLM", {"ffn_dim": 112, "word_embed_proj_dim": 64, "pad_token_id": 2}),
     "phi": Family("PhiConfig", "PhiForCausalLM"),
-    "olmo": Family("OlmoConfig", "OlmoForCausalLM", {"clip_qkv": 8.0}),
     "nemotron": Family("NemotronConfig", "NemotronForCausalLM"),
     "helium": Family("HeliumConfig", "HeliumForCausalLM"),
     "cwm": Family("CwmConfig", "CwmForCausalLM", {"sliding_window": 24}),

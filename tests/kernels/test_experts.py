@@ -102,8 +102,9 @@ def test_fused_experts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One block of tokens, and several.
-    for rows in (16, 64):
+    for rows, many in ((16, 2048), (64, 30)):
         monkeypatch.setattr(triton_experts, "pick_tile", lambda *_, rows=rows: Tile(64, rows, 64, 4, 2))
+        monkeypatch.setattr(triton_experts, "MANY_TOKENS", many)
         (gate_up, plain_up), (down, plain_down) = (
             weight(format, 2 * inner, hidden, bias),
             weight(format, hidden, inner, bias),

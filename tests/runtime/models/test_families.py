@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from branchwise.runtime.models.registry import ARCHITECTURES
+from branchwise.runtime.models.registry import ARCHITECTURES, listing
 
 TOLERANCE = 1e-4
 Make = Callable[[str, int], Any]
@@ -20,6 +21,11 @@ def test_every_architecture_has_a_recipe(checkpoints: Any) -> None:
     """But for the wrappers whose text model has one of its own; test_loader.py has their layouts."""
     made = {family.model for family in checkpoints.FAMILIES.values()}
     assert set(ARCHITECTURES) - made == {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"}
+
+
+def test_the_documentation_lists_every_architecture() -> None:
+    """With `branchwise models`, whose output it is."""
+    assert listing() in (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:

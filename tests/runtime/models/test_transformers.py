@@ -33,7 +33,7 @@ from branchwise.runtime.models.implementation import load_model_config
 
 TOLERANCE = 1e-4
 # Of `OTHERS` in checkpoints.py.
-OTHERS = ["gpt2", "gpt-neox", "opt", "phi", "olmo", "nemotron", "helium", "cwm", "vaultgemma"]
+OTHERS = ["gpt2", "gpt-neox", "opt", "phi", "nemotron", "helium", "cwm", "vaultgemma"]
 OTHERS += ["diffllama", "minicpm3", "afmoe", "granite-swa"]
 PROMPT = np.random.default_rng(0).integers(4, 300, 40).tolist()
 GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
