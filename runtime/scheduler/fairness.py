@@ -14,6 +14,8 @@ from .ledger import Ledger
 from .request import Request
 from .rows import PREFILL
 
+_PROMPT_PART = 4  # while several owners have requests, prompts get one part in so many of a step's budget,
+_PROMPT_LEAST = 256  # and at least so many tokens: shorter steps compute less in the same time
 _FIRST_RUN = 32  # tokens that a retracted request may compute before it can yield again; doubled each time
 
 
@@ -83,6 +85,11 @@ class Fairness:
             ):
                 return each
         return None
+
+    def prompt_budget(self, budget: int) -> int:
+        """How many of a step's ``budget`` tokens prompts may have. Less while several owners have requests: the prompts
+        of one make each token of the others later by a step's time (stall-free batching, Sarathi-Serve, OSDI 2024)."""
+        return min(budget, max(_PROMPT_LEAST, budget // _PROMPT_PART)) if self.contended else budget
 
     def prompt_shares(self, budget: int) -> dict[str, int]:
         """How many of the step's ``budget`` tokens the running prompts of each owner may have. Empty: no limit."""

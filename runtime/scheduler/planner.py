@@ -56,6 +56,7 @@ class Planner:
             step = self._tree.begin_step()
             draft = Draft(step, self._budget)
             self._decodes(draft)
+            draft.budget = min(draft.budget, self._fairness.prompt_budget(self._budget))
             producers = self._prefills(draft)
             if not draft.retracted:
                 self._admissions(draft, producers)

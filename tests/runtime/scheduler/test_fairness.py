@@ -92,6 +92,21 @@ def test_a_long_prompt_of_one_owner_leaves_tokens_of_each_step_to_another(make_d
     driver.verify()
 
 
+def test_prompts_of_one_owner_do_not_lengthen_the_steps_of_another(make_driver):
+    """While both have requests, a quarter of a step's budget is for prompts; before and after, all of it."""
+    driver = make_driver(num_pages=4096, max_num_seqs=8, max_num_batched_tokens=2048, max_len=8192)
+    for i in (1, 2):
+        driver.add(prompt(i, 2500), owner="flood", max_tokens=1)
+    driver.step()
+    steps_until(driver, driver.add(prompt(3, 14), owner="small", max_tokens=4), 5)
+    driver.drain()
+    alone, *both = [plan.num_tokens for plan in driver.executor.plans]
+    assert alone == 2048 and max(both[:4]) <= 512 + 1
+    assert sum(both[:4]) >= 4 * 512  # and what is left is used
+    assert max(both[4:]) > 512
+    driver.verify()
+
+
 @pytest.mark.parametrize("policy", ["hrrn", "fcfs", "lpm", "priority"])
 def test_nobody_waits_longer_than_the_bound(make_driver, policy, monkeypatch):
     """A stream that every policy prefers: more urgent, shorter, and with longer hits. What it delays is first once it
