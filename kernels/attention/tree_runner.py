@@ -92,7 +92,8 @@ class TreeRunner:
         self._staged_positions = Staging(max_tokens, torch.int32, device)
         self._partial = torch.empty((limits.slots, heads, layout.head_dim), dtype=torch.float32, device=device)
         self._lse = torch.empty((limits.slots, heads), dtype=torch.float32, device=device)
-        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # In captured steps each tile has a stream of its own: most launches are too small to fill the device.
+        self._sides = [torch.cuda.Stream(device) for _ in self.tiles[1:]] if device.type == "cuda" else []
 
     def load(self, plan: TreePlan, padded: int) -> None:
         """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
@@ -124,18 +125,17 @@ class TreeRunner:
             grid: items to launch for each tile; those beyond the plan's exit at once.
             num_tokens: query tokens to merge.
         """
-        side = self._side
-        if side is None or not torch.cuda.is_current_stream_capturing():
-            for nth in range(len(self.tiles)):
-                self.attend(nth, layer, spec, q, out, grid[nth])
-        else:  # side by side: the narrow tile fills what the wide one leaves idle
-            main = torch.cuda.current_stream()
-            side.wait_stream(main)
+        sides: list[torch.cuda.Stream] = []
+        if self._sides and torch.cuda.is_current_stream_capturing():
+            sides = self._sides
+        for nth, side in enumerate(sides, start=1):
+            side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                for nth in range(1, len(self.tiles)):
-                    self.attend(nth, layer, spec, q, out, grid[nth])
-            self.attend(0, layer, spec, q, out, grid[0])
-            main.wait_stream(side)
+                self.attend(nth, layer, spec, q, out, grid[nth])
+        for nth in range(1 if sides else len(self.tiles)):
+            self.attend(nth, layer, spec, q, out, grid[nth])
+        for side in sides:
+            torch.cuda.current_stream().wait_stream(side)
         merge_slots(
             (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
             (self._partial, self._lse, self._merges, self._slots, self._sinks(spec), out),
