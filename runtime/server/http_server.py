@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 from collections.abc import Iterator
 
 import uvicorn
 
 from ..config import ServerConfig
+from .client_warnings import client_warnings
 from .http.app import make_app
 from .http.plumbing.protocol import bounded
 from .http.state import AppState
@@ -20,6 +22,7 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, config: ServerConfig, state: AppState) -> None:
         debug = config.log_level == "debug"
+        logging.getLogger("uvicorn.error").addFilter(client_warnings)  # "Invalid HTTP request received."
         super().__init__(
             uvicorn.Config(
                 make_app(state),

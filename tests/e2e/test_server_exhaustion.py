@@ -71,6 +71,16 @@ def test_no_descriptors_at_all_are_a_line_and_not_megabytes(start_server: Any) -
     assert server.stop() == 0
 
 
+def test_requests_that_are_not_http_are_a_line_in_ten_seconds(start_server: Any) -> None:
+    server = start_server()
+    for _ in range(200):
+        with socket.create_connection(("127.0.0.1", server.info["port"]), timeout=10) as connection:
+            connection.sendall(b"\0\r\n\r\n")
+            assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
+    assert 1 <= server.log.read_text().count("Invalid HTTP request received.") <= 4
+    assert server.stop() == 0
+
+
 def test_a_log_that_nobody_reads_does_not_stop_the_server() -> None:
     arguments = ["serve", "--port", "0", "--kv-cache-tokens", "8192", "--log-level", "debug"]
     environment = os.environ | {"COLUMNS": "200", "OMP_NUM_THREADS": "1"}
