@@ -79,8 +79,8 @@ class KVLayout:
         """Shape and dtype of the pool's memory. A page is index p of the third dimension in all layouts.
 
         Plain: ``[layers, 2, pages, page_size, kv_heads, head_dim]``. Quantized: uint8 ``[layers, 1, pages, bytes]``,
-        where a page is its keys, its values, the keys' scales and the values' scales, each ``[page_size, kv_heads,
-        bytes of one head]``.
+        where a page is its keys, its values, the keys' scales and the values' scales, each ``[kv_heads, page_size,
+        bytes of one head]``: a kernel reads one head, whose rows of 4-bit channels would be short bursts otherwise.
         """
         if self.quantized:
             return (self.num_layers, 1, num_pages, self.page_bytes // self.num_layers), torch.uint8
@@ -101,7 +101,9 @@ class KVLayout:
             return KVLayer(data[0], data[1], empty, empty)
         sizes, formats = self._parts(), (self.k_format, self.v_format)
         parts = data[0, :, : sum(sizes)].split(sizes, dim=1)
-        k, v, k_scales, v_scales = (part.unflatten(1, (self.page_size, self.kv_heads, -1)) for part in parts)
+        k, v, k_scales, v_scales = (
+            part.unflatten(1, (self.kv_heads, self.page_size, -1)).transpose(1, 2) for part in parts
+        )
         k, v = (x.view(self.dtype) if each.plain else x for x, each in zip((k, v), formats, strict=True))
         record = PageRecord(data.shape[2], sizes[0], sizes[0] + sizes[1], sum(sizes[:3]))
         return KVLayer(k, v, k_scales, v_scales, *formats, record)
@@ -120,7 +122,7 @@ class PageRecord(NamedTuple):
 class KVLayer:
     """One layer of the pool. ``k`` and ``v`` have the model's dtype where their format is plain, else uint8."""
 
-    k: Tensor  # [pages, page_size, kv_heads, head_dim, or the bytes of one head]; pages may be strided
+    k: Tensor  # [pages, page_size, kv_heads, head_dim, or the bytes of one head]; may be strided
     v: Tensor
     k_scales: Tensor  # uint8 [pages, page_size, kv_heads, bytes of one head's scales]
     v_scales: Tensor

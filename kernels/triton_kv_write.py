@@ -173,7 +173,7 @@ def write_quantized(
     is_key = (head >= HEADS) & (head < HEADS + KV_HEADS)
     is_value = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS)
     kv_head = tl.where(is_key | is_value, (head - HEADS) % KV_HEADS, 0)
-    place = (slot % PAGE_SIZE) * KV_HEADS + kv_head
+    place = kv_head * PAGE_SIZE + slot % PAGE_SIZE
     page_ptr = pool_ptr.to(tl.pointer_type(tl.uint8)) + (slot // PAGE_SIZE) * PAGE
     static = tl.zeros([ROWS], tl.float32)
     if STATIC:

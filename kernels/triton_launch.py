@@ -21,8 +21,8 @@ class Kernel:
     CUDA graph.
     """
 
-    def __init__(self, function: Callable[..., None], integers: Sequence[str]) -> None:
-        self._jit: Any = triton.jit(function, do_not_specialize=list(integers))
+    def __init__(self, function: Callable[..., None], integers: Sequence[str], jit: Callable[..., Any]) -> None:
+        self._jit: Any = jit(function, do_not_specialize=list(integers))
         self._compiled: dict[tuple[object, ...], Any] = {}
 
     def __call__(
@@ -51,6 +51,6 @@ class Kernel:
             self._compiled[key] = compiled
 
 
-def kernel(*integers: str) -> Callable[[Callable[..., None]], Kernel]:
-    """Decorates a Triton kernel; ``integers`` names its integer parameters that are not constants."""
-    return lambda function: Kernel(function, integers)
+def kernel(*integers: str, jit: Callable[..., Any] = triton.jit) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorates a kernel; ``integers`` names its integer parameters that are not constants; ``jit``: or Gluon's."""
+    return lambda function: Kernel(function, integers, jit)

@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 
 from ..arrays import Int64
-from ..kv_pool import KVPool
+from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from .base import LayerSpec
+from .register_kernel import MOST_ROWS, attend_few, reads_in_registers, register_keys
 from .split import ITEM_FIELDS
 from .tree_plan import TreeLimits, TreePlan
 from .triton_kernels import attend, merge_slots
@@ -30,9 +31,10 @@ class TreeTile(NamedTuple):
     keys: int  # read at a time
     warps: int
     stages: int
+    in_registers: bool = False  # whether `attend_few` runs it, not `attend`
 
 
-def tree_tiles(head_dim: int, itemsize: int, group: int, quantized: bool = False) -> tuple[TreeTile, ...]:
+def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
     """Tiles of ascending size. Larger ones spill registers (checked for sm_90 in the tests).
 
     The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
@@ -40,6 +42,8 @@ def tree_tiles(head_dim: int, itemsize: int, group: int, quantized: bool = False
     arithmetic: with 5 stages, 8 groups of 32 requests on 8k tokens take 94 µs with 128 rows (365 TFLOP/s) and 110 with
     64, which leave fewer rows empty where fewer requests share a node.
     """
+    head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
+    least = triton.next_power_of_2(group)
     tiles: tuple[TreeTile, ...]
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         tiles = TreeTile(16, 32, 4, 2), TreeTile(32, 32, 4, 2)
@@ -51,8 +55,9 @@ def tree_tiles(head_dim: int, itemsize: int, group: int, quantized: bool = False
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
-    least = triton.next_power_of_2(group)
-    if least > tiles[0].rows:
+    if least <= MOST_ROWS and reads_in_registers(layout):
+        tiles = TreeTile(max(8, least), register_keys(layout), 1, 1, True), *tiles[1:]
+    elif least > tiles[0].rows:
         narrow = tiles[0]._replace(rows=least, warps=max(tiles[0].warps, least // 16))
         tiles = (narrow, *(tile for tile in tiles[1:] if tile.rows > least))
     return tiles
@@ -154,7 +159,8 @@ class TreeRunner:
             return
         tile, kv, table = self.tiles[nth], self.pool.layer(layer), self._table
         kv_heads = self._shape[1]
-        attend(
+        launch = attend_few if tile.in_registers else attend
+        launch(
             (kv_heads, items, 1),
             (
                 *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, self._queries, self._positions, self._items[nth]),

@@ -16,10 +16,11 @@ import triton
 from torch import Tensor
 
 from ..arrays import Int64, ranges
-from ..kv_pool import KVPool
+from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from ..triton_launch import ALIGNMENT
 from .base import AttentionBatch, LayerSpec, RequestGroup, StepShape, split_step
+from .register_kernel import MOST_ROWS, attend_few, reads_in_registers, register_keys
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
@@ -38,10 +39,14 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     per_sm: int  # programs to aim at for each multiprocessor: two rounds of what fits at once
+    in_registers: bool = False  # whether `attend_few` runs it, not `attend`
 
 
-def tile_for(rows: int, head_dim: int, itemsize: int, quantized: bool = False) -> Tile:
+def tile_for(rows: int, layout: KVLayout) -> Tile:
     """The tile for requests of about so many rows. Larger ones spill registers (checked for sm_90 in the tests)."""
+    head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
+    if rows <= MOST_ROWS and reads_in_registers(layout):
+        return Tile(8 if rows <= 8 else 16, register_keys(layout), 1, 1, 24, True)
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         return Tile(16, 32, 4, 2, 4) if rows <= 16 else Tile(32, 32, 4, 2, 4)
     if head_dim > 128:
@@ -124,7 +129,6 @@ class TritonAttention:
             raise ValueError("scales must be positive")
         self._pool, self._layers, self._fixed = pool, layers, fixed
         self._heads, self._kv_heads, self._group = num_heads, kv_heads, num_heads // kv_heads
-        self._itemsize = layout.dtype.itemsize
         self._precision = "ieee" if layout.dtype == torch.float32 else "tf32"
         self._storage = pool.layer(0).strides, layout.k_format.name, layout.v_format.name
         self._block_d = triton.next_power_of_2(self._head_dim)
@@ -185,7 +189,8 @@ class TritonAttention:
         sinks = self._lse if spec.sinks is None else spec.sinks
         for call in self._calls[spec.window]:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
-            attend(
+            launch = attend_few if tile.in_registers else attend
+            launch(
                 (self._kv_heads, items, 1),
                 (
                     *(q, kv.k, kv.v, kv.k_scales, kv.v_scales, table, call.queries, self._positions, call.items),
@@ -233,8 +238,8 @@ class TritonAttention:
 
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
-        rows = FIXED_ROWS if self._fixed else tokens * self._group
-        tile = tile_for(rows, self._head_dim, self._itemsize, self._pool.layout.quantized)
+        rows = FIXED_ROWS if self._fixed else max(tokens * self._group, triton.next_power_of_2(self._group))
+        tile = tile_for(rows, self._pool.layout)
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group
 

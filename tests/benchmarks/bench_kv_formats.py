@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -37,6 +38,8 @@ CASES = [
     ("8 x 32 x 8k", 256, 8320, 8192),
 ]
 NARROW = [(16, 32, 1, 3), (16, 32, 1, 5), (16, 64, 2, 5), (16, 64, 4, 4)]
+IN_REGISTERS = [(8, 16, 1, 1, True), (8, 32, 1, 1, True)]
+WORKERS = (8, 16, 24, 32)  # programs a multiprocessor, for the tiles in registers
 WIDE = [(64, 64, 4, 5), (128, 64, 8, 5)]
 
 
@@ -86,15 +89,34 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
     nth = len(tiles) - 1 if shared else 0
     candidates = [tiles[nth]]
     if sweep:
-        candidates += [TreeTile(*tile) for tile in (WIDE if shared else NARROW)]
-    tree._members = None
-    plan = tree._plan_members(step, tree._find_members(step, requests), tree._limits, True)
-    assert plan is not None
-    tree._runner.load(plan, requests)
-    tree._runner.advance(np.full(requests, tokens - 1))
-    grid = tuple(len(items) for items in plan.items)
+        narrow = IN_REGISTERS if tiles[0].in_registers else NARROW
+        candidates += [TreeTile(*tile) for tile in (WIDE if shared else narrow)]
     out = torch.empty_like(q)
     times: dict[TreeTile | str, float] = {}
+
+    def load(workers: int) -> tuple[int, ...]:
+        """Plans for so many programs of the narrow tile a multiprocessor."""
+        tree._workers = (workers * tree_backend._processors(pool) // KV_HEADS, *tree._workers[1:])
+        limits = replace(tree._limits, workers=tree._workers, items=tree._items(max(requests, 64)))
+        tree._members = None
+        plan = tree._plan_members(step, tree._find_members(step, requests), limits, True)
+        assert plan is not None
+        tree._runner.load(plan, requests)
+        tree._runner.advance(np.full(requests, tokens - 1))
+        nonlocal keys
+        keys = plan.keys_read
+        return tuple(len(items) for items in plan.items)
+
+    keys = 0
+    if sweep and not shared and tiles[0].in_registers:
+        for workers in WORKERS:
+            grid = load(workers)
+            for each in IN_REGISTERS:
+                tree._runner.tiles[nth] = TreeTile(*each)
+                times[f"{each[1]} keys, {workers} workers"] = milliseconds(
+                    launches(tree._runner.run, 0, SPEC, q, out, grid, requests)
+                )
+    grid = load(24 if tiles[0].in_registers else tree_backend.WORKERS[0])
     for tile in dict.fromkeys(candidates):
         tree._runner.tiles[nth] = tile
         try:
@@ -104,7 +126,6 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
     if not shared:
         flat.plan(step)
         times["flat"] = milliseconds(launches(flat.run, 0, q, q, q, out))
-    keys = plan.keys_read
     base.setdefault(name, min(times.values()))
     best = min(times, key=times.__getitem__)
     gb = keys * pool.layout.token_bytes / 1e6
@@ -163,6 +184,7 @@ def main() -> None:
     parser.add_argument("--no-check", action="store_true", help="compare nothing with the specification before")
     args = parser.parse_args()
     base: dict[str, float] = {}
+    tree_backend.IN_REGISTERS = max(WORKERS)  # room for the largest plan
     tree_backend.tune = lambda *_: None  # type: ignore[assignment]  # tiles are chosen here
     formats = args.formats.split(",")
     for choice in () if args.no_check else formats:

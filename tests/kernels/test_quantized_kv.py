@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,11 +22,16 @@ from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+import triton
+import triton.language as tl
+
 from branchwise.kernels import triton_ops
+from branchwise.kernels.attention import tree_runner, triton_backend
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+GLUON = "triton.experimental.gluon"
 CHOICES = ["fp8", "int4", "nvfp4", "k16v8"]
 PAGE, PAGES, ROWS, COLUMNS = 16, 81, 8, 10
 
@@ -120,3 +131,149 @@ def test_attention_reads_what_the_specification_does(
     for layer in range(len(SPECS)):
         want = oracle.run(layer, q.to(exact.layout.dtype), q, q)
         torch.testing.assert_close(attention.run(layer, q, q, q).float(), want.float(), atol=tolerance, rtol=tolerance)
+
+
+# -- Gluon without its layouts, in the interpreter ---------------------------------------------------------------------
+# A layout says which thread holds which element, not what is computed. That layouts fit each other is checked when a
+# kernel is compiled (`test_triton_compile`).
+
+
+class Language(ModuleType):
+    """`gl`: Triton's functions, looked up when they are called, without arguments that are layouts."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("Layout"):
+            return lambda *_, **__: None
+        found = getattr(tl, name)
+        if isinstance(found, type) or not callable(found):
+            return found
+        return lambda *args, **options: getattr(tl, name)(*args, **options)
+
+    @staticmethod
+    def arange(start: int, stop: int, layout: object = None) -> Any:
+        return tl.arange(start, stop)
+
+    @staticmethod
+    def full(shape: list[int], value: float, dtype: Any, layout: object = None) -> Any:
+        return tl.full(shape, value, dtype)
+
+    @staticmethod
+    def zeros(shape: list[int], dtype: Any, layout: object = None) -> Any:
+        return tl.zeros(shape, dtype)
+
+    @staticmethod
+    def convert_layout(value: Any, layout: object, assert_trivial: bool = False) -> Any:
+        return value
+
+
+def interpreted(name: str, replaced: dict[str, Any]) -> ModuleType:
+    """A copy of our module ``name`` whose Gluon kernels are interpreted. ``replaced``: its inline assembly."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.origin is not None
+    gluon, language, ampere = ModuleType(GLUON), Language(f"{GLUON}.language"), ModuleType("ampere")
+    gluon.jit, gluon.constexpr_function, gluon.language = triton.jit, lambda f: f, language  # type: ignore[attr-defined]
+    ampere.mma_v2 = lambda a, b, acc: tl.dot(a, b, acc)  # type: ignore[attr-defined]
+    modules = {
+        GLUON: gluon,
+        f"{GLUON}.language": language,
+        f"{GLUON}.language.nvidia.ampere": ampere,
+        "triton.experimental": mock.Mock(gluon=gluon),
+    }
+    copy = importlib.util.spec_from_file_location(f"{name}_interpreted", spec.origin)
+    assert copy is not None and copy.loader is not None
+    module = importlib.util.module_from_spec(copy)
+    with mock.patch.dict(sys.modules, modules | {copy.name: module}):
+        copy.loader.exec_module(module)
+    module.tl = tl  # type: ignore[attr-defined]  # the interpreter replaces what kernels' globals call so
+    for function, by in replaced.items():
+        setattr(module, function, by)
+    return module
+
+
+@triton.jit
+def byte_of(words: tl.tensor, index: tl.constexpr) -> tl.tensor:
+    return (words >> (8 * index)) & 0xFF
+
+
+@triton.jit
+def e4m3_pair(words: tl.tensor, UPPER: tl.constexpr) -> tl.tensor:
+    first: tl.constexpr = 2 if UPPER else 0
+    low = byte_of(words, first).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    high = byte_of(words, first + 1).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    return joined(low, high)
+
+
+@triton.jit
+def joined(low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    low, high = low.to(tl.int16, bitcast=True).to(tl.int32), high.to(tl.int16, bitcast=True).to(tl.int32)
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def times(words: tl.tensor, factors: tl.tensor) -> tl.tensor:
+    low = words.to(tl.int16).to(tl.float16, bitcast=True) * factors.to(tl.int16).to(tl.float16, bitcast=True)
+    words, factors = words >> 16, factors >> 16
+    high = words.to(tl.int16).to(tl.float16, bitcast=True) * factors.to(tl.int16).to(tl.float16, bitcast=True)
+    return joined(low, high)
+
+
+@triton.jit
+def picked(a: tl.tensor, b: tl.tensor, choice: tl.constexpr) -> tl.tensor:
+    """PTX's ``prmt``."""
+    result = tl.zeros_like(a)
+    for i in tl.static_range(4):
+        index: tl.constexpr = (choice >> (4 * i)) & 15
+        result |= (byte_of(a, index) if index < 4 else byte_of(b, index - 4)) << (8 * i)
+    return result
+
+
+@triton.jit
+def pick_bytes(a: tl.tensor, b: tl.tensor, LOW: tl.constexpr, HIGH: tl.constexpr) -> Any:
+    return picked(a, b, LOW), picked(a, b, HIGH)
+
+
+@triton.jit
+def laid_out_as(x: tl.tensor, other: tl.tensor) -> tl.tensor:
+    return x
+
+
+@pytest.fixture(scope="module")
+def attend_few() -> Iterator[Any]:
+    assembly = {"_e4m3_pair": e4m3_pair, "_times": times, "_pick_bytes": pick_bytes, "_laid_out_as": laid_out_as}
+    tiles = interpreted("branchwise.kernels.attention.register_tiles", assembly)
+    names = {name: getattr(tiles, name) for name in vars(tiles) if name.endswith(("_operand", "_channels", "_queries"))}
+    # The interpreter knows constants by Triton's name for them.
+    normalized = mock.patch("triton.runtime.jit._normalize_ty", lambda each: str(each).rpartition(".")[2])
+    with normalized:
+        yield interpreted("branchwise.kernels.attention.register_kernel", names).attend_few
+
+
+@pytest.mark.parametrize("keys", [16, 32])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("choice", ["fp8", "int4", "nvfp4", "k16v8"])
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the tests above run the kernel itself")
+def test_attention_in_registers_reads_what_the_specification_does(
+    attend_few: Any, choice: str, head_dim: int, keys: int
+) -> None:
+    heads = 4
+    pool = filled(choice, head_dim, torch.float16, layers=len(SPECS))
+    batch = step([(1, 70), (1, 150), (1, 64), (1, 90), (3, 100)])
+    q = torch.randn((int(batch.q_lens.sum()), heads, head_dim), generator=torch.Generator().manual_seed(2)).half() * 3
+    exact = pool if choice == "k16v8" else KVPool(pool.data, replace(pool.layout, dtype=torch.float32))
+    oracle = TorchAttention(exact, SPECS, heads, share=False)
+    oracle.plan(batch)
+    launched = mock.Mock(side_effect=attend_few)
+    with mock.patch.multiple(triton_backend, reads_in_registers=lambda _: True, register_keys=lambda _: keys), \
+        mock.patch.multiple(tree_runner, reads_in_registers=lambda _: True, register_keys=lambda _: keys), \
+        mock.patch.object(triton_backend, "attend_few", launched), \
+        mock.patch.object(tree_runner, "attend_few", launched):  # fmt: skip
+        flat = TritonAttention(pool, SPECS, heads)
+        tree = TreeAttention(pool, SPECS, heads, batch.page_table, TritonAttention(pool, SPECS, heads), 64)
+        for attention in (flat, tree):
+            attention.plan(batch)
+            launched.reset_mock()
+            for layer in range(len(SPECS)):
+                want = oracle.run(layer, q.to(exact.layout.dtype), q, q).float()
+                got = attention.run(layer, q, q, q).float()
+                torch.testing.assert_close(got, want, atol=3e-3, rtol=3e-3)
+            assert launched.call_count >= len(SPECS)

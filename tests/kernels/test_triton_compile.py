@@ -53,6 +53,7 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     from branchwise.kernels.triton_launch import Kernel
 
@@ -70,7 +71,7 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
         assert len(names) == values + len(constants)
         assert all(0 < side <= limit for side, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
         types = [TORCH_TO_TRITON[tensor.dtype] for tensor in tensors] + ["i32"] * len(integers)
-        source = ASTSource(
+        source = (GluonASTSource if self._jit.is_gluon() else ASTSource)(
             fn=self._jit,
             signature=dict(zip(names, types + ["constexpr"] * len(constants), strict=True)),
             constexprs={(values + i,): constant for i, constant in enumerate(constants)},
