@@ -13,7 +13,7 @@ from ..arrays import Int64
 from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from .base import LayerSpec
-from .register_kernel import MOST_ROWS, attend_few, reads_in_registers, register_keys
+from .register_kernel import attend_quantized, register_tile
 from .split import ITEM_FIELDS
 from .tree_plan import TreeLimits, TreePlan
 from .triton_kernels import attend, merge_slots
@@ -31,7 +31,7 @@ class TreeTile(NamedTuple):
     keys: int  # read at a time
     warps: int
     stages: int
-    in_registers: bool = False  # whether `attend_few` runs it, not `attend`
+    in_registers: bool = False  # whether `attend_quantized` runs it, not `attend`
 
 
 def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
@@ -55,8 +55,10 @@ def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
-    if least <= MOST_ROWS and reads_in_registers(layout):
-        tiles = TreeTile(max(8, least), register_keys(layout), 1, 1, True), *tiles[1:]
+    found = register_tile(least, layout), register_tile(64, layout)
+    if found[0] is not None and least <= 64:
+        wide = tiles[1:] if found[1] is None else (TreeTile(*found[1], stages=1, in_registers=True),)
+        tiles = TreeTile(*found[0], stages=1, in_registers=True), *(wide if found[0] != found[1] else ())
     elif least > tiles[0].rows:
         narrow = tiles[0]._replace(rows=least, warps=max(tiles[0].warps, least // 16))
         tiles = (narrow, *(tile for tile in tiles[1:] if tile.rows > least))
@@ -159,7 +161,7 @@ class TreeRunner:
             return
         tile, kv, table = self.tiles[nth], self.pool.layer(layer), self._table
         kv_heads = self._shape[1]
-        launch = attend_few if tile.in_registers else attend
+        launch = attend_quantized if tile.in_registers else attend
         launch(
             (kv_heads, items, 1),
             (

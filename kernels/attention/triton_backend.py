@@ -20,7 +20,7 @@ from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from ..triton_launch import ALIGNMENT
 from .base import AttentionBatch, LayerSpec, RequestGroup, StepShape, split_step
-from .register_kernel import MOST_ROWS, attend_few, reads_in_registers, register_keys
+from .register_kernel import attend_quantized, register_tile
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
@@ -39,14 +39,15 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     per_sm: int  # programs to aim at for each multiprocessor: two rounds of what fits at once
-    in_registers: bool = False  # whether `attend_few` runs it, not `attend`
+    in_registers: bool = False  # whether `attend_quantized` runs it, not `attend`
 
 
 def tile_for(rows: int, layout: KVLayout) -> Tile:
     """The tile for requests of about so many rows. Larger ones spill registers (checked for sm_90 in the tests)."""
     head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
-    if rows <= MOST_ROWS and reads_in_registers(layout):
-        return Tile(8 if rows <= 8 else 16, register_keys(layout), 1, 1, 24, True)
+    found = register_tile(rows, layout)
+    if found is not None:
+        return Tile(*found, stages=1, per_sm=24 if found.warps == 1 else 4, in_registers=True)
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         return Tile(16, 32, 4, 2, 4) if rows <= 16 else Tile(32, 32, 4, 2, 4)
     if head_dim > 128:
@@ -189,7 +190,7 @@ class TritonAttention:
         sinks = self._lse if spec.sinks is None else spec.sinks
         for call in self._calls[spec.window]:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
-            launch = attend_few if tile.in_registers else attend
+            launch = attend_quantized if tile.in_registers else attend
             launch(
                 (self._kv_heads, items, 1),
                 (

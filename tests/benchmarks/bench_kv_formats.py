@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from branchwise.kernels import triton_ops
-from branchwise.kernels.attention import tree_backend
+from branchwise.kernels.attention import tree_backend, triton_backend
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+from branchwise.kernels.attention.register_kernel import register_tile
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
@@ -143,6 +144,24 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
         )
 
 
+def bench_chunk(choice: str, sweep: bool) -> None:
+    """A chunk of 2,048 tokens whose last is token 8,192."""
+    step = make_step(1, 8192, 0, 2048)
+    pool = filled(choice, int(step.host_page_table.max()) + 1)
+    q = torch.randn((2048, HEADS, DIM), device=DEVICE, dtype=torch.bfloat16)
+    for kernel in ("used", "attend") if sweep else ("used",):
+        if kernel == "attend":
+            triton_backend.register_tile = lambda *_: None  # type: ignore[assignment]
+        flat = TritonAttention(pool, [SPEC], HEADS)
+        triton_backend.register_tile = register_tile
+        flat.plan(step)
+        ms = milliseconds(launches(flat.run, 0, q, q, q, torch.empty_like(q)))
+        flop = 4 * HEADS * DIM * 2048 * (8192 - 1024)
+        print(
+            f"chunk of 2k on 6k {choice:<6} {kernel:<6} {1e3 * ms:6.0f} us, {flop / ms / 1e9:,.0f} TFLOP/s", flush=True
+        )
+
+
 def check(choice: str) -> None:
     """Decodes and a chunk against the torch specification in float32, on the device."""
     for requests, q_len in ((32, 1), (2, 300)):
@@ -191,6 +210,8 @@ def main() -> None:
         bench_write(choice)
     for choice in () if args.no_check or args.compile else formats:
         check(choice)
+    for choice in formats:
+        bench_chunk(choice, args.sweep)
     for case, choice in product(CASES, formats):
         bench(case, choice, args.sweep, base, args.compile)
 
