@@ -17,6 +17,7 @@ from torch import Tensor
 from .kv_format import CHOICES, PLAIN, KVFormat
 
 COPY_BYTES = 64 * 1024 * 1024  # most bytes in flight while pages are copied
+DEQUANTIZED_BYTES = 512 * 1024 * 1024  # 128k tokens of 8 heads of 128 in bfloat16
 ALIGNMENT = 16  # bytes: a quantized page is a multiple of the widest load
 
 
@@ -74,6 +75,14 @@ class KVLayout:
     def page_bytes(self) -> int:
         """Bytes of one page in every layer."""
         return self.num_layers * (_align(sum(self._parts())) if self.quantized else sum(self._parts()))
+
+    def dequantized(self, row_pages: int) -> tuple[KVLayout, int]:
+        """The layout and the number of pages of a copy of one layer in the model's dtype, which long chunks read.
+
+        ``row_pages``: of the longest request.
+        """
+        layout = replace(self, num_layers=1, k_format=PLAIN, v_format=PLAIN)
+        return layout, min(2 * row_pages, DEQUANTIZED_BYTES // layout.page_bytes)
 
     def data_shape(self, num_pages: int) -> tuple[tuple[int, ...], torch.dtype]:
         """Shape and dtype of the pool's memory. A page is index p of the third dimension in all layouts.

@@ -165,6 +165,30 @@ def load_values(
 
 
 @triton.jit
+def restore_values(
+    x: tl.tensor,
+    ptr: tl.tensor,
+    offset: tl.tensor,
+    valid: tl.tensor,
+    FORMAT: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr,
+) -> tl.tensor:
+    """What `load_values` with 64 for ``BLOCK_M`` returned, as the values that were stored. ``ptr``: of scales."""
+    if FORMAT == "nvfp4":
+        values = x.to(tl.float32) * _NVFP4_SCALE
+    elif FORMAT == "fp8":
+        scale, _ = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        values = x.to(tl.float32) * scale[:, None]
+    elif FORMAT == "int4":
+        step, low = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        values = x.to(tl.float32) * (_pair_factor(D) * 16777216.0)[None, :] * step[:, None] + low[:, None]
+    else:
+        values = x
+    return values
+
+
+@triton.jit
 def load_scales(
     ptr: tl.tensor, offset: tl.tensor, valid: tl.tensor, FORMAT: tl.constexpr, MASKED: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:

@@ -47,6 +47,7 @@ class RegisterTile(NamedTuple):
     rows: int  # query tokens times the query heads of a key head, padded
     keys: int  # read at a time
     warps: int
+    programs: int  # a multiprocessor: two rounds of what fits at once
 
 
 def register_tile(rows: int, layout: KVLayout) -> RegisterTile | None:
@@ -55,10 +56,13 @@ def register_tile(rows: int, layout: KVLayout) -> RegisterTile | None:
     fits = layout.page_size % BLOCK == 0 and layout.head_dim in GPU_HEAD_DIMS and layout.dtype.itemsize == 2
     if not layout.quantized or not fits or triton.knobs.runtime.interpret:
         return None
-    if rows <= 16:  # as many keys as registers allow
-        keys = 32 if layout.k_format.name == "int4" and layout.head_dim <= 128 else 16
-        return RegisterTile(8 if rows <= 8 else 16, keys, 1)
-    return RegisterTile(64, 64, 4) if layout.head_dim == 128 else None
+    if rows > 16:
+        return RegisterTile(64, 64, 4, programs=4) if layout.head_dim == 128 else None
+    name, rows = layout.k_format.name, 8 if rows <= 8 else 16
+    # As many keys as registers allow. On an H200, 250 requests of 8k tokens, 16 → 32 keys: fp8 1,093 → 995 µs, int4
+    # 681 → 623, nvfp4 864 → 854.
+    keys = 32 if name in ("fp8", "int4") and layout.head_dim <= 128 else 16
+    return RegisterTile(rows, keys, 1, programs=16 if name == "fp8" else 24)
 
 
 @gluon.jit

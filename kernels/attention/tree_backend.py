@@ -33,7 +33,6 @@ SLOTS = 8192  # partial results of query tokens
 # For each tile: programs that a multiprocessor should have, keys that a program should read at least, and items of a
 # captured step for each request.
 WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
-IN_REGISTERS = 24  # programs a multiprocessor of one warp of `attend_quantized`: two rounds of 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +87,7 @@ class TreeAttention:
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
         tiles = tree_tiles(layout, self._group)
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
-        per_processor = (
-            IN_REGISTERS if tiles[0].in_registers and tiles[0].warps == 1 else WORKERS[0],
-            *WORKERS[1 : len(tiles)],
-        )
+        per_processor = (tile.in_registers or per for tile, per in zip(tiles, WORKERS, strict=False))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in per_processor)
         self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)

@@ -31,7 +31,8 @@ class TreeTile(NamedTuple):
     keys: int  # read at a time
     warps: int
     stages: int
-    in_registers: bool = False  # whether `attend_quantized` runs it, not `attend`
+    # Of a tile that `attend_quantized` runs, not `attend`: programs that a multiprocessor should have.
+    in_registers: int = 0
 
 
 def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
@@ -55,10 +56,10 @@ def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
-    found = register_tile(least, layout), register_tile(64, layout)
-    if found[0] is not None and least <= 64:
-        wide = tiles[1:] if found[1] is None else (TreeTile(*found[1], stages=1, in_registers=True),)
-        tiles = TreeTile(*found[0], stages=1, in_registers=True), *(wide if found[0] != found[1] else ())
+    found = [tile for rows in (least, 64) if (tile := register_tile(rows, layout)) is not None]
+    if found and least <= 64:
+        mine = dict.fromkeys(TreeTile(tile.rows, tile.keys, tile.warps, 1, tile.programs) for tile in found)
+        tiles = *mine, *(tiles[1:] if len(found) == 1 else ())
     elif least > tiles[0].rows:
         narrow = tiles[0]._replace(rows=least, warps=max(tiles[0].warps, least // 16))
         tiles = (narrow, *(tile for tile in tiles[1:] if tile.rows > least))

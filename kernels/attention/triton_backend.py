@@ -47,7 +47,7 @@ def tile_for(rows: int, layout: KVLayout) -> Tile:
     head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
     found = register_tile(rows, layout)
     if found is not None:
-        return Tile(*found, stages=1, per_sm=24 if found.warps == 1 else 4, in_registers=True)
+        return Tile(found.rows, found.keys, found.warps, 1, found.programs, in_registers=True)
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         return Tile(16, 32, 4, 2, 4) if rows <= 16 else Tile(32, 32, 4, 2, 4)
     if head_dim > 128:

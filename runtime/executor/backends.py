@@ -99,6 +99,8 @@ def make_attention(
                 raise LoadError(f"--attention-backend {name}: {error}") from error
             logger.warning("attention does not run on %s: %s", name, error)
             continue
+        if pool.layout.quantized and choice != name:
+            flat = _dequantizing(flat, pool, layers, num_heads, table)
         if choice == name or (choice == "auto" and _problem_with_triton(pool.device) is not None):
             return flat
         # Whether a plan fits a captured step depends on the costs, and ranks must run steps of one shape.
@@ -146,6 +148,27 @@ def _over(
 
     rows = len(table.host) - 1
     return TreeAttention(pool, layers, num_heads, table.device, flat, max(rows, largest_shape(rows)), measure=measure)
+
+
+def _dequantizing(
+    flat: AttentionBackend, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable
+) -> AttentionBackend:
+    """``flat``, but long chunks run on FlashInfer over a copy of their pages; ``flat`` itself where that cannot run."""
+    from ...kernels.attention.dequantized_chunks import DequantizedChunks
+    from ...kernels.attention.flashinfer_backend import FlashInferAttention
+    from ...kernels.attention.flashinfer_module import check_available
+
+    rows, row_pages = len(table.host) - 1, table.host.shape[1]
+
+    def make_long(copy: KVPool, of_copy: torch.Tensor) -> AttentionBackend:
+        return FlashInferAttention(copy, layers, num_heads, of_copy, pick_ops(pool.device), rows, captured=(1, 1, 1))
+
+    try:
+        check_available(pool.device, pool.layout.dtype, pool.layout.head_dim)
+        return DequantizedChunks(pool, flat, make_long, rows, row_pages)
+    except Unavailable as error:
+        logger.warning("long chunks over quantized pages do not run on FlashInfer: %s", error)
+        return flat
 
 
 def _flashinfer(

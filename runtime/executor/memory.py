@@ -138,6 +138,9 @@ def plan_memory(
     page = layout.page_bytes
     row_pages = -(-max_model_len // config.page_size)
     reserve = GPU_RESERVE + TABLES * 4 * config.max_num_seqs * row_pages if device.type == "cuda" else 0
+    if device.type == "cuda" and layout.quantized:
+        copied, pages = layout.dequantized(row_pages)
+        reserve += pages * copied.page_bytes
     reserve += RANK_RESERVE if device.type == "cuda" and ranks > 1 else 0
     if config.kv_cache_tokens is not None:
         pages, limit = -(-config.kv_cache_tokens // config.page_size), "as asked by --kv-cache-tokens"

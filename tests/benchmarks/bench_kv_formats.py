@@ -15,15 +15,19 @@ from itertools import product
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from branchwise.kernels import triton_ops
 from branchwise.kernels.attention import tree_backend, triton_backend
-from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec
+from branchwise.kernels.attention.dequantized_chunks import DequantizedChunks
+from branchwise.kernels.attention.flashinfer_backend import FlashInferAttention
 from branchwise.kernels.attention.register_kernel import register_tile
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
-from branchwise.kernels.attention.tree_runner import TreeTile
+from branchwise.kernels.attention.tree_plan import TreeLimits
+from branchwise.kernels.attention.tree_runner import TreeRunner, TreeTile
 from branchwise.kernels.attention.tree_tuning import milliseconds
 from branchwise.kernels.attention.triton_backend import TritonAttention
 from branchwise.kernels.kv_pool import KVLayout, KVPool
@@ -39,7 +43,7 @@ CASES = [
     ("8 x 32 x 8k", 256, 8320, 8192),
 ]
 NARROW = [(16, 32, 1, 3), (16, 32, 1, 5), (16, 64, 2, 5), (16, 64, 4, 4)]
-IN_REGISTERS = [(8, 16, 1, 1, True), (8, 32, 1, 1, True)]
+IN_REGISTERS = [(8, 16, 1, 1, 16), (8, 32, 1, 1, 16)]
 WORKERS = (8, 16, 24, 32)  # programs a multiprocessor, for the tiles in registers
 WIDE = [(64, 64, 4, 5), (128, 64, 8, 5)]
 
@@ -76,6 +80,12 @@ def launches(run: Callable[..., object], *args: object) -> Callable[[int], None]
     return launch
 
 
+def limits_of(tree: TreeAttention, workers: int) -> TreeLimits:
+    """For so many programs of the narrow tile a multiprocessor."""
+    tree._workers = (workers * tree_backend._processors(tree._runner.pool) // KV_HEADS, *tree._workers[1:])
+    return replace(tree._limits, workers=tree._workers, items=tree._items(256))
+
+
 def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[str, float], small: bool) -> None:
     """Times one case and prints a line. ``base``: the first format's times."""
     name, requests, tokens, shared = case
@@ -87,6 +97,8 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
     flat = TritonAttention(pool, [SPEC], HEADS)
     tree = TreeAttention(pool, [SPEC], HEADS, step.page_table, flat, max(requests, 64), TreeCosts())
     tiles = list(tree._runner.tiles)
+    # Room for the largest plan.
+    tree._runner = TreeRunner(pool, HEADS, step.page_table, tuple(tiles), limits_of(tree, max(WORKERS)), requests)
     nth = len(tiles) - 1 if shared else 0
     candidates = [tiles[nth]]
     if sweep:
@@ -97,9 +109,7 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
 
     def load(workers: int) -> tuple[int, ...]:
         """Plans for so many programs of the narrow tile a multiprocessor."""
-        tree._workers = (workers * tree_backend._processors(pool) // KV_HEADS, *tree._workers[1:])
-        limits = replace(tree._limits, workers=tree._workers, items=tree._items(max(requests, 64)))
-        tree._members = None
+        limits, tree._members = limits_of(tree, workers), None
         plan = tree._plan_members(step, tree._find_members(step, requests), limits, True)
         assert plan is not None
         tree._runner.load(plan, requests)
@@ -117,7 +127,7 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
                 times[f"{each[1]} keys, {workers} workers"] = milliseconds(
                     launches(tree._runner.run, 0, SPEC, q, out, grid, requests)
                 )
-    grid = load(24 if tiles[0].in_registers else tree_backend.WORKERS[0])
+    grid = load(tiles[0].in_registers or tree_backend.WORKERS[0])
     for tile in dict.fromkeys(candidates):
         tree._runner.tiles[nth] = tile
         try:
@@ -145,21 +155,28 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
 
 
 def bench_chunk(choice: str, sweep: bool) -> None:
-    """A chunk of 2,048 tokens whose last is token 8,192."""
+    """A chunk of 2,048 tokens whose last is token 8,192: by each kernel that can, and FlashInfer over a copy."""
     step = make_step(1, 8192, 0, 2048)
     pool = filled(choice, int(step.host_page_table.max()) + 1)
     q = torch.randn((2048, HEADS, DIM), device=DEVICE, dtype=torch.bfloat16)
-    for kernel in ("used", "attend") if sweep else ("used",):
-        if kernel == "attend":
-            triton_backend.register_tile = lambda *_: None  # type: ignore[assignment]
-        flat = TritonAttention(pool, [SPEC], HEADS)
+    flat = TritonAttention(pool, [SPEC], HEADS)
+    backends: dict[str, AttentionBackend] = {"used": flat}
+    if pool.layout.quantized and sweep:
+        triton_backend.register_tile = lambda *_: None  # type: ignore[assignment]
+        backends["triton"] = TritonAttention(pool, [SPEC], HEADS)
+
+        def make_long(copy: KVPool, table: Tensor) -> FlashInferAttention:
+            long = FlashInferAttention(copy, [SPEC], HEADS, table, triton_ops, 1, captured=(1, 1, 1))
+            long._fa3.result()
+            return long
+
+        backends["copied"] = DequantizedChunks(pool, flat, make_long, 1, 8192 // PAGE)
+    for name, backend in backends.items():
+        backend.plan(step)
         triton_backend.register_tile = register_tile
-        flat.plan(step)
-        ms = milliseconds(launches(flat.run, 0, q, q, q, torch.empty_like(q)))
+        ms = milliseconds(launches(backend.run, 0, q, q, q, torch.empty_like(q)))
         flop = 4 * HEADS * DIM * 2048 * (8192 - 1024)
-        print(
-            f"chunk of 2k on 6k {choice:<6} {kernel:<6} {1e3 * ms:6.0f} us, {flop / ms / 1e9:,.0f} TFLOP/s", flush=True
-        )
+        print(f"chunk 2k on 6k {choice:<6} {name:<6} {1e3 * ms:6.0f} us, {flop / ms / 1e9:,.0f} TFLOP/s", flush=True)
 
 
 def check(choice: str) -> None:
@@ -201,18 +218,19 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true", help="time other tiles too")
     parser.add_argument("--compile", action="store_true", help="few requests, to fill Triton's cache")
     parser.add_argument("--no-check", action="store_true", help="compare nothing with the specification before")
+    parser.add_argument("--cases", default=",".join(["chunk", *(case[0] for case in CASES)]))
     args = parser.parse_args()
     base: dict[str, float] = {}
-    tree_backend.IN_REGISTERS = max(WORKERS)  # room for the largest plan
     tree_backend.tune = lambda *_: None  # type: ignore[assignment]  # tiles are chosen here
     formats = args.formats.split(",")
     for choice in () if args.no_check else formats:
         bench_write(choice)
     for choice in () if args.no_check or args.compile else formats:
         check(choice)
-    for choice in formats:
+    wanted = args.cases.split(",")
+    for choice in formats if "chunk" in wanted else ():
         bench_chunk(choice, args.sweep)
-    for case, choice in product(CASES, formats):
+    for case, choice in product([case for case in CASES if case[0] in wanted], formats):
         bench(case, choice, args.sweep, base, args.compile)
 
 

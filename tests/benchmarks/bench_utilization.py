@@ -7,7 +7,7 @@ Prompts of 64 to 4,096 tokens and answers of 16 to 1,024, both log-uniform; a qu
 scheduler. Every step at which requests wait although rows are free counts: memory is what they wait for.
 
 *Tokens*: those of running requests over the pool's, a shared prefix once. *Pages*: those that running requests use; the
-rest is free, or holds cached prefixes. *Reserved*: the same load if every request had its limit set aside when it starts.
+rest is free, or holds cached prefixes. *Reserved*: the same load if each request's limit were set aside at its start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VOCAB, PAGE, ROWS, SHARED, LIMIT = 100_000, 16, 1024, 1024, 2048
 
 def stop_token(position: int) -> int:
     """What `NullExecutor` samples at ``position``."""
-    return int((np.uint64(position) * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(33)) % np.uint64(VOCAB))
+    return ((position * 0x9E3779B97F4A7C15) % 2**64 >> 33) % VOCAB
 
 
 def measure(pages: int, requests: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 
 from branchwise.kernels import ops
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
+from branchwise.kernels.attention.dequantized_chunks import DequantizedChunks, dequantize
 from branchwise.kernels.attention.torch_backend import TorchAttention
 from branchwise.kernels.kv_format import hadamard
 from branchwise.kernels.kv_pool import KVLayout, KVPool
@@ -133,6 +134,48 @@ def test_attention_reads_what_the_specification_does(
     for layer in range(len(SPECS)):
         want = oracle.run(layer, q.to(exact.layout.dtype), q, q)
         torch.testing.assert_close(attention.run(layer, q, q, q).float(), want.float(), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_dequantize_copies_what_the_specification_reads(choice: str, head_dim: int) -> None:
+    pool = filled(choice, head_dim, torch.float16, layers=2)
+    pages = torch.tensor([7, 0, 80], dtype=torch.int32, device=DEVICE)
+    copied, _ = pool.layout.dequantized(8)
+    out = torch.zeros((2, 4, *copied.data_shape(1)[0][3:]), dtype=torch.float16, device=DEVICE)
+    dequantize(pool, 1, pages, out)
+    for got, want in zip(out, pool.layer(1).read(pages.long()), strict=True):
+        torch.testing.assert_close(got[:3], want.half(), atol=1e-6, rtol=1e-3)
+        assert not got[3].any()
+
+
+@pytest.mark.parametrize(
+    "requests", [[(1, 70), (1, 150), (600, 64), (3, 90)], [(700, 0), (500, 100)], [(1, 70), (40, 9)]]
+)
+def test_long_chunks_read_a_copy(requests: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rows share pages, which are copied once. The last step has no long chunk."""
+    monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 48)
+    monkeypatch.setattr(sys.modules[__name__], "PAGES", 8 * 48 + 1)
+    pool, heads, specs = filled("fp8", 64, torch.float16, layers=2), 4, [LayerSpec(0.1)] * 2
+    batch = step(requests)
+    q = torch.randn((int(batch.q_lens.sum()), heads, 64), generator=torch.Generator().manual_seed(2)).to(DEVICE).half()
+    flat, copies = TritonAttention(pool, specs, heads), []
+
+    def make_long(copy: KVPool, table: torch.Tensor) -> TritonAttention:
+        copies.append(copy)
+        return TritonAttention(copy, specs, heads)
+
+    attention = DequantizedChunks(pool, flat, make_long, ROWS, COLUMNS)
+    used = len(requests) > 2 or requests[0][0] > 1
+    for _ in range(2):  # the second plan replaces the first
+        assert attention.plan(batch) is None
+        flat_only = TritonAttention(pool, specs, heads)
+        flat_only.plan(batch)
+        for layer in range(2):
+            copies[0].data.zero_()
+            got, want = attention.run(layer, q, q, q), flat_only.run(layer, q, q, q)
+            torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+            assert bool(copies[0].data.any()) == used
 
 
 # -- Gluon without its layouts, in the interpreter ---------------------------------------------------------------------
