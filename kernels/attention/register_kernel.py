@@ -168,6 +168,7 @@ def attend_quantized(
     queries_ptr: gl.tensor,
     positions_ptr: gl.tensor,
     items_ptr: gl.tensor,
+    sinks_ptr: gl.tensor,
     out_ptr: gl.tensor,
     partial_ptr: gl.tensor,
     lse_ptr: gl.tensor,
@@ -184,6 +185,7 @@ def attend_quantized(
     SCALE: gl.constexpr,
     SOFTCAP: gl.constexpr,
     WINDOW: gl.constexpr,
+    SINKS: gl.constexpr,
     PRECISION: gl.constexpr,
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -345,11 +347,15 @@ def attend_quantized(
     if V_FORMAT == "int4":
         shift = gl.convert_layout(gl.sum(bias, axis=0), PER_QUERY) * inverse
         out = out * pair_factor[None, :] + gl.convert_layout(shift, PER_ROW)[:, None]
+    lse = gl.where(seen, peak + gl.log2(gl.where(seen, sums, 1.0)), float("-inf"))
+    lse = gl.convert_layout(lse, PER_ROW)
     if partial < 0:
+        if SINKS:
+            sink = gl.load(sinks_ptr + head, is_query, other=0.0) * _LOG2_E
+            out = out * (1.0 / (1.0 + gl.exp2(sink - lse)))[:, None]
         out_ptrs = out_ptr + (query * OUT_STRIDE + head * D)[:, None] + channel[None, :]
         gl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), is_query[:, None])
     else:
         to = (partial + nth).to(gl.int64) * HEADS + head
         gl.store(partial_ptr + (to * D)[:, None] + channel[None, :], out, is_query[:, None])
-        lse = gl.where(seen, peak + gl.log2(gl.where(seen, sums, 1.0)), float("-inf"))
-        gl.store(lse_ptr + to, gl.convert_layout(lse, PER_ROW), is_query)
+        gl.store(lse_ptr + to, lse, is_query)

@@ -106,7 +106,8 @@ def test_rope_write_uses_a_checkpoints_scales() -> None:
     )
 
 
-SPECS = [LayerSpec(0.1), LayerSpec(0.1, window=37), LayerSpec(0.1, softcap=4.0)]
+SINKS = torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)
+SPECS = [LayerSpec(0.1), LayerSpec(0.1, window=37), LayerSpec(0.1, softcap=4.0), LayerSpec(0.1, sinks=SINKS)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -321,8 +322,8 @@ def test_attention_in_registers_reads_what_the_specification_does(
 ) -> None:
     def tile(rows: int, layout: KVLayout) -> RegisterTile | None:
         if rows <= 16:
-            return RegisterTile(8 if rows <= 8 else 16, keys, 1)
-        return RegisterTile(64, 64, 4) if head_dim == 128 else None
+            return RegisterTile(8 if rows <= 8 else 16, keys, 1, programs=8)
+        return RegisterTile(64, 64, 4, programs=4) if head_dim == 128 else None
 
     heads = 4
     pool = filled(choice, head_dim, torch.float16, layers=len(SPECS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch
 from branchwise.kernels.attention import split
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.torch_backend import TorchAttention
-from branchwise.kernels.kv_pool import KVPool
+from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton
 
 from branchwise.kernels import triton_launch
 from branchwise.kernels.attention.triton_backend import TritonAttention, tile_for
@@ -301,6 +304,10 @@ def test_what_cannot_be_served_is_refused() -> None:
 
 def test_tiles_grow_with_the_queries() -> None:
     for dim in (64, 128, 256):
-        sizes = [tile_for(rows, dim, 2).rows for rows in (1, 16, 17, 64, 65, 4096)]
+        layout = KVLayout(1, 16, 8, dim, torch.bfloat16)
+        sizes = [tile_for(rows, layout).rows for rows in (1, 16, 17, 64, 65, 4096)]
         assert sizes == sorted(sizes) and sizes[0] == 16
-    assert tile_for(4096, 128, 2).rows == 128
+    assert tile_for(4096, KVLayout(1, 16, 8, 128, torch.bfloat16)).rows == 128
+    with mock.patch.object(triton.knobs.runtime, "interpret", False):
+        tiles = [tile_for(rows, KVLayout.of("fp8", 1, 16, 8, 128, torch.bfloat16)) for rows in (4, 16, 4096)]
+    assert [(tile.rows, tile.warps, tile.in_registers) for tile in tiles] == [(8, 1, 1), (16, 1, 1), (64, 4, 1)]
