@@ -158,24 +158,33 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
 def build(folder: Path, attention: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool) -> Any:
     """The model of ``folder``'s config.json, with weights that are not initialized. Raises `LoadError`."""
     transformers = load_transformers()
-    from transformers.initialization import no_init_weights
-
     try:
         with quiet(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
-            _check_class(transformers, config)
-            with device, no_init_weights():
-                return transformers.AutoModelForCausalLM.from_config(
-                    config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
-                ).eval()
+        return build_of(config, attention, dtype, device, trust_remote_code=trust_remote_code)
     except LoadError as error:
         raise LoadError(f"{folder / 'config.json'}: {error}") from error
+    except Exception as error:  # of a config's own code, or values that it refuses
+        raise LoadError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+
+
+def build_of(
+    config: Any, attention: str, dtype: torch.dtype, device: torch.device, *, trust_remote_code: bool = False
+) -> Any:
+    """The model of transformers' ``config``, with weights that are not initialized. Raises `LoadError`."""
+    transformers = load_transformers()
+    from transformers.initialization import no_init_weights
+
+    _check_class(transformers, config)
+    try:
+        with quiet(transformers), device, no_init_weights():
+            return transformers.AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
+            ).eval()
     except Exception as error:  # whatever a config's values provoke in the model's own code
-        raise LoadError(
-            f"{folder / 'config.json'}: transformers cannot build the model: {first_line(error)}"
-        ) from error
+        raise LoadError(f"transformers cannot build the model: {first_line(error)}") from error
 
 
 def _check_class(transformers: Any, config: Any) -> None:
