@@ -111,7 +111,7 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
     model = build(folder, TRACE, torch.bfloat16, torch.device("meta"), trust_remote_code=trust_remote_code)
     name, config = type(model).__name__, model.config.get_text_config()
     try:
-        traced = trace(model, model.get_decoder())
+        traced = trace(model)
     except LoadError as error:
         raise LoadError(
             f"{where}: {name} is not served with transformers {transformers.__version__}: {error}"

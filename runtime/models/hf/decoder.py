@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....kernels.attention.base import AttentionBackend, LayerSpec
 from ....kernels.base import Ops
 from ....kernels.kv_pool import KVPool
 from ..decoder import StepTokens
 from .config import TransformersConfig
+from .head import decoder_of, output_head
 from .library import attending
 
 
@@ -30,12 +30,12 @@ class TransformersDecoder:
 
     def __init__(self, config: TransformersConfig, model: Any, ops: Ops) -> None:
         self.config, self._ops = config, ops
-        self._layers = model.get_decoder()
+        self._layers = decoder_of(model)
         self._specs = [
             replace(spec, sinks=model.get_parameter(name).float()) if name else spec
             for spec, name in zip(config.layers, config.sinks, strict=True)
         ]
-        self._head = _with_given_states(model, self._layers)
+        self._head = output_head(model, self._layers)
 
     def parameters(self) -> Iterator[Tensor]:
         """Those that are not of linear layers."""
@@ -105,43 +105,3 @@ class _Step:
             self.identity = torch.ones(shape, device=qkv.device), torch.zeros(shape, device=qkv.device)
         qkv_of_step = self.ops.rope_write(qkv, q.shape[1], *self.identity, self.pool.layer(layer), self.slots)
         return self.backend.run(layer, *qkv_of_step)[None, :, :, :value_dim]
-
-
-class _GivenStates(nn.Module):
-    """Stands in for a decoder: its hidden states are what it is given."""
-
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _States:
-        return _States(inputs_embeds)
-
-
-class _States:
-    """A decoder's output that has hidden states and nothing else."""
-
-    def __init__(self, last_hidden_state: Tensor) -> None:
-        self.last_hidden_state = last_hidden_state
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-    def __getitem__(self, index: int) -> Tensor | None:
-        return None if index else self.last_hidden_state
-
-
-def _with_given_states(model: Any, decoder: nn.Module) -> Any:
-    """``model`` with another decoder and the same output layer: what is left is the model's own way to logits."""
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    *parents, last = path.split(".")
-    head = part = _shallow(model)
-    for name in parents:
-        part._modules[name] = _shallow(part._modules[name])
-        part = part._modules[name]
-    part._modules[last] = _GivenStates()
-    return head
-
-
-def _shallow(module: Any) -> Any:
-    """The same module, with a table of submodules of its own."""
-    made = copy.copy(module)
-    made.__dict__["_modules"] = dict(module._modules)
-    return made

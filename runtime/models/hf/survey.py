@@ -41,7 +41,7 @@ def _problem(config_class: type) -> str | None:
     except Exception as error:  # transformers' own checks
         return f"its default config is not valid: {type(error).__name__}"
     model = build_of(config, TRACE, torch.bfloat16, torch.device("meta"))
-    trace(model, model.get_decoder())
+    trace(model)
     return None
 
 

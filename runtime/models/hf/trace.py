@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ....kernels.attention.base import LayerSpec
 from ...errors import LoadError
+from .head import decoder_of, output_head
 from .library import MaskFunction, attending
 
 _TOKENS = 8  # of the traced step
@@ -78,8 +79,8 @@ class _Recorder:
         return window
 
 
-def trace(model: Any, step: nn.Module) -> Trace:
-    """Runs ``step``, the decoder of ``model``, whose weights are on the meta device and in bfloat16.
+def trace(model: Any) -> Trace:
+    """Runs ``model``, whose weights are on the meta device and in bfloat16.
 
     Raises `LoadError` with the first thing that our attention, or a cache of pages, cannot do.
     """
@@ -90,8 +91,10 @@ def trace(model: Any, step: nn.Module) -> Trace:
     # With a mask of padding, transformers does not look at the values of the positions.
     inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": torch.ones_like(ids, dtype=torch.bool)}
     try:
+        decoder = decoder_of(model)
         with attending(recorder), torch.no_grad():
-            step(**inputs, use_cache=False)
+            hidden = decoder(**inputs, use_cache=False).last_hidden_state
+            output_head(model, decoder)(inputs_embeds=hidden, use_cache=False)
     except LoadError:
         raise
     except Exception as error:  # of the model's own code, on tensors without values
@@ -116,7 +119,7 @@ def _refuse_state(model: Any, config: Any) -> None:
         raise LoadError("it is an encoder and a decoder, and pages are of a decoder alone")
     types = {str(one) for one in getattr(config, "layer_types", None) or []} - _LAYER_TYPES
     if types:
-        raise LoadError(f"it has layers of {', '.join(sorted(types))}, whose state is not keys and values of tokens")
+        raise LoadError(f"it has layers of {', '.join(sorted(types))}, and pages hold keys and values alone")
     if getattr(type(model), "_is_stateful", False):
         raise LoadError("it keeps a recurrent state, not keys and values of tokens")
 

@@ -28,6 +28,7 @@ from branchwise.runtime.models.hf.config import load_transformers_config
 from branchwise.runtime.models.hf.loader import load_model
 from branchwise.runtime.models.hf.model import make_decoder
 from branchwise.runtime.models.hf.norm import replace_norms
+from branchwise.runtime.models.hf.survey import survey_listing
 from branchwise.runtime.models.hf.trace import window_of
 from branchwise.runtime.models.implementation import load_model_config
 
@@ -140,7 +141,7 @@ _SMALL = {
     ("config", "values", "reason"),
     [
         ("BertConfig", {}, "not causal"),
-        ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "layers of conv, whose state is not"),
+        ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "layers of conv, and pages hold"),
         ("MambaConfig", {}, "not marked in transformers"),
         ("FalconConfig", {"alibi": True}, "not marked in transformers as compatible"),
         ("Gemma4TextConfig", {"global_head_dim": 32, "head_dim": 16}, "its layers have different heads"),
@@ -311,3 +312,15 @@ def test_what_cannot_be_split_is_refused(
     config = EngineConfig(model_impl="transformers", tensor_parallel_size=ranks)
     with pytest.raises(LoadError, match=reason):
         load_model_config(config, checkpoint(family))
+
+
+def test_the_survey_says_of_each_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.auto import modeling_auto
+
+    some = {"phi": "PhiForCausalLM", "bert": "BertLMHeadModel", "llama": "LlamaForCausalLM", "rwkv": "RwkvForCausalLM"}
+    monkeypatch.setattr(modeling_auto, "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", some)
+    lines = survey_listing().splitlines()
+    assert lines[0] == "- Computed by transformers: Phi"
+    assert any("not causal" in line and line.endswith(": BertLMHeadModel") for line in lines)
+    assert any("not marked in transformers" in line and line.endswith(": Rwkv") for line in lines)
+    assert len(lines) == 3  # Llama is ours
