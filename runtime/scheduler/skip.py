@@ -9,8 +9,8 @@ from .scheduler import Scheduler
 
 
 def uneventful_steps(scheduler: Scheduler) -> int:
-    """How many of the next steps only add one token to every running request, if no input comes: none ends, fills its
-    page or needs another, and nothing waits. 0 if the next step may do more."""
+    """How many of the next steps only add one token to every running request, if no input comes: none ends,
+    publishes a page or needs another, and nothing waits. 0 if the next step may do more."""
     rows = scheduler.ledger.rows
     if scheduler.ledger.waiting or not len(rows) or (rows.phase == PREFILL).any():
         return 0
@@ -19,10 +19,10 @@ def uneventful_steps(scheduler: Scheduler) -> int:
         return 0
     page = scheduler.ledger.page_size
     computed = rows.computed[active]
-    to_page_end = page - 1 - computed % page  # the step that fills a page publishes it
+    to_publishing = (active - computed - 1) % page  # see `Scheduler._publish_page`
     has_room = rows.pages[active] * page - computed
     to_end = rows.limit[active] - rows.length[active] - 1
-    return max(0, int(np.minimum(np.minimum(to_page_end, has_room), to_end).min()))
+    return max(0, int(np.minimum(np.minimum(to_publishing, has_room), to_end).min()))
 
 
 def skip_steps(scheduler: Scheduler, steps: int) -> None:
