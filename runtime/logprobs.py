@@ -11,13 +11,13 @@ from .step import TokenLogprobs
 
 
 class TokenLogprob(NamedTuple):
-    """One token's logprob and rank (how many tokens are at least as likely), and the k likeliest alternatives as (token
-    id, logprob), best first."""
+    """One token's logprob, the k likeliest alternatives as (token id, logprob), best first, and the token's rank: how
+    many tokens are at least as likely."""
 
     token: int
     logprob: float
-    rank: int
     top: list[tuple[int, float]]
+    rank: int
 
     @property
     def by_likelihood(self) -> dict[int, tuple[float, int]]:
@@ -45,6 +45,6 @@ def unpack(tokens: list[int], rows: LogprobRows) -> list[TokenLogprob]:
     ids = np.frombuffer(rows.top_ids, dtype="<i4").reshape(len(chosen), rows.k).tolist()
     top = np.frombuffer(rows.top, dtype="<f4").reshape(len(chosen), rows.k).tolist()
     return [
-        TokenLogprob(token, value, rank, list(zip(best_ids, best, strict=True)))
+        TokenLogprob(token, value, list(zip(best_ids, best, strict=True)), rank)
         for token, value, rank, best_ids, best in zip(tokens, chosen, ranks, ids, top, strict=True)
     ]

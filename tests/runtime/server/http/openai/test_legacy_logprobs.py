@@ -12,7 +12,7 @@ TEXT = "The café — 東京 🌳"
 
 
 def rows(ids: list[int]) -> list[TokenLogprob | None]:
-    return [TokenLogprob(token, -1.0, 1, [(token, -1.0), (token + 1, -2.0)]) for token in ids]
+    return [TokenLogprob(token, -1.0, [(token, -1.0), (token + 1, -2.0)], 1) for token in ids]
 
 
 def test_offsets_point_into_the_text(tokenizer: Tokenizer) -> None:
@@ -52,6 +52,6 @@ def test_pieces_join(tokenizer: Tokenizer) -> None:
 
 def test_the_chosen_token_is_always_among_the_top(tokenizer: Tokenizer) -> None:
     chosen, better, best = tokenizer.encode("a b c", add_special_tokens=False).tolist()[:3]
-    row = TokenLogprob(chosen, -5.0, 3, [(best, -0.1), (better, -0.2)])
+    row = TokenLogprob(chosen, -5.0, [(best, -0.1), (better, -0.2)], 3)
     [top] = LegacyLogprobs(TokenTexts(tokenizer), True).add([chosen], [row])["top_logprobs"]
     assert list(top.values()) == [-0.1, -0.2, -5.0]
