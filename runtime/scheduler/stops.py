@@ -42,10 +42,13 @@ class Stops:
         self._stops.append(Stop(request.id, request.namespace, at, request.cache.reason, before, after))
 
     def within(self, namespace: Namespace, path: Int32, start: int) -> Iterator[Stop]:
-        """Stops after more than ``start`` tokens of ``path`` (a prefix of the tree), the latest first."""
+        """Stops after more than ``start`` tokens of ``path`` (a prefix of the tree), the latest first. Without those of
+        requests that went on as ``path`` does: siblings may share the first tokens of a page."""
         for stop in reversed(self._stops):
             at = stop.position
             if stop.namespace != namespace or not start < at <= len(path):
                 continue
-            if np.array_equal(path[at - len(stop.before) : at], stop.before):
+            following = path[at : at + len(stop.after)]
+            own = len(following) and np.array_equal(following, stop.after[: len(following)])
+            if not own and np.array_equal(path[at - len(stop.before) : at], stop.before):
                 yield stop

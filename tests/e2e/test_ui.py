@@ -145,7 +145,8 @@ def test_a_node_in_full(start_server: Any) -> None:
     texts_below = [post("/ui/node", {**question, "path": [top["id"], child["id"]]}).json() for child in top["children"]]
     stops = [stop for each in [found, *texts_below] for stop in each["stops"]]
     assert [stop["request"] for stop in stops] == [2] and stops[0]["reason"] == "diverged"
-    assert "second" in stops[0]["after"] and "first" in stops[0]["instead"]
+    assert "second" in stops[0]["after"] and stops[0]["instead"] in shared + "the first"
+    assert stops[0]["instead"]
     assert post("/ui/node", question, "other-key").status_code == 404
     assert post("/ui/node", question, "admin-key").json()["head"] == found["head"]
     missing = post("/ui/node", {**question, "path": [top["id"], 10**9]})
@@ -201,6 +202,25 @@ async def test_a_dear_snapshot_is_taken_rarely() -> None:
     with feed.listening():
         await feed.newer(await feed.newer(0))
     assert asked[1] - asked[0] >= 1.9
+
+
+async def test_what_this_process_adds_counts_too() -> None:
+    asked: list[float] = []
+
+    async def ask() -> dict[str, Any]:
+        asked.append(time.monotonic())
+        return {"seconds": 0.0, "value": len(asked)}
+
+    def complete(found: dict[str, Any]) -> None:
+        end = time.thread_time() + 0.02
+        while time.thread_time() < end:
+            pass
+        found["model"] = "m"
+
+    feed = Feed(ask, complete)
+    with feed.listening():
+        await feed.newer(await feed.newer(0))
+    assert asked[1] - asked[0] >= 1.9 and b'"model":"m"' in feed.event
 
 
 async def test_a_failure_is_told_and_ends_the_feed() -> None:

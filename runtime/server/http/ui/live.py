@@ -74,24 +74,30 @@ class Feeds:
         key = (owner, max_nodes)
         if key not in self._feeds:
             labels = Labels(lambda ids: self._state.tokenizer.decode(ids, skip_special_tokens=False))
-            self._feeds[key] = Feed(lambda: self._snapshot(owner, max_nodes, labels))
+            question = {"owner": owner, "max_nodes": max_nodes}
+            self._feeds[key] = Feed(
+                lambda: self._state.client.control("watch", question),
+                lambda found: self._complete(found, labels, sums=owner is None),
+            )
         return self._feeds[key]
 
-    async def _snapshot(self, owner: str | None, max_nodes: int, labels: Labels) -> dict[str, Any]:
-        found = await self._state.client.control("watch", {"owner": owner, "max_nodes": max_nodes})
+    def _complete(self, found: dict[str, Any], labels: Labels, sums: bool) -> None:
         labels.add(found["tree"])
-        if owner is None:
+        if sums:
             found["figures"] = self._state.metrics.figures()
         found["model"] = self._state.model_name
-        return dict(found)
 
 
 class Feed:
-    """One producer of snapshots: keeps the newest and notifies its listeners."""
+    """One producer of snapshots: keeps the newest and notifies its listeners.
 
-    def __init__(self, ask: Ask, clock: Callable[[], float] = time.monotonic) -> None:
+    ``ask`` gets a snapshot from the scheduler, with the ``seconds`` that it took there; ``complete`` adds what this
+    process knows, and its time counts too.
+    """
+
+    def __init__(self, ask: Ask, complete: Callable[[dict[str, Any]], None] = lambda found: None) -> None:
         self._ask = ask
-        self._clock = clock
+        self._complete = complete
         self._changed = asyncio.Condition()
         self._task: asyncio.Task[None] | None = None
         self._compared: dict[str, Any] = {}
@@ -126,6 +132,7 @@ class Feed:
                 found = await self._ask()
                 began = time.thread_time()
                 spent = float(found.pop("seconds"))
+                self._complete(found)
                 if found != self._compared:
                     self._compared, made = found, event(found)
                     await self._publish(made)
