@@ -56,8 +56,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         schedule_policy: Which request is admitted first: hrrn weighs waiting time against uncached work, lpm takes the
             longest cached prefix, fcfs the oldest, priority the one with the highest priority.
         eviction_policy: What to evict first when the cache is full: lru, lfu, fifo or priority.
-        host_cache: Memory of the host that keeps what the device evicts: a size such as 64GiB; 0 for none, which is the
-            default.
+        host_cache: Memory of the host that keeps what the device evicts: a size such as 64GiB; 0 and auto are none.
+        host_cache_dtype: How the host and the disk store keys and values: auto, byte for byte; fp8, rounded, in about
+            half the bytes of bfloat16. With fp8 an answer can depend on which memory its prefix comes from.
         disk_cache: Folder that keeps the cache across restarts. One server at a time can use it. Default: none.
         disk_cache_size: Bytes of the folder that cached pages may take: a size such as 200GiB.
         disk_cache_salted: Also write prefixes of requests with a cache salt, which by default never leave memory.
@@ -103,7 +104,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
-    host_cache: str = "0"
+    host_cache: str = "auto"
+    host_cache_dtype: Literal["auto", "fp8"] = "auto"
     disk_cache: str | None = None
     disk_cache_size: str = "64GiB"
     disk_cache_salted: bool = False
@@ -260,11 +262,8 @@ def check(config: EngineConfig) -> EngineConfig:
         value = getattr(config, name)
         if value is not None and value < 1:
             raise LoadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    for name in ("host_cache", "disk_cache_size"):
-        parse_bytes(getattr(config, name), f"--{name.replace('_', '-')}")
-    if config.tensor_parallel_size > 1 and (parse_bytes(config.host_cache) or config.disk_cache):
-        raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
-    if config.disable_radix_cache and (parse_bytes(config.host_cache) or config.disk_cache):
+    _check_tiers(config)
+    if config.disable_radix_cache and (_asks_for_host(config) or config.disk_cache):
         raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
     if config.deterministic and config.model_impl == "transformers":
         raise LoadError(
@@ -277,6 +276,24 @@ def check(config: EngineConfig) -> EngineConfig:
     if not 0.05 <= config.gpu_memory_utilization <= 0.98:
         raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
     return config
+
+
+def _asks_for_host(config: EngineConfig) -> bool:
+    return config.host_cache != "auto" and parse_bytes(config.host_cache, "--host-cache") > 0
+
+
+def _check_tiers(config: EngineConfig) -> None:
+    parse_bytes(config.disk_cache_size, "--disk-cache-size")
+    if config.tensor_parallel_size > 1 and (_asks_for_host(config) or config.disk_cache):
+        raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
+    if config.host_cache_dtype == "fp8":
+        for flag, chosen in (
+            (f"--kv-cache-dtype {config.kv_cache_dtype}", config.kv_cache_dtype != "auto"),
+            ("--preemption swap", config.preemption == "swap"),
+            ("--deterministic", config.deterministic),
+        ):
+            if chosen:
+                raise LoadError(f"--host-cache-dtype fp8 rounds keys and values, which {flag} does not allow")
 
 
 def parse_bytes(text: str, flag: str = "") -> int:

@@ -100,12 +100,15 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
 
 def _tier_lines(lower: LowerTiers | None) -> list[str]:
     """What is below the device, for display."""
-    from ..executor.memory import human_bytes
-
     if lower is None:
         return []
+    import torch
+
+    from ..executor.memory import device_memory, human_bytes
+
     host = lower.host
-    lines = [f"host cache {human_bytes(host.num_slots * host.page_bytes)}: {host.num_slots:,} pages"]
+    size, free = host.num_slots * host.page_bytes, device_memory(torch.device("cpu"))[0]
+    lines = [f"host cache {human_bytes(size)} of {human_bytes(free)} free: {host.num_slots:,} pages"]
     if lower.disk is not None:
         folder = lower.disk.folder
         lines.append(f"disk cache {human_bytes(folder.max_records * host.page_bytes)} at most, in {folder.path}")
@@ -123,7 +126,9 @@ def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int) -
     fingerprint = Fingerprint(
         model=model_fingerprint(model_folder(config.model), config.seed if config.load_format == "dummy" else None),
         computed_by=" ".join([device, str(memory.dtype), *settings]),
-        layout=str(memory.layout),
+        layout=str(memory.layout)
+        if config.host_cache_dtype == "auto"
+        else f"{memory.layout} as {config.host_cache_dtype}",
         page_bytes=page_bytes,
     )
     path, quota = Path(config.disk_cache or "").expanduser(), parse_bytes(config.disk_cache_size)

@@ -15,12 +15,14 @@ from ..errors import LoadError
 from ..models.implementation import AnyConfig, weight_bytes, weight_format
 from ..models.weights import rank_config
 from ..parallel.group import TensorGroup
+from ..tiers.page_format import PageFormat
 
 GIB = 1024**3
 # Of a GPU, beyond weights and activations: attention's workspaces (0.4 GiB), captured steps, libraries.
 GPU_RESERVE = 3 * GIB // 2
 RANK_RESERVE = GIB // 2  # where ranks exchange tensors: buffers, and the libraries' own
 TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
+HOST_SHARE = 0.0  # of the free memory of the host, for pages that a GPU evicts
 DISK_STAGING = GIB // 4  # of host memory, for pages on their way to and from a disk tier
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
@@ -238,13 +240,16 @@ def host_slots(config: EngineConfig, memory: MemoryPlan) -> int:
 
     Raises `LoadError` if the host has less memory free.
     """
-    asked = parse_bytes(config.host_cache)
     free, _ = device_memory(torch.device("cpu"))
+    if config.host_cache == "auto":
+        asked = 0 if memory.device == "cpu" or config.disable_radix_cache else int(HOST_SHARE * free)
+    else:
+        asked = parse_bytes(config.host_cache)
     if asked > free:
         raise LoadError(f"--host-cache {config.host_cache}: {human_bytes(free)} of memory are free")
     if config.disk_cache is not None and asked < DISK_STAGING:
         asked = min(DISK_STAGING, free // 4)
-    return asked // memory.layout.page_bytes
+    return asked // PageFormat(memory.layout, config.host_cache_dtype == "fp8").page_bytes
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

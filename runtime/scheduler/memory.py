@@ -39,4 +39,8 @@ def make_tree(
     if disk is not None:
         tokens = disk.restore(tree)
         logger.info("disk cache: %d tokens of earlier runs in %s", tokens, disk.folder.path)
-    return tree, NoTiers() if host is None else TierManager(tree, host, disk, config.preemption, clock)
+    if host is None:
+        return tree, NoTiers()
+    # What comes back from a tier that rounds is not what a preempted request had computed.
+    preemption = "recompute" if config.host_cache_dtype == "fp8" else config.preemption
+    return tree, TierManager(tree, host, disk, preemption, clock)

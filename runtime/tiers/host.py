@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
+import functools
 import time
 from collections import deque
 from typing import Any
@@ -14,24 +14,26 @@ import torch
 from ...kernels.kv_pool import KVPool
 from ...radix.node import Int32
 from .copies import Ended, HostCopies
+from .page_format import PageFormat
 from .pinned import PinningThread, anonymous_memory
 
 _MAX_PITCH = 2**31 - 1  # bytes between rows of a two-dimensional copy
 _TO_HOST, _TO_DEVICE = 2, 1  # cudaMemcpyKind
-_BATCH = 64  # pages of one gather, where pages need one
+_BATCH = 16  # pages of one gather, where pages need one
 
 
 class HostTier:
-    """`copies.HostCopier` for a `KVPool`: ``memory[slot]`` holds a page's bytes in every layer, whatever their format.
+    """`copies.HostCopier` for a `KVPool`: ``memory[slot]`` holds a page in every layer, in the tier's `PageFormat`.
 
-    On a GPU one `cudaMemcpy2DAsync` a page moves its fragments without a kernel, and memory is pinned ahead of its use
-    (`pinned.PinningThread`). On a CPU both tiers are host memory, and a copy is done when the call returns.
+    On a GPU, where a page is stored byte for byte, one `cudaMemcpy2DAsync` a page moves its fragments without a kernel.
+    Memory is pinned ahead of its use (`pinned.PinningThread`). On a CPU both tiers are host memory, and a copy is done
+    when the call returns.
     """
 
-    def __init__(self, pool: KVPool, num_slots: int) -> None:
+    def __init__(self, pool: KVPool, num_slots: int, *, fp8: bool = False) -> None:
         self._fragments = pool.fragments()
-        rows, _, width = self._fragments.shape
-        self.num_slots, self.page_bytes = num_slots, rows * width
+        self._format = PageFormat(pool.layout, fp8)
+        self.num_slots, self.page_bytes = num_slots, self._format.page_bytes
         self.memory = anonymous_memory(num_slots, self.page_bytes)
         self._ended: list[Ended] = []
         self._calls = 0
@@ -49,12 +51,10 @@ class HostTier:
                 self._device.store(self, copies, self._calls)
         elif len(copies.pages):
             stored = torch.from_numpy(copies.pages.astype(np.int64))
-            gathered = self._fragments.index_select(1, stored).transpose(0, 1)
-            self.memory[copies.slots] = gathered.reshape(len(stored), -1).numpy()
+            self.memory[copies.slots] = self._format.encode(self._fragments.index_select(1, stored)).numpy()
 
     def load(self, copies: HostCopies) -> None:
         """See `copies.HostCopier`."""
-        rows, _, width = self._fragments.shape
         for id, slots, pages in copies.loads:
             if self._device is not None:
                 self._pinning.use(int(slots.max()) + 1)
@@ -62,7 +62,7 @@ class HostTier:
                     self._device.load(self, id, slots, pages)
                 continue
             started = time.perf_counter()
-            data = torch.from_numpy(self.memory[slots]).view(len(slots), rows, width).transpose(0, 1)
+            data = self._format.decode(torch.from_numpy(self.memory[slots]))
             self._fragments.index_copy_(1, torch.from_numpy(pages.astype(np.int64)), data)
             self._ended.append(Ended(id, len(slots), time.perf_counter() - started))
 
@@ -93,36 +93,36 @@ class HostTier:
         """Enqueues copies of whole pages on a CUDA stream: ``kind`` `_TO_HOST` or `_TO_DEVICE`."""
         rows, num_pages, width = self._fragments.shape
         pitch = num_pages * width
-        if pitch > _MAX_PITCH:
+        if self._format.fp8 or pitch > _MAX_PITCH:
             self._copy_gathered(slots, pages, kind)
             return
-        base, host, handle = self._fragments.data_ptr(), self.memory.ctypes.data, ctypes.c_void_p(stream.cuda_stream)
-        copy = _runtime().cudaMemcpy2DAsync
-        for slot, page in zip(slots.tolist(), pages.tolist(), strict=True):
-            there = (ctypes.c_void_p(host + slot * self.page_bytes), ctypes.c_size_t(width))
-            here = (ctypes.c_void_p(base + page * width), ctypes.c_size_t(pitch))
-            target, source = (there, here) if kind == _TO_HOST else (here, there)
-            error = copy(*target, *source, ctypes.c_size_t(width), ctypes.c_size_t(rows), kind, handle)
-            if error:
-                raise RuntimeError(f"cudaMemcpy2DAsync of page {page} failed with CUDA error {error}")
+        here = (self._fragments.data_ptr() + pages.astype(np.int64) * width).tolist()
+        there = (self.memory.ctypes.data + slots.astype(np.int64) * self.page_bytes).tolist()
+        copy, handle = _memcpy_2d(), stream.cuda_stream
+        if kind == _TO_HOST:
+            errors = [copy(b, width, a, pitch, width, rows, kind, handle) for a, b in zip(here, there, strict=True)]
+        else:
+            errors = [copy(a, pitch, b, width, width, rows, kind, handle) for a, b in zip(here, there, strict=True)]
+        if any(errors):
+            raise RuntimeError(f"cudaMemcpy2DAsync failed with CUDA error {max(errors)}")
 
     def _copy_gathered(self, slots: Int32, pages: Int32, kind: int) -> None:
-        """The same for a pool whose rows are too far apart for a two-dimensional copy: through a contiguous buffer."""
-        rows, _, width = self._fragments.shape
+        """The same through a contiguous buffer: for records that are not a page's bytes, and for a pool whose rows are
+        too far apart for a two-dimensional copy."""
         host = torch.from_numpy(self.memory)
         for first in range(0, len(pages), _BATCH):
             some = pages[first : first + _BATCH].astype(np.int64)
             index = torch.from_numpy(some).to(self._fragments.device)
             places = slots[first : first + _BATCH].tolist()
             if kind == _TO_HOST:
-                gathered = self._fragments.index_select(1, index).transpose(0, 1).reshape(len(some), -1)
+                gathered = self._format.encode(self._fragments.index_select(1, index))
                 for i, slot in enumerate(places):
                     host[slot].copy_(gathered[i], non_blocking=True)
             else:
                 gathered = torch.empty(len(some), self.page_bytes, dtype=torch.uint8, device=self._fragments.device)
                 for i, slot in enumerate(places):
                     gathered[i].copy_(host[slot], non_blocking=True)
-                self._fragments.index_copy_(1, index, gathered.view(len(some), rows, width).transpose(0, 1))
+                self._fragments.index_copy_(1, index, self._format.decode(gathered))
 
 
 class _Streams:
@@ -192,9 +192,15 @@ class _Streams:
         return event
 
 
-def _runtime() -> Any:
-    """The CUDA runtime that torch has loaded."""
+@functools.cache
+def _memcpy_2d() -> Any:
+    """``cudaMemcpy2DAsync`` of the CUDA runtime that torch has loaded."""
     version = str(torch.version.cuda).partition(".")[0]
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(f"libcudart.so.{version}")
-    return ctypes.CDLL("libcudart.so")
+    try:
+        runtime = ctypes.CDLL(f"libcudart.so.{version}")
+    except OSError:
+        runtime = ctypes.CDLL("libcudart.so")
+    copy = runtime.cudaMemcpy2DAsync
+    address, size = ctypes.c_void_p, ctypes.c_size_t  # declared, so that a call makes no object of an argument
+    copy.argtypes = [address, size, address, size, size, size, ctypes.c_int, address]
+    return copy

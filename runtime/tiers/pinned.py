@@ -6,6 +6,7 @@ import ctypes
 import logging
 import mmap
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -14,7 +15,9 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 256 << 20  # bytes of one registration: the driver blocks other calls while it registers
+_POPULATED = 256 << 20  # bytes taken from the system before they are registered
+_PIECE = 32 << 20  # bytes of one registration: the driver blocks launches meanwhile, shorter than a step runs
+_PAUSE = 0.002  # seconds between two registrations
 _LEAST_AHEAD, _MOST_AHEAD = 512 << 20, 4 << 30  # bytes pinned beyond those in use; as many as in use between the two
 _POPULATE_BYTES = 16 << 20  # taken from the system by one call
 _POPULATE_THREADS = 8  # one thread takes about 2 GB/s, less than a prefill fills
@@ -67,11 +70,13 @@ class PinningThread:
 
     def _run(self) -> None:
         """Registers piece by piece. No row lies in two pieces, and no two pieces share a page of the system."""
-        rows = max(1, _PIECE // self._memory.shape[1])
-        while rows * self._memory.shape[1] % mmap.PAGESIZE:
+        row_bytes = self._memory.shape[1]
+        rows = max(1, _PIECE // row_bytes)
+        while rows * row_bytes % mmap.PAGESIZE:
             rows += 1
-        system = ctypes.CDLL(None)
-        _advise(system, self._memory.reshape(-1), _HUGE_PAGES)
+        system, flat = ctypes.CDLL(None), self._memory.reshape(-1)
+        _advise(system, flat, _HUGE_PAGES)
+        populated = 0
         with ThreadPoolExecutor(_POPULATE_THREADS, "branchwise-populate") as threads:
             for first in range(0, len(self._memory), rows):
                 with self._wake:
@@ -79,14 +84,19 @@ class PinningThread:
                 if self._closing:
                     return
                 piece = self._memory[first : first + rows].reshape(-1)
-                parts = [piece[at : at + _POPULATE_BYTES] for at in range(0, len(piece), _POPULATE_BYTES)]
-                list(threads.map(lambda part: _advise(system, part, _POPULATE_WRITE), parts))
+                end = self.pinned_bytes + piece.nbytes
+                if populated < end:
+                    more = flat[populated : max(end, populated + _POPULATED)]
+                    parts = [more[at : at + _POPULATE_BYTES] for at in range(0, len(more), _POPULATE_BYTES)]
+                    list(threads.map(lambda part: _advise(system, part, _POPULATE_WRITE), parts))
+                    populated += len(more)
                 error = int(torch.cuda.cudart().cudaHostRegister(piece.ctypes.data, piece.nbytes, _PORTABLE))
                 if error:
                     logger.warning("host cache: pinning memory failed with CUDA error %d; copies are slower", error)
                     return
                 self._pieces.append(piece.ctypes.data)
                 self.pinned_bytes += piece.nbytes
+                time.sleep(_PAUSE)
 
 
 def _advise(system: ctypes.CDLL, memory: npt.NDArray[np.uint8], advice: int) -> None:

@@ -53,6 +53,29 @@ def test_swapped_requests_answer_as_if_they_had_been_alone(checkpoint: Checkpoin
         assert made.stats().retractions > 0
 
 
+def test_a_host_that_rounds_answers_nearly_the_same(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """Prefixes come back from the host and, after a restart, from the disk: logprobs are close and not the same."""
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=0)
+    settings: dict[str, Any] = {"kv_cache_tokens": 128, "host_cache": "4MiB", "host_cache_dtype": "fp8"}
+    settings |= {"disk_cache": str(tmp_path)}
+
+    def logprob(output: Any) -> float:
+        return (
+            float(output.logprobs[0].chosen[0]) if hasattr(output.logprobs[0], "chosen") else output.logprobs[0].logprob
+        )
+
+    with engine(checkpoint("llama-gqa"), **settings) as made:
+        fresh = [logprob(made.generate(prompt, params)) for prompt in PROMPTS]
+        from_host = [made.generate(prompt, params) for prompt in PROMPTS]
+        assert all(output.cache.host_tokens > 60 for output in from_host)
+    with engine(checkpoint("llama-gqa"), **settings) as made:
+        from_disk = [made.generate(prompt, params) for prompt in PROMPTS]
+        assert all(output.cache.disk_tokens > 60 for output in from_disk)
+    for outputs in (from_host, from_disk):
+        errors = [abs(logprob(output) - before) for output, before in zip(outputs, fresh, strict=True)]
+        assert 0 < max(errors) < 0.2
+
+
 def test_a_restart_keeps_the_tree(
     checkpoint: Checkpoint, expected: list[list[int]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +132,8 @@ def test_settings_that_cannot_be_are_refused(checkpoint: Checkpoint, tmp_path: P
         ({"host_cache": "900TiB"}, "of memory are free"),
         ({"disk_cache": str(tmp_path), "disk_cache_size": "1KiB"}, "less than one page"),
         ({"host_cache": "1MiB", "disable_radix_cache": True}, "nothing for --host-cache"),
+        ({"host_cache_dtype": "fp8", "preemption": "swap"}, "fp8 rounds .* --preemption swap does not allow"),
+        ({"host_cache_dtype": "fp8", "kv_cache_dtype": "int4"}, "--kv-cache-dtype int4 does not allow"),
     ):
         with pytest.raises(LoadError, match=problem):
             Engine(checkpoint("llama-gqa"), device="cpu", **settings)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from branchwise.kernels.kv_pool import KVLayout, KVPool
@@ -63,3 +64,31 @@ def test_one_shot_pages_are_kept_as_long_as_enough_come_back() -> None:
     assert gate.keeps_one_shot() is True
     gate.stored, gate.loaded = 5000, 10
     assert gate.keeps_one_shot() is False
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_rounds_at_the_boundary_and_halves_the_bytes(dtype: torch.dtype) -> None:
+    layout = KVLayout(3, 4, 2, 64, dtype)
+    pool = KVPool.allocate(layout, 6, torch.device("cpu"))
+    tier = HostTier(pool, 5, fp8=True)
+    assert tier.page_bytes == 3 * 2 * 4 * 2 * (64 + 4) < layout.page_bytes * 0.54
+    chance = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1e-6, 1.0, 300.0, 0.0]).view(1, 1, 1, 4, 1, 1)  # of the tokens of a page
+    pool.data.copy_((torch.randn(pool.data.shape, generator=chance) * scale).to(dtype))
+    before = pool.data.clone()
+    tier.store(HostCopies(array(1, 4, 2), array(3, 0, 4), -1))
+    pool.data.zero_()
+    tier.load(HostCopies(array(), array(), -1, [(1, array(4, 0), array(2, 5))]))
+    tier.ended()
+    for page in (2, 5):
+        source = {2: 2, 5: 4}[page]
+        found, expected = pool.data[:, :, page].float(), before[:, :, source].float()
+        largest = expected.abs().amax(-1, keepdim=True)
+        assert ((found - expected).abs() <= largest / 28 + largest / 256 + 6e-8).all(), "and the dtype's own rounding"
+        assert not found.equal(expected)
+    once = pool.data.clone()
+    tier.store(HostCopies(array(2), array(1), -1))
+    tier.load(HostCopies(array(), array(), -1, [(2, array(1), array(0))]))
+    again, first = pool.data[:, :, 0].float(), once[:, :, 2].float()
+    assert torch.allclose(again, first, rtol=0.01, atol=0), "a page that moves again is not rounded again"
+    tier.close()

@@ -43,7 +43,13 @@ def until(condition: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, rows in (("_PIECE", 8), ("_LEAST_AHEAD", 10), ("_MOST_AHEAD", 40), ("_POPULATE_BYTES", 2)):
+    for name, rows in (
+        ("_PIECE", 8),
+        ("_POPULATED", 20),
+        ("_LEAST_AHEAD", 10),
+        ("_MOST_AHEAD", 40),
+        ("_POPULATE_BYTES", 2),
+    ):
         monkeypatch.setattr(pinned, name, rows * ROW)
 
 
