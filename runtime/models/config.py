@@ -202,6 +202,8 @@ def parse_config(
         raise LoadError(f"{where}: activation {activation!r} is not supported for {name}")
     vocab_size = fields.count("vocab_size")
     experts = None if known.experts is None else parse_experts(fields, known.experts)
+    if quantization is not None and quantization.weights == "mxfp4" and experts is None:
+        raise LoadError(f"{where}: MXFP4 is supported for experts alone, and {name} has none")
     parallel = _switch(known.parallel, fields)
     scale = fields.number("query_pre_attn_scalar", head_dim) ** -0.5 if known.gemma else head_dim**-0.5
 

@@ -105,6 +105,12 @@ def test_damaged_scales_are_refused(packed: Path, tmp_path: Path) -> None:
         load_weights(tmp_path, load_config(tmp_path), torch.float32, CPU)
 
 
+def test_mxfp4_without_experts_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    raw = json.loads((checkpoint("llama-gqa") / "config.json").read_text())
+    with pytest.raises(LoadError, match="MXFP4 is supported for experts alone, and LlamaForCausalLM has none"):
+        parse_config({**raw, "quantization_config": {"quant_method": "mxfp4"}}, {})
+
+
 def test_another_activation_is_refused(checkpoint: Callable[[str], Path]) -> None:
     raw = json.loads((checkpoint("gpt-oss") / "config.json").read_text())
     with pytest.raises(LoadError, match=r"swiglu_limit 5\.0 is not supported; supported: 7\.0"):

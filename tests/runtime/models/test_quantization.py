@@ -308,7 +308,6 @@ def test_blocks_that_do_not_fit_a_fused_weight(checkpoint: Callable[[str], Path]
         ({"quant_method": "awq", "bits": 4}, "quant_method 'awq'"),
         ({"quant_method": "gptq", "bits": 4, "desc_act": False}, "quant_method 'gptq'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "quant_method 'bitsandbytes'"),
-        ({"quant_method": "mxfp4"}, "quant_method 'mxfp4'"),
         ({"bits": 4}, "quant_method None"),
         ({**DYNAMIC, "format": "pack-quantized"}, "format 'pack-quantized'"),
         ({**DYNAMIC, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config"),
