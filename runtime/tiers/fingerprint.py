@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 1  # of segments and index
+FORMAT = 2  # of segments, index and pages: quantized pages are stored head by head since 2
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 
