@@ -49,10 +49,17 @@ class StepProfiler:
         recording.stop()
         path = self._folder / f"trace-{time.strftime('%Y%m%d-%H%M%S')}.json.gz"
         recording.export_chrome_trace(str(path))
-        kernels = [row for row in recording.key_averages() if row.device_type == DeviceType.CUDA]
+        # The names that steps have in a trace span their kernels and the gaps between these.
+        kernels = [
+            row for row in recording.key_averages() if row.device_type == DeviceType.CUDA and not row.is_user_annotation
+        ]
         kernels.sort(key=lambda row: -row.self_device_time_total)
         # From the first kernel to the end of the last: starting and stopping the profiler takes time too.
-        ranges = [event.time_range for event in recording.events() if event.device_type == DeviceType.CUDA]
+        ranges = [
+            event.time_range
+            for event in recording.events()
+            if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        ]
         seconds = (max(r.end for r in ranges) - min(r.start for r in ranges)) / 1e6 if ranges else 0.0
         busy = covered((r.start, r.end) for r in ranges) / 1e6
         return {

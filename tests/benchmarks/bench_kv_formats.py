@@ -103,7 +103,9 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
     candidates = [tiles[nth]]
     if sweep:
         narrow = IN_REGISTERS if tiles[0].in_registers else NARROW
-        candidates += [TreeTile(*tile) for tile in (WIDE if shared else narrow)]
+        # A smaller tile would leave out queries of the plan's items.
+        least = tiles[nth].rows
+        candidates += [TreeTile(*tile) for tile in (WIDE if shared else narrow) if tile[0] >= least]
     out = torch.empty_like(q)
     times: dict[TreeTile | str, float] = {}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,3 +35,27 @@ def test_a_recording_is_a_chrome_trace(tmp_path: Path) -> None:
 def test_kernels_side_by_side_are_counted_once() -> None:
     assert covered([(0.0, 4.0), (2.0, 3.0), (6.0, 9.0), (3.5, 5.0)]) == 8.0
     assert covered([]) == 0.0
+
+
+def test_the_names_of_steps_are_not_kernels(tmp_path: Path) -> None:
+    """A named step spans its kernels and the gaps between them: counted, it would hide that the device was idle."""
+    torch = pytest.importorskip("torch")
+
+    def event(name: str, start: float, end: float, named: bool = False) -> SimpleNamespace:
+        return SimpleNamespace(
+            key=name,
+            device_type=torch.autograd.DeviceType.CUDA,
+            is_user_annotation=named,
+            self_device_time_total=end - start,
+            count=1,
+            time_range=SimpleNamespace(start=start, end=end),
+        )
+
+    found = [event("step: decode 8", 0.0, 10.0, named=True), event("attend", 0.0, 4.0), event("merge", 9.0, 10.0)]
+    profiler = StepProfiler(tmp_path)
+    profiler._recording = SimpleNamespace(
+        stop=lambda: None, export_chrome_trace=lambda path: None, key_averages=lambda: found, events=lambda: found
+    )
+    report = profiler.stop(1)
+    assert [kernel["name"] for kernel in report["kernels"]] == ["attend", "merge"]
+    assert report["device_idle_share"] == pytest.approx(0.5)
