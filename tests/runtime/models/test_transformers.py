@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from branchwise import Engine, LoadError, SamplingParams
+from branchwise.frontend.cli import checkup
 from branchwise.kernels import ops
 from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.torch_backend import TorchAttention
@@ -324,3 +325,35 @@ def test_the_survey_says_of_each_why_not(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any("not causal" in line and line.endswith(": BertLMHeadModel") for line in lines)
     assert any("not marked in transformers" in line and line.endswith(": Rwkv") for line in lines)
     assert len(lines) == 3  # Llama is ours
+
+
+def test_code_of_a_model_runs_only_when_it_is_trusted(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("llama-gqa"), folder)
+    ran = tmp_path / "ran"
+    (folder / "configuration_twin.py").write_text(
+        f"import pathlib\npathlib.Path({str(ran)!r}).touch()\n"
+        "from transformers import LlamaConfig\nclass TwinConfig(LlamaConfig):\n    model_type = 'twin'\n"
+    )
+    (folder / "modeling_twin.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_twin import TwinConfig\n"
+        "class TwinForCausalLM(LlamaForCausalLM):\n    config_class = TwinConfig\n"
+    )
+    raw = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "configuration_twin.TwinConfig", "AutoModelForCausalLM": "modeling_twin.TwinForCausalLM"}
+    raw |= {"model_type": "twin", "architectures": ["TwinForCausalLM"], "auto_map": code}
+    (folder / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(LoadError, match="transformers cannot read it") as raised:
+        engine_of(folder)
+    assert "\n" not in str(raised.value) and not ran.exists()
+    with engine_of(checkpoint("llama-gqa")) as engine:
+        expected = engine.generate(PROMPT, GREEDY).token_ids
+    with engine_of(folder, trust_remote_code=True) as engine:
+        assert engine.generate(PROMPT, GREEDY).token_ids == expected
+    assert ran.exists()
+
+
+def test_doctor_names_who_computes(checkpoint: Callable[[str], Path]) -> None:
+    for family, said in (("phi", "computed by transformers"), ("qwen3", "served natively")):
+        found = {one.what: one for one in checkup.model(EngineConfig(model=str(checkpoint(family)), device="cpu"))}
+        assert said in found["model"].found and not any(one.state == "broken" for one in found.values())

@@ -135,6 +135,13 @@ def test_quantized_weights(quantization: str, error: float, folder: Path, one: E
     assert sum(abs(found[at].logprob - exact[at].logprob) for at in exact) / len(exact) < error
 
 
+def test_layers_of_transformers(folder: Path, one: Engine) -> None:
+    with Engine(folder, tensor_parallel_size=2, model_impl="transformers", **SETTINGS) as engine:
+        for _ in range(2):
+            assert engine.generate(TEXT, GREEDY).token_ids == one.generate(TEXT, GREEDY).token_ids
+        engine.check()
+
+
 def test_the_memory_plan_has_every_rank(two: Engine) -> None:
     executor: Any = two._core.executor
     lines = executor.local.memory_plan.lines()
