@@ -29,7 +29,7 @@ from bench_http import ROLES, load, server, write_tokenizer
 BATCH = 1024  # prompts of one request, the most that a server takes
 WATCH = "import sys, urllib.request as u\nfor _ in u.urlopen(sys.argv[1], timeout=60): pass"
 LOAD = {
-    "null": {"connections": 32, "prompt_tokens": 2500, "max_tokens": 96, "total": 1200},
+    "null": {"connections": 32, "prompt_tokens": 2500, "max_tokens": 96, "total": 600},
     "shipped": {"connections": 8, "prompt_tokens": 300, "max_tokens": 32, "total": 96},
 }
 CLICK = """new Promise((done) => {

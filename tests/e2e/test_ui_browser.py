@@ -1,6 +1,7 @@
 """The page at /ui in a real Chromium, driven over its DevTools protocol. Skipped where there is none.
 
-python tests/e2e/test_ui_browser.py URL FOLDER     the screenshots of docs/images, of a running server
+python tests/e2e/test_ui_browser.py URL FOLDER     the screenshots of docs/images, of a running server with the shipped
+                                                   model (examples/quickstart.py URL before gives it a tree)
 """
 
 from __future__ import annotations
@@ -338,12 +339,16 @@ async def _screenshots(url: str, folder: Path) -> None:
         async with browser(Path(profile)) as page:
             await page.open(f"{url}/ui#chat")
             await page.until("!!document.querySelector('.state.live')")
-            for i, question in enumerate(["Who is Mira?", "Who is Tobin?", "Tell me a story."]):
-                await send(page, question, i + 1)
+            await send(page, "Who is Mira?")
+            box = "document.querySelector('.settings input')"
+            await page.js(f"{box}.value = 3; {box}.dispatchEvent(new Event('input', {{bubbles: true}}))")
+            await send(page, "Tell me a story.", 4)
             await page.screenshot(folder / "ui-chat.png")
             for view, index in (("tree", 0), ("figures", 1)):
                 await page.js(f"document.querySelectorAll('nav button')[{index}].click()")
-                await asyncio.sleep(1)
+                if view == "tree":  # with the details of a node in which requests stopped
+                    await page.js("[...document.querySelectorAll('button.cell')].slice(2, 4).pop().click()")
+                await asyncio.sleep(3)
                 await page.screenshot(folder / f"ui-{view}.png")
 
 
