@@ -28,9 +28,11 @@ from bench_http import ROLES, load, server, write_tokenizer
 
 BATCH = 1024  # prompts of one request, the most that a server takes
 WATCH = "import sys, urllib.request as u\nfor _ in u.urlopen(sys.argv[1], timeout=60): pass"
+# A step of 20 ms fixes the rate: steps are alike, and CPU a token can be compared on a machine with other work.
+STEP_SECONDS = {"null": 0.02, "shipped": 0.0}
 LOAD = {
-    "null": {"connections": 32, "prompt_tokens": 2500, "max_tokens": 96, "total": 600},
-    "shipped": {"connections": 8, "prompt_tokens": 300, "max_tokens": 32, "total": 96},
+    "null": ("streams", {"connections": 128, "prompt_tokens": 300, "max_tokens": 400}),
+    "shipped": ("requests", {"connections": 8, "prompt_tokens": 300, "max_tokens": 32, "total": 96}),
 }
 CLICK = """new Promise((done) => {
   const strip = document.querySelector('button.strip');
@@ -67,14 +69,14 @@ def reader(url: str) -> Iterator[None]:
         process.wait()
 
 
-def pairs(running: Any, url: str, count: int, options: dict[str, int]) -> dict[str, Any]:
+def pairs(running: Any, url: str, count: int, what: str, options: dict[str, int]) -> dict[str, Any]:
     """Ratios open over closed, of tokens/s and of the CPU of all of the server's processes a token."""
     speed, cpu, seen = [], [], []
     for i in range(count):
         found = {}
         for opened in (False, True) if i % 2 else (True, False):
             with reader(url) if opened else nullcontext():
-                found[opened] = load(running, "requests", 1, **options)
+                found[opened] = load(running, what, 1, **options)
         speed.append(found[True]["tokens_per_s"] / found[False]["tokens_per_s"])
         used = {opened: sum(one["us_per_token"][role] for role in ROLES) for opened, one in found.items()}
         cpu.append(used[True] / used[False])
@@ -84,7 +86,7 @@ def pairs(running: Any, url: str, count: int, options: dict[str, int]) -> dict[s
         "tokens_per_s": round(median(seen)),
         "speed": round(median(speed), 4),
         "cpu_per_token": round(median(cpu), 4),
-        "speed_of_each": [round(one, 3) for one in speed],
+        "of_each": [[round(a, 3), round(b, 3)] for a, b in zip(speed, cpu, strict=True)],
     }
 
 
@@ -118,16 +120,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = write_tokenizer(Path(folder), "words") if args.model == "null" else None
         room = 16 * args.nodes + (1_000_000 if model else 20_000)
-        with server(model, 0.0, None, kv_cache_tokens=room) as running:
+        with server(model, STEP_SECONDS[args.model], None, kv_cache_tokens=room) as running:
             url = f"http://127.0.0.1:{running.port}"
-            options = LOAD[args.model]
-            load(running, "requests", 1, **{**options, "total": options["connections"]})  # warm
+            what, options = LOAD[args.model]
+            load(running, what, 1, **options)  # warm
             fill(url, args.nodes)
             found = {
                 "model": args.model,
                 "nodes": args.nodes,
                 **asyncio.run(paint(url)),
-                **pairs(running, url, args.pairs, options),
+                **pairs(running, url, args.pairs, what, options),
             }
     print(json.dumps(found, indent=1))
 

@@ -119,7 +119,8 @@ def test_the_list_of_models_is_what_the_command_prints() -> None:
 
 
 def test_commands_and_flags_exist() -> None:
-    shown = set(re.findall(r"^branchwise (\w+)", README, re.MULTILINE)) | set(re.findall(r"`branchwise (\w+)", README))
+    everything = README + "".join(PAGES.values())
+    shown = set(re.findall(r"(?:^|`)branchwise (\w+)", everything, re.MULTILINE))
     assert shown >= {"serve", "generate", "chat", "tree", "bench", "doctor"}
     helps = {}
     for command in shown:
