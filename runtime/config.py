@@ -56,7 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         schedule_policy: Which request is admitted first: hrrn weighs waiting time against uncached work, lpm takes the
             longest cached prefix, fcfs the oldest, priority the one with the highest priority.
         eviction_policy: What to evict first when the cache is full: lru, lfu, fifo or priority.
-        host_cache: Memory of the host that keeps what the device evicts: a size such as 64GiB; 0 and auto are none.
+        host_cache: Memory of the host that keeps what the device evicts: a size such as 64GiB; 0 for none, which is the
+            default.
         host_cache_dtype: How the host and the disk store keys and values: auto, byte for byte; fp8, rounded, in about
             half the bytes of bfloat16. With fp8 an answer can depend on which memory its prefix comes from.
         disk_cache: Folder that keeps the cache across restarts. One server at a time can use it. Default: none.
@@ -104,7 +105,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     schedule_policy: SchedulePolicy = "hrrn"
     eviction_policy: EvictionPolicy = "lru"
-    host_cache: str = "auto"
+    host_cache: str = "0"
     host_cache_dtype: Literal["auto", "fp8"] = "auto"
     disk_cache: str | None = None
     disk_cache_size: str = "64GiB"
@@ -263,8 +264,6 @@ def check(config: EngineConfig) -> EngineConfig:
         if value is not None and value < 1:
             raise LoadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     _check_tiers(config)
-    if config.disable_radix_cache and (_asks_for_host(config) or config.disk_cache):
-        raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
     if config.deterministic and config.model_impl == "transformers":
         raise LoadError(
             "--deterministic cannot be combined with --model-impl transformers: its sums depend on the batch"
@@ -278,13 +277,12 @@ def check(config: EngineConfig) -> EngineConfig:
     return config
 
 
-def _asks_for_host(config: EngineConfig) -> bool:
-    return config.host_cache != "auto" and parse_bytes(config.host_cache, "--host-cache") > 0
-
-
 def _check_tiers(config: EngineConfig) -> None:
     parse_bytes(config.disk_cache_size, "--disk-cache-size")
-    if config.tensor_parallel_size > 1 and (_asks_for_host(config) or config.disk_cache):
+    asked = parse_bytes(config.host_cache, "--host-cache") > 0 or config.disk_cache is not None
+    if asked and config.disable_radix_cache:
+        raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
+    if asked and config.tensor_parallel_size > 1:
         raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
     if config.host_cache_dtype == "fp8":
         for flag, chosen in (

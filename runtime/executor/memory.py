@@ -22,7 +22,6 @@ GIB = 1024**3
 GPU_RESERVE = 3 * GIB // 2
 RANK_RESERVE = GIB // 2  # where ranks exchange tensors: buffers, and the libraries' own
 TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
-HOST_SHARE = 0.0  # of the free memory of the host, for pages that a GPU evicts
 DISK_STAGING = GIB // 4  # of host memory, for pages on their way to and from a disk tier
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
@@ -240,11 +239,8 @@ def host_slots(config: EngineConfig, memory: MemoryPlan) -> int:
 
     Raises `LoadError` if the host has less memory free.
     """
+    asked = parse_bytes(config.host_cache)
     free, _ = device_memory(torch.device("cpu"))
-    if config.host_cache == "auto":
-        asked = 0 if memory.device == "cpu" or config.disable_radix_cache else int(HOST_SHARE * free)
-    else:
-        asked = parse_bytes(config.host_cache)
     if asked > free:
         raise LoadError(f"--host-cache {config.host_cache}: {human_bytes(free)} of memory are free")
     if config.disk_cache is not None and asked < DISK_STAGING:

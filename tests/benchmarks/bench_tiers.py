@@ -2,6 +2,7 @@
 
     bench_tiers.py copies                     GB/s between an 8B's pool and host memory (needs a GPU)
     bench_tiers.py replay traces.jsonl.gz     reuse of a trace of agents, beside one LRU cache of the same size
+    bench_tiers.py restart                    seconds that 100,000 tokens on a disk add to a start
 
 ``replay`` runs the real scheduler, tree and tier manager with a null executor over the weka trace (one session a line,
 ``hash_id_ranges`` of 64-token blocks), with the page sizes of Llama-3.1-8B. ``--sessions`` takes the first of them.
@@ -13,13 +14,16 @@ import argparse
 import gzip
 import json
 import random
+import tempfile
 import time
 from collections import OrderedDict
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from branchwise.radix.tree import RadixTree
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.engine.core import EngineCore
 from branchwise.runtime.executor.null import NullExecutor
@@ -27,6 +31,9 @@ from branchwise.runtime.messages import Generate
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.scheduler.memory import LowerTiers
 from branchwise.runtime.tiers.copies import Ended, HostCopies
+from branchwise.runtime.tiers.disk import DiskTier
+from branchwise.runtime.tiers.fingerprint import Fingerprint
+from branchwise.runtime.tiers.folder import CacheFolder
 from branchwise.runtime.tiers.manager import TierManager
 
 PAGE = 16
@@ -192,17 +199,39 @@ def replay(events: list[tuple[int, np.ndarray]], tokens: int, scale: float) -> t
     return sum(shares.values()), shares, time.perf_counter() - begun
 
 
+def restart(tokens: int) -> None:
+    prints, payload = Fingerprint("model", "device", "layout", 4096), np.zeros(4096, np.uint8)
+    rng, chain = np.random.default_rng(0), 625  # pages of one prompt
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = CacheFolder(Path(scratch), prints, 1 << 20)
+        for first in range(0, tokens // PAGE, chain):
+            records = list(range(first, min(first + chain, tokens // PAGE)))
+            ids = rng.integers(0, 100_000, (len(records), PAGE)).astype(np.int32)
+            pages = [(("", ""), -1 if i == first else i - 1, row) for i, row in zip(records, ids, strict=True)]
+            folder.write(pages, records, [payload] * len(records))
+        folder.close()
+        for _ in range(3):
+            begun, used = time.perf_counter(), time.process_time()
+            disk = DiskTier(CacheFolder(Path(scratch), prints, 1 << 20))
+            found = disk.restore(RadixTree(1000, PAGE, host_slots=1000, disk_slots=1 << 20))
+            print(
+                f"{found} tokens: {time.perf_counter() - begun:.3f} s, {time.process_time() - used:.3f} s of processor"
+            )
+            disk.close()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="what", required=True)
     commands.add_parser("copies").add_argument("--pages", type=int, nargs="*", default=[8, 64, 512, 2048])
+    commands.add_parser("restart").add_argument("--tokens", type=int, default=100_000)
     trace = commands.add_parser("replay")
     trace.add_argument("path")
     trace.add_argument("--sessions", type=int, default=None)
     trace.add_argument("--capacities", type=float, nargs="*", default=[1e6, 3e6, 10e6])
     args = parser.parse_args()
-    if args.what == "copies":
-        copies(args.pages)
+    if args.what != "replay":
+        copies(args.pages) if args.what == "copies" else restart(args.tokens)
         return
     events = arrivals(args.path, args.sessions)
     scale = 1.0 if args.sessions is None else args.sessions / 710
