@@ -186,7 +186,21 @@ def _gist(output: str) -> str:
 
 @cache
 def _load(variant: Variant) -> Any:
-    return variant.spec().build_and_load()
+    """The module as FlashInfer's cache has it, compiled if need be.
+
+    `build_and_load` of 0.6 runs ninja first, which compiles a module again if generated sources are missing or newer:
+    in an image that carries the compiled modules alone, say. The cache's folder is named by version and architecture,
+    so what it has can be loaded as it is.
+    """
+    spec = variant.spec()
+    if spec.is_compiled:
+        try:
+            return spec.load(spec.get_library_path())
+        except Exception as error:  # written in part, or being written by another process
+            logger.warning(
+                "FlashInfer's compiled module cannot be loaded, and is compiled again: %s", _gist(str(error))
+            )
+    return spec.build_and_load()
 
 
 class PagedCall:

@@ -247,6 +247,36 @@ def test_a_failed_compilation_is_one_line(error, said, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "compiled, broken, done",
+    [(True, False, ["load x.so"]), (True, True, ["load x.so", "build"]), (False, False, ["build"])],
+)
+def test_a_compiled_module_is_loaded_without_its_sources(compiled, broken, done, monkeypatch, caplog):
+    """And compiled again if it cannot be loaded."""
+    calls = []
+
+    def load(path):
+        calls.append(f"load {path}")
+        if broken:
+            raise OSError("x.so: file too short")
+        return "module"
+
+    spec = SimpleNamespace(
+        is_compiled=compiled,
+        get_library_path=lambda: "x.so",
+        load=load,
+        build_and_load=lambda: calls.append("build") or "module",
+    )
+    monkeypatch.setattr(Variant, "spec", lambda variant: spec)
+    flashinfer_module._load.cache_clear()
+    try:
+        assert flashinfer_module._load(Variant("fa2", torch.bfloat16, 128)) == "module"
+    finally:
+        flashinfer_module._load.cache_clear()
+    assert calls == done
+    assert ("file too short" in caplog.text) == broken
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_building_later(compiled, monkeypatch):
     """What FlashInfer's cache has is loaded at once; the rest in a thread."""
