@@ -113,16 +113,22 @@ class Gateway:
         hint = await self.hint(scope, request.body)
         for attempt in range(1, TRIES + 1):
             head: Head | None = None
+            streamed, body = False, b""  # an answer that is no event stream is sent once it is whole
             try:
                 async for part in self._dispatch(request, hint):
                     if isinstance(part, Head):
-                        head = part
-                        await _start(send, head.status, head.headers)
-                    else:
+                        head, streamed = part, _is_stream(part)
+                        if streamed:
+                            await _start(send, head.status, head.headers)
+                    elif streamed:
                         await send({"type": "http.response.body", "body": part, "more_body": True})
+                    else:
+                        body += part
                 if head is None:
                     raise ReplicaGone("it answered nothing")
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                if not streamed:
+                    await _start(send, head.status, head.headers)
+                await send({"type": "http.response.body", "body": body, "more_body": False})
                 return
             except NoReplica as error:
                 if hint.instance is not None:
@@ -132,25 +138,12 @@ class Gateway:
                 return
             except ReplicaGone as error:
                 logger.warning("%s %s, try %d: %s", request.method, scope["path"], attempt, error)
-                if head is not None:
-                    await self._break(send, head, scope["path"])
+                if streamed:
+                    await _break(send, scope["path"])
                     return
                 if hint.instance is not None or attempt == TRIES:
                     await _answer(send, 503, "the replica that served the request ended; try again")
                     return
-
-    async def _break(self, send: Send, head: Head, path: str) -> None:
-        """Ends an answer that has begun: an event stream with an error, anything else by closing the connection."""
-        if not dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream"):
-            raise ConnectionAbortedError("the replica ended in the middle of its answer")
-        error: dict[str, Any] = {"type": "server_error", "message": "the replica ended in the middle of the answer"}
-        event = b""
-        if path.startswith("/v1/messages"):
-            event, error = b"event: error\n", {"type": "error", "error": {**error, "type": "api_error"}}
-        else:
-            error = {"error": {**error, "code": "replica_gone", "param": None}}
-        data = event + b"data: " + json.dumps(error).encode() + b"\n\n"
-        await send({"type": "http.response.body", "body": data, "more_body": False})
 
     async def _everywhere(self, request: ForwardedRequest, send: Send) -> None:
         answers = await asyncio.gather(*(self._ask(request, name) for name in self._members()))
@@ -189,6 +182,22 @@ class Gateway:
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+def _is_stream(head: Head) -> bool:
+    return dict(head.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+
+
+async def _break(send: Send, path: str) -> None:
+    """Ends an event stream that has begun with an error."""
+    error: dict[str, Any] = {"type": "server_error", "message": "the replica ended in the middle of the answer"}
+    event = b""
+    if path.startswith("/v1/messages"):
+        event, error = b"event: error\n", {"type": "error", "error": {**error, "type": "api_error"}}
+    else:
+        error = {"error": {**error, "code": "replica_gone", "param": None}}
+    data = event + b"data: " + json.dumps(error).encode() + b"\n\n"
+    await send({"type": "http.response.body", "body": data, "more_body": False})
 
 
 async def _start(send: Send, status: int, headers: Headers) -> None:

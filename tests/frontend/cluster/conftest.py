@@ -65,7 +65,9 @@ class LocalGateway:
         self._tasks.append(asyncio.create_task(self._watch()))
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="warning", lifespan="off"))
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.app, log_level="warning", lifespan="off", timeout_keep_alive=600)
+        )
         self._tasks.append(asyncio.create_task(self._server.serve([listening])))
         self.http = httpx.AsyncClient(base_url=self.url, timeout=60, limits=httpx.Limits(max_connections=None))
         await self.settled()
