@@ -17,6 +17,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from branchwise.frontend.cli.main import app
+from branchwise.frontend.cluster.config import ClusterConfig
 from branchwise.runtime.server.http.plumbing.auth import OPEN_PATHS
 from branchwise.runtime.server.http.plumbing.metrics import Metrics
 
@@ -151,6 +152,21 @@ def test_kubernetes() -> None:
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes.keys()
     assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+def test_kuberay() -> None:
+    cluster, service = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
+    [worker] = [group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]]
+    for pod in (head, worker):
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= volumes
+    assert ClusterConfig().drain_seconds < worker["terminationGracePeriodSeconds"]
+    assert head["containers"][0]["readinessProbe"]["httpGet"]["path"] in OPEN_PATHS
+    assert head["containers"][0]["ports"][0]["name"] == service["spec"]["ports"][0]["targetPort"]
+    [line] = head["containers"][0]["args"]
+    words = line.rpartition("branchwise ")[2].split()
+    assert words[:2] == ["cluster", "up"] and "up" in typer.main.get_command(app).commands["cluster"].commands  # type: ignore[attr-defined]
 
 
 def test_systemd_unit(tmp_path: Path) -> None:
