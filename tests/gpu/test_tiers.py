@@ -19,6 +19,7 @@ from branchwise.kernels.kv_pool import KVLayout, KVPool  # noqa: E402
 from branchwise.runtime.tiers import host as host_module  # noqa: E402
 from branchwise.runtime.tiers.copies import Ended, HostCopies  # noqa: E402
 from branchwise.runtime.tiers.host import HostTier  # noqa: E402
+from branchwise.runtime.tiers.page_format import PageFormat  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 NONE = np.empty(0, np.int32)
@@ -55,6 +56,27 @@ def test_pages_come_back_as_they_were(way: str, monkeypatch: pytest.MonkeyPatch)
         found = data[:, torch.from_numpy(np.concatenate([pages[100:], pages[:100]])).long().cuda()]
         assert torch.equal(found, expected)
         assert tier.stored() == step + 1
+    tier.close()
+
+
+def test_rounded_pages_are_those_of_the_specification() -> None:
+    """``--host-cache-dtype fp8``: what comes back is what `PageFormat` computes on a CPU, while steps run."""
+    pool = KVPool.allocate(KVLayout(8, 16, 8, 128, torch.bfloat16), 100, torch.device("cuda"))
+    tier = HostTier(pool, 80, fp8=True)
+    pages, slots = np.arange(80, dtype=np.int32)[::-1].copy(), np.arange(80, dtype=np.int32)
+    for step in range(3):
+        torch.cuda._sleep(20_000_000)
+        pool.data.normal_()
+        tier.launched(step)
+        before = pool.fragments()[:, torch.from_numpy(pages).long().cuda()].cpu()
+        tier.store(HostCopies(pages, slots, step))
+        pool.data.zero_()
+        tier.load(HostCopies(NONE, NONE, -1, [(step, slots, pages)]))
+        assert [end.good for end in wait(tier, 1)] == [80]
+        found = pool.fragments()[:, torch.from_numpy(pages).long().cuda()].cpu()
+        format_ = PageFormat(pool.layout, fp8=True)
+        assert torch.equal(torch.from_numpy(tier.memory[slots]), format_.encode(before))
+        assert torch.equal(found, format_.decode(format_.encode(before)))
     tier.close()
 
 
