@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_ui.py [--nodes 100000] [--pairs 8] [--model null|shipped]
 
 Throughput and the server's CPU seconds a token with nobody looking and with one reader of ``/ui/events``, in turn on
-one server, so that both see the same machine: medians of the pairs' ratios. Then, where there is a Chromium, the time
+one server, so that both see the same machine: medians of the pairs' ratios. The CPU of a null model is small: a per
+cent of a core is several per cent of it. Then, where there is a Chromium, the time
 from opening the page to its first paint and to its first drawing of the tree, and from a click to a node's details.
 """
 

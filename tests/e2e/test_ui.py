@@ -196,7 +196,7 @@ async def test_a_dear_snapshot_is_taken_rarely() -> None:
 
     async def ask() -> dict[str, Any]:
         asked.append(time.monotonic())
-        return {"seconds": 0.02, "value": len(asked)}  # 1 % of the time: every two seconds
+        return {"seconds": 0.01, "value": len(asked)}  # half a per cent of the time: every two seconds
 
     feed = Feed(ask)
     with feed.listening():
@@ -212,7 +212,7 @@ async def test_what_this_process_adds_counts_too() -> None:
         return {"seconds": 0.0, "value": len(asked)}
 
     def complete(found: dict[str, Any]) -> None:
-        end = time.thread_time() + 0.02
+        end = time.thread_time() + 0.01
         while time.thread_time() < end:
             pass
         found["model"] = "m"

@@ -1,8 +1,8 @@
 """``GET /ui/events``: what the page shows, as it changes: server-sent events, each a whole snapshot.
 
 There is one producer for all listeners with the same rights, and none while nobody listens. It asks the scheduler no
-more often than twice a second, and so rarely that the answers take at most `SHARE` of the scheduler's time and of this
-process's. A listener that reads slowly skips snapshots.
+more often than twice a second, and so rarely that a snapshot's work in both processes takes at most `SHARE` of a core.
+A listener that reads slowly skips snapshots.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ..plumbing.sse import event
 from ..state import AppState
 from .labels import Labels
 
-INTERVAL, SHARE = 0.5, 0.01  # seconds between snapshots at least; of a thread's time at most
+INTERVAL = 0.5  # seconds between snapshots at least
+SHARE = 0.005  # of a core, for what is timed; encoding a snapshot between the processes costs about as much again
 SILENCE = 10.0  # seconds without a change after which a comment shows that the connection lives
 DEFAULT_NODES, MAX_NODES = 1000, 4000
 MAX_LISTENERS = 64
@@ -136,7 +137,7 @@ class Feed:
                 if found != self._compared:
                     self._compared, made = found, event(found)
                     await self._publish(made)
-                spent = max(spent, time.thread_time() - began)
+                spent += time.thread_time() - began
             except Exception as error:  # the engine has died, or the server is stopping: listeners are told
                 self.failed = True
                 await self._publish(event(describe(error)[1]))
