@@ -1,18 +1,15 @@
 """Converts tiles of quantized keys and values in registers, in Gluon: from global memory to tensor cores without shared
 memory.
 
-`mma` and `wgmma` multiply A, 16 rows for each warp, by B. Thread (g, t) of a warp, g = 0 … 7 and t = 0 … 3, holds rows
-g and g + 8 of A and, of each 16 columns, 2t, 2t + 1, 2t + 8 and 2t + 9. Keys are A of the scores and transposed values
-A of the output. So a key or value is converted by one thread, in the registers from which it is multiplied; and few
-queries, which are B, are padded to 8 only.
+`mma` multiplies A ``[16, 16]`` by B ``[16, 8]``. Thread (g, t) of a warp, g = 0 … 7 and t = 0 … 3, holds rows g and
+g + 8 of A and columns 2t, 2t + 1, 2t + 8 and 2t + 9. Keys are A of the scores and transposed values A of the output, so
+queries, of which there are few, take the side that is padded to 8 only.
 
-A thread loads consecutive words of one token and takes them for the channels that A gives it. That permutes the
+A thread loads consecutive words of one token and takes them for the channels that `mma` gives it. That permutes the
 channels: of keys those that are summed over (queries are permuted alike, `permute_queries`), of values the rows of the
 output (`restore_channels`).
 
 Conversions and their powers of two are those of `kv_tiles`, except that fp8 values are exact.
-
-Layouts are for ``WARPS`` 1, or 4 with N 64 and D 128 (`wgmma`).
 """
 
 from __future__ import annotations
@@ -37,34 +34,40 @@ def _powers(first: int, stop: int) -> list[int]:
 
 
 @gluon.constexpr_function
-def key_words_layout(N: int, WORDS: int, WARPS: int) -> gl.DistributedLinearLayout:
-    """Of int32 ``[N, WORDS]`` keys: a thread has tokens g, g + 8, … of its warp's, and of each every fourth run of up
-    to 4 words."""
+def key_words_layout(N: int, WORDS: int) -> gl.DistributedLinearLayout:
+    """Of int32 ``[N, WORDS]`` keys: a thread has tokens g, g + 8, …, and of each every fourth run of up to 4 words."""
     run = min(4, WORDS // 4)
-    registers = [[0, x] for x in _powers(1, run) + _powers(4 * run, WORDS)]
-    registers += [[x, 0] for x in _powers(8, N // WARPS)]
+    registers = [[0, x] for x in _powers(1, run) + _powers(4 * run, WORDS)] + [[x, 0] for x in _powers(8, N)]
     lanes = [[0, run], [0, 2 * run], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[x, 0] for x in _powers(16, 16 * WARPS)], [], [N, WORDS])
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [N, WORDS])
 
 
 @gluon.constexpr_function
-def key_scales_layout(N: int, D: int, WARPS: int) -> gl.DistributedLinearLayout:
-    """Of the scales of nvfp4 keys, uint8 ``[N, D / 16]``, as `key_words_layout`."""
-    blocks, run = D // 16, min(4, D // 32) // 2
-    registers = [[0, x] for x in _powers(1, run) + _powers(4 * run, blocks)]
-    registers += [[x, 0] for x in _powers(8, N // WARPS)]
-    lanes = [[0, run], [0, 2 * run], [1, 0], [2, 0], [4, 0]]
-    return gl.DistributedLinearLayout(registers, lanes, [[x, 0] for x in _powers(16, 16 * WARPS)], [], [N, blocks])
-
-
-@gluon.constexpr_function
-def values_layout(N: int, COUNT: int, WARPS: int) -> gl.DistributedLinearLayout:
-    """Of values or scales ``[N, COUNT]``: a thread has tokens 2t, 2t + 1, 2t + 8, … and of each the g-th eighth of its
-    warp's part."""
-    run = COUNT // 8 // WARPS
+def value_words_layout(N: int, WORDS: int) -> gl.DistributedLinearLayout:
+    """Of int32 ``[N, WORDS]`` values: a thread has tokens 2t, 2t + 1, 2t + 8, …, and of each the g-th eighth."""
+    run = WORDS // 8
     registers = [[0, x] for x in _powers(1, run)] + [[x, 0] for x in [1, *_powers(8, N)]]
     lanes = [[2, 0], [4, 0], [0, run], [0, 2 * run], [0, 4 * run]]
-    return gl.DistributedLinearLayout(registers, lanes, [[0, x] for x in _powers(8 * run, COUNT)], [], [N, COUNT])
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [N, WORDS])
+
+
+@gluon.constexpr_function
+def key_scales_layout(N: int, D: int) -> gl.DistributedLinearLayout:
+    """Of the scales of nvfp4 keys, uint8 ``[N, D / 16]``, as `key_words_layout`."""
+    blocks, run = D // 16, min(4, D // 32) // 2
+    registers = [[0, x] for x in _powers(1, run) + _powers(4 * run, blocks)] + [[x, 0] for x in _powers(8, N)]
+    lanes = [[0, run], [0, 2 * run], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [N, blocks])
+
+
+@gluon.constexpr_function
+def value_scales_layout(N: int, D: int) -> gl.DistributedLinearLayout:
+    """Of the scales of nvfp4 values, uint8 ``[N, 8 · max(D / 128, 1)]``, as `value_words_layout`. Heads of 64
+    channels have 4: two eighths share each."""
+    per = max(D // 128, 1)
+    registers = [[0, x] for x in _powers(1, per)] + [[x, 0] for x in [1, *_powers(8, N)]]
+    lanes = [[2, 0], [4, 0], [0, per], [0, 2 * per], [0, 4 * per]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [N, 8 * per])
 
 
 @gluon.jit
@@ -168,83 +171,72 @@ def key_operand(
 
 
 @gluon.jit
-def permute_queries(q: gl.tensor, WORDS: gl.constexpr) -> gl.tensor:
-    """Queries ``[M, D]`` with their channels in the order of `key_operand`."""
+def permute_queries(q: gl.tensor, WORDS: gl.constexpr, LAYOUT: gl.constexpr) -> gl.tensor:
+    """Queries ``[M, D]`` to ``[D, M]``, their channels in the order of `key_operand`."""
     M: gl.constexpr = q.shape[0]
     D: gl.constexpr = q.shape[1]
     RUN: gl.constexpr = min(4, WORDS // 4)
     RUNS: gl.constexpr = WORDS // 4 // RUN
     PAIRS: gl.constexpr = D // WORDS // 2
-    return gl.reshape(gl.permute(gl.reshape(q, [M, RUNS, 4, RUN, PAIRS, 2]), (0, 1, 3, 4, 2, 5)), [M, D])
+    q = gl.permute(gl.reshape(q, [M, RUNS, 4, RUN, PAIRS, 2]), (1, 3, 4, 2, 5, 0))
+    return gl.convert_layout(gl.reshape(q, [D, M]), LAYOUT)
 
 
 @gluon.jit
-def _pick_bytes(a: gl.tensor, b: gl.tensor, PICKED: gl.constexpr) -> gl.tensor:
-    """Four of the eight bytes of a and b: one hexadecimal digit each, the first byte's last."""
+def _pick_bytes(a: gl.tensor, b: gl.tensor, LOW: gl.constexpr, HIGH: gl.constexpr) -> tuple[gl.tensor, gl.tensor]:
+    """Two choices of four of the eight bytes of a and b."""
     return gl.inline_asm_elementwise(
-        f"prmt.b32 $0, $1, $2, {PICKED};", "=r,r,r", [a, b], dtype=gl.int32, is_pure=True, pack=1
+        f"prmt.b32 $0, $2, $3, {LOW}; prmt.b32 $1, $2, $3, {HIGH};",
+        "=&r,=r,r,r",
+        [a, b],
+        dtype=(gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
     )
 
 
 @gluon.jit
 def value_operand(
-    data: gl.tensor,
+    words: gl.tensor,
     scales: gl.tensor,
     FORMAT: gl.constexpr,
     N: gl.constexpr,
     D: gl.constexpr,
     LAYOUT: gl.constexpr,
-    WARPS: gl.constexpr,
 ) -> gl.tensor:
-    """Values and, of nvfp4, scales, in `values_layout`, to ``[D, N]`` for the left side of `mma`.
+    """Words `value_words_layout` and, of nvfp4, scales `value_scales_layout`, to ``[D, N]`` for the left side of `mma`.
 
-    `mma` takes pairs of tokens: bytes of two tokens are interleaved before they are converted. ``data`` are int32
-    words; with 4 warps those of 4-bit formats are int16 halves of words, 4 channels that lie 2 apart.
+    Row ``8 · i + g`` is channel ``D / 8 · g + i``. `mma` takes pairs of tokens: bytes of two tokens are interleaved
+    before they are converted.
     """
-    COUNT: gl.constexpr = data.shape[1]
-    a, b = gl.split(gl.permute(gl.reshape(data, [N // 2, 2, COUNT]), (0, 2, 1)))
+    WORDS: gl.constexpr = words.shape[1]
+    a, b = gl.split(gl.permute(gl.reshape(words, [N // 2, 2, WORDS]), (0, 2, 1)))
     if FORMAT == "fp8":
-        low, high = _pick_bytes(a, b, 0x5140), _pick_bytes(a, b, 0x7362)
+        low, high = _pick_bytes(a, b, 0x5140, 0x7362)
         c0, c1 = _e4m3_pair(low, False), _e4m3_pair(low, True)
         c2, c3 = _e4m3_pair(high, False), _e4m3_pair(high, True)
         pairs = _join4(c0, c1, c2, c3)
-    elif WARPS == 1:
-        c0, c2, c4, c6 = _four_bit_pairs(_pick_bytes(a, b, 0x5410), FORMAT)
-        c1, c3, c5, c7 = _four_bit_pairs(_pick_bytes(a, b, 0x7632), FORMAT)
+    else:
+        low, high = _pick_bytes(a, b, 0x5410, 0x7632)
+        c0, c2, c4, c6 = _four_bit_pairs(low, FORMAT)
+        c1, c3, c5, c7 = _four_bit_pairs(high, FORMAT)
         pairs = gl.join(_join4(c0, c2, c4, c6), _join4(c1, c3, c5, c7))
-    else:
-        c0, c1, c2, c3 = _four_bit_pairs(_pick_bytes(a.to(gl.int32), b.to(gl.int32), 0x5410), FORMAT)
-        pairs = _join4(c0, c1, c2, c3)
-    if FORMAT == "nvfp4":
-        BLOCKS: gl.constexpr = scales.shape[1]
-        REPEAT: gl.constexpr = D // BLOCKS
-        first, second = gl.split(gl.permute(gl.reshape(scales, [N // 2, 2, BLOCKS]), (0, 2, 1)))
-        factors = _scale_pairs(first, second)
-        factors = gl.join(factors, factors)
-        factors = gl.join(factors, factors)
-        if REPEAT >= 8:
-            factors = gl.join(factors, factors)
-        if REPEAT >= 16:
-            factors = gl.join(factors, factors)
-        pairs = gl.reshape(pairs, [N // 2, BLOCKS, REPEAT])
-        pairs = _times(pairs, _laid_out_as(gl.reshape(factors, [N // 2, BLOCKS, REPEAT]), pairs))
-    x = _halves(pairs, gl.float16)
-    if WARPS == 1:
-        x = gl.permute(gl.reshape(x, [N // 2, 8, D // 8, 2]), (2, 1, 0, 3))
-    else:
-        x = gl.permute(gl.reshape(x, [N // 2, WARPS, 8, D // 64, 2, 2]), (3, 1, 4, 2, 0, 5))
-    return gl.convert_layout(gl.reshape(x, [D, N]), LAYOUT, assert_trivial=True)
+        if FORMAT == "nvfp4":
+            PER: gl.constexpr = scales.shape[1] // 8
+            first, second = gl.split(gl.permute(gl.reshape(scales, [N // 2, 2, 8 * PER]), (0, 2, 1)))
+            factors = _repeat8(_scale_pairs(first, second))
+            if D // PER == 128:
+                factors = gl.join(factors, factors)
+            factors = gl.reshape(factors, [N // 2, 8 * PER, D // 8 // PER])
+            pairs = gl.reshape(pairs, [N // 2, 8 * PER, D // 8 // PER])
+            pairs = _times(pairs, _laid_out_as(factors, pairs))
+    x = gl.reshape(_halves(pairs, gl.float16), [N // 2, 8, D // 8, 2])
+    return gl.convert_layout(gl.reshape(gl.permute(x, (2, 1, 0, 3)), [D, N]), LAYOUT, assert_trivial=True)
 
 
 @gluon.jit
-def restore_channels(x: gl.tensor, FORMAT: gl.constexpr, WARPS: gl.constexpr) -> gl.tensor:
+def restore_channels(x: gl.tensor) -> gl.tensor:
     """``[D, M]``, rows in the order of `value_operand`, to ``[M, D]``."""
     D: gl.constexpr = x.shape[0]
     M: gl.constexpr = x.shape[1]
-    if WARPS == 1:
-        x = gl.permute(gl.reshape(x, [D // 8, 8, M]), (2, 1, 0))
-    else:
-        x = gl.permute(gl.reshape(x, [D // 64, WARPS, 2, 8, M]), (4, 1, 3, 0, 2))
-        if FORMAT != "fp8":  # halves of words
-            x = gl.permute(gl.reshape(x, [M, D // 8, 2, 4]), (0, 1, 3, 2))
-    return gl.reshape(x, [M, D])
+    return gl.reshape(gl.permute(gl.reshape(x, [D // 8, 8, M]), (2, 1, 0)), [M, D])

@@ -13,7 +13,7 @@ from ..arrays import Int64
 from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from .base import LayerSpec
-from .register_kernel import attend_quantized, register_tile
+from .register_kernel import attend_few, register_tile
 from .split import ITEM_FIELDS
 from .tree_plan import TreeLimits, TreePlan
 from .triton_kernels import attend, merge_slots
@@ -31,11 +31,11 @@ class TreeTile(NamedTuple):
     keys: int  # read at a time
     warps: int
     stages: int
-    # Of a tile that `attend_quantized` runs, not `attend`: programs that a multiprocessor should have.
+    # Of a tile that `attend_few` runs, not `attend`: programs that a multiprocessor should have.
     in_registers: int = 0
 
 
-def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
+def tree_tiles(layout: KVLayout, group: int, sinks: bool = False) -> tuple[TreeTile, ...]:
     """Tiles of ascending size. Larger ones spill registers (checked for sm_90 in the tests).
 
     The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
@@ -56,10 +56,9 @@ def tree_tiles(layout: KVLayout, group: int) -> tuple[TreeTile, ...]:
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
-    found = [tile for rows in (least, 64) if (tile := register_tile(rows, layout)) is not None]
-    if found and least <= 64:
-        mine = dict.fromkeys(TreeTile(tile.rows, tile.keys, tile.warps, 1, tile.programs) for tile in found)
-        tiles = *mine, *(tiles[1:] if len(found) == 1 else ())
+    found = None if sinks else register_tile(least, layout)
+    if found is not None:
+        tiles = TreeTile(found.rows, found.keys, 1, 1, found.programs), *tiles[1:]
     elif least > tiles[0].rows:
         narrow = tiles[0]._replace(rows=least, warps=max(tiles[0].warps, least // 16))
         tiles = (narrow, *(tile for tile in tiles[1:] if tile.rows > least))
@@ -162,7 +161,7 @@ class TreeRunner:
             return
         tile, kv, table = self.tiles[nth], self.pool.layer(layer), self._table
         kv_heads = self._shape[1]
-        launch = attend_quantized if tile.in_registers else attend
+        launch = attend_few if tile.in_registers else attend
         launch(
             (kv_heads, items, 1),
             (

@@ -20,7 +20,7 @@ from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from ..triton_launch import ALIGNMENT
 from .base import AttentionBatch, LayerSpec, RequestGroup, StepShape, split_step
-from .register_kernel import attend_quantized, register_tile
+from .register_kernel import attend_few, register_tile
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
@@ -39,15 +39,15 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     per_sm: int  # programs to aim at for each multiprocessor: two rounds of what fits at once
-    in_registers: bool = False  # whether `attend_quantized` runs it, not `attend`
+    in_registers: bool = False  # whether `attend_few` runs it, not `attend`
 
 
-def tile_for(rows: int, layout: KVLayout) -> Tile:
+def tile_for(rows: int, layout: KVLayout, sinks: bool = False) -> Tile:
     """The tile for requests of about so many rows. Larger ones spill registers (checked for sm_90 in the tests)."""
     head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
-    found = register_tile(rows, layout)
+    found = None if sinks else register_tile(rows, layout)
     if found is not None:
-        return Tile(found.rows, found.keys, found.warps, 1, found.programs, in_registers=True)
+        return Tile(found.rows, found.keys, 1, 1, found.programs, in_registers=True)
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
         return Tile(16, 32, 4, 2, 4) if rows <= 16 else Tile(32, 32, 4, 2, 4)
     if head_dim > 128:
@@ -190,7 +190,7 @@ class TritonAttention:
         sinks = self._lse if spec.sinks is None else spec.sinks
         for call in self._calls[spec.window]:
             tile, items, merges = call.tile, len(call.items) // ITEM_FIELDS, len(call.merges) // MERGE_FIELDS
-            launch = attend_quantized if tile.in_registers else attend
+            launch = attend_few if tile.in_registers else attend
             launch(
                 (self._kv_heads, items, 1),
                 (
@@ -240,7 +240,7 @@ class TritonAttention:
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
         rows = FIXED_ROWS if self._fixed else max(tokens * self._group, triton.next_power_of_2(self._group))
-        tile = tile_for(rows, self._pool.layout)
+        tile = tile_for(rows, self._pool.layout, any(spec.sinks is not None for spec in self._layers))
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group
 

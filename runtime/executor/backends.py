@@ -17,7 +17,7 @@ from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.fixed_backend import FixedAttention
 from ...kernels.attention.torch_backend import TorchAttention
 from ...kernels.base import Ops
-from ...kernels.kv_pool import KVPool
+from ...kernels.kv_pool import DEQUANTIZED_BYTES, KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.implementation import AnyConfig
@@ -99,7 +99,7 @@ def make_attention(
                 raise LoadError(f"--attention-backend {name}: {error}") from error
             logger.warning("attention does not run on %s: %s", name, error)
             continue
-        if pool.layout.quantized and choice != name:
+        if DEQUANTIZED_BYTES and pool.layout.quantized and choice != name:
             flat = _dequantizing(flat, pool, layers, num_heads, table)
         if choice == name or (choice == "auto" and _problem_with_triton(pool.device) is not None):
             return flat

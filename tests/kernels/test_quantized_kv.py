@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from branchwise.kernels import ops
+from branchwise.kernels import kv_pool, ops
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
 from branchwise.kernels.attention.dequantized_chunks import DequantizedChunks, dequantize
 from branchwise.kernels.attention.torch_backend import TorchAttention
@@ -166,6 +166,7 @@ def test_long_chunks_read_a_copy(requests: list[tuple[int, int]], monkeypatch: p
         copies.append(copy)
         return TritonAttention(copy, specs, heads)
 
+    monkeypatch.setattr(kv_pool, "DEQUANTIZED_BYTES", 1 << 24)
     attention = DequantizedChunks(pool, flat, make_long, ROWS, COLUMNS)
     used = len(requests) > 2 or requests[0][0] > 1
     for _ in range(2):  # the second plan replaces the first
@@ -182,17 +183,6 @@ def test_long_chunks_read_a_copy(requests: list[tuple[int, int]], monkeypatch: p
 # -- Gluon without its layouts, in the interpreter ---------------------------------------------------------------------
 # A layout says which thread holds which element, not what is computed. That layouts fit each other is checked when a
 # kernel is compiled (`test_triton_compile`).
-
-
-@dataclass
-class SharedMemory:
-    value: Any
-
-    def permute(self, order: tuple[int, ...]) -> SharedMemory:
-        return SharedMemory(tl.permute(self.value, order))
-
-    def store(self, value: Any) -> None:
-        self.value = value
 
 
 class Language(ModuleType):
@@ -219,10 +209,6 @@ class Language(ModuleType):
         return tl.zeros(shape, dtype)
 
     @staticmethod
-    def allocate_shared_memory(dtype: Any, shape: list[int], layout: object, value: Any = None) -> SharedMemory:
-        return SharedMemory(value)
-
-    @staticmethod
     def convert_layout(value: Any, layout: object, assert_trivial: bool = False) -> Any:
         return value
 
@@ -231,16 +217,13 @@ def interpreted(name: str, replaced: dict[str, Any]) -> ModuleType:
     """A copy of our module ``name`` whose Gluon kernels are interpreted. ``replaced``: its inline assembly."""
     spec = importlib.util.find_spec(name)
     assert spec is not None and spec.origin is not None
-    gluon, language, ampere, hopper = (ModuleType(GLUON), Language("gl"), ModuleType("ampere"), ModuleType("hopper"))
+    gluon, language, ampere = ModuleType(GLUON), Language(f"{GLUON}.language"), ModuleType("ampere")
     gluon.jit, gluon.constexpr_function, gluon.language = triton.jit, lambda f: f, language  # type: ignore[attr-defined]
     ampere.mma_v2 = lambda a, b, acc: tl.dot(a, b, acc)  # type: ignore[attr-defined]
-    hopper.warpgroup_mma = lambda a, b, acc, use_acc=True: tl.dot(a, b.value, acc)  # type: ignore[attr-defined]
-    hopper.fence_async_shared = lambda: None  # type: ignore[attr-defined]
     modules = {
         GLUON: gluon,
         f"{GLUON}.language": language,
         f"{GLUON}.language.nvidia.ampere": ampere,
-        f"{GLUON}.language.nvidia.hopper": hopper,
         "triton.experimental": mock.Mock(gluon=gluon),
     }
     copy = importlib.util.spec_from_file_location(f"{name}_interpreted", spec.origin)
@@ -282,13 +265,18 @@ def times(words: tl.tensor, factors: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def pick_bytes(a: tl.tensor, b: tl.tensor, PICKED: tl.constexpr) -> tl.tensor:
+def picked(a: tl.tensor, b: tl.tensor, choice: tl.constexpr) -> tl.tensor:
     """PTX's ``prmt``."""
     result = tl.zeros_like(a)
     for i in tl.static_range(4):
-        index: tl.constexpr = (PICKED >> (4 * i)) & 15
+        index: tl.constexpr = (choice >> (4 * i)) & 15
         result |= (byte_of(a, index) if index < 4 else byte_of(b, index - 4)) << (8 * i)
     return result
+
+
+@triton.jit
+def pick_bytes(a: tl.tensor, b: tl.tensor, LOW: tl.constexpr, HIGH: tl.constexpr) -> Any:
+    return picked(a, b, LOW), picked(a, b, HIGH)
 
 
 @triton.jit
@@ -296,21 +284,15 @@ def laid_out_as(x: tl.tensor, other: tl.tensor) -> tl.tensor:
     return x
 
 
-@triton.jit
-def for_rows_of(x: tl.tensor, other: tl.tensor) -> tl.tensor:
-    return x[None, :]
-
-
 @pytest.fixture(scope="module")
-def attend_quantized() -> Iterator[Any]:
+def attend_few() -> Iterator[Any]:
     assembly = {"_e4m3_pair": e4m3_pair, "_times": times, "_pick_bytes": pick_bytes, "_laid_out_as": laid_out_as}
     tiles = interpreted("branchwise.kernels.attention.register_tiles", assembly)
     names = {name: getattr(tiles, name) for name in vars(tiles) if name.endswith(("_operand", "_channels", "_queries"))}
-    names["_for_rows_of"] = for_rows_of
     # The interpreter knows constants by Triton's name for them.
     normalized = mock.patch("triton.runtime.jit._normalize_ty", lambda each: str(each).rpartition(".")[2])
     with normalized:
-        yield interpreted("branchwise.kernels.attention.register_kernel", names).attend_quantized
+        yield interpreted("branchwise.kernels.attention.register_kernel", names).attend_few
 
 
 @pytest.mark.parametrize("keys", [16, 32])
@@ -318,31 +300,29 @@ def attend_quantized() -> Iterator[Any]:
 @pytest.mark.parametrize("choice", ["fp8", "int4", "nvfp4", "k16v8"])
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the tests above run the kernel itself")
 def test_attention_in_registers_reads_what_the_specification_does(
-    attend_quantized: Any, choice: str, head_dim: int, keys: int
+    attend_few: Any, choice: str, head_dim: int, keys: int
 ) -> None:
     def tile(rows: int, layout: KVLayout) -> RegisterTile | None:
-        if rows <= 16:
-            return RegisterTile(8 if rows <= 8 else 16, keys, 1, programs=8)
-        return RegisterTile(64, 64, 4, programs=4) if head_dim == 128 else None
+        return RegisterTile(8 if rows <= 8 else 16, keys) if rows <= 16 else None
 
-    heads = 4
-    pool = filled(choice, head_dim, torch.float16, layers=len(SPECS))
-    batch = step([(1, 70), (1, 150), (1, 90), (20, 120) if head_dim == 128 else (3, 100)])
+    heads, specs = 4, [spec for spec in SPECS if spec.sinks is None]
+    pool = filled(choice, head_dim, torch.float16, layers=len(specs))
+    batch = step([(1, 70), (1, 150), (1, 64), (1, 90), (3, 100)])
     q = torch.randn((int(batch.q_lens.sum()), heads, head_dim), generator=torch.Generator().manual_seed(2)).half() * 3
     exact = pool if choice == "k16v8" else KVPool(pool.data, replace(pool.layout, dtype=torch.float32))
-    oracle = TorchAttention(exact, SPECS, heads, share=False)
+    oracle = TorchAttention(exact, specs, heads, share=False)
     oracle.plan(batch)
-    launched = mock.Mock(side_effect=attend_quantized)
+    launched = mock.Mock(side_effect=attend_few)
     with ExitStack() as patches:
         for module in (triton_backend, tree_runner):
-            patches.enter_context(mock.patch.multiple(module, register_tile=tile, attend_quantized=launched))
-        flat = TritonAttention(pool, SPECS, heads)
-        tree = TreeAttention(pool, SPECS, heads, batch.page_table, TritonAttention(pool, SPECS, heads), 64)
+            patches.enter_context(mock.patch.multiple(module, register_tile=tile, attend_few=launched))
+        flat = TritonAttention(pool, specs, heads)
+        tree = TreeAttention(pool, specs, heads, batch.page_table, TritonAttention(pool, specs, heads), 64)
         for attention in (flat, tree):
             attention.plan(batch)
             launched.reset_mock()
-            for layer in range(len(SPECS)):
+            for layer in range(len(specs)):
                 want = oracle.run(layer, q.to(exact.layout.dtype), q, q).float()
                 got = attention.run(layer, q, q, q).float()
                 torch.testing.assert_close(got, want, atol=3e-3, rtol=3e-3)
-            assert launched.call_count >= len(SPECS)
+            assert launched.call_count >= len(specs)

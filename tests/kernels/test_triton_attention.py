@@ -310,4 +310,4 @@ def test_tiles_grow_with_the_queries() -> None:
     assert tile_for(4096, KVLayout(1, 16, 8, 128, torch.bfloat16)).rows == 128
     with mock.patch.object(triton.knobs.runtime, "interpret", False):
         tiles = [tile_for(rows, KVLayout.of("fp8", 1, 16, 8, 128, torch.bfloat16)) for rows in (4, 16, 4096)]
-    assert [(tile.rows, tile.warps, tile.in_registers) for tile in tiles] == [(8, 1, 1), (16, 1, 1), (64, 4, 1)]
+    assert [(tile.rows, tile.warps, tile.in_registers) for tile in tiles] == [(8, 1, 1), (16, 1, 1), (128, 8, 0)]

@@ -287,17 +287,14 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "_apply_sinks",
     }
     small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages"}
-    large = {"attend": 42, "attend_quantized": 8, "_fp8_linear": 16, "_expert_products": 26}
+    large = {"attend": 48, "attend_few": 5, "_fp8_linear": 16, "_expert_products": 26}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
     # Triton's code for nvfp4's writes declares two bytes of local memory that no instruction uses.
     unused = {label for label, report in spilled.items() if "'nvfp4'" in label and report["STACK"] == 8}
     assert all(label.startswith("_rope_write") for label in unused)
-    # The scores, operands and sums of 64 rows leave no registers to some invariants of the loop.
-    invariants = {label for label, report in spilled.items() if label.endswith("64, 64, 128) warps=4 stages=1")}
-    assert all(label.startswith("attend_quantized") and spilled[label]["STACK"] <= 64 for label in invariants)
-    assert spilled.keys() == unused | invariants
+    assert spilled.keys() == unused
 
 
 if __name__ == "__main__":
