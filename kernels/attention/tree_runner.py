@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,9 @@ from .triton_kernels import attend, merge_slots
 # With 4 stages or fewer Triton waits for all loads at the top of each block: page numbers, which the addresses of keys
 # depend on, take one of the stages. With 5 the next block's keys are in flight, in half as many programs.
 DEEP = 5
+# Of captured steps, beside the main one, for the tiles but the narrowest. Two would run each tile beside the others, as
+# most launches are too small to fill the device: not checked on a device yet (see NOTES.md).
+SIDE_STREAMS = 1
 MERGE_HEADS = 8  # query heads that one program of the merge takes
 
 
@@ -99,8 +103,8 @@ class TreeRunner:
         self._staged_positions = Staging(max_tokens, torch.int32, device)
         self._partial = torch.empty((limits.slots, heads, layout.head_dim), dtype=torch.float32, device=device)
         self._lse = torch.empty((limits.slots, heads), dtype=torch.float32, device=device)
-        # In captured steps each tile has a stream of its own: most launches are too small to fill the device.
-        self._sides = [torch.cuda.Stream(device) for _ in self.tiles[1:]] if device.type == "cuda" else []
+        count = min(SIDE_STREAMS, len(self.tiles) - 1) if device.type == "cuda" else 0
+        self._sides = [torch.cuda.Stream(device) for _ in range(count)]
 
     def load(self, plan: TreePlan, padded: int) -> None:
         """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
@@ -135,12 +139,11 @@ class TreeRunner:
         sides: list[torch.cuda.Stream] = []
         if self._sides and torch.cuda.is_current_stream_capturing():
             sides = self._sides
-        for nth, side in enumerate(sides, start=1):
+        for side in sides:
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+        for nth in range(len(self.tiles)):
+            with torch.cuda.stream(sides[nth % len(sides)]) if sides and nth else nullcontext():
                 self.attend(nth, layer, spec, q, out, grid[nth])
-        for nth in range(1 if sides else len(self.tiles)):
-            self.attend(nth, layer, spec, q, out, grid[nth])
         for side in sides:
             torch.cuda.current_stream().wait_stream(side)
         merge_slots(
