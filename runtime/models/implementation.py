@@ -29,6 +29,9 @@ from .loader import Progress, dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
+# Whether ``auto`` takes transformers on a GPU. Before it does: tests/gpu/test_models.py -k transformers, on a device.
+AUTO_ON_GPU = False
+
 AnyConfig: TypeAlias = ModelConfig | TransformersConfig
 
 
@@ -43,6 +46,11 @@ class AnyDecoder(Protocol):
     @property
     def few_layers(self) -> int:
         """See `Decoder.few_layers`."""
+        ...
+
+    @property
+    def captures(self) -> bool:
+        """Whether its steps are captured in CUDA graphs."""
         ...
 
     def layer_specs(self) -> list[LayerSpec]:
@@ -69,9 +77,9 @@ class AnyDecoder(Protocol):
         ...
 
 
-def load_model_config(config: EngineConfig, folder: Path) -> AnyConfig:
-    """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or transformers' for an
-    architecture that ours does not have. Raises `LoadError`."""
+def load_model_config(config: EngineConfig, folder: Path, device: torch.device) -> AnyConfig:
+    """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or on a CPU transformers' for
+    an architecture that ours does not have. Raises `LoadError`."""
     if config.model_impl == "native":
         return load_config(folder).for_length(config.max_model_len)
     if config.model_impl == "auto":
@@ -80,6 +88,8 @@ def load_model_config(config: EngineConfig, folder: Path) -> AnyConfig:
         except UnsupportedArchitecture as error:
             if transformers_version() is None:
                 raise LoadError(f"{error}; with transformers it may be: {EXTRA}") from error
+            if device.type == "cuda" and not AUTO_ON_GPU:
+                raise LoadError(f"{error}; --model-impl transformers may serve it, unchecked on GPUs so far") from error
             logger.info("%s: computed by transformers %s with our attention", error, transformers_version())
     if config.deterministic:
         raise LoadError(

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
+from branchwise.runtime.models.hf.decoder import TransformersDecoder
 
 FAMILIES_LEFT_OUT = {"llama-linear", "llama-sharded"}  # no other computation than those beside them
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
@@ -37,9 +38,14 @@ def test_logprobs(family: str, backend: str, graphs: bool, gpu_checkpoint: Calla
 
 @pytest.mark.parametrize(("family", "graphs"), [("cwm", True), ("afmoe", True), ("qwen3", False)])
 def test_logprobs_of_what_transformers_computes(
-    family: str, graphs: bool, gpu_checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture
+    family: str,
+    graphs: bool,
+    gpu_checkpoint: Callable[[str], Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With windows, with experts, and a family of ours; all of them are captured."""
+    """With windows, with experts, and a family of ours; all of them can be captured."""
+    monkeypatch.setattr(TransformersDecoder, "captures", True)
     compare(gpu_checkpoint(family), model_impl="transformers", cuda_graphs=graphs)
     assert "run eagerly" not in caplog.text
 

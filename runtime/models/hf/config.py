@@ -19,7 +19,7 @@ from ...tokenizer.special_tokens import eos_token_id
 from ..eos import EosSource, eos_ids
 from ..folder import ADAPTER, MERGE, read_json
 from ..quantization import Quantization, parse_quantization, parse_quantization_files
-from .library import TRACE, load_transformers, quiet
+from .library import TRACE, building, load_transformers
 from .trace import trace
 
 Cut = Literal["column", "row", "gather"]  # gather: cut into columns, and every rank gets the whole product
@@ -110,6 +110,9 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         raise LoadError(f"{where}: quantized checkpoints are not read with --model-impl transformers; use the original")
     model = build(folder, TRACE, torch.bfloat16, torch.device("meta"), trust_remote_code=trust_remote_code)
     name, config = type(model).__name__, model.config.get_text_config()
+    declared = (raw.get("architectures") or [name])[0]
+    if declared != name and not str(declared).endswith("Model"):  # that of a base model has the weights of ``name``
+        raise LoadError(f"{where}: {declared} is not what transformers makes of its model_type: {name}")
     try:
         traced = trace(model)
     except LoadError as error:
@@ -159,7 +162,7 @@ def build(folder: Path, attention: str, dtype: torch.dtype, device: torch.device
     """The model of ``folder``'s config.json, with weights that are not initialized. Raises `LoadError`."""
     transformers = load_transformers()
     try:
-        with quiet(transformers):
+        with building(transformers):
             config = transformers.AutoConfig.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -179,7 +182,7 @@ def build_of(
 
     _check_class(transformers, config)
     try:
-        with quiet(transformers), device, no_init_weights():
+        with building(transformers), device, no_init_weights():
             return transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
             ).eval()

@@ -27,7 +27,7 @@ SERVE, TRACE = "branchwise", "branchwise_trace"  # names of attention implementa
 Attend = Callable[[Tensor, Tensor, Tensor, Any, Mapping[str, Any]], Tensor]
 
 _attend: ContextVar[Attend] = ContextVar("attend")
-_registration = threading.Lock()
+_registration, _building = threading.Lock(), threading.Lock()
 
 
 def transformers_version() -> str | None:
@@ -68,18 +68,20 @@ def attending(attend: Attend) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' warnings and progress bars: we say what matters in our own words."""
+def building(transformers: Any) -> Iterator[None]:
+    """While inside, one thread builds a model: transformers replaces functions of its classes meanwhile. Without its
+    warnings and progress bars: we say what matters in our own words."""
     log = transformers.logging
-    verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bars:
-            log.enable_progress_bar()
+    with _building:
+        verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+        try:
+            yield
+        finally:
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
 
 
 def _attention(

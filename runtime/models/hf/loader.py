@@ -11,7 +11,7 @@ import torch
 from ...errors import LoadError
 from ..unread import warn_of_unread
 from .config import CHANGING, TransformersConfig, build, first_line
-from .library import SERVE, load_transformers, quiet
+from .library import SERVE, building, load_transformers
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def load_model(config: TransformersConfig, dtype: torch.dtype) -> Any:
     if config.trust_remote_code:
         logger.warning("--trust-remote-code: Python files of %s may run with all rights of this process", config.folder)
     try:
-        with quiet(transformers):
+        with building(transformers):
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 config.folder,
                 dtype=dtype,

@@ -34,6 +34,7 @@ from branchwise.runtime.models.hf.trace import window_of
 from branchwise.runtime.models.implementation import load_model_config
 
 TOLERANCE = 1e-4
+CPU = torch.device("cpu")
 # Of `OTHERS` in checkpoints.py.
 OTHERS = ["gpt2", "gpt-neox", "opt", "phi", "nemotron", "helium", "cwm", "vaultgemma"]
 OTHERS += ["diffllama", "minicpm3", "afmoe", "granite-swa"]
@@ -102,31 +103,33 @@ def test_auto_takes_ours_where_it_can(
     checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig()
-    assert isinstance(load_model_config(config, checkpoint("qwen3")), ModelConfig)
+    assert isinstance(load_model_config(config, checkpoint("qwen3"), CPU), ModelConfig)
     with caplog.at_level(logging.INFO):
-        assert load_model_config(config, checkpoint("phi")).architecture == "PhiForCausalLM"
+        assert load_model_config(config, checkpoint("phi"), CPU).architecture == "PhiForCausalLM"
     (line,) = [record.getMessage() for record in caplog.records if "PhiForCausalLM" in record.getMessage()]
     assert "computed by transformers" in line
     with pytest.raises(LoadError, match="PhiForCausalLM is not supported natively"):
-        load_model_config(EngineConfig(model_impl="native"), checkpoint("phi"))
+        load_model_config(EngineConfig(model_impl="native"), checkpoint("phi"), CPU)
+    with pytest.raises(LoadError, match="--model-impl transformers may serve it, unchecked on GPUs"):
+        load_model_config(config, checkpoint("phi"), torch.device("cuda"))
     monkeypatch.setattr(library, "find_spec", lambda name: None)
     with pytest.raises(LoadError, match=r"PhiForCausalLM is not supported natively.*branchwise\[transformers\]"):
-        load_model_config(config, checkpoint("phi"))
+        load_model_config(config, checkpoint("phi"), CPU)
     with pytest.raises(LoadError, match=r"branchwise\[transformers\]"):
-        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("qwen3"))
+        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("qwen3"), CPU)
 
 
 def test_an_old_version_is_refused(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(LoadError, match=r"needs transformers 5.0 or newer, not 4.57.1"):
-        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("phi"))
+        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("phi"), CPU)
 
 
 def test_deterministic_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(LoadError, match="--deterministic cannot"):
         check(EngineConfig(model_impl="transformers", deterministic=True))
     with pytest.raises(LoadError, match="--deterministic: not with"):
-        load_model_config(EngineConfig(deterministic=True), checkpoint("phi"))
+        load_model_config(EngineConfig(deterministic=True), checkpoint("phi"), CPU)
 
 
 _SMALL = {
@@ -147,6 +150,7 @@ _SMALL = {
         ("FalconConfig", {"alibi": True}, "not marked in transformers as compatible"),
         ("Gemma4TextConfig", {"global_head_dim": 32, "head_dim": 16}, "its layers have different heads"),
         ("T5Config", {}, "no causal language model"),
+        ("LlamaConfig", {"architectures": ["LlamaForSequenceClassification"]}, "is not what transformers makes of"),
         ("DogeConfig", {}, "cannot be traced without weights"),
         ("RwkvConfig", {}, "not marked in transformers"),
     ],
@@ -312,7 +316,7 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     config = EngineConfig(model_impl="transformers", tensor_parallel_size=ranks)
     with pytest.raises(LoadError, match=reason):
-        load_model_config(config, checkpoint(family))
+        load_model_config(config, checkpoint(family), CPU)
 
 
 def test_the_survey_says_of_each_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
