@@ -15,9 +15,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from ..kv_format import GPU_HEAD_DIMS, NVFP4_GLOBAL
+from ..kv_format import NVFP4_GLOBAL
 from ..kv_pool import KVLayout
 from ..triton_launch import kernel
+from .base import LayerSpec
 from .register_tiles import (
     key_operand,
     key_scales_layout,
@@ -46,13 +47,18 @@ class RegisterTile(NamedTuple):
     programs: int = 24  # a multiprocessor: two rounds of what fits at once
 
 
+def checked(layers: list[LayerSpec]) -> bool:
+    """Whether layers have only settings with which `attend_few` was compared with the specification on a device."""
+    return all(spec.window is None and spec.softcap is None and spec.sinks is None for spec in layers)
+
+
 def register_tile(rows: int, layout: KVLayout) -> RegisterTile | None:
     """The tile for requests of about so many rows; None where `attend` reads such pages. Triton's interpreter does not
-    run Gluon."""
-    fits = layout.page_size % BLOCK == 0 and layout.head_dim in GPU_HEAD_DIMS and layout.dtype.itemsize == 2
+    run Gluon. Heads of 64 and 256 channels have been run in the interpreter alone: they are left to `attend`."""
+    fits = layout.page_size % BLOCK == 0 and layout.head_dim == 128 and layout.dtype.itemsize == 2
     if rows > 16 or not layout.quantized or not fits or triton.knobs.runtime.interpret:
         return None
-    keys = 32 if layout.k_format.name == "int4" and layout.head_dim <= 128 else 16  # as many as registers allow
+    keys = 32 if layout.k_format.name == "int4" else 16  # as many as registers allow
     return RegisterTile(8 if rows <= 8 else 16, keys)
 
 

@@ -18,6 +18,7 @@ from triton.runtime.errors import OutOfResources
 from ..arrays import Int64, ranges
 from ..kv_pool import KVPool
 from .base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
+from .register_kernel import checked
 from .tree_costs import TreeCosts
 from .tree_gate import describe
 from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
@@ -85,7 +86,7 @@ class TreeAttention:
         self.captures, self.saved_keys = flat.captures, 0
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
-        tiles = tree_tiles(layout, self._group, any(spec.sinks is not None for spec in layers))
+        tiles = tree_tiles(layout, self._group, checked(layers))
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
         per_processor = (tile.in_registers or per for tile, per in zip(tiles, WORKERS, strict=False))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in per_processor)

@@ -39,7 +39,7 @@ class TreeTile(NamedTuple):
     in_registers: int = 0
 
 
-def tree_tiles(layout: KVLayout, group: int, sinks: bool = False) -> tuple[TreeTile, ...]:
+def tree_tiles(layout: KVLayout, group: int, in_registers: bool = True) -> tuple[TreeTile, ...]:
     """Tiles of ascending size. Larger ones spill registers (checked for sm_90 in the tests).
 
     The narrow tile is bound by memory bandwidth; programs of one warp, many on a multiprocessor, come closest to it. On
@@ -60,7 +60,7 @@ def tree_tiles(layout: KVLayout, group: int, sinks: bool = False) -> tuple[TreeT
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
-    found = None if sinks else register_tile(least, layout)
+    found = register_tile(least, layout) if in_registers else None
     if found is not None:
         tiles = TreeTile(found.rows, found.keys, 1, 1, found.programs), *tiles[1:]
     elif least > tiles[0].rows:

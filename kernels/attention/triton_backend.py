@@ -20,7 +20,7 @@ from ..kv_pool import KVLayout, KVPool
 from ..staging import Staging
 from ..triton_launch import ALIGNMENT
 from .base import AttentionBatch, LayerSpec, RequestGroup, StepShape, split_step
-from .register_kernel import attend_few, register_tile
+from .register_kernel import attend_few, checked, register_tile
 from .split import ITEM_FIELDS, MERGE_FIELDS, Bounds, Pieces, cut
 from .triton_kernels import attend, merge
 
@@ -42,10 +42,10 @@ class Tile(NamedTuple):
     in_registers: bool = False  # whether `attend_few` runs it, not `attend`
 
 
-def tile_for(rows: int, layout: KVLayout, sinks: bool = False) -> Tile:
+def tile_for(rows: int, layout: KVLayout, in_registers: bool = True) -> Tile:
     """The tile for requests of about so many rows. Larger ones spill registers (checked for sm_90 in the tests)."""
     head_dim, itemsize, quantized = layout.head_dim, layout.dtype.itemsize, layout.quantized
-    found = None if sinks else register_tile(rows, layout)
+    found = register_tile(rows, layout) if in_registers else None
     if found is not None:
         return Tile(found.rows, found.keys, 1, 1, found.programs, in_registers=True)
     if itemsize > 2:  # float32 is multiplied without tensor cores: for tests
@@ -240,7 +240,7 @@ class TritonAttention:
     def _tile(self, tokens: int) -> tuple[Tile, int]:
         """The tile for requests of about so many query tokens, and the number of whole query tokens in it."""
         rows = FIXED_ROWS if self._fixed else max(tokens * self._group, triton.next_power_of_2(self._group))
-        tile = tile_for(rows, self._pool.layout, any(spec.sinks is not None for spec in self._layers))
+        tile = tile_for(rows, self._pool.layout, checked(self._layers))
         tile = tile._replace(rows=max(tile.rows, triton.next_power_of_2(self._group)))
         return tile, tile.rows // self._group
 

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from branchwise.kernels import triton_ops
-from branchwise.kernels.attention import tree_runner, triton_backend
+from branchwise.kernels.attention import tree_backend, tree_runner, triton_backend
 from branchwise.kernels.attention.register_kernel import RegisterTile
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.triton_backend import TritonAttention
@@ -316,6 +316,8 @@ def test_attention_in_registers_reads_what_the_specification_does(
     with ExitStack() as patches:
         for module in (triton_backend, tree_runner):
             patches.enter_context(mock.patch.multiple(module, register_tile=tile, attend_few=launched))
+        for module in (triton_backend, tree_backend):
+            patches.enter_context(mock.patch.object(module, "checked", lambda _: True))
         flat = TritonAttention(pool, specs, heads)
         tree = TreeAttention(pool, specs, heads, batch.page_table, TritonAttention(pool, specs, heads), 64)
         for attention in (flat, tree):
