@@ -86,7 +86,8 @@ def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -
     if shutil.which("bash") is None or shutil.which("curl") is None:
         pytest.skip("the pages' examples need bash and curl")
     traces = tmp_path_factory.mktemp("traces")
-    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True, profile=str(traces))
+    disk = tmp_path_factory.mktemp("disk")
+    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True, profile=str(traces), disk_cache=str(disk))
     config = ServerConfig(engine=engine, port=0, kv_events="tcp://127.0.0.1:*")
     with run_server_process(config, tmp_path_factory.mktemp("shipped")) as server:
         yield server
