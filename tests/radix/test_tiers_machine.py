@@ -1,10 +1,8 @@
 """Random programs against a tree over three tiers, with every copy failing in every way.
 
-Each tier is an array whose slots hold a fingerprint of the whole prefix up to each token. Copies end late (slow), in
-part (a short read, a full disk) or not at all (a kill in the middle of a write); the disk loses bits, and the process
-is killed and starts again with what the disk's index names. After every operation each copy that the tree claims is
-compared with the prefix that it should hold, so that a slot reused too early, or a copy that never arrived, cannot go
-unseen.
+Each tier is an array whose slots hold a fingerprint of the whole prefix up to each token. Copies move fingerprints
+late, in part, or not at all; the disk loses bits. After every operation each copy that the tree claims is compared with
+the prefix that it should hold, so that a slot reused too early, or a copy that never arrived, cannot go unseen.
 """
 
 from __future__ import annotations
@@ -25,14 +23,14 @@ from hypothesis.stateful import (
 )
 
 from branchwise.radix import DEVICE, DISK, HOST, Lease, RadixTree, Transfer
-from branchwise.radix.node import Int32, Namespace, Node
+from branchwise.radix.node import Node
 
 X, Y, Z = 1, 256, 2
 WRONG = -7
-NAMESPACES: list[Namespace] = [("ann", ""), ("bob", "")]
+NAMESPACES = [("ann", ""), ("bob", "")]
 
 
-def fingerprints(namespace: Namespace, tokens: tuple[int, ...]) -> list[int]:
+def fingerprints(namespace: tuple[str, str], tokens: tuple[int, ...]) -> list[int]:
     return [hash((namespace[0], tokens[: i + 1])) for i in range(len(tokens))]
 
 
@@ -40,7 +38,6 @@ class Machine(RuleBasedStateMachine):
     policy = "lru"
     mirror_type: type[Any]
     seen_by_tier: dict[int, int]
-    restored = 0  # pages
 
     @initialize(
         size=st.sampled_from([1, 2, 4]),
@@ -51,26 +48,19 @@ class Machine(RuleBasedStateMachine):
     )
     def start(self, size: int, pages: int, host: int, disk: int, one_shot: bool) -> None:
         self.size = size
-        self.tiers = {"num_pages": pages, "host_slots": host, "disk_slots": disk}
-        self.one_shot = one_shot
-        self.start_process()
+        self.tree = RadixTree(pages, size, self.policy, host_slots=host, disk_slots=disk)
+        self.tree.structure.keep_one_shot = one_shot
+        self.mirror = self.mirror_type(size)
+        self.tree.subscribe(self.mirror)
         self.data = {
             DEVICE: np.zeros((pages, size), np.int64),
             HOST: np.zeros((host, size), np.int64),
             DISK: np.zeros((disk, size), np.int64),
         }
         self.damaged: set[int] = set()  # slots of the disk
-        self.index: dict[int, tuple[int, Namespace, Int32, int]] = {}  # of the disk: written after, deleted before data
-        self.seen: list[tuple[int, ...]] = [(X,) * size + (Y,) * size]
-
-    def start_process(self) -> None:
-        """An empty tree, with nothing running."""
-        self.tree = RadixTree(page_size=self.size, policy=self.policy, **self.tiers)
-        self.tree.structure.keep_one_shot = self.one_shot
-        self.mirror = self.mirror_type(self.size)
-        self.tree.subscribe(self.mirror)
-        self.running: list[tuple[Lease, Namespace, tuple[int, ...]]] = []
+        self.running: list[tuple[Lease, tuple[str, str], tuple[int, ...]]] = []
         self.transfers: list[Transfer] = []
+        self.seen: list[tuple[int, ...]] = [(X,) * size + (Y,) * size]
         self.step = self.tree.begin_step()
 
     # ---- the memories ----
@@ -83,10 +73,7 @@ class Machine(RuleBasedStateMachine):
 
     def forget_freed(self) -> None:
         if self.tree.structure.disk is not None:
-            freed = self.tree.structure.disk.take_freed().tolist()
-            self.damaged -= set(freed)
-            for slot in freed:
-                self.index.pop(slot, None)
+            self.damaged -= set(self.tree.structure.disk.take_freed().tolist())
 
     # ---- what a program does ----
 
@@ -97,7 +84,7 @@ class Machine(RuleBasedStateMachine):
         return (base[:kept] + tuple(tail))[: 5 * self.size]
 
     @rule(data=st.data(), ends=st.booleans(), namespace=st.sampled_from(NAMESPACES))
-    def request(self, data: st.DataObject, ends: bool, namespace: Namespace) -> None:
+    def request(self, data: st.DataObject, ends: bool, namespace: tuple[str, str]) -> None:
         """A request reads what it reuses, computes the rest, and ends or runs on."""
         if len(self.running) >= 3:
             self.end(0)
@@ -140,7 +127,7 @@ class Machine(RuleBasedStateMachine):
         self.end(data.draw(st.integers(0, len(self.running) - 1)))
 
     @rule(data=st.data(), up=st.booleans(), most=st.integers(1, 8), namespace=st.sampled_from(NAMESPACES))
-    def bring_up(self, data: st.DataObject, up: bool, most: int, namespace: Namespace) -> None:
+    def bring_up(self, data: st.DataObject, up: bool, most: int, namespace: tuple[str, str]) -> None:
         tokens = np.array(self.prompt(data), np.int32)
         reach = self.tree.reach(tokens, namespace, len(tokens) - 1)
         assert reach.device + reach.host + reach.disk <= max(0, len(tokens) - 1)
@@ -174,10 +161,6 @@ class Machine(RuleBasedStateMachine):
             if bad and bad[0] < good:
                 good, damaged = bad[0], True
         self.make_stores()
-        if transfer.target == DISK and good == n:
-            written = zip(transfer.target_slots.tolist(), self.tree.moves.describe(transfer), strict=True)
-            for time, (slot, (namespace, before, tokens)) in enumerate(written):
-                self.index[slot] = before, namespace, tokens, time
         source, target = transfer.source_slots[:good], transfer.target_slots[:good]
         self.data[transfer.target][transfer.target_slots[good:]] = WRONG
         self.data[transfer.target][target] = self.data[transfer.source][source]
@@ -191,30 +174,6 @@ class Machine(RuleBasedStateMachine):
         slot = data.draw(st.integers(0, len(self.data[DISK]) - 1))
         self.data[DISK][slot] = WRONG
         self.damaged.add(slot)
-
-    @precondition(lambda self: self.index)
-    @rule(really=st.integers(0, 2), data=st.data())
-    def kill(self, really: int, data: st.DataObject) -> None:
-        """The process is killed, some of its writes half done, and another one starts with what the index names."""
-        if really:
-            return
-        self.forget_freed()
-        for transfer in self.transfers:
-            if transfer.target == DISK:
-                n = data.draw(st.integers(0, len(transfer.target_slots)))
-                self.data[DISK][transfer.target_slots[:n]] = WRONG
-        self.start_process()
-        for tier in (DEVICE, HOST):
-            self.data[tier][:] = WRONG
-        rows = []
-        parents = [-1]
-        for before in parents:
-            below = [slot for slot, row in self.index.items() if row[0] == before]
-            rows += [(slot, *self.index[slot]) for slot in below]
-            parents += below
-        assert len(rows) == len(self.index), "a page was written before the one that precedes it, or outlived it"
-        self.tree.restore(rows)
-        type(self).restored += len(rows)
 
     @rule(really=st.integers(0, 19), data=st.data())
     def empty(self, really: int, data: st.DataObject) -> None:
@@ -282,15 +241,11 @@ class Machine(RuleBasedStateMachine):
 def test_random_programs_over_three_tiers(policy: str, mirror: type[Any]) -> None:
     seen = dict.fromkeys((DEVICE, HOST, DISK), 0)
     machine = type("Machine", (Machine,), {"policy": policy, "mirror_type": mirror, "seen_by_tier": seen})
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=100,
-            stateful_step_count=60,
-            deadline=None,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+    chosen = settings(
+        max_examples=100, stateful_step_count=60, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
+    for _ in range(3):  # a run in ten hardly writes to the disk, since Hypothesis leaves out rules at random
+        run_state_machine_as_test(machine, settings=chosen)
+        if min(seen.values()) >= 100:
+            break
     assert min(seen.values()) >= 100, "a tier was hardly used"
-    assert machine.restored >= 20, "hardly anything survived a kill"  # type: ignore[attr-defined]

@@ -27,7 +27,7 @@ _LONGEST = f"/{_PREFIX}xxxxxxxx/detokenizer.sock"
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """The settings that every child reads when it starts. API keys are left out: no child needs them."""
+    """The settings that every child reads when it starts. Keys and secrets are left out: no child needs them."""
 
     parent: int  # process id
     config: ServerConfig
@@ -53,7 +53,7 @@ class RunDirectory:
         except OSError as error:  # no space, no inodes, no permission
             raise LoadError(f"{base} cannot take the server's sockets: {error.strerror}; set TMPDIR") from error
         keyless = msgspec.structs.replace(
-            config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None
+            config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None, namespace_secret=None
         )
         launch = Launch(os.getpid(), keyless)
         (self.path / "launch.json").write_bytes(msgspec.json.encode(launch))

@@ -29,7 +29,7 @@ class Operator:
     def ask(self, what: str, **question: Any) -> dict[str, Any]:
         thread = self.engine._thread
         argument = {"namespace": ("", ""), **question}
-        reply = thread.ask(lambda: thread.core.control(Control(1, what, argument))).result()
+        reply = thread.ask(lambda: thread.core.control(Control(1, what, argument)))
         if reply.error is not None:
             raise RuntimeError(str(reply.error.error()))
         return dict(reply.value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import random
 import re
@@ -24,11 +25,11 @@ MEGABYTES = 16 * 1024 * 1024
 LIMITS = Limits(vocab_size=400, max_model_len=512, pool_tokens=1024)
 
 
-async def read(body: bytes) -> dict[str, Any]:
+async def read(body: bytes, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return await read_json_object(Request({"type": "http", "method": "POST", "headers": []}, receive))
+    return await read_json_object(Request({"type": "http", "method": "POST", "headers": list(headers)}, receive))
 
 
 @pytest.mark.parametrize("name", ["prompt", "input_ids", "tokens", "extend"])
@@ -49,6 +50,16 @@ async def test_a_flat_list_of_ids_is_an_array(name: str, ids: str) -> None:
 )
 async def test_everything_else_is_what_json_says(value: str) -> None:
     assert await read(f'{{"prompt": {value}}}'.encode()) == {"prompt": json.loads(value)}
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "zstd", "identity, gzip"])
+async def test_a_compressed_body_is_refused_by_name(encoding: str) -> None:
+    """Not as invalid JSON: the client is told what to change."""
+    body = gzip.compress(b'{"prompt": "a"}')
+    with pytest.raises(InvalidRequest, match=f"Content-Encoding {encoding} is not supported") as refused:
+        await read(body, (b"content-encoding", encoding.encode()))
+    assert refused.value.status == 415
+    assert await read(b'{"prompt": "a"}', (b"content-encoding", b"identity")) == {"prompt": "a"}
 
 
 @pytest.mark.parametrize("name", ["prompt", "input_ids", "prompts", "continuations"])

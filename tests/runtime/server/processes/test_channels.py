@@ -20,8 +20,9 @@ from branchwise.runtime.server.processes.launch import RunDirectory, read_launch
 
 @pytest.fixture
 def run_dir() -> Iterator[Path]:
-    keys = {"api_key": "secret", "extra_api_keys": ("another secret",), "admin_api_key": "the operator's secret"}
-    directory = RunDirectory(ServerConfig(engine=EngineConfig(), **keys))  # type: ignore[arg-type]
+    keys = {"api_key": "hidden 1", "extra_api_keys": ("hidden 2",), "admin_api_key": "hidden 3"}
+    config = ServerConfig(engine=EngineConfig(), namespace_secret="hidden 4", **keys)  # type: ignore[arg-type]
+    directory = RunDirectory(config)
     yield directory.path
     directory.remove()
     assert not directory.path.exists()
@@ -104,7 +105,8 @@ def test_the_run_directory_is_private(run_dir: Path) -> None:
     assert run_dir.stat().st_mode & 0o777 == 0o700
     launch = read_launch(run_dir)
     assert (launch.config.api_key, launch.config.extra_api_keys, launch.config.admin_api_key) == (None, (), None)
-    assert "secret" not in (run_dir / "launch.json").read_text()
+    assert launch.config.namespace_secret is None
+    assert "hidden" not in (run_dir / "launch.json").read_text()
 
 
 def test_a_long_tmpdir_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
