@@ -177,15 +177,29 @@ def test_a_bad_byte_late_in_a_long_run_changes_nothing_already_shown() -> None:
 @given(data=st.data())
 @MODEST
 def test_the_prompts_tail_is_never_emitted(tokenizer: Tokenizer, data: st.DataObject) -> None:
-    """Primed with the end of a real text, the stream is what the whole text has after it."""
+    """Primed with the end of a real text, the stream is what the whole text has after it.
+
+    A byte that is not UTF-8 turns the run of byte tokens it ends into U+FFFD, in the prompt too: then the output is
+    decoded alone.
+    """
     text = data.draw(st.text(alphabet="aeo txn.\n", min_size=1, max_size=20))
     prompt = tokenizer.encode(text, add_special_tokens=False).tolist()
     output = [token for token in tokenizer.encode(TEXT).tolist() if data.draw(st.booleans())][: HOLD_LIMIT - 1]
     tail = prompt[-6:]
     before = tokenizer.decode(tail)
     whole = tokenizer.decode(tail + output)
-    assert whole.startswith(before)
-    assert before + "".join(deltas_of(tokenizer, output, tail=tail)) == whole
+    after = whole.removeprefix(before) if whole.startswith(before) else tokenizer.decode(output)
+    assert "".join(deltas_of(tokenizer, output, tail=tail)) == after
+
+
+def test_a_bad_byte_after_a_prompt_that_ends_in_a_byte_token_leaves_the_prompts_text_alone() -> None:
+    dot, bad, end = (
+        byte_tokens(BYTE_FALLBACK, ".")[0],
+        byte_tokens(BYTE_FALLBACK, b"\xff")[0],
+        byte_tokens(BYTE_FALLBACK, "e")[0],
+    )
+    assert BYTE_FALLBACK.decode([dot, bad]) == "\ufffd\ufffd"
+    assert "".join(deltas_of(BYTE_FALLBACK, [bad, end], tail=[dot])) == BYTE_FALLBACK.decode([bad, end])
 
 
 @pytest.mark.parametrize("continuation", ["\xa0", "\xa0e", "e", "\xff", "你", ""])
