@@ -95,9 +95,8 @@ def load_model_config(config: EngineConfig, folder: Path, device: torch.device) 
         raise LoadError(
             "--deterministic: not with --model-impl transformers, whose sums depend on a step's other tokens"
         )
-    model = load_transformers_config(folder, trust_remote_code=config.trust_remote_code)
-    model.check_ranks(config.tensor_parallel_size)
-    return model
+    ranks = config.tensor_parallel_size
+    return load_transformers_config(folder, ranks, trust_remote_code=config.trust_remote_code)
 
 
 def implementation_name(model: AnyConfig) -> str:
@@ -153,7 +152,7 @@ def weight_bytes(
 ) -> int:
     """Bytes of a rank's weights as a decoder stores them, packed copies included."""
     if isinstance(model, TransformersConfig):
-        return model.weight_bytes(dtype, device, ranks, int8=int8, fp8=multiplies_fp8(device))
+        return model.weight_bytes(dtype, device, int8=int8, fp8=multiplies_fp8(device))
     return linear.weight_bytes(model, dtype, device, rank, ranks, int8=int8)
 
 

@@ -62,6 +62,9 @@ class WeightSpec:
 def rank_config(config: Config, world: int) -> Config:
     """The config of one of ``world`` ranks: as many heads as each computes. Where there are fewer KV heads than ranks,
     each is replicated. Raises `LoadError` if the heads cannot be divided."""
+    if isinstance(config, TransformersConfig):
+        heads, kv_heads = config.rank_heads
+        return replace(config, num_heads=heads, num_kv_heads=kv_heads)
     heads, kv_heads = config.num_heads, config.num_kv_heads
     if heads % world or (kv_heads % world and world % kv_heads):
         raise LoadError(

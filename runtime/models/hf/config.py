@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,12 +19,10 @@ from ...tokenizer.special_tokens import eos_token_id
 from ..eos import EosSource, eos_ids
 from ..folder import ADAPTER, MERGE, read_json
 from ..quantization import Quantization, parse_quantization, parse_quantization_files
+from .cuts import Cuts, cuts_of, rank_heads
 from .library import TRACE, building, load_transformers
 from .trace import trace
 
-Cut = Literal["column", "row", "gather"]  # gather: cut into columns, and every rank gets the whole product
-_CUTS: dict[str, Cut] = {"colwise": "column", "rowwise": "row", "colwise_gather_output": "gather"}
-_WHOLE = {"replicated_with_grad_allreduce", "replicate"}  # styles of tensors that every rank has
 _UNQUANTIZED = re.compile(r"(^|[._])(gate|router|lm_head)$")  # routers of experts, and the output layer
 
 
@@ -33,9 +31,8 @@ class ParameterShape:
     """A parameter's place: bytes of memory follow from it."""
 
     module: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of a rank's part
     linear: bool  # the weight of an `nn.Linear`
-    cut: Cut | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,8 @@ class TransformersConfig:
     bos_id: int | None
     parameters: tuple[ParameterShape, ...]
     tied_embeddings: bool
-    unsplittable: str | None  # why the model cannot be split over ranks
+    ranks: int  # over which the model is split
+    rank_heads: tuple[int, int]  # attention and KV heads that each of them computes
     note: str | None  # what is worth knowing of how it is stored
     quantization: Quantization | None = None
 
@@ -71,37 +69,26 @@ class TransformersConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def weight_bytes(self, dtype: torch.dtype, device: torch.device, ranks: int, *, int8: bool, fp8: bool) -> int:
+    def weight_bytes(self, dtype: torch.dtype, device: torch.device, *, int8: bool, fp8: bool) -> int:
         """Bytes of a rank's weights as the decoder stores them. ``fp8``: on a device that multiplies it."""
         total = 0
         for one in self.parameters:
             quantized = one.linear and (int8 or (fp8 and self.quantizes(one.module)))
-            size = math.prod(one.shape) * (1 if quantized else dtype.itemsize) + (4 * one.shape[0] if quantized else 0)
-            total += -(-size // ranks) if one.cut is not None else size
+            total += math.prod(one.shape) * (1 if quantized else dtype.itemsize)
+            total += 4 * one.shape[0] if quantized else 0
         if self.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-            total += self.vocab_size * (self.hidden_size + 4 if int8 else self.hidden_size * dtype.itemsize) // ranks
+            size = self.hidden_size + 4 if int8 else self.hidden_size * dtype.itemsize
+            total += self.vocab_size * size // self.ranks
         return total
-
-    def check_ranks(self, ranks: int) -> None:
-        """Raises `LoadError` if the model cannot be split over so many."""
-        problem = self.unsplittable
-        for one in self.parameters:
-            if one.cut == "column" and one.shape[0] % ranks:
-                problem = problem or f"{one.shape[0]} outputs of {one.module} cannot be divided by it"
-            if one.cut == "row" and one.shape[1] % ranks:
-                problem = problem or f"{one.shape[1]} inputs of {one.module} cannot be divided by it"
-        if self.num_heads % ranks or self.num_kv_heads % ranks:
-            problem = f"{self.num_heads} attention heads and {self.num_kv_heads} KV heads cannot be divided by it"
-        if ranks > 1 and problem is not None:
-            raise LoadError(f"--tensor-parallel-size {ranks}: {self.architecture} with transformers: {problem}")
 
     def quantizes(self, module: str) -> bool:
         """Whether the linear layer ``module`` is quantized to FP8 while it is loaded."""
         return self.quantization is not None and not _UNQUANTIZED.search(module)
 
 
-def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -> TransformersConfig:
-    """Builds the model without weights and traces it. Raises `LoadError`: one line with what is not supported."""
+def load_transformers_config(folder: Path, ranks: int = 1, *, trust_remote_code: bool = False) -> TransformersConfig:
+    """Builds the model without weights and traces it, whole and as one of ``ranks``. Raises `LoadError`: one line with
+    what is not supported."""
     transformers, raw = load_transformers(), read_json(folder / "config.json")
     where = str(folder / "config.json")
     if (folder / ADAPTER).is_file():
@@ -119,9 +106,6 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         raise LoadError(
             f"{where}: {name} is not served with transformers {transformers.__version__}: {error}"
         ) from error
-    cuts, unsplittable = cuts_of(model)
-    if any(traced.sinks):
-        unsplittable = "its attention sinks are not cut"
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     generation = folder / "generation_config.json"
     vocab_size, embedding = int(config.vocab_size), model.get_input_embeddings()
@@ -131,9 +115,19 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         EosSource(where, config.eos_token_id),
         EosSource("the tokenizer", eos_token_id(folder)),
     ]
-    note = None
+    tied = head is not None and embedding is not None and head.weight is embedding.weight
+    widest = _widest(config, linears, head)
+    try:
+        cuts = cuts_of(model, ranks)
+        parameters = tuple(_parameters(model, linears, cuts, ranks))
+        heads = rank_heads(model, traced, cuts, ranks)
+    except LoadError as error:
+        raise LoadError(f"--tensor-parallel-size {ranks}: {name} with transformers: {error}") from error
+    notes = []
     if traced.value_dim < traced.head_dim:
-        note = f"values of {traced.value_dim} channels are stored in {traced.head_dim}"
+        notes.append(f"values of {traced.value_dim} channels are stored in {traced.head_dim}")
+    if ranks > 1 and heads[1] == traced.num_kv_heads:
+        notes.append("every rank has all attention heads and their keys and values")
     return TransformersConfig(
         architecture=name,
         folder=folder,
@@ -142,7 +136,7 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         sinks=traced.sinks,
         vocab_size=vocab_size,
         hidden_size=int(config.hidden_size),
-        intermediate_size=_widest(config, linears, head),
+        intermediate_size=widest,
         num_heads=traced.num_heads,
         num_kv_heads=traced.num_kv_heads,
         head_dim=traced.head_dim,
@@ -151,10 +145,11 @@ def load_transformers_config(folder: Path, *, trust_remote_code: bool = False) -
         dtype=_dtype(config),
         eos_ids=eos_ids(sources, vocab_size),
         bos_id=config.bos_token_id if isinstance(config.bos_token_id, int) else None,
-        parameters=tuple(_parameters(model, linears, cuts)),
-        tied_embeddings=head is not None and embedding is not None and head.weight is embedding.weight,
-        unsplittable=unsplittable,
-        note=note,
+        parameters=parameters,
+        tied_embeddings=tied,
+        ranks=ranks,
+        rank_heads=heads,
+        note="; ".join(notes) or None,
     )
 
 
@@ -208,29 +203,11 @@ def first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__)[:240]
 
 
-def cuts_of(model: Any) -> tuple[dict[str, Cut], str | None]:
-    """How transformers' plan of tensor parallelism cuts the linear layers, by module; why it cannot be followed."""
-    plan = dict(getattr(model, "_tp_plan", None) or {})
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    cuts: dict[str, Cut] = {}
-    if not any(style == "colwise" for style in plan.values()):
-        return {}, "transformers has no plan that cuts its attention"
-    for pattern, style in plan.items():
-        matches = re.compile(re.escape(pattern).replace(r"\*", "[^.]+"))
-        names = [name for name in linears if matches.fullmatch(name)]
-        if style in _WHOLE or "embed" in pattern:
-            continue
-        if style not in _CUTS or not names:
-            return {}, f"transformers cuts {pattern} in a way ({style}) that is not supported"
-        cuts.update(dict.fromkeys(names, _CUTS[style]))
-    return cuts, None
-
-
-def _parameters(model: Any, linears: dict[str, nn.Linear], cuts: dict[str, Cut]) -> Iterator[ParameterShape]:
+def _parameters(model: Any, linears: dict[str, nn.Linear], cuts: Cuts, ranks: int) -> Iterator[ParameterShape]:
     for name, parameter in model.named_parameters():
         module = name.rpartition(".")[0]
-        weight = module in linears and name.endswith(".weight")
-        yield ParameterShape(module, tuple(parameter.shape), weight, cuts.get(module) if weight else None)
+        linear = module in linears and name.endswith(".weight")
+        yield ParameterShape(module, cuts.shape(name, tuple(parameter.shape), ranks), linear)
 
 
 def _widest(config: Any, linears: dict[str, nn.Linear], head: Any) -> int:

@@ -58,6 +58,8 @@ class _Recorder:
         sinks = arguments.get("s_aux")
         if sinks is not None and id(sinks) not in self.names:
             raise LoadError("its attention sinks are computed, not a parameter")
+        if sinks is not None and len(sinks) != q.shape[1]:
+            raise LoadError(f"it has {len(sinks)} attention sinks for {q.shape[1]} heads")
         self.sinks.append("" if sinks is None else self.names[id(sinks)])
         scale, cap = arguments.get("scaling"), arguments.get("softcap")
         window = self._window(mask, arguments.get("sliding_window"))

@@ -18,16 +18,10 @@ import transformers
 from branchwise import Engine, LoadError, SamplingParams
 from branchwise.frontend.cli import checkup
 from branchwise.kernels import ops
-from branchwise.kernels.attention.base import AttentionBatch
-from branchwise.kernels.attention.torch_backend import TorchAttention
-from branchwise.kernels.kv_pool import KVLayout, KVPool
 from branchwise.runtime.config import EngineConfig, check
 from branchwise.runtime.models.config import ModelConfig
-from branchwise.runtime.models.decoder import StepTokens
 from branchwise.runtime.models.hf import library
 from branchwise.runtime.models.hf.config import load_transformers_config
-from branchwise.runtime.models.hf.loader import load_model
-from branchwise.runtime.models.hf.model import make_decoder
 from branchwise.runtime.models.hf.norm import replace_norms
 from branchwise.runtime.models.hf.survey import survey_listing
 from branchwise.runtime.models.hf.trace import window_of
@@ -226,11 +220,12 @@ def test_weights_are_quantized_and_counted(checkpoint: Callable[[str], Path]) ->
     config = load_transformers_config(folder)
     gpu = torch.device("cuda")
     loaded = sum(one.numel() for one in transformers.AutoModelForCausalLM.from_pretrained(folder).parameters())
-    plain = config.weight_bytes(torch.bfloat16, gpu, 1, int8=False, fp8=False)
+    plain = config.weight_bytes(torch.bfloat16, gpu, int8=False, fp8=False)
     assert plain == 2 * loaded
-    int8 = config.weight_bytes(torch.bfloat16, gpu, 1, int8=True, fp8=False)
+    int8 = config.weight_bytes(torch.bfloat16, gpu, int8=True, fp8=False)
     assert 0.5 * plain < int8 < 0.75 * plain
-    assert config.weight_bytes(torch.bfloat16, gpu, 2, int8=False, fp8=False) < 0.75 * plain
+    halves = load_transformers_config(folder, 2)
+    assert halves.weight_bytes(torch.bfloat16, gpu, int8=False, fp8=False) < 0.75 * plain
     exact = engine_of(folder).generate(PROMPT, msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0))
     for quantization in ("fp8", "int8"):
         if quantization == "int8" and not torch.cpu._is_vnni_supported():
@@ -274,49 +269,6 @@ def test_a_norm_that_computes_something_else_stays(checkpoint: Callable[[str], P
     model.model.norm.__class__ = type("OtherRMSNorm", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
     with torch.inference_mode():
         assert replace_norms(model, ops) == 12
-
-
-@pytest.mark.parametrize(("family", "size"), [("phi", 2), ("cwm", 2), ("nemotron", 2), ("gpt-neox", 4)])
-def test_ranks_compute_what_one_does(family: str, size: int, on_ranks: Any, checkpoint: Callable[[str], Path]) -> None:
-    folder, cpu = checkpoint(family), torch.device("cpu")
-    config = load_transformers_config(folder)
-    config.check_ranks(size)
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        expected = model(torch.tensor([PROMPT])).logits[0]
-
-    def work(group: Any) -> torch.Tensor:
-        decoder = make_decoder(config, load_model(config, torch.float32), ops, cpu, group, int8=False)
-        heads = decoder.config.num_kv_heads
-        assert heads == config.num_kv_heads // size
-        pool = KVPool.allocate(KVLayout(config.num_layers, 64, heads, config.head_dim, torch.float32), 1, cpu)
-        attention = TorchAttention(pool, decoder.layer_specs(), decoder.config.num_heads)
-        table, length = np.zeros((1, 1), np.int32), np.array([len(PROMPT)], np.int32)
-        positions = torch.arange(len(PROMPT))
-        with torch.inference_mode():
-            attention.plan(AttentionBatch(np.zeros(1, np.int32), length, length, 0, 64, torch.from_numpy(table), table))
-            tokens = StepTokens(torch.tensor(PROMPT), positions, positions)
-            return decoder.logits(decoder.forward(tokens, pool, attention))
-
-    for got in on_ranks(size, work):
-        assert got.shape == expected.shape and (got - expected).abs().max() < TOLERANCE
-
-
-@pytest.mark.parametrize(
-    ("family", "ranks", "reason"),
-    [
-        ("cwm", 4, "4 attention heads and 2 KV heads"),
-        ("gpt2", 2, "has no plan that cuts its attention"),
-        ("granite-swa", 2, "sinks are not cut"),
-        ("qwen3-moe", 2, "in a way .* that is not supported"),
-    ],
-)
-def test_what_cannot_be_split_is_refused(
-    family: str, ranks: int, reason: str, checkpoint: Callable[[str], Path]
-) -> None:
-    config = EngineConfig(model_impl="transformers", tensor_parallel_size=ranks)
-    with pytest.raises(LoadError, match=reason):
-        load_model_config(config, checkpoint(family), CPU)
 
 
 def test_the_survey_says_of_each_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
