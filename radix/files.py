@@ -4,7 +4,7 @@ added to the tree at the end. The files themselves are the caller's."""
 from __future__ import annotations
 
 from .matching import follow
-from .moves import Moves, Transfer
+from .moves import Moves, Transfer, last_record
 from .node import DISK, FILE, Int32, Namespace, Node, join, page_key
 from .tiers import NO_SLOTS
 
@@ -27,8 +27,9 @@ def begin_save(moves: Moves, tokens: Int32, namespace: Namespace) -> Transfer | 
 
 
 def begin_load(moves: Moves, tokens: Int32, namespace: Namespace) -> tuple[Transfer, int] | None:
-    """Reserves records (``target_slots``) for the pages of ``tokens`` that the disk lacks, and locks those before them.
-    Returns the transfer and the page at which they begin. None: there is no room. ``tokens`` are whole pages."""
+    """Reserves records (``target_slots``) for the pages of ``tokens`` that the disk lacks, after the record ``before``,
+    and locks those before them. Returns the transfer and the page at which they begin. None: there is no room.
+    ``tokens`` are whole pages."""
     structure, size = moves.structure, moves.structure.page_size
     if structure.disk is None:
         return None
@@ -40,7 +41,7 @@ def begin_load(moves: Moves, tokens: Int32, namespace: Namespace) -> tuple[Trans
         if not len(node.disk):
             break
         end, known = node, known + structure.size(node)
-    transfer = moves.start(Transfer(FILE, DISK, end, NO_SLOTS, NO_SLOTS))
+    transfer = moves.start(Transfer(FILE, DISK, end, NO_SLOTS, NO_SLOTS, last_record(end)))
     slots = structure.reserve(structure.disk, len(tokens) // size - known)
     if slots is None:
         moves.cancel(transfer)
@@ -52,11 +53,12 @@ def begin_load(moves: Moves, tokens: Int32, namespace: Namespace) -> tuple[Trans
 def end_load(moves: Moves, transfer: Transfer, tokens: Int32, good: int) -> int:
     """The first ``good`` records of `begin_load` have been written: the disk has those pages of ``tokens`` now. Returns
     how many it has of them: if it got one of them by another way meanwhile, only those before, whose records the rows
-    of the others name."""
+    of the others name; none if it lost the page before them."""
     structure, size, node = moves.structure, moves.structure.page_size, transfer.node
     disk = structure.disk
     if disk is None:
         raise RuntimeError("pages were loaded from a file into a disk tier that does not exist")
+    good = good if last_record(node) == transfer.before else 0
     slots = transfer.target_slots[:good]
     begin = len(tokens) // size - len(transfer.target_slots)
     limit = (begin + good) * size

@@ -33,6 +33,7 @@ class Transfer:
     node: Node  # internal: the last node. If nodes are split meanwhile, all parts are on the way up
     source_slots: Int32  # [n] in order of position
     target_slots: Int32  # [n]
+    before: int = -1  # to the disk: the record of the page before the first, -1: none. The first row names it
 
 
 class Reach(NamedTuple):
@@ -137,7 +138,8 @@ class Moves:
         """The transfer has ended; its first ``good`` pages arrived.
 
         Nodes that arrived in part count as failed. ``damaged``: the first of them is wrong where it came from, and is
-        forgotten there. Nodes that reached the target by another way meanwhile keep what they have.
+        forgotten there. Nodes that reached the target by another way meanwhile keep what they have; on the disk what
+        follows them does not count then, because its rows name other records.
         """
         del self.active[transfer]
         structure = self.structure
@@ -148,23 +150,23 @@ class Moves:
                 break
             nodes.append(node)
             left -= structure.size(node)
-        at, unused = 0, []
+        at, before, unused = 0, transfer.before, []
         failed: Node | None = None
         for node in reversed(nodes):
             slots = transfer.target_slots[at : at + structure.size(node)]
             at += len(slots)
             if node.transfer is transfer:
                 node.transfer = None
-            above = node.parent
             if at > good:
                 failed = failed or node
                 unused.append(slots)
-            elif len(target.of(node)) or (above is not None and above.parent and not self._may_follow(target, above)):
+            elif len(target.of(node)) or not self._may_enter(target, node, before):
                 unused.append(slots)
             elif target is structure.device:
                 structure.enter(node, slots)
             else:
                 target.put(node, slots)
+            before = int(slots[-1])
         target.free(join(unused))
         structure.unlock(transfer.node)
         if target is structure.device and source.slots.free < source.slots.total // FULL:
@@ -222,24 +224,24 @@ class Moves:
             disk.put(node, np.array(slots, np.int32))
             ends[slots[-1]] = node
 
-    def describe(self, transfer: Transfer) -> list[tuple[Namespace, int, Int32]]:
-        """Of each page that is being written to the disk: the namespace, the disk's slot of the page before, or -1, and
-        its tokens."""
+    def describe(self, transfer: Transfer) -> list[tuple[Namespace, int, Int32]] | None:
+        """Of each page that is about to be written to the disk: the namespace, the record of the page before, or -1,
+        and its tokens. None: the disk has lost the page before the first since the transfer began, or has it in
+        another record."""
         size, left = self.structure.page_size, len(transfer.target_slots)
-        tokens: list[Int32] = []
-        before = -1
+        nodes: list[Node] = []
         for node in transfer.node.upwards():
-            if left:
-                tokens.append(node.tokens)
-                left -= self.structure.size(node)
-            elif len(node.disk):
-                before = int(node.disk[-1])
+            if not left:
                 break
-        all_tokens = join(tokens[::-1])
+            nodes.append(node)
+            left -= self.structure.size(node)
+        if last_record(nodes[-1].parent) != transfer.before:
+            return None
+        tokens = join([node.tokens for node in reversed(nodes)])
         *_, root = transfer.node.upwards()
         namespace = root.namespace if isinstance(root, Root) else ("", "")
-        befores = [before, *transfer.target_slots[:-1].tolist()]
-        return [(namespace, before, all_tokens[i * size : (i + 1) * size]) for i, before in enumerate(befores)]
+        befores = [transfer.before, *transfer.target_slots[:-1].tolist()]
+        return [(namespace, before, tokens[i * size : (i + 1) * size]) for i, before in enumerate(befores)]
 
     def end_of(self, namespace: Namespace, prefix: Int32) -> Node | None:
         """The node at or inside which the whole pages of a prefix end, in any tier."""
@@ -266,9 +268,13 @@ class Moves:
                 return False
         return False
 
-    def _may_follow(self, target: Tier, above: Node) -> bool:
-        """Whether a node may get a copy in a tier where the one above it has what it has."""
-        return target.number == HOST or len(target.of(above)) > 0
+    def _may_enter(self, target: Tier, node: Node, before: int) -> bool:
+        """Whether a node may get a copy in a tier: on the device and the disk the node above it must have one, on the
+        disk the one that the node's first row names (``before``)."""
+        if target.number == DISK:
+            return last_record(node.parent) == before
+        above = node.parent
+        return target.number == HOST or isinstance(above, Root) or (above is not None and len(above.pages) > 0)
 
     def _begin(self, wanted: Sequence[tuple[Node, int]], source: int, target: int, most: int) -> Transfer | None:
         structure = self.structure
@@ -289,7 +295,8 @@ class Moves:
         if target_slots is None:
             structure.unlock(nodes[-1])
             return None
-        transfer = Transfer(source, target, nodes[-1], source_slots, target_slots)
+        before = last_record(nodes[0].parent) if target == DISK else -1
+        transfer = Transfer(source, target, nodes[-1], source_slots, target_slots, before)
         for node in nodes:
             if target != DISK:
                 node.transfer = transfer
@@ -298,6 +305,11 @@ class Moves:
 
     def _tier(self, number: int) -> Tier:
         return next(tier for tier in self.structure.tiers if tier.number == number)
+
+
+def last_record(node: Node | None) -> int:
+    """The record of a node's last page on the disk; -1: it has none there, or is a root."""
+    return int(node.disk[-1]) if node is not None and len(node.disk) else -1
 
 
 def _nearest_below(node: Node, wanted: bytes) -> Node | None:

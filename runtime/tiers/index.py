@@ -105,14 +105,16 @@ class Index:
 
 
 def sound(rows: Iterable[PageRow], limit: int) -> tuple[list[PageRow], list[int]]:
-    """The rows that form whole prefixes, parents first, and the records of those that do not: a page before it is
-    missing, or its hash is wrong. ``limit``: records are below it."""
+    """The rows that form whole prefixes, parents first, and the records of the others: a page before it is missing, its
+    hash is wrong, or another row has the same prefix (two writes of one page, and a kill before one was deleted).
+    ``limit``: records are below it."""
     by_before: dict[int, list[PageRow]] = {}
     everything = []
     for row in rows:
         everything.append(row.record)
         by_before.setdefault(row.before, []).append(row)
     found: dict[int, PageRow] = {}
+    prefixes: set[bytes] = set()
     queue = [-1]
     for before in queue:
         above = found.get(before)
@@ -120,8 +122,10 @@ def sound(rows: Iterable[PageRow], limit: int) -> tuple[list[PageRow], list[int]
             fits = 0 <= row.record < limit and len(row.tokens) > 0
             follows = above is None or above.namespace == row.namespace
             start = b"" if above is None else above.prefix
-            if fits and follows and row.prefix == prefix_hash(start, row.namespace, row.tokens):
+            unique = row.prefix not in prefixes
+            if fits and follows and unique and row.prefix == prefix_hash(start, row.namespace, row.tokens):
                 found[row.record] = row
+                prefixes.add(row.prefix)
                 queue.append(row.record)
     return list(found.values()), [record for record in everything if record not in found]
 

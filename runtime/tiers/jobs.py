@@ -222,8 +222,8 @@ class DiskJobs:
                 job.error = InvalidRequest("file", "does not fit into the disk tier (--disk-cache-size)")
                 break
             job.transfer, known = begun
-            before = int(job.transfer.node.disk[-1]) if len(job.transfer.node.disk) else -1
-            places, records, file = path[known : len(pages)], job.transfer.target_slots, job.file
+            before, records, file = job.transfer.before, job.transfer.target_slots, job.file
+            places = path[known : len(pages)]
             rows = [(job.namespace, page) for page in pages[known:]]
             if self._tree.structure.disk is not None:  # before they are written again
                 self._disk.delete(self._tree.structure.disk.take_freed())

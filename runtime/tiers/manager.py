@@ -98,7 +98,8 @@ class TierManager(NoTiers):
             stored = self._host.stored()
             while self._disk_jobs and self._disk_jobs[0][0] <= stored:
                 _, id = self._disk_jobs.popleft()
-                self._start(id, self._ids[id])
+                if not self._start(id, self._ids[id]):
+                    ended.append(Ended(id, 0, 0.0))
             ended += self._disk.ended()
         return ended
 
@@ -281,15 +282,17 @@ class TierManager(NoTiers):
         self._loads = []
         return copies
 
-    def _start(self, id: int, transfer: Transfer) -> None:
-        """Hands a copy between host and disk to the disk's threads."""
+    def _start(self, id: int, transfer: Transfer) -> bool:
+        """Hands a copy between host and disk to the disk's threads. False: there is nothing to write any more."""
         if self._disk is None:
             raise RuntimeError("a copy to or from a disk, and there is no disk tier")
         if transfer.target == HOST:
             self._disk.read(id, transfer.source_slots, self._host.memory, transfer.target_slots)
-        else:
-            pages = self._tree.moves.describe(transfer)
+            return True
+        pages = self._tree.moves.describe(transfer)
+        if pages is not None:
             self._disk.write(id, pages, transfer.target_slots, self._host.memory, transfer.source_slots)
+        return pages is not None
 
     # ---- writing to the disk ----
 

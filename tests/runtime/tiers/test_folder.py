@@ -132,6 +132,18 @@ def test_rows_that_do_not_form_whole_prefixes_are_dropped(tmp_path: Path, harm: 
     folder.close()
 
 
+def test_of_two_rows_with_one_prefix_the_later_is_dropped(tmp_path: Path) -> None:
+    """A kill can leave both, if a page was written twice: a tree with both would lose one of them."""
+    folder = filled(tmp_path)
+    folder.write([(ANN, -1, tokens(1, 2)), (ANN, 4, tokens(3, 4))], [4, 5], [payload(0), payload(1)])
+    rows = folder.load()
+    assert [row.record for row in rows] == [0, 1, 3, 2]
+    tree = RadixTree(10, 2, host_slots=10, disk_slots=100)
+    tree.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in rows])
+    tree.check()
+    folder.close()
+
+
 @pytest.mark.parametrize("text", [b"", b"not a database at all" * 500])
 def test_a_damaged_index_is_an_empty_one(tmp_path: Path, text: bytes) -> None:
     filled(tmp_path).close()
