@@ -11,4 +11,8 @@ Int64 = npt.NDArray[np.int64]
 
 def ranges(starts: Int64, lengths: Int64) -> Int64:
     """``starts[0] … starts[0] + lengths[0] - 1``, then the same for the next pair, concatenated."""
-    return np.arange(int(lengths.sum())) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+    ends = lengths.cumsum()
+    total = int(ends[-1]) if len(ends) else 0
+    found = np.arange(total)
+    found += (starts + lengths - ends).repeat(lengths)
+    return found

@@ -53,17 +53,19 @@ class Staging:
         """Starts over, with room for ``size`` elements. Waits for the previous copy, which normally ended long ago."""
         self._copied.wait()
         self._used = 0
-        if size > len(self._host):
+        if size > self._array.size:
             self._allocate(2 * size)
 
-    def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int = 0) -> Tensor:
-        """Returns the array's place on the device, filled up with ``pad`` to ``padded`` elements."""
+    def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int | None = 0) -> Tensor:
+        """Returns the array's place on the device, filled up with ``pad`` to ``padded`` elements. None: the rest of
+        them keep the values of the step before, or are undefined in the first."""
         start, size = self._used, max(padded, len(array))
         end = start + size
-        if end > len(self._host):
-            raise ValueError(f"{end} elements do not fit {len(self._host)}")
+        if end > self._array.size:
+            raise ValueError(f"{end} elements do not fit {self._array.size}")
         self._array[start : start + len(array)] = array
-        self._array[start + len(array) : end] = pad
+        if pad is not None:
+            self._array[start + len(array) : end] = pad
         self._used = end
         return self._on_device[start:end]
 

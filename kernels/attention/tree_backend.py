@@ -51,7 +51,11 @@ class Members:
         if self.offset != earlier.offset or not np.array_equal(mine.rows, theirs.rows):
             return False
         growth = mine.kv_lens - theirs.kv_lens
-        return np.array_equal(mine.q_lens, theirs.q_lens) and bool(((growth >= 0) & (growth <= MAX_GROWTH)).all())
+        return (
+            np.array_equal(mine.q_lens, theirs.q_lens)
+            and int(growth.min(initial=0)) >= 0
+            and int(growth.max(initial=0)) <= MAX_GROWTH
+        )
 
 
 class TreeAttention:
@@ -108,6 +112,7 @@ class TreeAttention:
         # Columns of each row of the page table that the plan was made from.
         self._planned_columns = np.zeros(len(table), np.int64)
         self._loaded: tuple[TreePlan, int] | None = None
+        self._by_shape: dict[StepShape, tuple[TreeLimits, StepShape]] = {}  # of captured steps
         self._step: tuple[tuple[int, ...], int] | None = None  # grid and query tokens of a step on the tree path
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
 
@@ -132,31 +137,33 @@ class TreeAttention:
         """See `AttentionBackend.plan`."""
         decodes = batch.num_decodes if shape is None else shape.first_chunk(batch.num_decodes)
         forced = shape is not None and (shape.tree or shape.joint > 0)
-        limits = self._limits if shape is None else replace(self._limits, items=self._items(_most_members(shape)))
+        limits, form = (self._limits, None) if shape is None else self._captured(shape)
         if self._rewritten(batch):
             self._members = None
         members, plan = self._find_members(batch, decodes), None
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
             plan = self._plan_members(batch, members, limits, forced)
         if plan is None:
-            self._step, form = None, self._flat.plan(batch, None if forced else shape)
+            self._step, flat_form = None, self._flat.plan(batch, None if forced else shape)
             self.saved_keys = self._flat.saved_keys
-            return form
+            return flat_form
         self.saved_keys = plan.keys_flat - plan.keys_read
         if self._loaded is None or self._loaded[0] is not plan or self._loaded[1] != decodes:
             self._runner.load(plan, decodes)
             self._loaded = plan, decodes
         requests = members.requests
-        positions = np.zeros(members.num_tokens, np.int64)
-        queries = ranges(requests.queries, requests.q_lens)
-        positions[queries] = ranges(requests.kv_lens - requests.q_lens, requests.q_lens)
+        positions = requests.kv_lens - 1
+        if len(members.chunks):
+            positions = np.zeros(members.num_tokens, np.int64)
+            queries = ranges(requests.queries, requests.q_lens)
+            positions[queries] = ranges(requests.kv_lens - requests.q_lens, requests.q_lens)
         self._runner.advance(positions)
         self._plan_chunks(batch, members, shape, decodes)
         if shape is None:
             self._step = tuple(len(items) for items in plan.items), max(members.num_tokens, decodes)
             return None
         self._step = limits.items, shape.num_tokens
-        return replace(shape, tree=True)
+        return form
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.run`."""
@@ -172,17 +179,26 @@ class TreeAttention:
         self._runner.run(layer, self._layers[layer], q, out, *self._step)
         return out
 
+    def _captured(self, shape: StepShape) -> tuple[TreeLimits, StepShape]:
+        """The limits of plans of a captured shape, and the shape's form on the tree path."""
+        found = self._by_shape.get(shape)
+        if found is None:
+            limits = replace(self._limits, items=self._items(_most_members(shape)))
+            found = self._by_shape[shape] = limits, replace(shape, tree=True)
+        return found
+
     def _find_members(self, batch: AttentionBatch, decodes: int) -> Members:
         n = batch.num_decodes
-        q_lens = batch.q_lens.astype(np.int64)
-        chunks = n + np.flatnonzero(batch.q_lens[n:] <= SHORT_CHUNK)
+        q_lens, kv_lens = batch.q_lens.astype(np.int64), batch.kv_lens.astype(np.int64)
         tokens = decodes + int(q_lens[n:].sum())
-        if tokens > self._max_tokens:
-            chunks = chunks[:0]
+        chunks = n + (q_lens[n:] <= SHORT_CHUNK).nonzero()[0]
+        if not len(chunks) or tokens > self._max_tokens:
+            return Members(chunks[:0], TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n]), n, -1)
+        starts = q_lens.cumsum() - q_lens
+        starts[n:] += decodes - n
         index = np.concatenate([np.arange(n), chunks])
-        starts = np.cumsum(q_lens) - q_lens + (np.arange(len(q_lens)) >= n) * (decodes - n)
-        requests = TreeRequests(batch.rows[index], starts[index], q_lens[index], batch.kv_lens[index].astype(np.int64))
-        return Members(chunks, requests, tokens if len(chunks) else n, decodes if len(chunks) else -1)
+        requests = TreeRequests(batch.rows[index], starts[index], q_lens[index], kv_lens[index])
+        return Members(chunks, requests, tokens, decodes)
 
     def _plan_members(
         self, batch: AttentionBatch, members: Members, limits: TreeLimits, forced: bool
@@ -197,19 +213,9 @@ class TreeAttention:
         self._planned_columns[requests.rows] = requests.kv_lens // self._page_size
         # Steps that gain about as much as they lose would change kernels at every step: a change has to pay.
         least = -np.inf if forced else 0.0 if self._tree_paid else self._costs.margin
-        self._members, self._plan = (
-            members,
-            plan_tree(
-                batch.host_page_table,
-                requests,
-                members.num_tokens,
-                self._group,
-                self._page_size,
-                self._costs,
-                limits,
-                least,
-            ),
-        )
+        sizes = members.num_tokens, self._group, self._page_size
+        self._members = members
+        self._plan = plan_tree(batch.host_page_table, requests, *sizes, self._costs, limits, least)
         if not forced:
             self._tree_paid = self._plan is not None
         return self._plan

@@ -106,8 +106,8 @@ def plan_tree(
     q_lens, kv_lens = requests.q_lens, requests.kv_lens
     tile_of, passes = tile_table(costs, group, 1 << num_tokens.bit_length())
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
-    nodes, covered = choose(nodes, q_lens, page_size, costs, passes)
-    segments = _segments(nodes, covered, requests, page_size)
+    nodes, covered, tokens = choose(nodes, q_lens, page_size, costs, passes)
+    segments = _segments(nodes, covered, tokens, requests, page_size)
     gain = _gain(nodes, segments, costs, passes)
     if gain < least_gain:
         return None
@@ -120,39 +120,41 @@ def plan_tree(
     return None
 
 
-def choose(nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, passes: Float64) -> tuple[Nodes, Int64]:
+def choose(
+    nodes: Nodes, q_lens: Int64, page_size: int, costs: TreeCosts, passes: Float64
+) -> tuple[Nodes, Int64, Int64]:
     """The nodes worth sharing, extended upwards over the columns of those that are not.
 
     Returns:
-        The chosen nodes (``parents`` are still indices into the given ones), and int64 ``[R]``, how many columns of
-        each request they cover.
+        The chosen nodes (``parents`` are still indices into the given ones); int64 ``[R]``, how many columns of each
+        request they cover; int64 ``[N]``, the query tokens of each node.
     """
     count = len(nodes.starts)
     covered = np.zeros(len(q_lens), np.int64)
     if not count:
-        return nodes, covered
+        return nodes, covered, nodes.starts
     of_members = q_lens[nodes.members]
     tokens = np.add.reduceat(of_members, nodes.indptr[:-1])
     shared = passes[tokens]
     alone = np.add.reduceat(passes[of_members], nodes.indptr[:-1])
     # Passes over a node's columns if its children, and its members without a child, read them instead.
-    below = alone.copy()
     child = (nodes.parents >= 0).nonzero()[0]
-    np.add.at(below, nodes.parents[child], (shared - alone)[child])
-    saved = np.maximum(below, 1.0) - np.maximum(shared, 1.0)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        pays_from = np.where(saved > 0.0, tokens * costs.partial / (saved * page_size), np.inf)  # columns
-    starts, taken = nodes.starts.copy(), np.zeros(count, np.bool_)
-    columns = zip(nodes.parents.tolist(), nodes.stops.tolist(), pays_from.tolist(), strict=True)
-    for i, (parent, stop, least) in enumerate(columns):  # parents come first
-        if parent >= 0:
-            starts[i] = nodes.stops[parent] if taken[parent] else starts[parent]
-        taken[i] = stop - starts[i] >= least
-    kept = taken.nonzero()[0]
-    counts = nodes.counts[kept]
-    members = nodes.members[ranges(nodes.indptr[kept], counts)]
-    covered[members] = np.repeat(nodes.stops[kept], counts)
-    return Nodes(starts[kept], nodes.stops[kept], nodes.parents[kept], members, indptr_of(counts)), covered
+    below = alone + np.bincount(nodes.parents[child], (shared - alone)[child], count)
+    saved = (np.maximum(below, 1.0) - np.maximum(shared, 1.0)) * page_size  # by each column
+    starts, taken = nodes.starts.tolist(), [False] * count
+    least = (tokens * costs.partial).tolist()
+    columns = zip(nodes.parents.tolist(), nodes.stops.tolist(), saved.tolist(), least, strict=True)
+    for i, (parent, stop, saving, cost) in enumerate(columns):  # parents come first
+        if parent >= 0 and not taken[parent]:
+            starts[i] = starts[parent]
+        taken[i] = saving > 0.0 and (stop - starts[i]) * saving >= cost
+    first, stops, parents, members, indptr = np.array(starts), nodes.stops, nodes.parents, nodes.members, nodes.indptr
+    if not all(taken):
+        kept = np.array(taken).nonzero()[0]
+        members, indptr = members[ranges(indptr[kept], nodes.counts[kept])], indptr_of(nodes.counts[kept])
+        first, stops, parents, tokens = first[kept], stops[kept], parents[kept], tokens[kept]
+    covered[members] = stops.repeat(indptr[1:] - indptr[:-1])
+    return Nodes(first, stops, parents, members, indptr), covered, tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,19 +172,23 @@ class _Segments:
     indptr: Int64
 
 
-def _segments(nodes: Nodes, covered: Int64, requests: TreeRequests, page_size: int) -> _Segments:
+def _segments(nodes: Nodes, covered: Int64, tokens: Int64, requests: TreeRequests, page_size: int) -> _Segments:
+    count, total = len(nodes.starts), len(nodes.starts) + len(requests.rows)
     leaders = nodes.members[nodes.indptr[:-1]]  # any member's row of the page table leads to a node's pages
-    members = np.concatenate([nodes.members, np.arange(len(requests.rows))])
-    counts = requests.q_lens[members]
-    of_nodes = np.add.reduceat(requests.q_lens[nodes.members], nodes.indptr[:-1]) if len(leaders) else leaders
-    starts, stops, tails = nodes.starts * page_size, nodes.stops * page_size, covered * page_size
+    owners = np.concatenate([leaders, np.arange(total - count)])
+    starts = np.concatenate([nodes.starts, covered]) * page_size
+    stops = np.full(total, OPEN)
+    stops[:count] = nodes.stops * page_size
+    lengths = requests.kv_lens[owners] - starts
+    lengths[:count] = stops[:count] - starts[:count]
+    members = np.concatenate([nodes.members, owners[count:]])
     return _Segments(
-        np.concatenate([requests.rows[leaders], requests.rows]).astype(np.int64),
-        np.concatenate([starts, tails]),
-        np.concatenate([stops, np.full(len(tails), OPEN)]),
-        np.concatenate([stops - starts, requests.kv_lens - tails]),
-        ranges(requests.queries[members], counts),
-        indptr_of(np.concatenate([of_nodes, requests.q_lens])),
+        requests.rows[owners].astype(np.int64),
+        starts,
+        stops,
+        lengths,
+        ranges(requests.queries[members], requests.q_lens[members]),
+        indptr_of(np.concatenate([tokens, requests.q_lens])),
     )
 
 
@@ -215,16 +221,15 @@ def _cut(
     parts = -(-counts // per_tile)
     # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
     work, of_tile = passes[counts] * lengths, tile_of[counts]
-    target = np.bincount(of_tile, work, len(limits.workers)) / np.array(limits.workers) * coarseness
+    target = np.bincount(of_tile, work, len(limits.workers)) / limits.workers * coarseness
     pieces = np.rint(work / np.maximum(parts * target[of_tile], 1.0)).astype(np.int64)
     pieces = np.maximum(np.minimum(pieces, lengths // np.array(limits.min_keys)[of_tile]), 1)
-    keys = np.maximum(-(-lengths // (pieces * ALIGN)) * ALIGN, ALIGN)
+    keys = np.maximum(-(-lengths // (pieces * ALIGN)), 1) * ALIGN
     pieces = np.maximum(-(-lengths // keys), 1)
 
     number = parts * pieces  # of items
     of = np.arange(len(number)).repeat(number)  # the segment of each item
-    nth = np.arange(len(of)) - (number.cumsum() - number)[of]
-    piece, part = np.divmod(nth, parts[of])
+    piece, part = np.divmod(np.arange(len(of)) - (number.cumsum() - number)[of], parts[of])
     last = piece == pieces[of] - 1
     first = part * per_tile
     count = np.minimum(counts[of] - first, per_tile)
@@ -232,22 +237,23 @@ def _cut(
     queries = segments.queries[ranges(segments.indptr[of] + first, count)]
     if len(queries) > limits.slots:
         return None
-    per_token = np.bincount(queries, minlength=num_tokens)
-    split = per_token > 1
-    offset = piece * keys[of]
     of_tile = tile_of[count]
-    length = np.where(last, lengths[of] - offset, keys[of])
-    order = ((of_tile << 32) - length).argsort(kind="stable")  # the last to start is the shortest
     sizes = np.bincount(of_tile, minlength=len(limits.items)).tolist()
     if any(size > limit for size, limit in zip(sizes, limits.items, strict=True)):
         return None
-    items = np.empty((len(of), ITEM_FIELDS), np.int32)  # the fields of `ITEM`, in its order
+    per_token = np.bincount(queries, minlength=num_tokens)
+    split = (per_token > 1)[queries]
+    size = keys[of]
+    offset = piece * size
     start = segments.starts[of] + offset
-    stop = np.where(last, segments.stops[of], start + keys[of])
-    fields = (segments.rows[of], slot, count, start, stop, stop, np.where(split[queries[slot]], slot, -1), 0)
-    for nth_field, values in enumerate(fields):
-        items[:, nth_field] = values
-    records = items[order].view(ITEM)[:, 0]
+    stop = np.where(last, segments.stops[of], start + size)
+    length = np.where(last, lengths[of] - offset, size)
+    order = ((of_tile << 32) - length).argsort(kind="stable")  # the last to start is the shortest
+    items = np.zeros((ITEM_FIELDS, len(of)), np.int32)  # the fields of `ITEM`, in its order
+    fields = segments.rows[of], slot, count, start, stop, stop, np.where(split[slot], slot, -1)
+    for nth, values in enumerate(fields):
+        items[nth] = values
+    records = items.T[order].view(ITEM)[:, 0]
     ends = itertools.accumulate(sizes)
     merges = np.empty((num_tokens, 2), np.int32)
     merges[:, 0] = per_token.cumsum() - per_token
@@ -257,7 +263,7 @@ def _cut(
         queries=queries.astype(np.int32),
         merges=merges,
         slots=queries.argsort(kind="stable").astype(np.int32),
-        merged_slots=int(split[queries].sum()),
+        merged_slots=int(np.count_nonzero(split)),
         keys_read=int(lengths.sum()),
         keys_flat=keys_flat,
     )

@@ -100,6 +100,7 @@ class TreeRunner:
         self._storage = pool.layer(0).strides, layout.k_format.name, layout.v_format.name
         ints = sum(limits.items) * ITEM_FIELDS + 2 * limits.slots + 2 * max_tokens
         self._staged_plan = Staging(ints, torch.int32, device)
+        self._staged_items = list(limits.items)  # of each tile, those that are staged: at first undefined, all of them
         self._staged_positions = Staging(max_tokens, torch.int32, device)
         self._partial = torch.empty((limits.slots, heads, layout.head_dim), dtype=torch.float32, device=device)
         self._lse = torch.empty((limits.slots, heads), dtype=torch.float32, device=device)
@@ -109,17 +110,20 @@ class TreeRunner:
     def load(self, plan: TreePlan, padded: int) -> None:
         """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
         staging, limits = self._staged_plan, self._limits
-        merges = np.zeros((self._max_tokens, 2), np.int32)
+        merges = np.zeros((max(padded, len(plan.merges)), 2), np.int32)
         merges[: len(plan.merges)] = plan.merges
         others = merges[padded:, 1]
         others[others == 0] = -1
         staging.begin()
-        self._items = [
-            staging.put(items.view(np.int32), limit * ITEM_FIELDS)
-            for items, limit in zip(plan.items, limits.items, strict=True)
-        ]
-        self._queries, self._slots = staging.put(plan.queries, limits.slots), staging.put(plan.slots, limits.slots)
-        self._merges = staging.put(merges.ravel())
+        self._items = []
+        for nth, items in enumerate(plan.items):  # records without queries replace those of the plan before
+            rest = np.zeros(ITEM_FIELDS * max(self._staged_items[nth] - len(items), 0), np.int32)
+            records = np.concatenate([items.view(np.int32), rest])
+            self._items.append(staging.put(records, limits.items[nth] * ITEM_FIELDS, pad=None))
+            self._staged_items[nth] = len(items)
+        self._queries = staging.put(plan.queries, limits.slots, pad=None)
+        self._slots = staging.put(plan.slots, limits.slots, pad=None)
+        self._merges = staging.put(merges.ravel(), 2 * self._max_tokens, pad=-1)
         staging.send()
 
     def advance(self, positions: Int64) -> None:

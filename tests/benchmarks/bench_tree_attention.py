@@ -4,12 +4,13 @@ B requests in groups of up to 32 that share a prefix, each with a tail of its ow
 channels, bfloat16, pages of 16. Layers take turns, so that no layer finds its keys in the L2 cache. ``--page 1`` and
 ``--window 4096`` measure other pages and a sliding window. Beside each time stand the errors of both paths against
 float64 on the same inputs, FlashInfer's and ours as a multiple of it. Without a GPU only the host's part is measured:
-planning anew, and the check that a plan still holds.
+planning anew, the check that a plan still holds, and both in the steps of BranchBench's workloads (`simulate_gpu`).
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import itertools
 import json
 import statistics
@@ -20,14 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from branchwise.kernels.arrays import ranges
 from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
-from branchwise.kernels.attention.tree_backend import Members, TreeAttention
+from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_plan import TreeLimits, TreeRequests, plan_tree
 from branchwise.kernels.kv_pool import KVPool
+from branchwise.runtime.executor.graphs import StepGraphs, largest_shape
+from branchwise.runtime.step import StepPlan
+
+from . import simulate_gpu
 
 HEADS, KV_HEADS, DIM, PAGE, LAYERS, PER_GROUP = 32, 8, 128, 16, 2, 32
+BUDGET, COLUMNS_OF_TABLE = 8192, 1024  # of the simulated workloads: query tokens of a step, columns of the page table
 CHECKED = 4  # requests whose results are compared with float64
 BATCHES, PREFIXES, TAILS = (8, 32, 128, 256), (512, 2048, 8192, 32768), (64, 256, 1024)
 CONTROLS = [(1, 0, 2048), (4, 0, 1024), (4, 2048, 256), (32, 0, 1024), (128, 0, 1152), (256, 0, 512)]
@@ -71,6 +76,16 @@ def milliseconds(call: Callable[[], object], repeats: int = 30) -> float:
     return statistics.median(times) * 1e3
 
 
+def cpu_milliseconds(call: Callable[[], object], repeats: int = 100) -> float:
+    """Median of this thread's CPU time, which other work on the machine disturbs less than the time of day."""
+    times = []
+    for _ in range(repeats):
+        start = time.thread_time()
+        call()
+        times.append(time.thread_time() - start)
+    return statistics.median(times) * 1e3
+
+
 def errors(forest: Forest, pool: KVPool, q: torch.Tensor, spec: LayerSpec, *outs: torch.Tensor) -> list[float]:
     """Root mean square error of each result against float64, over a few requests of the first layer."""
     kv, group = pool.layer(0), HEADS // KV_HEADS
@@ -91,32 +106,76 @@ def errors(forest: Forest, pool: KVPool, q: torch.Tensor, spec: LayerSpec, *outs
 
 
 def host_part() -> None:
-    print("planning on the host, ms; then the check that a plan still holds, as in every step that changes nothing")
+    print("planning on the host, ms of CPU time; then a step whose composition is the last one's")
     limits = TreeLimits((8192,) * 3, 1 << 16, (132, 33, 16), (128, 256, 256))
     for batch, prefix, tail in ((256, 2048, 256), (256, 8192, 128), (1024, 2048, 256), (256, 0, 1024)):
         forest = Forest(batch, prefix, tail)
-        plan = milliseconds(
+        plan = cpu_milliseconds(
             lambda f=forest: plan_tree(  # type: ignore[misc]
                 f.table, f.requests(), len(f.rows), HEADS // KV_HEADS, PAGE, TreeCosts(), limits
             )
         )
         print(f"  {batch:4} requests, {prefix:5} + {tail:4} tokens: {plan:6.3f}, {steady(forest):6.3f}")
+    print("steps of BranchBench at scale 1: ms of CPU time of all steps (mean), of those planned anew (mean, p95)")
+    for workload in ("best_of_n", "agents", "chat", "no_sharing", "tree_of_thought", "fewshot"):
+        times, anew = workload_times(workload)
+        p95 = float(np.quantile(times[anew], 0.95))
+        print(f"  {workload:16} {times.mean():6.3f}  {anew.mean():4.0%} anew: {times[anew].mean():6.3f}, {p95:6.3f}")
+
+
+class NoAttention:
+    """A flat backend that does nothing, for what tree attention itself costs the host."""
+
+    captures, joint, saved_keys = True, 0, 0
+
+    def forms(self, shape: StepShape) -> list[StepShape]:
+        return [shape]
+
+    def plan(self, batch: AttentionBatch, shape: StepShape | None = None) -> StepShape | None:
+        return shape
+
+    def run(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def idle_tree(table: torch.Tensor, max_tokens: int) -> TreeAttention:
+    """Tree attention over pages that no step reads: for planning alone."""
+    pool = KVPool(torch.zeros(1, 2, 1, PAGE, KV_HEADS, DIM, dtype=torch.bfloat16))
+    return TreeAttention(pool, [LayerSpec(DIM**-0.5)], HEADS, table, NoAttention(), max_tokens, TreeCosts())
 
 
 def steady(forest: Forest) -> float:
-    """What `TreeAttention.plan` does in a step whose composition is the last one's, without its copy to the device."""
-    n = len(forest.rows)
-    members = Members(np.arange(0), forest.requests(), n, -1)
-    later = Members(np.arange(0), forest.requests(), n, -1)
-    later.requests.kv_lens[:] += 1
-    positions, queries = np.zeros(n, np.int64), later.requests
+    """A step whose composition is the last one's."""
+    table = torch.from_numpy(forest.table)
+    tree, batch = idle_tree(table, len(forest.rows)), forest.batch(table)
+    tree.plan(batch, StepShape(len(forest.rows), 0, 0))
+    return cpu_milliseconds(lambda: tree.plan(batch, StepShape(len(forest.rows), 0, 0)))
 
-    def step() -> None:
-        if not later.continues(members):
-            raise RuntimeError("the plan of the step before does not hold")
-        positions[ranges(queries.queries, queries.q_lens)] = ranges(queries.kv_lens - queries.q_lens, queries.q_lens)
 
-    return milliseconds(step)
+def workload_times(workload: str) -> tuple[np.ndarray, np.ndarray]:
+    """Milliseconds of `TreeAttention.plan` in each step of a simulated workload, and which steps were planned anew."""
+    host = np.zeros((simulate_gpu.ROWS + 1, COLUMNS_OF_TABLE), np.int32)
+    table = torch.from_numpy(host)
+    tree = idle_tree(table, largest_shape(simulate_gpu.ROWS))
+    graphs = StepGraphs(*(lambda _: None,) * 3, simulate_gpu.ROWS, BUDGET, table.device, tree.forms, tree.joint)  # type: ignore[arg-type]
+    times, anew = [], []
+
+    def on_step(plan: StepPlan) -> None:
+        host[plan.table_rows, plan.table_cols] = plan.table_pages
+        batch = AttentionBatch(
+            *(plan.rows, plan.q_lens, plan.kv_lens, plan.num_decodes, PAGE, table, host),
+            written=(plan.table_rows, plan.table_cols),
+        )
+        shape, before = graphs.shape_for(plan), tree._members
+        start = time.thread_time()
+        tree.plan(batch, shape)
+        times.append(1e3 * (time.thread_time() - start))
+        anew.append(tree._members is not before)
+
+    asyncio.run(simulate_gpu.Simulation(BUDGET, 0.4e-3, 12e-3, on_step).run(workload))
+    return np.array(times), np.array(anew)
 
 
 def graph_us(backend: AttentionBackend, q: torch.Tensor, out: torch.Tensor) -> float:

@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import heapq
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -64,6 +65,7 @@ class Simulation:
     budget: int
     request: float
     latency: float
+    on_step: Callable[[StepPlan], object] = lambda plan: None  # called with each step
     now: float = 0.0
     steps: list[tuple[int, int, float]] = field(default_factory=list)  # decodes, query tokens, device time
     _intake: float = 0.0  # when the server can take or answer the next request
@@ -110,6 +112,7 @@ class Simulation:
                 device, host = step_seconds(step.plan, scheduler)
                 device_free = max(device_free, self.now + LAUNCH) + device
                 self.now += host
+                self.on_step(step.plan)
                 self.steps.append((step.plan.num_decodes, step.plan.num_tokens, device))
                 in_flight.append((step, device_free))
             if len(in_flight) == STEPS_AHEAD or (in_flight and step is None):

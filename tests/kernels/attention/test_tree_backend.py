@@ -20,6 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 from branchwise.kernels import triton_launch
 from branchwise.kernels.attention import tree_backend, tree_tuning
+from branchwise.kernels.attention.split import ITEM
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_gate import Forest
@@ -258,6 +259,19 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(chosen, world.expected(batch, real, 0), atol=3e-6, rtol=3e-6)
         assert torch.equal(replayed.nan_to_num(7.0), out.nan_to_num(7.0))  # to the bit
         assert not out[n:chunk].any()  # padding decodes are 0
+
+
+def test_records_of_the_plan_before_do_not_run() -> None:
+    """A captured step launches a fixed number of items: those beyond its plan must have no queries."""
+    world, shape = World(), StepShape(10, 0, 0, tree=True)
+    for requests in (DECODES, DECODES[:2], DECODES[:5], DECODES[:1]):
+        world.tree.plan(world.batch(requests), shape)
+        plan = world.tree._plan
+        assert plan is not None
+        for staged, items in zip(world.tree._runner._items, plan.items, strict=True):
+            records = staged.cpu().numpy().view(ITEM)
+            assert np.array_equal(records[: len(items)], items)
+            assert not records[len(items) :]["num_queries"].any()
 
 
 def test_small_steps_have_no_tree_form() -> None:
