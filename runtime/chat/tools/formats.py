@@ -34,18 +34,21 @@ class Tags(msgspec.Struct, frozen=True):
 class Channels(msgspec.Struct, frozen=True):
     """An output of several messages, each with a header: ``start`` ROLE ``channel`` NAME ``message`` TEXT and one of
     ``ends``. The prompt ends behind the first ROLE. A header with ``recipient`` and a name behind it is of a call,
-    whose arguments are the text; names may begin with ``namespace``. ``thinking``: the channel of reasoning.
-    ``inside``: other markers that may stand in a header.
+    whose arguments are the text; names may begin with ``namespace``. ``thinking``, ``calling`` and ``answering``: the
+    channels of reasoning, of calls and of answers. ``role``: of the model. ``inside``: another marker of headers.
     """
 
     start: str
     channel: str
     message: str
     ends: tuple[str, ...]
-    inside: tuple[str, ...]
+    inside: str
     recipient: str
     namespace: str
+    role: str
     thinking: str
+    calling: str
+    answering: str
 
 
 class Written(msgspec.Struct, frozen=True):
@@ -132,10 +135,13 @@ _HARMONY = Channels(
     channel="<|channel|>",
     message="<|message|>",
     ends=("<|end|>", "<|call|>", "<|return|>"),
-    inside=("<|constrain|>",),
+    inside="<|constrain|>",
     recipient="to=",
     namespace="functions.",
+    role="assistant",
     thinking="analysis",
+    calling="commentary",
+    answering="final",
 )
 
 _ENVELOPE = '{"name": "NAME", "arguments": '
@@ -436,5 +442,5 @@ def markers(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> froz
     for format in (tools, reasoning):
         if format is not None and format.channels is not None:
             form = format.channels
-            found.update((form.start, form.channel, form.message), form.ends, form.inside)
+            found.update((form.start, form.channel, form.message, form.inside), form.ends)
     return frozenset(found - {""})

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from .definitions import Tool
-from .formats import Body, Tags, ToolFormat, tool_format
+from .formats import Body, Channels, Tags, ToolFormat, tool_format
 from .schema_values import parameter_types
 
 
@@ -33,6 +33,7 @@ class CallGrammar(msgspec.Struct, frozen=True):
     ``body``: how arguments are written: a JSON object, parameters in the tags of ``markup``, or keywords with JSON
     values and, with ``quote``, strings in ``quote``. ``at_most_one``: no parallel calls. ``triggers``: a call has begun
     where the output contains any of these; ``at_start``: only where nothing but whitespace came before it.
+    ``channels``: each call is a message (`channel_grammar`).
     """
 
     body: Body
@@ -45,6 +46,7 @@ class CallGrammar(msgspec.Struct, frozen=True):
     at_start: bool
     markup: Tags | None = None
     quote: str = ""
+    channels: Channels | None = None
 
     def lark(
         self, special_tokens: Mapping[str, int] | None = None, *, after: str = "", beside_json: bool = False
@@ -98,6 +100,7 @@ def call_grammar(
         not written.trigger,
         format.tags,
         format.quote,
+        format.channels,
     )
 
 

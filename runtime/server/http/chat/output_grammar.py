@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ....chat.conversation import OfferedTool
-from ....chat.tools import ReasoningFormat, Tool, tool_format
+from ....chat.tools import ReasoningFormat, Tool
+from ....chat.tools.channel_grammar import message_rules
 from ....chat.tools.grammar import CallGrammar, call_grammar, literals
 from ....constraint import Constraint, ConstraintError
 from ....errors import InvalidRequest
@@ -65,6 +66,8 @@ class OutputGrammar:
             rules = self._rules(asked)
         except ConstraintError as error:  # of the answer's schema
             raise InvalidRequest("json_schema", error.problem) from error
+        if thought[:1] == ["thought?"] and rules[0].startswith("body: message*"):
+            thought = []  # the body's messages include those of thinking
         start = "start: body" if not thought else f"start: {thought[0]} body"
         grammar = "\n".join([start, *rules, *thought[1:], ""])
         return msgspec.structs.replace(params.without_constraint(), ebnf=grammar)
@@ -76,6 +79,8 @@ class OutputGrammar:
             return ["body: answer", *answer]
         if self._forced:
             return ["body: calls", self._call_rule(calls)]
+        if calls.channels is not None:
+            return [*message_rules(calls, calls.channels, self._special, answer=bool(answer)), *answer]
         trigger = calls.triggers[0]
         begun = f"<[{self._special[trigger]}]>" if trigger in self._special else json.dumps(trigger)
         if answer:
@@ -126,8 +131,6 @@ def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, para
     and only the arguments of strict tools are constrained; None if there are none."""
     if not tools or not (enforced or any(offered.tool.strict for offered in tools)):
         return None
-    if not enforced and tool_format(format).channels is not None:
-        return None  # a message without a call is no plain text: its header has special tokens
     return call_grammar(format, prepared(tools), parallel=parallel, only_strict=not enforced)
 
 

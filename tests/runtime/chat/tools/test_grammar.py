@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.chat.tools import Tool, parse, validate_tools
-from branchwise.runtime.chat.tools.formats import TOOL_FORMATS
+from branchwise.runtime.chat.tools.channel_grammar import message_rules
+from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
 
 llguidance = pytest.importorskip("llguidance")
@@ -214,6 +215,23 @@ def test_markers_that_are_special_tokens() -> None:
     assert accepts(grammar, text, specials)
     plain = call_grammar("mistral_named", TOOLS).lark()
     assert accepts(plain, text) and not accepts(plain, text, specials), "a special token is not its text"
+
+
+@pytest.mark.parametrize("arguments", [ARGUMENTS, {"city": "Köln"}])
+def test_the_messages_of_harmony_in_special_tokens(arguments: dict[str, Any]) -> None:
+    """As a checkpoint has it: markers are tokens of the grammar, never text."""
+    harmony = TOOL_FORMATS["harmony"]
+    assert harmony.channels is not None
+    specials = {name: 256 + i for i, name in enumerate(sorted(markers(harmony, None)))}
+    grammar = call_grammar(harmony, TOOLS, only_strict=True)
+    rules = "\n".join(["start: body", *message_rules(grammar, harmony.channels, specials), ""])
+    thought = "<|channel|>analysis<|message|><end> of <|what<|end|><|start|>assistant"
+    call = written("harmony", ("weather", arguments))
+    template = " to=functions.weather<|channel|>commentary json<|message|>" + json.dumps(arguments, ensure_ascii=False)
+    for text in (call, template):
+        for before in ("", thought, thought * 2):
+            assert accepts(rules, before + text, specials) is (arguments == ARGUMENTS)
+    assert accepts(rules, thought + "<|channel|>final<|message|>Yes: <b>rain</b>.", specials)
 
 
 def test_only_strict_tools_are_held_to_their_schema() -> None:

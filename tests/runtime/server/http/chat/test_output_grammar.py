@@ -208,4 +208,31 @@ def test_the_channels_of_harmony(takes: Any) -> None:
     call = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}'
     assert takes(forced, call) and takes(forced, thought + call)
     assert not takes(forced, thought + answer) and not takes(forced, call.replace("1", '"a"'))
-    assert applied("harmony", thoughts=harmony).constraint is None  # a strict tool, with auto
+
+
+BEHIND = '<|channel|>commentary to=functions.f <|constrain|>json<|message|>{"x": 1}'
+BEFORE = ' to=functions.f<|channel|>commentary json<|message|>{"x": 1}'
+ANALYSIS = "<|channel|>analysis<|message|>one < two<|end|><|start|>assistant"
+PREAMBLE = "<|channel|>commentary<|message|>Let me see.<|end|><|start|>assistant"
+
+
+@pytest.mark.parametrize("call", [BEHIND, BEFORE])
+def test_a_strict_tool_among_the_messages_of_harmony(takes: Any, call: str) -> None:
+    """A call may follow thinking and a preamble; its recipient may stand on either side of the channel."""
+    harmony = reasoning_format("harmony")
+    params = applied("harmony", thoughts=harmony)
+    for before in ("", ANALYSIS, ANALYSIS + PREAMBLE, ANALYSIS + ANALYSIS):
+        assert takes(params, before + call)
+        assert not takes(params, before + call.replace("1", '"a"'))
+        assert not takes(params, before + call.replace("functions.f", "functions.h"))
+        assert takes(params, before + "<|channel|>final<|message|>Hello.\nTwo lines.")
+    assert takes(params, call.replace("functions.f", "functions.g").replace('"x"', '"z"')), "g is not strict"
+    opened = applied("harmony", ASKED + "<|channel|>analysis<|message|>", thoughts=harmony)
+    assert takes(opened, "one<|end|><|start|>assistant" + call)
+    assert not takes(opened, "one<|end|><|start|>assistant" + call.replace("1", '"a"'))
+    both = applied("harmony", thoughts=harmony, params=SamplingParams(json_schema=json.dumps(SCHEMA)))
+    for before in ("", ANALYSIS, ANALYSIS + PREAMBLE):
+        assert takes(both, before + call)
+        assert takes(both, before + '<|channel|>final<|message|>{"x": 1}')
+        assert not takes(both, before + "<|channel|>final<|message|>Hello.")
+        assert not takes(both, before + call.replace("1", '"a"'))
