@@ -282,8 +282,6 @@ def _check_tiers(config: EngineConfig) -> None:
     asked = parse_bytes(config.host_cache, "--host-cache") > 0 or config.disk_cache is not None
     if asked and config.disable_radix_cache:
         raise LoadError("--disable-radix-cache leaves nothing for --host-cache or --disk-cache to keep")
-    if asked and config.tensor_parallel_size > 1:
-        raise LoadError("--host-cache and --disk-cache: not with --tensor-parallel-size above 1 in this version")
     if config.host_cache_dtype == "fp8":
         for flag, chosen in (
             (f"--kv-cache-dtype {config.kv_cache_dtype}", config.kv_cache_dtype != "auto"),

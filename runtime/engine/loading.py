@@ -24,6 +24,7 @@ from ..step import Executor
 from ..tiers.disk import DiskTier
 from ..tiers.fingerprint import Fingerprint, model_fingerprint
 from ..tiers.folder import CacheFolder, bytes_of_others
+from ..tiers.split import OpenDisk, RankCopies, SplitDisk, SplitHost
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 
@@ -71,21 +72,26 @@ def load_engine(
         tokenizer = Tokenizer.load(model_folder(config.model))
         times.lap("tokenizer")
         executor: Executor
+        copies: RankCopies | None = None  # of a model that is split
         if ranks is None:
             executor = local = ModelExecutor.load(config, progress, times)
         else:
             executor = split = RankZero.load(config, ranks, progress, times)
-            local = split.local
+            local, copies = split.local, RankCopies(split)
         gpu, lower = local.device.type == "cuda", None
         if local.host is not None:
-            disk = None if config.disk_cache is None else _open_disk(config, local, local.host.page_bytes)
-            lower = LowerTiers(local.host, disk)
+            disk = None if config.disk_cache is None else _open_disk(config, local, local.host.page_bytes, copies)
+            if disk is not None:
+                undo.callback(disk.close)
+            if ranks is not None and disk is not None:
+                ranks.wait("disk")
+            lower = LowerTiers(local.host if copies is None else SplitHost(local.host, copies), disk)
         core = _core(config, executor, tokenizer, local.eos_ids, local.max_model_len, gpu, lower)
         core.kv_token_bytes = local.memory_plan.layout.token_bytes
         undo.pop_all()
     times.lap("scheduler")
     logger.info("loaded in %s", times)
-    lines = [*local.memory_plan.lines(), *_tier_lines(lower)]
+    lines = [*local.memory_plan.lines(), *_tier_lines(lower, config.tensor_parallel_size)]
     return LoadedEngine(core, tokenizer, lines, [] if ranks is None else ranks.pids)
 
 
@@ -98,8 +104,8 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
     return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
 
 
-def _tier_lines(lower: LowerTiers | None) -> list[str]:
-    """What is below the device, for display."""
+def _tier_lines(lower: LowerTiers | None, ranks: int) -> list[str]:
+    """What is below the devices, for display."""
     if lower is None:
         return []
     import torch
@@ -107,38 +113,45 @@ def _tier_lines(lower: LowerTiers | None) -> list[str]:
     from ..executor.memory import device_memory, human_bytes
 
     host = lower.host
-    size, free = host.num_slots * host.page_bytes, device_memory(torch.device("cpu"))[0]
+    size, free = host.num_slots * host.page_bytes * ranks, device_memory(torch.device("cpu"))[0]
     lines = [f"host cache {human_bytes(size)} of {human_bytes(free)} free: {host.num_slots:,} pages"]
     if lower.disk is not None:
         folder = lower.disk.folder
-        lines.append(f"disk cache {human_bytes(folder.max_records * host.page_bytes)} at most, in {folder.path}")
+        size = folder.max_records * host.page_bytes * ranks
+        lines.append(f"disk cache {human_bytes(size)} at most, in {folder.path}")
     return lines
 
 
-def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int) -> DiskTier:
-    """Raises `LoadError` if the folder cannot be used."""
+def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int, copies: RankCopies | None) -> DiskTier:
+    """``page_bytes``: of a page's part on one rank. Other ranks are told to open theirs. Raises `LoadError` if the
+    folder cannot be used."""
     from ..executor.device import device_name
 
     memory = executor.memory_plan
     device = memory.device if memory.device == "cpu" else device_name(memory.device)
     settings = [str(getattr(config, name)) for name in _COMPUTED_BY if name in config.__struct_fields__]
     settings += ["long rope"] if executor.model_config.long_rope else []
+    ranks = config.tensor_parallel_size
+    layout = str(memory.layout) if ranks == 1 else f"{memory.layout} on each of {ranks} ranks"
     fingerprint = Fingerprint(
         model=model_fingerprint(model_folder(config.model), config.seed if config.load_format == "dummy" else None),
         computed_by=" ".join([device, str(memory.dtype), *settings]),
-        layout=str(memory.layout)
-        if config.host_cache_dtype == "auto"
-        else f"{memory.layout} as {config.host_cache_dtype}",
+        layout=layout if config.host_cache_dtype == "auto" else f"{layout} as {config.host_cache_dtype}",
         page_bytes=page_bytes,
     )
     path, quota = Path(config.disk_cache or "").expanduser(), parse_bytes(config.disk_cache_size)
-    if quota < page_bytes:
-        raise LoadError(f"--disk-cache-size {config.disk_cache_size} is less than one page of {page_bytes} bytes")
+    if quota < page_bytes * ranks:
+        raise LoadError(
+            f"--disk-cache-size {config.disk_cache_size} is less than one page of {page_bytes * ranks} bytes"
+        )
     others = bytes_of_others(path, fingerprint.digest)
     if others:
         logger.warning("disk cache: %d bytes of %s are of other models (branchwise cache prune)", others, path)
-    folder = CacheFolder(path, fingerprint, max(1, (quota - others) // page_bytes))
-    return DiskTier(folder, config.disk_cache_salted)
+    folder = CacheFolder(path, fingerprint, max(1, (quota - others) // (page_bytes * ranks)))
+    if copies is None:
+        return DiskTier(folder, config.disk_cache_salted)
+    copies.send(OpenDisk(str(folder.path), fingerprint.facts(), folder.max_records))
+    return SplitDisk(folder, config.disk_cache_salted, copies)
 
 
 def _core(

@@ -100,7 +100,7 @@ class ModelExecutor:
         self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
         for i, scales in kv_scales.items():
             self._pool.set_static_scales(i, torch.stack(scales))
-        slots = host_slots(config, memory)
+        slots = host_slots(config, memory, group)
         self.host = HostTier(self._pool, slots, fp8=config.host_cache_dtype == "fp8") if slots else None
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
         max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)

@@ -234,8 +234,9 @@ def activation_bytes(model: AnyConfig, dtype: torch.dtype, tokens: int, rows: in
     return tokens * widest * dtype.itemsize + 3 * max(rows, 256) * model.vocab_size * 4
 
 
-def host_slots(config: EngineConfig, memory: MemoryPlan) -> int:
-    """Pages of the host tier: what ``host_cache`` asks for. A disk tier needs some of it, to pass through.
+def host_slots(config: EngineConfig, memory: MemoryPlan, group: TensorGroup) -> int:
+    """Pages of the host tier, the same on every rank: what ``host_cache`` asks for, for all ranks together. A disk tier
+    needs some of it, to pass through.
 
     Raises `LoadError` if the host has less memory free.
     """
@@ -245,7 +246,10 @@ def host_slots(config: EngineConfig, memory: MemoryPlan) -> int:
         raise LoadError(f"--host-cache {config.host_cache}: {human_bytes(free)} of memory are free")
     if config.disk_cache is not None and asked < DISK_STAGING:
         asked = min(DISK_STAGING, free // 4)
-    return asked // PageFormat(memory.layout, config.host_cache_dtype == "fp8").page_bytes
+    slots = asked // group.size // PageFormat(memory.layout, config.host_cache_dtype == "fp8").page_bytes
+    if group.size == 1 or not asked:
+        return slots
+    return int(group.all_gather(torch.tensor([slots], dtype=torch.int64, device=memory.device)).min())
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

@@ -21,8 +21,9 @@ from ..parallel.connect import connect
 from ..parallel.group import TensorGroup
 from ..parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..parallel.place import Place
-from ..parallel.ranks import BEAT, CAPTURE, RankLaunch, RankReport
+from ..parallel.ranks import BEAT, CAPTURE, COPIES, RankLaunch, RankReport
 from ..step_codec import decode_plan
+from ..tiers.rank import POLL_SECONDS, RankTiers
 from .executor import ModelExecutor
 
 logger = logging.getLogger(__name__)
@@ -59,19 +60,38 @@ def main(descriptor: int) -> int:
         report(RankReport(error=f"{type(error).__name__}: {error}"))
         return 2
     report(RankReport("ready"))
+    tiers = None if executor.host is None else RankTiers(launch.rank, executor.host)
+
+    def next_message() -> bytes:
+        """The next message, once it is there. Meanwhile reports copies that have ended."""
+        while tiers is not None and tiers.busy:
+            if (copies := tiers.report()) is not None:
+                report(RankReport(copies=copies))
+            elif connection.poll(POLL_SECONDS):
+                break
+        return connection.recv_bytes()
+
     try:
-        while message := connection.recv_bytes():
+        while message := next_message():
             if message == BEAT:
                 executor.beat()
+            elif message.startswith(COPIES) and tiers is not None:
+                if tiers.receive(message[len(COPIES) :]):
+                    report(RankReport("disk"))
             elif message.startswith(CAPTURE):
                 executor.capture(msgspec.json.decode(message[len(CAPTURE) :], type=StepShape))
             else:
                 executor.launch(decode_plan(message))
     except EOFError:
         pass
+    except BranchwiseError as error:
+        report(RankReport(error=str(error)))
+        return 2
     except Exception:
         logger.exception("stopped by a bug")
         return 1
+    if tiers is not None:
+        tiers.close()
     return 0
 
 

@@ -15,7 +15,7 @@ from ..models.loader import Progress
 from ..parallel.connect import connect
 from ..parallel.group import TensorGroup
 from ..parallel.place import Place
-from ..parallel.ranks import BEAT, CAPTURE, Ranks
+from ..parallel.ranks import BEAT, CAPTURE, COPIES, Ranks
 from ..step import StepPlan
 from ..step_codec import encode
 from .device import pick_device
@@ -33,7 +33,7 @@ class RankZero:
     """
 
     def __init__(self, local: ModelExecutor, ranks: Ranks) -> None:
-        self.local, self.ranks = local, ranks
+        self.local, self.ranks, self.size = local, ranks, ranks.size
         self.num_pages, self.page_size, self.vocab_size = local.num_pages, local.page_size, local.vocab_size
 
     @classmethod
@@ -68,6 +68,15 @@ class RankZero:
             self.ranks.send(CAPTURE + msgspec.json.encode(shape))
             self.local.capture(shape)
         return True
+
+    def send_copies(self, message: bytes) -> None:
+        """See `runtime.tiers.split.Link`."""
+        with self._failing():
+            self.ranks.send(COPIES + message)
+
+    def copy_reports(self) -> list[tuple[int, bytes]]:
+        """See `runtime.tiers.split.Link`."""
+        return self.ranks.copy_reports()
 
     def beat(self) -> None:
         """See `runtime.step.Executor`."""

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from concurrent.futures import Future
 from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
@@ -22,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 _STDERR = 2
 # Messages to a rank besides steps, whose encoding begins with another byte: to end; to prove that it and its device
-# answer; to capture the step shape that follows.
-END, BEAT, CAPTURE = b"", b"\0", b"\1"
+# answer; to capture the step shape that follows; to make the copies that follow between memory tiers.
+END, BEAT, CAPTURE, COPIES = b"", b"\0", b"\1", b"\2"
 EXIT_SECONDS = 2.0  # how long the ranks may take to exit once they are told to
 
 
@@ -36,10 +37,12 @@ class RankLaunch(msgspec.Struct, frozen=True):
 
 
 class RankReport(msgspec.Struct, frozen=True):
-    """What a rank has reached while starting: ``loaded`` its weights, or ``ready`` for steps; or why it failed."""
+    """What a rank has reached while starting: ``loaded`` its weights, ``ready`` for steps, or its ``disk`` cache open;
+    why it failed; or which copies it has made, in the encoding of `runtime/tiers`."""
 
     reached: str = ""
     error: str | None = None
+    copies: bytes = b""
 
 
 class Ranks:
@@ -63,7 +66,8 @@ class Ranks:
         self._closing = False
         self._failure: str | None = None
         self._changed = threading.Condition()
-        self._reached: dict[str, int] = {"loaded": 0, "ready": 0}
+        self._reached: dict[str, int] = {"loaded": 0, "ready": 0, "disk": 0}
+        self._copies: deque[tuple[int, bytes]] = deque()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: list[Connection[bytes, bytes]] = []
         self._threads = []
@@ -88,7 +92,7 @@ class Ranks:
                 connection.send_bytes(msgspec.json.encode(launch))
 
     def wait(self, stage: str) -> None:
-        """Returns once all ranks have reached ``loaded`` or ``ready``. Raises `LoadError` if one cannot."""
+        """Returns once all ranks have reached ``loaded``, ``ready`` or ``disk``. Raises `LoadError` if one cannot."""
         with self._changed:
             self._changed.wait_for(lambda: self._failure is not None or self._reached[stage] == self.size - 1)
         if self._failure is not None:
@@ -105,6 +109,10 @@ class Ranks:
                 connection.send_bytes(message)
             except OSError as error:
                 raise RuntimeError("a rank has ended") from error
+
+    def copy_reports(self) -> list[tuple[int, bytes]]:
+        """What ranks have reported of copies since the last call, each with its rank, in order."""
+        return [self._copies.popleft() for _ in range(len(self._copies))]
 
     def fail(self, why: str) -> None:
         """Ends all ranks for that reason, of which the first one counts."""
@@ -155,7 +163,9 @@ class Ranks:
             while error is None:
                 report = msgspec.json.decode(ours.recv_bytes(), type=RankReport)
                 error = report.error
-                if error is None:
+                if report.copies:
+                    self._copies.append((rank, report.copies))
+                elif error is None:
                     with self._changed:
                         self._reached[report.reached] += 1
                         self._changed.notify_all()

@@ -18,6 +18,7 @@ from ...radix.node import Int32, Namespace
 from ...radix.tree import RadixTree
 from .copies import Ended
 from .folder import CacheFolder, Damaged
+from .index import PageRow
 from .saved import SavedFile, SavedFileWriter
 
 logger = logging.getLogger(__name__)
@@ -31,8 +32,11 @@ _LOG_SECONDS = 60.0  # between two lines about failures
 class DiskTier:
     """Jobs on a folder. All changes of the index and all writes run on one thread, in order; reads run on others.
 
-    ``keep_salted``: also prefixes of requests with a salt, which is a secret of theirs, are written.
+    ``keep_salted``: also prefixes of requests with a salt, which is a secret of theirs, are written. ``parts``: on how
+    many ranks each record has a part (`split.SplitDisk`).
     """
+
+    parts = 1
 
     def __init__(self, folder: CacheFolder, keep_salted: bool = False) -> None:
         self.folder = folder
@@ -51,10 +55,20 @@ class DiskTier:
 
     def restore(self, tree: RadixTree) -> int:
         """Adds what the folder remembers to an empty tree. Returns the number of tokens."""
-        rows = self.folder.load()
-        self._checksums = {row.record: (row.prefix, row.checksum) for row in rows}
+        rows = self.load_index()
         tree.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in rows])
         return sum(len(row.tokens) for row in rows)
+
+    def load_index(self) -> list[PageRow]:
+        """Reads the folder's index, before any job. Returns its rows, parents first."""
+        rows = self.folder.load()
+        self._checksums = {row.record: (row.prefix, row.checksum) for row in rows}
+        return rows
+
+    def prefixes(self, records: Int32) -> list[bytes]:
+        """The prefix hash of each record; b"" for one that is not in the index."""
+        with self._guard:
+            return [self._checksums.get(record, (b"", b""))[0] for record in records.tolist()]
 
     def ended(self) -> list[Ended]:
         """The jobs that have ended since the last call."""
@@ -63,17 +77,26 @@ class DiskTier:
             ended.append(self._ended.popleft())
         return ended
 
-    def read(self, id: int, records: Int32, memory: npt.NDArray[np.uint8], slots: Int32) -> None:
-        """Reads records into slots of ``memory``."""
-        wanted = list(zip(records.tolist(), slots.tolist(), strict=True))
+    def read(
+        self,
+        id: int,
+        records: Int32,
+        memory: npt.NDArray[np.uint8],
+        slots: Int32,
+        prefixes: Sequence[bytes] | None = None,
+    ) -> None:
+        """Reads records into slots of ``memory``. ``prefixes``: the hash of the prefix that each must hold. None: the
+        one in this folder's index, which is right unless another folder's index decides (`split`)."""
+        expected = self.prefixes(records) if prefixes is None else prefixes
+        wanted = list(zip(records.tolist(), slots.tolist(), expected, strict=True))
 
         def job() -> Ended:
             started = time.perf_counter()
             good, damaged = 0, False
             try:
-                for record, slot in wanted:
+                for record, slot, prefix in wanted:
                     known = self._known(record)
-                    if known is None:
+                    if known is None or known[0] != prefix:
                         raise Damaged(f"record {record} is not in the index")
                     self.folder.read(record, *known, memory[slot])
                     good += 1

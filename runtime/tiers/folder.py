@@ -4,6 +4,7 @@ FOLDER/lock, secret                        one server at a time; the key of name
 FOLDER/<fingerprint>/format.json           what the pages are of
 FOLDER/<fingerprint>/index.sqlite          which prefix each record holds
 FOLDER/<fingerprint>/segment-00000.bin     record r is page r % n of segment r // n
+FOLDER/<fingerprint>/rank-1/               of a model that is split: a folder like this one for the parts of each rank
 """
 
 from __future__ import annotations
@@ -164,9 +165,19 @@ class CacheFolder:
             raise OSError(errno.ENOSPC, f"less than {_MIN_FREE >> 30} GiB would be left free in {self.path}")
 
 
+def rank_folder(part: Path, rank: int) -> Path:
+    """Where a rank other than 0 has its parts of the pages of ``part``, the folder of one fingerprint."""
+    return part / f"rank-{rank}"
+
+
+def rank_folders(part: Path) -> list[Path]:
+    """All of them that exist."""
+    return sorted(part.glob("rank-*"))
+
+
 def bytes_of_others(path: Path, digest: str) -> int:
     """Bytes that the pages of other models take in a folder."""
-    files = (file for file in path.glob("*/*") if file.parent.name != digest)
+    files = (file for file in path.glob("*/**/*") if file.relative_to(path).parts[0] != digest)
     return sum(file.stat().st_size for file in files if file.is_file())
 
 

@@ -70,7 +70,7 @@ class DiskJobs:
         saved = sorted(self._saved.glob("*")) if self._saved.is_dir() else []
         return {
             "page_size": self._tree.page_size,
-            "page_bytes": folder.page_bytes,
+            "page_bytes": folder.page_bytes * self._disk.parts,
             "tiers": {
                 names.get(tier.number, "disk"): {"pages": tier.slots.total, "cached": tier.cached}
                 for tier in structure.tiers
@@ -89,7 +89,7 @@ class DiskJobs:
         disk = self._tree.structure.disk
         if disk is None:
             raise RuntimeError("there is no disk tier")
-        size = self._disk.folder.page_bytes
+        size = self._disk.folder.page_bytes * self._disk.parts
         gone = min(disk.evictable, max(0, disk.cached - keep_bytes // size))
         disk.free(self._tree.structure.evict(disk, gone, "pruned"))
         self._tree.structure.events.deliver()
@@ -105,6 +105,7 @@ class DiskJobs:
 
     def save(self, namespace: Namespace, tokens: Int32, file: str) -> int:
         """Begins to save the whole pages of a prompt that is cached. Raises `InvalidRequest`."""
+        self._require_one_device()
         whole = len(tokens) // self._tree.page_size * self._tree.page_size
         if not whole:
             raise InvalidRequest("prompt", f"must have at least one page of {self._tree.page_size} tokens")
@@ -114,6 +115,7 @@ class DiskJobs:
 
     def load(self, namespace: Namespace, file: str) -> int:
         """Begins to add the pages of a saved file, as those of ``namespace``. Raises `InvalidRequest`."""
+        self._require_one_device()
         path = self._path(file)
         if not path.is_file():
             raise InvalidRequest("file", f"there is no file {file} in {self._saved}")
@@ -246,6 +248,11 @@ class DiskJobs:
         self._load_next(job)
 
     # ---- helpers ----
+
+    def _require_one_device(self) -> None:
+        if self._disk.parts > 1:
+            why = f"files hold the pages of a model on one device, and this one is split over {self._disk.parts}"
+            raise InvalidRequest("file", why)
 
     @property
     def _saved(self) -> Path:

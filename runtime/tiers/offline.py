@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import LoadError
 from .fingerprint import Fingerprint
-from .folder import CacheFolder, Damaged
+from .folder import CacheFolder, Damaged, rank_folders
 from .index import PageRow, prefix_hash
 from .saved import SavedFile, SavedFileWriter
 
@@ -53,6 +53,20 @@ def open_part(path: Path, digest: str) -> CacheFolder:
     return CacheFolder(path, fingerprint, 1 << 40)
 
 
+def open_ranks(folder: CacheFolder) -> list[CacheFolder]:
+    """Of a model that is split: what the other ranks have of an open part. Raises `LoadError`."""
+    return [open_part(path, folder.fingerprint.digest) for path in rank_folders(folder.path)]
+
+
+def _require_one_device(folder: CacheFolder) -> None:
+    """Raises `LoadError`: the pages of a saved file are whole."""
+    ranks = 1 + len(rank_folders(folder.path))
+    if ranks > 1:
+        raise LoadError(
+            f"{folder.path} is of a model that is split over {ranks} devices: files hold the pages of one on one device"
+        )
+
+
 def describe(path: Path) -> list[Part]:
     """What a folder holds."""
     parts = []
@@ -65,7 +79,7 @@ def describe(path: Path) -> list[Part]:
                 folder.fingerprint.facts(),
                 len(rows),
                 sum(len(row.tokens) for row in rows),
-                len(rows) * folder.page_bytes,
+                len(rows) * page_bytes(folder),
                 len({row.namespace for row in rows}),
                 max((row.written for row in rows), default=0),
             )
@@ -74,19 +88,32 @@ def describe(path: Path) -> list[Part]:
     return parts
 
 
+def page_bytes(folder: CacheFolder) -> int:
+    """Bytes of a page, all its parts together."""
+    return folder.page_bytes * (1 + len(rank_folders(folder.path)))
+
+
 def verify(folder: CacheFolder) -> tuple[int, list[int]]:
-    """Reads every page; deletes those that are damaged, and what continues them. Returns (good pages, deleted)."""
-    rows = folder.load()
+    """Reads every page; deletes those of which a part is damaged, and what continues them. Returns (good pages,
+    deleted)."""
+    rows, ranks = folder.load(), open_ranks(folder)
     out = np.empty(folder.page_bytes, np.uint8)
+    parts = [folder, *ranks]
+    known = [part.index.checksums([row.record for row in rows]) for part in parts]
     bad: set[int] = set()
     for row in rows:
         try:
-            if row.before in bad:
-                raise Damaged(f"record {row.before} is")
-            folder.read(row.record, row.prefix, row.checksum, out)
+            for part, checksums in zip(parts, known, strict=True):
+                prefix, checksum = checksums.get(row.record, (b"", b""))
+                if row.before in bad or prefix != row.prefix:
+                    raise Damaged(f"record {row.record} is not in the index")
+                part.read(row.record, prefix, checksum, out)
         except (Damaged, OSError):
             bad.add(row.record)
-    folder.index.delete(bad)
+    for part in parts:
+        part.index.delete(bad)
+    for rank in ranks:
+        rank.close()
     return len(rows) - len(bad), sorted(bad)
 
 
@@ -96,14 +123,13 @@ def prune_folder(path: Path, keep_bytes: int) -> tuple[int, int]:
     deleted = left = 0
     for part in sorted(describe(path), key=lambda part: -part.newest):
         folder = open_part(path, part.digest)
-        room = max(0, keep_bytes - left) // folder.page_bytes
-        gone = prune(folder, room)
-        folder.trim()
+        each = page_bytes(folder)
+        gone = prune(folder, max(0, keep_bytes - left) // each)
         folder.close()
         if gone == part.pages:
             shutil.rmtree(path / part.digest)
         deleted += gone
-        left += (part.pages - gone) * folder.page_bytes
+        left += (part.pages - gone) * each
     return deleted, left
 
 
@@ -119,13 +145,19 @@ def prune(folder: CacheFolder, keep_pages: int) -> int:
         depth[row.record] = depth[row.before] + 1
     order = sorted(rows, key=lambda row: (latest[row.record], -depth[row.record]))
     gone = [row.record for row in order[: max(0, len(rows) - keep_pages)]]
-    folder.index.delete(gone)
+    ranks = open_ranks(folder)
+    for part in (folder, *ranks):
+        part.index.delete(gone)
+        part.trim()
+    for rank in ranks:
+        rank.close()
     return len(gone)
 
 
 def save(folder: CacheFolder, file: BinaryIO, owner: str = "") -> int:
     """Writes every whole prefix of an owner without a salt to a file, which does not name the owner. Returns the number
     of pages."""
+    _require_one_device(folder)
     writer = SavedFileWriter(file, folder.fingerprint)
     out = np.empty(folder.page_bytes, np.uint8)
     places: dict[int, int] = {-1: -1}
@@ -145,6 +177,7 @@ def load(folder: CacheFolder, path: Path, owner: str = "") -> tuple[int, int]:
 
     Raises `LoadError` if the file is not one, is of another model or format, or is damaged: what came before stays.
     """
+    _require_one_device(folder)
     file = SavedFile(path, folder.fingerprint)
     known = {row.prefix: row.record for row in folder.load()}
     prefixes = {record: prefix for prefix, record in known.items()} | {-1: b""}

@@ -13,7 +13,7 @@ from branchwise.frontend.cli.main import app
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.tiers import offline
 from branchwise.runtime.tiers.fingerprint import Fingerprint
-from branchwise.runtime.tiers.folder import CacheFolder
+from branchwise.runtime.tiers.folder import CacheFolder, rank_folder
 
 BYTES = 4096
 PRINT = Fingerprint("m", "cpu", "layout", BYTES)
@@ -51,6 +51,31 @@ def test_list_and_verify(tmp_path: Path) -> None:
     code, said = run("verify", tmp_path)
     assert code == 1 and "7 pages are good, 2 were damaged" in said
     assert run("verify", tmp_path)[0] == 0
+
+
+def test_the_folder_of_a_model_that_is_split(tmp_path: Path) -> None:
+    """Each rank has its part of every page in the record of the same number."""
+    fill(tmp_path)
+    rank = rank_folder(tmp_path / PRINT.digest, 1)
+    fill(rank)
+    code, said = run("list", tmp_path)
+    assert code == 0 and " 9 " in said and f"{18 * BYTES / 2**20:.1f}" in said
+    segment = rank / PRINT.digest / "segment-00000.bin"
+    data = bytearray(segment.read_bytes())
+    data[4 * BYTES + 5] ^= 1  # the second page of the second prefix
+    segment.write_bytes(data)
+    code, said = run("verify", tmp_path)
+    assert code == 1 and "7 pages are good, 2 were damaged" in said
+    assert run("verify", tmp_path)[0] == 0
+    code, said = run("save", tmp_path, tmp_path / "file")
+    assert code == 2 and "split over 2 devices" in " ".join(said.split())
+    assert run("load", tmp_path, tmp_path / "file")[0] == 2
+    assert run("prune", tmp_path, "--size", 10 * BYTES) == (0, "2 pages deleted, 0.0 MiB left\n")
+    for path in (tmp_path, rank):
+        folder = offline.open_part(path, PRINT.digest)
+        assert sorted(row.record for row in folder.load()) == [0, 3, 6, 7, 8]
+        folder.close()
+    assert run("prune", tmp_path, "--size", 0)[0] == 0 and not rank.exists()
 
 
 def test_prune_deletes_the_oldest_ends_first(tmp_path: Path) -> None:
