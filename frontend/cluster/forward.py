@@ -10,6 +10,7 @@ import msgspec
 from ...runtime.fleet.view import RoutingHint
 
 Headers = list[tuple[bytes, bytes]]
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
 REPLICA_HEADER = b"x-branchwise-replica"  # of an answer: who gave it; of a request: who must answer
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = frozenset(

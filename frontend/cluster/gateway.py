@@ -9,12 +9,15 @@ import logging
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
+import msgspec
+
 from ...runtime.config import ServerConfig
 from ...runtime.fleet.hashes import block_hashes, root_hash
 from ...runtime.fleet.instances import instance_of, instance_tag
 from ...runtime.fleet.view import RoutingHint
 from ...runtime.server.dry_run import RequestReader
-from .forward import REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
+from .fan_out import BATCH, EVERYWHERE, Answer, Part, joined_batch, split_batch, summed
+from .forward import JSON_HEADERS, REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
 
 logger = logging.getLogger(__name__)
 
@@ -24,9 +27,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 TRIES = 3  # of a request of which no replica has answered anything yet
 SESSION_HEADER = b"x-session-id"  # requests with the same one go to the same replica
-# What concerns every replica is done by every one; numbers in their answers are added.
-EVERYWHERE = {("POST", "/flush_cache"), ("GET", "/flush_cache"), ("POST", "/abort_request"), ("POST", "/cache/evict")}
-_JSON = [(b"content-type", b"application/json")]
+GONE = "the replica that made this id, or that x-branchwise-replica names, is gone, and what it kept with it"
 
 
 class Gateway:
@@ -107,10 +108,20 @@ class Gateway:
         return hint
 
     async def _serve(self, request: ForwardedRequest, scope: Scope, send: Send) -> None:
-        if (request.method, scope["path"]) in EVERYWHERE and REPLICA_HEADER not in dict(request.headers):
-            await self._everywhere(request, send)
-            return
-        hint = await self.hint(scope, request.body)
+        route = request.method, scope["path"]
+        if REPLICA_HEADER not in dict(request.headers):
+            if route in EVERYWHERE:
+                await _send_whole(send, await self._everywhere(request))
+                return
+            parts = split_batch(request.body) if route == BATCH else []
+            if len(parts) > 1:
+                answers = await asyncio.gather(*(self._part(request, scope, part) for part in parts))
+                await _send_whole(send, joined_batch(parts, answers))
+                return
+        await self._forward(request, await self.hint(scope, request.body), scope["path"], send)
+
+    async def _forward(self, request: ForwardedRequest, hint: RoutingHint, path: str, send: Send) -> None:
+        """Passes a request to a replica and its answer to ``send``: always one whole answer, or an event stream."""
         for attempt in range(1, TRIES + 1):
             head: Head | None = None
             streamed, body = False, b""  # an answer that is no event stream is sent once it is whole
@@ -132,51 +143,42 @@ class Gateway:
                 return
             except NoReplica as error:
                 if hint.instance is not None:
-                    await _answer(send, 410, "the replica that made this id is gone, and what it kept with it")
+                    await _answer(send, 410, GONE)
                 else:
                     await _answer(send, 503, f"no replica can take the request: {error}")
                 return
             except ReplicaGone as error:
-                logger.warning("%s %s, try %d: %s", request.method, scope["path"], attempt, error)
+                logger.warning("%s %s, try %d: %s", request.method, path, attempt, error)
                 if streamed:
-                    await _break(send, scope["path"])
+                    await _break(send, path)
                     return
                 if hint.instance is not None or attempt == TRIES:
                     await _answer(send, 503, "the replica that served the request ended; try again")
                     return
 
-    async def _everywhere(self, request: ForwardedRequest, send: Send) -> None:
-        answers = await asyncio.gather(*(self._ask(request, name) for name in self._members()))
-        heads = [head for head, _ in answers if head is not None]
-        failed = next((each for each in answers if each[0] is not None and each[0].status >= 400), None)
-        if not heads or failed is not None:
-            head, body = failed or (None, b"")
-            if head is None:
-                await _answer(send, 503, "no replica can take the request")
-                return
-            await _start(send, head.status, head.headers)
-            await send({"type": "http.response.body", "body": body})
-            return
-        total: dict[str, Any] = {}
-        for _, body in answers:
-            for name, value in (json.loads(body) if body else {}).items():
-                both = isinstance(value, int) and isinstance(total.get(name), int)
-                total[name] = total[name] + value if both else value
-        await _start(send, 200, _JSON)
-        await send({"type": "http.response.body", "body": json.dumps(total).encode()})
+    async def _part(self, request: ForwardedRequest, scope: Scope, part: Part) -> Answer:
+        answer, request = Answer(), msgspec.structs.replace(request, body=part.body)
+        await self._forward(request, await self.hint(scope, part.body), scope["path"], answer.send)
+        return answer
 
-    async def _ask(self, request: ForwardedRequest, name: str) -> tuple[Head | None, bytes]:
-        head, body = None, b""
+    async def _everywhere(self, request: ForwardedRequest) -> Answer:
+        answers = await asyncio.gather(*(self._ask(request, name) for name in self._members()))
+        found = [answer for answer in answers if answer is not None]
+        return summed(found) if found else _error(503, "no replica can take the request")
+
+    async def _ask(self, request: ForwardedRequest, name: str) -> Answer | None:
+        """The answer of one replica; None if it is gone."""
+        answer = Answer()
         try:
             async for part in self._dispatch(request, RoutingHint(instance=instance_tag(name))):
                 if isinstance(part, Head):
-                    head = part
+                    answer.status, answer.headers = part.status, part.headers
                 else:
-                    body += part
+                    answer.body += part
         except (ReplicaGone, NoReplica) as error:
             logger.warning("%s %s on replica %s: %s", request.method, request.target, name, error)
-            return None, b""
-        return head, body
+            return None
+        return answer
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -204,8 +206,17 @@ async def _start(send: Send, status: int, headers: Headers) -> None:
     await send({"type": "http.response.start", "status": status, "headers": headers})
 
 
+async def _send_whole(send: Send, answer: Answer) -> None:
+    await _start(send, answer.status, answer.headers)
+    await send({"type": "http.response.body", "body": answer.body})
+
+
 async def _answer(send: Send, status: int, problem: str) -> None:
+    await _send_whole(send, _error(status, problem))
+
+
+def _error(status: int, problem: str) -> Answer:
     kind = "invalid_request_error" if status < 500 else "server_error"
     error = {"error": {"message": problem, "type": kind, "param": None, "code": None}}
-    await _start(send, status, [*_JSON, *([(b"retry-after", b"1")] if status == 503 else [])])
-    await send({"type": "http.response.body", "body": json.dumps(error).encode()})
+    headers = [*JSON_HEADERS, *([(b"retry-after", b"1")] if status == 503 else [])]
+    return Answer(status, headers, json.dumps(error).encode())

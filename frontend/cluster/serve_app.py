@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import secrets
@@ -20,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from ...runtime.config import ServerConfig
+from ...runtime.fleet.instances import instance_tag
 from ...runtime.fleet.view import RoutingHint
 from . import registry
 from .config import ClusterConfig
@@ -70,7 +72,14 @@ class EngineReplica:
             os._exit(1)
 
     async def forward(self, hint: bytes, request: bytes) -> AsyncIterator[bytes]:
-        """The answer: a `Head` as msgpack, then pieces of the body."""
+        """The answer: a `Head` as msgpack, then pieces of the body.
+
+        Raises `NoReplica` if the request is for another replica's branch or pin: a router of Serve cannot refuse a
+        request, so one for a replica that is gone arrives at any other.
+        """
+        instance = msgspec.msgpack.decode(hint, type=RoutingHint).instance
+        if instance is not None and instance != instance_tag(self._process.name):
+            raise NoReplica("the replica that the request is for is gone")
         async with contextlib.aclosing(
             self._process.forward(msgspec.msgpack.decode(request, type=ForwardedRequest))
         ) as parts:
@@ -117,7 +126,10 @@ class ClusterGateway:
 
     async def _dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
         hint.key = uuid.uuid4().hex
-        parts = self._replicas.remote(msgspec.msgpack.encode(hint), msgspec.msgpack.encode(request))
+        # In an empty context. Serve gives every call made while a request is handled that request's id, and its router
+        # confuses calls of one id that run at once: one goes to the other's replica, and one is never sent.
+        encoded = msgspec.msgpack.encode(hint), msgspec.msgpack.encode(request)
+        parts = contextvars.Context().run(self._replicas.remote, *encoded)
         first = head = True
         try:
             async for part in parts:
@@ -129,6 +141,8 @@ class ClusterGateway:
                     first = False
                     registry.started(hint.key)
                 yield part
+        except NoReplica:
+            raise
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise NoReplica(str(error)) from error
         except (ReplicaGone, RayError, RayServeException) as error:

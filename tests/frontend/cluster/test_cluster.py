@@ -86,6 +86,49 @@ async def test_branches_and_pins_stay_with_the_replica_that_made_them(start_clus
     assert answer.status_code == 410, "another replica would not know it"
 
 
+async def test_a_batch_of_branches_is_split_between_replicas(start_cluster: Any) -> None:
+    cluster = await start_cluster(3)
+    gateway, other = await cluster.gateway(), await cluster.gateway()
+    made = [await gateway.http.post("/branches", json={"input_ids": ids(100, 41 * n)}) for n in range(3)]
+    branches, homes = [answer.json()["id"] for answer in made], [replica_of(answer) for answer in made]
+    assert len(set(homes)) == 3
+    ops: list[Any] = [
+        {"op": "fork", "id": branches[0], "n": 2},
+        {"op": "extend", "id": branches[1], "input_ids": [7]},
+        {"op": "extend", "id": branches[1], "input_ids": [8, 9]},
+        {"op": "create", "input_ids": ids(50)},
+        {"op": "create", "parent": branches[2]},
+        {"op": "extend", "id": branches[0], "input_ids": "wrong"},
+        17,
+        {"op": "delete", "id": "b" + "A" * 32},
+        {"op": "delete", "id": branches[2]},
+    ]
+    answer = await other.http.post("/branches/batch", json={"ops": ops})
+    assert answer.status_code == 200, answer.text
+    forked, once, twice, created, child, wrong, number, unknown, deleted = answer.json()["results"]
+    assert (once["num_tokens"], twice["num_tokens"], created["num_tokens"], child["num_tokens"]) == (101, 103, 50, 100)
+    assert wrong["status"] == 400 and "ops[5].input_ids" in wrong["error"]["param"]
+    assert number["status"] == 400 and "ops[6]" in number["error"]["message"]
+    assert unknown["status"] == 410 and deleted["deleted"]
+    for id, home in ((forked["ids"][1], homes[0]), (child["id"], homes[2])):
+        assert replica_of(await gateway.http.get(f"/branches/{id}")) == home
+    counts = (await gateway.http.get("/branches")).json()
+    assert counts["branches"] == 6, "3 + 2 forks + 2 created - 1 deleted, of all replicas"
+    children = {"ops": [{"op": "delete", "id": id} for id in forked["ids"]]}
+    assert replica_of(await other.http.post("/branches/batch", json=children)) == homes[0], (
+        "of one replica: passed whole"
+    )
+    os.kill(cluster.replicas[homes[0]].pid, signal.SIGKILL)
+    for _ in range(2):  # the first try may still find the replica in the gateway's view
+        ops = [{"op": "extend", "id": id, "input_ids": [7]} for id in branches[:2]]
+        gone, extended = (await gateway.http.post("/branches/batch", json={"ops": ops})).json()["results"]
+        assert gone["status"] in (410, 503) and "num_tokens" in extended
+    assert gone["status"] == 410 and "gone" in gone["error"]["message"]
+    for body in (b"[", b'{"ops": 3}', b'{"ops": []}', b'{"ops": [{"op": "fork", "id": 3}, {"op": "fork", "id": ""}]}'):
+        answer = await gateway.http.post("/branches/batch", content=body, headers={"content-type": "application/json"})
+        assert answer.status_code == 400 or {each["status"] for each in answer.json()["results"]} <= {400, 404}
+
+
 async def test_keys_and_salts_are_parts_of_the_cache(start_cluster: Any) -> None:
     cluster = await start_cluster(2, api_key="ann", extra_api_keys=["bob"])
     gateway = await cluster.gateway()

@@ -7,39 +7,85 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import urlsafe_b64encode
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import httpx
 import pytest
+
+from branchwise.runtime.fleet.instances import instance_tag
 
 pytest.importorskip("ray")
 
 CONFIG = """
 port: {port}
-replicas: 2
+replicas: {replicas}
+routers: 2
 num_cpus: 0.5
-drain_seconds: 30
+drain_seconds: 60
 engine: {{kv_cache_tokens: 32768, max_model_len: 4096}}
 server: {{null_executor: true, null_step_seconds: 0.01, stats_log_seconds: 0}}
 """
+UP = [sys.executable, "-m", "branchwise", "cluster", "up"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+GATEWAY = b"ray::ServeReplica:branchwise:gateway"
+PROXY = b"ray::ProxyActor"
 
 
 def ids(n: int, start: int = 3) -> list[int]:
     return [(start + 11 * i) % 300 + 5 for i in range(n)]
 
 
+class Cluster(NamedTuple):
+    http: httpx.Client
+    process: subprocess.Popen[str]
+    folder: Path
+    port: int
+
+    def config(self, replicas: int) -> Path:
+        file = self.folder / f"{replicas}.yaml"
+        file.write_text(CONFIG.format(port=self.port, replicas=replicas))
+        return file
+
+    def ask(self, tokens: list[int], max_tokens: int = 1, **headers: str) -> httpx.Response:
+        return self.http.post("/v1/completions", json={"prompt": tokens, "max_tokens": max_tokens}, headers=headers)
+
+    def replicas(self) -> set[str]:
+        """Names of the replicas that answer new prompts."""
+        return {home(self.ask(ids(99, 5 + 7 * number))) for number in range(6)}
+
+    def stream(self, tokens: list[int], max_tokens: int) -> str:
+        """How a streamed request ended: done; error, for an error event; broken, for a connection that closed."""
+        body = {"prompt": tokens, "max_tokens": max_tokens, "stream": True}
+        try:
+            with self.http.stream("POST", "/v1/completions", json=body) as answer:
+                lines = [line for line in answer.iter_lines() if line]
+        except httpx.TransportError as error:
+            assert not isinstance(error, httpx.TimeoutException), "a stream must end"
+            return "broken"
+        if answer.status_code != 200 or any('"error"' in line for line in lines):
+            return "error"
+        return "done" if lines[-1:] == ["data: [DONE]"] else "broken"
+
+    def in_flight(self) -> int:
+        """Requests of all replicas that have not ended."""
+        found = [self.http.get("/server_info", headers={"x-branchwise-replica": name}) for name in self.replicas()]
+        return sum(answer.json()["requests_in_flight"] for answer in found)
+
+
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    file = tmp_path_factory.mktemp("cluster") / "cluster.yaml"
-    file.write_text(CONFIG.format(port=port))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    command = [sys.executable, "-m", "branchwise", "cluster", "up", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    folder = tmp_path_factory.mktemp("cluster")
+    file = folder / "cluster.yaml"
+    file.write_text(CONFIG.format(port=port, replicas=2))
+    process = subprocess.Popen([*UP, str(file)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert process.stdout is not None
     for line in process.stdout:
         if "ready" in line:
@@ -47,9 +93,16 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     else:
         raise AssertionError(f"it did not start: {process.wait()}")
     with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
-        yield http
-    process.send_signal(signal.SIGTERM)
+        yield Cluster(http, process, folder, port)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
     assert process.wait(90) == 0
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
 
 
 def home(answer: httpx.Response) -> str:
@@ -57,52 +110,143 @@ def home(answer: httpx.Response) -> str:
     return answer.headers["x-branchwise-replica"]
 
 
-def test_prompts_go_where_they_are_cached(cluster: httpx.Client) -> None:
+def processes(title: bytes) -> list[int]:
+    """Ids of the processes whose command line has ``title``."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                if title in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+def server_of(name: str) -> int:
+    """The process id of a replica's server."""
+    [found] = set(processes(b"branchwise.frontend.cluster.child")) & set(processes(name.encode()))
+    return found
+
+
+def eventually(true: Any, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+
+
+def test_prompts_go_where_they_are_cached(cluster: Cluster) -> None:
     time.sleep(3)  # the first reports of the replicas, by which the routers find their events
-    bodies = [{"prompt": ids(400, 37 * number), "max_tokens": 2} for number in range(6)]
-    homes = [home(cluster.post("/v1/completions", json=body)) for body in bodies]
-    assert sorted(map(homes.count, set(homes))) == [3, 3]
+    prompts = [ids(400, 37 * number) for number in range(6)]
+    homes = [home(cluster.ask(prompt, 2)) for prompt in prompts]
+    assert set(map(homes.count, homes)) <= {2, 3, 4} and len(set(homes)) == 2, "two routers divide what is new"
     time.sleep(0.5)
-    for body, expected in zip(bodies, homes, strict=True):
-        answer = cluster.post("/v1/completions", json=body)
+    for prompt, expected in zip(prompts, homes, strict=True):
+        answer = cluster.ask(prompt, 2)
         assert home(answer) == expected
         assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == 399
     chat = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "stream": True}
-    assert cluster.post("/v1/chat/completions", json=chat).text.rstrip().endswith("data: [DONE]")
-    made = cluster.post("/branches", json={"input_ids": ids(50)})
+    assert cluster.http.post("/v1/chat/completions", json=chat).text.rstrip().endswith("data: [DONE]")
+    assert cluster.http.post("/flush_cache").json()["evicted_pages"] > 6 * 25
+
+
+def test_branches_of_all_replicas_are_reached_by_every_router(cluster: Cluster) -> None:
+    """A batch is split by the replicas that made its branches; what is gone has its error in its place."""
+    http = cluster.http
+    branches: dict[str, str] = {}
+    for number in range(16):
+        made = http.post("/branches", json={"input_ids": ids(100, 41 * number)})
+        branches[home(made)] = made.json()["id"]
+        if len(branches) == 2:
+            break
+    [(first, one), (_, two)] = branches.items()
     for _ in range(4):
-        assert home(cluster.get(f"/branches/{made.json()['id']}")) == home(made)
-    assert cluster.post("/flush_cache").json()["evicted_pages"] > 6 * 25
+        assert home(http.get(f"/branches/{one}")) == first
+    unknown = "b" + urlsafe_b64encode(instance_tag("nobody") + bytes(18)).decode()
+    ops = [
+        {"op": "fork", "id": one, "n": 2},
+        {"op": "extend", "id": two, "input_ids": [7]},
+        {"op": "delete", "id": unknown},
+        {"op": "create", "input_ids": ids(20)},
+        {"op": "create", "parent": two},
+    ]
+    answer = http.post("/branches/batch", json={"ops": ops})
+    forked, extended, gone, created, child = answer.json()["results"]
+    assert (extended["num_tokens"], created["num_tokens"], child["num_tokens"]) == (101, 20, 101)
+    assert gone["status"] == 410 and "gone" in gone["error"]["message"]
+    assert http.get(f"/branches/{unknown}").status_code == 410
+    children = {"ops": [{"op": "extend", "id": id, "input_ids": [9]} for id in forked["ids"]]}
+    answer = http.post("/branches/batch", json=children)
+    assert home(answer) == first and [each["num_tokens"] for each in answer.json()["results"]] == [101, 101]
+    assert http.get("/branches").json()["branches"] >= 6
+    ran = http.post(f"/branches/{child['id']}/generate", json={"sampling_params": {"max_new_tokens": 3}})
+    assert home(ran) == home(http.get(f"/branches/{two}"))
 
 
-def test_a_killed_server_is_replaced_and_its_clients_get_one_error(cluster: httpx.Client) -> None:
+def test_a_killed_server_is_replaced_and_its_clients_get_one_error(cluster: Cluster) -> None:
     body = {"prompt": ids(64), "max_tokens": 2000, "stream": True}
-    with cluster.stream("POST", "/v1/completions", json=body) as answer:
+    with cluster.http.stream("POST", "/v1/completions", json=body) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: {")
         name = answer.headers["x-branchwise-replica"]
         os.kill(server_of(name), signal.SIGKILL)
         errors = [line for line in lines if '"error"' in line]
     assert len(errors) == 1 and "replica" in errors[0]
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        answer = cluster.post("/v1/completions", json={"prompt": ids(64), "max_tokens": 1})
-        assert answer.status_code == 200, "the others serve"
-        prompts = ({"prompt": ids(99, number), "max_tokens": 1} for number in range(4))
-        if len({home(cluster.post("/v1/completions", json=prompt)) for prompt in prompts}) == 2:
-            return
-        time.sleep(1)
-    raise AssertionError("no other replica was started")
+    assert cluster.ask(ids(64)).status_code == 200, "the others serve"
+    eventually(lambda: len(cluster.replicas() - {name}) == 2)
 
 
-def server_of(name: str) -> int:
-    """The process id of a replica's server."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                command = (entry / "cmdline").read_bytes()
-            except OSError:
-                continue
-            if b"branchwise.frontend.cluster.child" in command and name.encode() in command:
-                return int(entry.name)
-    raise AssertionError(f"no server of replica {name}")
+@pytest.mark.parametrize("title", [GATEWAY, PROXY])
+def test_a_killed_gateway_ends_its_own_streams_and_leaves_nothing(
+    cluster: Cluster, threads: ThreadPoolExecutor, title: bytes
+) -> None:
+    """A gateway, or Serve's HTTP proxy in front of them: its streams break, their requests are aborted on the replicas,
+    another one answers."""
+    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 1000) for number in range(12)]
+    eventually(lambda: cluster.in_flight() >= 12)
+    os.kill(processes(title)[0], signal.SIGKILL)
+    ends = [stream.result(60) for stream in streams]
+    assert set(ends) <= {"done", "error", "broken"} and ends.count("done") < 12
+    if title == GATEWAY:
+        assert "done" in ends, "the streams of the other gateway go on"
+
+    def answers() -> bool:
+        try:
+            return cluster.ask(ids(64)).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    eventually(answers)
+    eventually(lambda: cluster.in_flight() == 0)
+    for name in cluster.replicas():
+        check = cluster.http.get("/cache/check", headers={"x-branchwise-replica": name})
+        assert check.json() == {"check": "clean"}
+
+
+def test_replicas_that_are_replaced_finish_their_requests(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
+    """``up`` with fewer replicas while streams run: none is lost, and new requests are answered all the while."""
+    before = cluster.replicas()
+    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 1500) for number in range(6)]
+    eventually(lambda: cluster.in_flight() >= 6)
+    changing: Future[Any] = threads.submit(
+        subprocess.run, [*UP, str(cluster.config(1)), "--detach"], env=ENVIRONMENT, check=True, timeout=120
+    )
+    asked = 0
+    while not changing.done():
+        assert cluster.ask(ids(50, asked)).status_code == 200
+        asked += 1
+        time.sleep(0.1)
+    changing.result()
+    assert asked and [stream.result(60) for stream in streams] == ["done"] * 6
+    eventually(lambda: len(cluster.replicas()) == 1)
+    assert not cluster.replicas() & before
+
+
+def test_a_cluster_that_is_stopped_finishes_its_requests(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
+    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 600) for number in range(4)]
+    eventually(lambda: cluster.in_flight() >= 4)
+    cluster.process.send_signal(signal.SIGTERM)
+    assert [stream.result(60) for stream in streams] == ["done"] * 4
+    assert cluster.process.wait(90) == 0
+    assert not processes(b"branchwise.frontend.cluster.child")
