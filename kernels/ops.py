@@ -16,7 +16,7 @@ from torch import Tensor
 from .addends import Addends, summed
 from .kv_format import hadamard
 from .kv_pool import KVLayer
-from .quantize import QuantizedRows, Quantizer, dequantize_weight, quantize
+from .quantize import QuantizedRows, Quantizer, constant, dequantize_weight, quantize
 
 # gelu_tanh: the approximation by tanh. swigluoai: GPT-OSS's, see `gate_mul`.
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
@@ -50,8 +50,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     ``weight`` is float32 and includes any offset (Gemma's 1 + w): ``[D]``, or ``[heads, D]`` for x ``[T, heads, D]``.
     """
-    normed = F.rms_norm(x.float(), x.shape[-1:], None, eps)
-    return normed.mul_(weight).to(x.dtype)
+    x32 = x.float()
+    # Not F.rms_norm, which on a CPU is ten operations, one of which writes the squares out. Nor arithmetic with Python
+    # numbers, each of which is made a tensor first and costs as much as another operation.
+    norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+    scale = torch.addcmul(constant(eps, x.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
+    return (x32 * scale).mul_(weight).to(x.dtype)
 
 
 def add_rms_norm(x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -73,13 +77,13 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``x``: ``[T, heads, D]``; ``cos`` and ``sin``: float32 ``[T, R / 2]``. The first R of D channels are rotated.
     """
     half = cos.shape[-1]
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-    x1, x2 = x[..., :half], x[..., half : 2 * half]
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-1)
-    torch.mul(x2, cos, out=out[..., half : 2 * half]).addcmul_(x1, sin)
+    rotated = x[..., : 2 * half].float().unflatten(-1, (2, half))
+    out = rotated * cos[:, None, None]
+    out[:, :, 0].addcmul_(rotated[:, :, 1], sin[:, None], value=-1)
+    out[:, :, 1].addcmul_(rotated[:, :, 0], sin[:, None])
+    out = out.flatten(-2)
     if 2 * half < x.shape[-1]:
-        out[..., 2 * half :] = x[..., 2 * half :]
+        out = torch.cat([out, x[..., 2 * half :].float()], -1)
     return out.to(x.dtype)
 
 

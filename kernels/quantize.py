@@ -1,12 +1,13 @@
 """8-bit formats of weights and activations in torch: the specification of the faster kernels.
 
-A quantized value is ``value * scale``. Weights have one float32 scale for each output channel, or for each block of
-128 × 128. Activations have one for each token, or for each 128 channels of a token, so that a token's result does not
-depend on the other tokens of its step.
+A quantized value is ``value * scale``, in uint8 ``(value - 128) * scale``. Weights have one float32 scale for each
+output channel, or for each block of 128 × 128. Activations have one for each token, or for each 128 channels of a
+token, so that a token's result does not depend on the other tokens of its step.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ from torch import Tensor
 BLOCK = 128  # rows and columns of a weight, or channels of a token, that share a scale in block formats
 MXFP4_BLOCK = 32  # inputs that share a scale in MXFP4
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+ZERO_POINT = 128  # of uint8: the value that stands for 0
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: 127.0}  # magnitudes
 _PART = 1 << 24  # elements
 _SMALLEST = 1e-12  # magnitude that a scale is computed from at least: rows of zeros have a scale too
 
@@ -26,7 +28,7 @@ class Quantizer:
     """How the input of a linear layer is quantized.
 
     Args:
-        dtype: float8_e4m3fn or int8.
+        dtype: float8_e4m3fn, int8, or uint8, whose scales are dynamic.
         group: channels of a token that share a scale; 0: all of them.
         scale: float32 ``[1]``, calibrated (static); None: computed from the largest magnitude of each group (dynamic).
     """
@@ -57,14 +59,24 @@ def quantize(x: Tensor, quantizer: Quantizer) -> QuantizedRows:
         return QuantizedRows(groups.values.view(x.shape), groups.scales.view(len(x), -1))
     x, largest = x.float(), LARGEST[quantizer.dtype]
     if quantizer.scale is None:
-        magnitude = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST)
-        scaled, scales = x * (largest / magnitude), magnitude * (1 / largest)
+        magnitude, limit = x.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST), constant(largest, x.device)
+        factors, scales = limit / magnitude, magnitude / limit
+        if quantizer.dtype == torch.uint8:  # conversion truncates
+            return QuantizedRows(torch.addcmul(constant(ZERO_POINT + 0.5, x.device), x, factors).byte(), scales)
+        scaled = x * factors
     else:
         scaled = (x * (1 / quantizer.scale)).clamp_(-largest, largest)
         scales = quantizer.scale.repeat(len(x), 1)
     if quantizer.dtype == torch.int8:
         scaled.round_()
     return QuantizedRows(scaled.to(quantizer.dtype), scales)
+
+
+@functools.cache
+def constant(value: float, device: torch.device) -> Tensor:
+    """A float32 scalar tensor: an operation with a Python number makes one anew each time."""
+    with torch.inference_mode(False):
+        return torch.tensor(value, device=device)
 
 
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

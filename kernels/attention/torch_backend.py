@@ -105,6 +105,8 @@ class TorchAttention:
         plan = self._plans[spec.window]
         if self._own_tokens is not None:  # as later steps will see them
             k, v = (x.to(q.dtype) for x in kv.read(self._own_tokens))
+        if len(plan.own) == 1 and not (plan.causal or plan.merged or spec.sinks is not None or out is not None):
+            return self._paged(kv, spec, plan.own[0], q)[0].to(q.dtype)
         # Merging rounds once more, so it is done in float32.
         result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
@@ -141,6 +143,9 @@ class TorchAttention:
             k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
             out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
             return out.permute(2, 0, 1, 3).reshape(q.shape), lse.permute(2, 0, 1).reshape(q.shape[:2])
+        if len(q) == requests:  # decodes
+            out, lse = attend(q.view(requests, kv_heads, group, dim), k, v, spec.scale, spec.softcap, part.mask)
+            return out.reshape(q.shape), lse.reshape(q.shape[:2])
         folded = q.view(requests, -1, kv_heads, group, dim).transpose(1, 2).flatten(2, 3)
         out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
         out = out.unflatten(2, (-1, group)).transpose(1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.base import Ops
 from ...kernels.experts import Experts, ExpertWeight, LoopedExperts
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
-from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, packs
+from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, int8_bytes, packs
 from ...kernels.ops import Activation
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
@@ -112,7 +112,7 @@ def weight_bytes(
         shape = shard_shape(spec, rank, ranks)
         linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
         if linear and int8:
-            size = math.prod(shape) + 4 * shape[0]
+            size = int8_bytes(*shape)
         elif spec.kind == "bytes" and device.type != "cuda":  # MXFP4, dequantized: two values a byte
             size = 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
         elif spec.kind not in ("fp8", "scale") or fp8:
@@ -122,7 +122,7 @@ def weight_bytes(
         total += size * config.num_layers if alike and spec.name.startswith("layers.") else size
     if config.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
         rows = config.vocab_size // ranks
-        total += rows * (config.hidden_size + 4 if int8 else config.hidden_size * dtype.itemsize)
+        total += int8_bytes(rows, config.hidden_size) if int8 else rows * config.hidden_size * dtype.itemsize
     return total
 
 

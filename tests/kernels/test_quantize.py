@@ -5,12 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
+from branchwise.kernels import linear as linear_module
 from branchwise.kernels import ops
 from branchwise.kernels.base import Ops
 from branchwise.kernels.fp8_linear import Fp8Linear
 from branchwise.kernels.linear import Int8Linear
 from branchwise.kernels.processor import multiplies_int8
-from branchwise.kernels.quantize import QuantizedRows, Quantizer, dequantize_weight, quantize, quantize_weight
+from branchwise.kernels.quantize import (
+    ZERO_POINT,
+    QuantizedRows,
+    Quantizer,
+    dequantize_weight,
+    quantize,
+    quantize_weight,
+)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -20,6 +28,7 @@ from branchwise.kernels.triton_fp8 import Tile
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 E4M3 = torch.float8_e4m3fn
 DYNAMIC, BLOCKS = Quantizer(E4M3), Quantizer(E4M3, group=128)
+INTEGERS = Quantizer(torch.int8), Quantizer(torch.uint8)
 STATIC = Quantizer(E4M3, scale=torch.tensor([0.004], device=DEVICE))
 
 
@@ -38,19 +47,20 @@ def same(got: QuantizedRows, expected: QuantizedRows) -> None:
 
 
 def dequantized(rows: QuantizedRows) -> torch.Tensor:
-    groups = rows.values.float().unflatten(-1, (rows.scales.shape[1], -1))
+    values = rows.values.float() - (ZERO_POINT if rows.values.dtype == torch.uint8 else 0)
+    groups = values.unflatten(-1, (rows.scales.shape[1], -1))
     return (groups * rows.scales[..., None]).flatten(-2)
 
 
-@pytest.mark.parametrize("quantizer", [DYNAMIC, BLOCKS, Quantizer(torch.int8)], ids=["row", "group", "int8"])
+@pytest.mark.parametrize("quantizer", [DYNAMIC, BLOCKS, *INTEGERS], ids=["row", "group", "int8", "uint8"])
 def test_values_are_within_half_a_step_of_the_input(quantizer: Quantizer) -> None:
     x = randn(5, 256) * torch.tensor([1e-3, 1.0, 300.0, 1e5, 0.0], device=DEVICE)[:, None]
     rows = quantize(x, quantizer)
     assert rows.values.dtype == quantizer.dtype and rows.scales.shape == (5, 2 if quantizer.group else 1)
     error = (dequantized(rows) - x).abs()
     step = rows.scales.repeat_interleave(256 // rows.scales.shape[1], 1)
-    assert (error <= (step * 0.501 if quantizer.dtype == torch.int8 else x.abs() / 16 + step * 2**-10)).all()
-    assert not rows.values[4].float().any()
+    assert (error <= (step * 0.501 if quantizer in INTEGERS else x.abs() / 16 + step * 2**-10)).all()
+    assert not dequantized(rows)[4].any()
 
 
 def test_values_beyond_a_static_scale_saturate() -> None:
@@ -59,7 +69,7 @@ def test_values_beyond_a_static_scale_saturate() -> None:
 
 
 @pytest.mark.parametrize(
-    "quantizer", [DYNAMIC, BLOCKS, STATIC, Quantizer(torch.int8)], ids=["row", "group", "static", "int8"]
+    "quantizer", [DYNAMIC, BLOCKS, STATIC, *INTEGERS], ids=["row", "group", "static", "int8", "uint8"]
 )
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_values_that_are_not_finite_stay_so(value: float, quantizer: Quantizer) -> None:
@@ -148,7 +158,9 @@ def test_fp8_linear_quantizes_what_comes_in_the_models_dtype(tokens: int, module
 
 @pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-def test_int8_linear(tokens: int) -> None:
+@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.ROW_COPY_BYTES], ids=["packed", "with a row copy"])
+def test_int8_linear(tokens: int, row_copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "ROW_COPY_BYTES", row_copy_bytes)
     weight, x, bias = torch.randn(48, 64), torch.randn(tokens, 64), torch.randn(48)
     linear = Int8Linear(weight, bias)
     got = linear(x)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ....kernels.attention.base import LayerSpec
-from ....kernels.linear import packs
+from ....kernels.linear import int8_bytes, packs
 from ...errors import LoadError
 from ...tokenizer.special_tokens import eos_token_id
 from ..eos import EosSource, eos_ids
@@ -73,12 +73,15 @@ class TransformersConfig:
         """Bytes of a rank's weights as the decoder stores them. ``fp8``: on a device that multiplies it."""
         total = 0
         for one in self.parameters:
-            quantized = one.linear and (int8 or (fp8 and self.quantizes(one.module)))
-            total += math.prod(one.shape) * (1 if quantized else dtype.itemsize)
-            total += 4 * one.shape[0] if quantized else 0
+            if one.linear and int8:
+                total += int8_bytes(*one.shape)
+            elif one.linear and fp8 and self.quantizes(one.module):
+                total += math.prod(one.shape) + 4 * one.shape[0]
+            else:
+                total += math.prod(one.shape) * dtype.itemsize
         if self.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-            size = self.hidden_size + 4 if int8 else self.hidden_size * dtype.itemsize
-            total += self.vocab_size * size // self.ranks
+            rows, columns = self.vocab_size // self.ranks, self.hidden_size
+            total += int8_bytes(rows, columns) if int8 else rows * columns * dtype.itemsize
         return total
 
     def quantizes(self, module: str) -> bool:
