@@ -166,3 +166,13 @@ def test_int8_linear(tokens: int, row_copy_bytes: int, monkeypatch: pytest.Monke
     got = linear(x)
     torch.testing.assert_close(got, x @ weight.T + bias, rtol=0.02, atol=0.35)
     assert all(torch.equal(linear(x[i : i + 1]), got[i : i + 1]) for i in range(tokens))  # whatever the step holds
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
+@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.ROW_COPY_BYTES], ids=["packed", "with a row copy"])
+def test_an_int8_layer_takes_the_bytes_of_the_plan(row_copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_module, "ROW_COPY_BYTES", row_copy_bytes)
+    layer = Int8Linear(torch.randn(256, 128))
+    row_copy = 0 if layer._row_copy is None else layer._row_copy.nbytes
+    stored = torch.ops.mkldnn._nbytes(layer._packed) + row_copy + layer._scale.nbytes
+    assert stored == linear_module.int8_bytes(256, 128)

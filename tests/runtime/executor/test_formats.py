@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
+from branchwise.kernels import linear as kernel_linear
 from branchwise.kernels.processor import multiplies_bfloat16, multiplies_int8
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
@@ -81,6 +82,7 @@ def test_fp8_quantizes_plain_checkpoints_alone(model: ModelConfig) -> None:
 def test_the_plan_counts_the_bytes_of_each_format(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(model, hidden_size=1024, intermediate_size=4096, quantization=ONLINE_FP8)
     plain = dataclasses.replace(model, quantization=None)
+    monkeypatch.setattr(kernel_linear, "ROW_COPY_BYTES", 0)  # see `test_an_int8_layer_takes_the_bytes_of_the_plan`
     for native in (True, False):
         monkeypatch.setattr(linear, "multiplies_fp8", lambda device, native=native: native)
         bf16, fp8, int8 = (
