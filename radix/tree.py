@@ -377,9 +377,9 @@ class RadixTree:
         """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""
         self.structure.events.observers.remove(observer)
 
-    def hottest(self, count: int, namespace: Namespace = DEFAULT) -> list[Int32]:
+    def hottest(self, count: int, namespace: Namespace | None = None) -> list[tuple[Namespace, Int32]]:
         """The most used prefixes: see `hottest.hottest`."""
-        return hottest(self.structure, namespace, count)
+        return hottest(self.structure, count, namespace)
 
     def dump(self, max_nodes: int = 1000, preview: int | None = None, owner: str | None = None) -> dict[str, Any]:
         """``{"namespaces": [...], "omitted": namespaces left out, "totals"}``: see `dump.dump_namespaces`. The totals

@@ -147,18 +147,26 @@ class ReplicaProcess:
         """The body of ``/cache/events/snapshot``. Raises `ReplicaGone`."""
         return await self._get("/cache/events/snapshot")
 
-    async def hottest(self, count: int) -> list[list[int]]:
-        """Token ids of its most used prefixes. Raises `ReplicaGone`."""
-        found = await self._get_json(f"/cache/hottest?count={count}")
-        return [each["token_ids"] for each in found["prefixes"]]
+    async def hottest(self, count: int) -> list[dict[str, Any]]:
+        """``token_ids`` and ``namespace`` of its most used prefixes, of all keys and salts. Raises `ReplicaGone`."""
+        prefixes: list[dict[str, Any]] = (await self._get_json(f"/cache/hottest?count={count}&all_namespaces=true"))[
+            "prefixes"
+        ]
+        return prefixes
 
-    async def warm(self, prefixes: list[list[int]]) -> None:
-        """Computes prefixes, so that they are cached. A failure costs a miss later: it is logged."""
+    async def warm(self, prefixes: list[dict[str, Any]]) -> None:
+        """Computes prefixes of another replica, each in its own namespace: replicas share the secret that names of
+        namespaces are made with. A failure costs a miss later: it is logged."""
         if not prefixes:
             return
         with contextlib.suppress(Exception):
             async with self._http.post(
-                f"{self.url}/cache/warm", json={"prompts": prefixes}, headers=self._admin_headers
+                f"{self.url}/cache/warm",
+                json={
+                    "prompts": [each["token_ids"] for each in prefixes],
+                    "namespaces": [each["namespace"] for each in prefixes],
+                },
+                headers=self._admin_headers,
             ) as answer:
                 if answer.status != 200:
                     logger.warning("replica %s was not warmed: %s", self.name, (await answer.text())[:500])

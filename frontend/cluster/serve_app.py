@@ -86,7 +86,7 @@ class EngineReplica:
             async for part in parts:
                 yield msgspec.msgpack.encode(part) if isinstance(part, Head) else part
 
-    async def hottest(self, hint: bytes, count: int) -> list[list[int]]:
+    async def hottest(self, hint: bytes, count: int) -> list[dict[str, Any]]:
         """Its most used prefixes."""
         return await self._process.hottest(count)
 

@@ -229,6 +229,28 @@ def test_evict_forgets_one_prompt(ask: Any) -> None:
     assert ask("/cache/evict", key=ADMIN, input_ids=ids(10))["remaining_tokens"] == 0
 
 
+def test_the_operator_warms_other_keys_parts_of_the_cache(ask: Any, running: Any) -> None:
+    def hottest(query: str, key: str = ADMIN) -> Any:
+        return running.http.get(f"/cache/hottest?{query}", headers={"Authorization": f"Bearer {key}"})
+
+    for _ in range(2):
+        ask("/v1/completions", key=OTHER, prompt=ids(80), cache_salt="s", max_tokens=1)
+    assert hottest("count=8", KEY).status_code == 403 and hottest("all_namespaces=1").status_code == 400
+    [found] = hottest("count=8&all_namespaces=true").json()["prefixes"]
+    assert found["token_ids"] == ids(80)[: len(found["token_ids"])] and all(found["namespace"])
+    ask("/flush_cache", key=ADMIN)
+    body = {"prompts": [found["token_ids"]], "namespaces": [found["namespace"]]}
+    ask("/cache/warm", key=OTHER, status=403, **body)
+    for wrong in ([], [["a"]], [["a", "b"], ["a", "b"]], [["a", "b" * 2000]]):
+        ask("/cache/warm", key=ADMIN, status=400, prompts=body["prompts"], namespaces=wrong)
+    ask("/cache/warm", key=ADMIN, status=400, cache_salt="s", **body)
+    [warmed] = ask("/cache/warm", key=ADMIN, **body)["results"]
+    assert warmed["cached_tokens"] == 0
+    assert ask("/cache/explain", key=OTHER, input_ids=ids(80), cache_salt="s")["hit_tokens"] >= 64
+    assert ask("/cache/explain", key=OTHER, input_ids=ids(80))["hit_tokens"] == 0
+    assert ask("/cache/explain", input_ids=ids(80))["hit_tokens"] == 0
+
+
 def test_warm_computes_and_generates_nothing(ask: Any) -> None:
     warmed = ask("/cache/warm", prompts=[ids(48), ids(80)], prompt_cache_options={"ttl": "1m"})["results"]
     assert [each["prompt_tokens"] for each in warmed] == [48, 80]

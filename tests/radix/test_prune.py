@@ -158,8 +158,14 @@ def test_the_hottest_prefixes_are_those_that_matches_used_most(drive):
         for _ in range(times):
             driver.remember([*text, 1])
     before = driver.tree.dump(), driver.tree.structure._clock
-    found = [tokens.tolist() for tokens in driver.tree.hottest(10)]
+    found = [tokens.tolist() for _, tokens in driver.tree.hottest(10)]
     assert (driver.tree.dump(), driver.tree.structure._clock) == before
     assert found == [[*hot, 9, 9, 9, 9], warm], "the longer includes the shorter; nothing has used the cold one"
-    assert [tokens.tolist() for tokens in driver.tree.hottest(1)] == [hot]
+    assert [tokens.tolist() for _, tokens in driver.tree.hottest(1)] == [hot]
     assert driver.tree.hottest(3, ("nobody", "")) == []
+    other = ("ann", "salt")
+    for last in range(12):
+        driver.remember([*warm, last], other)
+    first, second = ((name, tokens.tolist()) for name, tokens in driver.tree.hottest(2))
+    assert (first, second) == ((other, warm), (("", ""), hot)), "of all namespaces"
+    assert [name for name, _ in driver.tree.hottest(9, other)] == [other]

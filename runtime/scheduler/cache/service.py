@@ -23,7 +23,7 @@ _EVERYTHING = np.empty(0, np.int32)
 
 class CacheQuestion(msgspec.Struct):
     """The argument of a cache `Control`. ``namespace`` is the caller's, and nothing outside it is accessed, except with
-    ``everything`` (operators only), which adds the sums of all keys."""
+    ``everything`` (operators only), which is about all keys and salts."""
 
     namespace: tuple[str, str]
     tokens: bytes = b""  # int32
@@ -107,8 +107,8 @@ class CacheService:
             case "cache_evict":
                 return self._evict(question)
             case "cache_hottest":
-                found = self._tree.hottest(question.count, question.namespace)
-                return {"prefixes": [{"token_ids": tokens.tolist()} for tokens in found]}
+                found = self._tree.hottest(question.count, None if question.everything else question.namespace)
+                return {"prefixes": [{"token_ids": ids.tolist(), "namespace": list(name)} for name, ids in found]}
         if what.startswith("cache_disk_"):
             return self._on_disk(what, question)
         raise InvalidRequest(None, f"there is no cache operation {what!r}")

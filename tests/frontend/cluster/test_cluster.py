@@ -152,6 +152,34 @@ async def test_keys_and_salts_are_parts_of_the_cache(start_cluster: Any) -> None
         assert await ask(key, **more) == (home, 319)
 
 
+async def test_a_new_replica_is_warmed_for_every_key_and_salt(start_cluster: Any) -> None:
+    """Each prefix is computed for whom it was cached: others find nothing."""
+    cluster = await start_cluster(1, api_key="ann", extra_api_keys=["bob"])
+    gateway = await cluster.gateway()
+    [old] = cluster.replicas.values()
+    asked = {("ann", None): ids(160), ("bob", None): ids(160, 50), ("bob", "salt"): ids(160, 90)}
+
+    async def cached(name: str, key: str, salt: str | None, prompt: list[int]) -> int:
+        headers = {"Authorization": f"Bearer {key}", "x-branchwise-replica": name}
+        body = {"prompt": prompt, "max_tokens": 1} | ({"cache_salt": salt} if salt else {})
+        answer = await gateway.http.post("/v1/completions", headers=headers, json=body)
+        assert replica_of(answer) == name
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    for (key, salt), prompt in asked.items():
+        assert [await cached(old.name, key, salt, prompt) for _ in range(2)] == [0, 159]
+    prefixes = await old.hottest(8)
+    assert len(prefixes) == 3 and len({tuple(each["namespace"]) for each in prefixes}) == 3
+    new = await cluster.add()
+    await new.warm(prefixes)
+    await gateway.refresh()
+    for (key, salt), prompt in asked.items():
+        for other_key, other_salt in asked:
+            if (other_key, other_salt) != (key, salt):
+                assert await cached(new.name, other_key, other_salt, [*prompt, 7]) == 0
+        assert await cached(new.name, key, salt, [*prompt, 8]) >= 144, "whole pages of it"
+
+
 async def test_a_session_stays_together(start_cluster: Any) -> None:
     cluster = await start_cluster(3)
     gateway, other = await cluster.gateway(), await cluster.gateway()
@@ -172,7 +200,7 @@ async def test_a_new_replica_is_warmed_and_a_stopped_one_finishes(start_cluster:
         home = replica_of(answer)
         await asyncio.sleep(0.2)
     prefixes = await cluster.replicas[home].hottest(8)
-    assert prefixes == [ids(320)]
+    assert [each["token_ids"] for each in prefixes] == [ids(320)]
     new = await cluster.add()
     await new.warm(prefixes)
     await gateway.refresh()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import Request, Response
@@ -22,9 +22,9 @@ from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ..fields.cache import CacheFields, caching, seconds
 from ..fields.parse import Prompts, Strict, parse
-from ..fields.prompts import Ids, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
+from ..fields.prompts import Ids, check_label, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from ..openai.chat.request import chat_text
-from ..plumbing.auth import is_admin
+from ..plumbing.auth import is_admin, require_admin
 from ..plumbing.body import read_json_object
 from ..plumbing.failures import NO_PIN, NOT_CACHED, PIN_QUOTA
 from ..plumbing.routes import Routes
@@ -74,6 +74,9 @@ class WarmRequest(CacheFields):
     """With ``prompt_cache_options.ttl`` or a breakpoint the prompts stay cached, as for any other request."""
 
     prompts: Prompts = Field(description="A list of strings, or a list of lists of token ids.")
+    namespaces: list[list[str]] | None = Field(
+        None, description="The part of the cache of each prompt, as /cache/hottest names it. Needs the admin key."
+    )
     priority: int = 0
 
 
@@ -201,7 +204,11 @@ def routes(state: AppState) -> Routes:
         where = caching(state, body) | {"priority": check_priority(body.priority)}
         if where.get("no_cache"):
             raise InvalidRequest("prompt_cache_options.mode", "off would cache nothing")
-        outputs = await _compute(state, request, prompts, "prompts", where)
+        namespaces = None
+        if body.namespaces is not None:
+            await require_admin()
+            namespaces = _named(body, len(prompts))
+        outputs = await _compute(state, request, prompts, "prompts", where, namespaces)
         return json_response({"results": [_warmed(output) for output in outputs]})
 
     return routes
@@ -231,6 +238,19 @@ def _namespace(state: AppState, body: CacheFields) -> tuple[str, str]:
         raise InvalidRequest(field, "has no meaning on this route, which computes nothing")
     namespace: tuple[str, str] = where["namespace"]
     return namespace
+
+
+def _named(body: WarmRequest, prompts: int) -> list[tuple[str, str]]:
+    """The namespaces that a request names: digests of a key and of a salt, for each prompt."""
+    if body.cache_salt or body.extra_key or body.prompt_cache_key:
+        raise InvalidRequest("namespaces", "cannot be combined with cache_salt, extra_key or prompt_cache_key")
+    named = body.namespaces or []
+    if len(named) != prompts or any(len(each) != 2 for each in named):
+        raise InvalidRequest("namespaces", f"must hold two strings for each of the {prompts} prompts")
+    for i, each in enumerate(named):
+        for label in each:
+            check_label(label, f"namespaces[{i}]")
+    return [(owner, salt) for owner, salt in named]
 
 
 async def _prompt(
@@ -266,15 +286,23 @@ async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_toke
 
 
 async def _compute(
-    state: AppState, request: Request, prompts: list[Text], field: str, where: Mapping[str, Any]
+    state: AppState,
+    request: Request,
+    prompts: list[Text],
+    field: str,
+    where: Mapping[str, Any],
+    namespaces: Sequence[tuple[str, str]] | None = None,
 ) -> list[Output]:
+    """``namespaces``: of each prompt, instead of the one in ``where``."""
     check_prompts(len(prompts), 1, state.config, field)
     limits = state.client.limits
     called = [f"{field}[{i}]" if field == "prompts" else field for i in range(len(prompts))]
     call = state.client.open(
         [
-            make_prompt(prompt, _NO_TOKENS, limits, name, stream=False, **where)
-            for prompt, name in zip(prompts, called, strict=True)
+            make_prompt(prompt, _NO_TOKENS, limits, name, stream=False, **{**where, "namespace": namespace})
+            for prompt, name, namespace in zip(
+                prompts, called, namespaces or [where["namespace"]] * len(prompts), strict=True
+            )
         ]
     )
     outputs = [Output() for _ in prompts]

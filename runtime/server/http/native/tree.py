@@ -19,7 +19,8 @@ MAX_NODES = 100_000
 DEFAULT_NODES = 1000
 MAX_HOTTEST, DEFAULT_HOTTEST = 1024, 32
 _HOTTEST_QUERY = {
-    "count": Query({"type": "integer", "minimum": 1, "maximum": MAX_HOTTEST, "default": DEFAULT_HOTTEST}, "At most.")
+    "count": Query({"type": "integer", "minimum": 1, "maximum": MAX_HOTTEST, "default": DEFAULT_HOTTEST}, "At most."),
+    "all_namespaces": Query({"type": "boolean", "default": False}, "Of every key and salt."),
 }
 _TREE_QUERY = {
     "format": Query({"enum": ["json", "text"], "default": "json"}, "text: a drawing."),
@@ -42,9 +43,12 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/cache/hottest", query=_HOTTEST_QUERY, admin=True)
     async def hottest(request: Request) -> Response:
-        """The most used prefixes of the caller's part of the cache, to warm another server with."""
+        """The most used prefixes of the caller's part of the cache, or of all parts, to warm another server with."""
         count = _count(request.query_params.get("count"), "count", MAX_HOTTEST, DEFAULT_HOTTEST)
-        question = {"namespace": state.namespaces.of(None), "count": count}
+        everything = request.query_params.get("all_namespaces", "false")
+        if everything not in ("true", "false"):
+            raise InvalidRequest("all_namespaces", f"must be true or false, got {shown(everything)}")
+        question = {"namespace": state.namespaces.of(None), "count": count, "everything": everything == "true"}
         return json_response(await state.client.control("cache_hottest", question))
 
     @routes.add("GET", "/cache/check", admin=True)
