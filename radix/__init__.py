@@ -1,7 +1,7 @@
 """The prefix cache: a radix tree of token prefixes over pages of keys and values. NumPy only: no device, no torch."""
 
 from .errors import InvariantError, LeaseError, OutOfPages, RadixError
-from .events import PagesEntered, PagesLeft, TreeObserver
+from .events import CopiesEntered, CopiesLeft, LowerTierObserver, PagesEntered, PagesLeft, TreeObserver
 from .explain import Explanation
 from .hold import Hold
 from .inspection import Inspection
@@ -18,12 +18,15 @@ __all__ = [
     "DISK",
     "HOST",
     "SCORE",
+    "CopiesEntered",
+    "CopiesLeft",
     "Explanation",
     "Hold",
     "Inspection",
     "InvariantError",
     "Lease",
     "LeaseError",
+    "LowerTierObserver",
     "Moves",
     "Namespace",
     "OutOfPages",

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from typing import Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Literal, NamedTuple, Protocol, TypeVar
 
 from .node import Int32, Namespace
 
 logger = logging.getLogger(__name__)
 
 LeaveReason = Literal["evicted", "pruned", "flushed", "covered"]
+Event = TypeVar("Event")
+Observer = TypeVar("Observer")
 ROOT = -1  # ``parent`` of pages at the start of a prompt
 
 
@@ -48,6 +51,38 @@ class PagesLeft(NamedTuple):
     reason: LeaveReason
 
 
+class CopiesEntered(NamedTuple):
+    """A lower tier has a copy of these consecutive pages now. Its bytes may still be under way (`structure.stores`)."""
+
+    namespace: Namespace
+    tier: int  # HOST or DISK
+    before: (
+        tuple[int, int] | None
+    )  # (tier, slot) of a copy of the page before, which entered earlier; None at the start
+    tokens: Int32  # [n]; the last page is partial if n is not a multiple of the page size
+    slots: Int32  # [ceil(n / page_size)] of the tier
+
+
+class CopiesLeft(NamedTuple):
+    """A lower tier has no copy of these pages any more. On the host, pages that follow them may still be there."""
+
+    tier: int
+    tokens: Int32
+    slots: Int32
+
+
+class LowerTierObserver(Protocol):
+    """As `TreeObserver`, for copies in the lower tiers; the events of both kinds come in one order."""
+
+    def copies_entered(self, event: CopiesEntered) -> None:
+        """A lower tier has copies."""
+        ...
+
+    def copies_left(self, event: CopiesLeft) -> None:
+        """A lower tier has them no longer."""
+        ...
+
+
 class TreeObserver(Protocol):
     """Receives events in order, after the operation that caused them, when the tree is consistent."""
 
@@ -63,11 +98,12 @@ class TreeObserver(Protocol):
 class Events:
     """Subscribers, and the events of the operation in progress. An event is only built while there are subscribers."""
 
-    __slots__ = ("_delivering", "observers", "pending")
+    __slots__ = ("_delivering", "lower_tier_observers", "observers", "pending")
 
     def __init__(self) -> None:
         self.observers: list[TreeObserver] = []
-        self.pending: deque[PagesEntered | PagesLeft] = deque()
+        self.lower_tier_observers: list[LowerTierObserver] = []
+        self.pending: deque[PagesEntered | PagesLeft | CopiesEntered | CopiesLeft] = deque()
         self._delivering = False
 
     def deliver(self) -> None:
@@ -82,14 +118,31 @@ class Events:
         try:
             while self.pending:
                 event = self.pending.popleft()
-                for observer in list(self.observers):
-                    try:
-                        if isinstance(event, PagesEntered):
-                            observer.pages_entered(event)
-                        else:
-                            observer.pages_left(event)
-                    except Exception:
-                        logger.exception("unsubscribed %r: it failed to handle an event of the radix tree", observer)
-                        self.observers.remove(observer)
+                if isinstance(event, PagesEntered | PagesLeft):
+                    self._hand_out(event, self.observers, _tell)
+                else:
+                    self._hand_out(event, self.lower_tier_observers, _tell_of_copies)
         finally:
             self._delivering = False
+
+    def _hand_out(self, event: Event, observers: list[Observer], tell: Callable[[Observer, Event], None]) -> None:
+        for observer in list(observers):
+            try:
+                tell(observer, event)
+            except Exception:
+                logger.exception("unsubscribed %r: it failed to handle an event of the radix tree", observer)
+                observers.remove(observer)
+
+
+def _tell(observer: TreeObserver, event: PagesEntered | PagesLeft) -> None:
+    if isinstance(event, PagesEntered):
+        observer.pages_entered(event)
+    else:
+        observer.pages_left(event)
+
+
+def _tell_of_copies(observer: LowerTierObserver, event: CopiesEntered | CopiesLeft) -> None:
+    if isinstance(event, CopiesEntered):
+        observer.copies_entered(event)
+    else:
+        observer.copies_left(event)

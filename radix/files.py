@@ -84,4 +84,5 @@ def end_load(moves: Moves, transfer: Transfer, tokens: Int32, good: int) -> int:
     unused, transfer.target_slots = transfer.target_slots[added:], NO_SLOTS
     disk.free(unused)
     moves.cancel(transfer)
+    structure.events.deliver()
     return added

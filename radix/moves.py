@@ -223,6 +223,7 @@ class Moves:
             node = structure.add_node(above, key, tokens, now=order[latest[slots[-1]]])
             disk.put(node, np.array(slots, np.int32))
             ends[slots[-1]] = node
+        structure.events.deliver()
 
     def describe(self, transfer: Transfer) -> list[tuple[Namespace, int, Int32]] | None:
         """Of each page that is about to be written to the disk: the namespace, the record of the page before, or -1,

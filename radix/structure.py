@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .events import ROOT, Events, LeaveReason, PagesEntered, PagesLeft
+from .events import ROOT, CopiesEntered, CopiesLeft, Events, LeaveReason, PagesEntered, PagesLeft
 from .eviction import POLICIES
 from .explain import EvictionRecord
 from .matching import Walk
@@ -43,6 +43,8 @@ class PrefixTree:
         }
         self.tiers = list(tiers.values())
         self.device, self.host, self.disk = tiers[DEVICE], tiers.get(HOST), tiers.get(DISK)
+        for tier in self.tiers[1:]:
+            tier.changed = self._announce_copy
         self.keep_one_shot = True  # pages that were used once move to the host too when the device evicts them
         self.stores: list[tuple[Int32, Int32]] = []  # (pages, host slots): copies that the device has yet to make
         self.step = 0  # being planned
@@ -135,6 +137,19 @@ class PrefixTree:
                 if len(node.pages):
                     yield PagesEntered(namespace, _last_page(node.parent), node.tokens, node.pages)
                     below += node.children.values()
+
+    def copies(self) -> Iterator[CopiesEntered]:
+        """What the lower tiers have copies of, as events, parents before children."""
+        nodes: list[Node] = [child for root in self.roots.values() for child in root.children.values()]
+        for node in nodes:
+            yield from (_copies_entered(tier, node) for tier in self.tiers[1:] if len(tier.of(node)))
+            nodes += node.children.values()
+
+    def _announce_copy(self, tier: Tier, node: Node, entered: bool) -> None:
+        """A lower tier has got a copy of a node, or is about to lose it."""
+        if self.events.lower_tier_observers:
+            event = _copies_entered(tier, node) if entered else CopiesLeft(tier.number, node.tokens, tier.of(node))
+            self.events.pending.append(event)
 
     # ---- pages out ----
 
@@ -346,6 +361,20 @@ def _namespace(node: Node) -> Namespace:
 
 def _last_page(node: Node | None) -> int:
     return int(node.pages[-1]) if node is not None and len(node.pages) else ROOT
+
+
+def _copies_entered(tier: Tier, node: Node) -> CopiesEntered:
+    return CopiesEntered(_namespace(node), tier.number, _copy_of_last_page(node.parent), node.tokens, tier.of(node))
+
+
+def _copy_of_last_page(node: Node | None) -> tuple[int, int] | None:
+    """(tier, slot) of the highest copy of a node's last page; None for a root."""
+    if node is None or isinstance(node, Root):
+        return None
+    for number, slots in ((DEVICE, node.pages), (HOST, node.host), (DISK, node.disk)):
+        if len(slots):
+            return number, int(slots[-1])
+    raise RuntimeError(f"node {node.serial} has a copy in no tier, and a page that follows it has one")
 
 
 def _head(array: Int32, n: int) -> Int32:

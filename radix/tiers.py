@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .eviction import EvictionIndex, Policy
 from .node import DEVICE, DISK, HOST, Int32, Node, join
 from .pages import PageAllocator
@@ -26,6 +28,8 @@ class Tier:
         self.freed: list[
             Int32
         ] = []  # slots freed since `take_freed`; recorded on disk only, where records must be deleted
+        # Called when a node has got its copy, and before it loses it (True, False). Set for the lower tiers.
+        self.changed: Callable[[Tier, Node, bool], None] | None = None
         self._copy = _COPIES[number]
 
     @property
@@ -53,6 +57,8 @@ class Tier:
         self.cached += len(slots)
         if not node.locks:
             self.expose(node)
+        if self.changed is not None:
+            self.changed(self, node, True)
 
     def take(self, node: Node) -> Int32:
         """The node loses its copy. Returns the slots, which the caller frees or reuses."""
@@ -71,6 +77,8 @@ class Tier:
         return slots
 
     def _lose(self, node: Node, slots: Int32) -> None:
+        if self.changed is not None:
+            self.changed(self, node, False)
         parent, t = node.parent, self.number
         self.cached -= len(slots)
         setattr(node, self._copy, NO_SLOTS)

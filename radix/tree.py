@@ -13,7 +13,7 @@ import numpy as np
 from .check import check_locks, check_scores, check_slots, check_structure
 from .dump import dump_namespaces
 from .errors import InvariantError, LeaseError
-from .events import TreeObserver
+from .events import LowerTierObserver, TreeObserver
 from .explain import REASONS, Explanation, Reason
 from .hold import Hold
 from .hottest import hottest
@@ -372,6 +372,12 @@ class RadixTree:
         for event in self.structure.contents():
             observer.pages_entered(event)
         self.structure.events.observers.append(observer)
+
+    def subscribe_lower_tiers(self, observer: LowerTierObserver) -> None:
+        """The same for copies in the lower tiers. An event may name pages on the device: `subscribe` first."""
+        for event in self.structure.copies():
+            observer.copies_entered(event)
+        self.structure.events.lower_tier_observers.append(observer)
 
     def unsubscribe(self, observer: TreeObserver) -> None:
         """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""

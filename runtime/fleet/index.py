@@ -7,50 +7,57 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from .kv_events import LEVELS, SLOWEST, AllBlocksCleared, BlockRemoved, BlockStored
 
 Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+CREDITS = (1.0, 0.75, 0.25)  # of a block on the device, in host memory and on a disk, as in Dynamo's router
 
 
 class PrefixIndex:
     """Block hashes of many replicas, numbered 0 .. n - 1.
 
-    For each hash, a bit set (a Python integer) of the replicas that have the block. A tree holds a block only with all
-    that precede it, so the set of a block is within that of the block before, and `overlap` finds where it shrinks by
-    galloping instead of looking at every block. About 150 bytes a distinct block.
+    For each hash and level of memory (`kv_events.LEVELS`), a bit set (a Python integer) of the replicas that have the
+    block there. A tree holds a block only with all that precede it, so the set of a block is within that of the block
+    before, and `overlap` finds where it shrinks by galloping instead of looking at every block. About 150 bytes a
+    distinct block and level.
     """
 
     def __init__(self) -> None:
-        self._holders: dict[int, int] = {}
-        self._blocks: dict[int, set[int]] = {}  # by replica, to remove it
+        self._holders: list[dict[int, int]] = [{} for _ in range(SLOWEST + 1)]
+        self._blocks: list[dict[int, set[int]]] = [{} for _ in range(SLOWEST + 1)]  # by replica, to remove it
 
     def __len__(self) -> int:
-        return len(self._holders)
+        return sum(map(len, self._holders))
 
     def blocks(self, replica: int) -> int:
-        """Blocks that the replica has."""
-        return len(self._blocks.get(replica, ()))
+        """Blocks that the replica has, one on two levels counted twice."""
+        return sum(len(blocks.get(replica, ())) for blocks in self._blocks)
 
     def apply(self, replica: int, events: Iterable[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
         """Follows one batch of a replica's events. A block that is stored twice or removed unseen has no effect."""
         for event in events:
             if isinstance(event, BlockStored):
-                self.store(replica, event.block_hashes)
+                self.store(replica, event.block_hashes, event.medium)
             elif isinstance(event, BlockRemoved):
-                self.remove(replica, event.block_hashes)
+                self.remove(replica, event.block_hashes, event.medium)
             else:
                 self.clear(replica)
 
-    def store(self, replica: int, hashes: Iterable[int]) -> None:
-        """The replica has these blocks now."""
-        bit, holders, blocks = 1 << replica, self._holders, self._blocks.setdefault(replica, set())
+    def store(self, replica: int, hashes: Iterable[int], medium: str | None = None) -> None:
+        """The replica has these blocks in a medium now. One that is not known counts as the slowest."""
+        level = LEVELS.get(medium, SLOWEST)
+        bit, holders, blocks = 1 << replica, self._holders[level], self._blocks[level].setdefault(replica, set())
         for each in hashes:
             holders[each] = holders.get(each, 0) | bit
             blocks.add(each)
 
-    def remove(self, replica: int, hashes: Iterable[int]) -> None:
-        """The replica has these blocks no longer."""
-        bit, holders, blocks = 1 << replica, self._holders, self._blocks.setdefault(replica, set())
+    def remove(self, replica: int, hashes: Iterable[int], medium: str | None = None) -> None:
+        """The replica has these blocks in a medium no longer."""
+        self._remove(replica, hashes, LEVELS.get(medium, SLOWEST))
+
+    def _remove(self, replica: int, hashes: Iterable[int], level: int) -> None:
+        bit, holders, blocks = 1 << replica, self._holders[level], self._blocks[level].setdefault(replica, set())
         for each in hashes:
             blocks.discard(each)
             left = holders.get(each, 0) & ~bit
@@ -61,26 +68,48 @@ class PrefixIndex:
 
     def clear(self, replica: int) -> None:
         """The replica has nothing, or is gone: its number may be used again."""
-        self.remove(replica, tuple(self._blocks.pop(replica, ())))
-        del self._blocks[replica]
+        for level, blocks in enumerate(self._blocks):
+            if replica in blocks:
+                self._remove(replica, tuple(blocks[replica]), level)
+                del blocks[replica]
 
-    def overlap(self, hashes: Sequence[int], replicas: int) -> Int64:
-        """How many of a prompt's first blocks each of ``replicas`` replicas has: int64 [replicas]."""
+    def credit(self, hashes: Sequence[int], replicas: int) -> Float64:
+        """What of a prompt's first blocks each replica has, in blocks on the device: float64 [replicas]. Those that
+        only a slower level has count less (`CREDITS`)."""
+        found = self.overlap(hashes, replicas)
+        total = found.astype(np.float64)
+        for level in range(1, SLOWEST + 1):
+            if self._holders[level]:
+                further = np.maximum(self.overlap(hashes, replicas, level), found)
+                total += (further - found) * CREDITS[level]
+                found = further
+        return total
+
+    def overlap(self, hashes: Sequence[int], replicas: int, slowest: int = 0) -> Int64:
+        """How many of a prompt's first blocks each of ``replicas`` replicas has on the levels up to ``slowest``: int64
+        [replicas]."""
         found = np.zeros(replicas, np.int64)
-        get, end = self._holders.get, len(hashes)
-        depth = 0
-        mask = get(hashes[0], 0) if end else 0
+        levels = [holders for holders in self._holders[: slowest + 1] if holders]
+
+        def having(block: int) -> int:
+            having = 0
+            for holders in levels:
+                having |= holders.get(hashes[block], 0)
+            return having
+
+        depth, end = 0, len(hashes)
+        mask = having(0) if end else 0
         while mask:
             # All of ``mask`` have blocks 0 .. depth. Find the last block that they all have.
             known, step = depth, 1
-            while known + step < end and get(hashes[known + step], 0) & mask == mask:
+            while known + step < end and having(known + step) & mask == mask:
                 known += step
                 step *= 2
             while step > 1:
                 step //= 2
-                if known + step < end and get(hashes[known + step], 0) & mask == mask:
+                if known + step < end and having(known + step) & mask == mask:
                     known += step
-            further = get(hashes[known + 1], 0) & mask if known + 1 < end else 0
+            further = having(known + 1) & mask if known + 1 < end else 0
             found[_members(mask & ~further, replicas)] = known + 1
             depth, mask = known + 1, further
         return found

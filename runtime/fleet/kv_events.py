@@ -10,6 +10,9 @@ from __future__ import annotations
 import msgspec
 
 MEDIUM_DEVICE, MEDIUM_HOST, MEDIUM_DISK = "GPU", "CPU_PINNED", "DISK"  # SGLang's names; "GPU" is any device
+# The media of this engine and of vLLM, as levels: 0 is the fastest.
+LEVELS = {None: 0, MEDIUM_DEVICE: 0, MEDIUM_HOST: 1, "CPU": 1, MEDIUM_DISK: 2, "STORAGE": 2}
+SLOWEST = 2
 END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 

@@ -75,8 +75,9 @@ class FleetRouter:
         self.allowed[replica], self.unsure[replica] = True, False
 
     def cached(self, prompt_tokens: int, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Tokens of a prompt that each replica has cached, whole blocks: int64 [n]."""
-        found = self.index.overlap(hashes, len(self)) * self.block_size
+        """Tokens of a prompt that each replica has cached, whole blocks: int64 [n]. Those that it has below its device
+        count less, since they must be copied: see `index.CREDITS`."""
+        found = (self.index.credit(hashes, len(self)) * self.block_size).astype(np.int64)
         found[self.unsure] = 0
         return np.minimum(found, prompt_tokens)
 

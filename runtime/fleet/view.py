@@ -155,9 +155,9 @@ class _Events(Sink):
         index = self._router.index
         for event in events:
             if isinstance(event, Change):
-                index.store(self._number, event.block_hashes)
+                index.store(self._number, event.block_hashes, event.medium)
             elif isinstance(event, Removal):
-                index.remove(self._number, event.block_hashes)
+                index.remove(self._number, event.block_hashes, event.medium)
             else:
                 index.clear(self._number)
 

@@ -170,6 +170,7 @@ class DiskJobs:
             for node in self._on_disk():
                 if bad.intersection(node.disk.tolist()):
                     structure.forget(node, structure.disk)
+            structure.events.deliver()
         job.facts["damaged_pages"], job.done = len(bad), True
 
     def _try_to_save(self, job: Job) -> None:

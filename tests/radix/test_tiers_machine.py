@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from branchwise.radix import DEVICE, DISK, HOST, Lease, RadixTree, Transfer
+from branchwise.radix import DEVICE, DISK, HOST, CopiesEntered, CopiesLeft, Lease, RadixTree, Transfer
 from branchwise.radix.node import Namespace, Node
 from branchwise.runtime.tiers.index import PageRow, prefix_hash, sound
 
@@ -34,6 +34,21 @@ NAMESPACES: list[Namespace] = [("ann", ""), ("bob", "")]
 
 def fingerprints(namespace: Namespace, tokens: tuple[int, ...]) -> list[int]:
     return [hash((namespace[0], tokens[: i + 1])) for i in range(len(tokens))]
+
+
+class Copies:
+    """The slots of the lower tiers that are in use, from events alone."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, set[int]] = {HOST: set(), DISK: set()}
+
+    def copies_entered(self, event: CopiesEntered) -> None:
+        assert not self.slots[event.tier].intersection(event.slots.tolist()), "a slot entered twice"
+        self.slots[event.tier].update(event.slots.tolist())
+
+    def copies_left(self, event: CopiesLeft) -> None:
+        assert self.slots[event.tier].issuperset(event.slots.tolist()), "a slot left that had not entered"
+        self.slots[event.tier].difference_update(event.slots.tolist())
 
 
 class Machine(RuleBasedStateMachine):
@@ -69,6 +84,8 @@ class Machine(RuleBasedStateMachine):
         self.tree.structure.keep_one_shot = self.one_shot
         self.mirror = self.mirror_type(self.size)
         self.tree.subscribe(self.mirror)
+        self.copies = Copies()
+        self.tree.subscribe_lower_tiers(self.copies)
         self.running: list[tuple[Lease, Namespace, tuple[int, ...]]] = []
         self.transfers: list[Transfer] = []
         self.written: dict[Transfer, int] = {}  # to the disk, with the pages that arrived; `Moves.end` is yet to come
@@ -259,6 +276,9 @@ class Machine(RuleBasedStateMachine):
     def every_copy_is_right(self) -> None:
         self.tree.check([lease for lease, _, _ in self.running])
         self.mirror.compare(self.tree)
+        nodes = self.nodes()
+        for tier in self.tree.structure.tiers[1:]:
+            assert self.copies.slots[tier.number] == {slot for node in nodes for slot in tier.of(node).tolist()}
         self.forget_freed()
         pages, slots, _ = (each.copy() if isinstance(each, np.ndarray) else each for each in self.peek_stores())
         host = self.data[HOST].copy()

@@ -48,6 +48,24 @@ def test_events_of_one_replica_do_not_touch_another() -> None:
     assert index.overlap([], 2).tolist() == [0, 0]
 
 
+def test_blocks_of_slower_tiers_count_less() -> None:
+    """A block that left one medium is still in the others; unknown media count as the slowest."""
+    index, chain = PrefixIndex(), [1, 2, 3, 4, 5, 6, 7, 8]
+    index.store(0, chain[:4], "GPU")
+    index.store(0, chain[2:6], "CPU_PINNED")
+    index.store(0, chain, "DISK")
+    index.store(1, chain[:3], "CPU")
+    index.store(2, chain, "TAPE")
+    assert index.overlap(chain, 3).tolist() == [4, 0, 0]
+    assert index.credit(chain, 3).tolist() == [4 + 0.75 * 2 + 0.25 * 2, 0.75 * 3, 0.25 * 8]
+    index.remove(0, [4, 3], "GPU")
+    assert index.credit(chain, 3).tolist()[0] == 2 + 0.75 * 4 + 0.25 * 2
+    index.remove(0, [6, 5, 4, 3], "CPU_PINNED")
+    assert index.credit(chain, 3).tolist()[0] == 2 + 0.25 * 6
+    index.clear(0)
+    assert index.credit(chain, 3).tolist() == [0, 0.75 * 3, 0.25 * 8] and len(index) == 11
+
+
 counts = st.lists(st.integers(0, 100_000), min_size=1, max_size=30)
 
 

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import zmq
 
+from branchwise.radix.node import DEFAULT, DISK
 from branchwise.radix.tree import RadixTree
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.null import NullExecutor
-from branchwise.runtime.fleet.block_events import BlockEvents, snapshot
+from branchwise.runtime.fleet.block_events import MEDIA, BlockEvents, snapshot
 from branchwise.runtime.fleet.hashes import block_hashes, root_hash
 from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from branchwise.runtime.fleet.publisher import KVEventPublisher
@@ -131,6 +132,70 @@ def test_a_subscriber_knows_every_block(seed: int) -> None:
     last = events.take()
     assert last is None or last.events == [AllBlocksCleared()]
     assert kinds >= {BlockStored, BlockRemoved}
+
+
+def of_tree(tree: RadixTree) -> dict[str, set[int]]:
+    """The hashes of the whole pages in each medium."""
+    found: dict[str, set[int]] = {medium: set() for medium in MEDIA.values()}
+    stack = [(root_hash(namespace), node) for namespace, root in tree.roots.items() for node in root.children.values()]
+    while stack:
+        before, node = stack.pop()
+        hashes = block_hashes(node.tokens, PAGE, before)
+        for tier in tree.structure.tiers:
+            if len(tier.of(node)):
+                found[MEDIA[tier.number]] |= set(hashes)
+        stack += [(hashes[-1], child) for child in node.children.values()]
+    return found
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_subscriber_knows_every_block_in_every_medium(seed: int) -> None:
+    """Pages move between three tiers, some copies fail, and some are found to be wrong."""
+    rng, tree = random.Random(seed), RadixTree(12, PAGE, host_slots=16, disk_slots=40)
+    events, known = BlockEvents(tree), {medium: set() for medium in MEDIA.values()}
+    prompts = [np.array([2 + (i * k) % 40 for i in range(36)], np.int32) for k in (3, 5, 7)]
+    most = dict.fromkeys(known, 0)
+    for _ in range(400):
+        prompt, move = rng.choice(prompts)[: rng.randrange(2, 36)], rng.choice(["use", "use", "up", "up", "down"])
+        if move == "use":
+            lease = tree.match(prompt, limit=len(prompt) - 1)
+            if tree.reserve(lease, -(-len(prompt) // PAGE) - len(lease.pages)) is not None:
+                tree.publish(lease, prompt)
+            tree.release(lease)
+            tree.end_step(tree.begin_step() - 1)
+        else:
+            reach, transfer = tree.reach(prompt, DEFAULT, len(prompt)), None
+            if move == "up":
+                transfer = tree.moves.load(reach, 8) or tree.moves.fetch(reach, 8)
+            elif (end := tree.moves.end_of(DEFAULT, prompt)) is not None:
+                transfer = tree.moves.persist(end, 8)
+            if transfer is not None:
+                n = len(transfer.target_slots)
+                good = n if rng.random() < 0.8 else rng.randrange(n)
+                tree.end_transfer(transfer, good, damaged=transfer.source == DISK and rng.random() < 0.5)
+        if rng.random() < 0.01:
+            tree.flush(keep_disk=rng.random() < 0.5)
+        batch = events.take()
+        for event in batch.events if batch is not None else ():
+            if isinstance(event, AllBlocksCleared):
+                known = {medium: set() for medium in known}
+            elif isinstance(event, BlockStored):
+                parent = event.parent_block_hash
+                assert parent is None or any(parent in hashes for hashes in known.values())
+                assert not known[event.medium].intersection(event.block_hashes), "stored twice"
+                known[event.medium].update(event.block_hashes)
+            else:
+                assert known[event.medium].issuperset(event.block_hashes), "removed and never stored"
+                known[event.medium].difference_update(event.block_hashes)
+        expected = of_tree(tree)
+        assert known == expected
+        late = {medium: set() for medium in known}
+        for event in snapshot({"seq": 0, "block_size": PAGE, "contents": events.contents()}).batch.events:
+            late[event.medium].update(event.block_hashes)
+        assert late == expected, "a late subscriber knows the same"
+        most = {medium: max(n, len(expected[medium])) for medium, n in most.items()}
+        tree.check()
+    assert min(most.values()) >= 8, "a medium was hardly used"
 
 
 def test_a_hash_names_a_prefix_in_a_namespace() -> None:
