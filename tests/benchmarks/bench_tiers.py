@@ -5,7 +5,8 @@
     bench_tiers.py restart                    seconds that 100,000 tokens on a disk add to a start
 
 ``replay`` runs the real scheduler, tree and tier manager with a null executor over the weka trace (one session a line,
-``hash_id_ranges`` of 64-token blocks), with the page sizes of Llama-3.1-8B. ``--sessions`` takes the first of them.
+``hash_id_ranges`` of 64-token blocks), with the pages that Llama-3.1-8B has on one H200. Each page of 16 tokens is one
+token here: prompts agree in whole blocks, so only the number of pages matters. ``--sessions`` takes the first of them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from branchwise.runtime.tiers.manager import TierManager
 PAGE = 16
 DEVICE_TOKENS = 1_000_000  # of an 8B on one H200
 BLOCK = 64
+VOCABULARY = 1 << 24  # more than the trace has pages
 
 
 def copies(pages: list[int]) -> None:
@@ -151,7 +153,7 @@ def lru(events: list[tuple[int, np.ndarray]], tokens: int) -> float:
     cache: OrderedDict[int, None] = OrderedDict()
     hits = total = 0
     for session, blocks in events:
-        ids = [session * 1_000_000 + int(block) for block in blocks[7::8]]
+        ids = (session * 1_000_000 + blocks[7::8].astype(np.int64)).tolist()
         known = 0
         for id in ids:
             if id not in cache:
@@ -166,23 +168,32 @@ def lru(events: list[tuple[int, np.ndarray]], tokens: int) -> float:
     return hits / total
 
 
+def first_blocks(events: list[tuple[int, np.ndarray]]) -> dict[int, int]:
+    """Where the blocks of each session begin when those of all are numbered one after the other."""
+    ends: dict[int, int] = {}
+    for session, blocks in events:
+        ends[session] = max(ends.get(session, 0), int(blocks.max()) + 1)
+    starts = np.concatenate(([0], np.cumsum(list(ends.values()))))
+    return dict(zip(ends, starts.tolist(), strict=False))
+
+
 def replay(events: list[tuple[int, np.ndarray]], tokens: int, scale: float) -> tuple[float, dict[str, float], float]:
     """Share of the tokens that the tiers served: in all, by tier, and seconds."""
-    device = int(DEVICE_TOKENS * scale)
-    lower = max(0, tokens - device) // PAGE
-    host = min(lower, 2 * device // PAGE)
-    executor = NullExecutor(device // PAGE, PAGE, 1 << 22)
-    config = EngineConfig(page_size=PAGE, max_num_seqs=8, max_num_batched_tokens=1 << 18, overlap=False)
+    device = int(DEVICE_TOKENS * scale) // PAGE
+    lower = max(0, tokens // PAGE - device)
+    host = min(lower, 2 * device)
+    executor = NullExecutor(device, 1, VOCABULARY)
+    config = EngineConfig(page_size=1, max_num_seqs=8, max_num_batched_tokens=1 << 14, overlap=False)
     disk: Any = NullDisk(lower - host) if lower > host else None
-    core = EngineCore(config, executor, (), 1 << 22, lower=LowerTiers(NullHost(host), disk) if host else None)
+    core = EngineCore(config, executor, (), device, lower=LowerTiers(NullHost(host), disk) if host else None)
     if isinstance(core.scheduler.tiers, TierManager):
         core.scheduler.tiers.step_ended = lambda *_: None  # type: ignore[method-assign]  # a null executor is too fast
     reused = {"device": 0, "host": 0, "disk": 0}
+    parts, starts = BLOCK // PAGE, first_blocks(events)
     total, begun = 0, time.perf_counter()
     for i, (session, blocks) in enumerate(events):
-        prompt = np.zeros((len(blocks), BLOCK), np.int32)
-        prompt[:, 0], prompt[:, 1] = session, blocks
-        data = prompt.tobytes()
+        pages = (starts[session] + blocks)[:, None] * parts + np.arange(parts, dtype=np.int32)
+        data = pages.tobytes()
         core.add(Generate([i], SamplingParams(max_tokens=1), tokens=data, shorten=True))
         while core.has_work:
             output = core.step()
@@ -193,7 +204,7 @@ def replay(events: list[tuple[int, np.ndarray]], tokens: int, scale: float) -> t
                     reused["disk"] += report.disk_tokens
                     reused["device"] += report.hit_tokens - report.host_tokens - report.disk_tokens
         core.idle()
-        total += prompt.size
+        total += pages.size
     core.check()
     shares = {tier: n / total for tier, n in reused.items()}
     return sum(shares.values()), shares, time.perf_counter() - begun
