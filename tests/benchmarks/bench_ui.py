@@ -33,7 +33,7 @@ WATCH = "import sys, urllib.request as u\nfor _ in u.urlopen(sys.argv[1], timeou
 STEP_SECONDS = {"null": 0.02, "shipped": 0.0}
 LOAD = {
     "null": ("streams", {"connections": 128, "prompt_tokens": 300, "max_tokens": 400}),
-    "shipped": ("requests", {"connections": 8, "prompt_tokens": 300, "max_tokens": 32, "total": 96}),
+    "shipped": ("requests", {"connections": 8, "prompt_tokens": 300, "max_tokens": 32, "total": 96, "vocab": 4096}),
 }
 CLICK = """new Promise((done) => {
   const strip = document.querySelector('button.strip');

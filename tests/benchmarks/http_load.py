@@ -18,7 +18,6 @@ import time
 from dataclasses import dataclass, field
 
 _EVENT = b'"text":'  # once in every event that carries text
-_VOCAB = 8000
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -33,17 +32,18 @@ def percentiles(values: list[float]) -> dict[str, float]:
 class Prompts:
     """Token-id prompts of one length: a long common beginning and a tail of their own, as JSON."""
 
-    def __init__(self, tokens: int, max_tokens: int, stream: bool, seed: int) -> None:
+    def __init__(self, tokens: int, max_tokens: int, stream: bool, seed: int, vocab: int) -> None:
+        self._vocab = vocab
         self._random = random.Random(seed)
         self._tail = min(tokens, 64)
         shared = random.Random(0)
-        self._head = "".join(f"{shared.randrange(3, _VOCAB)}, " for _ in range(tokens - self._tail))
+        self._head = "".join(f"{shared.randrange(3, vocab)}, " for _ in range(tokens - self._tail))
         self._rest = (
             f'], "max_tokens": {max_tokens}, "temperature": 0, "ignore_eos": true, "stream": {json.dumps(stream)}}}'
         )
 
     def request(self) -> bytes:
-        tail = ", ".join(str(self._random.randrange(3, _VOCAB)) for _ in range(self._tail))
+        tail = ", ".join(str(self._random.randrange(3, self._vocab)) for _ in range(self._tail))
         body = f'{{"prompt": [{self._head}{tail}{self._rest}'.encode()
         head = (
             "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -161,9 +161,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--total", type=int, default=0, help="requests, over all connections")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--vocab", type=int, default=8000, help="prompt token ids are below this")
     args = parser.parse_args()
     streamed = args.what == "streams"
-    prompts = Prompts(args.prompt_tokens, args.max_tokens, streamed, args.seed)
+    prompts = Prompts(args.prompt_tokens, args.max_tokens, streamed, args.seed, args.vocab)
     requests = [prompts.request() for _ in range(args.connections if streamed else args.total)]
     connections = connect(args.port, args.connections)
     print("ready", flush=True)
