@@ -140,6 +140,11 @@ def sockets() -> Finding:
     return Finding("sockets", f"can be made under {tempfile.gettempdir()}")
 
 
+def is_hub_id(model: str) -> bool:
+    """Whether the files of ``model`` are downloaded, rather than in a folder."""
+    return bool(model) and not Path(model).expanduser().is_dir()
+
+
 def model(config: EngineConfig) -> Iterator[Finding]:
     """The memory plan of a model on this machine. Loads no weights."""
     name = config.model or "the shipped model"
@@ -148,9 +153,11 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         from ...runtime.executor.device import apply_quantization, pick_device, pick_dtype
         from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
+        from ...runtime.models.checkpoint import check_files
         from ...runtime.models.folder import model_folder
         from ...runtime.models.implementation import implementation_name, load_model_config
         from ...runtime.models.sampling_defaults import sampling_defaults
+        from ...runtime.tokenizer.tokenizer import Tokenizer
     except (ImportError, OSError) as error:
         yield Finding("model", f"{name} was not checked: {error}", "broken", _pip("torch>=2.11,<2.15"))
         return
@@ -162,8 +169,11 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         longest = max_model_len(config, shape)
         batched = step_budget(config, gpu=device.type == "cuda")
         plan = plan_memory(config, shape, pick_dtype(config, shape, device), device, longest, batched)
+        Tokenizer.load(folder)
+        if config.load_format != "dummy" and not is_hub_id(config.model):
+            check_files(folder)
     except LoadError as error:
-        ours = "branchwise doctor    (the model that ships with the package)"
+        ours = "choose another model: branchwise doctor    (checks the one that ships with the package)"
         fix = ours if config.model else "install branchwise again: files of its model are missing or damaged"
         yield Finding("model", str(error), "broken", fix)
         return

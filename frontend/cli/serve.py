@@ -8,9 +8,9 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.config import EngineConfig, ServerConfig
-from ...runtime.server.log_format import FIELDS, formatter
+from ...runtime.server.log_format import FIELDS, configure_logging
 from .config_flags import config_flags
-from .console import err, escape, expected_failures, out
+from .console import EXIT_UNUSABLE, err, escape, expected_failures, out
 from .options import Model, ModelFlag, one_of
 
 if TYPE_CHECKING:
@@ -48,27 +48,37 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
 def _run(config: ServerConfig) -> None:
     from rich.logging import RichHandler
 
+    from ...runtime.errors import LoadError
+
+    out.quiet = config.log_format == "json"  # the lines for people; `_Startup.ready` logs the address instead
+    if err.is_terminal and config.log_format == "text":
+        handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
+        logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
+    else:  # a record is a line
+        configure_logging(config, "http")
+    for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
+        logging.getLogger(client).setLevel(logging.WARNING)
+    try:
+        code = _serve(config)
+    except LoadError as error:
+        if config.log_format == "text":
+            raise
+        logger.error("cannot start: %s", error)
+        code = EXIT_UNUSABLE
+    raise SystemExit(code)
+
+
+def _serve(config: ServerConfig) -> int:
     from ...runtime.server.log_stream import DroppingStream
     from ...runtime.server.server import run_server
     from . import checkup
 
-    out.quiet = config.log_format == "json"  # the lines for people; `_Startup.ready` logs the address instead
-    handler: logging.Handler
-    if err.is_terminal and config.log_format == "text":
-        handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%Y-%m-%d %H:%M:%S")
-    else:  # a record is a line
-        handler = logging.StreamHandler(DroppingStream(2))
-        handler.setFormatter(formatter(config.log_format, "http"))
-    logging.basicConfig(level=config.log_level.upper(), format="%(message)s", handlers=[handler])
-    for client in ("httpx", "httpx2"):  # of the hub: it logs a line for each request
-        logging.getLogger(client).setLevel(logging.WARNING)
     check_before_download(config.engine)
     # If the port is taken, the start fails at once and says so.
     err.file = DroppingStream(2)  # type: ignore[assignment]
     startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
     with startup:
-        code = run_server(config, startup.ready, startup.progress)
-    raise SystemExit(code)
+        return run_server(config, startup.ready, startup.progress)
 
 
 def check_before_download(config: EngineConfig) -> None:
@@ -85,8 +95,10 @@ def check_before_download(config: EngineConfig) -> None:
     for finding in found:
         if finding.state == "broken":
             raise LoadError(finding.found)
-    size = next((finding.found for finding in found if finding.what == "weights"), "size unknown")
-    out.print(f"branchwise: downloading the weights of {config.model}: {size}", markup=False, soft_wrap=True)
+    if checkup.is_hub_id(config.model):
+        size = next((finding.found for finding in found if finding.what == "weights"), "size unknown")
+        line = f"branchwise: downloading the weights of {config.model}, which need {size}"
+        out.print(line, markup=False, soft_wrap=True)
 
 
 class _Startup:

@@ -17,15 +17,18 @@ import msgspec
 from ...runtime.config import ServerConfig
 from ...runtime.errors import LoadError
 from ...runtime.parallel.lifeline import die_with_parent
+from ...runtime.server.log_format import configure_logging
 from ...runtime.server.server import run_server
+
+logger = logging.getLogger(f"{__package__}.child")  # run as a script, this file is __main__
 
 
 def main() -> int:
     """Serves until SIGTERM. Returns 2 if it cannot start; the reason is on standard error."""
     die_with_parent(os.getppid())
     config = msgspec.json.decode(sys.stdin.buffer.read(), type=ServerConfig)
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    answers, sys.stdout = sys.stdout, sys.stderr
+    answers = sys.stdout
+    sys.stdout = sys.stderr = configure_logging(config, "http")
 
     def ready(info: dict[str, Any]) -> None:
         print(json.dumps(info), file=answers, flush=True)
@@ -33,7 +36,7 @@ def main() -> int:
     try:
         return run_server(config, ready)
     except LoadError as error:
-        print(error, file=sys.stderr)
+        logger.error("cannot start: %s", error)
         return 2
 
 

@@ -163,12 +163,15 @@ def plan_memory(
         if device.type == "cpu" and pages > CPU_KV_LIMIT // (ranks * page):
             pages, limit = CPU_KV_LIMIT // (ranks * page), "the default limit on a CPU (--kv-cache-tokens sets another)"
         if pages < 1:
-            held = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
+            workspaces = f", workspaces and CUDA graphs {human_bytes(reserve)}" if reserve else ""
+            taken = f"weights take {human_bytes(weights)}, activations {human_bytes(activations)}{workspaces}"
+            there = f"{human_bytes(free)} of {human_bytes(total)} are free on {device}"
+            if weights + activations + reserve > total:  # no setting helps
+                more = "more GPUs (--tensor-parallel-size)" if device.type == "cuda" else "a machine with more memory"
+                raise LoadError(f"the model does not fit: {taken}; {there}; use a smaller model or {more}")
             raise LoadError(
-                f"no memory for a KV cache: weights take {human_bytes(weights)}, activations "
-                f"{human_bytes(activations)}{held}, of {human_bytes(max(0, int(budget)))} ({human_bytes(free)} of "
-                f"{human_bytes(total)} are free on {device}); raise --gpu-memory-utilization, lower "
-                "--max-num-batched-tokens or use a smaller model"
+                f"no memory for a KV cache: {taken}, of {human_bytes(max(0, int(budget)))} ({there}); raise "
+                "--gpu-memory-utilization, lower --max-num-batched-tokens or use a smaller model"
             )
     return MemoryPlan(
         device=str(device),

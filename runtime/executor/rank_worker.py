@@ -6,9 +6,12 @@ bug, 2 if it could not start (a `RankReport` then says why).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -26,7 +29,20 @@ from ..step_codec import decode_plan
 from ..tiers.rank import POLL_SECONDS, RankTiers
 from .executor import ModelExecutor
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"{__package__}.rank_worker")  # run as a script, this file is __main__
+
+
+class _ToRankZero(logging.Handler):
+    """Sends records to rank 0, which writes them to its own log, in its format."""
+
+    def __init__(self, report: Callable[[RankReport], None]) -> None:
+        super().__init__()
+        self._report = report
+        self.setFormatter(logging.Formatter("%(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # rank 0 has ended
+            self._report(RankReport(log=(record.levelno, record.name, self.format(record))))
 
 
 def main(descriptor: int) -> int:
@@ -38,12 +54,13 @@ def main(descriptor: int) -> int:
         launch = msgspec.json.decode(connection.recv_bytes(), type=RankLaunch)
     except EOFError:
         return 0
-    logging.basicConfig(
-        level=logging.ERROR, format=f"%(asctime)s %(levelname)s rank {launch.rank} %(name)s: %(message)s"
-    )
+    sending = threading.Lock()
 
     def report(what: RankReport) -> None:
-        connection.send_bytes(msgspec.json.encode(what))
+        with sending:
+            connection.send_bytes(msgspec.json.encode(what))
+
+    logging.basicConfig(level=logging.ERROR, handlers=[_ToRankZero(report)])
 
     def meet(device: torch.device) -> TensorGroup:
         report(RankReport("loaded"))

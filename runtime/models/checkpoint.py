@@ -82,8 +82,7 @@ class Checkpoint:
         return self._files[full].get_slice(full)
 
     def _open(self, path: Path) -> None:
-        if not path.is_file():
-            raise LoadError(f"{path} is missing: download the checkpoint again")
+        _check_file(path)
         try:  # safetensors checks the header against the file's size
             file = self._stack.enter_context(safe_open(path, framework="pt"))
             self._files.update(dict.fromkeys(file.keys(), file))
@@ -95,6 +94,17 @@ class Checkpoint:
             if model + "embed_tokens.weight" in self._files:
                 return model, head
         raise LoadError(f"{folder} has no tensor model.embed_tokens.weight: is it the whole checkpoint?")
+
+
+def check_files(folder: Path) -> None:
+    """Raises `LoadError` if the folder lacks a file of its weights. Opens none of them."""
+    for name in _file_names(folder):
+        _check_file(folder / name)
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise LoadError(f"{path} is missing: download the checkpoint again")
 
 
 def checkpoint_dtype(folder: Path) -> str | None:

@@ -80,6 +80,7 @@ class AnyDecoder(Protocol):
 def load_model_config(config: EngineConfig, folder: Path, device: torch.device) -> AnyConfig:
     """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or on a CPU transformers' for
     an architecture that ours does not have. Raises `LoadError`."""
+    why = "--model-impl transformers"
     if config.model_impl == "native":
         return load_config(folder).for_length(config.max_model_len)
     if config.model_impl == "auto":
@@ -90,13 +91,15 @@ def load_model_config(config: EngineConfig, folder: Path, device: torch.device) 
                 raise LoadError(f"{error}; with transformers it may be: {EXTRA}") from error
             if device.type == "cuda" and not AUTO_ON_GPU:
                 raise LoadError(f"{error}; --model-impl transformers may serve it, unchecked on GPUs so far") from error
-            logger.info("%s: computed by transformers %s with our attention", error, transformers_version())
+            why = str(error)
     if config.deterministic:
         raise LoadError(
             "--deterministic: not with --model-impl transformers, whose sums depend on a step's other tokens"
         )
     ranks = config.tensor_parallel_size
-    return load_transformers_config(folder, ranks, trust_remote_code=config.trust_remote_code)
+    model = load_transformers_config(folder, ranks, trust_remote_code=config.trust_remote_code)
+    logger.info("%s: computed by transformers %s with our attention", why, transformers_version())
+    return model
 
 
 def implementation_name(model: AnyConfig) -> str:

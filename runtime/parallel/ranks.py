@@ -38,11 +38,13 @@ class RankLaunch(msgspec.Struct, frozen=True):
 
 class RankReport(msgspec.Struct, frozen=True):
     """What a rank has reached while starting: ``loaded`` its weights, ``ready`` for steps, or its ``disk`` cache open;
-    why it failed; or which copies it has made, in the encoding of `runtime/tiers`."""
+    why it failed; which copies it has made, in the encoding of `runtime/tiers`; or a record of its log, which rank 0
+    writes to its own."""
 
     reached: str = ""
     error: str | None = None
     copies: bytes = b""
+    log: tuple[int, str, str] | None = None  # level, logger's name, message with its traceback
 
 
 class Ranks:
@@ -165,6 +167,9 @@ class Ranks:
                 error = report.error
                 if report.copies:
                     self._copies.append((rank, report.copies))
+                elif report.log is not None:
+                    level, name, message = report.log
+                    logging.getLogger(name).log(level, "rank %d: %s", rank, message)
                 elif error is None:
                     with self._changed:
                         self._reached[report.reached] += 1

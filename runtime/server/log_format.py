@@ -1,4 +1,4 @@
-"""The lines of the log: text, or JSON objects (``--log-format json``)."""
+"""The log of a server's process: lines of text, or JSON objects (``--log-format json``)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
+
+from ..config import ServerConfig
+from .log_stream import DroppingStream
 
 FIELDS = "fields"  # of a record's ``extra``: a dict whose items become keys of its JSON object
 
@@ -30,6 +33,25 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             made["exception"] = self.formatException(record.exc_info)
         return msgspec.json.encode(made | getattr(record, FIELDS, {})).decode()
+
+
+def configure_logging(config: ServerConfig, process: str) -> DroppingStream:
+    """Sends this process's log records and Python warnings to standard error, without ever blocking on it.
+
+    Returns the stream, for whatever else the process writes there.
+    """
+    lines = formatter(config.log_format, process)
+
+    def dropped(count: int) -> str:
+        message = f"{count} lines of the log were dropped: they were not read in time"
+        return lines.format(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": message})) + "\n"
+
+    stream = DroppingStream(2, dropped=dropped)
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(lines)
+    logging.basicConfig(level=config.log_level.upper(), handlers=[handler])
+    logging.captureWarnings(True)
+    return stream
 
 
 def formatter(kind: str, process: str) -> logging.Formatter:

@@ -8,9 +8,14 @@ import os
 import select
 import threading
 from collections import deque
+from collections.abc import Callable
 
 MAX_BYTES = 256 * 1024  # of text waiting to be written
 EXIT_SECONDS = 1.0  # how long a process that exits may take to write the rest
+
+
+def _dropped(count: int) -> str:
+    return f"branchwise: {count} lines of the log were dropped: they were not read in time\n"
 
 
 class DroppingStream(io.TextIOBase):
@@ -18,10 +23,14 @@ class DroppingStream(io.TextIOBase):
 
     Text that does not fit into ``max_bytes`` is dropped, whole writes at a time. Once there is room again a line says
     how many lines are missing.
+
+    Args:
+        dropped: that line, with its newline, for the number of lines that are missing.
     """
 
-    def __init__(self, fd: int, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, fd: int, max_bytes: int = MAX_BYTES, dropped: Callable[[int], str] = _dropped) -> None:
         self._fd = fd
+        self._report = dropped
         self._max = max_bytes
         self._queue: deque[bytes] = deque()
         self._bytes = 0  # in the queue, and being written
@@ -37,8 +46,7 @@ class DroppingStream(io.TextIOBase):
                 self._dropped += text.count("\n")
                 return len(text)
             if self._dropped:
-                report = f"branchwise: {self._dropped} lines of the log were dropped: they were not read in time\n"
-                data, self._dropped = report.encode() + data, 0
+                data, self._dropped = self._report(self._dropped).encode() + data, 0
             self._queue.append(data)
             self._bytes += len(data)
             self._changed.notify_all()

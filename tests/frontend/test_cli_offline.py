@@ -11,6 +11,7 @@ import sys
 import tomllib
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from branchwise.frontend.cli.options import is_address
 from branchwise.frontend.cli.peers import PEERS
 from branchwise.frontend.client import Client
 from branchwise.runtime.config import EngineConfig, ServerConfig
+from branchwise.runtime.models.folder import SHIPPED
 
 COMMANDS = ["serve", "generate", "chat", "tree", "bench", "doctor", "models", "pull", "docs", "top"]
 FLAGS = [
@@ -434,3 +436,42 @@ def test_what_is_advised_to_install_is_on_an_index() -> None:
     advised = set(re.findall(r"pip install '?([\w.-]+(?:\[\w+\])?)", code))
     assert advised >= {"flashinfer-python", "triton"} and not {one for one in advised if one.startswith("branchwise")}
     assert "flashinfer-python>=0.6.12,<0.8" in extra and "triton>=3.6" in extra and "pip install 'triton>=3.6'" in code
+
+
+@pytest.fixture
+def folder_without_weights(tmp_path: Path) -> Path:
+    """The shipped model's config and tokenizer, and an index that names weights which are not there."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((SHIPPED / name).read_bytes())
+    index = {"metadata": {"total_size": 1}, "weight_map": {"model.norm.weight": "model-00001-of-00001.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({}, "model-00001-of-00001.safetensors is missing: download the checkpoint again"),
+        ({"architectures": ["MambaForCausalLM"], "model_type": "mamba"}, "MambaForCausalLM"),
+        ({"num_hidden_layers": 1_000_000}, "the model does not fit: weights take"),
+        (None, "it needs a tokenizer.json"),
+    ],
+    ids=["no weights", "unsupported", "too large", "no tokenizer"],
+)
+def test_a_folder_that_cannot_be_served_is_refused_alike_by_every_command(
+    folder_without_weights: Path, change: dict[str, Any] | None, words: str
+) -> None:
+    """Before anything is loaded, and without a word of a download."""
+    config = folder_without_weights / "config.json"
+    if change is None:
+        (folder_without_weights / "tokenizer.json").unlink()
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    for command in (["serve", "--port", "0"], ["pull"]):
+        done = branchwise(*command, str(folder_without_weights))
+        assert_one_line_error(done, 2, words)
+        assert done.stdout == ""
+    checked = branchwise("doctor", str(folder_without_weights))
+    assert checked.returncode == 1 and checked.stderr == ""
+    (broken,) = (line for line in checked.stdout.splitlines() if line.lstrip().startswith("broken "))
+    assert words in broken

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +77,38 @@ def test_a_log_of_json_has_nothing_else_and_a_line_a_request() -> None:
     assert requests[0]["prompt_tokens"] > 0 and requests[0]["completion_tokens"] == 5
     assert requests[1]["param"] == "sampling_params.temperature"
     assert "Once upon" not in log
+
+
+def descendants(pid: int) -> Iterator[int]:
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            yield child
+            yield from descendants(child)
+
+
+def test_a_log_of_json_is_json_with_two_ranks_and_when_one_is_killed() -> None:
+    arguments = ["serve", "--port", "0", "--kv-cache-tokens", "2048", "--device", "cpu", "--log-format", "json"]
+    command = [sys.executable, "-m", "branchwise", *arguments, "--tensor-parallel-size", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    found: list[dict[str, Any]] = []
+    for line in process.stderr:
+        found.append(json.loads(line))
+        if found[-1]["message"].startswith("ready at"):
+            break
+    (rank,) = (pid for pid in descendants(process.pid) if b"rank_worker" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    os.kill(rank, signal.SIGKILL)
+    out, log = process.communicate(timeout=60)
+    assert process.returncode == 1 and out == ""
+    said = [json.loads(line) for line in log.splitlines()]
+    assert any("rank 1 was killed by signal 9" in each["message"] for each in said), log
+
+
+def test_a_server_that_cannot_start_says_so_in_json() -> None:
+    done = branchwise("serve", "/no/such/folder", "--log-format", "json")
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = map(json.loads, done.stderr.splitlines())
+    assert line["level"] == "error" and "/no/such/folder: not a folder" in line["message"]
 
 
 def test_top_shows_the_load_the_requests_and_the_tree(server: Running) -> None:

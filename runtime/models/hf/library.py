@@ -18,7 +18,7 @@ from ...errors import LoadError
 
 logger = logging.getLogger(__name__)
 
-EXTRA = "pip install 'transformers>=5.0', the extra branchwise[transformers]"
+EXTRA = "pip install 'transformers>=5.0'"
 OLDEST = "5.0"  # its experts, masks and weight conversions are interfaces
 SERVE, TRACE = "branchwise", "branchwise_trace"  # names of attention implementations
 

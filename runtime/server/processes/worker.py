@@ -16,13 +16,12 @@ from ...config import ServerConfig
 from ...errors import BranchwiseError, EngineDead
 from ...messages import Failed
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
-from ..log_format import formatter
-from ..log_stream import DroppingStream
+from ..log_format import configure_logging
 from ..memory import return_freed_memory
 from .channels import Outbox
 from .launch import EXIT_FAILED, hold_lock, read_launch
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(f"{__package__}.worker")  # run as a script, this file is __main__
 
 
 class Worker(Protocol):
@@ -59,10 +58,7 @@ def main(role: str, run_dir: Path) -> int:
     # The detokenizer cleans up after a killed server, as it never blocks for long.
     die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
     lock = hold_lock(run_dir, role)
-    sys.stdout = sys.stderr = DroppingStream(2)
-    handler = logging.StreamHandler()
-    handler.setFormatter(formatter(launch.config.log_format, role))
-    logging.basicConfig(level=launch.config.log_level.upper(), handlers=[handler])
+    sys.stdout = sys.stderr = configure_logging(launch.config, role)
     context: zmq.Context[Any] = zmq.Context()
     http = Outbox(context, run_dir, "http")
     try:

@@ -52,6 +52,17 @@ def both(one: Engine, two: Engine, prompts: Any, params: Any) -> list[list[list[
     ]
 
 
+def test_a_bug_of_a_rank_is_in_the_log_of_rank_zero(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its process has no format of its own: a log of JSON objects has nothing else in it."""
+    with Engine(folder, tensor_parallel_size=2, **SETTINGS) as engine:
+        executor: Any = engine._core.executor
+        executor.ranks.send(b"\xffno plan")
+        assert "rank 1 ended with code 1" in executor.ranks.failed.result(30)
+    (record,) = [each for each in caplog.records if each.name.endswith("rank_worker")]
+    assert record.levelname == "ERROR" and "rank 1: stopped by a bug" in record.getMessage()
+    assert "Traceback" in record.getMessage() and "decode_plan" in record.getMessage()
+
+
 def test_the_same_tokens_cold_and_warm(one: Engine, two: Engine) -> None:
     prompts = [TEXT * n + end for n in (1, 3) for end in ("", " a", " b")]
     for hit in (False, True):

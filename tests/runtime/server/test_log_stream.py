@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,21 @@ def test_a_pipe_that_nobody_reads_costs_lines_and_no_time() -> None:
     assert stream.drain(5)
     rest = os.read(reader, 1000).decode()
     assert rest == f"branchwise: {1000 - written} lines of the log were dropped: they were not read in time\nafter\n"
+
+
+def test_lost_lines_are_counted_in_the_format_of_the_log() -> None:
+    program = (
+        "import sys, warnings\n"
+        "from branchwise.runtime.config import EngineConfig, ServerConfig\n"
+        "from branchwise.runtime.server.log_format import configure_logging\n"
+        "stream = configure_logging(ServerConfig(engine=EngineConfig(), log_format='json'), 'http')\n"
+        "stream.write('x' * (1 << 20) + '\\n' * 3)\n"
+        "warnings.warn('of a library')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    lost, warning = map(json.loads, done.stderr.splitlines())
+    assert lost["message"].startswith("3 lines of the log were dropped") and lost["process"] == "http"
+    assert warning["level"] == "warning" and "of a library" in warning["message"]
 
 
 def test_what_is_read_arrives_whole_and_in_order() -> None:
