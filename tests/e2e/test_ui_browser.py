@@ -89,8 +89,13 @@ class Page:
         """Writes into a field and presses Enter."""
         await self.js(f"document.querySelector({selector!r}).focus()")
         await self.send("Input.insertText", text=text)
-        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13}
-        await self.send("Input.dispatchKeyEvent", type="keyDown", text="\r", **key)
+        await self.press("Enter")
+
+    async def press(self, name: str) -> None:
+        """Presses and releases a key where the focus is."""
+        code = {"Enter": 13, "Tab": 9, "Escape": 27, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}[name]
+        key = {"key": name, "code": name, "windowsVirtualKeyCode": code}
+        await self.send("Input.dispatchKeyEvent", type="keyDown", text="\r" if name == "Enter" else "", **key)
         await self.send("Input.dispatchKeyEvent", type="keyUp", **key)
 
     async def screenshot(self, path: Path) -> None:
@@ -318,6 +323,52 @@ async def test_a_key_is_asked_for_and_shows_its_own_part(page: Page, start_serve
     assert "tenant" not in await page.text()
     await page.js("sessionStorage.setItem('branchwise-key', 'first-key'); location.reload()")
     await page.until("[...document.querySelectorAll('.cell')].some((each) => each.title.includes('tenant'))")
+
+
+async def test_a_refused_key_is_said(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server(api_key="first-key")
+    await page.open(f"{server.url}/ui")
+    await page.until("!!document.querySelector('input[name=key]')")
+    assert "refused" not in await page.text()
+    await page.type("input[name=key]", "wrong-key")
+    await page.until("!!document.querySelector('form [role=alert]')")
+    assert "The server refused that key." in await page.text()
+    await page.type("input[name=key]", "first-key")
+    await page.until("!!document.querySelector('.state.live')")
+
+
+async def test_the_tree_by_keyboard_and_the_page_without_a_server(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    await show(page, server)
+    assert "Nothing is cached yet" in await page.text()
+    await asyncio.to_thread(complete, server, "something that is long enough for several pages of tokens " * 4)
+    await page.until("[...document.querySelectorAll('.cell')].some((each) => each.innerText.includes('something'))")
+    await page.js("document.querySelector('nav + a').focus()")
+    await page.press("Tab")  # one stop for the whole tree
+    assert await page.js("document.activeElement.innerText") == "everything cached"
+    for _ in range(2):
+        await page.press("ArrowDown")
+    assert "something" in await page.js("document.activeElement.innerText")
+    await page.press("Enter")
+    await page.until("!!document.querySelector('aside .full')")
+    await page.press("ArrowUp")
+    await page.press("Escape")
+    await page.until("!document.querySelector('aside')")
+    server.process.kill()
+    await page.until("document.body.innerText.includes('the server cannot be reached; trying again')")
+    assert "something" in await page.text()  # what was seen last
+
+
+async def test_a_narrow_window_does_not_scroll_sideways(page: Page, start_server: Callable[..., Any]) -> None:
+    server = start_server()
+    await page.send("Emulation.setDeviceMetricsOverride", width=400, height=800, deviceScaleFactor=1, mobile=False)
+    for view in ("tree", "figures", "chat"):
+        await page.open(f"{server.url}/ui?{view}#{view}")
+        await page.until("!!document.querySelector('.state.live')")
+        await asyncio.to_thread(complete, server, f"{view}: a prompt of some length " * 4)
+        if view == "figures":
+            await page.until("document.querySelectorAll('.chart canvas').length == 4")
+        assert await page.js("document.documentElement.scrollWidth <= innerWidth"), view
 
 
 async def test_the_reference_of_routes(page: Page, start_server: Callable[..., Any]) -> None:

@@ -107,7 +107,7 @@ def test_auto_takes_ours_where_it_can(
     with pytest.raises(LoadError, match="--model-impl transformers may serve it, unchecked on GPUs"):
         load_model_config(config, checkpoint("phi"), torch.device("cuda"))
     monkeypatch.setattr(library, "find_spec", lambda name: None)
-    with pytest.raises(LoadError, match=r"PhiForCausalLM is not supported natively.*branchwise\[transformers\]"):
+    with pytest.raises(LoadError, match=r"PhiForCausalLM is not supported natively.*pip install 'transformers>=5.0'"):
         load_model_config(config, checkpoint("phi"), CPU)
     with pytest.raises(LoadError, match=r"branchwise\[transformers\]"):
         load_model_config(EngineConfig(model_impl="transformers"), checkpoint("qwen3"), CPU)

@@ -22,6 +22,7 @@ function useLive() {
             setLive({ state: "live", snapshot });
             if (!performance.getEntriesByName("first snapshot").length) requestAnimationFrame(() => performance.mark("first snapshot"));
           }
+          setLive((now) => ({ ...now, state: "lost", reason: "the server ended the connection" }));
         } catch (error) {
           if (stop.signal.aborted) return;
           if (error instanceof NoKey) return setLive({ state: "key" });
@@ -53,7 +54,7 @@ function App() {
           html`<button aria-pressed=${view === name} onClick=${() => choose(name)}>${title}</button>`,
       )}</nav>
       <a href="/docs">Manual</a>
-      <span class="state ${live.state}" role="status">${live.state}${live.reason ? `: ${live.reason}` : ""}</span>
+      <span class="state ${live.state}" role="status">${live.state === "lost" ? `${live.reason}; trying again` : live.state}</span>
     </header>
     <main>
       <section hidden=${view !== "tree"}>${snapshot && html`<${TreeView} snapshot=${snapshot} />`}</section>

@@ -114,6 +114,7 @@ export function Chat({ model }) {
       <button onClick=${() => setExported(asCurl(location.origin, body(shown.filter((each) => !each.busy))))}>as curl</button>
       <button onClick=${() => { change(empty()); setTip(null); }}>new conversation</button>
     </details>
+    ${!shown.length && html`<p class="quiet">Every message can be branched: several answers side by side, each with how much of its prompt was cached.</p>`}
     <div>${exported ? html`<pre class="card export">${exported}</pre>` : null}</div>
     <ol class="messages">
       ${shown.map((message) => html`<${Message} key=${message.id} message=${message} state=${state} act=${act} />`)}

@@ -63,7 +63,8 @@ export function Figures({ history, snapshot }) {
       <${Tile} title="generated tokens" value=${number(found.generated_tokens)} note=${count(found.steps, "step")} />
       <${Tile} title="pages evicted" value=${number(found.evicted_pages)} note=${count(found.retractions, "retraction")} />
     </div>
-    <div class="charts">${CHARTS.map(([title, series]) => html`<${Chart} key=${title} title=${title} series=${series} rows=${history.rows} />`)}</div>
+    ${!history.rows.length && html`<p class="quiet">The charts begin with the next request that the server serves.</p>`}
+    <div class="charts" hidden=${!history.rows.length}>${history.rows.length > 0 && CHARTS.map(([title, series]) => html`<${Chart} key=${title} title=${title} series=${series} rows=${history.rows} />`)}</div>
     <${Reasons} />`;
 }
 

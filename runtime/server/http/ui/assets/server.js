@@ -1,7 +1,15 @@
 // Calls to the server. The key, if one is needed, stays in this tab's session storage.
 const KEY = "branchwise-key";
 
-export class NoKey extends Error {}
+export class NoKey extends Error {
+  constructor() {
+    super("the server refused the key");
+  }
+}
+
+export function hasKey() {
+  return sessionStorage.getItem(KEY) !== null;
+}
 
 export function setKey(key) {
   sessionStorage.setItem(KEY, key);
@@ -19,7 +27,9 @@ export async function call(path, body, signal) {
     options.headers["Content-Type"] = "application/json";
     options.body = JSON.stringify(body);
   }
-  const response = await fetch(path, options);
+  const response = await fetch(path, options).catch((error) => {
+    throw error instanceof TypeError ? new Error("the server cannot be reached") : error;
+  });
   if (response.status === 401) throw new NoKey();
   if (!response.ok) throw new Error(await reason(response));
   return response;

@@ -31,18 +31,20 @@ export function TreeView({ snapshot }) {
           `${number(totals.evicted)} pages evicted; ${number(totals.free)} of ${number(totals.pages)} pages free`};${" "}
       ${count(requests.filter((each) => each.state === "running").length, "request")} running,
       ${" "}${number(requests.filter((each) => each.state === "waiting").length)} waiting
+      ${tree.namespaces.length === 0 && " Nothing is cached yet: send a request, or write in the chat."}
       ${focus && html`<button onClick=${() => setFocus(null)}>show all</button>`}
     </p>
-    <div class="icicle" role="tree" aria-label="cached prefixes" style=${{ height: `${drawn.depth * ROW}px` }}>
+    <div class="icicle" role="tree" aria-label="cached prefixes: arrow keys move, Enter shows a node, Escape closes it"
+      onKeyDown=${(event) => (event.key === "Escape" ? choose(null) : moveFocus(event))} style=${{ height: `${drawn.depth * ROW}px` }}>
       ${drawn.nodes.map((node) => html`<${Cell} key=${node.data.id} node=${node} uses=${uses.get(node.data.id)}
-        heat=${(node.data.last_access || 0) / newest} chosen=${chosen === node.data.id} choose=${choose} />`)}
+        heat=${(node.data.last_access || 0) / newest} chosen=${chosen === node.data.id} choose=${(id) => choose(id === chosen ? null : id)} />`)}
       ${drawn.strips.map((strip) => html`<button key=${strip.key} class="cell strip ${opened === strip.key ? "chosen" : ""}" style=${place(strip)}
-        title=${sizeOf(strip)} onClick=${() => open(opened === strip.key ? null : strip.key)}>${strip.x1 - strip.x0 > LABEL ? sizeOf(strip) : ""}</button>`)}
+        title=${sizeOf(strip)} tabindex="-1" onClick=${() => open(opened === strip.key ? null : strip.key)}>${strip.x1 - strip.x0 > LABEL ? sizeOf(strip) : ""}</button>`)}
       ${evicted.filter((each) => each.x1 > each.x0).map((each) => html`<div key=${each.key} class="cell evicted" style=${place(each)}>${each.text}</div>`)}
     </div>
-    <p class="legend quiet">width: tokens · colour: last use · <i class="running"></i> used by a running request ·
-      <i class="held"></i> held · <i class="free"></i> evictable · <i class="below"></i> only in host memory or on disk ·
-      <i class="gone"></i> just evicted</p>
+    <p class="legend quiet"><span>width: tokens</span><span><i class="heat"></i>last use: longer ago to now</span>
+      <span><i class="running"></i>used by a running request</span><span><i class="held"></i>held</span>
+      <span><i class="below"></i>only in host memory or on disk</span><span><i class="gone"></i>just evicted</span></p>
     ${evicted.length > 0 && html`<p class="quiet" role="log">evicted: ${evicted.slice(0, 5).map((each) => `${each.text.slice(0, 40)} (${count(each.tokens, "token")})`).join(" · ")}</p>`}
     ${drawn.strips.filter((strip) => strip.key === opened).map((strip) => html`<${Strip} key=${opened} strip=${strip} choose=${choose} />`)}
     ${chosen !== null && index.has(chosen) && html`<${Details} key=${chosen} place=${index.get(chosen)} snapshot=${snapshot} focus=${() => setFocus(chosen)} />`}
@@ -61,8 +63,22 @@ function Cell({ node, uses, heat, chosen, choose }) {
   const ends = (uses || []).filter((each) => each.path[0] === data.id && each.state === "running");
   const done = ends.length ? Math.max(...ends.map((each) => Math.min(1, each.computed / Math.max(1, each.prompt_tokens)))) : null;
   return html`<button class="cell ${state} ${chosen ? "chosen" : ""}" role="treeitem" style=${{ ...place(node), "--heat": heat.toFixed(2) }} title=${label(data)}
-    aria-label="${label(data)}, ${count(data.tokens, "token")}" aria-selected=${chosen} onClick=${() => !data.root && choose(data.id)}>
+    aria-label="${label(data)}, ${count(data.tokens, "token")}" aria-selected=${chosen} tabindex=${node.depth ? -1 : 0} onClick=${() => !data.root && choose(data.id)}>
     ${width > LABEL ? label(data) : ""}${done !== null && html`<i class="done" style=${{ width: `${100 * done}%` }} title="prompt computed: ${Math.round(100 * done)} %"></i>`}</button>`;
+}
+
+// Moves the focus from a node to the nearest one in the direction of an arrow key.
+function moveFocus(event) {
+  const direction = { ArrowUp: [0, -1], ArrowDown: [0, 1], ArrowLeft: [-1, 0], ArrowRight: [1, 0] }[event.key];
+  if (!direction) return;
+  event.preventDefault();
+  const from = event.target.getBoundingClientRect();
+  const found = [...event.currentTarget.querySelectorAll("button.cell")]
+    .map((cell) => [cell, cell.getBoundingClientRect()])
+    .filter(([, to]) => Math.sign(to.top - from.top) === direction[1] && Math.abs(to.top - from.top) < 1.5 * ROW)
+    .filter(([, to]) => (direction[0] ? Math.sign(to.left - from.left) === direction[0] : to.right > from.left && to.left < from.right))
+    .sort(([, a], [, b]) => Math.abs(a.left - from.left) - Math.abs(b.left - from.left));
+  if (found.length) found[0][0].focus();
 }
 
 // The nodes of a strip, the largest first.
@@ -78,14 +94,14 @@ function sizeOf(strip) {
 
 function Requests({ requests, omitted, choose }) {
   if (!requests.length) return html`<p class="quiet">no requests at the moment</p>`;
-  return html`<table class="requests">
+  return html`<div class="requests"><table>
     <thead><tr><th>request</th><th>state</th><th>prompt</th><th>reused</th><th>prompt computed</th><th>generated</th><th>why reuse ended</th></tr></thead>
-    <tbody>${requests.slice(0, 100).map((each) => html`<tr key=${each.id} tabindex="0" onClick=${() => each.path.length && choose(each.path[0])}>
-      <td>${each.id}</td><td>${each.state}</td><td>${number(each.prompt_tokens)}</td><td>${number(each.hit_tokens)}</td>
+    <tbody>${requests.slice(0, 100).map((each) => html`<tr key=${each.id}>
+      <td>${each.path.length ? html`<button title="show its node" onClick=${() => choose(each.path[0])}>${each.id}</button>` : each.id}</td><td>${each.state}</td><td>${number(each.prompt_tokens)}</td><td>${number(each.hit_tokens)}</td>
       <td><progress max=${each.prompt_tokens} value=${Math.min(each.computed, each.prompt_tokens)}></progress> ${number(Math.min(each.computed, each.prompt_tokens))}</td>
       <td>${number(each.tokens - each.prompt_tokens)} of ${number(each.limit - each.prompt_tokens)}</td>
       <td>${REASONS[each.reason] || each.reason}</td></tr>`)}</tbody>
-  </table>
+  </table></div>
   ${requests.length > 100 || omitted ? html`<p class="quiet">${number(Math.max(0, requests.length - 100) + omitted)} more</p>` : ""}`;
 }
 
@@ -177,7 +193,7 @@ function childrenOf(data) {
 
 function title({ owner, salt }) {
   const parts = [owner && `key ${owner.slice(0, 8)}`, salt && `salt ${salt.slice(0, 8)}`].filter(Boolean);
-  return parts.join(", ") || "requests without key and salt";
+  return parts.join(", ") || "requests without a key or a salt";
 }
 
 function label(data) {
