@@ -69,3 +69,23 @@ def test_a_rank_that_is_killed(gpu_checkpoint: Callable[[str], Path]) -> None:
     os.kill(executor.ranks.pids[0], signal.SIGKILL)
     with pytest.raises(EngineDead, match="rank 1 was killed by signal 9"):
         engine.generate(TEXT, GREEDY)
+
+
+def test_the_same_tokens_from_the_tiers_of_two_devices(
+    gpu_checkpoint: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each device keeps its part of a page in host memory and, after a restart, on the disk."""
+    monkeypatch.setattr("branchwise.runtime.tiers.gate.Gate.pays", lambda *_: True)  # so small a model is fast
+    prompts = [[(7 * i + j * j) % 60 + 3 for j in range(90)] for i in range(12)]
+    settings = SETTINGS | {"attention_backend": "triton", "max_model_len": 256}
+    small = {"kv_cache_tokens": 512, "host_cache": "64MiB", "preemption": "swap", "disk_cache": str(tmp_path)}
+    folder = gpu_checkpoint("llama-gqa")
+    with Engine(folder, tensor_parallel_size=2, **settings) as engine:
+        expected = [engine.generate(prompt, GREEDY).token_ids for prompt in prompts]
+    for tier in ("host", "disk"):
+        with Engine(folder, tensor_parallel_size=2, **settings | small) as engine:
+            for _ in range(2):
+                assert [engine.generate(prompt, GREEDY).token_ids for prompt in prompts] == expected
+            stats = engine.stats()
+            assert stats.tier_failures == 0
+            assert (stats.host_tokens if tier == "host" else stats.disk_tokens) > 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,60 @@ def test_what_the_device_evicts_comes_back_from_the_host(make_driver: Make) -> N
     stats = d.core.stats()
     assert stats.host_tokens == sum(d.finished[id_].cache.host_tokens for id_ in again) >= 8 * 39
     assert stats.host_pages_total == 200 and stats.tier_failures == 0
+    d.verify()
+
+
+def test_what_the_host_evicts_comes_back_from_the_disk(make_driver: Make, tmp_path: Path) -> None:
+    """Without a restart: five prompts of 10 pages pass through a pool of 16 and a host of 12, each used twice."""
+    d = make_driver(num_pages=16, host_slots=12, max_num_seqs=1, disk=disk_of(tmp_path))
+    for i in range(5):
+        for again in range(2):
+            d.add(prompt(i), max_tokens=1, seed=again)
+            d.drain()
+        wait_until(d, lambda i=i: d.core.stats().disk_pages_cached >= 9 * (i + 1))  # a last page is copied
+    evict(d)
+    for i in range(4):
+        id_ = d.add(prompt(i), max_tokens=1, seed=5)
+        d.drain()
+        assert d.finished[id_].cache.disk_tokens >= 36
+    assert d.core.stats().tier_failures == 0
+    d.check_outputs()
+    d.core.close()
+
+
+def test_a_request_is_admitted_once_its_own_load_has_ended(make_driver: Make) -> None:
+    """Neither one that is ahead of it in the queue and whose load is slow, nor one that runs, holds it up."""
+    d = make_driver(num_pages=64, host_slots=100)
+    for i in range(2):
+        d.add(prompt(i), max_tokens=1)
+        d.drain()
+    evict(d)
+    d.host.fate = lambda: "waits"
+    d.add(prompt(2), max_tokens=60)
+    slow, fast = (d.add(prompt(i), max_tokens=4, seed=1) for i in range(2))
+    while len(d.core.scheduler.tree.moves.active) < 2:
+        d.step()
+    fates = iter(["waits", "arrives"])
+    d.host.fate = lambda: next(fates, "waits")
+    for _ in range(3):
+        d.step()
+    assert d.outputs[fast] and not d.outputs[slow]
+    d.host.fate = lambda: "arrives"
+    d.drain()
+    assert [d.finished[id_].cache.host_tokens for id_ in (slow, fast)] == [39, 39]
+    d.verify()
+
+
+def test_loads_that_fill_the_pool_do_not_wait_for_each_other(make_driver: Make) -> None:
+    """Three prompts of 12 pages in a pool of 16: a load that held pages and waited for more would stop all of them."""
+    d = make_driver(num_pages=16, host_slots=100)
+    for i in range(3):
+        d.add(prompt(i, 48), max_tokens=1)
+        d.drain()
+    evict(d)
+    again = [d.add(prompt(i, 48), max_tokens=4, seed=1) for i in range(3)]
+    d.drain(max_steps=100)
+    assert [d.finished[id_].cache.host_tokens for id_ in again] == [47, 47, 47]
     d.verify()
 
 
@@ -193,6 +248,15 @@ def test_no_tier_costs_nothing(make_driver: Make) -> None:
     d.drain()
     assert d.core.stats().host_pages_total == 0
     d.verify()
+
+
+def wait_until(d: Any, reached: Callable[[], bool]) -> None:
+    """Lets an idle engine copy until something is so."""
+    deadline = time.monotonic() + 20
+    while not reached():
+        assert time.monotonic() < deadline
+        d.core.idle()
+        time.sleep(0.001)
 
 
 def evict(d: Any) -> None:

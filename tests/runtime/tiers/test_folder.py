@@ -20,6 +20,7 @@ from branchwise.runtime.server.http.plumbing.auth import Namespaces
 from branchwise.runtime.tiers.disk import DiskTier
 from branchwise.runtime.tiers.fingerprint import Fingerprint, model_fingerprint
 from branchwise.runtime.tiers.folder import CacheFolder, Damaged, folder_secret
+from branchwise.runtime.tiers.index import prefix_hash
 
 ANN, SALTED = ("ann", ""), ("ann", "salt")
 BYTES = 4096
@@ -255,3 +256,10 @@ def test_names_of_namespaces_survive_a_restart(tmp_path: Path) -> None:
     (tmp_path / "cache" / "secret").write_bytes(b"short")
     with pytest.raises(LoadError, match="damaged"):
         folder_secret(tmp_path / "cache")
+
+
+def test_the_hash_of_a_prefix_is_the_same_in_every_process() -> None:
+    """Python's own hashes are seeded at random. Changing this value needs another `fingerprint.FORMAT`."""
+    first = prefix_hash(b"", SALTED, tokens(1, 2))
+    assert first.hex() == "a439787b64b0a98d810e94372ed66dd7"
+    assert prefix_hash(first, SALTED, tokens(3)).hex() == "ce7f3057fa98cdc53c8feceed6c0d803"
