@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import httpx
 import pytest
 
+from branchwise.runtime.messages import Control, ControlReply, Message
 from branchwise.runtime.server.http.app import make_app
+from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.state import AppState
 
 OWN = "127.0.0.1:8000"
@@ -93,11 +95,22 @@ async def test_other_clients_may_leave_the_type_out(make_state: Callable[..., Ap
 @pytest.mark.parametrize("path", ["/flush_cache", "/start_profile", "/stop_profile"])
 @pytest.mark.parametrize("mark", [LOCAL_PAGE, {"Sec-Fetch-Site": "none"}, {"User-Agent": "Mozilla/5.0 (X11; Linux)"}])
 async def test_a_browser_changes_nothing_by_get(
-    make_state: Callable[..., AppState], path: str, mark: dict[str, str]
+    make_state: Callable[..., AppState], client: EngineClient, path: str, mark: dict[str, str]
 ) -> None:
+    asked = []
+
+    def scheduler(messages: Sequence[Message]) -> None:
+        for message in messages:
+            assert isinstance(message, Control)
+            asked.append(message.what)
+            client.answer(ControlReply(message.id, True, None))
+
+    client._to_scheduler = scheduler
     code, text = await status(make_state(), {"Host": OWN, **mark}, path)
-    assert code == 403 and f"GET {path}" in text
-    assert (await status(make_state(), {"Host": OWN, "User-Agent": "python-requests/2.32"}, path))[0] != 403
+    assert code == 403 and f"GET {path}" in text and not asked
+    code, _ = await status(make_state(), {"Host": OWN, "User-Agent": "python-requests/2.32"}, path)
+    assert code != 403
+    assert asked == (["flush_cache"] if path == "/flush_cache" else [])
 
 
 @pytest.mark.parametrize("marks", [{"User-Agent": "Mozilla/5.0"}, {"Sec-Fetch-Site": "same-origin"}])
