@@ -384,7 +384,7 @@ def test_kv_events_and_their_snapshot_agree(running: Any, ask: Any) -> None:
     assert len(stored["cache_salt"]) > 32, "the owner and the salt, as digests"
     last, batch = -1, None
     while last < seen["seq"]:
-        assert subscriber.poll(5000)
+        assert subscriber.poll(60_000)
         _, number, payload = subscriber.recv_multipart()
         assert last < 0 or int.from_bytes(number, "big") == last + 1
         last, batch = int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)

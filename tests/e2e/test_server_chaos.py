@@ -198,7 +198,7 @@ def test_a_second_signal_ends_the_delay_too(start_server: Any) -> None:
 
 
 def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
-    server = start_server(drain_seconds=0.3)
+    server = start_server(drain_seconds=0.3)  # of requests that would take far longer than the limit below
     requests = [streaming(server), waiting(server)]
     requests[0].first()
     until_in_flight(server, 2)
@@ -213,14 +213,14 @@ def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
 
 
 def test_a_second_signal_does_not_wait(start_server: Any, process_alive: Any) -> None:
-    server = start_server()
+    server = start_server(drain_seconds=300)
     request = streaming(server)
     request.first()
     server.process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert server.process.poll() is None, "the first signal drains"
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(3) == 1
+    assert server.process.wait(60) == 1
     request.join()
     assert gone(server, process_alive)
 

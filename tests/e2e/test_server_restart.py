@@ -26,7 +26,7 @@ def stream(server: Any) -> tuple[threading.Thread, list[str]]:
 
     thread = threading.Thread(target=run)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not server.http.get("/get_server_info").json()["requests_in_flight"]:
         assert time.monotonic() < deadline
         time.sleep(0.02)

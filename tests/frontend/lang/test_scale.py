@@ -63,6 +63,6 @@ def test_a_gen_costs_less_than_a_millisecond(echo: Any) -> None:
 
     backend = echo(lambda prompt: "z")
     program.run(backend=backend)
-    began = time.perf_counter()
+    began = time.process_time()
     program.run(backend=backend)
-    assert (time.perf_counter() - began) / 500 < 0.001
+    assert (time.process_time() - began) / 500 < 0.001

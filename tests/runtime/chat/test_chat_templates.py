@@ -179,7 +179,7 @@ def test_no_template_takes_more_than_its_share(source: str) -> None:
     started = time.monotonic()
     with pytest.raises(InvalidRequest, match="the chat template") as refused:
         template.render([{"role": "user", "content": "x" * 1000}], True, {}, seconds=0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
     assert len(refused.value.message) < 500
     assert refused.value.path == "messages"
 

@@ -61,7 +61,7 @@ def interrupt(call: Callable[[], Any], place: int) -> bool:
 
 def left(engine: Engine) -> dict[str, int]:
     """What still runs or waits, after a moment."""
-    end = time.monotonic() + 5
+    end = time.monotonic() + 60
     while True:
         stats, thread = engine.stats(), engine._thread
         found = {"running": stats.running, "waiting": stats.waiting, "sinks": len(thread._sinks)}

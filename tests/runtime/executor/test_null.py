@@ -29,13 +29,13 @@ def plan(kv_lens: list[int]) -> StepPlan:
 
 
 def test_steps_take_their_time_one_after_the_other() -> None:
-    executor = NullExecutor(8, 16, 100, step_seconds=0.03)
+    executor = NullExecutor(8, 16, 100, step_seconds=0.1)
     start = time.monotonic()
     pending = [executor.launch(plan([5, 6])) for _ in range(3)]
-    assert time.monotonic() - start < 0.03, "launching does not wait"
+    assert time.monotonic() - start < 0.2, "launching does not wait for the steps before"
     ended = [(step.result(), time.monotonic() - start)[1] for step in pending]
     for i, seconds in enumerate(ended, start=1):
-        assert seconds >= 0.03 * i
+        assert seconds >= 0.1 * i
 
 
 def test_tokens_are_of_the_position() -> None:

@@ -228,7 +228,7 @@ class Subscriber:
         self.sub.connect(publisher.address)
 
     def next(self) -> tuple[int, TheirBatch]:
-        assert self.sub.poll(5000)
+        assert self.sub.poll(60_000)
         topic, number, payload = self.sub.recv_multipart()
         assert topic == b""
         return int.from_bytes(number, "big"), msgspec.msgpack.decode(payload, type=TheirBatch)
@@ -283,7 +283,7 @@ def test_missed_batches_are_sent_again(published: tuple[RadixTree, KVEventPublis
         dealer.send_multipart((b"", start.to_bytes(8, "big")))
         numbers = []
         while True:
-            assert dealer.poll(5000)
+            assert dealer.poll(60_000)
             _, number, payload = dealer.recv_multipart()
             if number == b"\xff" * 8:
                 break

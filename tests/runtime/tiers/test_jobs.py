@@ -35,7 +35,7 @@ class Operator:
         return dict(reply.value)
 
     def job(self, what: str, **question: Any) -> dict[str, Any]:
-        number, deadline = self.ask(what, **question)["job"], time.monotonic() + 20
+        number, deadline = self.ask(what, **question)["job"], time.monotonic() + 60
         while not (facts := self.ask("cache_disk_job", job=number)).pop("done"):
             assert time.monotonic() < deadline
             time.sleep(0.005)

@@ -54,9 +54,9 @@ async def test_it_is_refused_at_once_and_in_few_words(
     transport = httpx.ASGITransport(make_app(make_state(max_json_values=10_000_000)))
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
         content = msgspec.json.encode(body)
-        started = time.perf_counter()
+        started = time.process_time()
         answer = await http.post(path, content=content)
-        assert time.perf_counter() - started < 1.0
+        assert time.process_time() - started < 1.0
     assert answer.status_code == 400, answer.text[:300]
     assert len(answer.content) < 2000
     error = answer.json()["error"]

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
-import time
-from itertools import pairwise
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,51 +16,59 @@ from branchwise.runtime.server.http.plumbing import loop_lag
 from branchwise.runtime.server.http.plumbing.loop_lag import INTERVAL, LoopLag
 from branchwise.runtime.server.http.plumbing.metrics import Histogram
 
+PassTime = Callable[[float], Awaitable[None]]
 
-async def test_a_stall_counts_for_every_moment_in_it() -> None:
+
+@pytest.fixture
+async def pass_time(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], Awaitable[None]]:
+    """``await pass_time(seconds)``: the loop's clock moves on while nothing else runs."""
+    loop = asyncio.get_running_loop()
+    now = loop.time()
+    monkeypatch.setattr(loop, "time", lambda: now)
+
+    async def pass_by(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    return pass_by
+
+
+async def test_a_stall_counts_for_every_moment_in_it(pass_time: PassTime) -> None:
     seen: list[float] = []
     lag = LoopLag(seen.append)
     lag.start()
-    await asyncio.sleep(INTERVAL / 2)
-    started = time.monotonic()
-    time.sleep(0.5)
-    stall = time.monotonic() - started
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
-    assert len(seen) == pytest.approx(stall / INTERVAL, abs=2)
-    assert seen[0] == pytest.approx(stall, abs=2 * INTERVAL)
-    assert [a - b for a, b in pairwise(seen[:20])] == pytest.approx([INTERVAL] * 19)
-    assert 0 <= seen[-1] < 2 * INTERVAL
+    await pass_time(INTERVAL / 2)
+    assert not seen
+    await pass_time(25 * INTERVAL)
+    assert seen == pytest.approx([INTERVAL * (i + 0.5) for i in reversed(range(25))])
     lag.stop()
 
 
-async def test_every_moment_is_looked_at_once_and_none_after_the_end() -> None:
+async def test_every_moment_is_looked_at_once_and_none_after_the_end(pass_time: PassTime) -> None:
     seen: list[float] = []
     lag = LoopLag(seen.append)
     lag.start()
-    started = time.monotonic()
-    await asyncio.sleep(0.5)
+    for _ in range(25):
+        await pass_time(INTERVAL * 1.001)
+    assert len(seen) == 25 and all(0 <= value < INTERVAL for value in seen)
     lag.stop()
-    count = len(seen)
-    assert count == pytest.approx((time.monotonic() - started) / INTERVAL, abs=2)
-    assert all(value >= 0 for value in seen)
-    await asyncio.sleep(3 * INTERVAL)
-    assert len(seen) == count
+    await pass_time(3 * INTERVAL)
+    assert len(seen) == 25
 
 
 async def test_a_process_that_was_stopped_for_long_does_not_catch_up_on_all_of_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, pass_time: PassTime
 ) -> None:
     monkeypatch.setattr(loop_lag, "_MOST", 5)
     seen: list[float] = []
     lag = LoopLag(seen.append)
     lag.start()
-    time.sleep(INTERVAL * 20)
-    await asyncio.sleep(0)
-    await asyncio.sleep(0)
+    await pass_time(INTERVAL * 20.5)
     lag.stop()
-    assert 5 <= len(seen) <= 7
-    assert max(seen) == pytest.approx(5 * INTERVAL, abs=INTERVAL)
+    assert 5 <= len(seen) <= 6
+    assert max(seen) == pytest.approx(5 * INTERVAL)
 
 
 def test_the_benchmark_reads_quantiles_off_the_histogram() -> None:

@@ -59,6 +59,7 @@ class App:
             self.ended += 1
 
 
+PATIENCE = 30  # seconds: no limit of `Hasty` is near, and a busy machine keeps to it
 Connect = Callable[..., Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]]
 
 
@@ -70,7 +71,9 @@ async def app() -> App:
 @pytest.fixture
 async def connect(app: App) -> AsyncIterator[Connect]:
     listening = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, http=Hasty, ws="none", lifespan="off", log_config=None))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=Hasty, ws="none", lifespan="off", log_config=None, timeout_keep_alive=300)
+    )
     server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign]
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     writers: list[asyncio.StreamWriter] = []
@@ -84,12 +87,12 @@ async def connect(app: App) -> AsyncIterator[Connect]:
     for writer in writers:
         writer.close()
     server.should_exit = True
-    await asyncio.wait_for(serving, 5)
+    await asyncio.wait_for(serving, PATIENCE)
 
 
 async def said(reader: asyncio.StreamReader) -> bytes:
     """Everything until the server closes the connection."""
-    return await asyncio.wait_for(reader.read(), 5)
+    return await asyncio.wait_for(reader.read(), PATIENCE)
 
 
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\nHost:"], ids=["nothing", "half a head"])
@@ -98,20 +101,20 @@ async def test_a_head_that_does_not_come_is_not_waited_for(connect: Connect, app
     writer.write(data)
     started = time.monotonic()
     assert await said(reader) == b""
-    assert 0.2 < time.monotonic() - started < 2
+    assert 0.2 < time.monotonic() - started < PATIENCE
     assert app.ended == 0
 
 
 async def test_a_trickling_head_has_no_more_time(connect: Connect) -> None:
     reader, writer = await connect()
-    started = time.monotonic()
     with contextlib.suppress(ConnectionError):
         for byte in b"GET / HTTP/1.1\r\nX: " + b"x" * 1000:
             writer.write(bytes([byte]))
             await asyncio.sleep(0.02)
-            if reader.at_eof():
+            if reader.at_eof() or writer.is_closing():
                 break
-    assert time.monotonic() - started < 2
+        else:
+            pytest.fail("a head of 20 seconds was read to its end")
 
 
 @pytest.mark.parametrize("piece", [b"", b"x"], ids=["stopped", "trickling"])
@@ -123,7 +126,7 @@ async def test_a_body_that_does_not_come_is_a_408(connect: Connect, app: App, pi
     while not answer.done():
         writer.write(piece)
         await asyncio.sleep(0.05)
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < PATIENCE
     head, _, body = answer.result().partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 Request Timeout")
     assert b"connection: close" in head
@@ -132,8 +135,10 @@ async def test_a_body_that_does_not_come_is_a_408(connect: Connect, app: App, pi
     assert error["type"] == "timeout_error"
     assert "body did not arrive in time" in error["message"]
     assert time.monotonic() - started > 0.25
-    await asyncio.sleep(0.05)
-    assert (app.left, app.ended) == (1, 1), "whoever waited for the body knows"
+    async with asyncio.timeout(PATIENCE):
+        while not app.ended:  # whoever waited for the body knows
+            await asyncio.sleep(0.01)
+    assert (app.left, app.ended) == (1, 1)
 
 
 async def test_a_large_body_has_the_time_it_needs(connect: Connect) -> None:
@@ -195,10 +200,13 @@ async def test_a_connection_too_many_is_told_so(connect: Connect) -> None:
     assert head.startswith(b"HTTP/1.1 503 ") and b"retry-after: 1" in head
     assert "8 connections are open" in json.loads(body)["error"]["message"]
     writers[0].close()
-    await asyncio.sleep(0.05)
-    reader, writer = await connect()
-    writer.write(HEAD % 0)
-    assert (await asyncio.wait_for(reader.readline(), 5)).startswith(b"HTTP/1.1 200")
+    async with asyncio.timeout(PATIENCE):
+        status = b""
+        while not status.startswith(b"HTTP/1.1 200"):  # once the server has noticed
+            reader, writer = await connect()
+            writer.write(HEAD % 0)
+            status = await reader.readline()
+            writer.close()
 
 
 async def test_a_body_may_not_take_forever_however_large_it_is(connect: Connect) -> None:
@@ -206,7 +214,7 @@ async def test_a_body_may_not_take_forever_however_large_it_is(connect: Connect)
     writer.write(HEAD % 100_000 + b"x" * 50_000)  # by its rate alone it might take 50 seconds
     started = time.monotonic()
     assert (await said(reader)).startswith(b"HTTP/1.1 408 ")
-    assert 1 < time.monotonic() - started < 4
+    assert 1 < time.monotonic() - started < PATIENCE
 
 
 GET = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
