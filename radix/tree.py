@@ -102,18 +102,22 @@ class RadixTree:
     def peek(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, *, in_flight: bool = False
     ) -> int:
-        """What `match` would report as ``hit``, without changing anything.
+        """What `match` would report as ``hit``, without changing anything. ``in_flight``: see `peek_in_flight`."""
+        return self.peek_in_flight(tokens, namespace, limit)[in_flight]
 
-        ``in_flight``: what it would report once the step being planned has run and its pages can be copied from.
-        """
+    def peek_in_flight(
+        self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None
+    ) -> tuple[int, int]:
+        """What `match` would report as ``hit`` now, and once the step being planned has run and its pages can be copied
+        from."""
         root = self.structure.roots.get(namespace)
         if root is None or not self.enabled:
-            return 0
+            return 0, 0
         tokens = np.asarray(tokens, np.int32)
         limit = _clamp(limit, len(tokens))
         walk = follow(root, tokens, 0, limit, self.page_size)
-        may_copy = _any_page if in_flight else self._may_copy
-        return walk.length + closest_page(walk, tokens, limit, self.page_size, may_copy).tokens
+        partial = closest_page(walk, tokens, limit, self.page_size, self._may_copy)
+        return walk.length + partial.tokens, walk.length + partial.common
 
     def match(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, priority: int = 0

@@ -72,7 +72,7 @@ class Draft:
         longer.sort(key=lambda chunk: len(chunk.tokens))  # attention takes short ones together with decodes
         chunks = singles + longer
 
-        requests = [rows.request(row) for row in decode.tolist()] + [c.request for c in chunks]
+        sampling = [rows.requests[row] for row in decode.tolist()] + [c.request for c in chunks if c.samples]
         n, extra = len(decode), len(chunks)
         q_lens = np.ones(n + extra, dtype=np.int32)
         q_lens[n:] = [len(c.tokens) for c in chunks]
@@ -109,6 +109,4 @@ class Draft:
             plan.constrained = np.flatnonzero(rows.constrained[plan.rows[sampled]]).astype(np.int32)
         ledger.clock += plan.num_tokens
         prompt_tokens = sum(max(0, min(c.end, c.request.prompt_len) - c.start) for c in chunks)
-        return ScheduledStep(
-            plan, [requests[i] for i in sampled.tolist()], prompt_logprobs, self.finishing, prompt_tokens
-        )
+        return ScheduledStep(plan, sampling, prompt_logprobs, self.finishing, prompt_tokens)

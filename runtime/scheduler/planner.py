@@ -276,10 +276,7 @@ class Planner:
         that once lets requests that arrive together share to the token, as if they had arrived one by one."""
         if request.deferred:
             return False
-        now, soon = (
-            self._tree.peek(request.tokens, request.namespace, request.reuse_limit, in_flight=in_flight)
-            for in_flight in (False, True)
-        )
+        now, soon = self._tree.peek_in_flight(request.tokens, request.namespace, request.reuse_limit)
         request.hit_estimate = now
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
