@@ -134,6 +134,23 @@ def test_commands_and_flags_exist() -> None:
             assert re.search(rf"{flag}\b", known), flag
 
 
+def test_every_command_line_of_the_documents_exists() -> None:
+    """`branchwise COMMAND --flag`, in every document of the repository, against that command's own help."""
+    lines = re.compile(r"(?:^|`|\$ )branchwise (\w+)(?: (\w+))?([^\n`#]*)", re.MULTILINE)
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "frontend").rglob("README.md")]
+    helps: dict[tuple[str, ...], str] = {}
+    for document in documents:
+        for command, first, rest in lines.findall(document.read_text()):
+            words = (command, first) if command in ("cache", "cluster") and first else (command,)
+            if words not in helps:
+                result = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"})
+                assert result.exit_code == 0, (document.name, words)
+                helps[words] = result.output
+            for flag in re.findall(r"--[a-z][a-z-]+", rest):
+                assert re.search(rf"{flag}\b", helps[words]), (document.name, words, flag)
+    assert len(helps) > 12
+
+
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"(?:^|`)make ([a-z-]+)", README + PAGES["performance"], re.MULTILINE)):
