@@ -2,7 +2,8 @@
 
     python tests/benchmarks/fit_step_times.py [MODEL] [--longest 4096] [--batch 32]
 
-Prompts of several lengths, and decodes of several batches and contexts, each step timed from launch to result.
+Prompts of several lengths, and decodes of several batches and contexts, each step timed from launch to result. The fit
+is to the median of each shape, so that a step that another program delays does not count.
 """
 
 from __future__ import annotations
@@ -31,6 +32,16 @@ class Done:
 
     def result(self) -> StepResult:
         return self._result
+
+
+def medians(samples: list[tuple[int, int, float]]) -> list[tuple[int, int, float]]:
+    """One sample of each shape: prompt tokens and KV tokens in steps of a tenth, the median of the seconds."""
+    shapes: dict[tuple[int, int], list[tuple[int, int, float]]] = {}
+    for prompt, kv, seconds in samples:
+        shape = tuple(int(10 * np.log1p(count)) for count in (prompt, kv))
+        shapes.setdefault((shape[0], shape[1]), []).append((prompt, kv, seconds))
+    found = (np.median(np.array(each), axis=0) for each in shapes.values())
+    return [(round(prompt), round(kv), float(seconds)) for prompt, kv, seconds in found]
 
 
 def main() -> None:
@@ -67,9 +78,13 @@ def main() -> None:
                 while core.has_work:
                     core.step()
     core.close()
-    found = fit(samples[len(samples) // 10 :])  # the first steps warm up
-    errors = np.array([found.seconds(prompt, kv) / seconds - 1 for prompt, kv, seconds in samples])
-    print(f"{len(samples)} steps; the model is within {np.quantile(abs(errors), 0.9):.0%} of nine tenths of them")
+    shapes = medians(samples[len(samples) // 10 :])  # the first steps warm up
+    found = fit(shapes)
+    errors = abs(np.array([found.seconds(prompt, kv) / seconds - 1 for prompt, kv, seconds in shapes]))
+    print(
+        f"{len(samples)} steps of {len(shapes)} shapes; median error {np.median(errors):.0%}, nine tenths "
+        f"within {np.quantile(errors, 0.9):.0%}"
+    )
     print(f"--step-times {found.base:.3g},{found.per_prompt_token:.3g},{found.per_kv_token:.3g}")
 
 
