@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from pathlib import Path
@@ -101,5 +102,5 @@ def _connect(config: ClusterConfig | None, *, must_run: bool) -> None:
         if must_run or config is None:
             raise LoadError("no Ray cluster runs here: start one with `ray start --head`") from error
         cpus = config.most_replicas * config.num_cpus + NODE_CPUS
-        gpus = config.most_replicas * config.num_gpus or None
+        gpus = math.ceil(config.most_replicas * config.num_gpus) or None
         ray.init(address="local", num_cpus=int(cpus), num_gpus=gpus, include_dashboard=False, log_to_driver=False)
