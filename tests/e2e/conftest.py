@@ -96,7 +96,7 @@ class RunningServer:
         lines = [line for line in self.http.get("/metrics").text.splitlines() if not line.startswith("#")]
         return {name.removeprefix("branchwise_"): float(value) for name, value in (one.rsplit(" ", 1) for one in lines)}
 
-    def idle(self, seconds: float = 10) -> dict[str, Any]:
+    def idle(self, seconds: float = 60) -> dict[str, Any]:
         """Waits until nothing is in flight and every page is free or cached; returns the stats."""
         deadline = time.monotonic() + seconds
         while True:

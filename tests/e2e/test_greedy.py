@@ -3,48 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from branchwise import Engine, SamplingParams
 
 LENGTHS = (1, 15, 16, 17, 50)
 NEW = 64
+NEW_ALONE = 20  # past the end of a page, for every length
 
 
 @pytest.fixture(scope="module")
-def reference(checkpoint: Callable[[str], Path]) -> Callable[[str], dict[int, tuple[list[int], list[int]]]]:
-    """Per family: prompt length -> (prompt ids, greedy continuation by `transformers` without a KV cache of ours)."""
-    made: dict[str, dict[int, tuple[list[int], list[int]]]] = {}
+def greedy_after(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], list[int]], list[int]]:
+    """``greedy_after(family, prompt, tokens)``: the most likely token after the prompt, and after each of ``tokens``
+    but the last, by `transformers`.
 
-    def greedy(family: str) -> dict[int, tuple[list[int], list[int]]]:
-        if family in made:
-            return made[family]
-        import torch
-        from transformers import AutoModelForCausalLM
+    If these are ``tokens`` themselves, then ``tokens`` is the greedy continuation, by induction: one forward pass
+    proves what decoding token by token would compute.
+    """
 
-        model = AutoModelForCausalLM.from_pretrained(
+    @lru_cache(maxsize=1)
+    def load(family: str) -> Any:
+        return AutoModelForCausalLM.from_pretrained(
             checkpoint(family), dtype=torch.float32, attn_implementation="eager"
         )
-        generator = torch.Generator().manual_seed(1)
-        made[family] = {}
-        for length in LENGTHS:
-            prompt = torch.randint(3, model.config.vocab_size, (1, length), generator=generator)
-            ids = prompt
-            with torch.inference_mode():
-                for _ in range(NEW):
-                    ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-            made[family][length] = (prompt[0].tolist(), ids[0, length:].tolist())
-        return made[family]
+
+    def greedy(family: str, prompt: list[int], tokens: list[int]) -> list[int]:
+        with torch.inference_mode():
+            logits = load(family)(torch.tensor([prompt + tokens])).logits[0]
+        return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
 
     return greedy
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_greedy_tokens_equal_transformers(checkpoint, reference, family, page_size):
-    expected = reference(family)
+def test_greedy_tokens_equal_transformers(checkpoint, greedy_after, family, page_size):
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
+    few = SamplingParams(temperature=0, max_tokens=NEW_ALONE, ignore_eos=True)
+    expected: list[list[int]] = []
     for overlap, budget in ((False, None), (True, 24)):  # 24: prompts are computed in chunks beside decodes
         with Engine(
             checkpoint(family),
@@ -54,13 +56,19 @@ def test_greedy_tokens_equal_transformers(checkpoint, reference, family, page_si
             kv_cache_tokens=2048,
             overlap=overlap,
         ) as engine:
-            prompts = [expected[n][0] for n in LENGTHS]
+            rng = np.random.default_rng(1)
+            prompts = [rng.integers(3, engine.vocab_size, n).tolist() for n in LENGTHS]
             cold = engine.generate(prompts, greedy)  # all at once: batched, sharing steps
             warm = engine.generate(prompts, greedy)
-            alone = [engine.generate(p, greedy) for p in prompts]
+            alone = [engine.generate(p, few) for p in prompts]
             engine.check()
-        for length, first, second, third in zip(LENGTHS, cold, warm, alone, strict=True):
-            assert first.token_ids == expected[length][1]
-            assert second.token_ids == expected[length][1]
-            assert third.token_ids == expected[length][1]
+        if not expected:
+            expected = [list(one.token_ids) for one in cold]
+            for prompt, tokens in zip(prompts, expected, strict=True):
+                assert len(tokens) == NEW
+                assert tokens == greedy_after(family, prompt, tokens)
+        for length, tokens, first, second, third in zip(LENGTHS, expected, cold, warm, alone, strict=True):
+            assert first.token_ids == tokens
+            assert second.token_ids == tokens
+            assert third.token_ids == tokens[:NEW_ALONE]
             assert second.cached_tokens == third.cached_tokens == length - 1

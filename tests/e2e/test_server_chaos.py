@@ -54,7 +54,7 @@ class Background:
 
     def first(self) -> None:
         """Waits for the first event."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not self.lines:
             assert time.monotonic() < deadline, self.error
             time.sleep(0.005)
@@ -77,13 +77,13 @@ def in_flight(server: Any) -> int:
 
 
 def until_in_flight(server: Any, count: int) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while in_flight(server) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def gone(server: Any, process_alive: Any, seconds: float = 3) -> bool:
+def gone(server: Any, process_alive: Any, seconds: float = 60) -> bool:
     """Whether no child and no run directory is left."""
     deadline = time.monotonic() + seconds
     while any(process_alive(pid) for pid in server.pids.values()) or server.run_dirs:
@@ -115,7 +115,7 @@ def test_a_killed_child_is_an_error_for_everybody_and_the_end(start_server: Any,
     for request in requests[3:]:
         assert request.status == 500
         assert json.loads(request.lines[0])["error"]["code"] == "engine_dead"
-    assert server.process.wait(5) == 1
+    assert server.process.wait(60) == 1
     assert time.monotonic() - killed < 4
     assert gone(server, process_alive)
     assert f"the {role} process was killed by signal 9" in server.log.read_text()
@@ -194,7 +194,7 @@ def test_a_second_signal_ends_the_delay_too(start_server: Any) -> None:
     server.process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     server.process.send_signal(signal.SIGTERM)
-    assert server.process.wait(5) == 1
+    assert server.process.wait(60) == 1
 
 
 def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
@@ -204,7 +204,7 @@ def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
     until_in_flight(server, 2)
     told = time.monotonic()
     assert server.stop() == 0
-    assert time.monotonic() - told < 5
+    assert time.monotonic() - told < 25
     for request in requests:
         request.join()
     assert "shutting down" in requests[0].lines[-1]

@@ -15,7 +15,7 @@ ROLES = ["tokenizer", "scheduler", "detokenizer"]
 LIMIT = 4.0  # seconds; /health reports a stall after half of it
 
 
-def until(what: Any, seconds: float = 10) -> Any:
+def until(what: Any, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := what()):
         assert time.monotonic() < deadline

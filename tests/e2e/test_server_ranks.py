@@ -31,7 +31,7 @@ def config(checkpoint: Callable[[str], Path], ranks: int = 2, **settings: Any) -
 
 
 def until_gone(alive: Callable[[int], bool], pids: list[int]) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(alive(pid) for pid in pids):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -84,7 +84,7 @@ def test_a_rank_that_is_killed_ends_the_server(
     server = start_server(config(checkpoint))
     pids = [*server.pids.values(), *server.info["rank_pids"]]
     clients = Clients(server, 3 if busy else 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while busy and server.stats()["generated_tokens"] < 10:
         assert time.monotonic() < deadline
     os.kill(server.info["rank_pids"][0], signal.SIGKILL)
@@ -105,7 +105,7 @@ def test_a_rank_that_is_stopped_ends_the_server(
     server = start_server(config(checkpoint, hang_timeout=LIMIT))
     pids = [*server.pids.values(), *server.info["rank_pids"]]
     clients = Clients(server, 2 if busy else 0)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while busy and server.stats()["generated_tokens"] < 10:
         assert time.monotonic() < deadline
     os.kill(server.info["rank_pids"][0], signal.SIGSTOP)

@@ -106,7 +106,7 @@ def test_a_branch_is_free_again_after_a_run_that_took_too_long(hasty: Any) -> No
             assert answer.status_code == (200 if stream else 504)
             last = answer.text.rstrip().rsplit("\n", 1)[-1]
             assert_timed_out(json.loads(last.removeprefix("data: "))["error"])
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 60
             while hasty.http.get("/branches").json()["generating"]:
                 assert time.monotonic() < deadline
             run = {"sampling_params": {"max_new_tokens": 2}}

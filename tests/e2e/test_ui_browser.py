@@ -73,7 +73,7 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, condition: str, seconds: float = 20.0) -> Any:
+    async def until(self, condition: str, seconds: float = 60.0) -> Any:
         """Waits until an expression is true; returns its value."""
         deadline = asyncio.get_running_loop().time() + seconds
         while not (found := await self.js(condition)):
