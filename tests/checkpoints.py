@@ -333,9 +333,19 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
     vocab_size = write_tokenizer(folder)
     values = {**_SIZES, "vocab_size": vocab_size, **recipe.values, **overrides}
     config = getattr(transformers, recipe.config)(**values)
-    generator = torch.Generator().manual_seed(sum(family.encode()))
-    torch.manual_seed(sum(family.encode()))
+    seed = sum(family.encode())
+    torch.manual_seed(seed)
     model = getattr(transformers, recipe.model)(config)
+    sharpen(model, seed)
+    model.save_pretrained(folder, **({"max_shard_size": recipe.shard_size} if recipe.shard_size else {}))
+    return folder
+
+
+def sharpen(model: Any, seed: int) -> None:
+    """Changes a model's initial weights in place, so that mistakes show in its tokens: the same for the same seed."""
+    import torch
+
+    generator, gemma = torch.Generator().manual_seed(seed), type(model).__name__.startswith("Gemma")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # As initialised, norms are all alike and biases zero: mistakes in them would not show.
@@ -344,7 +354,7 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
             # The layers must outweigh the residual stream, or a model with tied embeddings repeats its last token.
             if name.endswith(_OUTPUTS):
                 parameter *= 4
-            if recipe.model.startswith("Gemma") and "post_" in name:
+            if gemma and "post_" in name:
                 parameter += 3
             # Sharp attention: what is said depends on where one looks, so texts do not settle on one token.
             if name.endswith(("q_proj.weight", "q_norm.weight", "c_attn.weight", "query_key_value.weight")):
@@ -357,8 +367,6 @@ def build(family: str, folder: Path, **overrides: Any) -> Path:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer += 0.3 * torch.randn(buffer.shape, generator=generator)
-    model.save_pretrained(folder, **({"max_shard_size": recipe.shard_size} if recipe.shard_size else {}))
-    return folder
 
 
 def write_tokenizer(folder: Path) -> int:

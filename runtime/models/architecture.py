@@ -81,6 +81,7 @@ class Architecture:
     norm_bias: bool = False
     norm_weight: bool = True
     norm_eps: str = "rms_norm_eps"  # config.json's key
+    length: str = "max_position_embeddings"  # config.json's key of the longest context, where it is there
     parallel: Switch = "never"  # attention and MLP get the same input and are added together
     qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
     mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # two: without a gate

@@ -19,7 +19,7 @@ from .experts import ExpertsConfig, parse_experts, sparse_layers
 from .fields import Fields
 from .folder import read_json
 from .quantization import Quantization, parse_quantization, parse_quantization_files
-from .registry import ARCHITECTURES, MODEL_TYPES
+from .registry import ALIASES, ARCHITECTURES, MODEL_TYPES
 from .rope import RopeConfig, parse_rope
 
 _ACTIVATIONS = {
@@ -216,7 +216,7 @@ def parse_config(
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         layers=_layers(fields, known, head_dim, sparse=experts is not None),
-        max_position_embeddings=fields.count("max_position_embeddings"),
+        max_position_embeddings=fields.count(known.length, fields.count("max_position_embeddings")),
         norm_kind=known.norm_kind,
         norm_bias=known.norm_bias,
         norm_weight=known.norm_weight,
@@ -256,6 +256,7 @@ def _architecture(raw: Mapping[str, Any], where: str) -> str:
     """The first of ``architectures``, or the family's causal model where that is absent or names its base model."""
     names = raw.get("architectures") or []
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    name = ALIASES.get(name or "", name)
     if name in ARCHITECTURES:
         return name
     model_type = raw.get("model_type")

@@ -286,6 +286,7 @@ DENSE: dict[str, Architecture] = {
     ),
     "CohereForCausalLM": Architecture(
         "cohere",
+        length="model_max_length",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         norm_kind="layer",
@@ -298,6 +299,7 @@ DENSE: dict[str, Architecture] = {
     ),
     "Cohere2ForCausalLM": Architecture(
         "cohere2",
+        length="model_max_length",
         qkv_bias="attention_bias",
         o_bias="attention_bias",
         norm_kind="layer",

@@ -99,6 +99,8 @@ def load_model_config(config: EngineConfig, folder: Path, device: torch.device) 
     ranks = config.tensor_parallel_size
     model = load_transformers_config(folder, ranks, trust_remote_code=config.trust_remote_code)
     logger.info("%s: computed by transformers %s with our attention", why, transformers_version())
+    if model.note:
+        logger.info("%s: %s", model.architecture, model.note)
     return model
 
 

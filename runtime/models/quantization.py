@@ -4,9 +4,10 @@ is refused by name, because other formats read as plain weights would give garba
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from fnmatch import translate
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -53,7 +54,7 @@ class Quantization:
 
     def covers(self, module: str) -> bool:
         """Whether the weight of ``module``, such as ``model.layers.0.mlp.up_proj``, is quantized."""
-        return any(_matches(p, module) for p in self.targets) and not any(_matches(p, module) for p in self.ignored)
+        return _matcher(self.targets)(module) and not _matcher(self.ignored)(module)
 
 
 ONLINE_FP8 = Quantization("channel", "token", None, ignored=("lm_head",))
@@ -123,7 +124,11 @@ def _compressed_tensors(config: Mapping[str, Any], where: str) -> Quantization:
         _refuse(where, f"block_structure {weights.get('block_structure')}")
     kind = "dynamic" if inputs.get("dynamic") else "static"
     activations = _ACTIVATIONS.get((rows, kind))
-    if activations is None or (strategy == "block") != (activations == "group") or inputs.get("group_size", 128) != 128:
+    if (
+        activations is None
+        or (strategy == "block") != (activations == "group")
+        or (inputs.get("group_size") or 128) != 128
+    ):
         _refuse(where, f"{strategy} weights and {kind} {rows} input_activations")
     ignored, targets = _patterns(config, "ignore", where), _patterns(group, "targets", where)
     return Quantization(strategy, activations, "weight_scale", ignored, targets, kv_scales)
@@ -139,14 +144,14 @@ _ACTIVATIONS: dict[tuple[Any, str], Literal["static", "token", "group"]] = {
 def _fp8_arguments(group: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     arguments = _table(group, key, where)
     bits, kind = arguments.get("num_bits"), arguments.get("type")
-    if (bits, kind) != (8, "float") or not arguments.get("symmetric", True):
+    if (bits, kind) != (8, "float") or arguments.get("symmetric") is False:
         _refuse(where, f"{key} of type {kind!r} with {bits} bits")
     return arguments
 
 
 def _fp8(config: Mapping[str, Any], where: str) -> Quantization:
     """Blocks as DeepSeek and Qwen write them; without blocks, as AutoFP8 does. Neither quantizes lm_head."""
-    if config.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+    if (config.get("fmt") or "e4m3") not in ("e4m3", "float8_e4m3fn"):
         _refuse(where, f"fmt {config.get('fmt')!r}")
     scheme, block = config.get("activation_scheme"), config.get("weight_block_size")
     if scheme not in ("dynamic", "static"):
@@ -215,22 +220,35 @@ def _refuse(where: str, what: str) -> NoReturn:
     raise LoadError(f"{where}: quantized checkpoints with {what} are not supported; {_INSTEAD}")
 
 
-def _matches(pattern: str, module: str) -> bool:
-    """Whether a pattern names the module, a module around it, or its class.
+@lru_cache(maxsize=16)
+def _matcher(patterns: tuple[str, ...]) -> Callable[[str], bool]:
+    """Whether any of the patterns names a module, a module around it, or its class.
 
     ``re:`` begins an expression that the name must begin with; ``*`` and ``?`` are wildcards; otherwise a name matches
     at its beginning or its end, whole components only (``mlp.gate`` is not ``mlp.gate_proj``).
     """
-    if pattern == "Linear":
-        return True
-    if pattern.startswith("re:"):
-        return re.match(pattern[3:], module) is not None
-    for prefix in ("language_model.model.", "model.language_model."):  # multimodal checkpoints
-        if pattern.startswith(prefix):
-            pattern = "model." + pattern.removeprefix(prefix)
-    if any(wildcard in pattern for wildcard in "*?["):
-        return fnmatchcase(module, pattern)
-    return f".{module}.".startswith(f".{pattern}.") or f".{module}".endswith(f".{pattern}")
+    names, expressions = set(), []
+    for pattern in patterns:
+        for prefix in ("language_model.model.", "model.language_model."):  # multimodal checkpoints
+            if pattern.startswith(prefix):
+                pattern = "model." + pattern.removeprefix(prefix)
+        if pattern.startswith("re:"):
+            expressions.append(re.compile(pattern[3:]))
+        elif any(wildcard in pattern for wildcard in "*?["):
+            expressions.append(re.compile(translate(pattern)))
+        else:
+            names.add(pattern)
+
+    def matches(module: str) -> bool:
+        parts = module.split(".")
+        return (
+            "Linear" in names
+            or any(".".join(parts[:i]) in names or ".".join(parts[i:]) in names for i in range(1, len(parts)))
+            or module in names
+            or any(expression.match(module) for expression in expressions)
+        )
+
+    return matches
 
 
 def refuse_quantized_tensors(dtypes: Iterable[tuple[str, str]], read: Mapping[str, str], kv_scales: bool) -> None:

@@ -7,6 +7,12 @@ from .dense import DENSE
 from .mixtures import MIXTURES
 
 ARCHITECTURES: dict[str, Architecture] = DENSE | MIXTURES
+# Spellings of published checkpoints that transformers' classes do not have.
+ALIASES = {
+    "PhiMoEForCausalLM": "PhimoeForCausalLM",
+    "Ernie4_5_ForCausalLM": "Ernie4_5ForCausalLM",
+    "LLaMAForCausalLM": "LlamaForCausalLM",
+}
 MODEL_TYPES = {known.model_type: name for name, known in ARCHITECTURES.items()}
 
 

@@ -76,6 +76,8 @@ class _Recorder:
         if id(mask) not in self.windows:
             self.windows[id(mask)] = window_of(mask)
         window = self.windows[id(mask)]
+        if window is None and asked is not None and asked >= _FAR:  # the mask was not looked at so far
+            return asked
         if asked is not None and window != asked:
             raise LoadError(f"a layer's mask has a window of {window} tokens and its attention one of {asked}")
         return window

@@ -27,7 +27,8 @@ from branchwise.runtime.models.weights import shard, weight_specs
 from .conftest import Harness
 
 CPU, E4M3 = torch.device("cpu"), torch.float8_e4m3fn
-FP8 = {"num_bits": 8, "type": "float", "symmetric": True}
+# As compressed-tensors writes it: with nulls for what does not apply.
+FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "actorder": None, "block_structure": None, "group_size": None}
 
 
 def compressed(weights: dict[str, Any], inputs: dict[str, Any], **more: Any) -> dict[str, Any]:
