@@ -368,6 +368,8 @@ async def test_a_narrow_window_does_not_scroll_sideways(page: Page, start_server
         await asyncio.to_thread(complete, server, f"{view}: a prompt of some length " * 4)
         if view == "figures":
             await page.until("document.querySelectorAll('.chart canvas').length == 4")
+            chart = "[...document.querySelectorAll('.chart')].every((each) => each.scrollWidth <= each.clientWidth)"
+            assert await page.js(chart)
         assert await page.js("document.documentElement.scrollWidth <= innerWidth"), view
 
 

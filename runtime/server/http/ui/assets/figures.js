@@ -5,6 +5,7 @@ import { count, number, REASONS } from "/ui/text.js";
 
 const KEPT = 600; // snapshots: five minutes at two a second
 const REASONS_MS = 3000;
+const HEIGHT = 180; // pixels of a chart
 const ADVICE = {
   tier: ["wait for the copy, or raise --kv-cache-tokens", ""],
   evicted: ["raise --kv-cache-tokens, pin what matters", "pins"],
@@ -81,13 +82,15 @@ function Chart({ title, series, rows }) {
     const ink = color("");
     const axis = { stroke: ink, grid: { stroke: color("grid") } };
     plot.current = new window.uPlot(
-      { width: place.current.clientWidth || 420, height: 180, title, cursor: { y: false }, axes: [axis, { ...axis, size: 60 }],
+      { width: place.current.clientWidth, height: HEIGHT, title, cursor: { y: false }, axes: [axis, { ...axis, size: 60 }],
         series: [{}, ...series.map(([, name], i) => ({ label: name, stroke: color(i), width: 1.5, spanGaps: true }))] },
       data, place.current);
-    return () => plot.current.destroy();
+    const resized = new ResizeObserver(() => plot.current.setSize({ width: place.current.clientWidth, height: HEIGHT }));
+    resized.observe(place.current);
+    return () => (resized.disconnect(), plot.current.destroy());
   }, []);
   useEffect(() => plot.current && plot.current.setData(data), [rows[rows.length - 1]]);
-  return html`<div class="card chart" ref=${place}></div>`;
+  return html`<div class="card chart"><div ref=${place}></div></div>`;
 }
 
 function Reasons() {

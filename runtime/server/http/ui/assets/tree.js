@@ -58,7 +58,7 @@ function place({ x0, x1, depth }) {
 function Cell({ node, uses, heat, chosen, choose }) {
   const { data } = node;
   const width = node.x1 - node.x0;
-  if (data.rest) return html`<div class="cell strip" style=${place(node)} title=${data.text}>${width > LABEL ? data.text : ""}</div>`;
+  if (data.rest) return html`<div class="cell strip" style=${place(node)} title="${data.text}: not shown, and not to scale">${width > LABEL ? data.text : ""}</div>`;
   const state = uses ? "running" : data.leases ? "held" : data.pages === 0 && !data.root ? "below" : "free";
   const ends = (uses || []).filter((each) => each.path[0] === data.id && each.state === "running");
   const done = ends.length ? Math.max(...ends.map((each) => Math.min(1, each.computed / Math.max(1, each.prompt_tokens)))) : null;
