@@ -19,7 +19,7 @@ MXFP4_BLOCK = 32  # inputs that share a scale in MXFP4
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 ZERO_POINT = 128  # of uint8: the value that stands for 0
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0, torch.uint8: 127.0}  # magnitudes
-_PART = 1 << 24  # elements
+_PART, _CPU_PART = 1 << 24, 1 << 18  # elements of a weight that are quantized at once; on a CPU, in its cache
 _SMALLEST = 1e-12  # magnitude that a scale is computed from at least: rows of zeros have a scale too
 
 
@@ -82,9 +82,11 @@ def constant(value: float, device: torch.device) -> Tensor:
 def quantize_weight(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight ``[N, K]`` in 8 bits, and its float32 scale of each output channel ``[N, 1]``.
 
-    Rows are taken in parts: temporaries of a whole weight may not fit beside a large model.
+    Rows are taken in parts: temporaries of a whole weight may not fit beside a large model, and on a CPU parts that fit
+    the cache take a quarter of the time.
     """
-    parts = [quantize(rows, Quantizer(dtype)) for rows in weight.split(max(1, _PART // weight.shape[1]))]
+    part = _CPU_PART if weight.device.type == "cpu" else _PART
+    parts = [quantize(rows, Quantizer(dtype)) for rows in weight.split(max(1, part // weight.shape[1]))]
     return torch.cat([part.values for part in parts]), torch.cat([part.scales for part in parts])
 
 

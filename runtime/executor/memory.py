@@ -23,6 +23,7 @@ GPU_RESERVE = 3 * GIB // 2
 RANK_RESERVE = GIB // 2  # where ranks exchange tensors: buffers, and the libraries' own
 TABLES = 3  # arrays of the page table's size: itself, and FlashInfer's page indices of decodes and of chunks
 DISK_STAGING = GIB // 4  # of host memory, for pages on their way to and from a disk tier
+_AT_MOST = "at most: the memory of KV pages is taken as they are first used, and stays (--kv-cache-tokens)"
 CPU_KV_LIMIT = 4 * GIB  # unless --kv-cache-tokens sets another size: a CPU rarely profits from more
 
 
@@ -64,6 +65,12 @@ class MemoryPlan:
         return self.num_pages * self.layout.page_bytes
 
     @property
+    def largest_bytes(self) -> int:
+        """What the process takes at most beside its code. A CPU takes the memory of KV pages as they are first used."""
+        fixed = self.weight_bytes + self.activation_bytes + self.reserve_bytes + self.page_table_bytes
+        return fixed + self.kv_bytes
+
+    @property
     def page_table_bytes(self) -> int:
         return self.max_num_seqs * self.max_pages_per_row * 4
 
@@ -83,6 +90,7 @@ class MemoryPlan:
             ("KV of a token", human_bytes(layout.token_bytes), token),
             ("KV pages", human_bytes(self.kv_bytes), f"{self.num_pages:,} × {layout.page_size} tokens, {self.limit}"),
             ("KV tokens", f"{self.kv_tokens:,}", "held at once, shared prefixes once"),
+            *([("in all", human_bytes(self.largest_bytes), _AT_MOST)] if self.device == "cpu" else []),
             *(
                 (
                     f"rank {rank}",

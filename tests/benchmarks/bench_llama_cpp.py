@@ -1,11 +1,13 @@
 """Branchwise and llama.cpp on a CPU: the same model, the same client, the same prompts, in turns (A B A B).
 
     bench_llama_cpp.py [--llama-server PATH] [--work FOLDER] [--formats float32,int8:f32,q8_0] [--rounds 2]
-        [--slots 8,1] [--only decode,prefill,...]
+        [--slots 8,1] [--threads 2] [--only decode,prefill,...]
 
 The model has the shape of Qwen3-0.6B (596 M weights) and random weights. It is written once into ``--work`` as
 safetensors in bfloat16 and as GGUF in F32; llama-quantize makes the others from that. A token is a word ``t17`` in both
-tokenizers, so that a program can continue from the ids that a server generated. One server runs at a time.
+tokenizers, so that a program can continue from the ids that a server generated. One server runs at a time. Behind the
+seconds are the CPU seconds of all of a server's processes, for machines that others use too; llama.cpp's threads spin
+where they wait for each other, so compare those with ``--threads 1``.
 
 Needs llama-server and llama-quantize, in one folder, and the package ``gguf`` (``pip install gguf``).
 """
@@ -193,26 +195,27 @@ def ours(folder: Path, format: str) -> list[str]:
     return [sys.executable, "-m", "branchwise", "serve", str(folder), *options, "--log-level", "warning"]
 
 
-def theirs(server: Path, path: Path, slots: int) -> list[str]:
+def theirs(server: Path, path: Path, slots: int, threads: int) -> list[str]:
     context = ["--ctx-size", str(CONTEXT_TOKENS), "--parallel", str(slots), "--kv-unified"]
-    return [str(server), "--model", str(path), *context, "--threads", str(os.cpu_count()), "--no-webui"]
+    return [str(server), "--model", str(path), *context, "--threads", str(threads), "--no-webui"]
 
 
 @contextmanager
-def running(command: list[str]) -> Iterator[tuple[str, float]]:
-    """(url, seconds until it was ready) of a server on a free port; stopped at the end."""
+def running(command: list[str], threads: int) -> Iterator[tuple[str, int, float]]:
+    """(url, process id, seconds until it was ready) of a server on a free port; stopped at the end."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     begun, url = time.monotonic(), f"http://127.0.0.1:{port}"
     nowhere = subprocess.DEVNULL
-    process = subprocess.Popen([*command, "--port", str(port)], stdout=nowhere, stderr=nowhere)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen([*command, "--port", str(port)], stdout=nowhere, stderr=nowhere, env=environment)
     try:
         while not _healthy(url):
             if process.poll() is not None or time.monotonic() - begun > START_SECONDS:
                 raise SystemExit(f"did not start: {' '.join(command)}")
             time.sleep(0.02)
-        yield url, time.monotonic() - begun
+        yield url, process.pid, time.monotonic() - begun
     finally:
         process.terminate()
         process.wait(timeout=60)
@@ -226,30 +229,47 @@ def _healthy(url: str) -> bool:
         return False
 
 
-async def measure(url: str, names: list[str], seed: int) -> dict[str, float]:
-    """Seconds of each program; each has prompts of its own, so that none profits from another."""
+def cpu_seconds(pid: int) -> float:
+    """Of a process and its descendants, so far."""
+    parents, ticks = {}, {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:  # it has ended
+            continue
+        process = int(stat.parent.name)
+        parents[process], ticks[process] = int(fields[1]), int(fields[11]) + int(fields[12])
+    family = {pid}
+    while more := {child for child, parent in parents.items() if parent in family} - family:
+        family |= more
+    return sum(ticks[process] for process in family) / os.sysconf("SC_CLK_TCK")
+
+
+async def measure(url: str, pid: int, names: list[str], seed: int) -> dict[str, tuple[float, float]]:
+    """(seconds, CPU seconds) of each program; each has prompts of its own, so that none profits from another."""
     http = open_client(url, None)
     client = CompletionsClient(http, "qwen3-0.6b-random")
     vocab = int(QWEN3_06B["vocab_size"])
     await client.generate(RandomTokens("warm-up", vocab).tokens(64), 8)
     seconds = {}
     for name in names:
-        measured, begun = client.reset(), time.perf_counter()
+        measured, begun, used = client.reset(), time.perf_counter(), cpu_seconds(pid)
         await PROGRAMS[name](client.generate, RandomTokens(f"{name}/{seed}", vocab))
-        seconds[name] = time.perf_counter() - begun
+        seconds[name] = time.perf_counter() - begun, cpu_seconds(pid) - used
         if measured.failed:
             raise SystemExit(f"{name}: {measured.failed} requests failed: {'; '.join(measured.errors)}")
-    if "decode" in seconds:
-        seconds["decode"] *= 1000 / 128  # ms a token
+    if "decode" in seconds:  # ms a token
+        seconds["decode"] = seconds["decode"][0] * 1000 / 128, seconds["decode"][1] * 1000 / 128
     return seconds
 
 
-def table(results: dict[str, list[dict[str, float]]], names: list[str]) -> Iterator[str]:
-    """Rows of a Markdown table: medians."""
+def table(results: dict[str, list[dict[str, tuple[float, float]]]], names: list[str]) -> Iterator[str]:
+    """Rows of a Markdown table: medians, and medians of CPU time."""
     yield "| | " + " | ".join(results) + " |"
     yield "| --- |" + " ---: |" * len(results)
     for name in [*names, "ready"]:
-        cells = (f"{statistics.median(run[name] for run in runs):.2f}" for runs in results.values())
+        medians = ([statistics.median(run[name][i] for run in runs) for i in range(2)] for runs in results.values())
+        cells = (f"{wall:.2f} ({cpu:.2f})" for wall, cpu in medians)
         yield f"| {name}{', ms a token' if name == 'decode' else ', s'} | {' | '.join(cells)} |"
 
 
@@ -259,6 +279,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent.parent / ".bench")
     parser.add_argument("--formats", default="float32,int8:f32,q8_0", help="ours, a colon, llama.cpp's")
     parser.add_argument("--slots", default="8,1", help="of llama-server: each is tried")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default=",".join(PROGRAMS), help="comma-separated programs")
     args = parser.parse_args()
@@ -272,15 +293,16 @@ def main() -> None:
     commands = {f"branchwise {each}": ours(paths["branchwise"], each) for each in mine}
     for each in gguf:
         for slots in map(int, args.slots.split(",")):
-            commands[f"llama.cpp {each.upper()}, {slots} slots"] = theirs(server, paths[each], slots)
+            commands[f"llama.cpp {each.upper()}, {slots} slots"] = theirs(server, paths[each], slots, args.threads)
     print(f"{machine()}, load {os.getloadavg()[0]:.1f}", flush=True)
-    results: dict[str, list[dict[str, float]]] = {label: [] for label in commands}
+    results: dict[str, list[dict[str, tuple[float, float]]]] = {label: [] for label in commands}
     for seed in range(args.rounds):
         for label, command in commands.items():
-            with running(command) as (url, ready):
-                run = asyncio.run(measure(url, names, seed)) | {"ready": ready}
+            with running(command, args.threads) as (url, pid, ready):
+                started = ready, cpu_seconds(pid)
+                run = asyncio.run(measure(url, pid, names, seed)) | {"ready": started}
             results[label].append(run)
-            print(label, json.dumps({name: round(value, 2) for name, value in run.items()}), flush=True)
+            print(label, json.dumps({name: [round(x, 2) for x in pair] for name, pair in run.items()}), flush=True)
     print("\n".join(table(results, names)))
     print(f"load {os.getloadavg()[0]:.1f}")
 
