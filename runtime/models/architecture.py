@@ -69,8 +69,8 @@ class Architecture:
     """Feature switches of one family. ``defaults`` are the values its config.json may leave out."""
 
     model_type: str  # as config.json names the family
-    qkv_bias: Switch = "never"
-    o_bias: Switch = "never"
+    qkv_bias: Switch = "attention_bias"
+    o_bias: Switch = "attention_bias"
     mlp_bias: Switch = "never"
     norms: Norms = field(default_factory=lambda: PRE_NORMS)
     qk_norm: QKNorm = "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from .architecture import PRE_NORMS, Architecture, Norms
@@ -17,29 +18,50 @@ _GLM4_NORMS: Norms = {
     "mlp_post_norm": "post_mlp_layernorm",
 }
 _FUSED_MLP = ("gate_up_proj", "gate_up_proj", "down_proj")
-_GEMMA = {
-    "vocab_size": 256000,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-6,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-    "attention_bias": False,
-    "eos_token_id": 1,
-    "bos_token_id": 2,
-}
-_GEMMA2 = _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window_pattern": 2}
-_GEMMA3 = _GEMMA | {
-    "vocab_size": 262208,
-    "max_position_embeddings": 131072,
-    "rope_theta": 1_000_000.0,
-    "rope_local_base_freq": 10_000.0,
-    "sliding_window_pattern": 6,
-}
+_GEMMA = Architecture(
+    "gemma",
+    gemma=True,
+    defaults={
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "eos_token_id": 1,
+    },
+)
+_GEMMA2 = replace(
+    _GEMMA,
+    model_type="gemma2",
+    norms=_GEMMA_NORMS,
+    windows="alternate",
+    defaults={
+        **_GEMMA.defaults,
+        "vocab_size": 256000,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "bos_token_id": 2,
+    },
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    model_type="gemma3_text",
+    qk_norm="head",
+    defaults={
+        **_GEMMA2.defaults,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window_pattern": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+)
 QWEN = {"max_window_layers": 28, "max_position_embeddings": 32768}
 _GLM = {
     "head_dim": 128,
@@ -48,16 +70,22 @@ _GLM = {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1.5625e-07,
 }
-_COHERE = {
-    "layer_norm_eps": 1e-5,
-    "logit_scale": 0.0625,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": True,
-}
+_COHERE = Architecture(
+    "cohere",
+    length="model_max_length",
+    norm_kind="layer",
+    norm_eps="layer_norm_eps",
+    parallel="always",
+    interleaved_rope=True,
+    defaults={
+        "layer_norm_eps": 1e-5,
+        "logit_scale": 0.0625,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+)
 GRANITE = {"max_position_embeddings": 2048, "attention_multiplier": 1.0}
 HUNYUAN: dict[str, Any] = {
-    "qkv_bias": "attention_bias",
-    "o_bias": "attention_bias",
     "qk_norm": "head_rotated",
     "qk_norm_modules": ("query_layernorm", "key_layernorm"),
     "defaults": {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
@@ -67,8 +95,6 @@ _MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 DENSE: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         "llama",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         mlp_bias="mlp_bias",
         defaults={"max_position_embeddings": 2048},
     ),
@@ -81,59 +107,18 @@ DENSE: dict[str, Architecture] = {
         defaults={"head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5},
     ),
     "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", **HUNYUAN),
-    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", windows="qwen", defaults=QWEN),
+    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", o_bias="never", windows="qwen", defaults=QWEN),
     "Qwen3ForCausalLM": Architecture(
         "qwen3",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         qk_norm="head",
         windows="qwen",
         defaults=QWEN | {"head_dim": 128},
     ),
-    "GemmaForCausalLM": Architecture(
-        "gemma",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        gemma=True,
-        defaults={
-            "head_dim": 256,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-            "eos_token_id": 1,
-        },
-    ),
-    "Gemma2ForCausalLM": Architecture(
-        "gemma2",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norms=_GEMMA_NORMS,
-        gemma=True,
-        windows="alternate",
-        defaults=_GEMMA2,
-    ),
-    "Gemma3ForCausalLM": Architecture(
-        "gemma3_text",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norms=_GEMMA_NORMS,
-        qk_norm="head",
-        gemma=True,
-        windows="alternate",
-        defaults=_GEMMA3,
-    ),
+    "GemmaForCausalLM": _GEMMA,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": _GEMMA3,
     # The multimodal checkpoints of Gemma 3, text only.
-    "Gemma3ForConditionalGeneration": Architecture(
-        "gemma3",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norms=_GEMMA_NORMS,
-        qk_norm="head",
-        gemma=True,
-        windows="alternate",
-        text_config=True,
-        defaults=_GEMMA3,
-    ),
+    "Gemma3ForConditionalGeneration": replace(_GEMMA3, model_type="gemma3", text_config=True),
     "Phi3ForCausalLM": Architecture(  # Phi 3 and 4
         "phi3",
         qkv=("qkv_proj", "qkv_proj", "qkv_proj"),
@@ -143,8 +128,6 @@ DENSE: dict[str, Architecture] = {
     ),
     "SmolLM3ForCausalLM": Architecture(
         "smollm3",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         mlp_bias="mlp_bias",
         unrotated="listed",
         windows="qwen",
@@ -159,22 +142,17 @@ DENSE: dict[str, Architecture] = {
     ),
     "SeedOssForCausalLM": Architecture(
         "seed_oss",
-        qkv_bias="attention_bias",
         o_bias="attention_out_bias",
         mlp_bias="mlp_bias",
         defaults={"head_dim": 128, "attention_bias": True, "max_position_embeddings": 524288},
     ),
     "GraniteForCausalLM": Architecture(
         "granite",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         mlp_bias="mlp_bias",
         defaults=GRANITE,
     ),
     "OlmoForCausalLM": Architecture(
         "olmo",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         norm_kind="layer",
         norm_weight=False,
         norm_eps="layer_norm_eps",
@@ -182,16 +160,12 @@ DENSE: dict[str, Architecture] = {
     ),
     "Olmo2ForCausalLM": Architecture(
         "olmo2",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         norms=_POST_NORMS,
         qk_norm="all",
         defaults={"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
     ),
     "Olmo3ForCausalLM": Architecture(
         "olmo3",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         norms=_POST_NORMS,
         qk_norm="all",
         scaled_rope="full",
@@ -226,12 +200,10 @@ DENSE: dict[str, Architecture] = {
             "tie_word_embeddings": True,
         },
     ),
-    "GlmForCausalLM": Architecture(
-        "glm", qkv_bias="attention_bias", mlp=_FUSED_MLP, interleaved_rope=True, defaults=_GLM
-    ),
+    "GlmForCausalLM": Architecture("glm", o_bias="never", mlp=_FUSED_MLP, interleaved_rope=True, defaults=_GLM),
     "Glm4ForCausalLM": Architecture(
         "glm4",
-        qkv_bias="attention_bias",
+        o_bias="never",
         norms=_GLM4_NORMS,
         mlp=_FUSED_MLP,
         interleaved_rope=True,
@@ -239,16 +211,12 @@ DENSE: dict[str, Architecture] = {
     ),
     "ArceeForCausalLM": Architecture(
         "arcee",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         mlp_bias="mlp_bias",
         mlp=("up_proj", "down_proj"),
         defaults={"hidden_act": "relu2", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
     "ApertusForCausalLM": Architecture(
         "apertus",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         norms={"attention_norm": "attention_layernorm", "mlp_norm": "feedforward_layernorm"},
         qk_norm="head",
         mlp=("up_proj", "down_proj"),
@@ -284,30 +252,12 @@ DENSE: dict[str, Architecture] = {
         qk_norm_modules=("q_layernorm.norms.{}", "k_layernorm.norms.{}"),
         defaults={"max_position_embeddings": 4096, "layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
     ),
-    "CohereForCausalLM": Architecture(
-        "cohere",
-        length="model_max_length",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norm_kind="layer",
-        norm_eps="layer_norm_eps",
-        parallel="always",
-        interleaved_rope=True,
-        qk_norm="head_layer",
-        qk_norm_if="use_qk_norm",
-        defaults=_COHERE,
-    ),
-    "Cohere2ForCausalLM": Architecture(
-        "cohere2",
-        length="model_max_length",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norm_kind="layer",
-        norm_eps="layer_norm_eps",
-        parallel="always",
-        interleaved_rope=True,
+    "CohereForCausalLM": replace(_COHERE, qk_norm="head_layer", qk_norm_if="use_qk_norm"),
+    "Cohere2ForCausalLM": replace(
+        _COHERE,
+        model_type="cohere2",
         unrotated="full",
         windows="alternate",
-        defaults=_COHERE | {"sliding_window": 4096, "sliding_window_pattern": 4},
+        defaults={**_COHERE.defaults, "sliding_window": 4096, "sliding_window_pattern": 4},
     ),
 }

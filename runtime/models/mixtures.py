@@ -39,6 +39,7 @@ MIXTURES: dict[str, Architecture] = {
     "Qwen2MoeForCausalLM": Architecture(
         "qwen2_moe",
         qkv_bias="qkv_bias",
+        o_bias="never",
         windows="qwen_even",
         experts=Experts(
             shared=("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj"),
@@ -50,8 +51,6 @@ MIXTURES: dict[str, Architecture] = {
     ),
     "Qwen3MoeForCausalLM": Architecture(
         "qwen3_moe",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         qk_norm="head",
         windows="all",
         experts=Experts(),
@@ -59,29 +58,15 @@ MIXTURES: dict[str, Architecture] = {
     ),
     "OlmoeForCausalLM": Architecture(
         "olmoe",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         qk_norm="all",
         experts=Experts(),
         defaults={"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     ),
-    "GraniteMoeForCausalLM": Architecture(
-        "granitemoe",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        experts=_GRANITE_EXPERTS,
-        defaults=GRANITE,
-    ),
-    "GraniteMoeSharedForCausalLM": Architecture(
-        "granitemoeshared",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        experts=_GRANITE_EXPERTS,
-        defaults=GRANITE,
-    ),
+    "GraniteMoeForCausalLM": Architecture("granitemoe", experts=_GRANITE_EXPERTS, defaults=GRANITE),
+    "GraniteMoeSharedForCausalLM": Architecture("granitemoeshared", experts=_GRANITE_EXPERTS, defaults=GRANITE),
     "Glm4MoeForCausalLM": Architecture(  # GLM 4.5 and 4.6, and their Air
         "glm4_moe",
-        qkv_bias="attention_bias",
+        o_bias="never",
         qk_norm="head",
         qk_norm_if="use_qk_norm",
         experts=_GLM_EXPERTS,
@@ -95,8 +80,6 @@ MIXTURES: dict[str, Architecture] = {
     ),
     "PhimoeForCausalLM": Architecture(  # Phi 3.5 MoE
         "phimoe",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         lm_head_bias="lm_head_bias",
         norm_kind="layer",
         norm_bias=True,
@@ -106,8 +89,6 @@ MIXTURES: dict[str, Architecture] = {
     ),
     "Dots1ForCausalLM": Architecture(
         "dots1",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         qk_norm="head",
         experts=_GLM_EXPERTS,
         windows="qwen",
@@ -144,8 +125,6 @@ MIXTURES: dict[str, Architecture] = {
     ),
     "GptOssForCausalLM": Architecture(
         "gpt_oss",
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
         sinks=True,
         windows="alternate",
         experts=Experts(
