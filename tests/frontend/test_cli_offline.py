@@ -288,7 +288,7 @@ def test_a_model_beside_a_url_is_refused(command: list[str]) -> None:
     assert_one_line_error(done, 2, "--model", "--url")
 
 
-def test_what_doctor_finds_broken_it_mends(tmp_path: Path) -> None:
+def test_every_problem_that_doctor_finds_has_a_fix(tmp_path: Path) -> None:
     done = branchwise("doctor", str(tmp_path))
     assert done.returncode == 1
     lines = done.stdout.splitlines()

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class Labels:
-    """Decoding a thousand nodes anew for each snapshot would take 20 ms; only nodes that are new are decoded."""
+    """Decodes new nodes only: decoding a thousand of them for each snapshot would take 20 ms."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode

@@ -1,8 +1,8 @@
-"""``GET /ui/events``: what the page shows, as it changes: server-sent events, each a whole snapshot.
+"""``GET /ui/events``: server-sent events, each a complete snapshot of the tree, the requests and the figures.
 
-There is one producer for all listeners with the same rights, and none while nobody listens. It asks the scheduler no
-more often than twice a second, and so rarely that a snapshot's work in both processes takes at most `SHARE` of a core.
-A listener that reads slowly skips snapshots.
+Listeners with the same rights share one producer, which stops when the last of them leaves. It asks the scheduler at
+most twice a second, and less often where a snapshot is expensive: its work in both processes is bounded to `SHARE` of a
+core. A listener that reads slowly skips snapshots.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/ui/events", query=_QUERY, events=True)
     async def events(request: Request) -> Response:
-        """The tree and the requests on it as they change: the caller's own, or everybody's for the operator."""
+        """The tree and its requests as they change. A tenant sees its own part, the operator all of it."""
         nodes = _count(request.query_params.get("max_nodes"))
         owner = None if is_admin() else state.namespaces.of(None)[0]
         return FeedStream(feeds.get(owner, nodes))
@@ -61,7 +61,7 @@ def _count(text: str | None) -> int:
 
 
 class Feeds:
-    """The producers, by what their listeners may see."""
+    """The producers, by the part of the tree that their listeners may see."""
 
     def __init__(self, state: AppState) -> None:
         self._state = state
@@ -92,8 +92,8 @@ class Feeds:
 class Feed:
     """One producer of snapshots: keeps the newest and notifies its listeners.
 
-    ``ask`` gets a snapshot from the scheduler, with the ``seconds`` that it took there; ``complete`` adds what this
-    process knows, and its time counts too.
+    ``ask`` gets a snapshot from the scheduler, with the ``seconds`` that it took there; ``complete`` adds labels and
+    figures in this process. The time of both bounds the rate.
     """
 
     def __init__(self, ask: Ask, complete: Callable[[dict[str, Any]], None] = lambda found: None) -> None:
@@ -109,7 +109,7 @@ class Feed:
 
     @contextlib.contextmanager
     def listening(self) -> Any:
-        """While inside, snapshots are made."""
+        """Registers a listener: snapshots are produced while there is one."""
         self.listeners += 1
         if self._task is None:
             self._task = asyncio.create_task(self._produce())

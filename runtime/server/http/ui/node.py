@@ -19,10 +19,10 @@ MAX_DEPTH = 4096
 
 
 class NodeRequest(Strict):
-    owner: str = Field("", description="Of the namespace, as the events show it.")
-    salt: str = Field("", description="The same.")
+    owner: str = Field("", description="The namespace's owner, as in /ui/events.")
+    salt: str = Field("", description="The namespace's salt, as in /ui/events.")
     path: list[int] = Field(
-        description="Ids of the nodes from the top one to the one that is meant.", max_length=MAX_DEPTH
+        description="Node ids, from the child of the root to the requested node.", max_length=MAX_DEPTH
     )
 
 
@@ -31,8 +31,8 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/ui/node", body=NodeRequest, errors=[NO_NODE])
     async def node(request: Request) -> Response:
-        """A node's text, who uses it, and where the reuse of recent requests ended in it. A caller's own nodes, or the
-        operator's everybody's."""
+        """A node's text, its holders, and recent requests whose reuse ended in it. A tenant reaches its own nodes, the
+        operator all of them."""
         body = parse(NodeRequest, await read_json_object(request), unsupported=frozenset())
         question = {
             "owner": None if is_admin() else state.namespaces.of(None)[0],
