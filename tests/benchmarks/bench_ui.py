@@ -82,6 +82,7 @@ def pairs(running: Any, url: str, count: int, what: str, options: dict[str, int]
         used = {opened: sum(one["us_per_token"][role] for role in ROLES) for opened, one in found.items()}
         cpu.append(used[True] / used[False])
         seen.append(found[False]["tokens_per_s"])
+        print(f"pair {i + 1}: throughput {speed[-1]:.3f}, CPU a token {cpu[-1]:.3f}", file=sys.stderr)
     return {
         "pairs": count,
         "tokens_per_s": round(median(seen)),
