@@ -24,7 +24,7 @@ demo: $(VENV)/.installed ## install, start a server on the shipped model, run ex
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/demo.sh
 
 test: lint ## install with the test extras, lint, type-check, then every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint ## lint, types and the core tests, two to four minutes: the loop to work in
 	$(BIN)/python -m pytest -m "not gpu" $(FAST)

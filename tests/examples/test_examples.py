@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -42,17 +41,19 @@ def test_every_example_is_known() -> None:
 
 
 def run(name: str, *arguments: str) -> tuple[str, list[list[int]]]:
-    began = time.monotonic()
+    before = os.times()
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stderr == ""
-    assert time.monotonic() - began < 60  # 20 on an idle machine
+    after = os.times()
+    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    assert seconds < 60  # of CPU time; 20 on an idle machine
     accounts = [[int(number.replace(",", "")) for number in row] for row in ACCOUNT.findall(done.stdout)]
     return done.stdout, accounts
 
@@ -94,10 +95,10 @@ def url() -> Iterator[str]:
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("name", ["long_document", "tool_agent", "tree_of_thought"])
-def test_on_a_server(name: str, url: str) -> None:
-    output, (cached, uncached) = run(name, url)
-    for known in KNOWN[name]:
+def test_on_a_server(url: str) -> None:
+    """One that forks and selects; those that do not select run on a server below."""
+    output, (cached, uncached) = run("tree_of_thought", url)
+    for known in KNOWN["tree_of_thought"]:
         assert known in output
     assert cached[3] < uncached[3], "branches are sent only what is new"
     assert uncached[1] == 0 < cached[1]
