@@ -6,22 +6,20 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
 
-from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.fp8_linear import multiplies_fp8
-from ...kernels.kv_pool import KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..parallel.group import TensorGroup
 from . import linear
 from .config import ModelConfig, UnsupportedArchitecture, load_config
-from .decoder import Decoder, StepTokens
+from .decoder import Decoder
 from .hf.config import TransformersConfig, load_transformers_config
+from .hf.decoder import TransformersDecoder
 from .hf.library import EXTRA, transformers_version
 from .hf.loader import dummy_model, load_model
 from .hf.model import make_decoder
@@ -33,48 +31,7 @@ logger = logging.getLogger(__name__)
 AUTO_ON_GPU = False
 
 AnyConfig: TypeAlias = ModelConfig | TransformersConfig
-
-
-class AnyDecoder(Protocol):
-    """See `decoder.Decoder`."""
-
-    @property
-    def config(self) -> AnyConfig:
-        """The rank's."""
-        ...
-
-    @property
-    def few_layers(self) -> int:
-        """See `Decoder.few_layers`."""
-        ...
-
-    @property
-    def captures(self) -> bool:
-        """Whether its steps are captured in CUDA graphs."""
-        ...
-
-    def layer_specs(self) -> list[LayerSpec]:
-        """See `Decoder.layer_specs`."""
-        ...
-
-    def reserve(self, length: int) -> None:
-        """See `Decoder.reserve`."""
-        ...
-
-    def forward(
-        self,
-        tokens: StepTokens,
-        pool: KVPool,
-        attention: AttentionBackend,
-        outputs: Tensor | None = None,
-        layers: int | None = None,
-    ) -> Tensor:
-        """See `Decoder.forward`."""
-        ...
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        ...
+AnyDecoder: TypeAlias = Decoder | TransformersDecoder
 
 
 def load_model_config(config: EngineConfig, folder: Path, device: torch.device) -> AnyConfig:

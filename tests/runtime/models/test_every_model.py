@@ -53,7 +53,7 @@ def test_the_page_has_every_model(every_model: ModuleType) -> None:
     found = re.search(rf"<!-- figures: {every_model.MARK} -->\n(.*?)\n<!-- /figures -->", page, re.DOTALL)
     assert found is not None
     listed = [name for line in found[1].splitlines() for name in line.rpartition(": ")[2].split(", ")]
-    if f"of {every_model.transformers.__version__}" not in page:
+    if f"of {every_model.transformers.__version__.rpartition('.')[0]} " not in page:
         pytest.skip("the page is of another version of transformers")
     classes = {name.removesuffix("ForCausalLM") for name in every_model.model_types().values()}
     assert sorted(listed) == sorted(set(listed)) and classes - {"Llama"} <= set(listed)
