@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from ...radix.tree import RadixTree
 from .traces import Arrival
@@ -35,32 +36,42 @@ def shared_cache_hit_rate(arrivals: Sequence[Arrival], kv_cache_tokens: int, pag
 def offline_hit_rate(arrivals: Sequence[Arrival], kv_cache_tokens: int) -> float:
     """An upper bound for every cache of this size: Belady's rule on the trace's blocks, evicting the block whose next
     use is farthest, with no regard to prefixes, and without room for outputs."""
-    size = arrivals[0].block_size
+    size, never = arrivals[0].block_size, len(arrivals)
     capacity = max(1, kv_cache_tokens // size)
-    uses: dict[int, list[int]] = {}
-    for number in range(len(arrivals) - 1, -1, -1):
-        for block in arrivals[number].blocks.tolist():
-            uses.setdefault(block, []).append(number)
-    cached: set[int] = set()
-    farthest: list[tuple[int, int]] = []  # (-next use, block); out of date where the next use differs
-    hits, never = 0, len(arrivals)
-    for number, arrival in enumerate(arrivals):
-        reused = 0
-        for block in arrival.blocks.tolist():
-            reused += block in cached
-            queue = uses[block]
-            while queue and queue[-1] <= number:
-                queue.pop()
-            following = queue[-1] if queue else never
-            if following == never:
-                cached.discard(block)
-                continue
-            cached.add(block)
-            heapq.heappush(farthest, (-following, block))
-        while len(cached) > capacity:
-            negative, block = heapq.heappop(farthest)
-            queue = uses[block]
-            if block in cached and queue and queue[-1] == -negative:
-                cached.discard(block)
-        hits += min(reused * size, arrival.prompt_tokens)
+    prompts, blocks_of = _groups(arrivals)
+    following = [np.empty(0, np.int64)] * len(prompts)  # for each group of each prompt, the request that uses it next
+    uses = np.full(len(blocks_of), never)
+    for number in range(len(prompts) - 1, -1, -1):
+        following[number] = uses[prompts[number]]
+        uses[prompts[number]] = number
+    cached = np.zeros(len(blocks_of), np.int64)  # blocks of each group
+    farthest: list[tuple[int, int]] = []  # (-next use, group); out of date where ``uses`` differs
+    hits = total = 0
+    for number, groups in enumerate(prompts):
+        reused = int(cached[groups].sum())
+        again = following[number] < never
+        cached[groups] = np.where(again, blocks_of[groups], 0)
+        uses[groups] = following[number]
+        total += int(cached[groups].sum()) - reused
+        for use, group in zip(following[number][again].tolist(), groups[again].tolist(), strict=True):
+            heapq.heappush(farthest, (-use, group))
+        while total > capacity:
+            negative, group = farthest[0]
+            evicted = min(int(cached[group]), total - capacity) if uses[group] == -negative else 0
+            cached[group] -= evicted
+            total -= evicted
+            if total > capacity:
+                heapq.heappop(farthest)
+        hits += min(reused * size, arrivals[number].prompt_tokens)
     return hits / sum(each.prompt_tokens for each in arrivals)
+
+
+def _groups(arrivals: Sequence[Arrival]) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int64]]:
+    """Blocks that the same requests use, as one group: the groups of each prompt, and the blocks of each group. Of the
+    agents' trace a prompt has 1,900 blocks and some tens of groups."""
+    used_by = np.zeros(max(int(each.blocks.max()) for each in arrivals) + 1, np.uint64)  # digest of a block's requests
+    mixing = np.random.default_rng(0).integers(0, 2**64, len(arrivals), np.uint64)
+    for arrival, digest in zip(arrivals, mixing, strict=True):
+        used_by[np.unique(arrival.blocks)] ^= digest
+    _, group, counts = np.unique(used_by, return_inverse=True, return_counts=True)
+    return [np.unique(group[each.blocks]) for each in arrivals], counts
