@@ -78,7 +78,8 @@ class CacheFolder:
     def load(self) -> list[PageRow]:
         """The rows of every prefix that is whole, parents first. Others are deleted."""
         try:
-            good, bad = sound(self.index.rows(), self.max_records)
+            good, moved, bad = sound(self.index.rows(), self.max_records)
+            self.index.add(moved)
             if bad:
                 logger.warning("disk cache: %d pages are incomplete or beyond the quota, and are dropped", len(bad))
                 self.index.delete(bad)

@@ -104,30 +104,46 @@ class Index:
             raise
 
 
-def sound(rows: Iterable[PageRow], limit: int) -> tuple[list[PageRow], list[int]]:
-    """The rows that form whole prefixes, parents first, and the records of the others: a page before it is missing, its
-    hash is wrong, or another row has the same prefix (two writes of one page, and a kill before one was deleted).
-    ``limit``: records are below it."""
+class Sound(NamedTuple):
+    """What an index holds that can be used: see `sound`."""
+
+    rows: list[PageRow]  # parents first
+    moved: list[PageRow]  # those of them that name another record before them than in the index
+    bad: list[int]  # records of all other rows
+
+
+def sound(rows: Iterable[PageRow], limit: int) -> Sound:
+    """The rows that form whole prefixes. Bad are those whose page before is missing, or whose hash is wrong.
+
+    Two rows can have one prefix: two writes of one page at once, and a kill before one was deleted. The first counts,
+    and what follows the other follows it. ``limit``: records are below it.
+    """
     by_before: dict[int, list[PageRow]] = {}
     everything = []
     for row in rows:
         everything.append(row.record)
         by_before.setdefault(row.before, []).append(row)
     found: dict[int, PageRow] = {}
-    prefixes: set[bytes] = set()
+    moved: list[PageRow] = []
+    kept = {-1: -1}  # record -> the one that counts for its prefix
+    records: dict[bytes, int] = {}  # by prefix
     queue = [-1]
     for before in queue:
-        above = found.get(before)
+        above = found.get(kept[before])
         for row in by_before.get(before, ()):
             fits = 0 <= row.record < limit and len(row.tokens) > 0
             follows = above is None or above.namespace == row.namespace
             start = b"" if above is None else above.prefix
-            unique = row.prefix not in prefixes
-            if fits and follows and unique and row.prefix == prefix_hash(start, row.namespace, row.tokens):
+            if not fits or not follows or row.prefix != prefix_hash(start, row.namespace, row.tokens):
+                continue
+            queue.append(row.record)
+            kept[row.record] = records.setdefault(row.prefix, row.record)
+            if kept[row.record] == row.record:
+                if kept[before] != before:
+                    row = row._replace(before=kept[before])
+                    moved.append(row)
                 found[row.record] = row
-                prefixes.add(row.prefix)
-                queue.append(row.record)
-    return list(found.values()), [record for record in everything if record not in found]
+    return Sound(list(found.values()), moved, [record for record in everything if record not in found])
 
 
 def now() -> int:

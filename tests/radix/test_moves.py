@@ -52,7 +52,7 @@ def restarted(tree: RadixTree, rows: Rows) -> int:
     assert tree.structure.disk is not None
     for record in tree.structure.disk.take_freed().tolist():
         rows.pop(record, None)
-    good, _ = sound(rows.values(), 10)
+    good, _, _ = sound(rows.values(), 10)
     again = RadixTree(10, 2, host_slots=10, disk_slots=10)
     again.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in good])
     again.check()
@@ -76,6 +76,18 @@ def test_a_prefix_that_is_written_twice_at_once_survives_a_restart(shorter_first
     if again is not None:
         write(tree, rows, again)
         tree.end_transfer(again, len(again.target_slots))
+    assert restarted(tree, rows) == 6
+
+
+def test_a_kill_between_two_writes_of_one_prefix_loses_nothing() -> None:
+    """Both have rows. The first page of the one that has not ended counts, and what follows the other follows it."""
+    tree, rows = cached(), Rows()
+    short, whole = persist(tree, end_at(tree, 2)), persist(tree, end_at(tree, 6))
+    for transfer in (short, whole):
+        write(tree, rows, transfer)
+    tree.end_transfer(whole, 3)
+    assert restarted(tree, rows) == 6
+    tree.end_transfer(short, 1)
     assert restarted(tree, rows) == 6
 
 
@@ -113,7 +125,7 @@ def test_a_write_does_not_count_if_the_page_before_it_has_moved(written_again: b
         tree.end_transfer(first, 1)
     tree.end_transfer(transfer, 2)
     assert tree.structure.disk.cached == int(written_again)
-    good, _ = sound(rows.values(), 10)
+    good, _, _ = sound(rows.values(), 10)
     assert {row.record for row in good} == set(end_at(tree, 2).disk.tolist())
 
 

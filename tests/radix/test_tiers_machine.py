@@ -246,9 +246,10 @@ class Machine(RuleBasedStateMachine):
             if transfer.target == DISK and transfer not in self.written:
                 n = data.draw(st.integers(0, len(transfer.target_slots)))
                 self.data[DISK][transfer.target_slots[:n]] = WRONG
-        rows, bad = sound(self.index.values(), len(self.data[DISK]))
-        claimed = {record for node in self.nodes() for record in node.disk.tolist()}
-        assert claimed <= {row.record for row in rows}, "a page on the disk is lost at a restart"
+        rows, moved, bad = sound(self.index.values(), len(self.data[DISK]))
+        claimed = {self.index[record].prefix for node in self.nodes() for record in node.disk.tolist()}
+        assert claimed <= {row.prefix for row in rows}, "a page on the disk is lost at a restart"
+        self.index |= {row.record: row for row in moved}
         for record in bad:
             del self.index[record]
         self.start_process()

@@ -133,12 +133,15 @@ def test_rows_that_do_not_form_whole_prefixes_are_dropped(tmp_path: Path, harm: 
     folder.close()
 
 
-def test_of_two_rows_with_one_prefix_the_later_is_dropped(tmp_path: Path) -> None:
+def test_of_two_rows_with_one_prefix_the_first_counts(tmp_path: Path) -> None:
     """A kill can leave both, if a page was written twice: a tree with both would lose one of them."""
     folder = filled(tmp_path)
-    folder.write([(ANN, -1, tokens(1, 2)), (ANN, 4, tokens(3, 4))], [4, 5], [payload(0), payload(1)])
-    rows = folder.load()
-    assert [row.record for row in rows] == [0, 1, 3, 2]
+    pages = [(ANN, -1, tokens(1, 2)), (ANN, 4, tokens(3, 4)), (ANN, 5, tokens(8, 9))]
+    folder.write(pages, [4, 5, 6], [payload(0), payload(1), payload(7)])
+    for _ in range(2):  # the second time as the index is now
+        rows = folder.load()
+        assert sorted((row.record, row.before) for row in rows) == [(0, -1), (1, 0), (2, 1), (3, 0), (6, 1)]
+    assert np.array_equal(read(folder, 6), payload(7))
     tree = RadixTree(10, 2, host_slots=10, disk_slots=100)
     tree.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in rows])
     tree.check()
