@@ -48,6 +48,15 @@ class KVLayout:
         """The layout of ``--kv-cache-dtype`` ``choice``."""
         return cls(num_layers, page_size, kv_heads, head_dim, dtype, *CHOICES[choice])
 
+    def __str__(self) -> str:
+        k, v = self.names
+        stored = k if k == v else f"keys in {k}, values in {v}"
+        of = f" of {str(self.dtype).removeprefix('torch.')}" if self.quantized else ""
+        return (
+            f"{self.num_layers} layers of {self.kv_heads} heads of {self.head_dim}, {stored}{of}, "
+            f"pages of {self.page_size} tokens"
+        )
+
     @property
     def quantized(self) -> bool:
         """Whether keys or values are stored in another format than the model's dtype."""

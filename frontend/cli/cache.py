@@ -101,6 +101,8 @@ def _chosen(folder: Path, model: str | None) -> str:
     found = digests(folder)
     if model is None and len(found) == 1:
         return found[0]
+    if not found:
+        raise LoadError(f"{folder} holds no pages of any model")
     if model not in found:
         raise LoadError(f"--model: one of {', '.join(found)}")
     return model

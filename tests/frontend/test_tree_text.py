@@ -46,7 +46,7 @@ def test_one_is_singular() -> None:
 
 
 def test_namespaces_are_explained() -> None:
-    assert tree_text(dump()).startswith("default (requests without key and salt)")
+    assert tree_text(dump()).startswith("default (requests without a key or a salt)")
     assert tree_text(dump(owner="0123456789", salt="abcdefghij")).startswith("key 01234567, salt abcdefgh  [")
 
 

@@ -47,7 +47,7 @@ def counted(count: int, noun: str) -> str:
 def namespace_title(namespace: dict[str, Any]) -> str:
     """The title of a namespace. Owner and salt are digests: their beginnings tell them apart."""
     parts = [f"{word} {namespace[name][:8]}" for name, word in (("owner", "key"), ("salt", "salt")) if namespace[name]]
-    return ", ".join(parts) or "default (requests without key and salt)"
+    return ", ".join(parts) or "default (requests without a key or a salt)"
 
 
 def branch_labels(nodes: Sequence[dict[str, Any]], width: int = _SHOWN) -> list[str]:
