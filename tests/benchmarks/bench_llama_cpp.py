@@ -39,9 +39,9 @@ from tiny_model import CONFIG, write
 from branchwise.frontend.bench.client import CompletionsClient, open_client
 from branchwise.frontend.bench.workloads import GenerateTokens, RandomTokens
 
-BUILD = """llama-server is not on the path; give --llama-server, or build it from its PyPI sources in minutes:
+BUILD = """llama-server is not on the path: give --llama-server, or build it from its PyPI sources (11 CPU minutes):
     pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
-    cd llama_cpp_python-*/vendor/llama.cpp && cmake -B build -DGGML_NATIVE=ON -DLLAMA_CURL=OFF
+    cd llama_cpp_python-*/vendor/llama.cpp && cmake -B build -DGGML_NATIVE=ON -DLLAMA_BUILD_UI=OFF
     cmake --build build -j --target llama-server llama-quantize    # in build/bin"""
 QWEN3_06B: dict[str, Any] = CONFIG | {
     "architectures": ["Qwen3ForCausalLM"],
