@@ -32,7 +32,8 @@ def up(
     """Start a cluster, or change a running one to what FILE says.
 
     Joins the Ray cluster that RAY_ADDRESS or a local `ray start` names; without one, starts Ray on this machine until
-    Ctrl-C. Replicas that are stopped or replaced finish their requests first.
+    Ctrl-C. Running replicas keep their caches if only the number of replicas or routers has changed. Replicas that are
+    stopped or replaced finish their requests first.
     """
     with expected_failures():
         from ..cluster.config import read_cluster_config
@@ -42,11 +43,12 @@ def up(
         from ray import serve
 
         from ..cluster.serve_app import make_app
+        from ..cluster.version import cluster_secret
 
         serve.start(http_options={"host": config.host, "port": config.port})
         out.print(f"branchwise: starting {config.replicas} replicas", markup=False)
         try:
-            serve.run(make_app(config), name=config.name, route_prefix="/")
+            serve.run(make_app(config, cluster_secret(config.name)), name=config.name, route_prefix="/")
         except RuntimeError as error:
             err.print(f"the cluster did not start: {error}", markup=False)
             raise typer.Exit(EXIT_FAILED) from error

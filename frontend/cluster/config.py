@@ -31,6 +31,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         warm_prefixes: Most used prefixes of another replica that a new one computes before it takes requests.
         drain_seconds: Longest time that a replica which is stopped may take to finish its requests.
         start_seconds: Longest time that a replica may take to load its model.
+        generation: Any number. A different one replaces all replicas, for changes that this file does not show.
     """
 
     name: str = "branchwise"
@@ -47,6 +48,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     warm_prefixes: int = 32
     drain_seconds: float = 600.0
     start_seconds: float = 1800.0
+    generation: int = 0
 
     def replica(self, secret: str) -> ServerConfig:
         """The config of every replica but its name. ``secret``: see `ServerConfig.namespace_secret`.

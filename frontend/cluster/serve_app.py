@@ -7,7 +7,6 @@ import contextlib
 import contextvars
 import logging
 import os
-import secrets
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -29,6 +28,7 @@ from .forward import ForwardedRequest, Head, NoReplica, ReplicaGone
 from .gateway import Gateway
 from .replica import ReplicaProcess
 from .request_router import BranchwiseRouter
+from .version import application_version
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +41,17 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 class EngineReplica:
     """One server. Its actor ends when the server does, so that Serve starts another at once."""
 
-    async def __init__(self, config: bytes, settings: bytes) -> None:  # type: ignore[misc]
-        cluster = msgspec.json.decode(settings, type=ClusterConfig)
+    async def __init__(  # type: ignore[misc]
+        self, config: bytes, *, loopback: bool, start_seconds: float, warm_prefixes: int
+    ) -> None:
         server = msgspec.json.decode(config, type=ServerConfig)
         context = serve.get_replica_context()
-        host = "127.0.0.1" if cluster.host in _LOOPBACK else get_node_ip_address()
+        host = "127.0.0.1" if loopback else get_node_ip_address()
         events = f"tcp://{host}:*"
         server = msgspec.structs.replace(server, host=host, kv_events=events, kv_events_replay=events)
         self._process = ReplicaProcess(server, context.replica_id.unique_id)
-        await self._process.start(cluster.start_seconds)
-        await self._warm(cluster.warm_prefixes, context.app_name, context.deployment)
+        await self._process.start(start_seconds)
+        await self._warm(warm_prefixes, context.app_name, context.deployment)
         self._stopping = False
         self._watch = asyncio.create_task(self._end_with_server())
 
@@ -151,10 +152,20 @@ class ClusterGateway:
             parts.cancel()
 
 
-def make_app(cluster: ClusterConfig, secret: str | None = None) -> serve.Application:
-    """The application of a cluster. ``secret``: of the names of keys' and salts' parts of the cache; random if None."""
-    server = cluster.replica(secret or secrets.token_hex(32))
-    config, settings = msgspec.json.encode(server), msgspec.json.encode(cluster)
+def make_app(cluster: ClusterConfig, secret: str) -> serve.Application:
+    """The application of a cluster. ``secret``: see `ServerConfig.namespace_secret`.
+
+    Configs that differ only in how many replicas and routers there are give deployments of one version: Serve then
+    adds and stops replicas and leaves the others as they are.
+    """
+    server = cluster.replica(secret)
+    config = msgspec.json.encode(server)
+    settings: dict[str, Any] = {
+        "loopback": cluster.host in _LOOPBACK,
+        "start_seconds": cluster.start_seconds,
+        "warm_prefixes": cluster.warm_prefixes,
+    }
+    version = application_version(server, settings, cluster.generation)
     key = server.admin_api_key or server.api_key
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
@@ -193,4 +204,17 @@ def make_app(cluster: ClusterConfig, secret: str | None = None) -> serve.Applica
         graceful_shutdown_timeout_s=drain,
         ray_actor_options={"num_cpus": 0.1},
     )
-    return gateway.bind(config, engine.bind(config, settings))
+    return _versioned(gateway, version).bind(config, _versioned(engine, version).bind(config, **settings))
+
+
+def _versioned(deployment: serve.Deployment, version: str) -> serve.Deployment:
+    """Sets the version, which Serve otherwise draws at random for each `serve.run`, replacing every replica.
+
+    A config file of Serve gets a version from its contents, but Serve logs its arguments, here with API keys, and
+    deletes applications that are not in it. So this uses the option that Serve sets for such a file.
+    """
+    try:
+        return deployment.options(version=version, _internal=True)
+    except (TypeError, ValueError):  # not a public option
+        logger.warning("this version of Ray Serve replaces all replicas at every `up`")
+        return deployment

@@ -196,7 +196,7 @@ def folder_secret(path: Path) -> bytes:
                 made.write(secrets.token_bytes(32))
         found = file.read_bytes()
     except OSError as error:
-        raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
+        raise LoadError(f"{path} cannot be used: {error}") from error
     if len(found) != 32:
         raise LoadError(f"{file} is damaged: delete it, and with it what keys and salts had in the cache")
     return found

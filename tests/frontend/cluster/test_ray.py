@@ -26,13 +26,16 @@ replicas: {replicas}
 routers: 2
 num_cpus: 0.5
 drain_seconds: 60
-engine: {{kv_cache_tokens: 32768, max_model_len: 4096}}
+engine: {{kv_cache_tokens: 32768, max_model_len: {length}}}
 server: {{null_executor: true, null_step_seconds: 0.01, stats_log_seconds: 0}}
 """
 UP = [sys.executable, "-m", "branchwise", "cluster", "up"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 GATEWAY = b"ray::ServeReplica:branchwise:gateway"
 PROXY = b"ray::ProxyActor"
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "XDG_STATE_HOME": str(folder)}
 
 
 def ids(n: int, start: int = 3) -> list[int]:
@@ -45,10 +48,26 @@ class Cluster(NamedTuple):
     folder: Path
     port: int
 
-    def config(self, replicas: int) -> Path:
-        file = self.folder / f"{replicas}.yaml"
-        file.write_text(CONFIG.format(port=self.port, replicas=replicas))
-        return file
+    def change(self, pool: ThreadPoolExecutor, replicas: int, length: int = 4096) -> int:
+        """``up`` again. Requests during it are all answered; returns how many there were."""
+        file = self.folder / f"{replicas}-{length}.yaml"
+        file.write_text(CONFIG.format(port=self.port, replicas=replicas, length=length))
+        command, env = [*UP, str(file), "--detach"], environment(self.folder)
+        changing = pool.submit(subprocess.run, command, env=env, check=True, timeout=120)
+        asked = 0
+        while not changing.done():
+            assert self.ask(ids(50, asked)).status_code == 200
+            asked += 1
+            time.sleep(0.1)
+        changing.result()
+        eventually(lambda: len(self.replicas()) == replicas)
+        return asked
+
+    def cached(self, prompt: list[int], **headers: str) -> int:
+        """Tokens of a prompt that were cached where it was sent."""
+        answer = self.ask(prompt, **headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     def ask(self, tokens: list[int], max_tokens: int = 1, **headers: str) -> httpx.Response:
         return self.http.post("/v1/completions", json={"prompt": tokens, "max_tokens": max_tokens}, headers=headers)
@@ -84,8 +103,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("cluster")
     file = folder / "cluster.yaml"
-    file.write_text(CONFIG.format(port=port, replicas=2))
-    process = subprocess.Popen([*UP, str(file)], stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    file.write_text(CONFIG.format(port=port, replicas=2, length=4096))
+    process = subprocess.Popen([*UP, str(file)], stdout=subprocess.PIPE, text=True, env=environment(folder))
     assert process.stdout is not None
     for line in process.stdout:
         if "ready" in line:
@@ -225,23 +244,67 @@ def test_a_killed_gateway_ends_its_own_streams_and_leaves_nothing(
         assert check.json() == {"check": "clean"}
 
 
-def test_replicas_that_are_replaced_finish_their_requests(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
-    """``up`` with fewer replicas while streams run: none is lost, and new requests are answered all the while."""
+def test_more_or_fewer_replicas_leave_the_others_as_they_are(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
+    """2, 3 and 2 replicas: those that stay are the same processes with the same cache; the new one is warmed, the one
+    that goes finishes its requests."""
+
+    def tokens(name: str) -> int:
+        tree = cluster.http.get("/cache/tree", headers={"x-branchwise-replica": name})
+        return tree.json()["totals"]["cached"]
+
+    def streams(names: set[str]) -> list[Future[str]]:
+        found = [threads.submit(cluster.stream, ids(64, 37 * number), 1500) for number in range(6)]
+        eventually(lambda: cluster.in_flight(names) == 6)
+        return found
+
+    first, gateways = cluster.replicas(), set(processes(GATEWAY))
+    servers = {name: server_of(name) for name in first}
+    prompts = [ids(400, 41 * number) for number in range(8)]
+    for prompt in prompts:
+        cluster.ask(prompt)
+        time.sleep(0.2)
+    assert [cluster.cached(prompt) for prompt in prompts] == [399] * 8
+    held = {name: tokens(name) for name in first}
+    running = streams(first)
+    assert cluster.change(threads, 3)
+    assert [stream.result(60) for stream in running] == ["done"] * 6
+    second = cluster.replicas()
+    [new] = second - first
+    warmed = [cluster.cached([*prompt, 7], **{"x-branchwise-replica": new}) for prompt in prompts]
+    assert sum(count >= 384 for count in warmed) >= 2, "the prompts of one of the others"
+    assert {name: server_of(name) for name in first} == servers and set(processes(GATEWAY)) == gateways
+    assert all(tokens(name) >= count for name, count in held.items())
+    assert [cluster.cached(prompt) for prompt in prompts] == [399] * 8
+    servers, held = {name: server_of(name) for name in second}, {name: tokens(name) for name in second}
+    running = streams(second)
+    assert cluster.change(threads, 2)
+    assert [stream.result(60) for stream in running] == ["done"] * 6
+    third = cluster.replicas()
+    assert third < second and {name: server_of(name) for name in third} == {name: servers[name] for name in third}
+    assert all(tokens(name) >= held[name] for name in third) and set(processes(GATEWAY)) == gateways
+
+
+def test_a_changed_flag_replaces_all_replicas_which_finish_their_requests(
+    cluster: Cluster, threads: ThreadPoolExecutor
+) -> None:
     before = cluster.replicas()
     streams = [threads.submit(cluster.stream, ids(64, 37 * number), 1500) for number in range(6)]
     eventually(lambda: cluster.in_flight(before) == 6)
-    changing: Future[Any] = threads.submit(
-        subprocess.run, [*UP, str(cluster.config(1)), "--detach"], env=ENVIRONMENT, check=True, timeout=120
-    )
-    asked = 0
-    while not changing.done():
-        assert cluster.ask(ids(50, asked)).status_code == 200
-        asked += 1
-        time.sleep(0.1)
-    changing.result()
-    assert asked and [stream.result(60) for stream in streams] == ["done"] * 6
-    eventually(lambda: len(cluster.replicas()) == 1)
-    assert not cluster.replicas() & before
+    assert cluster.change(threads, 2, length=4000)
+    assert [stream.result(60) for stream in streams] == ["done"] * 6
+    eventually(lambda: not cluster.replicas() & before)
+    assert len(cluster.replicas()) == 2
+    too_long = cluster.ask(ids(4050))
+    assert too_long.status_code == 400 and "4000" in too_long.text
+
+
+def test_the_secret_is_nowhere_but_in_its_file(cluster: Cluster) -> None:
+    file = cluster.folder / "branchwise" / "cluster-branchwise" / "secret"
+    assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700
+    secret = file.read_bytes().hex().encode()
+    assert not processes(secret)
+    logs = [path for path in Path("/tmp/ray/session_latest/logs").rglob("*") if path.is_file()]
+    assert logs and not [path for path in logs if secret in path.read_bytes()]
 
 
 def test_a_cluster_that_is_stopped_finishes_its_requests(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
