@@ -84,7 +84,7 @@ async def test_lost_events_are_asked_for_again_or_replaced_by_a_snapshot(start_c
         for name, number in gateway.view._numbers.items():
             seen = await cluster.replicas[name].snapshot()
             there = {each for event in json.loads(seen)["batch"][1] for each in event["block_hashes"]}
-            assert gateway.view.router.index._blocks[number] == there
+            assert gateway.view.router.index._blocks[0][number] == there
         await gateway.http.post("/flush_cache")
         await asyncio.sleep(0.3)
 
