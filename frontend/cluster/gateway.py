@@ -26,6 +26,7 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 TRIES = 3  # of a request of which no replica has answered anything yet
+ABSENT_SECONDS = 0.5  # between tries. Serve takes a replica whose options change from routers for about 0.1 s
 SESSION_HEADER = b"x-session-id"  # requests with the same one go to the same replica
 GONE = "the replica that made this id, or that x-branchwise-replica names, is gone, and what it kept with it"
 
@@ -142,11 +143,13 @@ class Gateway:
                 await send({"type": "http.response.body", "body": body, "more_body": False})
                 return
             except NoReplica as error:
-                if hint.instance is not None:
-                    await _answer(send, 410, GONE)
-                else:
+                if hint.instance is None:
                     await _answer(send, 503, f"no replica can take the request: {error}")
-                return
+                    return
+                if attempt == TRIES:
+                    await _answer(send, 410, GONE)
+                    return
+                await asyncio.sleep(ABSENT_SECONDS)
             except ReplicaGone as error:
                 logger.warning("%s %s, try %d: %s", request.method, path, attempt, error)
                 if streamed:

@@ -86,6 +86,20 @@ async def test_branches_and_pins_stay_with_the_replica_that_made_them(start_clus
     assert answer.status_code == 410, "another replica would not know it"
 
 
+async def test_a_replica_that_is_absent_for_a_moment_is_not_gone(start_cluster: Any) -> None:
+    """Serve takes a replica from its routers while it changes the replica's options: its branches still exist."""
+    cluster = await start_cluster(2)
+    gateway = await cluster.gateway()
+    made = await gateway.http.post("/branches", json={"input_ids": ids(100)})
+    replica = cluster.replicas.pop(replica_of(made))
+    await gateway.refresh()
+    asked = asyncio.create_task(gateway.http.get(f"/branches/{made.json()['id']}"))
+    await asyncio.sleep(0.2)
+    assert not asked.done()
+    cluster.replicas[replica.name] = replica
+    assert replica_of(await asked) == replica.name
+
+
 async def test_a_batch_of_branches_is_split_between_replicas(start_cluster: Any) -> None:
     cluster = await start_cluster(3)
     gateway, other = await cluster.gateway(), await cluster.gateway()
