@@ -103,4 +103,4 @@ def test_a_log_that_nobody_reads_does_not_stop_the_server() -> None:
     finally:
         process.kill()
     assert process.returncode == 0
-    assert re.search(r"branchwise: \d+ lines of the log were dropped", log), log[-2000:]
+    assert re.search(r"WARNING \S+ \S+: \d+ lines of the log were dropped", log), log[-2000:]

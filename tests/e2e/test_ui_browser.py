@@ -184,13 +184,17 @@ async def test_the_tree_follows_traffic(page: Page, start_server: Callable[..., 
     prompt = "something that is long enough for several pages of tokens " * 3 + "and then another end of it"
     await asyncio.to_thread(complete, server, prompt)
     await page.until("[...document.querySelectorAll('.cell')].some((each) => each.innerText.includes('omething'))")
+    # The click before may have chosen this node: another one would close it.
     await page.js(
-        "[...document.querySelectorAll('.cell')].find((each) => each.innerText.includes('something')).click()"
+        "[...document.querySelectorAll('.cell:not(.chosen)')]"
+        ".find((each) => each.innerText.includes('something'))?.click()"
     )
     full = await page.until("document.querySelector('.full') && document.querySelector('.full').innerText")
     assert "several pages" in full
     for cell in range(await page.js("document.querySelectorAll('button.cell').length")):
-        await page.js(f"document.querySelectorAll('button.cell')[{cell}].click()")
+        await page.js(
+            f"(each => each.matches('.chosen') || each.click())(document.querySelectorAll('button.cell')[{cell}])"
+        )
         await asyncio.sleep(0.3)
         if "another" in await page.js("[...document.querySelectorAll('.stops')].map((each) => each.innerText).join()"):
             break

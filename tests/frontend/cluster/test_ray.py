@@ -75,7 +75,18 @@ class Cluster(NamedTuple):
 
     def replicas(self) -> set[str]:
         """Names of the replicas that requests are routed to."""
-        return {name for name in servers() if self.info(name).status_code == 200}
+        return {name for name in self.servers() if self.info(name).status_code == 200}
+
+    def servers(self) -> dict[str, int]:
+        """Process ids of the replicas' servers, by the replicas' names. Other tests run such servers too: these have
+        this cluster's environment."""
+        found, own = {}, f"XDG_STATE_HOME={self.folder}".encode()
+        for pid in processes(b"branchwise.frontend.cluster.child"):
+            with contextlib.suppress(OSError):
+                process = Path("/proc") / str(pid)
+                if own in (process / "environ").read_bytes().split(b"\0"):
+                    found[(process / "cmdline").read_bytes().split(b"\0")[-2].decode()] = pid
+        return found
 
     def info(self, name: str) -> httpx.Response:
         return self.http.get("/server_info", headers={"x-branchwise-replica": name})
@@ -145,15 +156,6 @@ def processes(title: bytes) -> list[int]:
     return found
 
 
-def servers() -> dict[str, int]:
-    """Process ids of the replicas' servers, by the replicas' names."""
-    found = {}
-    for pid in processes(b"branchwise.frontend.cluster.child"):
-        with contextlib.suppress(OSError):
-            found[(Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[-2].decode()] = pid
-    return found
-
-
 def eventually(true: Any, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -215,7 +217,7 @@ def test_a_killed_server_is_replaced_and_its_clients_get_one_error(cluster: Clus
         lines = answer.iter_lines()
         assert next(lines).startswith("data: {")
         name = answer.headers["x-branchwise-replica"]
-        os.kill(servers()[name], signal.SIGKILL)
+        os.kill(cluster.servers()[name], signal.SIGKILL)
         errors = [line for line in lines if '"error"' in line]
     assert len(errors) == 1 and "replica" in errors[0]
     assert cluster.ask(ids(64)).status_code == 200, "the others serve"
@@ -264,7 +266,7 @@ def test_more_or_fewer_replicas_leave_the_others_as_they_are(cluster: Cluster, t
         return found
 
     first, gateways = cluster.replicas(), set(processes(GATEWAY))
-    before = servers()
+    before = cluster.servers()
     assert before.keys() == first
     prompts = [ids(400, 41 * number) for number in range(8)]
     for prompt in prompts:
@@ -279,16 +281,16 @@ def test_more_or_fewer_replicas_leave_the_others_as_they_are(cluster: Cluster, t
     [new] = second - first
     warmed = [cluster.cached([*prompt, 7], **{"x-branchwise-replica": new}) for prompt in prompts]
     assert sum(count >= 384 for count in warmed) >= 2, "the prompts of one of the others"
-    assert before.items() < servers().items() and set(processes(GATEWAY)) == gateways
+    assert before.items() < cluster.servers().items() and set(processes(GATEWAY)) == gateways
     assert all(tokens(name) >= count for name, count in held.items())
     assert [cluster.cached(prompt) for prompt in prompts] == [399] * 8
-    before, held = servers(), {name: tokens(name) for name in second}
+    before, held = cluster.servers(), {name: tokens(name) for name in second}
     running = streams(second)
     assert cluster.change(threads, 2)
     assert [stream.result(60) for stream in running] == ["done"] * 6
     third = cluster.replicas()
     assert third < second
-    eventually(lambda: servers() == {name: before[name] for name in third})
+    eventually(lambda: cluster.servers() == {name: before[name] for name in third})
     assert all(tokens(name) >= held[name] for name in third) and set(processes(GATEWAY)) == gateways
 
 
@@ -300,7 +302,7 @@ def test_a_changed_flag_replaces_all_replicas_which_finish_their_requests(
     eventually(lambda: cluster.in_flight(before) == 6)
     assert cluster.change(threads, 2, length=4000)
     assert [stream.result(60) for stream in streams] == ["done"] * 6
-    eventually(lambda: len(cluster.replicas() - before) == len(servers()) == 2)
+    eventually(lambda: len(cluster.replicas() - before) == len(cluster.servers()) == 2)
     too_long = cluster.ask(ids(4050))
     assert too_long.status_code == 400 and "4000" in too_long.text
 
@@ -321,4 +323,4 @@ def test_a_cluster_that_is_stopped_finishes_its_requests(cluster: Cluster, threa
     cluster.process.send_signal(signal.SIGTERM)
     assert [stream.result(60) for stream in streams] == ["done"] * 4
     assert cluster.process.wait(90) == 0
-    assert not processes(b"branchwise.frontend.cluster.child")
+    assert not cluster.servers()
