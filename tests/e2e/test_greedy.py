@@ -16,7 +16,7 @@ from branchwise import Engine, SamplingParams
 
 LENGTHS = (1, 15, 16, 17, 50)
 NEW = 64
-NEW_ALONE = 20  # past the end of a page, for every length
+NEW_ALONE = 20  # tokens of a request that runs alone: from every prompt length they cross the end of a page
 
 
 @pytest.fixture(scope="module")
