@@ -15,7 +15,7 @@ FAST := tests/test_layout.py tests/radix tests/runtime/scheduler tests/runtime/e
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo check test lint test-gpu bench bench-gpu soak install clean
+.PHONY: help demo check test lint test-gpu bench bench-gpu soak fuzz install clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -44,6 +44,11 @@ bench-gpu: $(VENV)/.installed-gpu ## BranchBench on a GPU beside vLLM's and SGLa
 
 soak: $(VENV)/.installed-test ## hostile and leaving clients, killed and stopped processes: MINUTES=60
 	nice -n 10 $(BIN)/python tests/soak/soak.py --minutes $(or $(MINUTES),60)
+
+fuzz: $(VENV)/.installed-test ## the property tests and state machines with new draws, ROUNDS=5 times
+	for round in $$(seq $(or $(ROUNDS),5)); do \
+	  HYPOTHESIS_PROFILE=new $(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadfile \
+	    $$(grep -rl '^from hypothesis' tests --include='test_*.py') || exit 1; done
 
 install: $(VENV)/.installed ## .venv with the package, nothing else
 

@@ -8,12 +8,20 @@ import importlib.util
 import json
 import os
 import sys
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# `make test` draws the same examples in every run; `make fuzz` draws new ones. How long a draw takes is never an error:
+# tests share the machine's cores.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("new", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels run in its interpreter. Read when Triton is first imported, by torch if not by us.
@@ -39,6 +47,14 @@ def turns_during() -> Callable[[Awaitable[object]], Awaitable[int]]:
         return turns
 
     return count
+
+
+@pytest.fixture
+def threads_started() -> Callable[[], set[threading.Thread]]:
+    """``threads_started()``: the threads that run now and did not when the test began. A count would be wrong where
+    a thread of an earlier test ends meanwhile."""
+    before = set(threading.enumerate())
+    return lambda: set(threading.enumerate()) - before
 
 
 @functools.cache

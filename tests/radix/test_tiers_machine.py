@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -330,7 +330,9 @@ def test_random_programs_over_three_tiers(policy: str, mirror: type[Any]) -> Non
     chosen = settings(
         max_examples=30, stateful_step_count=50, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )
-    for _ in range(5):  # a run in ten hardly writes to the disk, since Hypothesis leaves out rules at random
+    for turn in range(5):  # a run in ten hardly writes to the disk, since Hypothesis leaves out rules at random
+        if chosen.derandomize:
+            seed(f"{policy} {turn}")(machine)  # each its own examples, the same in every run
         run_state_machine_as_test(machine, settings=chosen)
         if min(seen.values()) >= 100 and machine.restored >= 10:  # type: ignore[attr-defined]
             break
