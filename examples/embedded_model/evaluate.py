@@ -289,10 +289,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     for flag in ("--dtype", "--quantization", "--kv-cache-dtype"):
         parser.add_argument(flag, default="auto", help="as of `branchwise serve`")
+    parser.add_argument("--kv-cache-tokens", type=int, help="default: by memory; give it where runs share a device")
     args = parser.parse_args()
     begun = time.time()
     formats = {"dtype": args.dtype, "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
-    with Engine(args.model, device=args.device, **formats) as engine:
+    with Engine(args.model, device=args.device, kv_cache_tokens=args.kv_cache_tokens, **formats) as engine:
         rows = evaluate(Subject(engine), args.n)
     head = (
         f"Held-out draws, greedy unless said; n = {args.n}, half as many long ones and puzzles. "
