@@ -11,8 +11,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from .ledger import Ledger
+from .policy import Key, in_order
 from .request import Request
 from .rows import PREFILL
+from .waiting import Columns
 
 _PROMPT_PART = 4  # while several owners have requests, prompts get one part in so many of a step's budget,
 _PROMPT_LEAST = 256  # and at least so many tokens: shorter steps compute less in the same time
@@ -31,19 +33,20 @@ class Fairness:
         """Whether requests of several owners are unfinished."""
         return len(self._ledger.owners) > 1
 
-    def interleave(self, requests: Sequence[Request]) -> list[Request]:
-        """The same requests in an order that gives the next row to the owner with the fewest. Each owner's keep their
-        order."""
+    def in_order(self, waiting: Columns, keys: Sequence[Key]) -> Iterable[int]:
+        """Positions of ``waiting`` in an order that gives the next row to the owner with the fewest. Each owner's keep
+        the order of ``keys`` (see `policy.in_order`)."""
         if not self.contended:
-            return list(requests)
-        rows = dict(self._ledger.running)
-        ranks = []
-        for request in requests:
-            owner = request.namespace[0]
-            rank = rows.get(owner, 0)
-            rows[owner] = rank + 1
-            ranks.append(rank)
-        return [requests[i] for i in np.argsort(ranks, kind="stable").tolist()]
+            return in_order(keys)
+        order = np.lexsort(keys[::-1])
+        owner = waiting.owner[order]
+        sizes = np.bincount(owner, minlength=len(waiting.owners))
+        running = np.array([self._ledger.running[name] for name in waiting.owners])
+        by_owner = np.argsort(owner, kind="stable")
+        rows = np.empty(len(order), np.int64)  # of its owner, once all that precede the request have one
+        rows[by_owner] = np.arange(len(order)) + np.repeat(running - np.cumsum(sizes) + sizes, sizes)
+        found: list[int] = order[np.argsort(rows, kind="stable")].tolist()
+        return found
 
     def someone_may_take(self) -> bool:
         """Whether an owner has waiting requests and so few rows that others may have to yield."""
@@ -101,9 +104,8 @@ class Fairness:
             owner = rows.request(row).namespace[0]
             work[owner] = work.get(owner, 0) + int(rows.length[row] - rows.computed[row])
         if rows.has_free or self.someone_may_take():
-            for request in self._ledger.waiting.values():
-                owner = request.namespace[0]
-                work[owner] = work.get(owner, 0) + request.num_tokens - request.hit_estimate
+            for owner, tokens in self._ledger.waiting.work().items():
+                work[owner] = work.get(owner, 0) + tokens
         shares: dict[str, int] = {}
         for i, (owner, tokens) in enumerate(sorted(work.items(), key=lambda item: (item[1], item[0]))):
             shares[owner] = min(tokens, budget // (len(work) - i))

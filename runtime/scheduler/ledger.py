@@ -13,6 +13,7 @@ from ...radix.tree import RadixTree
 from ..step import Int32
 from .request import Request, Status
 from .rows import DECODE, Rows
+from .waiting import WaitingQueue
 
 
 class HoldOwner(Protocol):
@@ -40,7 +41,7 @@ class Ledger:
         self.tree = tree
         self.page_size = tree.page_size
         self.rows = Rows(max_rows)
-        self.waiting: dict[int, Request] = {}  # by id, in order of arrival
+        self.waiting = WaitingQueue()
         self.owners: Counter[str] = Counter()  # unfinished requests by owner (API key); see `Scheduler`
         self.running: Counter[str] = Counter()  # of them, those with a row
         self.clock = 0  # tokens scheduled so far: measures how long requests have waited
@@ -90,6 +91,15 @@ class Ledger:
         replaced = self.tree.publish(self.lease(request), request.tokens[:length])
         return None if replaced is None else (request.row, replaced[0], replaced[1])
 
+    def append(self, request: Request, token: int) -> None:
+        """A step has sampled a request's next token. The request may have been retracted since the step was planned."""
+        request.append(token)
+        row = request.row
+        if row < 0:
+            self.waiting.changed(request)
+        elif self.rows.length[row] == request.num_tokens:  # else a later step in flight has its value
+            self.rows.last_token[row] = token
+
     def swap(self, writes: list[tuple[int, int, Int32]]) -> None:
         self._writes.extend(writes)
 
@@ -121,9 +131,7 @@ class Ledger:
         request.retractions += 1
         request.hit_estimate = max(0, request.num_tokens - 1)
         self.retractions += 1
-        self.waiting[request.id] = request
-        # Restore the order of arrival, in which ids ascend. Retractions are rare, so sorting is cheap enough.
-        self.waiting = dict(sorted(self.waiting.items()))
+        self.waiting.restore(request)
 
     def victim(self, request: Request, *, by_priority: bool) -> Request | None:
         """The request to retract when ``request`` needs pages: the youngest running one that is younger, or of lower
@@ -173,4 +181,5 @@ class Ledger:
         for request in self.waiting.values():
             if request.status is not Status.WAITING or request.lease is not None:
                 raise RuntimeError(f"waiting request {request.id} has status {request.status.name} or a lease")
+        self.waiting.check()
         self.tree.check()

@@ -5,6 +5,8 @@ No torch, no I/O and no wall clock: a plan is a function of the ledger, so the s
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from ..config import SchedulePolicy
@@ -16,7 +18,7 @@ from .estimator import OutputEstimator
 from .fairness import Fairness
 from .forecast import NEVER, Reservations
 from .ledger import Ledger
-from .policy import admission_order
+from .policy import admission_keys
 from .prompt_scores import PromptScores
 from .request import Request
 from .rows import DECODE, PREFILL
@@ -239,18 +241,28 @@ class Planner:
         draft.yields += 1
         return True
 
-    def _candidates(self) -> list[Request]:
+    def _candidates(self) -> Iterator[Request]:
         """Waiting requests in the order in which to try them. Looks up a few cached prefixes again in each step."""
-        waiting = list(self._ledger.waiting.values())
-        for i in range(min(_REFRESH, len(waiting))):
-            request = waiting[(self._cursor + i) % len(waiting)]
-            request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
-        self._cursor = (self._cursor + _REFRESH) % len(waiting)
-        order = admission_order(self._policy, waiting, self._ledger.clock, self._patience)
-        order = self._fairness.interleave(order)
-        if self._first is not None and self._ledger.waiting.get(self._first.id) is not self._first:
-            self._first = None
-        return order if self._first is None else [self._first, *(each for each in order if each is not self._first)]
+        queue = self._ledger.waiting
+        for request in queue.some(self._cursor, _REFRESH):
+            self._look_up(request)
+        self._cursor = (self._cursor + _REFRESH) % len(queue)
+        waiting = queue.columns()
+        keys = admission_keys(self._policy, waiting, self._ledger.clock, self._patience)
+        first = self._first
+        if first is not None and queue.get(first.id) is not first:
+            self._first = first = None
+        if first is not None:
+            yield first
+        for position in self._fairness.in_order(waiting, keys):
+            request = waiting.request(position)
+            if request is not first:
+                yield request
+
+    def _look_up(self, request: Request) -> None:
+        """Estimates again how much of a waiting request's prompt is cached."""
+        request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
+        self._ledger.waiting.changed(request)
 
     def _should_await_producer(self, request: Request, producers: list[Request]) -> bool:
         """Whether another request is computing a long part of this prompt that is not in the tree yet."""
@@ -278,6 +290,7 @@ class Planner:
             return False
         now, soon = self._tree.peek_in_flight(request.tokens, request.namespace, request.reuse_limit)
         request.hit_estimate = now
+        self._ledger.waiting.changed(request)
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
 
@@ -306,7 +319,7 @@ class Planner:
         if fits():
             return True
         if look:
-            request.hit_estimate = self._tree.peek(request.tokens, request.namespace, request.reuse_limit)
+            self._look_up(request)
         return look and fits()
 
     def _admit(self, draft: Draft, request: Request, *, look: bool) -> bool:

@@ -10,38 +10,65 @@ stream of requests that the policy prefers delays it by no more than that.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..config import SchedulePolicy
-from .request import Request
+from .waiting import Columns
+
+Key = npt.NDArray[Any]
+
+_FIRST = 64  # positions that are sorted at once; most steps try fewer
 
 
-def admission_order(
-    policy: SchedulePolicy, waiting: Collection[Request], clock: int, patience: int = 1 << 62
-) -> list[Request]:
-    """Sorts ``waiting``, given in order of arrival, for admission; ties keep that order. ``clock``: tokens scheduled.
+def admission_keys(policy: SchedulePolicy, waiting: Columns, clock: int, patience: int = 1 << 62) -> list[Key]:
+    """What orders ``waiting`` for admission, ascending, the most significant key first, each [n]; ties keep the order
+    of arrival. ``clock``: tokens scheduled.
 
     Overdue requests are first, by arrival. Then retracted requests precede others of the same priority: what they have
     computed is a hit until it is evicted.
     """
-    requests = list(waiting)
-    if len(requests) <= 1:
-        return requests
-    arrived = np.array([r.arrival_clock for r in requests])
-    overdue = clock - arrived > patience
-    never_retracted = np.array([r.retractions == 0 for r in requests])
-    keys: tuple[np.ndarray, ...]
+    waited = clock - waiting.arrived
+    keys: list[Key]
     if policy == "fcfs":
-        keys = (never_retracted,)
+        keys = [-waiting.retracted]
     elif policy == "priority":
-        keys = (never_retracted, np.array([-r.priority for r in requests]))
+        keys = [-waiting.priority, -waiting.retracted]
     elif policy == "lpm":
-        keys = (np.array([-r.hit_estimate for r in requests]), never_retracted)
+        keys = [-waiting.retracted, -waiting.hit]
     else:
-        work = np.array([r.num_tokens - r.hit_estimate for r in requests]).clip(min=1)
-        keys = (work, -(clock - arrived + work) / work, never_retracted)
-    if overdue.any():
-        keys = (*keys, np.where(overdue, arrived, 0), ~overdue)
-    return [requests[i] for i in np.lexsort(keys).tolist()]
+        work = (waiting.tokens - waiting.hit).clip(min=1)
+        keys = [-waiting.retracted, -(waited + work) / work, work]
+    overdue = waited > patience
+    return [~overdue, np.where(overdue, waiting.arrived, 0), *keys] if overdue.any() else keys
+
+
+def in_order(keys: Sequence[Key]) -> Iterator[int]:
+    """Positions 0 .. n - 1 ordered by ``keys``, the most significant first, and then by position.
+
+    Sorts only as far as it is read, by quickselect (incremental sorting: Paredes and Navarro, ALENEX 2006): O(n) in
+    NumPy for the first ones, O(n log n) for all.
+    """
+    return _in_order(keys, np.arange(len(keys[0])))
+
+
+def _in_order(keys: Sequence[Key], left: npt.NDArray[np.int64]) -> Iterator[int]:
+    count = _FIRST
+    while keys and len(left) > 2 * count:
+        key = keys[0][left]
+        bound = np.partition(key, count)[count]
+        yield from _sorted(keys, left[key < bound])
+        yield from _in_order(keys[1:], left[key == bound])
+        left = left[key > bound]
+        count *= 4
+    yield from _sorted(keys, left)
+
+
+def _sorted(keys: Sequence[Key], positions: npt.NDArray[np.int64]) -> list[int]:
+    if keys:
+        positions = positions[np.lexsort([key[positions] for key in reversed(keys)])]
+    found: list[int] = positions.tolist()
+    return found

@@ -290,7 +290,6 @@ class Scheduler:
             self._deliver_prompt_logprobs(scored, start, rows)
         ids: list[int] = []
         sampled_tokens: list[int] = []
-        r = self.ledger.rows
         ended: list[tuple[Request, FinishReason, int | None]] = []
         constrained: list[Request] = []
         for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
@@ -299,14 +298,11 @@ class Scheduler:
             if token == NON_FINITE or (i in result.logprobs and np.isnan(result.logprobs[i].chosen[0])):
                 self._fail_not_finite(request, f"output token {request.num_outputs + 1}")
                 continue
-            request.append(token)
+            self.ledger.append(request, token)
             ids.append(request.id)
             sampled_tokens.append(token)
             if i in result.logprobs:
                 self.output.logprobs[request.id] = pack_logprobs(result.logprobs[i])
-            row = request.row
-            if row >= 0 and r.length[row] == request.num_tokens:  # else a later step in flight has its value
-                r.last_token[row] = token
             if token in request.stop_ids:
                 ended.append((request, "stop", token))
                 continue

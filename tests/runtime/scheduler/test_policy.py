@@ -9,9 +9,10 @@ import pytest
 
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.scheduler.estimator import OutputEstimator
-from branchwise.runtime.scheduler.policy import admission_order
+from branchwise.runtime.scheduler.policy import admission_keys, in_order
 from branchwise.runtime.scheduler.request import Request
 from branchwise.runtime.scheduler.rows import Rows
+from branchwise.runtime.scheduler.waiting import WaitingQueue
 
 
 def waiting(id_, *, tokens=100, hit=0, arrived=0, priority=0, retractions=0):
@@ -21,7 +22,11 @@ def waiting(id_, *, tokens=100, hit=0, arrived=0, priority=0, retractions=0):
 
 
 def order(policy, requests, clock=0):
-    return [r.id for r in admission_order(policy, requests, clock)]
+    queue = WaitingQueue()
+    for request in requests:
+        queue[request.id] = request
+    columns = queue.columns()
+    return [columns.request(position).id for position in in_order(admission_keys(policy, columns, clock))]
 
 
 def test_fcfs_keeps_arrival_order_but_for_retracted_requests():
