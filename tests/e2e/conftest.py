@@ -83,7 +83,7 @@ class RunningServer:
     def run_dirs(self) -> list[Path]:
         return list(self.run_root.glob("branchwise-*"))
 
-    def stop(self, number: int = signal.SIGTERM, seconds: float = 30) -> int:
+    def stop(self, number: int = signal.SIGTERM, seconds: float = 90) -> int:
         """Signals the server and returns its exit code."""
         self.process.send_signal(number)
         return self.process.wait(seconds)

@@ -491,4 +491,4 @@ def test_keys_a_full_server_and_a_stream_that_fails_midway(start_server: Any) ->
     assert isinstance(failed.value.body, dict)
     assert failed.value.body["error"]["type"] == "api_error"
     assert failed.value.body["request_id"] == failed.value.request_id
-    assert server.process.wait(10) != 0
+    assert server.process.wait(60) != 0

@@ -129,7 +129,7 @@ def test_endless_headers_are_cut_off(server: Any) -> None:
 
 def talk(server: Any, data: bytes) -> bytes:
     """Sends bytes and reads until the server closes the connection."""
-    with socket.create_connection((server.info["host"], server.info["port"]), timeout=5) as raw:
+    with socket.create_connection((server.info["host"], server.info["port"]), timeout=60) as raw:
         with contextlib.suppress(ConnectionError):  # it may close before it has read everything
             raw.sendall(data)
         said = b""
@@ -185,7 +185,7 @@ def test_body_over_the_limit(start_server: Any) -> None:
         assert "10000 bytes" in answer.json()["error"]["message"]
     good(server)
     # A length that lies: the answer comes before the body does.
-    with socket.create_connection((server.info["host"], server.info["port"]), timeout=5) as raw:
+    with socket.create_connection((server.info["host"], server.info["port"]), timeout=60) as raw:
         raw.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999\r\n\r\n")
         assert raw.recv(100).startswith(b"HTTP/1.1 413")
     assert server.stop() == 0

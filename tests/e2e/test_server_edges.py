@@ -15,7 +15,7 @@ CHUNKED = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chu
 def flood(port: int, start: bytes, piece: bytes, megabytes: int) -> int:
     """Sends until the server closes the connection; returns the bytes it took."""
     sent = 0
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
         connection.sendall(start)
         try:
             while sent < megabytes << 20:
@@ -29,7 +29,7 @@ def flood(port: int, start: bytes, piece: bytes, megabytes: int) -> int:
 def answer(url: str, path: str, body: dict) -> tuple[int, dict]:
     request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
+        with urllib.request.urlopen(request, timeout=60) as reply:
             return reply.status, json.load(reply)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
@@ -43,11 +43,11 @@ def test_a_flood_without_a_body_is_cut(server, what):
         "a head": (b"GET /health HTTP/1.1\r\n", b"X-Header: " + b"a" * 1000 + b"\r\n"),
     }[what]
     assert flood(server.info["port"], start, piece * 16, 64) < 32 << 20
-    assert urllib.request.urlopen(server.url + "/health", timeout=5).status == 200
+    assert urllib.request.urlopen(server.url + "/health", timeout=60).status == 200
 
 
 def test_fifty_pipelined_requests_are_answered(server):
-    with socket.create_connection(("127.0.0.1", server.info["port"]), timeout=20) as connection:
+    with socket.create_connection(("127.0.0.1", server.info["port"]), timeout=60) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 50)
         got = b""
         while got.count(b"200 OK") < 50:
@@ -74,4 +74,4 @@ def test_absurd_or_misplaced_fields_are_named(server, path, body, field):
 
 def test_head_health(server):
     request = urllib.request.Request(server.url + "/health", method="HEAD")
-    assert urllib.request.urlopen(request, timeout=5).status == 200
+    assert urllib.request.urlopen(request, timeout=60).status == 200

@@ -322,16 +322,18 @@ def test_the_loops_lag_is_measured(server: Any) -> None:
         now = server.metrics()
         return now["event_loop_lag_seconds_count"] - now[f'event_loop_lag_seconds_bucket{{le="{more_than}"}}']
 
-    before, started = server.metrics()["event_loop_lag_seconds_count"], time.monotonic()
+    started, before = time.monotonic(), server.metrics()["event_loop_lag_seconds_count"]
     time.sleep(0.5)
     moments = server.metrics()["event_loop_lag_seconds_count"] - before
-    assert 15 <= moments <= 50 * (time.monotonic() - started) + 2
-    stalled = late("0.25")
+    assert moments <= 50 * (time.monotonic() - started) + 2
+    summed, stalled = server.metrics()["event_loop_lag_seconds_sum"], late("0.25")
     os.kill(server.process.pid, signal.SIGSTOP)
     time.sleep(0.6)
     os.kill(server.process.pid, signal.SIGCONT)
-    assert late("0.25") - stalled >= 15
-    assert server.metrics()["event_loop_lag_seconds_sum"] > 4
+    deadline = time.monotonic() + 60
+    while late("0.25") - stalled < 15:
+        assert time.monotonic() < deadline
+    assert server.metrics()["event_loop_lag_seconds_sum"] - summed > 4
 
 
 def test_abort_by_exact_label(clean: Any) -> None:
@@ -343,13 +345,13 @@ def test_abort_by_exact_label(clean: Any) -> None:
         while clean.http.get("/get_server_info").json()["requests_in_flight"] < 2:
             time.sleep(0.01)
         assert clean.http.post("/abort_request", json={"rid": "batch_1"}).json() == {"aborted": 1}
-        answer = one.result(10)
+        answer = one.result(60)
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         assert len(answer["output_ids"]) == answer["meta_info"]["completion_tokens"] < 20000
         assert not ten.done()
         assert clean.http.post("/abort_request", json={"rid": "batch_1"}).json() == {"aborted": 0}
         assert clean.http.post("/abort_request", json={"abort_all": True}).json() == {"aborted": 1}
-        assert ten.result(10)["meta_info"]["finish_reason"]["type"] == "abort"
+        assert ten.result(60)["meta_info"]["finish_reason"]["type"] == "abort"
 
 
 def test_a_full_queue_is_a_503(clean: Any) -> None:
@@ -364,7 +366,7 @@ def test_a_full_queue_is_a_503(clean: Any) -> None:
         assert refused.headers["retry-after"] == "1"
         assert refused.json()["error"]["code"] == "overloaded"
         clean.http.post("/abort_request", json={"rid": "many"})
-        assert len(many.result(20)) == 128
+        assert len(many.result(60)) == 128
     clean.idle()
     assert len(complete(clean, **more)["choices"]) == 200
 
@@ -390,7 +392,7 @@ def test_a_key_with_its_share_of_the_queue_is_a_429_and_others_are_served(start_
             assert "limit of 40 (--max-queued-per-key)" in error["message"]
             assert server.http.post(path, json=body, headers={"Authorization": "Bearer b"}).status_code == 200
         server.http.post("/abort_request", json={"rid": "many"})
-        assert many.result(20).status_code == 200
+        assert many.result(60).status_code == 200
     server.idle()
     assert all(server.http.post(path, json=body).status_code == 200 for path, body in bodies.items())
     assert server.stop() == 0
