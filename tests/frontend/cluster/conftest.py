@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -61,8 +62,12 @@ class LocalGateway:
         finally:
             self.view.ended(choice)
 
-    async def start(self) -> None:
-        self._tasks.append(asyncio.create_task(self._watch()))
+    async def start(self, watch: bool) -> None:
+        """``watch``: look at the replicas' reports a few times a second. Without, `refresh` does it when called: a
+        report that happens to be taken in mid-request changes where the next prompt goes."""
+        await self.refresh()
+        if watch:
+            self._tasks.append(asyncio.create_task(self._watch()))
         listening = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         self._server = uvicorn.Server(
@@ -89,7 +94,7 @@ class LocalGateway:
 
     async def settled(self) -> None:
         """Until the view knows everything of every replica."""
-        for _ in range(200):
+        for _ in range(1200):
             view = self.view
             if len(view._numbers) == len(self.cluster.replicas) and not any(
                 view.router.unsure[number] for number in view._numbers.values()
@@ -98,12 +103,22 @@ class LocalGateway:
             await asyncio.sleep(0.05)
         raise AssertionError("the gateway does not know its replicas")
 
+    async def caught_up(self) -> None:
+        """Until the view has applied every event that its replicas have published so far."""
+        for name, (_, follower) in list(self.view._followers.items()):
+            published = json.loads(await self.cluster.replicas[name].snapshot())["seq"]
+            async with asyncio.timeout(60):
+                while follower._last < published:
+                    await asyncio.sleep(0.01)
+        await self.settled()
+
     async def stop(self) -> None:
         self.view.close()
         await self.http.aclose()
         if self._server is not None:
             self._server.should_exit = self._server.force_exit = True
-        self._tasks[0].cancel()
+        for task in self._tasks[:-1]:
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
@@ -117,14 +132,14 @@ class LocalCluster:
     async def add(self) -> ReplicaProcess:
         self._made += 1
         replica = ReplicaProcess(self.config, f"replica-{self._made}")
-        await replica.start(60.0)
+        await replica.start(240.0)
         self.replicas[replica.name] = replica
         return replica
 
-    async def gateway(self) -> LocalGateway:
+    async def gateway(self, watch: bool = False) -> LocalGateway:
         gateway = LocalGateway(self)
         self.gateways.append(gateway)
-        await gateway.start()
+        await gateway.start(watch)
         return gateway
 
     async def close(self) -> None:

@@ -33,7 +33,8 @@ async def test_prompts_go_where_they_are_cached(start_cluster: Any) -> None:
         answer = await gateway.http.post("/v1/completions", json={"prompt": ids(400, 37 * number), "max_tokens": 2})
         homes.append(replica_of(answer))
     assert set(Counter(homes).values()) == {2}, "what is cached nowhere is spread"
-    await asyncio.sleep(0.2)
+    await gateway.caught_up()
+    await other.caught_up()
     for number, home in enumerate(homes):
         prompt = [*ids(400, 37 * number), 7]
         for http in (gateway.http, other.http):
@@ -42,7 +43,7 @@ async def test_prompts_go_where_they_are_cached(start_cluster: Any) -> None:
             assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 400
     chat = {"messages": [{"role": "user", "content": "Who are you? " * 40}], "max_tokens": 3}
     home = replica_of(await gateway.http.post("/v1/chat/completions", json=chat))
-    await asyncio.sleep(0.2)
+    await other.caught_up()
     answers = {
         "/v1/responses": {"input": chat["messages"][0]["content"], "max_output_tokens": 3},
         "/v1/messages": {"model": (await gateway.http.get("/v1/models")).json()["data"][0]["id"], **chat},
@@ -97,6 +98,7 @@ async def test_a_replica_that_is_absent_for_a_moment_is_not_gone(start_cluster: 
     await asyncio.sleep(0.2)
     assert not asked.done()
     cluster.replicas[replica.name] = replica
+    await gateway.refresh()
     assert replica_of(await asked) == replica.name
 
 
@@ -154,7 +156,7 @@ async def test_keys_and_salts_are_parts_of_the_cache(start_cluster: Any) -> None
             "/v1/completions", headers=headers, json={"prompt": prompt, "max_tokens": 1, **more}
         )
         home = replica_of(answer)
-        await asyncio.sleep(0.3)
+        await gateway.caught_up()
         return home, answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
     assert (await gateway.http.post("/v1/completions", json={"prompt": prompt})).status_code == 401
@@ -212,24 +214,26 @@ async def test_a_new_replica_is_warmed_and_a_stopped_one_finishes(start_cluster:
     for _ in range(3):
         answer = await gateway.http.post("/v1/completions", json={"prompt": [*ids(320), 7], "max_tokens": 1})
         home = replica_of(answer)
-        await asyncio.sleep(0.2)
+        await gateway.caught_up()
     prefixes = await cluster.replicas[home].hottest(8)
     assert [each["token_ids"] for each in prefixes] == [ids(320)]
     new = await cluster.add()
     await new.warm(prefixes)
     await gateway.refresh()
-    await gateway.settled()
+    await gateway.caught_up()
     found = gateway.view.router.cached(321, [])
     assert len(found) == 3
-    body = {"prompt": [*ids(320), 9], "max_tokens": 100}
+    body = {"prompt": [*ids(320), 9], "max_tokens": 200}
     running = asyncio.create_task(gateway.http.post("/v1/completions", json=body))
-    await asyncio.sleep(0.3)
-    [busy] = [each for each in cluster.replicas.values() if (await each.report()).running]
+    async with asyncio.timeout(60):
+        while not (found := [each for each in cluster.replicas.values() if (await each.report()).running]):
+            await asyncio.sleep(0.01)
+    [busy] = found
     del cluster.replicas[busy.name]
     await gateway.refresh()
     assert await busy.stop() == 0
     answer = await running
-    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 100, "nothing is lost"
+    assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 200, "nothing is lost"
     answer = await gateway.http.post("/v1/completions", json=body)
     assert replica_of(answer) == new.name if busy.name == home else True
     assert answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] >= 320

@@ -41,7 +41,8 @@ async def test_a_replica_killed_in_mid_stream_ends_its_own_streams_only(start_cl
     said = {"model": model, "max_tokens": 400, "messages": [{"role": "user", "content": "hi"}]}
     tasks.append(asyncio.create_task(stream(gateway.http, said, "/v1/messages")))
     while gateway.view.router._loads[1].sum() < len(tasks):  # until each has a first token
-        await asyncio.sleep(0.05)
+        assert not any(task.done() for task in tasks)
+        await asyncio.sleep(0.01)
     victim = next(iter(cluster.replicas.values()))
     os.kill(victim.pid, signal.SIGKILL)
     ends = Counter(await asyncio.gather(*tasks))
@@ -56,7 +57,7 @@ async def test_a_killed_gateway_leaves_the_others_as_they_were(start_cluster: An
     cluster = await start_cluster(3)
     first, second = await cluster.gateway(), await cluster.gateway()
     homes = [(await stream(first.http, {"prompt": ids(320, 37 * n), "max_tokens": 2}))[0] for n in range(6)]
-    await asyncio.sleep(0.3)
+    await second.caught_up()
     await first.stop()
     cluster.gateways.remove(first)
     again = [(await stream(second.http, {"prompt": ids(320, 37 * n), "max_tokens": 2}))[0] for n in range(6)]
@@ -76,8 +77,7 @@ async def test_lost_events_are_asked_for_again_or_replaced_by_a_snapshot(start_c
             if not replay:
                 follower._replay_address = None
         homes = [(await stream(gateway.http, {"prompt": ids(400, 7 * n), "max_tokens": 2}))[0] for n in range(6)]
-        await asyncio.sleep(0.5)
-        await gateway.settled()
+        await gateway.caught_up()
         assert sum(follower.gaps for _, follower in gateway.view._followers.values()) >= 3
         for number, home in enumerate(homes):
             assert (await stream(gateway.http, {"prompt": ids(400, 7 * number), "max_tokens": 2}))[0] == home
@@ -86,7 +86,7 @@ async def test_lost_events_are_asked_for_again_or_replaced_by_a_snapshot(start_c
             there = {each for event in json.loads(seen)["batch"][1] for each in event["block_hashes"]}
             assert gateway.view.router.index._blocks[0][number] == there
         await gateway.http.post("/flush_cache")
-        await asyncio.sleep(0.3)
+        await gateway.caught_up()
 
 
 async def test_a_replica_of_which_nothing_is_known_is_chosen_by_its_load(start_cluster: Any) -> None:
@@ -94,7 +94,7 @@ async def test_a_replica_of_which_nothing_is_known_is_chosen_by_its_load(start_c
     gateway = await cluster.gateway()
     body = {"prompt": ids(400), "max_tokens": 2}
     home, _ = await stream(gateway.http, body)
-    await asyncio.sleep(0.3)
+    await gateway.caught_up()
     gateway.view.router.unsure[:] = True
     assert {(await stream(gateway.http, body))[0] for _ in range(8)} > {home}
     gateway.view.router.unsure[:] = False
@@ -114,7 +114,7 @@ async def hits(gateway: Any, body: dict[str, Any]) -> set[str]:
 async def test_a_slow_replica_gets_less(start_cluster: Any) -> None:
     """Stopped for a while, as by another program: its requests wait, and new ones go elsewhere."""
     cluster = await start_cluster(3)
-    gateway = await cluster.gateway()
+    gateway = await cluster.gateway(watch=True)
     slow = next(iter(cluster.replicas.values()))
     scheduler = slow._info["pids"]["scheduler"]
     os.kill(scheduler, signal.SIGSTOP)
@@ -124,9 +124,9 @@ async def test_a_slow_replica_gets_less(start_cluster: Any) -> None:
             body = {"prompt": ids(256, 7 * number), "max_tokens": 2}
             tasks.append(asyncio.create_task(stream(gateway.http, body)))
             await asyncio.sleep(0.05)
-        await asyncio.sleep(1.0)
-        served = [task for task in tasks if task.done()]
-        assert len(served) >= 24, "few wait for it"
+        async with asyncio.timeout(120):
+            while sum(task.done() for task in tasks) < 24:  # few wait for it
+                await asyncio.sleep(0.05)
     finally:
         os.kill(scheduler, signal.SIGCONT)
     ends = await asyncio.gather(*tasks)
@@ -138,14 +138,21 @@ async def test_a_full_replica_gets_nothing(start_cluster: Any) -> None:
     gateway = await cluster.gateway()
     full = next(iter(cluster.replicas))
     headers = {"x-branchwise-replica": full}
-    body = {"prompt": ids(256), "max_tokens": 200}
+    body = {"prompt": ids(256), "max_tokens": 3000}
     busy = [asyncio.create_task(gateway.http.post("/v1/completions", json=body, headers=headers)) for _ in range(4)]
-    await asyncio.sleep(1.0)
+    async with asyncio.timeout(60):
+        while not (await cluster.replicas[full].report()).full:
+            await asyncio.sleep(0.05)
+    await gateway.refresh()
+    await gateway.caught_up()
     assert (await gateway.http.post("/v1/completions", json=body, headers=headers)).status_code == 503
     for _ in range(6):  # its cache has the prompt: not even for that
         assert (await stream(gateway.http, {**body, "max_tokens": 2}))[0] != full
+    await gateway.http.post("/abort_request", json={"abort_all": True}, headers=headers)
     assert {(await task).status_code for task in busy} == {200}
-    await asyncio.sleep(0.5)
+    async with asyncio.timeout(60):
+        while (await cluster.replicas[full].report()).running:
+            await asyncio.sleep(0.05)
     await gateway.refresh()
     assert full in {(await stream(gateway.http, {**body, "max_tokens": 2, "prompt": ids(99, n)}))[0] for n in range(9)}
 
@@ -154,7 +161,7 @@ async def test_every_request_ends_once_while_replicas_are_killed_and_restarted(s
     """Two kills, and a new replica after each: requests that had been answered in part say so, others go elsewhere."""
     requests = int(os.environ.get("BRANCHWISE_FAULT_REQUESTS", "1000"))
     cluster = await start_cluster(3, null_step_seconds=0.001)
-    gateways = [await cluster.gateway(), await cluster.gateway()]
+    gateways = [await cluster.gateway(watch=True), await cluster.gateway(watch=True)]
     left, ends = iter(range(requests)), Counter()
 
     async def client(number: int) -> None:
@@ -181,7 +188,7 @@ async def test_every_request_ends_once_while_replicas_are_killed_and_restarted(s
     assert ends["done"] > 0 and ends["error"] <= 2 * 24, ends
     assert len(cluster.replicas) == 3
     for name in cluster.replicas:
-        for _ in range(100):
+        for _ in range(600):
             check = await gateways[0].http.get("/server_info", headers={"x-branchwise-replica": name})
             if check.json()["requests_in_flight"] == 0:
                 break
