@@ -87,8 +87,11 @@ async def test_branches_and_pins_stay_with_the_replica_that_made_them(start_clus
     assert answer.status_code == 410, "another replica would not know it"
 
 
-async def test_a_replica_that_is_absent_for_a_moment_is_not_gone(start_cluster: Any) -> None:
+async def test_a_replica_that_is_absent_for_a_moment_is_not_gone(
+    start_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Serve takes a replica from its routers while it changes the replica's options: its branches still exist."""
+    monkeypatch.setattr("branchwise.frontend.cluster.gateway.ABSENT_SECONDS", 2.0)
     cluster = await start_cluster(2)
     gateway = await cluster.gateway()
     made = await gateway.http.post("/branches", json={"input_ids": ids(100)})

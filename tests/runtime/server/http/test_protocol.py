@@ -165,9 +165,7 @@ async def test_a_large_body_has_the_time_it_needs(connect: Connect, limits: Call
     assert (await reader.readuntil(b"1 bytes")).startswith(b"HTTP/1.1 200")
 
 
-async def test_a_body_after_its_answer_is_not_waited_for_either(
-    connect: Connect, limits: Callable[..., None]
-) -> None:
+async def test_a_body_after_its_answer_is_not_waited_for_either(connect: Connect, limits: Callable[..., None]) -> None:
     limits(body_seconds=0.3)
     reader, writer = await connect()
     writer.write(HEAD.replace(b"/ ", b"/early ") % 10_000 + b"begun")
@@ -190,9 +188,7 @@ async def test_a_request_behind_a_slow_one_is_not_to_blame(
     assert (await reader.readuntil(b"5 bytes")).startswith(b"HTTP/1.1 200")
 
 
-async def test_an_answer_that_nobody_reads_is_given_up(
-    connect: Connect, app: App, limits: Callable[..., None]
-) -> None:
+async def test_an_answer_that_nobody_reads_is_given_up(connect: Connect, app: App, limits: Callable[..., None]) -> None:
     limits(unread_seconds=0.3)
     raw = socket.socket()
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
