@@ -48,26 +48,36 @@ class Staging:
         self._host = torch.empty(size, dtype=self._dtype, pin_memory=self._device.type == "cuda")
         self._array = self._host.numpy()
         self._on_device = torch.empty_like(self._host, device=self._device) if self._host.is_pinned() else self._host
+        self._views: list[tuple[int, int, Tensor]] = []  # of the step before, which mostly has the same layout
+        self._puts = 0
 
     def begin(self, size: int = 0) -> None:
         """Starts over, with room for ``size`` elements. Waits for the previous copy, which normally ended long ago."""
         self._copied.wait()
-        self._used = 0
+        self._used = self._puts = 0
         if size > self._array.size:
             self._allocate(2 * size)
 
-    def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int | None = 0) -> Tensor:
-        """Returns the array's place on the device, filled up with ``pad`` to ``padded`` elements. None: the rest of
-        them keep the values of the step before, or are undefined in the first."""
-        start, size = self._used, max(padded, len(array))
-        end = start + size
+    def put(self, array: npt.NDArray[np.integer], padded: int = 0, pad: int = 0, filled: int | None = None) -> Tensor:
+        """Returns the array's place on the device, of at least ``padded`` elements.
+
+        The elements behind the array become ``pad``: all of them, or those before ``filled``. The others keep the
+        values of the step before, or are undefined in the first.
+        """
+        start, size, nth = self._used, len(array), self._puts
+        end = start + max(padded, size)
         if end > self._array.size:
             raise ValueError(f"{end} elements do not fit {self._array.size}")
-        self._array[start : start + len(array)] = array
-        if pad is not None:
-            self._array[start + len(array) : end] = pad
-        self._used = end
-        return self._on_device[start:end]
+        self._array[start : start + size] = array
+        last = end if filled is None else start + filled
+        if last > start + size:
+            self._array[start + size : last] = pad
+        self._used, self._puts = end, nth + 1
+        if nth < len(self._views) and self._views[nth][:2] == (start, end):
+            return self._views[nth][2]
+        view = self._on_device[start:end]
+        self._views[nth:] = [(start, end, view)]
+        return view
 
     def send(self) -> None:
         """Copies everything put since `begin` to the device, in stream order, without waiting."""

@@ -8,7 +8,8 @@ serves every step until the composition changes: until then the host only sends 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,7 @@ SLOTS = 8192  # partial results of query tokens
 WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
 
 
-@dataclass(frozen=True, slots=True)
-class Members:
+class Members(NamedTuple):
     """The requests of a step that are planned together: its decodes and its short chunks."""
 
     chunks: Int64  # indices into the batch
@@ -48,14 +48,20 @@ class Members:
     def continues(self, earlier: Members) -> bool:
         """Whether these are the same requests, with a few more keys."""
         mine, theirs = self.requests, earlier.requests
-        if self.offset != earlier.offset or not np.array_equal(mine.rows, theirs.rows):
+        if self.offset != earlier.offset or len(mine.rows) != len(theirs.rows):
+            return False
+        if (mine.rows != theirs.rows).any() or (mine.q_lens != theirs.q_lens).any():
             return False
         growth = mine.kv_lens - theirs.kv_lens
-        return (
-            np.array_equal(mine.q_lens, theirs.q_lens)
-            and int(growth.min(initial=0)) >= 0
-            and int(growth.max(initial=0)) <= MAX_GROWTH
-        )
+        return int(growth.min(initial=0)) >= 0 and int(growth.max(initial=0)) <= MAX_GROWTH
+
+
+class _Captured(NamedTuple):
+    """What is the same in all steps of a captured shape."""
+
+    limits: TreeLimits  # of its plans
+    form: StepShape  # on the tree path
+    chunks: StepShape  # what the flat backend runs beside the tree
 
 
 class TreeAttention:
@@ -112,7 +118,7 @@ class TreeAttention:
         # Columns of each row of the page table that the plan was made from.
         self._planned_columns = np.zeros(len(table), np.int64)
         self._loaded: tuple[TreePlan, int] | None = None
-        self._by_shape: dict[StepShape, tuple[TreeLimits, StepShape]] = {}  # of captured steps
+        self._by_shape: dict[StepShape, _Captured] = {}
         self._step: tuple[tuple[int, ...], int] | None = None  # grid and query tokens of a step on the tree path
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
 
@@ -137,12 +143,13 @@ class TreeAttention:
         """See `AttentionBackend.plan`."""
         decodes = batch.num_decodes if shape is None else shape.first_chunk(batch.num_decodes)
         forced = shape is not None and (shape.tree or shape.joint > 0)
-        limits, form = (self._limits, None) if shape is None else self._captured(shape)
+        captured = None if shape is None else self._captured(shape)
+        limits = self._limits if captured is None else captured.limits
         if self._rewritten(batch):
             self._members = None
         members, plan = self._find_members(batch, decodes), None
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
-            plan = self._plan_members(batch, members, limits, forced)
+            plan = self._plan_members(batch, members, max(members.num_tokens, decodes), limits, forced)
         if plan is None:
             self._step, flat_form = None, self._flat.plan(batch, None if forced else shape)
             self.saved_keys = self._flat.saved_keys
@@ -158,12 +165,12 @@ class TreeAttention:
             queries = ranges(requests.queries, requests.q_lens)
             positions[queries] = ranges(requests.kv_lens - requests.q_lens, requests.q_lens)
         self._runner.advance(positions)
-        self._plan_chunks(batch, members, shape, decodes)
-        if shape is None:
-            self._step = tuple(len(items) for items in plan.items), max(members.num_tokens, decodes)
+        self._plan_chunks(batch, members, captured, decodes)
+        if captured is None:
+            self._step = tuple(plan.sizes), max(members.num_tokens, decodes)
             return None
-        self._step = limits.items, shape.num_tokens
-        return form
+        self._step = limits.items, captured.form.num_tokens
+        return captured.form
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.run`."""
@@ -179,12 +186,14 @@ class TreeAttention:
         self._runner.run(layer, self._layers[layer], q, out, *self._step)
         return out
 
-    def _captured(self, shape: StepShape) -> tuple[TreeLimits, StepShape]:
-        """The limits of plans of a captured shape, and the shape's form on the tree path."""
+    def _captured(self, shape: StepShape) -> _Captured:
         found = self._by_shape.get(shape)
         if found is None:
             limits = replace(self._limits, items=self._items(_most_members(shape)))
-            found = self._by_shape[shape] = limits, replace(shape, tree=True)
+            chunks = replace(shape, decodes=0, tree=False)
+            if shape.joint:
+                chunks = replace(chunks, requests=min(2 * shape.requests, self._scratch_row) + 1)
+            found = self._by_shape[shape] = _Captured(limits, replace(shape, tree=True), chunks)
         return found
 
     def _find_members(self, batch: AttentionBatch, decodes: int) -> Members:
@@ -201,7 +210,7 @@ class TreeAttention:
         return Members(chunks, requests, tokens, decodes)
 
     def _plan_members(
-        self, batch: AttentionBatch, members: Members, limits: TreeLimits, forced: bool
+        self, batch: AttentionBatch, members: Members, num_tokens: int, limits: TreeLimits, forced: bool
     ) -> TreePlan | None:
         requests = members.requests
         if self._members is not None and members.continues(self._members):
@@ -213,7 +222,7 @@ class TreeAttention:
         self._planned_columns[requests.rows] = requests.kv_lens // self._page_size
         # Steps that gain about as much as they lose would change kernels at every step: a change has to pay.
         least = -np.inf if forced else 0.0 if self._tree_paid else self._costs.margin
-        sizes = members.num_tokens, self._group, self._page_size
+        sizes = num_tokens, self._group, self._page_size
         self._members = members
         self._plan = plan_tree(batch.host_page_table, requests, *sizes, self._costs, limits, least)
         if not forced:
@@ -225,31 +234,32 @@ class TreeAttention:
         if batch.written is None:
             return True
         rows, columns = batch.written
-        return bool((columns < self._planned_columns[rows]).any())
+        return len(rows) > 0 and bool((columns < self._planned_columns[rows]).any())
 
-    def _plan_chunks(self, batch: AttentionBatch, members: Members, shape: StepShape | None, decodes: int) -> None:
+    def _plan_chunks(self, batch: AttentionBatch, members: Members, captured: _Captured | None, decodes: int) -> None:
         """Leaves the other chunks to the flat backend, for which the members among them read the scratch page."""
         n = batch.num_decodes
         self._chunks_from = None
-        if shape is None and len(members.chunks) == len(batch.rows) - n:
+        if captured is None and len(members.chunks) == len(batch.rows) - n:
             return
-        if shape is not None and not shape.requests:
+        if captured is not None and not captured.chunks.requests:
             return
-        rows, kv_lens = batch.rows.copy(), batch.kv_lens.copy()
-        rows[members.chunks], kv_lens[members.chunks] = self._scratch_row, batch.q_lens[members.chunks]
-        rows, q_lens, kv_lens = rows[n:], batch.q_lens[n:], kv_lens[n:]
-        self._chunks_from = decodes
-        if shape is not None and shape.joint:
-            is_member = np.ones(len(batch.rows), np.bool_)
-            is_member[n:] = rows == self._scratch_row
-            firsts = np.flatnonzero(~is_member | np.append(True, ~is_member[:-1]))  # a run of members is one request
+        is_member = np.zeros(len(batch.rows), np.bool_)
+        is_member[members.chunks] = True
+        if captured is not None and captured.chunks.joint:
+            is_member[:n] = True
+            first = np.ones(len(batch.rows), np.bool_)
+            np.logical_not(is_member[1:] & is_member[:-1], out=first[1:])  # a run of members is one request
+            firsts, self._chunks_from = first.nonzero()[0], 0
             q_lens = np.add.reduceat(batch.q_lens, firsts)
-            rows = np.where(is_member, self._scratch_row, batch.rows)[firsts].astype(np.int32)
-            kv_lens = np.where(is_member[firsts], q_lens, batch.kv_lens[firsts])
-            self._chunks_from = 0
-            shape = replace(shape, requests=min(2 * shape.requests, self._scratch_row) + 1)
+        else:
+            firsts, self._chunks_from = np.arange(n, len(batch.rows)), decodes
+            q_lens = batch.q_lens[n:]
+        rows, kv_lens, is_member = batch.rows[firsts], batch.kv_lens[firsts], is_member[firsts]
+        rows[is_member] = self._scratch_row
+        kv_lens[is_member] = q_lens[is_member]
         rest = replace(batch, rows=rows, q_lens=q_lens, kv_lens=kv_lens, num_decodes=0)
-        self._flat.plan(rest, None if shape is None else replace(shape, decodes=0, tree=False))
+        self._flat.plan(rest, None if captured is None else captured.chunks)
 
     def _items(self, members: int) -> tuple[int, ...]:
         """The most items of each tile in captured steps of so many requests: a tail each and a few nodes."""
@@ -271,7 +281,7 @@ def _most_members(shape: StepShape) -> int:
 
 
 def _fits(plan: TreePlan, limits: TreeLimits) -> bool:
-    return all(len(items) <= limit for items, limit in zip(plan.items, limits.items, strict=True))
+    return all(size <= limit for size, limit in zip(plan.sizes, limits.items, strict=True))
 
 
 def _processors(pool: KVPool) -> int:

@@ -7,31 +7,31 @@ tree and the columns compared, not with the number of nodes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..arrays import Int32, Int64, ranges
 
-BLOCK = 128  # columns compared at first; four times as many while requests agree
-MAX_BLOCK = 1024
+BLOCK, MAX_BLOCK = 512, 2048  # columns compared at first, and at a time while requests agree
 
 
-@dataclass(frozen=True, slots=True)
-class Nodes:
+class Nodes(NamedTuple):
     """N nodes, parents before children: columns ``starts[i] … stops[i] - 1`` of the page table, the same pages for
     every member. ``members[indptr[i] : indptr[i + 1]]`` are indices into the requests, at least two."""
 
     starts: Int64  # [N]
     stops: Int64  # [N]
     parents: Int64  # [N], -1 at a root
-    members: Int64
-    indptr: Int64  # [N + 1]
+    members: Int64  # of all nodes
+    counts: Int64  # [N], members of each
 
     @property
-    def counts(self) -> Int64:
-        """Readers of each node."""
-        return self.indptr[1:] - self.indptr[:-1]
+    def indptr(self) -> Int64:
+        """``[N + 1]``: where each node's members begin, and where the last's end."""
+        indptr = np.zeros(len(self.counts) + 1, np.int64)
+        self.counts.cumsum(out=indptr[1:])
+        return indptr
 
 
 def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
@@ -46,26 +46,27 @@ def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
     total = 0
     live = (limits > 0).nonzero()[0]
     group = np.zeros(len(live), np.int64)  # of each live member: members agree on every column before ``column``
-    column, parent = np.zeros(1, np.int64), np.full(1, -1)
+    column, parent = np.zeros(1, np.int64), np.array([-1])
     while len(live) > 1:
         key = (group << 32) | table[rows[live], column[group]]
         order = key.argsort(kind="stable")
         key = key[order]
-        differs = np.ones(len(key) + 1, np.bool_)
-        np.not_equal(key[1:], key[:-1], out=differs[1:-1])
-        bounds = differs.nonzero()[0]
+        edges = (key[1:] != key[:-1]).nonzero()[0]
+        if len(edges) + 1 == len(key):
+            break
+        bounds = np.zeros(len(edges) + 2, np.int64)
+        bounds[1:-1], bounds[-1] = edges, len(key) - 1
+        bounds[1:] += 1
         size = bounds[1:] - bounds[:-1]
         big = size > 1
-        if not big.any():
-            break
-        kept = order[big.repeat(size)]
-        live, size = live[kept], size[big]
+        if np.count_nonzero(big) < len(big):
+            order, size = order[big.repeat(size)], size[big]
+        live = live[order]
         ends = size.cumsum()
         first = ends - size
-        came_from = group[kept[first]]
+        came_from = group[order[first]]
         group = np.arange(len(size)).repeat(size)
-        start = column[came_from]
-        own_limits = limits[live]
+        start, own_limits = column[came_from], limits[live]
         stop = _agreement(table, rows[live], first, ends, start + 1, np.minimum.reduceat(own_limits, first))
         starts.append(start)
         stops.append(stop)
@@ -76,43 +77,34 @@ def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
         total += len(size)
         deeper = (own_limits > stop[group]).nonzero()[0]
         live, group, column = live[deeper], group[deeper], stop
-    return Nodes(_join(starts), _join(stops), _join(parents), _join(members), indptr_of(_join(counts)))
+    return Nodes(_join(starts), _join(stops), _join(parents), _join(members), _join(counts))
 
 
 def _agreement(table: Int32, rows: Int32, first: Int64, ends: Int64, agreed: Int64, limits: Int64) -> Int64:
     """For each group ``rows[first : ends]`` that agrees before column ``agreed``: the first column where two of its
     rows differ, at most the group's limit."""
-    stops = limits.copy()
-    unknown = (agreed < limits).nonzero()[0]  # groups that agree on every column compared so far
-    at, width = int(agreed[unknown].min(initial=2**31)), BLOCK
-    while len(unknown):
-        if len(unknown) < len(ends):
-            size = (ends - first)[unknown]
-            of_unknown = rows[ranges(first[unknown], size)]
-            last = size.cumsum() - 1
-            leader = last + 1 - size
-        else:
-            of_unknown, leader, last = rows, first, ends - 1
-        limit = limits[unknown]
-        end = min(at + width, int(limit.max()))
-        block = table[:, at:end][of_unknown]
+    at, width, most = int(agreed.min()), BLOCK, int(limits.max())
+    stops, unknown = limits.copy(), np.arange(len(limits))  # groups that agree on every column compared so far
+    while at < most and len(unknown):
+        end = min(at + width, most)
+        block = table[:, at:end][rows]
         # Of each row: the first column that differs from the next row's, or the end where none does.
-        differs = np.ones((len(block), end - at + 1), np.bool_)
-        np.not_equal(block[1:], block[:-1], out=differs[:-1, :-1])
-        differs[last, :-1] = False
-        mismatch = np.minimum.reduceat(differs.argmax(axis=1), leader) + at
-        stops[unknown] = np.minimum(mismatch, limit)
-        unknown = unknown[(mismatch == end) & (end < limit)]
-        at, width = end, min(4 * width, MAX_BLOCK)
+        differs = np.ones((len(block) - 1, end - at + 1), np.bool_)
+        np.not_equal(block[1:], block[:-1], out=differs[:, :-1])
+        columns = np.empty(len(block), np.int64)
+        differs.argmax(axis=1, out=columns[:-1])
+        columns[ends - 1] = end - at
+        mismatch = np.minimum.reduceat(columns, first) + at
+        stops[unknown] = np.minimum(mismatch, limits)
+        at, width = end, MAX_BLOCK
+        if end < most:
+            kept = ((mismatch == end) & (end < limits)).nonzero()[0]
+            size = (ends - first)[kept]
+            rows, unknown, limits = rows[ranges(first[kept], size)], unknown[kept], limits[kept]
+            ends = size.cumsum()
+            first = ends - size
     return stops
 
 
 def _join(arrays: list[Int64]) -> Int64:
-    return np.concatenate(arrays) if arrays else np.empty(0, np.int64)
-
-
-def indptr_of(counts: Int64) -> Int64:
-    """``[N + 1]``: where each of N runs of ``counts`` elements begins, and where the last ends."""
-    indptr = np.zeros(len(counts) + 1, np.int64)
-    counts.cumsum(out=indptr[1:])
-    return indptr
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays or [np.empty(0, np.int64)])

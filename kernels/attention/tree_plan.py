@@ -8,15 +8,15 @@ kernel ends them at the query's position, so a plan stays valid while its reques
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from ..arrays import Int32, Int64, ranges
 from .split import ALIGN, ITEM, ITEM_FIELDS, Records
 from .tree_costs import Float64, TreeCosts, tile_table
-from .tree_nodes import Nodes, find_nodes, indptr_of
+from .tree_nodes import Nodes, find_nodes
 
 OPEN = 2**31 - 1  # the end of a tail: wherever its queries are
 
@@ -38,8 +38,7 @@ class TreeLimits:
     min_keys: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class TreeRequests:
+class TreeRequests(NamedTuple):
     """R requests of a step that are planned together.
 
     ``rows``: of the page table; ``queries``: first query token of each; ``q_lens``, ``kv_lens``: as in
@@ -59,7 +58,9 @@ class TreePlan:
     The slots of an item follow one another.
 
     Attributes:
-        items: for each tile size `split.ITEM` records, the longest first. ``query`` is the first slot of the item.
+        records: int32 ``[items, ITEM_FIELDS]``, the items tile by tile, the longest of each first. ``query`` is the
+            first slot of the item.
+        sizes: items of each tile.
         queries: int32 ``[slots]``, the query token of each slot.
         merges: int32 ``[T, 2]``, where each query token's slots begin in ``slots``, and how many there are; -1 where
             the token's one item writes the output itself. Tokens that belong to none of the requests have 0.
@@ -70,7 +71,8 @@ class TreePlan:
         gain: the expected saving in a layer over the flat backend, in the units of `TreeCosts`.
     """
 
-    items: tuple[Records, ...]
+    records: Int32
+    sizes: list[int]
     queries: Int32
     merges: Int32
     slots: Int32
@@ -78,6 +80,11 @@ class TreePlan:
     keys_read: int
     keys_flat: int
     gain: float = 0.0
+
+    @property
+    def items(self) -> list[Records]:
+        """The `split.ITEM` records of each tile."""
+        return np.split(self.records.view(ITEM)[:, 0], np.cumsum(self.sizes[:-1]))
 
     @property
     def most(self) -> int:
@@ -133,13 +140,14 @@ def choose(
     covered = np.zeros(len(q_lens), np.int64)
     if not count:
         return nodes, covered, nodes.starts
-    of_members = q_lens[nodes.members]
-    tokens = np.add.reduceat(of_members, nodes.indptr[:-1])
+    of_members, firsts = q_lens[nodes.members], nodes.indptr[:-1]
+    tokens = np.add.reduceat(of_members, firsts)
     shared = passes[tokens]
-    alone = np.add.reduceat(passes[of_members], nodes.indptr[:-1])
     # Passes over a node's columns if its children, and its members without a child, read them instead.
+    below = alone = np.add.reduceat(passes[of_members], firsts)
     child = (nodes.parents >= 0).nonzero()[0]
-    below = alone + np.bincount(nodes.parents[child], (shared - alone)[child], count)
+    if len(child):
+        below = alone + np.bincount(nodes.parents[child], (shared - alone)[child], count)
     saved = (np.maximum(below, 1.0) - np.maximum(shared, 1.0)) * page_size  # by each column
     starts, taken = nodes.starts.tolist(), [False] * count
     least = (tokens * costs.partial).tolist()
@@ -148,18 +156,17 @@ def choose(
         if parent >= 0 and not taken[parent]:
             starts[i] = starts[parent]
         taken[i] = saving > 0.0 and (stop - starts[i]) * saving >= cost
-    first, stops, parents, members, indptr = np.array(starts), nodes.stops, nodes.parents, nodes.members, nodes.indptr
+    first, stops, parents, members, counts = np.array(starts), nodes.stops, nodes.parents, nodes.members, nodes.counts
     if not all(taken):
         kept = np.array(taken).nonzero()[0]
-        members, indptr = members[ranges(indptr[kept], nodes.counts[kept])], indptr_of(nodes.counts[kept])
-        first, stops, parents, tokens = first[kept], stops[kept], parents[kept], tokens[kept]
-    covered[members] = stops.repeat(indptr[1:] - indptr[:-1])
-    return Nodes(first, stops, parents, members, indptr), covered, tokens
+        members = members[ranges(firsts[kept], counts[kept])]
+        first, stops, parents, counts, tokens = first[kept], stops[kept], parents[kept], counts[kept], tokens[kept]
+    covered[members] = stops.repeat(counts)
+    return Nodes(first, stops, parents, members, counts), covered, tokens
 
 
-@dataclass(frozen=True, slots=True)
-class _Segments:
-    """The chosen nodes, then every request's tail: keys ``starts … stops - 1`` for the query tokens between ``indptr``.
+class _Segments(NamedTuple):
+    """The chosen nodes, then every request's tail: ``counts`` query tokens each, which see keys ``starts … stops - 1``.
 
     A query token's segments are in the order of their keys.
     """
@@ -168,38 +175,36 @@ class _Segments:
     starts: Int64
     stops: Int64
     lengths: Int64  # keys now
+    counts: Int64
     queries: Int64  # of all segments
-    indptr: Int64
 
 
 def _segments(nodes: Nodes, covered: Int64, tokens: Int64, requests: TreeRequests, page_size: int) -> _Segments:
-    count, total = len(nodes.starts), len(nodes.starts) + len(requests.rows)
+    count, everyone = len(nodes.starts), np.arange(len(requests.rows))
     leaders = nodes.members[nodes.indptr[:-1]]  # any member's row of the page table leads to a node's pages
-    owners = np.concatenate([leaders, np.arange(total - count)])
     starts = np.concatenate([nodes.starts, covered]) * page_size
-    stops = np.full(total, OPEN)
-    stops[:count] = nodes.stops * page_size
-    lengths = requests.kv_lens[owners] - starts
-    lengths[:count] = stops[:count] - starts[:count]
-    members = np.concatenate([nodes.members, owners[count:]])
+    stops = np.concatenate([nodes.stops * page_size, requests.kv_lens])
+    lengths = stops - starts
+    stops[count:] = OPEN
+    members = np.concatenate([nodes.members, everyone])
     return _Segments(
-        requests.rows[owners].astype(np.int64),
+        requests.rows[np.concatenate([leaders, everyone])],
         starts,
         stops,
         lengths,
+        np.concatenate([tokens, requests.q_lens]),
         ranges(requests.queries[members], requests.q_lens[members]),
-        indptr_of(np.concatenate([tokens, requests.q_lens])),
     )
 
 
 def _gain(nodes: Nodes, segments: _Segments, costs: TreeCosts, passes: Float64) -> float:
     """The expected saving of the tree path, before the cost of merging."""
     count = len(nodes.starts)
-    lengths, tails = segments.lengths[:count], float(segments.lengths[count:].sum())
-    tokens = segments.indptr[1 : count + 1] - segments.indptr[:count]
-    together = np.maximum(passes[tokens], 1.0)
+    lengths = segments.lengths[:count]
+    together = np.maximum(passes[segments.counts[:count]], 1.0)
     alone = np.maximum(nodes.counts * costs.flat, 1.0)
-    saved = float(((alone - together) * lengths).sum()) + (costs.flat_tail - 1.0) * tails
+    tails = float(segments.lengths[count:].sum())
+    saved = float((alone - together).dot(lengths)) + (costs.flat_tail - 1.0) * tails
     return saved - (costs.tree_layer - costs.flat_layer)
 
 
@@ -217,53 +222,58 @@ def _cut(
 
     ``per_tile``: query tokens that fit the largest tile; ``tile_of``, ``passes``: see `tree_costs.tile_table`.
     """
-    lengths, counts = segments.lengths, segments.indptr[1:] - segments.indptr[:-1]
-    parts = -(-counts // per_tile)
+    rows, starts, stops, lengths, counts, members = segments
+    parts = -(counts // -per_tile)
     # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
     work, of_tile = passes[counts] * lengths, tile_of[counts]
     target = np.bincount(of_tile, work, len(limits.workers)) / limits.workers * coarseness
     pieces = np.rint(work / np.maximum(parts * target[of_tile], 1.0)).astype(np.int64)
     pieces = np.maximum(np.minimum(pieces, lengths // np.array(limits.min_keys)[of_tile]), 1)
-    keys = np.maximum(-(-lengths // (pieces * ALIGN)), 1) * ALIGN
-    pieces = np.maximum(-(-lengths // keys), 1)
+    keys = lengths // (pieces * -ALIGN) * -ALIGN
+    pieces = -(lengths // -keys)
 
     number = parts * pieces  # of items
     of = np.arange(len(number)).repeat(number)  # the segment of each item
-    piece, part = np.divmod(np.arange(len(of)) - (number.cumsum() - number)[of], parts[of])
-    last = piece == pieces[of] - 1
+    if len(of) == len(number):
+        part = piece = np.zeros(len(of), np.int64)
+    else:
+        nth, of_parts = np.arange(len(of)) - (number.cumsum() - number)[of], parts[of]
+        piece = nth // of_parts
+        part = nth - piece * of_parts
     first = part * per_tile
     count = np.minimum(counts[of] - first, per_tile)
     slot = count.cumsum() - count
-    queries = segments.queries[ranges(segments.indptr[of] + first, count)]
+    queries = members[ranges((counts.cumsum() - counts)[of] + first, count)]
     if len(queries) > limits.slots:
         return None
     of_tile = tile_of[count]
     sizes = np.bincount(of_tile, minlength=len(limits.items)).tolist()
-    if any(size > limit for size, limit in zip(sizes, limits.items, strict=True)):
+    if any(map(int.__gt__, sizes, limits.items)):
         return None
     per_token = np.bincount(queries, minlength=num_tokens)
-    split = (per_token > 1)[queries]
+    single = per_token == 1
+    alone = single[queries]
     size = keys[of]
     offset = piece * size
-    start = segments.starts[of] + offset
-    stop = np.where(last, segments.stops[of], start + size)
-    length = np.where(last, lengths[of] - offset, size)
-    order = ((of_tile << 32) - length).argsort(kind="stable")  # the last to start is the shortest
-    items = np.zeros((ITEM_FIELDS, len(of)), np.int32)  # the fields of `ITEM`, in its order
-    fields = segments.rows[of], slot, count, start, stop, stop, np.where(split[slot], slot, -1)
-    for nth, values in enumerate(fields):
-        items[nth] = values
-    records = items.T[order].view(ITEM)[:, 0]
-    ends = itertools.accumulate(sizes)
+    start, left = starts[of] + offset, lengths[of] - offset
+    items = np.zeros((len(of), ITEM_FIELDS), np.int32)  # the fields of `ITEM`, in its order
+    items[:, 0] = rows[of]
+    items[:, 1] = slot
+    items[:, 2] = count
+    items[:, 3] = start
+    items[:, 4] = items[:, 5] = np.where(left <= size, stops[of], start + size)
+    items[:, 6] = np.where(alone[slot], -1, slot)
+    order = ((of_tile << 32) - np.minimum(left, size)).argsort(kind="stable")  # the last to start is the shortest
     merges = np.empty((num_tokens, 2), np.int32)
     merges[:, 0] = per_token.cumsum() - per_token
-    merges[:, 1] = np.where(per_token == 1, -1, per_token)
+    merges[:, 1] = np.where(single, -1, per_token)
     return TreePlan(
-        items=tuple(records[end - size : end] for end, size in zip(ends, sizes, strict=True)),
+        records=items[order],
+        sizes=sizes,
         queries=queries.astype(np.int32),
         merges=merges,
         slots=queries.argsort(kind="stable").astype(np.int32),
-        merged_slots=int(np.count_nonzero(split)),
+        merged_slots=len(queries) - int(np.count_nonzero(alone)),
         keys_read=int(lengths.sum()),
         keys_flat=keys_flat,
     )

@@ -109,20 +109,23 @@ class TreeRunner:
 
     def load(self, plan: TreePlan, padded: int) -> None:
         """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
-        staging, limits = self._staged_plan, self._limits
-        merges = np.zeros((max(padded, len(plan.merges)), 2), np.int32)
-        merges[: len(plan.merges)] = plan.merges
-        others = merges[padded:, 1]
-        others[others == 0] = -1
+        staging, limits, merges = self._staged_plan, self._limits, plan.merges
+        if len(merges) < padded:
+            merges = np.concatenate([merges, np.zeros((padded - len(merges), 2), np.int32)])
+        elif len(merges) > padded:
+            merges = merges.copy()
+            others = merges[padded:, 1]
+            others[others == 0] = -1
         staging.begin()
-        self._items = []
-        for nth, items in enumerate(plan.items):  # records without queries replace those of the plan before
-            rest = np.zeros(ITEM_FIELDS * max(self._staged_items[nth] - len(items), 0), np.int32)
-            records = np.concatenate([items.view(np.int32), rest])
-            self._items.append(staging.put(records, limits.items[nth] * ITEM_FIELDS, pad=None))
-            self._staged_items[nth] = len(items)
-        self._queries = staging.put(plan.queries, limits.slots, pad=None)
-        self._slots = staging.put(plan.slots, limits.slots, pad=None)
+        self._items, at = [], 0
+        for nth, (size, most) in enumerate(zip(plan.sizes, limits.items, strict=True)):
+            records = plan.records[at : at + size].ravel()
+            # Records without queries replace those of the plan before.
+            filled = self._staged_items[nth] * ITEM_FIELDS
+            self._items.append(staging.put(records, most * ITEM_FIELDS, filled=filled))
+            self._staged_items[nth], at = size, at + size
+        self._queries = staging.put(plan.queries, limits.slots, filled=0)
+        self._slots = staging.put(plan.slots, limits.slots, filled=0)
         self._merges = staging.put(merges.ravel(), 2 * self._max_tokens, pad=-1)
         staging.send()
 

@@ -88,9 +88,9 @@ def _plan(nth: int, tiles: int, count: int, rows: int, queries: int) -> TreePlan
     items["stop"] = items["full"] = KEYS
     items["query"] = items["partial"] = np.arange(count) * queries
     slots = np.arange(count * queries, dtype=np.int32)
-    none, merges = np.zeros(0, ITEM), np.full((queries, 2), -1, np.int32)
-    by_tile = tuple(items if i == nth else none for i in range(tiles))
-    return TreePlan(by_tile, slots % queries, merges, slots, merged_slots=0, keys_read=0, keys_flat=0)
+    records, sizes = items.view(np.int32).reshape(count, -1), [count if i == nth else 0 for i in range(tiles)]
+    merges = np.full((queries, 2), -1, np.int32)
+    return TreePlan(records, sizes, slots % queries, merges, slots, merged_slots=0, keys_read=0, keys_flat=0)
 
 
 def milliseconds(launch: Callable[[int], None]) -> float:
@@ -181,7 +181,7 @@ def _both_paths(
     plan: TreePlan, runner: TreeRunner, flat: AttentionBackend, q: Tensor, layers: dict[int, LayerSpec]
 ) -> tuple[float, float]:
     """Milliseconds of a layer on the flat path and on the tree path, both planned before."""
-    out, grid, indices = torch.empty_like(q), tuple(len(items) for items in plan.items), list(layers)
+    out, grid, indices = torch.empty_like(q), tuple(plan.sizes), list(layers)
 
     def run_flat(i: int) -> None:
         flat.run(indices[i % len(indices)], q, q, q, out)

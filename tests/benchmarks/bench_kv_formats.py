@@ -118,7 +118,7 @@ def bench(case: tuple[str, int, int, int], choice: str, sweep: bool, base: dict[
         tree._runner.advance(np.full(requests, tokens - 1))
         nonlocal keys
         keys = plan.keys_read
-        return tuple(len(items) for items in plan.items)
+        return tuple(plan.sizes)
 
     keys = 0
     if sweep and not shared and tiles[0].in_registers:
