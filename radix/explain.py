@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import Literal, NamedTuple, get_args
 
 from .node import TOKEN_BYTES, Namespace
@@ -35,6 +35,7 @@ class EvictionRecord:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._evicted: OrderedDict[tuple[int | Namespace, bytes], None] = OrderedDict()  # oldest first
+        self._places: Counter[int | Namespace] = Counter()  # entries of each place
 
     def __len__(self) -> int:
         return len(self._evicted)
@@ -42,10 +43,18 @@ class EvictionRecord:
     def note(self, place: int | Namespace, key: bytes) -> None:
         """Records an eviction, and drops the oldest beyond the capacity."""
         entry = (place, key)
+        self._places[place] += entry not in self._evicted
         self._evicted[entry] = None
         self._evicted.move_to_end(entry)
         if len(self._evicted) > self._capacity:
-            self._evicted.popitem(last=False)
+            (oldest, _), _ = self._evicted.popitem(last=False)
+            self._places[oldest] -= 1
+            if not self._places[oldest]:
+                del self._places[oldest]
+
+    def elsewhere(self, place: int | Namespace, key: bytes) -> bool:
+        """Whether a page other than ``key`` was evicted from this place."""
+        return self._places.get(place, 0) > ((place, key) in self._evicted)
 
     def evicted(self, place: int | Namespace, key: bytes, present: int) -> bool:
         """Whether a page that begins page ``key`` was evicted from this place, with more than its first ``present``

@@ -175,6 +175,8 @@ class Moves:
                     source.free(source.take(node))
         if damaged and failed is not None:
             structure.forget(failed, source)
+        else:
+            structure.join_path(transfer.node)
         structure.events.deliver()
 
     def start(self, transfer: Transfer) -> Transfer:
@@ -254,10 +256,7 @@ class Moves:
 
     def leaves(self) -> list[Node]:
         """Every node without children."""
-        found: list[Node] = [child for root in self.structure.roots.values() for child in root.children.values()]
-        for node in found:
-            found += node.children.values()
-        return [node for node in found if not node.children]
+        return [node for node in self.structure.nodes() if not node.children]
 
     def _attached(self, node: Node) -> bool:
         """Whether the node is still in the tree."""

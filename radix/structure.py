@@ -45,6 +45,7 @@ class PrefixTree:
         self.device, self.host, self.disk = tiers[DEVICE], tiers.get(HOST), tiers.get(DISK)
         for tier in self.tiers[1:]:
             tier.changed = self._announce_copy
+        self._policy = POLICIES[policy]
         self.keep_one_shot = True  # pages that were used once move to the host too when the device evicts them
         self.stores: list[tuple[Int32, Int32]] = []  # (pages, host slots): copies that the device has yet to make
         self.step = 0  # being planned
@@ -140,9 +141,14 @@ class PrefixTree:
 
     def copies(self) -> Iterator[CopiesEntered]:
         """What the lower tiers have copies of, as events, parents before children."""
+        for node in self.nodes():
+            yield from (_copies_entered(tier, node) for tier in self.tiers[1:] if len(tier.of(node)))
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots, parents before children."""
         nodes: list[Node] = [child for root in self.roots.values() for child in root.children.values()]
         for node in nodes:
-            yield from (_copies_entered(tier, node) for tier in self.tiers[1:] if len(tier.of(node)))
+            yield node
             nodes += node.children.values()
 
     def _announce_copy(self, tier: Tier, node: Node, entered: bool) -> None:
@@ -328,6 +334,52 @@ class PrefixTree:
                 upper.below[tier.number] = 1
         self.num_nodes += 1
         return upper
+
+    def join_path(self, end: Node) -> None:
+        """Joins nodes on the path to ``end`` that requests, transfers and splits have divided, so that a walk takes few
+        steps: an unlocked node and its only child become one node if `_may_join` says so. Of each joined run the last
+        node stays, which keeps its serial and its place in the eviction indexes."""
+        run = [end]
+        for upper in end.upwards():
+            if upper is end:
+                continue
+            if self._may_join(upper, run[-1]):
+                run.append(upper)
+                continue
+            self._join(run)
+            if upper.locks:  # and so is everything above it
+                return
+            run = [upper]
+
+    def _may_join(self, upper: Node, lower: Node) -> bool:
+        """Whether two nodes on one path differ in nothing that eviction, a match or its explanation depends on."""
+        alike = len(upper.children) == 1 and not (upper.locks or lower.locks or isinstance(upper, Root))
+        return (
+            alike
+            and len(lower.tokens) % self.page_size == 0
+            and all((len(tier.of(upper)) > 0) == (len(tier.of(lower)) > 0) for tier in self.tiers)
+            and self._policy(upper) == self._policy(lower)
+            and (upper.hits > 0) == (lower.hits > 0)
+            and not self.evictions.elsewhere(upper.serial, lower.key)
+        )
+
+    def _join(self, run: list[Node]) -> None:
+        """Makes one node of several, from the lowest to the highest. Of equal rank to the policy, they may differ in
+        hits and priority: the highest count."""
+        if len(run) == 1:
+            return
+        lower, upper = run[0], run[-1]
+        run = run[::-1]
+        lower.tokens = join([node.tokens for node in run])
+        for tier in self.tiers:
+            if len(tier.of(lower)):
+                tier.place(lower, join([tier.of(node) for node in run]))
+        lower.key = upper.key
+        lower.hits = max(node.hits for node in run)
+        lower.priority = max(node.priority for node in run)
+        if upper.parent is not None:
+            upper.parent.add_child(lower)
+        self.num_nodes -= len(run) - 1
 
     def lock(self, node: Node, top: Node | None = None) -> None:
         """Adds one lock to each node from ``node`` up to ``top`` (exclusive) or to the root (inclusive)."""

@@ -216,6 +216,7 @@ class RadixTree:
         del self.leases[lease]
         self._touch(lease.node)  # it was in use until now
         self.structure.unlock(lease.node)
+        self.structure.join_path(lease.node)
         self.structure.events.deliver()
 
     def exclusive(self, lease: Lease) -> int:

@@ -280,7 +280,4 @@ class DiskJobs:
         begin(id)
 
     def _on_disk(self) -> list[Node]:
-        nodes: list[Node] = [child for root in self._tree.roots.values() for child in root.children.values()]
-        for node in nodes:
-            nodes += node.children.values()
-        return [node for node in nodes if len(node.disk)]
+        return [node for node in self._tree.structure.nodes() if len(node.disk)]
