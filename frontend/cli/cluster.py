@@ -45,10 +45,11 @@ def up(
         from ..cluster.serve_app import make_app
         from ..cluster.version import cluster_secret
 
+        application = make_app(config, cluster_secret(config.name))
         serve.start(http_options={"host": config.host, "port": config.port})
         out.print(f"branchwise: starting {config.replicas} replicas", markup=False)
         try:
-            serve.run(make_app(config, cluster_secret(config.name)), name=config.name, route_prefix="/")
+            serve.run(application, name=config.name, route_prefix="/")
         except RuntimeError as error:
             err.print(f"the cluster did not start: {error}", markup=False)
             raise typer.Exit(EXIT_FAILED) from error

@@ -94,12 +94,11 @@ def simulate(
                             markup=False,
                             soft_wrap=True,
                         )
-        text = report.table(results, shared)
-        out.print(text, markup=False, soft_wrap=True)
-        if table is not None:
-            table.write_text(text)
-        if plot is not None:
-            plot.write_text(report.plot(results, shared, offline))
+                        if table is not None:  # after each run: a long series that is ended leaves what it had
+                            table.write_text(report.table(results, shared))
+                        if plot is not None:
+                            plot.write_text(report.plot(results, shared, offline))
+        out.print(report.table(results, shared), markup=False, soft_wrap=True)
 
 
 def _numbers(text: str, flag: str) -> list[float]:

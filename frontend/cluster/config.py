@@ -12,6 +12,13 @@ from ...runtime.errors import LoadError
 
 REPLICA_LIMIT = 4096  # unfinished requests of one replica, where the server's own limit is not set
 
+# Fields of Ray Serve's `AutoscalingConfig` that are fields of the file itself.
+AUTOSCALING_FIELDS = {
+    "min_replicas": "replicas",
+    "max_replicas": "max_replicas",
+    "target_ongoing_requests": "target_ongoing_requests",
+}
+
 
 class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A cluster.
@@ -23,6 +30,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         replicas: Servers; or, with max_replicas, the fewest.
         max_replicas: Servers at most, started and stopped by load. Default: replicas.
         target_ongoing_requests: Unfinished requests of a replica above which another is started.
+        autoscaling_config: Further settings of Ray Serve's `AutoscalingConfig`, by its names. Needs max_replicas.
         routers: Processes that take requests and route them.
         num_cpus: Of each replica, as Ray counts them.
         num_gpus: Of each replica.
@@ -40,6 +48,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     replicas: int = 2
     max_replicas: int | None = None
     target_ongoing_requests: float = 32.0
+    autoscaling_config: dict[str, Any] = {}
     routers: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
@@ -93,5 +102,9 @@ def read_cluster_config(path: Path) -> ClusterConfig:
         raise LoadError(f"{path}: {error}") from error
     if not 1 <= found.replicas <= found.most_replicas <= 10_000 or found.routers < 1:
         raise LoadError(f"{path}: 1 <= replicas <= max_replicas, and at least one router")
+    if found.autoscaling_config and found.most_replicas == found.replicas:
+        raise LoadError(f"{path}: autoscaling_config has an effect only with max_replicas above replicas")
+    for name in AUTOSCALING_FIELDS.keys() & found.autoscaling_config:
+        raise LoadError(f"{path}: autoscaling_config.{name}: {AUTOSCALING_FIELDS[name]} sets it")
     found.replica("checked")
     return found

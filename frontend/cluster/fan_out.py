@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Collection, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -36,9 +36,24 @@ class Answer:
             self.body += message.get("body", b"")
 
 
-def summed(answers: Sequence[Answer]) -> Answer:
-    """The answer of a request that went to every replica: the first that failed, or else the sums of all numbers."""
-    failed = next((answer for answer in answers if answer.status >= 400), None)
+def error_answer(status: int, problem: str) -> Answer:
+    """An error of the cluster itself."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    error = {"error": {"message": problem, "type": kind, "param": None, "code": None}}
+    headers = [*JSON_HEADERS, *([(b"retry-after", b"1")] if status == 503 else [])]
+    return Answer(status, headers, json.dumps(error).encode())
+
+
+def first_failed(answers: Collection[Answer]) -> Answer | None:
+    """Of a request that went to every replica: the first error, also if no replica has answered."""
+    if not answers:
+        return error_answer(503, "no replica can take the request")
+    return next((answer for answer in answers if answer.status >= 400), None)
+
+
+def summed(answers: Collection[Answer]) -> Answer:
+    """The answer of a request that went to every replica: the first error, or else the sums of all numbers."""
+    failed = first_failed(answers)
     if failed is not None:
         return failed
     total: dict[str, Any] = {}

@@ -16,8 +16,9 @@ from ...runtime.fleet.hashes import block_hashes, root_hash
 from ...runtime.fleet.instances import instance_of, instance_tag
 from ...runtime.fleet.view import RoutingHint
 from ...runtime.server.dry_run import RequestReader
-from .fan_out import BATCH, EVERYWHERE, Answer, Part, joined_batch, split_batch, summed
-from .forward import JSON_HEADERS, REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
+from .fan_out import BATCH, EVERYWHERE, Answer, Part, error_answer, first_failed, joined_batch, split_batch, summed
+from .forward import REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
+from .metrics import CONTENT_TYPE, labelled
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +28,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 TRIES = 3  # of a request of which no replica has answered anything yet
 ABSENT_SECONDS = 0.5  # between tries. Serve takes a replica whose options change from routers for about 0.1 s
+METRICS_SECONDS = 5.0  # for a replica to answer; Prometheus gives up after 10 by default
 SESSION_HEADER = b"x-session-id"  # requests with the same one go to the same replica
 GONE = "the replica that made this id, or that x-branchwise-replica names, is gone, and what it kept with it"
 
@@ -112,7 +114,10 @@ class Gateway:
         route = request.method, scope["path"]
         if REPLICA_HEADER not in dict(request.headers):
             if route in EVERYWHERE:
-                await _send_whole(send, await self._everywhere(request))
+                await _send_whole(send, summed((await self._everywhere(request)).values()))
+                return
+            if route == ("GET", "/metrics"):
+                await _send_whole(send, await self._metrics(request))
                 return
             parts = split_batch(request.body) if route == BATCH else []
             if len(parts) > 1:
@@ -164,22 +169,33 @@ class Gateway:
         await self._forward(request, await self.hint(scope, part.body), scope["path"], answer.send)
         return answer
 
-    async def _everywhere(self, request: ForwardedRequest) -> Answer:
-        answers = await asyncio.gather(*(self._ask(request, name) for name in self._members()))
-        found = [answer for answer in answers if answer is not None]
-        return summed(found) if found else _error(503, "no replica can take the request")
+    async def _metrics(self, request: ForwardedRequest) -> Answer:
+        answers = await self._everywhere(request, METRICS_SECONDS)
+        failed = first_failed(answers.values())
+        if failed is not None:
+            return failed
+        page = labelled({name: answer.body.decode() for name, answer in answers.items()})
+        return Answer(200, [(b"content-type", CONTENT_TYPE)], page.encode())
 
-    async def _ask(self, request: ForwardedRequest, name: str) -> Answer | None:
-        """The answer of one replica; None if it is gone."""
+    async def _everywhere(self, request: ForwardedRequest, seconds: float | None = None) -> dict[str, Answer]:
+        """The answers of all replicas, by name, but of those that are gone or take longer than ``seconds``."""
+        names = sorted(set(self._members()))
+        answers = await asyncio.gather(*(self._ask(request, name, seconds) for name in names))
+        return {name: answer for name, answer in zip(names, answers, strict=True) if answer is not None}
+
+    async def _ask(self, request: ForwardedRequest, name: str, seconds: float | None) -> Answer | None:
+        """The answer of one replica; None if it is gone or takes longer."""
         answer = Answer()
         try:
-            async for part in self._dispatch(request, RoutingHint(instance=instance_tag(name))):
-                if isinstance(part, Head):
-                    answer.status, answer.headers = part.status, part.headers
-                else:
-                    answer.body += part
-        except (ReplicaGone, NoReplica) as error:
-            logger.warning("%s %s on replica %s: %s", request.method, request.target, name, error)
+            async with asyncio.timeout(seconds):
+                async for part in self._dispatch(request, RoutingHint(instance=instance_tag(name))):
+                    if isinstance(part, Head):
+                        answer.status, answer.headers = part.status, part.headers
+                    else:
+                        answer.body += part
+        except (ReplicaGone, NoReplica, TimeoutError) as error:
+            problem = str(error) or type(error).__name__
+            logger.warning("%s %s on replica %s: %s", request.method, request.target, name, problem)
             return None
         return answer
 
@@ -215,11 +231,4 @@ async def _send_whole(send: Send, answer: Answer) -> None:
 
 
 async def _answer(send: Send, status: int, problem: str) -> None:
-    await _send_whole(send, _error(status, problem))
-
-
-def _error(status: int, problem: str) -> Answer:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"error": {"message": problem, "type": kind, "param": None, "code": None}}
-    headers = [*JSON_HEADERS, *([(b"retry-after", b"1")] if status == 503 else [])]
-    return Answer(status, headers, json.dumps(error).encode())
+    await _send_whole(send, error_answer(status, problem))

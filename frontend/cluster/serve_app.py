@@ -20,6 +20,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from ...runtime.config import ServerConfig
+from ...runtime.errors import LoadError
 from ...runtime.fleet.instances import instance_tag
 from ...runtime.fleet.view import RoutingHint
 from . import registry
@@ -152,8 +153,26 @@ class ClusterGateway:
             parts.cancel()
 
 
+def autoscaling_of(cluster: ClusterConfig) -> AutoscalingConfig | None:
+    """How Serve changes the number of replicas; None if it is fixed. Raises `LoadError` for a wrong setting."""
+    if cluster.most_replicas == cluster.replicas:
+        return None
+    unknown = cluster.autoscaling_config.keys() - AutoscalingConfig.model_fields.keys()
+    if unknown:
+        raise LoadError(f"autoscaling_config: Ray Serve has no setting {', '.join(sorted(unknown))}")
+    try:
+        return AutoscalingConfig(
+            min_replicas=cluster.replicas,
+            max_replicas=cluster.most_replicas,
+            target_ongoing_requests=cluster.target_ongoing_requests,
+            **cluster.autoscaling_config,
+        )
+    except ValueError as error:
+        raise LoadError(f"autoscaling_config: {error}") from error
+
+
 def make_app(cluster: ClusterConfig, secret: str) -> serve.Application:
-    """The application of a cluster. ``secret``: see `ServerConfig.namespace_secret`.
+    """The application of a cluster. ``secret``: see `ServerConfig.namespace_secret`. Raises `LoadError`.
 
     Configs that differ only in how many replicas and routers there are give deployments of one version: Serve then
     adds and stops replicas and leaves the others as they are.
@@ -168,15 +187,8 @@ def make_app(cluster: ClusterConfig, secret: str) -> serve.Application:
     version = application_version(server, settings, cluster.generation)
     key = server.admin_api_key or server.api_key
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-    scaling: dict[str, Any] = {"num_replicas": cluster.replicas}
-    if cluster.most_replicas > cluster.replicas:
-        scaling = {
-            "autoscaling_config": AutoscalingConfig(
-                min_replicas=cluster.replicas,
-                max_replicas=cluster.most_replicas,
-                target_ongoing_requests=cluster.target_ongoing_requests,
-            )
-        }
+    autoscaling = autoscaling_of(cluster)
+    scaling = {"num_replicas": cluster.replicas} if autoscaling is None else {"autoscaling_config": autoscaling}
     drain = cluster.drain_seconds + 60.0
     engine = serve.deployment(
         EngineReplica,

@@ -154,17 +154,41 @@ def test_kubernetes() -> None:
     assert volumes["storage"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
 
-def test_kuberay() -> None:
+def kuberay() -> tuple[dict[str, Any], dict[str, Any]]:
     cluster, service = yaml.safe_load_all((DEPLOY / "kuberay.yaml").read_text())
-    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]
-    [worker] = [group["template"]["spec"] for group in cluster["spec"]["workerGroupSpecs"]]
-    for pod in (head, worker):
-        volumes = {volume["name"] for volume in pod["volumes"]}
-        assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} <= volumes
-    assert ClusterConfig().drain_seconds < worker["terminationGracePeriodSeconds"]
-    assert head["containers"][0]["readinessProbe"]["httpGet"]["path"] in OPEN_PATHS
-    assert head["containers"][0]["ports"][0]["name"] == service["spec"]["ports"][0]["targetPort"]
-    [line] = head["containers"][0]["args"]
+    return cluster, service
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.33"])
+def test_kubernetes_takes_kuberays_pods(version: str) -> None:
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    cluster, service = kuberay()
+    kubernetes_validate.validate(service, version, strict=True)
+    for group in (cluster["spec"]["headGroupSpec"], *cluster["spec"]["workerGroupSpecs"]):
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, **group["template"]}
+        kubernetes_validate.validate(pod, version, strict=True)
+
+
+def test_kuberay() -> None:
+    cluster, service = kuberay()
+    # The fields of ray.io/v1, by KubeRay's API reference.
+    assert cluster["spec"].keys() <= {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
+    [group] = cluster["spec"]["workerGroupSpecs"]
+    assert group.keys() == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    head, worker = cluster["spec"]["headGroupSpec"]["template"]["spec"], group["template"]["spec"]
+    [head_container], [worker_container] = head["containers"], worker["containers"]
+    for pod, container in ((head, head_container), (worker, worker_container)):
+        assert {mount["name"] for mount in container["volumeMounts"]} <= {each["name"] for each in pod["volumes"]}
+        assert ClusterConfig().drain_seconds < pod["terminationGracePeriodSeconds"]
+        # With this annotation a container's own command runs, and must start Ray; else it would run before Ray starts.
+        assert cluster["metadata"]["annotations"]["ray.io/overwrite-container-cmd"] == "true"
+        assert container["command"] and "$KUBERAY_GEN_RAY_START_CMD" in container["args"][0]
+    ports = {port["name"]: port["containerPort"] for port in head_container["ports"]}
+    assert ports[service["spec"]["ports"][0]["targetPort"]] == ClusterConfig().port
+    assert ports["gcs-server"] == 6379, "workers join through the head's Service, which has only the named ports"
+    assert "readinessProbe" not in head_container, "and must be ready before there are replicas"
+    [line] = head_container["args"]
     words = line.rpartition("branchwise ")[2].split()
     assert words[:2] == ["cluster", "up"] and "up" in typer.main.get_command(app).commands["cluster"].commands  # type: ignore[attr-defined]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from branchwise.frontend.cluster.config import read_cluster_config
 from branchwise.runtime.errors import LoadError
@@ -60,6 +61,35 @@ async def test_prompts_go_where_they_are_cached(start_cluster: Any) -> None:
     for name in cluster.replicas:
         tree = await gateway.http.get("/cache/tree", headers={"x-branchwise-replica": name})
         assert replica_of(tree) == name and tree.json()["totals"]["cached"] == 0
+
+
+async def test_metrics_are_those_of_all_replicas_each_with_its_label(start_cluster: Any) -> None:
+    cluster = await start_cluster(3, api_key="operator", log_format="json")
+    gateway = await cluster.gateway()
+    http = gateway.http
+    assert (await http.get("/metrics")).status_code == 401
+    http.headers["Authorization"] = "Bearer operator"
+    homes: Counter[str] = Counter()
+    for number in range(6):
+        answer = await http.post("/v1/completions", json={"prompt": ids(100, 37 * number), "max_tokens": 2})
+        homes[replica_of(answer)] += 100
+    page = await http.get("/metrics")
+    assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = list(text_string_to_metric_families(page.text))
+    assert len({family.name for family in families}) == len(families), "the samples of a metric stand together"
+    samples = [sample for family in families for sample in family.samples]
+    assert {sample.labels["replica"] for sample in samples} == set(cluster.replicas)
+    got = {s.labels["replica"]: s.value for s in samples if s.name == "branchwise_prompt_tokens_total"}
+    assert got == homes
+    alone = await http.get("/metrics", headers={"x-branchwise-replica": "replica-2"})
+    names = {sample.name for family in text_string_to_metric_families(alone.text) for sample in family.samples}
+    assert names == {sample.name for sample in samples} and "replica-2" not in alone.text
+    buckets = [each for each in samples if each.name == "branchwise_queue_time_seconds_bucket"]
+    assert len({(each.labels["replica"], each.labels["le"]) for each in buckets}) == len(buckets) > 3
+    await cluster.replicas["replica-3"].kill()
+    page = await http.get("/metrics")
+    left = {s.labels["replica"] for family in text_string_to_metric_families(page.text) for s in family.samples}
+    assert left == {"replica-1", "replica-2"}
 
 
 async def test_branches_and_pins_stay_with_the_replica_that_made_them(start_cluster: Any) -> None:
@@ -252,6 +282,8 @@ def test_a_config_file_is_checked(tmp_path: Any) -> None:
     for text, problem in (
         ("replicas: 0", "replicas"),
         ("replicas: 3\nmax_replicas: 2", "max_replicas"),
+        ("autoscaling_config: {upscale_delay_s: 1}", "only with max_replicas"),
+        ("max_replicas: 3\nautoscaling_config: {min_replicas: 1}", "autoscaling_config.min_replicas: replicas sets it"),
         ("wrong: 1", "wrong"),
         ("engine: {max_num_seq: 8}", "max_num_seq"),
         ("server: {port: 1}", "port"),

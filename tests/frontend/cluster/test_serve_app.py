@@ -1,0 +1,64 @@
+"""The Ray Serve application as it is described to Serve, without a cluster. Skipped without Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from branchwise.frontend.cluster.config import ClusterConfig
+from branchwise.runtime.errors import LoadError
+
+serve = pytest.importorskip("ray.serve")
+serve_app = pytest.importorskip("branchwise.frontend.cluster.serve_app")
+
+SERVER = {"null_executor": True}
+
+
+def versions(application: Any) -> list[str | None]:
+    """Of the deployments of an application: the gateway, and the engine that it is bound to."""
+    gateway = application._bound_deployment
+    return [gateway.version, gateway.init_args[1]._bound_deployment.version]
+
+
+def test_autoscaling_is_what_the_file_says() -> None:
+    assert serve_app.autoscaling_of(ClusterConfig(replicas=2)) is None
+    settings = {"upscale_delay_s": 3, "downscale_delay_s": 9.5, "initial_replicas": 2}
+    made = serve_app.autoscaling_of(ClusterConfig(replicas=1, max_replicas=4, autoscaling_config=settings))
+    assert (made.min_replicas, made.max_replicas, made.target_ongoing_requests) == (1, 4, 32)
+    assert {name: getattr(made, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    "settings", [{"upscale_dely_s": 3}, {"upscale_delay_s": -1}, {"upscale_delay_s": "soon"}, {"initial_replicas": 9}]
+)
+def test_what_serve_does_not_take_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(LoadError, match="autoscaling_config"):
+        serve_app.autoscaling_of(ClusterConfig(replicas=1, max_replicas=4, autoscaling_config=settings))
+
+
+def test_the_number_of_replicas_is_no_part_of_the_version() -> None:
+    first = versions(serve_app.make_app(ClusterConfig(server=SERVER), "s"))
+    assert len(set(first)) == 1 and first[0] is not None
+    autoscaled = ClusterConfig(server=SERVER, max_replicas=5, autoscaling_config={"upscale_delay_s": 1})
+    assert versions(serve_app.make_app(autoscaled, "s")) == first
+    assert versions(serve_app.make_app(ClusterConfig(server=SERVER), "t")) != first
+
+
+def test_without_a_version_option_every_up_replaces_the_replicas(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A later Serve may drop the option, which is not public: the cluster starts, and says what is lost."""
+    options = serve.Deployment.options
+
+    def without(self: Any, **settings: Any) -> Any:
+        if "_internal" in settings:
+            raise TypeError("options() got an unexpected keyword argument '_internal'")
+        return options(self, **settings)
+
+    warnings: list[str] = []
+    monkeypatch.setattr(serve.Deployment, "options", without)
+    monkeypatch.setattr(serve_app.logger, "warning", warnings.append)
+    application = serve_app.make_app(ClusterConfig(server=SERVER), "s")
+    assert versions(application) == [None, None]
+    assert [each for each in warnings if "replaces all replicas" in each]
