@@ -3,6 +3,9 @@
 A scheme is a class: how the weight is stored, how it is multiplied, and how its input is quantized (`quantizer`), which
 the operation before it may do in its own pass.
 
+On a CPU a weight is laid out for its kernel by ``lay_out``, or else by the layer's first call: a server need not wait
+for it before it is ready.
+
 On a CPU, weights in the model's dtype are packed once for oneDNN. Measured on a Zen 4 core, float32, against
 ``F.linear`` (MKL): 1.2 to 1.35 times as fast for 512 rows; for the 4 to 64 rows of a decode step mostly 1.2 to 1.65
 times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. A single row is level to slower (1.8 times on
@@ -40,21 +43,32 @@ class PlainLinear:
     """A weight in the model's dtype.
 
     Args:
-        weight: ``[outputs, inputs]``. Not kept if it is packed.
+        weight: ``[outputs, inputs]``. Not kept if it is packed or converted.
         bias: ``[outputs]`` or None.
+        dtype: the model's; None: the weight's.
     """
 
     quantizer = None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.bias = bias
-        self._packed = packs(weight.device, weight.dtype)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        self.bias, self._weight, self._dtype = bias, weight, dtype or weight.dtype
+        self._packed = packs(weight.device, self._dtype)
+        self._laid_out = not self._packed and weight.dtype == self._dtype
+
+    def lay_out(self) -> None:
+        """Converts and packs the weight, once."""
+        if self._laid_out:
+            return
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
+            weight = self._weight.to(self._dtype)
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
+        self._laid_out = True
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
+        if not self._laid_out:
+            self.lay_out()
         if not self._packed:
             return F.linear(x, self._weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
@@ -75,21 +89,37 @@ class Int8Linear:
     for 2,048; `torch._int_mm` with the scales applied 2.2, 17 and 122; float32 packed for oneDNN 6.6, 44 and 232. One
     row takes as long as reading the weight in both int8 kernels (7.1 ms for 74 MiB); 4 rows take 8.0 ms, 12.5 with
     `_int_mm`. `torch.ops.aten._weight_int8pack_mm` takes 60 ms for one row.
+
+    Args:
+        weight: ``[outputs, inputs]``. Not kept.
+        bias: ``[outputs]`` or None.
+        dtype: of the output; None: the weight's.
     """
 
     quantizer = Quantizer(torch.uint8)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        values, scale = quantize_weight(weight, torch.int8)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        self._weight: Tensor | None = weight  # None once it is laid out
+        self._packed = self._scale = torch.empty(0)
+        self._row_copy: Tensor | None = None
+        self._zero_point = torch.zeros(1, dtype=torch.int32)
+        self._sign_bit = torch.tensor(ZERO_POINT, dtype=torch.uint8)
+        self._bias, self._dtype = bias, dtype or weight.dtype
+
+    def lay_out(self) -> None:
+        """Quantizes and packs the weight, once."""
+        if self._weight is None:
+            return
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
+            values, scale = quantize_weight(self._weight, torch.int8)
             self._packed = torch.ops.onednn.qlinear_prepack(values, None)
         self._row_copy = values.t() if values.numel() < ROW_COPY_BYTES else None
-        self._scale, self._zero_point = scale[:, 0].contiguous(), torch.zeros(1, dtype=torch.int32)
-        self._sign_bit = torch.tensor(ZERO_POINT, dtype=torch.uint8)
-        self._bias, self._dtype = bias, weight.dtype
+        self._scale, self._weight = scale[:, 0].contiguous(), None
 
     def __call__(self, x: Rows) -> Tensor:
+        if self._weight is not None:
+            self.lay_out()
         values, scales = quantize(x, self.quantizer) if isinstance(x, Tensor) else x
         if self._row_copy is not None and len(values) == 1:
             signed = values.bitwise_xor(self._sign_bit).view(torch.int8)  # less the zero point

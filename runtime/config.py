@@ -17,6 +17,7 @@ SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
 EvictionPolicy = Literal["lru", "lfu", "fifo", "priority"]
 Preemption = Literal["auto", "recompute", "swap"]
 SamplingDefaults = Literal["model", "neutral", "openai"]  # openai: SGLang's word for neutral
+DISK_WRITE_SECONDS = 30.0  # that writing the rest of the disk cache may take when the engine is closed
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ..config import EngineConfig, step_budget
+from ..config import DISK_WRITE_SECONDS, EngineConfig, step_budget
 from ..errors import EngineDead, InvalidRequest
 from ..grammar.compiler import GrammarCompiler
 from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, StepOutput
@@ -23,7 +23,6 @@ from ..scheduler.scheduler import Scheduler
 from ..scheduler.watch import WatchQuestion, watch
 from ..step import Executor, PendingStep
 from ..tiers.copies import HostCopies
-from ..tiers.disk import WRITE_SECONDS
 from .profiling import StepProfiler
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,9 @@ class EngineCore:
         self._pump_copies()
         if self.scheduler.tiers.busy:
             expires = _COPY_SECONDS
-        return 0.0 if self.executor.prepare_next() else expires
+        if self.executor.prepare_next() or (self._grammars is not None and self._grammars.prepare()):
+            return 0.0
+        return expires
 
     def beat(self) -> None:
         """Returns once the executor's devices have answered, or at once while there is work: then a step's result shows
@@ -269,11 +270,11 @@ class EngineCore:
 
     def _write_everything(self) -> None:
         """Writes to the disk tier what it lacks."""
-        tiers, deadline = self.scheduler.tiers, time.monotonic() + WRITE_SECONDS
+        tiers, deadline = self.scheduler.tiers, time.monotonic() + DISK_WRITE_SECONDS
         try:
             while tiers.write_everything():
                 if time.monotonic() > deadline:
-                    logger.warning("disk cache: not everything was written in %.0f s", WRITE_SECONDS)
+                    logger.warning("disk cache: not everything was written in %.0f s", DISK_WRITE_SECONDS)
                     break
                 self._pump_copies()
                 time.sleep(_COPY_SECONDS)

@@ -210,9 +210,10 @@ class ModelExecutor:
     def prepare_next(self) -> bool:
         """Captures one more step shape: see `runtime.step.Executor`."""
         shape = self.next_capture()
-        if shape is not None:
-            self.capture(shape)
-        return shape is not None
+        if shape is None:
+            return self._decoder.lay_out_next()
+        self.capture(shape)
+        return True
 
     def beat(self) -> None:
         """See `runtime.step.Executor`."""

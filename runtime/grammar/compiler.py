@@ -63,7 +63,8 @@ class _FairQueue:
 
 
 class GrammarCompiler:
-    """Thread-safe. The constructor prepares the tokenizer, which holds the GIL: better at start than during serving.
+    """Thread-safe. Preparing the tokenizer holds the GIL for 0.7 s of a vocabulary of 150,000: `prepare` does so while
+    nothing else runs, else the first compilation.
 
     Compilations are queued fairly by owner, and dropped when their last caller stops waiting. Matchers of slow grammars
     advance in the same threads, before all compilations. For a tokenizer that llguidance cannot use, every constraint
@@ -78,14 +79,11 @@ class GrammarCompiler:
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        from .llg import GrammarBackend  # llguidance takes 0.1 s to import, and only engines need it
-
-        self._backend: GrammarBackend | None = None
-        self._unusable: ConstraintError | None = None
-        try:
-            self._backend = GrammarBackend(tokenizer, vocab_size, eos_ids)
-        except ConstraintError as error:
-            self._unusable = error
+        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        self.mask_words = -(-vocab_size // 32)  # length of a token bitmask, in 32-bit words
+        self._vocab_size = vocab_size
+        self._backend: GrammarBackend | ConstraintError | None = None  # or why there is none
+        self._preparing = threading.Lock()
         self._pool = ThreadPoolExecutor(
             max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // 2)), "branchwise-grammar", initializer=_lower_priority
         )
@@ -99,10 +97,26 @@ class GrammarCompiler:
         self.cached_bytes = 0
         self.compiled = 0  # grammars compiled so far, refused ones included
 
-    @property
-    def mask_words(self) -> int:
-        """Length of a token bitmask, in 32-bit words."""
-        return 0 if self._backend is None else self._backend.mask_words
+    def prepare(self) -> bool:
+        """Prepares the tokenizer. Returns whether that was still to be done."""
+        with self._preparing:
+            if self._backend is not None:
+                return False
+            from .llg import GrammarBackend  # llguidance takes 0.1 s to import
+
+            try:
+                self._backend = GrammarBackend(self._tokenizer, self._vocab_size, self._eos_ids)
+            except ConstraintError as error:
+                self._backend = error
+            return True
+
+    def backend(self) -> GrammarBackend:
+        """Prepared. Raises `ConstraintError` if llguidance cannot use the tokenizer."""
+        self.prepare()
+        assert self._backend is not None
+        if isinstance(self._backend, ConstraintError):
+            raise self._backend
+        return self._backend
 
     def compile(self, constraint: Constraint, owner: str = "") -> Future[Grammar]:
         """The grammar, from the cache or a thread. The future's exception for a bad constraint is `ConstraintError`.
@@ -161,9 +175,8 @@ class GrammarCompiler:
     def _compile(self, constraint: Constraint) -> Grammar:
         size = _ERROR_BYTES + len(constraint.text)
         try:
-            if self._backend is None:
-                raise self._unusable or ConstraintError("cannot be enforced")
-            grammar = Grammar(self._backend, self._backend.compile(constraint))
+            backend = self.backend()
+            grammar = Grammar(backend, backend.compile(constraint))
             size = _GRAMMAR_BYTES + _BYTES_PER_BYTE * len(constraint.text)
             return grammar
         finally:

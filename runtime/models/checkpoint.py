@@ -66,6 +66,10 @@ class Checkpoint:
         """Raises `LoadError` if there is no such tensor."""
         return tuple(self._tensor(name).get_shape())
 
+    def dtype(self, name: str) -> str:
+        """Safetensors' dtype such as ``BF16``. Raises `LoadError` if there is no such tensor."""
+        return str(self._tensor(name).get_dtype())
+
     def read(self, name: str, index: tuple[slice, ...]) -> Tensor:
         """A part of a tensor, in its own dtype on the CPU; bytes outside ``index`` are not read."""
         try:

@@ -12,6 +12,7 @@ from ...kernels.addends import Addends, summed
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
 from ...kernels.kv_pool import KVLayer, KVPool
+from ...kernels.linear import Int8Linear, PlainLinear
 from ...kernels.quantize import Quantizer, Rows
 from ..parallel.group import SingleRank, TensorGroup
 from .config import ModelConfig
@@ -40,6 +41,7 @@ class Decoder:
         weights: by the names of `weights.weight_specs`, all on one device: this rank's slices. Emptied: a weight that
             is packed for its kernel would otherwise stay in memory twice.
         ops: the small operations.
+        dtype: the model's; None: the embedding's.
         int8: quantize the linear layers to int8, for a CPU.
         fixed_rows: run linear layers and MLPs for so many rows at a time, so that a token's result does not depend on
             the others of its step; None: for those that there are.
@@ -56,6 +58,7 @@ class Decoder:
         ops: Ops,
         group: TensorGroup | None = None,
         *,
+        dtype: torch.dtype | None = None,
         int8: bool = False,
         fixed_rows: int | None = None,
     ) -> None:
@@ -71,10 +74,19 @@ class Decoder:
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
         weights.setdefault("lm_head", self._embedding)
-        make_linear = LinearFactory(weights, ops, self._embedding.dtype, int8=int8, fixed_rows=fixed_rows)
+        self._dtype = dtype or self._embedding.dtype
+        self._later: list[PlainLinear | Int8Linear] = []  # layers whose weights are not laid out yet
+        make_linear = LinearFactory(weights, ops, self._dtype, self._later, int8=int8, fixed_rows=fixed_rows)
         self._lm_head = make_linear("lm_head")
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
+
+    def lay_out_next(self) -> bool:
+        """Lays one more weight out for its kernel. Returns whether there was one. Steps do so for those they find."""
+        if self._later:
+            self._later.pop().lay_out()
+            return True
+        return False
 
     def layer_specs(self) -> list[LayerSpec]:
         """Scale, window, softcap and sinks of each layer, for the attention backend."""
@@ -155,9 +167,9 @@ class Decoder:
     def _embed(self, ids: Tensor) -> Tensor:
         """``[T, hidden]``: each rank looks up the tokens of its part of the vocabulary, and the sum has all of them."""
         if self._group.size == 1:
-            return F.embedding(ids, self._embedding)
+            return F.embedding(ids, self._embedding).to(self._dtype)
         elsewhere = (ids < self._vocabulary.start) | (ids >= self._vocabulary.stop)
-        found = F.embedding((ids - self._vocabulary.start).masked_fill_(elsewhere, 0), self._embedding)
+        found = F.embedding((ids - self._vocabulary.start).masked_fill_(elsewhere, 0), self._embedding).to(self._dtype)
         # A copy: the sum is only valid until the next one, and this is the residual stream.
         return self._group.all_reduce(found.masked_fill_(elsewhere[:, None], 0)).clone()
 

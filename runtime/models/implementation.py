@@ -106,7 +106,9 @@ def load(
     else:
         weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks)
     size = sum(weight.nbytes for weight in weights.values())
-    return LoadedModel(size, lambda group: Decoder(model, weights, ops, group, int8=int8, fixed_rows=fixed_rows))
+    return LoadedModel(
+        size, lambda group: Decoder(model, weights, ops, group, dtype=dtype, int8=int8, fixed_rows=fixed_rows)
+    )
 
 
 def weight_bytes(

@@ -16,9 +16,7 @@ from ...kernels.ops import Activation
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
 from .hf.config import TransformersConfig
-from .weights import shard_shape, stored_dtype, weight_specs
-
-_PLAIN = ("embedding", ".router", ".shared_gate")  # matrices that are never quantized
+from .weights import is_linear, shard_shape, stored_dtype, weight_specs
 
 
 class LinearFactory:
@@ -32,6 +30,8 @@ class LinearFactory:
             does not stay twice.
         ops: the small operations.
         dtype: the model's.
+        later: where layers are put whose weights are not laid out yet, for the caller to do so or their first call;
+            None: every weight is laid out at once.
         int8: quantize weights to int8, for a CPU.
         fixed_rows: multiply so many rows at a time, always (`FixedRows`); None: those that there are.
     """
@@ -41,12 +41,13 @@ class LinearFactory:
         weights: dict[str, Tensor],
         ops: Ops,
         dtype: torch.dtype,
+        later: list[PlainLinear | Int8Linear] | None = None,
         *,
         int8: bool = False,
         fixed_rows: int | None = None,
     ) -> None:
         self._weights, self._ops, self._dtype, self._int8 = weights, ops, dtype, int8
-        self._fixed_rows = fixed_rows
+        self._later, self._fixed_rows = later, fixed_rows
 
     def fixed(self, layer: Linear) -> Linear:
         """``layer``, which works row by row, with ``fixed_rows``."""
@@ -97,7 +98,12 @@ class LinearFactory:
             return Fp8Linear(weight, scale, bias, quantizer, self._dtype, self._ops)
         if scale is not None:
             weight = dequantize_weight(weight, scale, self._dtype)
-        return Int8Linear(weight, bias) if self._int8 else PlainLinear(weight, bias)
+        linear = (Int8Linear if self._int8 else PlainLinear)(weight, bias, self._dtype)
+        if self._later is None or weight.device.type != "cpu":
+            linear.lay_out()
+        else:
+            self._later.append(linear)
+        return linear
 
 
 def weight_bytes(
@@ -110,8 +116,7 @@ def weight_bytes(
     alike = config.experts is None and (checkpoint is None or checkpoint.scale is None)
     for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
         shape = shard_shape(spec, rank, ranks)
-        linear = spec.kind in ("weight", "fp8") and len(shape) == 2 and not spec.name.endswith(_PLAIN)
-        if linear and int8:
+        if is_linear(spec) and int8:
             size = int8_bytes(*shape)
         elif spec.kind == "bytes" and device.type != "cuda":  # MXFP4, dequantized: two values a byte
             size = 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize

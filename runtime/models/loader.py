@@ -16,7 +16,7 @@ from .checkpoint import Checkpoint
 from .config import ModelConfig
 from .quantization import FP8_DTYPE, KV_SCALE, refuse_quantized_tensors
 from .unread import warn_of_adapter, warn_of_unread
-from .weights import Source, WeightSpec, lm_head_specs, shard, shard_shape, stored_dtype, weight_specs
+from .weights import Source, WeightSpec, is_linear, lm_head_specs, shard, shard_shape, stored_dtype, weight_specs
 
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
@@ -37,6 +37,9 @@ def load_weights(
     world: int = 1,
 ) -> dict[str, Tensor]:
     """Reads every weight the config calls for, fused, in ``dtype`` (norms in float32) on ``device``.
+
+    On a CPU with ``dtype`` float32, the embedding and the matrices of linear layers stay in a checkpoint's bfloat16 or
+    float16: `kernels.linear` converts them where it packs them, to the same values.
 
     A quantized weight ``name`` is float8_e4m3fn. Its scales, float32, are ``name_scale``: of each output channel
     ``[N, 1]`` or of each block ``[ceil(N / 128), ceil(K / 128)]``; with static activations ``name_input_scale``, one of
@@ -64,7 +67,7 @@ def load_weights(
         ]
         weights: dict[str, Tensor] = {}
         for i, spec in enumerate(specs):
-            kind = dtype if spec.kind == "fp8" and online else stored_dtype(spec, dtype)
+            kind = dtype if spec.kind == "fp8" and online else _read_dtype(checkpoint, spec, dtype, device)
             weight = _read(checkpoint, spec, indices[i], torch.empty(shapes[i], dtype=kind, device=device))
             match spec.kind:
                 case "norm":
@@ -128,6 +131,15 @@ def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelC
     known = {*read, checkpoint.full_name("lm_head.weight")}  # a head that equals the tied embedding is not read
     unread = [name for name, _ in checkpoint.dtypes() if name not in known]
     warn_of_unread([name for name in unread if not name.endswith(_CONSTANTS) and not KV_SCALE.search(name)], layers)
+
+
+def _read_dtype(checkpoint: Checkpoint, spec: WeightSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """See `load_weights`."""
+    if device.type == "cpu" and dtype == torch.float32 and (is_linear(spec) or spec.name == "embedding"):
+        found = {checkpoint.dtype(source.name) for source in spec.sources}
+        if found in ({"BF16"}, {"F16"}):
+            return torch.bfloat16 if found == {"BF16"} else torch.float16
+    return stored_dtype(spec, dtype)
 
 
 def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:
@@ -205,7 +217,9 @@ def _finite(tensor: Tensor) -> bool:
     """Whether every value is: one pass without a temporary, since NaN and infinity survive a sum."""
     if tensor.dtype == torch.float8_e4m3fn:  # no infinity, two NaNs; not every device sums it
         return not bool((tensor.view(torch.uint8) & 0x7F).eq_(0x7F).any())
-    return math.isfinite(tensor.sum(dtype=torch.float32).item())
+    # bfloat16 has float32's range and is summed in it; naming float32 would take three times as long.
+    dtype = None if tensor.dtype == torch.bfloat16 else torch.float32
+    return math.isfinite(tensor.sum(dtype=dtype).item())
 
 
 def _head_differs(checkpoint: Checkpoint, config: ModelConfig) -> bool:

@@ -19,6 +19,7 @@ Config = TypeVar("Config", bound=ModelConfig | TransformersConfig)
 # Where tensor parallelism cuts a weight: along its outputs (dimension 0), along its inputs (dimension 1), or nowhere.
 # rank0: the bias of a weight that is cut along its inputs. Only rank 0 has it, so that the sum over ranks adds it once.
 Shard = Literal["column", "row", "replicated", "rank0"]
+_PLAIN = ("embedding", ".router", ".shared_gate")  # matrices that are never quantized
 _BLOCKS = (128, 16)  # cuts are at multiples of the first that fits: quantized products need aligned sizes
 
 
@@ -129,6 +130,11 @@ def even_range(size: int, rank: int, world: int) -> slice:
 def stored_dtype(spec: WeightSpec, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a weight of a model in ``dtype`` is stored in."""
     return {"weight": dtype, "fp8": torch.float8_e4m3fn, "bytes": torch.uint8}.get(spec.kind, torch.float32)
+
+
+def is_linear(spec: WeightSpec) -> bool:
+    """Whether it is the matrix of a linear layer or of experts, which may be quantized and packed."""
+    return spec.kind in ("weight", "fp8") and len(spec.shape) == 2 and not spec.name.endswith(_PLAIN)
 
 
 def weight_specs(config: ModelConfig) -> Iterator[WeightSpec]:

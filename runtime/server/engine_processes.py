@@ -9,10 +9,9 @@ from typing import Any
 
 import zmq
 
-from ..config import ServerConfig
+from ..config import DISK_WRITE_SECONDS, ServerConfig
 from ..errors import LoadError
 from ..messages import Failed, Ready, Shutdown
-from ..tiers.disk import WRITE_SECONDS
 from .processes.channels import Inbox, Outbox, ToHttp
 from .processes.launch import EXIT_FAILED, ROLES, Role, RunDirectory
 from .processes.supervisor import Supervisor
@@ -32,7 +31,7 @@ class EngineProcesses:
 
     def __init__(self, config: ServerConfig, receive: Callable[[ToHttp], None]) -> None:
         self._receive, self._ranks = receive, config.engine.tensor_parallel_size
-        self._exit_seconds = EXIT_SECONDS + (WRITE_SECONDS if config.engine.disk_cache else 0)
+        self._exit_seconds = EXIT_SECONDS + (DISK_WRITE_SECONDS if config.engine.disk_cache else 0)
         self._run_dir = RunDirectory(config)
         self._context: zmq.Context[Any] = zmq.Context()
         self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")

@@ -67,10 +67,12 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
         for number in signals:
             loop.add_signal_handler(number, server.request_stop)
         try:
-            info = await server.start()
-            # Objects made so far live as long as the process: exclude them from garbage collection.
-            gc.collect()
-            gc.freeze()
+            try:
+                gc.disable()  # imports make objects that stay, and collections find nothing
+                info = await server.start()
+                gc.freeze()  # objects made so far live as long as the process
+            finally:
+                gc.enable()
             if on_ready is not None:
                 on_ready(info)
             await server.wait()

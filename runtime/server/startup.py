@@ -9,7 +9,6 @@ import resource
 import socket
 from pathlib import Path
 
-from ..chat.tools import reasoning_format, tool_format
 from ..config import ServerConfig
 from ..errors import LoadError
 
@@ -23,6 +22,10 @@ _OWN_DESCRIPTORS = 128  # of the process itself: channels, logs, the model's fil
 
 def check_parsers(config: ServerConfig) -> None:
     """Raises `LoadError` if a tool-call or reasoning format is unknown."""
+    if {config.tool_call_parser, config.reasoning_parser} <= {"auto", "none"}:
+        return  # usual, and the formats take 0.1 s to import, which the engine's processes need not wait for
+    from ..chat.tools import reasoning_format, tool_format
+
     for flag, name, find in (
         ("--tool-call-parser", config.tool_call_parser, tool_format),
         ("--reasoning-parser", config.reasoning_parser, reasoning_format),

@@ -23,7 +23,6 @@ from .saved import SavedFile, SavedFileWriter
 
 logger = logging.getLogger(__name__)
 
-WRITE_SECONDS = 30.0  # that writing the rest of the cache may take when the engine is closed
 _READERS = 4
 _LOADED_AT_ONCE = 16  # pages of a file in memory
 _LOG_SECONDS = 60.0  # between two lines about failures

@@ -96,6 +96,15 @@ def test_linear_equals_torch_also_where_it_is_packed(dtype: torch.dtype, rows: i
             torch.testing.assert_close(PlainLinear(weight, b)(x), exact.to(dtype), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_linear_layer_converts_a_narrower_weight(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64).to(dtype), torch.randn(5, 64)
+    layer = PlainLinear(weight, dtype=torch.float32)
+    torch.testing.assert_close(layer(x), x @ weight.float().T)
+    assert layer(x).dtype == torch.float32
+
+
 def test_float32_is_packed_on_a_cpu() -> None:
     """If torch dropped the operation, decoding would silently become two to three times slower."""
     assert packs(torch.device("cpu"), torch.float32) == torch.backends.mkldnn.is_available()

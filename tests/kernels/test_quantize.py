@@ -173,6 +173,7 @@ def test_int8_linear(tokens: int, row_copy_bytes: int, monkeypatch: pytest.Monke
 def test_an_int8_layer_takes_the_bytes_of_the_plan(row_copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_module, "ROW_COPY_BYTES", row_copy_bytes)
     layer = Int8Linear(torch.randn(256, 128))
+    layer.lay_out()
     row_copy = 0 if layer._row_copy is None else layer._row_copy.nbytes
     stored = torch.ops.mkldnn._nbytes(layer._packed) + row_copy + layer._scale.nbytes
     assert stored == linear_module.int8_bytes(256, 128)

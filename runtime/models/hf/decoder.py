@@ -56,6 +56,10 @@ class TransformersDecoder:
     def reserve(self, length: int) -> None:
         """Nothing: transformers computes rotary embeddings from the positions."""
 
+    def lay_out_next(self) -> bool:
+        """See `decoder.Decoder.lay_out_next`. Linear layers here are laid out as they are made."""
+        return False
+
     def forward(
         self,
         tokens: StepTokens,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from concurrent.futures import Future
@@ -62,9 +61,6 @@ class SchedulerWorker:
         self._stats_at = 0.0
         self._controls: FairQueue[Control] = FairQueue()
         self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
-        # Objects made so far live as long as the process: exclude them from garbage collection during steps.
-        gc.collect()
-        gc.freeze()
         http.send([Ready("scheduler", info)])
 
     def run(self) -> None:

@@ -5,6 +5,7 @@ Exit codes: 0 after `Shutdown`, 1 after a bug, `EXIT_FAILED` if it could not sta
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -53,6 +54,7 @@ def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_
 
 def main(role: str, run_dir: Path) -> int:
     """Serves one role until `Shutdown` or until the parent ends. Returns the exit code."""
+    gc.disable()  # until it is made: imports and loading make objects that stay, and collections find nothing
     ignore_stop_signals()
     launch = read_launch(run_dir)
     # The detokenizer cleans up after a killed server, as it never blocks for long.
@@ -71,6 +73,10 @@ def main(role: str, run_dir: Path) -> int:
             logger.exception("could not start")
             http.send([Failed(role, f"{type(error).__name__}: {error}")])
             return EXIT_FAILED
+        # Objects made so far live as long as the process: exclude them from garbage collection.
+        gc.collect()
+        gc.freeze()
+        gc.enable()
         try:
             worker.run()
         except EngineDead as error:

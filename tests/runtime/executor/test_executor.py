@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from branchwise.kernels.processor import multiplies_int8
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.executor import ModelExecutor
@@ -249,6 +252,35 @@ def test_dummy_weights_are_the_same_for_the_same_seed(
 
     assert tokens(1) == tokens(1)
     assert tokens(1) != tokens(2)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    ["auto", pytest.param("int8", marks=pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI"))],
+)
+def test_weights_laid_out_before_or_in_a_step_give_the_same_tokens(
+    quantization: str, driver: Drive, make: SimpleNamespace, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("llama-gqa"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    config = EngineConfig(
+        model=str(folder), device="cpu", dtype="float32", quantization=quantization, page_size=8, kv_cache_tokens=256
+    )
+
+    def tokens(before: int) -> list[int]:
+        executor = ModelExecutor.load(config)
+        left = 4 * executor.model_config.num_layers + 1
+        assert all(executor.prepare_next() for _ in range(before * left // 2))
+        step = type(driver())(executor).step
+        found = step(
+            [(0, PROMPT[:20], 0, True)], table=make.columns(0, [1, 2, 3]), starts=[make.start(0, PROMPT[:20])]
+        ).tokens.tolist()
+        assert all(executor.prepare_next() for _ in range(left - before * left // 2))  # laid out by the step
+        assert not executor.prepare_next()
+        return list(found)
+
+    assert tokens(0) == tokens(1) == tokens(2)
 
 
 def test_progress_counts_every_byte(checkpoint: Callable[[str], Path]) -> None:

@@ -41,8 +41,8 @@ def compiler(checkpoint: Callable[[str], Path]) -> Iterator[GrammarCompiler]:
 @pytest.fixture
 def gate(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """No compilation ends before this is set."""
-    gate, compile_now = threading.Event(), compiler._backend.compile
-    monkeypatch.setattr(compiler._backend, "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    gate, compile_now = threading.Event(), compiler.backend().compile
+    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
     return gate
 
 
@@ -67,6 +67,16 @@ def test_two_hundred_large_schemas_do_not_delay_another_owner(compiler: GrammarC
     assert dropped >= 190 if abandoned else dropped == 0
     if abandoned:
         assert len(compiler._compiling) <= compiler._pool._max_workers and not compiler._queue._owners
+
+
+def test_the_tokenizer_is_prepared_once_whoever_comes_first(compiler: GrammarCompiler) -> None:
+    assert compiler.prepare()
+    assert not compiler.prepare()
+    other = GrammarCompiler(compiler._tokenizer, compiler._vocab_size, (1,))
+    other.compile(Constraint("regex", "a")).result(600)
+    assert not other.prepare()
+    assert other.backend().mask_words == other.mask_words
+    other.close()
 
 
 def test_owners_take_turns(compiler: GrammarCompiler, gate: threading.Event) -> None:
@@ -112,7 +122,7 @@ def test_matchers_go_before_compilations(compiler: GrammarCompiler, gate: thread
     waiting = [compiler.compile(Constraint("regex", f"x{i}")) for i in range(50)]
     ends: list[int] = []
     job = compiler.follow(
-        partial(matcher.advance_and_compute_mask, int(compiler._backend._tokenizer.tokenize_str("a")[0]))
+        partial(matcher.advance_and_compute_mask, int(compiler.backend()._tokenizer.tokenize_str("a")[0]))
     )
     job.add_done_callback(lambda _: ends.append(sum(future.done() for future in waiting)))
     gate.set()
@@ -132,8 +142,8 @@ def test_requests_that_leave_drop_their_grammars(
 ) -> None:
     engine = make_engine(seed=21)
     compiler = engine._core._grammars
-    gate, compile_now = threading.Event(), compiler._backend.compile
-    monkeypatch.setattr(compiler._backend, "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    gate, compile_now = threading.Event(), compiler.backend().compile
+    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
     running = busy(compiler)
     before = compiler.compiled
     seen: list[Any] = []

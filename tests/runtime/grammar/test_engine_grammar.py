@@ -193,14 +193,14 @@ def test_requests_wait_for_their_grammar_in_a_state_of_their_own(make_engine, mo
     engine = make_engine()
     compiling, go = threading.Event(), threading.Event()
     compiler = engine._core._grammars
-    compile_now = compiler._backend.compile
+    compile_now = compiler.backend().compile
 
     def slowly(constraint):
         compiling.set()
         assert go.wait(20)
         return compile_now(constraint)
 
-    monkeypatch.setattr(compiler._backend, "compile", slowly)
+    monkeypatch.setattr(compiler.backend(), "compile", slowly)
     params = SamplingParams(regex="waits[0-9]", max_tokens=20)
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, params)))
@@ -217,8 +217,8 @@ def test_requests_wait_for_their_grammar_in_a_state_of_their_own(make_engine, mo
 def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_engine, monkeypatch):
     engine = make_engine()
     compiler = engine._core._grammars
-    compile_now, go = compiler._backend.compile, threading.Event()
-    monkeypatch.setattr(compiler._backend, "compile", lambda c: go.wait(20) and compile_now(c))
+    compile_now, go = compiler.backend().compile, threading.Event()
+    monkeypatch.setattr(compiler.backend(), "compile", lambda c: go.wait(20) and compile_now(c))
     seen = []
     request = engine._request(PROMPT, SamplingParams(regex="aborted[0-9]"), "", 0)
     engine._thread.submit([request], seen.append)

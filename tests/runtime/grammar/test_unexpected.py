@@ -39,7 +39,7 @@ def test_a_compiler_that_breaks_refuses_one_request(make_engine, monkeypatch, er
     def breaks(constraint):
         raise error("unreachable code was reached")
 
-    monkeypatch.setattr(engine._core._grammars._backend, "compile", breaks)
+    monkeypatch.setattr(engine._core._grammars.backend(), "compile", breaks)
     finish = end_beside_another(engine, SamplingParams(regex=f"breaks with {error.__name__}"))
     assert (finish.reason, finish.error.status, finish.error.path) == ("error", 500, "regex")
     assert finish.error.problem == "could not be compiled: the compiler failed"

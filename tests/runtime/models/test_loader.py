@@ -54,6 +54,20 @@ def test_fused_weights_are_the_checkpoints_rows(checkpoint: Callable[[str], Path
     assert "lm_head" not in weights  # tied
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_float32_on_a_cpu_keeps_a_narrower_checkpoint_until_it_is_laid_out(
+    dtype: torch.dtype, folder: Callable[[str], Path]
+) -> None:
+    narrow = edit(folder("llama-gqa"), lambda tensors: tensors.update({k: v.to(dtype) for k, v in tensors.items()}))
+    weights = load(narrow)
+    kept = {name for name, weight in weights.items() if weight.dtype == dtype}
+    matrices = {name for name in weights if name == "embedding" or name.endswith((".qkv", ".o", ".gate_up", ".down"))}
+    assert kept == matrices
+    assert all(weight.dtype == torch.float32 for name, weight in weights.items() if name not in kept)
+    wide = load(edit(narrow, lambda tensors: tensors.update({k: v.float() for k, v in tensors.items()})))
+    assert all(torch.equal(weights[name].float(), wide[name]) for name in wide)
+
+
 def test_gemma_norms_hold_their_offset_in_float32(checkpoint: Callable[[str], Path]) -> None:
     folder = checkpoint("gemma2")
     raw = load_file(folder / "model.safetensors")
