@@ -1,8 +1,9 @@
 """The tree that a step's requests form: which of them read the same pages in the same columns of the page table.
 
 Sharing is page identity, never a count of references: two requests share a column only if they have the same page
-there and in every column before it. All nodes of one depth are found together, so the cost grows with the depth of the
-tree and the columns compared, not with the number of nodes.
+there. A page's keys and values depend on every token before it, so those requests have the same tokens in all columns
+before; of a long table a few columns are compared first. All nodes of one depth are found together: the cost grows with
+the depth of the tree and the columns compared, not with the number of nodes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 
 from ..arrays import Int32, Int64, ranges
 
-BLOCK, MAX_BLOCK = 512, 2048  # columns compared at first, and at a time while requests agree
+BLOCK = 256  # columns that are compared at once
+STRIDE = 32  # of more columns, one in so many is compared first
 
 
 class Nodes(NamedTuple):
@@ -85,18 +87,15 @@ def _agreement(table: Int32, rows: Int32, first: Int64, ends: Int64, agreed: Int
     rows differ, at most the group's limit."""
     at, width, most = int(agreed.min()), BLOCK, int(limits.max())
     stops, unknown = limits.copy(), np.arange(len(limits))  # groups that agree on every column compared so far
+    if most - at > BLOCK:
+        same = _first_difference(table[:, at + STRIDE - 1 : most : STRIDE], rows, first, ends)
+        at += STRIDE * int(np.minimum(same, (limits - at) // STRIDE).min())  # beyond its limit a row has no pages
+        width = 2 * STRIDE
     while at < most and len(unknown):
         end = min(at + width, most)
-        block = table[:, at:end][rows]
-        # Of each row: the first column that differs from the next row's, or the end where none does.
-        differs = np.ones((len(block) - 1, end - at + 1), np.bool_)
-        np.not_equal(block[1:], block[:-1], out=differs[:, :-1])
-        columns = np.empty(len(block), np.int64)
-        differs.argmax(axis=1, out=columns[:-1])
-        columns[ends - 1] = end - at
-        mismatch = np.minimum.reduceat(columns, first) + at
+        mismatch = _first_difference(table[:, at:end], rows, first, ends) + at
         stops[unknown] = np.minimum(mismatch, limits)
-        at, width = end, MAX_BLOCK
+        at, width = end, 4 * width
         if end < most:
             kept = ((mismatch == end) & (end < limits)).nonzero()[0]
             size = (ends - first)[kept]
@@ -104,6 +103,18 @@ def _agreement(table: Int32, rows: Int32, first: Int64, ends: Int64, agreed: Int
             ends = size.cumsum()
             first = ends - size
     return stops
+
+
+def _first_difference(table: Int32, rows: Int32, first: Int64, ends: Int64) -> Int64:
+    """For each group ``rows[first : ends]``: the first column where two of its rows differ; the number of columns where
+    none do."""
+    block, columns = table[rows], table.shape[1]
+    differs = np.ones((len(rows) - 1, columns + 1), np.bool_)
+    np.not_equal(block[1:], block[:-1], out=differs[:, :-1])
+    found = np.empty(len(rows), np.int64)  # where each row differs from the next
+    differs.argmax(axis=1, out=found[:-1])
+    found[ends - 1] = columns
+    return np.minimum.reduceat(found, first)
 
 
 def _join(arrays: list[Int64]) -> Int64:

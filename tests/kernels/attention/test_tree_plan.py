@@ -22,16 +22,19 @@ ROOMY = TreeLimits(items=(4096,) * 3, slots=1 << 16, workers=(8, 8, 8), min_keys
 
 
 def tree_table(paths: list[list[tuple[int, int]]], page_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A page table and its lengths in tokens. A path lists (name of a run, tokens): equal names are equal pages."""
+    """A page table and its lengths in tokens. A path lists (name of a run, tokens): equal names are equal pages, if all
+    columns before them are equal too. Beyond its length a row has what others have there."""
     pages: dict[object, int] = {}
     columns = max(sum(-(-tokens // page_size) for _, tokens in path) for path in paths) + 1
     table = np.zeros((len(paths), columns), np.int32)
     for row, path in enumerate(paths):
-        at = 0
+        at, before = 0, -1
         for name, tokens in path:
-            for i in range(-(-tokens // page_size)):
-                table[row, at] = pages.setdefault((name, at, i), len(pages) + 1)
+            for _ in range(-(-tokens // page_size)):
+                table[row, at] = before = pages.setdefault((before, name), len(pages) + 1)
                 at += 1
+    longest = (table > 0).sum(1).argmax()
+    np.copyto(table, table[longest], where=table == 0)
     return table, np.array([sum(tokens for _, tokens in path) for path in paths], np.int64)
 
 
@@ -102,10 +105,11 @@ def test_every_key_is_read_once(forest: tuple[list[list[tuple[int, int]]], int],
 
 
 @settings(max_examples=200, deadline=None)
-@given(forests())
-def test_nodes_are_all_that_is_shared(forest: tuple[list[list[tuple[int, int]]], int]) -> None:
+@given(forests(), st.sampled_from([1, 40, 200]))
+def test_nodes_are_all_that_is_shared(forest: tuple[list[list[tuple[int, int]]], int], times: int) -> None:
+    """``times``: of the tokens of each run; of rows with many pages not all columns are compared."""
     paths, page_size = forest
-    table, kv_lens = tree_table(paths, page_size)
+    table, kv_lens = tree_table([[(name, times * tokens) for name, tokens in path] for path in paths], page_size)
     limits = (kv_lens - 1) // page_size
     nodes = find_nodes(table, np.arange(len(paths), dtype=np.int32), limits)
     depth = np.zeros(len(paths), np.int64)
@@ -120,6 +124,13 @@ def test_nodes_are_all_that_is_shared(forest: tuple[list[list[tuple[int, int]]],
             end = min(limits[i], limits[j])
             same = np.cumprod(table[i, :end] == table[j, :end]).sum()
             assert min(depth[i], depth[j]) >= same
+
+
+def test_what_a_row_has_beyond_its_limit_is_not_shared() -> None:
+    """A row keeps the pages of the request that had it before, which another may have in the same columns."""
+    table, _ = tree_table([[(0, 1), (1, 399)], [(0, 1), (2, 9)], [(3, 400)], [(3, 400)]], page_size=1)
+    nodes = find_nodes(table, np.arange(4, dtype=np.int32), np.array([400, 10, 400, 400]))
+    assert nodes.stops.tolist() == [1, 400] and nodes.members.tolist() == [0, 1, 2, 3]
 
 
 def test_a_plan_serves_requests_that_grow() -> None:
