@@ -20,8 +20,11 @@ Observer = TypeVar("Observer")
 ROOT = -1  # ``parent`` of pages at the start of a prompt
 
 
+Copy = tuple[int, Int32]  # (tier, slots) of another copy of an event's pages, which entered earlier
+
+
 class PagesEntered(NamedTuple):
-    """Consecutive pages that can now be matched.
+    """Consecutive pages that can now be matched. ``copied``: a copy of them in another tier, if there is one.
 
     They may still be unwritten: a page is published when it is scheduled, and the step being planned writes it.
     Events name pages, not nodes: nodes are split and extended, while a page has the same number, tokens and parent
@@ -32,6 +35,7 @@ class PagesEntered(NamedTuple):
     parent: int  # the page that holds the preceding tokens, or `ROOT`; it entered earlier
     tokens: Int32  # [n]; the last page is partial if n is not a multiple of the page size
     pages: Int32  # [ceil(n / page_size)]
+    copied: Copy | None = None
 
 
 class PagesLeft(NamedTuple):
@@ -61,6 +65,7 @@ class CopiesEntered(NamedTuple):
     )  # (tier, slot) of a copy of the page before, which entered earlier; None at the start
     tokens: Int32  # [n]; the last page is partial if n is not a multiple of the page size
     slots: Int32  # [ceil(n / page_size)] of the tier
+    copied: Copy | None = None  # as in `PagesEntered`
 
 
 class CopiesLeft(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .events import ROOT, CopiesEntered, CopiesLeft, Events, LeaveReason, PagesEntered, PagesLeft
+from .events import ROOT, CopiesEntered, CopiesLeft, Copy, Events, LeaveReason, PagesEntered, PagesLeft
 from .eviction import POLICIES
 from .explain import EvictionRecord
 from .matching import Walk
@@ -114,7 +114,7 @@ class PrefixTree:
     def enter(self, node: Node, pages: Int32) -> None:
         """The node, whose parent is on the device or a root, gets a copy on the device."""
         self.device.put(node, pages.copy())
-        self._announce(node.parent, node.tokens, pages)
+        self._announce(node.parent, node.tokens, pages, node)
 
     def extend(self, node: Node, tokens: Int32, pages: Int32) -> None:
         """Adds whole pages to the end of a locked node without children that is on the device only."""
@@ -124,10 +124,11 @@ class PrefixTree:
         node.pages = np.concatenate((node.pages, pages))
         node.serial = self._new_serial()
 
-    def _announce(self, after: Node | None, tokens: Int32, pages: Int32) -> None:
-        """Pages entered the device after the present end of ``after``."""
+    def _announce(self, after: Node | None, tokens: Int32, pages: Int32, node: Node | None = None) -> None:
+        """Pages entered the device after the present end of ``after``: all those of ``node``, or None."""
         if self.events.observers and after is not None:
-            self.events.pending.append(PagesEntered(_namespace(after), _last_page(after), tokens.copy(), pages.copy()))
+            place, copied = (_namespace(after), _last_page(after)), _other_copy(node, DEVICE)
+            self.events.pending.append(PagesEntered(*place, tokens.copy(), pages.copy(), copied))
 
     def contents(self) -> Iterator[PagesEntered]:
         """What is on the device, as events, parents before children."""
@@ -154,8 +155,11 @@ class PrefixTree:
     def _announce_copy(self, tier: Tier, node: Node, entered: bool) -> None:
         """A lower tier has got a copy of a node, or is about to lose it."""
         if self.events.lower_tier_observers:
-            event = _copies_entered(tier, node) if entered else CopiesLeft(tier.number, node.tokens, tier.of(node))
-            self.events.pending.append(event)
+            if entered:
+                event = _copies_entered(tier, node)._replace(copied=_other_copy(node, tier.number))
+                self.events.pending.append(event)
+            else:
+                self.events.pending.append(CopiesLeft(tier.number, node.tokens, tier.of(node)))
 
     # ---- pages out ----
 
@@ -423,10 +427,18 @@ def _copy_of_last_page(node: Node | None) -> tuple[int, int] | None:
     """(tier, slot) of the highest copy of a node's last page; None for a root."""
     if node is None or isinstance(node, Root):
         return None
-    for number, slots in ((DEVICE, node.pages), (HOST, node.host), (DISK, node.disk)):
-        if len(slots):
-            return number, int(slots[-1])
-    raise RuntimeError(f"node {node.serial} has a copy in no tier, and a page that follows it has one")
+    copy = _other_copy(node, None)
+    if copy is None:
+        raise RuntimeError(f"node {node.serial} has a copy in no tier, and a page that follows it has one")
+    return copy[0], int(copy[1][-1])
+
+
+def _other_copy(node: Node | None, tier: int | None) -> Copy | None:
+    """The highest copy of a node that is not in ``tier``."""
+    if node is None:
+        return None
+    copies = ((DEVICE, node.pages), (HOST, node.host), (DISK, node.disk))
+    return next(((number, slots) for number, slots in copies if len(slots) and number != tier), None)
 
 
 def _head(array: Int32, n: int) -> Int32:

@@ -44,9 +44,13 @@ class PageHashes:
         whole = len(event.tokens) // self._page_size
         if not whole:
             return []
-        parent = self.parent(event)
-        after = root_hash(event.namespace) if parent is None else parent
-        hashes = block_hashes(event.tokens, self._page_size, after)
+        if event.copied is not None:  # they were hashed when they entered that tier
+            tier, slots = event.copied
+            hashes: list[int] = self._hashes[tier][slots[:whole]].tolist()
+        else:
+            parent = self.parent(event)
+            after = root_hash(event.namespace) if parent is None else parent
+            hashes = block_hashes(event.tokens, self._page_size, after)
         tier, slots = _place(event)
         self._hashes[tier][slots[:whole]] = hashes
         return hashes

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import zmq
 
-from branchwise.radix.node import DEFAULT, DISK
+from branchwise.radix.node import DEFAULT, DEVICE, DISK, HOST
 from branchwise.radix.tree import RadixTree
 from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.null import NullExecutor
+from branchwise.runtime.fleet import block_events
 from branchwise.runtime.fleet.block_events import MEDIA, BlockEvents, snapshot
 from branchwise.runtime.fleet.hashes import block_hashes, root_hash
 from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
@@ -189,13 +190,44 @@ def test_a_subscriber_knows_every_block_in_every_medium(seed: int) -> None:
                 known[event.medium].difference_update(event.block_hashes)
         expected = of_tree(tree)
         assert known == expected
-        late = {medium: set() for medium in known}
-        for event in snapshot({"seq": 0, "block_size": PAGE, "contents": events.contents()}).batch.events:
-            late[event.medium].update(event.block_hashes)
-        assert late == expected, "a late subscriber knows the same"
+        assert known_blocks(events) == expected, "a late subscriber knows the same"
         most = {medium: max(n, len(expected[medium])) for medium, n in most.items()}
         tree.check()
     assert min(most.values()) >= 8, "a medium was hardly used"
+
+
+def test_a_block_is_hashed_once_however_often_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Down when the device evicts it, to the disk and up again, its hash is known from the tier that it is in."""
+    tree = RadixTree(12, PAGE, host_slots=16, disk_slots=40)
+    events, prompt = BlockEvents(tree), np.arange(8 * PAGE, dtype=np.int32)
+    fill(tree, prompt.tolist())
+    stored = events.take()
+    assert stored is not None
+
+    def hashed_again(*_: Any) -> list[int]:
+        raise AssertionError("a block was hashed again")
+
+    monkeypatch.setattr(block_events, "block_hashes", hashed_again)
+    fill_device, moves = tree.match(np.array([99], np.int32)), tree.moves
+    assert tree.reserve(fill_device, 12) is not None, "the device evicts every page to the host"
+    tree.release(fill_device)
+    end = moves.end_of(DEFAULT, prompt)
+    assert end is not None
+    for transfer in (moves.persist(end, 8), moves.load(tree.reach(prompt), 8)):
+        assert transfer is not None
+        tree.end_transfer(transfer, 8)
+    moved = events.take()
+    assert moved is not None
+    media = [(event.medium, event.block_hashes) for event in moved.events if isinstance(event, BlockStored)]
+    assert media == [(MEDIA[tier], stored.events[0].block_hashes) for tier in (HOST, DISK, DEVICE)]
+    assert known_blocks(events) == of_tree(tree)
+
+
+def known_blocks(events: BlockEvents) -> dict[str, set[int]]:
+    found: dict[str, set[int]] = {medium: set() for medium in MEDIA.values()}
+    for event in snapshot({"seq": 0, "block_size": PAGE, "contents": events.contents()}).batch.events:
+        found[event.medium].update(event.block_hashes)
+    return found
 
 
 def test_a_hash_names_a_prefix_in_a_namespace() -> None:
