@@ -137,9 +137,9 @@ class Moves:
     def end(self, transfer: Transfer, good: int, damaged: bool = False) -> None:
         """The transfer has ended; its first ``good`` pages arrived.
 
-        Nodes that arrived in part count as failed. ``damaged``: the first of them is wrong where it came from, and is
-        forgotten there. Nodes that reached the target by another way meanwhile keep what they have; on the disk what
-        follows them does not count then, because its rows name other records.
+        ``damaged``: the next page is wrong where it came from, and is forgotten there with what continues it. Nodes
+        that reached the target by another way meanwhile keep what they have; on the disk what follows them does not
+        count then, because its rows name other records.
         """
         del self.active[transfer]
         structure = self.structure
@@ -148,6 +148,9 @@ class Moves:
         for node in transfer.node.upwards():
             if not left:
                 break
+            begin = left - structure.size(node)
+            if begin < good < left:  # it arrived in part: its upper part is the next in this loop
+                structure.split(node, good - begin)
             nodes.append(node)
             left -= structure.size(node)
         at, before, unused = 0, transfer.before, []

@@ -141,16 +141,30 @@ class DiskTier:
         """Whether the last write failed."""
         return self._failing
 
-    def verify(self, id: int, records: Sequence[int], bad: list[int]) -> None:
-        """Reads records, and adds to ``bad`` those that are damaged."""
+    def verify(
+        self,
+        id: int,
+        records: Sequence[int],
+        bad: list[int],
+        prefixes: Sequence[bytes] | None = None,
+        read: bool = True,
+    ) -> None:
+        """Adds to ``bad`` the records that are damaged, or of which the index has another prefix than ``prefixes`` (as
+        in `read`). Without ``read`` only the index is compared."""
+        expected = self.prefixes(np.array(records, np.int32)) if prefixes is None else prefixes
+        wanted = {}
+        for record, prefix in zip(records, expected, strict=True):  # now: later messages may delete or write records
+            known = self._known(record)
+            if known is not None and known[0] == prefix:
+                wanted[record] = known
+            elif prefix:
+                bad.append(record)
 
         def job() -> Ended:
             out = np.empty(self.folder.page_bytes, np.uint8)
-            for record in records:
-                known = self._known(record)
+            for record, known in wanted.items() if read else ():
                 try:
-                    if known is not None:
-                        self.folder.read(record, *known, out)
+                    self.folder.read(record, *known, out)
                 except (Damaged, OSError) as error:
                     if self._known(record) == known:  # else it was deleted or written again meanwhile
                         bad.append(record)

@@ -7,6 +7,7 @@ in the folder ``saved`` of the disk cache, so that a client names files of this 
 from __future__ import annotations
 
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from ..errors import InvalidRequest, LoadError
 from .copies import Ended
 from .disk import DiskTier
 from .saved import SavedFile
+
+logger = logging.getLogger(__name__)
 
 _MOST_JOBS = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -98,10 +101,18 @@ class DiskJobs:
     def verify(self) -> int:
         """Begins to read every page on the disk. Those that are damaged are forgotten, with what continues them."""
         job, number = self._add(Job("verify"))
+        self._verify(job)
+        return number
+
+    def compare_ranks(self) -> None:
+        """Begins to forget what rank 0's index has and that of another rank has not, whose disk was damaged."""
+        if self._disk.parts > 1:
+            self._verify(Job("verify"), read=False)
+
+    def _verify(self, job: Job, read: bool = True) -> None:
         records = [record for node in self._on_disk() for record in node.disk.tolist()]
         job.facts = {"pages": len(records)}
-        self._run(job, lambda id: self._disk.verify(id, records, job.bad))
-        return number
+        self._run(job, lambda id: self._disk.verify(id, records, job.bad, read=read))
 
     def save(self, namespace: Namespace, tokens: Int32, file: str) -> int:
         """Begins to save the whole pages of a prompt that is cached. Raises `InvalidRequest`."""
@@ -166,9 +177,13 @@ class DiskJobs:
 
     def _forget(self, job: Job) -> None:
         structure, bad = self._tree.structure, set(job.bad)
-        if structure.disk is not None:
+        if bad and structure.disk is not None:
+            logger.warning("disk cache: %d pages are damaged or not on every rank, and are dropped", len(bad))
             for node in self._on_disk():
-                if bad.intersection(node.disk.tolist()):
+                good = next((i for i, record in enumerate(node.disk.tolist()) if record in bad), None)
+                if good:
+                    structure.split(node, good)
+                if good is not None:
                     structure.forget(node, structure.disk)
             structure.events.deliver()
         job.facts["damaged_pages"], job.done = len(bad), True

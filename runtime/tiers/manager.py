@@ -82,6 +82,8 @@ class TierManager(NoTiers):
         self._leaves: list[Node] | None = None  # what is left to write, once the engine stops
         self._step_ended: float | None = None  # None: the engine was idle since
         self.jobs = None if disk is None else DiskJobs(tree, disk, self._new_id, self._persist)
+        if self.jobs is not None:
+            self.jobs.compare_ranks()
 
     @property
     def busy(self) -> bool:

@@ -65,7 +65,7 @@ class RankTiers:
             case Verify():
                 self._under_way.add(message.id)
                 bad = self._verifying[message.id] = []
-                self._opened.verify(message.id, message.records, bad)
+                self._opened.verify(message.id, message.records, bad, message.prefixes, message.read)
             case Delete():
                 self._opened.delete(_ids(message.records))
         return False

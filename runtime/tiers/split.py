@@ -64,6 +64,8 @@ class Verify(msgspec.Struct, tag=True):
 
     id: int
     records: list[int]
+    prefixes: list[bytes]
+    read: bool
 
 
 class Delete(msgspec.Struct, tag=True):
@@ -228,10 +230,18 @@ class SplitDisk(DiskTier):
         self._copies.send(Write(id, encoded, records.tobytes(), slots.tobytes()))
         super().write(id, pages, records, memory, slots)
 
-    def verify(self, id: int, records: Sequence[int], bad: list[int]) -> None:
+    def verify(
+        self,
+        id: int,
+        records: Sequence[int],
+        bad: list[int],
+        prefixes: Sequence[bytes] | None = None,
+        read: bool = True,
+    ) -> None:
+        prefixes = self.prefixes(np.array(records, np.int32))
         self._copies.begin(id, bad)
-        self._copies.send(Verify(id, list(records)))
-        super().verify(id, records, bad)
+        self._copies.send(Verify(id, list(records), prefixes, read))
+        super().verify(id, records, bad, prefixes, read)
 
     def delete(self, records: Int32) -> None:
         if len(records):

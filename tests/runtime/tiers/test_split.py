@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 
 from branchwise import Engine, LoadError, SamplingParams
+from branchwise.radix import RadixTree
 from branchwise.runtime.tiers.copies import Ended, HostCopies
 from branchwise.runtime.tiers.disk import DiskTier
 from branchwise.runtime.tiers.fingerprint import Fingerprint
 from branchwise.runtime.tiers.folder import CacheFolder, rank_folder
+from branchwise.runtime.tiers.manager import TierManager
 from branchwise.runtime.tiers.rank import RankTiers
 from branchwise.runtime.tiers.split import OpenDisk, RankCopies, SplitDisk, SplitHost
 
@@ -152,6 +154,28 @@ def test_a_record_that_a_rank_has_of_another_prefix_is_a_miss(tmp_path: Path) ->
         rank.load_index()
         disk.read(2, ids(3), local.memory, ids(6))
         assert end(disk, link) == Ended(2, 0, 0.0, damaged=True)
+
+
+def test_what_a_rank_lacks_is_dropped_at_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its index was damaged, and it began an empty one: not one miss for each prefix, but none."""
+    with disks(tmp_path) as (disk, link, local):
+        filled(disk, link, local)
+        link.tiers._opened.folder.index.delete([4])
+    with disks(tmp_path) as (disk, link, local):
+        tree = RadixTree(8, 2, host_slots=8, disk_slots=8)
+        assert disk.restore(tree) == 4
+        manager = TierManager(tree, SplitHost(local, disk._copies), disk, "auto", lambda: 0.0)
+        while manager.busy:
+            manager.apply(manager.poll())
+        assert tree.reach(ids(1, 2, 3, 4), ANN).disk == 2
+        tree.check()
+        manager.poll()  # deletes the record everywhere
+        bad: list[int] = []
+        disk.verify(9, [3, 4], bad)
+        assert end(disk, link).good == 2 and bad == []
+    assert "1 pages are damaged or not on every rank" in caplog.text
+    with disks(tmp_path) as (disk, _, _):
+        assert [row.record for row in disk.load_index()] == [3]
 
 
 def test_a_write_that_fails_on_a_rank_counts_nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
