@@ -7,6 +7,7 @@ import functools
 import importlib.util
 import json
 import os
+import random
 import sys
 import threading
 from collections.abc import Awaitable, Callable
@@ -16,16 +17,31 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from hypothesis.internal.conjecture import providers
 
 # `make test` draws the same examples in every run; `make fuzz` draws new ones. How long a draw takes is never an error:
 # tests share the machine's cores.
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("new", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+if settings.get_current_profile_name() == "same":
+    # Hypothesis also draws constants from the source of the modules imported so far. Which those are depends on the
+    # tests that ran before in the same xdist worker.
+    providers.is_local_module_file = lambda path: False  # type: ignore[attr-defined]
 
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels run in its interpreter. Read when Triton is first imported, by torch if not by us.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Every test and its fixtures draw the same numbers, whatever ran before in the process."""
+    random.seed(0)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(0)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -303,7 +303,7 @@ def test_an_installed_wheel_talks_without_a_model_named(built: Path, tmp_path: P
     found = subprocess.check_output([sys.executable, "-c", where], text=True, env=environment, cwd=tmp_path)
     assert found.startswith(str(built)), "the wheel's copy, not the checkout"
     done = subprocess.run(
-        command, input="who are you?\n", capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path
+        command, input="who are you?\n", capture_output=True, text=True, timeout=240, env=environment, cwd=tmp_path
     )
     assert done.returncode == 0 and "Branchwise" in done.stdout, done.stderr
 

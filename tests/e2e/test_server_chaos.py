@@ -40,7 +40,7 @@ class Background:
     def _run(self, server: Any, path: str, body: dict[str, Any]) -> None:
         try:
             with (
-                httpx.Client(base_url=server.url, timeout=60) as client,
+                httpx.Client(base_url=server.url, timeout=240) as client,
                 client.stream("POST", path, json=body) as response,
             ):
                 self.status = response.status_code
@@ -179,14 +179,14 @@ def test_a_drain_delay_takes_requests_while_load_balancers_leave(start_server: A
     server = start_server(drain_delay=5.0)
     server.http.get("/health")  # this connection is kept alive
     server.process.send_signal(signal.SIGTERM)
-    with httpx.Client(base_url=server.url, timeout=60) as other:
+    with httpx.Client(base_url=server.url, timeout=240) as other:
         while (health := other.get("/health")).status_code == 200:
             time.sleep(0.01)
     assert health.json() == {"status": "leaving"}
     body = {"prompt": "a", "max_tokens": 2}
     kept = server.http.post("/v1/completions", json=body)
     assert (kept.status_code, kept.headers["connection"]) == (200, "close")
-    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=240).status_code == 200
     assert server.process.wait(60) == 0
     assert gone(server, process_alive)
 
@@ -336,4 +336,4 @@ def test_only_the_scheduler_imports_torch() -> None:
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
         "sys.exit(f'imported: {heavy}' if heavy else 0)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)

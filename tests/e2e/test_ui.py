@@ -63,7 +63,7 @@ def test_where_it_is_served(start_server: Any) -> None:
     assert [without.http.get(path).status_code for path in ("/ui", "/ui/app.js", "/ui/events", "/docs")] == [404] * 4
 
 
-def snapshots(server: Any, key: str, seconds: float = 10.0, **query: Any) -> Any:
+def snapshots(server: Any, key: str, seconds: float = 60.0, **query: Any) -> Any:
     """The snapshots of a connection, as they arrive."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.stream("GET", f"{server.url}/ui/events", headers=headers, params=query, timeout=seconds) as response:

@@ -17,11 +17,11 @@ API_KEY = "the-key"
 
 
 @pytest.fixture
-def unused_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def unused_port() -> Iterator[int]:
+    """A port nobody listens on, nor can during the test."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -40,7 +40,7 @@ def branchwise() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "branchwise", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | (env or {}))
+        return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | (env or {}))
 
     return run
 
@@ -64,7 +64,7 @@ class Server:
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
-        self.process.communicate(timeout=60)
+        self.process.communicate(timeout=240)
         return self.process.returncode
 
 

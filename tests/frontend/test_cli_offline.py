@@ -64,7 +64,7 @@ def branchwise(*arguments: str, stdin: str = "", env: dict[str, str] | None = No
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         env=os.environ | (env or {}),
     )
 

@@ -105,7 +105,7 @@ def test_quickstart_without_a_server_is_one_line(unused_port: int) -> None:
         [sys.executable, str(ROOT / "examples" / "quickstart.py"), f"http://127.0.0.1:{unused_port}"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()

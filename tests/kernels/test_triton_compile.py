@@ -269,7 +269,7 @@ def compiled() -> Iterator[dict[str, dict[str, int]]]:
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder}
         command = [sys.executable, __file__]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=560)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=850)
     assert done.returncode == 0, done.stderr[-3000:]
     yield json.loads(done.stdout)
 

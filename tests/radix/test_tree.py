@@ -17,7 +17,7 @@ A = list(range(100, 112))
 
 def test_importing_the_room_imports_no_torch():
     code = "import sys, branchwise.radix; sys.exit(any(m.split('.')[0] in ('torch', 'triton') for m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
 
 
 def test_keys_sort_as_tokens_do():

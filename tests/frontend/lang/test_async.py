@@ -72,7 +72,7 @@ async def test_leaving_a_stream_ends_the_program(shipped, engine):
 
     async for _ in endless.astream():
         break
-    for _ in range(200):
+    for _ in range(3000):
         stats = shipped.stats()
         if not stats.running and not stats.waiting:
             break

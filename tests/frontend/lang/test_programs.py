@@ -229,13 +229,17 @@ def test_a_value_that_is_not_of_its_dtype(echo):
 
 
 def test_an_exception_of_the_program_ends_what_it_started(echo):
-    waiting = threading.Event()
+    waiting, cancelled = threading.Event(), []
     backend = echo(ok)
     generate = backend.generate
 
     async def never(handle, ask, on_delta=None):
         waiting.set()
-        await asyncio.sleep(60)
+        try:
+            await asyncio.sleep(600)
+        except asyncio.CancelledError:
+            cancelled.append(True)
+            raise
         return await generate(handle, ask, on_delta)
 
     backend.generate = never
@@ -246,10 +250,9 @@ def test_an_exception_of_the_program_ends_what_it_started(echo):
         waiting.wait(30)
         raise KeyError("mine")
 
-    began = time.monotonic()
     with pytest.raises(KeyError, match="mine"):
         program.run(backend=backend)
-    assert time.monotonic() - began < 45
+    assert cancelled == [True]
 
 
 def test_a_batch_keeps_exceptions_with_their_item(echo):
@@ -289,18 +292,16 @@ def test_appending_never_blocks(echo):
     go = threading.Event()
 
     def slow(prompt):
-        go.wait(60)
+        assert go.wait(200), "the program waits for a generation"
         return "ok"
 
     @bw.function
     def program(s):
-        began = time.monotonic()
         s += "x" + bw.gen("a") + bw.gen("b")
         forks = s.fork(3)
         forks += bw.gen("c")
         forks.join()
         s += bw.gen("d")
-        assert time.monotonic() - began < 30
         go.set()
         assert s["c"] == ["ok"] * 3 and s["d"] == "ok"
 
@@ -448,5 +449,5 @@ def test_a_forked_process_runs_programs_of_its_own():
         "    os._exit(0)\n"
         "os.wait()\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stdout) == (0, "x\nx\n"), done.stderr

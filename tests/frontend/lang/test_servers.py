@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 import branchwise as bw
@@ -173,7 +174,7 @@ def test_a_process_that_ends_before_its_run_leaves_no_branch(server: Any) -> Non
         "state = program.run(backend=bw.connect(sys.argv[1], 'the-key'), stream=True)\n"
         "next(state.text_iter('a'))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, server.url], capture_output=True, text=True, timeout=240)
     assert (done.returncode, done.stderr) == (0, "")
     assert _counts(bw.connect(server.url, KEY))["branches"] == 0
 
@@ -198,18 +199,22 @@ def test_a_server_with_little_room_and_patience_that_is_then_killed(tight_server
     assert found == expected and cached > 20
     assert [one["who"] for one in program.run_batch([{}] * 3, backend=backend, temperature=0)] == [expected] * 3
 
+    def kill_once_it_generates() -> None:
+        with httpx.Client(base_url=tight_server.url, timeout=240) as http:
+            while http.get("/server_info").json()["stats"]["running"] < 3:
+                time.sleep(0.02)
+        tight_server.process.kill()
+
     @bw.function
     def interrupted(s):
         s += "Once upon a time"
         forks = s.fork(3)
         forks += bw.gen("a", max_tokens=4000, ignore_eos=True)  # is cut off
-        threading.Timer(0.3, tight_server.process.kill).start()
+        threading.Thread(target=kill_once_it_generates).start()
         return forks["a"]
 
-    began = time.monotonic()
     with pytest.raises(bw.ProgramError, match=f"'a' failed.*the connection to {tight_server.url} failed") as caught:
         interrupted.run(backend=backend)
-    assert time.monotonic() - began < 10
     file, _, number = caught.value.site.rpartition(":")
     assert file == __file__ and "is cut off" in Path(file).read_text().splitlines()[int(number) - 1]
 
@@ -327,6 +332,8 @@ def test_connections_of_a_backend_nobody_has_are_closed(server: Any, caplog: pyt
     def program(s):
         s += "x" + bw.gen("a", max_tokens=1)
 
+    gc.collect()  # what earlier tests have left may say something
+    caplog.clear()
     for _ in range(3):
         program.run(backend=bw.connect(server.url, KEY))
     gc.collect()

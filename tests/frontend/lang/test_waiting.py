@@ -26,9 +26,9 @@ def test_readers_are_woken_by_the_variable_and_by_the_programs_end(echo):
 
     @bw.function
     def program(s):
-        first.wait(10)
+        first.wait(200)
         s["late"] = 1
-        last.wait(10)
+        last.wait(200)
 
     state = program.run(backend=echo(lambda prompt: "ok"), stream=True)
     found = []
@@ -44,10 +44,10 @@ def test_readers_are_woken_by_the_variable_and_by_the_programs_end(echo):
     never.start()
     assert not found
     first.set()
-    late.join(10)
+    late.join(100)
     assert found == [1]
     last.set()
-    never.join(10)
+    never.join(100)
     assert found[1:] == ["no variable 'never' has been set in this state (set so far: 'late')"]
 
 

@@ -286,7 +286,7 @@ def test_building_later(compiled, monkeypatch):
     future = flashinfer_module.build_later([Variant("fa3", torch.bfloat16, 128)])
     if compiled:
         assert future.done()
-    assert future.result(10) is None
+    assert future.result(100) is None
     assert len(threads) == 1
 
 
@@ -295,10 +295,10 @@ def test_a_process_that_exits_does_not_wait_for_the_compiler():
         import time
         from branchwise.kernels.attention import flashinfer_module as subject
         subject._compiled = lambda variants: False
-        subject._load = lambda variant: time.sleep(60)
+        subject._load = lambda variant: time.sleep(600)
         assert not subject.build_later([subject.Variant("fa3", None, 128)]).done()
     """
-    done = subprocess.run([sys.executable, "-c", program], timeout=30, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", program], timeout=120, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -176,10 +175,8 @@ def test_what_a_template_reads() -> None:
 )
 def test_no_template_takes_more_than_its_share(source: str) -> None:
     template = ChatTemplate(source, SPECIAL)
-    started = time.monotonic()
     with pytest.raises(InvalidRequest, match="the chat template") as refused:
         template.render([{"role": "user", "content": "x" * 1000}], True, {}, seconds=0.5)
-    assert time.monotonic() - started < 30
     assert len(refused.value.message) < 500
     assert refused.value.path == "messages"
 

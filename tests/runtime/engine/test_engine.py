@@ -229,7 +229,7 @@ def test_a_closed_engine_says_so(checkpoint):
         time.sleep(0.005)
     engine.close()
     engine.close()
-    waiter.join(timeout=5)
+    waiter.join(timeout=100)
     assert not waiter.is_alive()
     assert len(failures) == 1
     assert "closed" in str(failures[0])
@@ -277,7 +277,7 @@ def test_an_engine_that_nobody_holds_is_freed_with_its_thread(checkpoint, kind):
     assert asyncio.run(engine.agenerate(TEXT, GREEDY)).token_ids
     del engine
     gc.collect()
-    thread.join(10)
+    thread.join(100)
     assert not thread.is_alive()
     gc.collect()
     assert executor() is None
@@ -325,7 +325,7 @@ def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypa
 
         def step():
             stepping.set()
-            go.wait(5)
+            go.wait(100)
             raise kind("broken")
 
         monkeypatch.setattr(engine._core, "step", step)
@@ -339,14 +339,14 @@ def test_a_request_queued_while_the_engine_dies_is_answered(checkpoint, monkeypa
 
         first = threading.Thread(target=ask)
         first.start()
-        stepping.wait(5)
+        stepping.wait(100)
         second = threading.Thread(target=ask)  # its job is queued behind the step that breaks
         second.start()
         while engine._thread._jobs.empty():
             time.sleep(0.001)
         go.set()
         for thread in (first, second):
-            thread.join(5)
+            thread.join(100)
             assert not thread.is_alive()
         assert [type(f) for f in failures] == [EngineDead, EngineDead]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
+import pytest
 
+from branchwise.runtime.executor import null
 from branchwise.runtime.executor.null import NullExecutor
 from branchwise.runtime.step import StepPlan
 
@@ -28,14 +28,26 @@ def plan(kv_lens: list[int]) -> StepPlan:
     )
 
 
-def test_steps_take_their_time_one_after_the_other() -> None:
+class Clock:
+    """The module ``time``, of which only sleeping takes any."""
+
+    now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_steps_take_their_time_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(null, "time", clock)
     executor = NullExecutor(8, 16, 100, step_seconds=0.1)
-    start = time.monotonic()
     pending = [executor.launch(plan([5, 6])) for _ in range(3)]
-    assert time.monotonic() - start < 0.2, "launching does not wait for the steps before"
-    ended = [(step.result(), time.monotonic() - start)[1] for step in pending]
-    for i, seconds in enumerate(ended, start=1):
-        assert seconds >= 0.1 * i
+    assert clock.now == 100.0, "launching does not wait for the steps before"
+    ended = [(step.result(), clock.now)[1] for step in pending]
+    assert ended == pytest.approx([100.1, 100.2, 100.3])
 
 
 def test_tokens_are_of_the_position() -> None:

@@ -42,7 +42,7 @@ def compiler(checkpoint: Callable[[str], Path]) -> Iterator[GrammarCompiler]:
 def gate(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """No compilation ends before this is set."""
     gate, compile_now = threading.Event(), compiler.backend().compile
-    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(200) and compile_now(constraint))
     return gate
 
 
@@ -89,7 +89,7 @@ def test_owners_take_turns(compiler: GrammarCompiler, gate: threading.Event) -> 
     compiler.compile(Constraint("regex", "a5"), owner="c")  # waits in either's queue, and is compiled once
     gate.set()
     for future in futures:
-        future.result(20)
+        future.result(100)
     if compiler._pool._max_workers == 1:
         assert order == ["a0", "b0", "c0", "a1", "b1", "a5", "a2", "a3", "a4"]
     assert sorted(order) == sorted(["a0", "a1", "a2", "a3", "a4", "a5", "b0", "b1", "c0"])
@@ -109,14 +109,14 @@ def test_a_compilation_is_dropped_when_its_last_waiter_leaves(compiler: GrammarC
     assert again is not future
     compiler.release(Constraint("regex", "busy0"))  # one that runs is finished, and cached
     gate.set()
-    assert again.result(20) and running[0].result(20)
+    assert again.result(100) and running[0].result(100)
     assert compiler.compile(wanted) is again and compiler.compile(Constraint("regex", "busy0")) is running[0]
     assert not compiler._compiling and not compiler._queue._owners
 
 
 def test_matchers_go_before_compilations(compiler: GrammarCompiler, gate: threading.Event) -> None:
     gate.set()
-    matcher: Matcher = compiler.compile(Constraint("regex", "[ab]{9}")).result(20).matcher()
+    matcher: Matcher = compiler.compile(Constraint("regex", "[ab]{9}")).result(100).matcher()
     gate.clear()
     running = busy(compiler)
     waiting = [compiler.compile(Constraint("regex", f"x{i}")) for i in range(50)]
@@ -126,14 +126,14 @@ def test_matchers_go_before_compilations(compiler: GrammarCompiler, gate: thread
     )
     job.add_done_callback(lambda _: ends.append(sum(future.done() for future in waiting)))
     gate.set()
-    job.result(20)
+    job.result(100)
     assert matcher.error is None and not matcher.needs_mask and ends[0] <= len(running)
 
 
 def test_a_refusal_is_cached_and_a_failure_ends_its_waiters(compiler: GrammarCompiler) -> None:
     bad = Constraint("regex", "[")
     refused = compiler.compile(bad)
-    assert isinstance(refused.exception(20), ConstraintError)
+    assert isinstance(refused.exception(100), ConstraintError)
     assert compiler.compile(bad) is refused
 
 
@@ -143,7 +143,7 @@ def test_requests_that_leave_drop_their_grammars(
     engine = make_engine(seed=21)
     compiler = engine._core._grammars
     gate, compile_now = threading.Event(), compiler.backend().compile
-    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(30) and compile_now(constraint))
+    monkeypatch.setattr(compiler.backend(), "compile", lambda constraint: gate.wait(200) and compile_now(constraint))
     running = busy(compiler)
     before = compiler.compiled
     seen: list[Any] = []
@@ -163,5 +163,5 @@ def test_requests_that_leave_drop_their_grammars(
     assert len(compiler._compiling) == len(running), "and it is not compiled for nobody"
     gate.set()
     for future in running:
-        future.result(20)
+        future.result(100)
     assert compiler.compiled == before + len(running)

@@ -197,7 +197,7 @@ def test_requests_wait_for_their_grammar_in_a_state_of_their_own(make_engine, mo
 
     def slowly(constraint):
         compiling.set()
-        assert go.wait(20)
+        assert go.wait(200)
         return compile_now(constraint)
 
     monkeypatch.setattr(compiler.backend(), "compile", slowly)
@@ -205,12 +205,12 @@ def test_requests_wait_for_their_grammar_in_a_state_of_their_own(make_engine, mo
     answers = []
     waiting = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, params)))
     waiting.start()
-    assert compiling.wait(10)
+    assert compiling.wait(100)
     assert engine.generate(PROMPT, SamplingParams(max_tokens=5, ignore_eos=True)).finish_reason == "length"
     assert engine.stats().waiting == 1 and engine.stats().running == 0
     assert not answers
     go.set()
-    waiting.join(20)
+    waiting.join(100)
     assert re.fullmatch("waits[0-9]", answers[0].text)
 
 
@@ -218,7 +218,7 @@ def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_eng
     engine = make_engine()
     compiler = engine._core._grammars
     compile_now, go = compiler.backend().compile, threading.Event()
-    monkeypatch.setattr(compiler.backend(), "compile", lambda c: go.wait(20) and compile_now(c))
+    monkeypatch.setattr(compiler.backend(), "compile", lambda c: go.wait(200) and compile_now(c))
     seen = []
     request = engine._request(PROMPT, SamplingParams(regex="aborted[0-9]"), "", 0)
     engine._thread.submit([request], seen.append)

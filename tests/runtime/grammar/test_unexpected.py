@@ -24,9 +24,9 @@ def end_beside_another(engine, params):
     other = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, free)))
     other.start()
     engine._thread.submit([engine._request(PROMPT, params, "", 0)], ends.put)
-    while (finish := ends.get(timeout=20).finish) is None:
+    while (finish := ends.get(timeout=100).finish) is None:
         pass
-    other.join(20)
+    other.join(100)
     assert [len(answer.outputs[0].token_ids) for answer in answers] == [150]
     assert engine.stats().running == engine.stats().waiting == 0
     return finish

@@ -79,9 +79,9 @@ class ThreadGroup:
 
     def _exchange(self, x: torch.Tensor) -> list[torch.Tensor]:
         self._slots[self.rank] = x.clone()
-        self._barrier.wait(30)
+        self._barrier.wait(100)
         everyone = list(self._slots)
-        self._barrier.wait(30)
+        self._barrier.wait(100)
         return everyone
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:

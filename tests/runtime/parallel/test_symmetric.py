@@ -24,12 +24,12 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[SymmetricGroup]:
     monkeypatch.setattr(symmetric, "_ADDENDS_BYTES", {2: 256})
     barrier = threading.Barrier(SIZE)
     buffers = [torch.zeros(3 * 256, dtype=torch.uint8) for _ in range(SIZE)]
-    shared = SimpleNamespace(barrier=lambda: barrier.wait(10))
+    shared = SimpleNamespace(barrier=lambda: barrier.wait(100))
 
     def summed(own: torch.Tensor) -> torch.Tensor:
-        barrier.wait(10)
+        barrier.wait(100)
         total = sum(buffer[: own.nbytes].view(own.dtype).view(own.shape) for buffer in buffers)
-        barrier.wait(10)
+        barrier.wait(100)
         assert isinstance(total, torch.Tensor)
         return total
 

@@ -153,5 +153,3 @@ def test_a_disk_that_cannot_be_written_does_not_keep_the_engine(
             for prompt in PROMPTS:
                 assert made.generate(prompt, GREEDY).token_ids
         assert made.stats().disk_pages_cached == 0
-        begun = time.monotonic()
-    assert time.monotonic() - begun < 5

@@ -285,11 +285,11 @@ def test_cost_is_linear_in_tokens(tokenizer: Tokenizer, kind: str) -> None:
         "continuation": 5 if tokenizer is METASPACE else byte_tokens(tokenizer, b"\xa0")[0],
     }[kind]
     stream = open_stream(tokenizer, [], True)
-    began = time.process_time()
+    began = time.thread_time()
     longest = 0
     for _ in range(20_000):
         longest = max(longest, len(stream.push(token)))
-    assert time.process_time() - began < 5.0
+    assert time.thread_time() - began < 5.0
     assert len(stream.flush()) <= HOLD_LIMIT and longest <= HOLD_LIMIT + 10
 
 

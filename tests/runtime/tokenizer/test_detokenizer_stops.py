@@ -54,7 +54,7 @@ def test_stop_strings_by_definition(pieces: list[str], stops: list[str], include
 def test_hostile_stop_strings_cost_little() -> None:
     stops = ["a" * (500 + i) + "b" for i in range(64)]
     matcher = StopMatcher(stops, False)
-    began = time.process_time()
+    began = time.thread_time()
     shown = "".join(matcher.push("aaaa") for _ in range(1000)) + matcher.push("c")
     assert shown == "a" * 4000 + "c"
-    assert time.process_time() - began < 5.0
+    assert time.thread_time() - began < 5.0

@@ -355,14 +355,12 @@ def test_other_threads_run_while_a_long_text_is_tokenized() -> None:
     tokenizer = Tokenizer(byte_level())
     text = "a word or two, " * 60_000
     with ThreadPoolExecutor(1) as pool:
-        started = last = time.perf_counter()
         work = pool.submit(tokenizer.encode, text)
-        longest = 0.0
+        turns = 0
         while not work.done():
             time.sleep(0.001)
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
-    assert longest < (last - started) / 2
+            turns += 1
+    assert turns > 5  # about a hundred; 1 if it keeps the interpreter to the end
     ids = work.result()
     assert ids[:3000].tolist() == tokenizer.encode(text[:10_000], True)[:3000].tolist()
     assert tokenizer.decode(ids) == text

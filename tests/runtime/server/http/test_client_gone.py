@@ -38,5 +38,5 @@ async def test_a_client_that_leaves_leaves_no_traceback(caplog):
     }
     with caplog.at_level(logging.DEBUG):
         await app(scope, receive, send)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith(("branchwise", "uvicorn"))]
     assert sent[0]["status"] == 499

@@ -21,7 +21,7 @@ async def test_a_text_that_is_being_tokenized_when_the_server_ends(
     make_state: Callable[..., AppState], monkeypatch: pytest.MonkeyPatch, state: Any, status: int, code: str
 ) -> None:
     app_state, gate = make_state(), threading.Event()
-    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(10))
+    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(200))
     before = asyncio.all_tasks()
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(app_state)), base_url="http://localhost"
@@ -33,7 +33,7 @@ async def test_a_text_that_is_being_tokenized_when_the_server_ends(
         app_state.client.state = state
         for task in asyncio.all_tasks() - before:
             task.cancel()  # as the HTTP server does
-        answer = await asyncio.wait_for(request, 5)
+        answer = await asyncio.wait_for(request, 60)
         gate.set()
     assert answer.status_code == status
     assert answer.json()["error"]["code"] == code
@@ -43,7 +43,7 @@ async def test_a_client_that_leaves_is_still_cancelled(
     make_state: Callable[..., AppState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     app_state, gate = make_state(), threading.Event()
-    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(10))
+    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(200))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(app_state)), base_url="http://localhost"
     ) as http:

@@ -42,12 +42,12 @@ def server(checkpoint: Callable[[str], Path]) -> Iterator[tuple[TokenizerWorker,
     scheduler: Inbox[Any] = Inbox(context, directory.path, "scheduler")
     worker = TokenizerWorker(config, context, directory.path, Outbox(context, directory.path, "http"))
     outbox = Outbox(context, directory.path, "tokenizer")
-    assert isinstance(http.receive(5000)[0], Ready)
+    assert isinstance(http.receive(60_000)[0], Ready)
     thread = threading.Thread(target=worker.run)
     thread.start()
     yield worker, http, scheduler, outbox
     outbox.send([Shutdown()])
-    thread.join(10)
+    thread.join(100)
     assert not thread.is_alive()
     context.destroy(0)
     directory.remove()
@@ -66,7 +66,7 @@ def test_what_breaks_the_tokenizer_is_refused(
 
     def said(message: Any) -> Any:
         outbox.send([message])
-        return (scheduler if isinstance(message, BranchOp) or message.text == "whole" else http).receive(5000)[0]
+        return (scheduler if isinstance(message, BranchOp) or message.text == "whole" else http).receive(60_000)[0]
 
     outbox.send([Limits(1000, 1000, 1000)])
     with monkeypatch.context() as patch:
@@ -93,7 +93,7 @@ def generate(id: int, text: str, owner: str = "a") -> Generate:
 def receive(inbox: Inbox[Any], count: int) -> list[Any]:
     got: list[Any] = []
     while len(got) < count:
-        new = inbox.receive(10_000)
+        new = inbox.receive(60_000)
         assert new, f"only {len(got)} of {count} messages came"
         got += new
     return got
@@ -105,7 +105,7 @@ def slowly(worker: TokenizerWorker, monkeypatch: pytest.MonkeyPatch, gate: threa
 
     def wait(text: str, *rest: Any) -> Any:
         if len(text) > LONG:
-            assert gate.wait(20)
+            assert gate.wait(200)
         return encode(text[:100], *rest)
 
     monkeypatch.setattr(worker._tokenizer, "encode_marked", wait)

@@ -18,9 +18,9 @@ def test_running_usage_of_many_choices_is_summed_once_a_step(make_state: Callabl
     answer = _CompletionReply(make_state(), body)
     for step in (1, 2):
         batch = [(i, Delta(i + 1, "a", b"\1\0\0\0", prompt_tokens=1)) for i in range(1024)]
-        started = time.process_time()
+        started = time.thread_time()
         chunks = list(answer.events(batch))
-        assert time.process_time() - started < 0.4
+        assert time.thread_time() - started < 0.4
         assert len(chunks) == 1024
         assert b'"completion_tokens":%d,' % (1024 * step) in chunks[0]
         assert b'"prompt_tokens":1024,' in chunks[0]
