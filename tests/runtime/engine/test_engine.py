@@ -200,7 +200,8 @@ async def test_the_asynchronous_forms(engine):
 
 async def test_cancelling_a_task_aborts_its_request(engine):
     task = asyncio.create_task(engine.agenerate(TEXT, SamplingParams(max_tokens=450, ignore_eos=True)))
-    await asyncio.sleep(0.05)
+    for _ in range(20):  # until it has been sent, and long before its end
+        await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -229,7 +229,8 @@ async def test_the_asynchronous_twins(checkpoint):
             second = await engine.generate([*ids, *first.token_ids], GREEDY)
             assert results[i] == (first.token_ids, second.token_ids)
         task = asyncio.ensure_future((await engine.branch(TEXT)).generate(SamplingParams(max_tokens=300)))
-        await asyncio.sleep(0.05)
+        for _ in range(20):  # until it has been sent, and long before its end
+            await asyncio.sleep(0)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

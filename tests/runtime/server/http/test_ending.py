@@ -20,14 +20,15 @@ from branchwise.runtime.server.http.state import AppState
 async def test_a_text_that_is_being_tokenized_when_the_server_ends(
     make_state: Callable[..., AppState], monkeypatch: pytest.MonkeyPatch, state: Any, status: int, code: str
 ) -> None:
-    app_state, gate = make_state(), threading.Event()
-    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(200))
+    app_state, begun, gate = make_state(), threading.Event(), threading.Event()
+    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: begun.set() or gate.wait(200))
     before = asyncio.all_tasks()
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(app_state)), base_url="http://localhost"
     ) as http:
         request = asyncio.create_task(http.post("/tokenize", json={"prompt": "x" * (tokens.INLINE + 1)}))
-        await asyncio.sleep(0.1)
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
         if state == "dead":
             app_state.client.died(EngineDead("the engine has stopped; the server is going down"))
         app_state.client.state = state
@@ -42,13 +43,14 @@ async def test_a_text_that_is_being_tokenized_when_the_server_ends(
 async def test_a_client_that_leaves_is_still_cancelled(
     make_state: Callable[..., AppState], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app_state, gate = make_state(), threading.Event()
-    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: gate.wait(200))
+    app_state, begun, gate = make_state(), threading.Event(), threading.Event()
+    monkeypatch.setattr(app_state.tokenizer, "encode", lambda *_: begun.set() or gate.wait(200))
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(app_state)), base_url="http://localhost"
     ) as http:
         request = asyncio.create_task(http.post("/tokenize", json={"prompt": "x" * (tokens.INLINE + 1)}))
-        await asyncio.sleep(0.1)
+        while not begun.is_set():
+            await asyncio.sleep(0.01)
         request.cancel()
         with pytest.raises(asyncio.CancelledError):
             await request

@@ -37,7 +37,8 @@ async def test_the_error_is_the_last_event_and_what_ran_beside_it_is_aborted(
         ids = [id for message in sent if isinstance(message, Generate) for id in message.ids]
         assert len(ids) == 2
         client.deliver([Delta(id, "so far", b"\1\0\0\0", prompt_tokens=3) for id in ids])
-        await asyncio.sleep(0.02)
+        for _ in range(50):  # until it has been sent
+            await asyncio.sleep(0)
         sent.clear()
         named = status != 503
         failure = Finished(ids[0], "error", error=Refusal("prompt" if named else None, "tore a page", status))
