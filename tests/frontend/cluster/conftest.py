@@ -127,11 +127,11 @@ class LocalCluster:
         self.config = config
         self.replicas: dict[str, ReplicaProcess] = {}
         self.gateways: list[LocalGateway] = []
-        self._made = 0
+        self._made: list[ReplicaProcess] = []  # also those that have left
 
     async def add(self) -> ReplicaProcess:
-        self._made += 1
-        replica = ReplicaProcess(self.config, f"replica-{self._made}")
+        replica = ReplicaProcess(self.config, f"replica-{len(self._made) + 1}")
+        self._made.append(replica)
         await replica.start(240.0)
         self.replicas[replica.name] = replica
         return replica
@@ -145,7 +145,7 @@ class LocalCluster:
     async def close(self) -> None:
         for gateway in self.gateways:
             await gateway.stop()
-        for replica in self.replicas.values():
+        for replica in self._made:
             await replica.kill()
 
 

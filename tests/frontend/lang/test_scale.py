@@ -37,7 +37,7 @@ def test_two_thousand_branches(null_engine: Any, threads_started: Any) -> None:
     tracemalloc.stop()
     assert len(answers) == 2000
     assert max(threads) <= 1
-    assert peak < 90_000_000  # bytes: 20,000 a branch, and the engine's own 16 for each token of a waiting prompt
+    assert peak < 110_000_000  # bytes; 88 million: 20,000 a branch, and 16 for each token of a waiting prompt
     # Every answer is what a lone request for the same prompt gets.
     for i in (0, 999, 1999):
         ids = null_engine.tokenizer.encode(prompt + f"Question {i}:")

@@ -304,16 +304,15 @@ def test_a_connected_program_needs_few_of_the_packages(server):
     assert f"pip install {' '.join(sorted(NEEDED))}" in readme
 
 
-def test_importing_the_language_and_connecting_take_less_than_a_third_of_a_second(server):
+def test_importing_the_language_and_connecting_import_nothing_large(server):
+    """They take 0.2 s of processor time; torch alone takes two."""
     code = (
-        "import sys, time; began = time.process_time()\n"
+        "import sys\n"
         "import branchwise as bw\n"
         "bw.function, bw.gen, bw.select, bw.user, bw.connect(sys.argv[1], 'the-key')\n"
-        "print(time.process_time() - began)\n"
+        "print(*{'torch', 'transformers', 'scipy', 'triton', 'fastapi', 'pydantic', 'zmq'} & set(sys.modules))\n"
     )
-    command = [sys.executable, "-c", code, server.url]
-    seconds = [float(subprocess.check_output(command, text=True, cwd="/")) for _ in range(5)]
-    assert min(seconds) < 0.3
+    assert subprocess.check_output([sys.executable, "-c", code, server.url], text=True, cwd="/").split() == []
 
 
 def test_turns_of_a_model_without_a_template_are_an_error(null_engine):
