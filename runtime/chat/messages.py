@@ -61,14 +61,19 @@ def _message(role: str, turns: list[ChatTurn], template: ChatTemplate, continued
     else:
         separator = template.probes.part_separator(role) if any(len(turn.texts) > 1 for turn in turns) else ""
         content = _BETWEEN_TURNS.join(separator.join(turn.texts) for turn in turns if turn.texts)
+    thinking = "\n".join(turn.thinking for turn in turns if turn.thinking)
+    calls = [call for turn in turns for call in turn.calls]
+    if thinking and calls and content and not template.probes.takes_thinking_beside_text:
+        written = content if isinstance(content, str) else "".join(first.texts)
+        thinking, content = f"{thinking}{_BETWEEN_TURNS}{written}", ""
     message: dict[str, Any] = {"role": role, "content": content}
     if first.name is not None:
         message["name"] = first.name
     if first.call_id is not None:
         message["tool_call_id"] = first.call_id
-    if thinking := "\n".join(turn.thinking for turn in turns if turn.thinking):
+    if thinking:
         message["reasoning_content"] = thinking
-    if calls := [call for turn in turns for call in turn.calls]:  # templates ask whether the key is there
+    if calls:  # templates ask whether the key is there
         message["tool_calls"] = [_call(call, template) for call in calls]
     return message
 

@@ -44,7 +44,21 @@ class TemplateProbes:
         """
         written = '{"branchwise":   [1,2]}'
         result = {"role": "tool", "content": "y", "tool_call_id": _ID, "name": "probe"}
-        return written in self._rendered([_USER, _calling(written), result])
+        text = self._rendered([_USER, _calling(written), result])
+        return written in text and f"{{{written}}}" not in text  # Gemma 4 writes braces of its own around any text
+
+    @cached_property
+    def reads_flat_tools(self) -> bool:
+        """Whether the template reads a function alone, and not in the object that chat completions put around it."""
+        function = {"name": "branchwise-probe", "description": "", "parameters": {"type": "object", "properties": {}}}
+        shapes: list[dict[str, Any]] = [{"type": "function", "function": function}, function]
+        return ["branchwise-probe" in self._rendered([_USER], tools=[shape]) for shape in shapes] == [False, True]
+
+    @cached_property
+    def takes_thinking_beside_text(self) -> bool:
+        """Whether a turn with calls may have both thinking and text. GPT-OSS's template refuses that."""
+        turn = _calling("{}") | {"content": "x"}
+        return bool(self._rendered([_USER, turn | {"reasoning_content": "y"}]) or not self._rendered([_USER, turn]))
 
     @property
     def accepts_late_system(self) -> bool:
@@ -84,10 +98,10 @@ class TemplateProbes:
             self._separators[role] = between[0] if found else None
         return self._separators[role]
 
-    def _rendered(self, messages: Sequence[dict[str, Any]]) -> str:
+    def _rendered(self, messages: Sequence[dict[str, Any]], **variables: Any) -> str:
         """Empty where the template refuses the messages."""
         try:
-            return self._template.render(messages, False, {})
+            return self._template.render(messages, False, variables)
         except InvalidRequest:
             return ""
 

@@ -44,6 +44,8 @@ class ChatPrompt:
         )
         if definitions is None:
             definitions = [tool.definition for tool in self.tools]
+        if definitions and self.template.probes.reads_flat_tools:
+            definitions = [definition.get("function", definition) for definition in definitions]
         variables = self.variables | ({"tools": definitions} if definitions else {})
         if not self.parse_special:
             special = self.template.special_text

@@ -26,7 +26,12 @@ RESERVED = frozenset(
         *("raise_exception", "strftime_now", "namespace", "dict", "range", "cycler", "joiner"),
     }
 )
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that templates have for a message's reasoning
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+    "tool_plan",
+)  # names that templates have for a message's reasoning
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # with a space at its end, which says whether the template trims
 
 
@@ -116,7 +121,11 @@ class ChatTemplate:
 def _with_reasoning(message: Mapping[str, Any]) -> dict[str, Any]:
     """Gives a message's reasoning every name that the template may look for."""
     reasoning = next((message[name] for name in _REASONING if message.get(name) is not None), None)
-    return dict(message) if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return (
+        dict(message)
+        if reasoning is None
+        else {**dict.fromkeys(_REASONING, reasoning), **message, "reasoning_content": reasoning}
+    )
 
 
 def _tag(conversation: list[dict[str, Any]]) -> None:

@@ -17,15 +17,8 @@ from .events import (
     ReasoningDelta,
     assemble,
 )
-from .formats import (
-    REASONING_FORMATS,
-    TOOL_FORMATS,
-    ReasoningFormat,
-    ToolFormat,
-    markers,
-    reasoning_format,
-    tool_format,
-)
+from .format_types import ReasoningFormat, ToolFormat
+from .formats import REASONING_FORMATS, TOOL_FORMATS, markers, reasoning_format, tool_format
 from .grammar import CallGrammar, CallTag, call_grammar
 from .parser import StreamParser, parse
 

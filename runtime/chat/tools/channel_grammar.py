@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 
-from .formats import Channels
+from .format_types import Channels
 from .grammar import CallGrammar, literals
 
 _ANY = "/(?s:.*)/"

@@ -6,7 +6,7 @@ import re
 from typing import Protocol
 
 from .arguments import arguments
-from .formats import Channels
+from .format_types import Channels
 from .output import CallWriter, Output
 from .reader import Malformed, Markers, Reader, Wait
 

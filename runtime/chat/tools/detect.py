@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from .formats import REASONING_FORMATS, TOOL_FORMATS, ReasoningFormat, reasoning_format
+from .format_types import ReasoningFormat
+from .formats import REASONING_FORMATS, TOOL_FORMATS, reasoning_format
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # Jinja's: it may mention formats that the template does not write
 
@@ -37,7 +38,9 @@ def _tools(template: str, specials: frozenset[str]) -> str | None:
 
 def _reasoning(template: str, specials: frozenset[str]) -> str | None:
     for format in REASONING_FORMATS.values():
-        if (format.sign or format.end) in template or (format.begin in specials and format.end in specials):
+        if all(sign in template for sign in (format.sign, format.end)):
+            return format.name
+        if not format.sign and {format.begin, format.end} <= specials:
             return format.name
     return None
 

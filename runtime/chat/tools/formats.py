@@ -6,128 +6,22 @@ and how its calls are written (for `grammar.call_grammar`).
 
 from __future__ import annotations
 
-from typing import Literal
-
 import msgspec
 
-Payload = Literal["json", "named", "tags", "pythonic", "channels"]
-Body = Literal["json", "tags", "keywords"]
-
-
-class Tags(msgspec.Struct, frozen=True):
-    """Tags around a function and its parameters: ``function`` NAME ``name_end``, then for each parameter
-    ``parameter`` KEY ``key_end`` VALUE ``value_end``, then ``function_end``.
-
-    ``padded``: one newline inside each end of a value belongs to the tags. ``pads``: checkpoints write it.
-    """
-
-    function: str
-    name_end: str
-    parameter: str
-    key_end: str
-    value_end: str
-    function_end: str
-    padded: bool = True
-    pads: bool = True
-
-
-class Channels(msgspec.Struct, frozen=True):
-    """An output of several messages, each with a header: ``start`` ROLE ``channel`` NAME ``message`` TEXT and one of
-    ``ends``. The prompt ends behind the first ROLE. A header with ``recipient`` and a name behind it is of a call,
-    whose arguments are the text; names may begin with ``namespace``. ``thinking``, ``calling`` and ``answering``: the
-    channels of reasoning, of calls and of answers. ``role``: of the model. ``inside``: another marker of headers.
-    """
-
-    start: str
-    channel: str
-    message: str
-    ends: tuple[str, ...]
-    inside: str
-    recipient: str
-    namespace: str
-    role: str
-    thinking: str
-    calling: str
-    answering: str
-
-
-class Written(msgspec.Struct, frozen=True):
-    """How a checkpoint's template writes calls: ``prefix``, calls with ``separator`` between them, ``suffix``.
-
-    A call is ``begin``, with NAME for the tool's name and NUL for a number, its arguments as ``body`` says, and
-    ``end``. ``trigger``: the text that begins a call; "" if calls begin the answer, without a marker.
-    """
-
-    begin: str
-    end: str
-    prefix: str = ""
-    separator: str = ""
-    suffix: str = ""
-    body: Body = "json"
-    trigger: str = ""
-
-
-class ToolFormat(msgspec.Struct, frozen=True):
-    """How calls are read and written.
-
-    ``begin``: markers before a call (or a list of them). ``end``: markers that may follow. ``before`` and ``after``:
-    strings that may stand between these and the payload. ``payloads``, told apart by the first character:
-
-    - ``json``: ``{"name": ..., "arguments": ...}``, or a list of these; the keys are ``names`` and ``arguments``
-    - ``named``: a name, then its arguments as an object, with strings of ``between`` in between. A name may have an id:
-      after ``call_id``, or as ``functions.NAME:INDEX``. With ``quote``, keys are bare and strings stand in ``quote``
-    - ``tags``: as `Tags` describes
-    - ``pythonic``: ``[NAME(key=value, ...), ...]``; after a marker, calls may also stand without brackets
-    - ``channels``: as `Channels` describes; the reasoning format then has the same channels
-
-    ``bare``: the characters with which a payload may begin without a marker, where only whitespace came before (in the
-    message, since the reasoning, since the last call) or, if ``anywhere``, after other text too. ``separator``: may
-    come between calls that have no marker of their own.
-
-    ``signs``: patterns that a chat template of this format contains, all of them. ``special_sign``: a pattern that the
-    template or the special tokens contain.
-    """
-
-    name: str
-    payloads: tuple[Payload, ...]
-    written: Written
-    begin: tuple[str, ...] = ()
-    end: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    between: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
-    bare: str = ""
-    anywhere: bool = False
-    separator: str = ""
-    names: tuple[str, ...] = ("name",)
-    arguments: tuple[str, ...] = ("arguments", "parameters")
-    tags: Tags | None = None
-    channels: Channels | None = None
-    call_id: str = ""
-    quote: str = ""
-    short_ids: bool = False  # ids of nine alphanumerics: the checkpoint's template refuses others
-    signs: tuple[str, ...] = ()
-    special_sign: str = ""
-
-
-class ReasoningFormat(msgspec.Struct, frozen=True):
-    """``begin``, the thinking, ``end``. One newline inside each marker and two after ``end`` belong to the markers.
-
-    ``after``: what is written between ``end`` and a call or an answer; ``answer``: before an answer. ``sign``: a text
-    that a chat template of this format contains; "": ``end``.
-    """
-
-    name: str
-    begin: str
-    end: str
-    after: str = ""
-    answer: str = ""
-    sign: str = ""
-    channels: Channels | None = None
-
+from .format_types import Channels, ReasoningFormat, Tags, ToolFormat, Written
 
 _QWEN_TAGS = Tags("<function=", ">", "<parameter=", ">", "</parameter>", "</function>")
 _INVOKE_TAGS = Tags('<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>", pads=False)
+_DSML_TAGS = Tags(
+    '<｜DSML｜invoke name="',
+    '">',
+    '<｜DSML｜parameter name="',
+    '">',
+    "</｜DSML｜parameter>",
+    "</｜DSML｜invoke>",
+    padded=False,
+    declares=('" string="true', '" string="false'),
+)
 _GLM_TAGS = Tags("", "", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "", padded=False)
 
 _HARMONY = Channels(
@@ -202,6 +96,21 @@ _QWEN_CODER = ToolFormat(
 )
 
 
+def _dsml(name: str, block: str) -> ToolFormat:
+    """DeepSeek's markup language: the model writes of each value whether it is a string."""
+    begin, end = f"<｜DSML｜{block}>", f"</｜DSML｜{block}>"
+    invoke = '<｜DSML｜invoke name="NAME">\n', "</｜DSML｜invoke>\n"
+    return ToolFormat(
+        name,
+        ("tags",),
+        Written(*invoke, f"{begin}\n", "", end, body="tags", trigger=begin),
+        begin=(begin, _DSML_TAGS.function),
+        end=(end,),
+        tags=_DSML_TAGS,
+        signs=("｜DSML｜", f"{block}>"),
+    )
+
+
 def _tagged_json(name: str, begin: str, end: str, *signs: str) -> ToolFormat:
     """A JSON list of calls between two markers."""
     written = Written(_ENVELOPE, "}", f"{begin}[", ", ", f"]{end}", trigger=begin)
@@ -269,6 +178,77 @@ TOOL_FORMATS = {
             end=("<tool_call|>",),
             quote='<|"|>',
             signs=(r"<\|tool_call>call:",),
+        ),
+        _dsml("deepseek_v32", "function_calls"),
+        _dsml("deepseek_v4", "tool_calls"),
+        ToolFormat(
+            "cohere",  # Command R7B and later
+            ("json",),
+            Written(
+                '    {"tool_call_id": "\0", "tool_name": "NAME", "parameters": ',
+                "}",
+                "<|START_ACTION|>[\n",
+                ",\n",
+                "\n]<|END_ACTION|>",
+                trigger="<|START_ACTION|>",
+            ),
+            begin=("<|START_ACTION|>",),
+            end=("<|END_ACTION|>",),
+            names=("tool_name",),
+            arguments=("parameters",),
+            signs=(r"<\|START_ACTION\|>",),
+        ),
+        ToolFormat(
+            "command_r",  # and R+
+            ("json",),
+            Written(
+                '    {\n        "tool_name": "NAME",\n        "parameters": ',
+                "\n    }",
+                "Action:\n```json\n[\n",
+                ",\n",
+                "\n]\n```",
+                trigger="Action:\n```json",
+            ),
+            begin=("Action:",),
+            end=("```",),
+            before=("```json",),
+            names=("tool_name",),
+            arguments=("parameters",),
+            signs=("Action:", "```json", "tool_name"),
+        ),
+        ToolFormat(
+            "apertus",
+            ("json",),
+            Written('{"NAME": ', "}", "<|tools_prefix|>[", ", ", "]<|tools_suffix|>", trigger="<|tools_prefix|>"),
+            begin=("<|tools_prefix|>",),
+            end=("<|tools_suffix|>",),
+            names=(),
+            arguments=(),
+            signs=(r"<\|tools_prefix\|>",),
+        ),
+        ToolFormat(
+            "lfm2",
+            ("pythonic",),
+            Written(
+                "NAME(",
+                ")",
+                "<|tool_call_start|>[",
+                ", ",
+                "]<|tool_call_end|>",
+                body="keywords",
+                trigger="<|tool_call_start|>",
+            ),
+            begin=("<|tool_call_start|>",),
+            end=("<|tool_call_end|>",),
+            signs=(r"List of tools: |<\|tool_list_start\|>",),
+            special_sign=r"<\|tool_call_start\|>",
+        ),
+        ToolFormat(
+            "granite",
+            ("json",),
+            Written(_ENVELOPE, "}", "<|tool_call|>[", ", ", "]", trigger="<|tool_call|>"),
+            begin=("<|tool_call|>",),
+            signs=(r"<\|tool_call\|>", "available_tools"),
         ),
         ToolFormat(
             "glm45",
@@ -375,9 +355,34 @@ TOOL_FORMATS = {
 REASONING_FORMATS = {
     format.name: format
     for format in (
+        ReasoningFormat(
+            "granite",
+            "<think>",
+            "</think>",
+            answer="<response>",
+            answer_end="</response>",
+            sign="<response></response>",
+        ),
+        ReasoningFormat("hunyuan", "<think>", "</think>", answer="<answer>", answer_end="</answer>", sign="<answer>"),
         ReasoningFormat("think", "<think>", "</think>"),
         ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
         ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>"),
+        ReasoningFormat("gemma4", "<|channel>thought", "<channel|>"),
+        ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
+        ReasoningFormat(
+            "apriel", "Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", answer_end="[END FINAL RESPONSE]"
+        ),
+        *(
+            ReasoningFormat(
+                name,
+                "<|START_THINKING|>",
+                "<|END_THINKING|>",
+                answer=f"<|START_{answer}|>",
+                answer_end=f"<|END_{answer}|>",
+                sign=f"<|START_{answer}|>",
+            )
+            for name, answer in (("cohere_command3", "RESPONSE"), ("cohere_command4", "TEXT"))
+        ),
         ReasoningFormat(
             "harmony",
             "<|channel|>analysis<|message|>",
@@ -409,11 +414,21 @@ _TOOL_ALIASES = {
     "minimax-m2": "minimax_m2",
     "hunyuan_a13b": "apriel",
     "minimax": "minimax_m1",
+    "cohere_command3": "cohere",
+    "cohere_command4": "cohere",
+    "deepseekv32": "deepseek_v32",
+    "deepseekv4": "deepseek_v4",
+    "ernie45": "hermes",
     "openai": "harmony",
     "gpt-oss": "harmony",
 }
 _THINK = ("qwen3", "deepseek_r1", "deepseek-r1", "deepseek_v3", "glm45", "minimax_m1", "minimax_m2", "kimi_k2")
-_REASONING_ALIASES = dict.fromkeys(_THINK, "think") | dict.fromkeys(("openai_gptoss", "gpt-oss", "gpt_oss"), "harmony")
+_REASONING_ALIASES = {
+    **dict.fromkeys(_THINK, "think"),
+    **dict.fromkeys(("openai_gptoss", "gpt-oss", "gpt_oss"), "harmony"),
+    "hunyuan_a13b": "hunyuan",
+    "ernie45": "granite",
+}
 
 
 def tool_format(name: str) -> ToolFormat:
@@ -438,7 +453,7 @@ def markers(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> froz
     if tools is not None:
         found.update(tools.begin, tools.end, tools.before, tools.between, tools.after, (tools.call_id, tools.quote))
     if reasoning is not None:
-        found.update((reasoning.begin, reasoning.end))
+        found.update((reasoning.begin, reasoning.end, reasoning.answer, reasoning.answer_end))
     for format in (tools, reasoning):
         if format is not None and format.channels is not None:
             form = format.channels

@@ -14,7 +14,8 @@ from typing import Any
 import msgspec
 
 from .definitions import Tool
-from .formats import Body, Channels, Tags, ToolFormat, tool_format
+from .format_types import Body, Channels, Tags, ToolFormat
+from .formats import tool_format
 from .schema_values import parameter_types
 
 
@@ -166,7 +167,9 @@ class _Lark:
         raw = "string" in types
         if tags:
             padding = "\n" if tags.padded and tags.pads else ""
-            opening, closing = f"{tags.parameter}{key}{tags.key_end}{padding}", f"{padding}{tags.value_end}\n"
+            declared = tags.declares[not raw] if tags.declares else ""
+            opening = f"{tags.parameter}{key}{declared}{tags.key_end}{padding}"
+            closing = f"{padding}{tags.value_end}\n"
             ends = [tags.value_end, tags.parameter, *([tags.function_end] if tags.function_end else [])]
         else:
             raw = raw and bool(quote)

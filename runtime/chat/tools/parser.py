@@ -12,6 +12,7 @@ The rules:
 - Whitespace around and between calls, where nothing else is written, belongs to them. Any other stays in the content.
 - Reasoning begins where only whitespace came before it (in the message, or since the last reasoning or call); a
   marker elsewhere is text. A lone end marker there, of reasoning that is empty, is dropped.
+- Markers around an answer are dropped: the first where reasoning could begin, the last anywhere.
 - A call inside reasoning is part of it if the reasoning is closed later. If it never is, the model left it out: the
   reasoning ended before the call. Events are held until one or the other is certain.
 
@@ -28,7 +29,8 @@ from . import payloads
 from .channels import Messages
 from .definitions import Tool
 from .events import Event, Parsed, assemble
-from .formats import ReasoningFormat, ToolFormat, reasoning_format, tool_format
+from .format_types import ReasoningFormat, ToolFormat
+from .formats import reasoning_format, tool_format
 from .output import CallWriter, Output, long_id, short_id
 from .reader import Malformed, Markers, Reader, Wait
 
@@ -64,10 +66,14 @@ class StreamParser:
         begins = self._format.begin if self._format else ()
         self._bare = tuple(self._format.bare) if self._format else ()
         thoughts = (self._reasoning.begin, self._reasoning.end) if self._reasoning else ()
-        self._openings = Markers(thoughts + begins + self._bare)
-        anywhere = begins + (self._bare if self._format and self._format.anywhere else ())
+        answer = self._reasoning.answer if self._reasoning else ""
+        self._answer_end = self._reasoning.answer_end if self._reasoning else ""
+        self._answers = tuple(filter(None, (answer, self._answer_end)))
+        self._openings = Markers(thoughts + self._answers + begins + self._bare)
+        anywhere = dict.fromkeys(begins + (self._bare if self._format and self._format.anywhere else ()), 0)
+        anywhere |= dict.fromkeys(filter(None, (self._answer_end,)), 1)
         self._in_content = Markers(anywhere)
-        self._after_held_call = Markers(anywhere + thoughts[1:])
+        self._after_held_call = Markers(anywhere | dict.fromkeys(thoughts[1:], 0))
         self._in_thinking = Markers(dict.fromkeys(thoughts[1:], 1) | dict.fromkeys(begins + self._bare, 2))
         self._reader = Reader()
         self._out = Output(self._reader)
@@ -134,6 +140,12 @@ class StreamParser:
             elif found == end:
                 yield from self._end_thinking(found)
                 fresh = True
+            elif found in self._answers:
+                fresh = found == self._answer_end
+                if not fresh:
+                    yield from self._reader.optional("\n")
+                self._out.structured = True
+                self._out.markup()
             else:
                 fresh = yield from self._calls(found)
         if fresh and self._out.structured:

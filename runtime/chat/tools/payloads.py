@@ -14,7 +14,7 @@ from typing import Protocol
 
 from . import json_values, schema_values
 from .arguments import arguments
-from .formats import Tags, ToolFormat
+from .format_types import Tags, ToolFormat
 from .json_values import escape
 from .output import CallWriter
 from .reader import Malformed, Markers, Reader, Wait
@@ -97,7 +97,10 @@ def _fields(reader: Reader, call: CallWriter, format: ToolFormat) -> Wait[None]:
         yield from reader.space()
         yield from reader.expect(":")
         yield from reader.space()
-        if key in format.names and not call.name:
+        if not format.names and not call.name:
+            call.named(key)
+            yield from arguments(reader, call)
+        elif key in format.names and not call.name:
             call.named((yield from json_values.quoted(reader)))
         elif key in format.arguments and not call.arguments_begun:
             yield from arguments(reader, call)
@@ -262,6 +265,7 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
     yield from reader.space()
     while (yield from reader.literal((tags.parameter,))):
         key = yield from reader.run(_TAG_KEY)
+        declared = yield from reader.literal(tags.declares)
         for part in tags.key_end.split():
             yield from reader.space()
             if not (yield from reader.literal((part,))):
@@ -269,7 +273,10 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
         call.begin_arguments()
         call.arguments(f'{lead}"{escape(key)}": ')
         lead = ", "
-        yield from _parameter(reader, call, key, tags, _value_ends(format))
+        types = schema_values.parameter_types(call.tool, key)
+        if declared:
+            types = schema_values.declared_types(types, declared == tags.declares[0])
+        yield from _parameter(reader, call, types, tags, _value_ends(format))
         yield from reader.literal((tags.value_end,))
         yield from reader.space()
     end = yield from reader.ahead(format.end)
@@ -289,8 +296,7 @@ def _value_ends(format: ToolFormat) -> Markers:
     return Markers(dict.fromkeys(ends, int(tags.padded)))
 
 
-def _parameter(reader: Reader, call: CallWriter, key: str, tags: Tags, ends: Markers) -> Wait[None]:
-    types = schema_values.parameter_types(call.tool, key)
+def _parameter(reader: Reader, call: CallWriter, types: frozenset[str], tags: Tags, ends: Markers) -> Wait[None]:
     padding = ("", "\n") if tags.padded else ("",)
     if types <= {"string", "null"}:
         nulls = [f"{before}null{after}{tags.value_end}" for before in padding for after in padding]

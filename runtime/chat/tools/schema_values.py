@@ -12,6 +12,7 @@ from .reader import Malformed, Reader
 from .values import JSON_NUMBER, value
 
 STRING = frozenset({"string"})
+_ALL_BUT_STRING = frozenset({"null", "boolean", "integer", "number", "array", "object"})
 # Names that are not JSON schema's, which tools written for other languages use.
 _ALIASES = {
     **dict.fromkeys(("float", "double", "decimal", "num"), "number"),
@@ -32,6 +33,14 @@ def parameter_types(tool: Tool | None, key: str) -> frozenset[str]:
     properties = tool.parameters.get("properties")
     schema = properties.get(key) if isinstance(properties, Mapping) else None
     return frozenset(_types(schema, tool.parameters)) or STRING
+
+
+def declared_types(types: frozenset[str], string: bool) -> frozenset[str]:
+    """``types``, of a parameter's schema, less those that the model declares the value not to have: it is a string, or
+    it is not. A declared string stays of the schema's types if these have no strings."""
+    if string:
+        return STRING if "string" in types else types
+    return (types - STRING) or _ALL_BUT_STRING
 
 
 def _types(schema: Any, root: Mapping[str, Any]) -> Iterator[str]:

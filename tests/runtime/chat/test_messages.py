@@ -184,3 +184,38 @@ def test_a_checkpoints_template_for_tools_is_used_with_tools() -> None:
     assert chat_prompt(template, Conversation(turns=turns, tools=tools)).text() == "look"
     with pytest.raises(InvalidRequest, match="tools are not supported"):
         chat_prompt(ChatTemplate("plain", {}), Conversation(turns=turns, tools=tools))
+
+
+def test_tools_are_functions_alone_where_the_template_reads_them_so() -> None:
+    """Apertus's template adds ``tool.description`` to text: chat completions' object around the function ends it."""
+    flat = ChatTemplate("{% for t in tools or [] %}{{ '// ' + t.description + ' ' + t.name }}{% endfor %}", {})
+    nested = ChatTemplate("{% for t in tools or [] %}{{ t.function.name }}{% endfor %}", {})
+    tools = openai_tools([{"type": "function", "function": {"name": "look", "description": "d"}}])
+    conversation = Conversation(turns=openai_turns([{"role": "user", "content": "x"}]), tools=tools)
+    assert chat_prompt(flat, conversation).text() == "// d look"
+    assert chat_prompt(nested, conversation).text() == "look"
+
+
+GPT_OSS = (
+    "{% for m in messages %}{% if m.tool_calls and m.content and m.thinking %}{{ raise_exception('both') }}{% endif %}"
+    "<{{ m.role }}>{{ m.thinking or '' }}|{{ m.content }}{% endfor %}"
+)
+
+
+def test_thinking_and_text_of_a_call_are_one_where_the_template_refuses_both() -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": "Let me look.", "reasoning_content": "Hm.", "tool_calls": [call]}
+    user = {"role": "user", "content": "x"}
+    assert rendered(GPT_OSS, user, turn) == "<user>|x<assistant>Hm.\n\nLet me look.|"
+    assert rendered(GPT_OSS.replace("m.tool_calls and", "false and"), user, turn).endswith("Hm.|Let me look.")
+    del turn["tool_calls"]
+    assert rendered(GPT_OSS, user, turn).endswith("Hm.|Let me look.")
+
+
+def test_text_in_a_templates_own_braces_is_no_argument_kept() -> None:
+    """Gemma 4's template writes ``call:NAME{`` and ``}`` around arguments that are text, which JSON has already."""
+    source = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ '{' ~ c.function.arguments ~ '}' }}{% endfor %}"
+    )
+    assert not ChatTemplate(source + "{% endfor %}", {}).probes.keeps_arguments
+    assert VERBATIM.probes.keeps_arguments

@@ -74,7 +74,8 @@ class OutputGrammar:
 
     def _rules(self, asked: Constraint | None) -> list[str]:
         calls = self._calls
-        answer = [] if asked is None else [f"answer: {self._before_answer()} {_answer(asked)}"]
+        before, after = self._around_answer()
+        answer = [] if asked is None else [f"answer: {before} {_answer(asked)} {after}"]
         if calls is None:
             return ["body: answer", *answer]
         if self._forced:
@@ -94,7 +95,9 @@ class OutputGrammar:
             plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
             return ["body: PLAIN | calls", self._call_rule(calls), plain]
         if trigger in self._special:  # no text is ever equal to it
-            return [f"body: PLAIN | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {_ANY}"]
+            wrapped = self._thoughts is not None and self._thoughts.answer in self._special
+            reply = f"({before})? PLAIN {after}" if wrapped else "PLAIN"
+            return [f"body: {reply} | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {_ANY}"]
         return [
             "body: PLAIN | before calls",
             self._call_rule(calls, trigger),
@@ -122,8 +125,12 @@ class OutputGrammar:
             return ["inner", *inner]
         return ["thought?", f"thought: {literals(format.begin, self._special)} inner", *inner]
 
-    def _before_answer(self) -> str:
-        return literals(self._thoughts.answer, self._special) if self._thoughts is not None else ""
+    def _around_answer(self) -> tuple[str, str]:
+        """The symbols before an answer, and those that may follow it."""
+        if self._thoughts is None:
+            return "", ""
+        end = literals(self._thoughts.answer_end, self._special)
+        return literals(self._thoughts.answer, self._special), f"({end})?" if end else ""
 
 
 def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, parallel: bool) -> CallGrammar | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ....chat.conversation import OfferedTool
@@ -35,7 +35,7 @@ class Formats:
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
     tools_name: str  # as the grammar knows it
-    special: dict[str, int]  # markers that are special tokens, and their ids
+    special: dict[str, int]  # special tokens in their markers, and their ids
 
     @classmethod
     def of(cls, config: ServerConfig, tokenizer: Tokenizer, template: ChatTemplate) -> Formats:
@@ -46,7 +46,7 @@ class Formats:
         reasoning = found.reasoning if config.reasoning_parser == AUTO else config.reasoning_parser
         calls = tool_format(tools) if tools and tools != NONE else None
         thoughts = reasoning_format(reasoning) if reasoning and reasoning != NONE else None
-        known = {marker: special[marker] for marker in markers(calls, thoughts) if marker in special}
+        known = {token: special[token] for token in _special_in(markers(calls, thoughts), special)}
         return cls(calls, thoughts, tools or "", known)
 
 
@@ -76,7 +76,7 @@ class ToolUse:
     @property
     def keeps_special(self) -> bool:
         """Whether the answer's text must still have its special tokens, for its parser to see them."""
-        return bool(markers(self._calls, self._thoughts) & self._special.keys())
+        return bool(_special_in(markers(self._calls, self._thoughts), self._special))
 
     def constrained(self, params: SamplingParams, prompt: str) -> SamplingParams:
         """As `OutputGrammar.applied`."""
@@ -88,6 +88,11 @@ class ToolUse:
             return None
         opened = ends_in_reasoning(prompt, self._thoughts)
         return StreamParser(self._calls, self._thoughts, self._tools, reasoning_open=opened)
+
+
+def _special_in(markers: Iterable[str], special: Iterable[str]) -> list[str]:
+    """Those of ``special`` that are markers or parts of one, such as ``<|channel>`` of ``<|channel>thought``."""
+    return [token for token in special if token and any(token in marker for marker in markers)]
 
 
 def tool_limits(config: ServerConfig) -> ToolLimits:

@@ -20,7 +20,12 @@ from branchwise.runtime.chat.tools import (
 )
 
 # What may be read and be neither content nor reasoning nor a call.
-MARKUP = re.compile(r"(?:\s|<think>|</think>|\[THINK\]|\[/THINK\]|</tool_call>|<\|python_end\|>|[}\]])*")
+MARKUP = re.compile(
+    r"(?:\s|<think>|</think>|\[THINK\]|\[/THINK\]|</tool_call>|<\|python_end\|>|[}\]]|</?(?:response|answer)>"
+    r"|<\|(?:START|END)_(?:THINKING|RESPONSE|TEXT|ACTION)\|>|Here are my reasoning steps:"
+    r"|\[(?:BEGIN|END) FINAL RESPONSE\]|</tool_calls>|<\|inner_prefix\|>|<\|tools_suffix\|>"
+    r"|<\|channel>thought|<channel\|>)*"
+)
 # What of a call is neither its name nor its arguments: markers, and JSON's envelope.
 ENVELOPE = re.compile(
     r"""(?:\s|<tool_call>|<\|python_(?:tag|start)\|>|\[TOOL_CALLS\]|\[CALL_ID\]\w{9}|\[ARGS\]|[{}\[\],:;"']"""

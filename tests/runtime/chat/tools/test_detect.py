@@ -42,6 +42,16 @@ FUNCTION_GEMMA = "{{- '<start_function_call>call:' + tool_call.function.name + '
 GEMMA_4 = "{{- '<|tool_call>call:' + function['name'] + '{' }}"
 XLAM = 'make calls in a single JSON array: \\n\\n[{\\"name\\": \\"tool_call_name\\", \\"arguments\\": {}}]{{ tools }}'
 NEMOTRON = "{{- '<TOOLCALL>[' }}{%- for call in message.tool_calls %}"
+COHERE = "{{- '<|START_ACTION|>[' }}<|START_RESPONSE|>{{ message.content }}{{ message.tool_plan }}<|END_THINKING|>"
+COMMAND_R = "{{- '\\nAction:\\n```json\\n[\\n' }}{{- '\"tool_name\": \"'|indent(8, first=true) + tool_call.name }}"
+APERTUS = "{%- set outer_token = '<|inner_suffix|>' -%}{%- set tool_calls_token = '<|tools_prefix|>' -%}"
+LFM2 = '{%- set ns.system_prompt = "List of tools: <|tool_list_start|>[" -%}'
+GRANITE = "{%- set available_tools = tools -%}respond only with <|tool_call|> followed by a JSON list of tools used."
+GRANITE_THINKS = "Write your thoughts between <think></think> and write your response between <response></response>"
+DSML = '{%- set dsml_token = "｜DSML｜" -%}<{{ dsml_token }}function_calls>'
+APRIEL_THINKS = (
+    "provide the final response after the marker [BEGIN FINAL RESPONSE].{{- 'Here are my reasoning steps:\\n' }}"
+)
 # What no known format reads: calls between <tool_call> markers with another payload.
 OTHERS = [
     "{%- for call in message.tool_calls %}{{ '<tool_call>\\n' + call.name + '(' + call.arguments + ')</tool_call>' }}",
@@ -89,6 +99,18 @@ MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
         (GEMMA_4, [], Detected("gemma4", None)),
         (XLAM, [], Detected("xlam", None)),
         (NEMOTRON, [], Detected("nemotron", None)),
+        (COHERE, [], Detected("cohere", "cohere_command3")),
+        (COHERE.replace("START_RESPONSE", "START_TEXT"), [], Detected("cohere", "cohere_command4")),
+        (COMMAND_R, [], Detected("command_r", None)),
+        (APERTUS, [], Detected("apertus", "apertus")),
+        (LFM2, ["<|tool_call_start|>"], Detected("lfm2", None)),
+        (LFM2, [], Detected(None, None)),
+        (GRANITE, [], Detected("granite", None)),
+        (GRANITE + GRANITE_THINKS, [], Detected("granite", "granite")),
+        (DSML + THINKING, [], Detected("deepseek_v32", "think")),
+        (DSML.replace("function_calls", "tool_calls"), [], Detected("deepseek_v4", None)),
+        (GEMMA_4 + "{{- text.split('<channel|>')[0] }}", [], Detected("gemma4", "gemma4")),
+        (APRIEL + APRIEL_THINKS, [], Detected("apriel", "apriel")),
         *((other, ["<tool_call>", "</tool_call>"], Detected(None, None)) for other in OTHERS),
     ],
 )

@@ -46,6 +46,22 @@ ONE_CALL = {
     "llama3_json": '{"name": "f", "parameters": {"a": 1}}',
 }
 
+DSML = (
+    '<｜DSML｜{0}>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>\n'
+    "</｜DSML｜invoke>\n</｜DSML｜{0}>"
+)
+COHERE = '    {"tool_call_id": "0", "tool_name": "f", "parameters": {"a": 1}}'
+COMMAND_R = '    {\n        "tool_name": "f",\n        "parameters": {"a": 1}\n    }'
+ONE_CALL |= {
+    "deepseek_v32": DSML.format("function_calls"),
+    "deepseek_v4": DSML.format("tool_calls"),
+    "cohere": f"<|START_ACTION|>[\n{COHERE}\n]<|END_ACTION|>",
+    "command_r": f"Action:\n```json\n[\n{COMMAND_R}\n]\n```",
+    "apertus": '<|tools_prefix|>[{"f": {"a": 1}}]<|tools_suffix|>',
+    "lfm2": "<|tool_call_start|>[f(a=1)]<|tool_call_end|>",
+    "granite": f"<|tool_call|>[{A1}]",
+}
+
 # Channels have a reasoning format of their own.
 BESIDE_THINKING = [format for format in ONE_CALL if format != "harmony"]
 
@@ -138,6 +154,58 @@ OUTPUTS = {
         [CALL, CALL],
     ),
     "MiniMax: no outer marker": ("minimax_m2", INVOKE, "", [CALL]),
+    "DSML: what the model declares": (
+        "deepseek_v32",
+        ONE_CALL["deepseek_v32"].replace(
+            '<｜DSML｜parameter name="a" string="false">1',
+            '<｜DSML｜parameter name="s" string="true">1</b></｜DSML｜parameter>'
+            '<｜DSML｜parameter name="x" string="false">[2]</｜DSML｜parameter>'
+            '<｜DSML｜parameter name="y" string="true">[3]</｜DSML｜parameter>'
+            '<｜DSML｜parameter name="a" string="true">4',
+        ),
+        "",
+        [("f", '{"s": "1</b>", "x": [2], "y": "[3]", "a": 4}', True)],
+    ),
+    "DSML: nothing declared": (
+        "deepseek_v32",
+        ONE_CALL["deepseek_v32"].replace(' string="false"', ""),
+        "",
+        [CALL],
+    ),
+    "DSML: no arguments": (
+        "deepseek_v4",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="f">\n\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+        "",
+        [("f", "{}", True)],
+    ),
+    "Cohere: two calls": (
+        "cohere",
+        f"<|START_ACTION|>[\n{COHERE},\n{COHERE.replace('0', '1')}\n]<|END_ACTION|>",
+        "",
+        [CALL, CALL],
+    ),
+    "Command R: a plan before": ("command_r", f"Plan.\n{ONE_CALL['command_r']}\n", "Plan.\n", [CALL]),
+    "Command R: the same word in prose": ("command_r", "Action: none. ```json", "Action: none. ```json", []),
+    "Apertus: two calls": (
+        "apertus",
+        'So.<|tools_prefix|>[{"f": {"a": 1}}, {"get-weather_2": {}}]<|tools_suffix|>',
+        "So.",
+        [CALL, ("get-weather_2", "{}", True)],
+    ),
+    "Apertus: an unknown tool": (
+        "apertus",
+        '<|tools_prefix|>[{"g": {}}]<|tools_suffix|>',
+        '<|tools_prefix|>[{"g": {}}]<|tools_suffix|>',
+        [],
+    ),
+    "Apertus: not an object": ("apertus", "<|tools_prefix|>[1]", "<|tools_prefix|>[1]", []),
+    "LFM2: an answer after": (
+        "lfm2",
+        "<|tool_call_start|>[f(s='it', a=1), f()]<|tool_call_end|>Checking.",
+        "Checking.",
+        [("f", '{"s": "it", "a": 1}', True), ("f", "{}", True)],
+    ),
+    "Granite: text after": ("granite", f"<|tool_call|>[{A1}]\nDone.", "\nDone.", [CALL]),
     "Nemotron: two calls": ("nemotron", f"<TOOLCALL>[{A1}, {A1}]</TOOLCALL>", "", [CALL, CALL]),
     "xLAM: a list and text": ("xlam", f"[{A1}, {A1}]\nDone.", "\nDone.", [CALL, CALL]),
     "xLAM: a list that is none": ("xlam", '[{"name": "Bob"}, [1, 2]]', '[{"name": "Bob"}, [1, 2]]', []),

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import Tool, parse, validate_tools
+from branchwise.runtime.chat.tools import Tool, parse, reasoning_format, validate_tools
 from branchwise.runtime.chat.tools.channel_grammar import message_rules
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
+from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -80,6 +82,16 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
     def bare(arguments: dict[str, Any], quote: str) -> str:
         return ",".join(f"{key}:{quoted(value, quote)}" for key, value in arguments.items())
 
+    def named(name: str, arguments: dict[str, Any]) -> str:
+        return f'"tool_name": "{name}", "parameters": {json.dumps(arguments, ensure_ascii=False)}'
+
+    def dsml(arguments: dict[str, Any]) -> str:
+        declared = {key: "true" if isinstance(value, str) else "false" for key, value in arguments.items()}
+        opening = '<｜DSML｜parameter name="%s" string="%s">'
+        return "".join(
+            f"{opening % (key, declared[key])}{xml(value)}</｜DSML｜parameter>\n" for key, value in arguments.items()
+        )
+
     match format:
         case "hermes":
             return "\n".join(f"<tool_call>\n{envelope(*call)}\n</tool_call>" for call in calls)
@@ -126,6 +138,24 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
         case "gemma4":
             inner = (f"call:{name}{{{bare(a, GEMMA_QUOTE)}}}" for name, a in calls)
             return "".join(f"<|tool_call>{call}<tool_call|>" for call in inner)
+        case "deepseek_v32" | "deepseek_v4":
+            block = {"deepseek_v32": "function_calls", "deepseek_v4": "tool_calls"}[format]
+            inner = (f'<｜DSML｜invoke name="{n}">\n{dsml(a)}</｜DSML｜invoke>\n' for n, a in calls)
+            return f"<｜DSML｜{block}>\n{''.join(inner)}</｜DSML｜{block}>"
+        case "cohere":
+            lines = (f'    {{"tool_call_id": "{i}", {named(*call)}}}' for i, call in enumerate(calls))
+            return "<|START_ACTION|>[\n" + ",\n".join(lines) + "\n]<|END_ACTION|>"
+        case "command_r":
+            blocks = (named(*call).replace(", ", ",\n        ", 1) for call in calls)
+            body = ",\n".join(f"    {{\n        {block}\n    }}" for block in blocks)
+            return f"Action:\n```json\n[\n{body}\n]\n```"
+        case "apertus":
+            inner = (f'{{"{name}": {json.dumps(a, ensure_ascii=False)}}}' for name, a in calls)
+            return f"<|tools_prefix|>[{', '.join(inner)}]<|tools_suffix|>"
+        case "lfm2":
+            return f"<|tool_call_start|>[{', '.join(f'{name}({keywords(a)})' for name, a in calls)}]<|tool_call_end|>"
+        case "granite":
+            return f"<|tool_call|>[{', '.join(envelope(*call) for call in calls)}]"
         case "glm45":
             inner = (
                 f"{name}\n{tags(a, '<arg_key>%s</arg_key>' + chr(10) + '<arg_value>', '</arg_value>')}"
@@ -255,3 +285,26 @@ def test_tags_are_plain_data() -> None:
 def test_tools_of_a_request() -> None:
     tools = validate_tools([{"type": "function", "function": {"name": "now"}}])
     assert accepts(call_grammar("hermes", tools).lark(), '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_markers_around_an_answer(special: bool) -> None:
+    """Cohere's, as text and as the special tokens that its checkpoints have, which no text matches."""
+    thoughts = reasoning_format("cohere_command4")
+    named = markers(TOOL_FORMATS["cohere"], thoughts) if special else set()
+    specials = {name: 256 + i for i, name in enumerate(sorted(named))}
+    opened = "<|CHATBOT_TOKEN|><|START_THINKING|>"
+
+    def takes(calls: CallGrammar | None, text: str, schema: str | None = None) -> bool:
+        asked = SamplingParams(json_schema=schema)
+        constraint = OutputGrammar(calls, False, thoughts, specials).applied(asked, opened).constraint
+        assert constraint is not None
+        return accepts(constraint.text, f"one<|END_THINKING|>{text}", specials)
+
+    for end in ("", "<|END_TEXT|>"):
+        assert takes(None, f'<|START_TEXT|>{{"days": 1}}{end}', '{"type": "object"}')
+        assert not takes(None, f"<|START_TEXT|>one{end}", '{"type": "object"}')
+    strict = call_grammar("cohere", TOOLS, only_strict=True)
+    assert takes(strict, "<|START_TEXT|>Hello.<|END_TEXT|>")
+    assert takes(strict, written("cohere", ("weather", ARGUMENTS), ("now", {})))
+    assert not takes(strict, written("cohere", ("weather", {"city": 1})))

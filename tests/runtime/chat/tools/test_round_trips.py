@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from branchwise.runtime.chat.messages import template_messages
+from branchwise.runtime.chat.openai_messages import openai_turns
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.chat.tools import StreamParser, Tool, assemble, detect, ends_in_reasoning
 
@@ -33,15 +35,22 @@ CALLS = [
     for i, arguments in enumerate([ARGUMENTS, {**ARGUMENTS, "city": ""}])
 ]
 ASKED = [{"role": "user", "content": "Is it raining?"}]
-# Template: its formats, the turn's end, and whether it keeps an answer's thinking.
-FAMILIES: dict[str, tuple[str, str | None, str, bool]] = {
-    "harmony": ("harmony", "harmony", "", True),
-    "glm4": ("glm45", "think", "", True),
-    "kimi": ("kimi_k2", "think", "<|im_end|>", True),
-    "minimax_m2": ("minimax_m2", "think", "[e~[\n", True),
-    "deepseek_v31": ("deepseek_v31", "think", "<｜end▁of▁sentence｜>", False),
-    "qwen3": ("hermes", "think", "<|im_end|>\n", True),
-    "qwen2.5": ("hermes", None, "<|im_end|>\n", False),
+ALWAYS, NEVER, WITH_CALLS = "always", "never", "with calls"
+# Template: its formats, the turn's end, and when it writes an answer's thinking.
+FAMILIES: dict[str, tuple[str, str | None, str, str]] = {
+    "harmony": ("harmony", "harmony", "", ALWAYS),
+    "glm4": ("glm45", "think", "", ALWAYS),
+    "kimi": ("kimi_k2", "think", "<|im_end|>", ALWAYS),
+    "minimax_m2": ("minimax_m2", "think", "[e~[\n", ALWAYS),
+    "deepseek_v31": ("deepseek_v31", "think", "<｜end▁of▁sentence｜>", NEVER),
+    "deepseek_v32": ("deepseek_v32", "think", "<｜end▁of▁sentence｜>", ALWAYS),
+    "qwen3": ("hermes", "think", "<|im_end|>\n", ALWAYS),
+    "qwen2.5": ("hermes", None, "<|im_end|>\n", NEVER),
+    "cohere": ("cohere", "cohere_command4", "<|END_OF_TURN_TOKEN|>", ALWAYS),
+    "apertus": ("apertus", "apertus", "", NEVER),
+    "gemma4": ("gemma4", "gemma4", "<turn|>\n", WITH_CALLS),
+    "lfm2": ("lfm2", "think", "<|im_end|>\n", ALWAYS),
+    "granite": ("granite", "granite", "<|end_of_text|>\n", NEVER),
 }
 
 
@@ -52,10 +61,11 @@ def template_name(request: pytest.FixtureRequest) -> str:
 
 def written(template: ChatTemplate, answer: dict[str, Any], end: str) -> tuple[str, str]:
     """The prompt, and what the model writes after it."""
-    prompt = template.render(ASKED, True, {"tools": OFFERED})
-    whole = template.render([*ASKED, {"role": "assistant", "content": "", **answer}], False, {"tools": OFFERED})
-    if not whole.startswith(prompt):  # the prompt opens thinking that the answer does not have
-        prompt = prompt.removesuffix("<think>\n")
+    tools = {"tools": [tool["function"] for tool in OFFERED] if template.probes.reads_flat_tools else OFFERED}
+    messages = template_messages(openai_turns([*ASKED, {"role": "assistant", "content": "", **answer}]), template)
+    prompt, whole = template.render(ASKED, True, tools), template.render(messages, False, tools)
+    if not whole.startswith(prompt):  # the prompt opens or closes thinking that the answer does not have
+        prompt = prompt.removesuffix("<think>\n").removesuffix("<|channel>thought\n<channel|>")
     assert whole.startswith(prompt)
     return prompt, whole[len(prompt) :].removesuffix(end)
 
@@ -67,7 +77,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "text and a call": {"content": "Let me look.", "tool_calls": CALLS[:1]},
 }
 # What a family's template does not write.
-LACKS = {("harmony", "calls"), ("harmony", "text and a call")}
+LACKS = {("harmony", "calls"), ("harmony", "text and a call"), ("cohere", "text and a call")}
 
 
 @pytest.mark.parametrize("thought", ["Cologne.\nThree days?", ""])
@@ -87,7 +97,7 @@ def test_an_answer_is_read_as_it_was_written(template_name: str, kind: str, thou
         events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
         found = assemble(events)
         assert "".join(event.source for event in events) == text
-        assert found.reasoning == (thought if keeps else "")
+        assert found.reasoning == (thought if keeps == ALWAYS or (keeps == WITH_CALLS and found.calls) else "")
         assert found.content.strip() == answer.get("content", "")
         assert all(call.complete and call.name == "weather" for call in found.calls)
         read = [json.loads(call.arguments) for call in found.calls]
