@@ -18,6 +18,7 @@ from .experts import ExpertWeight
 from .ops import Activation
 from .quantize import MXFP4_BLOCK
 from .triton_activation import gated
+from .triton_fp8 import store_rows
 from .triton_launch import kernel
 from .triton_routing import Alignment
 
@@ -179,8 +180,7 @@ def _expert_products(
     acc = _finish(acc, scale_ptr, bias_ptr, row, FORMAT, BIAS)
     if ACTIVATION != "":
         acc = gated(acc, _finish(up, scale_ptr, bias_ptr, row + N, FORMAT, BIAS), ACTIVATION)
-    out_ptrs = out_ptr + place.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(out_ptrs, tl.trans(acc).to(out_ptr.dtype.element_ty), valid[:, None] & (n < N)[None, :])
+    store_rows(tl.trans(acc), out_ptr, place.to(tl.int64), n, valid, N)
 
 
 @kernel()

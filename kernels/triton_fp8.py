@@ -34,6 +34,16 @@ class Tile(NamedTuple):
     stages: int
 
 
+@triton.jit
+def store_rows(
+    tile: tl.tensor, out_ptr: tl.tensor, row: tl.tensor, n: tl.tensor, valid: tl.tensor, N: tl.constexpr
+) -> None:
+    """Writes ``tile`` ``[rows, channels]`` to rows ``row``, int64, and channels ``n`` of an output with N channels:
+    rows that are ``valid`` and channels below N."""
+    out_ptrs = out_ptr + row[:, None] * N + n[None, :]
+    tl.store(out_ptrs, tile.to(out_ptr.dtype.element_ty), valid[:, None] & (n < N)[None, :])
+
+
 @kernel("tokens")
 def _fp8_linear(
     x_ptr: tl.tensor,
@@ -85,8 +95,7 @@ def _fp8_linear(
             total *= tl.load(x_scale_ptr + token)[:, None] * tl.load(scale_ptr + row)[None, :]
         if BIAS:
             total += tl.load(bias_ptr + row).to(tl.float32)[None, :]
-    out_ptrs = out_ptr + (split * tokens + t[:, None].to(tl.int64)) * N + n[None, :]
-    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), (t[:, None] < tokens) & (n[None, :] < N))
+    store_rows(total, out_ptr, split * tokens + t.to(tl.int64), n, t < tokens, N)
 
 
 @kernel("tokens")
