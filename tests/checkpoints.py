@@ -244,6 +244,19 @@ FAMILIES: dict[str, Family] = {
         "GraniteMoeSharedForCausalLM",
         {**_EXPERTS, "attention_multiplier": 0.2, "shared_intermediate_size": 80, "head_dim": 16},
     ),
+    "granite-4": Family(
+        "GraniteMoeHybridConfig",
+        "GraniteMoeHybridForCausalLM",
+        {
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 2.0,
+            "shared_intermediate_size": 80,
+            "num_local_experts": 0,
+            "layer_types": ["full_attention"] * 3,
+            "position_embedding_type": "rope",
+        },
+    ),
     "glm4-moe": Family(
         "Glm4MoeConfig",
         "Glm4MoeForCausalLM",

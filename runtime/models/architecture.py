@@ -84,10 +84,13 @@ class Architecture:
     length: str = "max_position_embeddings"  # config.json's key of the longest context, where it is there
     parallel: Switch = "never"  # attention and MLP get the same input and are added together
     qkv: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")  # modules; of one name: rows of one tensor
-    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")  # two: without a gate
+    # Modules of ``mlp``, or with a dot of the layer; two: without a gate; of one name: rows of one tensor.
+    mlp: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    mlp_size: str = "intermediate_size"  # config.json's key
     interleaved_rope: bool = False  # channels 2i and 2i + 1 are rotated together, rather than i and i + dim / 2
     scaled_rope: Literal["all", "full"] = "all"  # full: rope_scaling leaves sliding layers alone
-    unrotated: Literal["none", "listed", "full"] = "none"  # layers without rope: no_rope_layers, or beside sliding ones
+    # Layers without rope: no_rope_layers, full ones beside sliding ones, or all unless position_embedding_type is rope.
+    unrotated: Literal["none", "listed", "full", "unless_rope"] = "none"
     # Which layers slide when layer_types is absent.
     windows: Literal["none", "all", "qwen", "qwen_even", "alternate"] = "none"
     text_config: bool = False  # the language model's settings are nested under "text_config"

@@ -200,7 +200,11 @@ def parse_config(
         raise LoadError(f"{where}: activation {activation!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     if _ACTIVATIONS[activation] not in (_GATED if len(known.mlp) == 3 else _UNGATED):
         raise LoadError(f"{where}: activation {activation!r} is not supported for {name}")
+    if fields.get("is_causal", True) is False or fields.get("use_bidirectional_attention") is True:
+        raise LoadError(f"{where}: its attention is not causal: an embedding model cannot generate text")
     vocab_size = fields.count("vocab_size")
+    if known.experts is None and fields.get("num_local_experts"):
+        raise UnsupportedArchitecture(f"{where}: {name} with a mixture of experts is not supported natively")
     experts = None if known.experts is None else parse_experts(fields, known.experts)
     if quantization is not None and quantization.weights == "mxfp4" and experts is None:
         raise LoadError(f"{where}: MXFP4 is supported for experts alone, and {name} has none")
@@ -211,12 +215,12 @@ def parse_config(
         architecture=name,
         vocab_size=vocab_size,
         hidden_size=hidden,
-        intermediate_size=fields.count("intermediate_size"),
+        intermediate_size=fields.count(known.mlp_size),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         layers=_layers(fields, known, head_dim, sparse=experts is not None),
-        max_position_embeddings=fields.count(known.length, fields.count("max_position_embeddings")),
+        max_position_embeddings=_longest(fields, known),
         norm_kind=known.norm_kind,
         norm_bias=known.norm_bias,
         norm_weight=known.norm_weight,
@@ -252,6 +256,16 @@ def parse_config(
     )
 
 
+def _longest(fields: Fields, known: Architecture) -> int:
+    """Tokens of context. Qwen2.5-1M's dual chunk attention equals plain attention within its first chunk alone."""
+    length = fields.count(known.length, fields.count("max_position_embeddings"))
+    dual = fields.get("dual_chunk_attention_config")
+    if not isinstance(dual, dict):
+        return length
+    nested = Fields(dual, f"{fields.where}: dual_chunk_attention_config")
+    return min(length, nested.count("chunk_size") - nested.count("local_size"))
+
+
 def _architecture(raw: Mapping[str, Any], where: str) -> str:
     """The first of ``architectures``, or the family's causal model where that is absent or names its base model."""
     names = raw.get("architectures") or []
@@ -272,6 +286,11 @@ def _layers(fields: Fields, known: Architecture, head_dim: int, *, sparse: bool)
     types = fields.get("layer_types")
     if types is None:
         types = _default_types(fields, known, count)
+    if isinstance(types, list):
+        types = ["full_attention" if kind == "attention" else kind for kind in types]  # Granite 4
+        others = sorted({str(kind) for kind in types} & {"mamba", "linear_attention"})
+        if others:
+            raise UnsupportedArchitecture(f"{fields.where}: layers of {', '.join(others)} are not supported natively")
     if not isinstance(types, list) or len(types) != count or set(types) - {"sliding_attention", "full_attention"}:
         raise LoadError(f"{fields.where}: layer_types must name sliding_attention or full_attention for {count} layers")
     slides = known.windows != "none" and fields.get("sliding_window") is not None
@@ -296,6 +315,8 @@ def _rotated(fields: Fields, known: Architecture, types: list[str], window: int 
     """Which layers have a rotary embedding."""
     if known.unrotated == "full" and window is not None:
         return [kind == "sliding_attention" for kind in types]
+    if known.unrotated == "unless_rope":
+        return [fields.get("position_embedding_type") == "rope"] * len(types)
     if known.unrotated != "listed":
         return [True] * len(types)
     listed = fields.get("no_rope_layers")  # 1 for layers with a rotary embedding

@@ -151,6 +151,13 @@ DENSE: dict[str, Architecture] = {
         mlp_bias="mlp_bias",
         defaults=GRANITE,
     ),
+    "GraniteMoeHybridForCausalLM": Architecture(  # Granite 4, where all layers have attention and one MLP
+        "granitemoehybrid",
+        mlp=("shared_mlp.input_linear", "shared_mlp.input_linear", "shared_mlp.output_linear"),
+        mlp_size="shared_intermediate_size",
+        unrotated="unless_rope",
+        defaults=GRANITE | {"layer_types": ["mamba"], "num_local_experts": 8},
+    ),
     "OlmoForCausalLM": Architecture(
         "olmo",
         norm_kind="layer",

@@ -199,7 +199,10 @@ def _positive(value: Any) -> bool:
 
 
 def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
-    """YaRN's temperature: given, or 0.1 ln(factor) + 1, or DeepSeek's ratio of two such terms."""
+    """YaRN's temperature: given, or 0.1 ln(factor) + 1, or DeepSeek's ratio of two such terms.
+
+    ``attn_factor`` multiplies it, as in YaRN's own code, vLLM and SGLang; transformers does not read it.
+    """
 
     def term(scale: float) -> float:
         return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -207,6 +210,7 @@ def _attention_factor(values: Mapping[str, Any], factor: float) -> float:
     if values.get("attention_factor") is not None:
         return float(values["attention_factor"])
     mscale, mscale_all_dim = values.get("mscale"), values.get("mscale_all_dim")
+    multiplier = float(values.get("attn_factor") or 1.0)
     if mscale and mscale_all_dim:
-        return term(mscale) / term(mscale_all_dim)
-    return term(1.0)
+        return multiplier * term(mscale) / term(mscale_all_dim)
+    return multiplier * term(1.0)

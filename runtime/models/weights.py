@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeVar
 
@@ -255,7 +255,7 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
     if config.sinks:
         yield vector("sinks", "self_attn.sinks", heads, heads)
     yield from linear("o", [_Output("self_attn.o_proj", hidden, heads)], q, "row", config.o_bias)
-    prefixes, modules, inner = "", tuple(f"mlp.{module}" for module in config.mlp), config.intermediate_size
+    prefixes, modules, inner = "", _mlp_modules(config.mlp), config.intermediate_size
     if config.layers[i].sparse:
         assert config.experts is not None
         yield from _expert_specs(config, config.experts, i)
@@ -269,6 +269,10 @@ def _layer_specs(config: ModelConfig, i: int) -> Iterator[WeightSpec]:
         yield vector("alpha_p", "mlp.act_fn.alpha_p", 1)
         yield vector("alpha_n", "mlp.act_fn.alpha_n", 1)
     yield from linear(prefixes + "down", [_Output(down, hidden)], inner, "row", config.mlp_bias)
+
+
+def _mlp_modules(modules: Iterable[str]) -> tuple[str, ...]:
+    return tuple(module if "." in module else f"mlp.{module}" for module in modules)
 
 
 def _expert_specs(config: ModelConfig, experts: ExpertsConfig, i: int) -> Iterator[WeightSpec]:

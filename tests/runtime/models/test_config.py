@@ -244,6 +244,10 @@ def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
         ({"layer_types": ["full_attention"]}, "layer_types must name"),
         ({"eos_token_id": ["</s>"]}, "eos_token_id must hold integers, got '</s>'"),
         ({"bos_token_id": "<s>"}, "bos_token_id must be an integer, got '<s>'"),
+        ({"is_causal": False}, "its attention is not causal"),
+        ({"use_bidirectional_attention": True}, "its attention is not causal"),
+        ({"layer_types": ["mamba", "attention"]}, "layers of mamba are not supported natively"),
+        ({"num_local_experts": 8}, "LlamaForCausalLM with a mixture of experts is not supported natively"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be(changes: dict[str, Any], says: str) -> None:

@@ -17,8 +17,9 @@ import torch
 
 from branchwise.frontend.cli import checkup
 from branchwise.runtime.config import EngineConfig
+from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.memory import kv_layout
-from branchwise.runtime.models.config import load_config
+from branchwise.runtime.models.config import UnsupportedArchitecture, load_config
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.models.hf.config import load_transformers_config
 from branchwise.runtime.models.registry import ALIASES, ARCHITECTURES
@@ -58,6 +59,32 @@ def test_doctor_has_a_line_for_it(published: tuple[dict[str, Any], Path]) -> Non
     elif model.state == "broken":
         assert "memory" in model.found
     assert all("\n" not in one.found for one in findings.values())
+
+
+def test_an_embedding_model_is_refused(tmp_path: Path) -> None:
+    """EmbeddingGemma: its architectures name Gemma 3's base model, and its attention is bidirectional."""
+    config = PUBLISHED["google/gemma-3-270m-it"]["config"] | {"architectures": ["Gemma3TextModel"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_config(tmp_path).architecture == "Gemma3ForCausalLM"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+    with pytest.raises(LoadError, match="its attention is not causal: an embedding model cannot generate text"):
+        load_config(tmp_path)
+
+
+def test_yarn_with_the_temperature_of_its_authors_code(tmp_path: Path) -> None:
+    """DeepSeek-R1-0528-Qwen3-8B undoes the temperature of transformers, 0.1 ln 4 + 1, by another key."""
+    config = PUBLISHED["deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"]["config"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (rope,) = load_config(tmp_path).ropes
+    assert (rope.kind, rope.factor, rope.attention_factor) == ("yarn", 4.0, pytest.approx(1.0))
+
+
+def test_granite_4_with_mamba_layers_is_left_to_transformers(tmp_path: Path) -> None:
+    config = PUBLISHED["ibm-granite/granite-4.0-micro"]["config"]
+    for changes in ({"layer_types": ["mamba"] * 39 + ["attention"]}, {"layer_types": None}, {"num_local_experts": 62}):
+        (tmp_path / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(UnsupportedArchitecture, match="not supported natively"):
+            load_config(tmp_path)
 
 
 def test_latent_attention_stores_the_keys_and_values_of_every_head(tmp_path: Path) -> None:
