@@ -56,16 +56,18 @@ def _with_roles(turns: Sequence[ChatTurn], probes: TemplateProbes) -> Iterator[t
 def _message(role: str, turns: list[ChatTurn], template: ChatTemplate, continued: ChatTurn | None) -> dict[str, Any]:
     first = turns[0]
     content: str | list[dict[str, str]]
-    if len(turns) == 1 and len(first.texts) > 1 and first is not continued and template.probes.reads_parts(role):
+    thinking = "\n".join(turn.thinking for turn in turns if turn.thinking)
+    calls = [call for turn in turns for call in turn.calls]
+    both = thinking and calls and any(turn.texts for turn in turns)
+    merged = both and not template.probes.takes_thinking_beside_text
+    parts = len(turns) == 1 and len(first.texts) > 1 and first is not continued and not merged
+    if parts and template.probes.reads_parts(role):
         content = [{"type": "text", "text": text} for text in first.texts]
     else:
         separator = template.probes.part_separator(role) if any(len(turn.texts) > 1 for turn in turns) else ""
         content = _BETWEEN_TURNS.join(separator.join(turn.texts) for turn in turns if turn.texts)
-    thinking = "\n".join(turn.thinking for turn in turns if turn.thinking)
-    calls = [call for turn in turns for call in turn.calls]
-    if thinking and calls and content and not template.probes.takes_thinking_beside_text:
-        written = content if isinstance(content, str) else "".join(first.texts)
-        thinking, content = f"{thinking}{_BETWEEN_TURNS}{written}", ""
+        if merged and content:
+            thinking, content = f"{thinking}{_BETWEEN_TURNS}{content}", ""
     message: dict[str, Any] = {"role": role, "content": content}
     if first.name is not None:
         message["name"] = first.name

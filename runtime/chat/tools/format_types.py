@@ -113,7 +113,8 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
     """``begin``, the thinking, ``end``. One newline inside each marker and two after ``end`` belong to the markers.
 
     ``after``: what is written between ``end`` and a call or an answer. ``answer`` and ``answer_end``: markers around an
-    answer. ``sign``: a text that a chat template of this format contains beside ``end``.
+    answer; ``answers_alone``: also around one without thinking. ``sign``: a text that a chat template of this format
+    contains beside ``end``.
     """
 
     name: str
@@ -122,5 +123,6 @@ class ReasoningFormat(msgspec.Struct, frozen=True):
     after: str = ""
     answer: str = ""
     answer_end: str = ""
+    answers_alone: bool = False
     sign: str = ""
     channels: Channels | None = None

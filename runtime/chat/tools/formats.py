@@ -379,6 +379,7 @@ REASONING_FORMATS = {
                 "<|END_THINKING|>",
                 answer=f"<|START_{answer}|>",
                 answer_end=f"<|END_{answer}|>",
+                answers_alone=True,
                 sign=f"<|START_{answer}|>",
             )
             for name, answer in (("cohere_command3", "RESPONSE"), ("cohere_command4", "TEXT"))

@@ -12,7 +12,8 @@ The rules:
 - Whitespace around and between calls, where nothing else is written, belongs to them. Any other stays in the content.
 - Reasoning begins where only whitespace came before it (in the message, or since the last reasoning or call); a
   marker elsewhere is text. A lone end marker there, of reasoning that is empty, is dropped.
-- Markers around an answer are dropped: the first where reasoning could begin, the last anywhere.
+- Markers around an answer are dropped: the first behind reasoning or, if the format has such answers, where reasoning
+  could begin; the last if the first was there.
 - A call inside reasoning is part of it if the reasoning is closed later. If it never is, the model left it out: the
   reasoning ended before the call. Events are held until one or the other is certain.
 
@@ -66,12 +67,12 @@ class StreamParser:
         begins = self._format.begin if self._format else ()
         self._bare = tuple(self._format.bare) if self._format else ()
         thoughts = (self._reasoning.begin, self._reasoning.end) if self._reasoning else ()
-        answer = self._reasoning.answer if self._reasoning else ""
-        self._answer_end = self._reasoning.answer_end if self._reasoning else ""
-        self._answers = tuple(filter(None, (answer, self._answer_end)))
+        answer, answer_end = (self._reasoning.answer, self._reasoning.answer_end) if self._reasoning else ("", "")
+        self._answers = tuple(filter(None, (answer, answer_end)))
+        self._in_answer = False  # its end marker may follow
         self._openings = Markers(thoughts + self._answers + begins + self._bare)
         anywhere = dict.fromkeys(begins + (self._bare if self._format and self._format.anywhere else ()), 0)
-        anywhere |= dict.fromkeys(filter(None, (self._answer_end,)), 1)
+        anywhere |= {answer_end: 1} if answer_end else {}
         self._in_content = Markers(anywhere)
         self._after_held_call = Markers(anywhere | dict.fromkeys(thoughts[1:], 0))
         self._in_thinking = Markers(dict.fromkeys(thoughts[1:], 1) | dict.fromkeys(begins + self._bare, 2))
@@ -141,11 +142,7 @@ class StreamParser:
                 yield from self._end_thinking(found)
                 fresh = True
             elif found in self._answers:
-                fresh = found == self._answer_end
-                if not fresh:
-                    yield from self._reader.optional("\n")
-                self._out.structured = True
-                self._out.markup()
+                fresh = yield from self._answer_marker(found)
             else:
                 fresh = yield from self._calls(found)
         if fresh and self._out.structured:
@@ -185,6 +182,24 @@ class StreamParser:
         self._out.markup()
         self._out.thinking = False
         self._out.structured = True
+        self._in_answer = self._reasoning is not None and not self._reasoning.answer
+
+    def _answer_marker(self, marker: str) -> Wait[bool]:
+        """Drops a marker around an answer, already read; one that is out of place is text. Returns whether only
+        whitespace came since."""
+        assert self._reasoning is not None
+        begins = marker == self._reasoning.answer
+        may_begin = self._out.structured or self._reasoning.answers_alone
+        expected = may_begin if begins else self._in_answer
+        self._in_answer = begins and expected
+        if not expected:
+            self._out.text()
+            return False
+        if begins:
+            yield from self._reader.optional("\n")
+        self._out.structured = True
+        self._out.markup()
+        return not begins
 
     def _calls(self, begin: str) -> Wait[bool]:
         """Reads calls, their begin marker already read unless they are bare. Returns whether there was one and only

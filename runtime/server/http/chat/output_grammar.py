@@ -96,7 +96,7 @@ class OutputGrammar:
             return ["body: PLAIN | calls", self._call_rule(calls), plain]
         if trigger in self._special:  # no text is ever equal to it
             wrapped = self._thoughts is not None and self._thoughts.answer in self._special
-            reply = f"({before})? PLAIN {after}" if wrapped else "PLAIN"
+            reply = f"{before} PLAIN {after}" if wrapped else "PLAIN"
             return [f"body: {reply} | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {_ANY}"]
         return [
             "body: PLAIN | before calls",
@@ -126,11 +126,14 @@ class OutputGrammar:
         return ["thought?", f"thought: {literals(format.begin, self._special)} inner", *inner]
 
     def _around_answer(self) -> tuple[str, str]:
-        """The symbols before an answer, and those that may follow it."""
+        """The symbols before and after an answer: of a message's header, or of markers, which may be left out."""
         if self._thoughts is None:
             return "", ""
-        end = literals(self._thoughts.answer_end, self._special)
-        return literals(self._thoughts.answer, self._special), f"({end})?" if end else ""
+        marked = (self._thoughts.answer, self._thoughts.answer_end)
+        before, after = (literals(marker, self._special) for marker in marked)
+        if self._thoughts.channels is not None:
+            return before, after
+        return f"({before})?" if before else "", f"({after})?" if after else ""
 
 
 def calls_for(format: str, tools: Sequence[OfferedTool], *, enforced: bool, parallel: bool) -> CallGrammar | None:

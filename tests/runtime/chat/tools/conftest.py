@@ -291,6 +291,8 @@ REASONING = [
         thoughts="granite",
     ),
     Case("an answer in markers, cut", "<think>a</think><answer>\nb\n</ans", None, "b\n</ans", "a", thoughts="hunyuan"),
+    Case("tags that no thinking came before", "<answer>b</answer>", None, "<answer>b</answer>", thoughts="hunyuan"),
+    Case("an end that closes nothing", "<think>a</think>b\n</answer>c", None, "b\n</answer>c", "a", thoughts="hunyuan"),
     Case("an answer's marker in an answer", "a <response> b", None, "a <response> b", thoughts="granite"),
     Case(
         "an answer in markers without thinking",
