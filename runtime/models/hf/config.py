@@ -168,7 +168,10 @@ def build(folder: Path, attention: str, dtype: torch.dtype, device: torch.device
     except LoadError as error:
         raise LoadError(f"{folder / 'config.json'}: {error}") from error
     except Exception as error:  # of a config's own code, or values that it refuses
-        raise LoadError(f"{folder / 'config.json'}: transformers cannot read it: {first_line(error)}") from error
+        problem = f"transformers cannot read it: {first_line(error)}"
+        if not trust_remote_code and "custom code" in str(error):
+            problem = "it needs the code in its folder, which runs with --trust-remote-code, with the server's rights"
+        raise LoadError(f"{folder / 'config.json'}: {problem}") from error
 
 
 def build_of(

@@ -176,7 +176,10 @@ def test_the_tokenizers_end_token_counts(declared: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("architectures", [None, [], ["SomeModel"], "absent"])
 def test_the_model_type_says_what_architectures_leaves_out(model_type: str, architectures: Any) -> None:
-    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+    if model_type == "granitemoehybrid":  # ours where all layers have attention and one MLP
+        layers = ["attention"] * LLAMA["num_hidden_layers"]
+        experts = {"num_local_experts": 0, "shared_intermediate_size": 128, "layer_types": layers}
     changes = {"architectures": architectures, "model_type": model_type, **experts}
     assert parse(changes).architecture == MODEL_TYPES[model_type]
 

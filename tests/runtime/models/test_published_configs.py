@@ -71,6 +71,14 @@ def test_an_embedding_model_is_refused(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
+def test_a_model_with_code_of_its_own_names_the_flag_that_runs_it(tmp_path: Path) -> None:
+    """Llama Nemotron Super, EXAONE 3.5, MiniCPM 4, Kimi K2 and others."""
+    config = {"model_type": "nemotron-nas", "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": ["DeciLMForCausalLM"]}))
+    with pytest.raises(LoadError, match="it needs the code in its folder, which runs with --trust-remote-code"):
+        load_transformers_config(tmp_path)
+
+
 def test_yarn_with_the_temperature_of_its_authors_code(tmp_path: Path) -> None:
     """DeepSeek-R1-0528-Qwen3-8B undoes the temperature of transformers, 0.1 ln 4 + 1, by another key."""
     config = PUBLISHED["deepseek-ai/DeepSeek-R1-0528-Qwen3-8B"]["config"]
