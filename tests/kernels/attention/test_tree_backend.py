@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.torch_backend import TorchAttention
@@ -20,10 +23,11 @@ from triton.runtime.errors import OutOfResources
 
 from branchwise.kernels import triton_launch
 from branchwise.kernels.attention import tree_backend, tree_tuning
-from branchwise.kernels.attention.split import ITEM
+from branchwise.kernels.attention.split import ITEM, ITEM_FIELDS
 from branchwise.kernels.attention.tree_backend import TreeAttention
 from branchwise.kernels.attention.tree_costs import TreeCosts
 from branchwise.kernels.attention.tree_gate import Forest
+from branchwise.kernels.attention.tree_plan import plan_tree
 from branchwise.kernels.attention.tree_tuning import tune
 from branchwise.kernels.attention.triton_backend import TritonAttention
 
@@ -185,6 +189,45 @@ def test_a_plan_is_kept_until_something_changes(plans: list[int]) -> None:
     assert len(plans) == 3
     world.tree.plan(world.batch(grown[:-1]))
     assert len(plans) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_plans_equal_those_made_from_nothing(data: st.DataObject) -> None:
+    """Requests join, leave and grow. The plan of each step, kept or made anew, is the one that the present page table
+    leads to for the lengths it was made for, and it is what the device has."""
+    world, shape = World(), StepShape(ROWS, 20, 4, tree=True)
+    tree, lengths, pages = world.tree, {row: 40 + row for row in range(8)}, itertools.count(10_000)
+    for _ in range(data.draw(st.integers(1, 6))):
+        written = []
+        for row in data.draw(st.lists(st.integers(0, ROWS - 1), max_size=2, unique=True)):
+            if lengths.pop(row, None) is None or data.draw(st.booleans()):  # otherwise its request only leaves
+                source, columns = data.draw(st.integers(0, ROWS - 1)), data.draw(st.integers(0, COLUMNS))
+                world.table[row, :columns] = world.table[source, :columns]
+                world.table[row, columns:] = list(itertools.islice(pages, COLUMNS - columns))
+                written += [(row, column) for column in range(COLUMNS)]
+                lengths[row] = data.draw(st.integers(20, 60))
+        growth = data.draw(st.integers(0, 2))
+        lengths = {row: length + growth for row, length in sorted(lengths.items())}
+        if not lengths:
+            continue
+        q_lens = [1] * (len(lengths) - 1) + [data.draw(st.sampled_from([1, 3]))]
+        batch = world.batch(list(zip(q_lens, lengths.values(), strict=True)), np.array(written, int).reshape(-1, 2).T)
+        batch.rows = np.array(list(lengths), np.int32)
+        assert tree.plan(batch, shape) == shape
+        plan, members, limits = tree._plan, tree._members, tree._captured(shape).limits
+        assert plan is not None and members is not None
+        assert members.requests.rows.tolist() == list(lengths)
+        tokens = max(members.num_tokens, ROWS)
+        expected = plan_tree(world.table, members.requests, tokens, 2, world.page, SHARE_ALL, limits, -np.inf)
+        assert expected is not None and plan.sizes == expected.sizes
+        for name in ("records", "queries", "merges", "slots"):
+            assert np.array_equal(getattr(plan, name), getattr(expected, name))
+        staged_items = zip(tree._runner._items, plan.sizes, strict=True)
+        records = [staged.cpu().numpy()[: size * ITEM_FIELDS] for staged, size in staged_items]
+        assert np.array_equal(np.concatenate(records), plan.records.ravel())
+        assert np.array_equal(tree._runner._queries.cpu().numpy()[: len(plan.queries)], plan.queries)
+        assert np.array_equal(tree._runner._slots.cpu().numpy()[: len(plan.slots)], plan.slots)
 
 
 def test_a_write_in_a_step_without_a_tree_is_not_forgotten(plans: list[int]) -> None:
