@@ -64,7 +64,7 @@ def test_a_stopped_process_is_reported_and_ready_again_when_it_goes_on(start_ser
 
 def test_a_step_that_never_returns_is_the_scheduler_hanging(start_server: Any) -> None:
     """A device that hangs blocks the scheduler's thread in a step, while its process runs on."""
-    server = start_server(hang_timeout=2, null_step_seconds=60.0)
+    server = start_server(hang_timeout=LIMIT, null_step_seconds=60.0)
     answer = server.http.post("/v1/completions", json={"prompt": "go on", "max_tokens": 4})
     assert answer.status_code == 500 and "the scheduler process has not answered for" in answer.text
     assert server.process.wait(60) == 1

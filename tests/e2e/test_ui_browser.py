@@ -29,7 +29,7 @@ _FLAGS = [
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"),
     *("--disable-background-networking", "--remote-debugging-port=0", "--window-size=1280,800"),
 ]
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 
 
 class Page:
@@ -74,7 +74,7 @@ class Page:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
-    async def until(self, condition: str, seconds: float = 60.0) -> Any:
+    async def until(self, condition: str, seconds: float = 120.0) -> Any:
         """Waits until an expression is true; returns its value."""
         deadline = asyncio.get_running_loop().time() + seconds
         while not (found := await self.js(condition)):
@@ -161,7 +161,7 @@ async def show(page: Page, server: Any, view: str = "tree") -> None:
 async def send(page: Page, message: str, answers: int = 1) -> None:
     await page.type(".say textarea", message)
     done = f"document.querySelectorAll('#app small').length >= {answers} && !document.body.innerText.includes('▍')"
-    await page.until(done, 60)
+    await page.until(done)
 
 
 def complete(server: Any, prompt: str, **fields: Any) -> None:
@@ -259,7 +259,7 @@ async def test_a_tool_call_is_a_card_and_json_is_indented(page: Page, shipped: A
     assert "get_weather" in card and '"city": "Zemol"' in card and "\n" in card
     await page.type(".call input", '{"status": "sunny", "temperature": 17}')
     await page.until("document.querySelectorAll('.message.assistant').length == 2")
-    await page.until("!document.body.innerText.includes('▍')", 60)
+    await page.until("!document.body.innerText.includes('▍')")
     assert "sunny" in await page.js("[...document.querySelectorAll('.message.assistant')].pop().innerText")
     assert "temperature" in await page.js("document.querySelector('.message.tool .json').innerText")
     assert not page.errors
