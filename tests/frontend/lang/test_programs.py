@@ -134,7 +134,7 @@ def test_two_states_that_join_each_other(echo):
     started = threading.Event()
 
     def slow(prompt):
-        started.wait(5)
+        started.wait(200)
         return "ok"
 
     @bw.function
@@ -247,7 +247,7 @@ def test_an_exception_of_the_program_ends_what_it_started(echo):
     @bw.function
     def program(s):
         s += "x" + bw.gen("a")
-        waiting.wait(30)
+        waiting.wait(200)
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):

@@ -38,7 +38,7 @@ def context() -> Iterator[zmq.Context[Any]]:
 def receive(inbox: Inbox[Any], count: int) -> list[Any]:
     messages: list[Any] = []
     while len(messages) < count:
-        new = inbox.receive(5000)
+        new = inbox.receive(60_000)
         assert new, "nothing came"
         messages += new
     return messages
