@@ -290,7 +290,7 @@ def test_more_or_fewer_replicas_leave_the_others_as_they_are(cluster: Cluster, t
     prompts = [ids(400, 41 * number) for number in range(8)]
     for prompt in prompts:
         cluster.ask(prompt)
-        time.sleep(1)
+        time.sleep(0.5)
     assert [cluster.cached(prompt) for prompt in prompts] == [399] * 8
     held = {name: tokens(name) for name in first}
     running = streams(first)
