@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 from pathlib import Path
@@ -31,9 +32,9 @@ def up(
 ) -> None:
     """Start a cluster, or change a running one to what FILE says.
 
-    Joins the Ray cluster that RAY_ADDRESS or a local `ray start` names; without one, starts Ray on this machine until
-    Ctrl-C. Running replicas keep their caches if only the number of replicas or routers has changed. Replicas that are
-    stopped or replaced finish their requests first.
+    Joins the Ray cluster that RAY_ADDRESS names or that runs on this machine; without one, or with RAY_ADDRESS=local,
+    starts Ray on this machine until Ctrl-C. Running replicas keep their caches if only the number of replicas or
+    routers has changed. Replicas that are stopped or replaced finish their requests first.
     """
     with expected_failures():
         from ..cluster.config import read_cluster_config
@@ -100,6 +101,9 @@ def _connect(config: ClusterConfig | None, *, must_run: bool) -> None:
     except ImportError as error:
         raise LoadError("a cluster needs Ray: pip install 'ray[serve]' pyyaml") from error
     try:
+        if os.environ.get("RAY_ADDRESS") == "local":
+            del os.environ["RAY_ADDRESS"]  # or the processes of the Ray that is started would inherit it
+            raise ConnectionError("RAY_ADDRESS demands a Ray of its own")
         ray.init(address="auto", log_to_driver=False)
     except ConnectionError as error:
         if must_run or config is None:

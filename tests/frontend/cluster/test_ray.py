@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from base64 import urlsafe_b64encode
 from collections.abc import Iterator
@@ -44,6 +45,14 @@ def environment(folder: Path) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **own}
 
 
+# One replica, or two while they have more than four requests on average.
+AUTOSCALED = """
+max_replicas: 2
+target_ongoing_requests: 4
+autoscaling_config: {upscale_delay_s: 1, downscale_delay_s: 1, metrics_interval_s: 0.5, look_back_period_s: 2}
+"""
+
+
 def ids(n: int, start: int = 3) -> list[int]:
     return [(start + 11 * i) % 300 + 5 for i in range(n)]
 
@@ -56,10 +65,7 @@ class Cluster(NamedTuple):
 
     def change(self, pool: ThreadPoolExecutor, replicas: int, length: int = 4096) -> int:
         """``up`` again. Requests during it are all answered; returns how many there were."""
-        file = self.folder / f"{replicas}-{length}.yaml"
-        file.write_text(CONFIG.format(port=self.port, replicas=replicas, length=length))
-        command, env = [*UP, str(file), "--detach"], environment(self.folder)
-        changing = pool.submit(subprocess.run, command, env=env, check=True, timeout=240)
+        changing = pool.submit(self.up, CONFIG.format(port=self.port, replicas=replicas, length=length))
         asked = 0
         while not changing.done():
             assert self.ask(ids(50, asked)).status_code == 200
@@ -68,6 +74,12 @@ class Cluster(NamedTuple):
         changing.result()
         eventually(lambda: len(self.replicas()) == replicas)
         return asked
+
+    def up(self, text: str) -> None:
+        """``up`` with another file."""
+        file = self.folder / "changed.yaml"
+        file.write_text(text)
+        subprocess.run([*UP, str(file), "--detach"], env=environment(self.folder), check=True, timeout=600)
 
     def cached(self, prompt: list[int], **headers: str) -> int:
         """Tokens of a prompt that were cached where it was sent."""
@@ -87,7 +99,9 @@ class Cluster(NamedTuple):
         found = {}
         for pid in self.processes(b"branchwise.frontend.cluster.child"):
             with contextlib.suppress(OSError):
-                found[(Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")[-2].decode()] = pid
+                words = (Path("/proc") / str(pid) / "cmdline").read_bytes().split(b"\0")
+                if len(words) > 1:  # a process that has ended meanwhile has none
+                    found[words[-2].decode()] = pid
         return found
 
     def processes(self, title: bytes) -> list[int]:
@@ -146,7 +160,8 @@ def cluster() -> Iterator[Cluster]:
 def running(folder: Path, port: int) -> Iterator[Cluster]:
     file = folder / "cluster.yaml"
     file.write_text(CONFIG.format(port=port, replicas=2, length=4096))
-    process = subprocess.Popen([*UP, str(file)], stdout=subprocess.PIPE, text=True, env=environment(folder))
+    env = {**environment(folder), "RAY_ADDRESS": "local"}  # not one of another program on this machine
+    process = subprocess.Popen([*UP, str(file)], stdout=subprocess.PIPE, text=True, env=env)
     assert process.stdout is not None
     for line in process.stdout:
         if "ready" in line:
@@ -311,6 +326,40 @@ def test_more_or_fewer_replicas_leave_the_others_as_they_are(cluster: Cluster, t
     assert third < second
     eventually(lambda: cluster.servers() == {name: before[name] for name in third})
     assert all(tokens(name) >= held[name] for name in third) and set(cluster.processes(GATEWAY)) == gateways
+
+
+@pytest.mark.timeout(1200)
+def test_replicas_follow_the_load(cluster: Cluster, threads: ThreadPoolExecutor) -> None:
+    """Load starts a second replica, which is warmed before it takes requests. When the load is gone one of them stops,
+    and finishes its requests first."""
+    cluster.up(CONFIG.format(port=cluster.port, replicas=1, length=4096) + AUTOSCALED)
+    eventually(lambda: len(cluster.servers()) == len(cluster.replicas()) == 1, 600)
+    [first] = cluster.replicas()
+    prompts = [ids(400, 41 * number) for number in range(8)]
+    for prompt in [*prompts, *prompts]:  # what is used more than once is warmed
+        assert home(cluster.ask(prompt)) == first
+    scaled = threading.Event()
+
+    def load(number: int) -> set[str]:
+        ends = set()
+        while not scaled.is_set():
+            ends.add(cluster.stream(ids(64, 37 * number), 200))
+        return ends
+
+    loads = [threads.submit(load, number) for number in range(12)]
+    try:
+        eventually(lambda: len(cluster.replicas()) == 2, 600)
+        [second] = cluster.replicas() - {first}
+        warmed = [cluster.cached([*prompt, 7], **{"x-branchwise-replica": second}) for prompt in prompts]
+    finally:
+        scaled.set()
+    assert {end for each in loads for end in each.result(600)} == {"done"}
+    assert sum(count >= 384 for count in warmed) >= 4, "only warming has computed them there"
+    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 3000) for number in range(2)]
+    eventually(lambda: len(cluster.servers()) == 1, 600)
+    assert [stream.result(600) for stream in streams] == ["done", "done"]
+    cluster.up(CONFIG.format(port=cluster.port, replicas=2, length=4096))
+    eventually(lambda: len(cluster.replicas()) == 2, 600)
 
 
 def test_a_changed_flag_replaces_all_replicas_which_finish_their_requests(
