@@ -60,9 +60,7 @@ class CopiesEntered(NamedTuple):
 
     namespace: Namespace
     tier: int  # HOST or DISK
-    before: (
-        tuple[int, int] | None
-    )  # (tier, slot) of a copy of the page before, which entered earlier; None at the start
+    before: tuple[int, int] | None  # (tier, slot) of a copy of the page before, which entered earlier; None: no page
     tokens: Int32  # [n]; the last page is partial if n is not a multiple of the page size
     slots: Int32  # [ceil(n / page_size)] of the tier
     copied: Copy | None = None  # as in `PagesEntered`

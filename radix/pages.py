@@ -33,9 +33,7 @@ class PageAllocator:
         self.page_size = page_size
         self.free = num_pages
         self.quarantined = 0
-        self._stack = np.arange(
-            num_pages - 1, -1, -1, dtype=np.int32
-        )  # free pages: [:free]; the last is the next allocated
+        self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # [:free] are free, the last is allocated next
         self._in_use = np.zeros(num_pages, np.bool_)
         self._waiting: deque[tuple[int, Int32]] = deque()  # (step that must end first, pages), steps ascending
         self._begun = 0  # the last step begun

@@ -25,9 +25,7 @@ class Tier:
         self.cached = 0
         self.evictable = 0
         self.leaves = EvictionIndex(policy)
-        self.freed: list[
-            Int32
-        ] = []  # slots freed since `take_freed`; recorded on disk only, where records must be deleted
+        self.freed: list[Int32] = []  # slots freed since `take_freed`; on the disk only, whose index has rows to delete
         # Called when a node has got its copy, and before it loses it (True, False). Set for the lower tiers.
         self.changed: Callable[[Tier, Node, bool], None] | None = None
         self._copy = _COPIES[number]

@@ -310,9 +310,8 @@ class RadixTree:
     def cancel_step(self, step: int) -> None:
         """The step begun last was planned and will not run. Nothing may have been published for it."""
         self.allocator.cancel_step(step)
-        self.structure.step = (
-            step - 1
-        )  # the number is used again; pages published until then are not in flight in that step
+        # The number is used again. Pages published until then are not in flight in that step.
+        self.structure.step = step - 1
 
     # ---- lower tiers ----
 

@@ -7,6 +7,7 @@
 ``replay`` runs the real scheduler, tree and tier manager with a null executor over the weka trace (one session a line,
 ``hash_id_ranges`` of 64-token blocks), with the pages that Llama-3.1-8B has on one H200. Each page of 16 tokens is one
 token here: prompts agree in whole blocks, so only the number of pages matters. ``--sessions`` takes the first of them.
+A capacity is what is kept once: device and host hold different pages, and a disk repeats what is above it.
 """
 
 from __future__ import annotations
@@ -179,12 +180,11 @@ def first_blocks(events: list[tuple[int, np.ndarray]]) -> dict[int, int]:
 
 def replay(events: list[tuple[int, np.ndarray]], tokens: int, scale: float) -> tuple[float, dict[str, float], float]:
     """Share of the tokens that the tiers served: in all, by tier, and seconds."""
-    device = int(DEVICE_TOKENS * scale) // PAGE
-    lower = max(0, tokens // PAGE - device)
-    host = min(lower, 2 * device)
+    device, pages = int(DEVICE_TOKENS * scale) // PAGE, tokens // PAGE
+    host = min(max(0, pages - device), 2 * device)
     executor = NullExecutor(device, 1, VOCABULARY)
     config = EngineConfig(page_size=1, max_num_seqs=8, max_num_batched_tokens=1 << 14, overlap=False)
-    disk: Any = NullDisk(lower - host) if lower > host else None
+    disk: Any = NullDisk(pages) if pages > device + host else None
     core = EngineCore(config, executor, (), device, lower=LowerTiers(NullHost(host), disk) if host else None)
     if isinstance(core.scheduler.tiers, TierManager):
         core.scheduler.tiers.step_ended = lambda *_: None  # type: ignore[method-assign]  # a null executor is too fast
