@@ -112,10 +112,11 @@ def test_the_record_counts_the_places():
     assert not record.elsewhere(1, b"bbbb") and record.elsewhere(2, b"cccc")
 
 
-def test_a_failed_copy_leaves_the_tree_whole():
-    """The nodes of a transfer may be gone when it ends: what was found to be wrong is forgotten."""
-    tree = RadixTree(16, 4, host_slots=16)
-    tokens = np.array([*A, *B], np.int32)
+@pytest.mark.parametrize("good", range(6))
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_copy_counts_to_the_page(good: int, damaged: bool) -> None:
+    """A node can be long. What arrived of it is on the device; the host keeps the rest, unless it was wrong there."""
+    tree, tokens = RadixTree(16, 4, host_slots=16), np.arange(20, dtype=np.int32)
     for _ in range(2):
         lease = tree.match(tokens)
         tree.reserve(lease, 5 - len(lease.pages))
@@ -123,9 +124,9 @@ def test_a_failed_copy_leaves_the_tree_whole():
         tree.publish(lease, tokens)
         tree.release(lease, tokens)
     tree.allocator.give_back(tree.structure.evict(tree.structure.device, 5))
-    reach = tree.reach(tokens)
-    transfer = tree.moves.load(reach, 16)
+    transfer = tree.moves.load(tree.reach(tokens), 16)
     assert transfer is not None
-    tree.end_transfer(transfer, 0, damaged=True)
+    tree.end_transfer(transfer, good, damaged)
     tree.check()
-    assert tree.num_nodes == 0
+    left = 0 if damaged else 20 - 4 * good
+    assert tree.reach(tokens)[:3] == (4 * good, left, 0)
