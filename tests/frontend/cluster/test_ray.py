@@ -40,8 +40,8 @@ PROXY = b"ray::ProxyActor"
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Of a cluster of its own: Ray keeps its sockets, logs and the address of the running cluster in RAY_TMPDIR."""
-    own = {"XDG_STATE_HOME": str(folder), "RAY_TMPDIR": str(folder / "ray")}
+    """Of a cluster of its own: Ray keeps its sockets, logs and its address in RAY_TMPDIR/ray."""
+    own = {"XDG_STATE_HOME": str(folder), "RAY_TMPDIR": str(folder)}
     return {**os.environ, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", **own}
 
 
