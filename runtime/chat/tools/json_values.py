@@ -15,7 +15,6 @@ _QUOTE_INSIDE = re.compile(r"""[ \t]*(?:[,:}\])<;\r\n]|(?<=[ \t])["'/#]|[^"\n]*(
 _LOOKAHEAD = 128  # characters from a quote on, in which the other must come
 _CLOSING = {"{": "}", "[": "]"}
 _JSON_ESCAPES = frozenset('"\\/bfnrt')
-WORD = re.compile(r"[0-9A-Za-z+\-._]+")
 CONTENTS = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
 _HEX = frozenset("0123456789abcdefABCDEF")
 _ESCAPES = {"b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t", "v": "\v", "a": "\a", "\n": ""}

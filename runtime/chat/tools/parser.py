@@ -91,11 +91,6 @@ class StreamParser:
         self._finished = False
         next(self._reading, None)
 
-    @property
-    def in_reasoning(self) -> bool:
-        """Whether the text so far ends inside reasoning: what constrains calls must wait."""
-        return self._out.thinking
-
     def feed(self, text: str) -> list[Event]:
         """The events that ``text`` adds. Raises ValueError after `finish`."""
         if self._finished:

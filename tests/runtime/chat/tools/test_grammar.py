@@ -308,3 +308,14 @@ def test_markers_around_an_answer(special: bool) -> None:
     assert takes(strict, "<|START_TEXT|>Hello.<|END_TEXT|>")
     assert takes(strict, written("cohere", ("weather", ARGUMENTS), ("now", {})))
     assert not takes(strict, written("cohere", ("weather", {"city": 1})))
+
+
+def test_a_special_token_inside_a_marker() -> None:
+    """Gemma 4's thinking begins with a special token and a word."""
+    specials = {"<|channel>": 256, "<channel|>": 257}
+    grammar = OutputGrammar(None, False, reasoning_format("gemma4"), specials)
+    constraint = grammar.applied(SamplingParams(json_schema='{"type": "object"}'), "<|turn>model\n").constraint
+    assert constraint is not None
+    assert accepts(constraint.text, '<|channel>thought\nhm <b><channel|>{"x": 1}', specials)
+    assert accepts(constraint.text, '{"x": 1}', specials)
+    assert not accepts(constraint.text, "<|channel>thought\nhm<channel|>one", specials)

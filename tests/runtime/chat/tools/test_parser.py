@@ -192,13 +192,6 @@ def test_a_call_starts_with_its_name() -> None:
     assert [type(event) for event in parser.feed("}")] == [CallEnd]
 
 
-def test_reasoning_is_known_to_be_open() -> None:
-    parser = StreamParser("hermes", "think")
-    for piece, inside in (("<thi", False), ("nk>", True), ("a</thi", True), ("nk>", True), ("b", False)):
-        parser.feed(piece)
-        assert parser.in_reasoning is inside, piece
-
-
 def test_ids() -> None:
     ids = [call.id for call in parse('<tool_call>{"name": "f"}' * 100, "hermes").calls]
     assert len(set(ids)) == 100 and all(re.fullmatch(r"call_[0-9a-f]{24}", id) for id in ids)

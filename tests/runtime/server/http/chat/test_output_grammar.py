@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.chat.conversation import OfferedTool
+from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.chat.tools import Tool, reasoning_format
+from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.models.folder import SHIPPED
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar, calls_for
+from branchwise.runtime.server.http.chat.tool_use import Formats
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"], "additionalProperties": False}
@@ -236,3 +239,13 @@ def test_a_strict_tool_among_the_messages_of_harmony(takes: Any, call: str) -> N
         assert takes(both, before + '<|channel|>final<|message|>{"x": 1}')
         assert not takes(both, before + "<|channel|>final<|message|>Hello.")
         assert not takes(both, before + call.replace("1", '"a"'))
+
+
+def test_special_tokens_that_are_parts_of_markers() -> None:
+    class Tokens:
+        special_ids = frozenset({1, 2, 3})
+        token_text = staticmethod({1: "<|channel>", 2: "<channel|>", 3: "<eos>"}.__getitem__)
+
+    template = ChatTemplate("{{ messages[0].content.split('<channel|>')[-1] }}", {})
+    found = Formats.of(ServerConfig(engine=EngineConfig()), Tokens(), template)  # type: ignore[arg-type]
+    assert (found.reasoning, found.special) == (reasoning_format("gemma4"), {"<|channel>": 1, "<channel|>": 2})
