@@ -148,7 +148,8 @@ class Executor(Protocol):
         ...
 
     def prepare_next(self) -> bool:
-        """Does a piece of the preparation that was left for later, some 20 ms. Called while no step runs.
+        """Does a piece of the preparation that was left for later: some 20 ms on a GPU, one weight on a CPU, of which
+        that of the output layer may take a second. Called while no step runs.
 
         Returns whether more may be left; False always where nothing was.
         """

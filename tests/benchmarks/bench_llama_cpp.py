@@ -1,13 +1,14 @@
 """Branchwise and llama.cpp on a CPU: the same model, the same client, the same prompts, in turns (A B A B).
 
-    bench_llama_cpp.py [--llama-server PATH] [--work FOLDER] [--formats float32,int8:f32,q8_0] [--rounds 2]
-        [--slots 8,1] [--threads 2] [--only decode,prefill,...]
+    bench_llama_cpp.py [--model qwen3-0.6b|tiny] [--llama-server PATH] [--work FOLDER] [--rounds 2]
+        [--formats float32,int8:f32,q8_0] [--slots 8,1] [--threads 2] [--only decode,prefill,...]
 
-The model has the shape of Qwen3-0.6B (596 M weights) and random weights. It is written once into ``--work`` as
-safetensors in bfloat16 and as GGUF in F32; llama-quantize makes the others from that. A token is a word ``t17`` in both
-tokenizers, so that a program can continue from the ids that a server generated. One server runs at a time. Behind the
-seconds are the CPU seconds of all of a server's processes, for machines that others use too; llama.cpp's threads spin
-where they wait for each other, so compare those with ``--threads 1``.
+The model has the shape of Qwen3-0.6B (596 M weights), or the sizes of `tiny_model.CONFIG` (5 M), and random weights. It
+is written once into ``--work`` as safetensors in bfloat16 and as GGUF in F32; llama-quantize makes the others from
+that. A token is a word ``t17`` in both tokenizers, so that a program can continue from the ids that a server
+generated. One server runs at a time. Behind the seconds are the CPU seconds of all of a server's processes, for
+machines that others use too; llama.cpp's threads spin where they wait for each other, so compare those with
+``--threads 1``.
 
 Needs llama-server and llama-quantize, in one folder, and the package ``gguf`` (``pip install gguf``).
 """
@@ -57,6 +58,11 @@ QWEN3_06B: dict[str, Any] = CONFIG | {
     "rms_norm_eps": 1e-6,
     "rope_theta": 1000000.0,
     "torch_dtype": "bfloat16",
+}
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3-0.6b": QWEN3_06B,
+    "tiny": QWEN3_06B | {key: CONFIG[key] for key in (*SIZES, "head_dim", "vocab_size")},
 }
 CONTEXT_TOKENS = 16384  # KV of either server
 START_SECONDS = 120
@@ -121,12 +127,12 @@ PROGRAMS: dict[str, Callable[[GenerateTokens, RandomTokens], Awaitable[None]]] =
 }
 
 
-def write_safetensors(folder: Path) -> None:
+def write_safetensors(folder: Path, config: dict[str, Any]) -> None:
     """Ours: config, tokenizer and random bfloat16 weights of the usual standard deviation."""
     from branchwise.runtime.models.config import load_config
     from branchwise.runtime.models.weights import weight_specs
 
-    write(folder, QWEN3_06B)
+    write(folder, config)
     generator, tensors = torch.Generator().manual_seed(0), {}
     for spec in weight_specs(load_config(folder)):
         for source in spec.sources:
@@ -137,12 +143,12 @@ def write_safetensors(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
 
 
-def write_gguf(folder: Path, path: Path) -> None:
+def write_gguf(folder: Path, path: Path, config: dict[str, Any]) -> None:
     """The same weights in float32, for llama.cpp."""
     import gguf
     from safetensors import safe_open
 
-    config, layers = QWEN3_06B, QWEN3_06B["num_hidden_layers"]
+    layers = config["num_hidden_layers"]
     out = gguf.GGUFWriter(path, "qwen3")
     out.add_block_count(layers)
     out.add_context_length(config["max_position_embeddings"])
@@ -174,14 +180,14 @@ def write_gguf(folder: Path, path: Path) -> None:
     out.close()
 
 
-def prepare(work: Path, quantize: Path, formats: list[str]) -> dict[str, Path]:
+def prepare(work: Path, quantize: Path, formats: list[str], config: dict[str, Any]) -> dict[str, Path]:
     """Model folder and GGUF files in ``work``, made if absent: by the format's name, ours as ``branchwise``."""
     folder, f32 = work / "qwen3-0.6b-random", work / "f32.gguf"
     if not (folder / "model.safetensors").exists():
-        write_safetensors(folder)
+        write_safetensors(folder, config)
     paths = {"branchwise": folder} | {each: work / f"{each}.gguf" for each in formats}
     if any(not path.exists() for path in paths.values()) and not f32.exists():
-        write_gguf(folder, f32)
+        write_gguf(folder, f32, config)
     for each in formats:
         if not paths[each].exists():
             quiet = {"check": True, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -245,11 +251,10 @@ def cpu_seconds(pid: int) -> float:
     return sum(ticks[process] for process in family) / os.sysconf("SC_CLK_TCK")
 
 
-async def measure(url: str, pid: int, names: list[str], seed: int) -> dict[str, tuple[float, float]]:
+async def measure(url: str, pid: int, names: list[str], seed: int, vocab: int) -> dict[str, tuple[float, float]]:
     """(seconds, CPU seconds) of each program; each has prompts of its own, so that none profits from another."""
     http = open_client(url, None)
     client = CompletionsClient(http, "qwen3-0.6b-random")
-    vocab = int(QWEN3_06B["vocab_size"])
     await client.generate(RandomTokens("warm-up", vocab).tokens(64), 8)
     seconds = {}
     for name in names:
@@ -276,6 +281,7 @@ def table(results: dict[str, list[dict[str, tuple[float, float]]]], names: list[
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-server", type=Path, help="default: the one on the path")
+    parser.add_argument("--model", choices=MODELS, default="qwen3-0.6b")
     parser.add_argument("--work", type=Path, default=Path(__file__).resolve().parent.parent.parent / ".bench")
     parser.add_argument("--formats", default="float32,int8:f32,q8_0", help="ours, a colon, llama.cpp's")
     parser.add_argument("--slots", default="8,1", help="of llama-server: each is tried")
@@ -288,8 +294,10 @@ def main() -> None:
         raise SystemExit(BUILD)
     server, names = Path(found), args.only.split(",")
     mine, gguf = (part.split(",") if part else [] for part in args.formats.split(":"))
-    args.work.mkdir(parents=True, exist_ok=True)
-    paths = prepare(args.work, server.with_name("llama-quantize"), gguf)
+    config = MODELS[args.model]
+    work = args.work if config is QWEN3_06B else args.work / args.model
+    work.mkdir(parents=True, exist_ok=True)
+    paths = prepare(work, server.with_name("llama-quantize"), gguf, config)
     commands = {f"branchwise {each}": ours(paths["branchwise"], each) for each in mine}
     for each in gguf:
         for slots in map(int, args.slots.split(",")):
@@ -300,7 +308,7 @@ def main() -> None:
         for label, command in commands.items():
             with running(command, args.threads) as (url, pid, ready):
                 started = ready, cpu_seconds(pid)
-                run = asyncio.run(measure(url, pid, names, seed)) | {"ready": started}
+                run = asyncio.run(measure(url, pid, names, seed, config["vocab_size"])) | {"ready": started}
             results[label].append(run)
             print(label, json.dumps({name: [round(x, 2) for x in pair] for name, pair in run.items()}), flush=True)
     print("\n".join(table(results, names)))
