@@ -20,20 +20,18 @@ STRIDE = 32  # of more columns, one in so many is compared first
 
 class Nodes(NamedTuple):
     """N nodes, parents before children: columns ``starts[i] … stops[i] - 1`` of the page table, the same pages for
-    every member. ``members[indptr[i] : indptr[i + 1]]`` are indices into the requests, at least two."""
+    every member. The first ``counts[0]`` members, at least two indices of requests, are node 0's, and so on."""
 
     starts: Int64  # [N]
     stops: Int64  # [N]
     parents: Int64  # [N], -1 at a root
-    members: Int64  # of all nodes
-    counts: Int64  # [N], members of each
+    members: Int64
+    counts: Int64  # [N]
 
     @property
-    def indptr(self) -> Int64:
-        """``[N + 1]``: where each node's members begin, and where the last's end."""
-        indptr = np.zeros(len(self.counts) + 1, np.int64)
-        self.counts.cumsum(out=indptr[1:])
-        return indptr
+    def firsts(self) -> Int64:
+        """``[N]``: where each node's members begin."""
+        return self.counts.cumsum() - self.counts
 
 
 def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:

@@ -140,7 +140,7 @@ def choose(
     covered = np.zeros(len(q_lens), np.int64)
     if not count:
         return nodes, covered, nodes.starts
-    of_members, firsts = q_lens[nodes.members], nodes.indptr[:-1]
+    of_members, firsts = q_lens[nodes.members], nodes.firsts
     tokens = np.add.reduceat(of_members, firsts)
     shared = passes[tokens]
     # Passes over a node's columns if its children, and its members without a child, read them instead.
@@ -181,7 +181,7 @@ class _Segments(NamedTuple):
 
 def _segments(nodes: Nodes, covered: Int64, tokens: Int64, requests: TreeRequests, page_size: int) -> _Segments:
     count, everyone = len(nodes.starts), np.arange(len(requests.rows))
-    leaders = nodes.members[nodes.indptr[:-1]]  # any member's row of the page table leads to a node's pages
+    leaders = nodes.members[nodes.firsts]  # any member's row of the page table leads to a node's pages
     starts = np.concatenate([nodes.starts, covered]) * page_size
     stops = np.concatenate([nodes.stops * page_size, requests.kv_lens])
     lengths = stops - starts

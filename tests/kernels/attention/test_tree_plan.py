@@ -113,8 +113,8 @@ def test_nodes_are_all_that_is_shared(forest: tuple[list[list[tuple[int, int]]],
     limits = (kv_lens - 1) // page_size
     nodes = find_nodes(table, np.arange(len(paths), dtype=np.int32), limits)
     depth = np.zeros(len(paths), np.int64)
-    for i, (start, stop) in enumerate(zip(nodes.starts, nodes.stops, strict=True)):
-        members = nodes.members[nodes.indptr[i] : nodes.indptr[i + 1]]
+    for start, stop, first, count in zip(nodes.starts, nodes.stops, nodes.firsts, nodes.counts, strict=True):
+        members = nodes.members[first : first + count]
         assert len(members) > 1 and start < stop <= limits[members].min()
         assert (depth[members] == start).all()
         assert (table[members, :stop] == table[members[0], :stop]).all()
