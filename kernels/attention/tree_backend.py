@@ -42,7 +42,7 @@ class Members(NamedTuple):
 
     chunks: Int64  # indices into the batch
     requests: TreeRequests
-    num_tokens: int  # query tokens up to the last member's
+    num_tokens: int  # query tokens up to the last member's, with the padding of the decodes
     offset: int  # query token at which chunks begin; -1 where no chunk is a member
 
     def continues(self, earlier: Members) -> bool:
@@ -149,7 +149,7 @@ class TreeAttention:
             self._members = None
         members, plan = self._find_members(batch, decodes), None
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
-            plan = self._plan_members(batch, members, max(members.num_tokens, decodes), limits, forced)
+            plan = self._plan_members(batch, members, limits, forced)
         if plan is None:
             self._step, flat_form = None, self._flat.plan(batch, None if forced else shape)
             self.saved_keys = self._flat.saved_keys
@@ -167,7 +167,7 @@ class TreeAttention:
         self._runner.advance(positions)
         self._plan_chunks(batch, members, captured, decodes)
         if captured is None:
-            self._step = tuple(plan.sizes), max(members.num_tokens, decodes)
+            self._step = tuple(plan.sizes), members.num_tokens
             return None
         self._step = limits.items, captured.form.num_tokens
         return captured.form
@@ -202,7 +202,7 @@ class TreeAttention:
         tokens = decodes + int(q_lens[n:].sum())
         chunks = n + (q_lens[n:] <= SHORT_CHUNK).nonzero()[0]
         if not len(chunks) or tokens > self._max_tokens:
-            return Members(chunks[:0], TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n]), n, -1)
+            return Members(chunks[:0], TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n]), decodes, -1)
         starts = q_lens.cumsum() - q_lens
         starts[n:] += decodes - n
         index = np.concatenate([np.arange(n), chunks])
@@ -210,7 +210,7 @@ class TreeAttention:
         return Members(chunks, requests, tokens, decodes)
 
     def _plan_members(
-        self, batch: AttentionBatch, members: Members, num_tokens: int, limits: TreeLimits, forced: bool
+        self, batch: AttentionBatch, members: Members, limits: TreeLimits, forced: bool
     ) -> TreePlan | None:
         requests = members.requests
         if self._members is not None and members.continues(self._members):
@@ -222,7 +222,7 @@ class TreeAttention:
         self._planned_columns[requests.rows] = requests.kv_lens // self._page_size
         # Steps that gain about as much as they lose would change kernels at every step: a change has to pay.
         least = -np.inf if forced else 0.0 if self._tree_paid else self._costs.margin
-        sizes = num_tokens, self._group, self._page_size
+        sizes = members.num_tokens, self._group, self._page_size
         self._members = members
         self._plan = plan_tree(batch.host_page_table, requests, *sizes, self._costs, limits, least)
         if not forced:
