@@ -105,6 +105,8 @@ class NullHost:
 class NullDisk:
     """A `DiskTier` that keeps nothing but what the tree remembers."""
 
+    parts = 1
+
     def __init__(self, records: int) -> None:
         self.folder = SimpleNamespace(max_records=records, path="nowhere")
         self._ended: list[Ended] = []
