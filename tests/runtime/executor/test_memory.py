@@ -164,14 +164,16 @@ def test_a_cpu_takes_the_memory_of_pages_as_they_are_first_used_and_no_more() ->
     assert done.returncode == 0, done.stderr
     before, empty, full, *later, kv_bytes, largest_bytes = map(int, done.stdout.split())
     assert full - empty > kv_bytes // 2
-    assert max(later) - full < kv_bytes // 4
+    assert max(later) - full < kv_bytes // 2
     assert max(later) - before < largest_bytes + 64 * 1024**2  # code and caches of libraries
 
 
 _FILL = """
 from pathlib import Path
+import torch
 from branchwise import Engine, SamplingParams
 from branchwise.runtime import models
+from branchwise.runtime.engine import engine  # with what it imports, before the first look
 
 def resident_bytes():
     lines = Path("/proc/self/status").read_text().splitlines()
