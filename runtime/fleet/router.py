@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,15 +31,20 @@ class FleetRouter:
 
     The load of a replica is what this router has sent to it and not seen end, and what the replica's last report says
     beyond that: other routers' requests. ``index`` follows the replicas' events. A replica is *unsure* while events of
-    it are missing: it counts as having nothing cached, and is chosen by its load alone.
+    it are missing: it counts as having nothing cached, and is chosen by its load alone. ``seed``: of the order in which
+    it takes replicas that are as good as each other; by default no two routers have the same.
     """
 
-    def __init__(self, block_size: int, replicas: int = 0, weights: Weights = DEFAULT_WEIGHTS) -> None:
+    def __init__(
+        self, block_size: int, replicas: int = 0, weights: Weights = DEFAULT_WEIGHTS, seed: int | None = None
+    ) -> None:
         self.block_size = block_size
         self.index = PrefixIndex()
         self.unsure = np.zeros(0, np.bool_)
         self.allowed = np.zeros(0, np.bool_)  # may be chosen: neither dead, draining nor full
         self._weights = weights
+        self._random = random.Random(seed)
+        self._order = np.zeros(0)  # of replicas that are as good as each other
         self._loads = np.zeros((5, 0))  # own queued, own running, others' queued, others' running, recent
         self._mean_prompt = 0.0
         self._decayed = 0.0  # seconds: when ``recent`` was last decayed
@@ -57,6 +63,7 @@ class FleetRouter:
         column = np.zeros((5, 1))
         column[4] = self._loads[4][self.allowed].mean() if self.allowed.any() else 0.0
         self._loads = np.concatenate((self._loads, column), axis=1)
+        self._order = np.append(self._order, self._random.random())
         self.unsure = np.append(self.unsure, False)
         self.allowed = np.append(self.allowed, True)
         return number
@@ -91,7 +98,7 @@ class FleetRouter:
         own_queued, own_running, queued, running, recent = self._loads
         loads = Loads(own_queued + queued, own_running + running, recent)
         mean = self._mean_prompt or float(prompt_tokens)
-        replica = choose(prompt_tokens, cached, loads, mean, may, self._weights)
+        replica = choose(prompt_tokens, cached, loads, mean, may, self._weights, self._order)
         return replica, int(cached[replica])
 
     def sent(self, replica: int, prompt_tokens: int, cached_tokens: int) -> Sent:

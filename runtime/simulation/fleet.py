@@ -96,7 +96,7 @@ def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResul
     began = time.perf_counter()
     n, page = settings.replicas, settings.replica.page_size
     weights = _OVERLAP_ALONE if settings.policy == "overlap" else settings.weights
-    routers = [FleetRouter(page, n, weights) for _ in range(settings.routers)]
+    routers = [FleetRouter(page, n, weights, seed) for seed in range(settings.routers)]
     for router in routers[1:]:
         router.index = routers[0].index  # each follows the same events, with the same lag
     follows = settings.policy in ("overlap", "branchwise")

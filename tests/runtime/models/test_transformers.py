@@ -301,7 +301,7 @@ def test_code_of_a_model_runs_only_when_it_is_trusted(checkpoint: Callable[[str]
     code = {"AutoConfig": "configuration_twin.TwinConfig", "AutoModelForCausalLM": "modeling_twin.TwinForCausalLM"}
     raw |= {"model_type": "twin", "architectures": ["TwinForCausalLM"], "auto_map": code}
     (folder / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(LoadError, match="it needs the code in its folder.*--trust-remote-code") as raised:
+    with pytest.raises(LoadError, match=r"it needs the code in its folder.*--trust-remote-code") as raised:
         engine_of(folder)
     assert "\n" not in str(raised.value) and not ran.exists()
     with engine_of(checkpoint("llama-gqa")) as engine:

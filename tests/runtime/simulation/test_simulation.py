@@ -132,7 +132,7 @@ def test_routing_by_what_is_cached_keeps_most_of_one_shared_cache(arrivals: list
 def test_several_routers_and_late_events_cost_little(arrivals: list[Arrival]) -> None:
     best = simulate(arrivals, FleetSettings(4, replica=REPLICA))
     other = simulate(arrivals, FleetSettings(4, routers=3, event_lag=0.5, replica=REPLICA))
-    assert other.hit_rate > 0.93 * best.hit_rate and other.balance < 1.25
+    assert other.hit_rate > 0.97 * best.hit_rate and other.balance < 1.3
 
 
 def test_the_offline_bound_is_beladys() -> None:
