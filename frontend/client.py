@@ -15,7 +15,8 @@ import urllib.error
 import urllib.request
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -32,6 +33,8 @@ MAX_CONNECTIONS = 512
 _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 _MAX_RETRY_AFTER = 10.0  # seconds
 _CHUNK = 1 << 16
+SESSION_HEADER = "x-session-id"  # of a request: a cluster sends those with the same one to the same replica
+REPLICA_HEADER = "x-branchwise-replica"  # of an answer: who gave it; of a request: who must, or with a session should
 
 
 @dataclass
@@ -40,6 +43,29 @@ class Traffic:
 
     requests: int = 0  # POSTs
     bytes_sent: int = 0  # of bodies, retries included
+
+
+@dataclass
+class ProgramRoute:
+    """Keeps the requests of one program on one replica of a cluster.
+
+    The first request has no headers of this: the router chooses its replica by what is cached. The next ones name that
+    replica, and the program: if the replica is gone or full, all routers choose the same other one.
+    """
+
+    program: str
+    headers: dict[str, str] = field(default_factory=dict)  # of the next request
+
+    def answered(self, headers: Mapping[str, str]) -> None:
+        """``headers``: of an answer with status 200."""
+        self.headers = {SESSION_HEADER: self.program}
+        if (replica := headers.get(REPLICA_HEADER)) is not None:
+            self.headers[REPLICA_HEADER] = replica
+
+
+current_route: ContextVar[ProgramRoute | None] = ContextVar(
+    "current_route", default=None
+)  # of an `AsyncClient`'s caller
 
 
 class Protocol:
@@ -244,10 +270,14 @@ class AsyncClient(Protocol):
         clock = asyncio.get_running_loop().time
         deadline = clock() + (self._retry_seconds if retry else 0.0)
         self._traffic.requests += method == "POST"
+        route = current_route.get()
         while True:
             self._traffic.bytes_sent += len(data or b"")
-            response = await session.request(method, self.url + path, data=data, proxy=self._proxy)
+            headers = None if route is None else route.headers
+            response = await session.request(method, self.url + path, data=data, headers=headers, proxy=self._proxy)
             if response.status == 200:
+                if route is not None and method == "POST":
+                    route.answered(response.headers)
                 return response
             refused = self.refused(response.status, await response.read())
             seconds = _retry_after(response) if response.status in (429, 503) else None

@@ -32,15 +32,16 @@ def up(
 ) -> None:
     """Start a cluster, or change a running one to what FILE says.
 
-    Joins the Ray cluster that RAY_ADDRESS names or that runs on this machine; without one, or with RAY_ADDRESS=local,
-    starts Ray on this machine until Ctrl-C. Running replicas keep their caches if only the number of replicas or
-    routers has changed. Replicas that are stopped or replaced finish their requests first.
+    Joins the Ray cluster that ray_address in FILE or RAY_ADDRESS names, or any that runs on this machine, also one of
+    another program. Without one, or with `ray_address: local`, starts Ray here until Ctrl-C. Running replicas keep
+    their caches if only the number of replicas or routers has changed. Replicas that are stopped or replaced finish
+    their requests first.
     """
     with expected_failures():
         from ..cluster.config import read_cluster_config
 
         config = read_cluster_config(file)
-        _connect(config, must_run=detach)
+        _connect(config.ray_address, start=None if detach else config)
         from ray import serve
 
         from ..cluster.serve_app import make_app
@@ -72,7 +73,7 @@ def down(
 ) -> None:
     """Stop a cluster that was started with --detach, after its requests have finished."""
     with expected_failures():
-        _connect(None, must_run=True)
+        _connect("auto")
         from ray import serve
 
         serve.delete(name)
@@ -82,7 +83,7 @@ def down(
 def status() -> None:
     """What runs: replicas by state."""
     with expected_failures():
-        _connect(None, must_run=True)
+        _connect("auto")
         from ray import serve
 
         for name, application in serve.status().applications.items():
@@ -92,22 +93,31 @@ def status() -> None:
                 out.print(f"  {deployment}: {states or 'no replica'}", markup=False)
 
 
-def _connect(config: ClusterConfig | None, *, must_run: bool) -> None:
-    """Joins a Ray cluster, or starts one here. Raises `LoadError`."""
+def _connect(address: str, start: ClusterConfig | None = None) -> None:
+    """Joins the Ray cluster at ``address`` (`ClusterConfig.ray_address`), or starts one for ``start`` on this machine.
+    Raises `LoadError`."""
     from ...runtime.errors import LoadError
 
     try:
         import ray
     except ImportError as error:
         raise LoadError("a cluster needs Ray: pip install 'ray[serve]' pyyaml") from error
-    try:
-        if os.environ.get("RAY_ADDRESS") == "local":
-            del os.environ["RAY_ADDRESS"]  # or the processes of the Ray that is started would inherit it
-            raise ConnectionError("RAY_ADDRESS demands a Ray of its own")
-        ray.init(address="auto", log_to_driver=False)
-    except ConnectionError as error:
-        if must_run or config is None:
-            raise LoadError("no Ray cluster runs here: start one with `ray start --head`") from error
-        cpus = config.most_replicas * config.num_cpus + NODE_CPUS
-        gpus = math.ceil(config.most_replicas * config.num_gpus) or None
-        ray.init(address="local", num_cpus=int(cpus), num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    if address == "auto" and os.environ.get("RAY_ADDRESS") == "local":
+        address = "local"
+    if address != "local":
+        try:
+            joined = ray.init(address=address, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            if address != "auto":
+                raise LoadError(f"ray_address: no Ray cluster answers at {address}: {error}") from error
+        else:
+            if start is not None:
+                out.print(f"branchwise: joined Ray at {joined.address_info['gcs_address']}", markup=False)
+            return
+    if start is None:
+        raise LoadError("no Ray cluster runs here: start one with `ray start --head`, or set RAY_ADDRESS")
+    os.environ.pop("RAY_ADDRESS", None)  # the processes of the Ray that is started would inherit it
+    cpus = start.most_replicas * start.num_cpus + NODE_CPUS
+    gpus = math.ceil(start.most_replicas * start.num_gpus) or None
+    own = ray.init(address="local", num_cpus=int(cpus), num_gpus=gpus, include_dashboard=False, log_to_driver=False)
+    out.print(f"branchwise: started Ray at {own.address_info['gcs_address']}", markup=False)

@@ -34,6 +34,8 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         routers: Processes that take requests and route them.
         num_cpus: Of each replica, as Ray counts them.
         num_gpus: Of each replica.
+        ray_address: Which Ray cluster. "auto": that of the variable RAY_ADDRESS, or any that runs on this machine, or
+            else a new one, as long as `up` runs. "local": always a new one. Otherwise the address of its head.
         engine: Settings of the engine, by the names of `serve`'s flags with underscores.
         server: Settings of the server, likewise.
         warm_prefixes: Most used prefixes of another replica that a new one computes before it takes requests.
@@ -52,6 +54,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     routers: int = 1
     num_cpus: float = 1.0
     num_gpus: float = 0.0
+    ray_address: str = "auto"
     engine: dict[str, Any] = {}
     server: dict[str, Any] = {}
     warm_prefixes: int = 32

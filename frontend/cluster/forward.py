@@ -8,10 +8,11 @@ from typing import Protocol
 import msgspec
 
 from ...runtime.fleet.view import RoutingHint
+from .. import client
 
 Headers = list[tuple[bytes, bytes]]
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
-REPLICA_HEADER = b"x-branchwise-replica"  # of an answer: who gave it; of a request: who must answer
+SESSION_HEADER, REPLICA_HEADER = client.SESSION_HEADER.encode(), client.REPLICA_HEADER.encode()
 # Of one connection, not of the message (RFC 9110, 7.6.1).
 HOP_BY_HOP = frozenset(
     {b"connection", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade"}

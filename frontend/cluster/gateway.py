@@ -17,7 +17,16 @@ from ...runtime.fleet.instances import instance_of, instance_tag
 from ...runtime.fleet.view import RoutingHint
 from ...runtime.server.dry_run import RequestReader
 from .fan_out import BATCH, EVERYWHERE, Answer, Part, error_answer, first_failed, joined_batch, split_batch, summed
-from .forward import REPLICA_HEADER, Dispatch, ForwardedRequest, Head, Headers, NoReplica, ReplicaGone
+from .forward import (
+    REPLICA_HEADER,
+    SESSION_HEADER,
+    Dispatch,
+    ForwardedRequest,
+    Head,
+    Headers,
+    NoReplica,
+    ReplicaGone,
+)
 from .metrics import CONTENT_TYPE, labelled
 
 logger = logging.getLogger(__name__)
@@ -29,7 +38,6 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 TRIES = 3  # of a request of which no replica has answered anything yet
 ABSENT_SECONDS = 0.5  # between tries. Serve takes a replica whose options change from routers for about 0.1 s
 METRICS_SECONDS = 5.0  # for a replica to answer; Prometheus gives up after 10 by default
-SESSION_HEADER = b"x-session-id"  # requests with the same one go to the same replica
 GONE = "the replica that made this id, or that x-branchwise-replica names, is gone, and what it kept with it"
 
 
@@ -93,13 +101,13 @@ class Gateway:
     async def hint(self, scope: Scope, body: bytes) -> RoutingHint:
         """What a request asks for, as far as routing is concerned."""
         headers = dict(scope["headers"])
-        named = headers.get(REPLICA_HEADER)
-        if named is not None:
-            return RoutingHint(instance=instance_tag(named.decode("latin-1")))
+        named, session = headers.get(REPLICA_HEADER), headers.get(SESSION_HEADER)
+        tag = None if named is None else instance_tag(named.decode("latin-1"))
+        if session is None and tag is not None:
+            return RoutingHint(instance=tag)
         if scope["method"] == "GET" and not scope["path"].startswith("/branches/"):
             return RoutingHint()
         asked = await self._reader.read(scope, body)
-        session = headers.get(SESSION_HEADER)
         hint = RoutingHint(prompt_tokens=sum(len(tokens) for _, tokens in asked.prompts))
         if asked.prompts:
             namespace, tokens = max(asked.prompts, key=lambda prompt: len(prompt[1]))
@@ -107,12 +115,13 @@ class Gateway:
         if asked.id is not None:
             hint.instance = instance_of(asked.id)
         if session is not None:
-            hint.session = session.decode("latin-1")[:256]
+            hint.session, hint.preferred = session.decode("latin-1")[:256], tag
         return hint
 
     async def _serve(self, request: ForwardedRequest, scope: Scope, send: Send) -> None:
         route = request.method, scope["path"]
-        if REPLICA_HEADER not in dict(request.headers):
+        headers = dict(request.headers)
+        if REPLICA_HEADER not in headers or SESSION_HEADER in headers:
             if route in EVERYWHERE:
                 await _send_whole(send, summed((await self._everywhere(request)).values()))
                 return

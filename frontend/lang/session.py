@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import hashlib
 import threading
+import uuid
 import weakref
 from collections.abc import Coroutine
 from typing import Any
 
 from ...runtime.sampling_params import MAX_N, MAX_SEED
+from ..client import ProgramRoute, current_route
 from ..errors import BackendError
 from ..loop import Once, close_at_exit, runs_on
 from .backend import Backend
@@ -48,6 +51,7 @@ class Session:
         self.codec: Codec | None = None
         self.turns: TurnTemplate | None = None
         self.opened = Once(self._open)  # to be awaited before ``codec`` and ``turns`` are read
+        self._route = ProgramRoute(uuid.uuid4().hex)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._unreported: dict[int, ProgramError] = {}
         self._lock = threading.Lock()
@@ -73,7 +77,9 @@ class Session:
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         """Starts a task; to be called on the loop. `wait` awaits it and `cancel` cancels it."""
-        task = self.loop.create_task(work)
+        context = contextvars.copy_context()
+        context.run(current_route.set, self._route)
+        task = self.loop.create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

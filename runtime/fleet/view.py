@@ -35,6 +35,7 @@ class RoutingHint(msgspec.Struct, kw_only=True, omit_defaults=True):
     hashes: list[int] = []  # of its prompt's blocks
     instance: bytes | None = None  # the tag of the replica that holds its branch or pin: no other will do
     session: str | None = None  # of a program: its requests stay together
+    preferred: bytes | None = None  # the tag of the replica that the session's requests go to while it takes them
 
 
 class Choice(NamedTuple, Generic[K]):
@@ -97,8 +98,9 @@ class FleetView(Generic[K]):
     def choose(self, now: float, hint: RoutingHint, among: Collection[K]) -> Choice[K] | None:
         """The member for a request, of those ``among`` that are known; None if there is none.
 
-        A request on a branch or a pin goes to the replica that made it, and nowhere else. A session goes to the one of
-        highest random weight, so that every router chooses the same one without talking to others.
+        A request on a branch or a pin goes to the replica that made it, and nowhere else. A session goes to the replica
+        that it prefers, or else to that of highest random weight (rendezvous hashing): every router chooses the same
+        one without talking to others.
         """
         keys = [key for key in among if key in self._numbers]
         if hint.instance is not None:
@@ -109,7 +111,9 @@ class FleetView(Generic[K]):
             return None
         if hint.session is not None:
             session = hint.session.encode()
-            return self._sent(max(usable, key=lambda key: hashlib.blake2b(session + self._tag_of(key)).digest()), hint)
+            preferred = [key for key in usable if self._tag_of(key) == hint.preferred] or usable
+            weight = {key: hashlib.blake2b(session + self._tag_of(key)).digest() for key in preferred}
+            return self._sent(max(preferred, key=weight.__getitem__), hint)
         may = np.zeros(len(self.router), np.bool_)
         may[[self._numbers[key] for key in usable]] = True
         number, cached = self.router.choose(now, hint.prompt_tokens, hint.hashes, may)

@@ -24,7 +24,6 @@ from .traces import Arrival
 Policy = Literal["round-robin", "sticky", "overlap", "branchwise"]
 POLICIES: tuple[Policy, ...] = ("round-robin", "sticky", "overlap", "branchwise")
 BALANCE_WINDOW = 300.0  # seconds
-_OVERLAP_ALONE = Weights(0.0, 0.0, 0.0)
 
 
 class FleetSettings(NamedTuple):
@@ -95,8 +94,7 @@ def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResul
     """
     began = time.perf_counter()
     n, page = settings.replicas, settings.replica.page_size
-    weights = _OVERLAP_ALONE if settings.policy == "overlap" else settings.weights
-    routers = [FleetRouter(page, n, weights, seed) for seed in range(settings.routers)]
+    routers = [FleetRouter(page, n, settings.weights, seed) for seed in range(settings.routers)]
     for router in routers[1:]:
         router.index = routers[0].index  # each follows the same events, with the same lag
     follows = settings.policy in ("overlap", "branchwise")
@@ -182,4 +180,8 @@ def _choose(
         return id % settings.replicas, 0
     if settings.policy == "sticky":
         return zlib.crc32(arrival.session.to_bytes(8, "little")) % settings.replicas, 0
-    return router.choose(now, len(prompt), block_hashes(prompt, settings.replica.page_size))
+    hashes = block_hashes(prompt, settings.replica.page_size)
+    if settings.policy == "overlap":  # the longest cached prefix; the first replica of equals
+        cached = router.cached(len(prompt), hashes)
+        return int(cached.argmax()), int(cached.max())
+    return router.choose(now, len(prompt), hashes)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from branchwise import function, gen
 from branchwise.frontend.cluster.config import read_cluster_config
+from branchwise.frontend.cluster.forward import ForwardedRequest, Head
+from branchwise.frontend.lang.backends import connect
 from branchwise.runtime.errors import LoadError
+from branchwise.runtime.fleet.view import RoutingHint
 
 
 def ids(n: int, start: int = 3) -> list[int]:
@@ -239,6 +245,51 @@ async def test_a_session_stays_together(start_cluster: Any) -> None:
             answer = await http.post("/v1/completions", json=body, headers={"x-session-id": session})
             assert homes.setdefault(session, replica_of(answer)) == replica_of(answer)
     assert len(set(homes.values())) == 3
+
+
+async def test_a_program_of_the_language_stays_on_one_replica(start_cluster: Any) -> None:
+    """With and without branches. Its first prompt goes where that is cached; then it stays, even if that replica has
+    become the busiest."""
+    cluster = await start_cluster(2)
+    gateway = await cluster.gateway()
+    homes: list[list[str]] = []
+    dispatch = gateway.app._dispatch
+
+    async def recording(request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
+        async with contextlib.aclosing(dispatch(request, hint)) as parts:
+            async for part in parts:
+                if isinstance(part, Head) and request.method == "POST":
+                    home = dict(part.headers)[b"x-branchwise-replica"].decode()
+                    homes[-1].append(home)
+                    assert (hint.session is not None) == (len(homes[-1]) > 1)
+                yield part
+
+    gateway.app._dispatch = recording
+
+    @function
+    async def program(s: Any, text: str) -> None:
+        homes.append([])
+        s += text + gen("a", max_tokens=2)
+        await s["a"]
+        number = gateway.view._numbers[homes[-1][0]]
+        gateway.view.router._loads[4, number] += 1e9
+        forks = s.fork(3)
+        forks += " and " + gen("b", max_tokens=2)
+        for fork in forks:
+            await fork["b"]
+        gateway.view.router._loads[4] = 0.0
+
+    for branches in (True, False):
+        backend = await asyncio.to_thread(connect, gateway.url, branches=branches)
+        homes.clear()
+        for text in (f"Once upon a time. {branches} " * 20, f"Long ago. {branches} " * 20):
+            for _ in range(2):
+                await program.arun(text, backend=backend)
+                await gateway.caught_up()
+            # What is cached nowhere goes to the other one.
+            gateway.view.router._loads[4, gateway.view._numbers[homes[0][0]]] = 1e6
+        assert all(len(set(each)) == 1 and len(each) >= 4 for each in homes), homes
+        assert homes[0][0] == homes[1][0] != homes[2][0] == homes[3][0]
 
 
 async def test_a_new_replica_is_warmed_and_a_stopped_one_finishes(start_cluster: Any) -> None:

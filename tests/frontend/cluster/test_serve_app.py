@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from branchwise.frontend.cli import cluster as command
 from branchwise.frontend.cluster.config import ClusterConfig
 from branchwise.runtime.errors import LoadError
 
@@ -62,3 +65,48 @@ def test_without_a_version_option_every_up_replaces_the_replicas(
     application = serve_app.make_app(ClusterConfig(server=SERVER), "s")
     assert versions(application) == [None, None]
     assert [each for each in warnings if "replaces all replicas" in each]
+
+
+@pytest.mark.parametrize(
+    ("address", "variable", "runs", "asked"),
+    [
+        ("auto", None, True, ["auto"]),  # also another program's
+        ("auto", None, False, ["auto", "local"]),
+        ("auto", "local", True, ["local"]),
+        ("local", "10.0.0.5:6379", True, ["local"]),
+        ("10.0.0.5:6379", None, True, ["10.0.0.5:6379"]),
+        ("10.0.0.5:6379", None, False, None),  # nothing else is started instead
+    ],
+)
+@pytest.mark.parametrize("detach", [False, True])
+def test_which_ray_cluster_is_joined(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    address: str,
+    variable: str | None,
+    runs: bool,
+    asked: list[str] | None,
+    detach: bool,
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def init(**arguments: Any) -> Any:
+        calls.append(arguments)
+        if arguments["address"] != "local" and not runs:
+            raise ConnectionError("none")
+        return SimpleNamespace(address_info={"gcs_address": "10.0.0.7:1"})
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_ADDRESS", variable or "")
+    config = ClusterConfig(ray_address=address, replicas=3, num_cpus=0.5, num_gpus=0.5)
+    if asked is None or (detach and asked[-1] == "local"):
+        with pytest.raises(LoadError, match="no Ray cluster"):
+            command._connect(config.ray_address, None if detach else config)
+        assert "local" not in [each["address"] for each in calls]
+        return
+    command._connect(config.ray_address, None if detach else config)
+    assert [each["address"] for each in calls] == asked
+    if asked[-1] == "local":
+        assert "RAY_ADDRESS" not in os.environ, "or Ray's own processes would join that one"
+        assert (calls[-1]["num_cpus"], calls[-1]["num_gpus"]) == (3, 2)
+    assert detach or "10.0.0.7:1" in capsys.readouterr().out

@@ -13,6 +13,7 @@ from branchwise.runtime.fleet.choice import Loads, choose, costs
 from branchwise.runtime.fleet.index import PrefixIndex
 from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from branchwise.runtime.fleet.router import FleetRouter
+from branchwise.runtime.fleet.view import FleetView, RoutingHint
 
 
 def loads(n: int, queued=0.0, running=0.0, recent=0.0) -> Loads:
@@ -121,6 +122,30 @@ def test_routers_that_know_nothing_of_each_other_take_different_replicas() -> No
         chosen.append(replica)
     assert len(set(chosen)) > 50
     assert max(chosen.count(replica) for replica in chosen) <= 4
+
+
+def test_a_session_is_served_where_it_prefers_while_that_takes_requests() -> None:
+    """Without a preference, or without that replica, all routers choose the same one for it."""
+
+    async def snapshot(url: str) -> bytes:
+        raise AssertionError("a replica that reports nothing is not followed")
+
+    views = [FleetView[str](snapshot, str.encode) for _ in range(2)]
+    for view in views:
+        view.update(dict.fromkeys("abcd"))
+
+    def homes(preferred: bytes | None) -> set[str]:
+        """Of one session at every router."""
+        hint = RoutingHint(prompt_tokens=64, session="s", preferred=preferred)
+        choices = [view.choose(0.0, hint, "abcd") for view in views]
+        return {choice.replica for choice in choices if choice is not None}
+
+    [first] = homes(None)
+    other = next(each for each in "abcd" if each != first)
+    assert homes(other.encode()) == {other} and homes(b"gone") == {first}
+    for view in views:
+        view.router.allowed[view._numbers[other]] = False  # full
+    assert homes(other.encode()) == {first}
 
 
 def test_a_choice_among_a_thousand_replicas_takes_less_than_a_millisecond() -> None:
