@@ -39,7 +39,7 @@ class PageFormat:
         if self.fp8:
             rows, n, _ = fragments.shape
             vectors = fragments.contiguous().view(self.layout.dtype).view(rows, n, -1, self.layout.head_dim).float()
-            scales = vectors.abs().amax(-1, keepdim=True).div_(_LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+            scales = vectors.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
             rounded = vectors.div_(scales).clamp_(-_LARGEST, _LARGEST).to(_FP8).view(torch.uint8)
             fragments = torch.cat((rounded, scales.view(torch.uint8)), dim=-1)
         return fragments.transpose(0, 1).reshape(fragments.shape[1], -1)
