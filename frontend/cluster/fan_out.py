@@ -1,4 +1,4 @@
-"""Requests that concern several replicas: a part for each, and one answer made of theirs."""
+"""Requests to several replicas: splits them, and joins the answers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def error_answer(status: int, problem: str) -> Answer:
 
 
 def first_failed(answers: Collection[Answer]) -> Answer | None:
-    """Of a request that went to every replica: the first error, also if no replica has answered."""
+    """The first error among the answers of all replicas; an error if there is no answer."""
     if not answers:
         return error_answer(503, "no replica can take the request")
     return next((answer for answer in answers if answer.status >= 400), None)

@@ -1,4 +1,4 @@
-"""A request and its answer on the way between a gateway and a replica."""
+"""The messages between a gateway and a replica."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ class ForwardedRequest(msgspec.Struct, array_like=True):
 
 
 class Head(msgspec.Struct, array_like=True):
-    """The beginning of an answer. Its body follows in pieces."""
+    """Status and headers of an answer. The body follows in pieces."""
 
     status: int
     headers: Headers
 
 
 class ReplicaGone(Exception):
-    """The replica ended or cannot be reached. Whether it did anything for the request is not known."""
+    """The replica ended or cannot be reached; it may have processed a part of the request."""
 
 
 class NoReplica(Exception):
-    """No replica may take the request now."""
+    """No replica can take the request now."""
 
 
 class Dispatch(Protocol):

@@ -1,4 +1,4 @@
-"""The HTTP side of a cluster: reads what a request asks for, and passes it and its answer through."""
+"""The HTTP side of a cluster: routes each request to a replica and relays the answer."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
-TRIES = 3  # of a request of which no replica has answered anything yet
+TRIES = 3  # of a request before the first byte of an answer
 ABSENT_SECONDS = 0.5  # between tries. Serve takes a replica whose options change from routers for about 0.1 s
 METRICS_SECONDS = 5.0  # for a replica to answer; Prometheus gives up after 10 by default
 GONE = "the replica that made this id, or that x-branchwise-replica names, is gone, and what it kept with it"
 
 
 class Gateway:
-    """An ASGI application. Several may serve one cluster: they share nothing but what replicas publish."""
+    """An ASGI application. Several can serve one cluster; they share no state."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Gateway:
         members: Callable[[], Collection[str]],
         block_size: Callable[[], int],
     ) -> None:
-        """``config``: of the replicas, with their ``namespace_secret``. ``members``: names of the present ones.
+        """``config``: of the replicas, with their ``namespace_secret``. ``members``: names of the running replicas.
         Raises `LoadError`."""
         self._config, self._dispatch = config, dispatch
         self._members, self._block_size = members, block_size
@@ -99,7 +99,7 @@ class Gateway:
                 return b"".join(parts)
 
     async def hint(self, scope: Scope, body: bytes) -> RoutingHint:
-        """What a request asks for, as far as routing is concerned."""
+        """The facts of a request that routing uses: tokens, block hashes, replica, session."""
         headers = dict(scope["headers"])
         named, session = headers.get(REPLICA_HEADER), headers.get(SESSION_HEADER)
         tag = None if named is None else instance_tag(named.decode("latin-1"))
@@ -136,10 +136,10 @@ class Gateway:
         await self._forward(request, await self.hint(scope, request.body), scope["path"], send)
 
     async def _forward(self, request: ForwardedRequest, hint: RoutingHint, path: str, send: Send) -> None:
-        """Passes a request to a replica and its answer to ``send``: always one whole answer, or an event stream."""
+        """Sends a request to a replica and relays its answer: one complete answer, or an event stream."""
         for attempt in range(1, TRIES + 1):
             head: Head | None = None
-            streamed, body = False, b""  # an answer that is no event stream is sent once it is whole
+            streamed, body = False, b""  # other answers than event streams are sent once they are complete
             try:
                 async for part in self._dispatch(request, hint):
                     if isinstance(part, Head):
@@ -187,13 +187,13 @@ class Gateway:
         return Answer(200, [(b"content-type", CONTENT_TYPE)], page.encode())
 
     async def _everywhere(self, request: ForwardedRequest, seconds: float | None = None) -> dict[str, Answer]:
-        """The answers of all replicas, by name, but of those that are gone or take longer than ``seconds``."""
+        """The answers of all replicas by name, without replicas that have ended or take longer than ``seconds``."""
         names = sorted(set(self._members()))
         answers = await asyncio.gather(*(self._ask(request, name, seconds) for name in names))
         return {name: answer for name, answer in zip(names, answers, strict=True) if answer is not None}
 
     async def _ask(self, request: ForwardedRequest, name: str, seconds: float | None) -> Answer | None:
-        """The answer of one replica; None if it is gone or takes longer."""
+        """The answer of one replica; None if it has ended or takes longer."""
         answer = Answer()
         try:
             async with asyncio.timeout(seconds):
@@ -219,7 +219,7 @@ def _is_stream(head: Head) -> bool:
 
 
 async def _break(send: Send, path: str) -> None:
-    """Ends an event stream that has begun with an error."""
+    """Ends a started event stream with an error event."""
     error: dict[str, Any] = {"type": "server_error", "message": "the replica ended in the middle of the answer"}
     event = b""
     if path.startswith("/v1/messages"):

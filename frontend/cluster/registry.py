@@ -12,13 +12,13 @@ from ...runtime.fleet.view import FleetView
 
 
 class LiveRouter(Protocol):
-    """What a gateway needs of a request router."""
+    """The part of a request router that gateways use."""
 
     view: FleetView[str]
     names: tuple[str, ...]  # of the replicas that it knows
 
     def started(self, key: str) -> None:
-        """The first output of the request with this ``RoutingHint.key`` has come. From any thread."""
+        """The request with this ``RoutingHint.key`` has its first output. Thread-safe."""
         ...
 
 
@@ -26,12 +26,12 @@ _routers: weakref.WeakSet[LiveRouter] = weakref.WeakSet()
 
 
 def register(router: LiveRouter) -> None:
-    """A request router begins."""
+    """Adds a request router."""
     _routers.add(router)
 
 
 def members() -> list[str]:
-    """Names of the replicas that this process knows."""
+    """Names of the replicas known to this process."""
     return [name for router in list(_routers) for name in router.names]
 
 
@@ -41,6 +41,6 @@ def block_size() -> int:
 
 
 def started(key: str) -> None:
-    """The first output of a request has come."""
+    """Reports a request's first output to all request routers."""
     for router in list(_routers):
         router.started(key)

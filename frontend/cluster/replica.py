@@ -1,4 +1,4 @@
-"""One replica: a server in a child process, and the way to it. No Ray."""
+"""One replica: a server in a child process, and an HTTP client of it. No Ray."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ CHILD = "branchwise.frontend.cluster.child"
 class ReplicaProcess:
     """Starts a server and forwards requests to it. Used on one event loop.
 
-    A process of its own, so that a replica that is killed, hangs or runs out of memory takes nothing else with it, and
-    so that its answers do not pass through an actor's threads.
+    A separate process: one that is killed, hangs or runs out of memory takes nothing else with it, and its answers do
+    not pass through an actor's threads.
     """
 
     def __init__(self, config: ServerConfig, name: str) -> None:
@@ -118,7 +118,7 @@ class ReplicaProcess:
             raise ReplicaGone(f"replica {self.name}: {type(error).__name__}") from error
 
     async def report(self) -> ReplicaReport:
-        """What routers need to know. Raises `ReplicaGone`."""
+        """The report for routers. Raises `ReplicaGone`."""
         stats = (await self._get_json("/server_info"))["stats"]
         waiting, running = stats["waiting"], stats["running"]
         # Prompt tokens to compute are not counted by the engine: as many as an average request computes.
@@ -155,8 +155,8 @@ class ReplicaProcess:
         return prefixes
 
     async def warm(self, prefixes: list[dict[str, Any]]) -> None:
-        """Computes prefixes of another replica, each in its own namespace: replicas share the secret that names of
-        namespaces are made with. A failure costs a miss later: it is logged."""
+        """Computes another replica's prefixes, each in its own namespace: replicas share the secret that namespaces are
+        derived from. A failure only costs a cache miss later: it is logged."""
         if not prefixes:
             return
         with contextlib.suppress(Exception):
@@ -172,11 +172,11 @@ class ReplicaProcess:
                     logger.warning("replica %s was not warmed: %s", self.name, (await answer.text())[:500])
 
     async def wait(self) -> int:
-        """Until the server has ended; its exit code."""
+        """Waits until the server has ended; returns its exit code."""
         return await self._running.wait()
 
     async def stop(self) -> int:
-        """Lets requests in flight finish, up to the config's ``drain_seconds``; returns the exit code."""
+        """Stops the server after its requests have finished, at most ``drain_seconds``; returns the exit code."""
         self._draining = True
         process = self._running
         if process.returncode is None:
@@ -191,7 +191,7 @@ class ReplicaProcess:
         return process.returncode or 0
 
     async def kill(self) -> None:
-        """Ends it at once."""
+        """Kills the server."""
         if self._running.returncode is None:
             self._running.kill()
             await self._running.wait()

@@ -57,7 +57,7 @@ class EngineReplica:
         self._watch = asyncio.create_task(self._end_with_server())
 
     async def _warm(self, prefixes: int, app: str, deployment: str) -> None:
-        """Computes what another replica has used most, if there is one."""
+        """Computes the most used prefixes of another replica, if there is one."""
         if not prefixes or not another_runs(app, deployment):
             return
         with contextlib.suppress(Exception):
@@ -93,7 +93,7 @@ class EngineReplica:
         return await self._process.hottest(count)
 
     async def record_routing_stats(self) -> dict[str, Any]:
-        """What routers need to know."""
+        """The report for routers."""
         report: dict[str, Any] = msgspec.to_builtins(await self._process.report())
         return report
 

@@ -1,4 +1,4 @@
-"""What decides whether ``up`` keeps a running replica: the version of its deployment, and the secret of the cluster."""
+"""The deployment's version, which decides whether ``up`` keeps running replicas, and the cluster's secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns what a radix tree says about pages into KV events about blocks."""
+"""Converts a radix tree's page events into KV events about blocks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Follows the KV events of one replica into a router's index, and says while it is not sure of them."""
+"""Applies the KV events of one replica to a router's index; detects lost events and recovers."""
 
 from __future__ import annotations
 
@@ -59,18 +59,18 @@ class Snapshot(msgspec.Struct):
 
 
 class Sink:
-    """Where a follower's events go; `view.FleetView` has one a replica."""
+    """Receives a follower's events. `view.FleetView` has one for each replica."""
 
     def apply(self, events: list[Event]) -> None:
         """The next events, in order."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Everything known is void: what comes next is all there is."""
+        """Discards all blocks: the events of a snapshot follow."""
         raise NotImplementedError
 
     def sure(self, sure: bool) -> None:
-        """Whether everything up to now is known."""
+        """``sure``: whether all events up to now have been applied."""
         raise NotImplementedError
 
 
@@ -78,8 +78,8 @@ class Follower:
     """Subscribes to one replica. ``snapshot`` gets the bytes of its ``/cache/events/snapshot``.
 
     It subscribes first, then takes a snapshot, then applies the batches after it, so nothing is missed in between. A
-    missing sequence number is a gap: the batches are asked for again, or, if they are not kept any more, a snapshot is
-    taken. Meanwhile the sink is told that it is not sure. A number that goes back means that the engine has restarted.
+    missing sequence number is a gap: the batches are requested again or, if the replica no longer has them, a snapshot
+    is taken; until then the sink is not sure. Sequence numbers start again at 0 when the engine restarts.
     """
 
     def __init__(
@@ -99,12 +99,12 @@ class Follower:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to follow, on the running loop."""
+        """Starts following, on the running loop."""
         self._sink.sure(False)
         self._task = asyncio.create_task(self._run(), name=f"follow {self._address}")
 
     def stop(self) -> None:
-        """Ends it. Nothing is told to the sink afterwards."""
+        """Stops following. The sink gets no further calls."""
         if self._task is not None:
             self._task.cancel()
 

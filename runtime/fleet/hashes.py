@@ -13,7 +13,7 @@ from ...radix.node import DEFAULT, Int32, Namespace
 
 
 def root_hash(namespace: Namespace) -> int:
-    """What the first block of a namespace's prompts is hashed after: 0 in the default namespace."""
+    """The hash that precedes the first block of a prompt: of its namespace; 0 for the default one."""
     if namespace == DEFAULT:
         return 0
     owner, salt = namespace

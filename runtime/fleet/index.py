@@ -35,7 +35,7 @@ class PrefixIndex:
         return sum(len(blocks.get(replica, ())) for blocks in self._blocks)
 
     def apply(self, replica: int, events: Iterable[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
-        """Follows one batch of a replica's events. A block that is stored twice or removed unseen has no effect."""
+        """Applies one batch of a replica's events. Storing a block twice or removing an unknown one has no effect."""
         for event in events:
             if isinstance(event, BlockStored):
                 self.store(replica, event.block_hashes, event.medium)
@@ -45,7 +45,7 @@ class PrefixIndex:
                 self.clear(replica)
 
     def store(self, replica: int, hashes: Iterable[int], medium: str | None = None) -> None:
-        """The replica has these blocks in a medium now. One that is not known counts as the slowest."""
+        """Adds blocks of a replica in a medium. An unknown medium counts as the slowest."""
         level = LEVELS.get(medium, SLOWEST)
         bit, holders, blocks = 1 << replica, self._holders[level], self._blocks[level].setdefault(replica, set())
         for each in hashes:
@@ -53,7 +53,7 @@ class PrefixIndex:
             blocks.add(each)
 
     def remove(self, replica: int, hashes: Iterable[int], medium: str | None = None) -> None:
-        """The replica has these blocks in a medium no longer."""
+        """Removes blocks of a replica from a medium."""
         self._remove(replica, hashes, LEVELS.get(medium, SLOWEST))
 
     def _remove(self, replica: int, hashes: Iterable[int], level: int) -> None:
@@ -67,14 +67,14 @@ class PrefixIndex:
                 holders.pop(each, None)
 
     def clear(self, replica: int) -> None:
-        """The replica has nothing, or is gone: its number may be used again."""
+        """Removes all blocks of a replica."""
         for level, blocks in enumerate(self._blocks):
             if replica in blocks:
                 self._remove(replica, tuple(blocks[replica]), level)
                 del blocks[replica]
 
     def credit(self, hashes: Sequence[int], replicas: int) -> Float64:
-        """What of a prompt's first blocks each replica has, in blocks on the device: float64 [replicas]. Those that
+        """Leading blocks of a prompt that each replica has, in blocks on the device: float64 [replicas]. Blocks that
         only a slower level has count less (`CREDITS`)."""
         found = self.overlap(hashes, replicas)
         total = found.astype(np.float64)
@@ -86,8 +86,7 @@ class PrefixIndex:
         return total
 
     def overlap(self, hashes: Sequence[int], replicas: int, slowest: int = 0) -> Int64:
-        """How many of a prompt's first blocks each of ``replicas`` replicas has on the levels up to ``slowest``: int64
-        [replicas]."""
+        """Number of leading blocks of a prompt that each replica has on levels up to ``slowest``: int64 [replicas]."""
         found = np.zeros(replicas, np.int64)
         levels = [holders for holders in self._holders[: slowest + 1] if holders]
 

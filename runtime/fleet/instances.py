@@ -1,4 +1,4 @@
-"""Names of replicas within the ids that they make, so that every router knows who made one."""
+"""The replica's tag in the ids of its branches and pins: every router can tell which replica made an id."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ _ID_BYTES = 24  # of a branch's or a pin's id: see `scheduler.branches.ids`
 
 
 def instance_tag(name: str) -> bytes:
-    """A replica's name within the ids that it makes: 6 bytes; none for an engine without a name."""
+    """The tag of a replica in its ids: 6 bytes of the digest of its name; empty for an engine without a name."""
     return hashlib.blake2b(name.encode(), digest_size=TAG_BYTES).digest() if name else b""
 
 
 def instance_of(id: str) -> bytes | None:
-    """The tag of the replica that made a branch's or a pin's id; None if it is no such id. Of an engine without a name:
-    random bytes."""
+    """The tag in the id of a branch or pin; None if it is no such id. Ids of an engine without a name have random bytes
+    there."""
     text = id.removeprefix(PIN) if id.startswith(PIN) else id[1:]
     try:
         data = urlsafe_b64decode(text.encode("ascii"))

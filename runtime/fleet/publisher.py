@@ -52,10 +52,10 @@ class KVEventPublisher:
         self._queue.bind("inproc://batches")
         self._thread = threading.Thread(target=self._serve, args=(public, replay), name="kv-events", daemon=True)
         self._thread.start()
-        self.publish()  # what the tree holds already
+        self.publish()  # the tree's present contents
 
     def publish(self) -> None:
-        """Sends what has happened since the last call, if anything. Does not block."""
+        """Sends the events since the last call, if there are any. Does not block."""
         batch = self._events.take()
         if batch is not None:
             self._queue.send_multipart((sequence_frame(self._next), self._encoder.encode(batch)), copy=False)
@@ -67,7 +67,7 @@ class KVEventPublisher:
         return {"seq": self._next - 1, "block_size": self._block_size, "contents": self._events.contents()}
 
     def close(self) -> None:
-        """Sends what is left and closes the sockets."""
+        """Sends queued batches and closes the sockets."""
         self._queue.send(b"")
         self._thread.join()
         self._queue.close(LINGER_MS)

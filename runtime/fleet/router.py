@@ -1,4 +1,4 @@
-"""What one router knows of a fleet, and its choices. No I/O and no clock: callers pass the time in."""
+"""One router: its index, its estimate of each replica's load, its choices. No I/O, and no clock: callers pass times."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Sent:
 class FleetRouter:
     """Chooses replicas, numbered 0 .. n - 1, by `choice.choose`.
 
-    The load of a replica is what this router has sent to it and not seen end, and what the replica's last report says
-    beyond that: other routers' requests. ``index`` follows the replicas' events. A replica is *unsure* while events of
-    it are missing: it counts as having nothing cached, and is chosen by its load alone. ``seed``: of the order in which
-    it takes replicas that are as good as each other; by default no two routers have the same.
+    The load of a replica is this router's unfinished requests to it, and what the replica's last report shows beyond
+    those: other routers' requests. ``index`` follows the replicas' events. A replica is *unsure* while events of
+    it are missing: it counts as having nothing cached. ``seed``: of the order in which replicas of equal cost and
+    recent work are chosen; by default every router has another.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FleetRouter:
         self.allowed = np.zeros(0, np.bool_)  # may be chosen: neither dead, draining nor full
         self._weights = weights
         self._random = random.Random(seed)
-        self._order = np.zeros(0)  # of replicas that are as good as each other
+        self._order = np.zeros(0)  # breaks ties: the lowest is chosen
         self._loads = np.zeros((5, 0))  # own queued, own running, others' queued, others' running, recent
         self._mean_prompt = 0.0
         self._decayed = 0.0  # seconds: when ``recent`` was last decayed
@@ -55,9 +55,9 @@ class FleetRouter:
         return len(self.allowed)
 
     def add(self) -> int:
-        """A new replica, which may be chosen at once. Returns its number.
+        """Adds a replica and returns its number.
 
-        It starts with the mean of the others' recent work: as the only one without any, it would get every new prompt.
+        It starts with the mean recent work of the others: with none, it would get every new prompt.
         """
         number = len(self)
         column = np.zeros((5, 1))
@@ -69,13 +69,13 @@ class FleetRouter:
         return number
 
     def forget(self, replica: int) -> None:
-        """The replica is gone. Its number is not used again before `reset`."""
+        """Removes a replica. Its number is unused until `reset`."""
         self.index.clear(replica)
         self._loads[:, replica] = 0.0
         self.allowed[replica] = False
 
     def reset(self, replica: int) -> None:
-        """A new replica takes the number of one that is gone."""
+        """Gives a removed replica's number to a new one."""
         self.forget(replica)
         if self.allowed.any():
             self._loads[4, replica] = self._loads[4][self.allowed].mean()
@@ -102,7 +102,7 @@ class FleetRouter:
         return replica, int(cached[replica])
 
     def sent(self, replica: int, prompt_tokens: int, cached_tokens: int) -> Sent:
-        """A request went to a replica. `started` and `ended` follow, or only `ended`."""
+        """Counts a request that was sent to a replica, until `started` and `ended`, or only `ended`."""
         computed = float(prompt_tokens - cached_tokens)
         self._loads[0, replica] += computed
         self._loads[4, replica] += computed
@@ -110,22 +110,22 @@ class FleetRouter:
         return Sent(replica, computed)
 
     def started(self, sent: Sent) -> None:
-        """Its first token has come: its prompt is computed."""
+        """The request's first token has arrived: its prompt is computed."""
         if not sent.ended and sent.queued >= 0:
             self._loads[0, sent.replica] -= sent.queued
             self._loads[1, sent.replica] += 1
             sent.queued = -1.0
 
     def ended(self, sent: Sent) -> None:
-        """Its last token has come, or it failed. May be called more than once."""
+        """The request has finished or failed. Idempotent."""
         if not sent.ended:
             sent.ended = True
             row, amount = (0, sent.queued) if sent.queued >= 0 else (1, 1.0)
             self._loads[row, sent.replica] = max(0.0, self._loads[row, sent.replica] - amount)
 
     def report(self, replica: int, queued: float, running: float) -> None:
-        """What a replica says of itself: prompt tokens to compute, and requests that it generates for. What exceeds
-        this router's own was sent by others."""
+        """A replica's report: prompt tokens to compute, and running requests. The excess over this router's own was
+        sent by other routers."""
         self._loads[2, replica] = max(0.0, queued - self._loads[0, replica])
         self._loads[3, replica] = max(0.0, running - self._loads[1, replica])
 

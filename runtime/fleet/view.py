@@ -1,4 +1,4 @@
-"""A router's view of a fleet whose members come and go: who they are, what they have cached, how busy they are."""
+"""A router's view of a changing fleet: the replicas, what each has cached, and its load."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ K = TypeVar("K")
 
 
 class ReplicaReport(msgspec.Struct, omit_defaults=True):
-    """What a replica tells routers, about once a second."""
+    """A replica's address and load, sent to routers about once a second."""
 
     url: str  # of its HTTP server
     kv_events: str  # address
@@ -28,18 +28,18 @@ class ReplicaReport(msgspec.Struct, omit_defaults=True):
 
 
 class RoutingHint(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """What a request asks for, as far as routing is concerned."""
+    """The facts of a request that routing uses."""
 
-    key: str = ""  # of the request: what tells the router that it has started
+    key: str = ""  # of the request: reports its first output to the router
     prompt_tokens: int = 0
     hashes: list[int] = []  # of its prompt's blocks
-    instance: bytes | None = None  # the tag of the replica that holds its branch or pin: no other will do
-    session: str | None = None  # of a program: its requests stay together
-    preferred: bytes | None = None  # the tag of the replica that the session's requests go to while it takes them
+    instance: bytes | None = None  # tag of the replica that has its branch or pin; required
+    session: str | None = None  # requests with the same one go to the same replica
+    preferred: bytes | None = None  # tag of the session's replica, used while it takes requests
 
 
 class Choice(NamedTuple, Generic[K]):
-    """A replica, and what is counted for the request until it ends."""
+    """A chosen replica, and the load counted for the request until it ends."""
 
     replica: K
     cached_tokens: int
@@ -50,7 +50,7 @@ SnapshotOf = Callable[[str], Awaitable[bytes]]  # from a replica's URL
 
 
 class FleetView(Generic[K]):
-    """Members are known by keys of the caller's. Used on one event loop."""
+    """Replicas are identified by keys that the caller chooses. Used on one event loop."""
 
     def __init__(self, snapshot: SnapshotOf, tag_of: Callable[[K], bytes], block_size: int = 16) -> None:
         """``snapshot(url)``: the body of that replica's snapshot. ``tag_of(key)``: `instance_tag` of its name."""
@@ -64,7 +64,7 @@ class FleetView(Generic[K]):
         return key in self._numbers
 
     def update(self, members: Mapping[K, ReplicaReport | None]) -> None:
-        """The present members, with their last reports. A member without a report is chosen by its load alone."""
+        """Sets the replicas, with their latest reports (None: not reported yet; routed to by load alone)."""
         for key in [key for key in self._numbers if key not in members]:
             self.remove(key)
         for key, report in members.items():
@@ -85,7 +85,7 @@ class FleetView(Generic[K]):
                 self._follow(key, number, report)
 
     def remove(self, key: K) -> None:
-        """A member is gone."""
+        """Removes a replica. No effect if it is unknown."""
         number = self._numbers.pop(key, None)
         if number is None:
             return
@@ -96,7 +96,7 @@ class FleetView(Generic[K]):
         self._free.append(number)
 
     def choose(self, now: float, hint: RoutingHint, among: Collection[K]) -> Choice[K] | None:
-        """The member for a request, of those ``among`` that are known; None if there is none.
+        """The replica for a request, of the known ones in ``among``; None if there is none.
 
         A request on a branch or a pin goes to the replica that made it, and nowhere else. A session goes to the replica
         that it prefers, or else to that of highest random weight (rendezvous hashing): every router chooses the same
@@ -134,7 +134,7 @@ class FleetView(Generic[K]):
         self.router.ended(choice.sent)
 
     def close(self) -> None:
-        """Follows nobody any more."""
+        """Stops following all replicas."""
         for key in list(self._numbers):
             self.remove(key)
 

@@ -1,4 +1,4 @@
-"""How much of a trace any fleet could reuse: one shared cache, and a cache that knows the future."""
+"""Upper bounds on the hit rate of a fleet: one shared cache, and Belady's offline optimum."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .traces import Arrival
 
 
 def shared_cache_hit_rate(arrivals: Sequence[Arrival], kv_cache_tokens: int, page_size: int) -> float:
-    """The share of prompt tokens that one tree of ``kv_cache_tokens`` tokens reuses, if each request ends before the
-    next arrives: what a fleet of this size reaches at most with LRU caches that evict independently."""
+    """The fraction of prompt tokens that one tree of ``kv_cache_tokens`` tokens reuses, if each request ends before the
+    next arrives. The yardstick for a fleet of the same total size."""
     tree = RadixTree(kv_cache_tokens // page_size, page_size)
     hits = 0
     for arrival in arrivals:

@@ -27,8 +27,8 @@ BALANCE_WINDOW = 300.0  # seconds
 
 
 class FleetSettings(NamedTuple):
-    """One run. ``event_lag``: seconds from a change of a cache to the routers' knowledge of it. ``report_seconds``:
-    between two reports of a replica's load. ``speed``: the trace's times are divided by it."""
+    """One run. ``event_lag``: seconds until routers receive a cache event. ``report_seconds``: between two load reports
+    of a replica. ``speed``: divides the trace's arrival times."""
 
     replicas: int = 16
     policy: Policy = "branchwise"
@@ -41,7 +41,7 @@ class FleetSettings(NamedTuple):
 
 
 class FleetResult(NamedTuple):
-    """What a run came to. Rates are shares of 1; times are seconds."""
+    """The result of a run. Rates are fractions; times are seconds."""
 
     settings: FleetSettings
     requests: int
@@ -59,7 +59,7 @@ class FleetResult(NamedTuple):
 
 
 class _Lagged:
-    """Changes of caches on their way to the routers."""
+    """Delays cache events on their way to the routers."""
 
     def __init__(self, lag: float, router: FleetRouter) -> None:
         self._lag, self._index = lag, router.index
@@ -67,7 +67,7 @@ class _Lagged:
         self.now = 0.0
 
     def feed(self, replica: int) -> Callable[[list[int], list[int]], None]:
-        """Where a replica's changes go."""
+        """The callback for a replica's cache events."""
 
         def changed(stored: list[int], removed: list[int]) -> None:
             if self._lag:
@@ -78,7 +78,7 @@ class _Lagged:
         return changed
 
     def deliver(self) -> None:
-        """What has arrived by now."""
+        """Applies the events that are due."""
         while self._waiting and self._waiting[0][0] <= self.now:
             self._apply(*self._waiting.popleft()[1:])
 
@@ -100,7 +100,7 @@ def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResul
     follows = settings.policy in ("overlap", "branchwise")
     lagged = _Lagged(settings.event_lag, routers[0])
     replicas = [SimulatedReplica(settings.replica, lagged.feed(i) if follows else None) for i in range(n)]
-    due: list[tuple[float, int]] = []  # (time, replica); out of date where the replica's differs
+    due: list[tuple[float, int]] = []  # (time, replica); stale if it differs from the replica's next_time
     sent: dict[int, tuple[FleetRouter, Sent]] = {}
     ttft = np.full(len(arrivals), np.nan)
     starts = np.array([each.seconds for each in arrivals]) / settings.speed

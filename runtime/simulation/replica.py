@@ -35,21 +35,20 @@ class ReplicaSettings(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """What became of a request."""
+    """A finished request."""
 
     id: int
     hit_tokens: int
 
 
 class SimulatedReplica:
-    """Driven by times: `add` at an arrival, `run` at ``next_time``. Times are seconds.
+    """The caller calls `add` at an arrival and `run` at ``next_time``. Times are seconds.
 
-    Steps in which nothing can change are skipped together (`scheduler.skip`), up to the first that an arrival may be
-    part of.
+    Decode steps without an event are skipped together (`scheduler.skip`), up to the next arrival.
     """
 
     def __init__(self, settings: ReplicaSettings, changed: Callable[[list[int], list[int]], None] | None) -> None:
-        """``changed(stored, removed)`` gets the hashes of blocks, as a router would from events."""
+        """``changed(stored, removed)`` receives block hashes, as a router does from KV events."""
         self._times, self._page_size = settings.step_times, settings.page_size
         pages = settings.kv_cache_tokens // settings.page_size
         self._now = 0.0
@@ -76,16 +75,16 @@ class SimulatedReplica:
 
     @property
     def queued(self) -> int:
-        """Prompt tokens to compute, as the replica would report them."""
+        """Prompt tokens to compute, as a replica reports them."""
         return sum(self._left.values())
 
     @property
     def running(self) -> int:
-        """Requests that it generates for."""
+        """Running requests."""
         return len(self.scheduler.ledger.rows)
 
     def add(self, now: float, id: int, prompt: Int32, output_tokens: int) -> None:
-        """A request arrives."""
+        """Submits a request that arrives at ``now``."""
         self._now = now
         if self._skipping:  # it joins after the step that is running
             done = min(self._skipping, max(1, math.ceil((now - self._began) / self._each)))
@@ -99,7 +98,7 @@ class SimulatedReplica:
             self._start()
 
     def run(self) -> None:
-        """The step or steps that end at ``next_time`` end, and the next begin."""
+        """Completes the step or steps that end at ``next_time``, and starts the next."""
         self._now = self.next_time
         if self._skipping:
             skip_steps(self.scheduler, self._skipping)
