@@ -8,12 +8,14 @@ for it before it is ready.
 
 On a CPU, weights in the model's dtype are packed once for oneDNN. Measured on a Zen 4 core, float32, against
 ``F.linear`` (MKL): 1.2 to 1.35 times as fast for 512 rows; for the 4 to 64 rows of a decode step mostly 1.2 to 1.65
-times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. A single row is level to slower (1.8 times on
-the smallest).
+times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. The packed kernel costs 20 µs a call, so a weight
+of up to `COPY_BYTES` also has a transposed copy for few rows. Packed and copy on a Xeon core with AVX512, in µs: 1 row of
+512 × 256 24 and 6, of 8192 × 256 384 and 314; 8 rows 32 and 14, 621 and 424. On two threads MKL loses.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -23,7 +25,8 @@ from torch import Tensor
 from .quantize import ZERO_POINT, QuantizedRows, Quantizer, Rows, quantize, quantize_weight
 
 _ROWS = 512  # the number of rows that the packed layout is optimized for; it works for any
-ROW_COPY_BYTES = 8 << 20
+COPY_BYTES = 8 << 20  # up to so many bytes a weight is stored a second time, for few rows
+COPY_ROWS = 8  # fewer than `FixedRows` has in a tile: there every step takes the packed kernel
 
 
 class Linear(Protocol):
@@ -46,13 +49,18 @@ class PlainLinear:
         weight: ``[outputs, inputs]``. Not kept if it is packed or converted.
         bias: ``[outputs]`` or None.
         dtype: the model's; None: the weight's.
+        copied: keep a copy for few rows where `linear_bytes` counts one.
     """
 
     quantizer = None
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, *, copied: bool = True
+    ) -> None:
         self.bias, self._weight, self._dtype = bias, weight, dtype or weight.dtype
         self._packed = packs(weight.device, self._dtype)
+        self._copied = copied and _copies(weight.device, weight.shape, self._dtype)
+        self._copy: Tensor | None = None  # [inputs, outputs]
         self._laid_out = not self._packed and weight.dtype == self._dtype
 
     def lay_out(self) -> None:
@@ -62,6 +70,8 @@ class PlainLinear:
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
             weight = self._weight.to(self._dtype)
+            if self._copied:
+                self._copy = weight.t().contiguous()
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
         self._laid_out = True
 
@@ -69,6 +79,8 @@ class PlainLinear:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
         if not self._laid_out:
             self.lay_out()
+        if self._copy is not None and len(x) <= (COPY_ROWS if torch.get_num_threads() == 1 else 1):
+            return torch.mm(x, self._copy) if self.bias is None else torch.addmm(self.bias, x, self._copy)
         if not self._packed:
             return F.linear(x, self._weight, self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
@@ -82,7 +94,7 @@ class Int8Linear:
     has fast kernels for unsigned inputs alone, hence the zero point of 128 (`quantize`). The kernel knows one input
     scale for all rows; those of the tokens are multiplied afterwards.
 
-    A call of that kernel costs 27 µs or more, so a weight below `ROW_COPY_BYTES` also has a plain copy, from which
+    A call of that kernel costs 27 µs or more, so a weight of up to `COPY_BYTES` also has a plain copy, from which
     `torch._int_mm` computes a single row: the same sums at 2 µs a call.
 
     Measured on one core with AVX512-VNNI that others used too, 6144 × 1024: 1.6 ms for 64 rows, 11.6 for 512 and 64
@@ -94,13 +106,17 @@ class Int8Linear:
         weight: ``[outputs, inputs]``. Not kept.
         bias: ``[outputs]`` or None.
         dtype: of the output; None: the weight's.
+        copied: keep a copy for single rows where `linear_bytes` counts one.
     """
 
     quantizer = Quantizer(torch.uint8)
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, *, copied: bool = True
+    ) -> None:
         self._weight: Tensor | None = weight  # None once it is laid out
         self._packed = self._scale = torch.empty(0)
+        self._copied = copied and weight.numel() <= COPY_BYTES
         self._row_copy: Tensor | None = None
         self._zero_point = torch.zeros(1, dtype=torch.int32)
         self._sign_bit = torch.tensor(ZERO_POINT, dtype=torch.uint8)
@@ -114,7 +130,7 @@ class Int8Linear:
         with torch.inference_mode():
             values, scale = quantize_weight(self._weight, torch.int8)
             self._packed = torch.ops.onednn.qlinear_prepack(values, None)
-        self._row_copy = values.t() if values.numel() < ROW_COPY_BYTES else None
+        self._row_copy = values.t() if self._copied else None
         self._scale, self._weight = scale[:, 0].contiguous(), None
 
     def __call__(self, x: Rows) -> Tensor:
@@ -133,10 +149,17 @@ class Int8Linear:
         return (out if self._bias is None else out.add_(self._bias)).to(self._dtype)
 
 
-def int8_bytes(rows: int, columns: int) -> int:
-    """Bytes of an `Int8Linear`: values, and of each row its scale and its sum for the inputs' zero point."""
-    size = rows * columns
-    return size * (2 if size < ROW_COPY_BYTES else 1) + 8 * rows
+def linear_bytes(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype, *, int8: bool, copied: bool = True
+) -> int:
+    """Bytes of a weight ``[outputs, inputs]`` as a `PlainLinear` in ``dtype`` or an `Int8Linear` stores it.
+
+    In int8, each output channel also has its scale and its sum for the inputs' zero point.
+    """
+    size = math.prod(shape) * (1 if int8 else dtype.itemsize)
+    if copied and (size <= COPY_BYTES if int8 else _copies(device, shape, dtype)):
+        size *= 2
+    return size + (8 * shape[0] if int8 else 0)
 
 
 class FixedRows:
@@ -178,3 +201,8 @@ def packs(device: torch.device, dtype: torch.dtype) -> bool:
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):  # internal to torch.compile, so it may disappear
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _copies(device: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> bool:
+    """Whether `PlainLinear` has a copy for few rows beside the packed weight."""
+    return dtype == torch.float32 and packs(device, dtype) and math.prod(shape) * dtype.itemsize <= COPY_BYTES

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...kernels.base import Ops
 from ...kernels.experts import Experts, ExpertWeight, LoopedExperts
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
-from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, int8_bytes, packs
+from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, linear_bytes, packs
 from ...kernels.ops import Activation
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
@@ -71,7 +71,9 @@ class LinearFactory:
 
         def linears(weight: ExpertWeight) -> list[Linear]:
             # How many rows an expert has depends on all tokens of the step.
-            return [self.fixed(self._linear(one.values, one.scale, bias=one.bias)) for one in weight.chunk(count)]
+            # No copies: most experts' weights are not read in a step.
+            parts = weight.chunk(count)
+            return [self.fixed(self._linear(one.values, one.scale, bias=one.bias, copied=False)) for one in parts]
 
         return LoopedExperts(linears(gate_up), linears(down), activation)
 
@@ -89,7 +91,12 @@ class LinearFactory:
         return self._weights.pop(name), scale, input_scale, bias
 
     def _linear(
-        self, weight: Tensor, scale: Tensor | None, input_scale: Tensor | None = None, bias: Tensor | None = None
+        self,
+        weight: Tensor,
+        scale: Tensor | None,
+        input_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        copied: bool = True,
     ) -> Linear:
         if scale is not None and has_fp8(weight, scale):
             group = BLOCK if in_blocks(weight, scale) else 0
@@ -98,7 +105,7 @@ class LinearFactory:
             return Fp8Linear(weight, scale, bias, quantizer, self._dtype, self._ops)
         if scale is not None:
             weight = dequantize_weight(weight, scale, self._dtype)
-        linear = (Int8Linear if self._int8 else PlainLinear)(weight, bias, self._dtype)
+        linear = (Int8Linear if self._int8 else PlainLinear)(weight, bias, self._dtype, copied=copied)
         if self._later is None or weight.device.type != "cpu":
             linear.lay_out()
         else:
@@ -116,18 +123,15 @@ def weight_bytes(
     alike = config.experts is None and (checkpoint is None or checkpoint.scale is None)
     for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
         shape = shard_shape(spec, rank, ranks)
-        if is_linear(spec) and int8:
-            size = int8_bytes(*shape)
+        if is_linear(spec) and (spec.kind == "weight" or not fp8):
+            size = linear_bytes(device, shape, dtype, int8=int8, copied=".experts." not in spec.name)
         elif spec.kind == "bytes" and device.type != "cuda":  # MXFP4, dequantized: two values a byte
             size = 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
-        elif spec.kind not in ("fp8", "scale") or fp8:
-            size = math.prod(shape) * stored_dtype(spec, dtype).itemsize
-        else:
-            size = math.prod(shape) * dtype.itemsize if spec.kind == "fp8" else 0
+        else:  # the scales of a weight that is dequantized are not kept
+            size = math.prod(shape) * stored_dtype(spec, dtype).itemsize if fp8 or spec.kind != "scale" else 0
         total += size * config.num_layers if alike and spec.name.startswith("layers.") else size
     if config.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-        rows = config.vocab_size // ranks
-        total += int8_bytes(rows, config.hidden_size) if int8 else rows * config.hidden_size * dtype.itemsize
+        total += linear_bytes(device, (config.vocab_size // ranks, config.hidden_size), dtype, int8=int8)
     return total
 
 

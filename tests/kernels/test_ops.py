@@ -9,7 +9,7 @@ import torch
 
 from branchwise.kernels import ops
 from branchwise.kernels.kv_pool import KVLayer
-from branchwise.kernels.linear import PlainLinear, packs
+from branchwise.kernels.linear import PlainLinear, linear_bytes, packs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -85,15 +85,21 @@ def test_page_indices_lays_rows_end_to_end() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("rows", [0, 1, 7, 600])
-def test_linear_equals_torch_also_where_it_is_packed(dtype: torch.dtype, rows: int) -> None:
+def test_linear_equals_torch_also_where_it_is_packed(
+    dtype: torch.dtype, rows: int, copied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)  # the copy then serves 7 rows too
     torch.manual_seed(0)
     weight, bias, x = torch.randn(30, 24).to(dtype), torch.randn(30).to(dtype), torch.randn(rows, 48).to(dtype)[:, :24]
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
     with torch.inference_mode():
         for b in (None, bias):
             exact = x.double() @ weight.double().T + (0 if b is None else b.double())
-            torch.testing.assert_close(PlainLinear(weight, b)(x), exact.to(dtype), atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(
+                PlainLinear(weight, b, copied=copied)(x), exact.to(dtype), atol=tolerance, rtol=tolerance
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -103,6 +109,17 @@ def test_a_linear_layer_converts_a_narrower_weight(dtype: torch.dtype) -> None:
     layer = PlainLinear(weight, dtype=torch.float32)
     torch.testing.assert_close(layer(x), x @ weight.float().T)
     assert layer(x).dtype == torch.float32
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_layer_takes_the_bytes_of_the_plan(dtype: torch.dtype, copied: bool) -> None:
+    layer = PlainLinear(torch.randn(256, 128).to(dtype), copied=copied)
+    layer.lay_out()
+    weight = layer._weight
+    stored = torch.ops.mkldnn._nbytes(weight) if weight.is_mkldnn else weight.nbytes
+    stored += 0 if layer._copy is None else layer._copy.nbytes
+    assert stored == linear_bytes(weight.device, (256, 128), dtype, int8=False, copied=copied)
 
 
 def test_float32_is_packed_on_a_cpu() -> None:

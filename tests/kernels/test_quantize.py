@@ -158,9 +158,9 @@ def test_fp8_linear_quantizes_what_comes_in_the_models_dtype(tokens: int, module
 
 @pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
 @pytest.mark.parametrize("tokens", [0, 1, 40])
-@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.ROW_COPY_BYTES], ids=["packed", "with a row copy"])
+@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.COPY_BYTES], ids=["packed", "with a row copy"])
 def test_int8_linear(tokens: int, row_copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "ROW_COPY_BYTES", row_copy_bytes)
+    monkeypatch.setattr(linear_module, "COPY_BYTES", row_copy_bytes)
     weight, x, bias = torch.randn(48, 64), torch.randn(tokens, 64), torch.randn(48)
     linear = Int8Linear(weight, bias)
     got = linear(x)
@@ -169,11 +169,11 @@ def test_int8_linear(tokens: int, row_copy_bytes: int, monkeypatch: pytest.Monke
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
-@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.ROW_COPY_BYTES], ids=["packed", "with a row copy"])
+@pytest.mark.parametrize("row_copy_bytes", [0, linear_module.COPY_BYTES], ids=["packed", "with a row copy"])
 def test_an_int8_layer_takes_the_bytes_of_the_plan(row_copy_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_module, "ROW_COPY_BYTES", row_copy_bytes)
+    monkeypatch.setattr(linear_module, "COPY_BYTES", row_copy_bytes)
     layer = Int8Linear(torch.randn(256, 128))
     layer.lay_out()
     row_copy = 0 if layer._row_copy is None else layer._row_copy.nbytes
     stored = torch.ops.mkldnn._nbytes(layer._packed) + row_copy + layer._scale.nbytes
-    assert stored == linear_module.int8_bytes(256, 128)
+    assert stored == linear_module.linear_bytes(torch.device("cpu"), (256, 128), torch.float32, int8=True)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ....kernels.attention.base import LayerSpec
-from ....kernels.linear import int8_bytes, packs
+from ....kernels.linear import linear_bytes, packs
 from ...errors import LoadError
 from ...tokenizer.special_tokens import eos_token_id
 from ..eos import EosSource, eos_ids
@@ -73,15 +73,14 @@ class TransformersConfig:
         """Bytes of a rank's weights as the decoder stores them. ``fp8``: on a device that multiplies it."""
         total = 0
         for one in self.parameters:
-            if one.linear and int8:
-                total += int8_bytes(*one.shape)
-            elif one.linear and fp8 and self.quantizes(one.module):
+            if one.linear and fp8 and self.quantizes(one.module):
                 total += math.prod(one.shape) + 4 * one.shape[0]
+            elif one.linear:
+                total += linear_bytes(device, one.shape, dtype, int8=int8)
             else:
                 total += math.prod(one.shape) * dtype.itemsize
         if self.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-            rows, columns = self.vocab_size // self.ranks, self.hidden_size
-            total += int8_bytes(rows, columns) if int8 else rows * columns * dtype.itemsize
+            total += linear_bytes(device, (self.vocab_size // self.ranks, self.hidden_size), dtype, int8=int8)
         return total
 
     def quantizes(self, module: str) -> bool:

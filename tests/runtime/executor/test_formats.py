@@ -82,7 +82,7 @@ def test_fp8_quantizes_plain_checkpoints_alone(model: ModelConfig) -> None:
 def test_the_plan_counts_the_bytes_of_each_format(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model = dataclasses.replace(model, hidden_size=1024, intermediate_size=4096, quantization=ONLINE_FP8)
     plain = dataclasses.replace(model, quantization=None)
-    monkeypatch.setattr(kernel_linear, "ROW_COPY_BYTES", 0)  # see `test_an_int8_layer_takes_the_bytes_of_the_plan`
+    monkeypatch.setattr(kernel_linear, "COPY_BYTES", 0)  # copies: `test_a_linear_layer_takes_the_bytes_of_the_plan`
     for native in (True, False):
         monkeypatch.setattr(linear, "multiplies_fp8", lambda device, native=native: native)
         bf16, fp8, int8 = (

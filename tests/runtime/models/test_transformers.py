@@ -18,7 +18,7 @@ import transformers
 from branchwise import Engine, LoadError, SamplingParams
 from branchwise.frontend.cli import checkup
 from branchwise.kernels import ops
-from branchwise.kernels.linear import int8_bytes
+from branchwise.kernels.linear import linear_bytes
 from branchwise.runtime.config import EngineConfig, check
 from branchwise.runtime.models.config import ModelConfig
 from branchwise.runtime.models.hf import library
@@ -225,7 +225,9 @@ def test_weights_are_quantized_and_counted(checkpoint: Callable[[str], Path]) ->
     assert plain == 2 * loaded
     int8 = config.weight_bytes(torch.bfloat16, gpu, int8=True, fp8=False)
     linears = [one.shape for one in config.parameters if one.linear]
-    assert int8 == plain + sum(int8_bytes(*shape) - 2 * shape[0] * shape[1] for shape in linears)
+    assert int8 == plain + sum(
+        linear_bytes(gpu, shape, torch.bfloat16, int8=True) - 2 * shape[0] * shape[1] for shape in linears
+    )
     halves = load_transformers_config(folder, 2)
     assert halves.weight_bytes(torch.bfloat16, gpu, int8=False, fp8=False) < 0.75 * plain
     exact = engine_of(folder).generate(PROMPT, msgspec.structs.replace(GREEDY, max_tokens=1, prompt_logprobs=0))
