@@ -8,9 +8,9 @@ for it before it is ready.
 
 On a CPU, weights in the model's dtype are packed once for oneDNN. Measured on a Zen 4 core, float32, against
 ``F.linear`` (MKL): 1.2 to 1.35 times as fast for 512 rows; for the 4 to 64 rows of a decode step mostly 1.2 to 1.65
-times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. The packed kernel costs 20 µs a call, so a weight
-of up to `COPY_BYTES` also has a transposed copy for few rows. Packed and copy on a Xeon core with AVX512, in µs: 1 row of
-512 × 256 24 and 6, of 8192 × 256 384 and 314; 8 rows 32 and 14, 621 and 424. On two threads MKL loses.
+times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. The packed kernel costs 20 µs a call, so a
+weight of up to `COPY_BYTES` also has a transposed copy for few rows. In µs, packed and copy, on a Xeon core with
+AVX512: 1 row of 512 × 256 24 and 6, of 8192 × 256 384 and 314; 8 rows 32 and 14, 621 and 424. MKL loses on two threads.
 """
 
 from __future__ import annotations
