@@ -100,7 +100,7 @@ def check(formats: list[str]) -> None:
             for w in (gate_up, down)
         ]
         biases = [0.0 if w.bias is None else w.bias.float().unflatten(0, (count, -1)) for w in (gate_up, down)]
-        for tokens in (1, 8, 300):
+        for tokens in (1, 8, 300, 2304):  # of more than 2,048, MXFP4 is dequantized whole
             x, logits = (
                 torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16),
                 torch.randn(tokens, count, device="cuda"),

@@ -183,9 +183,10 @@ def build_of(
     _check_class(transformers, config)
     try:
         with building(transformers), device, no_init_weights():
-            return transformers.AutoModelForCausalLM.from_config(
+            model = transformers.AutoModelForCausalLM.from_config(
                 config, attn_implementation=attention, dtype=dtype, trust_remote_code=trust_remote_code
-            ).eval()
+            )
+            return freeze_rope(model.eval().requires_grad_(False))
     except Exception as error:  # whatever a config's values provoke in the model's own code
         raise LoadError(f"transformers cannot build the model: {first_line(error)}") from error
 
@@ -231,13 +232,25 @@ def _max_model_len(config: Any, where: str) -> int:
     if not isinstance(length, int) or length < 1:
         raise LoadError(f"{where}: max_position_embeddings is missing, so the longest context is not known")
     for rope in rope_parameters(config):
-        if str(rope.get("rope_type")) in CHANGING:
+        if str(rope.get("rope_type")) in _CHANGING:
             original = rope.get("original_max_position_embeddings")
             length = min(length, original if isinstance(original, int) else length)
     return length
 
 
-CHANGING = ("dynamic", "longrope")
+_CHANGING = ("dynamic", "longrope")
+
+
+def freeze_rope(model: Any) -> Any:
+    """Keeps rotary embeddings those of the original context (`_max_model_len`), in place: choosing by the positions
+    copies them to the host, which neither a trace nor a CUDA graph can do."""
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str) and kind in _CHANGING:
+            module.rope_type = "default"
+        elif isinstance(kind, dict):
+            module.rope_type = {layer: "default" if one in _CHANGING else one for layer, one in kind.items()}
+    return model
 
 
 def rope_parameters(config: Any) -> list[dict[str, Any]]:

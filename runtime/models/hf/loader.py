@@ -10,7 +10,7 @@ import torch
 
 from ...errors import LoadError
 from ..unread import warn_of_unread
-from .config import CHANGING, TransformersConfig, build, first_line
+from .config import TransformersConfig, build, first_line, freeze_rope
 from .library import SERVE, building, load_transformers
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def load_model(config: TransformersConfig, dtype: torch.dtype) -> Any:
             raise LoadError(
                 f"tensor {name} holds NaN or infinity in {dtype}: the checkpoint is damaged, or needs bfloat16"
             )
-    return _prepared(model)
+    return freeze_rope(model.requires_grad_(False))
 
 
 def dummy_model(config: TransformersConfig, dtype: torch.dtype, device: torch.device, seed: int) -> Any:
@@ -66,17 +66,4 @@ def dummy_model(config: TransformersConfig, dtype: torch.dtype, device: torch.de
             else:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
     model.tie_weights()
-    return _prepared(model)
-
-
-def _prepared(model: Any) -> Any:
-    """Without gradients, and with rotary embeddings that stay those of the original context (`_max_model_len`): to
-    look at the positions would wait for the device."""
-    model.requires_grad_(False)
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        if isinstance(kind, str) and kind in CHANGING:
-            module.rope_type = "default"
-        elif isinstance(kind, dict):
-            module.rope_type = {layer: "default" if one in CHANGING else one for layer, one in kind.items()}
     return model
