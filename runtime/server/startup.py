@@ -8,6 +8,7 @@ import logging
 import resource
 import socket
 from pathlib import Path
+from typing import Any
 
 from ..config import ServerConfig
 from ..errors import LoadError
@@ -21,20 +22,23 @@ _OWN_DESCRIPTORS = 128  # of the process itself: channels, logs, the model's fil
 
 
 def check_parsers(config: ServerConfig) -> None:
-    """Raises `LoadError` if a tool-call or reasoning format is unknown."""
-    if {config.tool_call_parser, config.reasoning_parser} <= {"auto", "none"}:
+    """Raises `LoadError` if a tool-call or reasoning format is unknown, or if one output cannot have both."""
+    names = config.tool_call_parser, config.reasoning_parser
+    if set(names) <= {"auto", "none"}:
         return  # usual, and the formats take 0.1 s to import, which the engine's processes need not wait for
-    from ..chat.tools import reasoning_format, tool_format
+    from ..chat.tools import check_together, reasoning_format, tool_format
 
-    for flag, name, find in (
-        ("--tool-call-parser", config.tool_call_parser, tool_format),
-        ("--reasoning-parser", config.reasoning_parser, reasoning_format),
-    ):
+    flags = "--tool-call-parser", "--reasoning-parser"
+    found: list[Any] = [None, None]
+    for i, find in enumerate((tool_format, reasoning_format)):
         try:
-            if name not in ("auto", "none"):
-                find(name)
+            found[i] = find(names[i]) if names[i] not in ("auto", "none") else None
         except ValueError as error:
-            raise LoadError(f"{flag}: {error}, auto and none") from error
+            raise LoadError(f"{flags[i]}: {error}, auto and none") from error
+    try:
+        check_together(*found)
+    except ValueError as error:
+        raise LoadError(f"{' and '.join(flags)}: {error}; set one of them to none") from error
 
 
 def raise_descriptor_limit() -> None:

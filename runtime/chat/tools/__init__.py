@@ -18,7 +18,7 @@ from .events import (
     assemble,
 )
 from .format_types import ReasoningFormat, ToolFormat
-from .formats import REASONING_FORMATS, TOOL_FORMATS, markers, reasoning_format, tool_format
+from .formats import REASONING_FORMATS, TOOL_FORMATS, check_together, markers, reasoning_format, tool_format
 from .grammar import CallGrammar, CallTag, call_grammar
 from .parser import StreamParser, parse
 
@@ -44,6 +44,7 @@ __all__ = [
     "ToolLimits",
     "assemble",
     "call_grammar",
+    "check_together",
     "detect",
     "ends_in_reasoning",
     "markers",

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 
 from .format_types import Channels
-from .grammar import CallGrammar, literals
-
-_ANY = "/(?s:.*)/"
+from .grammar import ANY, CallGrammar, literals, text_without
 
 
 def message_rules(
@@ -29,11 +26,10 @@ def message_rules(
 
     channel, end = text(form.channel), form.ends[0]
     if end in special_tokens:
-        ended = [f"ended: TEXT <[{special_tokens[end]}]>", f"TEXT: {_ANY}"]
+        ended = [f"ended: TEXT <[{special_tokens[end]}]>", f"TEXT: {ANY}"]
     else:  # one lexeme, so that the lexer takes the shortest match
-        ended = [f"ended[suffix={json.dumps(end)}]: {_ANY}"]
-        markers = "|".join(re.escape(marker).replace("/", r"\/") for marker in (form.start, *form.ends))
-        ended.append(f"TEXT: {_ANY} & ~/(?s:.*)({markers})(?s:.*)/")
+        ended = [f"ended[suffix={json.dumps(end)}]: {ANY}"]
+        ended.append(f"TEXT: {text_without((form.start, *form.ends))}")
     names = [form.thinking, form.calling, *([] if answer else [form.answering])]
     rules = [
         f"body: message* ({'answer' if answer else 'header TEXT'} | call)",

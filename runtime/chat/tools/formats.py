@@ -448,6 +448,19 @@ def reasoning_format(name: str) -> ReasoningFormat:
         raise ValueError(f"unknown reasoning format {name!r}; there are {', '.join(REASONING_FORMATS)}") from None
 
 
+def check_together(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> None:
+    """Raises ValueError if one output cannot have calls and reasoning in these formats."""
+    if tools is None or reasoning is None:
+        return
+    both = f"tool calls in the format {tools.name} and reasoning in the format {reasoning.name} cannot be read together"
+    if tools.channels != reasoning.channels:
+        raise ValueError(f"{both}: only one of them consists of messages with channels")
+    for marker in (reasoning.begin, reasoning.end, reasoning.answer, reasoning.answer_end):
+        for bare in tools.bare:
+            if bare in marker:
+                raise ValueError(f"{both}: {marker} contains {bare}, with which a call may begin")
+
+
 def markers(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> frozenset[str]:
     """Every marker of the formats. Where one is a special token, the text to parse must still contain it."""
     found: set[str] = set()

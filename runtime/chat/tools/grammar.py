@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -183,8 +183,7 @@ class _Lark:
             value = f"({' | '.join(json.dumps(value, ensure_ascii=False) for value in values)})"
         else:
             value = rule.upper()
-            excluded = "|".join(re.escape(end).replace("/", r"\/") for end in ends)
-            text = f"(/(?s:.*)/ & ~/(?s:.*)({excluded})(?s:.*)/)"
+            text = f"({text_without(ends)})"
             if closing.startswith('"'):  # one terminal, so that the lexer takes the shortest match
                 text, closing = f"{text} {closing}", ""
             self._rules.append(f"{value}: {text}")
@@ -207,6 +206,19 @@ class _Lark:
     @staticmethod
     def _join(*parts: str) -> str:
         return " ".join(part for part in parts if part)
+
+
+ANY = "/(?s:.*)/"  # any text, in Lark
+
+
+def one_of(texts: Iterable[str]) -> str:
+    """A regular expression, inside Lark's slashes, of each of ``texts``."""
+    return "|".join(re.escape(text).replace("/", r"\/").replace("\n", "n") for text in texts)
+
+
+def text_without(texts: Iterable[str]) -> str:
+    """A terminal of Lark: any text that contains none of ``texts``."""
+    return f"{ANY} & ~/(?s:.*)({one_of(texts)})(?s:.*)/"
 
 
 def literals(text: str, special_tokens: Mapping[str, int], pieces: re.Pattern[str] | None = None) -> str:

@@ -127,6 +127,7 @@ def test_what_cannot_start_says_why(config: Callable[..., ServerConfig]) -> None
             pass
     for settings, says in (
         ({"tool_call_parser": "nonsense"}, "--tool-call-parser"),
+        ({"tool_call_parser": "pythonic", "reasoning_parser": "mistral"}, "--tool-call-parser and --reasoning-parser"),
         ({"drain_seconds": "soon"}, "--drain-seconds: Expected `float`"),
         ({"log_level": "loud"}, "--log-level: must be one of debug, info, warning, error, got 'loud'"),
     ):

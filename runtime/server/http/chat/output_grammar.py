@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 
 import msgspec
@@ -14,13 +13,11 @@ import msgspec
 from ....chat.conversation import OfferedTool
 from ....chat.tools import ReasoningFormat, Tool
 from ....chat.tools.channel_grammar import message_rules
-from ....chat.tools.grammar import CallGrammar, call_grammar, literals
+from ....chat.tools.grammar import ANY, CallGrammar, call_grammar, literals, one_of, text_without
 from ....constraint import Constraint, ConstraintError
 from ....errors import InvalidRequest
 from ....grammar import schema
 from ....sampling_params import SamplingParams
-
-_ANY = "/(?s:.*)/"
 
 
 def prepared(tools: Sequence[OfferedTool]) -> list[Tool]:
@@ -90,19 +87,18 @@ class OutputGrammar:
                 return ["body: answer | calls", self._call_rule(calls, beside_json=True), *answer]
             return [f"body: answer | {begun} calls", self._call_rule(calls, trigger), *answer]
         # Any text that does not begin a call is an answer.
-        triggers = "|".join(re.escape(trigger).replace("/", r"\/") for trigger in calls.triggers)
         if calls.at_start:
-            plain = f"PLAIN: {_ANY} & ~/[ \\t\\r\\n]*({triggers})(?s:.*)/"
+            plain = f"PLAIN: {ANY} & ~/[ \\t\\r\\n]*({one_of(calls.triggers)})(?s:.*)/"
             return ["body: PLAIN | calls", self._call_rule(calls), plain]
         if trigger in self._special:  # no text is ever equal to it
             wrapped = self._thoughts is not None and self._thoughts.answer in self._special
             reply = f"{before} PLAIN {after}" if wrapped else "PLAIN"
-            return [f"body: {reply} | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {_ANY}"]
+            return [f"body: {reply} | PLAIN {begun} calls", self._call_rule(calls, trigger), f"PLAIN: {ANY}"]
         return [
             "body: PLAIN | before calls",
             self._call_rule(calls, trigger),
-            f"before[suffix={begun}]: {_ANY}",
-            f"PLAIN: {_ANY} & ~/(?s:.*)({triggers})(?s:.*)/",
+            f"before[suffix={begun}]: {ANY}",
+            f"PLAIN: {text_without(calls.triggers)}",
         ]
 
     def _call_rule(self, calls: CallGrammar, after: str = "", *, beside_json: bool = False) -> str:
@@ -115,9 +111,9 @@ class OutputGrammar:
         if format is None or prompt.rstrip().endswith(format.end):
             return []
         if format.end in self._special:
-            inner = [f"inner: THOUGHT <[{self._special[format.end]}]> GAP", f"THOUGHT: {_ANY}"]
+            inner = [f"inner: THOUGHT <[{self._special[format.end]}]> GAP", f"THOUGHT: {ANY}"]
         else:
-            inner = ["inner: thought_text GAP", f"thought_text[suffix={json.dumps(format.end)}]: {_ANY}"]
+            inner = ["inner: thought_text GAP", f"thought_text[suffix={json.dumps(format.end)}]: {ANY}"]
         inner.append("GAP: /\\n{0,2}/")
         if format.after:
             inner[0] += f" {literals(format.after, self._special)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from ....chat.tools import (
     StreamParser,
     ToolFormat,
     ToolLimits,
+    check_together,
     detect,
     ends_in_reasoning,
     markers,
@@ -24,6 +26,8 @@ from ....sampling_params import SamplingParams
 from ....tokenizer.tokenizer import Tokenizer
 from .output_grammar import OutputGrammar, calls_for
 from .spec import ChatSpec
+
+logger = logging.getLogger(__name__)
 
 AUTO, NONE = "auto", "none"  # of the flags: what the chat template seems to write; nothing
 
@@ -46,6 +50,14 @@ class Formats:
         reasoning = found.reasoning if config.reasoning_parser == AUTO else config.reasoning_parser
         calls = tool_format(tools) if tools and tools != NONE else None
         thoughts = reasoning_format(reasoning) if reasoning and reasoning != NONE else None
+        try:
+            check_together(calls, thoughts)
+        except ValueError as error:  # at least one of them was detected: `startup.check_parsers`
+            if config.reasoning_parser == AUTO:
+                thoughts = None
+            else:
+                calls = None
+            logger.warning("%s: the %s are read as text", error, "tool calls" if calls is None else "thoughts")
         known = {token: special[token] for token in _special_in(markers(calls, thoughts), special)}
         return cls(calls, thoughts, tools or "", known)
 

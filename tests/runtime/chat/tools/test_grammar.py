@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import Tool, parse, reasoning_format, validate_tools
+from branchwise.runtime.chat.tools import StreamParser, Tool, parse, reasoning_format, validate_tools
 from branchwise.runtime.chat.tools.channel_grammar import message_rules
-from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
+from branchwise.runtime.chat.tools.formats import REASONING_FORMATS, TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
+from branchwise.runtime.config import EngineConfig, ServerConfig
+from branchwise.runtime.errors import LoadError
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar
+from branchwise.runtime.server.startup import check_parsers
 
 llguidance = pytest.importorskip("llguidance")
 
@@ -32,15 +36,14 @@ TOOLS = [Tool("weather", SCHEMA, strict=True), Tool("now", {"type": "object", "p
 ARGUMENTS = {"city": 'Köln "x" <b>', "days": 3, "tags": [True]}
 
 
-def accepts(grammar: str, text: str, specials: dict[str, int] | None = None) -> bool:
-    """Whether the whole of ``text`` is in ``grammar``, over bytes as tokens and ``specials``."""
+@cache
+def tokenizer_of(names: tuple[str, ...]) -> Any:
+    """Bytes as tokens, then ``names``."""
     tokens = [bytes([i]) for i in range(256)]
-    names = sorted(specials or {}, key=lambda name: (specials or {})[name])
     tokens += [b"\xff" + name.encode() for name in names] + [b"\xff<eos>"]
-    eos = len(tokens) - 1
 
     class Wrapper:
-        eos_token_id = eos
+        eos_token_id = len(tokens) - 1
         bos_token_id = None
 
         def __init__(self) -> None:
@@ -50,8 +53,13 @@ def accepts(grammar: str, text: str, specials: dict[str, int] | None = None) -> 
         def __call__(self, text: str) -> list[int]:
             return list(text.encode() if isinstance(text, str) else text)
 
-    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Wrapper()))
-    matcher = llguidance.LLMatcher(tokenizer, llguidance.LLMatcher.grammar_from_lark(grammar))
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(Wrapper()))
+
+
+def accepts(grammar: str, text: str, specials: dict[str, int] | None = None) -> bool:
+    """Whether the whole of ``text`` is in ``grammar``, over bytes as tokens and ``specials``."""
+    names = tuple(sorted(specials or {}, key=lambda name: (specials or {})[name]))
+    matcher = llguidance.LLMatcher(tokenizer_of(names), llguidance.LLMatcher.grammar_from_lark(grammar))
     assert not matcher.is_error(), matcher.get_error()
     ids: list[int] = []
     while text:
@@ -319,3 +327,29 @@ def test_a_special_token_inside_a_marker() -> None:
     assert accepts(constraint.text, '<|channel>thought\nhm <b><channel|>{"x": 1}', specials)
     assert accepts(constraint.text, '{"x": 1}', specials)
     assert not accepts(constraint.text, "<|channel>thought\nhm<channel|>one", specials)
+
+
+def test_every_reasoning_format_beside_the_calls(format: str) -> None:
+    """The grammar allows thinking, then a call or an answer, and the parser reads both; or a server refuses the pair at
+    its start."""
+    tools, call = TOOL_FORMATS[format], ("weather", {"city": "x", "days": 1})
+    calls = call_grammar(tools, TOOLS, only_strict=True)
+    for thoughts in REASONING_FORMATS.values():
+        config = ServerConfig(engine=EngineConfig(model=""), tool_call_parser=format, reasoning_parser=thoughts.name)
+        try:
+            check_parsers(config)
+        except LoadError as refused:
+            assert (tools.channels != thoughts.channels) or "[" in tools.bare, refused
+            with pytest.raises(ValueError, match="cannot be read together"):
+                StreamParser(tools, thoughts)
+            continue
+        thought = thoughts.begin + "hm" + thoughts.end + thoughts.after
+        constraint = OutputGrammar(calls, False, thoughts, {}).applied(SamplingParams(), "").constraint
+        assert constraint is not None
+        for text, content in (
+            (written(format, call), ""),
+            (thoughts.answer + "Hello." + thoughts.answer_end, "Hello."),
+        ):
+            assert accepts(constraint.text, thought + text), (thoughts.name, text)
+            parsed = parse(thought + text, tools, thoughts, TOOLS)
+            assert (parsed.reasoning, parsed.content, len(parsed.calls)) == ("hm", content, not content)
