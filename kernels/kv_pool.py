@@ -17,9 +17,7 @@ from torch import Tensor
 from .kv_format import CHOICES, PLAIN, KVFormat
 
 COPY_BYTES = 64 * 1024 * 1024  # most bytes in flight while pages are copied
-# Most bytes of `KVLayout.dequantized`. 0: long chunks read quantized pages, because the copy has run on no device yet
-# (`tests/benchmarks/NOTES.md`). 256 MiB would hold 64k tokens of 8 heads of 128 in bfloat16.
-DEQUANTIZED_BYTES = 0
+DEQUANTIZED_BYTES = 256 * 1024 * 1024  # most of `KVLayout.dequantized`: 64k tokens of 8 heads of 128 in bfloat16
 ALIGNMENT = 16  # bytes: a quantized page is a multiple of the widest load
 
 

@@ -97,7 +97,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     page_size: int = 16
     kv_cache_dtype: Literal["auto", "fp8", "int4", "nvfp4", "k16v8"] = "auto"
     kv_cache_tokens: int | None = None
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = 0.92
     tensor_parallel_size: int = 1
     attention_backend: Literal["auto", "tree", "flashinfer", "triton", "torch"] = "auto"
     sampling_defaults: SamplingDefaults = "model"

@@ -152,7 +152,7 @@ def save(kind: str, folder: Path) -> str:
 def refusal(folder: Path) -> str | None:
     """Why config.json is not served."""
     try:
-        load_model_config(EngineConfig(), folder, torch.device("cpu"))
+        load_model_config(EngineConfig(), folder)
     except LoadError as error:
         return reason(error, folder)
     return None
@@ -200,7 +200,7 @@ def verdict(kind: str, name: str) -> Verdict:
             return Verdict(kind, name, None, refused or problem, refused is None)
         if (refused := refusal(folder)) is not None:
             return Verdict(kind, name, None, refused)
-        config = load_model_config(EngineConfig(), folder, torch.device("cpu"))
+        config = load_model_config(EngineConfig(), folder)
         served: Any = "native" if isinstance(config, ModelConfig) else "transformers"
         try:
             with Engine(folder, device="cpu", dtype="float32", kv_cache_tokens=1024, max_num_seqs=2) as engine:

@@ -38,7 +38,7 @@ def lines(config: EngineConfig, device_memory: str, request_tokens: int, shared_
 
     device = torch.device("cuda")
     folder = model_folder(config.model, weights=False, code=config.trust_remote_code)
-    model = apply_quantization(config, load_model_config(config, folder, device), device)
+    model = apply_quantization(config, load_model_config(config, folder), device)
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
     longest, batched = max_model_len(config, model), step_budget(config, gpu=True)
     plan = plan_memory(config, model, dtype, device, longest, batched, gpu_bytes=parse_size(device_memory))

@@ -164,7 +164,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     try:
         folder = model_folder(config.model, weights=False, code=config.trust_remote_code)
         device = pick_device(config)
-        shape = apply_quantization(config, load_model_config(config, folder, device), device)
+        shape = apply_quantization(config, load_model_config(config, folder), device)
         sampling_defaults(config, folder)
         longest = max_model_len(config, shape)
         batched = step_budget(config, gpu=device.type == "cuda")

@@ -116,9 +116,7 @@ class ModelExecutor:
         self._graphs: StepGraphs | None = None
         self._staged: dict[StepShape, StepInputs] = {}  # of captured steps
         self._hidden_outputs = torch.empty(0, device=self.device)  # of captured steps, which all write here
-        if config.cuda_graphs and self._attention.captures and not decoder.captures:
-            logger.info("steps run eagerly: CUDA graphs are not used for models that transformers computes")
-        elif config.cuda_graphs and self._attention.captures:
+        if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
             times.lap("CUDA graphs")
 
@@ -146,7 +144,7 @@ class ModelExecutor:
     ) -> ModelExecutor:
         preload(config, device)
         folder = model_folder(config.model, code=config.trust_remote_code)
-        model = apply_quantization(config, load_model_config(config, folder, device), device)
+        model = apply_quantization(config, load_model_config(config, folder), device)
         dtype = pick_dtype(config, model, device)
         batched = step_budget(config, gpu=device.type == "cuda")
         length = max_model_len(config, model)

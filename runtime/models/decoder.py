@@ -49,8 +49,6 @@ class Decoder:
             MLP and its part of the vocabulary, and two sums a layer join them.
     """
 
-    captures = True  # in CUDA graphs
-
     def __init__(
         self,
         config: ModelConfig,

@@ -27,16 +27,13 @@ from .loader import Progress, dummy_weights, load_weights
 
 logger = logging.getLogger(__name__)
 
-# Whether ``auto`` takes transformers on a GPU. Before it does: tests/gpu/test_models.py -k transformers, on a device.
-AUTO_ON_GPU = False
-
 AnyConfig: TypeAlias = ModelConfig | TransformersConfig
 AnyDecoder: TypeAlias = Decoder | TransformersDecoder
 
 
-def load_model_config(config: EngineConfig, folder: Path, device: torch.device) -> AnyConfig:
-    """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or on a CPU transformers' for
-    an architecture that ours does not have. Raises `LoadError`."""
+def load_model_config(config: EngineConfig, folder: Path) -> AnyConfig:
+    """The config of the implementation that ``config.model_impl`` names. ``auto``: ours, or transformers' for an
+    architecture that ours does not have. Raises `LoadError`."""
     why = "--model-impl transformers"
     if config.model_impl == "native":
         return load_config(folder).for_length(config.max_model_len)
@@ -46,8 +43,6 @@ def load_model_config(config: EngineConfig, folder: Path, device: torch.device) 
         except UnsupportedArchitecture as error:
             if transformers_version() is None:
                 raise LoadError(f"{error}; with transformers it may be: {EXTRA}") from error
-            if device.type == "cuda" and not AUTO_ON_GPU:
-                raise LoadError(f"{error}; --model-impl transformers may serve it, unchecked on GPUs so far") from error
             why = str(error)
     if config.deterministic:
         raise LoadError(

@@ -16,10 +16,8 @@ from torch._C._distributed_c10d import _register_process_group, _SymmetricMemory
 from ...kernels.addends import Addends
 
 BUFFER_BYTES = 64 << 20  # what ranks exchange at once: 8,192 tokens of 4,096 bfloat16
-# Up to here every rank reads all parts; above, each adds up a part for all (two-shot). 0: one-shot and `addends` have
-# run in Triton's interpreter only. To be measured on two devices: 1 MiB, and `BUFFER_BYTES` of addends for two ranks.
-_ONE_SHOT_BYTES = 0
-_ADDENDS_BYTES: dict[int, int] = {}  # the most bytes of `addends`, by the number of ranks; else `_ONE_SHOT_BYTES`
+_ONE_SHOT_BYTES = 1 << 20  # up to here every rank reads all parts; above, each adds up a part for all (two-shot)
+_ADDENDS_BYTES = {2: BUFFER_BYTES}  # the most bytes of `addends`, by the number of ranks; else `_ONE_SHOT_BYTES`
 
 
 class SymmetricGroup:

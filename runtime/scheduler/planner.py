@@ -29,10 +29,6 @@ _MAX_TRIES = 8  # candidates that cannot be admitted before admission ends for t
 _MAX_SKIPS = 64  # later requests admitted before one that does not fit; then they must end before it could start
 _PATIENCE = 32  # times the step's budget: tokens after which a waiting request is overdue (see `policy`)
 _MAX_YIELDS = 4  # running requests retracted in one step so that other owners' can be admitted
-# Short prompts fill a step up to so many query tokens, decodes included: beyond that a step takes as much longer as it
-# has tokens more. Prompts that arrive together then start to decode in different steps, and so do their later turns.
-_FULL_STEP = 512
-_SHORT = 512  # query tokens that a short prompt has left
 _REFRESH = 2  # waiting requests whose cached prefix is looked up again per step (a lookup costs up to 0.1 ms)
 
 
@@ -152,8 +148,6 @@ class Planner:
         samples = done and length < request.limit
         draft.chunks.append(Chunk(request, row, request.tokens[start:end], start, samples))
         draft.budget -= end - start
-        if length - start <= _SHORT:
-            draft.short_tokens += end - start
         r.computed[row] = end
         if done:
             r.phase[row] = DECODE
@@ -188,7 +182,7 @@ class Planner:
                 break
             if self.scores.should_await(request) or self._should_await_producer(request, producers):
                 continue
-            if draft.chunks and (self._should_await_copy(request) or self._should_await_room(draft, request)):
+            if draft.chunks and self._should_await_copy(request):
                 continue
             tries -= 1
             if self._should_await_copies(request):
@@ -293,13 +287,6 @@ class Planner:
         self._ledger.waiting.changed(request)
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
-
-    def _should_await_room(self, draft: Draft, request: Request) -> bool:
-        """Whether it is short, will decode, and the short prompts of this step already fill it."""
-        left = request.num_tokens - request.hit_estimate
-        if left > _SHORT or request.limit <= request.num_tokens + 1 or not draft.short_tokens:
-            return False
-        return len(draft.decode_rows) + draft.short_tokens + left > _FULL_STEP
 
     def _should_await_copies(self, request: Request) -> bool:
         """Whether it would fit, and lower memory tiers are bringing up a part of its prompt."""

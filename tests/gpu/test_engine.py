@@ -34,7 +34,7 @@ def load(folder: Path, **settings: object) -> ModelExecutor:
 def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) -> None:
     """Every captured shape, over a pool of noise: the hidden states, and what the step writes to the pool."""
     executor = load(gpu_checkpoint("llama-gqa"), kv_cache_tokens=16 * 512)
-    graphs, pool, table = executor._graphs, executor._pool._data, executor._table
+    graphs, pool, table = executor._graphs, executor._pool.data, executor._table
     assert graphs is not None
     while executor.prepare_next():
         pass

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
-from branchwise.runtime.models.hf.decoder import TransformersDecoder
 
 FAMILIES_LEFT_OUT = {"llama-linear", "llama-sharded"}  # no other computation than those beside them
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
@@ -42,10 +41,8 @@ def test_logprobs_of_what_transformers_computes(
     graphs: bool,
     gpu_checkpoint: Callable[[str], Path],
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With windows, with experts, and a family of ours; all of them can be captured."""
-    monkeypatch.setattr(TransformersDecoder, "captures", True)
     compare(gpu_checkpoint(family), model_impl="transformers", cuda_graphs=graphs)
     assert "run eagerly" not in caplog.text
 

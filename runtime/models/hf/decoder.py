@@ -28,9 +28,6 @@ class TransformersDecoder:
         ops: the small operations.
     """
 
-    # Not before tests/gpu/test_models.py -k transformers has run on a device with True.
-    captures = False
-
     def __init__(self, config: TransformersConfig, model: Any, ops: Ops) -> None:
         self.config, self._ops = config, ops
         self._layers = decoder_of(model)

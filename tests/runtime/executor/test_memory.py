@@ -51,7 +51,7 @@ def test_few_requests_do_not_bound_what_is_remembered(
         )
         for seqs in (8, 256)
     )
-    most = 0.9 * 141 * GIB - 3 * GIB if device == "cuda" else 4 * GIB
+    most = 0.92 * 141 * GIB - 3 * GIB if device == "cuda" else 4 * GIB
     assert 0.95 * most < many.kv_bytes <= few.kv_bytes <= most
     assert few.max_pages_per_row == 256 and few.page_table_bytes == 8 * 256 * 4
 
@@ -79,7 +79,7 @@ def test_a_gpu_keeps_room_for_the_page_table_and_its_copies(
     found = plan_memory(config, model, torch.bfloat16, torch.device("cuda"), 131_072, 8192)
     taken = 10 * GIB + found.weight_bytes + found.activation_bytes + found.kv_bytes + 3 * found.page_table_bytes
     assert found.page_table_bytes == 1024 * 131_072 * 4
-    assert taken + memory.GPU_RESERVE <= 0.9 * 40 * GIB < taken + memory.GPU_RESERVE + found.layout.token_bytes
+    assert taken + memory.GPU_RESERVE <= 0.92 * 40 * GIB < taken + memory.GPU_RESERVE + found.layout.token_bytes
 
 
 def test_nothing_left(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

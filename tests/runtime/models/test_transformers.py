@@ -98,33 +98,31 @@ def test_auto_takes_ours_where_it_can(
     checkpoint: Callable[[str], Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = EngineConfig()
-    assert isinstance(load_model_config(config, checkpoint("qwen3"), CPU), ModelConfig)
+    assert isinstance(load_model_config(config, checkpoint("qwen3")), ModelConfig)
     with caplog.at_level(logging.INFO):
-        assert load_model_config(config, checkpoint("phi"), CPU).architecture == "PhiForCausalLM"
+        assert load_model_config(config, checkpoint("phi")).architecture == "PhiForCausalLM"
     (line,) = [record.getMessage() for record in caplog.records if "PhiForCausalLM" in record.getMessage()]
     assert "computed by transformers" in line
     with pytest.raises(LoadError, match="PhiForCausalLM is not supported natively"):
-        load_model_config(EngineConfig(model_impl="native"), checkpoint("phi"), CPU)
-    with pytest.raises(LoadError, match="--model-impl transformers may serve it, unchecked on GPUs"):
-        load_model_config(config, checkpoint("phi"), torch.device("cuda"))
+        load_model_config(EngineConfig(model_impl="native"), checkpoint("phi"))
     monkeypatch.setattr(library, "find_spec", lambda name: None)
     with pytest.raises(LoadError, match=r"PhiForCausalLM is not supported natively.*pip install 'transformers>=5.0'"):
-        load_model_config(config, checkpoint("phi"), CPU)
+        load_model_config(config, checkpoint("phi"))
     with pytest.raises(LoadError, match=r"pip install 'transformers>=5.0'"):
-        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("qwen3"), CPU)
+        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("qwen3"))
 
 
 def test_an_old_version_is_refused(checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library.metadata, "version", lambda name: "4.57.1")
     with pytest.raises(LoadError, match=r"needs transformers 5.0 or newer, not 4.57.1"):
-        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("phi"), CPU)
+        load_model_config(EngineConfig(model_impl="transformers"), checkpoint("phi"))
 
 
 def test_deterministic_is_refused(checkpoint: Callable[[str], Path]) -> None:
     with pytest.raises(LoadError, match="--deterministic cannot"):
         check(EngineConfig(model_impl="transformers", deterministic=True))
     with pytest.raises(LoadError, match="--deterministic: not with"):
-        load_model_config(EngineConfig(deterministic=True), checkpoint("phi"), CPU)
+        load_model_config(EngineConfig(deterministic=True), checkpoint("phi"))
 
 
 _SMALL = {

@@ -89,7 +89,7 @@ def test_what_cannot_be_split_is_refused(
 ) -> None:
     config = EngineConfig(model_impl="transformers", tensor_parallel_size=ranks)
     with pytest.raises(LoadError, match=f"--tensor-parallel-size {ranks}: .*{reason}") as raised:
-        load_model_config(config, checkpoint(family), CPU)
+        load_model_config(config, checkpoint(family))
     assert "\n" not in str(raised.value)
 
 

@@ -97,21 +97,6 @@ def test_prefill_chunks_share_steps_with_decodes(make_driver, overlap):
     driver.verify()
 
 
-@pytest.mark.parametrize("max_tokens, steps", [(8, 5), (1, 1)])
-def test_short_prompts_that_will_decode_fill_a_step_and_no_more(make_driver, max_tokens, steps):
-    """Twenty of 100 tokens: five in each step, so that they do not decode in lockstep. Without decodes, all at once."""
-    driver = make_driver(num_pages=1024, max_len=1024, max_num_seqs=32, max_num_batched_tokens=8192)
-    for i in range(20):
-        driver.add(prompt(100, start=2 + i), max_tokens=max_tokens)
-    long = driver.add(prompt(300, start=30) * 2, max_tokens=max_tokens)  # is not put off
-    driver.drain()
-    with_prompts = [plan for plan in driver.executor.plans if plan.starts]
-    assert len(with_prompts) == steps
-    assert long in driver.finished and with_prompts[0].num_tokens == (5 if max_tokens > 1 else 20) * 100 + 600
-    assert all(plan.num_tokens <= 512 for plan in with_prompts[1:])
-    driver.verify()
-
-
 @BOTH
 def test_retraction_when_the_pool_is_too_small_for_what_was_hoped(make_driver, overlap):
     driver = make_driver(overlap=overlap, num_pages=24, page_size=4)
