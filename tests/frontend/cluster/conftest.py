@@ -159,8 +159,8 @@ async def start_cluster(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Any]:
         settings = ClusterConfig(replicas=replicas, engine=ENGINE | (engine or {}), server=NULL | server)
         cluster = LocalCluster(settings.replica("a secret of the test"))
         made.append(cluster)
-        for _ in range(replicas):
-            await cluster.add()
+        started = await asyncio.gather(*(cluster.add() for _ in range(replicas)))
+        cluster.replicas = {replica.name: replica for replica in started}
         return cluster
 
     yield start

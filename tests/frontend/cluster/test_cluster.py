@@ -235,23 +235,9 @@ async def test_a_new_replica_is_warmed_for_every_key_and_salt(start_cluster: Any
         assert await cached(new.name, key, salt, [*prompt, 8]) >= 144, "whole pages of it"
 
 
-async def test_a_session_stays_together(start_cluster: Any) -> None:
-    cluster = await start_cluster(3)
-    gateway, other = await cluster.gateway(), await cluster.gateway()
-    homes = {}
-    for session in map(str, range(12)):
-        for number, http in enumerate((gateway.http, other.http, gateway.http)):
-            body = {"prompt": ids(64, 7 * number + 13 * int(session)), "max_tokens": 1}
-            answer = await http.post("/v1/completions", json=body, headers={"x-session-id": session})
-            assert homes.setdefault(session, replica_of(answer)) == replica_of(answer)
-    assert len(set(homes.values())) == 3
-
-
-async def test_a_program_of_the_language_stays_on_one_replica(start_cluster: Any) -> None:
-    """With and without branches. Its first prompt goes where that is cached; then it stays, even if that replica has
-    become the busiest."""
-    cluster = await start_cluster(2)
-    gateway = await cluster.gateway()
+async def programs_stay_on_one_replica(gateway: Any) -> None:
+    """Of our language, with and without branches. The first prompt of a program goes where that is cached; then it
+    stays, even if that replica has become the busiest."""
     homes: list[list[str]] = []
     dispatch = gateway.app._dispatch
 
@@ -290,6 +276,19 @@ async def test_a_program_of_the_language_stays_on_one_replica(start_cluster: Any
             gateway.view.router._loads[4, gateway.view._numbers[homes[0][0]]] = 1e6
         assert all(len(set(each)) == 1 and len(each) >= 4 for each in homes), homes
         assert homes[0][0] == homes[1][0] != homes[2][0] == homes[3][0]
+
+
+async def test_sessions_and_programs_stay_together(start_cluster: Any) -> None:
+    cluster = await start_cluster(3)
+    gateway, other = await cluster.gateway(), await cluster.gateway()
+    homes = {}
+    for session in map(str, range(12)):
+        for number, http in enumerate((gateway.http, other.http, gateway.http)):
+            body = {"prompt": ids(64, 7 * number + 13 * int(session)), "max_tokens": 1}
+            answer = await http.post("/v1/completions", json=body, headers={"x-session-id": session})
+            assert homes.setdefault(session, replica_of(answer)) == replica_of(answer)
+    assert len(set(homes.values())) == 3
+    await programs_stay_on_one_replica(gateway)
 
 
 async def test_a_new_replica_is_warmed_and_a_stopped_one_finishes(start_cluster: Any) -> None:
