@@ -65,8 +65,9 @@ def _fp8_linear(
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     split = tl.program_id(2)
-    # Beyond the edges the last channel or token is read again, which needs no mask in the loop.
-    row, token = tl.minimum(n, N - 1), tl.minimum(t, tokens - 1)
+    # Beyond the edges the first channels and tokens are read again, which needs no mask in the loop. Not the last one
+    # each time: on an H200, 96 tokens in a tile of 128 then take 1.6 times as long as 128.
+    row, token = n % N, t % tokens
     STEPS: tl.constexpr = (K + INPUTS * SPLITS - 1) // (INPUTS * SPLITS)
     k = split * (STEPS * INPUTS) + tl.arange(0, INPUTS)
     weight_ptrs = weight_ptr + row[:, None].to(tl.int64) * K + k[None, :]
