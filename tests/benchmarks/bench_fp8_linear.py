@@ -26,7 +26,7 @@ from branchwise.kernels.triton_fp8 import Tile, fp8_linear_in_tiles
 
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 SHAPES = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
-TOKENS = (1, 16, 64, 256, 2048)
+TOKENS = (1, 16, 64, 96, 128, 160, 192, 256, 2048)
 SWEPT = (16, 64, 128, 256)
 DISTINCT = 160 << 20  # bytes of weights that take turns: three times the L2 cache of an H200
 SHARED_MEMORY = 227 << 10

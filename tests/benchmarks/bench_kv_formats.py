@@ -45,7 +45,7 @@ CASES = [
 NARROW = [(16, 32, 1, 3), (16, 32, 1, 5), (16, 64, 2, 5), (16, 64, 4, 4)]
 IN_REGISTERS = [(8, 16, 1, 1, 16), (8, 32, 1, 1, 16)]
 WORKERS = (8, 16, 24, 32)  # programs a multiprocessor, for the tiles in registers
-WIDE = [(64, 64, 4, 5), (128, 64, 8, 5)]
+WIDE = [(64, 64, 4, 5), (128, 64, 8, 4), (128, 64, 8, 5), (128, 64, 4, 5), (128, 128, 8, 3), (128, 32, 8, 5)]
 
 
 def filled(choice: str, pages: int) -> KVPool:
