@@ -28,9 +28,12 @@ def template_messages(
     user's becomes ``user`` for one that accepts no such turn. Neighbouring system turns are one message, and so are
     neighbouring turns of another role where the template refuses two in a row. Text parts stay a list where the
     template reads lists of parts, so they join as it joins them; elsewhere they become one string, as does the last
-    turn if it is continued. Raises `InvalidRequest` naming the client's field.
+    turn if it is continued. Where the template writes one call of a turn, each call is a turn, with its results behind
+    it. Raises `InvalidRequest` naming the client's field.
     """
     probes, messages, last = template.probes, [], turns[-1] if continue_final else None
+    if any(len(turn.calls) > 1 for turn in turns) and not probes.writes_all_calls:
+        turns = list(_one_call_each(turns, last))
     for role, group in itertools.groupby(_with_roles(turns, probes), key=lambda entry: entry[0]):
         alike = [turn for _, turn in group]
         if role == "system" or (role in _REPEATED and len(alike) > 1 and not probes.accepts(*_REPEATED[role])):
@@ -41,6 +44,28 @@ def template_messages(
 
 
 _REPEATED = {"user": ("user", "user"), "assistant": ("user", "assistant", "assistant", "user")}
+
+
+def _one_call_each(turns: Sequence[ChatTurn], continued: ChatTurn | None) -> Iterator[ChatTurn]:
+    """``turns`` with at most one call in each, followed by its results; those that name no call of the turn stay behind
+    the last one."""
+    at = 0
+    while at < len(turns):
+        turn, at = turns[at], at + 1
+        if len(turn.calls) < 2 or turn is continued:
+            yield turn
+            continue
+        results = list(itertools.takewhile(lambda result: result.role == "tool", turns[at:]))
+        at += len(results)
+        parts = [part for part in turn.parts if not isinstance(part, CallPart)]
+        for call in turn.calls:
+            yield msgspec.structs.replace(turn, parts=[*parts, call])
+            parts = []
+            if call is turn.calls[-1]:
+                yield from results
+            else:
+                yield from (result for result in results if result.call_id == call.id)
+                results = [result for result in results if result.call_id != call.id]
 
 
 def _with_roles(turns: Sequence[ChatTurn], probes: TemplateProbes) -> Iterator[tuple[str, ChatTurn]]:

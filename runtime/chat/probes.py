@@ -60,6 +60,14 @@ class TemplateProbes:
         turn = _calling("{}") | {"content": "x"}
         return bool(self._rendered([_USER, turn | {"reasoning_content": "y"}]) or not self._rendered([_USER, turn]))
 
+    @cached_property
+    def writes_all_calls(self) -> bool:
+        """Whether the template writes every call of a turn. GPT-OSS's writes the first, Llama 3's refuses a second."""
+        arguments: str | dict[str, Any] = "{}" if self.keeps_arguments else {}
+        one, two = (_calling(arguments, name) for name in ("branchwise-first", "branchwise-second"))
+        both = self._rendered([_USER, one | {"tool_calls": one["tool_calls"] + two["tool_calls"]}])
+        return "branchwise-second" in both or "branchwise-first" not in self._rendered([_USER, one])
+
     @property
     def accepts_late_system(self) -> bool:
         """Whether a system message may follow any other. Checked twice: some templates only count turns."""
@@ -106,6 +114,6 @@ class TemplateProbes:
             return ""
 
 
-def _calling(arguments: str) -> dict[str, Any]:
-    call = {"type": "function", "id": _ID, "function": {"name": "probe", "arguments": arguments}}
+def _calling(arguments: str | dict[str, Any], name: str = "probe") -> dict[str, Any]:
+    call = {"type": "function", "id": _ID, "function": {"name": name, "arguments": arguments}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}

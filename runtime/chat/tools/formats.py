@@ -228,7 +228,7 @@ TOOL_FORMATS = {
         ),
         ToolFormat(
             "lfm2",
-            ("pythonic",),
+            ("pythonic", "json"),
             Written(
                 "NAME(",
                 ")",

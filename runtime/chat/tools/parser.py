@@ -31,7 +31,7 @@ from .channels import Messages
 from .definitions import Tool
 from .events import Event, Parsed, assemble
 from .format_types import ReasoningFormat, ToolFormat
-from .formats import check_together, reasoning_format, tool_format
+from .formats import reasoning_format, tool_format
 from .output import CallWriter, Output, long_id, short_id
 from .reader import Malformed, Markers, Reader, Wait
 
@@ -41,7 +41,7 @@ class StreamParser:
 
     ``tools``: the tools the model was given; None takes any name for a tool's. ``reasoning_open``: the prompt ended
     inside reasoning (`detect.ends_in_reasoning`). ``unknown_tools``: what a call of another tool is. ``new_id`` makes
-    call ids. Raises ValueError for formats that one output cannot have (`formats.check_together`).
+    call ids. Raises ValueError for formats whose markers cannot be told apart.
 
     Costs time linear in the text, however it is cut, and memory for what cannot be decided yet.
     """
@@ -58,7 +58,6 @@ class StreamParser:
     ) -> None:
         self._format = tool_format(tools_format) if isinstance(tools_format, str) else tools_format
         self._reasoning = reasoning_format(reasoning) if isinstance(reasoning, str) else reasoning
-        check_together(self._format, self._reasoning)
         if reasoning_open and self._reasoning is None:
             raise ValueError("reasoning_open needs a reasoning format")
         self._tools = None if tools is None else {tool.name: tool for tool in tools}
@@ -82,8 +81,8 @@ class StreamParser:
         self._call: CallWriter | None = None
         self._hold_call = False
         self._bare_call = False
-        form = self._format or self._reasoning
-        channels = form.channels if form is not None else None
+        forms = (each.channels for each in (self._format, self._reasoning) if each is not None)
+        channels = next((form for form in forms if form is not None), None)
         if channels is None:
             self._reading = self._read(reasoning_open)
         else:
@@ -236,6 +235,8 @@ class StreamParser:
         while not bare and (yield from reader.literal(format.before)):
             following = yield from reader.space()
         is_json = "json" in format.payloads and following in ("{", "[")
+        if is_json and following == "[" and "pythonic" in format.payloads and not bare:
+            is_json = bool((yield from reader.ahead(_JSON_LISTS)))
         self._bare_call, self._hold_call = bare, bare and is_json
         if is_json:
             yield from payloads.json_calls(reader, self, format, bare)
@@ -275,6 +276,7 @@ class StreamParser:
             self._out.markup()
 
 
+_JSON_LISTS = ("[{", "[ {", "[\n{", "[\n  {", "[\n    {")  # the others are of Python
 _EXTRA = re.compile(r"[}\]]+")  # closing brackets too many: small models write them
 
 

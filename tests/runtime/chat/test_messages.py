@@ -219,3 +219,26 @@ def test_text_in_a_templates_own_braces_is_no_argument_kept() -> None:
     )
     assert not ChatTemplate(source + "{% endfor %}", {}).probes.keeps_arguments
     assert VERBATIM.probes.keeps_arguments
+
+
+ONE_CALL = (
+    "{% for m in messages %}{% if m.tool_calls %}REFUSE{% set call = m.tool_calls[0].function %}"
+    "{{ m.thinking or '' }}>{{ call.name }}{{ call.arguments | tojson }}{% else %}<{{ m.content }}{% endif %}"
+    "{% endfor %}"
+)
+SINGLE = "{% if m.tool_calls | length > 1 %}{{ raise_exception('only single tool-calls') }}{% endif %}"
+
+
+@pytest.mark.parametrize("refuse", ["", SINGLE])
+def test_calls_of_one_turn_are_turns_where_the_template_writes_one(refuse: str) -> None:
+    """GPT-OSS's writes the first, and its name above every result; Llama 3's refuses the second."""
+    source = ONE_CALL.replace("REFUSE", refuse)
+    assert not ChatTemplate(source, {}).probes.writes_all_calls and PLAIN.probes.writes_all_calls
+    calls = [{"id": f"c{i}", "type": "function", "function": {"name": f"f{i}", "arguments": "{}"}} for i in range(3)]
+    results = [{"role": "tool", "content": f"r{i}", "tool_call_id": f"c{i}"} for i in (1, 0, 2)]
+    turn = {"role": "assistant", "content": "", "reasoning_content": "Hm.", "tool_calls": calls}
+    user = {"role": "user", "content": "x"}
+    assert rendered(source, user, turn, *results, user) == "<xHm.>f0{}<r0>f1{}<r1>f2{}<r2<x"
+    assert rendered(source, user, turn, results[0], user) == "<xHm.>f0{}>f1{}<r1>f2{}<x"
+    assert rendered(source, user, turn) == "<xHm.>f0{}>f1{}>f2{}"
+    assert rendered(source, user, turn | {"tool_calls": calls[:1]}, *results[1:]) == "<xHm.>f0{}<r0<r2"

@@ -77,7 +77,7 @@ ANSWERS: dict[str, dict[str, Any]] = {
     "text and a call": {"content": "Let me look.", "tool_calls": CALLS[:1]},
 }
 # What a family's template does not write.
-LACKS = {("harmony", "calls"), ("harmony", "text and a call"), ("cohere", "text and a call")}
+LACKS = {("harmony", "text and a call"), ("cohere", "text and a call")}
 
 
 @pytest.mark.parametrize("thought", ["Cologne.\nThree days?", ""])
