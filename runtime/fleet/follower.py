@@ -11,7 +11,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from .kv_events import END_OF_REPLAY, sequence_frame, sequence_number
+from .kv_events import END_OF_REPLAY, IndexEvent, sequence_frame, sequence_number
 
 logger = logging.getLogger(__name__)
 
@@ -21,32 +21,11 @@ MAX_RETRY_SECONDS = 10.0
 HIGH_WATER = 10_000  # batches queued here at most; more are dropped, which is a gap
 
 
-class Change(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):
-    """A `BlockStored` without its tokens, which an index does not need: decoding skips them."""
-
-    block_hashes: list[int]
-    medium: str | None = None
-
-
-class Removal(msgspec.Struct, tag_field="type", tag="BlockRemoved", gc=False):
-    """A `BlockRemoved`."""
-
-    block_hashes: list[int]
-    medium: str | None = None
-
-
-class Clearing(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", gc=False):
-    """An `AllBlocksCleared`."""
-
-
-Event = Change | Removal | Clearing
-
-
 class Batch(msgspec.Struct, array_like=True, gc=False):
     """A `KVEventBatch`."""
 
     ts: float
-    events: list[Event]
+    events: list[IndexEvent]
     data_parallel_rank: int | None = None
 
 
@@ -61,7 +40,7 @@ class Snapshot(msgspec.Struct):
 class Sink:
     """Receives a follower's events. `view.FleetView` has one for each replica."""
 
-    def apply(self, events: list[Event]) -> None:
+    def apply(self, events: list[IndexEvent]) -> None:
         """The next events, in order."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from .kv_events import LEVELS, SLOWEST, AllBlocksCleared, BlockRemoved, BlockStored
+from .kv_events import LEVELS, SLOWEST, BlockRemoved, IndexEvent, StoredHashes
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
@@ -34,10 +34,10 @@ class PrefixIndex:
         """Blocks that the replica has, one on two levels counted twice."""
         return sum(len(blocks.get(replica, ())) for blocks in self._blocks)
 
-    def apply(self, replica: int, events: Iterable[BlockStored | BlockRemoved | AllBlocksCleared]) -> None:
+    def apply(self, replica: int, events: Iterable[IndexEvent]) -> None:
         """Applies one batch of a replica's events. Storing a block twice or removing an unknown one has no effect."""
         for event in events:
-            if isinstance(event, BlockStored):
+            if isinstance(event, StoredHashes):
                 self.store(replica, event.block_hashes, event.medium)
             elif isinstance(event, BlockRemoved):
                 self.remove(replica, event.block_hashes, event.medium)

@@ -32,6 +32,13 @@ class BlockStored(KVEvent):
     cache_salt: str | None = None  # the namespace; None: the default one
 
 
+class StoredHashes(KVEvent, tag="BlockStored"):
+    """A `BlockStored` as an index reads it: decoding skips the tokens."""
+
+    block_hashes: list[int]
+    medium: str | None = None
+
+
 class BlockRemoved(KVEvent):
     """Blocks left a tier; what continues them has left before."""
 
@@ -41,6 +48,9 @@ class BlockRemoved(KVEvent):
 
 class AllBlocksCleared(KVEvent):
     """No tier has a block any more."""
+
+
+IndexEvent = StoredHashes | BlockRemoved | AllBlocksCleared
 
 
 class KVEventBatch(msgspec.Struct, array_like=True, gc=False):

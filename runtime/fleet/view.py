@@ -9,7 +9,8 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import msgspec
 import numpy as np
 
-from .follower import Change, Event, Follower, Removal, Sink
+from .follower import Follower, Sink
+from .kv_events import IndexEvent
 from .router import FleetRouter, Sent
 
 K = TypeVar("K")
@@ -155,15 +156,8 @@ class _Events(Sink):
     def __init__(self, router: FleetRouter, number: int) -> None:
         self._router, self._number = router, number
 
-    def apply(self, events: list[Event]) -> None:
-        index = self._router.index
-        for event in events:
-            if isinstance(event, Change):
-                index.store(self._number, event.block_hashes, event.medium)
-            elif isinstance(event, Removal):
-                index.remove(self._number, event.block_hashes, event.medium)
-            else:
-                index.clear(self._number)
+    def apply(self, events: list[IndexEvent]) -> None:
+        self._router.index.apply(self._number, events)
 
     def reset(self) -> None:
         self._router.index.clear(self._number)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from branchwise.runtime.fleet.choice import Loads, choose, costs
 from branchwise.runtime.fleet.index import PrefixIndex
-from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, StoredHashes
 from branchwise.runtime.fleet.router import FleetRouter
 from branchwise.runtime.fleet.view import FleetView, RoutingHint
 
@@ -40,7 +40,7 @@ def test_the_index_finds_how_far_each_replica_goes(depths: list[tuple[int, int]]
 def test_events_of_one_replica_do_not_touch_another() -> None:
     index = PrefixIndex()
     for replica in (0, 1):
-        index.apply(replica, [BlockStored([1, 2, 3], None, [], 4, None), BlockStored([4], 3, [], 4, None)])
+        index.apply(replica, [StoredHashes([1, 2, 3]), StoredHashes([4])])
     index.apply(1, [BlockRemoved([4]), BlockRemoved([99])])
     assert index.overlap([1, 2, 3, 4], 3).tolist() == [4, 3, 0]
     index.apply(0, [AllBlocksCleared()])
