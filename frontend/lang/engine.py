@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...runtime.errors import BranchwiseError, InvalidRequest
@@ -15,32 +14,10 @@ from .token_backend import SampleReply, TokenBackend
 
 if TYPE_CHECKING:
     from ...runtime.engine.base import EngineBase
-    from ...runtime.engine.request_output import StreamChunk
-    from ...runtime.logprobs import TokenLogprob
-    from ...runtime.messages import CacheReport
     from ...runtime.outputs import Output
     from ...runtime.step import Int32
 
 CONSTRAINTS = frozenset({"regex", "json_schema"}) & set(SamplingParams.__struct_fields__)
-
-
-@dataclass
-class _Streamed:
-    """The chunks of a stream put together, with the fields of an `Output`."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    cache: CacheReport | None = None
-    matched: int | str | None = None
-    finish_reason: str | None = None
-
-    def feed(self, chunk: StreamChunk) -> None:
-        self.text += chunk.text
-        self.token_ids += chunk.token_ids
-        self.logprobs += chunk.logprobs
-        self.cache = chunk.cache or self.cache
-        self.matched, self.finish_reason = chunk.matched, chunk.finish_reason
 
 
 class EngineBackend(TokenBackend):
@@ -70,14 +47,13 @@ class EngineBackend(TokenBackend):
         params = self._engine.default_params(**request.options, **request.constraint)
         ids = array("i", prompt.tobytes())
         self.usage.requests += 1
-        samples: list[Output] | list[_Streamed]
+        samples: list[Output] = []
         try:
             if on_delta is None:
                 samples = (await self._engine.agenerate(ids, params, cache_salt=salt or "")).outputs
             else:
-                samples = [_Streamed()]
                 async for chunk in self._engine.astream(ids, params, cache_salt=salt or ""):
-                    samples[0].feed(chunk)
+                    samples = [chunk.output]
                     if chunk.text:
                         on_delta(chunk.text)
         except BranchwiseError as error:
@@ -103,9 +79,7 @@ def _backend_error(error: BranchwiseError) -> BackendError:
     return BackendError(str(error), status=error.status if isinstance(error, InvalidRequest) else 0)
 
 
-def _meta(
-    sample: Output | _Streamed, prompt_tokens: int, params: SamplingParams, codec: Codec | None
-) -> dict[str, Any]:
+def _meta(sample: Output, prompt_tokens: int, params: SamplingParams, codec: Codec | None) -> dict[str, Any]:
     """The sample's facts in the form of the server's ``meta_info``."""
     count, cache = len(sample.token_ids), sample.cache
     finish: dict[str, Any] = {"type": sample.finish_reason}

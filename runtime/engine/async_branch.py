@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Awaitable, Sequence
-from typing import Any, Literal, overload
+from typing import Any, Literal, Unpack, overload
 
-from ..messages import BranchOp
+from ..messages import BranchOp, BranchRun
 from ..sampling_params import SamplingParams
 from ..scheduler.branches.scores import Score, ScoreCollector
 from .base import EngineBase
 from .branch import BranchBase, ignore_gone, scored, token_ids
-from .prompts import BranchPiece, Prompt
-from .request_output import Collector, RequestOutput, StreamChunk
+from .prompts import BranchPiece, Prompt, RunOptions
+from .request_output import RequestOutput, StreamChunk
 
 
 class AsyncBranch(BranchBase):
@@ -32,64 +32,26 @@ class AsyncBranch(BranchBase):
 
     @overload
     def generate(
-        self,
-        params: SamplingParams | None = None,
-        *,
-        extend: Prompt | None = None,
-        parse_special: bool = False,
-        priority: int = 0,
-        stream: Literal[False] = False,
+        self, params: SamplingParams | None = None, *, stream: Literal[False] = False, **options: Unpack[RunOptions]
     ) -> Awaitable[RequestOutput]: ...
 
     @overload
     def generate(
-        self,
-        params: SamplingParams | None = None,
-        *,
-        extend: Prompt | None = None,
-        parse_special: bool = False,
-        priority: int = 0,
-        stream: Literal[True],
+        self, params: SamplingParams | None = None, *, stream: Literal[True], **options: Unpack[RunOptions]
     ) -> AsyncIterator[StreamChunk]: ...
 
     def generate(
-        self,
-        params: SamplingParams | None = None,
-        *,
-        extend: Prompt | None = None,
-        parse_special: bool = False,
-        priority: int = 0,
-        stream: bool = False,
+        self, params: SamplingParams | None = None, *, stream: bool = False, **options: Unpack[RunOptions]
     ) -> Awaitable[RequestOutput] | AsyncIterator[StreamChunk]:
         """`Branch.generate`: an awaitable of a `RequestOutput`; with ``stream`` an asynchronous iterator."""
-        if stream:
-            return self.stream(params, extend=extend, parse_special=parse_special, priority=priority)
-        return self._generate(params, extend, parse_special, priority)
+        return self.stream(params, **options) if stream else self._complete(self._generation(params, **options))
 
-    async def _generate(
-        self, params: SamplingParams | None, extend: Prompt | None, parse_special: bool, priority: int
-    ) -> RequestOutput:
-        run = self._generation(params, extend, parse_special, priority)
-        collector = Collector(run.ids)
-        async with contextlib.aclosing(self._thread.afollow([run])) as deltas:
-            async for delta in deltas:
-                collector.feed(delta)
-        return collector.result
+    async def _complete(self, run: BranchRun) -> RequestOutput:
+        return (await self._thread.acomplete([run]))[0]
 
-    async def stream(
-        self,
-        params: SamplingParams | None = None,
-        *,
-        extend: Prompt | None = None,
-        parse_special: bool = False,
-        priority: int = 0,
-    ) -> AsyncIterator[StreamChunk]:
+    def stream(self, params: SamplingParams | None = None, **options: Unpack[RunOptions]) -> AsyncIterator[StreamChunk]:
         """`Branch.stream`."""
-        run = self._generation(params, extend, parse_special, priority)
-        collector = Collector(run.ids)
-        async with contextlib.aclosing(self._thread.afollow([run])) as deltas:
-            async for delta in deltas:
-                yield collector.feed(delta)
+        return self._thread.astream(self, self._generation(params, **options))
 
     async def score(
         self, continuations: Sequence[Prompt], *, parse_special: bool = False, unconditional: bool = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from concurrent.futures import Future
@@ -18,8 +17,19 @@ from ..sampling_params import SamplingParams, validate
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
 from .loading import load_engine
-from .prompts import ChatOptions, Messages, Prompt, chat_batch, chat_tokens, prompt_batch, prompt_tokens
-from .request_output import BatchCollector, Collector, RequestOutput, StreamChunk
+from .prompts import (
+    BatchParams,
+    ChatOptions,
+    ChatRequestOptions,
+    Messages,
+    Prompt,
+    RequestOptions,
+    chat_batch,
+    chat_tokens,
+    prompt_batch,
+    prompt_tokens,
+)
+from .request_output import RequestOutput, StreamChunk
 from .thread import EngineThread
 
 
@@ -68,85 +78,55 @@ class EngineBase:
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
         return validate(self.default_params() if params is None else params, self.vocab_size)
 
-    def _request(self, prompt: Prompt, params: SamplingParams | None, cache_salt: str, priority: int) -> Generate:
-        params = self._checked(params)
-        tokens = prompt_tokens(self.tokenizer, prompt, self.vocab_size).astype("<i4", copy=False).tobytes()
-        ids = self._thread.new_ids(params.n)
-        return Generate(ids, params, tokens=tokens, namespace=("", cache_salt), priority=priority)
-
     def _requests(
-        self, items: Iterable[tuple[Prompt, SamplingParams | None]], cache_salt: str, priority: int
+        self, items: Iterable[tuple[Prompt, SamplingParams | None]], *, cache_salt: str = "", priority: int = 0
     ) -> list[Generate]:
-        return [self._request(prompt, params, cache_salt, priority) for prompt, params in items]
+        requests = []
+        for prompt, given in items:
+            params = self._checked(given)
+            tokens = prompt_tokens(self.tokenizer, prompt, self.vocab_size).astype("<i4", copy=False).tobytes()
+            ids = self._thread.new_ids(params.n)
+            requests.append(Generate(ids, params, tokens=tokens, namespace=("", cache_salt), priority=priority))
+        return requests
 
-    async def astream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> AsyncIterator[StreamChunk]:
         """`Engine.stream` for asyncio. Cancelling the task aborts the request."""
-        request = self._request(prompt, params, cache_salt, priority)
-        collector = Collector(request.ids)
-        async with contextlib.aclosing(self._thread.afollow([request])) as deltas:
-            async for delta in deltas:
-                yield collector.feed(delta)
+        return self._thread.astream(self, *self._requests([(prompt, params)], **options))
 
     @overload
     async def agenerate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too, and one prompt
-        self, prompts: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+        self, prompts: Prompt, params: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> RequestOutput: ...
 
     @overload
     async def agenerate(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        self, prompts: Sequence[Prompt], params: BatchParams = None, **options: Unpack[RequestOptions]
     ) -> list[RequestOutput]: ...
 
     async def agenerate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        self, prompts: Prompt | Sequence[Prompt], params: BatchParams = None, **options: Unpack[RequestOptions]
     ) -> RequestOutput | list[RequestOutput]:
         """`Engine.generate` for asyncio. Cancelling the task, or a failure of one prompt, aborts all of them."""
         single, items = prompt_batch(prompts, params)
-        requests = self._requests(items, cache_salt, priority)
-        batch = BatchCollector(requests)
-        async with contextlib.aclosing(self._thread.afollow(requests)) as deltas:
-            async for delta in deltas:
-                batch.feed(delta)
-        return batch.results[0] if single else batch.results
+        results = await self._thread.acomplete(self._requests(items, **options))
+        return results[0] if single else results
 
     @overload
     async def achat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        **options: Unpack[ChatOptions],
+        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[ChatRequestOptions]
     ) -> RequestOutput: ...
 
     @overload
     async def achat(
-        self,
-        messages: Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        **options: Unpack[ChatOptions],
+        self, messages: Sequence[Messages], params: BatchParams = None, **options: Unpack[ChatRequestOptions]
     ) -> list[RequestOutput]: ...
 
     async def achat(
         self,
         messages: Messages | Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: BatchParams = None,
         *,
         cache_salt: str = "",
         priority: int = 0,

@@ -7,7 +7,6 @@ print(engine.chat([{"role": "user", "content": "Who are you?"}]).text)
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Self, Unpack, overload
@@ -16,8 +15,18 @@ from ..sampling_params import SamplingParams
 from ..scheduler.branches.scores import Score
 from .base import EngineBase
 from .branch import Branch
-from .prompts import BranchPiece, ChatOptions, Messages, Prompt, chat_batch, prompt_batch
-from .request_output import BatchCollector, Collector, RequestOutput, StreamChunk
+from .prompts import (
+    BatchParams,
+    BranchPiece,
+    ChatOptions,
+    ChatRequestOptions,
+    Messages,
+    Prompt,
+    RequestOptions,
+    chat_batch,
+    prompt_batch,
+)
+from .request_output import RequestOutput, StreamChunk
 
 
 class Engine(EngineBase):
@@ -29,73 +38,43 @@ class Engine(EngineBase):
 
     @overload
     def generate(  # type: ignore[overload-overlap]  # a str is a Sequence[str] too, and one prompt
-        self, prompts: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+        self, prompts: Prompt, params: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> RequestOutput: ...
 
     @overload
     def generate(
-        self,
-        prompts: Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        self, prompts: Sequence[Prompt], params: BatchParams = None, **options: Unpack[RequestOptions]
     ) -> list[RequestOutput]: ...
 
     def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
+        self, prompts: Prompt | Sequence[Prompt], params: BatchParams = None, **options: Unpack[RequestOptions]
     ) -> RequestOutput | list[RequestOutput]:
         """Blocks until everything is generated. One prompt (text or token ids) gives a `RequestOutput`, a list of
         prompts a list of them in order. Raises `InvalidRequest` (a ValueError) naming the field and the limit."""
         single, items = prompt_batch(prompts, params)
-        requests = self._requests(items, cache_salt, priority)
-        batch = BatchCollector(requests)
-        with contextlib.closing(self._thread.follow(requests)) as deltas:
-            for delta in deltas:
-                batch.feed(delta)
-        return batch.results[0] if single else batch.results
+        results = self._thread.complete(self._requests(items, **options))
+        return results[0] if single else results
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, cache_salt: str = "", priority: int = 0
+        self, prompt: Prompt, params: SamplingParams | None = None, **options: Unpack[RequestOptions]
     ) -> Iterator[StreamChunk]:
         """Yields text as it is generated; leaving the loop early aborts the request."""
-        request = self._request(prompt, params, cache_salt, priority)
-        collector = Collector(request.ids)
-        with contextlib.closing(self._thread.follow([request])) as deltas:
-            for delta in deltas:
-                yield collector.feed(delta)
+        return self._thread.stream(self, *self._requests([(prompt, params)], **options))
 
     @overload
     def chat(
-        self,
-        messages: Messages,
-        params: SamplingParams | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        **options: Unpack[ChatOptions],
+        self, messages: Messages, params: SamplingParams | None = None, **options: Unpack[ChatRequestOptions]
     ) -> RequestOutput: ...
 
     @overload
     def chat(
-        self,
-        messages: Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
-        cache_salt: str = "",
-        priority: int = 0,
-        **options: Unpack[ChatOptions],
+        self, messages: Sequence[Messages], params: BatchParams = None, **options: Unpack[ChatRequestOptions]
     ) -> list[RequestOutput]: ...
 
     def chat(
         self,
         messages: Messages | Sequence[Messages],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        params: BatchParams = None,
         *,
         cache_salt: str = "",
         priority: int = 0,

@@ -19,7 +19,15 @@ from ..tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 Messages = Sequence[Mapping[str, Any]]  # one conversation, in OpenAI's form
+BatchParams = SamplingParams | Sequence[SamplingParams] | None  # for all prompts of a batch, or one for each
 BranchPiece = Prompt | Messages  # messages: only at a branch's beginning
+
+
+class RequestOptions(TypedDict, total=False):
+    """Keywords of requests. ``priority``: larger is more urgent."""
+
+    cache_salt: str
+    priority: int
 
 
 class ChatOptions(TypedDict, total=False):
@@ -30,6 +38,18 @@ class ChatOptions(TypedDict, total=False):
     add_generation_prompt: bool | None
     continue_final_message: bool
     parse_special: bool
+
+
+class ChatRequestOptions(ChatOptions, RequestOptions, total=False):
+    """Keywords of `Engine.chat`."""
+
+
+class RunOptions(TypedDict, total=False):
+    """Keywords of `Branch.generate`. ``extend``: appended to the branch first."""
+
+    extend: Prompt | None
+    parse_special: bool
+    priority: int
 
 
 def token_array(ids: Sequence[int], vocab_size: int, field: str) -> Int32:
@@ -81,7 +101,7 @@ def chat_batch(
 
 
 def prompt_batch(
-    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    prompts: Prompt | Sequence[Prompt], params: BatchParams
 ) -> tuple[bool, list[tuple[Prompt, SamplingParams | None]]]:
     """Whether ``prompts`` is one prompt, and each prompt with its parameters. Raises `InvalidRequest`."""
     single = isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(p, (int, np.integer)) for p in prompts))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..errors import BranchwiseError, EngineDead, Overloaded
 from ..logprobs import TokenLogprob
-from ..messages import CacheReport, Delta, Finished, Generate
+from ..messages import BranchRun, CacheReport, Delta, Finished, Generate
 from ..outputs import Output
 
 
@@ -64,17 +64,19 @@ class StreamChunk:
     cache: CacheReport | None = None
     matched: int | str | None = None  # the stop token id or stop string that ended it
     logprobs: Sequence[TokenLogprob] = ()
+    output: Output = field(default_factory=Output)  # the sample so far
 
 
 class Collector:
-    """The samples of one prompt while they arrive."""
+    """The samples of prompts while they arrive."""
 
-    def __init__(self, ids: list[int]) -> None:
-        self._outputs = {id: Output(i) for i, id in enumerate(ids)}
+    def __init__(self, messages: Sequence[Generate | BranchRun]) -> None:
+        self._ids = [message.ids for message in messages]
+        self._outputs = {id: Output(i) for ids in self._ids for i, id in enumerate(ids)}
 
     @property
-    def result(self) -> RequestOutput:
-        return RequestOutput(list(self._outputs.values()))
+    def results(self) -> list[RequestOutput]:
+        return [RequestOutput([self._outputs[id] for id in ids]) for ids in self._ids]
 
     def feed(self, delta: Delta) -> StreamChunk:
         """Raises the request's error, if that is how it ended."""
@@ -91,23 +93,8 @@ class Collector:
             delta.cache,
             output.matched,
             output.logprobs[known_logprobs:],
+            output,
         )
-
-
-class BatchCollector:
-    """The outputs of several prompts while they arrive."""
-
-    def __init__(self, requests: Sequence[Generate]) -> None:
-        self._collectors = [Collector(request.ids) for request in requests]
-        self._of = {id: each for each, request in zip(self._collectors, requests, strict=True) for id in request.ids}
-
-    @property
-    def results(self) -> list[RequestOutput]:
-        return [collector.result for collector in self._collectors]
-
-    def feed(self, delta: Delta) -> None:
-        """Raises the request's error, if that is how it ended."""
-        self._of[delta.id].feed(delta)
 
 
 def error_of(finish: Finished) -> BranchwiseError:

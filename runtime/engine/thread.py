@@ -26,6 +26,7 @@ from ..tokenizer.detokenizer import DetokenizerCore
 from ..tokenizer.pieces import encode_message
 from ..tokenizer.tokenizer import Tokenizer
 from .core import EngineCore
+from .request_output import Collector, RequestOutput, StreamChunk
 
 T = TypeVar("T")
 Sink = Callable[[Delta], None]
@@ -140,6 +141,36 @@ class EngineThread:
         finally:
             if unfinished:
                 self.abort(unfinished)
+
+    def complete(self, messages: Sequence[Generate | BranchRun]) -> list[RequestOutput]:
+        """Blocks until all of them are generated. Raises the error of one that fails, and aborts the others."""
+        collector = Collector(messages)
+        with contextlib.closing(self.follow(messages)) as deltas:
+            for delta in deltas:
+                collector.feed(delta)
+        return collector.results
+
+    async def acomplete(self, messages: Sequence[Generate | BranchRun]) -> list[RequestOutput]:
+        """`complete` for asyncio."""
+        collector = Collector(messages)
+        async with contextlib.aclosing(self.afollow(messages)) as deltas:
+            async for delta in deltas:
+                collector.feed(delta)
+        return collector.results
+
+    def stream(self, owner: object, message: Generate | BranchRun) -> Generator[StreamChunk, None, None]:
+        """The output in chunks. Closing the iterator aborts what is left. ``owner``: stays alive until then."""
+        collector = Collector([message])
+        with contextlib.closing(self.follow([message])) as deltas:
+            for delta in deltas:
+                yield collector.feed(delta)
+
+    async def astream(self, owner: object, message: Generate | BranchRun) -> AsyncGenerator[StreamChunk, None]:
+        """`stream` for asyncio."""
+        collector = Collector([message])
+        async with contextlib.aclosing(self.afollow([message])) as deltas:
+            async for delta in deltas:
+                yield collector.feed(delta)
 
     def ask(self, question: Callable[[], T]) -> T:
         """Runs ``question`` on the engine's thread and waits for it; returns or raises its outcome. Raises

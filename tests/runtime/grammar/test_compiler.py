@@ -147,8 +147,7 @@ def test_requests_that_leave_drop_their_grammars(
     running = busy(compiler)
     before = compiler.compiled
     seen: list[Any] = []
-    leaving = [SamplingParams(regex=f"leaves{i}[0-9]") for i in range(20)]
-    requests = [engine._request("x", params, "", 0) for params in leaving]
+    requests = engine._requests([("x", SamplingParams(regex=f"leaves{i}[0-9]")) for i in range(20)])
     engine._thread.submit(requests, seen.append)
     while engine.stats().waiting < 20:
         time.sleep(0.01)

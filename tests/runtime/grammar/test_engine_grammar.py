@@ -220,7 +220,7 @@ def test_an_abort_while_compiling_and_a_compilation_that_takes_too_long(make_eng
     compile_now, go = compiler.backend().compile, threading.Event()
     monkeypatch.setattr(compiler.backend(), "compile", lambda c: go.wait(200) and compile_now(c))
     seen = []
-    request = engine._request(PROMPT, SamplingParams(regex="aborted[0-9]"), "", 0)
+    [request] = engine._requests([(PROMPT, SamplingParams(regex="aborted[0-9]"))])
     engine._thread.submit([request], seen.append)
     while engine.stats().waiting == 0:
         time.sleep(0.01)

@@ -23,7 +23,7 @@ def end_beside_another(engine, params):
     free = SamplingParams(max_tokens=150, ignore_eos=True, temperature=0)
     other = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, free)))
     other.start()
-    engine._thread.submit([engine._request(PROMPT, params, "", 0)], ends.put)
+    engine._thread.submit(engine._requests([(PROMPT, params)]), ends.put)
     while (finish := ends.get(timeout=100).finish) is None:
         pass
     other.join(100)
