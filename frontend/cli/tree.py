@@ -7,14 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import escape, expected_failures, out
+from .console import expected_failures, out
 from .options import LOCAL_SERVER, ApiKey, ServerUrl, ServerUrlFlag, one_of
 
 if TYPE_CHECKING:
-    from rich.text import Text
-    from rich.tree import Tree
+    from rich.console import RenderableType
 
-_SHOWN = 72  # characters of a node's text
+_STYLES = {
+    "cyan": r"(?m)^.+(?=  \[[\d,]+ leases?\]$)",  # the title of a namespace
+    "bold": r"(?m)(?<=─ )[\d,]+ tokens?",
+    "green": r"(?m)(?<=, )[\d,]+ leases?(?=[ ,])",
+    "dim": r"(?m)^[│ ]*[├└]─|  ['\"].*$|….*$",
+}
 
 
 def tree(
@@ -43,53 +47,14 @@ def tree(
             typer.echo(server.get_text(f"{path}&format=text"))
 
 
-def draw(dump: dict[str, Any]) -> Tree:
-    """The tree for rich: a branch for each node, with its tokens, how its text begins, and how many requests use it."""
-    from rich.tree import Tree
-
-    from ...runtime.server.http.native.tree_text import counted, namespace_title
-
-    totals = dump["totals"]
-    page_size = totals["page_size"]
-    title = "[bold]cached[/]"
-    if "nodes" in totals:  # a tenant's view has no sums
-        tokens, nodes = counted(totals["cached"] * page_size, "token"), counted(totals["nodes"], "node")
-        title = (
-            f"[bold]{tokens} cached[/] in {nodes}; {totals['cached']:,} of "
-            f"{counted(totals['pages'], 'page')} of {counted(page_size, 'token')}, {totals['evicted']:,} evicted"
-        )
-    drawn = Tree(title, guide_style="dim")
-    for namespace in dump["namespaces"]:
-        branch = drawn.add(_line(f"[cyan]{escape(namespace_title(namespace))}[/]"))
-        _draw_children(branch, namespace)
-    if dump["omitted"]:
-        drawn.add(f"[dim]… {counted(dump['omitted'], 'more namespace')}[/]")
-    return drawn
-
-
-def _line(markup: str) -> Text:
-    """A label that is cut at the terminal's width: a tree of wrapped lines is hard to read."""
+def draw(dump: dict[str, Any]) -> RenderableType:
+    """The server's text of the tree, in colour. Lines are cut at the terminal's width, not wrapped."""
+    from rich.console import Group
     from rich.text import Text
 
-    line = Text.from_markup(markup, overflow="ellipsis")
-    line.no_wrap = True
-    return line
+    from ...runtime.server.http.native.tree_text import tree_text
 
-
-def _draw_children(parent: Tree, node: dict[str, Any]) -> None:
-    from ...runtime.server.http.native.tree_text import branch_labels, counted
-
-    for child, begins in zip(node["children"], branch_labels(node["children"], _SHOWN), strict=True):
-        facts = [f"[bold]{child['tokens']:,}[/] {'token' if child['tokens'] == 1 else 'tokens'}"]
-        if child["hits"]:
-            facts.append(counted(child["hits"], "hit"))
-        if child["leases"]:
-            facts.append(f"[green]{child['leases']} using[/]")
-        branch = parent.add(_line(f"{', '.join(facts)}  [dim]{escape(begins)}[/]"))
-        _draw_children(branch, child)
-    _draw_omitted(parent, node)
-
-
-def _draw_omitted(branch: Tree, node: dict[str, Any]) -> None:
-    if node.get("omitted"):
-        branch.add(f"[dim]… and {node['omitted']:,} more[/]")
+    drawn = Text(tree_text(dump).rstrip("\n"), no_wrap=True, overflow="ellipsis")
+    for style, pattern in _STYLES.items():
+        drawn.highlight_regex(pattern, style)
+    return Group(drawn)  # printed by itself, a Text is wrapped

@@ -182,7 +182,7 @@ def test_tree_drawn_for_a_terminal(server: Running) -> None:
     with console.file:
         console.print(draw(dump))
     shown = console.export_text()
-    nodes = re.findall(r"\d tokens?(?:, \d+ hits?)?(?:, \d+ using)?  ['\"]", shown)
+    nodes = re.findall(r"─ [\d,]+ tokens?(?:, \d+ leases?)?(?:, \d+ hits?)?  ['\"]", shown)
     assert "[red]a tree" in shown and len(nodes) == dump["totals"]["nodes"]
 
 

@@ -30,7 +30,7 @@ def test_siblings_look_different_however_long_they_begin_alike() -> None:
     assert len(set(labels)) == 4
     assert labels[0].startswith("'the same…") and labels[0].endswith("left'")
     assert labels[1].endswith("right'") and labels[2] == "'something else'"
-    assert all(len(label) <= 48 + 3 for label in labels)
+    assert all(len(label) <= 72 + 3 for label in labels)
 
 
 def test_an_only_child_begins_at_its_beginning() -> None:
@@ -41,7 +41,7 @@ def test_an_only_child_begins_at_its_beginning() -> None:
 
 def test_one_is_singular() -> None:
     text = tree_text(dump(node("a", tokens=1, hits=1, leases=1), node("b", hits=2)))
-    assert "[1 token, 1 lease, 1 hit]" in text and "[9 tokens, 2 hits]" in text
+    assert "─ 1 token, 1 lease, 1 hit  'a'" in text and "─ 9 tokens, 2 hits  'b'" in text
     assert "[1 lease]" in text and "1 of 2,000 pages" in text
 
 
@@ -66,6 +66,6 @@ def test_a_narrow_terminal_cuts_labels_and_keeps_the_facts() -> None:
         console.print(draw(dump(node("a [b]long[/b] text " * 9, node("below " * 20, hits=1), hits=3), node("n"))))
     lines = console.export_text().splitlines()
     drawn = lines[next(i for i, line in enumerate(lines) if "default" in line) :]
-    assert len(drawn) == 4 and all(len(line) <= 40 for line in drawn)
+    assert len(drawn) == 5 and all(len(line) <= 40 for line in drawn)
     assert "9 tokens, 3 hits" in drawn[1] and "[b]" in drawn[1] and "9 tokens, 1 hit " in drawn[2]
     assert drawn[1].rstrip().endswith("…") and drawn[2].rstrip().endswith("…")

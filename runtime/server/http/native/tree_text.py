@@ -8,7 +8,7 @@ from typing import Any
 
 from ....tokenizer.tokenizer import Tokenizer
 
-_SHOWN = 48  # characters of a node's text
+_SHOWN = 72  # characters of a node's text
 _HEAD = 8  # of those, how many stay of a beginning that siblings share
 _BEFORE = 6  # and how many before the place where they part
 
@@ -24,7 +24,8 @@ def add_text(dump: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def tree_text(dump: dict[str, Any]) -> str:
-    """One line a node: tokens, leases, hits, and how its text begins. Takes what `add_text` returns."""
+    """One line a node: tokens, leases, hits, and how its text begins; then the sums, which a tenant's view lacks. Takes
+    what `add_text` returns."""
     lines: list[str] = []
     for namespace in dump["namespaces"]:
         lines.append(f"{namespace_title(namespace)}  [{counted(namespace['leases'], 'lease')}]")
@@ -32,10 +33,11 @@ def tree_text(dump: dict[str, Any]) -> str:
     if dump["omitted"]:
         lines.append(f"… {counted(dump['omitted'], 'more namespace')}")
     totals = dump["totals"]
-    lines.append(
-        f"{counted(totals['nodes'], 'node')}, {totals['cached']:,} of {counted(totals['pages'], 'page')} cached, "
-        f"{totals['free']:,} free, {counted(totals['page_size'], 'token')} a page"
-    )
+    if "nodes" in totals:
+        lines.append(
+            f"{counted(totals['nodes'], 'node')}, {totals['cached']:,} of {counted(totals['pages'], 'page')} cached, "
+            f"{totals['free']:,} free, {totals['evicted']:,} evicted, {counted(totals['page_size'], 'token')} a page"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -86,7 +88,7 @@ def _branches(parent: dict[str, Any], indent: str) -> Iterator[str]:
     omitted = parent.get("omitted", 0)
     for i, (child, label) in enumerate(zip(children, branch_labels(children), strict=True)):
         last = i == len(children) - 1 and not omitted
-        yield f"{indent}{'└─' if last else '├─'} {label}  [{', '.join(_facts(child))}]"
+        yield f"{indent}{'└─' if last else '├─'} {', '.join(_facts(child))}  {label}"
         yield from _branches(child, indent + ("   " if last else "│  "))
     if omitted:
         yield f"{indent}└─ … {omitted:,} more"
