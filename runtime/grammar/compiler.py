@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..constraint import Constraint, ConstraintError
+from ..fair_queue import FairQueue
 from .matcher import Grammar
 
 if TYPE_CHECKING:
@@ -34,32 +35,6 @@ class _Job:
     call: Callable[[], Any]
     future: Future[Any] = field(default_factory=Future)
     waiters: int = 0
-
-
-class _FairQueue:
-    """Jobs of several owners, taken in turn, so that one owner's many jobs delay another's by one."""
-
-    def __init__(self) -> None:
-        self._owners: OrderedDict[str, OrderedDict[_Job, None]] = OrderedDict()
-
-    def put(self, owner: str, job: _Job) -> None:
-        """Queue the job for this owner, besides those that it is queued for."""
-        self._owners.setdefault(owner, OrderedDict())[job] = None
-
-    def take(self) -> _Job | None:
-        if not self._owners:
-            return None
-        owner, jobs = next(iter(self._owners.items()))
-        self._owners.move_to_end(owner)
-        job = next(iter(jobs))
-        self.discard(job)
-        return job
-
-    def discard(self, job: _Job) -> None:
-        for owner, jobs in list(self._owners.items()):
-            jobs.pop(job, None)
-            if not jobs:
-                del self._owners[owner]
 
 
 class GrammarCompiler:
@@ -89,7 +64,7 @@ class GrammarCompiler:
         )
         self._lock = threading.Lock()
         self._compiling: dict[Constraint, _Job] = {}  # queued or running
-        self._queue = _FairQueue()
+        self._queue: FairQueue[_Job] = FairQueue()
         self._advances: deque[_Job] = deque()
         self._cache: OrderedDict[Constraint, Future[Grammar]] = OrderedDict()  # compiled or refused
         self._sizes: dict[Constraint, int] = {}
@@ -158,9 +133,12 @@ class GrammarCompiler:
 
     def _run_next(self) -> None:
         with self._lock:
-            job = self._advances.popleft() if self._advances else self._queue.take()
-            if job is None or not job.future.set_running_or_notify_cancel():
+            if not self._advances and not self._queue:
                 return  # its job was dropped
+            job = self._advances.popleft() if self._advances else self._queue.take()
+            self._queue.discard(job)  # other owners wait for it too
+            if not job.future.set_running_or_notify_cancel():
+                return
         try:
             result = job.call()
         except BaseException as error:  # a Rust panic is not an `Exception`

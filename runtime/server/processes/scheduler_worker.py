@@ -13,6 +13,7 @@ import zmq
 
 from ...config import ServerConfig
 from ...engine.loading import load_engine, load_null_engine
+from ...fair_queue import FairQueue
 from ...fleet.publisher import KVEventPublisher
 from ...messages import (
     Abort,
@@ -30,7 +31,6 @@ from ...messages import (
     Shutdown,
     StopMatched,
 )
-from ..fair_queue import FairQueue
 from .channels import Inbox, Outbox, ToScheduler
 from .launch import EXIT_FAILED
 

@@ -13,6 +13,7 @@ import zmq
 
 from ...config import ServerConfig
 from ...errors import InvalidRequest
+from ...fair_queue import FairQueue
 from ...limits import check_text_length, fit
 from ...messages import (
     Abort,
@@ -31,7 +32,6 @@ from ...messages import (
 )
 from ...tokenizer.pieces import encode_message
 from ...tokenizer.tokenizer import Tokenizer
-from ..fair_queue import FairQueue
 from .channels import Inbox, Outbox, ToTokenizer
 
 logger = logging.getLogger(__name__)

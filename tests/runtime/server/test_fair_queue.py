@@ -6,7 +6,8 @@ import asyncio
 
 import pytest
 
-from branchwise.runtime.server.fair_queue import FairLock, FairQueue
+from branchwise.runtime.fair_queue import FairQueue
+from branchwise.runtime.server.fair_lock import FairLock
 
 
 def test_owners_take_turns_and_keep_their_order() -> None:
@@ -22,6 +23,11 @@ def test_owners_take_turns_and_keep_their_order() -> None:
     assert not queue
     with pytest.raises(IndexError):
         queue.take()
+    for owner, item in (("a", 1), ("b", 1), ("a", 2), ("a", 1)):
+        queue.put(owner, item)
+    queue.discard(1)
+    assert "b" not in queue
+    assert [queue.take() for _ in range(len(queue))] == [2]
 
 
 def test_the_lock_is_passed_between_owners_and_never_lost() -> None:
