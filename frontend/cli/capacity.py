@@ -2,21 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
-from ...runtime.config import EngineConfig, step_budget
+from ...runtime.config import EngineConfig, parse_bytes, step_budget
 from ...runtime.errors import LoadError
-
-_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_size(text: str) -> int:
-    """``80GiB``, ``80 GB`` or a number of bytes. Raises `LoadError`."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].upper() not in _UNITS:
-        raise LoadError(f"--device-memory {text!r}: give a size such as 80GiB, 80GB or a number of bytes")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def fitting_requests(kv_tokens: int, request_tokens: int, shared_tokens: int) -> int:
@@ -41,7 +30,9 @@ def lines(config: EngineConfig, device_memory: str, request_tokens: int, shared_
     model = apply_quantization(config, load_model_config(config, folder), device)
     dtype = getattr(torch, model.dtype if config.dtype == "auto" else config.dtype)
     longest, batched = max_model_len(config, model), step_budget(config, gpu=True)
-    plan = plan_memory(config, model, dtype, device, longest, batched, gpu_bytes=parse_size(device_memory))
+    plan = plan_memory(
+        config, model, dtype, device, longest, batched, gpu_bytes=parse_bytes(device_memory, "--device-memory")
+    )
     yield from plan.lines()
     ranks = config.tensor_parallel_size
     if ranks > 1:

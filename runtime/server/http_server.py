@@ -22,7 +22,8 @@ class HttpServer(uvicorn.Server):
 
     def __init__(self, config: ServerConfig, state: AppState) -> None:
         debug = config.log_level == "debug"
-        logging.getLogger("uvicorn.error").addFilter(client_warnings)  # "Invalid HTTP request received."
+        for name in ("uvicorn.error", "asyncio"):  # "Invalid HTTP request received."; failures to accept a connection
+            logging.getLogger(name).addFilter(client_warnings)
         super().__init__(
             uvicorn.Config(
                 make_app(state),

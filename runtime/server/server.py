@@ -22,7 +22,6 @@ from ..config import ServerConfig, check_server
 from ..errors import EngineDead, LoadError, Overloaded
 from ..messages import ControlReply, Deltas, Heartbeat, Limits, Progress, Stats
 from ..models.folder import model_folder
-from .accept_errors import accept_errors_limited
 from .engine_processes import EngineProcesses
 from .heartbeat import HeartbeatMonitor
 from .memory import return_freed_memory
@@ -223,7 +222,7 @@ class Server:
     async def _run(self, ready: asyncio.Future[dict[str, Any]]) -> None:
         started = time.monotonic()
         await asyncio.to_thread(self.resolve_model)
-        with listen(self._config) as sock, accept_errors_limited(asyncio.get_running_loop()):
+        with listen(self._config) as sock:
             self._processes = EngineProcesses(self._config, self._receive)
             try:
                 self._processes.start()

@@ -235,7 +235,7 @@ def test_the_operator_warms_other_keys_parts_of_the_cache(ask: Any, running: Any
 
     for _ in range(2):
         ask("/v1/completions", key=OTHER, prompt=ids(80), cache_salt="s", max_tokens=1)
-    assert hottest("count=8", KEY).status_code == 403 and hottest("all_namespaces=1").status_code == 400
+    assert hottest("count=8", KEY).status_code == 403 and hottest("all_namespaces=yes").status_code == 400
     [found] = hottest("count=8&all_namespaces=true").json()["prefixes"]
     assert found["token_ids"] == ids(80)[: len(found["token_ids"])] and all(found["namespace"])
     ask("/flush_cache", key=ADMIN)

@@ -12,7 +12,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.server.http.plumbing.failures import FAILURES
+from branchwise.runtime.server.http.plumbing import failures
+
+FAILURES = {one.name: one for one in vars(failures).values() if isinstance(one, failures.Failure)}
 
 KEY, ADMIN = "ann-key", "operator-key"
 PARTLY_ADMIN = ("/abort_request", "/metrics")  # with abort_all; where there are several tenants

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from branchwise.frontend.cli.capacity import fitting_requests, lines, parse_size
-from branchwise.runtime.config import EngineConfig
+from branchwise.frontend.cli.capacity import fitting_requests, lines
+from branchwise.runtime.config import EngineConfig, parse_bytes
 from branchwise.runtime.errors import LoadError
 
 LLAMA_70B = {
@@ -33,13 +33,13 @@ LLAMA_70B = {
     ("text", "count"), [("80GiB", 80 << 30), (" 80 GB", 80 * 10**9), ("1.5gib", 3 << 29), ("7", 7)]
 )
 def test_sizes(text: str, count: int) -> None:
-    assert parse_size(text) == count
+    assert parse_bytes(text, "--device-memory") == count
 
 
 @pytest.mark.parametrize("text", ["", "80 gigs", "-1GiB", "GiB", "1e9"])
 def test_a_size_that_is_none(text: str) -> None:
-    with pytest.raises(LoadError, match="give a size such as 80GiB"):
-        parse_size(text)
+    with pytest.raises(LoadError, match=r"--device-memory .* is not a size: write it like"):
+        parse_bytes(text, "--device-memory")
 
 
 def test_requests_share_what_they_share() -> None:

@@ -151,6 +151,7 @@ class _InFlight:
 
     call: EngineCall | None
     owner: str  # of its namespace: whose API key it came with
+    label: str | None  # by which its client may abort it
     arrived: float  # monotonic seconds
     last: float = 0.0  # when its latest token arrived; 0: none yet
 
@@ -181,8 +182,6 @@ class EngineClient:
         self._control_ids = itertools.count(1)
         self._in_flight: dict[int, _InFlight] = {}
         self._unfinished: Counter[str] = Counter()  # requests in flight by owner
-        self._labels: dict[str, set[int]] = {}
-        self._label_of: dict[int, str] = {}
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._limits: Limits | None = None
         self.state: ServerState = "starting"
@@ -271,10 +270,7 @@ class EngineClient:
         now = time.monotonic()
         self._unfinished[owner] += len(ids)
         for id in ids:
-            self._in_flight[id] = _InFlight(call, owner, now)
-            if label is not None:
-                self._labels.setdefault(label, set()).add(id)
-                self._label_of[id] = label
+            self._in_flight[id] = _InFlight(call, owner, label, now)
 
     def abandon(self, ids: Iterable[int]) -> None:
         """Aborts requests whose client has left. They stay in flight until the engine has confirmed it."""
@@ -292,8 +288,11 @@ class EngineClient:
 
         Their clients get what has been generated so far.
         """
-        named = self._in_flight if label is None else self._labels.get(label, ())
-        ids = sorted(id for id in named if owner is None or self._in_flight[id].owner == owner)
+        ids = [
+            id
+            for id, request in self._in_flight.items()
+            if label in (None, request.label) and owner in (None, request.owner)
+        ]
         self._to_tokenizer([Abort(id) for id in ids])
         return len(ids)
 
@@ -316,20 +315,15 @@ class EngineClient:
                 request.last = now
             if delta.finish is not None:
                 del in_flight[delta.id]
-                self._forget(delta.id, request.owner)
+                self._forget(request.owner)
                 self._metrics.observe_finish(delta.finish, now - request.arrived)
             if request.call is not None:
                 request.call.push(delta)
 
-    def _forget(self, id: int, owner: str) -> None:
+    def _forget(self, owner: str) -> None:
         self._unfinished[owner] -= 1
         if not self._unfinished[owner]:
             del self._unfinished[owner]
-        label = self._label_of.pop(id, None)
-        if label is not None:
-            self._labels[label].discard(id)
-            if not self._labels[label]:
-                del self._labels[label]
 
     def fail_all(self, error: Exception) -> None:
         """Makes every call and every control request fail with ``error``."""
@@ -351,8 +345,6 @@ class EngineClient:
         self.fail_all(error)
         self._in_flight.clear()
         self._unfinished.clear()
-        self._labels.clear()
-        self._label_of.clear()
 
     # -- control -------------------------------------------------------------------------------------------------------
 

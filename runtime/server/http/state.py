@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from ...config import ServerConfig
 from ...tokenizer.tokenizer import Tokenizer
-from ..fair_queue import FairLock
+from ..fair_lock import FairLock
 from ..heartbeat import HeartbeatMonitor
 from .engine_client import EngineClient
 from .plumbing.auth import Namespaces
@@ -18,8 +18,7 @@ from .plumbing.metrics import Metrics
 
 @dataclass(slots=True)
 class AppState:
-    """Routes read ``client.limits``, which raises until the server is ready, before ``tokenizer`` and ``preferred``,
-    which are set by then."""
+    """``tokenizer`` raises `Overloaded` while the model is loading; ``preferred`` is set once the engine is ready."""
 
     config: ServerConfig
     client: EngineClient
@@ -42,7 +41,7 @@ class AppState:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            raise RuntimeError("a route used the tokenizer before the server was ready")
+            raise self.client.unavailable()
         return self._tokenizer
 
     @tokenizer.setter

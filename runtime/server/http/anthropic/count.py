@@ -25,7 +25,6 @@ def routes(state: AppState) -> Routes:
         """How many tokens the prompt of such a request has."""
         body = read(CountRequest, await read_json_object(request))
         state.check_model(body.model)
-        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(messages_spec(body, state))
         ids = await token_ids(state, chat.prompt.text or "", special=False)

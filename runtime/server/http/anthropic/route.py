@@ -27,7 +27,6 @@ def routes(state: AppState) -> Routes:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body = read(MessagesRequest, await read_json_object(request))
         state.check_model(body.model)
-        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(messages_spec(body, state))
         reply = MessageReply(state.model_name, chat.samples[0])

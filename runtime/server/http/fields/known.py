@@ -1,7 +1,7 @@
-"""Fields of other servers' requests that this one does not have: refused by name, or without effect here.
+"""Fields of other servers' requests that this one does not have and refuses by name.
 
-A field of OpenAI's, vLLM's or SGLang's requests is a field of our model or in one of these lists: none is dropped in
-silence (tests/runtime/server/http/test_known_fields.py). Other fields are ignored, as they are there.
+A field of OpenAI's, vLLM's or SGLang's requests is a field of our model, is refused, or cannot change an answer: the
+manual lists those (tests/runtime/server/http/test_known_fields.py). Other fields are ignored, as they are there.
 """
 
 from __future__ import annotations
@@ -97,26 +97,6 @@ _NEUTRAL: dict[str, Any] = {
     "stream_reasoning": True,
 }
 _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
-
-# Fields that cannot change an answer here, and why.
-NO_EFFECT: dict[str, str] = {
-    **dict.fromkeys(("user", "safety_identifier", "metadata", "session_id", "conversation_id"), "they name the caller"),
-    **dict.fromkeys(("request_id", "custom_labels", "external_trace_header", "received_time"), "they name the request"),
-    "verbosity": "a hint to OpenAI's own models",
-    **dict.fromkeys(("log_metrics", "no_logs"), "requests are never logged, and metrics name none"),
-    **dict.fromkeys(("store", "service_tier", "prompt_cache_retention"), "they concern OpenAI's own service"),
-    **dict.fromkeys(("prediction", "ngram_corpus_id"), "they speed up an answer and do not change it"),
-    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "routing_key"), "one worker"),
-    **dict.fromkeys(("kv_router_hint", "decode_tp_size", "http_worker_ipc"), "one worker"),
-    **dict.fromkeys(("spaces_between_special_tokens", "stream_interval"), "as `sampling_params` has them"),
-    **dict.fromkeys(("return_token_offsets", "return_mm_kwargs"), "vLLM ignores them on these routes"),
-    "token_offsets": "what vLLM's /render adds to token ids",
-    **dict.fromkeys(("truncation_side", "routed_experts_prompt_start", "routed_experts_start_len"), "of other fields"),
-    **dict.fromkeys(("mm_hashes", "mm_content_hashes", "use_audio_in_video", "video_config"), "of images and videos"),
-    **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "image_max_dynamic_patch"), "of images and videos"),
-    **dict.fromkeys(("video_max_dynamic_patch", "need_wait_for_mm_inputs"), "of images and videos"),
-    **dict.fromkeys(("num_items_assigned", "encoder_urls"), "of images and videos"),
-}
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 from fastapi import Request, Response
 from pydantic import Field
 
-from ....errors import BranchwiseError, InvalidRequest, renaming, shown
+from ....errors import BranchwiseError, InvalidRequest, renaming
 from ....limits import fit
 from ....messages import BranchOp, BranchRun, Piece
 from ....sampling_params import SamplingParams
@@ -27,7 +27,7 @@ from ..plumbing.body import read_json_object
 from ..plumbing.errors import describe
 from ..plumbing.failures import BRANCH_BUSY, BRANCH_GONE, NO_BRANCH, TOO_MANY_BRANCHES
 from ..plumbing.respond import respond
-from ..plumbing.routes import Query, Routes
+from ..plumbing.routes import Routes, flag, read_query
 from ..plumbing.sse import json_response, wait
 from ..sglang.reply import GenerateReply
 from ..sglang.request import GenerateSampling, check_places, generate_names, generate_sampling
@@ -37,8 +37,7 @@ from .admin import sees_all
 MAX_OPS = 1024  # of one batch
 _NO_TOKENS = SamplingParams(max_tokens=0)
 _RUN_NAMES = generate_names("branch")
-_FLAG = {"type": "boolean", "default": False}
-_GET_QUERY = {"text": Query(_FLAG, "Add its text."), "input_ids": Query(_FLAG, "Add its tokens.")}
+_GET_QUERY = {"text": flag("Add its text."), "input_ids": flag("Add its tokens.")}
 _GONE = (NO_BRANCH, BRANCH_GONE)
 _BUSY = (*_GONE, BRANCH_BUSY)
 
@@ -147,7 +146,7 @@ def routes(state: AppState) -> Routes:
     @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
     async def get(id: str, request: Request) -> Response:
         """The facts of a branch. Its text and tokens only if asked for."""
-        with_text, with_ids = (_flag(request, name) for name in ("text", "input_ids"))
+        with_text, with_ids = read_query(request, _GET_QUERY)
         facts = await state.client.operate(_about(state, id, "get", tokens=with_text or with_ids))
         tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()
         if with_text:
@@ -361,10 +360,3 @@ def _described(score: Score) -> dict[str, Any]:
         alone = score.unconditional
         described["unconditional"] = {"logprobs": alone.logprobs, "sum": alone.sum, "mean": alone.mean}
     return described
-
-
-def _flag(request: Request, name: str) -> bool:
-    value = request.query_params.get(name, "false")
-    if value not in ("true", "false", "1", "0"):
-        raise InvalidRequest(name, f"must be true or false, got {shown(value)}")
-    return value in ("true", "1")

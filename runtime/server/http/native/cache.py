@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request, Response
 from pydantic import Field
@@ -80,6 +80,19 @@ class WarmRequest(CacheFields):
     priority: int = 0
 
 
+P = TypeVar("P", bound=PromptRequest)
+
+
+class Asked(NamedTuple):
+    """The prompt that a request names. ``field``: in which it was sent; ``tokens``: int32."""
+
+    prompt: Text
+    field: str
+    conversation: Conversation | None
+    namespace: tuple[str, str]
+    tokens: bytes
+
+
 def routes(state: AppState) -> Routes:
     routes = Routes("cache")
 
@@ -92,11 +105,9 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/cache/explain", body=PromptRequest)
     async def explain(request: Request) -> Response:
         """How much of a prompt would be reused, why not more, and how much is safe from eviction. Changes nothing."""
-        raw = await read_json_object(request)
-        body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, field, conversation = await _prompt(state, body, raw)
-        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
-        facts = await _ask(state, "cache_explain", _namespace(state, body), tokens=tokens)
+        _, asked = await _asked(state, PromptRequest, request)
+        tokens, conversation = asked.tokens, asked.conversation
+        facts = await _ask(state, "cache_explain", asked.namespace, tokens=tokens)
         stopped = tokens[4 * facts["hit_tokens"] : 4 * facts["hit_tokens"] + 32]
         following = memoryview(stopped).cast("i").tolist()
         facts["continues_with"] = state.tokenizer.decode(following, skip_special_tokens=False)
@@ -106,7 +117,7 @@ def routes(state: AppState) -> Routes:
         if conversation is not None:
             reused = memoryview(tokens[: 4 * facts["hit_tokens"]]).cast("i").tolist()
             position = len(state.tokenizer.decode(reused, skip_special_tokens=False))
-            facts["continues_in"] = part_at(conversation, str(prompt), position)
+            facts["continues_in"] = part_at(conversation, str(asked.prompt), position)
             facts["volatile"] = volatile_parts(conversation)
         return json_response(facts)
 
@@ -116,24 +127,18 @@ def routes(state: AppState) -> Routes:
 
         ``missing_tokens``: not cached, and so not kept; ``warm`` computes them first.
         """
-        raw = await read_json_object(request)
-        body = parse(PinRequest, raw, unsupported=frozenset())
+        body, asked = await _asked(state, PinRequest, request)
         longest = state.config.engine.max_pin_ttl
         ttl = min(DEFAULT_TTL, longest) if body.ttl is None else seconds(body.ttl, longest, "ttl")
-        prompt, field, _ = await _prompt(state, body, raw)
-        is_chat = raw.get("messages") is not None
-        tokens = await _tokens(state, prompt, field, add_special_tokens=not is_chat)
-        namespace = _namespace(state, body)
+        where = {"namespace": asked.namespace, "add_special_tokens": asked.conversation is None}
         facts: dict[str, Any] = {}
         for _ in range(_WARM_TRIES if body.warm else 1):
             if facts:  # the first try kept less than all
                 with contextlib.suppress(InvalidRequest):  # it has expired, or the cache was flushed
-                    await _ask(state, "cache_unpin", namespace, pin=facts["id"])
+                    await _ask(state, "cache_unpin", asked.namespace, pin=facts["id"])
             if body.warm:
-                await _compute(
-                    state, request, [prompt], field, {"namespace": namespace, "add_special_tokens": not is_chat}
-                )
-            facts = await _ask(state, "cache_pin", namespace, tokens=tokens, ttl=ttl)
+                await _compute(state, request, [asked.prompt], asked.field, where)
+            facts = await _ask(state, "cache_pin", asked.namespace, tokens=asked.tokens, ttl=ttl)
             if not facts["missing_tokens"]:
                 break
         return json_response(facts)
@@ -150,11 +155,8 @@ def routes(state: AppState) -> Routes:
     async def evict(request: Request) -> Response:
         """Evict a prompt and all that begins with it. Pages of running requests, branches and pins stay, and those that
         other prompts share."""
-        raw = await read_json_object(request)
-        body = parse(PromptRequest, raw, unsupported=frozenset())
-        prompt, field, _ = await _prompt(state, body, raw)
-        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
-        return json_response(await _ask(state, "cache_evict", _namespace(state, body), tokens=tokens))
+        _, asked = await _asked(state, PromptRequest, request)
+        return json_response(await _ask(state, "cache_evict", asked.namespace, tokens=asked.tokens))
 
     @routes.add("GET", "/cache/list", admin=True)
     async def list_() -> Response:
@@ -179,13 +181,8 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/cache/save", body=SaveRequest, admin=True)
     async def save(request: Request) -> Response:
         """Save the whole pages of a cached prompt to a file on the server, for another server of the same model."""
-        raw = await read_json_object(request)
-        body = parse(SaveRequest, raw, unsupported=frozenset())
-        prompt, field, _ = await _prompt(state, body, raw)
-        tokens = await _tokens(state, prompt, field, add_special_tokens=raw.get("messages") is None)
-        return json_response(
-            await _job(state, "cache_disk_save", _namespace(state, body), tokens=tokens, file=body.file)
-        )
+        body, asked = await _asked(state, SaveRequest, request)
+        return json_response(await _job(state, "cache_disk_save", asked.namespace, tokens=asked.tokens, file=body.file))
 
     @routes.add("POST", "/cache/load", body=LoadRequest, admin=True)
     async def load(request: Request) -> Response:
@@ -253,24 +250,26 @@ def _named(body: WarmRequest, prompts: int) -> list[tuple[str, str]]:
     return [(owner, salt) for owner, salt in named]
 
 
-async def _prompt(
-    state: AppState, body: PromptRequest, raw: Mapping[str, Any]
-) -> tuple[Text, str, Conversation | None]:
-    """The prompt, the field it was sent in, and its conversation if it is made of one."""
-    state.client.limits  # noqa: B018 - raises while the model is loading: before that there is no tokenizer
+async def _asked(state: AppState, kind: type[P], request: Request) -> tuple[P, Asked]:
+    """The request's body, and the prompt that it names."""
+    raw = await read_json_object(request)
+    body = parse(kind, raw, unsupported=frozenset())
     given = [name for name in ("prompt", "input_ids", "messages") if raw.get(name) is not None]
     if len(given) != 1:
         raise InvalidRequest("prompt", "or input_ids or messages is required: give exactly one")
     [field] = given
+    conversation: Conversation | None = None
+    prompt: Text
     if field == "messages":
-        text, conversation = await chat_text(state, raw)
-        return text, field, conversation
-    prompts, is_list = split_prompts(getattr(body, field), field, text=field == "prompt")
-    if is_list:
-        raise InvalidRequest(field, "must be one prompt")
-    if not len(prompts[0]):
-        raise InvalidRequest(field, "must not be empty")
-    return prompts[0], field, None
+        prompt, conversation = await chat_text(state, raw)
+    else:
+        [prompt, *_], is_list = split_prompts(getattr(body, field), field, text=field == "prompt")
+        if is_list:
+            raise InvalidRequest(field, "must be one prompt")
+        if not len(prompt):
+            raise InvalidRequest(field, "must not be empty")
+    tokens = await _tokens(state, prompt, field, add_special_tokens=conversation is None)
+    return body, Asked(prompt, field, conversation, _namespace(state, body), tokens)
 
 
 async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:

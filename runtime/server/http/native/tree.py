@@ -8,9 +8,9 @@ import msgspec
 from fastapi import Request, Response
 from starlette.responses import PlainTextResponse
 
-from ....errors import InvalidRequest, shown
+from ....errors import InvalidRequest
 from ....fleet.block_events import snapshot
-from ..plumbing.routes import Query, Routes
+from ..plumbing.routes import Query, Routes, count, flag, read_query
 from ..plumbing.sse import json_response
 from ..state import AppState
 from .tree_text import add_text, tree_text
@@ -19,12 +19,12 @@ MAX_NODES = 100_000
 DEFAULT_NODES = 1000
 MAX_HOTTEST, DEFAULT_HOTTEST = 1024, 32
 _HOTTEST_QUERY = {
-    "count": Query({"type": "integer", "minimum": 1, "maximum": MAX_HOTTEST, "default": DEFAULT_HOTTEST}, "At most."),
-    "all_namespaces": Query({"type": "boolean", "default": False}, "Of every key and salt."),
+    "count": count("At most.", MAX_HOTTEST, DEFAULT_HOTTEST),
+    "all_namespaces": flag("Of every key and salt."),
 }
 _TREE_QUERY = {
     "format": Query({"enum": ["json", "text"], "default": "json"}, "text: a drawing."),
-    "max_nodes": Query({"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "At most."),
+    "max_nodes": count("At most.", MAX_NODES, DEFAULT_NODES),
 }
 
 
@@ -34,21 +34,15 @@ def routes(state: AppState) -> Routes:
     @routes.add("GET", "/cache/tree", query=_TREE_QUERY, admin=True, text="also")
     async def tree(request: Request) -> Response:
         """The radix tree: cached prefixes, and what uses them."""
-        form = request.query_params.get("format", "json")
-        if form not in ("json", "text"):
-            raise InvalidRequest("format", f"must be json or text, got {shown(form)}")
-        nodes = _count(request.query_params.get("max_nodes"), "max_nodes", MAX_NODES, DEFAULT_NODES)
+        form, nodes = read_query(request, _TREE_QUERY)
         dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), state.tokenizer)
         return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
 
     @routes.add("GET", "/cache/hottest", query=_HOTTEST_QUERY, admin=True)
     async def hottest(request: Request) -> Response:
         """The most used prefixes of the caller's part of the cache, or of all parts, to warm another server with."""
-        count = _count(request.query_params.get("count"), "count", MAX_HOTTEST, DEFAULT_HOTTEST)
-        everything = request.query_params.get("all_namespaces", "false")
-        if everything not in ("true", "false"):
-            raise InvalidRequest("all_namespaces", f"must be true or false, got {shown(everything)}")
-        question = {"namespace": state.namespaces.of(None), "count": count, "everything": everything == "true"}
+        most, everything = read_query(request, _HOTTEST_QUERY)
+        question = {"namespace": state.namespaces.of(None), "count": most, "everything": everything}
         return json_response(await state.client.control("cache_hottest", question))
 
     @routes.add("GET", "/cache/check", admin=True)
@@ -73,11 +67,3 @@ def routes(state: AppState) -> Routes:
         return json_response(await state.client.control("flush_cache"))
 
     return routes
-
-
-def _count(text: str | None, field: str, most: int, default: int) -> int:
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most and len(text) < 9):
-        raise InvalidRequest(field, f"must be between 1 and {most}, got {shown(text)}")
-    return int(text)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, PlainTextResponse
 
+from ....errors import InvalidRequest, shown
 from . import failures
 from .auth import OPEN_PATHS, require_admin
 from .errors import ERROR_TYPES, RETRY_AFTER_SECONDS, error_body
@@ -43,10 +44,42 @@ Page = Literal[
 
 
 class Query(NamedTuple):
-    """A query parameter: its JSON schema and what it does."""
+    """A query parameter: its JSON schema (a flag, a choice or a bounded number, with a default) and what it does."""
 
     schema: dict[str, Any]
     about: str
+
+    def value(self, text: str | None, name: str) -> Any:
+        """The parameter as sent, or its default. Raises `InvalidRequest`."""
+        if text is None:
+            return self.schema["default"]
+        match self.schema:
+            case {"enum": choices}:
+                if text in choices:
+                    return text
+                wanted = " or ".join(choices)
+            case {"minimum": low, "maximum": high}:
+                if text.isascii() and text.isdigit() and len(text) < 9 and low <= int(text) <= high:
+                    return int(text)
+                wanted = f"between {low} and {high}"
+            case _:
+                if text in ("true", "false", "1", "0"):
+                    return text in ("true", "1")
+                wanted = "true or false"
+        raise InvalidRequest(name, f"must be {wanted}, got {shown(text)}")
+
+
+def read_query(request: Request, declared: Mapping[str, Query]) -> list[Any]:
+    """The values of the declared parameters, in their order. Raises `InvalidRequest`."""
+    return [one.value(request.query_params.get(name), name) for name, one in declared.items()]
+
+
+def flag(about: str) -> Query:
+    return Query({"type": "boolean", "default": False}, about)
+
+
+def count(about: str, most: int, default: int) -> Query:
+    return Query({"type": "integer", "minimum": 1, "maximum": most, "default": default}, about)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,10 @@ from typing import Any
 from fastapi import Request, Response
 from starlette.types import Receive, Scope, Send
 
-from ....errors import InvalidRequest, shown
+from ....errors import InvalidRequest
 from ..plumbing.auth import is_admin
 from ..plumbing.errors import describe
-from ..plumbing.routes import Query, Routes
+from ..plumbing.routes import Routes, count, read_query
 from ..plumbing.sse import event
 from ..state import AppState
 from .labels import Labels
@@ -29,11 +29,7 @@ SHARE = 0.005  # of a core, for what is timed; encoding a snapshot between the p
 SILENCE = 10.0  # seconds without a change after which a comment shows that the connection lives
 DEFAULT_NODES, MAX_NODES = 1000, 4000
 MAX_LISTENERS = 64
-_QUERY = {
-    "max_nodes": Query(
-        {"type": "integer", "minimum": 1, "maximum": MAX_NODES, "default": DEFAULT_NODES}, "Nodes of the tree at most."
-    )
-}
+_QUERY = {"max_nodes": count("Nodes of the tree at most.", MAX_NODES, DEFAULT_NODES)}
 
 Ask = Callable[[], Awaitable[dict[str, Any]]]
 
@@ -45,19 +41,11 @@ def routes(state: AppState) -> Routes:
     @routes.add("GET", "/ui/events", query=_QUERY, events=True)
     async def events(request: Request) -> Response:
         """The tree and its requests as they change. A tenant sees its own part, the operator all of it."""
-        nodes = _count(request.query_params.get("max_nodes"))
+        [nodes] = read_query(request, _QUERY)
         owner = None if is_admin() else state.namespaces.of(None)[0]
         return FeedStream(feeds.get(owner, nodes))
 
     return routes
-
-
-def _count(text: str | None) -> int:
-    if text is None:
-        return DEFAULT_NODES
-    if not (text.isascii() and text.isdigit() and len(text) < 9 and 1 <= int(text) <= MAX_NODES):
-        raise InvalidRequest("max_nodes", f"must be between 1 and {MAX_NODES}, got {shown(text)}")
-    return int(text)
 
 
 class Feeds:

@@ -16,7 +16,7 @@ from openai.types.completion_create_params import CompletionCreateParamsBase
 from branchwise.runtime.messages import Message
 from branchwise.runtime.server.http.anthropic.request import MessagesRequest
 from branchwise.runtime.server.http.app import make_app
-from branchwise.runtime.server.http.fields.known import NO_EFFECT, REFUSED, asks_for_nothing
+from branchwise.runtime.server.http.fields.known import REFUSED, asks_for_nothing
 from branchwise.runtime.server.http.native.branches import RunRequest
 from branchwise.runtime.server.http.openai.chat.request import ChatRequest
 from branchwise.runtime.server.http.openai.completions import CompletionRequest
@@ -270,6 +270,25 @@ ROUTES: dict[str, tuple[str, Any, dict[str, Any], set[str]]] = {
         {"sampling_params": {"max_new_tokens": 1}},
         {*GENERATE},
     ),
+}
+# Fields that cannot change an answer here, and why.
+NO_EFFECT: dict[str, str] = {
+    **dict.fromkeys(("user", "safety_identifier", "metadata", "session_id", "conversation_id"), "they name the caller"),
+    **dict.fromkeys(("request_id", "custom_labels", "external_trace_header", "received_time"), "they name the request"),
+    "verbosity": "a hint to OpenAI's own models",
+    **dict.fromkeys(("log_metrics", "no_logs"), "requests are never logged, and metrics name none"),
+    **dict.fromkeys(("store", "service_tier", "prompt_cache_retention"), "they concern OpenAI's own service"),
+    **dict.fromkeys(("prediction", "ngram_corpus_id"), "they speed up an answer and do not change it"),
+    **dict.fromkeys(("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank", "routing_key"), "one worker"),
+    **dict.fromkeys(("kv_router_hint", "decode_tp_size", "http_worker_ipc"), "one worker"),
+    **dict.fromkeys(("spaces_between_special_tokens", "stream_interval"), "as `sampling_params` has them"),
+    **dict.fromkeys(("return_token_offsets", "return_mm_kwargs"), "vLLM ignores them on these routes"),
+    "token_offsets": "what vLLM's /render adds to token ids",
+    **dict.fromkeys(("truncation_side", "routed_experts_prompt_start", "routed_experts_start_len"), "of other fields"),
+    **dict.fromkeys(("mm_hashes", "mm_content_hashes", "use_audio_in_video", "video_config"), "of images and videos"),
+    **dict.fromkeys(("max_dynamic_patch", "min_dynamic_patch", "image_max_dynamic_patch"), "of images and videos"),
+    **dict.fromkeys(("video_max_dynamic_patch", "need_wait_for_mm_inputs"), "of images and videos"),
+    **dict.fromkeys(("num_items_assigned", "encoder_urls"), "of images and videos"),
 }
 OTHERS = [  # fields of other routes, which people mix up
     *("choice", "choices", "grammar", "json", "guided_json", "guided_choice", "suffix", "image_data", "lora_path"),

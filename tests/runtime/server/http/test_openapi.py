@@ -13,8 +13,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from branchwise.runtime.server.http.app import make_app
-from branchwise.runtime.server.http.plumbing.failures import FAILURES
+from branchwise.runtime.server.http.plumbing import failures
 from branchwise.runtime.server.http.state import AppState
+
+FAILURES = {one.name: one for one in vars(failures).values() if isinstance(one, failures.Failure)}
 
 
 @pytest.fixture

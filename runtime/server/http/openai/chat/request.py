@@ -114,7 +114,6 @@ def chat_conversation(body: ChatRequest, state: AppState) -> Conversation:
 
 async def chat_text(state: AppState, raw: Mapping[str, Any], within: str = "") -> tuple[str, Conversation]:
     """The prompt of a conversation in another route's body, where it has a chat's fields; and the conversation."""
-    state.client.limits  # noqa: B018 - raises until there is a tokenizer
     body = parse(ChatRequest, raw, within, CHAT_UNSUPPORTED)
     conversation = chat_conversation(body, state)
     return await conversation_text(state, conversation), conversation

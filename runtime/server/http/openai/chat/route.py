@@ -31,7 +31,6 @@ def routes(state: AppState) -> Routes:
         """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)
         state.check_model(body.model)
-        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         chat = await preparer.prepare(chat_spec(body, state))
         reply = _ChatReply(state, body, chat)
         call = state.client.open([chat.prompt], [body.rid])

@@ -25,7 +25,6 @@ def routes(state: AppState) -> Routes:
         """Answer a conversation (OpenAI's responses). Nothing is stored."""
         body = read(await read_json_object(request))
         state.check_model(body.model)
-        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
         reply = ResponseReply(state, body, chat.samples[0], chat.tools)
@@ -39,7 +38,6 @@ def routes(state: AppState) -> Routes:
         """How many tokens the prompt of such a request has."""
         body = read(await read_json_object(request))
         state.check_model(body.model)
-        state.client.limits  # noqa: B018 - raises until there is a tokenizer
         with renaming(NAMES):
             chat = await preparer.prepare(response_spec(body, state))
         ids = await token_ids(state, chat.prompt.text or "", special=False)
