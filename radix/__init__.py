@@ -1,7 +1,7 @@
 """The prefix cache: a radix tree of token prefixes over pages of keys and values. NumPy only: no device, no torch."""
 
 from .errors import InvariantError, LeaseError, OutOfPages, RadixError
-from .events import CopiesEntered, CopiesLeft, LowerTierObserver, PagesEntered, PagesLeft, TreeObserver
+from .events import CopiesEntered, CopiesLeft, Event, Observer, PagesEntered, PagesLeft
 from .explain import Explanation
 from .hold import Hold
 from .inspection import Inspection
@@ -20,15 +20,16 @@ __all__ = [
     "SCORE",
     "CopiesEntered",
     "CopiesLeft",
+    "Event",
     "Explanation",
     "Hold",
     "Inspection",
     "InvariantError",
     "Lease",
     "LeaseError",
-    "LowerTierObserver",
     "Moves",
     "Namespace",
+    "Observer",
     "OutOfPages",
     "PageAllocator",
     "PagesEntered",
@@ -38,5 +39,4 @@ __all__ = [
     "Reach",
     "Scores",
     "Transfer",
-    "TreeObserver",
 ]

@@ -8,15 +8,13 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple
 
 from .node import Int32, Namespace
 
 logger = logging.getLogger(__name__)
 
 LeaveReason = Literal["evicted", "pruned", "flushed", "covered"]
-Event = TypeVar("Event")
-Observer = TypeVar("Observer")
 ROOT = -1  # ``parent`` of pages at the start of a prompt
 
 
@@ -74,28 +72,8 @@ class CopiesLeft(NamedTuple):
     slots: Int32
 
 
-class LowerTierObserver(Protocol):
-    """As `TreeObserver`, for copies in the lower tiers; the events of both kinds come in one order."""
-
-    def copies_entered(self, event: CopiesEntered) -> None:
-        """A lower tier has copies."""
-        ...
-
-    def copies_left(self, event: CopiesLeft) -> None:
-        """A lower tier has them no longer."""
-        ...
-
-
-class TreeObserver(Protocol):
-    """Receives events in order, after the operation that caused them, when the tree is consistent."""
-
-    def pages_entered(self, event: PagesEntered) -> None:
-        """Pages can now be matched."""
-        ...
-
-    def pages_left(self, event: PagesLeft) -> None:
-        """Pages can no longer be matched."""
-        ...
+Event = PagesEntered | PagesLeft | CopiesEntered | CopiesLeft
+Observer = Callable[[Event], object]  # called after the operation that caused the event, when the tree is consistent
 
 
 class Events:
@@ -104,9 +82,9 @@ class Events:
     __slots__ = ("_delivering", "lower_tier_observers", "observers", "pending")
 
     def __init__(self) -> None:
-        self.observers: list[TreeObserver] = []
-        self.lower_tier_observers: list[LowerTierObserver] = []
-        self.pending: deque[PagesEntered | PagesLeft | CopiesEntered | CopiesLeft] = deque()
+        self.observers: list[Observer] = []
+        self.lower_tier_observers: list[Observer] = []  # those of them that also get the events of copies
+        self.pending: deque[Event] = deque()
         self._delivering = False
 
     def deliver(self) -> None:
@@ -121,31 +99,17 @@ class Events:
         try:
             while self.pending:
                 event = self.pending.popleft()
-                if isinstance(event, PagesEntered | PagesLeft):
-                    self._hand_out(event, self.observers, _tell)
-                else:
-                    self._hand_out(event, self.lower_tier_observers, _tell_of_copies)
+                of_copies = isinstance(event, CopiesEntered | CopiesLeft)
+                for observer in list(self.lower_tier_observers if of_copies else self.observers):
+                    try:
+                        observer(event)
+                    except Exception:
+                        logger.exception("unsubscribed %r: it failed to handle an event of the radix tree", observer)
+                        self.unsubscribe(observer)
         finally:
             self._delivering = False
 
-    def _hand_out(self, event: Event, observers: list[Observer], tell: Callable[[Observer, Event], None]) -> None:
-        for observer in list(observers):
-            try:
-                tell(observer, event)
-            except Exception:
-                logger.exception("unsubscribed %r: it failed to handle an event of the radix tree", observer)
-                observers.remove(observer)
-
-
-def _tell(observer: TreeObserver, event: PagesEntered | PagesLeft) -> None:
-    if isinstance(event, PagesEntered):
-        observer.pages_entered(event)
-    else:
-        observer.pages_left(event)
-
-
-def _tell_of_copies(observer: LowerTierObserver, event: CopiesEntered | CopiesLeft) -> None:
-    if isinstance(event, CopiesEntered):
-        observer.copies_entered(event)
-    else:
-        observer.copies_left(event)
+    def unsubscribe(self, observer: Observer) -> None:
+        """Sends no further events to ``observer``."""
+        self.observers = [each for each in self.observers if each != observer]
+        self.lower_tier_observers = [each for each in self.lower_tier_observers if each != observer]

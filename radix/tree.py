@@ -5,7 +5,8 @@ The idea is SGLang's RadixAttention (arXiv 2312.07104); README.md says what diff
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from .check import check_locks, check_scores, check_slots, check_structure
 from .dump import dump_namespaces
 from .errors import InvariantError, LeaseError
-from .events import LowerTierObserver, TreeObserver
+from .events import Event, Observer
 from .explain import REASONS, Explanation, Reason
 from .hold import Hold
 from .hottest import hottest
@@ -371,21 +372,16 @@ class RadixTree:
         self.structure.events.deliver()
         return len(freed)
 
-    def subscribe(self, observer: TreeObserver) -> None:
-        """Sends the present contents to ``observer`` as pages that enter, then every later event: see `events`."""
-        for event in self.structure.contents():
-            observer.pages_entered(event)
-        self.structure.events.observers.append(observer)
-
-    def subscribe_lower_tiers(self, observer: LowerTierObserver) -> None:
-        """The same for copies in the lower tiers. An event may name pages on the device: `subscribe` first."""
-        for event in self.structure.copies():
-            observer.copies_entered(event)
-        self.structure.events.lower_tier_observers.append(observer)
-
-    def unsubscribe(self, observer: TreeObserver) -> None:
-        """Sends no further events to ``observer``. Raises ValueError if it is not subscribed."""
-        self.structure.events.observers.remove(observer)
+    def subscribe(self, observer: Observer, *, lower_tiers: bool = False) -> None:
+        """Sends the present contents to ``observer`` as pages that enter, then every later event: see `events`.
+        ``lower_tiers``: with the events of copies there, which may name pages on the device."""
+        structure, events = self.structure, self.structure.events
+        contents: Iterator[Event] = chain(structure.contents(), structure.copies() if lower_tiers else ())
+        for event in contents:
+            observer(event)
+        events.observers.append(observer)
+        if lower_tiers:
+            events.lower_tier_observers.append(observer)
 
     def hottest(self, count: int, namespace: Namespace | None = None) -> list[tuple[Namespace, Int32]]:
         """The most used prefixes: see `hottest.hottest`."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...radix.events import ROOT, CopiesEntered, CopiesLeft, PagesEntered, PagesLeft
+from ...radix.events import ROOT, CopiesEntered, CopiesLeft, Event, PagesEntered, PagesLeft
 from ...radix.node import DEFAULT, DEVICE, DISK, HOST, Int32, Namespace
 from ...radix.tree import RadixTree
 from .hashes import block_hashes, root_hash
@@ -69,7 +69,7 @@ class PageHashes:
         return None if before is None else int(self._hashes[before[0]][before[1]])
 
 
-def _place(event: PagesEntered | PagesLeft | CopiesEntered | CopiesLeft) -> tuple[int, Int32]:
+def _place(event: Event) -> tuple[int, Int32]:
     """The tier and the slots of an event."""
     return (event.tier, event.slots) if isinstance(event, CopiesEntered | CopiesLeft) else (DEVICE, event.pages)
 
@@ -83,21 +83,14 @@ class BlockEvents:
         self._hashes = PageHashes(tree)
         self._events: list[BlockStored | BlockRemoved | AllBlocksCleared] = []
         self._flushed = False
-        tree.subscribe(self)
-        tree.subscribe_lower_tiers(self)
+        tree.subscribe(self._add, lower_tiers=True)
 
-    def pages_entered(self, event: PagesEntered) -> None:
-        self._stored(event)
-
-    def pages_left(self, event: PagesLeft) -> None:
-        self._flushed |= event.reason == "flushed"
-        self._removed(event)
-
-    def copies_entered(self, event: CopiesEntered) -> None:
-        self._stored(event)
-
-    def copies_left(self, event: CopiesLeft) -> None:
-        self._removed(event)
+    def _add(self, event: Event) -> None:
+        if isinstance(event, PagesEntered | CopiesEntered):
+            self._stored(event)
+        else:
+            self._flushed |= isinstance(event, PagesLeft) and event.reason == "flushed"
+            self._removed(event)
 
     def _stored(self, event: PagesEntered | CopiesEntered) -> None:
         size, hashes = self._tree.page_size, self._hashes.enter(event)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...radix.events import PagesEntered, PagesLeft
+from ...radix.events import Event, PagesEntered, PagesLeft
 from ...radix.node import Int32
 from ..config import EngineConfig
 from ..executor.null import NullExecutor
@@ -61,7 +61,15 @@ class SimulatedReplica:
             now=lambda: self._now,
         )
         if changed is not None:
-            self.scheduler.tree.subscribe(_Feed(PageHashes(self.scheduler.tree), changed))
+            hashes = PageHashes(self.scheduler.tree)
+
+            def take(event: Event) -> None:
+                if isinstance(event, PagesEntered):
+                    changed(hashes.enter(event), [])
+                elif isinstance(event, PagesLeft):
+                    changed([], hashes.of(event).tolist())
+
+            self.scheduler.tree.subscribe(take)
         self._executor = NullExecutor(pages, settings.page_size, VOCABULARY)
         self._step: ScheduledStep | None = None
         self._skipping = 0  # steps skipped together, from ``_began`` on, of ``_each`` seconds
@@ -143,16 +151,3 @@ class SimulatedReplica:
             if each.reason == "error":
                 raise RuntimeError(f"a simulated replica refused a request: {each.error}")
             self.ended.append(Ended(each.id, 0 if each.cache is None else each.cache.hit_tokens))
-
-
-class _Feed:
-    """A tree's events as block hashes."""
-
-    def __init__(self, hashes: PageHashes, changed: Callable[[list[int], list[int]], None]) -> None:
-        self._hashes, self._changed = hashes, changed
-
-    def pages_entered(self, event: PagesEntered) -> None:
-        self._changed(self._hashes.enter(event), [])
-
-    def pages_left(self, event: PagesLeft) -> None:
-        self._changed([], self._hashes.of(event).tolist())

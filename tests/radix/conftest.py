@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from branchwise.radix import DEFAULT, Lease, Namespace, PagesEntered, PagesLeft, RadixTree
+from branchwise.radix import DEFAULT, Event, Lease, Namespace, PagesEntered, PagesLeft, RadixTree
 
 Prefix = tuple[Namespace, tuple[int, ...]]
 
@@ -20,6 +20,12 @@ class Mirror:
         self.page_size = page_size
         self.prefixes: dict[int, Prefix] = {}  # page -> every token up to its end
         self.left: Counter[str] = Counter()  # pages by the reason they left
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, PagesEntered):
+            self.pages_entered(event)
+        elif isinstance(event, PagesLeft):
+            self.pages_left(event)
 
     def pages_entered(self, event: PagesEntered) -> None:
         before = self._before(event)
@@ -60,7 +66,7 @@ class Mirror:
         assert self.left["evicted"] + self.left["pruned"] + self.left["flushed"] == tree.evicted_total
         late = Mirror(self.page_size)
         tree.subscribe(late)
-        tree.unsubscribe(late)
+        tree.structure.events.unsubscribe(late)
         assert late.prefixes == found
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from branchwise.radix import PagesEntered, PagesLeft, RadixTree
+from branchwise.radix import Event, PagesEntered, RadixTree
 
 A = list(range(100, 112))  # three pages of four
 
@@ -15,15 +15,9 @@ class Log:
 
     def __init__(self, tree: RadixTree) -> None:
         self.tree = tree
-        self.events: list[PagesEntered | PagesLeft] = []
+        self.events: list[Event] = []
 
-    def pages_entered(self, event: PagesEntered) -> None:
-        self.take(event)
-
-    def pages_left(self, event: PagesLeft) -> None:
-        self.take(event)
-
-    def take(self, event: PagesEntered | PagesLeft) -> None:
+    def __call__(self, event: Event) -> None:
         self.events.append(event)
         if not self.tree.structure.events.pending:
             self.tree.check()
@@ -99,7 +93,7 @@ def test_the_last_sharer_of_a_covered_page(log):
 
 def test_nobody_is_told_after_unsubscribing(log):
     d, log = log
-    d.tree.unsubscribe(log)
+    d.tree.structure.events.unsubscribe(log)
     d.remember(A)
     assert log.told() == []
 
@@ -117,13 +111,10 @@ def test_without_subscribers_no_event_is_made(monkeypatch):
 def test_an_observer_that_fails_is_unsubscribed_and_nobody_else_notices(log, caplog):
     d, log = log
 
-    class Broken:
-        def pages_entered(self, event):
-            raise OSError("the router is gone")
+    def broken(event: Event) -> None:
+        raise OSError("the router is gone")
 
-        pages_left = pages_entered
-
-    d.tree.subscribe(Broken())
+    d.tree.subscribe(broken)
     d.remember(A)
     assert "the router is gone" in caplog.text and len(caplog.records) == 1
     assert len(log.told()) == 1 and d.peek(A) == 12
@@ -135,14 +126,11 @@ def test_an_observer_may_change_the_tree(log):
     """The events that it causes are delivered after the present ones, to all observers in the same order."""
     d, log = log
 
-    class Forgetful:
-        def pages_entered(self, event):
+    def forgetful(event: Event) -> None:
+        if isinstance(event, PagesEntered):
             d.tree.flush()
 
-        def pages_left(self, event):
-            pass
-
-    d.tree.subscribe(Forgetful())
+    d.tree.subscribe(forgetful)
     lease = d.match(A)
     d.compute(lease, A[:8])
     d.release(lease)

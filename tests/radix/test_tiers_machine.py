@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from branchwise.radix import DEVICE, DISK, HOST, CopiesEntered, CopiesLeft, Lease, RadixTree, Transfer
+from branchwise.radix import DEVICE, DISK, HOST, CopiesEntered, CopiesLeft, Event, Lease, RadixTree, Transfer
 from branchwise.radix.node import Namespace, Node
 from branchwise.runtime.tiers.index import PageRow, prefix_hash, sound
 
@@ -41,6 +41,12 @@ class Copies:
 
     def __init__(self) -> None:
         self.slots: dict[int, set[int]] = {HOST: set(), DISK: set()}
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, CopiesEntered):
+            self.copies_entered(event)
+        elif isinstance(event, CopiesLeft):
+            self.copies_left(event)
 
     def copies_entered(self, event: CopiesEntered) -> None:
         assert not self.slots[event.tier].intersection(event.slots.tolist()), "a slot entered twice"
@@ -85,7 +91,7 @@ class Machine(RuleBasedStateMachine):
         self.mirror = self.mirror_type(self.size)
         self.tree.subscribe(self.mirror)
         self.copies = Copies()
-        self.tree.subscribe_lower_tiers(self.copies)
+        self.tree.subscribe(self.copies, lower_tiers=True)
         self.running: list[tuple[Lease, Namespace, tuple[int, ...]]] = []
         self.transfers: list[Transfer] = []
         self.written: dict[Transfer, int] = {}  # to the disk, with the pages that arrived; `Moves.end` is yet to come
