@@ -9,13 +9,12 @@ from __future__ import annotations
 import itertools
 import logging
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...radix import files
-from ...radix.moves import Transfer
 from ...radix.node import DEVICE, DISK, HOST, Int32, Namespace, Node, join
 from ...radix.tree import RadixTree
 from ..errors import InvalidRequest, LoadError
@@ -29,25 +28,28 @@ _MOST_JOBS = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
+# A job yields what the disk's threads are to do, a function of an id, and gets the end of it; or it yields None, and
+# goes on when it is asked after. It returns its result, JSON-able, or raises `InvalidRequest`.
+Work = Callable[[int], None]
+Steps = Generator[Work | None, Ended | None, dict[str, Any]]
+
+
 @dataclass(slots=True)
 class Job:
-    """One operation. ``facts``: what is known of its result, JSON-able."""
+    """One operation."""
 
-    what: str
-    namespace: Namespace = ("", "")
-    tokens: Int32 | None = None
-    path: Path | None = None
-    transfer: Transfer | None = None
-    file: SavedFile | None = None
-    paths: Iterator[list[int]] = field(default_factory=lambda: iter(()))  # of the file, yet to be loaded
-    bad: list[int] = field(default_factory=list)  # records
-    facts: dict[str, Any] = field(default_factory=dict)
+    steps: Steps
+    paused: bool = False  # goes on when it is asked after
+    result: dict[str, Any] | None = None
     error: InvalidRequest | None = None
-    done: bool = False
+
+    @property
+    def done(self) -> bool:
+        return self.result is not None or self.error is not None
 
 
 class DiskJobs:
-    """The jobs of one disk tier. ``persist``: begins to write a node to the disk; ``end_of``: see `Moves.end_of`."""
+    """The jobs of one disk tier. ``persist``: begins to write a node to the disk."""
 
     def __init__(self, tree: RadixTree, disk: DiskTier, new_id: Callable[[], int], persist: Callable[[Node], object]):
         self._tree = tree
@@ -100,19 +102,12 @@ class DiskJobs:
 
     def verify(self) -> int:
         """Begins to read every page on the disk. Those that are damaged are forgotten, with what continues them."""
-        job, number = self._add(Job("verify"))
-        self._verify(job)
-        return number
+        return self._begin(self._verify())
 
     def compare_ranks(self) -> None:
         """Begins to forget what rank 0's index has and that of another rank has not, whose disk was damaged."""
         if self._disk.parts > 1:
-            self._verify(Job("verify"), read=False)
-
-    def _verify(self, job: Job, read: bool = True) -> None:
-        records = [record for node in self._on_disk() for record in node.disk.tolist()]
-        job.facts = {"pages": len(records)}
-        self._run(job, lambda id: self._disk.verify(id, records, job.bad, read=read))
+            self._advance(Job(self._verify(read=False)))
 
     def save(self, namespace: Namespace, tokens: Int32, file: str) -> int:
         """Begins to save the whole pages of a prompt that is cached. Raises `InvalidRequest`."""
@@ -120,9 +115,7 @@ class DiskJobs:
         whole = len(tokens) // self._tree.page_size * self._tree.page_size
         if not whole:
             raise InvalidRequest("prompt", f"must have at least one page of {self._tree.page_size} tokens")
-        job, number = self._add(Job("save", namespace, tokens[:whole].copy(), self._path(file)))
-        self._try_to_save(job)
-        return number
+        return self._begin(self._save(namespace, tokens[:whole].copy(), self._path(file)))
 
     def load(self, namespace: Namespace, file: str) -> int:
         """Begins to add the pages of a saved file, as those of ``namespace``. Raises `InvalidRequest`."""
@@ -130,53 +123,36 @@ class DiskJobs:
         path = self._path(file)
         if not path.is_file():
             raise InvalidRequest("file", f"there is no file {file} in {self._saved}")
-        job, number = self._add(Job("load", namespace, path=path, facts={"pages": 0, "added_pages": 0}))
-
-        def scan() -> None:
-            try:
-                job.file = SavedFile(path, self._disk.folder.fingerprint)
-            except LoadError as error:
-                job.error = InvalidRequest("file", f"was refused: {error}")
-
-        self._run(job, lambda id: self._disk.read_file(id, scan))
-        return number
+        return self._begin(self._load(namespace, path))
 
     def answer(self, number: int) -> dict[str, Any]:
         """``done``, and the result of a job that is; it is forgotten then. Raises `InvalidRequest` if it failed."""
         job = self._jobs.get(number)
         if job is None:
             raise InvalidRequest("job", f"there is no job {number}")
-        if job.what == "save" and not job.done and job.transfer is None:
-            self._try_to_save(job)
+        if job.paused:
+            self._advance(job)
         if not job.done:
             return {"done": False}
         del self._jobs[number]
         if job.error is not None:
             raise job.error
-        return {"done": True, **job.facts}
-
-    # ---- ended by the disk's threads ----
+        return {"done": True, **(job.result or {})}
 
     def apply(self, end: Ended) -> bool:
-        """Whether what has ended was for a job, which goes on or is done."""
+        """Whether what the disk's threads have ended was for a job, which goes on or is done."""
         job = self._running.pop(end.id, None)
-        if job is None:
-            return False
-        if job.what == "verify":
-            self._forget(job)
-        elif job.what == "save":
-            self._saved_ended(job, end)
-        elif job.error is not None:
-            job.done = True
-        elif job.transfer is None and job.file is not None:
-            job.paths, job.facts["pages"] = iter(job.file.paths()), len(job.file.pages)
-            self._load_next(job)
-        else:
-            self._load_ended(job, end)
-        return True
+        if job is not None:
+            self._advance(job, end)
+        return job is not None
 
-    def _forget(self, job: Job) -> None:
-        structure, bad = self._tree.structure, set(job.bad)
+    # ---- what the jobs do ----
+
+    def _verify(self, read: bool = True) -> Steps:
+        records, structure = [record for node in self._on_disk() for record in node.disk.tolist()], self._tree.structure
+        found: list[int] = []
+        yield lambda id: self._disk.verify(id, records, found, read=read)
+        bad = set(found)
         if bad and structure.disk is not None:
             logger.warning("disk cache: %d pages are damaged or not on every rank, and are dropped", len(bad))
             for node in self._on_disk():
@@ -186,82 +162,80 @@ class DiskJobs:
                 if good is not None:
                     structure.forget(node, structure.disk)
             structure.events.deliver()
-        job.facts["damaged_pages"], job.done = len(bad), True
+        return {"pages": len(records), "damaged_pages": len(bad)}
 
-    def _try_to_save(self, job: Job) -> None:
-        """Begins to save what is on the disk, or first to write there what is not."""
-        if job.tokens is None or job.path is None:
-            raise RuntimeError("a save without a prompt or a file")
-        moves = self._tree.moves
-        job.transfer = files.begin_save(moves, job.tokens, job.namespace)
-        if job.transfer is not None:
-            size, path, records = self._tree.page_size, job.path, job.transfer.source_slots
-            pages = [job.tokens[i * size : (i + 1) * size] for i in range(len(records))]
-            self._run(job, lambda id: self._disk.save(id, path, records, pages))
-            return
-        reach = self._tree.reach(job.tokens, job.namespace)
-        if reach.device + reach.host + reach.disk < len(job.tokens):
-            job.error = InvalidRequest("prompt", "is not cached to its end: compute it first with /cache/warm")
-        elif not self._disk.keeps(job.namespace):
-            job.error = InvalidRequest("cache_salt", "keeps a prompt off the disk, unless --disk-cache-salted is set")
-        elif self._disk.failing:
-            job.error = InvalidRequest(None, "the disk cannot be written: the server's log says why", status=503)
-        job.done = job.error is not None
-        end = moves.end_of(job.namespace, job.tokens)
-        writing = any(transfer.target == DISK for transfer in moves.active)
-        if end is not None and not job.done and not writing:
+    def _save(self, namespace: Namespace, tokens: Int32, path: Path) -> Steps:
+        moves, size = self._tree.moves, self._tree.page_size
+        while (transfer := files.begin_save(moves, tokens, namespace)) is None:
+            self._write(namespace, tokens)
+            yield None
+        records = transfer.source_slots
+        pages = [tokens[i * size : (i + 1) * size] for i in range(len(records))]
+        end = yield lambda id: self._disk.save(id, path, records, pages)
+        moves.cancel(transfer)
+        if end is None or end.good < len(pages):
+            raise InvalidRequest("file", "could not be written: the server's log says why", status=503)
+        return {"file": path.name, "tokens": len(tokens), "pages": len(pages)}
+
+    def _write(self, namespace: Namespace, tokens: Int32) -> None:
+        """Begins to write a prompt to the disk, unless something is being written. Raises `InvalidRequest`."""
+        moves, reach = self._tree.moves, self._tree.reach(tokens, namespace)
+        if reach.device + reach.host + reach.disk < len(tokens):
+            raise InvalidRequest("prompt", "is not cached to its end: compute it first with /cache/warm")
+        if not self._disk.keeps(namespace):
+            raise InvalidRequest("cache_salt", "keeps a prompt off the disk, unless --disk-cache-salted is set")
+        if self._disk.failing:
+            raise InvalidRequest(None, "the disk cannot be written: the server's log says why", status=503)
+        end = moves.end_of(namespace, tokens)
+        if end is not None and not any(transfer.target == DISK for transfer in moves.active):
             self._persist(end)
 
-    def _saved_ended(self, job: Job, end: Ended) -> None:
-        if job.transfer is None or job.tokens is None or job.path is None:
-            raise RuntimeError("a save ended that had not begun")
-        pages = len(job.transfer.source_slots)
-        self._tree.moves.cancel(job.transfer)
-        if end.good < pages:
-            job.error = InvalidRequest("file", "could not be written: the server's log says why", status=503)
-        else:
-            job.facts = {"file": job.path.name, "tokens": len(job.tokens), "pages": pages}
-        job.done = True
+    def _load(self, namespace: Namespace, path: Path) -> Steps:
+        scanned: list[SavedFile | LoadError] = []
 
-    def _load_next(self, job: Job) -> None:
-        """Begins to write the next prefix of the file to the disk, or ends the job."""
-        if job.file is None:
-            raise RuntimeError("a load without a file")
-        for path in job.paths:
-            pages = [job.file.pages[place].ids for place in path]
-            size = self._tree.page_size
-            while pages and len(pages[-1]) < size:  # the tree has partial pages only of requests of its own
-                pages.pop()
-            if not pages or any(len(page) != size for page in pages):
-                continue
-            job.tokens = join(pages)
-            begun = files.begin_load(self._tree.moves, job.tokens, job.namespace)
-            if begun is None:
-                job.error = InvalidRequest("file", "does not fit into the disk tier (--disk-cache-size)")
-                break
-            job.transfer, known = begun
-            before, records, file = job.transfer.before, job.transfer.target_slots, job.file
-            places = path[known : len(pages)]
-            rows = [(job.namespace, page) for page in pages[known:]]
-            if self._tree.structure.disk is not None:  # before they are written again
-                self._disk.delete(self._tree.structure.disk.take_freed())
-            self._run(job, lambda id: self._disk.load(id, file, places, before, rows, records))  # noqa: B023
-            return
-        job.file.close()
-        job.done = True
+        def scan() -> None:
+            try:
+                scanned.append(SavedFile(path, self._disk.folder.fingerprint))
+            except LoadError as error:
+                scanned.append(error)
 
-    def _load_ended(self, job: Job, end: Ended) -> None:
-        if job.transfer is None or job.tokens is None:
-            raise RuntimeError("a load ended that had not begun")
-        whole = end.good == len(job.transfer.target_slots)
-        job.facts["added_pages"] += files.end_load(self._tree.moves, job.transfer, job.tokens, end.good)
-        job.transfer = None
-        if not whole:
-            job.error = InvalidRequest(
-                "file", "has changed, or the disk cannot be written: the server's log says which"
-            )
-            job.paths = iter(())
-        self._load_next(job)
+        yield lambda id: self._disk.read_file(id, scan)
+        file = scanned[0] if scanned else LoadError("the server's log says why")
+        if isinstance(file, LoadError):
+            raise InvalidRequest("file", f"was refused: {file}") from file
+        added = 0
+        try:
+            for prefix in file.paths():
+                added += yield from self._load_prefix(file, prefix, namespace)
+        finally:
+            file.close()
+        return {"pages": len(file.pages), "added_pages": added}
+
+    def _load_prefix(
+        self, file: SavedFile, path: Sequence[int], namespace: Namespace
+    ) -> Generator[Work | None, Ended | None, int]:
+        """Adds the whole pages of one prefix of a file, at the places ``path``. Returns how many the disk lacked."""
+        size, moves, disk = self._tree.page_size, self._tree.moves, self._tree.structure.disk
+        pages = [file.pages[place].ids for place in path]
+        while pages and len(pages[-1]) < size:  # the tree has partial pages only of requests of its own
+            pages.pop()
+        if not pages or any(len(page) != size for page in pages):
+            return 0
+        tokens = join(pages)
+        begun = files.begin_load(moves, tokens, namespace)
+        if begun is None:
+            raise InvalidRequest("file", "does not fit into the disk tier (--disk-cache-size)")
+        transfer, known = begun
+        if disk is not None:  # before they are written again
+            self._disk.delete(disk.take_freed())
+        before, records = transfer.before, transfer.target_slots
+        rows = [(namespace, page) for page in pages[known:]]
+        end = yield lambda id: self._disk.load(id, file, path[known : len(pages)], before, rows, records)
+        good = 0 if end is None else end.good
+        added = files.end_load(moves, transfer, tokens, good)
+        if good < len(records):
+            raise InvalidRequest("file", "has changed, or the disk cannot be written: the server's log says which")
+        return added
 
     # ---- helpers ----
 
@@ -279,20 +253,32 @@ class DiskJobs:
             raise InvalidRequest("file", "must be a name of letters, digits, dots, dashes and underscores")
         return self._saved / file
 
-    def _add(self, job: Job) -> tuple[Job, int]:
+    def _begin(self, steps: Steps) -> int:
+        """The number of a new job, which has begun."""
         if len(self._jobs) >= _MOST_JOBS:
             for number in [number for number, each in self._jobs.items() if each.done]:
                 del self._jobs[number]  # nobody asked after them
         if len(self._jobs) >= _MOST_JOBS:
             raise InvalidRequest(None, f"{_MOST_JOBS} jobs are running: try again when one is done", status=429)
         number = next(self._numbers)
-        self._jobs[number] = job
-        return job, number
+        self._jobs[number] = Job(steps)
+        self._advance(self._jobs[number])
+        return number
 
-    def _run(self, job: Job, begin: Callable[[int], None]) -> None:
-        id = self._new_id()
-        self._running[id] = job
-        begin(id)
+    def _advance(self, job: Job, end: Ended | None = None) -> None:
+        """Takes a job to its next step. ``end``: of what the disk's threads did for it."""
+        try:
+            work = job.steps.send(end)
+        except StopIteration as stop:
+            job.result = stop.value
+        except InvalidRequest as error:
+            job.error = error
+        else:
+            job.paused = work is None
+            if work is not None:
+                id = self._new_id()
+                self._running[id] = job
+                work(id)
 
     def _on_disk(self) -> list[Node]:
         return [node for node in self._tree.structure.nodes() if len(node.disk)]
