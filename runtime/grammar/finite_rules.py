@@ -46,15 +46,15 @@ class _Rule:
 _Parts = list["str | list[_Parts]"]
 
 
-def check_rules(lark: str, start: str = "start") -> None:
+def check_rules(lark: str) -> None:
     """Raises `ConstraintError` naming a rule or terminal, reachable from ``start``, that derives no finite text.
 
     Grammars with parametric rules are not checked.
     """
     rules = _Reader(lark).rules()
-    if start not in rules:
+    if "start" not in rules:
         return
-    reachable, pending = {start: None}, [start]
+    reachable, pending = {"start": None}, ["start"]
     while pending:
         rule = rules.get(pending.pop())
         more = [name for name in (rule.mentioned if rule else ()) if name not in reachable]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..constraint import ConstraintError
 from .finite import finite_names
-from .keywords import LITERALS, NAMED_SCHEMAS, resolve
+from .keywords import resolve
+from .walk import Schema, as_dict, as_list, required, transformed, types
 
 
 def without_endless(root: Any) -> Any:
@@ -28,7 +29,7 @@ def without_endless(root: Any) -> Any:
         return root
     if not _has_value(root, finite):
         raise ConstraintError(f"cannot be satisfied: $ref {endless[-1]} requires itself without end")
-    return _replaced(root, finite)
+    return transformed(root, lambda schema: schema if _has_value(schema, finite) else False)
 
 
 def _references(root: Any) -> Iterator[str]:
@@ -51,60 +52,44 @@ def _has_value(schema: Any, finite: set[str]) -> bool:
     for part in parts:
         if isinstance(part.get("$ref"), str) and part["$ref"] not in finite:
             return False
+        if any(branch is False for branch in as_list(part.get("allOf"))):
+            return False
         for keyword in ("anyOf", "oneOf"):
             branches = part.get(keyword)
             if isinstance(branches, list) and not any(_has_value(branch, finite) for branch in branches):
                 return False
     if any("const" in part or "enum" in part for part in parts):
         return True
-    types = set.intersection(*(_types(part) for part in parts))
-    if not types or types - {"object", "array"}:
+    given = [found for part in parts if (found := types(part)) is not None]
+    allowed = frozenset.intersection(*given) if given else frozenset()
+    if not allowed or allowed - {"object", "array"}:
         return True
-    return ("object" in types and _has_object(parts, finite)) or ("array" in types and _has_array(parts, finite))
+    return ("object" in allowed and _has_object(parts, finite)) or ("array" in allowed and _has_array(parts, finite))
 
 
-def _conjuncts(schema: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _conjuncts(schema: Schema) -> Iterator[Schema]:
     """``schema`` and the branches of its ``allOf``, and of theirs."""
     yield schema
-    for branch in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
+    for branch in as_list(schema.get("allOf")):
         if isinstance(branch, dict):
             yield from _conjuncts(branch)
 
 
-def _types(schema: Mapping[str, Any]) -> set[str]:
-    given = schema.get("type", ["object", "array", "string"])
-    return {given} if isinstance(given, str) else {one for one in given if isinstance(one, str)}
-
-
-def _has_object(parts: Sequence[Mapping[str, Any]], finite: set[str]) -> bool:
-    required = {name for part in parts for name in part.get("required") or () if isinstance(name, str)}
+def _has_object(parts: Sequence[Schema], finite: set[str]) -> bool:
+    names = frozenset().union(*map(required, parts))
     for part in parts:
-        properties = part.get("properties")
-        declared = properties if isinstance(properties, dict) else {}
+        declared = as_dict(part.get("properties"))
         others = part.get("additionalProperties") or True
-        if not all(_has_value(declared.get(name, others), finite) for name in required):
+        if not all(_has_value(declared.get(name, others), finite) for name in names):
             return False
     return True
 
 
-def _has_array(parts: Sequence[Mapping[str, Any]], finite: set[str]) -> bool:
+def _has_array(parts: Sequence[Schema], finite: set[str]) -> bool:
     least = max((part["minItems"] for part in parts if isinstance(part.get("minItems"), int)), default=0)
     for part in parts:
-        first = part["prefixItems"] if isinstance(part.get("prefixItems"), list) else []
+        first = as_list(part.get("prefixItems"))
         items = [*first[:least], *([part.get("items", True)] if least > len(first) else [])]
         if not all(_has_value(item, finite) for item in items):
             return False
     return True
-
-
-def _replaced(value: Any, finite: set[str], named: bool = False) -> Any:
-    if isinstance(value, list):
-        return [_replaced(inner, finite) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    if not named and not _has_value(value, finite):
-        return False
-    return {
-        key: inner if not named and key in LITERALS else _replaced(inner, finite, not named and key in NAMED_SCHEMAS)
-        for key, inner in value.items()
-    }

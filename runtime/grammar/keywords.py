@@ -13,8 +13,7 @@ from typing import Any, TypeGuard
 
 from ..constraint import ConstraintError
 from .patterns import matched_names, matches_only, without_lookahead
-
-Schema = dict[str, Any]
+from .walk import LITERALS, NAMED_SCHEMAS, Schema, as_dict, as_list, required, types
 
 # Formats that llguidance enforces. Any other is an annotation, as JSON Schema says.
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
@@ -24,8 +23,6 @@ _LEAP_YEAR = r"(?:\d\d(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13
 _DATE = rf"^(?:{_YEAR}-(?:0[13-9]|1[0-2]|02-(?:[01]|2[0-8]))|{_LEAP_YEAR}-02-29)"
 _EXACT_FORMATS = {"date": _DATE, "date-time": rf"{_DATE}.*:[0-5]\d:[0-5]\d", "time": r"^\d\d:\d\d:[0-5]\d"}
 
-NAMED_SCHEMAS = frozenset({"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"})
-LITERALS = frozenset({"const", "enum", "default", "examples", "example"})  # their values are data, not schemas
 MAX_OPTIONAL = 1000  # optional properties of one object: each is about four items in llguidance's parser row
 _MAX_COMPARED = 50_000  # patterns × names: each takes 10 µs, holding the GIL
 MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
@@ -100,7 +97,7 @@ def _with_patterns(schema: Schema) -> Schema:
     if patterns is None or (not exact and patterns in ([], [pattern])):
         return schema
     first, *more = [*patterns, exact] if exact else patterns
-    others = [*_list(schema.get("allOf")), *({"pattern": pattern} for pattern in more)]
+    others = [*as_list(schema.get("allOf")), *({"pattern": pattern} for pattern in more)]
     return {**schema, "pattern": first, **({"allOf": others} if others else {})}
 
 
@@ -132,11 +129,11 @@ def _has_no_effect(keyword: str, schema: Schema) -> bool:
         case "dependentSchemas" | "dependencies":
             return not value
         case "dependentRequired":
-            return isinstance(value, dict) and all(set(_list(names)) <= _required(schema) for names in value.values())
+            return isinstance(value, dict) and all(set(as_list(names)) <= required(schema) for names in value.values())
         case "minProperties":
-            return _at_most(value, len(_required(schema)))
+            return _at_most(value, len(required(schema)))
         case "maxProperties":
-            return _is_closed(schema) and _at_most(len(_dict(schema.get("properties"))), value)
+            return _is_closed(schema) and _at_most(len(as_dict(schema.get("properties"))), value)
     return False
 
 
@@ -161,9 +158,9 @@ def _rewrite_property_names(schema: Schema, root: Any) -> None:
     keys = names.keys() - _ANNOTATIONS - {"type"}
     listed = names.get("enum", [names["const"]] if "const" in names else None)
     if keys <= {"enum", "const"} and isinstance(listed, list) and "patternProperties" not in schema:
-        declared = _dict(schema.get("properties"))
+        declared = as_dict(schema.get("properties"))
         schema["properties"] = {name: declared.get(name, others) for name in listed if isinstance(name, str)}
-    elif keys and keys <= {"pattern", "minLength", "maxLength"} and not _dict(schema.get("properties")):
+    elif keys and keys <= {"pattern", "minLength", "maxLength"} and not as_dict(schema.get("properties")):
         if "patternProperties" in schema or ("pattern" in keys and len(keys) > 1):
             return
         low, high = names.get("minLength", 0), names.get("maxLength", "")
@@ -184,8 +181,8 @@ def declared_names(root: Any) -> list[str]:
     while pending:
         value = pending.pop()
         if isinstance(value, dict):
-            patterns += len(_dict(value.get("patternProperties"))) + ("propertyNames" in value)
-            names |= dict.fromkeys([*_dict(value.get("properties")), *_required(value)])
+            patterns += len(as_dict(value.get("patternProperties"))) + ("propertyNames" in value)
+            names |= dict.fromkeys([*as_dict(value.get("properties")), *required(value)])
         pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     if patterns * len(names) > _MAX_COMPARED:
         raise ConstraintError(
@@ -201,8 +198,8 @@ def _fold_patterns(schema: Schema, names: Sequence[str]) -> None:
     The names may be declared elsewhere, beside a ``$ref`` or in another branch of an ``allOf``. Once all of them are
     written, llguidance would allow a comma for one more property, after which nothing could follow.
     """
-    for pattern, inner in list(_dict(schema.get("patternProperties")).items()):
-        properties = _dict(schema.get("properties"))
+    for pattern, inner in list(as_dict(schema.get("patternProperties")).items()):
+        properties = as_dict(schema.get("properties"))
         matched = matched_names(pattern, list(dict.fromkeys([*properties, *names])))
         if not matches_only(pattern, matched):
             continue
@@ -281,7 +278,7 @@ def _check_one(path: str, schema: Schema) -> None:
         if keyword in schema:
             raise refuse(keyword)
     for keyword in ("pattern", "patternProperties"):
-        patterns = [schema["pattern"]] if keyword == "pattern" and keyword in schema else _dict(schema.get(keyword))
+        patterns = [schema["pattern"]] if keyword == "pattern" and keyword in schema else as_dict(schema.get(keyword))
         for pattern in patterns:
             if isinstance(pattern, str) and without_lookahead(pattern) != [pattern]:
                 raise refuse(keyword, "with look-around, which cannot be enforced")
@@ -294,10 +291,10 @@ def _check_one(path: str, schema: Schema) -> None:
             for number in _integers(schema[keyword]):
                 if not _is_exact(number):
                     raise refuse(keyword, f"with {number}: integers beyond ±{MAX_EXACT} cannot be enforced exactly")
-    optional = len(_dict(schema.get("properties")).keys() - _required(schema))
+    optional = len(as_dict(schema.get("properties")).keys() - required(schema))
     if optional > MAX_OPTIONAL:
         raise refuse("properties", f"{optional} of them optional: at most {MAX_OPTIONAL} can be enforced")
-    least = len(_required(schema)) + 1
+    least = len(required(schema)) + 1
     if not _is_closed(schema) and not _at_most(schema.get("minProperties", 0), least):
         raise refuse("minProperties", f"which counts repeated names: at most {least} can be enforced here")
 
@@ -324,17 +321,12 @@ def _pointer(reference: str) -> str:
 
 def _may_be(schema: Schema, type: str) -> bool:
     """Whether values of ``type`` satisfy the schema's ``type`` keyword."""
-    given = schema.get("type")
-    types = [given] if isinstance(given, str) else given
-    return not isinstance(types, list) or type in types
+    allowed = types(schema)
+    return allowed is None or type in allowed
 
 
 def accepts_all(value: Any, *ignored: str) -> bool:
     return value is True or (isinstance(value, dict) and not value.keys() - _ANNOTATIONS - set(ignored))
-
-
-def _required(schema: Schema) -> set[str]:
-    return {name for name in _list(schema.get("required")) if isinstance(name, str)}
 
 
 def _is_closed(schema: Schema) -> bool:
@@ -361,11 +353,3 @@ def _integers(value: Any) -> Iterator[int]:
         if isinstance(one, int) and not isinstance(one, bool):
             yield one
         pending += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
-
-
-def _dict(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, list) else []

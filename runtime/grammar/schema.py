@@ -9,8 +9,9 @@ import msgspec
 
 from ..constraint import ConstraintError
 from .finite_schema import without_endless
-from .keywords import LITERALS, NAMED_SCHEMAS, accepts_all, check, declared_names, resolve, simplified
+from .keywords import accepts_all, check, declared_names, resolve, simplified
 from .unions import exclusive
+from .walk import Schema, as_list, required, schemas, transformed
 
 MAX_DEPTH = 64  # nested objects and lists
 MAX_VALUES = 20_000  # objects, lists, strings and numbers in total
@@ -32,9 +33,10 @@ def parse(text: str) -> Any:
     if not isinstance(schema, (dict, bool)):
         raise ConstraintError(f"must be a JSON object, got {type(schema).__name__}")
     _bound(schema)
-    if not _composes(schema):
-        schema = _closed(schema)
-    written, schema = schema, _rewritten(schema, schema, declared_names(schema))
+    if not any(map(_composes, schemas(schema))):
+        schema = transformed(schema, _closed)
+    written, names = schema, declared_names(schema)
+    schema = transformed(schema, lambda inner: _rewritten(inner, written, names))
     if schema is False and written is not False:
         raise ConstraintError("uses not, of a schema that every value satisfies: no value satisfies this one")
     schema = without_endless(schema)
@@ -60,82 +62,46 @@ def _inside(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _rewritten(value: Any, root: Any, names: Sequence[str], named: bool = False) -> Any:
-    """A copy in which each schema is `simplified`, and a ``oneOf`` that is plainly an ``anyOf`` is written as one.
+def _rewritten(schema: Schema, root: Any, names: Sequence[str]) -> Any:
+    """The schema `simplified`, and a ``oneOf`` that is plainly an ``anyOf`` written as one.
 
-    ``names``: `declared_names` of the root. ``named``: the keys of ``value`` are names that the schema's author chose
-    (``properties``, ``$defs``).
+    The schemas inside it are rewritten already. ``names``: `declared_names` of the root.
     """
-    if isinstance(value, list):
-        return [_rewritten(inner, root, names) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    if named:
-        return {name: _rewritten(inner, root, names) for name, inner in value.items()}
-    if "x-guidance" in value:  # could switch checks off
+    if "x-guidance" in schema:  # could switch checks off
         raise ConstraintError("uses x-guidance, which is not a JSON schema keyword")
-    result = {
-        key: inner if key in LITERALS else _rewritten(inner, root, names, key in NAMED_SCHEMAS)
-        for key, inner in value.items()
-    }
-    if accepts_all(result.get("not")):  # zod's never
+    if accepts_all(schema.get("not")):  # zod's never
         return False
-    branches = result.get("oneOf")
-    if (
-        isinstance(branches, list)
-        and branches
-        and "anyOf" not in result
-        and exclusive([resolve(branch, root) for branch in branches])
-    ):
-        result["anyOf"] = result.pop("oneOf")
-        result.pop("discriminator", None)  # OpenAPI's, which pydantic adds, says the same
-    return simplified(result, root, names)
+    branches = as_list(schema.get("oneOf"))
+    if branches and "anyOf" not in schema and exclusive([resolve(branch, root) for branch in branches]):
+        schema["anyOf"] = schema.pop("oneOf")
+        schema.pop("discriminator", None)  # OpenAPI's, which pydantic adds, says the same
+    return simplified(schema, root, names)
 
 
 _COMPOSING = frozenset({"allOf", "if", "dependentSchemas", "unevaluatedProperties", "$dynamicRef"})
 
 
-def _composes(value: Any, named: bool = False) -> bool:
+def _composes(schema: Schema) -> bool:
     """Whether an object's properties may be spread over several schemas, so that none of them names them all."""
-    if isinstance(value, list):
-        return any(_composes(inner) for inner in value)
-    if not isinstance(value, dict):
-        return False
-    if not named and (
-        _COMPOSING & value.keys() or ("properties" in value and {"anyOf", "oneOf", "$ref"} & value.keys())
-    ):
-        return True
-    return any(
-        _composes(inner, not named and key in NAMED_SCHEMAS)
-        for key, inner in value.items()
-        if named or key not in LITERALS
-    )
+    keys = schema.keys()
+    return bool(_COMPOSING & keys or ("properties" in schema and {"anyOf", "oneOf", "$ref"} & keys))
 
 
-def _closed(value: Any, named: bool = False) -> Any:
-    """A copy in which an object that declares properties or patterns, and does not mention others, allows no others.
+def _closed(schema: Schema) -> Schema:
+    """An object that declares properties or patterns, and does not mention others, allows no others.
 
     Outputs stay valid. Small models would go on to invent properties and never end; SGLang's and vLLM's default
     grammar backends close objects too.
     """
-    if isinstance(value, list):
-        return [_closed(inner) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    result = {
-        key: inner if not named and key in LITERALS else _closed(inner, not named and key in NAMED_SCHEMAS)
-        for key, inner in value.items()
-    }
-    if not named and _names_properties(result) and "additionalProperties" not in result:
-        result["additionalProperties"] = False
-        required, properties = result.get("required"), result.get("properties", {})
-        if isinstance(required, list) and isinstance(properties, dict):  # what it only requires may be anything
-            undeclared = {name: True for name in required if isinstance(name, str) and name not in properties}
-            result["properties"] = {**properties, **undeclared}
-    return result
+    if _names_properties(schema) and "additionalProperties" not in schema:
+        schema["additionalProperties"] = False
+        properties = schema.get("properties", {})
+        if isinstance(properties, dict):  # what it only requires may be anything
+            schema["properties"] = {**properties, **dict.fromkeys(required(schema) - properties.keys(), True)}
+    return schema
 
 
-def _names_properties(schema: dict[str, Any]) -> bool:
+def _names_properties(schema: Schema) -> bool:
     patterns = schema.get("patternProperties")
     allowed = isinstance(patterns, dict) and any(inner is not False for inner in patterns.values())
     return allowed or (bool(schema.get("properties")) and not patterns)
