@@ -56,17 +56,20 @@ async def _bounded(jobs: Sequence[Callable[[], Awaitable[object]]], limit: int =
 
 
 async def no_sharing(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """256 unrelated 1,024-token prompts, 256-token answers, 128 at once: what a cache costs when it cannot help."""
     prompts = rng.many(scaled(256, scale, least=2), 1024)
     await _bounded([lambda prompt=prompt: generate(prompt, 256) for prompt in prompts])  # type: ignore[misc]
 
 
 async def fewshot(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """512 questions of 64 tokens on one 2,048-token prefix, 32-token answers, 128 at once."""
     prefix = rng.tokens(2048)
     questions = rng.many(scaled(512, scale, least=2), 64)
     await _bounded([lambda question=question: generate(prefix + question, 32) for question in questions])  # type: ignore[misc]
 
 
 async def agents(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """64 agents on one 3,072-token tool schema: 8 steps of 96 generated and 160 tool-result tokens."""
     schema = rng.tokens(3072)
     jobs = [(rng.tokens(128), rng.many(8, 160)) for _ in range(scaled(64, scale))]
 
@@ -79,6 +82,7 @@ async def agents(generate: GenerateTokens, rng: RandomTokens, scale: float) -> N
 
 
 async def tree_of_thought(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """16 problems, depth 3: 4 proposals of 96 tokens a kept state, a 16-token score each, 2 kept."""
     instruction = rng.tokens(1024)
     judge = rng.tokens(32)
     hints = rng.many(4, 8)
@@ -96,6 +100,7 @@ async def tree_of_thought(generate: GenerateTokens, rng: RandomTokens, scale: fl
 
 
 async def chat(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """128 sessions of 5 turns on one 512-token system prompt: 96-token turns, 128-token replies."""
     system = rng.tokens(512)
 
     async def session(turns: list[Tokens]) -> None:
@@ -108,11 +113,13 @@ async def chat(generate: GenerateTokens, rng: RandomTokens, scale: float) -> Non
 
 
 async def best_of_n(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """8 prompts of 8,192 tokens, 32 samples of 256 tokens each, all at once."""
     prompts = rng.many(scaled(8, scale), 8192)
     await asyncio.gather(*(generate(prompt, 256, seed=i, temperature=1.0) for prompt in prompts for i in range(32)))
 
 
 async def long_document(generate: GenerateTokens, rng: RandomTokens, scale: float) -> None:
+    """4 documents of 32,768 tokens, 32 questions of 64 tokens on each, 128-token answers, all at once."""
     documents = rng.many(scaled(4, scale), 32768)
     await asyncio.gather(*(generate(document + rng.tokens(64), 128) for document in documents for _ in range(32)))
 
@@ -122,7 +129,6 @@ class Workload:
     """One branching program. ``requests``: how many it makes at a scale."""
 
     name: str
-    summary: str
     run: Callable[[GenerateTokens, RandomTokens, float], Awaitable[None]]
     requests: Callable[[float], int]
     longest: int  # tokens of the longest request, prompt and answer together
@@ -131,54 +137,17 @@ class Workload:
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Workload(
-            "no_sharing",
-            "256 unrelated 1,024-token prompts, 256-token answers, 128 at once: what a cache costs when it cannot help",
-            no_sharing,
-            lambda scale: scaled(256, scale, least=2),
-            1024 + 256,
-        ),
-        Workload(
-            "fewshot",
-            "512 questions of 64 tokens on one 2,048-token prefix, 32-token answers, 128 at once",
-            fewshot,
-            lambda scale: scaled(512, scale, least=2),
-            2048 + 64 + 32,
-        ),
-        Workload(
-            "agents",
-            "64 agents on one 3,072-token tool schema: 8 steps of 96 generated and 160 tool-result tokens",
-            agents,
-            lambda scale: scaled(64, scale) * 8,
-            3072 + 128 + 7 * (96 + 160) + 96,
-        ),
+        Workload("no_sharing", no_sharing, lambda scale: scaled(256, scale, least=2), 1024 + 256),
+        Workload("fewshot", fewshot, lambda scale: scaled(512, scale, least=2), 2048 + 64 + 32),
+        Workload("agents", agents, lambda scale: scaled(64, scale) * 8, 3072 + 128 + 7 * (96 + 160) + 96),
         Workload(
             "tree_of_thought",
-            "16 problems, depth 3: 4 proposals of 96 tokens a kept state, a 16-token score each, 2 kept",
             tree_of_thought,
             lambda scale: scaled(16, scale) * (8 + 16 + 16),
             1024 + 256 + 3 * (8 + 96) + 32 + 16,
         ),
-        Workload(
-            "chat",
-            "128 sessions of 5 turns on one 512-token system prompt: 96-token turns, 128-token replies",
-            chat,
-            lambda scale: scaled(128, scale) * 5,
-            512 + 5 * (96 + 128),
-        ),
-        Workload(
-            "best_of_n",
-            "8 prompts of 8,192 tokens, 32 samples of 256 tokens each, all at once",
-            best_of_n,
-            lambda scale: scaled(8, scale) * 32,
-            8192 + 256,
-        ),
-        Workload(
-            "long_document",
-            "4 documents of 32,768 tokens, 32 questions of 64 tokens on each, 128-token answers, all at once",
-            long_document,
-            lambda scale: scaled(4, scale) * 32,
-            32768 + 64 + 128,
-        ),
+        Workload("chat", chat, lambda scale: scaled(128, scale) * 5, 512 + 5 * (96 + 128)),
+        Workload("best_of_n", best_of_n, lambda scale: scaled(8, scale) * 32, 8192 + 256),
+        Workload("long_document", long_document, lambda scale: scaled(4, scale) * 32, 32768 + 64 + 128),
     )
 }
