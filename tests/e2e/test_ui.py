@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from branchwise.runtime.config import EngineConfig, ServerConfig
-from branchwise.runtime.server.http.ui.labels import Labels
+from branchwise.runtime.server.http.native.tree_text import add_text, decoder
 from branchwise.runtime.server.http.ui.live import Feed
 
 
@@ -237,18 +237,18 @@ async def test_a_failure_is_told_and_ends_the_feed() -> None:
 def test_a_node_is_decoded_once() -> None:
     decoded: list[tuple[int, ...]] = []
 
-    def decode(ids: Any) -> str:
-        decoded.append(tuple(ids))
-        return str(list(ids))
+    class Recording:
+        def decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+            decoded.append(ids)
+            return str(list(ids))
 
     def tree() -> dict[str, Any]:
         child = {"preview": [3], "children": []}
         return {"namespaces": [{"children": [{"preview": [1, 2], "children": [child]}]}]}
 
-    labels = Labels(decode)
+    decode = decoder(Recording(), remembered=2)  # type: ignore[arg-type]
     for _ in range(3):
-        found = tree()
-        labels.add(found)
+        found = add_text(tree(), decode, keep_preview=False)
     (node,) = found["namespaces"][0]["children"]
     assert (node["text"], node["children"][0]["text"], "preview" in node) == ("[1, 2]", "[3]", False)
     assert decoded == [(1, 2), (3,)]

@@ -13,7 +13,7 @@ from ....fleet.block_events import snapshot
 from ..plumbing.routes import Query, Routes, count, flag, read_query
 from ..plumbing.sse import json_response
 from ..state import AppState
-from .tree_text import add_text, tree_text
+from .tree_text import add_text, decoder, tree_text
 
 MAX_NODES = 100_000
 DEFAULT_NODES = 1000
@@ -35,7 +35,7 @@ def routes(state: AppState) -> Routes:
     async def tree(request: Request) -> Response:
         """The radix tree: cached prefixes, and what uses them."""
         form, nodes = read_query(request, _TREE_QUERY)
-        dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), state.tokenizer)
+        dump = add_text(await state.client.control("tree", {"max_nodes": nodes}), decoder(state.tokenizer))
         return PlainTextResponse(tree_text(dump)) if form == "text" else json_response(dump)
 
     @routes.add("GET", "/cache/hottest", query=_HOTTEST_QUERY, admin=True)

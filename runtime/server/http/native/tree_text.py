@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -13,12 +14,23 @@ _HEAD = 8  # of those, how many stay of a beginning that siblings share
 _BEFORE = 6  # and how many before the place where they part
 
 
-def add_text(dump: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
+Decode = Callable[[tuple[int, ...]], str]
+
+
+def decoder(tokenizer: Tokenizer, remembered: int = 0) -> Decode:
+    """Tokens to text for `add_text`, special tokens spelled out. ``remembered``: how many texts are kept: decoding a
+    thousand nodes again for each snapshot would take 20 ms."""
+    return lru_cache(remembered)(lambda ids: tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def add_text(dump: dict[str, Any], decode: Decode, *, keep_preview: bool = True) -> dict[str, Any]:
     """Gives every node of ``RadixTree.dump`` a ``text``: that of the tokens in its ``preview``. Changes it in place."""
     nodes = [child for namespace in dump["namespaces"] for child in namespace["children"]]
     while nodes:
         node = nodes.pop()
-        node["text"] = tokenizer.decode(node["preview"], skip_special_tokens=False)
+        node["text"] = decode(tuple(node["preview"]))
+        if not keep_preview:
+            del node["preview"]
         nodes += node["children"]
     return dump
 

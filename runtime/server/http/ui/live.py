@@ -10,19 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from fastapi import Request, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import StreamingResponse
 
 from ....errors import InvalidRequest
+from ..native.tree_text import Decode, add_text, decoder
 from ..plumbing.auth import is_admin
 from ..plumbing.errors import describe
 from ..plumbing.routes import Routes, count, read_query
 from ..plumbing.sse import event
 from ..state import AppState
-from .labels import Labels
 
 INTERVAL = 0.5  # seconds between snapshots at least
 SHARE = 0.005  # of a core, for what is timed; encoding a snapshot between the processes costs about as much again
@@ -43,7 +43,8 @@ def routes(state: AppState) -> Routes:
         """The tree and its requests as they change. A tenant sees its own part, the operator all of it."""
         [nodes] = read_query(request, _QUERY)
         owner = None if is_admin() else state.namespaces.of(None)[0]
-        return FeedStream(feeds.get(owner, nodes))
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        return StreamingResponse(_events(feeds.get(owner, nodes)), media_type="text/event-stream", headers=headers)
 
     return routes
 
@@ -62,16 +63,16 @@ class Feeds:
             raise InvalidRequest(None, f"{MAX_LISTENERS} pages are open, the most there can be", status=503)
         key = (owner, max_nodes)
         if key not in self._feeds:
-            labels = Labels(lambda ids: self._state.tokenizer.decode(ids, skip_special_tokens=False))
+            decode = decoder(self._state.tokenizer, remembered=max_nodes)
             question = {"owner": owner, "max_nodes": max_nodes}
             self._feeds[key] = Feed(
                 lambda: self._state.client.control("watch", question),
-                lambda found: self._complete(found, labels, sums=owner is None),
+                lambda found: self._complete(found, decode, sums=owner is None),
             )
         return self._feeds[key]
 
-    def _complete(self, found: dict[str, Any], labels: Labels, sums: bool) -> None:
-        labels.add(found["tree"])
+    def _complete(self, found: dict[str, Any], decode: Decode, sums: bool) -> None:
+        add_text(found["tree"], decode, keep_preview=False)
         if sums:
             found["figures"] = self._state.metrics.figures()
         found["model"] = self._state.model_name
@@ -139,42 +140,15 @@ class Feed:
             self._changed.notify_all()
 
 
-class FeedStream(Response):
-    """Streams a feed until the client leaves or the feed fails."""
-
-    media_type = "text/event-stream"
-
-    def __init__(self, feed: Feed) -> None:
-        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        del self.headers["content-length"]
-        self._feed = feed
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(_left(receive))
-        try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (sending, leaving):
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
-
-    async def _send(self, send: Send) -> None:
-        feed, version = self._feed, 0
-        with feed.listening():
-            while True:
-                try:
-                    version = await asyncio.wait_for(feed.newer(version), SILENCE)
-                    body = feed.event
-                except TimeoutError:
-                    body = b": alive\n\n"
-                await send({"type": "http.response.body", "body": body, "more_body": not feed.failed})
-                if feed.failed:
-                    return
-
-
-async def _left(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+async def _events(feed: Feed) -> AsyncIterator[bytes]:
+    """What one listener gets, until it leaves or the feed fails."""
+    version = 0
+    with feed.listening():
+        while True:
+            try:
+                version = await asyncio.wait_for(feed.newer(version), SILENCE)
+                yield feed.event
+            except TimeoutError:
+                yield b": alive\n\n"
+            if feed.failed:
+                return
