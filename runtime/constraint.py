@@ -31,13 +31,12 @@ class ConstraintError(Exception):
 
     Args:
         problem: continues a sentence whose subject is the constraint's field, e.g. "must be valid JSON".
-        keyword: path of the offending keyword inside a JSON schema, e.g. ``properties.tags.uniqueItems``.
         status: the HTTP status it becomes.
     """
 
-    def __init__(self, problem: str, *, keyword: str = "", status: int = 400) -> None:
-        super().__init__(f"at {keyword} {problem}" if keyword else problem)
-        self.problem = str(self)
+    def __init__(self, problem: str, *, status: int = 400) -> None:
+        super().__init__(problem)
+        self.problem = problem
         self.status = status
 
 

@@ -66,18 +66,6 @@ class InvalidRequest(BranchwiseError, ValueError):
         i = int(match[1])
         return self.others[i] if i < len(self.others) else match[0]
 
-    def at(self, path: str | None, others: Sequence[str] | None = None) -> InvalidRequest:
-        """The same error about another path."""
-        return InvalidRequest(
-            path,
-            self.problem,
-            others=self.others if others is None else others,
-            value=self.value,
-            limit=self.limit,
-            status=self.status,
-            code=self.code,
-        )
-
     def renamed(self, names: Mapping[str, str]) -> InvalidRequest:
         """The error in a dialect's names for our paths.
 
@@ -87,7 +75,10 @@ class InvalidRequest(BranchwiseError, ValueError):
         """
         path = self.path and _renamed(self.path, names)
         others = tuple(_renamed(other, names) for other in self.others)
-        return self if (path, others) == (self.path, self.others) else self.at(path, others)
+        if (path, others) == (self.path, self.others):
+            return self
+        facts = {"value": self.value, "limit": self.limit, "status": self.status, "code": self.code}
+        return InvalidRequest(path, self.problem, others=others, **facts)
 
 
 class Overloaded(BranchwiseError):

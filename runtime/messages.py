@@ -91,15 +91,7 @@ class Refusal(msgspec.Struct, array_like=True, omit_defaults=True):
 
     def error(self) -> InvalidRequest:
         """The error that this message carries."""
-        return InvalidRequest(
-            self.path,
-            self.problem,
-            others=self.others,
-            value=self.value,
-            limit=self.limit,
-            status=self.status,
-            code=self.code,
-        )
+        return InvalidRequest(**msgspec.structs.asdict(self))
 
 
 class Piece(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -63,17 +63,14 @@ def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
     return msgspec.structs.replace(piece, tokens=tokens, first=first, left=left)
 
 
-def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], parse_special: bool = False) -> Piece:
-    """The chat template's text of a conversation. The template may spell out special tokens. Messages may only with
-    ``parse_special``, so that no client can end its own turn and begin another.
+def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> Piece:
+    """The chat template's text of a conversation. The template may spell out special tokens. Messages may not, so that
+    no client can end its own turn and begin another.
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
-    text = chat_prompt(
-        tokenizer.chat_template, Conversation(turns=openai_turns(messages), parse_special=parse_special)
-    ).text()
-    if not parse_special:
-        check_no_special(tokenizer, messages)
+    text = chat_prompt(tokenizer.chat_template, Conversation(turns=openai_turns(messages))).text()
+    check_no_special(tokenizer, messages)
     return rendered_piece(text)
 
 

@@ -113,7 +113,7 @@ def openai_priority(value: int) -> int:
     return -check_priority(value)
 
 
-def check_priority(value: int, field: str = "priority") -> int:
+def check_priority(value: int) -> int:
     if not -MAX_PRIORITY <= value <= MAX_PRIORITY:
-        raise InvalidRequest(field, f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
+        raise InvalidRequest("priority", f"must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {value}")
     return value

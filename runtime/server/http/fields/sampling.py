@@ -65,11 +65,15 @@ class OpenAIFields(SamplingFields, Structured, CacheFields):
 
 
 def openai_sampling(
-    request: OpenAIFields, preferred: Mapping[str, float], names: Mapping[str, str], **own: Any
+    request: OpenAIFields,
+    preferred: Mapping[str, float],
+    names: Mapping[str, str],
+    text_format: Mapping[str, Any] | None = None,
+    **own: Any,
 ) -> ParsedSampling:
     """``preferred``: the served model's `sampling_defaults`. ``own``: the fields for which the route has names of its
-    own, ``names``."""
-    constrained, called = constraint(request)
+    own, ``names``. ``text_format``: as in `constraint`."""
+    constrained, called = constraint(request, text_format)
     params = SamplingParams(
         min_tokens=request.min_tokens,
         seed=engine_seed(request.seed),

@@ -26,10 +26,13 @@ class Structured(Strict):
     ebnf: str | None = None
 
 
-def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
+def constraint(
+    request: Structured, text_format: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, str]]:
     """The field of `SamplingParams` that constrains the output, and the client's name of it; empty if nothing does.
 
-    Sizes and contents are checked later. Raises `InvalidRequest` where several fields constrain.
+    ``text_format``: of OpenAI's responses, where a schema is not nested as in a ``response_format``. Sizes and contents
+    are checked later. Raises `InvalidRequest` where several fields constrain.
     """
     found: list[tuple[str, str, Any]] = []  # our field, the client's, its value
     for ours in ("regex", "json_schema", "ebnf"):
@@ -38,6 +41,8 @@ def constraint(request: Structured) -> tuple[dict[str, Any], dict[str, str]]:
         found += _structured_outputs(request.structured_outputs)
     if request.response_format is not None:
         found.append(("json_schema", "response_format", _response_format(request.response_format)))
+    if text_format is not None:
+        found.append(("json_schema", "text.format", _text_format(text_format)))
     given = [one for one in found if one[2] is not None]
     if not given:
         return {}, {}
@@ -67,14 +72,26 @@ def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]
 
 def _response_format(wanted: Mapping[str, Any]) -> Any:
     """The JSON schema asked for, or None if any text will do."""
-    kind = wanted.get("type")
-    if kind == "text":
-        return None
-    if kind == "json_object":
-        return ANY_OBJECT
-    if kind != "json_schema":
-        raise InvalidRequest("response_format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    if not _names_schema(wanted, "response_format"):
+        return ANY_OBJECT if wanted["type"] == "json_object" else None
     named = wanted.get("json_schema")
     if not isinstance(named, Mapping) or not isinstance(named.get("schema"), (Mapping, str)):
         raise InvalidRequest("response_format.json_schema", "must be an object with a schema")
     return named["schema"]
+
+
+def _text_format(wanted: Mapping[str, Any]) -> Any:
+    """As `_response_format`."""
+    if not _names_schema(wanted, "text.format"):
+        return ANY_OBJECT if wanted["type"] == "json_object" else None
+    schema = wanted.get("schema")
+    if not isinstance(schema, dict):
+        raise InvalidRequest("text.format.schema", f"must be a JSON schema, an object, got {type(schema).__name__}")
+    return schema
+
+
+def _names_schema(wanted: Mapping[str, Any], path: str) -> bool:
+    kind = wanted.get("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise InvalidRequest(f"{path}.type", f"must be text, json_object or json_schema, got {shown(kind)}")
+    return bool(kind == "json_schema")

@@ -52,15 +52,8 @@ def _cut(text: str) -> str:
     return text if len(text) <= MAX_MESSAGE else f"{text[: MAX_MESSAGE - 1]}…"
 
 
-def error_response(
-    status: int,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    body = msgspec.json.encode(error_body(status, message, param, code))
-    return Response(body, status, headers, media_type="application/json")
+def error_response(status: int, message: str, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(error_body(status, message)), status, headers, media_type="application/json")
 
 
 class ClientGone(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import msgspec
 from pydantic import Field
 
 from .....chat.conversation import Conversation
@@ -16,7 +15,6 @@ from ...chat.tool_use import tool_limits
 from ...fields.parse import Strict, Strings, parse
 from ...fields.prompts import check_label
 from ...fields.sampling import ParsedSampling, openai_sampling
-from ...fields.structured import ANY_OBJECT
 from ...state import AppState
 from ..chat.request import CHAT_UNSUPPORTED, ChatFields, shared_fields, template_options
 from .items import response_turns
@@ -143,36 +141,15 @@ def response_spec(body: ResponsesRequest, state: AppState) -> ChatSpec:
 def response_sampling(body: ResponsesRequest, preferred: Mapping[str, float]) -> ParsedSampling:
     """``preferred``: the served model's `sampling_defaults`. Bounds are checked later, by `prepare_params`."""
     wanted = LOGPROBS in (body.include or ())
-    params, names = openai_sampling(
+    return openai_sampling(
         body,
         preferred,
         {**NAMES, "prompt": "input", "include_stop": "include_stop_str_in_output", "logprobs": "top_logprobs"},
+        None if body.text is None else body.text.format,
         max_tokens=body.max_output_tokens,
         skip_special_tokens=body.skip_special_tokens,
         logprobs=(body.top_logprobs or 0) if wanted else None,
     )
-    schema = _schema(body.text)
-    if schema is None:
-        return ParsedSampling(params, names)
-    kind = params.constraint_kind
-    if kind is not None:
-        raise InvalidRequest("text.format", f"cannot be combined with {names[kind]}: an output has one constraint")
-    return ParsedSampling(msgspec.structs.replace(params, json_schema=schema), {**names, "json_schema": "text.format"})
-
-
-def _schema(text: TextOptions | None) -> dict[str, Any] | str | None:
-    """The JSON schema that the text must follow; None: it may be any text."""
-    wanted = None if text is None else text.format
-    if wanted is None or wanted.get("type") == "text":
-        return None
-    kind, schema = wanted.get("type"), wanted.get("schema")
-    if kind == "json_object":
-        return ANY_OBJECT
-    if kind != "json_schema":
-        raise InvalidRequest("text.format.type", f"must be text, json_object or json_schema, got {shown(kind)}")
-    if not isinstance(schema, dict):
-        raise InvalidRequest("text.format.schema", f"must be a JSON schema, an object, got {type(schema).__name__}")
-    return schema
 
 
 def _check_metadata(metadata: Mapping[str, Any]) -> None:
