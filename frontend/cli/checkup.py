@@ -16,9 +16,9 @@ from ...runtime.config import step_budget
 from ...runtime.errors import LoadError
 
 if TYPE_CHECKING:
-    from ...runtime.config import EngineConfig
+    from packaging.requirements import Requirement
 
-DISTRIBUTION = "branchwise"
+    from ...runtime.config import EngineConfig
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,32 @@ class Finding:
     fix: str = ""
 
 
-def libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
+def libraries() -> Iterator[Finding]:
     """Python and the run-time requirements: installed versions against the declared ranges."""
-    from packaging.requirements import Requirement
-
-    version = ".".join(map(str, sys.version_info[:3]))
-    old = sys.version_info < (3, 11)
-    yield Finding("python", version, "broken" if old else "ok", "install Python 3.11 or newer" if old else "")
+    yield Finding("python", ".".join(map(str, sys.version_info[:3])))
     within: list[str] = []
-    for line in metadata.requires(distribution) or []:
-        requirement = Requirement(line)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            installed = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield Finding(requirement.name, "not installed", "broken", _pip(str(requirement)))
-            continue
-        if requirement.specifier.contains(installed, prereleases=True):
+    for requirement, installed in _requirements():
+        if installed is not None and requirement.specifier.contains(installed, prereleases=True):
             within.append(f"{requirement.name} {installed}")
         else:
-            found = f"{installed} is outside {requirement.specifier}"
+            found = f"{installed} is outside {requirement.specifier}" if installed is not None else "not installed"
             yield Finding(requirement.name, found, "broken", _pip(str(requirement)))
     yield Finding("libraries", ", ".join(within))
+
+
+def _requirements(extra: str = "") -> Iterator[tuple[Requirement, str | None]]:
+    """What the package requires, or what one of its extras adds, each with the version that is installed."""
+    from packaging.requirements import Requirement
+
+    for requirement in map(Requirement, metadata.requires("branchwise") or []):
+        marker = requirement.marker
+        always = marker is None or marker.evaluate({"extra": ""})
+        of_extra = marker is not None and not always and marker.evaluate({"extra": extra})
+        if of_extra if extra else always:
+            try:
+                yield requirement, metadata.version(requirement.name)
+            except metadata.PackageNotFoundError:
+                yield requirement, None
 
 
 def _pip(requirement: str) -> str:
@@ -79,7 +82,10 @@ def devices() -> Iterator[Finding]:
             name = torch.cuda.get_device_name(index)
             yield Finding(f"cuda:{index}", f"{name}, {human_bytes(free)} of {human_bytes(total)} free")
         yield from _peer_access(list(range(torch.cuda.device_count())))
-        yield from _gpu_libraries()
+        for requirement, installed in _requirements("gpu"):
+            if installed is None:
+                fix = _pip(f"{requirement.name}{requirement.specifier}")
+                yield Finding(requirement.name, "not installed: the fast GPU kernels need it", "note", fix)
     elif Path("/dev/nvidiactl").exists():
         found = f"an NVIDIA device is here, but torch {torch.__version__} cannot use it"
         yield Finding("cuda", found, "note", f"{_pip('torch>=2.11,<2.15')} --force-reinstall")
@@ -99,21 +105,6 @@ def _peer_access(devices: list[int]) -> Iterator[Finding]:
         pairs = ", ".join(f"cuda:{a} to cuda:{b}" for a, b in missing[:4]) + (", …" if len(missing) > 4 else "")
         found = f"none from {pairs}: --tensor-parallel-size then exchanges tensors through NCCL, which is slower"
         yield Finding("peer access", found, "note", "nvidia-smi topo -p2p n    (what the driver allows, and why not)")
-
-
-def _gpu_libraries(distribution: str = DISTRIBUTION) -> Iterator[Finding]:
-    """Those of the ``gpu`` extra that are missing."""
-    from packaging.requirements import Requirement
-
-    for requirement in map(Requirement, metadata.requires(distribution) or []):
-        marker = requirement.marker
-        if marker is None or marker.evaluate({"extra": ""}) or not marker.evaluate({"extra": "gpu"}):
-            continue
-        try:
-            metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            fix = _pip(f"{requirement.name}{requirement.specifier}")
-            yield Finding(requirement.name, "not installed: the fast GPU kernels need it", "note", fix)
 
 
 def port(host: str, number: int) -> Finding:

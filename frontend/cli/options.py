@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,7 +11,6 @@ from ...runtime.config import EngineConfig
 from ...runtime.errors import LoadError
 from .config_flags import field_docs
 
-SAMPLING = "Sampling"
 LOCAL_SERVER = "http://127.0.0.1:8000"
 ENGINE_FLAGS = (
     "max_model_len",
@@ -42,45 +41,30 @@ ApiKey = Annotated[
         "--api-key", envvar="BRANCHWISE_API_KEY", help="The server's key.", show_default=False, show_envvar=True
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=SAMPLING)]
+
+
+def _sampling(help: str) -> Any:
+    return typer.Option(help=help, rich_help_panel="Sampling", show_default=False)
+
+
+MaxTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.", rich_help_panel="Sampling")]
 Temperature = Annotated[
     float | None,
-    typer.Option(
-        help="0 takes the likeliest token every time. Default: that of the model's generation_config.json, otherwise "
-        "0.7 in chat and 0 in generate.",
-        rich_help_panel=SAMPLING,
-        show_default=False,
+    _sampling(
+        "0 takes the likeliest token every time. Default: that of the model's generation_config.json, otherwise "
+        "0.7 in chat and 0 in generate."
     ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(
-        help="Sample from the likeliest tokens whose probabilities sum to this. Default: the model's own, else 1.",
-        rich_help_panel=SAMPLING,
-        show_default=False,
-    ),
+    _sampling("Sample from the likeliest tokens whose probabilities sum to this. Default: the model's own, else 1."),
 ]
 TopK = Annotated[
     int | None,
-    typer.Option(
-        help="Sample from this many likeliest tokens; 0: from all. Default: the model's own, else 0.",
-        rich_help_panel=SAMPLING,
-        show_default=False,
-    ),
+    _sampling("Sample from this many likeliest tokens; 0: from all. Default: the model's own, else 0."),
 ]
-Seed = Annotated[
-    int | None,
-    typer.Option("--seed", help="The same seed gives the same text.", rich_help_panel=SAMPLING, show_default=False),
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--stop",
-        help="End the answer before this text. May be given more than once.",
-        rich_help_panel=SAMPLING,
-        show_default=False,
-    ),
-]
+Seed = Annotated[int | None, _sampling("The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, _sampling("End the answer before this text. May be given more than once.")]
 
 
 def one_of(argument: str | None, flag: str | None, name: str) -> str:
