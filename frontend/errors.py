@@ -1,4 +1,4 @@
-"""The error of everything in this room that asks an engine or a server."""
+"""The error of every client and backend in this room."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..runtime.errors import BranchwiseError, InvalidRequest
 
 
 class BackendError(BranchwiseError):
-    """A backend that cannot be reached, refuses a request, or cannot do what is asked.
+    """A backend that cannot be reached, refuses a request, or lacks a capability that the call needs.
 
     ``status``: the HTTP status, 0 if there is none. ``reason``: the end of the message, in the backend's own words.
     ``invalid``: the reason as an `InvalidRequest`, if the server named a field of the request.

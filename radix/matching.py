@@ -36,7 +36,7 @@ class Partial(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    common: int  # tokens shared with the wanted page
+    common: int  # tokens shared with the page sought
     ends: bool  # no token follows those
     page: int
     node: Node

@@ -37,12 +37,12 @@ class Transfer:
 
 
 class Reach(NamedTuple):
-    """How far a prompt is remembered, in all tiers."""
+    """How many tokens of a prompt each tier stores."""
 
     device: int  # tokens that a match would reuse now
     host: int  # tokens after those that the host has
     disk: int  # and that only the disk has
-    nodes: list[tuple[Node, int]]  # internal: the nodes below the device, from the top, and the pages wanted of each
+    nodes: list[tuple[Node, int]]  # internal: the nodes below the device, from the top, and the pages of each to copy
 
     @property
     def transfer(self) -> Transfer | None:
@@ -59,7 +59,7 @@ class Moves:
     active: dict[Transfer, None] = field(default_factory=dict)
 
     def reach(self, tokens: Int32, namespace: Namespace, limit: int) -> Reach:
-        """What the tiers remember of ``tokens[:limit]``. Changes nothing."""
+        """How many of ``tokens[:limit]`` each tier stores. Changes nothing."""
         structure, size = self.structure, self.structure.page_size
         root = structure.roots.get(namespace)
         if root is None:
@@ -137,9 +137,9 @@ class Moves:
     def end(self, transfer: Transfer, good: int, damaged: bool = False) -> None:
         """The transfer has ended; its first ``good`` pages arrived.
 
-        ``damaged``: the next page is wrong where it came from, and is forgotten there with what continues it. Nodes
-        that reached the target by another way meanwhile keep what they have; on the disk what follows them does not
-        count then, because its rows name other records.
+        ``damaged``: the next page is corrupt in its source, which drops it and the pages after it. Nodes that reached
+        the target by another way meanwhile keep what they have; on the disk what follows them does not count then,
+        because its rows name other records.
         """
         del self.active[transfer]
         structure = self.structure
@@ -196,8 +196,8 @@ class Moves:
         self.structure.unlock(transfer.node)
 
     def restore(self, rows: Sequence[tuple[int, int, Namespace, Int32, int]]) -> None:
-        """Fills an empty tree with what the disk remembers of an earlier process: (slot, slot of the page before or -1,
-        namespace, tokens, time) of each page, each after the page before it. Runs without branches become one node."""
+        """Fills an empty tree with the pages that an earlier process left on the disk. Each: (slot, slot of the page
+        before or -1, namespace, tokens, time), after the page before it. Runs without branches become one node."""
         structure, disk = self.structure, self._tier(DISK)
         followers: dict[int, int] = {}
         for _, before, *_ in rows:
@@ -316,7 +316,7 @@ def last_record(node: Node | None) -> int:
 
 
 def _nearest_below(node: Node, wanted: bytes) -> Node | None:
-    """The child that is not on the device and shares most tokens with the wanted page, at least one."""
+    """The child that is not on the device and shares most tokens with the page sought, at least one."""
     best: Node | None = None
     for side in node.nearest_first(wanted) if wanted else ():
         for child in side:

@@ -63,7 +63,7 @@ class ScoreTable:
             self._table[target, :tokens] = self._table[source, :tokens]
 
     def merge(self, sources: Int32, targets: Int32) -> None:
-        """Adds to each target what only its source knows. A target holds its source's tokens; it may hold more."""
+        """Copies to each target the logprobs that only its source has. A target has at least its source's tokens."""
         if self._table is None:
             return
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):

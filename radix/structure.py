@@ -274,7 +274,7 @@ class PrefixTree:
             )
 
     def _remove(self, node: Node, reason: LeaveReason) -> None:
-        """Removes an unlocked node without copies, and what lower tiers remember below it, which nothing can reach."""
+        """Removes an unlocked node without copies, and the nodes below it in lower tiers, which no lookup can reach."""
         parent = node.parent
         if parent is None:
             raise RuntimeError("a root has no pages to remove")
@@ -341,7 +341,7 @@ class PrefixTree:
 
     def join_path(self, end: Node) -> None:
         """Joins nodes on the path to ``end`` that requests, transfers and splits have divided, so that a walk takes few
-        steps: an unlocked node and its only child become one node if `_may_join` says so. Of each joined run the last
+        steps: an unlocked node and its only child become one node if `_may_join` allows it. Of each joined run the last
         node stays, which keeps its serial and its place in the eviction indexes."""
         run = [end]
         for upper in end.upwards():

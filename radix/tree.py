@@ -317,14 +317,14 @@ class RadixTree:
     # ---- lower tiers ----
 
     def reach(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Reach:
-        """How much of ``tokens`` each tier remembers, in order: see `moves.Reach`. Changes nothing."""
+        """How many of ``tokens`` each tier stores, in order: see `moves.Reach`. Changes nothing."""
         if not self.enabled:
             return Reach(0, 0, 0, [])
         tokens = np.asarray(tokens, np.int32)
         return self.moves.reach(tokens, namespace, _clamp(limit, len(tokens)))
 
     def restore(self, rows: Sequence[tuple[int, int, Namespace, Int32, int]]) -> None:
-        """Fills an empty tree with what the disk remembers: see `Moves.restore`."""
+        """Fills an empty tree with the pages on the disk: see `Moves.restore`."""
         if rows and self.enabled:
             self.moves.restore(rows)
 
@@ -408,7 +408,7 @@ class RadixTree:
     def check(self, leases: Collection[Lease] | None = None) -> None:
         """Raises `InvariantError` at the first inconsistency: see `check`. O(everything).
 
-        ``leases``: those that the caller believes to be live; they must be exactly the tree's.
+        ``leases``: the live leases by the caller's account, which must equal the tree's.
         """
         if leases is not None and set(leases) != set(self.leases):
             raise InvariantError(f"{len(self.leases)} leases are live, the caller has {len(leases)}")

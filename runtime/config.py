@@ -248,6 +248,7 @@ def check(config: EngineConfig) -> EngineConfig:
     for name, low, high in (
         ("page_size", 1, 256),
         ("max_num_seqs", 1, 4096),
+        ("gpu_memory_utilization", 0.05, 0.98),
         ("tensor_parallel_size", 1, 64),
         ("max_branches", 0, 1_000_000),
         ("max_branches_per_key", 0, 1_000_000),
@@ -273,8 +274,6 @@ def check(config: EngineConfig) -> EngineConfig:
         raise LoadError("--deterministic cannot be combined with --tensor-parallel-size: sums over ranks vary in order")
     if config.deterministic and config.attention_backend != "auto":
         raise LoadError("--deterministic chooses the attention kernels: leave --attention-backend out")
-    if not 0.05 <= config.gpu_memory_utilization <= 0.98:
-        raise LoadError(f"--gpu-memory-utilization must be between 0.05 and 0.98, got {config.gpu_memory_utilization}")
     return config
 
 

@@ -214,13 +214,13 @@ class CacheReport(msgspec.Struct, array_like=True):
     write_tokens: int = 0  # prompt tokens that it computed and left in the cache
     host_tokens: int = 0  # of hit_tokens, those that came from the host's memory
     disk_tokens: int = 0  # and from the disk
-    tier_reason: str = ""  # why more of what lower tiers remember was not used: late | failed | full | slower
+    tier_reason: str = ""  # why more of the lower tiers' prefix was not used: late | failed | full | slower
     pinned_tokens: int = 0  # the longest prefix that its breakpoints pin; known at the end
-    cached_logprobs: int = 0  # of the prompt's logprobs, those that were remembered
+    cached_logprobs: int = 0  # of the prompt's logprobs, those from the cache
 
     def tiers(self) -> dict[str, Any]:
-        """Where the reused tokens came from, and why not more of what lower memory tiers remember, as fields of an
-        answer; empty if no lower tier took part."""
+        """Where the reused tokens came from, and why not more came from lower memory tiers, as fields of an answer;
+        empty if no lower tier took part."""
         if not (self.host_tokens or self.disk_tokens or self.tier_reason):
             return {}
         device = self.hit_tokens - self.host_tokens - self.disk_tokens
@@ -237,7 +237,7 @@ class RequestStarted(Message):
     prompt_tokens: int
     tail: bytes  # the last few prompt tokens, to prime incremental decoding
     params: SamplingParams
-    prompt: bytes | None = None  # int32: the prompt, if the request asks for it or for prompt logprobs
+    prompt: bytes | None = None  # int32: the prompt, if the request needs it or prompt logprobs
     stream: bool = True  # False: a delta for the first token, then few and large ones
     settle: bool = False  # its branch keeps its output: the detokenizer sends `Settled` at its end
 

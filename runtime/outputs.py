@@ -16,7 +16,7 @@ class Output:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # one for each generated token
-    prompt: list[int] = field(default_factory=list)  # set if the request asks for the prompt or its logprobs
+    prompt: list[int] = field(default_factory=list)  # set if the request needs the prompt or its logprobs
     prompt_logprobs: dict[int, TokenLogprob] = field(default_factory=dict)  # by position; position 0 has none
     prompt_tokens: int = 0
     cache: CacheReport | None = None

@@ -116,7 +116,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return self.temperature < 1e-6 or self.top_k == 1
 
 
-# field: (low, high, low is exclusive)
+# field: (low, high, low is exclusive). The bounds of integers are integers.
 _RANGES: dict[str, tuple[float, float, bool]] = {
     "max_tokens": (0, MAX_TOKENS, False),
     "min_tokens": (0, MAX_TOKENS, False),
@@ -133,7 +133,6 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "prompt_logprobs": (0, MAX_LOGPROBS, False),
     "prompt_logprob_start": (0, 2**31 - 1, False),
 }
-_INTEGERS = {"max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs", "prompt_logprob_start"}
 _CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("stop", (tuple, list), "a tuple of strings"),
     ("stop_token_ids", (tuple, list), "a tuple of token ids"),
@@ -145,7 +144,6 @@ _OPTIONAL = {"max_tokens", "seed", "logprobs", "prompt_logprobs"}
 def validate(params: SamplingParams, vocab_size: int) -> SamplingParams:
     """Check every field against its bounds, and token ids against ``vocab_size``.
 
-    ``names`` maps our field names to the caller's dialect, so that messages name the field the caller sent.
     Raises `InvalidRequest` naming the field, the value and the limit.
     """
     if not isinstance(params, SamplingParams):
@@ -157,8 +155,8 @@ def validate(params: SamplingParams, vocab_size: int) -> SamplingParams:
             if field in _OPTIONAL:
                 continue
             raise InvalidRequest(field, "must not be null")
-        if isinstance(value, bool) or not isinstance(value, int if field in _INTEGERS else (int, float)):
-            kind = "an integer" if field in _INTEGERS else "a number"
+        if isinstance(value, bool) or not isinstance(value, int if isinstance(low, int) else (int, float)):
+            kind = "an integer" if isinstance(low, int) else "a number"
             raise InvalidRequest(field, f"must be {kind}, got {type(value).__name__}")
         if isinstance(value, float) and not math.isfinite(value):
             raise InvalidRequest(field, f"must be finite, got {value}")

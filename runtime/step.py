@@ -28,7 +28,7 @@ def _no_indices() -> Int32:
 
 @dataclass(slots=True, frozen=True)
 class RowStart:
-    """A request takes a row of the page table: everything the executor needs to know about it.
+    """A request takes a row of the page table: all that the executor needs of it.
 
     ``tokens`` are the known tokens (the prompt, and outputs if it resumes after a retraction); the first
     ``prompt_len`` are the prompt. ``seed`` is always set: the engine chooses one for an unseeded request.

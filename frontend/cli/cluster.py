@@ -30,7 +30,7 @@ def up(
         bool, typer.Option("--detach", help="Return when it is ready, on a Ray cluster that runs already.")
     ] = False,
 ) -> None:
-    """Start a cluster, or change a running one to what FILE says.
+    """Start a cluster, or change a running one to match FILE.
 
     Joins the Ray cluster that ray_address in FILE or RAY_ADDRESS names, or any that runs on this machine, also one of
     another program. Without one, or with `ray_address: local`, starts Ray here until Ctrl-C. Running replicas keep

@@ -1,4 +1,4 @@
-"""The model that a command asks: loaded in this process, or served at a URL. One interface for both."""
+"""The model that a command uses: loaded in this process, or served at a URL. One interface for both."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class ServedModel(Model):
         return {**self._client.get("/get_server_info")["engine"], **preferred}
 
     def generate(self, prompts: list[str], params: SamplingParams) -> list[Generated]:
-        text = prompts[0] if len(prompts) == 1 else list(prompts)  # an error about one of a list says which
+        text = prompts[0] if len(prompts) == 1 else list(prompts)  # errors about one of a list name its index
         replies = self._client.post("/generate", {"text": text, "sampling_params": _wire(params)})
         try:
             return [_generated(reply) for reply in ([replies] if isinstance(replies, dict) else replies)]

@@ -15,7 +15,7 @@ def pull(
     """Download a model from the Hugging Face hub, and print its folder.
 
     Checks first that this machine can serve it: a model that cannot be served is not downloaded. What is already
-    there is not downloaded again. HF_HOME says where, HF_TOKEN logs in, HF_ENDPOINT names another hub.
+    there is not downloaded again. HF_HOME sets the folder, HF_TOKEN logs in, HF_ENDPOINT names another hub.
     """
     with expected_failures():
         from ...runtime.config import EngineConfig

@@ -34,7 +34,7 @@ def serve(model: Model = "", model_flag: ModelFlag = "", **settings: Any) -> Non
 
         for field in ("api_key", "admin_api_key"):
             variable = f"BRANCHWISE_{field.upper()}"
-            if settings[field] is None and os.environ.get(variable) == "":  # typer ignores it: no key would be asked
+            if settings[field] is None and os.environ.get(variable) == "":  # typer ignores it: no key would be required
                 raise LoadError(f"{variable} is set and empty: set it to a key, or unset it")
         for field in ("extra_api_keys", "allowed_hosts", "allow_origins"):
             settings[field] = tuple(settings[field] or ())
@@ -74,7 +74,7 @@ def _serve(config: ServerConfig) -> int:
     from . import checkup
 
     check_before_download(config.engine)
-    # If the port is taken, the start fails at once and says so.
+    # If the port is taken, the start fails at once with that error.
     err.file = DroppingStream(2)  # type: ignore[assignment]
     startup = _Startup(config, announce=checkup.port(config.host, config.port).state == "ok")
     with startup:

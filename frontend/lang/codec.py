@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...runtime.tokenizer.tokenizer import Tokenizer
 
 TAIL = 8  # tokens before a piece that decide the text of its first one (a leading space)
-# Between two words: every tokenizer we know begins a token at the space, so encoding the halves changes nothing.
+# Between two words: every tokenizer tested begins a token at the space, so encoding the halves changes nothing.
 _SAFE_CUT = re.compile(r"(?<=\w) (?=\w)")
 _LAST_WORDS = 400  # characters to search for such a space
 

@@ -21,7 +21,7 @@ class ProgramError(BranchwiseError):
     """A program that cannot continue.
 
     ``message``: the words of the server or of the language. ``variable``: the name of the one that could not be set, if
-    any. ``site``: ``file:line`` of the program. ``backend``: the name of the backend that was asked.
+    any. ``site``: ``file:line`` of the program. ``backend``: the backend's name.
     """
 
     def __init__(self, message: str, *, variable: str | None = None, site: str = "", backend: str = "") -> None:

@@ -36,14 +36,15 @@ class TurnTemplate:
         return self._template.writes_tools
 
     def between(self, roles: tuple[str, ...], generate: bool, variables: TemplateVariables) -> tuple[str, ...]:
-        """``len(roles) + 1`` texts: before each content, and after the last one. ``generate``: the model speaks next.
+        """``len(roles) + 1`` texts: before each content, and after the last one. ``generate``: with the start of the
+        assistant's turn.
 
         Raises `BackendError` if the template refuses the roles or does not write each content once and in order.
         """
         return self._between(roles, generate, variables)
 
     def settled(self, roles: tuple[str, ...], variables: TemplateVariables) -> int:
-        """How many of the turns are written the same as now, whatever role speaks next."""
+        """The number of turns whose text does not change, whichever role is next."""
         try:
             now = self.between(roles, False, variables)
         except BackendError:

@@ -36,7 +36,7 @@ class EngineCore:
 
     With overlap (the default on a GPU) a step is planned and launched while the one before it runs, and its results are
     read one step later; without overlap they are read at once. The data flow is the same: a sampled token whose value
-    the host does not know yet is read from the device.
+    the host has not read yet is read from the device.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class EngineCore:
         self.executor = executor
         limits = Limits(executor.vocab_size, max_model_len, executor.num_pages * executor.page_size)
         budget = step_budget(config, gpu=gpu)
-        self.kv_token_bytes = 0  # for `stats`: set by who knows the pool
+        self.kv_token_bytes = 0  # for `stats`: set once the pool is allocated
         self.scheduler = Scheduler(
             config,
             limits,
@@ -88,14 +88,14 @@ class EngineCore:
         self.scheduler.abort(request_id)
 
     def stop_matched(self, request_id: int) -> None:
-        """Ends a request whose output contains a stop string; the detokenizer has told its client already."""
+        """Ends a request whose output contains a stop string; the detokenizer has sent its client the end."""
         self.scheduler.abort(request_id, "stop")
 
     def step(self) -> StepOutput | None:
         """Plans, launches and reads steps; returns the new output, or None if there is none.
 
         A step that fails ends the requests it may have touched with an error, and the engine goes on; after several
-        failures in a row it raises. Raises `EngineDead` if the executor says that it has ended.
+        failures in a row it raises. Raises `EngineDead` if the executor has ended.
         """
         self.sweep()
         try:

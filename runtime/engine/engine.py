@@ -96,7 +96,7 @@ class Engine(EngineBase):
 
     def score(self, prefix: Prompt, continuations: Sequence[Prompt], *, cache_salt: str = "") -> list[Score]:
         """Logprobs of the tokens of every continuation after ``prefix``, in order: what they share is computed once,
-        and nothing that the cache remembers. To score one prefix again and again, keep a `branch` of it."""
+        and what is cached is not computed. To score one prefix again and again, keep a `branch` of it."""
         with self.branch(prefix, cache_salt=cache_salt) as branch:
             return branch.score(continuations)
 

@@ -123,7 +123,7 @@ def _tier_lines(lower: LowerTiers | None, ranks: int) -> list[str]:
 
 
 def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int, copies: RankCopies | None) -> DiskTier:
-    """``page_bytes``: of a page's part on one rank. Other ranks are told to open theirs. Raises `LoadError` if the
+    """``page_bytes``: of a page's part on one rank. Other ranks open theirs on a message. Raises `LoadError` if the
     folder cannot be used."""
     from ..executor.device import device_name
 

@@ -42,7 +42,7 @@ _running: weakref.WeakSet[EngineThread] = weakref.WeakSet()
 class _Follower(weakref.ref[Inbox]):
     """Delivers deltas to the inbox of a thread that follows requests.
 
-    Its callback is the `put` of the engine's jobs: once nobody has the inbox any more, for whatever reason, the
+    Its callback is the `put` of the engine's jobs: once the inbox is garbage-collected, for whatever reason, the
     follower itself becomes a job, and the engine ends its requests.
     """
 
@@ -256,7 +256,7 @@ class EngineThread:
             while self._run_jobs():
                 self._step()
             self._end("the engine was closed")
-        except EngineDead as error:  # the executor says that it has ended, and why
+        except EngineDead as error:  # with the executor's reason
             self._end(f"the engine failed: {error}")
         except BaseException as error:  # a Rust panic is not an `Exception`, and callers must get it too
             self._end(f"the engine failed: {type(error).__name__}: {error}")
@@ -264,7 +264,7 @@ class EngineThread:
 
     def _run_jobs(self) -> bool:
         """Runs what is queued; while there is nothing to compute, blocks until the next branch or pin expires. Returns
-        False when told to end."""
+        False at the end."""
         if self.core.has_work:
             wait: float | None = 0.0 if self.core.advanced else _IDLE_SECONDS
         else:

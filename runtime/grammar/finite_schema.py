@@ -45,7 +45,7 @@ def _references(root: Any) -> Iterator[str]:
 
 
 def _has_value(schema: Any, finite: set[str]) -> bool:
-    """Whether a finite value satisfies the schema, as far as its structure says. ``finite``: references that have."""
+    """Whether a finite value can satisfy the schema, judged by its structure. ``finite``: references with one."""
     if not isinstance(schema, dict):
         return schema is not False
     parts = list(_conjuncts(schema))

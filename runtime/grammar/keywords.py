@@ -15,7 +15,7 @@ from ..constraint import ConstraintError
 from .patterns import matched_names, matches_only, without_lookahead
 from .walk import LITERALS, NAMED_SCHEMAS, Schema, as_dict, as_list, required, types
 
-# Formats that llguidance enforces. Any other is an annotation, as JSON Schema says.
+# Formats that llguidance enforces. Any other is an annotation, as JSON Schema defines.
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
 # llguidance's dates have a February 29 and a year 0 that calendars do not, and its times leap seconds at any time.
 _YEAR = r"(?:\d{3}[1-9]|\d{2}[1-9]\d|\d[1-9]\d{2}|[1-9]\d{3})"

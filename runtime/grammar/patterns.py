@@ -132,7 +132,7 @@ def matches_nothing(definitions: str, terminals: str) -> bool:
     limits = LLParserLimits(initial_lexer_fuel=500_000, step_lexer_fuel=50_000)
     matcher = LLMatcher(_byte_tokenizer(), LLMatcher.grammar_from_lark(lark), log_level=0, limits=limits)
     if matcher.is_error():
-        return False  # what is wrong with the grammar is said when it is compiled
+        return False  # compiling the grammar reports its error
     matcher.compute_bitmask()
     return bool(matcher.is_error()) and "NoExtension" in matcher.get_error()
 

@@ -74,7 +74,7 @@ def _rewritten(schema: Schema, root: Any, names: Sequence[str]) -> Any:
     branches = as_list(schema.get("oneOf"))
     if branches and "anyOf" not in schema and exclusive([resolve(branch, root) for branch in branches]):
         schema["anyOf"] = schema.pop("oneOf")
-        schema.pop("discriminator", None)  # OpenAPI's, which pydantic adds, says the same
+        schema.pop("discriminator", None)  # OpenAPI's, added by pydantic: redundant
     return simplified(schema, root, names)
 
 

@@ -39,7 +39,7 @@ class Asked(NamedTuple):
 
 
 class _Read(BaseException):
-    """Ends a handler once it has said what it would send to the engine. No handler of errors catches it."""
+    """Ends a handler before it would send to the engine. Not an `Exception`: error handlers do not catch it."""
 
 
 _found: ContextVar[list[Message]] = ContextVar("found")
@@ -48,8 +48,8 @@ _found: ContextVar[list[Message]] = ContextVar("found")
 class RequestReader:
     """Runs the server's own application up to the point where it would send to the engine.
 
-    So every route, dialect, key and salt is understood exactly as a replica understands it. A request that would be
-    refused asks for nothing: the replica that it then goes to says why.
+    So every route, dialect, key and salt is parsed exactly as in a replica. A request that would be refused yields
+    nothing; the replica that receives it answers with the error.
     """
 
     def __init__(self, config: ServerConfig) -> None:
@@ -64,7 +64,7 @@ class RequestReader:
         self._app = make_app(state)
 
     async def read(self, scope: Scope, body: bytes) -> Asked:
-        """What the request of an ASGI ``scope`` with this body asks for."""
+        """The prompts and namespaces of the request with this ASGI ``scope`` and body."""
         found: list[Message] = []
         token = _found.set(found)
         try:

@@ -80,7 +80,7 @@ class EngineProcesses:
         return f"the {role} process {how}"
 
     async def _reason(self) -> str | None:
-        """What a process that ended with `EXIT_FAILED` said. Its message may arrive after its exit."""
+        """The reason that a process sent before it ended with `EXIT_FAILED`. It may arrive after the exit."""
         if self.ended.result()[1] == _how(EXIT_FAILED):
             await asyncio.wait((self._failure,), timeout=FAILURE_SECONDS)
         return self._failure.result() if self._failure.done() else None

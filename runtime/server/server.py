@@ -69,7 +69,7 @@ def run_server(config: ServerConfig, on_ready: OnReady | None = None, on_progres
             try:
                 gc.disable()  # imports make objects that stay, and collections find nothing
                 info = await server.start()
-                gc.freeze()  # objects made so far live as long as the process
+                gc.freeze()  # objects made so far last as long as the process
             finally:
                 gc.enable()
             if on_ready is not None:
@@ -92,7 +92,7 @@ class ServerStopped(EngineDead):
 
 
 class Server:
-    """A server that leaves signals and the main thread alone, so that it can live inside another process.
+    """A server that uses neither signals nor the main thread, so that it can run inside another process.
 
     On an event loop: ``await start()``, then ``await wait()`` or ``await stop()``. Elsewhere, in a ``with`` block,
     which runs it on a thread of its own:
@@ -191,7 +191,7 @@ class Server:
                 ready.set_exception(error)
                 return
             ready.set_result(None)
-            with contextlib.suppress(EngineDead):  # it has been logged, and every client has been told
+            with contextlib.suppress(EngineDead):  # it has been logged, and every client has its error
                 await self.wait()
 
         def run() -> None:

@@ -53,7 +53,7 @@ class DiskTier:
         return self._keep_salted or not namespace[1]
 
     def restore(self, tree: RadixTree) -> int:
-        """Adds what the folder remembers to an empty tree. Returns the number of tokens."""
+        """Adds the folder's prefixes to an empty tree. Returns the number of tokens."""
         rows = self.load_index()
         tree.restore([(row.record, row.before, row.namespace, row.tokens, row.written) for row in rows])
         return sum(len(row.tokens) for row in rows)

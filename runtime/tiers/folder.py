@@ -36,7 +36,7 @@ _MIN_FREE = 1 << 30  # bytes that are left free on the file system
 
 
 class Damaged(Exception):
-    """A record is not what its row says: short, or changed."""
+    """A record differs from its row in the index: short, or changed."""
 
 
 class CacheFolder:

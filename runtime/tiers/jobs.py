@@ -28,8 +28,8 @@ _MOST_JOBS = 16
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
-# A job yields what the disk's threads are to do, a function of an id, and gets the end of it; or it yields None, and
-# goes on when it is asked after. It returns its result, JSON-able, or raises `InvalidRequest`.
+# A job yields work for the disk's threads, a function of an id, and is resumed with the work's result; or it yields
+# None, and is resumed when its state is next polled. It returns its result, JSON-able, or raises `InvalidRequest`.
 Work = Callable[[int], None]
 Steps = Generator[Work | None, Ended | None, dict[str, Any]]
 
@@ -39,7 +39,7 @@ class Job:
     """One operation."""
 
     steps: Steps
-    paused: bool = False  # goes on when it is asked after
+    paused: bool = False  # until it is polled
     result: dict[str, Any] | None = None
     error: InvalidRequest | None = None
 
@@ -101,11 +101,11 @@ class DiskJobs:
         return {"pruned_pages": gone, "pages": disk.cached, "bytes": disk.cached * size}
 
     def verify(self) -> int:
-        """Begins to read every page on the disk. Those that are damaged are forgotten, with what continues them."""
+        """Starts to read every page on the disk. Damaged pages are dropped, with those that continue them."""
         return self._begin(self._verify())
 
     def compare_ranks(self) -> None:
-        """Begins to forget what rank 0's index has and that of another rank has not, whose disk was damaged."""
+        """Starts to drop the pages in rank 0's index that another rank, whose disk was damaged, does not have."""
         if self._disk.parts > 1:
             self._advance(Job(self._verify(read=False)))
 
@@ -126,7 +126,7 @@ class DiskJobs:
         return self._begin(self._load(namespace, path))
 
     def answer(self, number: int) -> dict[str, Any]:
-        """``done``, and the result of a job that is; it is forgotten then. Raises `InvalidRequest` if it failed."""
+        """``done``, and the result of a job that is, which is then deleted. Raises `InvalidRequest` if it failed."""
         job = self._jobs.get(number)
         if job is None:
             raise InvalidRequest("job", f"there is no job {number}")
@@ -257,7 +257,7 @@ class DiskJobs:
         """The number of a new job, which has begun."""
         if len(self._jobs) >= _MOST_JOBS:
             for number in [number for number, each in self._jobs.items() if each.done]:
-                del self._jobs[number]  # nobody asked after them
+                del self._jobs[number]  # their results were not fetched
         if len(self._jobs) >= _MOST_JOBS:
             raise InvalidRequest(None, f"{_MOST_JOBS} jobs are running: try again when one is done", status=429)
         number = next(self._numbers)

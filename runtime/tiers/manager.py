@@ -31,12 +31,12 @@ _ATTEMPTS = 8  # transfers in a row that bring a request no further: what arrive
 _VICTIMS = 8  # leaves of a nearly full host that are looked at, to be written to the disk
 _LATE = 1.0  # seconds after which a copy is late, beyond four times its estimate
 _SWAP_LATE = 60.0  # the same for a request that was preempted with --preemption swap
-_WRITE_QUEUE = 4096  # prefixes remembered to be written to the disk
+_WRITE_QUEUE = 4096  # prefixes queued for the disk
 
 
 @dataclass(slots=True)
 class Wait:
-    """A queued request that lower tiers remember."""
+    """A queued request whose prefix is in lower tiers."""
 
     device: int  # tokens on the device when it was first looked up
     host: int
@@ -227,7 +227,7 @@ class TierManager(NoTiers):
         return claimed > 0 and claimed - (-tokens // self._tree.page_size) > room
 
     def _copy(self, request: Request, reach: Reach, wait: Wait, must: bool) -> Transfer | None:
-        """Begins to bring up what the tiers remember after the device's part. None: it computes instead."""
+        """Starts to copy the part after the device's from lower tiers. None: the request computes it instead."""
         room = self._tree.available
         missing = -(-(len(request.tokens) - reach.device) // self._tree.page_size)
         if missing > room:

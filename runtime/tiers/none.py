@@ -1,4 +1,4 @@
-"""What the scheduler asks of memory tiers, answered for an engine that has none below its device."""
+"""The scheduler's interface to memory tiers, for an engine that has none below its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Reason = Literal["", "late", "failed", "full", "slower"]  # why tokens of a lowe
 
 
 class Request(Protocol):
-    """What tiers need to know of a request in the queue."""
+    """The fields of a queued request that tiers use."""
 
     id: int
     namespace: Namespace

@@ -22,7 +22,7 @@ _encoder = msgspec.msgpack.Encoder()
 
 
 class RankTiers:
-    """``host``: the rank's host tier. Its disk is opened when rank 0 says so."""
+    """``host``: the rank's host tier. Its disk is opened on a message of rank 0."""
 
     def __init__(self, rank: int, host: HostCopier) -> None:
         self._rank, self._host = rank, host
@@ -37,7 +37,7 @@ class RankTiers:
         return bool(self._under_way) or self._reported < self._calls
 
     def receive(self, data: bytes) -> bool:
-        """Begins what an encoded `split.Message` asks for. Returns whether it has opened the disk.
+        """Starts the operation of an encoded `split.Message`. Returns whether it has opened the disk.
 
         Raises `LoadError` if the folder cannot be used.
         """

@@ -194,7 +194,7 @@ class SplitHost:
 
 class SplitDisk(DiskTier):
     """A `DiskTier` whose every record is in parts. Each rank keeps its part in a folder of its own, `rank_folder`, in
-    the record of the same number; rank 0's index says which prefixes there are."""
+    the record of the same number; rank 0's index lists the prefixes."""
 
     def __init__(self, folder: CacheFolder, keep_salted: bool, copies: RankCopies) -> None:
         super().__init__(folder, keep_salted)

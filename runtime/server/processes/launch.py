@@ -17,7 +17,7 @@ from ...config import ServerConfig
 from ...errors import LoadError
 from .channels import MAX_PATH
 
-EXIT_FAILED = 2  # exit code of a process that has sent a `Failed`, which says why it ends
+EXIT_FAILED = 2  # exit code of a process that has sent its reason as a `Failed`
 
 Role = Literal["tokenizer", "scheduler", "detokenizer"]
 # The scheduler first: it has the most to import and to load.
@@ -75,7 +75,7 @@ def hold_lock(run_dir: Path, name: str) -> IO[str]:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(str(os.getpid()))
     file.flush()
-    path.rename(run_dir / f"{name}.lock")  # after locking: it must never be found unlocked while its owner lives
+    path.rename(run_dir / f"{name}.lock")  # after locking: it must never be unlocked while its owner runs
     return file
 
 

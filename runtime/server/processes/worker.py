@@ -73,7 +73,7 @@ def main(role: str, run_dir: Path) -> int:
             logger.exception("could not start")
             http.send([Failed(role, f"{type(error).__name__}: {error}")])
             return EXIT_FAILED
-        # Objects made so far live as long as the process: exclude them from garbage collection.
+        # Objects made so far last as long as the process: exclude them from garbage collection.
         gc.collect()
         gc.freeze()
         gc.enable()

@@ -14,7 +14,7 @@ from ..plumbing.routes import MESSAGE, ErrorShape
 from ..plumbing.sse import typed_event
 
 ROOT = "/v1/messages"
-OVERLOADED = 529  # Anthropic's own; its clients know it
+OVERLOADED = 529  # Anthropic's own status, which its clients handle
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -33,7 +33,7 @@ def error_body(status: int, message: str, id: str, code: str | None = None) -> d
 
 
 def _status(status: int) -> int:
-    """The status that Anthropic's clients know for one of ours."""
+    """Anthropic's status for one of ours."""
     return OVERLOADED if status == 503 else status
 
 

@@ -119,7 +119,7 @@ def input_usage(output: Output) -> dict[str, int]:
     """The prompt's tokens as Anthropic divides them; the three add up to all of them.
 
     Read: from the cache. Created: computed, and kept by a breakpoint; known when the request has ended. The rest was
-    computed too and stays in the cache while there is room, but no breakpoint asked for it.
+    computed too and stays in the cache while there is room, but no breakpoint pins it.
     """
     read = output.cached_tokens
     kept = 0 if output.cache is None else output.cache.pinned_tokens

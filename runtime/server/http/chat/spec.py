@@ -31,7 +31,7 @@ _ANY_CALLS = ToolChoice()
 
 @dataclass(slots=True, kw_only=True)
 class ChatSpec:
-    """One request. ``params``: as the client asked, not checked against the server's bounds yet."""
+    """One request. ``params``: the client's, not yet checked against the server's limits."""
 
     conversation: Conversation
     params: SamplingParams

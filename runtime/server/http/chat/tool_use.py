@@ -38,7 +38,7 @@ class Formats:
 
     tools: ToolFormat | None
     reasoning: ReasoningFormat | None
-    tools_name: str  # as the grammar knows it
+    tools_name: str  # the format's name in the grammar
     special: dict[str, int]  # special tokens in their markers, and their ids
 
     @classmethod

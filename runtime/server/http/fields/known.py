@@ -12,7 +12,7 @@ import numpy as np
 
 _NONE = ""
 
-# name: what to send instead, if anything. Set to a value that asks for nothing (`asks_for_nothing`), they pass.
+# name: what to send instead, if anything. Accepted with a value that has no effect (`asks_for_nothing`).
 REFUSED: dict[str, str] = {
     # structured output
     "guided_json": "send structured_outputs.json",
@@ -100,7 +100,7 @@ _NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 
 
 def asks_for_nothing(name: str, value: Any) -> bool:
-    """Whether a refused field asks for what this server does anyway. Lists of token ids arrive as arrays."""
+    """Whether a refused field has the value of what this server does anyway. Lists of token ids arrive as arrays."""
     if isinstance(value, np.ndarray):
         return not value.size
     if isinstance(value, list) and any(isinstance(each, np.ndarray) for each in value):

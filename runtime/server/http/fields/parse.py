@@ -37,7 +37,7 @@ R = TypeVar("R", bound=BaseModel)
 
 
 def parse(kind: type[R], body: Mapping[str, Any], within: str = "", unsupported: frozenset[str] = UNSUPPORTED) -> R:
-    """``body`` as a ``kind``. Null means the default, or what the field's description says.
+    """``body`` as a ``kind``. Null means the default, or what the field's description states.
 
     ``within``: the path of the body, with a dot. ``unsupported``: fields that are refused, with any value that asks for
     something. Raises `InvalidRequest` for the first field that is wrong.

@@ -106,7 +106,7 @@ def prompt_logprobs_field() -> Any:
 
 
 def check_prompt_logprobs(asked: int | None, *, stream: bool, path: str = "prompt_logprobs") -> int | None:
-    """``asked``, unless the answer is streamed: a stream has the new output only. Raises `InvalidRequest`."""
+    """Raises `InvalidRequest` if the answer is streamed: a stream has the new output only. Returns ``asked``."""
     if stream and asked is not None:
         raise InvalidRequest(path, "cannot be combined with stream")
     return asked

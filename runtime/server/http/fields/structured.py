@@ -71,7 +71,7 @@ def _structured_outputs(options: Mapping[str, Any]) -> list[tuple[str, str, Any]
 
 
 def _response_format(wanted: Mapping[str, Any]) -> Any:
-    """The JSON schema asked for, or None if any text will do."""
+    """The JSON schema of a response format, or None for plain text."""
     if not _names_schema(wanted, "response_format"):
         return ANY_OBJECT if wanted["type"] == "json_object" else None
     named = wanted.get("json_schema")

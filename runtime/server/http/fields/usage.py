@@ -38,7 +38,7 @@ def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
 
 
 def cache_headers(asked: Headers, batch: Batch, n: int) -> Mapping[str, str] | None:
-    """The header for a request that asked for it: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
+    """The header, for a request with the header: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
 
     Of a prompt's ``n`` samples, in a row, the one with the fewest hit tokens counts.
     """

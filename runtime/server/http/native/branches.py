@@ -1,4 +1,4 @@
-"""``/branches``: prompts that the server remembers, so that a client sends only new text."""
+"""``/branches``: prompts that the server keeps, so that a client sends only new text."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
     async def get(id: str, request: Request) -> Response:
-        """The facts of a branch. Its text and tokens only if asked for."""
+        """The state of a branch; its text and tokens only on request."""
         with_text, with_ids = read_query(request, _GET_QUERY)
         facts = await state.client.operate(_about(state, id, "get", tokens=with_text or with_ids))
         tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()

@@ -221,7 +221,7 @@ async def _ask(state: AppState, what: ControlWhat, namespace: tuple[str, str], *
 
 
 async def _job(state: AppState, what: ControlWhat, namespace: tuple[str, str], **question: Any) -> dict[str, Any]:
-    """Begins a job and asks after it until it is done."""
+    """Starts a job and polls it until it is done."""
     number = (await _ask(state, what, namespace, **question))["job"]
     while not (facts := await _ask(state, "cache_disk_job", namespace, job=number)).pop("done"):
         await asyncio.sleep(_JOB_SECONDS)

@@ -15,7 +15,7 @@ _SUMMARY = "One model, many branches: every shared prefix is computed once. Erro
 
 
 def document(app: FastAPI, routes: Sequence[Routes], *, keyed: bool) -> None:
-    """Complete ``app.openapi``. ``keyed``: whether the server asks for a key."""
+    """Complete ``app.openapi``. ``keyed``: whether the server requires a key."""
     generated = app.openapi
     completed: dict[str, Any] = {}
 

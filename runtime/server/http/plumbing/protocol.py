@@ -48,7 +48,7 @@ class HttpProtocol(HttpToolsProtocol):
     _body_seen = 0  # bytes
     _half_closed_timer: asyncio.TimerHandle | None = None
     _owed = 0  # whole requests that have not been answered
-    _problem: str | None = None  # of the request that the parser is told to refuse
+    _problem: str | None = None  # of the request that the parser must refuse
     _refusal: tuple[int, str] | None = None  # to be sent after the answers that are owed
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

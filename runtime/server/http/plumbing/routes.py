@@ -174,7 +174,7 @@ class Routes:
             generates: Whether it opens engine requests: they have a share of the queue, and a time limit.
             engine: Whether it needs the engine to be ready.
             text: Whether it answers in plain text.
-            events: Whether it answers with server-sent events, whatever the request says.
+            events: Whether it always answers with server-sent events.
             fast: Whether `Shortcut` calls it without the framework's routing.
             hidden: Whether the document leaves it out.
         """

@@ -1,8 +1,8 @@
-"""OpenTelemetry spans, one a request, where the environment asks for them as OpenTelemetry's own tools do.
+"""OpenTelemetry spans, one a request, enabled by OpenTelemetry's own environment variables.
 
-``OTEL_TRACES_EXPORTER`` or ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``..._TRACES_ENDPOINT``) asks; the SDK reads the service
-name, the sampler and the exporter's settings from its own variables. A ``traceparent`` header makes a span part of the
-client's trace. Attributes follow the semantic conventions for generative AI.
+``OTEL_TRACES_EXPORTER`` or ``OTEL_EXPORTER_OTLP_ENDPOINT`` (or ``..._TRACES_ENDPOINT``) enables them; the SDK reads the
+service name, the sampler and the exporter's settings from its other variables. A ``traceparent`` header makes a span
+part of the client's trace. Attributes follow the semantic conventions for generative AI.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _INSTALL = "pip install opentelemetry-sdk opentelemetry-exporter-otlp"
 
 
 def span_sink(model: str) -> Callable[[RequestRecord], None] | None:
-    """What records each request as a span; None if the environment does not ask for traces.
+    """A function that records a request as a span; None if the environment does not enable traces.
 
-    Raises `LoadError` if it asks and the SDK or the exporter is not installed.
+    Raises `LoadError` if it does and the SDK or the exporter is not installed.
     """
     name = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if name == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":

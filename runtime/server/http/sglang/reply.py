@@ -27,7 +27,7 @@ class GenerateReply:
         self.is_list = False
 
     def expect(self, id: str, params: SamplingParams) -> None:
-        """Expect ``params.n`` more samples, which the client knows as ``id``."""
+        """Expect ``params.n`` more samples, whose id in the answer is ``id``."""
         sample = _Sample(id, params.logprobs, params.prompt_logprobs, params.prompt_logprob_start)
         self._samples += [sample] * params.n
         self.outputs += [Output() for _ in range(params.n)]

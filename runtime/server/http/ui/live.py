@@ -26,7 +26,7 @@ from ..state import AppState
 
 INTERVAL = 0.5  # seconds between snapshots at least
 SHARE = 0.005  # of a core, for what is timed; encoding a snapshot between the processes costs about as much again
-SILENCE = 10.0  # seconds without a change after which a comment shows that the connection lives
+SILENCE = 10.0  # seconds without a change after which a comment is sent, so that proxies keep the connection open
 DEFAULT_NODES, MAX_NODES = 1000, 4000
 MAX_LISTENERS = 64
 _QUERY = {"max_nodes": count("Nodes of the tree at most.", MAX_NODES, DEFAULT_NODES)}
@@ -127,7 +127,7 @@ class Feed:
                     self._compared, made = found, event(found)
                     await self._publish(made)
                 spent += time.thread_time() - began
-            except Exception as error:  # the engine has died, or the server is stopping: listeners are told
+            except Exception as error:  # the engine has failed, or the server is stopping: listeners get the error
                 self.failed = True
                 await self._publish(event(describe(error)[1]))
                 return

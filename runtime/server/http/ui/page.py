@@ -53,7 +53,7 @@ def open_paths() -> list[str]:
 
 
 def routes() -> Routes:
-    """Each file is read, and each page of the manual rendered, when it is first asked for."""
+    """Each file is read, and each page of the manual rendered, at its first request."""
     routes = Routes("ui")
     for path, file in files().items():
         handler = _handler(file.read_bytes, _TYPES[file.suffix], "The page.")

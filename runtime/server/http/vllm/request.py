@@ -21,7 +21,7 @@ from ..fields.sampling import (
 )
 from ..fields.structured import Structured, constraint
 
-# Of the request: inputs other than token ids, and what /render says to vLLM's own reasoning parsers.
+# Of the request: inputs other than token ids, and fields of /render for vLLM's own reasoning parsers.
 UNSUPPORTED = frozenset({"features", "content_parts", "reasoning_ended", "reasoning_parser_kwargs"})
 _WITHIN = "sampling_params."
 

@@ -57,7 +57,7 @@ class ChatChoice:
         }
 
     def _token_ids(self) -> dict[str, Any]:
-        """The new ones, where the client asked for them."""
+        """The new ones, if the request has return_token_ids."""
         return {} if self._ids is None else {"token_ids": self._ids.take()}
 
     def _message(self) -> dict[str, Any]:

@@ -69,7 +69,7 @@ class ResponsesRequest(ChatFields):
 
 _STORED = "is not supported by this server, which stores no responses: send the whole conversation as input"
 _ELSEWHERE = "is not a field of this route: it is called "
-# Fields whose refusal says what to do instead.
+# Fields whose error states what to do instead.
 REFUSED = {
     "previous_response_id": _STORED,
     "conversation": _STORED,
