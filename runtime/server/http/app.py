@@ -6,7 +6,6 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 from .... import __version__
-from .anthropic import count as messages_count
 from .anthropic import route as messages
 from .anthropic.errors import MessagesErrors
 from .fields.usage import CACHE_HEADER
@@ -33,7 +32,6 @@ _MODULES = (
     completions,
     responses,
     messages,
-    messages_count,
     generate,
     inference,
     branches,

@@ -40,7 +40,7 @@ from ..plumbing.routes import Routes
 from ..state import AppState
 from .chunks import Choices
 from .legacy_logprobs import LegacyLogprobs, TokenTexts
-from .prompt_logprobs import describe_prompt_logprobs
+from .logprobs import describe_prompt_logprobs
 from .sent_ids import SentIds
 
 

@@ -33,14 +33,11 @@ PAGES = {
     "messages": "Conversations, as Anthropic's clients send them.",
     "generate": "Prompts, as SGLang's clients send them.",
     "inference": "Token ids, as vLLM's clients send them.",
-    "branches": "Prompts that the server remembers, so that a client sends only what is new.",
-    "cache": "What the cache did, would do, and is asked to do.",
+    "branches": "Prompts that the server keeps, so that a client sends only what is new.",
+    "cache": "What the cache did and would do, and commands to it.",
     "ui": "What the page at /ui shows.",
     "models": "What is served and how it is doing: models, tokens, health, metrics, aborts.",
 }
-Page = Literal[
-    "chat", "completions", "responses", "messages", "generate", "inference", "branches", "cache", "ui", "models"
-]
 
 
 class Query(NamedTuple):
@@ -140,9 +137,9 @@ OPENAI_SHAPE = ErrorShape(
 
 
 class Routes:
-    """The routes of one module. ``page``: of the manual; ``shape``: of their errors."""
+    """The routes of one module. ``page``: of `PAGES`; ``shape``: of their errors."""
 
-    def __init__(self, page: Page, shape: ErrorShape = OPENAI_SHAPE) -> None:
+    def __init__(self, page: str, shape: ErrorShape = OPENAI_SHAPE) -> None:
         self.router = APIRouter(tags=[page])
         self.fast: dict[str, Handler] = {}  # by path: POST handlers that `Shortcut` calls directly
         self.shape = shape

@@ -20,9 +20,8 @@ from ..fields import known
 from ..fields.cache import caching
 from ..fields.parse import parse
 from ..fields.prompts import check_count, check_label, make_prompt, openai_priority, prepare_params, split_prompts
-from ..openai.chat.logprobs import LEAST_LOGPROB, describe_logprob
 from ..openai.chunks import Choices
-from ..openai.prompt_logprobs import describe_prompt_logprobs
+from ..openai.logprobs import LEAST_LOGPROB, describe_logprob, describe_prompt_logprobs
 from ..openai.sent_ids import SentIds
 from ..plumbing.body import read_json_object
 from ..plumbing.respond import respond

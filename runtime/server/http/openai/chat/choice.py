@@ -12,8 +12,8 @@ from .....messages import Delta
 from .....outputs import Output
 from .....tokenizer.tokenizer import Tokenizer
 from ...chat.sample import Sample
+from ..logprobs import describe_logprob
 from ..sent_ids import SentIds
-from .logprobs import describe_logprob
 
 _FIELDS: Mapping[str, str] = {"text": "content", "thinking": "reasoning_content"}
 

@@ -16,7 +16,7 @@ from ...plumbing.respond import respond
 from ...plumbing.routes import Routes
 from ...state import AppState
 from ..chunks import Choices
-from ..prompt_logprobs import describe_prompt_logprobs
+from ..logprobs import describe_prompt_logprobs
 from ..sent_ids import SentIds
 from .choice import ChatChoice
 from .request import CHAT_UNSUPPORTED, ChatRequest, chat_spec

@@ -19,7 +19,7 @@ from ...fields.usage import usage
 from ...plumbing.errors import describe
 from ...plumbing.sse import typed_event
 from ...state import AppState
-from ..chat.logprobs import describe_logprob
+from ..logprobs import describe_logprob
 from .request import ResponsesRequest
 
 # Finish reasons other than the model's own, and the status they give.
