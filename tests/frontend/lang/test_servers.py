@@ -209,7 +209,7 @@ def test_a_server_with_little_room_and_patience_that_is_then_killed(tight_server
     def interrupted(s):
         s += "Once upon a time"
         forks = s.fork(3)
-        forks += bw.gen("a", max_tokens=4000, ignore_eos=True)  # is cut off
+        forks += bw.gen("a", max_tokens=2000, ignore_eos=True)  # is cut off; the KV cache has room for all three
         threading.Thread(target=kill_once_it_generates).start()
         return forks["a"]
 
