@@ -81,7 +81,7 @@ def test_a_restarted_server_has_no_negative_rates() -> None:
 def test_a_tenant_sees_no_sums() -> None:
     view = View("http://h")
     view.add({**snapshot(), "figures": None})
-    assert "KV" not in shown(view) and "cached" in shown(view)
+    assert "KV" not in shown(view) and "nothing is cached" in shown(view)
 
 
 def test_a_server_without_the_page_is_asked_for_sums_and_tree(monkeypatch: pytest.MonkeyPatch) -> None:

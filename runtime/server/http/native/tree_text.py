@@ -50,7 +50,7 @@ def tree_text(dump: dict[str, Any]) -> str:
             f"{counted(totals['nodes'], 'node')}, {totals['cached']:,} of {counted(totals['pages'], 'page')} cached, "
             f"{totals['free']:,} free, {totals['evicted']:,} evicted, {counted(totals['page_size'], 'token')} a page"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines or ["nothing is cached"]) + "\n"
 
 
 def counted(count: int, noun: str) -> str:
