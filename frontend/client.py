@@ -39,7 +39,7 @@ REPLICA_HEADER = "x-branchwise-replica"  # of an answer: who gave it; of a reque
 
 @dataclass
 class Traffic:
-    """What a client has sent."""
+    """The requests and bytes that a client has sent."""
 
     requests: int = 0  # POSTs
     bytes_sent: int = 0  # of bodies, retries included

@@ -12,7 +12,7 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 class Explanation(NamedTuple):
-    """What a match reused, and why it did not reuse more.
+    """The tokens that a match reused, and why it did not reuse more.
 
     ``hit``        everything it was allowed to reuse was cached
     ``tier``       the next page is on the host or the disk, and was not loaded

@@ -231,9 +231,8 @@ class Moves:
         structure.events.deliver()
 
     def describe(self, transfer: Transfer) -> list[tuple[Namespace, int, Int32]] | None:
-        """Of each page that is about to be written to the disk: the namespace, the record of the page before, or -1,
-        and its tokens. None: the disk has lost the page before the first since the transfer began, or has it in
-        another record."""
+        """(namespace, record of the page before or -1, tokens) for each page that is about to be written to the disk.
+        None: the disk has lost the page before the first since the transfer began, or has it in another record."""
         size, left = self.structure.page_size, len(transfer.target_slots)
         nodes: list[Node] = []
         for node in transfer.node.upwards():

@@ -131,7 +131,7 @@ class PrefixTree:
             self.events.pending.append(PagesEntered(*place, tokens.copy(), pages.copy(), copied))
 
     def contents(self) -> Iterator[PagesEntered]:
-        """What is on the device, as events, parents before children."""
+        """The prefixes on the device as events, parents before children."""
         for namespace, root in self.roots.items():
             below = list(root.children.values())
             while below:
@@ -141,7 +141,7 @@ class PrefixTree:
                     below += node.children.values()
 
     def copies(self) -> Iterator[CopiesEntered]:
-        """What the lower tiers have copies of, as events, parents before children."""
+        """The copies in lower tiers as events, parents before children."""
         for node in self.nodes():
             yield from (_copies_entered(tier, node) for tier in self.tiers[1:] if len(tier.of(node)))
 

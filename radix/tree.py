@@ -103,14 +103,14 @@ class RadixTree:
     def peek(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, *, in_flight: bool = False
     ) -> int:
-        """What `match` would report as ``hit``, without changing anything. ``in_flight``: see `peek_in_flight`."""
+        """The ``hit`` that `match` would report; changes nothing. ``in_flight``: see `peek_in_flight`."""
         return self.peek_in_flight(tokens, namespace, limit)[in_flight]
 
     def peek_in_flight(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None
     ) -> tuple[int, int]:
-        """What `match` would report as ``hit`` now, and once the step being planned has run and its pages can be copied
-        from."""
+        """The ``hit`` that `match` would report now, and once the step being planned has run, when its pages can be
+        copied."""
         root = self.structure.roots.get(namespace)
         if root is None or not self.enabled:
             return 0, 0
@@ -359,7 +359,7 @@ class RadixTree:
         return len(freed)
 
     def inspect(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Inspection:
-        """What `match` would find once this step has run, and how much of it is locked, without changing anything."""
+        """The result of `match` once this step has run, and how much of it is locked; changes nothing."""
         if not self.enabled:
             return Inspection(Explanation(0, "disabled"), join([]), join([]), 0)
         tokens = np.asarray(tokens, np.int32)

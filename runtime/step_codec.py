@@ -24,7 +24,7 @@ def decode_plan(data: bytes) -> StepPlan:
 
 
 def decode_result(data: bytes) -> StepResult:
-    """As `decode_plan`, for a result."""
+    """See `decode_plan`; for a result."""
     return _result_decoder.decode(data)
 
 

@@ -27,7 +27,7 @@ def percentiles(values: list[float]) -> dict[str, float] | None:
 
 
 def figures(measured: Measured, seconds: float) -> dict[str, Any]:
-    """Of one workload that took ``seconds`` of wall time."""
+    """The figures of one workload that took ``seconds`` of wall time."""
     done = len(measured.latency)
     ideal = measured.ideal()
     return {

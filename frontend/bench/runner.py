@@ -17,7 +17,7 @@ WARM_UP_REQUESTS, WARM_UP_PROMPT, WARM_UP_OUTPUT = 64, 300, 16
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    """What to run, and on which server."""
+    """The workloads to run, and the server."""
 
     url: str
     model: str

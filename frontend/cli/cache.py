@@ -22,7 +22,7 @@ Key = Annotated[
 
 @app.command("list")
 def list_(folder: Folder) -> None:
-    """What the folder holds, by model."""
+    """The folder's contents, by model."""
     with expected_failures():
         from ...runtime.tiers.offline import describe
 

@@ -45,7 +45,7 @@ def libraries() -> Iterator[Finding]:
 
 
 def _requirements(extra: str = "") -> Iterator[tuple[Requirement, str | None]]:
-    """What the package requires, or what one of its extras adds, each with the version that is installed."""
+    """The package's requirements, or those of one of its extras, each with the installed version."""
     from packaging.requirements import Requirement
 
     for requirement in map(Requirement, metadata.requires("branchwise") or []):

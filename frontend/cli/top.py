@@ -68,7 +68,7 @@ def _sample(server: Client) -> Snapshot:
 
 
 def _snapshots(server: Client) -> Iterator[Snapshot]:
-    """What ``/ui/events`` sends; of a server without the page, the sums and the tree, every second."""
+    """The snapshots of ``/ui/events``; from a server without the page, sums and tree once a second."""
     from ..errors import BackendError
 
     try:

@@ -1,4 +1,4 @@
-"""How a ``gen`` is done."""
+"""Runs a ``gen``."""
 
 from __future__ import annotations
 

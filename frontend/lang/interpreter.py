@@ -230,7 +230,7 @@ class Interpreter:
         self.put(Operation(lambda: self._join(others, gathered, mode), site, fail))
 
     def own_variables(self) -> dict[str, Variable]:
-        """Those set since this state was forked."""
+        """The variables set since this state was forked."""
         return {name: one for name, one in self.variables.items() if self.inherited.get(name) is not one}
 
     def _joins(self, other: Interpreter) -> bool:

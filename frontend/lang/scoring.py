@@ -1,4 +1,4 @@
-"""How a ``select`` is done: all choices are scored as the continuation in one call, and the best one is appended.
+"""Runs a ``select``: all choices are scored as the continuation in one call, and the best one is appended.
 
 Token boundaries are healed: the last words before the choices are encoded together with each choice, so that
 ``"The answer is"`` + ``" yes"`` and ``"Answer: "`` + ``"yes"`` get the tokens of the whole text. The first tokens that
@@ -79,7 +79,7 @@ async def _score_alone(writer: PromptWriter, codec: Codec, endings: list[list[in
 
 
 def _shared_prefix(bare: list[int], encoded: list[list[int]]) -> int:
-    """How many first tokens are the same in all of them."""
+    """The number of leading tokens that all of them share."""
     count = 0
     for column in zip(bare, *encoded, strict=False):
         if len(set(column)) > 1:

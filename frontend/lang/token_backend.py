@@ -52,7 +52,7 @@ class TokenBackend:
         raise NotImplementedError
 
     async def _score(self, prompts: list[Int32], start: int, salt: str | None) -> list[tuple[int, TokenScores]]:
-        """Of each prompt: how many of its tokens were cached, and the scores of those from ``start`` on."""
+        """For each prompt, the number of cached tokens and the scores of its tokens from ``start`` on."""
         raise NotImplementedError
 
     async def create(self) -> Any:

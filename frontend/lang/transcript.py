@@ -175,7 +175,7 @@ class Transcript:
         return self._pass_on(outs, [], position)
 
     def take_settled(self) -> list[Out]:
-        """As much of what is pending as will be written and tokenized the same, whatever is appended next."""
+        """The pending text whose form and tokens do not depend on what is appended next."""
         if self.as_messages:
             return []
         last = len(self._items)

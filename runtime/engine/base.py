@@ -140,7 +140,7 @@ class EngineBase:
     # -- the engine ----------------------------------------------------------------------------------------------------
 
     def tree(self, max_nodes: int = 1000) -> dict[str, Any]:
-        """What the cache holds, as nested dicts."""
+        """The cached prefixes, as nested dicts."""
         return self._thread.ask(lambda: self._core.scheduler.tree.dump(max_nodes=max_nodes))
 
     def stats(self) -> Stats:

@@ -105,7 +105,7 @@ def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
 
 
 def _tier_lines(lower: LowerTiers | None, ranks: int) -> list[str]:
-    """What is below the devices, for display."""
+    """The lower tiers, for display."""
     if lower is None:
         return []
     import torch

@@ -1,4 +1,4 @@
-"""What derives a finite text or value. An output that began something else could never end, or would fail inside it."""
+"""Names that derive a finite text or value. An output that began another could never end, or would fail inside it."""
 
 from __future__ import annotations
 

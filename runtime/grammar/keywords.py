@@ -138,7 +138,7 @@ def _has_no_effect(keyword: str, schema: Schema) -> bool:
 
 
 def _rewrite_unevaluated(schema: Schema) -> None:
-    """Where no other schema applies to the same value, unevaluated entries are the additional ones."""
+    """Replaces the unevaluated keywords by the additional ones, if no other schema applies to the same value."""
     if _APPLICATORS & schema.keys():
         return
     if "unevaluatedProperties" in schema:

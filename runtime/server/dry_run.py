@@ -1,4 +1,4 @@
-"""What a request would ask of the engine, without an engine: for a router, in every dialect."""
+"""The prompts that a request would send to the engine, computed without one: for routers, in every dialect."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class HostCopier(Protocol):
         ...
 
     def stored(self) -> int:
-        """How many of the calls of `store` have made all their stores."""
+        """The number of `store` calls whose stores are all complete."""
         ...
 
     def ended(self) -> list[Ended]:

@@ -1,4 +1,4 @@
-"""What pages on a disk are of: they are read only by an engine that would compute the same bytes."""
+"""The model and settings of pages on a disk: only an engine that would compute the same bytes reads them."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ class CacheFolder:
 
 
 def rank_folder(part: Path, rank: int) -> Path:
-    """Where a rank other than 0 has its parts of the pages of ``part``, the folder of one fingerprint."""
+    """The folder of a rank other than 0, for its parts of the pages of ``part``, the folder of one fingerprint."""
     return part / f"rank-{rank}"
 
 

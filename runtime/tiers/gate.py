@@ -47,7 +47,7 @@ class Gate:
             self.computing += (_RATE if self.computing else 1.0) * (rate - self.computing)
 
     def seconds(self, host_pages: int, disk_pages: int, queued: int = 0) -> float:
-        """How long it takes until these pages are on the device, behind ``queued`` others."""
+        """The time until these pages are on the device, behind ``queued`` others."""
         host = (host_pages + disk_pages + queued) * self.page_bytes / self.reading[HOST]
         return host + disk_pages * self.page_bytes / self.reading[DISK] + _DELAY
 

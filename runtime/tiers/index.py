@@ -105,7 +105,7 @@ class Index:
 
 
 class Sound(NamedTuple):
-    """What an index holds that can be used: see `sound`."""
+    """The usable rows of an index: see `sound`."""
 
     rows: list[PageRow]  # parents first
     moved: list[PageRow]  # those of them that name another record before them than in the index

@@ -1,7 +1,7 @@
-"""What an operator does with the disk tier of a running server: list, verify, prune, save to a file, load from one.
+"""An operator's jobs on the disk tier of a running server: list, verify, prune, save to a file, load from one.
 
-A job runs on the threads of the disk and is asked after until it is done, so that serving goes on meanwhile. Files are
-in the folder ``saved`` of the disk cache, so that a client names files of this folder and no others.
+A job runs on the disk's threads and is polled until it is done, so that serving continues. Files are in the folder
+``saved`` of the disk cache; a client can name no others.
 """
 
 from __future__ import annotations

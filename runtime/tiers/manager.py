@@ -137,7 +137,7 @@ class TierManager(NoTiers):
         self._step_ended = None
 
     def distrust(self) -> None:
-        """What is on the device, or was copied from it lately, may be wrong: what is being copied will not count."""
+        """Discards copies under way: pages on the device, or copied from it lately, may be corrupt."""
         self._distrusted |= self._ids.keys()
         self._tree.take_stores()
 
@@ -195,7 +195,7 @@ class TierManager(NoTiers):
         return True
 
     def served(self, request: Request, hit: int) -> Served:
-        """Where ``hit`` tokens came from that an admitted request reuses."""
+        """The tiers from which an admitted request's ``hit`` tokens came."""
         wait = self._waits.get(request.id)
         if wait is None:
             return Served()

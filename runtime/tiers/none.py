@@ -28,7 +28,7 @@ class Request(Protocol):
 
 
 class Served(NamedTuple):
-    """Where the reused tokens of a request came from."""
+    """The tiers from which a request's reused tokens came."""
 
     host: int = 0
     disk: int = 0

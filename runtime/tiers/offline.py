@@ -54,7 +54,7 @@ def open_part(path: Path, digest: str) -> CacheFolder:
 
 
 def open_ranks(folder: CacheFolder) -> list[CacheFolder]:
-    """Of a model that is split: what the other ranks have of an open part. Raises `LoadError`."""
+    """The other ranks' folders of an open part of a split model. Raises `LoadError`."""
     return [open_part(path, folder.fingerprint.digest) for path in rank_folders(folder.path)]
 
 
@@ -68,7 +68,7 @@ def _require_one_device(folder: CacheFolder) -> None:
 
 
 def describe(path: Path) -> list[Part]:
-    """What a folder holds."""
+    """The parts of a folder."""
     parts = []
     for digest in digests(path):
         folder = open_part(path, digest)

@@ -71,7 +71,7 @@ class RankTiers:
         return False
 
     def report(self) -> bytes | None:
-        """What has ended since the last call, as an encoded `split.Report`. None: nothing."""
+        """The copies that ended since the last call, as an encoded `split.Report`; None if none has."""
         stored = self._host.stored()
         ended: list[Ended] = self._host.ended()
         if self._disk is not None:

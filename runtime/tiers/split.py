@@ -78,7 +78,7 @@ Message = OpenDisk | Store | Load | Read | Write | Verify | Delete
 
 
 class Report(msgspec.Struct):
-    """What a rank has done since its last report."""
+    """A rank's copies that ended since its last report."""
 
     stored: int  # calls of `HostCopier.store`, ever
     ended: list[Ended]
@@ -104,7 +104,7 @@ _reports = msgspec.msgpack.Decoder(Report)
 
 
 class Parts(NamedTuple):
-    """What has been reported of one copy."""
+    """The ranks' reports on one copy."""
 
     ended: list[Ended]
     bad: list[int]  # damaged records that a `Verify` found
@@ -128,7 +128,7 @@ class RankCopies:
         self._under_way[id] = Parts([], [] if bad is None else bad)
 
     def stored(self, here: int) -> int:
-        """How many calls of `HostCopier.store` all ranks have made; ``here``: of rank 0."""
+        """The number of `HostCopier.store` calls that all ranks have completed; ``here``: rank 0's."""
         self._receive()
         return min(here, *self._stored)
 

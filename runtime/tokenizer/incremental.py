@@ -133,7 +133,7 @@ class WindowStream:
         return text
 
     def _unfinished_bytes(self) -> int:
-        """Of the byte tokens at the end, those of a last character that more bytes may complete."""
+        """The number of byte tokens at the end that belong to a character which more bytes may complete."""
         run: list[bytes] = []
         for token in reversed(self._context + self._pending):
             if token not in self._byte_tokens:

@@ -153,7 +153,7 @@ class Tokenizer:
         return np.array(self._ids(text, parse_special), np.int32)
 
     def encode_more(self, text: str, parse_special: bool = False) -> npt.NDArray[np.int32]:
-        """As `encode_first`, for text after other text: the tokenizer adds no space before it."""
+        """`encode_first` for text that follows other text: the tokenizer adds no space before it."""
         if not self.begins_with_space:
             return self.encode_first(text, parse_special)
         before, ids = self.anchor, self._ids("\n" + text, parse_special)

@@ -104,7 +104,7 @@ def _choice(choice: ToolChoiceField, tools: list[OfferedTool]) -> ToolChoice:
 
 
 def _thinking(thinking: ThinkingField) -> dict[str, Any]:
-    """By the names that models' templates have for it."""
+    """The template variables for it, by the names that models' chat templates use."""
     wanted = thinking.type != "disabled"
     variables: dict[str, Any] = {"enable_thinking": wanted, "thinking": wanted}
     if thinking.budget_tokens is not None:

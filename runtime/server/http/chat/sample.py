@@ -49,7 +49,7 @@ class Sample:
         return "tool_calls" if last.kind != "call" or last.complete else "stop"
 
     def feed(self, delta: Delta) -> list[BlockEvent]:
-        """What ``delta`` adds to the blocks."""
+        """Adds ``delta`` to the blocks; returns the changes."""
         before = len(self.output.token_ids)
         self.output.feed(delta)
         events: list[Event]
@@ -76,7 +76,7 @@ class Sample:
         self._reader.finish(False)
 
     def new_logprobs(self) -> Sequence[TokenLogprob]:
-        """Of the tokens since the last call, in any block."""
+        """The logprobs of the tokens since the last call, in any block."""
         end = self._shown_logprobs()
         new, self._reported = self.output.logprobs[self._reported : end], max(end, self._reported)
         return new

@@ -43,7 +43,7 @@ class Formats:
 
     @classmethod
     def of(cls, config: ServerConfig, tokenizer: Tokenizer, template: ChatTemplate) -> Formats:
-        """By the flags, else read off the checkpoint."""
+        """The formats that the flags name, or else those of the checkpoint's chat template."""
         special = {tokenizer.token_text(id): id for id in tokenizer.special_ids}
         found, found_tools = detect(template.source, special), detect(template.for_tools.source, special).tools
         tools = found_tools if config.tool_call_parser == AUTO else config.tool_call_parser
@@ -91,7 +91,7 @@ class ToolUse:
         return bool(_special_in(markers(self._calls, self._thoughts), self._special))
 
     def constrained(self, params: SamplingParams, prompt: str) -> SamplingParams:
-        """As `OutputGrammar.applied`."""
+        """See `OutputGrammar.applied`."""
         return self._grammar.applied(params, prompt)
 
     def parser(self, prompt: str) -> StreamParser | None:
@@ -103,7 +103,7 @@ class ToolUse:
 
 
 def _special_in(markers: Iterable[str], special: Iterable[str]) -> list[str]:
-    """Those of ``special`` that are markers or parts of one, such as ``<|channel>`` of ``<|channel>thought``."""
+    """The tokens of ``special`` that are markers or parts of one, such as ``<|channel>`` of ``<|channel>thought``."""
     return [token for token in special if token and any(token in marker for marker in markers)]
 
 

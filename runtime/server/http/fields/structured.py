@@ -81,7 +81,7 @@ def _response_format(wanted: Mapping[str, Any]) -> Any:
 
 
 def _text_format(wanted: Mapping[str, Any]) -> Any:
-    """As `_response_format`."""
+    """See `_response_format`; the Responses API has the schema one level up."""
     if not _names_schema(wanted, "text.format"):
         return ANY_OBJECT if wanted["type"] == "json_object" else None
     schema = wanted.get("schema")

@@ -52,7 +52,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/cache/events/snapshot", admin=True)
     async def events_snapshot() -> Response:
-        """What the KV events up to number ``seq`` add up to, for a subscriber that starts late or has missed some.
+        """The state after the KV events up to number ``seq``, for a subscriber that starts late or has missed some.
         Needs ``--kv-events``."""
         facts = await state.client.control("kv_events")
         if facts is None:

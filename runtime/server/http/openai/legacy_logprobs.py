@@ -9,7 +9,7 @@ from ....tokenizer.tokenizer import Tokenizer
 
 
 class TokenTexts(dict[int, tuple[str, int]]):
-    """By token id: its text as logprobs name it, and how many characters begin in it. Filled as ids are looked up: an
+    """(text as logprobs name it, number of characters that begin in it) by token id. Filled as ids are looked up: an
     evaluation's prompts repeat the same ids thousands of times."""
 
     def __init__(self, tokenizer: Tokenizer, *, as_ids: bool = False) -> None:

@@ -22,7 +22,7 @@ _HUGE = 2**62  # a larger number may have been clipped to an int64
 
 
 async def id_arrays(fields: Mapping[str, msgspec.Raw]) -> dict[str, Array | list[Array]]:
-    """Those of a body's fields that are lists of non-negative integers, as an int64 array [n] or a list of such arrays.
+    """The fields of a body that are lists of non-negative integers, as an int64 array [n] or a list of such.
 
     The ids are not checked against a vocabulary. Yields to the event loop between slices.
     """

@@ -244,7 +244,7 @@ def _failures(
     generates: bool,
     engine: bool,
 ) -> Iterator[Failure]:
-    """Of failures with one status the first is the one that the document refers to."""
+    """A route's failures. The document refers to the first of each status."""
     if body is not None or query is not None:
         yield failures.INVALID
     yield failures.NO_KEY

@@ -107,7 +107,7 @@ class GenerateReply:
 
 
 class _Sample:
-    """What was requested of one sample."""
+    """The options of one sample."""
 
     __slots__ = ("id", "logprobs", "prompt_logprobs", "start")
 

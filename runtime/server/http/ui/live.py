@@ -141,7 +141,7 @@ class Feed:
 
 
 async def _events(feed: Feed) -> AsyncIterator[bytes]:
-    """What one listener gets, until it leaves or the feed fails."""
+    """The events for one listener, until it disconnects or the feed fails."""
     version = 0
     with feed.listening():
         while True:

@@ -18,7 +18,7 @@ BASE = "/docs"
 
 @cache
 def pages() -> dict[str, Path]:
-    """By name: ``README``, ``architecture``, ``http/chat`` (``http`` is ``docs/http/README.md``)."""
+    """The manual's pages by name: ``README``, ``architecture``, ``http/chat`` (``http`` is ``docs/http/README.md``)."""
     found = {"README": ROOT / "README.md"} if (ROOT / "README.md").is_file() else {}
     for file in sorted((ROOT / "docs").rglob("*.md")):
         name = file.relative_to(ROOT / "docs").with_suffix("").as_posix()

@@ -80,7 +80,7 @@ def chat_spec(body: ChatRequest, state: AppState) -> ChatSpec:
 
 
 def shared_fields(body: ChatFields) -> dict[str, Any]:
-    """Of a `ChatSpec`: the fields that both of OpenAI's chat routes call by the same names."""
+    """The fields of a `ChatSpec` that both of OpenAI's chat routes name alike."""
     return {
         "parallel_tool_calls": body.parallel_tool_calls,
         "separate_reasoning": body.separate_reasoning,
@@ -91,7 +91,7 @@ def shared_fields(body: ChatFields) -> dict[str, Any]:
 
 
 def template_options(body: ChatFields) -> dict[str, Any]:
-    """Of a `Conversation`: the template's inputs beside turns and tools."""
+    """The fields of a `Conversation` beside turns and tools."""
     return {
         "chat_template_kwargs": body.chat_template_kwargs,
         "documents": body.documents,
