@@ -71,6 +71,9 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
         assert len(names) == values + len(constants)
         assert all(0 < side <= limit for side, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=True))
         types = [TORCH_TO_TRITON[tensor.dtype] for tensor in tensors] + ["i32"] * len(integers)
+        label = f"{self._jit.__name__}{types}{constants} warps={warps} stages={stages}"
+        if label in found:
+            return
         source = (GluonASTSource if self._jit.is_gluon() else ASTSource)(
             fn=self._jit,
             signature=dict(zip(names, types + ["constexpr"] * len(constants), strict=True)),
@@ -79,7 +82,6 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
         )
         options = {"num_warps": warps, "num_stages": stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-        label = f"{self._jit.__name__}{types}{constants} warps={warps} stages={stages}"
         found[label] = resources(compiled.asm["cubin"]) | {"DYNAMIC": compiled.metadata.shared}
 
     Kernel.__call__ = launch  # type: ignore[method-assign]
@@ -206,7 +208,8 @@ def call_experts() -> None:
     }
     for format, (hidden, inner, activation) in sizes.items():
         experts = TritonExperts(weight(format, 2 * inner, hidden), weight(format, hidden, inner), count, activation)
-        for tokens in (1, 40, 400, 2100):  # rows of a block: 16, 32 and 128; MXFP4 is dequantized first
+        # Rows of a block: 16, 32 and 128; with 2100, MXFP4 is dequantized first. Both FP8 formats have the same blocks.
+        for tokens in (1, 400, 2100) if format in ("channel", "block") else (1, 40, 400, 2100):
             logits = torch.zeros((tokens, count), dtype=activations)
             experts(torch.zeros((tokens, hidden), dtype=activations), *route(logits, None, Routing(4, normalize=True)))
 
@@ -223,7 +226,7 @@ def call_fp8() -> None:
         triton_ops.quantize(hidden, quantizer)
         triton_ops.add_rms_norm_quantized(hidden, hidden, weight, 1e-5, quantizer)
         triton_ops.gate_mul_quantized(torch.zeros((4, 28672), dtype=torch.bfloat16), "silu", quantizer)
-    for tokens in (1, 32, 64, 128):
+    for tokens in (1, 64, 128):
         for outputs, inputs in ((28672, 4096), (4096, 14336)):
             weight = torch.zeros((outputs, inputs), dtype=e4m3)
             for quantizer, scale in (
@@ -235,7 +238,8 @@ def call_fp8() -> None:
 
 
 def call_tree_attention() -> None:
-    """Both tiles of tree attention, for the head sizes of served models, prefetching little and much."""
+    """Both tiles of tree attention, for the head sizes of served models, prefetching little and much. Sinks, windows
+    and caps only add code."""
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
     from branchwise.kernels.attention.torch_backend import TorchAttention
     from branchwise.kernels.attention.tree_backend import TreeAttention
@@ -245,12 +249,10 @@ def call_tree_attention() -> None:
     none, host_table = np.empty(0, np.int32), np.zeros((4, 64), np.int32)
     table = torch.from_numpy(host_table)
     for size, spec, dtype in (
-        (64, LayerSpec(0.09), torch.bfloat16),
         (64, LayerSpec(0.125, sinks=torch.zeros(32)), torch.bfloat16),
         (128, LayerSpec(0.09), torch.bfloat16),
         (128, LayerSpec(0.09), torch.float16),
         (128, LayerSpec(0.09, window=4096, softcap=50.0), torch.bfloat16),
-        (256, LayerSpec(0.09), torch.bfloat16),
         (256, LayerSpec(0.09, window=4096, softcap=50.0), torch.bfloat16),
     ):
         pool = KVPool(torch.zeros(1, 2, 4, 16, 8, size, dtype=dtype))
@@ -287,7 +289,7 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "_apply_sinks",
     }
     small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages"}
-    large = {"attend": 50, "attend_few": 3, "_fp8_linear": 16, "_expert_products": 26}
+    large = {"attend": 42, "attend_few": 3, "_fp8_linear": 12, "_expert_products": 22}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
