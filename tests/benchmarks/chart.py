@@ -1,10 +1,11 @@
-"""The chart of docs/performance.md and the README, drawn from the table of measured seconds in that page.
+"""The charts of docs/performance.md and the README, drawn from the tables of measurements in that page.
 
-python tests/benchmarks/chart.py     writes docs/images/branchbench.svg
+python tests/benchmarks/chart.py     writes docs/images/branchbench.svg and tree-attention.svg
 """
 
 from __future__ import annotations
 
+import math
 import re
 from html import escape
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "performance.md"
 CHART = ROOT / "docs" / "images" / "branchbench.svg"
+SWEEP = ROOT / "docs" / "images" / "tree-attention.svg"
+CELL, SIDE = (54, 24), 100  # pixels: of a cell of the sweep, and left of it
 SERVERS = ("Branchwise", "vLLM", "SGLang")  # of each peer the version that was faster on the workload
 LEFT, WIDTH, BAR, GAP, TOP = 130, 560, 12, 14, 52  # pixels
 _STYLE = (
@@ -21,12 +24,61 @@ _STYLE = (
 )
 
 
+def _table(page: str, name: str) -> list[list[str]]:
+    """Cells of the header and of each row."""
+    table = re.search(rf"<!-- figures: {name} -->\n(.*?)<!-- /figures -->", page, re.DOTALL)
+    if table is None:
+        raise ValueError(f"{PAGE} has no table of {name}")
+    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table[1].splitlines()]
+    return [header, *lines]
+
+
+def swept(page: str) -> dict[tuple[str, str, str], float]:
+    """FlashInfer's time by tree attention's, of (requests, prefix, tail)."""
+    header, *lines = _table(page, "tree attention, one layer")
+    return {
+        (requests, prefix, tail): float(cell.split("(")[1].rstrip(")"))
+        for requests, prefix, *cells in lines
+        for tail, cell in zip(header[2:], cells, strict=True)
+    }
+
+
+def draw_sweep(ratios: dict[tuple[str, str, str], float]) -> str:
+    """An SVG: prefixes down, requests and tails across; blue where the tree is faster, orange where it is slower."""
+    requests, prefixes, tails = (list(dict.fromkeys(key[i] for key in ratios)) for i in range(3))
+    width, height = CELL
+    right, bottom = SIDE + len(requests) * (len(tails) * width + GAP), TOP + len(prefixes) * height
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right} {bottom + 24}" role="img" '
+        f'aria-label="Tree attention against FlashInfer, one layer"><style>{_STYLE}</style>',
+        f'<text x="{SIDE}" y="14">FlashInfer\'s time ÷ tree attention\'s, one layer on one H200</text>',
+    ]
+    for row, prefix in enumerate(prefixes):
+        y = TOP + row * height + 16
+        parts.append(f'<text class="quiet" x="{SIDE - 8}" y="{y}" text-anchor="end">prefix {prefix}</text>')
+    for group, batch in enumerate(requests):
+        left = SIDE + group * (len(tails) * width + GAP)
+        middle = left + len(tails) * width / 2
+        parts.append(f'<text x="{middle}" y="30" text-anchor="middle">{batch} requests</text>')
+        for column, tail in enumerate(tails):
+            x = left + column * width
+            parts.append(f'<text class="quiet" x="{x + width / 2}" y="45" text-anchor="middle">+ {tail}</text>')
+            for row, prefix in enumerate(prefixes):
+                ratio, y = ratios[batch, prefix, tail], TOP + row * height
+                color = "#2a7de1" if ratio >= 1 else "#e1872a"
+                strength = 0.08 + 0.72 * min(1.0, abs(math.log2(ratio)) / 3)
+                parts.append(
+                    f'<rect x="{x}" y="{y}" width="{width - 2}" height="{height - 2}" fill="{color}" '
+                    f'fill-opacity="{strength:.2f}"/><text x="{x + width / 2 - 1}" y="{y + 16}" '
+                    f'text-anchor="middle">{ratio:.2f}</text>'
+                )
+    parts.append(f'<text class="quiet" x="{SIDE}" y="{bottom + 16}">prefix: shared by up to 32 requests; +: own tokens</text>')
+    return "".join(parts) + "</svg>\n"
+
+
 def measured(page: str) -> dict[str, list[float]]:
     """Seconds of each workload: ours, the faster vLLM's, the faster SGLang's."""
-    table = re.search(r"<!-- figures: BranchBench on a GPU -->\n(.*?)<!-- /figures -->", page, re.DOTALL)
-    if table is None:
-        raise ValueError(f"{PAGE} has no table of BranchBench on a GPU")
-    header, _, *lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table[1].splitlines()]
+    header, *lines = _table(page, "BranchBench on a GPU")
     found = {}
     for name, *cells in lines:
         if "_" not in name and name not in ("fewshot", "agents", "chat"):
@@ -67,3 +119,4 @@ def draw(seconds: dict[str, list[float]]) -> str:
 
 if __name__ == "__main__":
     CHART.write_text(draw(measured(PAGE.read_text())))
+    SWEEP.write_text(draw_sweep(swept(PAGE.read_text())))

@@ -183,6 +183,7 @@ def test_the_chart_and_the_sentence_beside_it_are_those_of_the_table() -> None:
     seconds = chart.measured(PAGES["performance"])
     assert len(seconds) == 7
     assert chart.CHART.read_text() == chart.draw(seconds), "run python tests/benchmarks/chart.py"
+    assert chart.SWEEP.read_text() == chart.draw_sweep(chart.swept(PAGES["performance"]))
     ratios = sorted(min(theirs) / ours for ours, *theirs in seconds.values())
     mean = math.prod(ratios) ** (1 / len(ratios))
     said = re.search(
