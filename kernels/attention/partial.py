@@ -31,7 +31,10 @@ def attend(
     out, lse = _attend(q, k, v, scale, softcap, mask, causal)
     if mask is not None and bool(out.sum().isnan()):  # 0 times NaN is NaN
         hidden = mask.isneginf().all(dim=2)[..., None]
-        return _attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), scale, softcap, mask, causal)
+        out, lse = _attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), scale, softcap, mask, causal)
+        if mask.shape[2] > 1 and bool(out.sum().isnan()):  # of a key that some queries see
+            alone = [attend(q[:, :, i : i + 1], k, v, scale, softcap, mask[:, :, i : i + 1]) for i in range(q.shape[2])]
+            return torch.cat([part for part, _ in alone], dim=2), torch.cat([part for _, part in alone], dim=2)
     return out, lse
 
 

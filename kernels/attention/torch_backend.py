@@ -2,6 +2,7 @@
 
 A step's keys are split into parts. Each part is attended with few calls for many requests, and the parts are merged:
 
+- decodes whose pages lie side by side in the pool: in place, masked, with one call for all;
 - runs of pages that several requests share: once for all their queries (`sharing`);
 - the other keys of decodes: requests of similar length are padded to one call;
 - the other keys of prefill chunks: the cached prefix, and causally the chunk's own tokens, which need no gathering.
@@ -27,6 +28,8 @@ from .partial import attend, merge_
 SHARE_TOKENS = 512  # token reads that a shared run must save to pay for its own call
 GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once, so that the cache still has them (8 MiB: 1.4 times slower)
 RUN_TOKENS = 512  # runs of consecutive pages with at least this mean length are read in place
+SPAN_QUERIES = 16  # of a key head that meet each key of a span: most are masked, and more would cost more than a gather
+SPAN_WASTE = 1.25  # pages of a span for each page that is read
 WINDOW_BLOCK = 256  # queries of a chunk that are masked together on the windowed path
 
 
@@ -38,7 +41,7 @@ class _Part:
     num_requests: int
     pages: slice | Tensor  # int64 [B * P], or consecutive pages read in place
     length: int  # L, of the P * page_size keys in the pages
-    mask: Tensor | None = None  # 0 or -inf: [B, 1, 1, L], or [1, 1, Q, L]
+    mask: Tensor | None = None  # 0 or -inf: [B, 1, 1, L], [1, 1, Q, L], or of a span [1, 1, Q * group, L]
 
 
 @dataclass(slots=True)
@@ -138,7 +141,9 @@ class TorchAttention:
     def _paged(self, kv: KVLayer, spec: LayerSpec, part: _Part, q: Tensor) -> tuple[Tensor, Tensor]:
         kv_heads, group, dim, requests = self._kv_heads, self._group, self._head_dim, part.num_requests
         k, v = self._gather(kv, part)
-        if part.mask is not None and part.mask.shape[2] > 1:  # one mask row per query: heads take the place of requests
+        if (
+            part.mask is not None and part.mask.shape[2] == len(q) > 1
+        ):  # one mask row per query: heads take the place of requests
             folded = q.view(-1, kv_heads, group, dim).permute(1, 2, 0, 3)
             k, v = (x.transpose(0, 1).expand(-1, group, -1, -1) for x in (k, v))
             out, lse = attend(folded, k, v, spec.scale, spec.softcap, part.mask)
@@ -179,9 +184,17 @@ class TorchAttention:
 
     def _plan_full(self, batch: AttentionBatch, members: Int64) -> _Plan:
         """Requests whose queries see all tokens before them."""
-        plan, requests = _Plan(), _Requests(batch, members, self._page_size)
+        plan = _Plan()
+        if not len(members):
+            return plan
+        requests = _Requests(batch, members, self._page_size)
         q_lens, page = requests.q_lens, self._page_size
         decodes = q_lens == 1
+        span = self._span(requests, np.flatnonzero(decodes))
+        if span is not None:
+            plan = self._plan_full(batch, members[~decodes])
+            plan.own.append(span)
+            return plan
         # Tokens that all of a request's queries see: a chunk's cached prefix; for a decode also its own token.
         seen = requests.kv_lens - np.where(decodes, 0, q_lens)
         covered = np.zeros(len(members), np.int64)
@@ -204,6 +217,32 @@ class TorchAttention:
                 plan.own.append(first)
                 plan.merged += others
         return plan
+
+    def _span(self, requests: _Requests, some: Int64) -> _Part | None:
+        """The decodes ``some`` as one part over all pages from their first to their last in the pool, if few of these
+        are other requests' and few queries meet keys that they do not see."""
+        page, count = self._page_size, len(some)
+        if not 0 < count * self._group <= SPAN_QUERIES or self._pool.layout.quantized:
+            return None
+        if torch.get_num_threads() > self._kv_heads:  # the kernel divides a part by requests and heads
+            return None
+        num_pages = -(-requests.kv_lens[some] // page)
+        row = np.repeat(np.arange(count), num_pages)
+        pages = requests.table[some[row], ranges(np.zeros(count, np.int64), num_pages)]
+        start, stop = int(pages.min()), int(pages.max()) + 1
+        if stop - start > SPAN_WASTE * len(pages):
+            return None
+        tokens = np.zeros((count, stop - start), np.int64)  # of each page that a request sees
+        tokens[row, pages - start] = page
+        tokens[np.arange(count), pages[np.cumsum(num_pages) - 1] - start] -= num_pages * page - requests.kv_lens[some]
+        distinct = int(np.count_nonzero(tokens.any(axis=0)))
+        if stop - start > SPAN_WASTE * distinct:
+            return None
+        self.saved_keys += (len(pages) - distinct) * page
+        length = (stop - start - 1) * page + int(tokens[:, -1].max())
+        visible = (np.arange(page) < tokens[:, :, None]).reshape(count, -1)[:, :length]
+        mask = None if visible.all() else self._mask(visible.repeat(self._group, axis=0)[None, None])
+        return _Part(self._queries(requests.tokens(some)), 1, slice(start, stop), length, mask)
 
     def _plan_windowed(self, batch: AttentionBatch, slides: npt.NDArray[np.bool_], window: int) -> _Plan:
         """Requests longer than the window (``slides``) read only what it covers; the others read everything."""

@@ -115,14 +115,17 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=["shares", "does not share"])
+@pytest.fixture(params=["shares", "does not share", "reads a span"])
 def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     # So that these small batches take every path: sharing, sub-batches, reading in place, blocks of a window.
     monkeypatch.setattr(torch_backend, "SHARE_TOKENS", 16)
     monkeypatch.setattr(torch_backend, "GATHER_BYTES", 200 * 2 * DIM * 4)
     monkeypatch.setattr(torch_backend, "RUN_TOKENS", 24)
     monkeypatch.setattr(torch_backend, "WINDOW_BLOCK", 11)
-    return bool(request.param == "shares")
+    monkeypatch.setattr(torch_backend, "SPAN_WASTE", 1e9 if request.param == "reads a span" else 0)
+    monkeypatch.setattr(torch_backend, "SPAN_QUERIES", 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    return bool(request.param != "does not share")
 
 
 @pytest.mark.parametrize("page", [1, 16])
@@ -237,6 +240,34 @@ def test_length_buckets_bound_padding() -> None:
     for bucket in buckets:
         counted = np.maximum(lengths[bucket], 128)
         assert counted.max() <= 1.5 * counted.min() + 1
+
+
+@pytest.mark.parametrize(("apart", "calls"), [(1, 1), (3, 2)])
+def test_decodes_side_by_side_are_one_call(apart: int, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two requests of 64 and 300 tokens, whose lengths are too different to be padded; a sixth of the span is free."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    world = World(5, SPECS["full"], 4, 2, 16, share=True)
+    world.free = [page * apart for page in range(40, 1, -1)]
+    for row, n in ((0, 63), (1, 299)):
+        world.begin(row)
+        world.step([(row, n)])
+    counted = []
+    attend = torch_backend.attend
+    monkeypatch.setattr(torch_backend, "attend", lambda *given: counted.append(1) or attend(*given))
+    world.step([(0, 1), (1, 1)])
+    assert len(counted) == calls
+    assert world.backend.saved_keys == 0
+
+
+def test_nan_keys_of_a_request_do_not_reach_others() -> None:
+    q, k, v = (torch.randn(1, 2, length, 16) for length in (4, 12, 12))
+    mask = torch.full((1, 1, 4, 12), -torch.inf)
+    mask[:, :, :2, :6], mask[:, :, 2:, 6:] = 0.0, 0.0
+    expected = attend(q, k, v, 0.25, None, mask)
+    v[:, :, 3] = torch.nan
+    for found, right in zip(attend(q, k, v, 0.25, None, mask), expected, strict=True):
+        torch.testing.assert_close(found[:, :, 2:], right[:, :, 2:])
+    assert attend(q, k, v, 0.25, None, mask)[0][:, :, :2].isnan().all()
 
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
