@@ -72,7 +72,8 @@ def draw_sweep(ratios: dict[tuple[str, str, str], float]) -> str:
                     f'fill-opacity="{strength:.2f}"/><text x="{x + width / 2 - 1}" y="{y + 16}" '
                     f'text-anchor="middle">{ratio:.2f}</text>'
                 )
-    parts.append(f'<text class="quiet" x="{SIDE}" y="{bottom + 16}">prefix: shared by up to 32 requests; +: own tokens</text>')
+    legend = "prefix: shared by up to 32 requests; +: own tokens"
+    parts.append(f'<text class="quiet" x="{SIDE}" y="{bottom + 16}">{legend}</text>')
     return "".join(parts) + "</svg>\n"
 
 
