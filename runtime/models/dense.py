@@ -92,6 +92,9 @@ HUNYUAN: dict[str, Any] = {
 }
 _MISTRAL = {"sliding_window": 4096, "max_position_embeddings": 131072}
 
+_QWEN2 = Architecture("qwen2", qkv_bias="always", o_bias="never", windows="qwen", defaults=QWEN)
+_QWEN3 = Architecture("qwen3", qk_norm="head", windows="qwen", defaults=QWEN | {"head_dim": 128})
+
 DENSE: dict[str, Architecture] = {
     "LlamaForCausalLM": Architecture(
         "llama",
@@ -107,13 +110,12 @@ DENSE: dict[str, Architecture] = {
         defaults={"head_dim": 128, "max_position_embeddings": 262144, "rms_norm_eps": 1e-5},
     ),
     "HunYuanDenseV1ForCausalLM": Architecture("hunyuan_v1_dense", **HUNYUAN),
-    "Qwen2ForCausalLM": Architecture("qwen2", qkv_bias="always", o_bias="never", windows="qwen", defaults=QWEN),
-    "Qwen3ForCausalLM": Architecture(
-        "qwen3",
-        qk_norm="head",
-        windows="qwen",
-        defaults=QWEN | {"head_dim": 128},
-    ),
+    "Qwen2ForCausalLM": _QWEN2,
+    # Vision models, text only. Those of Qwen 2 have their settings outside of text_config too.
+    "Qwen2VLForConditionalGeneration": replace(_QWEN2, model_type="qwen2_vl", text_config=True),
+    "Qwen2_5_VLForConditionalGeneration": replace(_QWEN2, model_type="qwen2_5_vl", text_config=True),
+    "Qwen3ForCausalLM": _QWEN3,
+    "Qwen3VLForConditionalGeneration": replace(_QWEN3, model_type="qwen3_vl", text_config=True),
     "GemmaForCausalLM": _GEMMA,
     "Gemma2ForCausalLM": _GEMMA2,
     "Gemma3ForCausalLM": _GEMMA3,

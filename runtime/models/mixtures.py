@@ -56,6 +56,17 @@ MIXTURES: dict[str, Architecture] = {
         experts=Experts(),
         defaults=QWEN | {"use_sliding_window": False, "sliding_window": 4096},
     ),
+    "Qwen3VLMoeForConditionalGeneration": Architecture(  # text only
+        "qwen3_vl_moe",
+        qk_norm="head",
+        experts=Experts(
+            experts=("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
+            transposed=True,
+            normalize="always",
+        ),
+        text_config=True,
+        defaults=QWEN | {"head_dim": 128},
+    ),
     "OlmoeForCausalLM": Architecture(
         "olmoe",
         qk_norm="all",

@@ -121,6 +121,8 @@ def parse_rope(config: Mapping[str, Any], layer_type: str, head_dim: int, where:
     if not isinstance(values, dict):
         raise LoadError(f"{where}: rope_parameters must be an object, got {type(values).__name__}")
     kind = values.get("rope_type", values.get("type", "default"))
+    if kind == "mrope":  # of Qwen's vision models: text has the same position in every section of channels
+        kind = "default"
     if kind not in KINDS:
         raise LoadError(f"{where}: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
 

@@ -21,7 +21,7 @@ from ..folder import ADAPTER, MERGE, read_json
 from ..quantization import Quantization, parse_quantization, parse_quantization_files
 from .cuts import Cuts, cuts_of, rank_heads
 from .library import TRACE, building, load_transformers
-from .trace import trace
+from .trace import refuse_layers, trace
 
 _UNQUANTIZED = re.compile(r"(^|[._])(gate|router|lm_head)$")  # routers of experts, and the output layer
 
@@ -96,7 +96,7 @@ def load_transformers_config(folder: Path, ranks: int = 1, *, trust_remote_code:
     if (folder / ADAPTER).is_file():
         raise LoadError(f"{folder} holds a LoRA adapter: {MERGE}")
     if parse_quantization(raw, where) is not None or parse_quantization_files(folder) is not None:
-        raise LoadError(f"{where}: quantized checkpoints are not read with --model-impl transformers; use the original")
+        raise LoadError(f"{where}: quantized checkpoints are not read with --model-impl transformers")
     model = build(folder, TRACE, torch.bfloat16, torch.device("meta"), trust_remote_code=trust_remote_code)
     name, config = type(model).__name__, model.config.get_text_config()
     declared = (raw.get("architectures") or [name])[0]
@@ -180,6 +180,7 @@ def build_of(
     transformers = load_transformers()
     from transformers.initialization import no_init_weights
 
+    refuse_layers(config.get_text_config())
     _check_class(transformers, config)
     try:
         with building(transformers), device, no_init_weights():

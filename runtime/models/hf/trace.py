@@ -23,7 +23,7 @@ _FAR = 1 << 17  # a position beyond which no window ends
 _HANDLED = {"scaling", "sliding_window", "softcap", "s_aux"}
 # Keyword arguments that do not change the result: queries and keys are rotated already, and nothing is dropped out.
 _NEUTRAL = {"dropout", "position_ids", "use_cache", "cache_position", "output_attentions", "position_embeddings"}
-_LAYER_TYPES = {"full_attention", "sliding_attention", "attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "moe", "mlp"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,7 @@ def trace(model: Any) -> Trace:
 
     Raises `LoadError` with the first thing that our attention, or a cache of pages, cannot do.
     """
-    config = model.config.get_text_config()
-    _refuse_state(model, config)
+    _refuse_state(model)
     recorder = _Recorder({id(parameter): name for name, parameter in model.named_parameters()})
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # With a mask of padding, transformers does not look at the values of the positions.
@@ -117,15 +116,24 @@ def trace(model: Any) -> Trace:
     return Trace(tuple(recorder.layers), tuple(recorder.sinks), heads, kv_heads, head_dim, value_dim)
 
 
-def _refuse_state(model: Any, config: Any) -> None:
+def _refuse_state(model: Any) -> None:
     """Raises `LoadError` for models that keep another state than keys and values."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise LoadError("it is an encoder and a decoder, and pages are of a decoder alone")
-    types = {str(one) for one in getattr(config, "layer_types", None) or []} - _LAYER_TYPES
-    if types:
-        raise LoadError(f"it has layers of {', '.join(sorted(types))}, and pages hold keys and values alone")
     if getattr(type(model), "_is_stateful", False):
         raise LoadError("it keeps a recurrent state, not keys and values of tokens")
+
+
+def refuse_layers(config: Any) -> None:
+    """Raises `LoadError` for layers that pages cannot serve, as the text model's ``config`` declares them."""
+    declared = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    types = {str(one) for one in declared} - _LAYER_TYPES
+    if types:
+        raise LoadError(f"it has layers of {', '.join(sorted(types))}, and pages hold keys and values alone")
+    dims = {getattr(layer, "head_dim", None) for layer in getattr(config, "per_layer_config", None) or [config]}
+    if len(dims) > 1:
+        sizes = " and ".join(map(str, sorted(dims, key=str)))
+        raise LoadError(f"its layers have different heads ({sizes} channels), and a page has the same in all layers")
 
 
 def window_of(mask: MaskFunction) -> int | None:

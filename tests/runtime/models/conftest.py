@@ -117,6 +117,11 @@ def harness(checkpoint: Callable[[str], Path]) -> Callable[..., Harness]:
 
 
 @pytest.fixture(scope="session")
+def harness_of() -> Callable[[Path], Harness]:
+    return lambda folder: Harness(folder, 16)
+
+
+@pytest.fixture(scope="session")
 def prompt() -> Tokens:
     """The token ids every family is asked about."""
     return np.random.default_rng(0).integers(2, 300, 120)

@@ -239,7 +239,7 @@ def test_quantization_files_are_refused(file: str, tmp_path: Path) -> None:
         ({"head_dim": 7}, "head_dim must be even, got 7"),
         ({"hidden_act": "relu6"}, "activation 'relu6' is not supported"),
         ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
-        ({"rope_scaling": {"rope_type": "mrope"}}, "rope_type 'mrope' is not supported; supported: def"),
+        ({"rope_scaling": {"rope_type": "other"}}, "rope_type 'other' is not supported; supported: def"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope factor must be a positive number, got None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": "4"}}, "rope factor must be a positive number, got '4'"),
         ({"rope_parameters": [1]}, "rope_parameters must be an object, got list"),

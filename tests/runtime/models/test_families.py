@@ -18,9 +18,46 @@ Reference = Callable[[str], torch.Tensor]
 
 
 def test_every_architecture_has_a_recipe(checkpoints: Any) -> None:
-    """But for the wrappers whose text model has one of its own; test_loader.py has their layouts."""
-    made = {family.model for family in checkpoints.FAMILIES.values()}
+    """But for multimodal models: test_loader.py has the layouts of those whose text model has a recipe."""
+    made = {family.model for family in checkpoints.FAMILIES.values()} | set(VISION)
     assert set(ARCHITECTURES) - made == {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"}
+
+
+_EYES = {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "patch_size": 4}
+_MROPE = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1000.0}
+VISION: dict[str, dict[str, Any]] = {
+    "Qwen2VLForConditionalGeneration": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+    "Qwen2_5_VLForConditionalGeneration": _EYES | {"out_hidden_size": 64},
+    "Qwen3VLForConditionalGeneration": _EYES | {"out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+    "Qwen3VLMoeForConditionalGeneration": _EYES | {"out_hidden_size": 64, "deepstack_visual_indexes": [0]},
+}
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_the_text_of_a_vision_model(
+    name: str, checkpoints: Any, harness_of: Callable[[Path], Any], prompt: np.ndarray, tmp_path: Path
+) -> None:
+    """Its rotary embedding has three positions, which text has alike."""
+    import transformers
+
+    model_class = getattr(transformers, name)
+    text = {"vocab_size": checkpoints.write_tokenizer(tmp_path), "hidden_size": 64, "intermediate_size": 112}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text |= {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 48, "rope_parameters": _MROPE}
+    torch.manual_seed(0)
+    model = model_class(model_class.config_class(text_config=text, vision_config=VISION[name])).eval()
+    checkpoints.sharpen(model, 0)
+    experts = [tensor for name, tensor in model.named_parameters() if ".experts." in name]
+    with torch.no_grad():
+        for tensor in experts:  # the published layout
+            tensor.data = tensor.mT.contiguous()
+        model.save_pretrained(tmp_path)
+        for tensor in experts:
+            tensor.data = tensor.mT.contiguous()
+        expected = model(input_ids=torch.from_numpy(prompt)[None]).logits[0]
+    assert expected.std() > 0.1
+    (got,) = harness_of(tmp_path).step([(1, prompt, 0)])
+    close(got, expected)
 
 
 def test_the_documentation_lists_every_architecture() -> None:

@@ -139,7 +139,7 @@ _SMALL = {
     [
         ("BertConfig", {}, "not causal"),
         ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}, "layers of conv, and pages hold"),
-        ("MambaConfig", {}, "not marked in transformers"),
+        ("MambaConfig", {}, "layers of linear_attention, and pages hold"),
         ("FalconConfig", {"alibi": True}, "not marked in transformers as compatible"),
         ("Gemma4TextConfig", {"global_head_dim": 32, "head_dim": 16}, "its layers have different heads"),
         ("T5Config", {}, "no causal language model"),
