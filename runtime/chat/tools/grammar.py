@@ -65,20 +65,18 @@ def call_grammar(
     format: ToolFormat | str,
     tools: Sequence[Tool],
     *,
-    named: str | None = None,
     parallel: bool = True,
     only_strict: bool = False,
 ) -> CallGrammar:
     """The calls a request allows.
 
-    ``named``: only of this tool. ``only_strict``: the arguments of tools that are not ``strict`` may be any object
-    (``tool_choice`` auto). Raises ValueError if there is no such tool, or none at all.
+    ``only_strict``: the arguments of tools that are not ``strict`` may be any object (``tool_choice`` auto). Raises
+    ValueError if there are no tools.
     """
     format = tool_format(format) if isinstance(format, str) else format
     written = format.written
-    chosen = [tool for tool in tools if named is None or tool.name == named]
-    if not chosen:
-        raise ValueError(f"there is no tool named {named!r}" if named is not None else "there are no tools")
+    if not tools:
+        raise ValueError("there are no tools")
     anything: dict[str, Any] = {"type": "object"}
     tags = tuple(
         CallTag(
@@ -87,7 +85,7 @@ def call_grammar(
             anything if only_strict and not tool.strict and written.body == "json" else tool.parameters,
             written.end,
         )
-        for tool in chosen
+        for tool in tools
     )
     triggers = (written.trigger,) if written.trigger else tuple(written.prefix + _opening(tag.begin) for tag in tags)
     return CallGrammar(
