@@ -77,10 +77,12 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     ``x``: ``[T, heads, D]``; ``cos`` and ``sin``: float32 ``[T, R / 2]``. The first R of D channels are rotated.
     """
     half = cos.shape[-1]
-    rotated = x[..., : 2 * half].float().unflatten(-1, (2, half))
-    out = rotated * cos[:, None, None]
-    out[:, :, 0].addcmul_(rotated[:, :, 1], sin[:, None], value=-1)
-    out[:, :, 1].addcmul_(rotated[:, :, 0], sin[:, None])
+    # view and unbind: unflatten and indexing cost as much as the arithmetic of a small step.
+    rotated = x[..., : 2 * half].float().view(*x.shape[:-1], 2, half)
+    out, (first, second), sin = rotated * cos[:, None, None], rotated.unbind(-2), sin[:, None]
+    out_first, out_second = out.unbind(-2)
+    out_first.addcmul_(second, sin, value=-1)
+    out_second.addcmul_(first, sin)
     out = out.flatten(-2)
     if 2 * half < x.shape[-1]:
         out = torch.cat([out, x[..., 2 * half :].float()], -1)
@@ -151,7 +153,7 @@ def rope_write(
     if qk_norm is not None:
         qk = rms_norm(qk, qk_norm, eps)
     qk = rope(qk, cos, sin)
-    q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split([heads, kv_heads], dim=1)
+    q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split_with_sizes([heads, kv_heads], 1)
     kv.write(slots, k, v)
     return q, k, v
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -29,10 +31,10 @@ def attend(
         ``[B, H, Q, D]`` in ``q``'s dtype, and the log of the softmax's denominator, float32 ``[B, H, Q]``.
     """
     out, lse = _attend(q, k, v, scale, softcap, mask, causal)
-    if mask is not None and bool(out.sum().isnan()):  # 0 times NaN is NaN
+    if mask is not None and math.isnan(out.sum().item()):  # 0 times NaN is NaN
         hidden = mask.isneginf().all(dim=2)[..., None]
         out, lse = _attend(q, k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0), scale, softcap, mask, causal)
-        if mask.shape[2] > 1 and bool(out.sum().isnan()):  # of a key that some queries see
+        if mask.shape[2] > 1 and math.isnan(out.sum().item()):  # of a key that some queries see
             alone = [attend(q[:, :, i : i + 1], k, v, scale, softcap, mask[:, :, i : i + 1]) for i in range(q.shape[2])]
             return torch.cat([part for part, _ in alone], dim=2), torch.cat([part for _, part in alone], dim=2)
     return out, lse
