@@ -90,7 +90,7 @@ class Events:
     def deliver(self) -> None:
         """Hands pending events to every observer, in order.
 
-        An observer that raises is logged and unsubscribed: it has missed an event, and serving goes on without it.
+        An observer that raises is logged and unsubscribed, because it has missed an event; serving continues.
         An observer may call the tree; the events of that call are delivered after the present ones.
         """
         if self._delivering:

@@ -1,4 +1,4 @@
-"""One memory tier as the tree sees it: its slots, the copies that nodes have in it, and the order of eviction."""
+"""One memory tier of the tree: its slots, the nodes' copies in it, and the order of eviction."""
 
 from __future__ import annotations
 

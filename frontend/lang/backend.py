@@ -69,7 +69,7 @@ class Usage(Traffic):
 @dataclass(frozen=True)
 class GenerationRequest:
     """One generation. ``options``: what the program sets, in `SamplingParams`' names; the backend chooses the rest.
-    ``tools``: for a server that takes turns; elsewhere the chat template has written them into the prompt."""
+    ``tools``: for a server of chat messages; elsewhere the chat template has written them into the prompt."""
 
     options: Mapping[str, Any]
     constraint: Mapping[str, str] = field(default_factory=dict)

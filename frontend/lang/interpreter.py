@@ -164,7 +164,7 @@ class Interpreter:
     # -- forking and joining (any thread) ------------------------------------------------------------------------------
 
     def fork(self, n: int, site: str, *, copy: bool = False) -> list[Interpreter]:
-        """States that go on from here. Raises `ProgramError` if this state has already failed."""
+        """States that continue from this one. Raises `ProgramError` if this state has already failed."""
         self.check_open(site)
         if n < 1:
             raise ProgramError(f"fork needs at least one branch, got {n}", site=site)

@@ -87,7 +87,7 @@ class PromptWriter:
             self.uncomputed += len(piece)
 
     async def prepare_fork(self, n: int, transcript: Transcript) -> list[Any]:
-        """``n`` handles that go on from here. Computes what they will share first, so that it is computed once."""
+        """``n`` handles that continue this one. Computes their shared prefix first, so that it is computed once."""
         if not transcript.as_messages:
             await self.write(transcript.take_settled())
             if n > 1 and self.uncomputed and self.backend.capabilities.prefill:

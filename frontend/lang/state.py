@@ -110,7 +110,7 @@ class BaseState:
         raise TypeError("a state is appended to in place: write s += ..., not s + ...")
 
     def fork(self: S, size: int = 1, position_ids_offset: Any = None) -> Group[S]:
-        """``size`` states that go on from here independently. Copies and computes nothing.
+        """``size`` states that continue from this one independently. Copies and computes nothing.
 
         ``position_ids_offset`` exists for SGLang's programs, where it has no effect; it must be None.
         """

@@ -51,8 +51,8 @@ class _Position:
 
 
 class Transcript:
-    """One state's text. ``template``: the model's; None: it has none, or, if the backend ``chats``, the backend applies
-    it and takes turns. ``backend``: its name, for errors."""
+    """One state's text. ``template``: the model's; None: it has none, or, if the backend ``chats``, the backend takes
+    messages and applies it. ``backend``: its name, for errors."""
 
     def __init__(self, template: TurnTemplate | None, backend: str, *, chats: bool = False) -> None:
         self._template = template

@@ -28,7 +28,7 @@ from .profiling import StepProfiler
 logger = logging.getLogger(__name__)
 
 _COPY_SECONDS = 0.002  # between looks at copies while nothing else is to be done
-_MAX_FAILURES = 3  # failed steps in a row after which the engine gives up
+_MAX_FAILURES = 3  # failed steps in a row after which the engine ends
 
 
 class EngineCore:
@@ -94,13 +94,13 @@ class EngineCore:
     def step(self) -> StepOutput | None:
         """Plans, launches and reads steps; returns the new output, or None if there is none.
 
-        A step that fails ends the requests it may have touched with an error, and the engine goes on; after several
-        failures in a row it raises. Raises `EngineDead` if the executor has ended.
+        A step that fails ends the requests it may have touched with an error, and the engine continues; after
+        several failures in a row it raises. Raises `EngineDead` if the executor has ended.
         """
         self.sweep()
         try:
             self._advance()
-        except EngineDead:  # the executor cannot go on
+        except EngineDead:
             raise
         except Exception as error:
             self._failures += 1

@@ -85,8 +85,8 @@ class Engine(EngineBase):
         model wrote it, calls and thinking included. Stream it with ``engine.stream(engine.chat_prompt(messages))``.
 
         Messages and ``tools`` are OpenAI's; ``chat_template_kwargs`` are variables of the template, such as
-        ``{"enable_thinking": False}``. ``add_generation_prompt``: whether the assistant's turn is begun; None: unless
-        ``continue_final_message``, which goes on with the last message instead. Text of the messages that spells a
+        ``{"enable_thinking": False}``. ``add_generation_prompt``: whether to begin the assistant's turn; None: unless
+        ``continue_final_message``, which continues the last message instead. Text of the messages that spells a
         special token stays text, unless ``parse_special``. Raises `InvalidRequest` naming the field, also where the
         model has no chat template.
         """

@@ -38,7 +38,7 @@ class JsonFormatter(logging.Formatter):
 def configure_logging(config: ServerConfig, process: str) -> DroppingStream:
     """Sends this process's log records and Python warnings to standard error, without ever blocking on it.
 
-    Returns the stream, for whatever else the process writes there.
+    Returns the stream, for other output of the process.
     """
     lines = formatter(config.log_format, process)
 

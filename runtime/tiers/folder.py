@@ -143,7 +143,7 @@ class CacheFolder:
             os.truncate(file, min(file.stat().st_size, pages * self.page_bytes))
 
     def close(self) -> None:
-        """Closes all files and gives up the lock."""
+        """Closes all files and releases the lock."""
         self.index.close()
         for file in self._segments.values():
             os.close(file)

@@ -140,13 +140,13 @@ class DiskJobs:
         return {"done": True, **(job.result or {})}
 
     def apply(self, end: Ended) -> bool:
-        """Whether what the disk's threads have ended was for a job, which goes on or is done."""
+        """Resumes the job that started this operation of the disk's threads. False: no job did."""
         job = self._running.pop(end.id, None)
         if job is not None:
             self._advance(job, end)
         return job is not None
 
-    # ---- what the jobs do ----
+    # ---- the jobs' steps ----
 
     def _verify(self, read: bool = True) -> Steps:
         records, structure = [record for node in self._on_disk() for record in node.disk.tolist()], self._tree.structure

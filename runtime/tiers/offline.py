@@ -119,7 +119,7 @@ def verify(folder: CacheFolder) -> tuple[int, list[int]]:
 
 def prune_folder(path: Path, keep_bytes: int) -> tuple[int, int]:
     """Deletes the oldest prefixes of all models until their pages take at most ``keep_bytes``: the model that was
-    written last gives up none while another has some. Returns (pages deleted, bytes left)."""
+    written last loses none while another has some. Returns (pages deleted, bytes left)."""
     deleted = left = 0
     for part in sorted(describe(path), key=lambda part: -part.newest):
         folder = open_part(path, part.digest)

@@ -1,7 +1,7 @@
-"""Tiers of a model that is split over ranks, as rank 0 sees them. Each rank keeps its part of a page, in the same slot.
+"""Rank 0's side of the tiers of a model that is split over ranks. Each rank keeps its part of a page, in the same slot.
 
-Rank 0 decides and hands every copy to the others in the order in which it makes it itself. A copy has ended once all
-ranks have made it, and has brought what all of them have: a page that one rank lost is a miss.
+Rank 0 decides, and sends every copy to the others in its own order. A copy ends once all ranks have made it, with the
+pages that all of them have: a page that one rank lost is a miss.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class SpecialStops:
             texts = {tokenizer.token_text(id): id for id in tokenizer.special_ids}
             texts = {text: texts[text] for text in texts if text and any(text in stop for stop in stops)}
         marks = {text: chr(_FIRST_MARK + i) for i, text in enumerate(sorted(texts, key=len, reverse=True))}
-        self.marks = {texts[text]: mark for text, mark in marks.items()}  # token -> what stands for it in the text
+        self.marks = {texts[text]: mark for text, mark in marks.items()}  # token -> its mark in the text
         self._marks = str.maketrans(dict.fromkeys(marks.values(), ""))
         self._originals: dict[str, str] = {}
         for stop in stops:

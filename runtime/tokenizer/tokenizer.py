@@ -220,7 +220,7 @@ class Tokenizer:
         return self.token_bytes(id).decode("utf-8", "replace")
 
     def token_bytes(self, id: int) -> bytes:
-        """The bytes one token stands for; b"" outside the vocabulary."""
+        """The bytes of one token; b"" outside the vocabulary."""
         data = self._bytes.get(id)
         if data is None:
             data = self._bytes[id] = self._find_bytes(id)

@@ -149,7 +149,7 @@ class TokenizerWorker:
 
     def _send(self, done: list[tuple[Text, Refusal | None]]) -> None:
         """Forwards messages to the scheduler, with aborts after their requests. Those with a refusal are answered from
-        here, and the scheduler never sees them."""
+        here and not forwarded."""
         forward: list[Message] = []
         ended: list[Delta] = []
         for message, refusal in done:

@@ -58,7 +58,7 @@ class ConversationReader:
 
     Messages of one role in a row are one turn, as Anthropic has it. A ``tool_result`` is a turn of its own, in its
     place among the user's texts. Claude Code's billing header is left out of the system prompt: it changes with every
-    request, so nothing behind it could be reused.
+    request, so nothing after it could be reused.
     """
 
     def __init__(self, body: CountRequest, max_messages: int, limits: ToolLimits | None = None) -> None:

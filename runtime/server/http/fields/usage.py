@@ -11,7 +11,7 @@ from ....messages import CacheReport
 from ....outputs import Output
 from ..engine_client import Batch
 
-CACHE_HEADER = "x-branchwise-cache"  # a request with it, whatever its value, gets one in the response
+CACHE_HEADER = "x-branchwise-cache"  # a request with this header, of any value, gets one in the response
 
 
 def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:

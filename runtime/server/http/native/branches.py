@@ -136,8 +136,8 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/branches/batch", body=BatchRequest)
     async def batch(request: Request) -> Response:
-        """Creates, forks, extensions and deletions in one round trip, done in order. One that fails has its error in
-        its place; the others go on."""
+        """Creates, forks, extensions and deletions in one round trip, done in order. An operation that fails has its
+        error as its result; the others are still done."""
         ops = parse(BatchRequest, await read_json_object(request)).ops
         if not 1 <= len(ops) <= MAX_OPS:
             raise InvalidRequest("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")

@@ -63,7 +63,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/v1/completions", body=CompletionRequest, generates=True, fast=True)
     async def completions(request: Request) -> Response:
-        """Go on from a prompt, or from several (OpenAI's)."""
+        """Complete a prompt, or several (OpenAI's)."""
         body = parse(CompletionRequest, await read_json_object(request), unsupported=UNSUPPORTED | ANSWER_FIELDS)
         state.check_model(body.model)
         reply = _CompletionReply(state, body)

@@ -1,4 +1,4 @@
-"""HTTP/1.1 below the application: bounds on heads, bodies and slow clients, which no middleware sees."""
+"""HTTP/1.1 below the application: bounds on heads, bodies and slow clients, which middleware cannot enforce."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class HttpProtocol(HttpToolsProtocol):
     _half_closed_timer: asyncio.TimerHandle | None = None
     _owed = 0  # whole requests that have not been answered
     _problem: str | None = None  # of the request that the parser must refuse
-    _refusal: tuple[int, str] | None = None  # to be sent after the answers that are owed
+    _refusal: tuple[int, str] | None = None  # to be sent after the pending answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,7 +67,7 @@ class HttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that has left looks like one that only sends no more: both get a moment, then an end."""
+        """Closes the connection after `half_closed_seconds`: a client that closed its sending side may still read."""
         if self.cycle is None or self.cycle.response_complete or self._in_body:
             return None
         self.cycle.keep_alive = False

@@ -18,7 +18,7 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Shortcut:
-    """``handlers``: by the exact path of a POST. Every other request goes on to the application."""
+    """``handlers``: by the exact path of a POST. Every other request passes to the application."""
 
     def __init__(self, app: ASGIApp, handlers: Mapping[str, Handler]) -> None:
         self._app = app

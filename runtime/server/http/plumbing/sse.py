@@ -65,8 +65,8 @@ class EventStream(Response):
     """Streams a call whose first batch has arrived (so errors before it had their own status).
 
     ``render(batch)`` gives the events of a batch; ``end()`` those after the last; ``fail(error)`` the last event of a
-    stream that fails midway, its fields `renamed` by ``names``. The call is closed whatever happens: a client that
-    leaves stops its requests at once.
+    stream that fails midway, its fields `renamed` by ``names``. The call is closed in every case: a client that
+    disconnects stops its requests at once.
     """
 
     media_type = "text/event-stream"

@@ -38,7 +38,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/generate", body=GenerateRequest, generates=True, fast=True)
     async def generate(request: Request) -> Response:
-        """Go on from a prompt, or from several (SGLang's)."""
+        """Complete a prompt, or several (SGLang's)."""
         raw = await read_json_object(request)
         check_places(raw)
         body = parse(GenerateRequest, raw, unsupported=UNSUPPORTED | ANSWER_FIELDS)

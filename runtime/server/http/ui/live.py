@@ -40,7 +40,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/ui/events", query=_QUERY, events=True)
     async def events(request: Request) -> Response:
-        """The tree and its requests as they change. A tenant sees its own part, the operator all of it."""
+        """The tree and its requests as they change. A tenant gets its own part, the operator all of it."""
         [nodes] = read_query(request, _QUERY)
         owner = None if is_admin() else state.namespaces.of(None)[0]
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}

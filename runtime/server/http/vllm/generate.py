@@ -37,7 +37,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/inference/v1/generate", body=InferenceRequest, generates=True, fast=True)
     async def generate(request: Request) -> Response:
-        """Go on from token ids, in token ids (vLLM's)."""
+        """Complete token ids, in token ids (vLLM's)."""
         body = parse(InferenceRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
         state.check_model(body.model)
         limits = state.client.limits
