@@ -8,7 +8,7 @@ from typing import Any
 from ..constraint import ConstraintError
 from .finite import finite_names
 from .keywords import resolve
-from .walk import Schema, as_dict, as_list, required, transformed, types
+from .walk import Schema, as_dict, as_list, required, transformed, types, values
 
 
 def without_endless(root: Any) -> Any:
@@ -16,7 +16,8 @@ def without_endless(root: Any) -> Any:
 
     Raises `ConstraintError`, naming the reference, if that is the whole schema.
     """
-    references = sorted(set(_references(root)))
+    given = (value["$ref"] for value in values(root) if isinstance(value, dict) and "$ref" in value)
+    references = sorted({reference for reference in given if isinstance(reference, str)})
     targets = {reference: resolve({"$ref": reference}, root) for reference in references}
 
     def is_finite(reference: str, finite: set[str]) -> bool:
@@ -30,18 +31,6 @@ def without_endless(root: Any) -> Any:
     if not _has_value(root, finite):
         raise ConstraintError(f"cannot be satisfied: $ref {endless[-1]} requires itself without end")
     return transformed(root, lambda schema: schema if _has_value(schema, finite) else False)
-
-
-def _references(root: Any) -> Iterator[str]:
-    pending = [root]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            if isinstance(value.get("$ref"), str):
-                yield value["$ref"]
-            pending += value.values()
-        elif isinstance(value, list):
-            pending += value
 
 
 def _has_value(schema: Any, finite: set[str]) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from ..constraint import ConstraintError
 from .patterns import matched_names, matches_only, without_lookahead
-from .walk import LITERALS, NAMED_SCHEMAS, Schema, as_dict, as_list, required, types
+from .walk import LITERALS, NAMED_SCHEMAS, Schema, as_dict, as_list, required, types, values
 
 # Formats that llguidance enforces. Any other is an annotation, as JSON Schema defines.
 FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"})
@@ -177,13 +177,10 @@ def declared_names(root: Any) -> list[str]:
     Raises `ConstraintError` if comparing them with the patterns would take seconds.
     """
     names: dict[str, None] = {}
-    patterns, pending = 0, [root]
-    while pending:
-        value = pending.pop()
-        if isinstance(value, dict):
-            patterns += len(as_dict(value.get("patternProperties"))) + ("propertyNames" in value)
-            names |= dict.fromkeys([*as_dict(value.get("properties")), *required(value)])
-        pending += value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    patterns = 0
+    for value in map(as_dict, values(root)):
+        patterns += len(as_dict(value.get("patternProperties"))) + ("propertyNames" in value)
+        names |= dict.fromkeys([*as_dict(value.get("properties")), *required(value)])
     if patterns * len(names) > _MAX_COMPARED:
         raise ConstraintError(
             f"uses patternProperties with {patterns} patterns beside {len(names)} property names, "
@@ -288,8 +285,8 @@ def _check_one(path: str, schema: Schema) -> None:
             raise refuse(keyword, f"with {bound}: bounds beyond ±{MAX_EXACT} cannot be enforced exactly")
     for keyword in ("const", "enum"):
         if keyword in schema:
-            for number in _integers(schema[keyword]):
-                if not _is_exact(number):
+            for number in values(schema[keyword]):
+                if isinstance(number, int) and not isinstance(number, bool) and not _is_exact(number):
                     raise refuse(keyword, f"with {number}: integers beyond ±{MAX_EXACT} cannot be enforced exactly")
     optional = len(as_dict(schema.get("properties")).keys() - required(schema))
     if optional > MAX_OPTIONAL:
@@ -344,12 +341,3 @@ def _at_most(value: Any, limit: Any) -> bool:
 def _is_exact(number: int) -> bool:
     """Whether llguidance, which computes with float64 and int64, writes the number as it is."""
     return abs(number) < 2**63 and float(number) == number
-
-
-def _integers(value: Any) -> Iterator[int]:
-    pending = [value]
-    while pending:
-        one = pending.pop()
-        if isinstance(one, int) and not isinstance(one, bool):
-            yield one
-        pending += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()

@@ -11,7 +11,7 @@ from ..constraint import ConstraintError
 from .finite_schema import without_endless
 from .keywords import accepts_all, check, declared_names, resolve, simplified
 from .unions import exclusive
-from .walk import Schema, as_list, required, schemas, transformed
+from .walk import Schema, as_list, inside, required, schemas, transformed
 
 MAX_DEPTH = 64  # nested objects and lists
 MAX_VALUES = 20_000  # objects, lists, strings and numbers in total
@@ -50,16 +50,10 @@ def _bound(schema: Any) -> None:
         values += len(level)
         if values > MAX_VALUES:
             raise ConstraintError(f"must hold at most {MAX_VALUES} values")
-        level = [inner for value in level for inner in _inside(value)]
+        level = [inner for value in level for inner in inside(value)]
         if not level:
             return
     raise ConstraintError(f"must be at most {MAX_DEPTH} levels deep")
-
-
-def _inside(value: Any) -> list[Any]:
-    if isinstance(value, dict):
-        return list(value.values())
-    return value if isinstance(value, list) else []
 
 
 def _rewritten(schema: Schema, root: Any, names: Sequence[str]) -> Any:

@@ -37,6 +37,20 @@ def transformed(value: Any, change: Callable[[Schema], Any], named: bool = False
     return copy if named else change(copy)
 
 
+def values(root: Any) -> Iterator[Any]:
+    """``root`` and every value inside it, data or schema."""
+    pending = [root]
+    while pending:
+        value = pending.pop()
+        yield value
+        pending += inside(value)
+
+
+def inside(value: Any) -> list[Any]:
+    """The values of an object or a list."""
+    return list(value.values()) if isinstance(value, dict) else as_list(value)
+
+
 def types(schema: Schema) -> frozenset[str] | None:
     """The types that the schema's ``type`` allows; None: any."""
     given = schema.get("type")
