@@ -157,7 +157,8 @@ def test_samples_are_seeded_and_logprobs_are_of_the_raw_logits(make_engine):
     assert len({o.text for o in first}) == 3
     free = engine.generate(PROMPT, SamplingParams(temperature=0, max_tokens=1, logprobs=4))
     for output in first:
-        assert output.logprobs[0].top == free.logprobs[0].top
+        # Not to the bit: the sums of one row and of three may have different orders.
+        assert dict(output.logprobs[0].top) == pytest.approx(dict(free.logprobs[0].top), abs=1e-4)
         assert all(row.logprob > -100 for row in output.logprobs)
 
 
