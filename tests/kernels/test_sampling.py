@@ -146,8 +146,10 @@ def test_greedy_is_the_first_of_equals(vocab_size: int) -> None:
     logits[:20] = torch.randn(20, vocab_size, generator=generator)
     logits[20] = -INF
     logits[21, vocab_size // 2] = INF
-    best = logits.numpy().argmax(axis=1)
-    assert sampling.greedy(logits).tolist() == best.tolist()
+    for each in (logits, logits.bfloat16()):
+        assert sampling.greedy(each).tolist() == [row.index(max(row)) for row in each.tolist()]
+    logits[5, vocab_size // 3] = torch.nan
+    assert sampling.greedy(logits)[5] == vocab_size // 3  # so that `is_finite` finds it
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 1000])
