@@ -165,20 +165,30 @@ class RadixTree:
 
     def reserve(self, lease: Lease, n: int) -> Int32 | None:
         """n more pages for the lease, evicting as needed; None, with nothing changed, if there are not enough."""
-        self._require_live(lease)
-        pages = self.structure.reserve(self.structure.device, n)
-        if pages is None:
+        return self._reserve([lease], n)
+
+    def reserve_each(self, leases: Sequence[Lease]) -> Int32 | None:
+        """One more page for each lease, int32 ``[len(leases)]``, at the cost of one reservation: see `reserve`."""
+        return self._reserve(leases, 1)
+
+    def _reserve(self, leases: Sequence[Lease], n: int) -> Int32 | None:
+        for lease in leases:
+            self._require_live(lease)
+        found = self.structure.reserve(self.structure.device, n * len(leases))
+        if found is None:
             return None
-        self._scores.forget(pages)
-        if lease.copy is not None and lease.source is not None and n and not lease.owned:
-            self._scores.copy(lease.copy[0], int(pages[0]), lease.copy[1])
-        lease.pages = np.concatenate((lease.pages, pages))
-        if lease.scores_ahead is not None and n:
-            start, scores = lease.scores_ahead
-            lease.scores_ahead = None
-            self.record_scores(lease, start, scores)
+        self._scores.forget(found)
+        for i, lease in enumerate(leases):
+            pages = found[i * n : (i + 1) * n]
+            if lease.copy is not None and lease.source is not None and n and not lease.owned:
+                self._scores.copy(lease.copy[0], int(pages[0]), lease.copy[1])
+            lease.pages = np.concatenate((lease.pages, pages))
+            if lease.scores_ahead is not None and n:
+                start, scores = lease.scores_ahead
+                lease.scores_ahead = None
+                self.record_scores(lease, start, scores)
         self.structure.events.deliver()
-        return pages
+        return found
 
     def publish(self, lease: Lease, tokens: Int32) -> tuple[int, Int32] | None:
         """Adds every whole page of ``tokens`` beyond ``lease.length`` to the tree, and extends the lease's path to it.

@@ -16,9 +16,9 @@ from ..errors import EngineDead, InvalidRequest
 from ..grammar.compiler import GrammarCompiler
 from ..messages import Control, ControlReply, Generate, Limits, Refusal, Stats, StepOutput
 from ..scheduler.branches.service import BranchService
-from ..scheduler.draft import ScheduledStep
 from ..scheduler.memory import LowerTiers
 from ..scheduler.node_details import NodeQuestion, node_details
+from ..scheduler.scheduled_step import ScheduledStep
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.watch import WatchQuestion, watch
 from ..step import Executor, PendingStep

@@ -10,6 +10,7 @@ import numpy as np
 from ..step import PENDING, Int32, RowStart, StepPlan
 from .ledger import Ledger
 from .request import Request
+from .scheduled_step import ScheduledStep
 
 _EMPTY: Int32 = np.empty(0, dtype=np.int32)
 
@@ -29,17 +30,6 @@ class Chunk(NamedTuple):
 
 
 @dataclass(slots=True)
-class ScheduledStep:
-    """A plan with the requests that its results belong to. Results are matched by request, never by row."""
-
-    plan: StepPlan
-    sampled: list[Request | None]  # parallel to plan.samples; None: the token is dropped
-    prompt_logprobs: dict[int, Request]  # by index into the plan's requests
-    finishing: list[Request]  # finish with this step without a sample (max_tokens=0)
-    prompt_tokens: int  # of the step's query tokens, those of prompts
-
-
-@dataclass(slots=True)
 class Draft:
     """The decisions about a step so far. ``budget``: query tokens that can still be scheduled."""
 
@@ -49,7 +39,7 @@ class Draft:
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
     starts: list[RowStart] = field(default_factory=list)
-    swaps: list[tuple[int, int, Int32]] = field(default_factory=list)
+    swaps: list[Int32] = field(default_factory=list)
     finishing: list[Request] = field(default_factory=list)
     retracted: bool = False
     yields: int = 0  # requests retracted for the sake of other owners
@@ -108,4 +98,7 @@ class Draft:
             plan.constrained = np.flatnonzero(rows.constrained[plan.rows[sampled]]).astype(np.int32)
         ledger.clock += plan.num_tokens
         prompt_tokens = sum(max(0, min(c.end, c.request.prompt_len) - c.start) for c in chunks)
-        return ScheduledStep(plan, sampling, prompt_logprobs, self.finishing, prompt_tokens)
+        at, positions = plan.rows[sampled], plan.kv_lens[sampled]
+        return ScheduledStep(
+            plan, sampling, at, rows.order[at], positions, prompt_logprobs, self.finishing, prompt_tokens
+        )

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from ...radix.lease import Lease
 from ...radix.tree import RadixTree
 from ..step import Int32
 from .request import Request, Status
 from .rows import DECODE, Rows
+from .scheduled_step import ScheduledStep
 from .waiting import WaitingQueue
+
+_PUBLISH_TOKENS = 64  # computed by a decode between two publications, each of which takes 20 µs
 
 
 class HoldOwner(Protocol):
@@ -40,6 +44,7 @@ class Ledger:
     def __init__(self, tree: RadixTree, max_rows: int) -> None:
         self.tree = tree
         self.page_size = tree.page_size
+        self.publish_every = -(-_PUBLISH_TOKENS // tree.page_size) * tree.page_size
         self.rows = Rows(max_rows)
         self.waiting = WaitingQueue()
         self.owners: Counter[str] = Counter()  # unfinished requests by owner (API key); see `Scheduler`
@@ -48,7 +53,7 @@ class Ledger:
         self.retractions = 0
         self.hold_owner: HoldOwner | None = None
         self.pin_breakpoints: Callable[[Request], None] = lambda request: None  # see `CacheService`
-        self._writes: list[tuple[int, int, Int32]] = []  # (row, first column, pages)
+        self._writes: list[Int32] = []  # [3, n]: rows, columns, pages
 
     def lease(self, request: Request) -> Lease:
         if request.lease is None:
@@ -63,7 +68,7 @@ class Ledger:
         self.running[request.namespace[0]] += 1
         self.rows.pages[row] = len(lease.pages)
         if len(lease.pages):
-            self._writes.append((row, 0, np.array(lease.pages, dtype=np.int32)))
+            self._writes.append(_write(row, np.arange(len(lease.pages)), lease.pages))
         return row
 
     def reserve(self, request: Request, pages: int) -> Int32 | None:
@@ -72,10 +77,19 @@ class Ledger:
             return np.empty(0, dtype=np.int32)
         taken = self.tree.reserve(self.lease(request), pages)
         if taken is not None:
-            row = request.row
-            self._writes.append((row, int(self.rows.pages[row]), taken))
+            row, have = request.row, int(self.rows.pages[request.row])
+            self._writes.append(_write(row, np.arange(have, have + pages), taken))
             self.rows.pages[row] += pages
         return taken
+
+    def reserve_each(self, rows: Int32) -> bool:
+        """One more page for the request of each row; False, with nothing changed, if there are not enough."""
+        taken = self.tree.reserve_each([self.lease(self.rows.request(row)) for row in rows.tolist()])
+        if taken is None:
+            return False
+        self._writes.append(_write(rows, self.rows.pages[rows], taken))
+        self.rows.pages[rows] += 1
+        return True
 
     def relieve(self, pages: int, *, everything: bool) -> bool:
         """Makes ``pages`` available, if necessary by giving up holds of branches; returns whether they are."""
@@ -83,24 +97,49 @@ class Ledger:
             return True
         return self.hold_owner is not None and self.hold_owner.relieve(pages, everything)
 
-    def publish(self, request: Request, length: int) -> tuple[int, int, Int32] | None:
+    def publish(self, request: Request, length: int) -> Int32 | None:
         """Publishes the whole pages of the request's first ``length`` tokens, whose KV is written or scheduled.
 
-        Returns the page-table write that replaces duplicates by the tree's pages, to be queued with `swap`.
+        Returns the page-table writes that replace duplicates by the tree's pages, to be queued with `swap`.
         """
         replaced = self.tree.publish(self.lease(request), request.tokens[:length])
-        return None if replaced is None else (request.row, replaced[0], replaced[1])
+        if replaced is None:
+            return None
+        first, pages = replaced
+        return _write(request.row, np.arange(first, first + len(pages)), pages)
 
-    def append(self, request: Request, token: int) -> None:
-        """A step has sampled a request's next token. The request may have been retracted since the step was planned."""
-        request.append(token)
-        row = request.row
-        if row < 0:
-            self.waiting.changed(request)
-        elif self.rows.length[row] == request.num_tokens:  # else a later step in flight has its value
-            self.rows.last_token[row] = token
+    def take_in(self, step: ScheduledStep, tokens: Int32) -> npt.NDArray[np.bool_]:
+        """A step's samples, which their requests have been given, become the next inputs of their rows. Returns the
+        samples whose request is still in the row that it had in the step, bool ``[S]``."""
+        rows = self.rows
+        kept = rows.order[step.rows] == step.admissions
+        next_inputs = kept & (rows.length[step.rows] == step.positions + 1)  # else a later step in flight has its value
+        rows.last_token[step.rows[next_inputs]] = tokens[next_inputs]
+        for i in np.flatnonzero(~kept).tolist():
+            request = step.sampled[i]
+            if request is not None and request.row < 0:
+                self.waiting.changed(request)  # retracted: its tokens are one more
+            elif request is not None and rows.length[request.row] == request.num_tokens:
+                rows.last_token[request.row] = tokens[i]
+        return kept
 
-    def swap(self, writes: list[tuple[int, int, Int32]]) -> None:
+    def publish_decodes(self, step: ScheduledStep, kept: npt.NDArray[np.bool_]) -> None:
+        """Publishes what some of a step's decodes have computed. Chunks of prompts are published when scheduled.
+
+        Each request publishes once in `publish_every` tokens. Which step that is depends on its row, because samples of
+        one prompt fill their pages in the same step, and publishing 256 at once would take longer than a step.
+        ``kept``: see `take_in`.
+        """
+        rows, every = self.rows, self.publish_every
+        # After a jump (PREFILL) not all known tokens have been scheduled.
+        due = kept & (step.positions % every == step.rows % every) & (rows.phase[step.rows] == DECODE)
+        for row in step.rows[due].tolist():
+            request = rows.request(row)
+            swap = self.publish(request, request.num_tokens - 1)
+            if swap is not None:
+                self._writes.append(swap)
+
+    def swap(self, writes: list[Int32]) -> None:
         self._writes.extend(writes)
 
     def leave(self, request: Request, *, keep: bool = True) -> None:
@@ -112,7 +151,7 @@ class Ledger:
         valid = min(int(self.rows.computed[row]), request.num_tokens)
         self.tree.release(self.lease(request), request.tokens[:valid] if keep else None)
         self.rows.give_back(row)
-        self._writes = [write for write in self._writes if write[0] != row]
+        self._writes = [write[:, write[0] != row] for write in self._writes]
         request.row, request.lease = -1, None
         self.running[request.namespace[0]] -= 1
 
@@ -146,19 +185,13 @@ class Ledger:
     def take_writes(self) -> tuple[Int32, Int32, Int32]:
         """The queued page-table writes as (rows, columns, pages), each cell at most once: the last write wins."""
         writes, self._writes = self._writes, []
-        if not writes:
-            empty = np.empty(0, dtype=np.int32)
-            return empty, empty, empty
-        lengths = [len(pages) for _, _, pages in writes]
-        rows = np.repeat(np.fromiter((w[0] for w in writes), np.int32, len(writes)), lengths)
-        cols = np.concatenate([np.arange(w[1], w[1] + len(w[2]), dtype=np.int32) for w in writes])
-        pages = np.concatenate([w[2] for w in writes]).astype(np.int32, copy=False)
-        cells = rows.astype(np.int64) << 32 | cols
+        found = np.concatenate(writes, axis=1) if writes else np.empty((3, 0), np.int32)
+        cells = found[0].astype(np.int64) << 32 | found[1]
         _, last = np.unique(cells[::-1], return_index=True)
         if len(last) != len(cells):
-            keep = np.sort(len(cells) - 1 - last)
-            rows, cols, pages = rows[keep], cols[keep], pages[keep]
-        return rows, cols, pages
+            found = np.ascontiguousarray(found[:, np.sort(len(cells) - 1 - last)])
+        rows, columns, pages = found
+        return rows, columns, pages
 
     def check(self) -> None:
         """Raises RuntimeError if rows and leases disagree; then walks the tree and the pages (`RadixTree.check`)."""
@@ -183,3 +216,10 @@ class Ledger:
                 raise RuntimeError(f"waiting request {request.id} has status {request.status.name} or a lease")
         self.waiting.check()
         self.tree.check()
+
+
+def _write(rows: int | Int32, columns: npt.NDArray[np.integer], pages: Int32) -> Int32:
+    """Page-table writes as one array, ``[3, n]``."""
+    write = np.empty((3, len(pages)), np.int32)
+    write[0], write[1], write[2] = rows, columns, pages
+    return write

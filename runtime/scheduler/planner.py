@@ -13,7 +13,7 @@ from ..config import SchedulePolicy
 from ..messages import CacheReport
 from ..step import RowStart
 from ..tiers.none import NoTiers
-from .draft import Chunk, Draft, ScheduledStep
+from .draft import Chunk, Draft
 from .estimator import OutputEstimator
 from .fairness import Fairness
 from .forecast import NEVER, Reservations
@@ -22,6 +22,7 @@ from .policy import admission_keys
 from .prompt_scores import PromptScores
 from .request import Request
 from .rows import DECODE, PREFILL
+from .scheduled_step import ScheduledStep
 
 _PRODUCER_MIN = 64  # tokens: do not wait for another request to compute a shared prefix shorter than this
 _COPY_MIN = 4  # tokens: do not wait a step to share less than this of a page
@@ -76,9 +77,11 @@ class Planner:
         r, page = self._rows, self._page_size
         rows = r.in_order(DECODE)
         rows = rows[(r.length[rows] < r.limit[rows]) & ~r.blocked[rows]]
-        for row in rows[r.computed[rows] >= r.pages[rows] * page].tolist():
-            if r.phase[row] == DECODE:  # not retracted for an older one meanwhile
-                self._grow(draft, r.request(row), 1)
+        full = rows[r.computed[rows] >= r.pages[rows] * page]
+        if len(full) and not self._ledger.reserve_each(full):
+            for row in full.tolist():
+                if r.phase[row] == DECODE:  # not retracted for an older one meanwhile
+                    self._grow(draft, r.request(row), 1)
         rows = rows[(r.phase[rows] == DECODE) & (r.computed[rows] < r.pages[rows] * page)]
         draft.decode_rows = rows[: draft.budget]
         draft.budget -= len(draft.decode_rows)
@@ -236,11 +239,13 @@ class Planner:
         return True
 
     def _candidates(self) -> Iterator[Request]:
-        """Waiting requests in the order in which to try them. Looks up a few cached prefixes again in each step."""
+        """Waiting requests in the order in which to try them. Of a long queue, looks up a few cached prefixes again in
+        each step; the requests of a short one are all tried, which looks them up where it matters."""
         queue = self._ledger.waiting
-        for request in queue.some(self._cursor, _REFRESH):
-            self._look_up(request)
-        self._cursor = (self._cursor + _REFRESH) % len(queue)
+        if len(queue) > _MAX_TRIES:
+            for request in queue.some(self._cursor, _REFRESH):
+                self._look_up(request)
+            self._cursor = (self._cursor + _REFRESH) % len(queue)
         waiting = queue.columns()
         keys = admission_keys(self._policy, waiting, self._ledger.clock, self._patience)
         first = self._first

@@ -31,7 +31,7 @@ class Rows:
         self.exclusive = np.zeros(max_rows, dtype=np.int32)
         self.entered = np.zeros(max_rows, dtype=np.int32)  # tokens that it had when it was admitted
         self.last_token = np.zeros(max_rows, dtype=np.int32)  # the next input token; PENDING: only on the device so far
-        self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older
+        self.order = np.zeros(max_rows, dtype=np.int64)  # admission number: smaller is older; 0: free
         self.constrained = np.zeros(max_rows, dtype=np.bool_)  # the request has a matcher
         self.blocked = np.zeros(max_rows, dtype=np.bool_)  # must not decode until its next mask is known
         self.requests: list[Request | None] = [None] * max_rows
@@ -76,6 +76,7 @@ class Rows:
         any later step, and results are matched by request, never by row."""
         self.requests[row] = None
         self.phase[row] = FREE
+        self.order[row] = 0
         self.pages[row] = 0
         self._free.append(row)
 

@@ -32,12 +32,12 @@ from ..tiers.copies import Ended
 from .cache.service import CacheService
 from .clock import Clock
 from .constraints import ConstraintEvents, ConstraintManager
-from .draft import ScheduledStep
 from .ledger import Ledger
 from .memory import LowerTiers, make_tree
 from .planner import Planner
 from .request import Request, Status
 from .rows import DECODE
+from .scheduled_step import ScheduledStep
 from .totals import update_stats
 
 logger = logging.getLogger(__name__)
@@ -288,36 +288,38 @@ class Scheduler:
                 continue
             self.planner.scores.record(scored, start, rows)
             self._deliver_prompt_logprobs(scored, start, rows)
+        failed = {i for i, rows in result.logprobs.items() if np.isnan(rows.chosen[0])}
+        for i in sorted(failed.union(np.flatnonzero(result.tokens == NON_FINITE).tolist())):
+            request = step.sampled[i]
+            if request is not None and request.status is not Status.FINISHED:
+                self._fail_not_finite(request, f"output token {request.num_outputs + 1}")
         ids: list[int] = []
         sampled_tokens: list[int] = []
         ended: list[tuple[Request, FinishReason, int | None]] = []
         constrained: list[Request] = []
-        for i, (request, token) in enumerate(zip(step.sampled, result.tokens.tolist(), strict=True)):
-            if request is None or request.status is Status.FINISHED:
+        finished = Status.FINISHED
+        for request, token in zip(step.sampled, result.tokens.tolist(), strict=True):
+            if request is None or request.status is finished:
                 continue
-            if token == NON_FINITE or (i in result.logprobs and np.isnan(result.logprobs[i].chosen[0])):
-                self._fail_not_finite(request, f"output token {request.num_outputs + 1}")
-                continue
-            self.ledger.append(request, token)
+            request.append(token)
             ids.append(request.id)
             sampled_tokens.append(token)
-            if i in result.logprobs:
-                self.output.logprobs[request.id] = pack_logprobs(result.logprobs[i])
             if token in request.stop_ids:
                 ended.append((request, "stop", token))
-                continue
-            if request.matcher is not None:
+            elif request.matcher is not None:
                 self._advance(request, token)
                 constrained.append(request)
             elif request.num_tokens == request.limit:
                 ended.append((request, "length", None))
-            else:
-                self._publish_page(request)
+        for i, rows in result.logprobs.items():
+            request = step.sampled[i]
+            if request is not None and request.status is not finished:
+                self.output.logprobs[request.id] = pack_logprobs(rows)
+        kept = self.ledger.take_in(step, result.tokens)
         for request in self._jump_all(constrained, ids, sampled_tokens):
             if request.num_tokens == request.limit:
                 ended.append((request, "length", None))
-            else:
-                self._publish_page(request)
+        self.ledger.publish_decodes(step, kept)
         self.output.ids += np.array(ids, dtype="<i8").tobytes()
         self.output.tokens += np.array(sampled_tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(ids)
@@ -333,20 +335,6 @@ class Scheduler:
         k = request.params.prompt_logprobs or 0
         asked = TokenLogprobs(rows.chosen, rows.ranks, rows.top_ids[:, :k], rows.top[:, :k])
         self.output.prompt_logprobs.append(PromptLogprobs(request.id, start, pack_logprobs(asked)))
-
-    def _publish_page(self, request: Request) -> None:
-        """Publishes the page that a decode has filled. Pages of prompts are published when they are scheduled.
-
-        Samples of one prompt fill their pages in the same step: they publish them in the steps that follow, a part of
-        the rows in each, because 256 at once take longer (10 ms) than a step.
-        """
-        computed, page_size = request.num_tokens - 1, self.tree.page_size
-        if request.row >= 0 and computed % page_size == request.row % page_size:
-            if self.ledger.rows.phase[request.row] != DECODE:
-                return  # after a jump, not all of these tokens have been scheduled
-            swap = self.ledger.publish(request, computed)
-            if swap is not None:
-                self.ledger.swap([swap])
 
     # -- grammars ------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ def uneventful_steps(scheduler: Scheduler) -> int:
         return 0
     page = scheduler.ledger.page_size
     computed = rows.computed[active]
-    to_publishing = (active - computed - 1) % page  # see `Scheduler._publish_page`
+    to_publishing = (active - computed - 1) % scheduler.ledger.publish_every
     has_room = rows.pages[active] * page - computed
     to_end = rows.limit[active] - rows.length[active] - 1
     return max(0, int(np.minimum(np.minimum(to_publishing, has_room), to_end).min()))

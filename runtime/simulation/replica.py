@@ -15,8 +15,8 @@ from ..executor.null import NullExecutor
 from ..fleet.block_events import PageHashes
 from ..messages import Limits
 from ..sampling_params import SamplingParams
-from ..scheduler.draft import ScheduledStep
 from ..scheduler.request import Request
+from ..scheduler.scheduled_step import ScheduledStep
 from ..scheduler.scheduler import Scheduler
 from ..scheduler.skip import skip_steps, uneventful_steps
 from .step_times import StepTimes

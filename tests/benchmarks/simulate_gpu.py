@@ -24,7 +24,7 @@ from branchwise.runtime.config import EngineConfig
 from branchwise.runtime.executor.graphs import JOINT_TOKENS
 from branchwise.runtime.messages import Generate, Limits
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.scheduler.draft import ScheduledStep
+from branchwise.runtime.scheduler.scheduled_step import ScheduledStep
 from branchwise.runtime.scheduler.scheduler import Scheduler
 from branchwise.runtime.step import StepPlan, StepResult
 

@@ -99,6 +99,23 @@ def test_a_long_leaf_loses_only_what_is_needed(drive):
     assert d.tree.evicted_total == 3 and d.tree.cached == 5
 
 
+def test_reserving_for_several_leases_takes_as_much_as_for_one_after_the_other(drive):
+    both = [drive(num_pages=8), drive(num_pages=8)]
+    leases = []
+    for d in both:
+        d.remember(list(range(20)))
+        leases.append([d.match([100 + i]) for i in range(6)])
+        assert d.tree.reserve_each(leases[-1] * 2) is None, "twelve pages of eight"
+        assert not any(len(lease.pages) for lease in leases[-1])
+    together, one_by_one = both
+    found = together.tree.reserve_each(leases[0]).tolist()
+    assert set(found) == {int(one_by_one.tree.reserve(lease, 1)[0]) for lease in leases[1]}
+    assert [lease.pages.tolist() for lease in leases[0]] == [[page] for page in found]
+    for d in both:
+        d.check()
+        assert d.tree.evicted_total == 3 and d.tree.cached == 2
+
+
 def test_the_best_page_to_copy_is_found_among_many(drive):
     d = drive(num_pages=64, page_size=8)
     rng = np.random.default_rng(0)

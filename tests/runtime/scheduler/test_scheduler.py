@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from branchwise.radix.tree import RadixTree
 from branchwise.runtime.messages import Generate
 from branchwise.runtime.sampling_params import SamplingParams
 
@@ -94,6 +95,20 @@ def test_prefill_chunks_share_steps_with_decodes(make_driver, overlap):
     driver.drain()
     assert any(plan.num_decodes and len(plan.rows) > plan.num_decodes for plan in driver.executor.plans)
     assert all(plan.num_tokens <= 16 for plan in driver.executor.plans)
+    driver.verify()
+
+
+def test_decodes_that_fill_their_pages_together_get_pages_at_once(make_driver, monkeypatch):
+    """Sixteen of equal length: one reservation whenever they cross into their next page."""
+    driver = make_driver(num_pages=512, max_num_seqs=16)
+    for i in range(16):
+        driver.add(prompt(8, start=2 + i), max_tokens=16)
+    driver.step()
+    calls = []
+    reserve_each = RadixTree.reserve_each
+    monkeypatch.setattr(RadixTree, "reserve_each", lambda *args: calls.append(len(args[1])) or reserve_each(*args))
+    driver.drain()
+    assert calls == [16] * 4
     driver.verify()
 
 
