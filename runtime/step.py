@@ -86,7 +86,7 @@ class StepPlan:
     @property
     def sampled_requests(self) -> Int64:
         """[S] index into R of the request of each sample."""
-        return np.searchsorted(np.cumsum(self.q_lens, dtype=np.int64), self.samples, side="right")
+        return np.arange(len(self.rows)).repeat(self.q_lens)[self.samples]
 
     @property
     def sample_positions(self) -> Int64:

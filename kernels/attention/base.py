@@ -47,11 +47,14 @@ class AttentionBatch:
     written: tuple[Int32, Int32] | None = None
     _shared: dict[int, SharedRuns] = field(default_factory=dict, init=False, repr=False)
 
+    def slots(self, rows: Int32, positions: Int64) -> Int64:
+        """The pool slot of each position of a page-table row, int64 ``[n]``: page * page_size + offset."""
+        column, offset = np.divmod(positions, self.page_size)
+        return self.host_page_table[rows, column] * np.int64(self.page_size) + offset
+
     def query_slots(self) -> Int64:
-        """Pool slots of every query token, int64 ``[T]``: page * page_size + offset."""
-        positions = ranges((self.kv_lens - self.q_lens).astype(np.int64), self.q_lens.astype(np.int64))
-        pages = self.host_page_table[np.repeat(self.rows, self.q_lens), positions // self.page_size]
-        return pages.astype(np.int64) * self.page_size + positions % self.page_size
+        """`slots` of every query token, int64 ``[T]``."""
+        return self.slots(self.rows.repeat(self.q_lens), ranges(self.kv_lens - self.q_lens, self.q_lens))
 
     def shared_runs(self, min_saved: int) -> SharedRuns:
         """The runs of pages that several requests see in full with all of their query tokens.
@@ -63,11 +66,11 @@ class AttentionBatch:
         """
         found = self._shared.get(min_saved)
         if found is None:
-            columns = -(-int(self.kv_lens.max(initial=0)) // self.page_size)
-            table = self.host_page_table[:, :columns][self.rows]
             # A request's own query tokens see its newest pages in part only.
             limits = (self.kv_lens - self.q_lens).astype(np.int64) // self.page_size
-            found = self._shared[min_saved] = shared_runs(table, limits, -(-min_saved // self.page_size))
+            found = self._shared[min_saved] = shared_runs(
+                self.host_page_table, self.rows, limits, -(-min_saved // self.page_size)
+            )
         return found
 
 

@@ -231,8 +231,8 @@ class ModelExecutor:
     def _forward(self, plan: StepPlan) -> LaunchedStep:
         shape = self._graphs.shape_for(plan) if self._graphs else None
         spans = self._prompt_logprobs.spans(plan)
-        starts = plan.query_starts
-        inputs, form = self._stage(plan, shape, [starts[span.index] + span.offsets for span in spans])
+        extra = [plan.query_starts[span.index] + span.offsets for span in spans]
+        inputs, form = self._stage(plan, shape, extra)
         count = len(plan.samples)
         with record_function(_step_name(plan, form)):
             if self._graphs is not None and form is not None:
@@ -257,8 +257,8 @@ class ModelExecutor:
         if logits is None or not len(plan.samples) or self._group.rank:
             return LaunchedStep(kv_bytes, None, prompt)
         if not len(plan.constrained):
-            return LaunchedStep(kv_bytes, self._sample(plan, inputs, logits), prompt)
-        return LaunchedStep(kv_bytes, None, prompt, partial(self._sample, plan, inputs, logits), plan.constrained)
+            return LaunchedStep(kv_bytes, self._sample(inputs, logits), prompt)
+        return LaunchedStep(kv_bytes, None, prompt, partial(self._sample, inputs, logits), plan.constrained)
 
     def _stage(
         self, plan: StepPlan, shape: StepShape | None, extra_outputs: list[Int64]
@@ -281,10 +281,9 @@ class ModelExecutor:
         tokens = StepTokens(ids, inputs.positions, inputs.slots)
         return self._decoder.forward(tokens, self._pool, self._attention, inputs.outputs, layers)
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
-        rows = plan.rows[plan.sampled_requests]
+    def _sample(self, inputs: StepInputs, logits: Tensor, masks: SampleMasks | None = None) -> Sampled:
         with on_device(self.device), torch.inference_mode():
-            sampled = self._sampler.sample(logits, rows, plan.sample_positions, masks)
+            sampled = self._sampler.sample(logits, inputs.sample_rows, inputs.sample_positions, masks)
             self._last_token.index_copy_(0, inputs.last_token_rows, sampled.tokens)
         return sampled
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ...kernels.arrays import ranges
 from ...kernels.attention.base import AttentionBatch, StepShape
 from ...kernels.staging import Staging
 from ..step import Int32, Int64, StepPlan
@@ -16,7 +17,7 @@ from ..step import Int32, Int64, StepPlan
 
 @dataclass(slots=True)
 class StepInputs:
-    """int64 on the device. T query tokens, padding included."""
+    """Tensors are int64 on the device. T query tokens, padding included."""
 
     ids: Tensor  # [T], PENDING stands for the row's last token
     positions: Tensor  # [T]
@@ -24,6 +25,9 @@ class StepInputs:
     rows: Tensor  # [T], page-table row of each token
     outputs: Tensor  # [O], query tokens whose hidden states are computed: the samples come first, in order
     last_token_rows: Tensor  # [S], the row whose last token the sample becomes; else the scratch row
+    # Of each sample, on the host: its page-table row, and the position of the new token in its request.
+    sample_rows: Int32  # [S]
+    sample_positions: Int64  # [S]
 
 
 class InputStaging:
@@ -44,24 +48,22 @@ class InputStaging:
         self, plan: StepPlan, batch: AttentionBatch, shape: StepShape | None, extra_outputs: list[Int64]
     ) -> StepInputs:
         """``shape``: pad to it. ``extra_outputs``: query tokens besides the samples whose hidden states are needed."""
-        positions = np.arange(plan.num_tokens) + np.repeat(plan.kv_lens - plan.q_lens - plan.query_starts, plan.q_lens)
-        slots = batch.query_slots()
-        rows = np.repeat(plan.rows, plan.q_lens)
-        outputs = np.concatenate([plan.samples.astype(np.int64), *extra_outputs])
-        tokens, num_outputs = plan.num_tokens, len(outputs)
+        rows = plan.rows.repeat(plan.q_lens)
+        positions = ranges(plan.kv_lens - plan.q_lens, plan.q_lens)
+        slots = batch.slots(rows, positions)
+        sample_rows, sample_positions = rows[plan.samples], positions[plan.samples] + 1
+        outputs = np.concatenate([plan.samples, *extra_outputs])
+        n, gap, tokens, num_outputs = plan.num_decodes, 0, plan.num_tokens, len(outputs)
         if shape is not None:
-            tokens, num_outputs = shape.num_tokens, shape.num_outputs
-            chunks = shape.first_chunk(plan.num_decodes)
-            outputs = np.where(outputs >= plan.num_decodes, outputs + (chunks - plan.num_decodes), outputs)
+            tokens, num_outputs, gap = shape.num_tokens, shape.num_outputs, shape.first_chunk(n) - n
+        if gap:
+            outputs = np.where(outputs >= n, outputs + gap, outputs)
         self._staging.begin()
 
         def put(array: npt.NDArray[np.integer], pad: int = 0) -> Tensor:
-            if shape is not None:  # decodes and chunks have regions of their own
-                n, given = plan.num_decodes, array
-                array = np.full(tokens, pad, np.int64)
-                array[:n] = given[:n]
-                array[chunks : chunks + len(given) - n] = given[n:]
-            return self._staging.put(array)
+            if gap:  # decodes and chunks have regions of their own
+                array = np.concatenate([array[:n], np.full(gap, pad), array[n:]])
+            return self._staging.put(array, tokens, pad)
 
         inputs = StepInputs(
             ids=put(plan.token_ids),
@@ -69,17 +71,19 @@ class InputStaging:
             slots=put(slots, self._scratch_slot),
             rows=put(rows),
             outputs=self._staging.put(outputs, num_outputs),
-            last_token_rows=self._staging.put(_last_token_rows(plan, self._scratch_row)),
+            last_token_rows=self._staging.put(_last_samples(sample_rows, self._scratch_row)),
+            sample_rows=sample_rows,
+            sample_positions=sample_positions,
         )
         self._staging.send()
         return inputs
 
 
-def _last_token_rows(plan: StepPlan, scratch_row: int) -> Int64:
-    """The page-table row of each request's last sample; the scratch row for the samples before it."""
-    rows = plan.rows[plan.sampled_requests].astype(np.int64)
-    rows[:-1][rows[:-1] == rows[1:]] = scratch_row
-    return rows
+def _last_samples(rows: Int32, scratch_row: int) -> Int32:
+    """The row of each request's last sample; the scratch row for the samples before it."""
+    found = rows.copy()
+    found[:-1][rows[:-1] == rows[1:]] = scratch_row
+    return found
 
 
 class PageTable:
