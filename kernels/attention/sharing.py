@@ -1,8 +1,7 @@
-"""Finds the requests of a step that read the same pages, by comparing rows of the page table.
+"""The runs of pages that several requests of a step read, for backends that attend over each run once.
 
-Two requests that have the same page at the same column have the same tokens there. This is identity, not a count of
-references: unrelated requests can never look alike. After Hydragen (Juravsky et al., 2024) and FastTree (Pan et al.,
-2025): attention over a shared run of pages is computed once for the queries of all its readers, and merged.
+Attention over a shared run is computed once for the queries of all its readers, and merged (Hydragen: Juravsky et al.,
+2024; FastTree: Pan et al., 2025).
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..arrays import Int32, Int64
+from .tree_nodes import find_nodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +46,27 @@ class SharedRuns:
         return SharedRuns(runs, covered)
 
 
-def shared_runs(table: Int32, limits: Int64, min_saved: int) -> SharedRuns:
+def shared_runs(table: Int32, rows: Int32, limits: Int64, min_saved: int) -> SharedRuns:
     """Covers the start of every request with runs of pages it shares, outermost first.
 
     Args:
-        table: ``[R, columns]``, the pages of each request.
-        limits: ``[R]``, columns of each that all of its queries see in full; nothing beyond is considered.
-        min_saved: a run is taken if (members - 1) * columns, the page reads it saves, is at least this.
+        table, rows, limits: see `tree_nodes.find_nodes`.
+        min_saved: a run is taken if (members - 1) * columns, the page reads it saves, is at least this. Otherwise its
+            columns are left to the runs that continue it.
     """
+    nodes = find_nodes(table, rows, limits)
     runs: list[SharedRun] = []
-    covered = np.zeros(len(limits), np.int64)
-    # Members agree on columns before ``column``; those from ``start`` on are not in a run yet.
-    open_groups = [(np.flatnonzero(limits > 0), 0, 0)]
-    while open_groups:
-        members, start, column = open_groups.pop()
-        if len(members) < 2 or (len(members) - 1) * (int(limits[members].max()) - start) < min_saved:
-            continue
-        pages = table[members, column]
-        order = np.argsort(pages, kind="stable")
-        for group in np.split(members[order], np.flatnonzero(np.diff(pages[order])) + 1):
-            if len(group) < 2:
-                continue
-            end = int(limits[group].min())
-            same = (table[group[1:], column:end] == table[group[0], column:end]).all(axis=0)
-            stop = end if same.all() else column + int(same.argmin())
-            taken = (len(group) - 1) * (stop - start) >= min_saved
-            if taken:
-                runs.append(SharedRun(group, start, stop))
-                covered[group] = stop
-            open_groups.append((group[limits[group] > stop], stop if taken else start, stop))
+    covered = np.zeros(len(rows), np.int64)
+    starts: list[int] = []  # of each node and the columns before it that no run has taken
+    taken: list[bool] = []
+    ends = nodes.counts.cumsum().tolist()
+    for start, stop, parent, end, count in zip(
+        nodes.starts.tolist(), nodes.stops.tolist(), nodes.parents.tolist(), ends, nodes.counts.tolist(), strict=True
+    ):
+        starts.append(start if parent < 0 or taken[parent] else starts[parent])
+        taken.append((count - 1) * (stop - starts[-1]) >= min_saved)
+        if taken[-1]:
+            members = nodes.members[end - count : end]
+            runs.append(SharedRun(members, starts[-1], stop))
+            covered[members] = stop
     return SharedRuns(runs, covered)

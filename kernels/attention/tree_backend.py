@@ -35,6 +35,7 @@ SLOTS = 8192  # partial results of query tokens
 # For each tile: programs that a multiprocessor should have, keys that a program should read at least, and items of a
 # captured step for each request.
 WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
+_NO_CHUNKS = np.empty(0, np.int64)
 
 
 class Members(NamedTuple):
@@ -199,10 +200,11 @@ class TreeAttention:
     def _find_members(self, batch: AttentionBatch, decodes: int) -> Members:
         n = batch.num_decodes
         q_lens, kv_lens = batch.q_lens.astype(np.int64), batch.kv_lens.astype(np.int64)
-        tokens = decodes + int(q_lens[n:].sum())
-        chunks = n + (q_lens[n:] <= SHORT_CHUNK).nonzero()[0]
+        chunks = n + (q_lens[n:] <= SHORT_CHUNK).nonzero()[0] if n < len(q_lens) else _NO_CHUNKS
+        tokens = decodes + int(q_lens[n:].sum()) if len(chunks) else decodes
         if not len(chunks) or tokens > self._max_tokens:
-            return Members(chunks[:0], TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n]), decodes, -1)
+            requests = TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n])
+            return Members(_NO_CHUNKS, requests, decodes, -1)
         starts = q_lens.cumsum() - q_lens
         starts[n:] += decodes - n
         index = np.concatenate([np.arange(n), chunks])

@@ -42,24 +42,23 @@ def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
         rows: ``[R]``, each request's row of it.
         limits: ``[R]``, columns of each request that all of its queries see in full; others are not considered.
     """
-    starts, stops, parents, members, counts = [], [], [], [], []
+    found: list[Nodes] = []  # of each depth
     total = 0
-    live = (limits > 0).nonzero()[0]
+    live = limits.nonzero()[0]
     group = np.zeros(len(live), np.int64)  # of each live member: members agree on every column before ``column``
     column, parent = np.zeros(1, np.int64), np.array([-1])
     while len(live) > 1:
         key = (group << 32) | table[rows[live], column[group]]
         order = key.argsort(kind="stable")
         key = key[order]
-        edges = (key[1:] != key[:-1]).nonzero()[0]
-        if len(edges) + 1 == len(key):
+        differs = np.ones(len(key) + 1, np.bool_)
+        np.not_equal(key[1:], key[:-1], out=differs[1:-1])
+        bounds = differs.nonzero()[0]
+        if len(bounds) > len(key):
             break
-        bounds = np.zeros(len(edges) + 2, np.int64)
-        bounds[1:-1], bounds[-1] = edges, len(key) - 1
-        bounds[1:] += 1
         size = bounds[1:] - bounds[:-1]
         big = size > 1
-        if np.count_nonzero(big) < len(big):
+        if not big.all():
             order, size = order[big.repeat(size)], size[big]
         live = live[order]
         ends = size.cumsum()
@@ -68,16 +67,15 @@ def find_nodes(table: Int32, rows: Int32, limits: Int64) -> Nodes:
         group = np.arange(len(size)).repeat(size)
         start, own_limits = column[came_from], limits[live]
         stop = _agreement(table, rows[live], first, ends, start + 1, np.minimum.reduceat(own_limits, first))
-        starts.append(start)
-        stops.append(stop)
-        parents.append(parent[came_from])
-        members.append(live)
-        counts.append(size)
+        found.append(Nodes(start, stop, parent[came_from], live, size))
         parent = np.arange(total, total + len(size))
         total += len(size)
         deeper = (own_limits > stop[group]).nonzero()[0]
         live, group, column = live[deeper], group[deeper], stop
-    return Nodes(_join(starts), _join(stops), _join(parents), _join(members), _join(counts))
+    if len(found) == 1:
+        return found[0]
+    none = np.empty(0, np.int64)
+    return Nodes(*map(np.concatenate, zip(*found, strict=True))) if found else Nodes(none, none, none, none, none)
 
 
 def _agreement(table: Int32, rows: Int32, first: Int64, ends: Int64, agreed: Int64, limits: Int64) -> Int64:
@@ -113,7 +111,3 @@ def _first_difference(table: Int32, rows: Int32, first: Int64, ends: Int64) -> I
     differs.argmax(axis=1, out=found[:-1])
     found[ends - 1] = columns
     return np.minimum.reduceat(found, first)
-
-
-def _join(arrays: list[Int64]) -> Int64:
-    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays or [np.empty(0, np.int64)])

@@ -114,13 +114,13 @@ def plan_tree(
     tile_of, passes = tile_table(costs, group, 1 << num_tokens.bit_length())
     nodes = find_nodes(table, requests.rows, (kv_lens - q_lens) // page_size)
     nodes, covered, tokens = choose(nodes, q_lens, page_size, costs, passes)
-    segments = _segments(nodes, covered, tokens, requests, page_size)
-    gain = _gain(nodes, segments, costs, passes)
+    segments = _segments(nodes, covered, tokens, requests, page_size, passes)
+    gain = _gain(nodes.counts, segments, costs)
     if gain < least_gain:
         return None
     per_tile = max(costs.tiles[-1] // group, 1)
     for coarseness in (1, 2, 4, 8):
-        plan = _cut(segments, num_tokens, int(kv_lens.sum()), per_tile, tile_of, passes, limits, coarseness)
+        plan = _cut(segments, num_tokens, int(kv_lens.sum()), per_tile, tile_of, limits, coarseness)
         if plan is not None:
             plan.gain = gain - costs.merging(plan.merged_slots, plan.most)
             return plan if plan.gain >= least_gain else None
@@ -176,36 +176,34 @@ class _Segments(NamedTuple):
     stops: Int64
     lengths: Int64  # keys now
     counts: Int64
+    work: Float64  # of reading them, in keys
     queries: Int64  # of all segments
 
 
-def _segments(nodes: Nodes, covered: Int64, tokens: Int64, requests: TreeRequests, page_size: int) -> _Segments:
+def _segments(
+    nodes: Nodes, covered: Int64, tokens: Int64, requests: TreeRequests, page_size: int, passes: Float64
+) -> _Segments:
     count, everyone = len(nodes.starts), np.arange(len(requests.rows))
-    leaders = nodes.members[nodes.firsts]  # any member's row of the page table leads to a node's pages
+    # Any member's row of the page table leads to a node's pages.
+    of = np.concatenate([nodes.members[nodes.firsts], everyone])
     starts = np.concatenate([nodes.starts, covered]) * page_size
     stops = np.concatenate([nodes.stops * page_size, requests.kv_lens])
     lengths = stops - starts
     stops[count:] = OPEN
-    members = np.concatenate([nodes.members, everyone])
-    return _Segments(
-        requests.rows[np.concatenate([leaders, everyone])],
-        starts,
-        stops,
-        lengths,
-        np.concatenate([tokens, requests.q_lens]),
-        ranges(requests.queries[members], requests.q_lens[members]),
-    )
+    counts = np.concatenate([tokens, requests.q_lens])
+    queries = requests.queries[np.concatenate([nodes.members, everyone])]
+    if len(requests.rows) < int(requests.q_lens.sum()):
+        queries = ranges(queries, requests.q_lens[np.concatenate([nodes.members, everyone])])
+    return _Segments(requests.rows[of], starts, stops, lengths, counts, passes[counts] * lengths, queries)
 
 
-def _gain(nodes: Nodes, segments: _Segments, costs: TreeCosts, passes: Float64) -> float:
-    """The expected saving of the tree path, before the cost of merging."""
-    count = len(nodes.starts)
-    lengths = segments.lengths[:count]
-    together = np.maximum(passes[segments.counts[:count]], 1.0)
-    alone = np.maximum(nodes.counts * costs.flat, 1.0)
-    tails = float(segments.lengths[count:].sum())
-    saved = float((alone - together).dot(lengths)) + (costs.flat_tail - 1.0) * tails
-    return saved - (costs.tree_layer - costs.flat_layer)
+def _gain(members: Int64, segments: _Segments, costs: TreeCosts) -> float:
+    """The expected saving of the tree path, before the cost of merging. ``members``: requests of each node."""
+    count = len(members)
+    shared, tails = segments.lengths[:count], segments.lengths[count:]
+    alone = np.maximum(members * costs.flat, 1.0) * shared
+    saved = float((alone - np.maximum(segments.work[:count], shared)).sum())
+    return saved + (costs.flat_tail - 1.0) * int(tails.sum()) - (costs.tree_layer - costs.flat_layer)
 
 
 def _cut(
@@ -214,18 +212,17 @@ def _cut(
     keys_flat: int,
     per_tile: int,
     tile_of: Int64,
-    passes: Float64,
     limits: TreeLimits,
     coarseness: int,
 ) -> TreePlan | None:
     """Items of about equal work, enough to fill the device; None if they exceed the limits.
 
-    ``per_tile``: query tokens that fit the largest tile; ``tile_of``, ``passes``: see `tree_costs.tile_table`.
+    ``per_tile``: query tokens that fit the largest tile; ``tile_of``: see `tree_costs.tile_table`.
     """
-    rows, starts, stops, lengths, counts, members = segments
+    rows, starts, stops, lengths, counts, work, members = segments
     parts = -(counts // -per_tile)
     # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
-    work, of_tile = passes[counts] * lengths, tile_of[counts]
+    of_tile = tile_of[counts]
     target = np.bincount(of_tile, work, len(limits.workers)) / limits.workers * coarseness
     pieces = np.rint(work / np.maximum(parts * target[of_tile], 1.0)).astype(np.int64)
     pieces = np.maximum(np.minimum(pieces, lengths // np.array(limits.min_keys)[of_tile]), 1)
@@ -268,7 +265,7 @@ def _cut(
     merges[:, 0] = per_token.cumsum() - per_token
     merges[:, 1] = np.where(single, -1, per_token)
     return TreePlan(
-        records=items[order],
+        records=items.take(order, 0),
         sizes=sizes,
         queries=queries.astype(np.int32),
         merges=merges,

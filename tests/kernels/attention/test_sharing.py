@@ -14,7 +14,7 @@ from branchwise.kernels.attention.sharing import shared_runs
 def runs_of(
     table: list[list[int]], limits: list[int], min_saved: int = 1
 ) -> tuple[list[tuple[list[int], int, int]], list[int]]:
-    shared = shared_runs(np.array(table, np.int32), np.array(limits), min_saved)
+    shared = shared_runs(np.array(table, np.int32), np.arange(len(table), dtype=np.int32), np.array(limits), min_saved)
     return sorted((run.members.tolist(), run.start, run.stop) for run in shared.runs), shared.covered.tolist()
 
 
@@ -54,7 +54,7 @@ def test_runs_tile_true_sharing(data: st.DataObject) -> None:
     )
     limits = np.array(data.draw(st.lists(st.integers(0, columns), min_size=rows, max_size=rows)))
     min_saved = data.draw(st.integers(1, 6))
-    shared = shared_runs(table.astype(np.int32), limits, min_saved)
+    shared = shared_runs(table.astype(np.int32), np.arange(rows, dtype=np.int32), limits, min_saved)
     runs, covered = shared.runs, shared.covered
     depth = np.zeros(rows, int)
     for run in sorted(runs, key=lambda run: run.start):
