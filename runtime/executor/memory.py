@@ -54,6 +54,7 @@ class MemoryPlan:
     max_num_seqs: int
     max_pages_per_row: int
     limit: str  # why the pool is not larger
+    read_bytes: int  # of the weights: what a step reads
     ranks: tuple[RankMemory, ...] = ()  # of all ranks, where there are several
 
     @property
@@ -135,7 +136,7 @@ def plan_memory(
     """
     free, total = device_memory(device) if gpu_bytes is None else (gpu_bytes, gpu_bytes)
     ranks, int8 = config.tensor_parallel_size, config.quantization == "int8"
-    weights = weight_bytes(model, dtype, device, rank, ranks, int8=int8)
+    weights, read = (weight_bytes(model, dtype, device, rank, ranks, int8=int8, copied=each) for each in (True, False))
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs, ranks)
     if measured is not None:
         free, weights, activations = measured
@@ -194,6 +195,7 @@ def plan_memory(
         max_num_seqs=config.max_num_seqs,
         max_pages_per_row=min(row_pages, pages),  # a row has no page twice
         limit=limit,
+        read_bytes=read,
     )
 
 

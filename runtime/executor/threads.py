@@ -39,8 +39,8 @@ class ThreadChoice:
         self._fixed = fixed
         if fixed:
             self._all = 1 << self._all.bit_length() - 1
-        self._weight_bytes, self._token_bytes = memory.weight_bytes, memory.layout.token_bytes
-        self._weights = memory.weight_bytes // memory.dtype.itemsize
+        self._weight_bytes, self._token_bytes = memory.read_bytes, memory.layout.token_bytes
+        self._weights = memory.read_bytes // memory.dtype.itemsize
 
     def seconds(self, plan: StepPlan) -> float:
         """Estimated duration on one thread. An upper bound: pages that requests share are counted for each."""

@@ -107,12 +107,19 @@ def load(
 
 
 def weight_bytes(
-    model: AnyConfig, dtype: torch.dtype, device: torch.device, rank: int, ranks: int, *, int8: bool
+    model: AnyConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+    *,
+    int8: bool,
+    copied: bool = True,
 ) -> int:
-    """Bytes of a rank's weights as a decoder stores them, packed copies included."""
+    """Bytes of a rank's weights as a decoder stores them, or with ``copied`` off those that a step reads."""
     if isinstance(model, TransformersConfig):
-        return model.weight_bytes(dtype, device, int8=int8, fp8=multiplies_fp8(device))
-    return linear.weight_bytes(model, dtype, device, rank, ranks, int8=int8)
+        return model.weight_bytes(dtype, device, int8=int8, fp8=multiplies_fp8(device), copied=copied)
+    return linear.weight_bytes(model, dtype, device, rank, ranks, int8=int8, copied=copied)
 
 
 def weight_format(model: AnyConfig, dtype: torch.dtype, device: torch.device, *, int8: bool) -> str:

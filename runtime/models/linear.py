@@ -114,9 +114,17 @@ class LinearFactory:
 
 
 def weight_bytes(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device, rank: int = 0, ranks: int = 1, *, int8: bool = False
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    *,
+    int8: bool = False,
+    copied: bool = True,
 ) -> int:
-    """Bytes of a rank's weights as a decoder stores them, packed copies included. ``int8``: see `LinearFactory`."""
+    """Bytes of a rank's weights as a decoder stores them. ``int8``: see `LinearFactory`. ``copied``: with the copies
+    for few rows; a step reads a weight or its copy."""
     checkpoint, total = config.quantization, 0
     fp8 = checkpoint is not None and multiplies_fp8(device)
     # Layers with experts may follow ones without, and a checkpoint may leave some layers' weights unquantized.
@@ -124,14 +132,15 @@ def weight_bytes(
     for spec in weight_specs(replace(config, layers=config.layers[:1]) if alike else config):
         shape = shard_shape(spec, rank, ranks)
         if is_linear(spec) and (spec.kind == "weight" or not fp8):
-            size = linear_bytes(device, shape, dtype, int8=int8, copied=".experts." not in spec.name)
+            size = linear_bytes(device, shape, dtype, int8=int8, copied=copied and ".experts." not in spec.name)
         elif spec.kind == "bytes" and device.type != "cuda":  # MXFP4, dequantized: two values a byte
             size = 0 if spec.name.endswith("_scale") else 2 * math.prod(shape) * dtype.itemsize
         else:  # the scales of a weight that is dequantized are not kept
             size = math.prod(shape) * stored_dtype(spec, dtype).itemsize if fp8 or spec.kind != "scale" else 0
         total += size * config.num_layers if alike and spec.name.startswith("layers.") else size
     if config.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-        total += linear_bytes(device, (config.vocab_size // ranks, config.hidden_size), dtype, int8=int8)
+        shape = config.vocab_size // ranks, config.hidden_size
+        total += linear_bytes(device, shape, dtype, int8=int8, copied=copied)
     return total
 
 

@@ -69,18 +69,21 @@ class TransformersConfig:
     def num_layers(self) -> int:
         return len(self.layers)
 
-    def weight_bytes(self, dtype: torch.dtype, device: torch.device, *, int8: bool, fp8: bool) -> int:
-        """Bytes of a rank's weights as the decoder stores them. ``fp8``: on a device that multiplies it."""
+    def weight_bytes(
+        self, dtype: torch.dtype, device: torch.device, *, int8: bool, fp8: bool, copied: bool = True
+    ) -> int:
+        """As `linear.weight_bytes`. ``fp8``: on a device that multiplies it."""
         total = 0
         for one in self.parameters:
             if one.linear and fp8 and self.quantizes(one.module):
                 total += math.prod(one.shape) + 4 * one.shape[0]
             elif one.linear:
-                total += linear_bytes(device, one.shape, dtype, int8=int8)
+                total += linear_bytes(device, one.shape, dtype, int8=int8, copied=copied)
             else:
                 total += math.prod(one.shape) * dtype.itemsize
         if self.tied_embeddings and (int8 or packs(device, dtype)):  # the output layer is packed, the embedding stays
-            total += linear_bytes(device, (self.vocab_size // self.ranks, self.hidden_size), dtype, int8=int8)
+            shape = self.vocab_size // self.ranks, self.hidden_size
+            total += linear_bytes(device, shape, dtype, int8=int8, copied=copied)
         return total
 
     def quantizes(self, module: str) -> bool:

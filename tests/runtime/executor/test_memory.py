@@ -112,7 +112,10 @@ def test_planned_weights_are_the_weights_loaded(
     model = load_config(checkpoint(family))
     weights = load_weights(checkpoint(family), model, torch.float32, CPU)
     loaded = sum(weight.nbytes for weight in weights.values())
+    monkeypatch.setattr(linear, "packs", lambda device, dtype: True)
+    once = plan(model).read_bytes
     monkeypatch.setattr(kernel_linear, "COPY_BYTES", 0)
+    assert plan(model).weight_bytes == plan(model).read_bytes == once
     monkeypatch.setattr(linear, "packs", lambda device, dtype: False)
     assert plan(model).weight_bytes == loaded
     monkeypatch.setattr(linear, "packs", lambda device, dtype: True)  # a tied output layer is then a second copy

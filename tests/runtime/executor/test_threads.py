@@ -23,7 +23,7 @@ def two_threads() -> Iterator[None]:
 
 
 def choice(weights: int, device: str = "cpu") -> ThreadChoice:
-    memory = SimpleNamespace(device=device, weight_bytes=4 * weights, dtype=torch.float32)
+    memory = SimpleNamespace(device=device, read_bytes=4 * weights, dtype=torch.float32)
     memory.layout = SimpleNamespace(token_bytes=4096)
     return ThreadChoice(memory)  # type: ignore[arg-type]
 
