@@ -18,9 +18,10 @@ from .events import (
     assemble,
 )
 from .format_types import ReasoningFormat, ToolFormat
-from .formats import REASONING_FORMATS, TOOL_FORMATS, check_together, markers, reasoning_format, tool_format
+from .formats import TOOL_FORMATS, check_together, markers, tool_format
 from .grammar import CallGrammar, CallTag, call_grammar
 from .parser import StreamParser, parse
+from .reasoning_formats import REASONING_FORMATS, reasoning_format
 
 __all__ = [
     "REASONING_FORMATS",

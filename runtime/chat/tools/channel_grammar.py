@@ -1,4 +1,4 @@
-"""The grammar of an output of several messages, each with a channel: `formats.Channels`, OpenAI's harmony."""
+"""The grammar of an output of several messages, each with a channel: `format_types.Channels`, OpenAI's harmony."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Outputs of several messages, each with a channel: `formats.Channels`, OpenAI's harmony."""
+"""Outputs of several messages, each with a channel: `format_types.Channels`, OpenAI's harmony."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from .format_types import ReasoningFormat
-from .formats import REASONING_FORMATS, TOOL_FORMATS, reasoning_format
+from .formats import TOOL_FORMATS
+from .reasoning_formats import REASONING_FORMATS, reasoning_format
 
 _COMMENT = re.compile(r"\{#.*?#\}", re.DOTALL)  # Jinja's: it may mention formats that the template does not write
 

@@ -15,7 +15,8 @@ class Tags(msgspec.Struct, frozen=True):
     ``parameter`` KEY ``key_end`` VALUE ``value_end``, then ``function_end``.
 
     ``padded``: one newline inside each end of a value belongs to the tags. ``pads``: checkpoints write it.
-    ``declares``: what stands between KEY and ``key_end`` for a value that is a string, and for one that is JSON.
+    ``lines``: they write one behind ``value_end``. ``declares``: what stands between KEY and ``key_end`` for a value
+    that is a string, and for one that is JSON.
     """
 
     function: str
@@ -26,6 +27,7 @@ class Tags(msgspec.Struct, frozen=True):
     function_end: str
     padded: bool = True
     pads: bool = True
+    lines: bool = True
     declares: tuple[str, ...] = ()
 
 

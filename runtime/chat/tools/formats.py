@@ -1,4 +1,4 @@
-"""The formats in which models write tool calls and reasoning, as data. `parser.StreamParser` reads all of them.
+"""The formats in which models write tool calls, as data. `parser.StreamParser` reads all of them.
 
 To add a format, add an entry to `TOOL_FORMATS`: its markers, its kind of payload, the signs of it in a chat template,
 and how its calls are written (for `grammar.call_grammar`).
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
-from .format_types import Channels, ReasoningFormat, Tags, ToolFormat, Written
+from .format_types import ReasoningFormat, Tags, ToolFormat, Written
+from .reasoning_formats import HARMONY
 
 _QWEN_TAGS = Tags("<function=", ">", "<parameter=", ">", "</parameter>", "</function>")
 _INVOKE_TAGS = Tags('<invoke name="', '">', '<parameter name="', '">', "</parameter>", "</invoke>", pads=False)
@@ -23,20 +24,6 @@ _DSML_TAGS = Tags(
     declares=('" string="true', '" string="false'),
 )
 _GLM_TAGS = Tags("", "", "<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>", "", padded=False)
-
-_HARMONY = Channels(
-    start="<|start|>",
-    channel="<|channel|>",
-    message="<|message|>",
-    ends=("<|end|>", "<|call|>", "<|return|>"),
-    inside="<|constrain|>",
-    recipient="to=",
-    namespace="functions.",
-    role="assistant",
-    thinking="analysis",
-    calling="commentary",
-    answering="final",
-)
 
 _ENVELOPE = '{"name": "NAME", "arguments": '
 _FUNCTIONGEMMA = ToolFormat(
@@ -94,6 +81,15 @@ _QWEN_CODER = ToolFormat(
     tags=_QWEN_TAGS,
     signs=("<tool_call>", "<function=", "<parameter="),
 )
+_GLM = ToolFormat(
+    "glm45",
+    ("tags",),
+    Written("<tool_call>NAME\n", "</tool_call>", separator="\n", body="tags", trigger="<tool_call>"),
+    begin=("<tool_call>",),
+    end=("</tool_call>",),
+    tags=_GLM_TAGS,
+    signs=("<tool_call>", "<arg_key>", "<arg_value>"),
+)
 
 
 def _dsml(name: str, block: str) -> ToolFormat:
@@ -130,7 +126,7 @@ TOOL_FORMATS = {
                 separator="<|call|><|start|>assistant",
                 trigger="<|channel|>commentary to=",
             ),
-            channels=_HARMONY,
+            channels=HARMONY,
             signs=(r"<\|channel\|>commentary", r"<\|call\|>"),
         ),
         msgspec.structs.replace(
@@ -250,15 +246,14 @@ TOOL_FORMATS = {
             begin=("<|tool_call|>",),
             signs=(r"<\|tool_call\|>", "available_tools"),
         ),
-        ToolFormat(
-            "glm45",
-            ("tags",),
-            Written("<tool_call>NAME\n", "</tool_call>", separator="\n", body="tags", trigger="<tool_call>"),
-            begin=("<tool_call>",),
-            end=("</tool_call>",),
-            tags=_GLM_TAGS,
-            signs=("<tool_call>", "<arg_key>", "<arg_value>"),
+        msgspec.structs.replace(
+            _GLM,  # 4.7 and 5: without newlines
+            name="glm47",
+            written=Written("<tool_call>NAME", "</tool_call>", body="tags", trigger="<tool_call>"),
+            tags=msgspec.structs.replace(_GLM_TAGS, key_end="</arg_key><arg_value>", lines=False),
+            signs=(r"<tool_call>\{function-name\}<arg_key>", "<arg_value>"),
         ),
+        _GLM,
         ToolFormat(
             "minimax_m2",
             ("tags",),
@@ -352,50 +347,6 @@ TOOL_FORMATS = {
     )
 }
 
-REASONING_FORMATS = {
-    format.name: format
-    for format in (
-        ReasoningFormat(
-            "granite",
-            "<think>",
-            "</think>",
-            answer="<response>",
-            answer_end="</response>",
-            sign="<response></response>",
-        ),
-        ReasoningFormat("hunyuan", "<think>", "</think>", answer="<answer>", answer_end="</answer>", sign="<answer>"),
-        ReasoningFormat("think", "<think>", "</think>"),
-        ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
-        ReasoningFormat("seed_oss", "<seed:think>", "</seed:think>"),
-        ReasoningFormat("gemma4", "<|channel>thought", "<channel|>"),
-        ReasoningFormat("apertus", "<|inner_prefix|>", "<|inner_suffix|>"),
-        ReasoningFormat(
-            "apriel", "Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]", answer_end="[END FINAL RESPONSE]"
-        ),
-        *(
-            ReasoningFormat(
-                name,
-                "<|START_THINKING|>",
-                "<|END_THINKING|>",
-                answer=f"<|START_{answer}|>",
-                answer_end=f"<|END_{answer}|>",
-                answers_alone=True,
-                sign=f"<|START_{answer}|>",
-            )
-            for name, answer in (("cohere_command3", "RESPONSE"), ("cohere_command4", "TEXT"))
-        ),
-        ReasoningFormat(
-            "harmony",
-            "<|channel|>analysis<|message|>",
-            "<|end|>",
-            after="<|start|>assistant",
-            answer="<|channel|>final<|message|>",
-            sign="<|channel|>analysis<|message|>",
-            channels=_HARMONY,
-        ),
-    )
-}
-
 # The names other servers' flags give these formats.
 _TOOL_ALIASES = {
     "qwen": "hermes",
@@ -411,7 +362,6 @@ _TOOL_ALIASES = {
     "deepseek_r1": "deepseek_v3",
     "deepseekv31": "deepseek_v31",
     "glm": "glm45",
-    "glm47": "glm45",
     "minimax-m2": "minimax_m2",
     "hunyuan_a13b": "apriel",
     "minimax": "minimax_m1",
@@ -423,13 +373,6 @@ _TOOL_ALIASES = {
     "openai": "harmony",
     "gpt-oss": "harmony",
 }
-_THINK = ("qwen3", "deepseek_r1", "deepseek-r1", "deepseek_v3", "glm45", "minimax_m1", "minimax_m2", "kimi_k2")
-_REASONING_ALIASES = {
-    **dict.fromkeys(_THINK, "think"),
-    **dict.fromkeys(("openai_gptoss", "gpt-oss", "gpt_oss"), "harmony"),
-    "hunyuan_a13b": "hunyuan",
-    "ernie45": "granite",
-}
 
 
 def tool_format(name: str) -> ToolFormat:
@@ -438,14 +381,6 @@ def tool_format(name: str) -> ToolFormat:
         return TOOL_FORMATS[_TOOL_ALIASES.get(name, name)]
     except KeyError:
         raise ValueError(f"unknown tool-call format {name!r}; there are {', '.join(TOOL_FORMATS)}") from None
-
-
-def reasoning_format(name: str) -> ReasoningFormat:
-    """Raises ValueError naming the formats there are."""
-    try:
-        return REASONING_FORMATS[_REASONING_ALIASES.get(name, name)]
-    except KeyError:
-        raise ValueError(f"unknown reasoning format {name!r}; there are {', '.join(REASONING_FORMATS)}") from None
 
 
 def check_together(tools: ToolFormat | None, reasoning: ReasoningFormat | None) -> None:

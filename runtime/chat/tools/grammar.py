@@ -167,7 +167,7 @@ class _Lark:
             padding = "\n" if tags.padded and tags.pads else ""
             declared = tags.declares[not raw] if tags.declares else ""
             opening = f"{tags.parameter}{key}{declared}{tags.key_end}{padding}"
-            closing = f"{padding}{tags.value_end}\n"
+            closing = f"{padding}{tags.value_end}" + "\n" * tags.lines
             ends = [tags.value_end, tags.parameter, *([tags.function_end] if tags.function_end else [])]
         else:
             raw = raw and bool(quote)

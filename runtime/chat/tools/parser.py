@@ -31,9 +31,10 @@ from .channels import Messages
 from .definitions import Tool
 from .events import Event, Parsed, assemble
 from .format_types import ReasoningFormat, ToolFormat
-from .formats import reasoning_format, tool_format
+from .formats import tool_format
 from .output import CallWriter, Output, long_id, short_id
 from .reader import Malformed, Markers, Reader, Wait
+from .reasoning_formats import reasoning_format
 
 
 class StreamParser:

@@ -24,6 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9_.\-]+")
 _KEYWORD = re.compile(r"[A-Za-z0-9_]+")
 _TAG_NAME = re.compile(r"[^<>\"\s]+")
 _TAG_KEY = re.compile(r"[^<>\"\n]+")
+_PARTS = re.compile(r"<[^>]*>|[^\s<]+")  # of `Tags.key_end`: whitespace may stand between them
 _ALPHANUMERIC = re.compile(r"[A-Za-z0-9]+")
 _DIGITS = re.compile(r"[0-9]+")
 _BESIDE_ARGUMENTS = ("type", "id")  # what else an envelope without a marker may say before it is sure to be a call
@@ -266,7 +267,7 @@ def _parameters(reader: Reader, call: CallWriter, format: ToolFormat, tags: Tags
     while (yield from reader.literal((tags.parameter,))):
         key = yield from reader.run(_TAG_KEY)
         declared = yield from reader.literal(tags.declares)
-        for part in tags.key_end.split():
+        for part in _PARTS.findall(tags.key_end):
             yield from reader.space()
             if not (yield from reader.literal((part,))):
                 raise Malformed(missing="{}" if lead == "{" else "}")

@@ -86,6 +86,7 @@ MISTRAL = "{%- if message.tool_calls %}{{- '[TOOL_CALLS] [' }}"
         (MISTRAL, ["[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]"], Detected("mistral_named", "mistral")),
         ("", ["[TOOL_CALLS]"], Detected("mistral", None)),
         (GLM + THINKING, ["<tool_call>"], Detected("glm45", "think")),
+        (GLM.replace("\\n", ""), [], Detected("glm47", None)),
         (SEED, [], Detected("seed_oss", "seed_oss")),
         (MINIMAX, ["<tool_call>"], Detected("minimax_m2", None)),
         (APRIEL, [], Detected("apriel", None)),

@@ -34,6 +34,7 @@ ONE_CALL = {
     "functiongemma": "<start_function_call>call:f{a: 1}<end_function_call>",
     "gemma4": "<|tool_call>call:f{a: 1}<tool_call|>",
     "glm45": GLM,
+    "glm47": GLM.replace("\n", ""),
     "minimax_m2": f"<minimax:tool_call>\n{INVOKE}\n</minimax:tool_call>",
     "seed_oss": SEED,
     "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
@@ -118,6 +119,7 @@ OUTPUTS = {
     "Gemma 3: text printed": ("gemma3", '```tool_code\nprint("f")\n```', '```tool_code\nprint("f")\n```', []),
     "Gemma 3: lines of calls": ("gemma3", "```tool_code\nf(a=1)\nf(a=1)\n```", "", [CALL, CALL]),
     "GLM: no newlines": ("glm45", GLM.replace("\n", ""), "", [CALL]),
+    "GLM 4.7: newlines": ("glm47", GLM, "", [CALL]),
     "GLM: no arguments": ("glm45", "<tool_call>f\n</tool_call>", "", [("f", "{}", True)]),
     "GLM: strings stay as they are": (
         "glm45",

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import Tool, parse, reasoning_format, validate_tools
+from branchwise.runtime.chat.tools import REASONING_FORMATS, Tool, parse, reasoning_format, validate_tools
 from branchwise.runtime.chat.tools.channel_grammar import message_rules
-from branchwise.runtime.chat.tools.formats import REASONING_FORMATS, TOOL_FORMATS, markers
+from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import LoadError
@@ -170,6 +170,13 @@ def written(format: str, *calls: tuple[str, dict[str, Any]]) -> str:
                 for name, a in calls
             )
             return "\n".join(f"<tool_call>{call}</tool_call>" for call in inner)
+        case "glm47":
+            inner = (
+                name
+                + "".join(f"<arg_key>{key}</arg_key><arg_value>{xml(value)}</arg_value>" for key, value in a.items())
+                for name, a in calls
+            )
+            return "".join(f"<tool_call>{call}</tool_call>" for call in inner)
         case "minimax_m2":
             inner = (f'<invoke name="{n}">\n{tags(a, MINIMAX, "</parameter>")}</invoke>\n' for n, a in calls)
             return f"<minimax:tool_call>\n{''.join(inner)}</minimax:tool_call>"
