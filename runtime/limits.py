@@ -26,7 +26,7 @@ def check_token_ids(ids: Sequence[Any] | npt.NDArray[np.integer[Any]], vocab_siz
     if not len(ids):
         raise InvalidRequest(path, "must not be empty")
     if isinstance(ids, np.ndarray):
-        if ids.min() >= 0 and ids.max() < vocab_size:
+        if ids.view(f"u{ids.itemsize}").max() < vocab_size:  # as unsigned, a negative id exceeds every size
             return
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
         suspects: Iterable[tuple[int, Any]] = [(int(position), int(ids[position])) for position in wrong[:1]]

@@ -133,6 +133,7 @@ _RANGES: dict[str, tuple[float, float, bool]] = {
     "prompt_logprobs": (0, MAX_LOGPROBS, False),
     "prompt_logprob_start": (0, 2**31 - 1, False),
 }
+_DEFAULTS = msgspec.structs.asdict(SamplingParams())
 _CONTAINERS: tuple[tuple[str, tuple[type, ...], str], ...] = (
     ("stop", (tuple, list), "a tuple of strings"),
     ("stop_token_ids", (tuple, list), "a tuple of token ids"),
@@ -151,6 +152,8 @@ def validate(params: SamplingParams, vocab_size: int) -> SamplingParams:
         raise InvalidRequest("params", f"must be a SamplingParams, got {type(params).__name__}{hint}")
     for field, (low, high, exclusive) in _RANGES.items():
         value = getattr(params, field)
+        if value is _DEFAULTS[field]:
+            continue
         if value is None:
             if field in _OPTIONAL:
                 continue

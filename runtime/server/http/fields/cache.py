@@ -32,6 +32,9 @@ class PromptCacheOptions(BaseModel):
     ttl: str | float | int | None = Field(None, description="Seconds, or a number with s, m, h or d: 30m.")
 
 
+_NO_OPTIONS = PromptCacheOptions(ttl=None)
+
+
 class CacheFields(BaseModel):
     """A base of request models."""
 
@@ -64,7 +67,7 @@ def caching(
         ("prompt_cache_key", body.prompt_cache_key),
     ):
         check_label(label, name)
-    options = body.prompt_cache_options or PromptCacheOptions(ttl=None)
+    options = body.prompt_cache_options or _NO_OPTIONS
     mode = options.mode or "auto"
     if mode not in MODES:
         raise InvalidRequest("prompt_cache_options.mode", f"must be one of {', '.join(MODES)}, got {shown(mode)}")

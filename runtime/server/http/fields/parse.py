@@ -77,9 +77,8 @@ def _check_sizes(kind: type[BaseModel], body: Mapping[str, Any], within: str) ->
         raise InvalidRequest(
             within.rstrip(".") or "the body", f"must have at most {MAX_FIELDS} fields, got {len(body)}"
         )
-    for name in kind.model_fields:
-        value = body.get(name)
-        if not isinstance(value, (dict, list)) or len(value) <= MAX_ENTRIES:
+    for name, value in body.items():
+        if not isinstance(value, (dict, list)) or len(value) <= MAX_ENTRIES or name not in kind.model_fields:
             continue
         if isinstance(value, dict) or name not in _IDS or not isinstance(value[0], int):
             raise InvalidRequest(f"{within}{name}", f"must have at most {MAX_ENTRIES} entries, got {len(value)}")

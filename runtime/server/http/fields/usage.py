@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-from starlette.datastructures import Headers
 
 from ....messages import CacheReport
 from ....outputs import Output
 from ..engine_client import Batch
 
 CACHE_HEADER = "x-branchwise-cache"  # a request with this header, of any value, gets one in the response
+
+_CACHE_HEADER = CACHE_HEADER.encode()
 
 
 def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
@@ -37,12 +37,13 @@ def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
     }
 
 
-def cache_headers(asked: Headers, batch: Batch, n: int) -> Mapping[str, str] | None:
+def cache_headers(asked: Iterable[tuple[bytes, bytes]], batch: Batch, n: int) -> Mapping[str, str] | None:
     """The header, for a request with the header: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
 
+    ``asked``: the headers of the request.
     Of a prompt's ``n`` samples, in a row, the one with the fewest hit tokens counts.
     """
-    if CACHE_HEADER not in asked:
+    if not any(name == _CACHE_HEADER for name, _ in asked):
         return None
     found: dict[int, tuple[int, CacheReport]] = {}
     for index, delta in batch:

@@ -219,7 +219,7 @@ def routes(state: AppState) -> Routes:
         collector = ScoreCollector(requests, unconditional=body.unconditional)
         call = state.client.open_run(run, requests)
         with call:
-            for index, delta in await wait(call, request.receive, call.all):
+            for index, delta in await wait(call, request.scope, call.all):
                 if delta.finish is not None and delta.finish.reason == "abort":
                     raise InvalidRequest("branch", "was deleted while it was being scored", status=410)
                 collector.feed(index, delta)

@@ -306,7 +306,7 @@ async def _compute(
     )
     outputs = [Output() for _ in prompts]
     with call, renaming({"prompt[]": f"{field}[]", "prompt": called[0]}):
-        for index, delta in await wait(call, request.receive, call.all):
+        for index, delta in await wait(call, request.scope, call.all):
             outputs[index].feed(delta)
     return outputs
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import time
-import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -118,7 +118,7 @@ class _CompletionReply(Choices):
         texts = TokenTexts(state.tokenizer, as_ids=body.return_tokens_as_token_ids)
         choices = [_Choice(texts, body, params, echo) for echo in echoes for _ in range(params.n)]
         head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{os.urandom(16).hex()}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": state.model_name,

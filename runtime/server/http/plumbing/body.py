@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ....chat.json_bounds import NONE, SLICE, count_values, deeper_than
@@ -102,12 +103,12 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     arrays; other lists stay lists. 33,000 ids cost a third of the time that as many Python objects take, during which
     other requests wait.
     """
-    encoding = request.headers.get("content-encoding", "identity")
+    encoding = dict(request.scope["headers"]).get(b"content-encoding", b"identity").decode("latin-1")
     if encoding.strip().lower() != "identity":
         raise InvalidRequest(
             None, f"Content-Encoding {encoding[:60]} is not supported: send the body as it is", status=415
         )
-    body = await request.body()
+    body = await _read(request.receive)
     if not body:
         raise InvalidRequest(None, "the body is empty: it must be a JSON object")
     most = request.scope.get(_VALUES, MAX_VALUES)
@@ -128,16 +129,28 @@ async def read_json_object(request: Request) -> dict[str, Any]:
     counted = values.all - count_ids(arrays)
     if counted > most:
         raise _too_many(most, "names and values (--max-json-values) beside token ids", counted)
-    if await deeper_than(body, levels):
-        for name, raw in fields.items():
-            if await deeper_than(bytes(raw), levels - 1):
-                raise InvalidRequest(name[:60], f"must be nested at most {levels} deep")
+    for name, raw in fields.items():
+        if name not in arrays and await deeper_than(bytes(raw), levels - 1):
+            raise InvalidRequest(name[:60], f"must be nested at most {levels} deep")
     value = _decode_beside(fields, arrays, many) if arrays else None
     if value is None:
         value = _decode(body)
     if large:
         await asyncio.sleep(0)
     return value
+
+
+async def _read(receive: Receive) -> bytes:
+    """The whole body. Raises `ClientDisconnect`."""
+    pieces: list[bytes] = []
+    more = True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        pieces.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    return b"".join(pieces)
 
 
 def _too_many(most: int, what: str, found: int) -> InvalidRequest:

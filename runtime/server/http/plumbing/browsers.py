@@ -8,6 +8,7 @@ needed: a page does not have the key.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -83,6 +84,7 @@ def _is_local(name: str | None) -> bool:
     return "." not in name or name.endswith(".local") or name.replace(".", "").isdigit()
 
 
+@lru_cache(maxsize=64)
 def _host_name(url: bytes) -> str | None:
     """Lower case, without the port; None if it is not the URL of a host, such as ``null``."""
     try:

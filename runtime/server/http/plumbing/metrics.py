@@ -82,15 +82,14 @@ class Metrics:
         self.observe_loop_lag = histogram(
             "event_loop_lag", "Lag of the HTTP process's event loop, observed 50 times a second", _FAST
         ).observe
-        self._finished = Counter(
+        finished = Counter(
             "branchwise_requests", "Requests that ended, by reason", ["finish_reason"], registry=self.registry
         )
-        for reason in ("stop", "length", "abort", "error"):
-            self._finished.labels(reason)
+        self._ends = {reason: finished.labels(reason) for reason in ("stop", "length", "abort", "error")}
         self.registry.register(_StatsCollector(self))
 
     def observe_finish(self, finish: Finished, seconds: float) -> None:
-        self._finished.labels(finish.reason).inc()
+        self._ends[finish.reason].inc()
         if finish.reason != "error":
             self._e2e.observe(seconds)
             self._queue.observe(finish.queue_seconds)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from .connection import KEY, Connection
 from .errors import RETRY_AFTER_SECONDS, error_body
 
 if TYPE_CHECKING:
@@ -43,28 +44,31 @@ class HttpProtocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _body_timer: asyncio.TimerHandle | None = None
     _unread_timer: asyncio.TimerHandle | None = None
-    _in_body = False
+    _in_head = _in_body = False
     _body_since = 0.0  # the loop's time when the first piece of a request came without its end
     _body_seen = 0  # bytes
     _half_closed_timer: asyncio.TimerHandle | None = None
     _owed = 0  # whole requests that have not been answered
+    connection: Connection
     _problem: str | None = None  # of the request that the parser must refuse
     _refusal: tuple[int, str] | None = None  # to be sent after the pending answers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self.connection = Connection()
         super().connection_made(transport)
         if len(self.connections) > self.max_connections:
             self._refuse(
                 503, f"{self.max_connections} connections are open, as many as the server takes; try again later"
             )
         else:
-            self._expect_head()
+            self._head_timer = self.loop.call_later(self.head_seconds, self._close)
 
     def connection_lost(self, exc: Exception | None) -> None:
         for timer in (self._head_timer, self._body_timer, self._unread_timer, self._half_closed_timer):
             if timer is not None:
                 timer.cancel()
         super().connection_lost(exc)
+        self.connection.lost()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Closes the connection after `half_closed_seconds`: a client that closed its sending side may still read."""
@@ -90,7 +94,12 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._loose += len(data)
         super().data_received(data)
-        if self._in_body and self._body_timer is None and not self.transport.is_closing():
+        # Timers only for what takes more than one piece: most requests arrive whole.
+        if not (self._in_head or self._in_body) or self.transport.is_closing():
+            return
+        if self._in_head and self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds, self._close)
+        if self._in_body and self._body_timer is None:
             self._body_since = self.loop.time()
             self._body_timer = self.loop.call_later(self.body_seconds, self._body_is_late)
 
@@ -98,29 +107,28 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._expect_head()
+        self._end_head_timer()  # that of the connection's beginning
+        self._in_head = True
 
-    def _expect_head(self) -> None:
-        """Start the time limit of a head: an idle connection, or half a request, holds a file descriptor."""
-        self._head_arrived()
-        self._head_timer = self.loop.call_later(self.head_seconds, self._close)
-
-    def _head_arrived(self) -> None:
+    def _end_head_timer(self) -> None:
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
 
     def on_headers_complete(self) -> None:
         self._loose = 0
-        self._in_body, self._body_seen = True, 0
-        self._head_arrived()
+        self._in_head, self._in_body, self._body_seen = False, True, 0
+        self._end_head_timer()
         if len(self.pipeline) >= MAX_PIPELINED:
             self._problem = f"more than {MAX_PIPELINED} requests are pipelined"
         elif sum(name == b"host" for name, _ in self.headers) > 1:
             self._problem = "the request has more than one Host header"
         if self._problem is not None:
             raise ValueError(self._problem)  # the parser's caller answers 400 and closes
+        self.scope[KEY] = self.connection  # type: ignore[literal-required]
         super().on_headers_complete()
+        if self.cycle.scope["method"] != "HEAD":  # which has no body
+            self.cycle.transport = _HeadWithBody(self.transport, self.cycle)  # type: ignore[assignment]
         if self.parser.get_http_version() == "1.0":
             self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign]
 
@@ -187,7 +195,8 @@ class HttpProtocol(HttpToolsProtocol):
         """Send an error in OpenAI's shape and close the connection, after the answers to earlier requests."""
         if self._owed:
             self._refusal = status, message
-            self._head_arrived()  # nothing more is read
+            self._in_head = False  # nothing more is read
+            self._end_head_timer()
             return
         body = msgspec.json.encode(error_body(status, message))
         retry = f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if status == 503 else ""
@@ -203,6 +212,35 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.unread_seconds, self.transport.abort)
+
+
+class _HeadWithBody:
+    """A cycle's transport that sends a response's head with the first piece of its body: one system call and one
+    packet, where uvicorn has two. ASGI lets a server wait for the body."""
+
+    __slots__ = ("_cycle", "_head", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
+        self._transport = transport
+        self._cycle = cycle
+        self._head: bytes | None = None  # None: not written yet
+
+    def write(self, data: bytes) -> None:
+        if self._head is None and self._cycle.response_started:
+            self._head = data
+        elif self._head:
+            self._transport.write(self._head + data)
+            self._head = b""
+        else:
+            self._transport.write(data)
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
 
 
 def _unchunked(cycle: RequestResponseCycle) -> Callable[[ASGISendEvent], Coroutine[Any, Any, None]]:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import os
 import re
-import uuid
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,8 +23,8 @@ class RequestId:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = next((value for name, value in scope["headers"] if name == _HEADER), b"")
-        id = given if _GIVEN.fullmatch(given) else f"req_{uuid.uuid4().hex}".encode()
+        given = dict(scope["headers"]).get(_HEADER, b"")
+        id = given if _GIVEN.fullmatch(given) else f"req_{os.urandom(16).hex()}".encode()
         scope[KEY] = id.decode()
 
         async def named(message: Message) -> None:

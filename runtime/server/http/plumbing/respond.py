@@ -49,10 +49,10 @@ async def respond(
     names = names or {}
     if stream:
         with renaming(names):
-            first = await wait(call, request.receive, call.batch)
-        headers = {**(headers or {}), **(cache_headers(request.headers, first, n) or {})}
+            first = await wait(call, request.scope, call.batch)
+        headers = {**(headers or {}), **(cache_headers(request.scope["headers"], first, n) or {})}
         return EventStream(call, first, reply.events, reply.end, headers, names, fail)
     with call, renaming(names):
-        batch = await wait(call, request.receive, call.all)
-    headers = {**(headers or {}), **(cache_headers(request.headers, batch, n) or {})}
+        batch = await wait(call, request.scope, call.all)
+    headers = {**(headers or {}), **(cache_headers(request.scope["headers"], batch, n) or {})}
     return json_response(reply.whole(batch), headers=headers)

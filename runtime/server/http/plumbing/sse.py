@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -13,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from ....errors import InvalidRequest
 from ..engine_client import Batch, EngineCall
+from .connection import connection_of
 from .errors import ClientGone, describe
 
 DONE = b"data: [DONE]\n\n"
@@ -35,26 +34,10 @@ def error_event(error: Exception) -> bytes:
     return event(describe(error)[1])
 
 
-@contextmanager
-def watched(call: EngineCall, receive: Receive) -> Iterator[None]:
-    """While inside, a client that closes its connection fails the call with `ClientGone`."""
-    task = asyncio.create_task(_watch(call, receive))
-    try:
-        yield
-    finally:
-        task.cancel()
-
-
-async def _watch(call: EngineCall, receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    call.fail(ClientGone())
-
-
-async def wait(call: EngineCall, receive: Receive, what: Callable[[], Awaitable[T]]) -> T:
+async def wait(call: EngineCall, scope: Scope, what: Callable[[], Awaitable[T]]) -> T:
     """``await what()``, ended by `ClientGone` when the client leaves. On any error the call is closed."""
     try:
-        with watched(call, receive):
+        with connection_of(scope).watched(lambda: call.fail(ClientGone())):
             return await what()
     except BaseException:
         call.close()
@@ -92,7 +75,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with watched(self._call, receive):
+            with connection_of(scope).watched(lambda: self._call.fail(ClientGone())):
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
                 await self._stream(send)
         except ClientGone:

@@ -8,9 +8,10 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from starlette.routing import Route
 
-from branchwise.runtime.server.http.app import make_app
+from branchwise.runtime.server.http.app import make_app, make_framework, make_routes
 from branchwise.runtime.server.http.plumbing.auth import OPEN_PATHS, Namespaces
 from branchwise.runtime.server.http.state import AppState
 from branchwise.runtime.server.http.ui import page
@@ -27,7 +28,7 @@ def client(app: Any) -> httpx.AsyncClient:
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost")
 
 
-def paths(app: Any) -> Iterator[tuple[str, str]]:
+def paths(app: FastAPI) -> Iterator[tuple[str, str]]:
     """(method, path) of every route FastAPI would serve, parameters filled in."""
     found = {
         (method.upper(), path.replace("{id}", "model"))
@@ -38,8 +39,9 @@ def paths(app: Any) -> Iterator[tuple[str, str]]:
     yield from sorted(found)
 
 
-async def test_every_route_but_health_needs_the_key(app: Any) -> None:
-    routes = list(paths(app))
+async def test_every_route_but_health_needs_the_key(app: Any, make_state: Callable[..., AppState]) -> None:
+    state = make_state(api_key=KEY)
+    routes = list(paths(make_framework(state, make_routes(state))))
     assert {path for _, path in routes} >= {
         *(
             "/generate",

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from branchwise.runtime.server.http.plumbing.connection import KEY, Connection, connection_of
 from branchwise.runtime.server.http.plumbing.errors import ClientGone, install
 
 
@@ -40,3 +41,22 @@ async def test_a_client_that_leaves_leaves_no_traceback(caplog):
         await app(scope, receive, send)
     assert not [record for record in caplog.records if record.name.startswith(("branchwise", "uvicorn"))]
     assert sent[0]["status"] == 499
+
+
+def test_only_the_request_being_served_hears_of_the_loss() -> None:
+    heard: list[int] = []
+    connection = Connection()
+    assert connection_of({KEY: connection}) is connection
+    with connection.watched(lambda: heard.append(1)):
+        pass
+    with connection.watched(lambda: heard.append(2)):
+        connection.lost()
+    assert heard == [2]
+
+
+def test_a_loss_before_the_request_is_watched_counts() -> None:
+    heard: list[int] = []
+    connection = Connection()
+    connection.lost()
+    with connection.watched(lambda: heard.append(1)):
+        assert heard == [1]

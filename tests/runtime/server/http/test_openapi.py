@@ -12,7 +12,7 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from branchwise.runtime.server.http.app import make_app
+from branchwise.runtime.server.http.app import make_app, make_framework, make_routes
 from branchwise.runtime.server.http.plumbing import failures
 from branchwise.runtime.server.http.state import AppState
 
@@ -21,7 +21,11 @@ FAILURES = {one.name: one for one in vars(failures).values() if isinstance(one, 
 
 @pytest.fixture
 def document(make_state: Callable[..., AppState]) -> dict[str, Any]:
-    return make_app(make_state(api_key="sesame")).openapi()
+    return openapi(make_state(api_key="sesame"))
+
+
+def openapi(state: AppState) -> dict[str, Any]:
+    return make_framework(state, make_routes(state)).openapi()
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -150,7 +154,7 @@ def test_a_key_is_asked_for_where_there_is_one(make_state: Callable[..., AppStat
     assert document["security"] == [{"bearer": []}, {"key": []}]
     assert document["paths"]["/health"]["get"]["security"] == []
     assert set(document["components"]["securitySchemes"]) == {"bearer", "key"}
-    assert "security" not in make_app(make_state()).openapi()
+    assert "security" not in openapi(make_state())
 
 
 def test_what_depends_on_the_model_has_no_default_of_its_own(document: dict[str, Any]) -> None:

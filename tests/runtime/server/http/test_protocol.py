@@ -299,3 +299,59 @@ async def test_a_request_names_one_host(connect: Connect) -> None:
     head, _, body = (await said(reader)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert "more than one Host" in json.loads(body)["error"]["message"]
+
+
+class Writes(asyncio.Transport):
+    """Records every write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[bytes] = []
+        self.closed = False
+
+    def write(self, data: Any) -> None:
+        self.writes.append(bytes(data))
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def close(self) -> None:
+        self.closed = True
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+async def served(app: Any, request: bytes) -> Writes:
+    """What one request makes the protocol write."""
+    config = uvicorn.Config(app, http=Limited, ws="none", lifespan="off", log_config=None)
+    config.load()
+    state, transport = uvicorn.server.ServerState(), Writes()
+    protocol = Limited(config, state, {})
+    protocol.connection_made(transport)
+    protocol.data_received(request)
+    await asyncio.gather(*state.tasks)
+    protocol.connection_lost(None)
+    return transport
+
+
+@pytest.mark.parametrize("path", [b"/", b"/stream"])
+async def test_a_head_is_sent_with_the_first_piece_of_the_body(app: App, path: bytes) -> None:
+    first, *others = (await served(app, (HEAD % 3).replace(b"/", path, 1) + b"abc")).writes
+    assert first.startswith(b"HTTP/1.1 200 OK\r\n")
+    assert first.endswith(b"\r\n\r\n7\r\n3 bytes\r\n" if path == b"/stream" else b"\r\n\r\n3 bytes")
+    assert b"".join(others) == (b"0\r\n\r\n" if path == b"/stream" else b"")
+
+
+async def test_a_head_is_sent_where_no_body_follows(app: App) -> None:
+    async def only_a_head(_scope: Any, _receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    transport = await served(app, b"HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"".join(transport.writes).startswith(b"HTTP/1.1 200 OK\r\n")
+    transport = await served(only_a_head, b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert b"".join(transport.writes).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert transport.closed  # as the answer is not complete
