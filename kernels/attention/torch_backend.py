@@ -28,7 +28,7 @@ from .partial import attend, merge_
 SHARE_TOKENS = 512  # token reads that a shared run must save to pay for its own call
 GATHER_BYTES = 2 * 1024 * 1024  # keys gathered at once, so that the cache still has them (8 MiB: 1.4 times slower)
 RUN_TOKENS = 512  # runs of consecutive pages with at least this mean length are read in place
-SPAN_QUERIES = 16  # of a key head that meet each key of a span: most are masked, and more would cost more than a gather
+SPAN_QUERIES = 8  # of a key head that meet each key of a span: most are masked; 16 took 1.2 times as long as a gather
 SPAN_WASTE = 1.25  # pages of a span for each page that is read
 WINDOW_BLOCK = 256  # queries of a chunk that are masked together on the windowed path
 
