@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -40,6 +40,7 @@ from .plumbing.request_log import RequestRecord
 ServerState = Literal["starting", "ready", "leaving", "draining", "restarting", "dead"]
 
 CONTROL_SECONDS = 30.0
+ENDS = 16  # requests: their responses take about a millisecond
 
 Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, delta)
 
@@ -183,6 +184,7 @@ class EngineClient:
         self._in_flight: dict[int, _InFlight] = {}
         self._unfinished: Counter[str] = Counter()  # requests in flight by owner
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
+        self._deltas: deque[Delta] = deque()  # that have arrived and are still to be handed out
         self._limits: Limits | None = None
         self.state: ServerState = "starting"
 
@@ -298,11 +300,22 @@ class EngineClient:
 
     # -- answers -------------------------------------------------------------------------------------------------------
 
-    def deliver(self, deltas: Sequence[Delta]) -> None:
-        """Hands out one step's deltas."""
-        now = time.monotonic()
+    def deliver(self, deltas: Iterable[Delta]) -> None:
+        """Hands out one step's deltas. The event loop reads its sockets after every `ENDS` requests that end.
+
+        Many requests may end in one step, and their clients send as many new ones: the first of those then reaches the
+        engine before the last response is written (after 3 ms instead of 24, of 128 at once).
+        """
+        waiting = bool(self._deltas)
+        self._deltas.extend(deltas)
+        if not waiting:
+            self._hand_out()
+
+    def _hand_out(self) -> None:
+        now, ended = time.monotonic(), 0
         in_flight = self._in_flight
-        for delta in deltas:
+        while self._deltas and ended < ENDS:
+            delta = self._deltas.popleft()
             request = in_flight.get(delta.id)
             if request is None:
                 continue
@@ -314,11 +327,14 @@ class EngineClient:
                     self._metrics.observe_first_token(now - request.arrived)
                 request.last = now
             if delta.finish is not None:
+                ended += 1
                 del in_flight[delta.id]
                 self._forget(request.owner)
                 self._metrics.observe_finish(delta.finish, now - request.arrived)
             if request.call is not None:
                 request.call.push(delta)
+        if self._deltas:
+            asyncio.get_running_loop().call_soon(self._hand_out)
 
     def _forget(self, owner: str) -> None:
         self._unfinished[owner] -= 1

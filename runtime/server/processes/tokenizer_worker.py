@@ -37,7 +37,7 @@ from .channels import Inbox, Outbox, ToTokenizer
 logger = logging.getLogger(__name__)
 
 LONG = 16_384  # characters; a longer text is tokenized in a thread
-_SLICE_SECONDS = 0.005  # of tokenizing before the inbox is read again
+_SLICE_SECONDS = 0.001  # of tokenizing before what is done is sent on and the inbox is read again
 _POLL_MS = 5  # how often the thread's results are collected
 
 Text = Generate | BranchOp | BranchRun

@@ -22,7 +22,7 @@ from branchwise.runtime.messages import (
     Refusal,
 )
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.server.http.engine_client import EngineClient
+from branchwise.runtime.server.http.engine_client import ENDS, EngineClient
 from branchwise.runtime.server.http.plumbing.errors import ClientGone, describe
 from branchwise.runtime.server.http.plumbing.failures import KEY_QUEUE, TIMED_OUT, Failure
 from branchwise.runtime.server.http.plumbing.metrics import Metrics
@@ -53,6 +53,21 @@ async def test_batches_in_order_then_the_end(client: EngineClient) -> None:
     assert [i for i, _ in await call.batch()] == [0, 1]
     assert await call.batch() == []
     assert client.in_flight == 0
+
+
+async def test_sockets_are_read_between_the_ends_of_many_requests() -> None:
+    client = EngineClient(lambda _: None, lambda _: None, 3 * ENDS, Metrics())
+    client.ready(Limits(100, 100, 100))
+    calls = [client.open([ONE]) for _ in range(3 * ENDS)]
+    client.deliver([Delta(call.ids.start, "a") for call in calls])
+    client.deliver([end(call.ids.start) for call in calls])
+    finished: list[int] = []
+    while client.in_flight:
+        await asyncio.sleep(0)  # one iteration of the event loop
+        finished.append(sum(call.finished for call in calls))
+    assert finished == [2 * ENDS, 3 * ENDS]  # and `ENDS` at once
+    for call in calls:
+        assert [(delta.text, delta.finish is None) for _, delta in await call.all()] == [("a", True), ("", False)]
 
 
 async def test_all_wakes_once(client: EngineClient) -> None:
