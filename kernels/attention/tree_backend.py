@@ -190,7 +190,7 @@ class TreeAttention:
     def _captured(self, shape: StepShape) -> _Captured:
         found = self._by_shape.get(shape)
         if found is None:
-            limits = replace(self._limits, items=self._items(_most_members(shape)))
+            limits = replace(self._limits, items=self._captured_items(shape))
             chunks = replace(shape, decodes=0, tree=False)
             if shape.joint:
                 chunks = replace(chunks, requests=min(2 * shape.requests, self._scratch_row) + 1)
@@ -262,6 +262,13 @@ class TreeAttention:
         kv_lens[is_member] = q_lens[is_member]
         rest = replace(batch, rows=rows, q_lens=q_lens, kv_lens=kv_lens, num_decodes=0)
         self._flat.plan(rest, None if captured is None else captured.chunks)
+
+    def _captured_items(self, shape: StepShape) -> tuple[int, ...]:
+        """The most items of each tile in a captured step. None of tiles that only more query tokens than the shape has
+        would need (`tree_costs.tile_table`): even an empty launch takes 2 to 3 µs."""
+        rows, smaller = shape.num_tokens * self._group, (0, *self._costs.tiles)
+        items = self._items(_most_members(shape))
+        return tuple(most if rows > least else 0 for most, least in zip(items, smaller, strict=False))
 
     def _items(self, members: int) -> tuple[int, ...]:
         """The most items of each tile in captured steps of so many requests: a tail each and a few nodes."""

@@ -120,6 +120,22 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return made
 
 
+def test_a_captured_step_launches_no_tile_that_it_cannot_fill() -> None:
+    """Groups of two query heads in tiles of 16 and 32 rows: from 9 query tokens on the second may be needed."""
+    world = World()
+    for n in (1, 2, 4, 8, 16, 64):
+        narrow, wide = world.tree._captured(StepShape(n, 0, 0)).limits.items
+        assert narrow > 0 and (wide > 0) == (n > 8)
+    for n in (2, 5, 8):
+        batch = world.batch(DECODES[:n])
+        form = world.tree.plan(batch, StepShape(8, 0, 0))
+        assert form is not None and form.tree, "the plan fits"
+        q = world.queries(batch)
+        padded = torch.cat([q, q.new_zeros((8 - n, *q.shape[1:]))])
+        got = world.tree.run(0, padded, padded, padded)[:n]
+        torch.testing.assert_close(got, world.expected(batch, q, 0), atol=3e-6, rtol=3e-6)
+
+
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 32, 4), (7, 1, 24, 1), (4, 4, 64, 4), (20, 1, 16, 4)])
 def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> None:
     # Alone and together with the first layout; with the others in two combinations, which have each of them.
