@@ -127,8 +127,6 @@ class HttpProtocol(HttpToolsProtocol):
             raise ValueError(self._problem)  # the parser's caller answers 400 and closes
         self.scope[KEY] = self.connection  # type: ignore[literal-required]
         super().on_headers_complete()
-        if self.cycle.scope["method"] != "HEAD":  # which has no body
-            self.cycle.transport = _HeadWithBody(self.transport, self.cycle)  # type: ignore[assignment]
         if self.parser.get_http_version() == "1.0":
             self.cycle.send = _unchunked(self.cycle)  # type: ignore[assignment, method-assign]
 
@@ -212,35 +210,6 @@ class HttpProtocol(HttpToolsProtocol):
         self.transport.close()
         if self.transport.get_write_buffer_size():
             self.loop.call_later(self.unread_seconds, self.transport.abort)
-
-
-class _HeadWithBody:
-    """A cycle's transport that sends a response's head with the first piece of its body: one system call and one
-    packet, where uvicorn has two. ASGI lets a server wait for the body."""
-
-    __slots__ = ("_cycle", "_head", "_transport")
-
-    def __init__(self, transport: asyncio.Transport, cycle: RequestResponseCycle) -> None:
-        self._transport = transport
-        self._cycle = cycle
-        self._head: bytes | None = None  # None: not written yet
-
-    def write(self, data: bytes) -> None:
-        if self._head is None and self._cycle.response_started:
-            self._head = data
-        elif self._head:
-            self._transport.write(self._head + data)
-            self._head = b""
-        else:
-            self._transport.write(data)
-
-    def is_closing(self) -> bool:
-        return self._transport.is_closing()
-
-    def close(self) -> None:
-        if self._head:
-            self._transport.write(self._head)
-        self._transport.close()
 
 
 def _unchunked(cycle: RequestResponseCycle) -> Callable[[ASGISendEvent], Coroutine[Any, Any, None]]:
