@@ -148,6 +148,8 @@ class HttpProtocol(HttpToolsProtocol):
             self._body_timer = None
         self._owed += 1
         super().on_message_complete()
+        if not self.pipeline:  # a large body has paused reading, which is how a client that leaves is noticed
+            self.flow.resume_reading()
 
     def _body_is_late(self) -> None:
         now = self.loop.time()

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 
+from branchwise.runtime.server.http.plumbing.connection import connection_of
 from branchwise.runtime.server.http.plumbing.protocol import HttpProtocol
 
 HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -299,3 +300,48 @@ async def test_a_request_names_one_host(connect: Connect) -> None:
     head, _, body = (await said(reader)).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400")
     assert "more than one Host" in json.loads(body)["error"]["message"]
+
+
+class ReadTransport(asyncio.Transport):
+    """Records whether it is read."""
+
+    reading = True
+
+    def pause_reading(self) -> None:
+        self.reading = False
+
+    def resume_reading(self) -> None:
+        self.reading = True
+
+    def is_closing(self) -> bool:
+        return False
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("begun", [0, 1 << 17])
+async def test_a_large_body_does_not_hide_that_the_client_leaves(begun: int) -> None:
+    """Reading pauses while a large piece of a body is not yet taken, and the loss of a connection that is not read is
+    not noticed."""
+    read, left = asyncio.Event(), asyncio.Event()
+
+    async def generate(scope: Any, receive: Any, _send: Any) -> None:
+        while (await receive())["more_body"]:
+            pass
+        read.set()
+        with connection_of(scope).watched(left.set):
+            await left.wait()
+
+    config = uvicorn.Config(generate, http=Limited, ws="none", lifespan="off", log_config=None)
+    config.load()
+    protocol, transport = Limited(config, uvicorn.server.ServerState(), {}), ReadTransport()
+    protocol.connection_made(transport)
+    protocol.data_received(HEAD % (begun + (1 << 17)) + b"x" * begun)
+    await asyncio.sleep(0)  # the application waits for the rest
+    protocol.data_received(b"x" * (1 << 17))
+    await read.wait()
+    assert transport.reading
+    protocol.connection_lost(None)
+    await left.wait()
+    await asyncio.gather(*protocol.tasks)
