@@ -48,6 +48,7 @@ class HttpProtocol(HttpToolsProtocol):
     _body_since = 0.0  # the loop's time when the first piece of a request came without its end
     _body_seen = 0  # bytes
     _half_closed_timer: asyncio.TimerHandle | None = None
+    _running: RequestResponseCycle | None = None  # the request being answered; `cycle` is the last one that was sent
     _owed = 0  # whole requests that have not been answered
     connection: Connection
     _problem: str | None = None  # of the request that the parser must refuse
@@ -67,6 +68,9 @@ class HttpProtocol(HttpToolsProtocol):
         for timer in (self._head_timer, self._body_timer, self._unread_timer, self._half_closed_timer):
             if timer is not None:
                 timer.cancel()
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
         super().connection_lost(exc)
         self.connection.lost()
 
@@ -79,7 +83,7 @@ class HttpProtocol(HttpToolsProtocol):
         return True
 
     def _end_half_closed(self) -> None:
-        if self.cycle.response_started:
+        if self._running is not None and self._running.response_started:
             self._close()
         else:
             self._owed = 0
@@ -94,16 +98,22 @@ class HttpProtocol(HttpToolsProtocol):
             return
         self._loose += len(data)
         super().data_received(data)
-        # Timers only for what takes more than one piece: most requests arrive whole.
-        if not (self._in_head or self._in_body) or self.transport.is_closing():
+        if self.transport.is_closing():
             return
-        if self._in_head and self._head_timer is None:
+        # Timers only for what takes more than one piece: most requests arrive whole.
+        if self._in_body:
+            if self._body_timer is None:
+                self._body_since = self.loop.time()
+                self._body_timer = self.loop.call_later(self.body_seconds, self._body_is_late)
+        elif self._head_timer is None and (self._in_head or self.cycle.response_complete):
+            # Any data, such as an empty line, has ended the timer of an idle connection.
             self._head_timer = self.loop.call_later(self.head_seconds, self._close)
-        if self._in_body and self._body_timer is None:
-            self._body_since = self.loop.time()
-            self._body_timer = self.loop.call_later(self.body_seconds, self._body_is_late)
 
     # -- heads ---------------------------------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -142,14 +152,17 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._loose = 0
-        self._in_body = False
-        if self._body_timer is not None:
-            self._body_timer.cancel()
-            self._body_timer = None
+        self._end_body_timer()
         self._owed += 1
         super().on_message_complete()
         if not self.pipeline:  # a large body has paused reading, which is how a client that leaves is noticed
             self.flow.resume_reading()
+
+    def _end_body_timer(self) -> None:
+        self._in_body = False
+        if self._body_timer is not None:
+            self._body_timer.cancel()
+            self._body_timer = None
 
     def _body_is_late(self) -> None:
         now = self.loop.time()
@@ -197,6 +210,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._refusal = status, message
             self._in_head = False  # nothing more is read
             self._end_head_timer()
+            self._end_body_timer()
             return
         body = msgspec.json.encode(error_body(status, message))
         retry = f"retry-after: {RETRY_AFTER_SECONDS}\r\n" if status == 503 else ""

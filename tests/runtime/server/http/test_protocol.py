@@ -19,7 +19,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
 LARGE = 32 << 20  # bytes of an answer: more than the sockets of a connection hold
 
 
-PATIENCE = 120  # seconds: a time limit that a test must not reach
+PATIENCE = 5  # seconds: a time limit that a test must not reach
 
 
 class Limited(HttpProtocol):
@@ -307,10 +307,19 @@ async def test_a_request_names_one_host(connect: Connect) -> None:
     assert "more than one Host" in json.loads(body)["error"]["message"]
 
 
-class ReadTransport(asyncio.Transport):
-    """Records whether it is read."""
+class Recorded(asyncio.Transport):
+    """Records what is written and whether it is read."""
 
-    reading = True
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.reading, self.closed = True, False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def get_write_buffer_size(self) -> int:
+        return 0
 
     def pause_reading(self) -> None:
         self.reading = False
@@ -319,10 +328,18 @@ class ReadTransport(asyncio.Transport):
         self.reading = True
 
     def is_closing(self) -> bool:
-        return False
+        return self.closed
 
     def close(self) -> None:
-        pass
+        self.closed = True
+
+
+def connected(app: Any) -> tuple[Limited, Recorded]:
+    config = uvicorn.Config(app, http=Limited, ws="none", lifespan="off", log_config=None)
+    config.load()
+    protocol, transport = Limited(config, uvicorn.server.ServerState(), {}), Recorded()
+    protocol.connection_made(transport)
+    return protocol, transport
 
 
 @pytest.mark.parametrize("begun", [0, 1 << 17])
@@ -338,10 +355,7 @@ async def test_a_large_body_does_not_hide_that_the_client_leaves(begun: int) -> 
         with connection_of(scope).watched(left.set):
             await left.wait()
 
-    config = uvicorn.Config(generate, http=Limited, ws="none", lifespan="off", log_config=None)
-    config.load()
-    protocol, transport = Limited(config, uvicorn.server.ServerState(), {}), ReadTransport()
-    protocol.connection_made(transport)
+    protocol, transport = connected(generate)
     protocol.data_received(HEAD % (begun + (1 << 17)) + b"x" * begun)
     await asyncio.sleep(0)  # the application waits for the rest
     protocol.data_received(b"x" * (1 << 17))
@@ -350,3 +364,57 @@ async def test_a_large_body_does_not_hide_that_the_client_leaves(begun: int) -> 
     protocol.connection_lost(None)
     await left.wait()
     await asyncio.gather(*protocol.tasks)
+
+
+async def test_the_request_being_answered_hears_of_the_loss_and_not_a_later_one(
+    app: App, caplog: pytest.LogCaptureFixture
+) -> None:
+    protocol, _ = connected(app)
+    protocol.data_received(GET % b"/slow" + GET % b"/")
+    await asyncio.sleep(0)  # the first one is running
+    protocol.connection_lost(None)
+    app.go.set()
+    await asyncio.gather(*protocol.tasks)
+    assert (app.left, app.ended) == (1, 1)
+    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+
+
+async def test_a_half_closed_connection_gets_no_error_within_an_answer() -> None:
+    async def begin(_scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+        await receive()
+
+    protocol, transport = connected(begin)
+    protocol.data_received(GET % b"/" + GET % b"/")
+    while b"begun" not in transport.written:
+        await asyncio.sleep(0)
+    protocol.eof_received()
+    protocol._end_half_closed()
+    assert transport.closed
+    assert transport.written.endswith(b"begun\r\n")
+    protocol.connection_lost(None)
+    await asyncio.gather(*protocol.tasks)
+
+
+async def test_an_empty_line_does_not_keep_an_idle_connection(connect: Connect, limits: Callable[..., None]) -> None:
+    limits(head_seconds=0.3)
+    reader, writer = await connect()
+    writer.write(GET % b"/")
+    await reader.readuntil(b"0 bytes")
+    writer.write(b"\r\n")
+    assert await said(reader) == b""
+
+
+async def test_a_refusal_that_waits_for_an_answer_is_kept(
+    connect: Connect, app: App, limits: Callable[..., None]
+) -> None:
+    limits(body_seconds=0.1)
+    reader, writer = await connect()
+    writer.write(GET % b"/slow" + (HEAD % 5).replace(b"Host: localhost", b"Host: a\r\nHost: b"))
+    await asyncio.sleep(0.5)
+    app.go.set()
+    first, second = (await said(reader)).split(b"HTTP/1.1 ")[1:]
+    assert first.startswith(b"200")
+    assert second.startswith(b"400") and b"more than one Host" in second
