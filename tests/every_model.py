@@ -248,7 +248,7 @@ def _shared_reason(verdict: Verdict) -> str:
 
 
 _SHARED = [
-    ("^it has layers of .*, and pages", "its layers keep another state than keys and values, or select among them"),
+    ("it has layers of .*, and pages", "its layers keep another state than keys and values, or select among them"),
     ("^it keeps a recurrent state", "its layers keep another state than keys and values, or select among them"),
     ("^its layers have different heads", "its layers have different heads, and a page has the same in all layers"),
     ("^transformers has no causal language model", "transformers has no causal language model of its config"),

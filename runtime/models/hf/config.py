@@ -183,7 +183,11 @@ def build_of(
     transformers = load_transformers()
     from transformers.initialization import no_init_weights
 
-    refuse_layers(config.get_text_config())
+    try:
+        refuse_layers(config.get_text_config())
+    except LoadError as error:
+        name = (config.architectures or [config.model_type])[0]
+        raise LoadError(f"{name} is not served with transformers {transformers.__version__}: {error}") from error
     _check_class(transformers, config)
     try:
         with building(transformers), device, no_init_weights():
