@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-CORPUS = Path(__file__).parents[3] / "chat" / "tools" / "conftest.py"
-
 
 @pytest.fixture(scope="session")
 def corpus() -> list[Any]:
-    spec = importlib.util.spec_from_file_location("branchwise_test_corpus", CORPUS)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{CORPUS} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while they are being made
-    spec.loader.exec_module(module)
+    """The parser's conftest is imported as a module of a package: it imports the files beside it."""
+    package = ModuleType("branchwise_tool_corpus")
+    package.__path__ = [str(Path(__file__).parents[3] / "chat" / "tools")]
+    sys.modules[package.__name__] = package
+    module = importlib.import_module(f"{package.__name__}.conftest")
     return [case for _, case in module.CORPUS]

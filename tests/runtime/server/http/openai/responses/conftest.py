@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from array import array
 from collections.abc import Callable
@@ -27,14 +27,11 @@ from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
 def _tools_conftest() -> ModuleType:
-    path = Path(__file__).parents[4] / "chat" / "tools" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("branchwise_test_tool_outputs", path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while they are being made
-    spec.loader.exec_module(module)
-    return module
+    """The parser's conftest, as a module of a package: it imports the files beside it."""
+    package = ModuleType("branchwise_tool_outputs")
+    package.__path__ = [str(Path(__file__).parents[4] / "chat" / "tools")]
+    sys.modules[package.__name__] = package
+    return importlib.import_module(f"{package.__name__}.conftest")
 
 
 OUTPUTS = _tools_conftest().CORPUS
