@@ -312,6 +312,13 @@ class EngineClient:
             self._hand_out()
 
     def _hand_out(self) -> None:
+        try:
+            self._hand_out_some()
+        finally:  # a fault in one request is not one of those after it
+            if self._deltas:
+                asyncio.get_running_loop().call_soon(self._hand_out)
+
+    def _hand_out_some(self) -> None:
         now, ended = time.monotonic(), 0
         in_flight = self._in_flight
         while self._deltas and ended < ENDS:
@@ -333,8 +340,6 @@ class EngineClient:
                 self._metrics.observe_finish(delta.finish, now - request.arrived)
             if request.call is not None:
                 request.call.push(delta)
-        if self._deltas:
-            asyncio.get_running_loop().call_soon(self._hand_out)
 
     def _forget(self, owner: str) -> None:
         self._unfinished[owner] -= 1

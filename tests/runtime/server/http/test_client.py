@@ -70,6 +70,21 @@ async def test_sockets_are_read_between_the_ends_of_many_requests() -> None:
         assert [(delta.text, delta.finish is None) for _, delta in await call.all()] == [("a", True), ("", False)]
 
 
+async def test_a_fault_in_one_request_does_not_hold_up_the_others(client: EngineClient) -> None:
+    first, second = client.open([ONE]), client.open([ONE])
+
+    def push(_delta: Delta) -> None:
+        raise RuntimeError("a fault")
+
+    first.push = push  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        client.deliver([end(first.ids.start), end(second.ids.start)])
+    await asyncio.wait_for(second.all(), 60)
+    third = client.open([ONE])
+    client.deliver([end(third.ids.start)])
+    assert len(await asyncio.wait_for(third.all(), 60)) == 1
+
+
 async def test_all_wakes_once(client: EngineClient) -> None:
     call = client.open([TWO])
     waiting = asyncio.create_task(call.all())
