@@ -176,9 +176,9 @@ def call_quantized() -> None:
             flat.plan(AttentionBatch(chunk * 0, chunk, chunk, 0, 16, table, host_table))
             q, kv = (torch.zeros(200, heads, size, dtype=torch.bfloat16) for heads in (32, 8))
             flat.run(0, q, kv, kv)
-            attention = TreeAttention(pool, [LayerSpec(0.09)], 32, table, flat, 16)
-            attention.plan(AttentionBatch(none, none, none, 0, 16, table, host_table), StepShape(8, 0, 0, tree=True))
-            attention.run(0, q[:8], kv[:8], kv[:8])
+            attention = TreeAttention(pool, [LayerSpec(0.09)], 32, table, flat, 32)
+            attention.plan(AttentionBatch(none, none, none, 0, 16, table, host_table), StepShape(32, 0, 0, tree=True))
+            attention.run(0, q[:32], kv[:32], kv[:32])
 
 
 def call_experts() -> None:
@@ -238,8 +238,8 @@ def call_fp8() -> None:
 
 
 def call_tree_attention() -> None:
-    """Both tiles of tree attention, for the head sizes of served models, prefetching little and much. Sinks, windows
-    and caps only add code."""
+    """All tiles of tree attention (32 decodes fill the widest), for the head sizes of served models, prefetching little
+    and much. Sinks, windows and caps only add code."""
     from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
     from branchwise.kernels.attention.torch_backend import TorchAttention
     from branchwise.kernels.attention.tree_backend import TreeAttention
@@ -256,10 +256,10 @@ def call_tree_attention() -> None:
         (256, LayerSpec(0.09, window=4096, softcap=50.0), torch.bfloat16),
     ):
         pool = KVPool(torch.zeros(1, 2, 4, 16, 8, size, dtype=dtype))
-        attention = TreeAttention(pool, [spec], 32, table, TorchAttention(pool, [spec], 32), 16)
+        attention = TreeAttention(pool, [spec], 32, table, TorchAttention(pool, [spec], 32), 32)
         batch = AttentionBatch(none, none, none, 0, 16, table, host_table)
-        assert attention.plan(batch, StepShape(8, 0, 0, tree=True)) is not None
-        q, kv = torch.zeros(8, 32, size, dtype=dtype), torch.zeros(8, 8, size, dtype=dtype)
+        assert attention.plan(batch, StepShape(32, 0, 0, tree=True)) is not None
+        q, kv = torch.zeros(32, 32, size, dtype=dtype), torch.zeros(32, 8, size, dtype=dtype)
         attention.run(0, q, kv, kv)
         runner = attention._runner
         runner.tiles = [tile._replace(stages=DEEP) for tile in runner.tiles]
