@@ -32,6 +32,8 @@ if settings.get_current_profile_name() == "same":
 if not Path("/dev/nvidiactl").exists():
     # Without a GPU, Triton's kernels run in its interpreter. Read when Triton is first imported, by torch if not by us.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# The compiled kernels of a CPU take over when they are there, which is at no fixed time: tests use them by a fixture.
+os.environ.setdefault("BRANCHWISE_NATIVE", "off")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -71,6 +73,23 @@ def threads_started() -> Callable[[], set[threading.Thread]]:
     a thread of an earlier test ends meanwhile."""
     before = set(threading.enumerate())
     return lambda: set(threading.enumerate()) - before
+
+
+@pytest.fixture(scope="session")
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    native = importlib.import_module("branchwise.kernels.native")
+    if native._compiler() is None:
+        pytest.skip("there is no C compiler")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        return native.load()
+
+
+@pytest.fixture
+def compiled_kernels(_compiled: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The library of `kernels.native`, in use during the test. Skips where there is no compiler."""
+    monkeypatch.setattr("branchwise.kernels.native._library", _compiled)
+    return _compiled
 
 
 @functools.cache

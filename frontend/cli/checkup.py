@@ -140,7 +140,7 @@ def model(config: EngineConfig) -> Iterator[Finding]:
     """The memory plan of a model on this machine. Loads no weights."""
     name = config.model or "the shipped model"
     try:
-        from ...runtime.executor.backends import describe_attention
+        from ...runtime.executor.backends import describe_attention, describe_small_steps
         from ...runtime.executor.device import apply_quantization, pick_device, pick_dtype
         from ...runtime.executor.executor import max_model_len
         from ...runtime.executor.memory import human_bytes, plan_memory
@@ -170,6 +170,8 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         return
     yield Finding("model", f"{name}: {shape.architecture}, {implementation_name(shape)}, in {folder}")
     yield Finding("attention", describe_attention(config, shape, device))
+    if device.type == "cpu":
+        yield Finding("compiled kernels", describe_small_steps(config))
     each = f", on each of {config.tensor_parallel_size} ranks" if config.tensor_parallel_size > 1 else ""
     yield Finding(
         "weights", f"{human_bytes(plan.weight_bytes)} of {human_bytes(plan.free_bytes)} free on {plan.device}{each}"

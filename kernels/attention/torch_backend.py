@@ -8,6 +8,8 @@ A step's keys are split into parts. Each part is attended with few calls for man
 - the other keys of prefill chunks: the cached prefix, and causally the chunk's own tokens, which need no gathering.
 
 In layers with a window, requests that are longer than the window take a masked path without sharing.
+
+Once the compiled kernels are there (`native`), they attend the step's decodes (`native_decodes`).
 """
 
 from __future__ import annotations
@@ -20,9 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from .. import native
 from ..arrays import Int32, Int64, ranges
 from ..kv_pool import KVLayer, KVPool
 from .base import AttentionBatch, LayerSpec, StepShape
+from .native_decodes import NativeDecodes
 from .partial import attend, merge_
 
 SHARE_TOKENS = 512  # token reads that a shared run must save to pay for its own call
@@ -74,6 +78,8 @@ class TorchAttention:
         self._key_bytes = self._kv_heads * self._head_dim * layout.dtype.itemsize  # of a token in one layer
         self._plans: dict[int | None, _Plan] = {}
         self._own_tokens: tuple[Tensor, Tensor] | None = None  # pages and offsets, where the pool is quantized
+        self._decodes = NativeDecodes(pool, layers, num_heads) if NativeDecodes.fit(pool) else None
+        self._native = 0  # decodes of the planned step that the compiled kernel attends: its first query tokens
         self.saved_keys = 0
         self._scratch = [
             pool.layer(0).k.new_empty(0) for _ in range(2)
@@ -88,27 +94,43 @@ class TorchAttention:
         if shape is not None:
             raise ValueError("the torch backend does not support padded steps: its plan depends on the values")
         full: _Plan | None = None
-        self._plans, self.saved_keys = {}, 0
+        self._plans, self.saved_keys, self._native = {}, 0, 0
+        if self._decodes is not None and native.library() is not None and batch.num_decodes:
+            self._native = batch.num_decodes
+            self.saved_keys = self._decodes.plan(batch, SHARE_TOKENS if self._share else None)
         if self._pool.layout.quantized and batch.num_decodes < len(batch.rows):
             slots = self._index(batch.query_slots())
             self._own_tokens = slots // self._page_size, slots % self._page_size
         else:
             self._own_tokens = None
+        members = np.arange(self._native, len(batch.rows))
         for window in dict.fromkeys(spec.window for spec in self._layers):
-            slides = batch.kv_lens > (np.inf if window is None else window)
+            slides = batch.kv_lens[members] > (np.inf if window is None else window)
             if window is not None and slides.any():
-                self._plans[window] = self._plan_windowed(batch, slides, window)
+                self._plans[window] = self._plan_windowed(batch, members[slides], members[~slides], window)
             else:  # no request is longer than the window
-                full = full or self._plan_full(batch, np.arange(len(batch.rows)))
+                full = full or self._plan_full(batch, members)
                 self._plans[window] = full
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.run`."""
+        if self._decodes is None or not self._native:
+            return self._run(layer, q, k, v, out)
+        if self._native == q.shape[0]:
+            result = torch.empty(q.shape, dtype=q.dtype) if out is None else out
+        else:
+            result = self._run(layer, q, k, v, out)
+        self._decodes.run(layer, q, result)
+        return result
+
+    def _run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+        """`run` for what is in the plans; the results of other query tokens are left undefined."""
         kv, spec = self._pool.layer(layer), self._layers[layer]
         plan = self._plans[spec.window]
         if self._own_tokens is not None:  # as later steps will see them
             k, v = (x.to(q.dtype) for x in kv.read(self._own_tokens))
-        if len(plan.own) == 1 and not (plan.causal or plan.merged or spec.sinks is not None or out is not None):
+        alone = len(plan.own) == 1 and not (self._native or plan.causal or plan.merged)
+        if alone and spec.sinks is None and out is None:
             return self._paged(kv, spec, plan.own[0], q)[0].to(q.dtype)
         # Merging rounds once more, so it is done in float32.
         result = torch.empty(q.shape, dtype=torch.float32 if plan.merged else q.dtype, device=q.device)
@@ -244,17 +266,17 @@ class TorchAttention:
         mask = None if visible.all() else self._mask(visible.repeat(self._group, axis=0)[None, None])
         return _Part(self._queries(requests.tokens(some)), 1, slice(start, stop), length, mask)
 
-    def _plan_windowed(self, batch: AttentionBatch, slides: npt.NDArray[np.bool_], window: int) -> _Plan:
+    def _plan_windowed(self, batch: AttentionBatch, slides: Int64, others: Int64, window: int) -> _Plan:
         """Requests longer than the window (``slides``) read only what it covers; the others read everything."""
-        plan = self._plan_full(batch, np.flatnonzero(~slides))
-        requests = _Requests(batch, np.flatnonzero(slides), self._page_size)
+        plan = self._plan_full(batch, others)
+        requests = _Requests(batch, slides, self._page_size)
         kv_lens, page = requests.kv_lens, self._page_size
         decodes = requests.q_lens == 1
         first_page = (kv_lens - window) // page
         for bucket in length_buckets(kv_lens - first_page * page, np.flatnonzero(decodes)):
-            for first, *others in self._padded(requests, bucket, first_page, kv_lens, window):
+            for first, *further in self._padded(requests, bucket, first_page, kv_lens, window):
                 plan.own.append(first)
-                plan.merged += others
+                plan.merged += further
         for i in np.flatnonzero(~decodes).tolist():
             start = int(kv_lens[i] - requests.q_lens[i])
             for at in range(start, int(kv_lens[i]), WINDOW_BLOCK):

@@ -11,8 +11,8 @@ from typing import cast
 
 import torch
 
+from ...kernels import native, native_ops, sampling
 from ...kernels import ops as torch_ops
-from ...kernels import sampling
 from ...kernels.attention.base import AttentionBackend, LayerSpec, Unavailable
 from ...kernels.attention.fixed_backend import FixedAttention
 from ...kernels.attention.torch_backend import TorchAttention
@@ -38,12 +38,16 @@ def _import_flashinfer() -> None:
         importlib.import_module("flashinfer.jit")
 
 
-def pick_ops(device: torch.device) -> Ops:
-    """Triton's where it runs, torch's otherwise."""
+def pick_ops(device: torch.device, *, deterministic: bool = False) -> Ops:
+    """Triton's where it runs. On a CPU torch's, and for few rows the compiled ones once they are there, which is at no
+    fixed time: not with ``deterministic``."""
     if _problem_with_triton(device) is None:
         from ...kernels import triton_ops
 
         return cast(Ops, triton_ops)
+    if device.type == "cpu" and not deterministic:
+        native.start()
+        return cast(Ops, native_ops)
     return cast(Ops, torch_ops)
 
 
@@ -135,6 +139,11 @@ def describe_attention(config: EngineConfig, model: AnyConfig, device: torch.dev
     limits = TreeLimits((SLOTS,) * len(WORKERS), SLOTS, workers, MIN_KEYS)
     gate = describe(model.num_heads // model.num_kv_heads, config.page_size, TreeCosts(), limits)
     return f"tree: by the built-in costs, which a start measures anew, {gate}"
+
+
+def describe_small_steps(config: EngineConfig) -> str:
+    """Whether compiled kernels compute the small steps of a CPU, for `branchwise doctor`."""
+    return "no: --deterministic runs torch's operations" if config.deterministic else native.describe()
 
 
 def _over(

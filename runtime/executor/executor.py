@@ -152,7 +152,8 @@ class ModelExecutor:
         memory = plan_memory(config, model, dtype, device, length, batched, rank=rank)
         times.lap("device")
         fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
-        where = model, folder, dtype, device, pick_ops(device), progress
+        ops = pick_ops(device, deterministic=config.deterministic)
+        where = model, folder, dtype, device, ops, progress
         loaded = load(config, *where, rank=rank, ranks=ranks, fixed_rows=fixed_rows)
         # Weights in FP8 grow on a GPU that cannot multiply them.
         weight_bytes = max(memory.weight_bytes, loaded.nbytes)

@@ -115,8 +115,10 @@ SPECS = {
 }
 
 
-@pytest.fixture(params=["shares", "does not share", "reads a span"])
+@pytest.fixture(params=["shares", "does not share", "reads a span", "compiled"])
 def share(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "compiled":
+        request.getfixturevalue("compiled_kernels")
     # So that these small batches take every path: sharing, sub-batches, reading in place, blocks of a window.
     monkeypatch.setattr(torch_backend, "SHARE_TOKENS", 16)
     monkeypatch.setattr(torch_backend, "GATHER_BYTES", 200 * 2 * DIM * 4)

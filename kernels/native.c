@@ -1,0 +1,348 @@
+// Kernels for the few rows of a decode step on a CPU. `native.py` compiles and binds this file; `ops.py`, `linear.py`
+// and `attention/torch_backend.py` specify each function and are used where this file is not.
+//
+// Arithmetic is in float32, in vectors of 16 that the compiler splits where the processor's are narrower. `bf16` says
+// that a tensor's elements are bfloat16, else they are float32. Sizes of rows are multiples of 16.
+
+#include <math.h>
+#include <stdint.h>
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef float vf_memory __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t vh_memory __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t vb_memory __attribute__((vector_size(16), aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#ifdef __clang__
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+// -- threads: torch's own team (libgomp), so that no second one competes for the cores --------------------------------
+
+typedef void (*Unit)(const void *job, long index);
+typedef struct { Unit unit; const void *job; long next, count; } Work;
+static void (*start_team)(void (*)(void *), void *, unsigned, unsigned);
+
+void set_team(void *gomp_parallel) { *(void **)&start_team = gomp_parallel; }
+
+static void take_units(void *data) {
+    Work *work = data;
+    for (long i; (i = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count;) work->unit(work->job, i);
+}
+
+static void run(Unit unit, const void *job, long count, long threads) {
+    Work work = {unit, job, 0, count};
+    if (threads > 1 && count > 1 && start_team) start_team(take_units, &work, (unsigned)threads, 0);
+    else take_units(&work);
+}
+
+// -- vectors ----------------------------------------------------------------------------------------------------------
+
+INLINE vf load(const void *p, long i, int bf16) {
+    if (!bf16) return *(const vf_memory *)((const float *)p + i);
+    return (vf)(__builtin_convertvector(*(const vh_memory *)((const uint16_t *)p + i), vu) << 16);
+}
+
+INLINE void store(void *p, long i, vf x, int bf16) {
+    if (!bf16) { *(vf_memory *)((float *)p + i) = x; return; }
+    vu bits = (vu)x, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    vu nan = (vu)(x != x);
+    rounded = (rounded & ~nan) | ((bits | 0x400000) & nan);
+    *(vh_memory *)((uint16_t *)p + i) = __builtin_convertvector(rounded >> 16, vh_memory);
+}
+
+INLINE vf all(float x) { return (vf){} + x; }
+INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+
+// Sixteen sums of 16 lanes each: lane i of the result is the sum of acc[i].
+#define SUM16(NAME, V)                                                                                                 \
+    INLINE V NAME(V *a) {                                                                                              \
+        UNROLL for (int i = 0; i < 8; i++)                                                                             \
+            a[i] = SHUFFLE(a[i], a[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +                   \
+                   SHUFFLE(a[i], a[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);              \
+        UNROLL for (int i = 0; i < 4; i++)                                                                             \
+            a[i] = SHUFFLE(a[i], a[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +                 \
+                   SHUFFLE(a[i], a[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);                \
+        UNROLL for (int i = 0; i < 2; i++)                                                                             \
+            a[i] = SHUFFLE(a[i], a[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +                 \
+                   SHUFFLE(a[i], a[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);                \
+        return SHUFFLE(a[0], a[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +                        \
+               SHUFFLE(a[0], a[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);                         \
+    }
+SUM16(sum16, vf)
+SUM16(sum16_int, vi)
+
+INLINE float sum(vf x) {
+    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return x[0] + x[1];
+}
+
+INLINE float largest(vf x) {  // passes over some NaN
+    vf y = SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    x = choose(y > x, y, x);
+    y = SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    x = choose(y > x, y, x);
+    y = SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    x = choose(y > x, y, x);
+    return x[0] > x[1] ? x[0] : x[1];
+}
+
+INLINE vf exponential(vf x) {  // Cephes' expf; NaN stays NaN
+    x = choose(x > 88.0f, all(88.0f), choose(x < -87.0f, all(-87.0f), x));
+    vf n = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+    vi exponent = (vi)n - 0x4b400000;
+    n -= 12582912.0f;
+    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vf y = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    return (y * r * r + r + 1.0f) * (vf)((exponent + 127) << 23);
+}
+
+// -- norms, activations and their quantization to unsigned bytes ------------------------------------------------------
+
+// `quantize.quantize`: a row of `size` floats to bytes and its scale.
+static void quantize_row(const float *x, long size, uint8_t *values, float *scale) {
+    vf most = {};
+    for (long i = 0; i < size; i += 16) {
+        vf a = (vf)((vi)load(x, i, 0) & 0x7fffffff);
+        most = choose(a > most, a, most);
+    }
+    float magnitude = fmaxf(largest(most), 1e-12f);
+    for (long i = 0; i < size; i += 16)
+        *(vb_memory *)(values + i) =
+            __builtin_convertvector(__builtin_convertvector(load(x, i, 0) * (127.0f / magnitude) + 128.5f, vi), vb_memory);
+    *scale = magnitude / 127.0f;
+}
+
+// `ops.add_rms_norm` of rows; `delta` may be null. Where `values` is not, the result is quantized and `out` is one row.
+void add_rms_norm(const void *delta, void *residual, const float *weight, float eps, long rows, long size, long bf16,
+                  void *out, uint8_t *values, float *scales) {
+    for (long r = 0; r < rows; r++) {
+        vf square = {};
+        long at = r * size, to = values ? 0 : at;
+        for (long i = at; i < at + size; i += 16) {
+            vf x = load(residual, i, bf16);
+            if (delta) {
+                store(residual, i, x + load(delta, i, bf16), bf16);
+                x = load(residual, i, bf16);
+            }
+            square += x * x;
+        }
+        vf scale = all(1.0f / sqrtf(sum(square) / size + eps));
+        for (long i = 0; i < size; i += 16)
+            store(out, to + i, load(residual, at + i, bf16) * scale * load(weight, i, 0), bf16 && !values);
+        if (values) quantize_row(out, size, values + at, scales + r);
+    }
+}
+
+// `ops.gate_mul` with silu: rows of 2 * size to rows of size. `values`: as above.
+void silu_mul(const void *gate_up, long rows, long size, long bf16, void *out, uint8_t *values, float *scales) {
+    for (long r = 0; r < rows; r++) {
+        long gate = 2 * r * size, at = r * size, to = values ? 0 : at;
+        for (long i = 0; i < size; i += 16) {
+            vf x = load(gate_up, gate + i, bf16);
+            x = x / (1.0f + exponential(-x)) * load(gate_up, gate + size + i, bf16);
+            store(out, to + i, x, bf16 && !values);
+        }
+        if (values) quantize_row(out, size, values + at, scales + r);
+    }
+}
+
+// `ops.rope_write` in place: queries and keys of `qkv` are normed and rotated; keys and values go to their slots.
+void rope_write(void *qkv, long rows, long heads, long kv_heads, long dim, long half, const float *cos, const float *sin,
+                long angles_stride, const float *norm, float eps, const int64_t *slots, void *keys, void *values,
+                long bf16) {
+    for (long r = 0; r < rows; r++, cos += angles_stride, sin += angles_stride) {
+        for (long h = 0; h < heads + 2 * kv_heads; h++) {
+            long at = (r * (heads + 2 * kv_heads) + h) * dim;
+            if (h < heads + kv_heads) {
+                if (norm) {
+                    vf square = {};
+                    for (long i = at; i < at + dim; i += 16) square += load(qkv, i, bf16) * load(qkv, i, bf16);
+                    vf scale = all(1.0f / sqrtf(sum(square) / dim + eps));
+                    for (long i = 0; i < dim; i += 16)
+                        store(qkv, at + i, load(qkv, at + i, bf16) * scale * load(norm, h * dim + i, 0), bf16);
+                }
+                for (long i = 0; i < half; i += 16) {
+                    vf a = load(qkv, at + i, bf16), b = load(qkv, at + half + i, bf16);
+                    vf c = load(cos, i, 0), s = load(sin, i, 0);
+                    store(qkv, at + i, a * c - b * s, bf16);
+                    store(qkv, at + half + i, b * c + a * s, bf16);
+                }
+            }
+            if (h < heads) continue;
+            long head = h < heads + kv_heads ? h - heads : h - heads - kv_heads;
+            void *pages = h < heads + kv_heads ? keys : values;
+            for (long i = 0; i < dim; i += 16)
+                store(pages, (slots[r] * kv_heads + head) * dim + i, load(qkv, at + i, bf16), bf16);
+        }
+    }
+}
+
+// -- products ---------------------------------------------------------------------------------------------------------
+
+// 16 dot products: row r with vector c at r * (16 / rows) + c. `bf16`: the vectors'.
+INLINE vf dots(const float *const *x, const void *const *w, const int rows, long size, const int bf16) {
+    const int vectors = 16 / rows;
+    vf acc[16] = {};
+    for (long i = 0; i < size; i += 16) {
+        UNROLL for (int c = 0; c < vectors; c++) {
+            vf b = load(w[c], i, bf16);
+            UNROLL for (int r = 0; r < rows; r++) acc[r * vectors + c] += load(x[r], i, 0) * b;
+        }
+    }
+    return sum16(acc);
+}
+
+// -- attention of decodes over pages: online softmax (Milakov & Gimelshein, 2018) -------------------------------------
+
+typedef struct {  // of one layer
+    const void *keys, *values;  // [pages, page_size, kv_heads, dim]
+    const float *sinks;         // [heads] or null
+    long page_size, heads, kv_heads, dim, bf16;
+    float scale, softcap;  // softcap: 0 is none
+} Layer;
+
+typedef struct {  // of one step: each item is a run of keys that `count` queries read
+    const int32_t *table;    // page table
+    const int32_t *queries;  // of all items, concatenated: each query of an item
+    const int32_t *first, *count, *row, *start, *stop;  // of each item: its queries, its row of `table`, its keys
+    long columns, shared, own;  // the first `shared` items are read by several queries; then each query has one of its own
+} Plan;
+
+typedef struct {
+    const Layer *layer;
+    const Plan *plan;
+    const void *q;
+    void *out;
+    float *state;  // [queries, heads, 2 * dim + 16]: scaled query, sum of values, maximum and denominator
+    long q_stride, own;
+} Attention;
+
+// Scores of up to 16 keys for `rows` query rows, and their values summed.
+INLINE void attend(const Layer *l, float *const *state, const int rows, const void *const *k, const void *const *v,
+                   long keys, const int bf16) {
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const vi seen = lanes < (int32_t)keys;
+    const int vectors = 16 / rows;
+    float weights[4][16];
+    vf scores[4];
+    for (int at = 0; at < 16; at += vectors) {
+        float found[16] = {};
+        if (at < keys) store(found, 0, dots((const float *const *)state, k + at, rows, l->dim, bf16), 0);
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int c = 0; c < vectors; c++) weights[r][at + c] = found[r * vectors + c];
+    }
+    for (int r = 0; r < rows; r++) {
+        float *sums = state[r] + l->dim, *running = sums + l->dim;
+        vf score = load(weights[r], 0, 0);
+        if (l->softcap > 0) score = l->softcap - 2 * l->softcap / (exponential(score * (2 / l->softcap)) + 1.0f);
+        float most = largest(choose(seen, score, all(-INFINITY)));
+        if (most > running[0]) {
+            vf less = exponential(all(running[0] - most));
+            running[0] = most;
+            running[1] *= less[0];
+            for (long d = 0; d < l->dim; d += 16) store(sums, d, load(sums, d, 0) * less, 0);
+        }
+        scores[r] = choose(seen, exponential(score - running[0]), all(0));
+        running[1] += sum(scores[r]);
+        store(weights[r], 0, scores[r], 0);
+    }
+    for (long d = 0; d < l->dim; d += 16) {
+        vf acc[4];
+        for (int r = 0; r < rows; r++) acc[r] = load(state[r] + l->dim, d, 0);
+        for (long j = 0; j < keys; j++) {
+            vf x = load(v[j], d, bf16);
+            UNROLL for (int r = 0; r < rows; r++) acc[r] += weights[r][j] * x;
+        }
+        for (int r = 0; r < rows; r++) store(state[r] + l->dim, d, acc[r], 0);
+    }
+}
+
+INLINE void attend_item(const Attention *a, long item, long head, const int bf16) {
+    const Layer *l = a->layer;
+    const Plan *p = a->plan;
+    long group = l->heads / l->kv_heads, rows = p->count[item] * group, width = 2 * l->dim + 16;
+    long token = l->kv_heads * l->dim, bytes = bf16 ? 2 : 4;
+    const int32_t *pages = p->table + p->row[item] * p->columns;
+    for (long at = p->start[item], keys; at < p->stop[item]; at += keys) {
+        long offset = at % l->page_size;
+        keys = l->page_size - offset < 16 ? l->page_size - offset : 16;
+        if (p->stop[item] - at < keys) keys = p->stop[item] - at;
+        long from = (((long)pages[at / l->page_size] * l->page_size + offset) * l->kv_heads + head) * l->dim;
+        const void *k[16], *v[16];
+        for (long j = 0; j < 16; j++) {  // beyond the last key its own place: another may hold a NaN
+            long place = (from + (j < keys ? j : keys - 1) * token) * bytes;
+            k[j] = (const char *)l->keys + place;
+            v[j] = (const char *)l->values + place;
+        }
+        for (long row = 0; row < rows; row += 4) {
+            float *state[4];
+            for (long r = 0; r < 4 && row + r < rows; r++) {
+                long query = p->queries[p->first[item] + (row + r) / group];
+                state[r] = a->state + (query * l->heads + head * group + (row + r) % group) * width;
+            }
+            long left = rows - row;
+            if (left >= 4) attend(l, state, 4, k, v, keys, bf16);
+            else {
+                if (left >= 2) attend(l, state, 2, k, v, keys, bf16);
+                if (left & 1) attend(l, state + left - 1, 1, k, v, keys, bf16);
+            }
+        }
+    }
+}
+
+static void attend_head(const void *job, long index) {  // all shared runs of one head
+    const Attention *a = job;
+    for (long i = 0; i < a->plan->shared; i++) {
+        if (a->layer->bf16) attend_item(a, i, index, 1);
+        else attend_item(a, i, index, 0);
+    }
+}
+
+static void attend_own(const void *job, long index) {  // the keys of one query alone in one head, and its result
+    const Attention *a = job;
+    const Layer *l = a->layer;
+    long item = a->plan->shared + index / l->kv_heads, head = index % l->kv_heads, group = l->heads / l->kv_heads;
+    if (l->bf16) attend_item(a, item, head, 1);
+    else attend_item(a, item, head, 0);
+    long query = a->plan->queries[a->plan->first[item]];
+    for (long h = head * group; h < (head + 1) * group; h++) {
+        const float *sums = a->state + (query * l->heads + h) * (2 * l->dim + 16) + l->dim, *running = sums + l->dim;
+        float total = running[1];
+        if (l->sinks) total += expf(l->sinks[h] - running[0]);
+        for (long d = 0; d < l->dim; d += 16)
+            store(a->out, (query * l->heads + h) * l->dim + d, load(sums, d, 0) / total, l->bf16);
+    }
+}
+
+// Queries [T, heads, dim] with `q_stride` elements between tokens; `out` is contiguous.
+void attention(const Layer *l, const Plan *p, const void *q, long q_stride, void *out, float *state, long threads) {
+    Attention a = {l, p, q, out, state, q_stride, p->own};
+    for (long t = 0; t < p->own; t++) {
+        for (long h = 0; h < l->heads; h++) {
+            float *here = state + (t * l->heads + h) * (2 * l->dim + 16);
+            for (long d = 0; d < l->dim; d += 16) {
+                store(here, d, load(q, t * q_stride + h * l->dim + d, l->bf16) * l->scale, 0);
+                store(here, l->dim + d, (vf){}, 0);
+            }
+            here[2 * l->dim] = -INFINITY;
+            here[2 * l->dim + 1] = 0;
+        }
+    }
+    if (p->shared) run(attend_head, &a, l->kv_heads, threads);
+    run(attend_own, &a, p->own * l->kv_heads, threads);
+}

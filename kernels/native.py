@@ -1,0 +1,192 @@
+"""Compiles `native.c` for this processor and loads it: kernels for the few rows of a CPU's decode step.
+
+`start` compiles in a thread, with the C compiler that is on the path, once for each source, compiler and processor; the
+library stays in the user's cache folder. Until it is there, and without a compiler, callers run torch, which specifies
+every function. ``BRANCHWISE_NATIVE=off`` leaves it at that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from ctypes import c_float, c_long, c_void_p
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ROWS = 16  # the most rows of the elementwise kernels: for more, torch's are as fast
+LANES = 16  # rows are multiples of it
+SWITCH = "BRANCHWISE_NATIVE"
+_SOURCE = Path(__file__).with_name("native.c")
+_COMPILERS = ("cc", "gcc", "clang")
+_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-shared", "-fPIC", "-fvisibility=default")
+_COMPILE_SECONDS = 120
+_OUTPUT_BYTES = 4096  # of a compiler's messages that are logged
+_NICENESS = 10
+
+
+class Layer(ctypes.Structure):
+    """``Layer`` of native.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("keys", "values", "sinks")),
+        *((name, c_long) for name in ("page_size", "heads", "kv_heads", "dim", "bf16")),
+        *((name, c_float) for name in ("scale", "softcap")),
+    )
+
+
+class Plan(ctypes.Structure):
+    """``Plan`` of native.c."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("table", "queries", "first", "count", "row", "start", "stop")),
+        *((name, c_long) for name in ("columns", "shared", "own")),
+    )
+
+
+_P, _N, _F = c_void_p, c_long, c_float
+_FUNCTIONS = {
+    "set_team": (_P,),
+    "add_rms_norm": (_P, _P, _P, _F, _N, _N, _N, _P, _P, _P),
+    "silu_mul": (_P, _N, _N, _N, _P, _P, _P),
+    "rope_write": (_P, *(_N,) * 5, _P, _P, _N, _P, _F, _P, _P, _P, _N),
+    "attention": (_P, _P, _P, _N, _P, _P, _N),
+}
+
+_lock = threading.Lock()
+_builder: threading.Thread | None = None
+_library: ctypes.CDLL | None = None
+
+
+def library() -> ctypes.CDLL | None:
+    """The library with the functions of native.c; None: run torch."""
+    return _library
+
+
+def start() -> None:
+    """Compiles and loads the library in a thread, once a process, unless it is switched off."""
+    global _builder
+    with _lock:
+        if _builder is None and not _switched_off():
+            _builder = threading.Thread(target=_build, name="native-build", daemon=True)
+            _builder.start()
+
+
+def describe() -> str:
+    """What `start` would do here, for people."""
+    compiler = _compiler()
+    if _switched_off():
+        return f"no ({SWITCH})"
+    if compiler is None:
+        return f"no: no C compiler on the path ({', '.join(_COMPILERS)}), so torch computes small steps"
+    try:
+        path = library_path(compiler)
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"no: {error}, so torch computes small steps"
+    return f"yes, {path}" if path.exists() else f"yes, once {compiler} has compiled them while the first server runs"
+
+
+def load() -> ctypes.CDLL:
+    """The library, compiled unless the cache has it. Raises `OSError`, `RuntimeError` or `SubprocessError`."""
+    compiler = _compiler()
+    if compiler is None:
+        raise RuntimeError("no C compiler is on the path")
+    path = library_path(compiler)
+    if not path.exists():
+        compile_library(compiler, path)
+    _check_private(path)
+    found = ctypes.CDLL(str(path))
+    for name, arguments in _FUNCTIONS.items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    found.set_team(_torch_team())
+    return found
+
+
+def _build() -> None:
+    global _library
+    try:
+        _library = load()
+        logger.info("compiled kernels compute small steps")
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        logger.info("torch computes small steps: compiled kernels are not available: %s", error)
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() in ("off", "0", "no", "false")
+
+
+def _compiler() -> str | None:
+    return next((found for found in map(shutil.which, _COMPILERS) if found), None)
+
+
+def library_path(compiler: str) -> Path:
+    """Where the library for this source, compiler and processor is or belongs. Makes the folder, which only its owner
+    can enter. Raises `OSError` where that is not so."""
+    version = subprocess.run(
+        [compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMPILE_SECONDS, check=True
+    ).stdout
+    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, platform.machine().encode(), _processor())
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "branchwise"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    return folder / f"native-{name}.so"
+
+
+def compile_library(compiler: str, path: Path) -> None:
+    """Compiles native.c to ``path``, under a temporary name until it is whole. Raises `RuntimeError` with the
+    compiler's first messages."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder, tempfile.TemporaryFile() as messages:
+        made = Path(folder) / path.name
+        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"]
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, cwd=folder)
+        try:
+            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+            code = process.wait(timeout=_COMPILE_SECONDS)
+        finally:
+            process.kill()
+            process.wait()
+        messages.seek(0)
+        said = messages.read(_OUTPUT_BYTES).decode(errors="replace")
+        logger.debug("%s: %s", " ".join(command), said)
+        if code:
+            raise RuntimeError(f"{compiler} failed with exit status {code}: {said.strip()[:200]}")
+        made.chmod(0o700)
+        made.replace(path)
+
+
+def _check_private(path: Path) -> None:
+    """Raises `OSError` unless ``path`` is this user's, and no link, and others cannot write to it."""
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{path} is not this user's alone")
+
+
+def _processor() -> bytes:
+    """What ``-march=native`` depends on: the processor's model and flags."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().split(b"\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor().encode()
+    kept = (b"flags", b"Features", b"model", b"vendor_id", b"CPU ", b"cpu family", b"stepping")
+    return b"\n".join(line for line in lines if line.startswith(kept))
+
+
+def _torch_team() -> int | None:
+    """The address of ``GOMP_parallel`` of the OpenMP library that torch has loaded, so that its threads are used; None
+    where it has another: then one thread computes."""
+    import torch
+
+    for found in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")) if sys.platform == "linux" else ():
+        return ctypes.cast(ctypes.CDLL(str(found)).GOMP_parallel, c_void_p).value
+    return None

@@ -1,0 +1,143 @@
+"""The operations of `ops` with compiled kernels for few rows (`native`), and torch's for everything else."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import native, ops
+from .addends import Addends
+from .kv_pool import KVLayer
+from .ops import Activation, apply_sinks, fp8_linear, page_indices, route
+from .quantize import QuantizedRows, Quantizer, quantize
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_quantized",
+    "apply_sinks",
+    "fp8_linear",
+    "gate_mul",
+    "gate_mul_quantized",
+    "page_indices",
+    "quantize",
+    "rms_norm",
+    "rope_write",
+    "route",
+]
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels take these rows ``[T, size]``: few, contiguous, in float32 or bfloat16, of full vectors."""
+    return (
+        x.shape[0] <= native.ROWS
+        and x.is_contiguous()
+        and x.shape[-1] % native.LANES == 0
+        and (x.dtype == torch.float32 or x.dtype == torch.bfloat16)
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.rms_norm`."""
+    library = native.library()
+    if library is None or x.dim() != 2 or not takes(x):
+        return ops.rms_norm(x, weight, eps)
+    out = torch.empty_like(x)
+    sizes = x.shape[0], x.shape[1], x.dtype == torch.bfloat16
+    library.add_rms_norm(None, x.data_ptr(), weight.data_ptr(), eps, *sizes, out.data_ptr(), None, None)
+    return out
+
+
+def add_rms_norm(x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """See `ops.add_rms_norm`."""
+    library = native.library()
+    if library is None or not isinstance(x, Tensor) or not x.is_contiguous() or not takes(residual):
+        return ops.add_rms_norm(x, residual, weight, eps)
+    out = torch.empty_like(x)
+    sizes = x.shape[0], x.shape[1], x.dtype == torch.bfloat16
+    pointers = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+    library.add_rms_norm(*pointers, eps, *sizes, out.data_ptr(), None, None)
+    return out
+
+
+def add_rms_norm_quantized(
+    x: Tensor | Addends, residual: Tensor, weight: Tensor, eps: float, quantizer: Quantizer
+) -> QuantizedRows:
+    """See `ops.add_rms_norm_quantized`."""
+    library = native.library()
+    if (
+        library is None
+        or not isinstance(x, Tensor)
+        or quantizer.dtype != torch.uint8
+        or not x.is_contiguous()
+        or not takes(residual)
+    ):
+        return ops.add_rms_norm_quantized(x, residual, weight, eps, quantizer)
+    out, row = _quantized(x.shape[0], x.shape[1])
+    sizes = x.shape[0], x.shape[1], x.dtype == torch.bfloat16
+    pointers = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+    library.add_rms_norm(*pointers, eps, *sizes, row.data_ptr(), out.values.data_ptr(), out.scales.data_ptr())
+    return out
+
+
+def gate_mul(gate_up: Tensor, activation: Activation) -> Tensor:
+    """See `ops.gate_mul`."""
+    library, size = native.library(), gate_up.shape[-1] // 2
+    if library is None or activation != "silu" or size % native.LANES or not takes(gate_up):
+        return ops.gate_mul(gate_up, activation)
+    out = gate_up.new_empty(gate_up.shape[0], size)
+    bf16 = gate_up.dtype == torch.bfloat16
+    library.silu_mul(gate_up.data_ptr(), gate_up.shape[0], size, bf16, out.data_ptr(), None, None)
+    return out
+
+
+def gate_mul_quantized(gate_up: Tensor, activation: Activation, quantizer: Quantizer) -> QuantizedRows:
+    """See `ops.gate_mul_quantized`."""
+    library, size = native.library(), gate_up.shape[-1] // 2
+    if (
+        library is None
+        or activation != "silu"
+        or quantizer.dtype != torch.uint8
+        or size % native.LANES
+        or not takes(gate_up)
+    ):
+        return ops.gate_mul_quantized(gate_up, activation, quantizer)
+    out, row = _quantized(gate_up.shape[0], size)
+    pointers = row.data_ptr(), out.values.data_ptr(), out.scales.data_ptr()
+    library.silu_mul(gate_up.data_ptr(), gate_up.shape[0], size, gate_up.dtype == torch.bfloat16, *pointers)
+    return out
+
+
+def rope_write(
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    kv: KVLayer,
+    slots: Tensor,
+    qk_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.rope_write`."""
+    library, half = native.library(), cos.shape[1]
+    if (
+        library is None
+        or half % native.LANES
+        or not takes(qkv)
+        or not (kv.k_format.plain and kv.v_format.plain)
+        or kv.k.dtype != qkv.dtype
+    ):
+        return ops.rope_write(qkv, heads, cos, sin, kv, slots, qk_norm, eps)
+    rows, all_heads, dim = qkv.shape
+    kv_heads = (all_heads - heads) // 2
+    norm = None if qk_norm is None else qk_norm.data_ptr()
+    library.rope_write(
+        *(qkv.data_ptr(), rows, heads, kv_heads, dim, half, cos.data_ptr(), sin.data_ptr(), cos.stride(0)),
+        *(norm, eps, slots.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), qkv.dtype == torch.bfloat16),
+    )
+    q, k, v = qkv.split_with_sizes([heads, kv_heads, kv_heads], 1)
+    return q, k, v
+
+
+def _quantized(rows: int, size: int) -> tuple[QuantizedRows, Tensor]:
+    """Room for quantized rows, and for one of floats."""
+    return QuantizedRows(torch.empty(rows, size, dtype=torch.uint8), torch.empty(rows, 1)), torch.empty(size)

@@ -1,0 +1,219 @@
+"""The compiled kernels of a CPU against torch, and how they are built and kept."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from branchwise.kernels import native, native_ops, ops
+from branchwise.kernels.kv_pool import KVLayer
+from branchwise.kernels.quantize import QuantizedRows, Quantizer
+
+TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
+DTYPES = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, **TOLERANCE[found.dtype])
+
+
+def close_quantized(found: QuantizedRows, expected: QuantizedRows) -> None:
+    """A sum that is rounded otherwise may fall to the next step."""
+    torch.testing.assert_close(found.scales, expected.scales)
+    assert (found.values.int() - expected.values.int()).abs().max() <= 1
+    assert (found.values != expected.values).float().mean() < 0.02
+
+
+class Calls:
+    """The library, with the names of the functions that were called."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library, self.names = library, list[str]()
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        self.names.append(name)
+        function: Callable[..., None] = getattr(self._library, name)
+        return function
+
+
+@pytest.fixture
+def calls(compiled_kernels: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    counted = Calls(compiled_kernels)
+    monkeypatch.setattr(native, "_library", counted)
+    return counted.names
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 5])
+def test_norms(rows: int, dtype: torch.dtype, calls: list[str]) -> None:
+    x, residual = torch.randn(rows, 96, dtype=dtype), torch.randn(rows, 96, dtype=dtype) * 3
+    weight, same = torch.randn(96), residual.clone()
+    close(native_ops.rms_norm(x, weight, 1e-5), ops.rms_norm(x, weight, 1e-5))
+    close(native_ops.add_rms_norm(x, residual, weight, 1e-5), ops.add_rms_norm(x, same, weight, 1e-5))
+    assert residual.equal(same)
+    quantizer = Quantizer(torch.uint8)
+    found = native_ops.add_rms_norm_quantized(x, residual, weight, 1e-5, quantizer)
+    expected = ops.add_rms_norm_quantized(x, same, weight, 1e-5, quantizer)
+    if dtype == torch.float32:  # torch rounds to bfloat16 before it quantizes
+        close_quantized(found, expected)
+    assert calls == ["add_rms_norm"] * 3
+
+
+@DTYPES
+@pytest.mark.parametrize("rows", [1, 5])
+def test_silu(rows: int, dtype: torch.dtype, calls: list[str]) -> None:
+    x = torch.randn(rows, 128, dtype=dtype) * 4
+    x[0, :6] = torch.tensor([0.0, -0.0, 80.0, -80.0, 1e4, -1e4], dtype=dtype)
+    close(native_ops.gate_mul(x, "silu"), ops.gate_mul(x, "silu"))
+    quantizer = Quantizer(torch.uint8)
+    if dtype == torch.float32:
+        x = x.clamp(-8, 8)
+        close_quantized(
+            native_ops.gate_mul_quantized(x, "silu", quantizer), ops.gate_mul_quantized(x, "silu", quantizer)
+        )
+    assert set(calls) == {"silu_mul"}
+    count = len(calls)
+    close(native_ops.gate_mul(x, "gelu_tanh"), ops.gate_mul(x, "gelu_tanh"))
+    assert len(calls) == count
+
+
+@DTYPES
+@pytest.mark.parametrize("half", [16, 32])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_write(normed: bool, half: int, dtype: torch.dtype, calls: list[str]) -> None:
+    heads, kv_heads, dim = 6, 2, 64
+    qkv = torch.randn(3, heads + 2 * kv_heads, dim, dtype=dtype)
+    cos, sin = torch.randn(3, 2, half).unbind(1)
+    slots = torch.tensor([9, 4, 30])
+    norm = torch.randn(heads + kv_heads, dim) if normed else None
+    results = []
+    for module in (native_ops, ops):
+        pages = torch.zeros(2, 8, 4, kv_heads, dim, dtype=dtype)
+        written = module.rope_write(qkv.clone(), heads, cos, sin, KVLayer.of(pages), slots, norm, 1e-6)
+        results.append((*written, pages))
+    for found, expected in zip(*results, strict=True):
+        close(found, expected)
+    assert calls == ["rope_write"]
+
+
+def test_nan_stays_nan(calls: list[str]) -> None:
+    """A row that is not finite is found by its logits: no kernel may hide it."""
+    x = torch.randn(2, 128)
+    x[1, 70] = torch.nan
+    for found in (native_ops.rms_norm(x, torch.ones(128), 1e-5), native_ops.gate_mul(x, "silu")):
+        assert found[0].isfinite().all()
+        assert found[1].isnan().any()
+    x = x.bfloat16()
+    assert native_ops.rms_norm(x, torch.ones(128), 1e-5)[1].isnan().all()
+    assert len(calls) == 3
+
+
+def test_other_rows_run_torch(calls: list[str]) -> None:
+    weight = torch.ones(40)
+    for x in (
+        torch.randn(native.ROWS + 1, 40),
+        torch.randn(2, 40),
+        torch.randn(2, 80)[:, ::2],
+        torch.randn(2, 40).double(),
+    ):
+        close_to = ops.rms_norm(x, weight, 1e-5)
+        assert native_ops.rms_norm(x, weight, 1e-5).equal(close_to)
+    assert calls == []
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "branchwise"
+
+
+def fake_compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> str:
+    path = folder / "cc"
+    path.write_text("#!/bin/sh\n" + script)
+    path.chmod(0o755)
+    monkeypatch.setattr(native, "_COMPILERS", (str(path),))
+    return str(path)
+
+
+def test_a_library_is_compiled_once(compiled_kernels: object, cache: Path) -> None:
+    native.load()
+    (path,) = cache.iterdir()
+    assert cache.stat().st_mode & 0o777 == 0o700
+    before = path.stat()
+    native.load()
+    assert path.stat() == before
+    assert native.describe() == f"no ({native.SWITCH})"
+
+
+def test_without_a_compiler_torch_runs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_COMPILERS", ("no-such-compiler",))
+    native._build()
+    assert native.library() is None
+    with pytest.raises(RuntimeError, match="no C compiler"):
+        native.load()
+    monkeypatch.delenv(native.SWITCH)
+    assert native.describe().startswith("no: no C compiler")
+    x, weight = torch.randn(2, 64), torch.randn(64)
+    assert native_ops.rms_norm(x, weight, 1e-5).equal(ops.rms_norm(x, weight, 1e-5))
+
+
+def test_a_compiler_that_fails_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = 'case "$*" in --version) echo 1;; *) echo "no memory" >&2; exit 3;; esac\n'
+    fake_compiler(tmp_path, monkeypatch, script)
+    with pytest.raises(RuntimeError, match="exit status 3: no memory"):
+        native.load()
+    assert list(cache.iterdir()) == []
+    native._build()
+    assert native.library() is None
+
+
+def test_a_compiler_that_hangs_is_ended(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = fake_compiler(tmp_path, monkeypatch, "exec sleep 1000\n")
+    cache.mkdir(parents=True)
+    monkeypatch.setattr(native, "_COMPILE_SECONDS", 0.01)
+    with pytest.raises(subprocess.TimeoutExpired):
+        native.compile_library(compiler, cache / "native-x.so")
+    assert list(cache.iterdir()) == []
+
+
+@pytest.mark.parametrize("what", ["folder", "file", "link"])
+def test_what_others_can_write_is_not_loaded(what: str, cache: Path, tmp_path: Path, compiled_kernels: object) -> None:
+    native.load()
+    (path,) = cache.iterdir()
+    if what == "link":
+        path.rename(tmp_path / "elsewhere.so")
+        path.symlink_to(tmp_path / "elsewhere.so")
+    else:
+        (cache if what == "folder" else path).chmod(0o777)
+    with pytest.raises(OSError, match="is not this user's alone"):
+        native.load()
+
+
+def test_another_source_or_compiler_is_another_library(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = fake_compiler(tmp_path, monkeypatch, "echo 1\n")
+    names = {native.library_path(compiler).name}
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, "-g"))
+    names.add(native.library_path(compiler).name)
+    fake_compiler(tmp_path, monkeypatch, "echo 2\n")
+    names.add(native.library_path(compiler).name)
+    source = tmp_path / "native.c"
+    source.write_text("int other;")
+    monkeypatch.setattr(native, "_SOURCE", source)
+    names.add(native.library_path(compiler).name)
+    assert len(names) == 4
+
+
+def test_it_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_builder", None)
+    native.start()
+    assert native._builder is None
