@@ -78,7 +78,8 @@ class WaitingQueue(MutableMapping[int, Request]):
 
     def __delitem__(self, id: int) -> None:
         self._present[self._slots.pop(id)] = False
-        if len(self._requests) > max(_LEAST, 4 * len(self)):
+        # An empty queue is rebuilt: its old slots would keep the requests that left, and their prompts, in memory.
+        if not self._slots or len(self._requests) > max(_LEAST, 4 * len(self)):
             self._rebuild(list(self.values()))
 
     def __iter__(self) -> Iterator[int]:

@@ -37,8 +37,9 @@ class Arrival(NamedTuple):
 
     def tokens(self) -> Int32:
         """Token ids for the prompt: two prompts share a prefix of them exactly where they share blocks."""
-        spread = self.blocks[:, None] * np.int64(self.block_size) + np.arange(self.block_size)
-        return (spread.reshape(-1)[: self.prompt_tokens] % _MAX_TOKEN).astype(np.int32)
+        first: Int32 = (self.blocks * np.int64(self.block_size) % (_MAX_TOKEN - self.block_size)).astype(np.int32)
+        tokens: Int32 = np.add.outer(first, np.arange(self.block_size, dtype=np.int32))
+        return tokens.reshape(-1)[: self.prompt_tokens]
 
 
 def read_trace(path: Path, *, seed: int = 0, max_requests: int | None = None) -> list[Arrival]:

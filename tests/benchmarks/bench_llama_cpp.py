@@ -1,7 +1,7 @@
 """Branchwise and llama.cpp on a CPU: the same model, the same client, the same prompts, in turns (A B A B).
 
     bench_llama_cpp.py [--model qwen3-0.6b|tiny] [--llama-server PATH] [--work FOLDER] [--rounds 2]
-        [--formats float32,int8:f32,q8_0] [--slots 8,1] [--threads 2] [--only decode,prefill,...]
+        [--formats float32,int8:f32,q8_0|bfloat16:bf16] [--slots 8,1] [--threads 2] [--only decode,prefill,...]
 
 The model has the shape of Qwen3-0.6B (596 M weights), or the sizes of `tiny_model.CONFIG` (5 M), and random weights. It
 is written once into ``--work`` as safetensors in bfloat16 and as GGUF in F32; llama-quantize makes the others from
@@ -197,7 +197,8 @@ def prepare(work: Path, quantize: Path, formats: list[str], config: dict[str, An
 
 def ours(folder: Path, format: str) -> list[str]:
     quantization, dtype = ("int8", "float32") if format == "int8" else ("auto", format)
-    options = ["--dtype", dtype, "--quantization", quantization, "--kv-cache-tokens", str(CONTEXT_TOKENS)]
+    options = ["--device", "cpu", "--dtype", dtype, "--quantization", quantization]
+    options += ["--kv-cache-tokens", str(CONTEXT_TOKENS)]
     return [sys.executable, "-m", "branchwise", "serve", str(folder), *options, "--log-level", "warning"]
 
 

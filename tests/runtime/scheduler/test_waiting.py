@@ -124,6 +124,16 @@ def test_a_restored_request_is_in_its_place_and_columns_taken_before_are_not_cha
     assert [columns.request(position).id for position in range(len(columns))] == before
 
 
+def test_an_empty_queue_keeps_no_request_that_left():
+    """A prompt of an agent's session is megabytes: a fleet of 1,000 simulated replicas held 16 GB of them."""
+    queue = WaitingQueue()
+    for id in range(3):
+        queue[id] = request(id, random.Random(id))
+    for id in range(3):
+        del queue[id]
+    assert queue.columns().requests == []
+
+
 def test_a_request_is_queued_once():
     queue = WaitingQueue()
     queue[1] = request(1, random.Random(0))
