@@ -276,7 +276,7 @@ class Finished(Message):
 
 
 class StepOutput(Message):
-    """The results of one step, to be read in this order: started, tokens, finished.
+    """The results of one step, or a part of them, to be read in this order: started, tokens, finished.
 
     ``tokens[i]`` belongs to request ``ids[i]``. A request has several in a row if its grammar forces them. A stop token
     that ends a request is included.

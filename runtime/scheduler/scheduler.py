@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _TAIL = 8  # last prompt tokens sent to the detokenizer, which needs them to decode the first output
 _NO_EVENTS = ConstraintEvents()
+_ENDS_TOGETHER = 8  # requests that one step ends, after which `Scheduler.send_early` gets their output
 _WORTH_A_STEP = 2  # forced tokens: with more, skip a step (where steps overlap) to append them at once
 
 
@@ -83,6 +84,7 @@ class Scheduler:
         self._seeds = random.Random(config.seed)
         self._live: dict[int, Request] = {}
         self.output = StepOutput()  # since the last `take_output`
+        self.send_early: Callable[[StepOutput], None] | None = None  # see `_finish_all`
         self._totals = Stats(pages_total=num_pages, page_size=config.page_size)
 
     # -- input ---------------------------------------------------------------------------------------------------------
@@ -323,8 +325,7 @@ class Scheduler:
         self.output.ids += np.array(ids, dtype="<i8").tobytes()
         self.output.tokens += np.array(sampled_tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(ids)
-        for request, reason, matched in ended:
-            self._finish(request, reason, matched=matched)
+        self._finish_all(ended)
         for request in constrained:
             if not self._constraints.is_advancing(request):
                 self._end_matched(request)
@@ -388,6 +389,20 @@ class Scheduler:
         self.output.ids += np.full(len(tokens), request.id, dtype="<i8").tobytes()
         self.output.tokens += np.array(tokens, dtype="<i4").tobytes()
         self._totals.generated_tokens += len(tokens)
+
+    def _finish_all(self, ended: list[tuple[Request, FinishReason, int | None]]) -> None:
+        """Ends requests, with the token that stopped each, and hands output to `send_early` in between.
+
+        Ending a request takes 65 µs, most of it in the tree. Clients of the first of 128 would otherwise wait for the
+        last, and the device for their next requests.
+        """
+        # The detokenizer leaves out a stop token if it gets the token and `Finished` together: those are sent first.
+        ended.sort(key=lambda end: end[1] != "stop")
+        for i, (request, reason, matched) in enumerate(ended, start=1):
+            self._finish(request, reason, matched=matched)
+            if i % _ENDS_TOGETHER == 0 and i < len(ended) and ended[i][1] != "stop" and self.send_early is not None:
+                self.send_early(self.output)
+                self.output = StepOutput()
 
     def _finish(
         self,

@@ -40,7 +40,7 @@ from .plumbing.request_log import RequestRecord
 ServerState = Literal["starting", "ready", "leaving", "draining", "restarting", "dead"]
 
 CONTROL_SECONDS = 30.0
-ENDS = 16  # requests: their responses take about a millisecond
+ENDS = 8  # requests: their responses take about a millisecond
 
 Batch = list[tuple[int, Delta]]  # (index of the engine request within its call, delta)
 

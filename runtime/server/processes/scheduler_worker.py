@@ -53,6 +53,7 @@ class SchedulerWorker:
             failed.add_done_callback(partial(_leave, run_dir))
             loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]), failed)
         self._core = loaded.core
+        self._core.scheduler.send_early = lambda output: self._detokenizer.send([output])
         self._events: KVEventPublisher | None = None
         info = {**self._core.info(), "memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
         if config.kv_events is not None:

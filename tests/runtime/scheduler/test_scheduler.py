@@ -11,6 +11,8 @@ from branchwise.radix.tree import RadixTree
 from branchwise.runtime.messages import Generate
 from branchwise.runtime.sampling_params import SamplingParams
 
+from .conftest import expected_output
+
 BOTH = pytest.mark.parametrize("overlap", [False, True], ids=["read-at-once", "read-one-late"])
 
 
@@ -159,6 +161,31 @@ def test_stop_tokens_end_a_request_with_the_token_included(make_driver, overlap)
     driver.drain()
     assert {f.reason for f in driver.finished.values()} >= {"stop"}
     assert {f.matched for f in driver.finished.values()} <= {None, 1, 7}
+    driver.verify()
+
+
+@BOTH
+def test_the_ends_of_one_step_are_sent_in_parts(make_driver, overlap):
+    driver = make_driver(overlap=overlap, max_num_seqs=32, num_pages=256)
+    parts, step_parts = [], []
+    driver.core.scheduler.send_early = parts.append
+    for i in range(20):
+        driver.add([2 + i, 5, 9], max_tokens=3)
+    stopped, third = [3, 17], {}
+    for i in stopped:  # in the step that is the last of the others, by a token that they have not sampled before
+        first, second, third[i] = expected_output([2 + i, 6, 9], 21, SamplingParams(max_tokens=3))[0]
+        assert third[i] not in (first, second)
+        driver.add([2 + i, 6, 9], max_tokens=9, stop_token_ids=(third[i],), seed=21)
+    while driver.core.has_work:
+        output = driver.core.step()
+        step_parts.append([*parts, *filter(None, [output])])
+        parts.clear()
+        for part in step_parts[-1]:
+            driver.take(part)
+    *_, last = (one for one in step_parts if one and one[-1].finished)
+    assert [len(part.finished) for part in last] == [8, 8, 6]
+    assert [len(part.ids) // 8 for part in last] == [22, 0, 0], "the tokens come first"
+    assert {finish.matched for finish in last[0].finished} == {None, *third.values()}, "a stop token beside its end"
     driver.verify()
 
 
