@@ -65,7 +65,9 @@ def load_engine(
         if config.tensor_parallel_size > 1:  # first: they import torch while this process does
             ranks = Ranks(config.tensor_parallel_size, RANK_MODULE, failed or Future())
             undo.callback(ranks.close)
-        from ..executor.executor import ModelExecutor  # torch: seconds to import
+        import torch  # noqa: F401  # alone, as `import_torch_early` asks; it takes a second or more
+
+        from ..executor.executor import ModelExecutor
         from ..executor.rank_zero import RankZero
 
         times.lap("imports")

@@ -40,7 +40,9 @@ class EngineProcesses:
         self.to_tokenizer, self.to_scheduler = self._to_tokenizer.send, self._to_scheduler.send
         self._loop = asyncio.get_running_loop()
         self._supervisor = Supervisor(
-            self._run_dir.path, lambda role, code: self._loop.call_soon_threadsafe(self._on_exit, role, code)
+            self._run_dir.path,
+            lambda role, code: self._loop.call_soon_threadsafe(self._on_exit, role, code),
+            torch=not config.null_executor,
         )
         self._ready: dict[str, dict[str, Any]] = {}
         self._all_ready = asyncio.Event()

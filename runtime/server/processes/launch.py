@@ -26,13 +26,6 @@ _PREFIX = "branchwise-"
 _LONGEST = f"/{_PREFIX}xxxxxxxx/detokenizer.sock"
 
 
-class Launch(msgspec.Struct, frozen=True):
-    """The settings that every child reads when it starts. Keys and secrets are left out: no child needs them."""
-
-    parent: int  # process id
-    config: ServerConfig
-
-
 class RunDirectory:
     """A new directory, mode 0700, in the temporary directory, or in /tmp where that path is too long for a socket's.
 
@@ -55,17 +48,16 @@ class RunDirectory:
         keyless = msgspec.structs.replace(
             config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None, namespace_secret=None
         )
-        launch = Launch(os.getpid(), keyless)
-        (self.path / "launch.json").write_bytes(msgspec.json.encode(launch))
+        (self.path / "launch.json").write_bytes(msgspec.json.encode(keyless))
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
 
 
-def read_launch(run_dir: Path) -> Launch:
-    """Reads the settings that `RunDirectory` wrote, in a child."""
-    return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=Launch)
+def read_launch(run_dir: Path) -> ServerConfig:
+    """Reads the settings that `RunDirectory` wrote, in a child. Keys and secrets are left out: no child needs them."""
+    return msgspec.json.decode((run_dir / "launch.json").read_bytes(), type=ServerConfig)
 
 
 def hold_lock(run_dir: Path, name: str) -> IO[str]:

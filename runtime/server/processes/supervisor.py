@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import logging
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from .children import start_child
 from .launch import ROLES, Role
 
 logger = logging.getLogger(__name__)
 
-_STDERR = 2
 KILL_SECONDS = 5.0  # how long killed children may take to end
 
 
 class Supervisor:
     """The child processes of one server. They start in parallel, so that their imports and loading overlap.
 
-    ``on_exit(role, returncode)`` is called once for each child that exits, expected or not, from a watcher thread.
+    ``torch``: whether the scheduler needs torch. ``on_exit(role, returncode)`` is called once for each child that
+    exits, expected or not, from a watcher thread.
     """
 
-    def __init__(self, run_dir: Path, on_exit: Callable[[Role, int], object]) -> None:
-        self._run_dir = run_dir
+    def __init__(self, run_dir: Path, on_exit: Callable[[Role, int], object], *, torch: bool) -> None:
+        self._run_dir, self._torch = run_dir, torch
         self._on_exit = on_exit
         self._children: dict[Role, subprocess.Popen[bytes]] = {}
         self._watchers: list[threading.Thread] = []
@@ -37,13 +37,7 @@ class Supervisor:
     def start(self) -> None:
         """Call it from a thread that outlives the server: Linux kills the children when that thread ends."""
         for role in ROLES:
-            child = subprocess.Popen(
-                [sys.executable, "-m", f"{__package__}.worker", role, str(self._run_dir)],
-                stdin=subprocess.DEVNULL,
-                stdout=_STDERR,
-                start_new_session=True,  # Ctrl-C in a terminal must not reach the children
-            )
-            self._children[role] = child
+            self._children[role] = child = start_child(role, self._run_dir, torch=self._torch)
             # A thread in wait() reports an exit at once, on every platform, without a SIGCHLD handler.
             watcher = threading.Thread(target=self._watch, args=(role, child), name=f"watch-{role}", daemon=True)
             watcher.start()

@@ -1,6 +1,10 @@
-"""Entry point of every child: ``python -m branchwise.runtime.server.processes.worker ROLE RUN_DIR``.
+"""Entry point of every child: ``python -m branchwise.runtime.server.processes.worker ROLE PARENT [torch]``.
 
-Exit codes: 0 after `Shutdown`, 1 after a bug, `EXIT_FAILED` if it could not start or the engine has ended.
+``PARENT`` is the process id of the server. A line of standard input names the run directory; with ``torch``, torch is
+imported meanwhile.
+
+Exit codes: 0 after `Shutdown` or if no line comes, 1 after a bug, `EXIT_FAILED` if it could not start or the engine has
+ended.
 """
 
 from __future__ import annotations
@@ -15,7 +19,9 @@ import zmq
 
 from ...config import ServerConfig
 from ...errors import BranchwiseError, EngineDead
+from ...executor.torch_environment import prepare_torch
 from ...messages import Failed
+from ...parallel.early_torch import import_torch_early
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..log_format import configure_logging
 from ..memory import return_freed_memory
@@ -52,20 +58,28 @@ def make_worker(role: str, config: ServerConfig, context: zmq.Context[Any], run_
     raise ValueError(f"no such role: {role}")
 
 
-def main(role: str, run_dir: Path) -> int:
+def main(role: str, parent: int, *, torch: bool) -> int:
     """Serves one role until `Shutdown` or until the parent ends. Returns the exit code."""
     gc.disable()  # until it is made: imports and loading make objects that stay, and collections find nothing
     ignore_stop_signals()
-    launch = read_launch(run_dir)
-    # The detokenizer cleans up after a killed server, as it never blocks for long.
-    die_with_parent(launch.parent, run_dir if role == "detokenizer" else None)
+    cleans_up = role == "detokenizer"  # after a killed server: it never blocks for long
+    if not cleans_up:
+        die_with_parent(parent)
+    if torch:
+        _import_scheduler()
+    run_dir = Path(sys.stdin.readline().rstrip("\n"))
+    if not run_dir.name:  # the parent has ended
+        return 0
+    config = read_launch(run_dir)
+    if cleans_up:
+        die_with_parent(parent, run_dir)
     lock = hold_lock(run_dir, role)
-    sys.stdout = sys.stderr = configure_logging(launch.config, role)
+    sys.stdout = sys.stderr = configure_logging(config, role)
     context: zmq.Context[Any] = zmq.Context()
     http = Outbox(context, run_dir, "http")
     try:
         try:
-            worker = make_worker(role, launch.config, context, run_dir, http)
+            worker = make_worker(role, config, context, run_dir, http)
         except BranchwiseError as error:
             http.send([Failed(role, str(error))])
             return EXIT_FAILED
@@ -92,5 +106,13 @@ def main(role: str, run_dir: Path) -> int:
         lock.close()
 
 
+def _import_scheduler() -> None:
+    """Imports the scheduler's modules, and then torch in a thread, during which this thread imports nothing."""
+    from . import scheduler_worker  # noqa: F401
+
+    prepare_torch()
+    import_torch_early()
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], int(sys.argv[2]), torch="torch" in sys.argv[3:]))

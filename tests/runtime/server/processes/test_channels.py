@@ -103,9 +103,9 @@ def test_nothing_is_dropped_while_nobody_reads(context: zmq.Context[Any], run_di
 
 def test_the_run_directory_is_private(run_dir: Path) -> None:
     assert run_dir.stat().st_mode & 0o777 == 0o700
-    launch = read_launch(run_dir)
-    assert (launch.config.api_key, launch.config.extra_api_keys, launch.config.admin_api_key) == (None, (), None)
-    assert launch.config.namespace_secret is None
+    config = read_launch(run_dir)
+    assert (config.api_key, config.extra_api_keys, config.admin_api_key) == (None, (), None)
+    assert config.namespace_secret is None
     assert "hidden" not in (run_dir / "launch.json").read_text()
 
 
