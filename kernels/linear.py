@@ -11,6 +11,8 @@ On a CPU, weights in the model's dtype are packed once for oneDNN. Measured on a
 times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. The packed kernel costs 20 µs a call, so a
 weight of up to `COPY_BYTES` also has a transposed copy for few rows. In µs, packed and copy, on a Xeon core with
 AVX512: 1 row of 512 × 256 24 and 6, of 8192 × 256 384 and 314; 8 rows 32 and 14, 621 and 424. MKL loses on two threads.
+Once the compiled kernels are there (`native`), the copy is the checkpoint's own bfloat16 if it has that: the same
+values in half the bytes.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import native, native_ops
 from .quantize import ZERO_POINT, QuantizedRows, Quantizer, Rows, quantize, quantize_weight
 
 _ROWS = 512  # the number of rows that the packed layout is optimized for; it works for any
@@ -61,6 +64,7 @@ class PlainLinear:
         self._packed = packs(weight.device, self._dtype)
         self._copied = copied and _copies(weight.device, weight.shape, self._dtype)
         self._copy: Tensor | None = None  # [inputs, outputs]
+        self._rows: Tensor | None = None  # [outputs, inputs] in bfloat16, in place of the copy
         self._laid_out = not self._packed and weight.dtype == self._dtype
 
     def lay_out(self) -> None:
@@ -70,7 +74,9 @@ class PlainLinear:
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
             weight = self._weight.to(self._dtype)
-            if self._copied:
+            if self._copied and self._weight.dtype == torch.bfloat16 and native.library() is not None:
+                self._rows = self._weight.contiguous()
+            elif self._copied:
                 self._copy = weight.t().contiguous()
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
         self._laid_out = True
@@ -79,7 +85,11 @@ class PlainLinear:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
         if not self._laid_out:
             self.lay_out()
-        if self._copy is not None and len(x) <= (COPY_ROWS if torch.get_num_threads() == 1 else 1):
+        if self._rows is not None and x.shape[0] <= COPY_ROWS:
+            found = native_ops.linear(x, self._rows, self.bias)
+            if found is not None:
+                return found
+        if self._copy is not None and x.shape[0] <= (COPY_ROWS if torch.get_num_threads() == 1 else 1):
             return torch.mm(x, self._copy) if self.bias is None else torch.addmm(self.bias, x, self._copy)
         if not self._packed:
             return F.linear(x, self._weight, self.bias)
@@ -95,7 +105,8 @@ class Int8Linear:
     scale for all rows; those of the tokens are multiplied afterwards.
 
     A call of that kernel costs 27 µs or more, so a weight of up to `COPY_BYTES` also has a plain copy, from which
-    `torch._int_mm` computes a single row: the same sums at 2 µs a call.
+    `torch._int_mm` computes a single row: the same sums at 2 µs a call. So do the compiled kernels (`native`) of up to
+    `COPY_ROWS` rows.
 
     Measured on one core with AVX512-VNNI that others used too, 6144 × 1024: 1.6 ms for 64 rows, 11.6 for 512 and 64
     for 2,048; `torch._int_mm` with the scales applied 2.2, 17 and 122; float32 packed for oneDNN 6.6, 44 and 232. One
@@ -117,7 +128,8 @@ class Int8Linear:
         self._weight: Tensor | None = weight  # None once it is laid out
         self._packed = self._scale = torch.empty(0)
         self._copied = copied and weight.numel() <= COPY_BYTES
-        self._row_copy: Tensor | None = None
+        self._row_copy: Tensor | None = None  # [outputs, inputs], with the sum of each output's weights
+        self._sums = torch.empty(0, dtype=torch.int32)
         self._zero_point = torch.zeros(1, dtype=torch.int32)
         self._sign_bit = torch.tensor(ZERO_POINT, dtype=torch.uint8)
         self._bias, self._dtype = bias, dtype or weight.dtype
@@ -130,16 +142,22 @@ class Int8Linear:
         with torch.inference_mode():
             values, scale = quantize_weight(self._weight, torch.int8)
             self._packed = torch.ops.onednn.qlinear_prepack(values, None)
-        self._row_copy = values.t() if self._copied else None
+        if self._copied:
+            self._row_copy, self._sums = values, values.sum(1, dtype=torch.int32)
         self._scale, self._weight = scale[:, 0].contiguous(), None
 
     def __call__(self, x: Rows) -> Tensor:
         if self._weight is not None:
             self.lay_out()
         values, scales = quantize(x, self.quantizer) if isinstance(x, Tensor) else x
-        if self._row_copy is not None and len(values) == 1:
+        if self._row_copy is not None and values.shape[0] <= COPY_ROWS:
+            rows = QuantizedRows(values, scales)
+            found = native_ops.int8_linear(rows, self._row_copy, self._scale, self._sums, self._bias)
+            if found is not None:
+                return found.to(self._dtype)
+        if self._row_copy is not None and values.shape[0] == 1:
             signed = values.bitwise_xor(self._sign_bit).view(torch.int8)  # less the zero point
-            out = torch._int_mm(signed, self._row_copy).mul(self._scale)
+            out = torch._int_mm(signed, self._row_copy.t()).mul(self._scale)
         else:
             out = torch.ops.onednn.qlinear_pointwise(
                 *(values, 1.0, ZERO_POINT, self._packed, self._scale, self._zero_point, None),
@@ -154,11 +172,11 @@ def linear_bytes(
 ) -> int:
     """Bytes of a weight ``[outputs, inputs]`` as a `PlainLinear` in ``dtype`` or an `Int8Linear` stores it.
 
-    In int8, each output channel also has its scale and its sum for the inputs' zero point.
+    In int8, each output channel also has its scale and its sum for the inputs' zero point; in the copy too.
     """
     size = math.prod(shape) * (1 if int8 else dtype.itemsize)
     if copied and (size <= COPY_BYTES if int8 else _copies(device, shape, dtype)):
-        size *= 2
+        size = 2 * size + (4 * shape[0] if int8 else 0)
     return size + (8 * shape[0] if int8 else 0)
 
 

@@ -6,7 +6,7 @@
 
 #include <math.h>
 #include <stdint.h>
-#ifdef __AVX512VNNI__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -48,7 +48,11 @@ static void run(Unit unit, const void *job, long count, long threads) {
 
 INLINE vf load(const void *p, long i, int bf16) {
     if (!bf16) return *(const vf_memory *)((const float *)p + i);
+#ifdef __AVX512F__  // GCC 12 makes five instructions of the line below
+    return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)p + i))) << 16);
+#else
     return (vf)(__builtin_convertvector(*(const vh_memory *)((const uint16_t *)p + i), vu) << 16);
+#endif
 }
 
 INLINE void store(void *p, long i, vf x, int bf16) {
@@ -205,6 +209,84 @@ INLINE vf dots(const float *const *x, const void *const *w, const int rows, long
         }
     }
     return sum16(acc);
+}
+
+typedef struct {
+    const void *x, *weight;
+    const float *bias, *x_scales, *scales;  // scales: of int8, for each row and each output
+    const int32_t *sums;                    // of int8: of each output's weights
+    float *out;
+    long rows, outputs, inputs;
+} Product;
+enum { CHANNELS = 64 };  // outputs of a unit
+
+INLINE vi int8_dots(const void *const *x, const void *const *w, const int rows, long size) {
+    const int channels = 16 / rows;
+    vi acc[16] = {};
+    for (long i = 0; i < size; i += 64) {
+        UNROLL for (int c = 0; c < channels; c++) {
+            UNROLL for (int r = 0; r < rows; r++) {
+                vi *to = acc + r * channels + c;
+#ifdef __AVX512VNNI__
+                __m512i a = _mm512_loadu_si512((const char *)x[r] + i), b = _mm512_loadu_si512((const char *)w[c] + i);
+                *to = (vi)_mm512_dpbusd_epi32((__m512i)*to, a, b);
+#else
+                for (int j = 0; j < 64; j++)
+                    (*to)[j & 15] += ((const uint8_t *)x[r])[i + j] * ((const int8_t *)w[c])[i + j];
+#endif
+            }
+        }
+    }
+    return sum16_int(acc);
+}
+
+INLINE void product(const Product *p, long row, const int rows, long n, long last, const int element) {
+    const int channels = 16 / rows, size = element == 1 ? 1 : 4;
+    const void *x[4], *w[16];
+    float found[16];
+    UNROLL for (int r = 0; r < rows; r++)
+        x[r] = (const char *)p->x + (row + r < p->rows ? row + r : row) * p->inputs * size;
+    for (; n < last; n += channels) {
+        UNROLL for (int c = 0; c < channels; c++)
+            w[c] = (const char *)p->weight + (n + c < last ? n + c : n) * p->inputs * element;
+        if (element == 1) {
+            vi sums = int8_dots(x, w, rows, p->inputs);
+            for (int i = 0; i < 16; i++) {
+                long r = row + i / channels, c = n + i % channels;
+                if (r >= p->rows || c >= last) continue;
+                found[i] = (float)(sums[i] - 128 * p->sums[c]) * p->scales[c] * p->x_scales[r];
+            }
+        } else store(found, 0, dots((const float *const *)x, w, rows, p->inputs, element == 2), 0);
+        for (int r = 0; r < rows && row + r < p->rows; r++) {
+            float *out = p->out + (row + r) * p->outputs + n;
+            for (int c = 0; c < channels && n + c < last; c++)
+                out[c] = found[r * channels + c] + (p->bias ? p->bias[n + c] : 0.0f);
+        }
+    }
+}
+
+INLINE void product_block(const Product *p, long block, const int element) {
+    long first = block * CHANNELS, last = first + CHANNELS < p->outputs ? first + CHANNELS : p->outputs;
+    for (long n = first; n < last; n += 16) {
+        long stop = n + 16 < last ? n + 16 : last;
+        for (long row = 0; row < p->rows; row += 4) {
+            if (p->rows - row == 1) product(p, row, 1, n, stop, element);
+            else if (p->rows - row == 2) product(p, row, 2, n, stop, element);
+            else product(p, row, 4, n, stop, element);
+        }
+    }
+}
+
+static void float_unit(const void *job, long block) { product_block(job, block, 4); }
+static void bf16_unit(const void *job, long block) { product_block(job, block, 2); }
+static void int8_unit(const void *job, long block) { product_block(job, block, 1); }
+
+// `x @ weight.T + bias` in float32: `element` is 4 of a float32 weight, 2 of bfloat16; 1 of int8, and of unsigned rows
+// with a zero point of 128 (`quantize.quantize`).
+void linear(const void *x, const void *weight, const float *bias, float *out, long rows, long outputs, long inputs,
+            long element, const float *x_scales, const float *scales, const int32_t *sums, long threads) {
+    Product p = {x, weight, bias, x_scales, scales, sums, out, rows, outputs, inputs};
+    run(element == 1 ? int8_unit : element == 2 ? bf16_unit : float_unit, &p, (outputs + CHANNELS - 1) / CHANNELS, threads);
 }
 
 // -- attention of decodes over pages: online softmax (Milakov & Gimelshein, 2018) -------------------------------------

@@ -24,7 +24,7 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 ROWS = 16  # the most rows of the elementwise kernels: for more, torch's are as fast
-LANES = 16  # rows are multiples of it
+LANES = 16  # rows are multiples of it; those of int8 of four times as much
 SWITCH = "BRANCHWISE_NATIVE"
 _SOURCE = Path(__file__).with_name("native.c")
 _COMPILERS = ("cc", "gcc", "clang")
@@ -59,6 +59,7 @@ _FUNCTIONS = {
     "add_rms_norm": (_P, _P, _P, _F, _N, _N, _N, _P, _P, _P),
     "silu_mul": (_P, _N, _N, _N, _P, _P, _P),
     "rope_write": (_P, *(_N,) * 5, _P, _P, _N, _P, _F, _P, _P, _P, _N),
+    "linear": (*(_P,) * 4, *(_N,) * 4, *(_P,) * 3, _N),
     "attention": (_P, _P, _P, _N, _P, _P, _N),
 }
 

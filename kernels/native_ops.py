@@ -1,4 +1,5 @@
-"""The operations of `ops` with compiled kernels for few rows (`native`), and torch's for everything else."""
+"""The operations of `ops` with compiled kernels for few rows (`native`), and torch's for everything else; and products
+of few rows for `linear`."""
 
 from __future__ import annotations
 
@@ -136,6 +137,43 @@ def rope_write(
     )
     q, k, v = qkv.split_with_sizes([heads, kv_heads, kv_heads], 1)
     return q, k, v
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``x @ weight.T + bias`` in float32, for a weight ``[outputs, inputs]`` in float32 or bfloat16; None: not here."""
+    library, (outputs, inputs) = native.library(), weight.shape
+    if library is None or inputs % native.LANES or not x.is_contiguous() or not _fits(bias):
+        return None
+    rows = x.shape[0]
+    out = x.new_empty(rows, outputs)
+    pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    sizes = rows, outputs, inputs, weight.element_size()
+    library.linear(*pointers, *sizes, None, None, None, torch.get_num_threads())
+    return out
+
+
+def int8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The same in int8, from unsigned rows with a scale each.
+
+    Args:
+        x: uint8 with a zero point (`quantize.quantize`).
+        weight: int8 ``[outputs, inputs]``.
+        scale, sums: of each output's weights, float32 and int32 ``[outputs]``.
+        bias: ``[outputs]`` or None.
+    """
+    library, (outputs, inputs) = native.library(), weight.shape
+    if library is None or inputs % (4 * native.LANES) or not x.values.is_contiguous() or not _fits(bias):
+        return None
+    rows = x.values.shape[0]
+    out = torch.empty(rows, outputs)
+    pointers = x.values.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    scales = x.scales.data_ptr(), scale.data_ptr(), sums.data_ptr()
+    library.linear(*pointers, rows, outputs, inputs, 1, *scales, torch.get_num_threads())
+    return out
+
+
+def _fits(bias: Tensor | None) -> bool:
+    return bias is None or (bias.dtype == torch.float32 and bias.is_contiguous())
 
 
 def _quantized(rows: int, size: int) -> tuple[QuantizedRows, Tensor]:

@@ -12,6 +12,7 @@ import torch
 
 from branchwise.kernels import native, native_ops, ops
 from branchwise.kernels.kv_pool import KVLayer
+from branchwise.kernels.linear import COPY_ROWS, Int8Linear, PlainLinear, packs
 from branchwise.kernels.quantize import QuantizedRows, Quantizer
 
 TOLERANCE = {torch.float32: {"rtol": 1e-5, "atol": 1e-5}, torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2}}
@@ -99,6 +100,64 @@ def test_rope_write(normed: bool, half: int, dtype: torch.dtype, calls: list[str
     for found, expected in zip(*results, strict=True):
         close(found, expected)
     assert calls == ["rope_write"]
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (65, 192), (130, 128)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(shape: tuple[int, int], with_bias: bool, calls: list[str]) -> None:
+    """Of a bfloat16 checkpoint: the same values, whatever the number of rows; of more rows packed ones."""
+    weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]) if with_bias else None
+    layer = PlainLinear(weight, bias, torch.float32)
+    layer.lay_out()
+    for rows in range(1, COPY_ROWS + 2):
+        x = torch.randn(rows, shape[1])
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(layer(x), exact.float(), rtol=1e-5, atol=1e-4)
+    assert len(calls) == (COPY_ROWS if packs(weight.device, torch.float32) else 0)
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (65, 192), (130, 128)])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_int8_linear(
+    shape: tuple[int, int], with_bias: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums of integers are exact: equal to oneDNN's but for the order of two multiplications."""
+    layer = Int8Linear(torch.randn(shape), torch.randn(shape[0]) if with_bias else None)
+    layer.lay_out()
+    inputs = [torch.randn(rows, shape[1]) for rows in range(1, COPY_ROWS + 2)]
+    found = [layer(x) for x in inputs]
+    assert calls == ["linear"] * COPY_ROWS
+    monkeypatch.setattr(native, "_library", None)
+    for one, x in zip(found, inputs, strict=True):
+        torch.testing.assert_close(one, layer(x), rtol=1e-6, atol=1e-6)
+
+
+def test_a_narrower_bias_is_left_to_torch(calls: list[str]) -> None:
+    layer = Int8Linear(torch.randn(64, 64), torch.randn(64).bfloat16())
+    x = torch.randn(2, 64)
+    assert layer(x).isfinite().all()
+    assert calls == []
+
+
+def test_float32_linear(compiled_kernels: object) -> None:
+    x, weight = torch.randn(3, 80), torch.randn(70, 80)
+    found = native_ops.linear(x, weight, None)
+    assert found is not None
+    torch.testing.assert_close(found, torch.nn.functional.linear(x, weight), rtol=1e-5, atol=1e-4)
+    assert native_ops.linear(x[:, :40].contiguous(), weight[:, :40].contiguous(), None) is None
+
+
+def test_threads_share_the_work(compiled_kernels: object) -> None:
+    """The same sums, whoever computes them: on one thread, and on torch's team."""
+    x, weight = torch.randn(5, 256), torch.randn(1000, 256)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            found.append(native_ops.linear(x, weight, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(found[0].equal(other) for other in found[1:])
 
 
 def test_nan_stays_nan(calls: list[str]) -> None:

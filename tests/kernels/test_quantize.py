@@ -175,5 +175,5 @@ def test_an_int8_layer_takes_the_bytes_of_the_plan(row_copy_bytes: int, monkeypa
     layer = Int8Linear(torch.randn(256, 128))
     layer.lay_out()
     row_copy = 0 if layer._row_copy is None else layer._row_copy.nbytes
-    stored = torch.ops.mkldnn._nbytes(layer._packed) + row_copy + layer._scale.nbytes
+    stored = torch.ops.mkldnn._nbytes(layer._packed) + row_copy + layer._scale.nbytes + layer._sums.nbytes
     assert stored == linear_module.linear_bytes(torch.device("cpu"), (256, 128), torch.float32, int8=True)

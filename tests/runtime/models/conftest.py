@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from branchwise.kernels import ops
+from branchwise.kernels import ops as torch_ops
 from branchwise.kernels.addends import Addends
 from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.torch_backend import TorchAttention
@@ -30,7 +30,13 @@ class Harness:
     """Runs chunks of requests; every row's pages are scattered over the pool, page 0 is poison and never used."""
 
     def __init__(
-        self, folder: Path, page_size: int, rows: int = 6, max_len: int = 160, group: TensorGroup | None = None
+        self,
+        folder: Path,
+        page_size: int,
+        rows: int = 6,
+        max_len: int = 160,
+        group: TensorGroup | None = None,
+        ops: Any = torch_ops,
     ) -> None:
         config, group = load_config(folder), group or SingleRank()
         cpu = torch.device("cpu")

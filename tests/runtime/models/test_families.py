@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from branchwise.kernels import native_ops
 from branchwise.runtime.models.registry import ARCHITECTURES, listing
 
 TOLERANCE = 1e-4
-Make = Callable[[str, int], Any]
+Make = Callable[..., Any]
 Reference = Callable[[str], torch.Tensor]
 
 
@@ -124,6 +125,22 @@ class TestFamily:
         close(decode, expected[30:31])
         close(producer, expected[:48])
         close(reader, expected[48:70])
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama-gqa", "gemma2", "mistral", "gpt-oss"])
+def test_compiled_kernels_decode_as_transformers(
+    name: str, compiled_kernels: object, harness: Make, reference: Reference, prompt: np.ndarray
+) -> None:
+    """Norms of heads, biases, soft-caps, windows and sinks; with decodes beside a chunk."""
+    model, expected = harness(name, 16, ops=native_ops), reference(name)
+    lengths = [15, 16, 60]
+    model.step([(row, prompt[:length], 0) for row, length in enumerate(lengths)])
+    for turn in range(5):
+        ats = [length + turn for length in lengths]
+        chunks = [(row, prompt[at : at + 1], at) for row, at in enumerate(ats)]
+        *got, chunk = model.step([*chunks, (3, prompt[turn * 9 : turn * 9 + 9], turn * 9)], num_decodes=3)
+        close(torch.cat(got), expected[ats])
+        close(chunk, expected[turn * 9 : turn * 9 + 9])
 
 
 def test_last_layer_runs_for_wanted_tokens_alone(harness: Make, reference: Reference, prompt: np.ndarray) -> None:
