@@ -60,6 +60,8 @@ def _subtree(tree: PrefixTree, root: Root) -> list[Node]:
     stack: list[Node] = [root]
     while stack:
         parent = stack.pop()
+        if parent.children:
+            _require(list(parent.children.order) == sorted(parent.children), f"children of {parent.serial}: unsorted")
         for key, child in parent.children.items():
             where = f"node {child.serial}"
             full = len(child.tokens) % tree.page_size == 0

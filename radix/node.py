@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sortedcontainers import SortedDict
+from sortedcontainers import SortedList
 
 Int32 = npt.NDArray[np.int32]
 Namespace = tuple[str, str]  # (owner, salt); no lookup crosses from one namespace to another
@@ -23,7 +23,7 @@ FILE = 3  # the other end of a transfer that concerns no tier: see `files`
 _EMPTY: Int32 = np.empty(0, np.int32)
 _EMPTY.setflags(write=False)
 _NONE_BELOW: Any = (0, 0, 0)  # `Node.below` of all nodes without children
-_CHILDLESS: Any = MappingProxyType({})  # shared by all leaves: a SortedDict of its own would cost 2 kB
+_CHILDLESS: Any = MappingProxyType({})  # shared by all leaves
 
 
 def page_key(tokens: Int32) -> bytes:
@@ -41,6 +41,33 @@ def common_tokens(a: bytes, b: bytes) -> int:
 def join(arrays: list[Int32]) -> Int32:
     """Concatenates; no arrays give an empty one, which is shared and read-only."""
     return np.concatenate(arrays) if arrays else _EMPTY
+
+
+class Children(dict[bytes, "Node"]):
+    """A node's children by key. The keys are sorted when neighbours are first looked up: most requests that end leave a
+    partial page as an only child, and making an empty `SortedDict` for it was a third of the cost of ending them."""
+
+    __slots__ = ("_order",)
+
+    def __init__(self) -> None:
+        self._order: SortedList | None = None
+
+    @property
+    def order(self) -> SortedList:
+        """The keys, sorted."""
+        if self._order is None:
+            self._order = SortedList(self)
+        return self._order
+
+    def __setitem__(self, key: bytes, child: Node) -> None:
+        if self._order is not None and key not in self:
+            self._order.add(key)
+        super().__setitem__(key, child)
+
+    def __delitem__(self, key: bytes) -> None:
+        super().__delitem__(key)
+        if self._order is not None:
+            self._order.remove(key)
 
 
 class Node:
@@ -76,7 +103,7 @@ class Node:
         self.pages = pages
         self.key = key  # page_key of the first page: the key under which the parent files this node
         self.parent = parent
-        self.children: SortedDict = _CHILDLESS  # key -> Node
+        self.children: Children = _CHILDLESS
         self.serial = serial
         self.host = self.disk = _EMPTY
         self.below: list[int] = _NONE_BELOW  # children with a copy in each tier
@@ -90,7 +117,7 @@ class Node:
     def add_child(self, child: Node) -> None:
         """Files ``child`` under its key and becomes its parent."""
         if self.children is _CHILDLESS:
-            self.children, self.below = SortedDict(), [0, 0, 0]
+            self.children, self.below = Children(), [0, 0, 0]
         self.children[child.key] = child
         child.parent = self
 
@@ -110,9 +137,12 @@ class Node:
     def nearest_first(self, key: bytes) -> tuple[Iterator[Node], Iterator[Node]]:
         """The children before ``key`` and those at or after it; in each, ever fewer leading tokens are shared."""
         children = self.children
-        at = children.bisect_left(key) if children else 0
-        before = (children.peekitem(i)[1] for i in range(at - 1, -1, -1))
-        after = (children.peekitem(i)[1] for i in range(at, len(children)))
+        if not children:
+            return iter(()), iter(())
+        order = children.order
+        at = order.bisect_left(key)
+        before = (children[order[i]] for i in range(at - 1, -1, -1))
+        after = (children[order[i]] for i in range(at, len(order)))
         return before, after
 
     def upwards(self, top: Node | None = None) -> Iterator[Node]:
