@@ -70,10 +70,7 @@ class KVLayout:
     @property
     def head_bytes(self) -> int:
         """Bytes of one token's keys and values in one head of one layer, scales included."""
-        return sum(
-            each.data_bytes(self.head_dim, self.dtype) + each.scale_bytes(self.head_dim)
-            for each in (self.k_format, self.v_format)
-        )
+        return sum(self._parts()) // (self.page_size * self.kv_heads)
 
     @property
     def token_bytes(self) -> int:
@@ -99,17 +96,26 @@ class KVLayout:
         Plain: ``[layers, 2, pages, page_size, kv_heads, head_dim]``. Quantized: uint8 ``[layers, 1, pages, bytes]``,
         where a page is its keys, its values, the keys' scales and the values' scales, each ``[kv_heads, page_size,
         bytes of one head]``: a kernel reads one head, whose rows of 4-bit channels would be short bursts otherwise.
+        Of fp8, the scales of a key and of its value are the lower and the upper half of one 32-bit word: a GPU copies
+        no less to shared memory asynchronously.
         """
         if self.quantized:
             return (self.num_layers, 1, num_pages, self.page_bytes // self.num_layers), torch.uint8
         shape = self.num_layers, 2, num_pages, self.page_size, self.kv_heads, self.head_dim
         return shape, self.dtype
 
+    @property
+    def _scale_words(self) -> bool:
+        """Whether scales are words that keys and values share."""
+        return self.v_format.name == "fp8"
+
     def _parts(self) -> tuple[int, int, int, int]:
-        """Bytes of keys, values, key scales and value scales of one page in one layer."""
+        """Bytes of keys, values, key scales and value scales of one page in one layer. Words count as values'."""
         heads, formats = self.page_size * self.kv_heads, (self.k_format, self.v_format)
         k, v = (heads * each.data_bytes(self.head_dim, self.dtype) for each in formats)
         k_scales, v_scales = (heads * each.scale_bytes(self.head_dim) for each in formats)
+        if self._scale_words:
+            k_scales, v_scales = 0, heads * 4
         return k, v, k_scales, v_scales
 
     def layer(self, data: Tensor) -> KVLayer:
@@ -124,6 +130,8 @@ class KVLayout:
         )
         k, v = (x.view(self.dtype) if each.plain else x for x, each in zip((k, v), formats, strict=True))
         record = PageRecord(data.shape[2], sizes[0], sizes[0] + sizes[1], sum(sizes[:3]))
+        if self._scale_words:
+            k_scales, record = v_scales, record._replace(value_scales=record.value_scales + 2)
         return KVLayer(k, v, k_scales, v_scales, *formats, record)
 
 
@@ -142,7 +150,7 @@ class KVLayer:
 
     k: Tensor  # [pages, page_size, kv_heads, head_dim, or the bytes of one head]; may be strided
     v: Tensor
-    k_scales: Tensor  # uint8 [pages, page_size, kv_heads, bytes of one head's scales]
+    k_scales: Tensor  # uint8 [pages, page_size, kv_heads, bytes of one head's scales]; of fp8 both are the same words
     v_scales: Tensor
     k_format: KVFormat = PLAIN
     v_format: KVFormat = PLAIN
@@ -167,9 +175,10 @@ class KVLayer:
         Keys are stored as they are given: rotate them first where ``k_format.rotates_keys``.
         """
         k_static, v_static = (None, None) if self.static_scales is None else self.static_scales[..., None]
+        k_scales, v_scales = self._scales()
         for x, data, scales, each, static in (
-            (k, self.k, self.k_scales, self.k_format, k_static),
-            (v, self.v, self.v_scales, self.v_format, v_static),
+            (k, self.k, k_scales, self.k_format, k_static),
+            (v, self.v, v_scales, self.v_format, v_static),
         ):
             encoded, encoded_scales = each.encode(x, static)
             _put(data, slots, encoded)
@@ -182,8 +191,15 @@ class KVLayer:
         Returns ``[P, page_size, kv_heads, D]`` or ``[T, kv_heads, D]`` each, in float32 where the format is not plain.
         Keys are as stored: see `write`.
         """
-        k = self.k_format.decode(self.k[index], self.k_scales[index])
-        return k, self.v_format.decode(self.v[index], self.v_scales[index])
+        k_scales, v_scales = self._scales()
+        k = self.k_format.decode(self.k[index], k_scales[index])
+        return k, self.v_format.decode(self.v[index], v_scales[index])
+
+    def _scales(self) -> tuple[Tensor, Tensor]:
+        """The scales of keys and of values: of fp8, the halves of words."""
+        if self.v_format.name == "fp8":
+            return self.k_scales[..., :2], self.v_scales[..., 2:]
+        return self.k_scales, self.v_scales
 
 
 class KVPool:

@@ -28,6 +28,15 @@ def hadamard(x: tl.tensor, ROWS: tl.constexpr, D: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
+def _round_bfloat16(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """The nearest bfloat16 values of positive float32, ties to even: their bits as int16, and as float32. The
+    interpreter's own conversion truncates."""
+    bits = x.to(tl.int32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    return bits.to(tl.int16), (bits << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def store_fp8(
     x: tl.tensor,
     data_ptrs: tl.tensor,
@@ -41,12 +50,12 @@ def store_fp8(
     scale = static
     if not STATIC:
         scale = tl.max(tl.abs(x), axis=1) * (1.0 / _E4M3_MAX)
-    scale = tl.maximum(scale, _FP8_MIN_SCALE)
+    bits, scale = _round_bfloat16(tl.maximum(scale, _FP8_MIN_SCALE))
     y = x * tl.div_rn(1.0, scale)[:, None]
     y = tl.minimum(tl.maximum(y, -_E4M3_MAX), _E4M3_MAX).to(tl.float8e4nv)
     channel = tl.arange(0, D)[None, :]
     tl.store(data_ptrs[:, None].to(tl.pointer_type(tl.float8e4nv)) + channel, y, mask[:, None])
-    tl.store(scale_ptrs.to(tl.pointer_type(tl.float32)), scale, mask)
+    tl.store(scale_ptrs.to(tl.pointer_type(tl.int16)), bits, mask)
 
 
 @triton.jit
@@ -158,7 +167,7 @@ def write_quantized(
         slot: of the token.
         pool_ptr: the layer's first byte.
         static_ptr: float32 ``[2, KV_HEADS]`` if STATIC.
-        RECORD: see `kv_pool.PageRecord`, and the bytes of one head's data and scales, of keys and of values.
+        RECORD: see `kv_pool.PageRecord`, and the bytes between one head's data and scales, of keys and of values.
         ROTATE: first multiply queries and keys by a Hadamard matrix, in place.
     """
     PAGE, VALUES, KEY_SCALES, VALUE_SCALES = RECORD[0], RECORD[1], RECORD[2], RECORD[3]

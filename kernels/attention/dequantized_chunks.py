@@ -150,12 +150,12 @@ def _copy_pages(
     at = page * STRIDES[0] + token * STRIDES[1] + head * STRIDES[2]
     scales_at = page * STRIDES[6] + token * STRIDES[7] + head * STRIDES[8]
     x = load_values(k_ptr, at, k_scales_ptr, scales_at, mask, K_FORMAT, MASKED, D, 64, TOKENS, D)
-    x = restore_values(x, k_scales_ptr, scales_at, mask, K_FORMAT, MASKED, D)
+    x = restore_values(x, k_scales_ptr, scales_at, mask, K_FORMAT, False, MASKED, D)
     tl.store(k_out_ptr + out[:, None] + tl.arange(0, D)[None, :], x, mask[:, None])
     at = page * STRIDES[3] + token * STRIDES[4] + head * STRIDES[5]
     scales_at = page * STRIDES[9] + token * STRIDES[10] + head * STRIDES[11]
     x = load_values(v_ptr, at, v_scales_ptr, scales_at, mask, V_FORMAT, MASKED, D, 64, TOKENS, D)
-    x = restore_values(x, v_scales_ptr, scales_at, mask, V_FORMAT, MASKED, D)
+    x = restore_values(x, v_scales_ptr, scales_at, mask, V_FORMAT, True, MASKED, D)
     tl.store(v_out_ptr + out[:, None] + tl.arange(0, D)[None, :], x, mask[:, None])
 
 

@@ -171,17 +171,20 @@ def restore_values(
     offset: tl.tensor,
     valid: tl.tensor,
     FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,
     MASKED: tl.constexpr,
     D: tl.constexpr,
 ) -> tl.tensor:
-    """What `load_values` with 64 for ``BLOCK_M`` returned, as the values that were stored. ``ptr``: of scales."""
+    """What `load_values` with 64 for ``BLOCK_M`` returned, as the values that were stored. ``ptr``: of scales; VALUES:
+    or keys.
+    """
     if FORMAT == "nvfp4":
         values = x.to(tl.float32) * _NVFP4_SCALE
     elif FORMAT == "fp8":
-        scale, _ = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        scale, _ = load_scales(ptr, offset, valid, FORMAT, VALUES, MASKED)
         values = x.to(tl.float32) * scale[:, None]
     elif FORMAT == "int4":
-        step, low = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        step, low = load_scales(ptr, offset, valid, FORMAT, VALUES, MASKED)
         values = x.to(tl.float32) * (_pair_factor(D) * 16777216.0)[None, :] * step[:, None] + low[:, None]
     else:
         values = x
@@ -190,14 +193,19 @@ def restore_values(
 
 @triton.jit
 def load_scales(
-    ptr: tl.tensor, offset: tl.tensor, valid: tl.tensor, FORMAT: tl.constexpr, MASKED: tl.constexpr
+    ptr: tl.tensor,
+    offset: tl.tensor,
+    valid: tl.tensor,
+    FORMAT: tl.constexpr,
+    VALUES: tl.constexpr,
+    MASKED: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """float32 ``[BLOCK_N]``: what keys or values of each token are to be multiplied by, and its minimum (int4)."""
+    """float32 ``[BLOCK_N]``: what keys, or VALUES, of each token are to be multiplied by, and its minimum (int4)."""
+    word = _load((ptr + offset).to(tl.pointer_type(tl.int32)), valid, MASKED)
     if FORMAT == "fp8":
-        scale = _load((ptr + offset).to(tl.pointer_type(tl.float32)), valid, MASKED)
+        scale = (word & -65536 if VALUES else word << 16).to(tl.float32, bitcast=True)
         low = tl.zeros_like(scale)
     else:
-        word = _load((ptr + offset).to(tl.pointer_type(tl.int32)), valid, MASKED)
         scale = word.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         low = (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, low
@@ -238,10 +246,10 @@ def scale_scores(
 ) -> tl.tensor:
     """q·k of prepared queries and loaded keys, ``[BLOCK_M, BLOCK_N]``."""
     if FORMAT == "fp8":
-        scale, _ = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        scale, _ = load_scales(ptr, offset, valid, FORMAT, False, MASKED)
         scores = scores * scale[None, :]
     if FORMAT == "int4":
-        step, low = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        step, low = load_scales(ptr, offset, valid, FORMAT, False, MASKED)
         scores = scores * (step * 16777216.0)[None, :] + low[None, :] * total[:, None]
     if FORMAT != "plain":
         scores = scores * factor[:, None]
@@ -265,7 +273,7 @@ def scale_probs(
     elif FORMAT == "nvfp4":
         weighted = probs.to(tl.float16)
     else:
-        scale, low = load_scales(ptr, offset, valid, FORMAT, MASKED)
+        scale, low = load_scales(ptr, offset, valid, FORMAT, True, MASKED)
         weighted = (probs * (scale * _GAIN)[None, :]).to(tl.float16)
         if FORMAT == "int4":
             bias = tl.sum(probs * low[None, :], axis=1)

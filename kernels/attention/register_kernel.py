@@ -189,6 +189,7 @@ def attend_few(
     K_BLOCKS: gl.constexpr = D // 16
     V_BLOCKS: gl.constexpr = 8 * max(D // 128, 1)
     V_SHARED: gl.constexpr = max(128 // D, 1)
+    SAME_WORDS: gl.constexpr = K_FORMAT == "fp8" and V_FORMAT == "fp8"
     FACTOR: gl.constexpr = (SOFTCAP if SOFTCAP > 0.0 else SCALE) * _LOG2_E
 
     kv_head = gl.program_id(0)
@@ -246,19 +247,23 @@ def attend_few(
     k = _load(k_head, place, STRIDES, 0, gl.int32, BLOCK_N, K_WORDS, K_LAYOUT)
     k_scale = _load_scales(k_scales, place, STRIDES, 6, K_FORMAT, BLOCK_N, K_BLOCKS, 1, MMA, K_SCALES)
     v = _load(v_head, place, STRIDES, 3, gl.int32, BLOCK_N, V_WORDS, V_LAYOUT)
-    v_scale = _load_scales(v_scales, place, STRIDES, 9, V_FORMAT, BLOCK_N, V_BLOCKS, V_SHARED, MMA, V_SCALES)
+    v_scale = k_scale
+    if not SAME_WORDS:
+        v_scale = _load_scales(v_scales, place, STRIDES, 9, V_FORMAT, BLOCK_N, V_BLOCKS, V_SHARED, MMA, V_SCALES)
     place = _locate(pages, start + BLOCK_N, last, PAGE_SIZE, BLOCK_N)
     for at in range(start, stop, BLOCK_N):
         keys = key_operand(k, k_scale, K_FORMAT, BLOCK_N, D, LEFT, queries.dtype)
         scores = mma_v2(keys, queries, gl.zeros([BLOCK_N, BLOCK_M], gl.float32, MMA))
         if K_FORMAT == "fp8":
-            scores = scores * k_scale.to(gl.float32, bitcast=True) * q_factor
+            scores = scores * (k_scale << 16).to(gl.float32, bitcast=True) * q_factor
         elif K_FORMAT == "int4":
             step, low = _step_and_low(k_scale)
             scores = scores * step * q_factor + low * q_total
         elif K_FORMAT == "nvfp4":
             scores = scores * q_factor
         k = _load(k_head, place, STRIDES, 0, gl.int32, BLOCK_N, K_WORDS, K_LAYOUT)
+        if SAME_WORDS:
+            v_scale = k_scale
         k_scale = _load_scales(k_scales, place, STRIDES, 6, K_FORMAT, BLOCK_N, K_BLOCKS, 1, MMA, K_SCALES)
         if SOFTCAP > 0.0:  # softcap * tanh(x), with exponentials; an infinite one makes tanh 1
             scores = 1.0 - 2.0 / (gl.exp2(scores * (2.0 * SCALE / SOFTCAP * _LOG2_E)) + 1.0)
@@ -275,7 +280,7 @@ def attend_few(
         total = total * alpha + probs
         weighted = probs
         if V_FORMAT == "fp8":
-            weighted = probs * (v_scale.to(gl.float32, bitcast=True) * _GAIN)
+            weighted = probs * ((v_scale & -65536).to(gl.float32, bitcast=True) * _GAIN)
         elif V_FORMAT == "int4":
             step, low = _step_and_low(v_scale)
             bias = bias * alpha + probs * low
@@ -284,7 +289,8 @@ def attend_few(
         values = value_operand(v, v_scale, V_FORMAT, BLOCK_N, D, LEFT)
         acc = mma_v2(values, weights, acc * alpha)
         v = _load(v_head, place, STRIDES, 3, gl.int32, BLOCK_N, V_WORDS, V_LAYOUT)
-        v_scale = _load_scales(v_scales, place, STRIDES, 9, V_FORMAT, BLOCK_N, V_BLOCKS, V_SHARED, MMA, V_SCALES)
+        if not SAME_WORDS:
+            v_scale = _load_scales(v_scales, place, STRIDES, 9, V_FORMAT, BLOCK_N, V_BLOCKS, V_SHARED, MMA, V_SCALES)
         place = _locate(pages, at + 2 * BLOCK_N, last, PAGE_SIZE, BLOCK_N)
 
     sums = gl.sum(total, axis=0)

@@ -175,6 +175,8 @@ def attend(
     lowest = position - (WINDOW - 1)
     k_head, v_head = k_ptr + kv_head * STRIDES[2], v_ptr + kv_head * STRIDES[5]
     k_scales, v_scales = k_scales_ptr + kv_head * STRIDES[8], v_scales_ptr + kv_head * STRIDES[11]
+    if K_FORMAT == "fp8" and V_FORMAT == "fp8":  # in the same words, which are then loaded once
+        v_scales = k_scales
     pages = table_ptr + row.to(tl.int64) * TABLE_STRIDE
     middle = start
     if WINDOW == 0:  # whole blocks that every query sees need no mask

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 2  # of segments, index and pages: quantized pages are stored head by head since 2
+FORMAT = 3  # of segments, index and pages: fp8's scales are bfloat16, and lie beside each other, since 3
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 

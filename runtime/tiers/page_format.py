@@ -11,14 +11,14 @@ from ...kernels.kv_pool import KVLayout
 
 _FP8 = torch.float8_e4m3fn
 _LARGEST = 448.0  # of float8 e4m3
-_SCALE_BYTES = 4  # float32, one for the keys or values of one token in one head
+_SCALE_BYTES = 2  # bfloat16, one for the keys or values of one token in one head
 
 
 @dataclass(frozen=True, slots=True)
 class PageFormat:
     """Converts n pages between the pool's fragments, uint8 [rows, n, width], and records, uint8 [n, page_bytes].
 
-    ``fp8``: keys and values of 16 or 32 bits are stored as float8 e4m3 with a float32 scale for each token and head,
+    ``fp8``: keys and values of 16 or 32 bits are stored as float8 e4m3 with a bfloat16 scale for each token and head,
     about half the bytes of bfloat16. What comes back is rounded, with an error of at most 1/28 of the largest value of
     the token's head. The pool must be a plain one (`KVLayout.quantized` is False).
     """
@@ -39,7 +39,8 @@ class PageFormat:
         if self.fp8:
             rows, n, _ = fragments.shape
             vectors = fragments.contiguous().view(self.layout.dtype).view(rows, n, -1, self.layout.head_dim).float()
-            scales = vectors.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST).clamp_(min=torch.finfo(torch.float32).tiny)
+            scales = vectors.abs().amax(-1, keepdim=True).mul_(1 / _LARGEST)
+            scales = scales.clamp_(min=torch.finfo(torch.bfloat16).tiny).bfloat16()
             rounded = vectors.div_(scales).clamp_(-_LARGEST, _LARGEST).to(_FP8).view(torch.uint8)
             fragments = torch.cat((rounded, scales.view(torch.uint8)), dim=-1)
         return fragments.transpose(0, 1).reshape(fragments.shape[1], -1)
@@ -52,6 +53,6 @@ class PageFormat:
             return fragments
         dim = self.layout.head_dim
         stored = fragments.reshape(rows, len(records), -1, dim + _SCALE_BYTES)
-        scales = stored[..., dim:].contiguous().view(torch.float32)
+        scales = stored[..., dim:].contiguous().view(torch.bfloat16)
         values = stored[..., :dim].contiguous().view(_FP8).float().mul_(scales).to(self.layout.dtype)
         return values.view(torch.uint8).flatten(2)

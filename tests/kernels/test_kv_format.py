@@ -77,7 +77,7 @@ def test_copied_pages_and_rewritten_tokens_are_those_of_a_cold_pool(choice: str,
         assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize(("choice", "least"), [("fp8", 1.93), ("int4", 3.5), ("nvfp4", 3.5), ("k16v8", 1.3)])
+@pytest.mark.parametrize(("choice", "least"), [("fp8", 1.96), ("int4", 3.5), ("nvfp4", 3.5), ("k16v8", 1.3)])
 def test_bytes_of_a_token(choice: str, least: float) -> None:
     sizes = 32, 16, 8, 128, torch.bfloat16
     plain, layout = KVLayout.of("auto", *sizes), KVLayout.of(choice, *sizes)
@@ -107,8 +107,22 @@ def test_a_rotation_spreads_a_large_channel() -> None:
 def test_static_scales_are_stored_and_used() -> None:
     each, x = FORMATS["fp8"], tensor(6, 5, 2, 32)
     data, scales = each.encode(x, torch.tensor([[0.5], [0.001]]))
-    assert torch.equal(scales.view(torch.float32)[..., 0], torch.tensor([0.5, 0.001]).expand(5, 2))
-    assert each.decode(data, scales)[:, 1].abs().max() <= 448 * 0.001 + 1e-6  # clamped, not NaN
+    stored = torch.tensor([0.5, 0.001]).bfloat16()
+    assert torch.equal(scales.view(torch.bfloat16)[..., 0], stored.expand(5, 2))
+    assert each.decode(data, scales)[:, 1].abs().max() == 448 * stored[1].float()  # clamped, not NaN
+
+
+def test_a_scale_of_two_bytes_costs_no_accuracy() -> None:
+    """Largest values whose scale rounds down, up, or to itself: the largest code is 448 in each case, whose value is
+    off by the rounding of the scale alone; and what was read is stored as it is."""
+    each = FORMATS["fp8"]
+    largest = torch.linspace(256, 512, 1001)[:, None]
+    x = torch.cat([largest, -largest / 2], dim=1)
+    data, scales = each.encode(x, None)
+    read = each.decode(data, scales)
+    assert (data[:, 0].view(torch.float8_e4m3fn).float() == 448).all()
+    assert ((read - x).abs() <= largest / 256).all()
+    assert all(map(torch.equal, each.encode(read, None), (data, scales)))
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_rope_write_uses_a_checkpoints_scales() -> None:
     assert torch.equal(pools[0].data, pools[1].data)
     stored = pools[1].layer(0)
     assert torch.equal(
-        torch.stack([x[0, 0].view(torch.float32)[:, 0] for x in (stored.k_scales, stored.v_scales)]), scales
+        torch.stack([stored.k_scales[0, 0].view(torch.bfloat16)[:, i].float() for i in range(2)]), scales
     )
 
 
