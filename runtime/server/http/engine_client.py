@@ -185,6 +185,7 @@ class EngineClient:
         self._unfinished: Counter[str] = Counter()  # requests in flight by owner
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
         self._deltas: deque[Delta] = deque()  # that have arrived and are still to be handed out
+        self._ends = 0  # requests whose ends were handed out since the last `_resume`
         self._limits: Limits | None = None
         self.state: ServerState = "starting"
 
@@ -301,27 +302,30 @@ class EngineClient:
     # -- answers -------------------------------------------------------------------------------------------------------
 
     def deliver(self, deltas: Iterable[Delta]) -> None:
-        """Hands out one step's deltas. The event loop reads its sockets after every `ENDS` requests that end.
+        """Hands out deltas. The event loop reads its sockets after every `ENDS` requests that end.
 
         Many requests may end in one step, and their clients send as many new ones: the first of those then reaches the
-        engine before the last response is written (after 3 ms instead of 24, of 128 at once).
+        engine before the last response is written.
         """
-        waiting = bool(self._deltas)
         self._deltas.extend(deltas)
-        if not waiting:
+        if self._ends < ENDS:
             self._hand_out()
 
     def _hand_out(self) -> None:
         try:
             self._hand_out_some()
         finally:  # a fault in one request is not one of those after it
-            if self._deltas:
-                asyncio.get_running_loop().call_soon(self._hand_out)
+            if self._deltas or self._ends == ENDS:
+                asyncio.get_running_loop().call_soon(self._resume)
+
+    def _resume(self) -> None:
+        self._ends = 0
+        self._hand_out()
 
     def _hand_out_some(self) -> None:
-        now, ended = time.monotonic(), 0
+        now = time.monotonic()
         in_flight = self._in_flight
-        while self._deltas and ended < ENDS:
+        while self._deltas and self._ends < ENDS:
             delta = self._deltas.popleft()
             request = in_flight.get(delta.id)
             if request is None:
@@ -334,7 +338,7 @@ class EngineClient:
                     self._metrics.observe_first_token(now - request.arrived)
                 request.last = now
             if delta.finish is not None:
-                ended += 1
+                self._ends += 1
                 del in_flight[delta.id]
                 self._forget(request.owner)
                 self._metrics.observe_finish(delta.finish, now - request.arrived)

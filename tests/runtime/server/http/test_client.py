@@ -55,12 +55,14 @@ async def test_batches_in_order_then_the_end(client: EngineClient) -> None:
     assert client.in_flight == 0
 
 
-async def test_sockets_are_read_between_the_ends_of_many_requests() -> None:
+@pytest.mark.parametrize("frames", [1, 3, 3 * ENDS])
+async def test_sockets_are_read_between_the_ends_of_many_requests(frames: int) -> None:
     client = EngineClient(lambda _: None, lambda _: None, 3 * ENDS, Metrics())
     client.ready(Limits(100, 100, 100))
     calls = [client.open([ONE]) for _ in range(3 * ENDS)]
     client.deliver([Delta(call.ids.start, "a") for call in calls])
-    client.deliver([end(call.ids.start) for call in calls])
+    for i in range(frames):
+        client.deliver([end(call.ids.start) for call in calls[i::frames]])
     finished: list[int] = []
     while client.in_flight:
         await asyncio.sleep(0)  # one iteration of the event loop
