@@ -21,6 +21,7 @@ from ..sampling_params import SamplingParams
 from ..step import NON_FINITE, Int32, Int64, RowStart, TokenBitmask, TokenLogprobs
 from .token_history import TokenHistory, to_device
 
+PENALIZED_ROWS = 64  # rows that get their penalties at once, which takes some 28 bytes a vocabulary entry of each
 # Columns of the host's table, and rows of the packed copy. float64 holds every one exactly.
 _TEMPERATURE, _TOP_K, _TOP_P, _MIN_P, _REPETITION, _FREQUENCY, _PRESENCE, _SCALARS = range(8)
 
@@ -172,10 +173,11 @@ class Sampler:
         if not (len(penalized) or len(biased) or len(suppressed)):
             return logits
         logits = logits.to(torch.float32, copy=True)
-        if len(penalized):
-            counts, seen = self._history.of(rows[penalized])
-            packed = self._to_device(self._scalars[rows[penalized], _REPETITION:].T.astype(np.float32))
-            index = self._to_device(penalized)
+        for first in range(0, len(penalized), PENALIZED_ROWS):
+            some = penalized[first : first + PENALIZED_ROWS]
+            counts, seen = self._history.of(rows[some])
+            packed = self._to_device(self._scalars[rows[some], _REPETITION:].T.astype(np.float32))
+            index = self._to_device(some)
             logits[index] = sampling.penalize(logits[index], counts, seen, packed[0], packed[1], packed[2])
         if len(biased):
             bias = [self._bias[row] for row in rows[biased].tolist()]

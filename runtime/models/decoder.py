@@ -140,14 +140,24 @@ class Decoder:
         for i, layer in enumerate(self._layers[: last + 1]):
             cos, sin = cos_sin[config.layers[i].rope]
             x = layer.input(delta, hidden)
+            # Large tensors are deleted after their last use: the step's peak would be a third higher.
+            del delta
             q, k, v = layer.queries_keys_values(x, cos, sin, pool.layer(i), tokens.slots)
             if query_scale is not None:
                 q = q * query_scale
             attended = attention.run(i, q, k, v)
+            del q, k, v
             if i == last and outputs is not None:
                 hidden, attended = hidden.index_select(0, outputs), attended.index_select(0, outputs)
                 x = x.index_select(0, outputs)
-            delta = layer.finish(hidden, x, attended.flatten(1))
+            if config.parallel:
+                delta = layer.attention_and_mlp(attended.flatten(1), x)
+                continue
+            delta = layer.attention_output(attended.flatten(1))
+            del attended, x
+            x = layer.mlp_input(delta, hidden)
+            del delta
+            delta = layer.mlp_output(x)
         return self._norm.add(delta, hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -241,14 +251,21 @@ class _Layer:
         kv.write(slots, k, v)  # in place of the keys without a norm
         return q, k, v
 
-    def finish(self, hidden: Tensor, x: Rows, attended: Tensor) -> Tensor | Addends:
-        """Output projection and MLP. ``x``: what attention read. Returns the layer's last addition, the delta."""
-        addends = self.group.addends  # of ranks: each has its heads' part of the product, and its part of the MLP's
-        if self.config.parallel:
-            return self._scaled(addends(self.o(attended).add_(self.mlp(x))), None)
-        delta = self._scaled(addends(self.o(attended)), self.attention_post_norm)
-        x = _add(delta, hidden, self.mlp_norm, self.mlp.quantizer)
-        return self._scaled(addends(self.mlp(x)), self.mlp_post_norm)
+    def attention_output(self, attended: Tensor) -> Tensor | Addends:
+        """What attention adds to ``hidden``. Of ranks, each has its heads' part of the product."""
+        return self._scaled(self.group.addends(self.o(attended)), self.attention_post_norm)
+
+    def mlp_input(self, delta: Tensor | Addends, hidden: Tensor) -> Rows:
+        """Adds ``delta`` into ``hidden`` in place. Returns what the MLP reads."""
+        return _add(delta, hidden, self.mlp_norm, self.mlp.quantizer)
+
+    def mlp_output(self, x: Rows) -> Tensor | Addends:
+        """What the MLP adds, the layer's delta. Of ranks, each has a part of it."""
+        return self._scaled(self.group.addends(self.mlp(x)), self.mlp_post_norm)
+
+    def attention_and_mlp(self, attended: Tensor, x: Rows) -> Tensor | Addends:
+        """The delta of a layer whose MLP reads what attention reads, ``x``."""
+        return self._scaled(self.group.addends(self.o(attended).add_(self.mlp(x))), None)
 
     def _whole_norm(self, x: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm over the heads of all ranks. All have as many, so the mean over ranks is that over all heads."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from branchwise.kernels import sampling
+from branchwise.runtime.executor import sampler as sampler_module
 from branchwise.runtime.executor.sampler import Sampler
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.step import NON_FINITE, RowStart
@@ -148,8 +149,10 @@ def test_greedy_is_the_first_argmax_whatever_else_is_set() -> None:
     assert draw(sampler, logits, [0, 1, 2], [4] * 3) == [50] * 3
 
 
-def test_penalties_follow_the_whole_history() -> None:
+@pytest.mark.parametrize("at_once", [2, 64])
+def test_penalties_follow_the_whole_history(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the definitions, over 60 greedy steps of three rows that repeat themselves a lot."""
+    monkeypatch.setattr(sampler_module, "PENALIZED_ROWS", at_once)
     settings = [(1.4, 0.0, 0.0), (1.0, 0.6, 0.3), (0.8, -0.4, 0.9)]
     histories = [list(PROMPT) for _ in settings]
     base = logits_of(3, vocab_size=20)
