@@ -43,7 +43,6 @@ class BranchwiseRouter(RequestRouter):
         self._loop = asyncio.get_running_loop()
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
-        self._follow(candidate_replicas)
         hint = msgspec.msgpack.decode(pending_request.args[0], type=RoutingHint)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         id = pending_request.metadata.internal_request_id
@@ -90,7 +89,8 @@ class BranchwiseRouter(RequestRouter):
             self.view.ended(choice)
 
     def _follow(self, replicas: list[RunningReplica]) -> None:
-        """Updates the view by the replicas' last reports."""
+        """Updates the view by the replicas' last reports. O(replicas), so not for each request: Serve calls
+        `update_replicas` whenever a report has changed."""
         reports: dict[str, ReplicaReport | None] = {}
         for replica in replicas:
             stats = replica.routing_stats

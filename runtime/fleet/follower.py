@@ -73,6 +73,7 @@ class Follower:
         self._snapshot, self._sink = snapshot, sink
         self._context = context or zmq.asyncio.Context.instance()
         self._last = -1  # the number of the last batch applied
+        self._received = -1  # of the last batch from the subscription: a lower one follows only where numbers restart
         self._decode = msgspec.msgpack.Decoder(Batch).decode
         self.gaps = 0  # found so far
         self._task: asyncio.Task[None] | None = None
@@ -101,7 +102,11 @@ class Follower:
             socket.close(0)
 
     async def _receive(self, number: int, payload: bytes) -> None:
-        if number == self._last + 1:
+        restarted, self._received = number <= self._received, number
+        if restarted:
+            self._sink.sure(False)
+            await self._take_snapshot()
+        elif number == self._last + 1:
             self._apply(number, payload)
         elif number > self._last:
             self.gaps += 1
@@ -111,9 +116,7 @@ class Follower:
                 self._sink.sure(True)
             else:
                 await self._take_snapshot()
-        elif number == 0:  # numbers begin again. (Others up to the last are those that the snapshot includes.)
-            self._sink.sure(False)
-            await self._take_snapshot()
+        # Else the snapshot or the replay included it.
 
     def _apply(self, number: int, payload: bytes) -> None:
         self._last = number

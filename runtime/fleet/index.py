@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,39 @@ from .kv_events import LEVELS, SLOWEST, BlockRemoved, IndexEvent, StoredHashes
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
 CREDITS = (1.0, 0.75, 0.25)  # of a block on the device, in host memory and on a disk, as in Dynamo's router
+_NONE: Mapping[int, int] = {}
+
+
+class InFlightBlocks:
+    """Blocks of the prompts that a router has sent to replicas and that have not ended: they are cached there, or will
+    be once the prompt is computed, which no event has announced yet."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}  # by block hash, a bit set of replicas
+        self._more: dict[tuple[int, int], int] = {}  # (hash, replica) -> prompts beyond the first
+
+    def add(self, replica: int, hashes: Iterable[int]) -> None:
+        """A prompt with these blocks was sent to the replica."""
+        bit, holders, more = 1 << replica, self.holders, self._more
+        for each in hashes:
+            known = holders.get(each, 0)
+            if known & bit:
+                more[each, replica] = more.get((each, replica), 0) + 1
+            else:
+                holders[each] = known | bit
+
+    def remove(self, replica: int, hashes: Iterable[int]) -> None:
+        """The prompt has ended. Each `add` is undone by one call with the same arguments."""
+        bit, holders, more = 1 << replica, self.holders, self._more
+        for each in hashes:
+            if (count := more.get((each, replica), 0)) > 1:
+                more[each, replica] = count - 1
+            elif count:
+                del more[each, replica]
+            elif left := holders[each] & ~bit:
+                holders[each] = left
+            else:
+                del holders[each]
 
 
 class PrefixIndex:
@@ -73,22 +106,25 @@ class PrefixIndex:
                 self._remove(replica, tuple(blocks[replica]), level)
                 del blocks[replica]
 
-    def credit(self, hashes: Sequence[int], replicas: int) -> Float64:
+    def credit(self, hashes: Sequence[int], replicas: int, in_flight: Mapping[int, int] = _NONE) -> Float64:
         """Leading blocks of a prompt that each replica has, in blocks on the device: float64 [replicas]. Blocks that
-        only a slower level has count less (`CREDITS`)."""
-        found = self.overlap(hashes, replicas)
+        only a slower level has count less (`CREDITS`). ``in_flight``: see `overlap`."""
+        found = self.overlap(hashes, replicas, 0, in_flight)
         total = found.astype(np.float64)
         for level in range(1, SLOWEST + 1):
             if self._holders[level]:
-                further = np.maximum(self.overlap(hashes, replicas, level), found)
+                further = np.maximum(self.overlap(hashes, replicas, level, in_flight), found)
                 total += (further - found) * CREDITS[level]
                 found = further
         return total
 
-    def overlap(self, hashes: Sequence[int], replicas: int, slowest: int = 0) -> Int64:
-        """Number of leading blocks of a prompt that each replica has on levels up to ``slowest``: int64 [replicas]."""
+    def overlap(
+        self, hashes: Sequence[int], replicas: int, slowest: int = 0, in_flight: Mapping[int, int] = _NONE
+    ) -> Int64:
+        """Number of leading blocks of a prompt that each replica has on levels up to ``slowest``: int64 [replicas].
+        ``in_flight``: by block hash, a bit set of replicas that count as having it too (`InFlightBlocks`)."""
         found = np.zeros(replicas, np.int64)
-        levels = [holders for holders in self._holders[: slowest + 1] if holders]
+        levels = [holders for holders in (*self._holders[: slowest + 1], in_flight) if holders]
 
         def having(block: int) -> int:
             having = 0

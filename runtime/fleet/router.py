@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .choice import DEFAULT_WEIGHTS, Loads, Weights, choose
-from .index import PrefixIndex
+from .index import InFlightBlocks, PrefixIndex
 
 WINDOW = 300.0  # seconds over which work counts as recent
 _MEAN_RATE = 0.01  # of the running mean of prompt lengths
@@ -23,6 +23,7 @@ class Sent:
 
     replica: int
     queued: float  # tokens still to be computed before its first token
+    blocks: Sequence[int]  # hashes of its prompt's blocks that no event had announced
     ended: bool = False
 
 
@@ -44,6 +45,7 @@ class FleetRouter:
         self.allowed = np.zeros(0, np.bool_)  # may be chosen: neither dead, draining nor full
         self._weights = weights
         self._random = random.Random(seed)
+        self._in_flight = InFlightBlocks()
         self._order = np.zeros(0)  # breaks ties: the lowest is chosen
         self._loads = np.zeros((5, 0))  # own queued, own running, others' queued, others' running, recent
         self._mean_prompt = 0.0
@@ -83,8 +85,10 @@ class FleetRouter:
 
     def cached(self, prompt_tokens: int, hashes: Sequence[int]) -> npt.NDArray[np.int64]:
         """Tokens of a prompt that each replica has cached, whole blocks: int64 [n]. Those that it has below its device
-        count less, since they must be copied: see `index.CREDITS`."""
-        found = (self.index.credit(hashes, len(self)) * self.block_size).astype(np.int64)
+        count less, since they must be copied: see `index.CREDITS`. Those of a prompt that this router has sent there
+        count as cached: the replica computes them before, and they count in its queue."""
+        found = self.index.credit(hashes, len(self), self._in_flight.holders)
+        found = (found * self.block_size).astype(np.int64)
         found[self.unsure] = 0
         return np.minimum(found, prompt_tokens)
 
@@ -101,13 +105,15 @@ class FleetRouter:
         replica = choose(prompt_tokens, cached, loads, mean, may, self._weights, self._order)
         return replica, int(cached[replica])
 
-    def sent(self, replica: int, prompt_tokens: int, cached_tokens: int) -> Sent:
-        """Counts a request that was sent to a replica, until `started` and `ended`, or only `ended`."""
-        computed = float(prompt_tokens - cached_tokens)
+    def sent(self, replica: int, prompt_tokens: int, cached_tokens: int, hashes: Sequence[int] = ()) -> Sent:
+        """Counts a request that was sent to a replica, until `started` and `ended`, or only `ended`. ``hashes``: of its
+        prompt's blocks."""
+        computed, blocks = float(prompt_tokens - cached_tokens), hashes[cached_tokens // self.block_size :]
+        self._in_flight.add(replica, blocks)
         self._loads[0, replica] += computed
         self._loads[4, replica] += computed
         self._mean_prompt += (_MEAN_RATE if self._mean_prompt else 1.0) * (prompt_tokens - self._mean_prompt)
-        return Sent(replica, computed)
+        return Sent(replica, computed, blocks)
 
     def started(self, sent: Sent) -> None:
         """The request's first token has arrived: its prompt is computed."""
@@ -120,6 +126,7 @@ class FleetRouter:
         """The request has finished or failed. Idempotent."""
         if not sent.ended:
             sent.ended = True
+            self._in_flight.remove(sent.replica, sent.blocks)
             row, amount = (0, sent.queued) if sent.queued >= 0 else (1, 1.0)
             self._loads[row, sent.replica] = max(0.0, self._loads[row, sent.replica] - amount)
 

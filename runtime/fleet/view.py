@@ -119,12 +119,12 @@ class FleetView(Generic[K]):
         may[[self._numbers[key] for key in usable]] = True
         number, cached = self.router.choose(now, hint.prompt_tokens, hint.hashes, may)
         [key] = [key for key in usable if self._numbers[key] == number]
-        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached))
+        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached, hint.hashes))
 
     def _sent(self, key: K, hint: RoutingHint) -> Choice[K]:
         number = self._numbers[key]
         cached = int(self.router.cached(hint.prompt_tokens, hint.hashes)[number])
-        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached))
+        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached, hint.hashes))
 
     def started(self, choice: Choice[Any]) -> None:
         """The request's first output has come."""

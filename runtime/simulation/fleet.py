@@ -152,8 +152,9 @@ def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResul
             for number, replica in enumerate(replicas):
                 for each_router in routers:
                     each_router.report(number, replica.queued, replica.running)
-        number, cached = _choose(settings, router, now, id, arrival, prompt)
-        sent[id] = router, router.sent(number, len(prompt), cached)
+        hashes = block_hashes(prompt, page) if follows else []
+        number, cached = _choose(settings, router, now, id, arrival, hashes)
+        sent[id] = router, router.sent(number, len(prompt), cached, hashes)
         replica = replicas[number]
         replica.add(now, id, prompt, arrival.output_tokens)
         heapq.heappush(due, (replica.next_time, number))
@@ -174,14 +175,13 @@ def simulate(arrivals: Sequence[Arrival], settings: FleetSettings) -> FleetResul
 
 
 def _choose(
-    settings: FleetSettings, router: FleetRouter, now: float, id: int, arrival: Arrival, prompt: npt.NDArray[np.int32]
+    settings: FleetSettings, router: FleetRouter, now: float, id: int, arrival: Arrival, hashes: list[int]
 ) -> tuple[int, int]:
     if settings.policy == "round-robin":
         return id % settings.replicas, 0
     if settings.policy == "sticky":
         return zlib.crc32(arrival.session.to_bytes(8, "little")) % settings.replicas, 0
-    hashes = block_hashes(prompt, settings.replica.page_size)
     if settings.policy == "overlap":  # the longest cached prefix; the first replica of equals
-        cached = router.cached(len(prompt), hashes)
+        cached = router.cached(arrival.prompt_tokens, hashes)
         return int(cached.argmax()), int(cached.max())
-    return router.choose(now, len(prompt), hashes)
+    return router.choose(now, arrival.prompt_tokens, hashes)

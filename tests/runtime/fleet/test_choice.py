@@ -124,6 +124,32 @@ def test_routers_that_know_nothing_of_each_other_take_different_replicas() -> No
     assert max(chosen.count(replica) for replica in chosen) <= 4
 
 
+def test_a_prompt_in_flight_counts_as_cached_until_it_ends() -> None:
+    """An agent's next request may come before the last one's prompt is computed: it waits for that prompt where it is
+    rather than computing it again elsewhere, unless the wait is longer."""
+    router = FleetRouter(16, 4, seed=0)
+    chain = list(range(1, 101))
+    home, cached = router.choose(0.0, 1600, chain)
+    first = router.sent(home, 1600, cached, chain)
+    again, cached = router.choose(0.0, 1600, chain)
+    assert (again, cached) == (home, 1600)
+    second = router.sent(home, 1600, cached, chain[:50])
+    router.index.store(home, chain[:20])
+    router.started(first)
+    router.ended(first)
+    router.ended(first)
+    assert router.cached(1600, chain).max() == 20 * 16, "the second one has announced no block of its own"
+    router.ended(second)
+    third = router.sent(home, 1600, 0, chain[:50])
+    fourth = router.sent(home, 1600, 0, chain[:30])
+    router.ended(third)
+    assert router.cached(1600, chain)[home] == 30 * 16, "of two that share blocks one has ended"
+    router.ended(fourth)
+    assert router.cached(1600, chain)[home] == 20 * 16 and not router._in_flight.holders
+    router.sent(home, 1_000_000, 0, [999])
+    assert router.choose(0.0, 1600, chain)[0] != home, "it would wait longer than it takes to compute"
+
+
 def test_a_session_is_served_where_it_prefers_while_that_takes_requests() -> None:
     """Without a preference, or without that replica, all routers choose the same one for it."""
 

@@ -18,8 +18,9 @@ from branchwise.runtime.errors import LoadError
 from branchwise.runtime.executor.null import NullExecutor
 from branchwise.runtime.fleet import block_events
 from branchwise.runtime.fleet.block_events import MEDIA, BlockEvents, snapshot
+from branchwise.runtime.fleet.follower import Follower, Sink
 from branchwise.runtime.fleet.hashes import block_hashes, root_hash
-from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
+from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, IndexEvent
 from branchwise.runtime.fleet.publisher import KVEventPublisher
 from branchwise.runtime.messages import Generate, Limits
 from branchwise.runtime.sampling_params import SamplingParams
@@ -323,6 +324,36 @@ def test_missed_batches_are_sent_again(published: tuple[RadixTree, KVEventPublis
             numbers.append(int.from_bytes(number, "big"))
         assert numbers == expected
     context.destroy(0)
+
+
+async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
+    """Not only at 0: a follower that connects again may have missed the first batches of a restarted engine."""
+    taken, calls, batch = [9, 4], [], msgspec.msgpack.encode((0.0, (), 0))
+
+    async def snapshot() -> bytes:
+        calls.append(f"snapshot {taken[0]}")
+        return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
+
+    class Calls(Sink):
+        def apply(self, events: list[IndexEvent]) -> None:
+            calls.append("apply")
+
+        def reset(self) -> None:
+            calls.append("reset")
+
+        def sure(self, sure: bool) -> None:
+            calls.append(f"sure {sure}")
+
+    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls())
+    await follower._take_snapshot()
+    calls.clear()
+    for number in (8, 9, 10, 11):
+        await follower._receive(number, batch)
+    assert calls == ["apply", "apply"], "the snapshot includes the first two"
+    calls.clear()
+    for number in (2, 3, 4, 5):
+        await follower._receive(number, batch)
+    assert calls == ["sure False", "snapshot 4", "reset", "apply", "sure True", "apply"]
 
 
 def test_an_address_that_cannot_be_bound_names_its_flag() -> None:
