@@ -95,10 +95,11 @@ class FleetRouter:
     def choose(
         self, now: float, prompt_tokens: int, hashes: Sequence[int], allowed: npt.NDArray[np.bool_] | None = None
     ) -> tuple[int, int]:
-        """The replica for a prompt, and the tokens of it that are cached there. Raises ValueError if there is none."""
+        """The replica for a prompt, and the tokens of it that are cached there. ``allowed`` bool [n]: those that may be
+        chosen, by default `allowed`. Raises ValueError if there is none."""
         cached = self.cached(prompt_tokens, hashes)
         self._decay(now)
-        may = self.allowed if allowed is None else self.allowed & allowed
+        may = self.allowed if allowed is None else allowed
         own_queued, own_running, queued, running, recent = self._loads
         loads = Loads(own_queued + queued, own_running + running, recent)
         mean = self._mean_prompt or float(prompt_tokens)

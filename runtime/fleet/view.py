@@ -103,23 +103,24 @@ class FleetView(Generic[K]):
         that it prefers, or else to that of highest random weight (rendezvous hashing): every router chooses the same
         one without talking to others.
         """
-        keys = [key for key in among if key in self._numbers]
+        numbers = {number: key for key in among if (number := self._numbers.get(key)) is not None}
         if hint.instance is not None:
-            keys = [key for key in keys if self._tag_of(key) == hint.instance]
+            keys = [key for key in numbers.values() if self._tag_of(key) == hint.instance]
             return self._sent(keys[0], hint) if keys else None
-        usable = [key for key in keys if self.router.allowed[self._numbers[key]]] or keys
-        if not usable:
+        if not numbers:
             return None
+        known = np.zeros(len(self.router), np.bool_)
+        known[list(numbers)] = True
+        usable = known & self.router.allowed
+        if not usable.any():  # all are full: one of them makes the request wait, or refuses it
+            usable = known
         if hint.session is not None:
-            session = hint.session.encode()
-            preferred = [key for key in usable if self._tag_of(key) == hint.preferred] or usable
+            session, keys = hint.session.encode(), [numbers[number] for number in np.flatnonzero(usable).tolist()]
+            preferred = [key for key in keys if self._tag_of(key) == hint.preferred] or keys
             weight = {key: hashlib.blake2b(session + self._tag_of(key)).digest() for key in preferred}
             return self._sent(max(preferred, key=weight.__getitem__), hint)
-        may = np.zeros(len(self.router), np.bool_)
-        may[[self._numbers[key] for key in usable]] = True
-        number, cached = self.router.choose(now, hint.prompt_tokens, hint.hashes, may)
-        [key] = [key for key in usable if self._numbers[key] == number]
-        return Choice(key, cached, self.router.sent(number, hint.prompt_tokens, cached, hint.hashes))
+        number, cached = self.router.choose(now, hint.prompt_tokens, hint.hashes, usable)
+        return Choice(numbers[number], cached, self.router.sent(number, hint.prompt_tokens, cached, hint.hashes))
 
     def _sent(self, key: K, hint: RoutingHint) -> Choice[K]:
         number = self._numbers[key]

@@ -172,6 +172,29 @@ def test_a_session_is_served_where_it_prefers_while_that_takes_requests() -> Non
     for view in views:
         view.router.allowed[view._numbers[other]] = False  # full
     assert homes(other.encode()) == {first}
+    for view in views:
+        view.router.allowed[:] = False
+    assert homes(other.encode()) == {other}
+
+
+def test_a_full_replica_is_chosen_only_where_all_are_full() -> None:
+    async def snapshot(url: str) -> bytes:
+        raise AssertionError("a replica that reports nothing is not followed")
+
+    view = FleetView[str](snapshot, str.encode)
+    view.update(dict.fromkeys("abc"))
+
+    def home(among: str) -> str:
+        choice = view.choose(0.0, RoutingHint(prompt_tokens=64), among)
+        assert choice is not None
+        view.ended(choice)
+        return choice.replica
+
+    for key in "ab":
+        view.router.allowed[view._numbers[key]] = False
+    assert home("abc") == "c"
+    assert home("ab") in "ab", "an error would leave the request without an end"
+    assert view.choose(0.0, RoutingHint(prompt_tokens=64), "unknown") is None
 
 
 def test_a_choice_among_a_thousand_replicas_takes_less_than_a_millisecond() -> None:
