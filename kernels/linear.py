@@ -11,8 +11,8 @@ On a CPU, weights in the model's dtype are packed once for oneDNN. Measured on a
 times on 256-wide layers and 1.75 to 3.3 times on the largest matrices. The packed kernel costs 20 µs a call, so a
 weight of up to `COPY_BYTES` also has a transposed copy for few rows. In µs, packed and copy, on a Xeon core with
 AVX512: 1 row of 512 × 256 24 and 6, of 8192 × 256 384 and 314; 8 rows 32 and 14, 621 and 424. MKL loses on two threads.
-Once the compiled kernels are there (`native`), the copy is the checkpoint's own bfloat16 if it has that: the same
-values in half the bytes.
+Once the compiled kernels are there (`native`), few rows read the checkpoint's own bfloat16 if it has that, of weights
+of up to `NARROW_BYTES`: the same values in half the bytes, and such a step takes what reading them takes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from .quantize import ZERO_POINT, QuantizedRows, Quantizer, Rows, quantize, quan
 
 _ROWS = 512  # the number of rows that the packed layout is optimized for; it works for any
 COPY_BYTES = 8 << 20  # up to so many bytes a weight is stored a second time, for few rows
+NARROW_BYTES = 64 << 20  # up to so many bytes of float32 a weight is kept in a checkpoint's bfloat16 too
 COPY_ROWS = 8  # fewer than `FixedRows` has in a tile: there every step takes the packed kernel
 
 
@@ -53,18 +54,28 @@ class PlainLinear:
         bias: ``[outputs]`` or None.
         dtype: the model's; None: the weight's.
         copied: keep a copy for few rows where `linear_bytes` counts one.
+        shared: ``weight`` stays in memory anyhow, as a tied embedding does: few rows may read it, however large it is.
     """
 
     quantizer = None
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, *, copied: bool = True
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        copied: bool = True,
+        shared: bool = False,
     ) -> None:
         self.bias, self._weight, self._dtype = bias, weight, dtype or weight.dtype
         self._packed = packs(weight.device, self._dtype)
         self._copied = copied and _copies(weight.device, weight.shape, self._dtype)
         self._copy: Tensor | None = None  # [inputs, outputs]
-        self._rows: Tensor | None = None  # [outputs, inputs] in bfloat16, in place of the copy
+        self._narrow: Tensor | None = None  # [outputs, inputs] in bfloat16, in place of the copy
+        if self._packed and self._dtype == torch.float32 and weight.dtype == torch.bfloat16 and copied:
+            small = 4 * weight.numel() <= NARROW_BYTES
+            self._narrow = weight if shared and weight.is_contiguous() else weight.contiguous() if small else None
         self._laid_out = not self._packed and weight.dtype == self._dtype
 
     def lay_out(self) -> None:
@@ -74,21 +85,21 @@ class PlainLinear:
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
             weight = self._weight.to(self._dtype)
-            if self._copied and self._weight.dtype == torch.bfloat16 and native.library() is not None:
-                self._rows = self._weight.contiguous()
-            elif self._copied:
+            if native.library() is None:
+                self._narrow = None
+            if self._copied and self._narrow is None:
                 self._copy = weight.t().contiguous()
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
         self._laid_out = True
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
-        if not self._laid_out:
-            self.lay_out()
-        if self._rows is not None and x.shape[0] <= COPY_ROWS:
-            found = native_ops.linear(x, self._rows, self.bias)
+        if self._narrow is not None and x.shape[0] <= COPY_ROWS:
+            found = native_ops.linear(x, self._narrow, self.bias)
             if found is not None:
                 return found
+        if not self._laid_out:
+            self.lay_out()
         if self._copy is not None and x.shape[0] <= (COPY_ROWS if torch.get_num_threads() == 1 else 1):
             return torch.mm(x, self._copy) if self.bias is None else torch.addmm(self.bias, x, self._copy)
         if not self._packed:
@@ -175,6 +186,8 @@ def linear_bytes(
     In int8, each output channel also has its scale and its sum for the inputs' zero point; in the copy too.
     """
     size = math.prod(shape) * (1 if int8 else dtype.itemsize)
+    if copied and not int8 and dtype == torch.float32 and packs(device, dtype) and COPY_BYTES < size <= NARROW_BYTES:
+        return size + size // 2
     if copied and (size <= COPY_BYTES if int8 else _copies(device, shape, dtype)):
         size = 2 * size + (4 * shape[0] if int8 else 0)
     return size + (8 * shape[0] if int8 else 0)

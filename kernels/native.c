@@ -242,7 +242,7 @@ INLINE vi int8_dots(const void *const *x, const void *const *w, const int rows, 
 
 INLINE void product(const Product *p, long row, const int rows, long n, long last, const int element) {
     const int channels = 16 / rows, size = element == 1 ? 1 : 4;
-    const void *x[4], *w[16];
+    const void *x[8], *w[16];
     float found[16];
     UNROLL for (int r = 0; r < rows; r++)
         x[r] = (const char *)p->x + (row + r < p->rows ? row + r : row) * p->inputs * size;
@@ -256,7 +256,7 @@ INLINE void product(const Product *p, long row, const int rows, long n, long las
                 if (r >= p->rows || c >= last) continue;
                 found[i] = (float)(sums[i] - 128 * p->sums[c]) * p->scales[c] * p->x_scales[r];
             }
-        } else store(found, 0, dots((const float *const *)x, w, rows, p->inputs, element == 2), 0);
+        } else store(found, 0, dots((const float *const *)x, w, rows, p->inputs, 1), 0);
         for (int r = 0; r < rows && row + r < p->rows; r++) {
             float *out = p->out + (row + r) * p->outputs + n;
             for (int c = 0; c < channels && n + c < last; c++)
@@ -269,24 +269,24 @@ INLINE void product_block(const Product *p, long block, const int element) {
     long first = block * CHANNELS, last = first + CHANNELS < p->outputs ? first + CHANNELS : p->outputs;
     for (long n = first; n < last; n += 16) {
         long stop = n + 16 < last ? n + 16 : last;
-        for (long row = 0; row < p->rows; row += 4) {
-            if (p->rows - row == 1) product(p, row, 1, n, stop, element);
-            else if (p->rows - row == 2) product(p, row, 2, n, stop, element);
-            else product(p, row, 4, n, stop, element);
+        for (long row = 0, left; (left = p->rows - row) > 0; row += 8) {
+            if (left == 1) product(p, row, 1, n, stop, element);
+            else if (left == 2) product(p, row, 2, n, stop, element);
+            else if (left <= 4) product(p, row, 4, n, stop, element);
+            else product(p, row, 8, n, stop, element);
         }
     }
 }
 
-static void float_unit(const void *job, long block) { product_block(job, block, 4); }
 static void bf16_unit(const void *job, long block) { product_block(job, block, 2); }
 static void int8_unit(const void *job, long block) { product_block(job, block, 1); }
 
-// `x @ weight.T + bias` in float32: `element` is 4 of a float32 weight, 2 of bfloat16; 1 of int8, and of unsigned rows
-// with a zero point of 128 (`quantize.quantize`).
+// `x @ weight.T + bias` in float32, of a weight in bfloat16; or with `sums`, of one in int8 and of unsigned rows with a
+// zero point of 128 (`quantize.quantize`).
 void linear(const void *x, const void *weight, const float *bias, float *out, long rows, long outputs, long inputs,
-            long element, const float *x_scales, const float *scales, const int32_t *sums, long threads) {
+            const float *x_scales, const float *scales, const int32_t *sums, long threads) {
     Product p = {x, weight, bias, x_scales, scales, sums, out, rows, outputs, inputs};
-    run(element == 1 ? int8_unit : element == 2 ? bf16_unit : float_unit, &p, (outputs + CHANNELS - 1) / CHANNELS, threads);
+    run(sums ? int8_unit : bf16_unit, &p, (outputs + CHANNELS - 1) / CHANNELS, threads);
 }
 
 // -- attention of decodes over pages: online softmax (Milakov & Gimelshein, 2018) -------------------------------------

@@ -140,15 +140,14 @@ def rope_write(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``x @ weight.T + bias`` in float32, for a weight ``[outputs, inputs]`` in float32 or bfloat16; None: not here."""
+    """``x @ weight.T + bias`` in float32, for a weight ``[outputs, inputs]`` in bfloat16; None: not here."""
     library, (outputs, inputs) = native.library(), weight.shape
     if library is None or inputs % native.LANES or not x.is_contiguous() or not _fits(bias):
         return None
     rows = x.shape[0]
     out = x.new_empty(rows, outputs)
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    sizes = rows, outputs, inputs, weight.element_size()
-    library.linear(*pointers, *sizes, None, None, None, torch.get_num_threads())
+    library.linear(*pointers, rows, outputs, inputs, None, None, None, torch.get_num_threads())
     return out
 
 
@@ -168,7 +167,7 @@ def int8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, sums: Tensor, b
     out = torch.empty(rows, outputs)
     pointers = x.values.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
     scales = x.scales.data_ptr(), scale.data_ptr(), sums.data_ptr()
-    library.linear(*pointers, rows, outputs, inputs, 1, *scales, torch.get_num_threads())
+    library.linear(*pointers, rows, outputs, inputs, *scales, torch.get_num_threads())
     return out
 
 

@@ -71,11 +71,11 @@ class Decoder:
                 weights[name] = torch.cat([weights[name], padding])
         self._embedding = weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
-        weights.setdefault("lm_head", self._embedding)
+        tied = weights.setdefault("lm_head", self._embedding) is self._embedding
         self._dtype = dtype or self._embedding.dtype
         self._later: list[PlainLinear | Int8Linear] = []  # layers whose weights are not laid out yet
         make_linear = LinearFactory(weights, ops, self._dtype, self._later, int8=int8, fixed_rows=fixed_rows)
-        self._lm_head = make_linear("lm_head")
+        self._lm_head = make_linear("lm_head", shared=tied)
         self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
 

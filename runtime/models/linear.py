@@ -53,9 +53,9 @@ class LinearFactory:
         """``layer``, which works row by row, with ``fixed_rows``."""
         return layer if self._fixed_rows is None else FixedRows(layer, self._fixed_rows)
 
-    def __call__(self, name: str) -> Linear:
-        """The product with weight ``name`` and, if there is one, its ``name_bias``."""
-        return self.fixed(self.plain(name))
+    def __call__(self, name: str, *, shared: bool = False) -> Linear:
+        """The product with weight ``name`` and, if there is one, its ``name_bias``. ``shared``: see `PlainLinear`."""
+        return self.fixed(self._linear(*self._pop(name), shared=shared))
 
     def plain(self, name: str) -> Linear:
         """The same without ``fixed_rows``, for a part of what is `fixed` as a whole."""
@@ -97,6 +97,7 @@ class LinearFactory:
         input_scale: Tensor | None = None,
         bias: Tensor | None = None,
         copied: bool = True,
+        shared: bool = False,
     ) -> Linear:
         if scale is not None and has_fp8(weight, scale):
             group = BLOCK if in_blocks(weight, scale) else 0
@@ -105,7 +106,11 @@ class LinearFactory:
             return Fp8Linear(weight, scale, bias, quantizer, self._dtype, self._ops)
         if scale is not None:
             weight = dequantize_weight(weight, scale, self._dtype)
-        linear = (Int8Linear if self._int8 else PlainLinear)(weight, bias, self._dtype, copied=copied)
+        linear: PlainLinear | Int8Linear
+        if self._int8:
+            linear = Int8Linear(weight, bias, self._dtype, copied=copied)
+        else:
+            linear = PlainLinear(weight, bias, self._dtype, copied=copied, shared=shared)
         if self._later is None or weight.device.type != "cpu":
             linear.lay_out()
         else:
