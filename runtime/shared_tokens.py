@@ -1,4 +1,4 @@
-"""Token sequences that share their prefixes: the prompts of branches and of program states."""
+"""Token sequences that share their prefixes (the prompts of branches and of program states), and their bytes."""
 
 from __future__ import annotations
 
@@ -57,3 +57,12 @@ class SharedTokens:
 
 
 EMPTY = SharedTokens(np.empty(0, np.int32))
+
+
+def tokens_to_bytes(tokens: Int32) -> bytes:
+    """Token ids as messages hold them: int32, little-endian."""
+    return tokens.astype("<i4", copy=False).tobytes()
+
+
+def tokens_from_bytes(data: bytes) -> Int32:
+    return np.frombuffer(data, dtype="<i4").astype(np.int32, copy=False)

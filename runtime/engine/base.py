@@ -39,7 +39,7 @@ class EngineBase:
     def __init__(self, model: str | Path = "", **settings: Any) -> None:
         failed: Future[str] = Future()
         loaded = load_engine(engine_config(str(model), settings), failed=failed)
-        self._start(loaded.core, loaded.tokenizer)
+        self._start(loaded.core, loaded.tokenizer())
         failed.add_done_callback(self._thread.executor_failed)
 
     @classmethod

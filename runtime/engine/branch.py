@@ -11,7 +11,8 @@ from ..errors import InvalidRequest
 from ..messages import BranchOp, BranchRun, Delta, Piece
 from ..sampling_params import SamplingParams
 from ..scheduler.branches.scores import Score, ScoreCollector
-from ..tokenizer.pieces import chat_piece, encode_message, tokens_from_bytes, tokens_to_bytes
+from ..shared_tokens import tokens_from_bytes, tokens_to_bytes
+from ..tokenizer.pieces import chat_piece, encode_message
 from .base import EngineBase
 from .prompts import BranchPiece, Prompt, RunOptions, token_array
 from .request_output import RequestOutput, StreamChunk, error_of

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ NULL_CONTEXT = 32_768
 @dataclass(slots=True, frozen=True)
 class LoadedEngine:
     core: EngineCore
-    tokenizer: Tokenizer
+    tokenizer: Callable[[], Tokenizer]  # loaded by its first call
     memory_plan: list[str]  # lines for display
     rank_pids: list[int] = field(default_factory=list)  # of the processes that compute parts of the model
 
@@ -51,8 +52,13 @@ def load_engine(
     config: EngineConfig,
     progress: Callable[[int, int], None] | None = None,
     failed: Future[str] | None = None,
+    *,
+    tokenizer_later: bool = False,
 ) -> LoadedEngine:
     """Loads a model. ``progress(done, total)`` is called with bytes of weights. Raises `LoadError`.
+
+    ``tokenizer_later``: for a process that needs its tokenizer for constraints alone. Another one reports what is wrong
+    with it.
 
     ``failed``: gets the reason, on another thread, when a process that computes a part of the model ends. The thread
     that drives the core may not return from a step then.
@@ -71,8 +77,10 @@ def load_engine(
         from ..executor.rank_zero import RankZero
 
         times.lap("imports")
-        tokenizer = Tokenizer.load(model_folder(config.model))
-        times.lap("tokenizer")
+        tokenizer = _tokenizer(config)
+        if not tokenizer_later:
+            tokenizer()
+            times.lap("tokenizer")
         executor: Executor
         copies: RankCopies | None = None  # of a model that is split
         if ranks is None:
@@ -99,11 +107,16 @@ def load_engine(
 
 def load_null_engine(config: EngineConfig, step_seconds: float) -> LoadedEngine:
     """An engine without a model or torch, whose steps take ``step_seconds``."""
-    tokenizer = Tokenizer.load(model_folder(config.model))
+    tokenizer = _tokenizer(config)
     pages = -(-(config.kv_cache_tokens or NULL_POOL_TOKENS) // config.page_size)
-    executor = NullExecutor(pages, config.page_size, tokenizer.vocab_size, step_seconds)
+    executor = NullExecutor(pages, config.page_size, tokenizer().vocab_size, step_seconds)
     core = _core(config, executor, tokenizer, (), config.max_model_len or NULL_CONTEXT, gpu=False)
     return LoadedEngine(core, tokenizer, ["no model: tokens are computed from their positions"])
+
+
+def _tokenizer(config: EngineConfig) -> Callable[[], Tokenizer]:
+    """The model's tokenizer, loaded by the first call."""
+    return cache(partial(Tokenizer.load, model_folder(config.model)))
 
 
 def _tier_lines(lower: LowerTiers | None, ranks: int) -> list[str]:
@@ -159,7 +172,7 @@ def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int, c
 def _core(
     config: EngineConfig,
     executor: Executor,
-    tokenizer: Tokenizer,
+    tokenizer: Callable[[], Tokenizer],
     eos_ids: tuple[int, ...],
     max_model_len: int,
     gpu: bool,

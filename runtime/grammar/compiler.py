@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..constraint import Constraint, ConstraintError
+from ..errors import LoadError
 from ..fair_queue import FairQueue
 from .matcher import Grammar
 
@@ -38,23 +39,26 @@ class _Job:
 
 
 class GrammarCompiler:
-    """Thread-safe. Preparing the tokenizer holds the GIL for 0.7 s of a vocabulary of 150,000: `prepare` does so while
-    nothing else runs, else the first compilation.
+    """Thread-safe. Loading the tokenizer and preparing it for llguidance hold the GIL for up to 0.5 and 0.7 s of a
+    vocabulary of 150,000: `prepare` does so while nothing else runs, else the first compilation.
 
     Compilations are queued fairly by owner, and dropped when their last caller stops waiting. Matchers of slow grammars
     advance in the same threads, before all compilations. For a tokenizer that llguidance cannot use, every constraint
     is refused with the reason.
+
+    ``load_tokenizer`` is called when the tokenizer is needed.
     """
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
+        load_tokenizer: Callable[[], Tokenizer],
         vocab_size: int,
         eos_ids: Sequence[int],
         *,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        self._tokenizer, self._eos_ids = tokenizer, eos_ids
+        self._load_tokenizer, self._eos_ids = load_tokenizer, eos_ids
+        self._tokenizer: Tokenizer | None = None
         self.mask_words = -(-vocab_size // 32)  # length of a token bitmask, in 32-bit words
         self._vocab_size = vocab_size
         self._backend: GrammarBackend | ConstraintError | None = None  # or why there is none
@@ -73,21 +77,25 @@ class GrammarCompiler:
         self.compiled = 0  # grammars compiled so far, refused ones included
 
     def prepare(self) -> bool:
-        """Prepares the tokenizer. Returns whether that was still to be done."""
+        """Loads the tokenizer; called again, prepares it. Returns whether anything was still to be done."""
         with self._preparing:
             if self._backend is not None:
                 return False
-            from .llg import GrammarBackend  # llguidance takes 0.1 s to import
-
             try:
+                if self._tokenizer is None:
+                    self._tokenizer = self._load_tokenizer()
+                    return True
+                from .llg import GrammarBackend  # llguidance takes 0.1 s to import
+
                 self._backend = GrammarBackend(self._tokenizer, self._vocab_size, self._eos_ids)
-            except ConstraintError as error:
-                self._backend = error
+            except (ConstraintError, LoadError) as error:
+                self._backend = ConstraintError(str(error))
             return True
 
     def backend(self) -> GrammarBackend:
         """Prepared. Raises `ConstraintError` if llguidance cannot use the tokenizer."""
-        self.prepare()
+        while self.prepare():
+            pass
         assert self._backend is not None
         if isinstance(self._backend, ConstraintError):
             raise self._backend

@@ -54,10 +54,16 @@ class EngineProcesses:
     def pids(self) -> dict[Role, int]:
         return self._supervisor.pids
 
-    def start(self) -> None:
-        """Starts the processes. ``ended`` is then set to the first role that ends or hangs unexpectedly, and how."""
+    def start_scheduler(self) -> None:
+        """Starts the scheduler, which takes longest. ``ended`` is then set to the first role that ends or hangs
+        unexpectedly, and how."""
         self._loop.add_reader(self._inbox.fd, self._drain_inbox)
-        self._supervisor.start()
+        self._supervisor.start("scheduler")
+
+    def start_others(self) -> None:
+        """Starts the tokenizer and the detokenizer. Do what else takes the processor first: on two cores they would
+        slow the scheduler down."""
+        self._supervisor.start("detokenizer", "tokenizer")
 
     async def ready(self) -> dict[str, Any]:
         """Waits until every process is ready; returns the scheduler's information about the model.

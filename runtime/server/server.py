@@ -225,8 +225,8 @@ class Server:
         with listen(self._config) as sock:
             self._processes = EngineProcesses(self._config, self._receive)
             try:
-                self._processes.start()
-                self._make_state()  # its imports run while theirs do
+                self._processes.start_scheduler()
+                self._make_state()
                 await self._serve(sock, started, ready)
             finally:
                 self._processes.close()
@@ -235,6 +235,7 @@ class Server:
         from .http_server import HttpServer
 
         http = HttpServer(self._config, self._state)
+        self._processes.start_others()
         self._lag.start()
         serving = asyncio.create_task(http.serve(sockets=[sock]))
         becoming_ready = asyncio.create_task(self._become_ready(sock, started))
@@ -371,7 +372,8 @@ class Server:
         await _first(stop, serving, seconds=delay)
         if not (stop.done() or serving.done()):
             self._processes = EngineProcesses(self._config, self._receive)
-            self._processes.start()
+            self._processes.start_scheduler()
+            self._processes.start_others()
             becoming_ready = asyncio.create_task(self._become_ready(sock, time.monotonic()))
             await _first(becoming_ready, stop, serving)
             if becoming_ready.done():

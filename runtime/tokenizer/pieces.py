@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from ..chat.conversation import Conversation
 from ..chat.openai_messages import openai_turns
 from ..chat.prompt import chat_prompt
 from ..errors import InvalidRequest
 from ..messages import BranchOp, BranchRun, Piece, Refusal
-from ..step import Int32
+from ..shared_tokens import tokens_from_bytes, tokens_to_bytes
 from .tokenizer import Tokenizer
 
 
@@ -42,7 +43,7 @@ def encode_piece(tokenizer: Tokenizer, piece: Piece) -> Piece:
     """The same piece with its tokens. A text is tokenized by itself; what a stop string left of a token (``before``)
     is tokenized together with it, unless only one of the two may hold special tokens."""
     before, text = piece.before, piece.text
-    more: list[Int32] = []
+    more: list[npt.NDArray[np.int32]] = []
     left = 0
     if text is None:
         more += [tokenizer.encode_more(before)] if before else []
@@ -89,11 +90,3 @@ def check_no_special(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]
 def rendered_piece(text: str) -> Piece:
     """Tokens of text that a chat template wrote, which has its special tokens already."""
     return Piece(text, parse_special=True, add_opening=False)
-
-
-def tokens_to_bytes(tokens: Int32) -> bytes:
-    return tokens.astype("<i4", copy=False).tobytes()
-
-
-def tokens_from_bytes(data: bytes) -> Int32:
-    return np.frombuffer(data, dtype="<i4").astype(np.int32, copy=False)

@@ -17,9 +17,8 @@ from ...errors import InvalidRequest
 from ...limits import check_token_ids, fit
 from ...messages import BranchOp, BranchRun, ControlReply, Piece, Refusal, Settled
 from ...sampling_params import SamplingParams
-from ...shared_tokens import EMPTY, SharedTokens
+from ...shared_tokens import EMPTY, SharedTokens, tokens_from_bytes, tokens_to_bytes
 from ...step import Int32
-from ...tokenizer.pieces import tokens_from_bytes, tokens_to_bytes
 from ..request import Request
 from ..scheduler import Scheduler
 from .registry import Branches, BranchRecord, BranchState

@@ -51,7 +51,8 @@ class SchedulerWorker:
         else:
             failed: Future[str] = Future()
             failed.add_done_callback(partial(_leave, run_dir))
-            loaded = load_engine(config.engine, lambda done, total: http.send([_progress(done, total)]), failed)
+            progress = partial(_send_progress, http)
+            loaded = load_engine(config.engine, progress, failed, tokenizer_later=True)
         self._core = loaded.core
         self._core.scheduler.send_early = lambda output: self._detokenizer.send([output])
         self._events: KVEventPublisher | None = None
@@ -170,5 +171,5 @@ def _leave(run_dir: Path, failed: Future[str]) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _progress(done: int, total: int) -> Progress:
-    return Progress("scheduler", "loading weights", done, total)
+def _send_progress(http: Outbox, done: int, total: int) -> None:
+    http.send([Progress("scheduler", "loading weights", done, total)])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .children import start_child
-from .launch import ROLES, Role
+from .launch import Role
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +18,7 @@ KILL_SECONDS = 5.0  # how long killed children may take to end
 
 
 class Supervisor:
-    """The child processes of one server. They start in parallel, so that their imports and loading overlap.
+    """The child processes of one server.
 
     ``torch``: whether the scheduler needs torch. ``on_exit(role, returncode)`` is called once for each child that
     exits, expected or not, from a watcher thread.
@@ -34,9 +34,9 @@ class Supervisor:
     def pids(self) -> dict[Role, int]:
         return {role: child.pid for role, child in self._children.items()}
 
-    def start(self) -> None:
+    def start(self, *roles: Role) -> None:
         """Call it from a thread that outlives the server: Linux kills the children when that thread ends."""
-        for role in ROLES:
+        for role in roles:
             self._children[role] = child = start_child(role, self._run_dir, torch=self._torch)
             # A thread in wait() reports an exit at once, on every platform, without a SIGCHLD handler.
             watcher = threading.Thread(target=self._watch, args=(role, child), name=f"watch-{role}", daemon=True)

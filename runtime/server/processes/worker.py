@@ -21,7 +21,7 @@ from ...config import ServerConfig
 from ...errors import BranchwiseError, EngineDead
 from ...executor.torch_environment import prepare_torch
 from ...messages import Failed
-from ...parallel.early_torch import import_torch_early
+from ...parallel.early_torch import create_cuda_context, import_torch_early
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..log_format import configure_logging
 from ..memory import return_freed_memory
@@ -77,6 +77,8 @@ def main(role: str, parent: int, *, torch: bool) -> int:
     sys.stdout = sys.stderr = configure_logging(config, role)
     context: zmq.Context[Any] = zmq.Context()
     http = Outbox(context, run_dir, "http")
+    if torch:
+        create_cuda_context(config.engine.device)  # while torch is imported
     try:
         try:
             worker = make_worker(role, config, context, run_dir, http)

@@ -24,7 +24,7 @@ CHECKED = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "RESUME", "J
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
     loaded = load_null_engine(EngineConfig(kv_cache_tokens=8192, max_model_len=2048), 0.0005)
-    with Engine.from_core(loaded.core, loaded.tokenizer) as engine:
+    with Engine.from_core(loaded.core, loaded.tokenizer()) as engine:
         yield engine
 
 

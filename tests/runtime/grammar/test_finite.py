@@ -18,7 +18,7 @@ from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 @pytest.fixture(scope="module")
 def compiler(checkpoint):
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,))
+    compiler = GrammarCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,))
     yield compiler
     compiler.close()
 

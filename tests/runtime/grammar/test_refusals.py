@@ -60,7 +60,7 @@ REFUSED = [
 @pytest.fixture(scope="module")
 def compiler(checkpoint):
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,))
+    compiler = GrammarCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,))
     yield compiler
     compiler.close()
 
@@ -112,7 +112,7 @@ def test_bounds(fields, field, problem):
 
 def test_one_compilation_serves_all_who_ask_and_memory_is_bounded(checkpoint):
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,), cache_bytes=200_000)
+    compiler = GrammarCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,), cache_bytes=200_000)
     first = compiler.compile(Constraint("regex", "a0"))
     assert compiler.compile(Constraint("regex", "a0")) is first
     refused = compiler.compile(Constraint("regex", "["))

@@ -28,7 +28,7 @@ SCHEMAS = {
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_a_type_compiles(checkpoint, name: str) -> None:
     tokenizer = Tokenizer.load(checkpoint("llama-gqa"))
-    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, (1,))
+    compiler = GrammarCompiler(lambda: tokenizer, tokenizer.vocab_size, (1,))
     assert compiler.compile(Constraint("json_schema", json.dumps(SCHEMAS[name]))).exception(10) is None
     compiler.close()
 

@@ -12,7 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.messages import BranchOp, BranchRun, Piece
 from branchwise.runtime.sampling_params import SamplingParams
-from branchwise.runtime.tokenizer.pieces import chat_piece, encode_message, encode_piece, tokens_from_bytes
+from branchwise.runtime.shared_tokens import tokens_from_bytes
+from branchwise.runtime.tokenizer.pieces import chat_piece, encode_message, encode_piece
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 PIECES = ["Once", " upon a time", ", there\n", "\nwas", "  a tree", ". Zwölf 🌳", "!"]
