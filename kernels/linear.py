@@ -186,7 +186,8 @@ def linear_bytes(
     In int8, each output channel also has its scale and its sum for the inputs' zero point; in the copy too.
     """
     size = math.prod(shape) * (1 if int8 else dtype.itemsize)
-    if copied and not int8 and dtype == torch.float32 and packs(device, dtype) and COPY_BYTES < size <= NARROW_BYTES:
+    narrow = not int8 and dtype == torch.float32 and packs(device, dtype) and COPY_BYTES < size <= NARROW_BYTES
+    if copied and narrow and native.expected():  # at most: a checkpoint in float32 has no bfloat16 to keep
         return size + size // 2
     if copied and (size <= COPY_BYTES if int8 else _copies(device, shape, dtype)):
         size = 2 * size + (4 * shape[0] if int8 else 0)

@@ -1,14 +1,13 @@
 // Kernels for the few rows of a decode step on a CPU. `native.py` compiles and binds this file; `ops.py`, `linear.py`
 // and `attention/torch_backend.py` specify each function and are used where this file is not.
 //
-// Arithmetic is in float32, in vectors of 16 that the compiler splits where the processor's are narrower. `bf16` says
-// that a tensor's elements are bfloat16, else they are float32. Sizes of rows are multiples of 16.
+// For processors with AVX512: narrower ones have too few registers for 16 sums at once, and torch is faster there.
+// Arithmetic is in float32. `bf16` says that a tensor's elements are bfloat16, else they are float32. Sizes of rows are
+// multiples of 16.
 
+#include <immintrin.h>
 #include <math.h>
 #include <stdint.h>
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
 
 typedef float vf __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
@@ -48,11 +47,8 @@ static void run(Unit unit, const void *job, long count, long threads) {
 
 INLINE vf load(const void *p, long i, int bf16) {
     if (!bf16) return *(const vf_memory *)((const float *)p + i);
-#ifdef __AVX512F__  // GCC 12 makes five instructions of the line below
+    // GCC 12 makes five instructions of __builtin_convertvector.
     return (vf)((vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)((const uint16_t *)p + i))) << 16);
-#else
-    return (vf)(__builtin_convertvector(*(const vh_memory *)((const uint16_t *)p + i), vu) << 16);
-#endif
 }
 
 INLINE void store(void *p, long i, vf x, int bf16) {
@@ -84,22 +80,8 @@ INLINE vf choose(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask
 SUM16(sum16, vf)
 SUM16(sum16_int, vi)
 
-INLINE float sum(vf x) {
-    x += SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x += SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x += SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return x[0] + x[1];
-}
-
-INLINE float largest(vf x) {  // passes over some NaN
-    vf y = SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-    x = choose(y > x, y, x);
-    y = SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-    x = choose(y > x, y, x);
-    y = SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    x = choose(y > x, y, x);
-    return x[0] > x[1] ? x[0] : x[1];
-}
+INLINE float sum(vf x) { return _mm512_reduce_add_ps((__m512)x); }
+INLINE float largest(vf x) { return _mm512_reduce_max_ps((__m512)x); }  // passes over some NaN
 
 INLINE vf exponential(vf x) {  // Cephes' expf; NaN stays NaN
     x = choose(x > 88.0f, all(88.0f), choose(x < -87.0f, all(-87.0f), x));
@@ -125,9 +107,10 @@ static void quantize_row(const float *x, long size, uint8_t *values, float *scal
         most = choose(a > most, a, most);
     }
     float magnitude = fmaxf(largest(most), 1e-12f);
-    for (long i = 0; i < size; i += 16)
-        *(vb_memory *)(values + i) =
-            __builtin_convertvector(__builtin_convertvector(load(x, i, 0) * (127.0f / magnitude) + 128.5f, vi), vb_memory);
+    for (long i = 0; i < size; i += 16) {
+        vi rounded = __builtin_convertvector(load(x, i, 0) * (127.0f / magnitude) + 128.5f, vi);
+        *(vb_memory *)(values + i) = __builtin_convertvector(rounded, vb_memory);
+    }
     *scale = magnitude / 127.0f;
 }
 
@@ -138,12 +121,8 @@ void add_rms_norm(const void *delta, void *residual, const float *weight, float 
         vf square = {};
         long at = r * size, to = values ? 0 : at;
         for (long i = at; i < at + size; i += 16) {
-            vf x = load(residual, i, bf16);
-            if (delta) {
-                store(residual, i, x + load(delta, i, bf16), bf16);
-                x = load(residual, i, bf16);
-            }
-            square += x * x;
+            if (delta) store(residual, i, load(residual, i, bf16) + load(delta, i, bf16), bf16);
+            square += load(residual, i, bf16) * load(residual, i, bf16);
         }
         vf scale = all(1.0f / sqrtf(sum(square) / size + eps));
         for (long i = 0; i < size; i += 16)
@@ -166,9 +145,9 @@ void silu_mul(const void *gate_up, long rows, long size, long bf16, void *out, u
 }
 
 // `ops.rope_write` in place: queries and keys of `qkv` are normed and rotated; keys and values go to their slots.
-void rope_write(void *qkv, long rows, long heads, long kv_heads, long dim, long half, const float *cos, const float *sin,
-                long angles_stride, const float *norm, float eps, const int64_t *slots, void *keys, void *values,
-                long bf16) {
+void rope_write(void *qkv, long rows, long heads, long kv_heads, long dim, long half, const float *cos,
+                const float *sin, long angles_stride, const float *norm, float eps, const int64_t *slots, void *keys,
+                void *values, long bf16) {
     for (long r = 0; r < rows; r++, cos += angles_stride, sin += angles_stride) {
         for (long h = 0; h < heads + 2 * kv_heads; h++) {
             long at = (r * (heads + 2 * kv_heads) + h) * dim;
@@ -188,10 +167,9 @@ void rope_write(void *qkv, long rows, long heads, long kv_heads, long dim, long 
                 }
             }
             if (h < heads) continue;
-            long head = h < heads + kv_heads ? h - heads : h - heads - kv_heads;
-            void *pages = h < heads + kv_heads ? keys : values;
+            long to = (slots[r] * kv_heads + (h - heads) % kv_heads) * dim;
             for (long i = 0; i < dim; i += 16)
-                store(pages, (slots[r] * kv_heads + head) * dim + i, load(qkv, at + i, bf16), bf16);
+                store(h < heads + kv_heads ? keys : values, to + i, load(qkv, at + i, bf16), bf16);
         }
     }
 }
@@ -230,7 +208,7 @@ INLINE vi int8_dots(const void *const *x, const void *const *w, const int rows, 
 #ifdef __AVX512VNNI__
                 __m512i a = _mm512_loadu_si512((const char *)x[r] + i), b = _mm512_loadu_si512((const char *)w[c] + i);
                 *to = (vi)_mm512_dpbusd_epi32((__m512i)*to, a, b);
-#else
+#else  // --quantization int8 is refused here
                 for (int j = 0; j < 64; j++)
                     (*to)[j & 15] += ((const uint8_t *)x[r])[i + j] * ((const int8_t *)w[c])[i + j];
 #endif
@@ -244,10 +222,10 @@ INLINE void product(const Product *p, long row, const int rows, long n, long las
     const int channels = 16 / rows, size = element == 1 ? 1 : 4;
     const void *x[8], *w[16];
     float found[16];
-    UNROLL for (int r = 0; r < rows; r++)
+    for (int r = 0; r < rows; r++)
         x[r] = (const char *)p->x + (row + r < p->rows ? row + r : row) * p->inputs * size;
     for (; n < last; n += channels) {
-        UNROLL for (int c = 0; c < channels; c++)
+        for (int c = 0; c < channels; c++)
             w[c] = (const char *)p->weight + (n + c < last ? n + c : n) * p->inputs * element;
         if (element == 1) {
             vi sums = int8_dots(x, w, rows, p->inputs);
@@ -302,16 +280,14 @@ typedef struct {  // of one step: each item is a run of keys that `count` querie
     const int32_t *table;    // page table
     const int32_t *queries;  // of all items, concatenated: each query of an item
     const int32_t *first, *count, *row, *start, *stop;  // of each item: its queries, its row of `table`, its keys
-    long columns, shared, own;  // the first `shared` items are read by several queries; then each query has one of its own
+    long columns, shared, own;  // the first `shared` items have several queries; then each query has one of its own
 } Plan;
 
 typedef struct {
     const Layer *layer;
     const Plan *plan;
-    const void *q;
     void *out;
     float *state;  // [queries, heads, 2 * dim + 16]: scaled query, sum of values, maximum and denominator
-    long q_stride, own;
 } Attention;
 
 // Scores of up to 16 keys for `rows` query rows, and their values summed.
@@ -321,7 +297,6 @@ INLINE void attend(const Layer *l, float *const *state, const int rows, const vo
     const vi seen = lanes < (int32_t)keys;
     const int vectors = 16 / rows;
     float weights[4][16];
-    vf scores[4];
     for (int at = 0; at < 16; at += vectors) {
         float found[16] = {};
         if (at < keys) store(found, 0, dots((const float *const *)state, k + at, rows, l->dim, bf16), 0);
@@ -339,9 +314,9 @@ INLINE void attend(const Layer *l, float *const *state, const int rows, const vo
             running[1] *= less[0];
             for (long d = 0; d < l->dim; d += 16) store(sums, d, load(sums, d, 0) * less, 0);
         }
-        scores[r] = choose(seen, exponential(score - running[0]), all(0));
-        running[1] += sum(scores[r]);
-        store(weights[r], 0, scores[r], 0);
+        score = choose(seen, exponential(score - running[0]), all(0));
+        running[1] += sum(score);
+        store(weights[r], 0, score, 0);
     }
     for (long d = 0; d < l->dim; d += 16) {
         vf acc[4];
@@ -387,20 +362,21 @@ INLINE void attend_item(const Attention *a, long item, long head, const int bf16
     }
 }
 
-static void attend_head(const void *job, long index) {  // all shared runs of one head
+static void attend_run(const Attention *a, long item, long head) {
+    if (a->layer->bf16) attend_item(a, item, head, 1);
+    else attend_item(a, item, head, 0);
+}
+
+static void attend_shared(const void *job, long head) {  // all shared runs in one head
     const Attention *a = job;
-    for (long i = 0; i < a->plan->shared; i++) {
-        if (a->layer->bf16) attend_item(a, i, index, 1);
-        else attend_item(a, i, index, 0);
-    }
+    for (long i = 0; i < a->plan->shared; i++) attend_run(a, i, head);
 }
 
 static void attend_own(const void *job, long index) {  // the keys of one query alone in one head, and its result
     const Attention *a = job;
     const Layer *l = a->layer;
     long item = a->plan->shared + index / l->kv_heads, head = index % l->kv_heads, group = l->heads / l->kv_heads;
-    if (l->bf16) attend_item(a, item, head, 1);
-    else attend_item(a, item, head, 0);
+    attend_run(a, item, head);
     long query = a->plan->queries[a->plan->first[item]];
     for (long h = head * group; h < (head + 1) * group; h++) {
         const float *sums = a->state + (query * l->heads + h) * (2 * l->dim + 16) + l->dim, *running = sums + l->dim;
@@ -413,7 +389,7 @@ static void attend_own(const void *job, long index) {  // the keys of one query 
 
 // Queries [T, heads, dim] with `q_stride` elements between tokens; `out` is contiguous.
 void attention(const Layer *l, const Plan *p, const void *q, long q_stride, void *out, float *state, long threads) {
-    Attention a = {l, p, q, out, state, q_stride, p->own};
+    Attention a = {l, p, out, state};
     for (long t = 0; t < p->own; t++) {
         for (long h = 0; h < l->heads; h++) {
             float *here = state + (t * l->heads + h) * (2 * l->dim + 16);
@@ -425,6 +401,6 @@ void attention(const Layer *l, const Plan *p, const void *q, long q_stride, void
             here[2 * l->dim + 1] = 0;
         }
     }
-    if (p->shared) run(attend_head, &a, l->kv_heads, threads);
+    if (p->shared) run(attend_shared, &a, l->kv_heads, threads);
     run(attend_own, &a, p->own * l->kv_heads, threads);
 }

@@ -1,4 +1,4 @@
-"""Compiles `native.c` for this processor and loads it: kernels for the few rows of a CPU's decode step.
+"""Compiles `native.c` for a processor with AVX512 and loads it: kernels for the few rows of a decode step.
 
 `start` compiles in a thread, with the C compiler that is on the path, once for each source, compiler and processor; the
 library stays in the user's cache folder. Until it is there, and without a compiler, callers run torch, which specifies
@@ -15,11 +15,12 @@ import platform
 import shutil
 import stat
 import subprocess
-import sys
 import tempfile
 import threading
 from ctypes import c_float, c_long, c_void_p
 from pathlib import Path
+
+import torch
 
 logger = logging.getLogger(__name__)
 
@@ -82,25 +83,35 @@ def start() -> None:
             _builder.start()
 
 
+def expected() -> bool:
+    """Whether there is a library, or will be one."""
+    return _library is not None or (not _switched_off() and problem() is None)
+
+
+def problem() -> str | None:
+    """Why there can be no library here; None if there can."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return "the processor has no AVX512"
+    return None if _compiler() else f"no C compiler is on the path ({', '.join(_COMPILERS)})"
+
+
 def describe() -> str:
     """What `start` would do here, for people."""
-    compiler = _compiler()
-    if _switched_off():
-        return f"no ({SWITCH})"
-    if compiler is None:
-        return f"no: no C compiler on the path ({', '.join(_COMPILERS)}), so torch computes small steps"
+    reason, compiler = f"{SWITCH} is off" if _switched_off() else problem(), _compiler()
+    if reason is not None or compiler is None:
+        return f"no: {reason}"
     try:
         path = library_path(compiler)
     except (OSError, subprocess.SubprocessError) as error:
-        return f"no: {error}, so torch computes small steps"
+        return f"no: {error}"
     return f"yes, {path}" if path.exists() else f"yes, once {compiler} has compiled them while the first server runs"
 
 
 def load() -> ctypes.CDLL:
     """The library, compiled unless the cache has it. Raises `OSError`, `RuntimeError` or `SubprocessError`."""
-    compiler = _compiler()
-    if compiler is None:
-        raise RuntimeError("no C compiler is on the path")
+    reason, compiler = problem(), _compiler()
+    if reason is not None or compiler is None:
+        raise RuntimeError(reason)
     path = library_path(compiler)
     if not path.exists():
         compile_library(compiler, path)
@@ -136,7 +147,7 @@ def library_path(compiler: str) -> Path:
     version = subprocess.run(
         [compiler, "--version"], stdin=subprocess.DEVNULL, capture_output=True, timeout=_COMPILE_SECONDS, check=True
     ).stdout
-    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, platform.machine().encode(), _processor())
+    parts = (_SOURCE.read_bytes(), " ".join(_FLAGS).encode(), version, _processor())
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "branchwise"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -158,10 +169,10 @@ def compile_library(compiler: str, path: Path) -> None:
             process.kill()
             process.wait()
         messages.seek(0)
-        said = messages.read(_OUTPUT_BYTES).decode(errors="replace")
+        said = messages.read(_OUTPUT_BYTES).decode(errors="replace").strip()
         logger.debug("%s: %s", " ".join(command), said)
         if code:
-            raise RuntimeError(f"{compiler} failed with exit status {code}: {said.strip()[:200]}")
+            raise RuntimeError(f"{compiler} failed with exit status {code}: {said[:200]}")
         made.chmod(0o700)
         made.replace(path)
 
@@ -186,8 +197,6 @@ def _processor() -> bytes:
 def _torch_team() -> int | None:
     """The address of ``GOMP_parallel`` of the OpenMP library that torch has loaded, so that its threads are used; None
     where it has another: then one thread computes."""
-    import torch
-
-    for found in sorted((Path(torch.__file__).parent / "lib").glob("libgomp*")) if sys.platform == "linux" else ():
+    for found in (Path(torch.__file__).parent / "lib").glob("libgomp*"):
         return ctypes.cast(ctypes.CDLL(str(found)).GOMP_parallel, c_void_p).value
     return None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from branchwise.kernels import linear as linear_module
 from branchwise.kernels import native, native_ops, ops
 from branchwise.kernels.kv_pool import KVLayer
 from branchwise.kernels.linear import COPY_ROWS, Int8Linear, PlainLinear, packs
@@ -116,6 +117,24 @@ def test_linear(shape: tuple[int, int], with_bias: bool, calls: list[str]) -> No
     assert len(calls) == (COPY_ROWS if packs(weight.device, torch.float32) else 0)
 
 
+def test_a_large_weight_is_kept_in_bfloat16_too(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to `NARROW_BYTES`, and where it stays in memory anyhow. The plan counts it."""
+    monkeypatch.setattr(linear_module, "COPY_BYTES", 0)
+    cpu, weight = torch.device("cpu"), torch.randn(64, 96).bfloat16()
+    if not packs(cpu, torch.float32):
+        pytest.skip("float32 is not packed here")
+    packed = linear_module.linear_bytes(cpu, weight.shape, torch.float32, int8=False, copied=False)
+    assert linear_module.linear_bytes(cpu, weight.shape, torch.float32, int8=False) == packed + weight.nbytes
+    for limit, shared, kept in ((1 << 20, False, True), (0, True, True), (0, False, False)):
+        monkeypatch.setattr(linear_module, "NARROW_BYTES", limit)
+        layer = PlainLinear(weight, None, torch.float32, shared=shared)
+        layer.lay_out()
+        calls.clear()
+        assert layer(torch.randn(2, 96)).isfinite().all()
+        assert calls == ["linear"] * kept
+    assert linear_module.linear_bytes(cpu, weight.shape, torch.float32, int8=False) == packed
+
+
 @pytest.mark.parametrize("shape", [(48, 64), (65, 192), (130, 128)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_int8_linear(
@@ -189,6 +208,8 @@ def test_other_rows_run_torch(calls: list[str]) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a user without a library, on a processor that could run one."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "branchwise"
 
@@ -208,7 +229,7 @@ def test_a_library_is_compiled_once(compiled_kernels: object, cache: Path) -> No
     before = path.stat()
     native.load()
     assert path.stat() == before
-    assert native.describe() == f"no ({native.SWITCH})"
+    assert native.describe() == f"no: {native.SWITCH} is off"
 
 
 def test_without_a_compiler_torch_runs(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +242,15 @@ def test_without_a_compiler_torch_runs(cache: Path, monkeypatch: pytest.MonkeyPa
     assert native.describe().startswith("no: no C compiler")
     x, weight = torch.randn(2, 64), torch.randn(64)
     assert native_ops.rms_norm(x, weight, 1e-5).equal(ops.rms_norm(x, weight, 1e-5))
+
+
+def test_a_narrower_processor_runs_torch(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    native._build()
+    assert native.library() is None
+    monkeypatch.delenv(native.SWITCH)
+    assert native.describe() == "no: the processor has no AVX512"
+    assert not cache.exists()
 
 
 def test_a_compiler_that_fails_leaves_nothing(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,7 +115,6 @@ def test_planned_weights_are_the_weights_loaded(
     monkeypatch.setattr(linear, "packs", lambda device, dtype: True)
     once = plan(model).read_bytes
     monkeypatch.setattr(kernel_linear, "COPY_BYTES", 0)
-    monkeypatch.setattr(kernel_linear, "NARROW_BYTES", 0)
     assert plan(model).weight_bytes == plan(model).read_bytes == once
     monkeypatch.setattr(linear, "packs", lambda device, dtype: False)
     assert plan(model).weight_bytes == loaded
