@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize import BLOCK, QuantizedRows, in_blocks
-from .triton_launch import kernel
+from .triton_launch import kernel, start_next, wait_for_inputs
 
 # Tokens up to which the kernel is used where torch has a GEMM; twice that for products of few output channels.
 FEW = 128
@@ -44,7 +44,7 @@ def store_rows(
     tl.store(out_ptrs, tile.to(out_ptr.dtype.element_ty), valid[:, None] & (n < N)[None, :])
 
 
-@kernel("tokens")
+@kernel("tokens", overlaps=True)
 def _fp8_linear(
     x_ptr: tl.tensor,
     x_scale_ptr: tl.tensor,
@@ -61,7 +61,9 @@ def _fp8_linear(
     OUTPUTS: tl.constexpr,
     TOKENS: tl.constexpr,
     INPUTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    wait_for_inputs(OVERLAPS)
     n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
     t = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     split = tl.program_id(2)
@@ -90,6 +92,7 @@ def _fp8_linear(
             total = tl.dot(weight, x, total)
         weight_ptrs += INPUTS
         x_ptrs += INPUTS
+    start_next(OVERLAPS)
     total = tl.trans(total)
     if SPLITS == 1:
         if not BLOCKS:
@@ -99,7 +102,7 @@ def _fp8_linear(
     store_rows(total, out_ptr, split * tokens + t.to(tl.int64), n, t < tokens, N)
 
 
-@kernel("tokens")
+@kernel("tokens", overlaps=True)
 def _add_splits(
     sums_ptr: tl.tensor,
     x_scale_ptr: tl.tensor,
@@ -112,7 +115,9 @@ def _add_splits(
     BIAS: tl.constexpr,
     SPLITS: tl.constexpr,
     OUTPUTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     total = tl.zeros([OUTPUTS], tl.float32)

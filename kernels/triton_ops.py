@@ -18,7 +18,7 @@ from .quantize import QuantizedRows, Quantizer
 from .triton_activation import gated
 from .triton_fp8 import fp8_linear
 from .triton_kv_write import write_quantized
-from .triton_launch import kernel
+from .triton_launch import kernel, start_next, wait_for_inputs
 from .triton_quantize import QuantizedOutput, quantize, row_warps, store_quantized
 from .triton_routing import route
 
@@ -39,7 +39,7 @@ __all__ = [
 TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread
 
 
-@kernel("rows")
+@kernel("rows", overlaps=True)
 def _rms_norm(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
@@ -53,7 +53,10 @@ def _rms_norm(
     EPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     channel = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (channel < D)
@@ -86,7 +89,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@kernel()
+@kernel(overlaps=True)
 def _add_rms_norm(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -102,8 +105,12 @@ def _add_rms_norm(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """``ADDENDS``: x is the sum of so many tensors, whose addresses ``x_ptr`` points at; 0: ``x_ptr`` is x itself."""
+    if not GROUP:
+        start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < D
@@ -164,7 +171,7 @@ def _launch_add_rms_norm(
         _add_rms_norm((tokens, 1, 1), (start, residual, weight, *outputs), (), constants, warps=row_warps(block))
 
 
-@kernel()
+@kernel(overlaps=True)
 def _gate_mul(
     gate_up_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -176,7 +183,11 @@ def _gate_mul(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    if not GROUP:
+        start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
     channel = start + tl.arange(0, BLOCK)
@@ -216,7 +227,7 @@ def _launch_gate_mul(
         _gate_mul((tokens, triton.cdiv(size, block), 1), (gate_up, *outputs), (), constants, warps=row_warps(block))
 
 
-@kernel("num_slots")
+@kernel("num_slots", overlaps=True)
 def _rope_write(
     qkv_ptr: tl.tensor,
     cos_ptr: tl.tensor,
@@ -243,8 +254,11 @@ def _rope_write(
     V_FORMAT: tl.constexpr,
     ROTATE: tl.constexpr,
     STATIC: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """One token, some of its heads. The rotated channels are two tiles: each thread has both ends of its pairs."""
+    start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
     pair = tl.arange(0, BLOCK_HALF)[None, :]
@@ -344,7 +358,7 @@ def _record(kv: KVLayer) -> tuple[int, ...] | None:
     return (*kv.record, *(x.shape[-1] * x.element_size() for x in (kv.k, kv.v, kv.k_scales, kv.v_scales)))
 
 
-@kernel()
+@kernel(overlaps=True)
 def _apply_sinks(
     out_ptr: tl.tensor,
     lse_ptr: tl.tensor,
@@ -354,7 +368,9 @@ def _apply_sinks(
     OUT_STRIDE: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     channel = tl.arange(0, BLOCK_D)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .quantize import QuantizedRows, Quantizer
-from .triton_launch import kernel
+from .triton_launch import kernel, wait_for_inputs
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def store_quantized(
     tl.store(scales_ptr + group * tl.num_programs(0) + row, tl.reshape(scale, [GROUPS]), group < tl.cdiv(SIZE, GROUP))
 
 
-@kernel()
+@kernel(overlaps=True)
 def _quantize(
     x_ptr: tl.tensor,
     out_ptr: tl.tensor,
@@ -59,7 +59,9 @@ def _quantize(
     BLOCK: tl.constexpr,
     GROUP: tl.constexpr,
     STATIC: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
+    wait_for_inputs(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + row * STRIDE + channel, channel < SIZE, other=0.0)

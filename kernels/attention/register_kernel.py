@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from ..kv_format import NVFP4_GLOBAL
 from ..kv_pool import KVLayout
-from ..triton_launch import kernel
+from ..triton_launch import kernel, start_next, wait_for_inputs
 from .base import LayerSpec
 from .register_tiles import (
     key_operand,
@@ -132,7 +132,7 @@ def _step_and_low(words: gl.tensor) -> tuple[gl.tensor, gl.tensor]:
     return step, (words >> 16).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
 
 
-@kernel(jit=gluon.jit)
+@kernel(overlaps=True, jit=gluon.jit)
 def attend_few(
     q_ptr: gl.tensor,
     k_ptr: gl.tensor,
@@ -165,12 +165,14 @@ def attend_few(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_D: gl.constexpr,
+    OVERLAPS: gl.constexpr,
 ) -> None:
     """One `split.ITEM`, one key head, as `triton_kernels.attend`. BLOCK_M: 8 or 16; BLOCK_N: 16 or 32; one warp.
 
     Ranges begin at multiples of `BLOCK`. Keys of a block beyond the range are read, which the pool allows, and masked.
     Layers with SINKS are left to `attend`.
     """
+    wait_for_inputs(OVERLAPS)
     GROUP: gl.constexpr = HEADS // KV_HEADS
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -293,6 +295,7 @@ def attend_few(
             v_scale = _load_scales(v_scales, place, STRIDES, 9, V_FORMAT, BLOCK_N, V_BLOCKS, V_SHARED, MMA, V_SCALES)
         place = _locate(pages, at + 2 * BLOCK_N, last, PAGE_SIZE, BLOCK_N)
 
+    start_next(OVERLAPS)
     sums = gl.sum(total, axis=0)
     seen = sums > 0.0
     inverse = gl.where(seen, 1.0 / gl.where(seen, sums, 1.0), 0.0)[None, :]

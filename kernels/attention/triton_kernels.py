@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..triton_launch import kernel
+from ..triton_launch import kernel, start_next, wait_for_inputs
 from .kv_tiles import finish_output, load_keys, load_values, prepare_queries, scale_probs, scale_scores
 from .split import ITEM_FIELDS, MERGE_FIELDS
 
@@ -111,7 +111,7 @@ def _sink_scale(lse: tl.tensor, sinks_ptr: tl.tensor, head: tl.tensor, mask: tl.
     return 1.0 / (1.0 + tl.exp2(sink - lse))
 
 
-@kernel()
+@kernel(overlaps=True)
 def attend(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -144,11 +144,14 @@ def attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """One `split.ITEM`, one key head. ``positions``: of the step's query tokens. SOFTCAP, WINDOW: 0 for none.
 
     STRIDES: see `KVLayer.strides`.
     """
+    start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
     row, first, num_queries, start, stop, full, partial = _read_item(items_ptr, tl.program_id(1))
@@ -208,7 +211,7 @@ def attend(
         tl.store(lse_ptr + to, lse, is_query)
 
 
-@kernel()
+@kernel(overlaps=True)
 def merge(
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
@@ -222,8 +225,11 @@ def merge(
     SINKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """Merges the partial results of one query token and head, in a fixed order."""
+    start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     head, nth = tl.program_id(0), tl.program_id(2)
     first, num_queries, partial, count = _read_merge(merges_ptr, tl.program_id(1))
     if nth >= num_queries:
@@ -274,7 +280,7 @@ def _read_partial(
     return tl.load(partial_ptr + (row * D)[:, None] + channel[None, :], mask, other=0.0), lse
 
 
-@kernel()
+@kernel(overlaps=True)
 def merge_slots(
     partial_ptr: tl.tensor,
     lse_ptr: tl.tensor,
@@ -288,12 +294,15 @@ def merge_slots(
     SINKS: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ) -> None:
     """Merges one query token's partial results, wherever they are, for some heads: see `tree_plan.TreePlan`.
 
     A token that has none (0) is set to 0; one that has nothing to merge (-1) is left as it is. Four partial results are
     read at a time, to have their loads in flight together.
     """
+    start_next(OVERLAPS)
+    wait_for_inputs(OVERLAPS)
     query = tl.program_id(0)
     first, count = tl.load(merges_ptr + query * 2), tl.load(merges_ptr + query * 2 + 1)
     if count < 0:

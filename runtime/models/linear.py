@@ -106,6 +106,12 @@ class LinearFactory:
             return Fp8Linear(weight, scale, bias, quantizer, self._dtype, self._ops)
         if scale is not None:
             weight = dequantize_weight(weight, scale, self._dtype)
+        if weight.device.type == "cuda":
+            from ...kernels.streamed_linear import StreamedLinear, streams
+
+            weight = weight.to(self._dtype)
+            if streams(weight):
+                return StreamedLinear(weight, bias)
         linear: PlainLinear | Int8Linear
         if self._int8:
             linear = Int8Linear(weight, bias, self._dtype, copied=copied)

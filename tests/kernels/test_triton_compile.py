@@ -66,6 +66,9 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
         warps: int,
         stages: int = 3,
     ) -> None:
+        options: dict[str, object] = {"num_warps": warps, "num_stages": stages}
+        if self.overlaps:
+            constants, options["launch_pdl"] = (*constants, True), True
         names = self._jit.arg_names
         values = len(tensors) + len(integers)
         assert len(names) == values + len(constants)
@@ -80,9 +83,14 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
             constexprs={(values + i,): constant for i, constant in enumerate(constants)},
             attrs={(i,): [["tt.divisibility", 16]] for i in range(len(tensors))},
         )
-        options = {"num_warps": warps, "num_stages": stages}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         found[label] = resources(compiled.asm["cubin"]) | {"DYNAMIC": compiled.metadata.shared}
+        if self.overlaps:
+            before, wait, _ = compiled.asm["ptx"].partition("griddepcontrol.wait;")
+            found[label] |= {
+                "WAITS": len(wait),
+                "EARLY": len(re.findall(r"(?:ld|st|cp|atom|red)[.\w]*\.global", before)),
+            }
 
     Kernel.__call__ = launch  # type: ignore[method-assign]
 
@@ -215,9 +223,10 @@ def call_experts() -> None:
 
 
 def call_fp8() -> None:
-    """Each format of activations and weights, for the products of Llama 3.1 8B."""
+    """Each format of activations and weights, for the products of Llama 3.1 8B; and weights in bfloat16."""
     from branchwise.kernels import triton_ops
     from branchwise.kernels.quantize import Quantizer
+    from branchwise.kernels.streamed_linear import StreamedLinear
 
     e4m3 = torch.float8_e4m3fn
     for quantizer in (Quantizer(e4m3), Quantizer(e4m3, group=128), Quantizer(e4m3, scale=torch.ones(1))):
@@ -226,6 +235,10 @@ def call_fp8() -> None:
         triton_ops.quantize(hidden, quantizer)
         triton_ops.add_rms_norm_quantized(hidden, hidden, weight, 1e-5, quantizer)
         triton_ops.gate_mul_quantized(torch.zeros((4, 28672), dtype=torch.bfloat16), "silu", quantizer)
+    for tokens in (1, 64):
+        for outputs, inputs, bias in ((28672, 4096, None), (4096, 14336, torch.zeros(4096, dtype=torch.bfloat16))):
+            streamed = StreamedLinear(torch.zeros((outputs, inputs), dtype=torch.bfloat16), bias)
+            streamed(torch.zeros((tokens, inputs), dtype=torch.bfloat16))
     for tokens in (1, 64, 128):
         for outputs, inputs in ((28672, 4096), (4096, 14336)):
             weight = torch.zeros((outputs, inputs), dtype=e4m3)
@@ -289,7 +302,7 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "_apply_sinks",
     }
     small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages"}
-    large = {"attend": 43, "attend_few": 3, "_fp8_linear": 12, "_expert_products": 22}
+    large = {"attend": 43, "attend_few": 3, "_fp8_linear": 12, "_expert_products": 22, "_stream": 4}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
@@ -297,6 +310,19 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
     unused = {label for label, report in spilled.items() if "'nvfp4'" in label and report["STACK"] == 8}
     assert all(label.startswith("_rope_write") for label in unused)
     assert spilled.keys() == unused
+
+
+def test_a_kernel_that_overlaps_the_one_before_it_waits_before_it_touches_memory(
+    compiled: dict[str, dict[str, int]],
+) -> None:
+    overlapping: dict[str, list[dict[str, int]]] = {}
+    for label, report in compiled.items():
+        if "WAITS" in report:
+            overlapping.setdefault(label.split("[")[0], []).append(report)
+    assert {"_add_rms_norm", "_fp8_linear", "attend", "attend_few"} <= overlapping.keys()
+    assert all(report["WAITS"] for reports in overlapping.values() for report in reports)
+    early = {name for name, reports in overlapping.items() if any(report["EARLY"] for report in reports)}
+    assert early == {"_stream"}  # reads its weight, which no kernel writes
 
 
 if __name__ == "__main__":
