@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import cache_from_source, find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,6 +43,16 @@ def libraries() -> Iterator[Finding]:
             found = f"{installed} is outside {requirement.specifier}" if installed is not None else "not installed"
             yield Finding(requirement.name, found, "broken", _pip(str(requirement)))
     yield Finding("libraries", ", ".join(within))
+
+
+def bytecode() -> Iterator[Finding]:
+    """A finding if Python compiles torch's sources at each start, because it does not keep the result."""
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None or not sys.dont_write_bytecode:
+        return
+    if not Path(cache_from_source(torch.origin)).exists():
+        found = "torch has none and PYTHONDONTWRITEBYTECODE is set: each start compiles its sources, for seconds"
+        yield Finding("bytecode", found, "note", f"{sys.executable} -m compileall -q {Path(torch.origin).parents[1]}")
 
 
 def _requirements(extra: str = "") -> Iterator[tuple[Requirement, str | None]]:

@@ -47,6 +47,7 @@ def doctor(
             return
         findings = [
             *checkup.libraries(),
+            *checkup.bytecode(),
             *checkup.devices(),
             checkup.port(host, port),
             checkup.sockets(),

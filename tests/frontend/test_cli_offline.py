@@ -415,6 +415,19 @@ def test_doctor_names_gpus_that_do_not_reach_each_other(monkeypatch: pytest.Monk
     assert not list(checkup._peer_access([0]))
 
 
+def test_doctor_says_that_each_start_compiles_torch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from branchwise.frontend.cli import checkup
+
+    monkeypatch.setattr(checkup, "cache_from_source", lambda source: str(tmp_path / "torch.pyc"))
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert not list(checkup.bytecode())
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    [finding] = checkup.bytecode()
+    assert finding.state == "note" and "-m compileall -q" in finding.fix
+    (tmp_path / "torch.pyc").touch()
+    assert not list(checkup.bytecode())
+
+
 def test_docs_list_the_manual_and_show_a_page() -> None:
     listed = branchwise("docs").stdout
     assert re.search(r"^  language +The program language$", listed, re.M) and "  http/chat " in listed
