@@ -28,9 +28,9 @@ from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
 from ..tiers.host import HostTier
 from .backends import make_attention, pick_ops, pick_sampling, preload
 from .device import apply_quantization, on_device, pick_device, pick_dtype
-from .graphs import LOGIT_ROWS, StepGraphs, largest_shape
+from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
-from .measure import load_kernels, measure_activations
+from .measure import measure_activations
 from .memory import MemoryPlan, agree, host_slots, plan_memory
 from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
@@ -41,6 +41,7 @@ from .token_history import to_device
 logger = logging.getLogger(__name__)
 
 FIXED_ROWS = (16, 128)  # of a product with ``deterministic``, on a CPU and on a GPU: a small step pays for as many
+LOGIT_ROWS = 16  # logits of captured steps are computed for a multiple of so many samples
 
 
 @dataclass(slots=True)
@@ -165,8 +166,6 @@ class ModelExecutor:
             measured = (memory.free_bytes, weight_bytes, step)
             memory = plan_memory(config, model, dtype, device, length, batched, measured, rank)
             times.lap("measuring the largest step")
-            load_kernels(decoder, decoder.config, dtype, device, batched, config.max_num_seqs)
-            times.lap("kernels of other sizes")
         memory = agree(memory, group)
         if memory.kv_tokens < length:
             logger.warning(

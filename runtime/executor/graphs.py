@@ -28,7 +28,6 @@ MIXED_DECODES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 CHUNK_TOKENS = (32, 64, 128, 192, 256, 384, 512, 768, 1024)
 # Up to about 200 tokens a step takes the time of reading the weights, however many it has; from there on padding costs.
 JOINT_TOKENS = (32, *range(64, 1024, 64), *range(1024, 2049, 128))
-LOGIT_ROWS = 16  # logits of captured steps are computed for a multiple of so many samples
 CHUNKS = 64  # the most chunks in a captured step, but for those that take no place in a joint one
 WARM_UPS = 2  # runs before the first capture: kernels are compiled and libraries initialized on first use
 

@@ -40,31 +40,6 @@ def test_no_more_rows_sample_than_there_are_tokens(
     assert seen == [sampled]
 
 
-def test_kernels_are_loaded_for_every_size_of_step(
-    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eager steps beyond the largest captured one, and every number of samples whose logits are computed."""
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda *args: None)
-    monkeypatch.setattr(measure, "JOINT_TOKENS", (16, 32))
-    model = load_config(checkpoint("llama-gqa"))
-    decoder = Decoder(model, load_weights(checkpoint("llama-gqa"), model, torch.float32, CPU), ops)
-    sizes: list[int] = []
-    samples: list[int] = []
-    forward, sample = Decoder.forward, sampler.Sampler.sample
-    monkeypatch.setattr(
-        Decoder, "forward", lambda self, step, *rest: sizes.append(len(step.ids)) or forward(self, step, *rest)
-    )
-    monkeypatch.setattr(
-        sampler.Sampler,
-        "sample",
-        lambda self, logits, *rest: samples.append(len(logits)) or sample(self, logits, *rest),
-    )
-    measure.load_kernels(decoder, model, torch.float32, CPU, 100, 40)
-    assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (33, 100) and len(set(sizes)) > 16
-    assert samples == [16, 32] * 2
-
-
 def test_what_attention_read_and_wrote_is_free_when_the_mlp_runs(checkpoint: Callable[[str], Path]) -> None:
     """The MLP's own tensors are a step's largest."""
     model = load_config(checkpoint("llama-gqa"))
