@@ -25,6 +25,7 @@ from .tree_gate import describe
 from .tree_plan import TreeLimits, TreePlan, TreeRequests, plan_tree
 from .tree_runner import TreeRunner, tree_tiles
 from .tree_tuning import calibrate, tune
+from .wide_kernel import fits, runs_on
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +98,8 @@ class TreeAttention:
         self.captures, self.saved_keys = flat.captures, 0
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
-        tiles = tree_tiles(layout, self._group, checked(layers))
+        plain = checked(layers)
+        tiles = tree_tiles(layout, self._group, plain, plain and fits(layout) and runs_on(pool.device))
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
         per_processor = (tile.in_registers or per for tile, per in zip(tiles, WORKERS, strict=False))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in per_processor)

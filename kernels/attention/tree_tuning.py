@@ -67,7 +67,7 @@ def tune(runner: TreeRunner, pool: KVPool, heads: int, table: Tensor, workers: t
         runner.load(_plan(nth, len(runner.tiles), items, rows, tile.rows // group), 0)
         runner.advance(np.full(tokens, KEYS - 1))
         times = {}
-        for stages in dict.fromkeys((tile.stages, tile.stages if tile.in_registers else DEEP)):
+        for stages in dict.fromkeys((tile.stages, tile.stages if tile.in_registers or tile.wide else DEEP)):
             runner.tiles[nth] = tile._replace(stages=stages)
             try:
                 times[stages] = milliseconds(lambda _, n=nth, i=items: runner.attend(n, 0, spec, q, q, i))  # type: ignore[misc]

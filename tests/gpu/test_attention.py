@@ -8,7 +8,7 @@ import torch
 
 from branchwise.kernels.attention.base import AttentionBackend, AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.partial import attend_reference
-from branchwise.kernels.kv_pool import KVPool
+from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 HEADS, KV_HEADS, PAGES = 8, 2, 700
 SINKS = torch.linspace(-3.0, 6.0, HEADS, device="cuda") if torch.cuda.is_available() else None
@@ -134,3 +134,51 @@ def test_heads_of_128_and_long_chunks(backend: str) -> None:
     """Long chunks take `fa3` on Hopper."""
     world = World(backend, SPECS["plain"], 16, dim=128)
     world.step([(1, 500), (900, 900), (1000, 1020)])
+
+
+@pytest.mark.parametrize("choice", ["auto", "fp8"])
+@pytest.mark.parametrize("page", [16, 1])
+def test_many_readers_of_a_prefix(choice: str, page: int) -> None:
+    """The widest tile of tree attention, which on Hopper is `attend_wide`: full and cut off tiles of rows and keys,
+    partial results, and chunks whose rows see different keys. Two runs of a step have the same bits."""
+    from branchwise.kernels.attention.tree_backend import TreeAttention
+    from branchwise.kernels.attention.tree_costs import TreeCosts
+    from branchwise.kernels.attention.tree_plan import TreeRequests, plan_tree
+    from branchwise.kernels.attention.triton_backend import TritonAttention
+
+    heads, count, prefix = 32, 40, 1000 // page * page
+    layout = KVLayout.of(choice, 1, page, KV_HEADS, 128, torch.bfloat16)  # 16 query heads a key head
+    for q_len in (1, 9):
+        own = -(-(30 + q_len) // page)
+        shared = prefix // page
+        pool = KVPool.allocate(layout, shared + count * own + 1, torch.device("cuda"))
+        torch.manual_seed(0)
+        slots = torch.arange(pool.num_pages * page, device="cuda")
+        k, v = (torch.randn(len(slots), KV_HEADS, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        pool.layer(0).write(slots, k, v)
+        table = np.zeros((count + 1, 1024), np.int32)
+        order = np.random.default_rng(0).permutation(pool.num_pages - 1)
+        table[:count, :shared] = order[:shared]
+        table[:count, shared : shared + own] = order[shared:].reshape(count, own)
+        device_table, spec = torch.from_numpy(table).cuda(), LayerSpec(128**-0.5)
+        flat = TritonAttention(pool, [spec], heads)
+        tree = TreeAttention(pool, [spec], heads, device_table, flat, 512, TreeCosts())
+        kv_lens = np.arange(count) % 23 + prefix + q_len
+        rows, lengths = np.arange(count, dtype=np.int32), np.full(count, q_len)
+        requests = TreeRequests(rows, np.arange(count) * q_len, lengths, kv_lens)
+        total, runner = count * q_len, tree._runner
+        plan = plan_tree(table, requests, total, 16, page, tree._costs, tree._limits, -np.inf)
+        assert plan is not None and plan.sizes[-1] > 0
+        runner.load(plan, total)
+        runner.advance((kv_lens[:, None] - q_len + np.arange(q_len)).ravel())
+        q = torch.randn(total, heads, 128, device="cuda", dtype=torch.bfloat16)
+        outs = [torch.full_like(q, torch.nan) for _ in range(8)]
+        for out in outs:
+            runner.run(0, spec, q, out, tuple(plan.sizes), total)
+        assert all(torch.equal(out, outs[0]) for out in outs)
+        expected = torch.empty_like(q)
+        flat.plan(
+            AttentionBatch(rows, lengths.astype(np.int32), kv_lens.astype(np.int32), 0, page, device_table, table)
+        )
+        flat.run(0, q, q, q, expected)
+        torch.testing.assert_close(outs[0], expected, atol=4e-3, rtol=2e-2)

@@ -36,16 +36,48 @@ TORCH_TO_TRITON = {
 }
 
 
-def resources(cubin: bytes) -> dict[str, int]:
-    """The assembler's report on a kernel: REG, STACK, SHARED and others."""
+def cuobjdump(cubin: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report.stdout)}
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """The assembler's report on a kernel: REG, STACK, SHARED and others."""
+    report = cuobjdump(cubin, "--dump-resource-usage")
+    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", report)}
+
+
+def overwritten(cubin: bytes) -> tuple[int, int]:
+    """Products in loops that read weights from registers, and instructions that write such a register too early.
+
+    A product reads until it is waited for (``DEPBAR … 0x0``); the assembler does not keep a program from writing.
+    """
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?\w+ +)?(\S+) *(.*?) *;", cuobjdump(cubin, "-sass"))
+    code = [(int(address, 16), operation, operands) for address, operation, operands in found]
+    at = {address: i for i, (address, _, _) in enumerate(code)}
+    products = early = 0
+    for i, (address, operation, operands) in enumerate(code):
+        target = int(operands.split()[-1], 16) if re.fullmatch(r"BRA\S*", operation) and "0x" in operands else address
+        body = code[at.get(target, i) : i]
+        if not any("GMMA" in operation for _, operation, _ in body):
+            continue
+        read: set[int] = set()
+        for _, operation, operands in body + body:
+            registers = [int(x) for x in re.findall(r"\bR(\d+)", operands)]
+            if "GMMA" in operation:
+                weights = re.match(r"R\d+, R(\d+), gdesc", operands)
+                read |= set(range(int(weights[1]), int(weights[1]) + 4)) if weights else set()
+                products += weights is not None
+            elif "DEPBAR" in operation and operands.endswith("0x0"):
+                read = set()
+            elif registers and not operation.startswith(("ST", "SYNCS", "BAR")):
+                early += registers[0] in read
+    return products, early
 
 
 def compile_instead(found: dict[str, dict[str, int]]) -> None:
@@ -91,6 +123,9 @@ def compile_instead(found: dict[str, dict[str, int]]) -> None:
                 "WAITS": len(wait),
                 "EARLY": len(re.findall(r"(?:ld|st|cp|atom|red)[.\w]*\.global", before)),
             }
+        if self._jit.__name__ == "attend_wide":
+            products, early = overwritten(compiled.asm["cubin"])
+            found[label] |= {"PRODUCTS": products, "OVERWRITTEN": early}
 
     Kernel.__call__ = launch  # type: ignore[method-assign]
 
@@ -158,6 +193,7 @@ def call_everything() -> None:
             attention.run(0, q, kv, kv)
     call_tree_attention()
     call_quantized()
+    call_wide_attention()
 
 
 def call_quantized() -> None:
@@ -279,6 +315,25 @@ def call_tree_attention() -> None:
         attention.run(0, q, kv, kv)
 
 
+def call_wide_attention() -> None:
+    """The tile of a Hopper GPU, where every layer allows it."""
+    from branchwise.kernels.attention.base import LayerSpec
+    from branchwise.kernels.attention.tree_plan import TreeLimits
+    from branchwise.kernels.attention.tree_runner import TreeRunner, tree_tiles
+    from branchwise.kernels.attention.tree_tuning import _plan
+    from branchwise.kernels.kv_pool import KVLayout, KVPool
+
+    for choice in ("auto", "fp8"):
+        layout = KVLayout.of(choice, 1, 16, 8, 128, torch.bfloat16)
+        pool, tiles = KVPool.allocate(layout, 4, torch.device("cpu")), tree_tiles(layout, 4, wide=True)
+        limits = TreeLimits((4,) * 3, 128, (4,) * 3, (64,) * 3)
+        runner = TreeRunner(pool, 32, torch.zeros((4, 64), dtype=torch.int32), tiles, limits, 32)
+        runner.load(_plan(2, 3, 4, 1, 32), 0)
+        runner.advance(np.zeros(32, np.int64))
+        q = torch.zeros(32, 32, 128, dtype=torch.bfloat16)
+        runner.attend(2, 0, LayerSpec(0.09), q, q, 4)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[dict[str, dict[str, int]]]:
     with tempfile.TemporaryDirectory() as folder:
@@ -302,7 +357,7 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "_apply_sinks",
     }
     small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages"}
-    large = {"attend": 43, "attend_few": 3, "_fp8_linear": 12, "_expert_products": 22, "_stream": 4}
+    large = {"attend": 43, "attend_few": 3, "attend_wide": 2, "_fp8_linear": 12, "_expert_products": 22, "_stream": 4}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large
     spilled = {label: report for label, report in compiled.items() if report["STACK"] or report["LOCAL"]}
@@ -323,6 +378,12 @@ def test_a_kernel_that_overlaps_the_one_before_it_waits_before_it_touches_memory
     assert all(report["WAITS"] for reports in overlapping.values() for report in reports)
     early = {name for name, reports in overlapping.items() if any(report["EARLY"] for report in reports)}
     assert early == {"_stream"}  # reads its weight, which no kernel writes
+
+
+def test_no_product_loses_its_weights(compiled: dict[str, dict[str, int]]) -> None:
+    wide = [report for label, report in compiled.items() if label.startswith("attend_wide")]
+    assert wide and all(report["PRODUCTS"] > 0 for report in wide)
+    assert not any(report["OVERWRITTEN"] for report in wide)
 
 
 if __name__ == "__main__":
