@@ -42,7 +42,8 @@ def measure_activations(
     max_model_len: int,
 ) -> int:
     """Peak bytes of a step of ``tokens`` query tokens in which ``rows`` requests (at most one a token) sample with the
-    most expensive parameters. Includes the penalties' token history of every row and the decoder's rotary tables.
+    most expensive parameters. Includes the penalties' token history of every row; not what stays allocated, such as the
+    decoder's rotary tables.
     """
     rows = min(rows, tokens)
     layout = KVLayout(model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype)
@@ -51,7 +52,6 @@ def measure_activations(
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     decoder.reserve(max_model_len)
     with torch.inference_mode():
         sampler = Sampler(rows, model.vocab_size, device, kernels=pick_sampling(device))
@@ -62,7 +62,7 @@ def measure_activations(
         )
         sampler.sample(decoder.logits(hidden), np.arange(rows, dtype=np.int32), np.ones(rows, np.int64))
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    peak = torch.cuda.max_memory_allocated(device)
     del hidden, pool, sampler, zeros
     torch.cuda.empty_cache()
-    return peak
+    return peak - torch.cuda.memory_allocated(device)

@@ -65,17 +65,18 @@ def load_weights(
         sizes = [
             math.prod(shape) * stored_dtype(spec, dtype).itemsize for spec, shape in zip(specs, shapes, strict=True)
         ]
-        weights: dict[str, Tensor] = {}
+        kinds = [_read_dtype(checkpoint, spec, dtype, device) for spec in specs]
+        weights = _allocate(specs, shapes, kinds, device)
         for i, spec in enumerate(specs):
-            kind = dtype if spec.kind == "fp8" and online else _read_dtype(checkpoint, spec, dtype, device)
-            weight = _read(checkpoint, spec, indices[i], torch.empty(shapes[i], dtype=kind, device=device))
-            match spec.kind:
-                case "norm":
-                    weights[spec.name] = weight.add_(config.norm_offset)
-                case "fp8" if online:
-                    weights[spec.name], weights[f"{spec.name}_scale"] = quantize_weight(weight, torch.float8_e4m3fn)
-                case _:
-                    weights[spec.name] = weight
+            weight = weights[spec.name]
+            if spec.kind == "fp8" and online:
+                read = _read(checkpoint, spec, indices[i], torch.empty(shapes[i], dtype=dtype, device=device))
+                values, weights[f"{spec.name}_scale"] = quantize_weight(read, weight.dtype)
+                weight.copy_(values)
+            else:
+                _read(checkpoint, spec, indices[i], weight)
+            if spec.kind == "norm":
+                weight.add_(config.norm_offset)
             if progress is not None:
                 progress(sum(sizes[: i + 1]), sum(sizes))
     return weights
@@ -90,28 +91,39 @@ def dummy_weights(
     """
     generator = torch.Generator(device).manual_seed(seed)
     bound = 0.02 * 3**0.5  # a uniform of the usual standard deviation, several times faster than a normal
-    weights = {}
-    for spec in weight_specs(config):
-        shape = shard_shape(spec, rank, world)
+    specs = list(weight_specs(config))
+    shapes = [shard_shape(spec, rank, world) for spec in specs]
+    weights = _allocate(specs, shapes, [stored_dtype(spec, dtype) for spec in specs], device)
+    for spec, shape in zip(specs, shapes, strict=True):
+        weight = weights[spec.name]
         if spec.kind == "bytes":  # MXFP4: scales of 2 ** -7, random values; each rank makes its own
-            low, high = (120, 121) if spec.name.endswith("_scale") else (0, 256)
-            weights[spec.name] = torch.empty(shape, dtype=torch.uint8, device=device)
-            weights[spec.name].random_(low, high, generator=generator)
+            weight.random_(*((120, 121) if spec.name.endswith("_scale") else (0, 256)), generator=generator)
             continue
         if spec.kind in ("norm", "scale"):
-            weights[spec.name] = torch.full(shape, 1.0 if spec.kind == "norm" else bound / 448, device=device)
+            weight.fill_(1.0 if spec.kind == "norm" else bound / 448)
             continue
-        weight = torch.empty(spec.shape, dtype=dtype, device=device)
-        weight.uniform_(-bound, bound, generator=generator)
-        if shape != spec.shape:
-            sources = weight.split([source.shape[0] for source in spec.sources])
-            weight = torch.cat([source[part] for source, part in zip(sources, shard(spec, rank, world), strict=True)])
+        whole = torch.empty(spec.shape, dtype=dtype, device=device)
+        whole.uniform_(-bound, bound, generator=generator)
         if spec.kind == "fp8":
-            weight = weight.mul_(448 / bound).to(torch.float8_e4m3fn)
+            whole.mul_(448 / bound)
             weights.setdefault(f"{spec.name}_scale", torch.full((shape[0], 1), bound / 448, device=device))
-        if spec.shard != "rank0" or rank == 0:
-            weights[spec.name] = weight
+        sources = whole.split([source.shape[0] for source in spec.sources])
+        parts = [source[part] for source, part in zip(sources, shard(spec, rank, world), strict=True)]
+        for part, kept in zip(parts, weight.split([len(part) for part in parts]), strict=True):
+            kept.copy_(part)
+        if spec.shard == "rank0" and rank:
+            del weights[spec.name]
     return weights
+
+
+def _allocate(
+    specs: list[WeightSpec], shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], device: torch.device
+) -> dict[str, Tensor]:
+    """Memory for all weights, before anything else takes some: torch gives a tensor of 10 MiB or more memory of its own
+    only where it has no larger piece free. Weights that were allocated as they were read lay in what temporaries had
+    left: 3.1 GiB beside those of a 70B on each of two GPUs could not be returned."""
+    each = zip(specs, shapes, dtypes, strict=True)
+    return {spec.name: torch.empty(shape, dtype=dtype, device=device) for spec, shape, dtype in each}
 
 
 def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelConfig) -> None:
@@ -135,7 +147,8 @@ def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelC
 
 def _read_dtype(checkpoint: Checkpoint, spec: WeightSpec, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """See `load_weights`."""
-    if device.type == "cpu" and dtype == torch.float32 and (is_linear(spec) or spec.name == "embedding"):
+    kept = spec.kind == "weight" and is_linear(spec)
+    if device.type == "cpu" and dtype == torch.float32 and (kept or spec.name == "embedding"):
         found = {checkpoint.dtype(source.name) for source in spec.sources}
         if found in ({"BF16"}, {"F16"}):
             return torch.bfloat16 if found == {"BF16"} else torch.float16

@@ -39,10 +39,11 @@ class GatedMLP:
         self.quantizer = self._gate_up.quantizer
 
     def __call__(self, x: Rows) -> Tensor:
-        gate_up, quantizer = self._gate_up(x), self._down.quantizer
+        quantizer = self._down.quantizer
+        # No name holds the product of gate and up, a step's largest tensor, while `down` runs.
         if quantizer is None:
-            return self._down(self._ops.gate_mul(gate_up, self._activation))
-        return self._down(self._ops.gate_mul_quantized(gate_up, self._activation, quantizer))
+            return self._down(self._ops.gate_mul(self._gate_up(x), self._activation))
+        return self._down(self._ops.gate_mul_quantized(self._gate_up(x), self._activation, quantizer))
 
 
 class PlainMLP:

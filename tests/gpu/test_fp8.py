@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from branchwise import Engine, SamplingParams
 from branchwise.kernels import fp8_linear
+from branchwise.runtime.models.config import load_config
+from branchwise.runtime.models.loader import dummy_weights
+from branchwise.runtime.models.quantization import ONLINE_FP8
 
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
 LENGTHS = list(range(2, len(PROMPT), 7))
@@ -47,3 +52,16 @@ def test_logprobs(family: str, gpu_checkpoint: Callable[[str], Path], monkeypatc
     print(f"{family}: bfloat16 {rounding:.4f}, FP8 {quantization:.4f}, device {distance(expected, captured):.4f}")
     assert distance(captured, eager) <= 0.5 * quantization
     assert distance(captured, expected) <= 2 * rounding + 0.7 * quantization
+
+
+def test_quantizing_leaves_nothing_beside_the_weights(gpu_checkpoint: Callable[[str], Path]) -> None:
+    """Temporaries of other sizes leave no memory that torch cannot return: of a 70B, 3.1 GiB on each of two GPUs."""
+    config = replace(
+        load_config(gpu_checkpoint("llama-gqa")), hidden_size=4096, intermediate_size=11000, quantization=ONLINE_FP8
+    )
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    weights = dummy_weights(config, torch.bfloat16, torch.device("cuda"), 0)
+    torch.cuda.empty_cache()
+    taken = torch.cuda.memory_reserved() - before
+    assert taken <= 1.05 * sum(weight.nbytes for weight in weights.values()) + (40 << 20)
