@@ -44,7 +44,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache_dtype: Storage of cached keys and values: auto, the weights' own; fp8, half the bytes of bfloat16; int4
             or nvfp4, about a quarter; k16v8, keys as auto and values as fp8.
         kv_cache_tokens: Tokens the KV cache holds; 1 or more. Default: by memory.
-        gpu_memory_utilization: Share of the GPU's memory to use; on a CPU, of half the free memory. From 0.05 to 0.98.
+        gpu_memory_utilization: Share of the GPU's memory to use, captured steps aside; on a CPU, of half the free
+            memory. From 0.05 to 0.98.
         tensor_parallel_size: GPUs (on a CPU: processes) to split the model over; a divisor of its attention heads. From
             1 to 64.
         attention_backend: Attention kernels: on a GPU tree, which reads each shared prefix once, flashinfer or triton,
