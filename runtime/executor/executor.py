@@ -30,7 +30,7 @@ from .backends import make_attention, pick_ops, pick_sampling, preload
 from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
-from .measure import measure_activations
+from .measure import measure_activations, taken_beside
 from .memory import MemoryPlan, agree, host_slots, plan_memory
 from .prompt_logprobs import PromptLogprobRows, PromptRows
 from .sampler import Sampled, SampleMasks, Sampler
@@ -163,7 +163,8 @@ class ModelExecutor:
         decoder = loaded.decoder(group)
         if device.type == "cuda":
             step = measure_activations(decoder, decoder.config, dtype, device, batched, config.max_num_seqs, length)
-            measured = (memory.free_bytes, weight_bytes, step)
+            others = taken_beside(device, memory.free_bytes, weight_bytes, step)
+            measured = (memory.free_bytes, weight_bytes, step, others)
             memory = plan_memory(config, model, dtype, device, length, batched, measured, rank)
             times.lap("measuring the largest step")
         memory = agree(memory, group)

@@ -51,6 +51,8 @@ def measure_activations(
     params = SamplingParams(temperature=1.0, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logprobs=20)
     zeros = torch.zeros(tokens, dtype=torch.int64, device=device)
     torch.cuda.synchronize(device)
+    # What stays allocated must not lie in the memory that loading has freed, which could then not be returned.
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     decoder.reserve(max_model_len)
     with torch.inference_mode():
@@ -66,3 +68,13 @@ def measure_activations(
     del hidden, pool, sampler, zeros
     torch.cuda.empty_cache()
     return peak - torch.cuda.memory_allocated(device)
+
+
+def taken_beside(device: torch.device, free_before: int, weights: int, activations: int) -> int:
+    """Bytes of ``device`` that are taken beside the weights, since ``free_before`` were free: by libraries, by buffers
+    between ranks, and by what torch has freed and cannot return, but for what the largest step will use of it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(free_before - free - weights - min(unused, activations), 0)

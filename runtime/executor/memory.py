@@ -124,15 +124,14 @@ def plan_memory(
     device: torch.device,
     max_model_len: int,
     max_num_batched_tokens: int,
-    measured: tuple[int, int, int] | None = None,
+    measured: tuple[int, int, int, int] | None = None,
     rank: int = 0,
     gpu_bytes: int | None = None,
 ) -> MemoryPlan:
     """Decides the number of KV pages of a rank. Raises `LoadError` if no memory is left for them.
 
     Called before the weights are loaded, and on a GPU again afterwards with what was ``measured``: bytes free before
-    loading, bytes of the weights, bytes of the largest step. What else has been taken by then counts as reserve:
-    buffers between ranks, libraries, and memory between weights that torch cannot give back.
+    loading, bytes of the weights, bytes of the largest step, and what else had been taken by then (`taken_beside`).
 
     ``gpu_bytes``: plan for a Hopper GPU with that much memory, all of it free, which need not be here; ``device`` is
     then ``cuda``.
@@ -149,8 +148,7 @@ def plan_memory(
     activations = activation_bytes(model, dtype, max_num_batched_tokens, config.max_num_seqs, ranks)
     others = RANK_BUFFERS if ranks > 1 else 0
     if measured is not None:
-        before, weights, activations = measured
-        free, others = before, max(before - free - weights, 0)
+        free, weights, activations, others = measured
     model = rank_config(model, ranks)
     capability = None
     if device.type == "cuda" and config.kv_cache_dtype != "auto":
