@@ -31,6 +31,7 @@ _ROWS = 512  # the number of rows that the packed layout is optimized for; it wo
 COPY_BYTES = 8 << 20  # up to so many bytes a weight is stored a second time, for few rows
 NARROW_BYTES = 64 << 20  # up to so many bytes of float32 a weight is kept in a checkpoint's bfloat16 too
 COPY_ROWS = 8  # fewer than `FixedRows` has in a tile: there every step takes the packed kernel
+BFLOAT16_ROWS = 4  # with the products of bfloat16 that a processor has, packed weights are faster from here on
 
 
 class Linear(Protocol):
@@ -73,7 +74,8 @@ class PlainLinear:
         self._copied = copied and _copies(weight.device, weight.shape, self._dtype)
         self._copy: Tensor | None = None  # [inputs, outputs]
         self._narrow: Tensor | None = None  # [outputs, inputs] in bfloat16, in place of the copy
-        if self._packed and self._dtype == torch.float32 and weight.dtype == torch.bfloat16 and copied:
+        self._narrow_rows = COPY_ROWS if self._dtype == torch.float32 else BFLOAT16_ROWS
+        if self._packed and weight.dtype == torch.bfloat16 and copied:
             small = 4 * weight.numel() <= NARROW_BYTES
             self._narrow = weight if shared and weight.is_contiguous() else weight.contiguous() if small else None
         self._laid_out = not self._packed and weight.dtype == self._dtype
@@ -94,7 +96,7 @@ class PlainLinear:
 
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
-        if self._narrow is not None and x.shape[0] <= COPY_ROWS:
+        if self._narrow is not None and x.shape[0] <= self._narrow_rows:
             found = native_ops.linear(x, self._narrow, self.bias)
             if found is not None:
                 return found
@@ -185,10 +187,13 @@ def linear_bytes(
 
     In int8, each output channel also has its scale and its sum for the inputs' zero point; in the copy too.
     """
-    size = math.prod(shape) * (1 if int8 else dtype.itemsize)
-    narrow = not int8 and dtype == torch.float32 and packs(device, dtype) and COPY_BYTES < size <= NARROW_BYTES
+    count = math.prod(shape)
+    size = count * (1 if int8 else dtype.itemsize)
+    narrow = not int8 and packs(device, dtype) and 4 * count <= NARROW_BYTES
+    if dtype == torch.float32 and size <= COPY_BYTES:
+        narrow = False  # the copy below is as large, or larger
     if copied and narrow and native.expected():  # at most: a checkpoint in float32 has no bfloat16 to keep
-        return size + size // 2
+        return size + 2 * count
     if copied and (size <= COPY_BYTES if int8 else _copies(device, shape, dtype)):
         size = 2 * size + (4 * shape[0] if int8 else 0)
     return size + (8 * shape[0] if int8 else 0)

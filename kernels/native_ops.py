@@ -140,15 +140,21 @@ def rope_write(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """``x @ weight.T + bias`` in float32, for a weight ``[outputs, inputs]`` in bfloat16; None: not here."""
+    """``x @ weight.T + bias`` summed in float32, for a weight ``[outputs, inputs]`` in bfloat16; None: not here.
+
+    Args:
+        x: ``[rows, inputs]`` in float32 or bfloat16, as is the result.
+        bias: ``[outputs]``, or None.
+    """
     library, (outputs, inputs) = native.library(), weight.shape
-    if library is None or inputs % native.LANES or not x.is_contiguous() or not _fits(bias):
+    if library is None or inputs % native.LANES or not x.is_contiguous():
         return None
-    rows = x.shape[0]
+    dtype, x, rows = x.dtype, x.float(), x.shape[0]
+    bias = None if bias is None else bias.float().contiguous()
     out = x.new_empty(rows, outputs)
     pointers = x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
     library.linear(*pointers, rows, outputs, inputs, None, None, None, torch.get_num_threads())
-    return out
+    return out.to(dtype)
 
 
 def int8_linear(x: QuantizedRows, weight: Tensor, scale: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor | None:

@@ -118,6 +118,25 @@ def test_linear(shape: tuple[int, int], with_bias: bool, calls: list[str]) -> No
     assert len(calls) == (COPY_ROWS if packs(weight.device, torch.float32) else 0)
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear_of_a_bfloat16_model(with_bias: bool, calls: list[str]) -> None:
+    """Sums in float32, rounded once; more rows take the packed kernel. The plan counts both weights."""
+    cpu, weight = torch.device("cpu"), torch.randn(65, 192).bfloat16()
+    bias = torch.randn(65).bfloat16() if with_bias else None
+    if not packs(cpu, torch.bfloat16):
+        pytest.skip("bfloat16 is not packed here")
+    layer = PlainLinear(weight, bias)
+    layer.lay_out()
+    for rows in range(1, linear_module.BFLOAT16_ROWS + 1):
+        x = torch.randn(rows, 192).bfloat16()
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        torch.testing.assert_close(layer(x), exact.bfloat16(), rtol=2**-8, atol=1e-3)
+    assert len(calls) == linear_module.BFLOAT16_ROWS
+    assert layer(torch.randn(linear_module.BFLOAT16_ROWS + 1, 192).bfloat16()).isfinite().all()
+    assert len(calls) == linear_module.BFLOAT16_ROWS
+    assert linear_module.linear_bytes(cpu, weight.shape, torch.bfloat16, int8=False) == 2 * weight.nbytes
+
+
 def test_a_large_weight_is_kept_in_bfloat16_too(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to `NARROW_BYTES`, and where it stays in memory anyhow. The plan counts it."""
     monkeypatch.setattr(linear_module, "COPY_BYTES", 0)
