@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 DEFAULT_STAGES = 3  # Triton's default; only loops use it
-OVERLAP = False  # programmatic dependent launch, and `streamed_linear`, where the device has it
+OVERLAP = True  # programmatic dependent launch, and `streamed_linear`, where the device has it
 ALIGNMENT = 16  # bytes; Triton compiles wider loads and stores for pointers that are multiples of it
 
 

@@ -257,7 +257,8 @@ def _rope_write(
     OVERLAPS: tl.constexpr,
 ) -> None:
     """One token, some of its heads. The rotated channels are two tiles: each thread has both ends of its pairs."""
-    start_next(OVERLAPS)
+    if RECORD is None:
+        start_next(OVERLAPS)
     wait_for_inputs(OVERLAPS)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]

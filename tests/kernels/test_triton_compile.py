@@ -271,7 +271,7 @@ def call_fp8() -> None:
         triton_ops.quantize(hidden, quantizer)
         triton_ops.add_rms_norm_quantized(hidden, hidden, weight, 1e-5, quantizer)
         triton_ops.gate_mul_quantized(torch.zeros((4, 28672), dtype=torch.bfloat16), "silu", quantizer)
-    for tokens in (1, 64):
+    for tokens in (2, 64):
         for outputs, inputs, bias in ((28672, 4096, None), (4096, 14336, torch.zeros(4096, dtype=torch.bfloat16))):
             streamed = StreamedLinear(torch.zeros((outputs, inputs), dtype=torch.bfloat16), bias)
             streamed(torch.zeros((tokens, inputs), dtype=torch.bfloat16))
