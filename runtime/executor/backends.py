@@ -51,6 +51,15 @@ def pick_ops(device: torch.device, *, deterministic: bool = False) -> Ops:
     return cast(Ops, torch_ops)
 
 
+def set_overlap(config: EngineConfig, device: torch.device) -> None:
+    """Kernels start before the ones ahead have ended on one GPU alone: with the sums of several ranks between them, no
+    device has checked it."""
+    if _problem_with_triton(device) is None:
+        from ...kernels import triton_launch
+
+        triton_launch.OVERLAP = config.tensor_parallel_size == 1
+
+
 def pick_sampling(device: torch.device) -> sampling.SamplingKernels | None:
     """Triton's where it runs."""
     if _problem_with_triton(device) is None:

@@ -26,7 +26,7 @@ from ..parallel.group import TensorGroup
 from ..parallel.place import ALONE, Place
 from ..step import PENDING, Int32, Int64, StepPlan, StepResult, TokenBitmask
 from ..tiers.host import HostTier
-from .backends import make_attention, pick_ops, pick_sampling, preload
+from .backends import make_attention, pick_ops, pick_sampling, preload, set_overlap
 from .device import apply_quantization, on_device, pick_device, pick_dtype
 from .graphs import StepGraphs, largest_shape
 from .inputs import InputStaging, PageTable, StepInputs
@@ -152,6 +152,7 @@ class ModelExecutor:
         memory = plan_memory(config, model, dtype, device, length, batched, rank=rank)
         times.lap("device")
         fixed_rows = FIXED_ROWS[device.type == "cuda"] if config.deterministic else None
+        set_overlap(config, device)
         ops = pick_ops(device, deterministic=config.deterministic)
         where = model, folder, dtype, device, ops, progress
         loaded = load(config, *where, rank=rank, ranks=ranks, fixed_rows=fixed_rows)

@@ -144,3 +144,13 @@ def test_ranks_do_not_measure_costs_of_their_own(ranks: int, monkeypatch: pytest
     config = EngineConfig(attention_backend="tree", tensor_parallel_size=ranks)
     make_attention(config, pool, [LayerSpec(1.0)], 4, table, 64)  # type: ignore[arg-type]
     assert seen == [{"measure": ranks == 1}]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kernels_of_several_ranks_do_not_overlap(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from branchwise.kernels import triton_launch
+
+    monkeypatch.setattr(triton_launch, "OVERLAP", ranks != 1)
+    monkeypatch.setattr(backends, "_problem_with_triton", lambda device: None)
+    backends.set_overlap(EngineConfig(tensor_parallel_size=ranks), torch.device("cuda"))
+    assert triton_launch.OVERLAP is (ranks == 1)
