@@ -87,7 +87,7 @@ class PlainLinear:
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
             weight = self._weight.to(self._dtype)
-            if native.library() is None:
+            if native.library() is None and not native.building():
                 self._narrow = None
             if self._copied and self._narrow is None:
                 self._copy = weight.t().contiguous()

@@ -83,6 +83,11 @@ def start() -> None:
             _builder.start()
 
 
+def building() -> bool:
+    """Whether `start` is still at work."""
+    return _builder is not None and _builder.is_alive()
+
+
 def expected() -> bool:
     """Whether there is a library, or will be one."""
     return _library is not None or (not _switched_off() and problem() is None)

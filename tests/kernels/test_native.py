@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -153,6 +154,32 @@ def test_a_large_weight_is_kept_in_bfloat16_too(calls: list[str], monkeypatch: p
         assert layer(torch.randn(2, 96)).isfinite().all()
         assert calls == ["linear"] * kept
     assert linear_module.linear_bytes(cpu, weight.shape, torch.float32, int8=False) == packed
+
+
+@pytest.mark.parametrize("building", [True, False])
+def test_a_weight_is_kept_for_a_library_that_is_being_built(
+    building: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start ever lays weights out before the library is there, and uses it once it is."""
+    library, done = native.library(), threading.Event()
+    builder = threading.Thread(target=done.wait)
+    monkeypatch.setattr(native, "_builder", builder)
+    monkeypatch.setattr(native, "_library", None)
+    layer = PlainLinear(torch.randn(64, 96).bfloat16(), None, torch.float32)
+    if not packs(torch.device("cpu"), torch.float32):
+        pytest.skip("float32 is not packed here")
+    builder.start()
+    try:
+        if not building:
+            done.set()
+            builder.join()
+        layer.lay_out()
+    finally:
+        done.set()
+        builder.join()
+    monkeypatch.setattr(native, "_library", library)
+    assert layer(torch.randn(2, 96)).isfinite().all()
+    assert calls == ["linear"] * building
 
 
 @pytest.mark.skipif(not multiplies_int8(), reason="the processor has no VNNI")
