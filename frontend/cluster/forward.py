@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 import msgspec
@@ -46,6 +46,7 @@ class NoReplica(Exception):
 class Dispatch(Protocol):
     """Chooses a replica and forwards a request to it."""
 
-    def __call__(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
-        """One `Head`, then the body. Raises `ReplicaGone` or `NoReplica`. Closing it aborts the request."""
+    def __call__(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncGenerator[Head | bytes]:
+        """One `Head`, then the body. Raises `ReplicaGone` or `NoReplica`. The caller closes it, which aborts a request
+        that has not ended."""
         ...

@@ -141,15 +141,16 @@ class Gateway:
             head: Head | None = None
             streamed, body = False, b""  # other answers than event streams are sent once they are complete
             try:
-                async for part in self._dispatch(request, hint):
-                    if isinstance(part, Head):
-                        head, streamed = part, _is_stream(part)
-                        if streamed:
-                            await _start(send, head.status, head.headers)
-                    elif streamed:
-                        await send({"type": "http.response.body", "body": part, "more_body": True})
-                    else:
-                        body += part
+                async with contextlib.aclosing(self._dispatch(request, hint)) as parts:
+                    async for part in parts:
+                        if isinstance(part, Head):
+                            head, streamed = part, _is_stream(part)
+                            if streamed:
+                                await _start(send, head.status, head.headers)
+                        elif streamed:
+                            await send({"type": "http.response.body", "body": part, "more_body": True})
+                        else:
+                            body += part
                 if head is None:
                     raise ReplicaGone("it answered nothing")
                 if not streamed:
@@ -196,8 +197,9 @@ class Gateway:
         """The answer of one replica; None if it has ended or takes longer."""
         answer = Answer()
         try:
-            async with asyncio.timeout(seconds):
-                async for part in self._dispatch(request, RoutingHint(instance=instance_tag(name))):
+            dispatched = self._dispatch(request, RoutingHint(instance=instance_tag(name)))
+            async with asyncio.timeout(seconds), contextlib.aclosing(dispatched) as parts:
+                async for part in parts:
                     if isinstance(part, Head):
                         answer.status, answer.headers = part.status, part.headers
                     else:

@@ -21,6 +21,10 @@ class LiveRouter(Protocol):
         """The request with this ``RoutingHint.key`` has its first output. Thread-safe."""
         ...
 
+    def ended(self, key: str) -> None:
+        """The request has ended, however: it no longer counts as load. Thread-safe."""
+        ...
+
 
 _routers: weakref.WeakSet[LiveRouter] = weakref.WeakSet()
 
@@ -44,3 +48,9 @@ def started(key: str) -> None:
     """Reports a request's first output to all request routers."""
     for router in list(_routers):
         router.started(key)
+
+
+def ended(key: str) -> None:
+    """Reports the end of a request to all request routers."""
+    for router in list(_routers):
+        router.ended(key)

@@ -23,6 +23,12 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_SECONDS = 30.0
 
 
+class _Key(msgspec.Struct):
+    """Of a `RoutingHint`, only this."""
+
+    key: str = ""
+
+
 class BranchwiseRouter(RequestRouter):
     """Takes the request's `RoutingHint`, as msgpack, from the first argument of the call."""
 
@@ -31,38 +37,40 @@ class BranchwiseRouter(RequestRouter):
         self._headers = headers or {}
         self.view: FleetView[str] = FleetView(self._snapshot, instance_tag)
         self.names: tuple[str, ...] = ()
-        self._choices: dict[str, tuple[str, Choice[str]]] = {}  # by Serve's id of the request, with its hint's key
-        self._keys: dict[str, Choice[str]] = {}  # by ``RoutingHint.key``
+        self._choices: dict[str, Choice[str]] = {}  # by ``RoutingHint.key``, until `ended`
         self._loop: asyncio.AbstractEventLoop | None = None
         register(self)
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        """The best replica, then, if it does not take the request, the others."""
+        """The best replica, then, if it does not take the request, the others.
+
+        The request counts as load of the best one until its gateway calls `ended`. Serve reports no end of a request
+        that is cancelled while a replica is chosen for it, and that of an earlier try during the next one.
+        """
         self._loop = asyncio.get_running_loop()
         if pending_request is None or not pending_request.args:
             return [candidate_replicas]
         hint = msgspec.msgpack.decode(pending_request.args[0], type=RoutingHint)
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        id = pending_request.metadata.internal_request_id
-        self._end(id)  # of an earlier try
+        self._withdraw(hint.key)  # an earlier try
         choice = self.view.choose(time.monotonic(), hint, by_name)
         if choice is None:
             return [candidate_replicas]
-        self._choices[id] = hint.key, choice
-        self._keys[hint.key] = choice
+        self._choices[hint.key] = choice
+        if not hint.key or pending_request.future.done():  # it has no gateway, or was cancelled: nobody calls `ended`
+            self._withdraw(hint.key)
         others = [replica for name, replica in by_name.items() if name != choice.replica]
         return [[by_name[choice.replica]], others] if others and hint.instance is None else [[by_name[choice.replica]]]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
-        id = pending_request.metadata.internal_request_id
-        _, choice = self._choices.get(id, ("", None))
+        if not pending_request.args:
+            return
+        key = msgspec.msgpack.decode(pending_request.args[0], type=_Key).key
+        choice = self._choices.get(key)
         if choice is not None and choice.replica != replica_id.unique_id:  # the best one did not take it
-            self._end(id)
-
-    def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._end(internal_request_id)
+            self._withdraw(key)
 
     def on_replica_actor_died(self, replica_id: ReplicaID) -> None:
         super().on_replica_actor_died(replica_id)
@@ -73,20 +81,29 @@ class BranchwiseRouter(RequestRouter):
         self._follow(replicas)
 
     def started(self, key: str) -> None:
-        """See `started`."""
-        if self._loop is not None and key in self._keys:
+        """See `registry.LiveRouter`."""
+        if self._loop is not None and key in self._choices:
             self._loop.call_soon_threadsafe(self._started, key)
 
+    def ended(self, key: str) -> None:
+        """See `registry.LiveRouter`."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._ended, key)
+
     def _started(self, key: str) -> None:
-        choice = self._keys.get(key)
+        choice = self._choices.get(key)
         if choice is not None:
             self.view.started(choice)
 
-    def _end(self, id: str) -> None:
-        key, choice = self._choices.pop(id, ("", None))
+    def _ended(self, key: str) -> None:
+        choice = self._choices.pop(key, None)
         if choice is not None:
-            self._keys.pop(key, None)
             self.view.ended(choice)
+
+    def _withdraw(self, key: str) -> None:
+        choice = self._choices.pop(key, None)
+        if choice is not None:
+            self.view.withdrawn(choice)
 
     def _follow(self, replicas: list[RunningReplica]) -> None:
         """Updates the view by the replicas' last reports. O(replicas), so not for each request: Serve calls

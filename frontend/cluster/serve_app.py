@@ -8,7 +8,7 @@ import contextvars
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import msgspec
@@ -126,7 +126,7 @@ class ClusterGateway:
     def __serve_build_asgi_app__(self) -> Gateway:
         return Gateway(self._config, self._dispatch, registry.members, registry.block_size)
 
-    async def _dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
+    async def _dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncGenerator[Head | bytes]:
         hint.key = uuid.uuid4().hex
         # In an empty context. Serve gives every call made while a request is handled that request's id, and its router
         # confuses calls of one id that run at once: one goes to the other's replica, and one is never sent.
@@ -151,6 +151,7 @@ class ClusterGateway:
             raise ReplicaGone(type(error).__name__) from error
         finally:
             parts.cancel()
+            registry.ended(hint.key)  # after the cancellation: no replica is chosen for the request any more
 
 
 def autoscaling_of(cluster: ClusterConfig) -> AutoscalingConfig | None:

@@ -17,14 +17,14 @@ WINDOW = 300.0  # seconds over which work counts as recent
 _MEAN_RATE = 0.01  # of the running mean of prompt lengths
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Sent:
-    """A request that this router has sent to a replica."""
+    """A request that this router has sent to a replica. Counted until `FleetRouter.ended`, or until the replica is
+    removed."""
 
     replica: int
     queued: float  # tokens still to be computed before its first token
     blocks: Sequence[int]  # hashes of its prompt's blocks that no event had announced
-    ended: bool = False
 
 
 class FleetRouter:
@@ -46,6 +46,7 @@ class FleetRouter:
         self._weights = weights
         self._random = random.Random(seed)
         self._in_flight = InFlightBlocks()
+        self._unfinished: list[set[Sent]] = []  # by replica
         self._order = np.zeros(0)  # breaks ties: the lowest is chosen
         self._loads = np.zeros((5, 0))  # own queued, own running, others' queued, others' running, recent
         self._mean_prompt = 0.0
@@ -68,11 +69,15 @@ class FleetRouter:
         self._order = np.append(self._order, self._random.random())
         self.unsure = np.append(self.unsure, False)
         self.allowed = np.append(self.allowed, True)
+        self._unfinished.append(set())
         return number
 
     def forget(self, replica: int) -> None:
-        """Removes a replica. Its number is unused until `reset`."""
+        """Removes a replica. Its number is unused until `reset`. Its requests no longer count: those of a replica that
+        drains go on, and would otherwise count for the next one with its number."""
         self.index.clear(replica)
+        for sent in tuple(self._unfinished[replica]):
+            self.ended(sent)
         self._loads[:, replica] = 0.0
         self.allowed[replica] = False
 
@@ -107,29 +112,38 @@ class FleetRouter:
         return replica, int(cached[replica])
 
     def sent(self, replica: int, prompt_tokens: int, cached_tokens: int, hashes: Sequence[int] = ()) -> Sent:
-        """Counts a request that was sent to a replica, until `started` and `ended`, or only `ended`. ``hashes``: of its
-        prompt's blocks."""
+        """Counts a request that was sent to a replica, until `started` and `ended`, or only `ended`, or `withdrawn`.
+        ``hashes``: of its prompt's blocks."""
         computed, blocks = float(prompt_tokens - cached_tokens), hashes[cached_tokens // self.block_size :]
         self._in_flight.add(replica, blocks)
         self._loads[0, replica] += computed
         self._loads[4, replica] += computed
         self._mean_prompt += (_MEAN_RATE if self._mean_prompt else 1.0) * (prompt_tokens - self._mean_prompt)
-        return Sent(replica, computed, blocks)
+        sent = Sent(replica, computed, blocks)
+        self._unfinished[replica].add(sent)
+        return sent
 
     def started(self, sent: Sent) -> None:
         """The request's first token has arrived: its prompt is computed."""
-        if not sent.ended and sent.queued >= 0:
+        if sent in self._unfinished[sent.replica] and sent.queued >= 0:
             self._loads[0, sent.replica] -= sent.queued
             self._loads[1, sent.replica] += 1
             sent.queued = -1.0
 
     def ended(self, sent: Sent) -> None:
-        """The request has finished or failed. Idempotent."""
-        if not sent.ended:
-            sent.ended = True
+        """The request has finished or failed. Idempotent; without effect once the replica is removed."""
+        if sent in self._unfinished[sent.replica]:
+            self._unfinished[sent.replica].remove(sent)
             self._in_flight.remove(sent.replica, sent.blocks)
             row, amount = (0, sent.queued) if sent.queued >= 0 else (1, 1.0)
-            self._loads[row, sent.replica] = max(0.0, self._loads[row, sent.replica] - amount)
+            self._loads[row, sent.replica] -= amount
+
+    def withdrawn(self, sent: Sent) -> None:
+        """The replica did not take the request, so it has not computed the prompt: it does not count as recent work
+        either."""
+        if sent in self._unfinished[sent.replica]:
+            self._loads[4, sent.replica] = max(0.0, self._loads[4, sent.replica] - max(0.0, sent.queued))
+            self.ended(sent)
 
     def report(self, replica: int, queued: float, running: float) -> None:
         """A replica's report: prompt tokens to compute, and running requests. The excess over this router's own was

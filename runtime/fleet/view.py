@@ -135,6 +135,10 @@ class FleetView(Generic[K]):
         """The request has ended. May be called more than once, and after its replica is gone."""
         self.router.ended(choice.sent)
 
+    def withdrawn(self, choice: Choice[Any]) -> None:
+        """The chosen replica did not take the request."""
+        self.router.withdrawn(choice.sent)
+
     def close(self) -> None:
         """Stops following all replicas."""
         for key in list(self._numbers):

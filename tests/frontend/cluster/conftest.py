@@ -7,7 +7,7 @@ import contextlib
 import json
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -43,7 +43,7 @@ class LocalGateway:
         replica = next(each for each in self.cluster.replicas.values() if each.url == url)
         return await replica.snapshot()
 
-    async def dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncIterator[Head | bytes]:
+    async def dispatch(self, request: ForwardedRequest, hint: RoutingHint) -> AsyncGenerator[Head | bytes]:
         choice = self.view.choose(time.monotonic(), hint, list(self.cluster.replicas))
         if choice is None:
             raise NoReplica("none is left")

@@ -150,6 +150,37 @@ def test_a_prompt_in_flight_counts_as_cached_until_it_ends() -> None:
     assert router.choose(0.0, 1600, chain)[0] != home, "it would wait longer than it takes to compute"
 
 
+def test_a_removed_replicas_requests_do_not_count_for_the_next_one_with_its_number() -> None:
+    """A replica that drains is no longer a member, and its requests start and end later."""
+    router = FleetRouter(16, 2, seed=0)
+    chain = list(range(1, 101))
+    waiting, running, failed, kept = (router.sent(number, 1600, 0, chain) for number in (0, 0, 0, 1))
+    router.started(running)
+    router.reset(0)
+    assert router.cached(1600, chain).tolist() == [0, 1600], "the new one has no prompt in flight"
+    new = router.sent(0, 800, 0, chain[:50])
+    router.started(waiting)
+    for sent in (waiting, running, failed):
+        router.ended(sent)
+    assert router._loads[:2].tolist() == [[800, 1600], [0, 0]]
+    router.started(new)
+    for sent in (new, kept):
+        router.ended(sent)
+    router.forget(0)
+    router.withdrawn(new)
+    assert not router._loads[:2].any() and not router._in_flight.holders and not any(router._unfinished)
+
+
+def test_a_request_that_a_replica_did_not_take_is_no_recent_work() -> None:
+    router = FleetRouter(16, 1)
+    taken = router.sent(0, 1600, 0, [1])
+    router.withdrawn(router.sent(0, 320, 0, [1, 2]))
+    assert router._loads[:, 0].tolist() == [1600, 0, 0, 0, 1600] and router._in_flight.holders.keys() == {1}
+    router.started(taken)
+    router.ended(taken)
+    assert router._loads[:, 0].tolist() == [0, 0, 0, 0, 1600]
+
+
 def test_a_session_is_served_where_it_prefers_while_that_takes_requests() -> None:
     """Without a preference, or without that replica, all routers choose the same one for it."""
 
