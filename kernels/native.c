@@ -101,12 +101,13 @@ INLINE vf exponential(vf x) {  // Cephes' expf; NaN stays NaN
 
 // `quantize.quantize`: a row of `size` floats to bytes and its scale.
 static void quantize_row(const float *x, long size, uint8_t *values, float *scale) {
-    vf most = {};
+    vi most = {};  // magnitudes in the order of their bits, in which NaN is the largest: the scale must not hide it
     for (long i = 0; i < size; i += 16) {
-        vf a = (vf)((vi)load(x, i, 0) & 0x7fffffff);
-        most = choose(a > most, a, most);
+        vi a = (vi)load(x, i, 0) & 0x7fffffff, larger = a > most;
+        most = (larger & a) | (~larger & most);
     }
-    float magnitude = fmaxf(largest(most), 1e-12f);
+    union { int32_t bits; float value; } found = {_mm512_reduce_max_epi32((__m512i)most)};
+    float magnitude = found.value < 1e-12f ? 1e-12f : found.value;
     for (long i = 0; i < size; i += 16) {
         vi rounded = __builtin_convertvector(load(x, i, 0) * (127.0f / magnitude) + 128.5f, vi);
         *(vb_memory *)(values + i) = __builtin_convertvector(rounded, vb_memory);

@@ -13,6 +13,7 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -107,7 +108,7 @@ def describe() -> str:
         return f"no: {reason}"
     try:
         path = library_path(compiler)
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: of a user without a home
         return f"no: {error}"
     return f"yes, {path}" if path.exists() else f"yes, once {compiler} has compiled them while the first server runs"
 
@@ -123,7 +124,9 @@ def load() -> ctypes.CDLL:
     _check_private(path)
     found = ctypes.CDLL(str(path))
     for name, arguments in _FUNCTIONS.items():
-        function = getattr(found, name)
+        function = getattr(found, name, None)
+        if function is None:
+            raise RuntimeError(f"{path} has no function {name}: remove it")
         function.argtypes, function.restype = arguments, None
     found.set_team(_torch_team())
     return found
@@ -165,20 +168,31 @@ def compile_library(compiler: str, path: Path) -> None:
     compiler's first messages."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder, tempfile.TemporaryFile() as messages:
         made = Path(folder) / path.name
-        command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE), "-lm"]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, cwd=folder)
-        try:
-            os.setpriority(os.PRIO_PROCESS, process.pid, _NICENESS)
+        command = [compiler, *_FLAGS, "-o", path.name, str(_SOURCE), "-lm"]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=messages,
+            stderr=messages,
+            cwd=folder,
+            start_new_session=True,
+        )
+        try:  # with its group: the command runs the compiler proper as another process
+            niceness = max(_NICENESS, os.getpriority(os.PRIO_PROCESS, 0))  # only root may lower it
+            os.setpriority(os.PRIO_PGRP, process.pid, niceness)
             code = process.wait(timeout=_COMPILE_SECONDS)
-        finally:
-            process.kill()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            raise
         messages.seek(0)
         said = messages.read(_OUTPUT_BYTES).decode(errors="replace").strip()
         logger.debug("%s: %s", " ".join(command), said)
         if code:
             raise RuntimeError(f"{compiler} failed with exit status {code}: {said[:200]}")
         made.chmod(0o700)
+        with made.open("rb") as file:
+            os.fsync(file.fileno())  # after a power failure, a part of a library would end each process that loads it
         made.replace(path)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import select
 import subprocess
 import threading
 from collections.abc import Callable
@@ -233,9 +235,14 @@ def test_nan_stays_nan(calls: list[str]) -> None:
     for found in (native_ops.rms_norm(x, torch.ones(128), 1e-5), native_ops.gate_mul(x, "silu")):
         assert found[0].isfinite().all()
         assert found[1].isnan().any()
+    quantizer, residual = Quantizer(torch.uint8), torch.randn(2, 128)
+    gated = native_ops.gate_mul_quantized(x, "silu", quantizer)
+    for rows in (gated, native_ops.add_rms_norm_quantized(x, residual, torch.ones(128), 1e-5, quantizer)):
+        assert rows.scales[0].isfinite().all()
+        assert rows.scales[1].isnan().all()
     x = x.bfloat16()
     assert native_ops.rms_norm(x, torch.ones(128), 1e-5)[1].isnan().all()
-    assert len(calls) == 3
+    assert len(calls) == 5
 
 
 def test_other_rows_run_torch(calls: list[str]) -> None:
@@ -323,12 +330,59 @@ def test_a_compiler_that_fails_leaves_nothing(cache: Path, tmp_path: Path, monke
 
 
 def test_a_compiler_that_hangs_is_ended(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = fake_compiler(tmp_path, monkeypatch, "exec sleep 1000\n")
+    """With the process that it has started, which keeps a pipe open."""
+    pipe, readers = tmp_path / "pipe", list[int]()
+    os.mkfifo(pipe)
+    wait = subprocess.Popen.wait
+
+    def wait_for_pipe(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(process)
+        readers.append(os.open(pipe, os.O_RDONLY))  # once there is a writer
+        raise subprocess.TimeoutExpired("cc", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_pipe)
+    compiler = fake_compiler(tmp_path, monkeypatch, f"sleep 1000 >{pipe} & sleep 1000\n")
     cache.mkdir(parents=True)
-    monkeypatch.setattr(native, "_COMPILE_SECONDS", 0.01)
     with pytest.raises(subprocess.TimeoutExpired):
         native.compile_library(compiler, cache / "native-x.so")
+    (reader,) = readers
+    try:
+        assert select.select([reader], [], [], 300)[0]
+        assert os.read(reader, 1) == b""  # the writer has ended
+    finally:
+        os.close(reader)
     assert list(cache.iterdir()) == []
+
+
+def test_a_nicer_process_compiles_as_nicely(small_source: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only root may make a process less nice."""
+    found: list[int] = []
+    monkeypatch.setattr(native.os, "getpriority", lambda which, who: 15)
+    monkeypatch.setattr(native.os, "setpriority", lambda which, who, niceness: found.append(niceness))
+    native.load()
+    assert found == [15]
+
+
+def test_a_library_of_another_kind_is_refused(small_source: None, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_FUNCTIONS", {"other": ()})
+    with pytest.raises(RuntimeError, match="has no function other: remove it"):
+        native.load()
+    native._build()
+
+
+def test_a_user_without_a_home_runs_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    fake_compiler(tmp_path, monkeypatch, "echo 1\n")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv(native.SWITCH)
+    monkeypatch.setattr(Path, "home", home)
+    assert native.describe() == "no: no home"
+    native._build()
+    assert native.library() is None
 
 
 @pytest.mark.parametrize("what", ["folder", "file", "link"])

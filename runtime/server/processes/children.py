@@ -31,7 +31,7 @@ def start_child(role: str, run_dir: Path, *, torch: bool) -> subprocess.Popen[by
     child = _early.pop() if first and _early else _spawn(role, *([_TORCH] if first else []))
     assert child.stdin is not None
     with contextlib.suppress(OSError), child.stdin:  # a broken pipe: it has ended, which its watcher notices
-        child.stdin.write(f"{run_dir}\n".encode())
+        child.stdin.write(os.fsencode(run_dir) + b"\n")
     return child
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any, Protocol
@@ -67,7 +68,7 @@ def main(role: str, parent: int, *, torch: bool) -> int:
         die_with_parent(parent)
     if torch:
         _import_scheduler()
-    run_dir = Path(sys.stdin.readline().rstrip("\n"))
+    run_dir = Path(os.fsdecode(sys.stdin.buffer.readline().rstrip(b"\n")))
     if not run_dir.name:  # the parent has ended
         return 0
     config = read_launch(run_dir)

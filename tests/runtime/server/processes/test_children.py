@@ -58,6 +58,21 @@ def test_a_child_that_has_ended_is_left_to_its_watcher(monkeypatch: pytest.Monke
     child.stdout.close()
 
 
+def test_a_run_directory_may_have_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The temporary directory's name need not be text."""
+
+    def worker(role: str) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", f"{children.__package__}.worker", role, str(os.getpid())]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+
+    monkeypatch.setattr(children, "_spawn", worker)
+    child = children.start_child("tokenizer", Path(os.fsdecode(b"/no/\xff")), torch=False)
+    assert child.stderr is not None
+    with child.stderr:
+        assert rb"No such file or directory: '/no/\udcff/launch.json'" in child.stderr.read()
+    assert child.wait(300) == 1
+
+
 @pytest.mark.parametrize("role", ["tokenizer", "detokenizer"])
 def test_a_child_without_a_run_directory_leaves(role: str) -> None:
     command = [sys.executable, "-m", f"{children.__package__}.worker", role, str(os.getpid())]
