@@ -23,12 +23,6 @@ logger = logging.getLogger(__name__)
 SNAPSHOT_SECONDS = 30.0
 
 
-class _Key(msgspec.Struct):
-    """Of a `RoutingHint`, only this."""
-
-    key: str = ""
-
-
 class BranchwiseRouter(RequestRouter):
     """Takes the request's `RoutingHint`, as msgpack, from the first argument of the call."""
 
@@ -67,7 +61,7 @@ class BranchwiseRouter(RequestRouter):
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         if not pending_request.args:
             return
-        key = msgspec.msgpack.decode(pending_request.args[0], type=_Key).key
+        key = msgspec.msgpack.decode(pending_request.args[0], type=RoutingHint).key
         choice = self._choices.get(key)
         if choice is not None and choice.replica != replica_id.unique_id:  # the best one did not take it
             self._withdraw(key)

@@ -150,7 +150,8 @@ class ClusterGateway:
         except (ReplicaGone, RayError, RayServeException) as error:
             raise ReplicaGone(type(error).__name__) from error
         finally:
-            parts.cancel()
+            with contextlib.suppress(Exception):  # of a request that found no replica it raises that again
+                parts.cancel()
             registry.ended(hint.key)  # after the cancellation: no replica is chosen for the request any more
 
 
