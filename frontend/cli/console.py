@@ -37,7 +37,8 @@ _NAMES = {
 
 
 def _console(stderr: bool) -> Console:
-    piped = not (sys.stderr if stderr else sys.stdout).isatty()
+    stream = sys.stderr if stderr else sys.stdout
+    piped = stream is None or not stream.isatty()  # None: closed, as a supervisor may start the command
     return Console(stderr=stderr, highlight=False, width=_PIPE_WIDTH if piped else None)
 
 

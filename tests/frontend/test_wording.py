@@ -1,11 +1,13 @@
-"""Errors about a request name the flags of the command line."""
+"""What the command prints: errors about a request name its flags."""
 
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
+from branchwise.frontend.cli import console
 from branchwise.frontend.cli.console import in_flags
 from branchwise.frontend.client import Client
 from branchwise.frontend.errors import BackendError
@@ -42,3 +44,8 @@ def test_a_servers_error_names_flags_too() -> None:
 def test_other_errors_stay_as_they_are() -> None:
     assert in_flags(EngineDead("temperature is too high")) == "temperature is too high"
     assert in_flags(BackendError("no server answers")) == "no server answers"
+
+
+def test_a_command_without_standard_output_prints_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    console._console(stderr=False).print("unseen")
