@@ -12,9 +12,10 @@ import pytest
 pytest.importorskip("ray")
 
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
+from ray.serve.exceptions import BackPressureError
 from ray.serve.request_router import PendingRequest
 
-from branchwise.frontend.cluster.forward import ForwardedRequest
+from branchwise.frontend.cluster.forward import ForwardedRequest, NoReplica
 from branchwise.frontend.cluster.request_router import BranchwiseRouter
 from branchwise.frontend.cluster.serve_app import ClusterGateway
 from branchwise.runtime.fleet.view import RoutingHint
@@ -48,13 +49,15 @@ class Fleet:
         self.router.initialize_state()
         self.replicas = [NamedReplica(name, self.answers) for name in "abc"]
         self.requests: list[PendingRequest] = []
+        self.parts: list[_Parts] = []
         self.gateway = object.__new__(ClusterGateway)
         self.gateway._replicas = SimpleNamespace(remote=self._remote)
 
     def _remote(self, *args: bytes) -> Any:
         request = PendingRequest(list(args), {}, RequestMetadata("r", f"id-{len(self.requests)}"))
         self.requests.append(request)
-        return _Parts(asyncio.create_task(self.router._choose_replica_for_request(request)))
+        self.parts.append(_Parts(asyncio.create_task(self.router._choose_replica_for_request(request))))
+        return self.parts[-1]
 
     def ask(self) -> asyncio.Task[Any]:
         """A request of a prompt of 100 blocks."""
@@ -71,17 +74,23 @@ class _Parts:
     """A `DeploymentResponseGenerator` that waits for its replica."""
 
     def __init__(self, chosen: asyncio.Task[Any]) -> None:
-        self._chosen = chosen
+        self._chosen, self._refused = chosen, False
 
     def __aiter__(self) -> _Parts:
         return self
 
     async def __anext__(self) -> bytes:
         await asyncio.wait([self._chosen])
-        raise AssertionError("the replica is no process")
+        raise BackPressureError(1, 1)
+
+    def refuse(self) -> None:
+        """As Serve does when it has no room for the request."""
+        self._refused = self._chosen.cancel()
 
     def cancel(self) -> None:
         self._chosen.cancel()
+        if self._refused:
+            raise BackPressureError(1, 1)
 
 
 async def until(true: Any) -> None:
@@ -114,6 +123,18 @@ async def test_a_request_cancelled_as_its_replica_is_found_leaves_no_load() -> N
     await asyncio.gather(asked, return_exceptions=True)
     await until(lambda: not sum(fleet.loads()))
     assert not fleet.requests[0].future.cancelled()
+
+
+async def test_a_request_that_serve_refuses_ends_as_one_without_a_replica() -> None:
+    """Serve's `cancel` raises the refusal again."""
+    fleet = Fleet()
+    fleet.router.update_replicas(fleet.replicas)
+    asked = fleet.ask()
+    await until(lambda: sum(fleet.loads()))
+    fleet.parts[0].refuse()
+    with pytest.raises(NoReplica):
+        await asked
+    await until(lambda: not sum(fleet.loads()))
 
 
 async def test_only_the_try_that_a_replica_took_counts() -> None:
