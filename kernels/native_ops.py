@@ -1,5 +1,4 @@
-"""The operations of `ops` with compiled kernels for few rows (`native`), and torch's for everything else; and products
-of few rows for `linear`."""
+"""The operations of `ops`, and products for `linear`: compiled kernels (`native`) for few rows, torch for more."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class MemoryPlan:
     free_bytes: int  # before the weights were loaded
     weight_bytes: int
     activation_bytes: int  # of the largest step: measured on a GPU, an upper estimate on a CPU
-    reserve_bytes: int  # on a GPU, for everything else within the share that is used
+    reserve_bytes: int  # on a GPU: workspaces, libraries and a copy of quantized pages, within the share that is used
     graph_bytes: int  # on a GPU, for captured steps, outside of that share
     layout: KVLayout
     num_pages: int
