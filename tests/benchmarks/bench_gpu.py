@@ -85,14 +85,15 @@ def _post(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         return dict(json.load(response))
 
 
-def run(url: str, workloads: str, out: Path) -> dict[str, Any]:
+def run(url: str, workloads: str, out: Path, seed: int = 0) -> dict[str, Any]:
     command = [sys.executable, "-m", "branchwise", "bench", url, "--workloads", workloads, "--vocab", "100000"]
+    command += ["--seed", str(seed)]
     subprocess.run([*command, "--out", str(out)], check=True, env=os.environ | {"COLUMNS": "140"})
     return dict(json.loads(out.read_text()))
 
 
 def profile(url: str, workload: str, makespan: float) -> dict[str, Any]:
-    """Runs the workload once more and records a second of it."""
+    """Runs the workload once more, with prompts that are not cached, and records a second of it."""
     found: dict[str, Any] = {}
 
     def record() -> None:
@@ -103,7 +104,7 @@ def profile(url: str, workload: str, makespan: float) -> dict[str, Any]:
 
     watcher = threading.Thread(target=record)
     watcher.start()
-    run(url, workload, OUT / f"profiled-{workload}.json")
+    run(url, workload, OUT / f"profiled-{workload}.json", seed=1)
     watcher.join()
     return found
 
