@@ -81,7 +81,8 @@ class FlashInferAttention:
     ) -> None:
         self._pool, self._layers, self._table, self._ops = pool, layers, table, ops
         layout, device = pool.layout, pool.device
-        self._page_size, kv_heads, head_dim = layout.page_size, layout.kv_heads, layout.head_dim
+        page_size, kv_heads, head_dim = layout.page_size, layout.kv_heads, layout.head_dim
+        self._page_size = page_size
         variants = dict.fromkeys(
             Variant(kernel, layout.dtype, head_dim, spec.window is not None, spec.softcap is not None)
             for spec in layers
@@ -93,27 +94,23 @@ class FlashInferAttention:
         size = workspace_bytes(num_heads, kv_heads, head_dim, _processors(device), *captured)
         workspace = torch.zeros(size, dtype=torch.uint8, device=device)
 
+        # Neither function refers to the backend: the cycle would keep the pool's memory after the backend.
         def call(kernel: str, spec: LayerSpec, causal: bool) -> PagedCall:
             found = [v for v in variants if v.kernel == kernel and _fits(v, spec)]
             ints = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             pinned = torch.empty(INT_WORKSPACE_BYTES, dtype=torch.uint8, pin_memory=device.type == "cuda")
-            return PagedCall(
-                found[0], spec.window, causal, num_heads, kv_heads, self._page_size, workspace, (ints, pinned)
-            )
+            return PagedCall(found[0], spec.window, causal, num_heads, kv_heads, page_size, workspace, (ints, pinned))
 
         kinds = {_kind(spec): spec for spec in layers}
         self._decode = {kind: call("fa2", spec, causal=False) for kind, spec in kinds.items()}
         self._short = {kind: call("fa2", spec, causal=True) for kind, spec in kinds.items()}
         self._long = self._short
 
-        def add_fa3() -> None:
-            self._long = self._short | {
-                kind: call("fa3", spec, causal=True)
-                for kind, spec in kinds.items()
-                if "fa3" in kernels(device, spec, head_dim)
-            }
+        def fa3_calls() -> dict[_LayerKind, PagedCall]:
+            found = ((kind, spec) for kind, spec in kinds.items() if "fa3" in kernels(device, spec, head_dim))
+            return {kind: call("fa3", spec, causal=True) for kind, spec in found}
 
-        self._add_fa3: Callable[[], None] | None = add_fa3
+        self._fa3_calls: Callable[[], dict[_LayerKind, PagedCall]] | None = fa3_calls
         self._ints = Staging(8 * max_requests + 64, torch.int32, device)
         # Requests that share a prefix each list its pages.
         most = max_requests * table.shape[1]
@@ -181,10 +178,10 @@ class FlashInferAttention:
         return out
 
     def _long_calls(self) -> dict[_LayerKind, PagedCall]:
-        if self._add_fa3 is not None and self._fa3.done():
+        if self._fa3_calls is not None and self._fa3.done():
             if self._fa3.exception() is None:
-                self._add_fa3()
-            self._add_fa3 = None
+                self._long = self._short | self._fa3_calls()
+            self._fa3_calls = None
         return self._long
 
     def _add(

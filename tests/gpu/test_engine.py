@@ -172,6 +172,7 @@ def test_memory_stays_within_what_was_asked(gpu_checkpoint: Callable[[str], Path
     used = total - torch.cuda.mem_get_info()[0]
     assert used <= 0.5 * total + 64 * 2**20
     print(f"used {used / total:.3f} of the memory; asked 0.5; pool {executor.memory_plan.kv_bytes / total:.3f}")
+    executor.close()
 
 
 def test_engines_follow_one_another(gpu_checkpoint: Callable[[str], Path]) -> None:

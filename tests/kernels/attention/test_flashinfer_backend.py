@@ -5,10 +5,12 @@ Tests with FlashInfer itself are in tests/gpu.
 
 from __future__ import annotations
 
+import gc
 import math
 import subprocess
 import sys
 import threading
+import weakref
 from concurrent.futures import Future
 from types import SimpleNamespace
 
@@ -387,3 +389,15 @@ def test_a_plan_with_unknown_parameters_is_refused(tail, install, monkeypatch):
 def test_unreadable_sources_are_refused(install):
     with pytest.raises(Unavailable, match="FlashInfer's sources cannot be read"):
         flashinfer_module.plan_tail("fa2")
+
+
+@pytest.mark.parametrize("fa3", [Future()], ids=["while it compiles"])
+def test_a_backend_that_is_dropped_is_freed_at_once(backend):
+    """A cycle would keep the pool, most of a GPU's memory, until the garbage collector runs."""
+    pool, table = backend[0]._pool, backend[0]._table
+    gc.disable()
+    try:
+        dropped = weakref.ref(subject.FlashInferAttention(pool, SPECS, HEADS, table, ops, 8))
+        assert dropped() is None
+    finally:
+        gc.enable()
