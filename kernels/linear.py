@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import native, native_ops
+from .file_weight import FileWeight
 from .quantize import ZERO_POINT, QuantizedRows, Quantizer, Rows, quantize, quantize_weight
 
 _ROWS = 512  # the number of rows that the packed layout is optimized for; it works for any
@@ -51,7 +52,7 @@ class PlainLinear:
     """A weight in the model's dtype.
 
     Args:
-        weight: ``[outputs, inputs]``. Not kept if it is packed or converted.
+        weight: ``[outputs, inputs]``. Not kept if it is packed or converted. In files, it is copied by ``lay_out``.
         bias: ``[outputs]`` or None.
         dtype: the model's; None: the weight's.
         copied: keep a copy for few rows where `linear_bytes` counts one.
@@ -62,7 +63,7 @@ class PlainLinear:
 
     def __init__(
         self,
-        weight: Tensor,
+        weight: Tensor | FileWeight,
         bias: Tensor | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -73,12 +74,12 @@ class PlainLinear:
         self._packed = packs(weight.device, self._dtype)
         self._copied = copied and _copies(weight.device, weight.shape, self._dtype)
         self._copy: Tensor | None = None  # [inputs, outputs]
+        kept = copied and (shared or 4 * weight.shape.numel() <= NARROW_BYTES)
+        self._keeps_narrow = kept and self._packed and weight.dtype == torch.bfloat16
         self._narrow: Tensor | None = None  # [outputs, inputs] in bfloat16, in place of the copy
         self._narrow_rows = COPY_ROWS if self._dtype == torch.float32 else BFLOAT16_ROWS
-        if self._packed and weight.dtype == torch.bfloat16 and copied:
-            small = 4 * weight.numel() <= NARROW_BYTES
-            self._narrow = weight if shared and weight.is_contiguous() else weight.contiguous() if small else None
-        self._laid_out = not self._packed and weight.dtype == self._dtype
+        self._keeps_weight = not self._packed and weight.dtype == self._dtype
+        self._laid_out = self._keeps_weight and isinstance(weight, Tensor)
 
     def lay_out(self) -> None:
         """Converts and packs the weight, once."""
@@ -86,17 +87,26 @@ class PlainLinear:
             return
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
-            weight = self._weight.to(self._dtype)
-            if native.library() is None and not native.building():
-                self._narrow = None
+            self._keeps_narrow &= native.library() is not None or native.building()
+            stored = self._stored()
+            self._narrow = stored.contiguous() if self._keeps_narrow else None
+            weight = stored.to(self._dtype)
             if self._copied and self._narrow is None:
                 self._copy = weight.t().contiguous()
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS) if self._packed else weight
         self._laid_out = True
 
+    def _stored(self) -> Tensor:
+        """The weight, unless it is packed already."""
+        if isinstance(self._weight, Tensor):
+            return self._weight
+        return self._weight.copy() if self._keeps_narrow or self._keeps_weight else self._weight.view()
+
     def __call__(self, x: Rows) -> Tensor:
         assert isinstance(x, Tensor)  # nothing quantizes the input of a layer without a quantizer
-        if self._narrow is not None and x.shape[0] <= self._narrow_rows:
+        if self._keeps_narrow and x.shape[0] <= self._narrow_rows:
+            if self._narrow is None:
+                self._narrow = self._stored().contiguous()
             found = native_ops.linear(x, self._narrow, self.bias)
             if found is not None:
                 return found
@@ -105,7 +115,7 @@ class PlainLinear:
         if self._copy is not None and x.shape[0] <= (COPY_ROWS if torch.get_num_threads() == 1 else 1):
             return torch.mm(x, self._copy) if self.bias is None else torch.addmm(self.bias, x, self._copy)
         if not self._packed:
-            return F.linear(x, self._weight, self.bias)
+            return F.linear(x, self._stored(), self.bias)
         out: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self.bias, "none", [], "")
         return out
 
@@ -136,11 +146,16 @@ class Int8Linear:
     quantizer = Quantizer(torch.uint8)
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None = None, dtype: torch.dtype | None = None, *, copied: bool = True
+        self,
+        weight: Tensor | FileWeight,
+        bias: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        copied: bool = True,
     ) -> None:
-        self._weight: Tensor | None = weight  # None once it is laid out
+        self._weight: Tensor | FileWeight | None = weight  # None once it is laid out
         self._packed = self._scale = torch.empty(0)
-        self._copied = copied and weight.numel() <= COPY_BYTES
+        self._copied = copied and weight.shape.numel() <= COPY_BYTES
         self._row_copy: Tensor | None = None  # [outputs, inputs], with the sum of each output's weights
         self._sums = torch.empty(0, dtype=torch.int32)
         self._zero_point = torch.zeros(1, dtype=torch.int32)
@@ -153,7 +168,8 @@ class Int8Linear:
             return
         # inference_mode: the packed layout has no autograd support.
         with torch.inference_mode():
-            values, scale = quantize_weight(self._weight, torch.int8)
+            weight = self._weight if isinstance(self._weight, Tensor) else self._weight.view()
+            values, scale = quantize_weight(weight, torch.int8)
             self._packed = torch.ops.onednn.qlinear_prepack(values, None)
         if self._copied:
             self._row_copy, self._sums = values, values.sum(1, dtype=torch.int32)

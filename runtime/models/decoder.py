@@ -11,11 +11,13 @@ from torch import Tensor
 from ...kernels.addends import Addends, summed
 from ...kernels.attention.base import AttentionBackend, LayerSpec
 from ...kernels.base import Ops
+from ...kernels.file_weight import FileWeight
 from ...kernels.kv_pool import KVLayer, KVPool
 from ...kernels.linear import Int8Linear, PlainLinear
 from ...kernels.quantize import Quantizer, Rows
 from ..parallel.group import SingleRank, TensorGroup
 from .config import ModelConfig
+from .embedding import Embedding
 from .linear import LinearFactory
 from .mlp import MLP, GatedMLP, PlainMLP
 from .moe import MixtureOfExperts
@@ -47,6 +49,7 @@ class Decoder:
             the others of its step; None: for those that there are.
         group: the ranks that the model is split over (Shoeybi et al., 2019): each computes its heads, its part of the
             MLP and its part of the vocabulary, and two sums a layer join them.
+        in_files: weights that ``weights`` lacks because they are still in the checkpoint's files. Emptied.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Decoder:
         dtype: torch.dtype | None = None,
         int8: bool = False,
         fixed_rows: int | None = None,
+        in_files: dict[str, FileWeight] | None = None,
     ) -> None:
         self._group: TensorGroup = group or SingleRank()
         self.config = config = rank_config(config, self._group.size)
@@ -69,14 +73,18 @@ class Decoder:
             if name in weights and len(weights[name]) < rows:
                 padding = weights[name].new_zeros(rows - len(weights[name]), *weights[name].shape[1:])
                 weights[name] = torch.cat([weights[name], padding])
-        self._embedding = weights.pop("embedding")
+        in_files = {} if in_files is None else in_files
+        table = in_files.pop("embedding", None) or weights.pop("embedding")
         self._norm = Norm(config, "norm", weights, ops)
-        tied = weights.setdefault("lm_head", self._embedding) is self._embedding
-        self._dtype = dtype or self._embedding.dtype
-        self._later: list[PlainLinear | Int8Linear] = []  # layers whose weights are not laid out yet
-        make_linear = LinearFactory(weights, ops, self._dtype, self._later, int8=int8, fixed_rows=fixed_rows)
-        self._lm_head = make_linear("lm_head", shared=tied)
-        self._ropes = {rope: RopeTable(rope, self._embedding.device) for rope in config.ropes}
+        self._dtype = dtype or table.dtype
+        self._embedding = Embedding(table)
+        self._later: list[Embedding | PlainLinear | Int8Linear] = [self._embedding]  # what is not laid out yet
+        make_linear = LinearFactory(weights, ops, self._dtype, self._later, in_files, int8=int8, fixed_rows=fixed_rows)
+        if "lm_head" in weights or "lm_head" in in_files:
+            self._lm_head = make_linear("lm_head")
+        else:
+            self._lm_head = make_linear.tied(table, weights.pop("lm_head_bias", None))
+        self._ropes = {rope: RopeTable(rope, table.device) for rope in config.ropes}
         self._layers = [_Layer(config, i, weights, ops, make_linear, self._group) for i in range(config.num_layers)]
 
     def lay_out_next(self) -> bool:
@@ -175,9 +183,9 @@ class Decoder:
     def _embed(self, ids: Tensor) -> Tensor:
         """``[T, hidden]``: each rank looks up the tokens of its part of the vocabulary, and the sum has all of them."""
         if self._group.size == 1:
-            return F.embedding(ids, self._embedding).to(self._dtype)
+            return self._embedding(ids).to(self._dtype)
         elsewhere = (ids < self._vocabulary.start) | (ids >= self._vocabulary.stop)
-        found = F.embedding((ids - self._vocabulary.start).masked_fill_(elsewhere, 0), self._embedding).to(self._dtype)
+        found = self._embedding((ids - self._vocabulary.start).masked_fill_(elsewhere, 0)).to(self._dtype)
         # A copy: the sum is only valid until the next one, and this is the residual stream.
         return self._group.all_reduce(found.masked_fill_(elsewhere[:, None], 0)).clone()
 

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
 from ...kernels.base import Ops
+from ...kernels.file_weight import FileWeight
 from ...kernels.fp8_linear import multiplies_fp8
 from ..config import EngineConfig
 from ..errors import LoadError
@@ -96,13 +97,15 @@ def load(
         if progress is not None:
             progress(size, size)
         return LoadedModel(size, lambda group: make_decoder(model, loaded, ops, device, group, int8=int8))
+    in_files: dict[str, FileWeight] = {}
     if dummy:
         weights = dummy_weights(model, dtype, device, config.seed, rank=rank, world=ranks)
     else:
-        weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks)
-    size = sum(weight.nbytes for weight in weights.values())
+        weights = load_weights(folder, model, dtype, device, progress, rank=rank, world=ranks, in_files=in_files)
+    settings: dict[str, Any] = {"dtype": dtype, "int8": int8, "fixed_rows": fixed_rows, "in_files": in_files}
     return LoadedModel(
-        size, lambda group: Decoder(model, weights, ops, group, dtype=dtype, int8=int8, fixed_rows=fixed_rows)
+        sum(weight.nbytes for weight in weights.values()) + sum(weight.nbytes for weight in in_files.values()),
+        lambda group: Decoder(model, weights, ops, group, **settings),
     )
 
 

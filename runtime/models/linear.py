@@ -10,11 +10,13 @@ from torch import Tensor
 
 from ...kernels.base import Ops
 from ...kernels.experts import Experts, ExpertWeight, LoopedExperts
+from ...kernels.file_weight import FileWeight
 from ...kernels.fp8_linear import Fp8Linear, has_fp8, multiplies_fp8
 from ...kernels.linear import FixedRows, Int8Linear, Linear, PlainLinear, linear_bytes, packs
 from ...kernels.ops import Activation
 from ...kernels.quantize import BLOCK, Quantizer, dequantize_weight, in_blocks
 from .config import ModelConfig
+from .embedding import Embedding
 from .hf.config import TransformersConfig
 from .weights import is_linear, shard_shape, stored_dtype, weight_specs
 
@@ -32,6 +34,7 @@ class LinearFactory:
         dtype: the model's.
         later: where layers are put whose weights are not laid out yet, for the caller to do so or their first call;
             None: every weight is laid out at once.
+        in_files: weights that are not in ``weights`` but still in the checkpoint's files; taken out likewise.
         int8: quantize weights to int8, for a CPU.
         fixed_rows: multiply so many rows at a time, always (`FixedRows`); None: those that there are.
     """
@@ -41,25 +44,35 @@ class LinearFactory:
         weights: dict[str, Tensor],
         ops: Ops,
         dtype: torch.dtype,
-        later: list[PlainLinear | Int8Linear] | None = None,
+        later: list[Embedding | PlainLinear | Int8Linear] | None = None,
+        in_files: dict[str, FileWeight] | None = None,
         *,
         int8: bool = False,
         fixed_rows: int | None = None,
     ) -> None:
         self._weights, self._ops, self._dtype, self._int8 = weights, ops, dtype, int8
         self._later, self._fixed_rows = later, fixed_rows
+        self._in_files = {} if in_files is None else in_files
 
     def fixed(self, layer: Linear) -> Linear:
         """``layer``, which works row by row, with ``fixed_rows``."""
         return layer if self._fixed_rows is None else FixedRows(layer, self._fixed_rows)
 
-    def __call__(self, name: str, *, shared: bool = False) -> Linear:
-        """The product with weight ``name`` and, if there is one, its ``name_bias``. ``shared``: see `PlainLinear`."""
-        return self.fixed(self._linear(*self._pop(name), shared=shared))
+    def __call__(self, name: str) -> Linear:
+        """The product with weight ``name`` and, if there is one, its ``name_bias``."""
+        return self.fixed(self.plain(name))
 
     def plain(self, name: str) -> Linear:
         """The same without ``fixed_rows``, for a part of what is `fixed` as a whole."""
+        if name in self._in_files:
+            return self._unquantized(self._in_files.pop(name), self._weights.pop(f"{name}_bias", None))
         return self._linear(*self._pop(name))
+
+    def tied(self, table: Tensor | FileWeight, bias: Tensor | None) -> Linear:
+        """The product with the embedding's table, which stays in memory."""
+        if isinstance(table, FileWeight):
+            return self.fixed(self._unquantized(table, bias, shared=True))
+        return self.fixed(self._linear(table, None, bias=bias, shared=True))
 
     def experts(self, name: str, count: int, activation: Activation) -> Experts:
         """The ``count`` experts whose rows weights ``name.gate_up`` and ``name.down`` hold one below the other."""
@@ -112,6 +125,11 @@ class LinearFactory:
             weight = weight.to(self._dtype)
             if streams(weight):
                 return StreamedLinear(weight, bias)
+        return self._unquantized(weight, bias, copied=copied, shared=shared)
+
+    def _unquantized(
+        self, weight: Tensor | FileWeight, bias: Tensor | None, *, copied: bool = True, shared: bool = False
+    ) -> Linear:
         linear: PlainLinear | Int8Linear
         if self._int8:
             linear = Int8Linear(weight, bias, self._dtype, copied=copied)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...kernels.file_weight import FileWeight
 from ...kernels.quantize import quantize_weight
 from ..errors import LoadError
 from .checkpoint import Checkpoint
@@ -21,6 +22,8 @@ from .weights import Source, WeightSpec, is_linear, lm_head_specs, shard, shard_
 Progress = Callable[[int, int], None]  # (bytes loaded, bytes in all)
 
 logger = logging.getLogger(__name__)
+
+_STORED_AS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}  # in safetensors' words
 
 # Constants that older versions of transformers, or xIELU, save with the weights.
 _CONSTANTS = (".inv_freq", ".masked_bias", ".act_fn.beta", ".act_fn.eps")
@@ -35,11 +38,13 @@ def load_weights(
     *,
     rank: int = 0,
     world: int = 1,
+    in_files: dict[str, FileWeight] | None = None,
 ) -> dict[str, Tensor]:
     """Reads every weight the config calls for, fused, in ``dtype`` (norms in float32) on ``device``.
 
     On a CPU with ``dtype`` float32, the embedding and the matrices of linear layers stay in a checkpoint's bfloat16 or
-    float16: `kernels.linear` converts them where it packs them, to the same values.
+    float16: `kernels.linear` converts them where it packs them, to the same values. Of a model that is not split, those
+    that need no conversion are left in the files and put into ``in_files``, if given, instead of the result.
 
     A quantized weight ``name`` is float8_e4m3fn. Its scales, float32, are ``name_scale``: of each output channel
     ``[N, 1]`` or of each block ``[ceil(N / 128), ceil(K / 128)]``; with static activations ``name_input_scale``, one of
@@ -66,17 +71,24 @@ def load_weights(
             math.prod(shape) * stored_dtype(spec, dtype).itemsize for spec, shape in zip(specs, shapes, strict=True)
         ]
         kinds = [_read_dtype(checkpoint, spec, dtype, device) for spec in specs]
-        weights = _allocate(specs, shapes, kinds, device)
+        stays = {
+            spec.name
+            for spec, kind in zip(specs, kinds, strict=True)
+            if in_files is not None and world == 1 and _stays_in_file(checkpoint, spec, kind, device)
+        }
+        weights = _allocate(specs, shapes, kinds, device, without=stays)
         for i, spec in enumerate(specs):
-            weight = weights[spec.name]
-            if spec.kind == "fp8" and online:
+            if in_files is not None and spec.name in stays:
+                parts = zip(spec.sources, indices[i], strict=True)
+                in_files[spec.name] = FileWeight([_view(checkpoint, *part) for part in parts])
+            elif spec.kind == "fp8" and online:
                 read = _read(checkpoint, spec, indices[i], torch.empty(shapes[i], dtype=dtype, device=device))
-                values, weights[f"{spec.name}_scale"] = quantize_weight(read, weight.dtype)
-                weight.copy_(values)
+                values, weights[f"{spec.name}_scale"] = quantize_weight(read, torch.float8_e4m3fn)
+                weights[spec.name].copy_(values)
             else:
-                _read(checkpoint, spec, indices[i], weight)
+                _read(checkpoint, spec, indices[i], weights[spec.name])
             if spec.kind == "norm":
-                weight.add_(config.norm_offset)
+                weights[spec.name].add_(config.norm_offset)
             if progress is not None:
                 progress(sum(sizes[: i + 1]), sum(sizes))
     return weights
@@ -117,13 +129,17 @@ def dummy_weights(
 
 
 def _allocate(
-    specs: list[WeightSpec], shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], device: torch.device
+    specs: list[WeightSpec],
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+    device: torch.device,
+    without: Collection[str] = (),
 ) -> dict[str, Tensor]:
     """Memory for all weights, before anything else takes some: torch gives a tensor of 10 MiB or more memory of its own
     only where it has no larger piece free. Weights that were allocated as they were read lay in what temporaries had
     left: 3.1 GiB beside those of a 70B on each of two GPUs could not be returned."""
     each = zip(specs, shapes, dtypes, strict=True)
-    return {spec.name: torch.empty(shape, dtype=dtype, device=device) for spec, shape, dtype in each}
+    return {s.name: torch.empty(shape, dtype=dtype, device=device) for s, shape, dtype in each if s.name not in without}
 
 
 def _check_names(checkpoint: Checkpoint, specs: list[WeightSpec], config: ModelConfig) -> None:
@@ -150,9 +166,21 @@ def _read_dtype(checkpoint: Checkpoint, spec: WeightSpec, dtype: torch.dtype, de
     kept = spec.kind == "weight" and is_linear(spec)
     if device.type == "cpu" and dtype == torch.float32 and (kept or spec.name == "embedding"):
         found = {checkpoint.dtype(source.name) for source in spec.sources}
-        if found in ({"BF16"}, {"F16"}):
-            return torch.bfloat16 if found == {"BF16"} else torch.float16
+        for narrow in (torch.bfloat16, torch.float16):
+            if found == {_STORED_AS[narrow]}:
+                return narrow
     return stored_dtype(spec, dtype)
+
+
+def _stays_in_file(checkpoint: Checkpoint, spec: WeightSpec, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether it is a matrix that needs no conversion to ``dtype`` and that `LinearFactory` or `Embedding` takes."""
+    matrix = spec.kind == "weight" and is_linear(spec) and ".experts." not in spec.name
+    return (
+        device.type == "cpu"
+        and (matrix or spec.name == "embedding")
+        and not any(source.interleaved for source in spec.sources)
+        and {checkpoint.dtype(source.name) for source in spec.sources} == {_STORED_AS.get(dtype)}
+    )
 
 
 def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, ...], ...], weight: Tensor) -> Tensor:
@@ -164,6 +192,19 @@ def _read(checkpoint: Checkpoint, spec: WeightSpec, indices: tuple[tuple[slice, 
 
 
 def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part: Tensor) -> None:
+    tensor = _tensor(checkpoint, source, index)
+    part.copy_(_separate(tensor, source) if source.interleaved else tensor)
+    _check_values(checkpoint.full_name(source.name), source, tensor, part)
+
+
+def _view(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...]) -> Tensor:
+    tensor = _tensor(checkpoint, source, index)
+    _check_values(checkpoint.full_name(source.name), source, tensor, tensor)
+    return tensor
+
+
+def _tensor(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...]) -> Tensor:
+    """The rows of ``source``, in the checkpoint's dtype and memory. Raises `LoadError` for another shape."""
     name = checkpoint.full_name(source.name)
     expected: tuple[int, ...] = (source.tensor_rows or source.shape[0], *source.shape[1:])
     first, step = source.start, source.step
@@ -182,8 +223,11 @@ def _copy(checkpoint: Checkpoint, source: Source, index: tuple[slice, ...], part
     tensor = checkpoint.read(source.name, index)
     tensor = tensor if source.expert is None else tensor[0]
     tensor = tensor.t() if source.transposed else tensor.flatten(1) if source.packed else tensor
-    tensor = tensor[:: source.step]
-    part.copy_(_separate(tensor, source) if source.interleaved else tensor)
+    return tensor[:: source.step]
+
+
+def _check_values(name: str, source: Source, tensor: Tensor, part: Tensor) -> None:
+    """Raises `LoadError` if ``part``, which ``tensor`` of the checkpoint was copied to, holds NaN or infinity."""
     if not _finite(part):
         if _finite(tensor):
             raise LoadError(

@@ -19,7 +19,9 @@ class Norm:
         if config.norm_weight:
             self._weight = weights.pop(name)
         else:
-            self._weight = torch.ones(config.hidden_size, device=next(iter(weights.values())).device)
+            devices = (weight.device for weight in weights.values())
+            # Without any tensor, all weights are in files, as a CPU's may be.
+            self._weight = torch.ones(config.hidden_size, device=next(devices, torch.device("cpu")))
         self._bias = weights.pop(f"{name}_bias", None)
         self._centered, self._eps, self._ops = config.norm_kind == "layer", config.norm_eps, ops
 

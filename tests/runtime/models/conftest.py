@@ -17,6 +17,7 @@ from branchwise.kernels import ops as torch_ops
 from branchwise.kernels.addends import Addends
 from branchwise.kernels.attention.base import AttentionBatch
 from branchwise.kernels.attention.torch_backend import TorchAttention
+from branchwise.kernels.file_weight import FileWeight
 from branchwise.kernels.kv_pool import KVPool
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.decoder import Decoder, StepTokens
@@ -40,8 +41,9 @@ class Harness:
     ) -> None:
         config, group = load_config(folder), group or SingleRank()
         cpu = torch.device("cpu")
-        weights = load_weights(folder, config, torch.float32, cpu, rank=group.rank, world=group.size)
-        self.decoder = Decoder(config, weights, ops, group)
+        in_files: dict[str, FileWeight] = {}
+        weights = load_weights(folder, config, torch.float32, cpu, rank=group.rank, world=group.size, in_files=in_files)
+        self.decoder = Decoder(config, weights, ops, group, in_files=in_files)
         config = self.decoder.config
         self.decoder.reserve(max_len)
         pages = -(-max_len // page_size)

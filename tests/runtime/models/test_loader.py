@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from branchwise.kernels.file_weight import FileWeight
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.models.checkpoint import Checkpoint
 from branchwise.runtime.models.config import load_config
@@ -29,6 +30,14 @@ def folder(checkpoint: Callable[[str], Path], tmp_path: Path) -> Callable[[str],
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
     return load_weights(folder, load_config(folder), torch.float32, CPU)
+
+
+def load_in_files(folder: Path) -> dict[str, torch.Tensor]:
+    """The same, with matrices left in the files."""
+    in_files: dict[str, FileWeight] = {}
+    weights = load_weights(folder, load_config(folder), torch.float32, CPU, in_files=in_files)
+    assert "embedding" in in_files
+    return weights | {name: weight.view() for name, weight in in_files.items()}
 
 
 def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -255,12 +264,21 @@ def test_names_without_a_prefix(folder: Callable[[str], Path]) -> None:
     assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in found)
 
 
+@pytest.mark.parametrize("read", [load, load_in_files])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.self_attn.v_proj.weight"])
-def test_weights_that_are_not_finite(value: float, name: str, folder: Callable[[str], Path]) -> None:
+def test_weights_that_are_not_finite(
+    value: float, name: str, read: Callable[[Path], dict[str, torch.Tensor]], folder: Callable[[str], Path]
+) -> None:
     path = edit(folder("qwen3"), lambda tensors: tensors[name].view(-1)[3:4].fill_(value))
     with pytest.raises(LoadError, match=f"tensor {name} holds NaN or infinity"):
-        load(path)
+        read(path)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "glm4-moe", "granite-moe"])
+def test_weights_in_files_have_the_values_of_copies(family: str, checkpoint: Callable[[str], Path]) -> None:
+    copies, views = load(checkpoint(family)), load_in_files(checkpoint(family))
+    assert copies.keys() == views.keys() and all(torch.equal(copies[name], views[name]) for name in copies)
 
 
 def test_weights_that_float16_cannot_hold(folder: Callable[[str], Path]) -> None:
