@@ -81,8 +81,8 @@ class StepShape:
     Query tokens 0 … decodes - 1 are the decodes, then come ``tokens`` tokens of at most ``requests`` chunks. A step
     with fewer is padded. A padding decode reads at most the first token of the scratch page, which no request owns.
 
-    A *joint* shape has no place for decodes alone: any number of them come first among its ``tokens``, and the chunks
-    follow without a gap.
+    A *joint* shape has no places for decodes or chunks: any number of decodes come first among its ``tokens``, and any
+    number of chunks follow without a gap.
     """
 
     decodes: int
@@ -160,9 +160,7 @@ class AttentionBackend(Protocol):
     """
 
     captures: bool  # whether a step's `run` calls can be captured in a CUDA graph and replayed after another `plan`
-    # Captured steps with chunks have joint shapes, in which chunks of up to so many query tokens take no place of the
-    # shape's ``requests``. 0: decodes and chunks have places of their own.
-    joint: int
+    joint: bool  # whether captured steps with chunks have joint shapes
     saved_keys: int  # of the planned step: keys that are read once for several requests, for all of these but one
 
     def forms(self, shape: StepShape) -> list[StepShape]:

@@ -39,7 +39,7 @@ class DequantizedChunks:
     """
 
     captures = True
-    joint = 0
+    joint = False
     saved_keys = 0
 
     def __init__(

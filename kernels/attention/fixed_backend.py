@@ -47,7 +47,7 @@ class FixedAttention:
     """
 
     captures = False
-    joint = 0
+    joint = False
     saved_keys = 0
 
     def __init__(self, pool: KVPool, layers: list[LayerSpec], num_heads: int) -> None:

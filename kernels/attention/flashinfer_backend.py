@@ -66,7 +66,7 @@ class FlashInferAttention:
     """
 
     captures = True
-    joint = 0
+    joint = False
     saved_keys = 0
 
     def __init__(

@@ -68,7 +68,7 @@ class TorchAttention:
     """
 
     captures = False
-    joint = 0
+    joint = False
 
     def __init__(self, pool: KVPool, layers: list[LayerSpec], num_heads: int, share: bool = True) -> None:
         self._pool, self._layers, self._share = pool, layers, share

@@ -1,8 +1,9 @@
 """Tree attention: the device reads each shared prefix once for all requests that share it.
 
 A step takes the tree path where `tree_plan` expects that to be faster; otherwise the flat backend serves it. On the
-tree path decodes, and chunks of a few tokens, are run by `TreeRunner`; longer chunks stay with the flat backend. A plan
-serves every step until the composition changes: until then the host only sends the positions of the query tokens.
+tree path `TreeRunner` runs decodes and chunks alike. Only long chunks of steps that are not captured stay with the flat
+backend. A plan serves every step until the composition changes: until then the host only sends the positions of the
+query tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +30,20 @@ from .wide_kernel import fits, runs_on
 
 logger = logging.getLogger(__name__)
 
-SHORT_CHUNK = 16  # query tokens: with 4 heads a group they fill one wide tile
+# Query tokens: longer chunks of steps that are not captured are left to the flat backend. `attend_wide` takes chunks of
+# up to 512, from where on FlashInfer runs `fa3`.
+SHORT_CHUNK, WIDE_CHUNK = 16, 512
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
 MIN_DECODES = 8  # smaller steps are not captured on the tree path
 SLOTS = 8192  # partial results of query tokens
 # For each tile: programs that a multiprocessor should have, keys that a program should read at least, and items of a
 # captured step for each request.
-WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.25)
+WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.125)
 _NO_CHUNKS = np.empty(0, np.int64)
 
 
 class Members(NamedTuple):
-    """The requests of a step that are planned together: its decodes and its short chunks."""
+    """The requests of a step that are planned together: its decodes and chunks, or the short ones among these."""
 
     chunks: Int64  # indices into the batch
     requests: TreeRequests
@@ -58,14 +61,6 @@ class Members(NamedTuple):
         return int(growth.min(initial=0)) >= 0 and int(growth.max(initial=0)) <= MAX_GROWTH
 
 
-class _Captured(NamedTuple):
-    """What is the same in all steps of a captured shape."""
-
-    limits: TreeLimits  # of its plans
-    form: StepShape  # on the tree path
-    chunks: StepShape  # what the flat backend runs beside the tree
-
-
 class TreeAttention:
     """See `AttentionBackend`.
 
@@ -75,7 +70,7 @@ class TreeAttention:
         num_heads: query heads, a multiple of kv_heads.
         table: int32 ``[rows, columns]``, the page table on the device. Its last row belongs to no request.
         flat: the backend that reads keys once for each request.
-        max_tokens: the most query tokens of a captured step, and the most decodes of any step.
+        max_tokens: the most query tokens of a step.
         costs: what the choice between the paths is made by; by default measured, on a GPU.
         measure: False: keep the built-in costs, which are the same on all GPUs of one kind.
     """
@@ -99,11 +94,12 @@ class TreeAttention:
         self._layers, self._flat, self._max_tokens = layers, flat, max_tokens
         self._head_dim, self._page_size, self._group = layout.head_dim, layout.page_size, num_heads // layout.kv_heads
         plain = checked(layers)
-        tiles = tree_tiles(layout, self._group, plain, plain and fits(layout) and runs_on(pool.device))
+        self._wide = plain and fits(layout) and runs_on(pool.device)
+        tiles = tree_tiles(layout, self._group, plain, self._wide)
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
         per_processor = (tile.in_registers or per for tile, per in zip(tiles, WORKERS, strict=False))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in per_processor)
-        self._limits = TreeLimits(self._items(max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
+        self._limits = TreeLimits(self._items(len(table) - 1, max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
         if pool.device.type == "cuda":
             tune(self._runner, pool, num_heads, table, self._workers)
@@ -111,9 +107,7 @@ class TreeAttention:
                 self._costs = self._calibrated(num_heads, table)
             logger.info("tree attention: %s", describe(self._group, self._page_size, self._costs, self._limits))
         self._scratch_row = len(table) - 1
-        # Of a joint step the flat backend sees decodes and short chunks that follow one another as one request on the
-        # scratch page.
-        self.joint = SHORT_CHUNK if flat.captures and max_tokens <= table.shape[1] * self._page_size else 0
+        self.joint = flat.captures
         # The last members planned, and their plan; None where the flat path is faster.
         self._members: Members | None = None
         self._plan: TreePlan | None = None
@@ -121,7 +115,7 @@ class TreeAttention:
         # Columns of each row of the page table that the plan was made from.
         self._planned_columns = np.zeros(len(table), np.int64)
         self._loaded: tuple[TreePlan, int] | None = None
-        self._by_shape: dict[StepShape, _Captured] = {}
+        self._by_shape: dict[StepShape, TreeLimits] = {}  # of plans of captured steps
         self._step: tuple[tuple[int, ...], int] | None = None  # grid and query tokens of a step on the tree path
         self._chunks_from: int | None = None  # query token at which the flat backend's chunks begin
 
@@ -146,11 +140,14 @@ class TreeAttention:
         """See `AttentionBackend.plan`."""
         decodes = batch.num_decodes if shape is None else shape.first_chunk(batch.num_decodes)
         forced = shape is not None and (shape.tree or shape.joint > 0)
-        captured = None if shape is None else self._captured(shape)
-        limits = self._limits if captured is None else captured.limits
+        limits, longest = self._limits, SHORT_CHUNK
+        if shape is not None:
+            limits, longest = self._captured_limits(shape), shape.tokens
+        elif self._wide and 1 < batch.q_lens.max(initial=0) <= WIDE_CHUNK:
+            forced, longest = True, WIDE_CHUNK
         if self._rewritten(batch):
             self._members = None
-        members, plan = self._find_members(batch, decodes), None
+        members, plan = self._find_members(batch, decodes, longest), None
         if forced or (len(members.requests.rows) > 1 and (shape is None or decodes >= MIN_DECODES)):
             plan = self._plan_members(batch, members, limits, forced)
         if plan is None:
@@ -158,9 +155,10 @@ class TreeAttention:
             self.saved_keys = self._flat.saved_keys
             return flat_form
         self.saved_keys = plan.keys_flat - plan.keys_read
-        if self._loaded is None or self._loaded[0] is not plan or self._loaded[1] != decodes:
-            self._runner.load(plan, decodes)
-            self._loaded = plan, decodes
+        padded = decodes if shape is None else shape.num_tokens
+        if self._loaded is None or self._loaded[0] is not plan or self._loaded[1] != padded:
+            self._runner.load(plan, padded)
+            self._loaded = plan, padded
         requests = members.requests
         positions = requests.kv_lens - 1
         if len(members.chunks):
@@ -168,12 +166,14 @@ class TreeAttention:
             queries = ranges(requests.queries, requests.q_lens)
             positions[queries] = ranges(requests.kv_lens - requests.q_lens, requests.q_lens)
         self._runner.advance(positions)
-        self._plan_chunks(batch, members, captured, decodes)
-        if captured is None:
-            self._step = tuple(plan.sizes), members.num_tokens
-            return None
-        self._step = limits.items, captured.form.num_tokens
-        return captured.form
+        self._chunks_from = None
+        if shape is not None:
+            self._step = limits.items, shape.num_tokens
+            return replace(shape, tree=True)
+        if len(members.chunks) < len(batch.rows) - batch.num_decodes:
+            self._plan_chunks(batch, members)
+        self._step = tuple(plan.sizes), members.num_tokens
+        return None
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None = None) -> Tensor:
         """See `AttentionBackend.run`."""
@@ -189,20 +189,11 @@ class TreeAttention:
         self._runner.run(layer, self._layers[layer], q, out, *self._step)
         return out
 
-    def _captured(self, shape: StepShape) -> _Captured:
-        found = self._by_shape.get(shape)
-        if found is None:
-            limits = replace(self._limits, items=self._captured_items(shape))
-            chunks = replace(shape, decodes=0, tree=False)
-            if shape.joint:
-                chunks = replace(chunks, requests=min(2 * shape.requests, self._scratch_row) + 1)
-            found = self._by_shape[shape] = _Captured(limits, replace(shape, tree=True), chunks)
-        return found
-
-    def _find_members(self, batch: AttentionBatch, decodes: int) -> Members:
+    def _find_members(self, batch: AttentionBatch, decodes: int, longest: int) -> Members:
+        """``decodes``: with their padding; ``longest``: the most query tokens of a chunk that is a member."""
         n = batch.num_decodes
         q_lens, kv_lens = batch.q_lens.astype(np.int64), batch.kv_lens.astype(np.int64)
-        chunks = n + (q_lens[n:] <= SHORT_CHUNK).nonzero()[0] if n < len(q_lens) else _NO_CHUNKS
+        chunks = n + (q_lens[n:] <= longest).nonzero()[0] if n < len(q_lens) else _NO_CHUNKS
         tokens = decodes + int(q_lens[n:].sum()) if len(chunks) else decodes
         if not len(chunks) or tokens > self._max_tokens:
             requests = TreeRequests(batch.rows[:n], np.arange(n), q_lens[:n], kv_lens[:n])
@@ -240,41 +231,31 @@ class TreeAttention:
         rows, columns = batch.written
         return len(rows) > 0 and bool((columns < self._planned_columns[rows]).any())
 
-    def _plan_chunks(self, batch: AttentionBatch, members: Members, captured: _Captured | None, decodes: int) -> None:
+    def _plan_chunks(self, batch: AttentionBatch, members: Members) -> None:
         """Leaves the other chunks to the flat backend, for which the members among them read the scratch page."""
-        n = batch.num_decodes
-        self._chunks_from = None
-        if captured is None and len(members.chunks) == len(batch.rows) - n:
-            return
-        if captured is not None and not captured.chunks.requests:
-            return
-        is_member = np.zeros(len(batch.rows), np.bool_)
-        is_member[members.chunks] = True
-        if captured is not None and captured.chunks.joint:
-            is_member[:n] = True
-            first = np.ones(len(batch.rows), np.bool_)
-            np.logical_not(is_member[1:] & is_member[:-1], out=first[1:])  # a run of members is one request
-            firsts, self._chunks_from = first.nonzero()[0], 0
-            q_lens = np.add.reduceat(batch.q_lens, firsts)
-        else:
-            firsts, self._chunks_from = np.arange(n, len(batch.rows)), decodes
-            q_lens = batch.q_lens[n:]
-        rows, kv_lens, is_member = batch.rows[firsts], batch.kv_lens[firsts], is_member[firsts]
-        rows[is_member] = self._scratch_row
-        kv_lens[is_member] = q_lens[is_member]
-        rest = replace(batch, rows=rows, q_lens=q_lens, kv_lens=kv_lens, num_decodes=0)
-        self._flat.plan(rest, None if captured is None else captured.chunks)
+        n = self._chunks_from = batch.num_decodes
+        rows, kv_lens = batch.rows.copy(), batch.kv_lens.copy()
+        rows[members.chunks], kv_lens[members.chunks] = self._scratch_row, batch.q_lens[members.chunks]
+        self._flat.plan(replace(batch, rows=rows[n:], q_lens=batch.q_lens[n:], kv_lens=kv_lens[n:], num_decodes=0))
 
-    def _captured_items(self, shape: StepShape) -> tuple[int, ...]:
-        """The most items of each tile in a captured step. None of tiles that only more query tokens than the shape has
-        would need (`tree_costs.tile_table`): even an empty launch takes 2 to 3 µs."""
-        rows, smaller = shape.num_tokens * self._group, (0, *self._costs.tiles)
-        items = self._items(_most_members(shape))
-        return tuple(most if rows > least else 0 for most, least in zip(items, smaller, strict=False))
+    def _captured_limits(self, shape: StepShape) -> TreeLimits:
+        """Limits of a captured step's plans. No items of tiles that only more query tokens than the shape has would
+        need (`tree_costs.tile_table`): even an empty launch takes 2 to 3 µs."""
+        found = self._by_shape.get(shape)
+        if found is None:
+            tokens = shape.num_tokens
+            rows, smaller = tokens * self._group, (0, *self._costs.tiles)
+            items = self._items(min(shape.num_outputs, tokens), tokens)
+            items = tuple(most if rows > least else 0 for most, least in zip(items, smaller, strict=False))
+            found = self._by_shape[shape] = replace(self._limits, items=items)
+        return found
 
-    def _items(self, members: int) -> tuple[int, ...]:
-        """The most items of each tile in captured steps of so many requests: a tail each and a few nodes."""
-        return tuple(int(members * share) + 2 * workers for share, workers in zip(ITEMS, self._workers, strict=False))
+    def _items(self, members: int, tokens: int) -> tuple[int, ...]:
+        """The most items of each tile in captured steps of so many requests and query tokens: a tail each and a few
+        nodes; in the widest, chunks too."""
+        items = [int(members * share) + 2 * workers for share, workers in zip(ITEMS, self._workers, strict=False)]
+        items[-1] += tokens * self._group // self._costs.tiles[-1]
+        return tuple(items)
 
 
 def _default_costs(pool: KVPool) -> TreeCosts:
@@ -284,11 +265,6 @@ def _default_costs(pool: KVPool) -> TreeCosts:
     if layout.quantized:  # the flat backend's kernel is the narrow tile's
         return TreeCosts().for_bytes(2 * layout.head_dim * layout.dtype.itemsize / layout.head_bytes)
     return TreeCosts(flat_tail=1.06) if hopper and layout.head_dim == 128 else TreeCosts()
-
-
-def _most_members(shape: StepShape) -> int:
-    """The most requests of a captured step that a plan needs to have room for."""
-    return min((shape.joint or shape.decodes) + shape.requests, shape.num_tokens)
 
 
 def _fits(plan: TreePlan, limits: TreeLimits) -> bool:

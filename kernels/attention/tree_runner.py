@@ -23,9 +23,6 @@ from .wide_kernel import KEYS, WARPS, attend_wide
 # With 4 stages or fewer Triton waits for all loads at the top of each block: page numbers, which the addresses of keys
 # depend on, take one of the stages. With 5 the next block's keys are in flight, in half as many programs.
 DEEP = 5
-# Of captured steps, beside the main one, for the tiles but the narrowest. With two, which run each tile beside the
-# others, BranchBench takes as long.
-SIDE_STREAMS = 1
 MERGE_HEADS = 8  # query heads that one program of the merge takes
 
 
@@ -114,8 +111,8 @@ class TreeRunner:
         self._staged_positions = Staging(max_tokens, torch.int32, device)
         self._partial = torch.empty((limits.slots, heads, layout.head_dim), dtype=torch.float32, device=device)
         self._lse = torch.empty((limits.slots, heads), dtype=torch.float32, device=device)
-        count = min(SIDE_STREAMS, len(self.tiles) - 1) if device.type == "cuda" else 0
-        self._sides = [torch.cuda.Stream(device) for _ in range(count)]
+        # Of captured steps, for the widest tile, which mostly takes as long as the others together.
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def load(self, plan: TreePlan, padded: int) -> None:
         """Sends a plan. Of the query tokens that it does not have, `run` sets those before ``padded`` to 0."""
@@ -136,13 +133,13 @@ class TreeRunner:
             self._staged_items[nth], at = size, at + size
         self._queries = staging.put(plan.queries, limits.slots, filled=0)
         self._slots = staging.put(plan.slots, limits.slots, filled=0)
-        self._merges = staging.put(merges.ravel(), 2 * self._max_tokens, pad=-1)
+        self._merges = staging.put(merges.ravel(), 2 * self._max_tokens, filled=0)
         staging.send()
 
     def advance(self, positions: Int64) -> None:
         """Sends the positions in their requests of the query tokens of the step."""
         self._staged_positions.begin()
-        self._positions = self._staged_positions.put(positions, self._max_tokens)
+        self._positions = self._staged_positions.put(positions, self._max_tokens, filled=0)
         self._staged_positions.send()
 
     def run(self, layer: int, spec: LayerSpec, q: Tensor, out: Tensor, grid: tuple[int, ...], num_tokens: int) -> None:
@@ -153,15 +150,15 @@ class TreeRunner:
             grid: items to launch for each tile; those beyond the plan's exit at once.
             num_tokens: query tokens to merge.
         """
-        sides: list[torch.cuda.Stream] = []
-        if self._sides and torch.cuda.is_current_stream_capturing():
-            sides = self._sides
-        for side in sides:
+        side = self._side if self._side and grid[-1] and torch.cuda.is_current_stream_capturing() else None
+        widest = len(self.tiles) - 1
+        if side:
             side.wait_stream(torch.cuda.current_stream())
-        for nth in range(len(self.tiles)):
-            with torch.cuda.stream(sides[nth % len(sides)]) if sides and nth else nullcontext():
-                self.attend(nth, layer, spec, q, out, grid[nth])
-        for side in sides:
+        for nth in range(widest):
+            self.attend(nth, layer, spec, q, out, grid[nth])
+        with torch.cuda.stream(side) if side else nullcontext():
+            self.attend(widest, layer, spec, q, out, grid[widest])
+        if side:
             torch.cuda.current_stream().wait_stream(side)
         merge_slots(
             (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),

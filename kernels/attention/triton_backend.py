@@ -109,7 +109,7 @@ class TritonAttention:
     """
 
     captures = True
-    joint = 0
+    joint = False
     saved_keys = 0
 
     def __init__(

@@ -21,7 +21,7 @@ from ...kernels.kv_pool import DEQUANTIZED_BYTES, KVPool
 from ..config import EngineConfig
 from ..errors import LoadError
 from ..models.implementation import AnyConfig
-from .graphs import CHUNK_TOKENS, CHUNKS, DECODES, JOINT_TOKENS, largest_shape
+from .graphs import CHUNK_TOKENS, CHUNKS, DECODES
 from .inputs import PageTable
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def make_attention(
         if choice == name or (choice == "auto" and _problem_with_triton(pool.device) is not None):
             return flat
         # Whether a plan fits a captured step depends on the costs, and ranks must run steps of one shape.
-        return _over(flat, pool, layers, num_heads, table, measure=config.tensor_parallel_size == 1)
+        return _over(flat, pool, layers, num_heads, table, max_tokens, measure=config.tensor_parallel_size == 1)
     if choice == "tree":
         raise LoadError("--attention-backend tree: neither FlashInfer nor Triton can run its other steps")
     return TorchAttention(pool, layers, num_heads)
@@ -156,7 +156,14 @@ def describe_small_steps(config: EngineConfig) -> str:
 
 
 def _over(
-    flat: AttentionBackend, pool: KVPool, layers: list[LayerSpec], num_heads: int, table: PageTable, *, measure: bool
+    flat: AttentionBackend,
+    pool: KVPool,
+    layers: list[LayerSpec],
+    num_heads: int,
+    table: PageTable,
+    max_tokens: int,
+    *,
+    measure: bool,
 ) -> AttentionBackend:
     """Tree attention, with ``flat`` for the steps that share little. ``measure``: see `TreeAttention`."""
     problem = _problem_with_triton(pool.device)
@@ -164,8 +171,7 @@ def _over(
         raise LoadError(f"--attention-backend tree: {problem}")
     from ...kernels.attention.tree_backend import TreeAttention
 
-    rows = len(table.host) - 1
-    return TreeAttention(pool, layers, num_heads, table.device, flat, max(rows, largest_shape(rows)), measure=measure)
+    return TreeAttention(pool, layers, num_heads, table.device, flat, max_tokens, measure=measure)
 
 
 def _dequantizing(
@@ -197,8 +203,7 @@ def _flashinfer(
 
     check_available(pool.device, pool.layout.dtype, pool.layout.head_dim)
     max_requests = len(table.host) - 1
-    # In a joint step, runs of decodes and short chunks are requests between the chunks.
-    captured = min(max_requests, DECODES[-1]), max(CHUNK_TOKENS[-1], JOINT_TOKENS[-1]), 2 * CHUNKS + 1
+    captured = min(max_requests, DECODES[-1]), CHUNK_TOKENS[-1], CHUNKS
     return FlashInferAttention(pool, layers, num_heads, table.device, pick_ops(pool.device), max_requests, captured)
 
 

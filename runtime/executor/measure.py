@@ -20,7 +20,7 @@ class _NoAttention:
     """Stands in for attention: its result is as large as the queries."""
 
     captures = False
-    joint = 0
+    joint = False
     saved_keys = 0
 
     def forms(self, shape: StepShape) -> list[StepShape]:

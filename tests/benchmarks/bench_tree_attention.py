@@ -126,7 +126,7 @@ def host_part() -> None:
 class NoAttention:
     """A flat backend that does nothing, for what tree attention itself costs the host."""
 
-    captures, joint, saved_keys = True, 0, 0
+    captures, joint, saved_keys = True, False, 0
 
     def forms(self, shape: StepShape) -> list[StepShape]:
         return [shape]

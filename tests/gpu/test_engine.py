@@ -65,7 +65,7 @@ def test_replay_equals_eager_bit_for_bit(gpu_checkpoint: Callable[[str], Path]) 
 def step_like(shape: StepShape) -> StepPlan:
     """A step that fills about three quarters of a shape."""
     decodes = min(9, shape.tokens // 4) if shape.joint else (shape.decodes * 3 + 3) // 4
-    chunks = 0 if not shape.tokens else min(3, 16 - decodes, shape.requests)
+    chunks = min(3, 16 - decodes, 3 if shape.joint else shape.requests)
     room = shape.num_tokens - shape.first_chunk(decodes)
     q_lens = np.array([1] * decodes + [max(1, room // 4)] * max(chunks, 0), np.int32)
     rows = np.arange(len(q_lens), dtype=np.int32)

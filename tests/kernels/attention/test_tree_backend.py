@@ -124,7 +124,7 @@ def test_a_captured_step_launches_no_tile_that_it_cannot_fill() -> None:
     """Groups of two query heads in tiles of 16 and 32 rows: from 9 query tokens on the second may be needed."""
     world = World()
     for n in (1, 2, 4, 8, 16, 64):
-        narrow, wide = world.tree._captured(StepShape(n, 0, 0)).limits.items
+        narrow, wide = world.tree._captured_limits(StepShape(n, 0, 0)).items
         assert narrow > 0 and (wide > 0) == (n > 8)
     for n in (2, 5, 8):
         batch = world.batch(DECODES[:n])
@@ -188,6 +188,17 @@ def test_chunks_beside_decodes() -> None:
     world.check(world.batch([(20, 60), (3, 90)]))
 
 
+def test_the_widest_kernel_takes_all_chunks_but_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of steps that are not captured too, whatever the costs."""
+    world = World(costs=TreeCosts(tree_layer=1e12))
+    monkeypatch.setattr(world.tree, "_wide", True)
+    monkeypatch.setattr(tree_backend, "WIDE_CHUNK", 40)
+    for chunks, members in (([(30, 60), (3, 90), (20, 20)], 3), ([(30, 60), (3, 90), (41, 41)], 0)):
+        world.check(world.batch(chunks))
+        assert (world.tree._step is not None) == (members > 0)
+        assert members == 0 or len(world.tree._members.chunks) == members  # type: ignore[union-attr]
+
+
 def test_a_plan_is_kept_until_something_changes(plans: list[int]) -> None:
     world = World()
     world.tree.plan(world.batch(DECODES))
@@ -232,7 +243,7 @@ def test_plans_equal_those_made_from_nothing(data: st.DataObject) -> None:
         batch = world.batch(list(zip(q_lens, lengths.values(), strict=True)), np.array(written, int).reshape(-1, 2).T)
         batch.rows = np.array(list(lengths), np.int32)
         assert tree.plan(batch, shape) == shape
-        plan, members, limits = tree._plan, tree._members, tree._captured(shape).limits
+        plan, members, limits = tree._plan, tree._members, tree._captured_limits(shape)
         assert plan is not None and members is not None
         assert members.requests.rows.tolist() == list(lengths)
         tokens = members.num_tokens
@@ -293,7 +304,7 @@ class Recorder:
         monkeypatch.setattr(triton_launch.Kernel, "__call__", record)
 
 
-@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 4), StepShape(0, 40, 1, joint=12)])
+@pytest.mark.parametrize("shape", [StepShape(10, 0, 0), StepShape(10, 30, 4), StepShape(0, 40, 0, joint=12)])
 def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     tree, form = world.tree, world.tree.forms(shape)[-1]
@@ -303,8 +314,7 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
     recorder = Recorder(monkeypatch)
     tree.run(0, q, q, q, out)
     recorded = list(recorder.launches)
-    # Members among the chunks, before and behind one that is none.
-    chunks = [(4, 60), (2, 50), (20, 90), (4, 70)] if shape.requests else []
+    chunks = [(4, 60), (2, 50), (20, 90), (4, 70)] if shape.tokens else []
     for decodes in (DECODES, DECODES[:5], [(1, length + 3) for _, length in DECODES[:5]]):
         batch = world.batch([*decodes, *chunks])
         real, n = world.queries(batch), len(decodes)
@@ -322,7 +332,7 @@ def test_replay_equals_eager(shape: StepShape, monkeypatch: pytest.MonkeyPatch) 
         chosen = torch.cat([out[:n], out[chunk : chunk + len(real) - n]])
         torch.testing.assert_close(chosen, world.expected(batch, real, 0), atol=3e-6, rtol=3e-6)
         assert torch.equal(replayed.nan_to_num(7.0), out.nan_to_num(7.0))  # to the bit
-        assert not out[n:chunk].any()  # padding decodes are 0
+        assert not out[n:chunk].any() and not out[chunk + len(real) - n :].any()  # padding is 0
 
 
 def test_records_of_the_plan_before_do_not_run() -> None:
@@ -348,7 +358,7 @@ def test_small_steps_have_no_tree_form() -> None:
 def test_a_joint_step_that_no_plan_fits_runs_as_it_is() -> None:
     world = World()
     world.tree._limits = replace(world.tree._limits, slots=4)
-    assert world.tree.plan(world.batch([*DECODES, (4, 60)]), StepShape(0, 40, 3, joint=12)) is None
+    assert world.tree.plan(world.batch([*DECODES, (4, 60)]), StepShape(0, 40, 0, joint=12)) is None
     world.check(world.batch([*DECODES, (4, 60)]))
 
 

@@ -89,7 +89,8 @@ def forests(draw: st.DrawFn) -> tuple[list[list[tuple[int, int]]], int]:
 def test_every_key_is_read_once(forest: tuple[list[list[tuple[int, int]]], int], data: st.DataObject) -> None:
     paths, page_size = forest
     table, kv_lens = tree_table(paths, page_size)
-    q_lens = np.array([data.draw(st.integers(1, min(int(kv_len), 9))) for kv_len in kv_lens], np.int64)
+    longest = data.draw(st.sampled_from([1, 9, 70]))
+    q_lens = np.array([data.draw(st.integers(1, min(int(kv_len), longest))) for kv_len in kv_lens], np.int64)
     requests = requests_of(kv_lens, q_lens)
     group = data.draw(st.sampled_from([1, 4, 7]))
     costs = TreeCosts(partial=data.draw(st.sampled_from([0.0, 2.0, 1e9])))
@@ -186,6 +187,23 @@ def test_many_requests_that_share_nothing_take_the_faster_kernel(batch: int, tre
     plan = plan_tree(table, requests_of(kv_lens), batch, 4, 16, costs, ROOMY, costs.margin)
     assert (plan is not None) == tree
     assert plan is None or (plan.merges[:, 1] == -1).all()
+
+
+def test_full_tiles_of_chunks_are_not_shared_and_end_together() -> None:
+    """12 chunks of 70 tokens on one prefix have 24 full tiles: 16 processors would take as long as for 32."""
+    q_lens = np.array([1] * 20 + [70] * 12, np.int64)
+    table, kv_lens = tree_table([[(0, 2048), (i, 40 + q)] for i, q in enumerate(q_lens.tolist(), 1)], 16)
+    limits, requests = TreeLimits((256,) * 3, 8192, (132, 33, 16), (128, 256, 256)), requests_of(kv_lens, q_lens)
+    plan = plan_tree(table, requests, int(q_lens.sum()), 4, 16, TreeCosts(), limits, -np.inf)
+    assert plan is not None
+    check_coverage(plan, table, requests, 16)
+    items = plan.items[2]
+    busy = [0] * 16
+    for length in (np.minimum(items["stop"], kv_lens[items["row"]]) - items["start"]).tolist():
+        busy[busy.index(min(busy))] += length
+    assert max(busy) < 0.95 * 2 * 2048
+    shared = 20 + 12 * 6  # decodes, and what is left of the chunks: two partial results each
+    assert 2 * shared < len(plan.queries) <= 24 * 32 + 16 * 32 + 2 * shared
 
 
 def test_limits_make_items_coarser_and_then_give_up() -> None:

@@ -181,7 +181,7 @@ def test_a_model_that_cannot_be_captured_runs_eagerly_and_says_so_once(
 
 def test_joint_shapes_are_all_captured_at_start(fake_cuda: type[FakeGraph]) -> None:
     """And hold any step of so many tokens, whatever share of them is decodes."""
-    graphs = StepGraphs(ignore, ignore, ignore, 40, 300, torch.device("cuda", 0), joint=16)
+    graphs = StepGraphs(ignore, ignore, ignore, 40, 300, torch.device("cuda", 0), joint=True)
     graphs.capture()
     assert graphs.next_missing() is None
     assert len(fake_cuda.captures) == len(graphs.shapes())
@@ -190,7 +190,7 @@ def test_joint_shapes_are_all_captured_at_start(fake_cuda: type[FakeGraph]) -> N
         q_lens = np.array([1] * decodes + chunks, np.int32)
         tokens, samples = np.zeros(decodes + sum(chunks), np.int32), np.arange(len(q_lens), dtype=np.int32)
         plan = StepPlan(0, samples, q_lens, q_lens, tokens, decodes, samples, none, none, none, none.reshape(0, 2))
-        assert graphs.shape_for(plan) == StepShape(0, 128, 7, joint=40)  # seven chunks of more than 16 tokens
+        assert graphs.shape_for(plan) == StepShape(0, 128, 0, joint=40)
 
 
 def test_a_gpu_is_entered_by_its_number_and_a_cpu_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
