@@ -1,6 +1,7 @@
 """Measures the embedded model on held-out tasks, through Branchwise's own engine.
 
 python evaluate.py [--model FOLDER] [--n 200] [--out results]   # writes results.md and results.json
+python compare.py REFERENCE.json OTHER.json ...                 # the same items in two formats
 
 Every name, label, tool, key and puzzle here is one that training never draws (see corpus/draw.py). Greedy unless said.
 """
@@ -12,26 +13,28 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
-from branchwise import Engine, SamplingParams
+from branchwise import Engine, RequestOutput, SamplingParams
 from corpus import arithmetic, dialogue, extraction, fewshot, lookup, puzzle, recall, tools
 from corpus.conversation import Conversation
 from corpus.draw import Draw
 
 HERE = Path(__file__).resolve().parent
+Judge = Callable[[Conversation, str], bool]  # whether an answer is right
 CONTEXT = 4352  # tokens
 _CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>", re.DOTALL)
 
 
 @dataclass(slots=True)
 class Row:
-    """One line of the table. ``right`` of ``asked``."""
+    """One line of the table. ``right`` of ``asked``; ``items``: 1 or 0 for each, in order."""
 
     task: str
     right: int
@@ -39,6 +42,7 @@ class Row:
     bar: float | None = None
     note: str = ""
     misses: list[dict[str, str]] = field(default_factory=list)
+    items: str = ""
 
     @property
     def share(self) -> float:
@@ -113,15 +117,16 @@ def measure(
     subject: Subject,
     task: str,
     conversations: list[Conversation],
-    right: Callable[[Conversation, str], bool] = equal,
+    right: Judge = equal,
     bar: float | None = None,
 ) -> Row:
     answers = subject.answers(conversations)
     row = Row(task, 0, len(answers), bar)
     for conversation, answer in zip(conversations, answers, strict=True):
-        if right(conversation, answer):
-            row.right += 1
-        elif len(row.misses) < 5:
+        correct = right(conversation, answer)
+        row.right += correct
+        row.items += str(int(correct))
+        if not correct and len(row.misses) < 5:
             asked = str(conversation.prompt_messages[-1]["content"])
             row.misses.append({"asked": asked[-300:], "answer": answer, "reference": conversation.reference})
     return row
@@ -137,16 +142,22 @@ WIDTH = 8  # states kept of each puzzle
 
 def one_answer(subject: Subject, instances: list[Instance]) -> tuple[list[bool], int]:
     """Whether the greedy answer is right, and the tokens generated for all puzzles."""
-    return _answers(subject, instances, SamplingParams(temperature=0, max_tokens=120))
+    return _answers(subject, instances, temperature=0, max_tokens=120)
 
 
 def many_answers(subject: Subject, instances: list[Instance]) -> tuple[list[bool], int]:
     """Whether any of `TRIES` whole answers is right: what sampling without a tree gives."""
-    return _answers(subject, instances, SamplingParams(temperature=1.0, max_tokens=120, n=TRIES, seed=5))
+    return _answers(subject, instances, temperature=1.0, max_tokens=120, n=TRIES)
 
 
-def _answers(subject: Subject, instances: list[Instance], params: SamplingParams) -> tuple[list[bool], int]:
-    outputs = subject.engine.generate([subject.ask(puzzle.solve_prompt(*instance)) for instance in instances], params)
+def sampled(subject: Subject, texts: list[str], **fields: Any) -> list[RequestOutput]:
+    """Answers to each text. Each has its own random numbers: with equal ones the texts would not be independent."""
+    params = [SamplingParams(seed=crc32(text.encode()) * 256, **fields) for text in texts]
+    return subject.engine.generate([subject.ask(text) for text in texts], params)
+
+
+def _answers(subject: Subject, instances: list[Instance], **fields: Any) -> tuple[list[bool], int]:
+    outputs = sampled(subject, [puzzle.solve_prompt(*instance) for instance in instances], **fields)
     solved = [
         any(puzzle.solves(*instance, sample.text) for sample in output.outputs)
         for instance, output in zip(instances, outputs, strict=True)
@@ -162,16 +173,16 @@ def tree_search(subject: Subject, instances: list[Instance], judged: bool = True
     tokens = 0
     for depth, branches in enumerate(BRANCHES):
         jobs = [(i, state) for i, states in enumerate(kept) for state in states]
-        prompts = [subject.ask(puzzle.propose_prompt(state, instances[i][1])) for i, state in jobs]
-        params = SamplingParams(temperature=1.2, max_tokens=40, n=branches, seed=depth + 1)
+        texts = [puzzle.propose_prompt(state, instances[i][1]) for i, state in jobs]
+        outputs = sampled(subject, texts, temperature=1.2, max_tokens=40, n=branches)
         children: list[set[puzzle.Numbers]] = [set() for _ in instances]
-        for (i, state), output in zip(jobs, subject.engine.generate(prompts, params), strict=True):
+        for (i, state), output in zip(jobs, outputs, strict=True):
             tokens += sum(sample.completion_tokens for sample in output.outputs)
             children[i] |= {left for sample in output.outputs if (left := puzzle.apply(state, sample.text.strip()))}
         found = [(i, state) for i, states in enumerate(children) for state in sorted(states)]
         if depth == len(BRANCHES) - 1:
             break
-        values = judge(subject, instances, found) if judged else Draw(depth).shuffled(range(len(found)))
+        values = judge(subject, instances, found) if judged else [crc32(f"{depth} {i} {s}".encode()) for i, s in found]
         tokens += len(found) if judged else 0
         kept = [[] for _ in instances]
         for _, (i, state) in sorted(zip(values, found, strict=True), reverse=True):
@@ -187,23 +198,26 @@ def judge(subject: Subject, instances: list[Instance], states: list[tuple[int, p
     return [dict(output.outputs[0].logprobs[0].top).get(yes, -99.0) for output in outputs]
 
 
-def puzzles(subject: Subject, n: int) -> list[Row]:
-    draw = Draw(42, held_out=True)
-    instances = [puzzle.instance(draw) for _ in range(n)]
-    methods: dict[str, Callable[[Subject, list[Instance]], tuple[list[bool], int]]] = {
-        "puzzle: one greedy answer": one_answer,
-        "puzzle: tree search": tree_search,
-        "puzzle: the same tree, states kept by chance": partial(tree_search, judged=False),
-        f"puzzle: any of {TRIES} sampled answers": many_answers,
-    }
-    rows: list[Row] = []
-    for name, method in methods.items():
-        solved, tokens = method(subject, instances)
-        note = f"{tokens / n:,.0f} tokens each"
-        if rows and rows[0].right:
-            note = f"{sum(solved) / rows[0].right:.1f} × greedy; {note}"
-        rows.append(Row(name, sum(solved), n, note=note))
-    return rows
+def draw_puzzles(n: int) -> list[Instance]:
+    """The first ``n`` different held-out puzzles."""
+    draw, found = Draw(42, held_out=True), dict[Instance, None]()
+    while len(found) < n:
+        found[puzzle.instance(draw)] = None
+    return list(found)
+
+
+METHODS: dict[str, Callable[[Subject, list[Instance]], tuple[list[bool], int]]] = {
+    "puzzle: one greedy answer": one_answer,
+    "puzzle: tree search": tree_search,
+    "puzzle: the same tree, states kept by chance": partial(tree_search, judged=False),
+    f"puzzle: any of {TRIES} sampled answers": many_answers,
+}
+
+
+def solve(subject: Subject, method: str, instances: list[Instance]) -> Row:
+    solved, tokens = METHODS[method](subject, instances)
+    items = "".join(str(int(each)) for each in solved)
+    return Row(method, sum(solved), len(items), note=f"{tokens / len(items):,.0f} tokens each", items=items)
 
 
 # -- everything ------------------------------------------------------------------------------------------------------------
@@ -219,33 +233,51 @@ def lookups(subject: Subject, tokens: int, n: int, seed: int) -> list[Conversati
     return found
 
 
-def evaluate(subject: Subject, n: int) -> list[Row]:
-    rows: list[Row] = []
+def tasks(subject: Subject, n: int) -> Iterator[tuple[str, Callable[[], list[Conversation]], Judge, float | None]]:
+    """Rows with one answer for each item: the task, how its items are drawn, what is right, and the bar."""
 
-    def add(row: Row) -> None:
-        rows.append(row)
-        print(f"{row.task}: {row.right}/{row.asked}", flush=True)
+    def drawn(make: Callable[[Draw], Conversation], families: str, seed: int) -> Callable[[], list[Conversation]]:
+        return partial(collect, make, families, n, seed)
 
     for kind in ("words", "sentences", "glossary", "rule"):
-        add(measure(subject, f"few-shot mapping: {kind}", collect(fewshot.make, f"fewshot_{kind}", n, 11)))
-    add(measure(subject, "few-shot mapping, as mixed in training", collect(fewshot.make, "fewshot*", n, 12), bar=0.90))
-    asked = collect(tools.make, "tools_call", n, 21)
-    add(measure(subject, "tool call: right name, exact arguments", asked, calls, 0.90))
-    add(measure(subject, "tool call: valid JSON", asked, lambda _, answer: called(answer) is not None, 0.98))
-    add(measure(subject, "answer that uses the tool's result", collect(tools.make, "tools_answer", n, 22), bar=0.90))
-    add(measure(subject, "recall of an earlier fact: conversation", collect(recall.make, "recall", n, 31), bar=0.95))
-    add(measure(subject, "recall: facts about people in a text", collect(recall.make, "recall_text", n, 32)))
-    add(measure(subject, "recall: who the system prompt says it is", collect(recall.make, "recall_persona", n, 33)))
+        yield f"few-shot mapping: {kind}", drawn(fewshot.make, f"fewshot_{kind}", 11), equal, None
+    yield "few-shot mapping, as mixed in training", drawn(fewshot.make, "fewshot*", 12), equal, 0.90
+    asked = drawn(tools.make, "tools_call", 21)
+    yield "tool call: right name, exact arguments", asked, calls, 0.90
+    yield "tool call: valid JSON", asked, lambda _, answer: called(answer) is not None, 0.98
+    yield "answer that uses the tool's result", drawn(tools.make, "tools_answer", 22), equal, 0.90
+    yield "recall of an earlier fact: conversation", drawn(recall.make, "recall", 31), equal, 0.95
+    yield "recall: facts about people in a text", drawn(recall.make, "recall_text", 32), equal, None
+    yield "recall: who the system prompt says it is", drawn(recall.make, "recall_persona", 33), equal, None
     for tokens, bar in ((250, None), (1000, None), (2000, None), (4000, 0.80)):
-        conversations = lookups(subject, tokens, n if tokens < 1500 else max(1, n // 2), 50 + tokens)
-        add(measure(subject, f"key-value look-up in {tokens:,} tokens", conversations, bar=bar))
-    add(measure(subject, "JSON extraction: every field", collect(extraction.make, "extraction", n, 61), same_json))
-    add(measure(subject, "arithmetic: one sum", collect(arithmetic.make, "arithmetic", n, 71), _result))
-    add(measure(subject, "arithmetic: word problems in steps", collect(arithmetic.make, "arithmetic_steps", n, 72)))
-    add(measure(subject, "talk: names what the reference names", collect(dialogue.make, "talk", n, 81), in_world))
-    for row in puzzles(subject, max(1, n // 2)):
-        add(row)
-    return rows
+        count = n if tokens < 1500 else max(1, n // 2)
+        name = f"key-value look-up in {tokens:,} tokens"
+        yield name, partial(lookups, subject, tokens, count, 50 + tokens), equal, bar
+    yield "JSON extraction: every field", drawn(extraction.make, "extraction", 61), same_json, None
+    yield "arithmetic: one sum", drawn(arithmetic.make, "arithmetic", 71), _result, None
+    yield "arithmetic: word problems in steps", drawn(arithmetic.make, "arithmetic_steps", 72), equal, None
+    yield "talk: names what the reference names", drawn(dialogue.make, "talk", 81), in_world, None
+
+
+def evaluate(subject: Subject, n: int, puzzles: int, patterns: Sequence[str] = ("*",)) -> Iterator[Row]:
+    """The rows whose names match one of ``patterns``, as they are measured."""
+    for task, items, right, bar in tasks(subject, n):
+        if matches(task, patterns):
+            yield measure(subject, task, items(), right, bar)
+    instances, greedy = [], 0
+    for method in METHODS:
+        if matches(method, patterns):
+            instances = instances or draw_puzzles(puzzles)
+            row = solve(subject, method, instances)
+            if greedy:
+                row.note = f"{row.right / greedy:.1f} × greedy; {row.note}"
+            elif METHODS[method] is one_answer:
+                greedy = row.right
+            yield row
+
+
+def matches(task: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(task, pattern) for pattern in patterns)
 
 
 def _result(conversation: Conversation, answer: str) -> bool:
@@ -284,7 +316,9 @@ def table(rows: list[Row], head: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="", help="a folder; default: the model that ships with Branchwise")
-    parser.add_argument("--n", type=int, default=200, help="questions of each kind; half as many long ones and puzzles")
+    parser.add_argument("--n", type=int, default=200, help="questions of each kind; half as many long ones")
+    parser.add_argument("--puzzles", type=int, help="default: half as many")
+    parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to measure")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     parser.add_argument("--device", default="auto")
     for flag in ("--dtype", "--quantization", "--kv-cache-dtype"):
@@ -294,18 +328,18 @@ def main() -> None:
     begun = time.time()
     formats = {"dtype": args.dtype, "quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
     with Engine(args.model, device=args.device, kv_cache_tokens=args.kv_cache_tokens, **formats) as engine:
-        rows = evaluate(Subject(engine), args.n)
+        rows = []
+        for row in evaluate(Subject(engine), args.n, args.puzzles or max(1, args.n // 2), args.rows):
+            rows.append(row)
+            print(f"{time.time() - begun:.0f} s: {row.task}: {row.right}/{row.asked}", flush=True)
+            fields = json.dumps([asdict(each) for each in rows], indent=1, ensure_ascii=False)
+            args.out.with_suffix(".json").write_text(fields, encoding="utf-8")
     head = (
-        f"Held-out draws, greedy unless said; n = {args.n}, half as many long ones and puzzles. "
+        f"Held-out draws, greedy unless said; n = {args.n}, half as many long ones. "
         f"{time.strftime('%Y-%m-%d')}, {args.device}, {time.time() - begun:.0f} s."
     )
     text = table(rows, head)
     args.out.with_suffix(".md").write_text(text, encoding="utf-8")
-    fields = [
-        {"task": r.task, "right": r.right, "asked": r.asked, "bar": r.bar, "note": r.note, "misses": r.misses}
-        for r in rows
-    ]
-    args.out.with_suffix(".json").write_text(json.dumps(fields, indent=1, ensure_ascii=False), encoding="utf-8")
     print(text)
 
 
