@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TypeVar
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ....errors import renaming
 from ..chat.prepare import ChatPreparer, PreparedChat
@@ -33,7 +34,7 @@ def routes(state: AppState) -> Routes:
         with renaming(NAMES):
             return body, await preparer.prepare(messages_spec(body, state))
 
-    @routes.add("POST", ROOT, body=MessagesRequest, generates=True, fast=True)
+    @routes.add("POST", ROOT, body=MessagesRequest, generates=True)
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body, chat = await prepared(MessagesRequest, request)
@@ -44,7 +45,7 @@ def routes(state: AppState) -> Routes:
             call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=fail
         )
 
-    @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest, fast=True)
+    @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         _, chat = await prepared(CountRequest, request)

@@ -9,8 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from fastapi import Request, Response
 from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ....errors import InvalidRequest
 from ....limits import check_token_ids
@@ -83,7 +84,7 @@ def routes(state: AppState) -> Routes:
         return json_response({"prompt": text})
 
     @routes.add("GET", "/tokenizer_info")
-    async def tokenizer_info() -> Response:
+    async def tokenizer_info(_: Request) -> Response:
         """The tokenizer: its size, its special tokens, its chat template."""
         limits = state.client.limits
         tokenizer = state.tokenizer
@@ -104,11 +105,11 @@ def routes(state: AppState) -> Routes:
     dump: list[bytes] = []  # megabytes, encoded once
 
     @routes.add("GET", "/tokenizer")
-    async def tokenizer() -> Response:
+    async def dumped(_: Request) -> Response:
         """The whole tokenizer, as `Tokenizer.dump` gives it."""
-        _ = state.client.limits  # raises until there is a tokenizer
+        tokenizer = state.tokenizer
         if not dump:
-            dump.append(await asyncio.to_thread(lambda: msgspec.json.encode(state.tokenizer.dump())))
+            dump.append(await asyncio.to_thread(lambda: msgspec.json.encode(tokenizer.dump())))
         return Response(dump[0], media_type="application/json")
 
     return routes

@@ -13,7 +13,8 @@ from functools import cache, partial
 from html import escape
 from pathlib import Path
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ..plumbing.routes import Routes
 from . import manual

@@ -7,7 +7,8 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ....errors import InvalidRequest, renaming
 from ....logprobs import TokenLogprob
@@ -35,7 +36,7 @@ _UNSUPPORTED = known.UNSUPPORTED | known.ANSWER_FIELDS | UNSUPPORTED
 def routes(state: AppState) -> Routes:
     routes = Routes("inference")
 
-    @routes.add("POST", "/inference/v1/generate", body=InferenceRequest, generates=True, fast=True)
+    @routes.add("POST", "/inference/v1/generate", body=InferenceRequest, generates=True)
     async def generate(request: Request) -> Response:
         """Complete token ids, in token ids (vLLM's)."""
         body = parse(InferenceRequest, await read_json_object(request), unsupported=_UNSUPPORTED)

@@ -6,7 +6,8 @@ import time
 import uuid
 from typing import Any
 
-from fastapi import Request, Response
+from starlette.requests import Request
+from starlette.responses import Response
 
 from ...chat.prepare import ChatPreparer, PreparedChat
 from ...engine_client import Batch
@@ -26,7 +27,7 @@ def routes(state: AppState) -> Routes:
     routes = Routes("chat")
     preparer = ChatPreparer(state)
 
-    @routes.add("POST", "/v1/chat/completions", body=ChatRequest, generates=True, fast=True)
+    @routes.add("POST", "/v1/chat/completions", body=ChatRequest, generates=True)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)
