@@ -184,11 +184,11 @@ def test_the_root_of_the_runtime_is_contracts() -> None:
 @pytest.mark.parametrize(
     ("module", "blocked"),
     [
-        ("branchwise", ["torch", "numpy", "starlette", "typer", "transformers"]),
-        ("branchwise.radix", ["torch", "zmq", "starlette", "triton", "flashinfer", "branchwise.kernels"]),
-        ("branchwise.radix.tree", ["torch", "zmq", "starlette", "triton", "flashinfer", "branchwise.kernels"]),
-        ("branchwise.frontend.cli.main", ["torch", "transformers", "numpy", "aiohttp", "starlette", "zmq"]),
-        ("branchwise.frontend.bench.runner", ["torch", "transformers", "starlette", "zmq"]),
+        ("branchwise", ["torch", "numpy", "fastapi", "typer", "transformers"]),
+        ("branchwise.radix", ["torch", "zmq", "fastapi", "triton", "flashinfer", "branchwise.kernels"]),
+        ("branchwise.radix.tree", ["torch", "zmq", "fastapi", "triton", "flashinfer", "branchwise.kernels"]),
+        ("branchwise.frontend.cli.main", ["torch", "transformers", "numpy", "aiohttp", "fastapi", "zmq"]),
+        ("branchwise.frontend.bench.runner", ["torch", "transformers", "fastapi", "zmq"]),
         ("branchwise.runtime.models.folder", ["torch", "transformers", "huggingface_hub"]),
         ("branchwise.kernels.ops", ["triton"]),
         ("branchwise.kernels.attention.torch_backend", ["triton"]),

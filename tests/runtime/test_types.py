@@ -13,7 +13,7 @@ SETTINGS = """
 strict = true
 follow_imports = silent
 ignore_missing_imports = true
-[mypy-torch.*,numpy.*,starlette.*,pydantic.*,transformers.*,huggingface_hub.*,jinja2.*,aiohttp.*,uvicorn.*,markdown_it.*]
+[mypy-torch.*,numpy.*,fastapi.*,pydantic.*,transformers.*,huggingface_hub.*,jinja2.*,aiohttp.*,uvicorn.*,markdown_it.*]
 follow_imports = skip
 [mypy-branchwise.kernels.*,branchwise.runtime.executor.*,branchwise.runtime.models.*,branchwise.runtime.server.http.*]
 follow_imports = skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from .... import __version__
 from .anthropic import route as messages
 from .anthropic.errors import MessagesErrors
 from .fields.usage import CACHE_HEADER
@@ -12,28 +16,46 @@ from .native import admin, branches, cache, models, tokens, tree
 from .openai import completions
 from .openai.chat import route as chat
 from .openai.responses import route as responses
-from .plumbing import openapi
+from .plumbing import errors, openapi
 from .plumbing.auth import AuthMiddleware
 from .plumbing.body import BodyLimit
 from .plumbing.browsers import BrowserGuard
+from .plumbing.ending import AnswerCancelled
 from .plumbing.request_id import RequestId
 from .plumbing.request_log import RequestLog, log_line
-from .plumbing.router import Router
 from .plumbing.routes import Routes
+from .plumbing.shortcut import Handler, Shortcut
 from .plumbing.tracing import span_sink
 from .sglang import generate
 from .state import AppState
 from .ui import live, node, page
 from .vllm import generate as inference
 
-_MODULES = (chat, completions, responses, messages, generate, inference, branches, cache, tree, models, tokens, admin)
+_MODULES = (
+    chat,
+    completions,
+    responses,
+    messages,
+    generate,
+    inference,
+    branches,
+    cache,
+    tree,
+    models,
+    tokens,
+    admin,
+)
 
 
 def make_app(state: AppState) -> ASGIApp:
-    """The application that a server runs."""
+    """The application that a server runs. FastAPI, its innermost part, gets the requests that `Shortcut` leaves."""
     config = state.config
+    routes = make_routes(state)
+    fast: dict[str, Handler] = {}
+    for one in routes:
+        fast |= one.fast
     # The last one added runs first: a client without the key cannot send a body.
-    app: ASGIApp = Router((route for one in make_routes(state) for route in one.all), state.client)
+    app: ASGIApp = Shortcut(make_framework(state, routes), fast)
     app = BodyLimit(
         app,
         max_bytes=config.max_body_bytes,
@@ -50,6 +72,7 @@ def make_app(state: AppState) -> ASGIApp:
     )
     if config.api_key is None:
         app = BrowserGuard(app, host=config.host, allowed=config.allowed_hosts, origins=config.allow_origins)
+    app = AnswerCancelled(app, state.client)
     app = MessagesErrors(app)
     if config.allow_origins:  # outside of the keys' check: a preflight carries no key
         app = CORSMiddleware(
@@ -69,4 +92,15 @@ def make_routes(state: AppState) -> list[Routes]:
     routes = [module.routes(state) for module in _MODULES]
     if state.config.has_ui:
         routes += [page.routes(), live.routes(state), node.routes(state)]
-    return [*routes, openapi.routes(routes, keyed=state.config.api_key is not None)]
+    return routes
+
+
+def make_framework(state: AppState, routes: Sequence[Routes]) -> FastAPI:
+    """Every route, and the OpenAPI document, without the server's middleware."""
+    # FastAPI's /docs loads scripts from other hosts; `ui/page.py` has one that does not.
+    app = FastAPI(title="Branchwise", version=__version__, docs_url=None, redoc_url=None)
+    for one in routes:
+        app.include_router(one.router)
+    openapi.document(app, routes, keyed=state.config.api_key is not None)
+    errors.install(app, {"/v1/models", *(path for one in routes for path in one.fast)})
+    return app

@@ -263,7 +263,7 @@ def test_the_language_and_a_connection_need_no_torch(server):
     """Nor anything else that takes long to import, until a request is made."""
     code = (
         "import sys\n"
-        "sys.modules.update(dict.fromkeys(['torch', 'numpy', 'aiohttp', 'starlette', 'zmq', 'transformers']))\n"
+        "sys.modules.update(dict.fromkeys(['torch', 'numpy', 'aiohttp', 'fastapi', 'zmq', 'transformers']))\n"
         "import branchwise as bw\n"
         "bw.function, bw.gen, bw.select, bw.user, bw.best_of, bw.search, bw.tool_loop\n"
         "bw.set_default_backend(bw.connect(sys.argv[1], 'the-key'))\n"
@@ -310,7 +310,7 @@ def test_importing_the_language_and_connecting_import_nothing_large(server):
         "import sys\n"
         "import branchwise as bw\n"
         "bw.function, bw.gen, bw.select, bw.user, bw.connect(sys.argv[1], 'the-key')\n"
-        "print(*{'torch', 'transformers', 'scipy', 'triton', 'starlette', 'pydantic', 'zmq'} & set(sys.modules))\n"
+        "print(*{'torch', 'transformers', 'scipy', 'triton', 'fastapi', 'pydantic', 'zmq'} & set(sys.modules))\n"
     )
     assert subprocess.check_output([sys.executable, "-c", code, server.url], text=True, cwd="/").split() == []
 

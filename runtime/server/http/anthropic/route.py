@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TypeVar
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ....errors import renaming
 from ..chat.prepare import ChatPreparer, PreparedChat
@@ -34,7 +33,7 @@ def routes(state: AppState) -> Routes:
         with renaming(NAMES):
             return body, await preparer.prepare(messages_spec(body, state))
 
-    @routes.add("POST", ROOT, body=MessagesRequest, generates=True)
+    @routes.add("POST", ROOT, body=MessagesRequest, generates=True, fast=True)
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body, chat = await prepared(MessagesRequest, request)
@@ -45,7 +44,7 @@ def routes(state: AppState) -> Routes:
             call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=fail
         )
 
-    @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest)
+    @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest, fast=True)
     async def count_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         _, chat = await prepared(CountRequest, request)

@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ....errors import InvalidRequest
 from ....messages import ControlWhat
@@ -31,21 +30,21 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("GET", "/health")
     @routes.add("HEAD", "/health")  # for load balancers
-    async def health(_: Request) -> Response:
+    async def health() -> Response:
         """Whether the server takes requests: 200 and ``ready``, or 503 and its state; ``stalled`` names the process."""
         status = state.status
         process = {"process": state.heartbeat.stalled} if status == "stalled" and state.heartbeat else {}
         return json_response({"status": status, **process}, 200 if status == "ready" else 503)
 
     @routes.add("GET", "/metrics", errors=[NOT_ADMIN], text="only", engine=False)
-    async def metrics(_: Request) -> Response:
+    async def metrics() -> Response:
         """Counters, gauges and histograms for Prometheus. Where several tenants have keys, for the operator's key."""
         if not sees_all(state):
-            require_admin()
+            await require_admin()
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
     @routes.add("GET", "/get_server_info", "/server_info")
-    async def server_info(_: Request) -> Response:
+    async def server_info() -> Response:
         """Configuration, limits and counters. Keys are left out, and sums over other tenants' requests."""
         return json_response(await _facts(state))
 
@@ -67,7 +66,7 @@ def routes(state: AppState) -> Routes:
         if not body.abort_all and not body.rid:
             raise InvalidRequest("rid", "is required unless abort_all is true")
         if body.abort_all:
-            require_admin()
+            await require_admin()
         owner = None if is_admin() else state.namespaces.of(None)[0]
         return json_response({"aborted": state.client.abort(None if body.abort_all else body.rid, owner)})
 

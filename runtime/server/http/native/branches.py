@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy as np
+from fastapi import Request, Response
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ....errors import BranchwiseError, InvalidRequest, renaming
 from ....limits import fit
@@ -126,7 +125,7 @@ def routes(state: AppState) -> Routes:
         return json_response(await _create(state, await read_json_object(request)))
 
     @routes.add("GET", "/branches")
-    async def counts(_: Request) -> Response:
+    async def counts() -> Response:
         """How many branches there are, and the pages they hold. Where several tenants have keys, the caller's own."""
         owner = None if sees_all(state) else state.namespaces.of(None)[0]
         facts = await state.client.control("branches", owner)
@@ -145,11 +144,10 @@ def routes(state: AppState) -> Routes:
         return json_response({"results": await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))})
 
     @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
-    async def get(request: Request) -> Response:
+    async def get(id: str, request: Request) -> Response:
         """The state of a branch; its text and tokens only on request."""
         with_text, with_ids = read_query(request, _GET_QUERY)
-        op = _about(state, request.path_params["id"], "get", tokens=with_text or with_ids)
-        facts = await state.client.operate(op)
+        facts = await state.client.operate(_about(state, id, "get", tokens=with_text or with_ids))
         tokens = np.frombuffer(facts.pop("tokens", b""), "<i4").tolist()
         if with_text:
             facts["text"] = state.tokenizer.decode(tokens, skip_special_tokens=False) + facts["pending_text"]
@@ -158,25 +156,25 @@ def routes(state: AppState) -> Routes:
         return json_response(facts)
 
     @routes.add("DELETE", "/branches/{id}", errors=_GONE)
-    async def delete(request: Request) -> Response:
+    async def delete(id: str) -> Response:
         """Delete a branch, and abort what it is generating."""
-        return json_response(await state.client.operate(_about(state, request.path_params["id"], "delete")))
+        return json_response(await state.client.operate(_about(state, id, "delete")))
 
     @routes.add("POST", "/branches/{id}/fork", body=ForkRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
-    async def fork(request: Request) -> Response:
+    async def fork(id: str, request: Request) -> Response:
         """Create ``n`` copies of a branch as it is now."""
-        return json_response(await _fork(state, request.path_params["id"], await read_json_object(request)))
+        return json_response(await _fork(state, id, await read_json_object(request)))
 
     @routes.add("POST", "/branches/{id}/extend", body=ExtendRequest, errors=_BUSY)
-    async def extend(request: Request) -> Response:
+    async def extend(id: str, request: Request) -> Response:
         """Append text, tokenized by itself, or token ids, to a branch."""
-        return json_response(await _extend(state, request.path_params["id"], await read_json_object(request)))
+        return json_response(await _extend(state, id, await read_json_object(request)))
 
     @routes.add("POST", "/branches/{id}/generate", body=RunRequest, errors=_BUSY, generates=True)
-    async def generate(request: Request) -> Response:
+    async def generate(id: str, request: Request) -> Response:
         """Generate on a branch. The returned text stays in it, without stop tokens and stop strings. Of ``n`` samples
         the first stays."""
-        id, raw = request.path_params["id"], await read_json_object(request)
+        raw = await read_json_object(request)
         check_places(raw)
         body = parse(RunRequest, raw, unsupported=_UNSUPPORTED | ANSWER_FIELDS)
         params = generate_sampling(
@@ -203,7 +201,7 @@ def routes(state: AppState) -> Routes:
         return await respond(call, request, reply, stream=body.stream, names=_RUN_NAMES)
 
     @routes.add("POST", "/branches/{id}/score", body=ScoreRequest, errors=_BUSY, generates=True)
-    async def score(request: Request) -> Response:
+    async def score(id: str, request: Request) -> Response:
         """Logprobs of the tokens of continuations of a branch, which is left unchanged. ``unconditional``: also those
         of the same tokens by themselves."""
         body = parse(ScoreRequest, await read_json_object(request), unsupported=_UNSUPPORTED)
@@ -216,8 +214,7 @@ def routes(state: AppState) -> Routes:
             for i, continuation in enumerate(body.continuations)
         ]
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        owner = state.namespaces.of(None)
-        run = BranchRun([], request.path_params["id"], owner, params, continuations=pieces, stream=False)
+        run = BranchRun([], id, state.namespaces.of(None), params, continuations=pieces, stream=False)
         run.unconditional, run.priority = body.unconditional, check_priority(body.priority)
         collector = ScoreCollector(requests, unconditional=body.unconditional)
         call = state.client.open_run(run, requests)

@@ -8,9 +8,8 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+from fastapi import Request, Response
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ....chat.breaks import breaks
 from ....chat.conversation import Conversation
@@ -98,7 +97,7 @@ def routes(state: AppState) -> Routes:
     routes = Routes("cache")
 
     @routes.add("GET", "/cache/stats")
-    async def stats(_: Request) -> Response:
+    async def stats() -> Response:
         """Sums over the caller's requests, by reason and by namespace. ``everybody`` has the pool's pages and the sums
         of all keys: with the admin key only."""
         return json_response(await _ask(state, "cache_stats", state.namespaces.of(None), everything=is_admin()))
@@ -160,12 +159,12 @@ def routes(state: AppState) -> Routes:
         return json_response(await _ask(state, "cache_evict", asked.namespace, tokens=asked.tokens))
 
     @routes.add("GET", "/cache/list", admin=True)
-    async def list_(_: Request) -> Response:
+    async def list_() -> Response:
         """The pages of each memory tier, and the saved files. Needs ``--disk-cache``, as the four routes below do."""
         return json_response(await _ask(state, "cache_disk_list", state.namespaces.of(None)))
 
     @routes.add("POST", "/cache/verify", admin=True)
-    async def verify(_: Request) -> Response:
+    async def verify() -> Response:
         """Read every page on the disk. Those that are damaged are deleted, with what continues them."""
         return json_response(await _job(state, "cache_disk_verify", state.namespaces.of(None)))
 
@@ -204,7 +203,7 @@ def routes(state: AppState) -> Routes:
             raise InvalidRequest("prompt_cache_options.mode", "off would cache nothing")
         namespaces = None
         if body.namespaces is not None:
-            require_admin()
+            await require_admin()
             namespaces = _named(body, len(prompts))
         outputs = await _compute(state, request, prompts, "prompts", where, namespaces)
         return json_response({"results": [_warmed(output) for output in outputs]})

@@ -5,8 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Response
 
 from ..... import __version__
 from ..plumbing.failures import NO_MODEL
@@ -35,25 +34,25 @@ def routes(state: AppState) -> Routes:
         }
 
     @routes.add("GET", "/v1/models")
-    async def list_models(_: Request) -> Response:
+    async def list_models() -> Response:
         """The one model that is served (OpenAI's list, and Anthropic's page)."""
         name = state.model_name
         page = {"first_id": name, "last_id": name, "has_more": False}
         return json_response({"object": "list", "data": [card()], **page})
 
     @routes.add("GET", "/v1/models/{id:path}", errors=[NO_MODEL])
-    async def get_model(request: Request) -> Response:
+    async def get_model(id: str) -> Response:
         """The served model, by its name."""
-        state.check_model(request.path_params["id"])
+        state.check_model(id)
         return json_response(card())
 
     @routes.add("GET", "/version", engine=False)
-    async def version(_: Request) -> Response:
+    async def version() -> Response:
         """Branchwise's version."""
         return json_response({"version": __version__})
 
     @routes.add("GET", "/get_model_info", "/model_info")
-    async def model_info(_: Request) -> Response:
+    async def model_info() -> Response:
         """The served model (SGLang's facts)."""
         limits = state.client.limits
         return json_response(

@@ -9,9 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from fastapi import Request, Response
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ....errors import InvalidRequest
 from ....limits import check_token_ids
@@ -84,7 +83,7 @@ def routes(state: AppState) -> Routes:
         return json_response({"prompt": text})
 
     @routes.add("GET", "/tokenizer_info")
-    async def tokenizer_info(_: Request) -> Response:
+    async def tokenizer_info() -> Response:
         """The tokenizer: its size, its special tokens, its chat template."""
         limits = state.client.limits
         tokenizer = state.tokenizer
@@ -105,11 +104,11 @@ def routes(state: AppState) -> Routes:
     dump: list[bytes] = []  # megabytes, encoded once
 
     @routes.add("GET", "/tokenizer")
-    async def dumped(_: Request) -> Response:
+    async def tokenizer() -> Response:
         """The whole tokenizer, as `Tokenizer.dump` gives it."""
-        tokenizer = state.tokenizer
+        _ = state.client.limits  # raises until there is a tokenizer
         if not dump:
-            dump.append(await asyncio.to_thread(lambda: msgspec.json.encode(tokenizer.dump())))
+            dump.append(await asyncio.to_thread(lambda: msgspec.json.encode(state.tokenizer.dump())))
         return Response(dump[0], media_type="application/json")
 
     return routes

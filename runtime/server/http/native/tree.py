@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from fastapi import Request, Response
+from starlette.responses import PlainTextResponse
 
 from ....errors import InvalidRequest
 from ....fleet.block_events import snapshot
@@ -46,12 +46,12 @@ def routes(state: AppState) -> Routes:
         return json_response(await state.client.control("cache_hottest", question))
 
     @routes.add("GET", "/cache/check", admin=True)
-    async def check(_: Request) -> Response:
+    async def check() -> Response:
         """Check the invariants of tree and pages between two steps. A 500 names the one that is broken."""
         return json_response({"check": await state.client.control("check")})
 
     @routes.add("GET", "/cache/events/snapshot", admin=True)
-    async def events_snapshot(_: Request) -> Response:
+    async def events_snapshot() -> Response:
         """The state after the KV events up to number ``seq``, for a subscriber that starts late or has missed some.
         Needs ``--kv-events``."""
         facts = await state.client.control("kv_events")
@@ -62,7 +62,7 @@ def routes(state: AppState) -> Routes:
 
     @routes.add("POST", "/flush_cache", admin=True)
     @routes.add("GET", "/flush_cache", admin=True)  # SGLang takes both
-    async def flush_cache(_: Request) -> Response:
+    async def flush_cache() -> Response:
         """Evict everything that no running request uses, pinned or not."""
         return json_response(await state.client.control("flush_cache"))
 

@@ -7,9 +7,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from fastapi import Request, Response
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ....errors import InvalidRequest, renaming
 from ....logprobs import TokenLogprob
@@ -62,7 +61,7 @@ class CompletionRequest(OpenAIFields):
 def routes(state: AppState) -> Routes:
     routes = Routes("completions")
 
-    @routes.add("POST", "/v1/completions", body=CompletionRequest, generates=True)
+    @routes.add("POST", "/v1/completions", body=CompletionRequest, generates=True, fast=True)
     async def completions(request: Request) -> Response:
         """Complete a prompt, or several (OpenAI's)."""
         body = parse(CompletionRequest, await read_json_object(request), unsupported=UNSUPPORTED | ANSWER_FIELDS)

@@ -33,7 +33,7 @@ def is_admin() -> bool:
     return caller is not None and caller.admin
 
 
-def require_admin() -> None:
+async def require_admin() -> None:
     """Raises `InvalidRequest` (403) unless the request being served came with the operator's key."""
     if not is_admin():
         raise InvalidRequest(None, "this route needs the admin key (--admin-api-key)", status=403)

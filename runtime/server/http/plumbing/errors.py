@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.responses import Response
 
 from ....errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from . import request_log
@@ -76,6 +78,8 @@ def describe(error: Exception) -> tuple[int, dict[str, dict[str, Any]]]:
         return 504, error_body(504, str(error), code="request_timeout")
     if isinstance(error, EngineDead):
         return 500, error_body(500, str(error), code="engine_dead")
+    if isinstance(error, HTTPException):
+        return error.status_code, error_body(error.status_code, _http_message(error))
     logger.error("a request failed", exc_info=error)
     return 500, error_body(500, "internal error; the server's log says more")
 
@@ -84,5 +88,47 @@ def response_for(error: Exception) -> Response:
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=499)  # the client has gone
     status, body = describe(error)
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status in (429, 503) else None
+    headers: dict[str, str] = {}
+    if isinstance(error, HTTPException):
+        headers.update(error.headers or {})
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
     return Response(msgspec.json.encode(body), status, headers, media_type="application/json")
+
+
+def install(app: FastAPI, paths: Collection[str]) -> None:
+    """Handle errors of ``app``. ``paths``: suggested to a client whose base_url is wrong."""
+
+    async def handle(request: Request, error: Exception) -> Response:
+        meant = request.scope["path"].removeprefix("/v1") if _is_no_route(error) else ""
+        for path in (meant, f"/v1{meant}"):
+            if path in paths:
+                return error_response(404, f"no such route: did you mean {path}? {_BASE_URLS}")
+        return response_for(error)
+
+    for kind in (
+        ClientGone,
+        ClientDisconnect,
+        InvalidRequest,
+        Overloaded,
+        TimedOut,
+        EngineDead,
+        HTTPException,
+        Exception,
+    ):
+        app.add_exception_handler(kind, handle)
+
+
+_BASE_URLS = "The base_url of OpenAI's clients ends with /v1, that of Anthropic's does not"
+
+
+def _is_no_route(error: Exception) -> bool:
+    return isinstance(error, HTTPException) and (error.status_code, error.detail) == (404, HTTPStatus.NOT_FOUND.phrase)
+
+
+def _http_message(error: HTTPException) -> str:
+    if _is_no_route(error):
+        return "no such route: GET /openapi.json lists what there is, POST /v1/chat/completions and /generate among it"
+    if error.status_code == 405:
+        return "this route does not take that method"
+    return str(error.detail)

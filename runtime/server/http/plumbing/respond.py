@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ....errors import renaming
 from ..engine_client import Batch, EngineCall

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import msgspec
+from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, PlainTextResponse
 
 from ....errors import InvalidRequest, shown
+from . import failures
+from .auth import OPEN_PATHS, require_admin
 from .errors import ERROR_TYPES, RETRY_AFTER_SECONDS, error_body
 from .failures import Failure
+from .shortcut import Handler
 
 Method = Literal["GET", "HEAD", "POST", "DELETE"]
-Handler = Callable[[Request], Awaitable[Response]]
-H = TypeVar("H", bound=Handler)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 SCHEMAS = "#/components/schemas/"
+_RESPONSES = "#/components/responses/"
 
 # The pages of the manual (docs/http), and the tags of the document.
 PAGES = {
@@ -131,65 +136,129 @@ OPENAI_SHAPE = ErrorShape(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One method of one path, and its entry in the document.
-
-    Args:
-        method: The HTTP method.
-        path: ``{id}`` stands for one segment, ``{id:path}`` for several: `Request.path_params` has them.
-        handler: Answers a request.
-        body: The model of the JSON body.
-        query: The parameters of the query, by name.
-        errors: Failures beside those that follow from the other arguments.
-        admin: Whether only the operator's key may call it, which `Router` enforces.
-        generates: Whether it opens engine requests: they have a share of the queue, and a time limit.
-        engine: Whether it needs the engine to be ready.
-        text: Whether it answers in plain text.
-        events: Whether it always answers with server-sent events.
-        hidden: Whether the document leaves it out.
-    """
-
-    method: Method
-    path: str
-    handler: Handler
-    body: type[BaseModel] | None = None
-    query: Mapping[str, Query] | None = None
-    errors: Sequence[Failure] = ()
-    admin: bool = False
-    generates: bool = False
-    engine: bool = True
-    text: Literal["also", "only"] | None = None
-    events: bool = False
-    hidden: bool = False
-
-
 class Routes:
     """The routes of one module. ``page``: of `PAGES`; ``shape``: of their errors."""
 
     def __init__(self, page: str, shape: ErrorShape = OPENAI_SHAPE) -> None:
-        self.page, self.shape = page, shape
-        self.all: list[Route] = []
+        self.router = APIRouter(tags=[page])
+        self.fast: dict[str, Handler] = {}  # by path: POST handlers that `Shortcut` calls directly
+        self.shape = shape
+        self.failures: dict[str, Failure] = {}  # by name: those that the routes declare
 
     def add(
         self,
         method: Method,
         *paths: str,
         body: type[BaseModel] | None = None,
-        query: Mapping[str, Query] | None = None,
-        errors: Sequence[Failure] = (),
+        query: dict[str, Query] | None = None,
+        errors: Iterable[Failure] = (),
         admin: bool = False,
         generates: bool = False,
         engine: bool = True,
         text: Literal["also", "only"] | None = None,
         events: bool = False,
+        fast: bool = False,
         hidden: bool = False,
-    ) -> Callable[[H], H]:
-        """Decorate the handler of a route. ``paths``: its path and its aliases. For the others see `Route`."""
+    ) -> Callable[[Function], Function]:
+        """Decorate the handler of a route.
 
-        def decorate(handler: H) -> H:
-            facts = (body, query, errors, admin, generates, engine, text, events, hidden)
-            self.all += [Route(method, path, handler, *facts) for path in paths]
+        Args:
+            paths: The path and its aliases.
+            body: The model of the JSON body.
+            query: The parameters of the query, by name.
+            errors: Failures beside those that follow from the other arguments.
+            admin: Whether only the operator's key may call it, which is enforced here.
+            generates: Whether it opens engine requests: they have a share of the queue, and a time limit.
+            engine: Whether it needs the engine to be ready.
+            text: Whether it answers in plain text.
+            events: Whether it always answers with server-sent events.
+            fast: Whether `Shortcut` calls it without the framework's routing.
+            hidden: Whether the document leaves it out.
+        """
+
+        def decorate(handler: Function) -> Function:
+            for path in paths:
+                found = () if path in OPEN_PATHS else _failures(body, query, errors, admin, generates, engine)
+                self.router.add_api_route(
+                    path,
+                    handler,
+                    methods=[method],
+                    dependencies=[Depends(require_admin)] if admin else None,
+                    include_in_schema=not hidden,
+                    response_class=PlainTextResponse if text == "only" else JSONResponse,
+                    openapi_extra=self._operation(path, body, query, list(found), text, events),
+                )
+                if fast:
+                    self.fast[path] = handler
             return handler
 
         return decorate
+
+    def _operation(
+        self,
+        path: str,
+        body: type[BaseModel] | None,
+        query: dict[str, Query] | None,
+        found: list[Failure],
+        text: str | None,
+        events: bool,
+    ) -> dict[str, Any]:
+        answer: dict[str, Any] = {"text/event-stream" if events else "application/json": {"schema": {}}}
+        if text == "only":
+            answer = {}
+        if text is not None:
+            answer["text/plain"] = {"schema": {"type": "string"}}
+        if body is not None and "stream" in body.model_fields:
+            about = "With `stream`: events, of which each has an object after `data: `."
+            answer["text/event-stream"] = {"schema": {"type": "string", "description": about}}
+        responses: dict[str, Any] = {"200": {"description": "Successful Response", "content": answer}}
+        if path in OPEN_PATHS:
+            responses["503"] = {"description": "The same, with another state: it takes no requests.", "content": answer}
+        for failure in found:
+            self.failures[failure.name] = failure
+            reference = {"$ref": f"{_RESPONSES}{self.shape.prefix}{failure.name}"}
+            responses.setdefault(str(self.shape.status(failure.status)), reference)
+        operation: dict[str, Any] = {"responses": responses}
+        if body is not None:
+            content = {"application/json": {"schema": msgspec.json.decode(_schema(body))}}
+            operation["requestBody"] = {"required": True, "content": content}
+        if query is not None:
+            operation["parameters"] = [
+                {"name": name, "in": "query", "required": False, "schema": one.schema, "description": one.about}
+                for name, one in query.items()
+            ]
+        return operation
+
+
+@cache
+def _schema(model: type[BaseModel]) -> bytes:
+    """The model's JSON schema, as JSON: each application changes its own copy when it makes the document."""
+    return msgspec.json.encode(model.model_json_schema())
+
+
+def _failures(
+    body: type[BaseModel] | None,
+    query: dict[str, Query] | None,
+    errors: Iterable[Failure],
+    admin: bool,
+    generates: bool,
+    engine: bool,
+) -> Iterator[Failure]:
+    """A route's failures. The document refers to the first of each status."""
+    if body is not None or query is not None:
+        yield failures.INVALID
+    yield failures.NO_KEY
+    if admin:
+        yield failures.NOT_ADMIN
+    if body is not None and "model" in body.model_fields:
+        yield failures.NO_MODEL
+    yield from errors
+    if generates:
+        yield failures.KEY_QUEUE
+        yield failures.TIMED_OUT
+    if body is not None:
+        yield failures.TOO_LARGE
+        yield failures.COMPRESSED
+    if engine:
+        yield failures.ENGINE_FAILED
+        yield failures.UNAVAILABLE

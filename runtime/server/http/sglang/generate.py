@@ -5,8 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TypeVar
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ....errors import InvalidRequest, renaming
 from ....messages import Generate
@@ -37,7 +36,7 @@ T = TypeVar("T")
 def routes(state: AppState) -> Routes:
     routes = Routes("generate")
 
-    @routes.add("POST", "/generate", body=GenerateRequest, generates=True)
+    @routes.add("POST", "/generate", body=GenerateRequest, generates=True, fast=True)
     async def generate(request: Request) -> Response:
         """Complete a prompt, or several (SGLang's)."""
         raw = await read_json_object(request)

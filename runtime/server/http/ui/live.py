@@ -13,8 +13,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from fastapi import Request, Response
+from starlette.responses import StreamingResponse
 
 from ....errors import InvalidRequest
 from ..native.tree_text import Decode, add_text, decoder

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastapi import Request, Response
 from pydantic import Field
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ..fields.parse import Strict, parse
 from ..plumbing.auth import is_admin

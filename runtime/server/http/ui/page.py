@@ -13,8 +13,7 @@ from functools import cache, partial
 from html import escape
 from pathlib import Path
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ..plumbing.routes import Routes
 from . import manual

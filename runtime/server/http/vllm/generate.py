@@ -7,8 +7,7 @@ import uuid
 from collections.abc import Iterable
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ....errors import InvalidRequest, renaming
 from ....logprobs import TokenLogprob
@@ -36,7 +35,7 @@ _UNSUPPORTED = known.UNSUPPORTED | known.ANSWER_FIELDS | UNSUPPORTED
 def routes(state: AppState) -> Routes:
     routes = Routes("inference")
 
-    @routes.add("POST", "/inference/v1/generate", body=InferenceRequest, generates=True)
+    @routes.add("POST", "/inference/v1/generate", body=InferenceRequest, generates=True, fast=True)
     async def generate(request: Request) -> Response:
         """Complete token ids, in token ids (vLLM's)."""
         body = parse(InferenceRequest, await read_json_object(request), unsupported=_UNSUPPORTED)

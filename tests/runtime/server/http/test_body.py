@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from starlette.requests import Request
+from fastapi import Request
 
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.messages import Limits

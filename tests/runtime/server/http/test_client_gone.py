@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import pytest
+from starlette.applications import Starlette
+from starlette.routing import Route
 
-from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.plumbing.connection import KEY, Connection, connection_of
-from branchwise.runtime.server.http.plumbing.errors import ClientGone
-from branchwise.runtime.server.http.plumbing.router import Router
-from branchwise.runtime.server.http.plumbing.routes import Route
+from branchwise.runtime.server.http.plumbing.errors import ClientGone, install
 
 
-async def test_a_client_that_leaves_leaves_no_traceback(client: EngineClient, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_client_that_leaves_leaves_no_traceback(caplog):
     async def route(request: Any) -> Any:
         raise ClientGone
 
@@ -26,9 +24,21 @@ async def test_a_client_that_leaves_leaves_no_traceback(client: EngineClient, ca
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "GET", "path": "/x", "headers": []}
+    app = Starlette(routes=[Route("/x", route)])
+    install(app, ())  # type: ignore[arg-type]
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/x",
+        "headers": [],
+        "query_string": b"",
+        "root_path": "",
+        "scheme": "http",
+        "server": ("localhost", 1),
+        "http_version": "1.1",
+    }
     with caplog.at_level(logging.DEBUG):
-        await Router([Route("GET", "/x", route)], client)(scope, receive, send)
+        await app(scope, receive, send)
     assert not [record for record in caplog.records if record.name.startswith(("branchwise", "uvicorn"))]
     assert sent[0]["status"] == 499
 

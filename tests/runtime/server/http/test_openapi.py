@@ -12,9 +12,8 @@ import httpx
 import pytest
 from jsonschema import Draft202012Validator
 
-from branchwise.runtime.server.http.app import make_app, make_routes
+from branchwise.runtime.server.http.app import make_app, make_framework, make_routes
 from branchwise.runtime.server.http.plumbing import failures
-from branchwise.runtime.server.http.plumbing.openapi import document as document_of
 from branchwise.runtime.server.http.state import AppState
 
 FAILURES = {one.name: one for one in vars(failures).values() if isinstance(one, failures.Failure)}
@@ -26,7 +25,7 @@ def document(make_state: Callable[..., AppState]) -> dict[str, Any]:
 
 
 def openapi(state: AppState) -> dict[str, Any]:
-    return document_of(make_routes(state), keyed=state.config.api_key is not None)
+    return make_framework(state, make_routes(state)).openapi()
 
 
 def operations(document: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -148,7 +147,6 @@ def test_streams_and_texts_are_called_that(document: dict[str, Any]) -> None:
     assert kinds("post", "/branches/{id}/generate") == {"application/json", "text/event-stream"}
     assert kinds("post", "/tokenize") == {"application/json"}
     assert kinds("get", "/metrics") == {"text/plain"}
-    assert kinds("get", "/ui/events") == {"text/event-stream"}
     assert kinds("get", "/cache/tree") == {"application/json", "text/plain"}
 
 

@@ -6,8 +6,7 @@ import time
 import uuid
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from ...chat.prepare import ChatPreparer, PreparedChat
 from ...engine_client import Batch
@@ -27,7 +26,7 @@ def routes(state: AppState) -> Routes:
     routes = Routes("chat")
     preparer = ChatPreparer(state)
 
-    @routes.add("POST", "/v1/chat/completions", body=ChatRequest, generates=True)
+    @routes.add("POST", "/v1/chat/completions", body=ChatRequest, generates=True, fast=True)
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation (OpenAI's)."""
         body = parse(ChatRequest, await read_json_object(request), unsupported=CHAT_UNSUPPORTED)

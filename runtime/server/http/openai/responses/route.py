@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
 
 from .....errors import InvalidRequest, renaming
 from ...chat.prepare import ChatPreparer
@@ -21,7 +20,7 @@ def routes(state: AppState) -> Routes:
     routes = Routes("responses")
     preparer = ChatPreparer(state)
 
-    @routes.add("POST", "/v1/responses", body=ResponsesRequest, generates=True)
+    @routes.add("POST", "/v1/responses", body=ResponsesRequest, generates=True, fast=True)
     async def responses(request: Request) -> Response:
         """Answer a conversation (OpenAI's responses). Nothing is stored."""
         body = read(await read_json_object(request))
@@ -34,7 +33,7 @@ def routes(state: AppState) -> Routes:
             call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=reply.fail
         )
 
-    @routes.add("POST", "/v1/responses/input_tokens", body=ResponsesRequest)
+    @routes.add("POST", "/v1/responses/input_tokens", body=ResponsesRequest, fast=True)
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
         body = read(await read_json_object(request))
@@ -48,13 +47,15 @@ def routes(state: AppState) -> Routes:
     @routes.add("GET", "/v1/responses/{id}", "/v1/responses/{id}/input_items", hidden=True)
     @routes.add("DELETE", "/v1/responses/{id}", hidden=True)
     @routes.add("POST", "/v1/responses/{id}/cancel", hidden=True)
-    async def stored(request: Request) -> Response:
-        id = request.path_params["id"][:80]
-        problem = "does not exist: this server stores no responses. Closing the connection cancels one."
-        raise InvalidRequest("response_id", f"{id!r} {problem}", status=404)
+    async def stored(id: str) -> Response:
+        raise InvalidRequest(
+            "response_id",
+            f"{id[:80]!r} does not exist: this server stores no responses. Closing the connection cancels one.",
+            status=404,
+        )
 
     @routes.add("POST", "/v1/responses/compact", hidden=True)
-    async def absent(_: Request) -> Response:
+    async def absent() -> Response:
         raise InvalidRequest(None, "this server has no such route: nothing compacts conversations", status=404)
 
     return routes

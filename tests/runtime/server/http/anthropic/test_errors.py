@@ -8,17 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from starlette.requests import Request
-from starlette.responses import Response
+from fastapi import Request, Response
+from starlette.types import Receive, Scope, Send
 
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.server.http.anthropic.errors import MessagesErrors, error_event
 from branchwise.runtime.server.http.app import make_app
-from branchwise.runtime.server.http.engine_client import EngineClient
 from branchwise.runtime.server.http.plumbing.errors import ClientGone
 from branchwise.runtime.server.http.plumbing.request_id import RequestId
-from branchwise.runtime.server.http.plumbing.router import Router
-from branchwise.runtime.server.http.plumbing.routes import Route
+from branchwise.runtime.server.http.plumbing.shortcut import Shortcut
 from branchwise.runtime.server.http.state import AppState
 
 PATHS = ["/v1/messages", "/v1/messages/count_tokens"]
@@ -84,21 +82,24 @@ async def test_before_the_route(make_state: Callable[..., AppState], path: str) 
         (ZeroDivisionError("secret"), 500, "api_error"),
     ],
 )
-async def test_from_the_route(client: EngineClient, error: Exception, status: int, kind: str) -> None:
+async def test_from_the_route(error: Exception, status: int, kind: str) -> None:
     async def handler(_request: Request) -> Response:
         raise error
 
-    async with connect(RequestId(MessagesErrors(Router([Route("POST", "/v1/messages", handler)], client)))) as http:
+    async def application(_scope: Scope, _receive: Receive, _send: Send) -> None:
+        raise AssertionError("the handler is there to answer")
+
+    async with connect(RequestId(MessagesErrors(Shortcut(application, {"/v1/messages": handler})))) as http:
         answer = await http.post("/v1/messages")
     assert "secret" not in error_of(answer, status, kind)
     assert ("retry-after" in answer.headers) == (status in (429, 529))
 
 
-async def test_nobody_is_told_when_the_client_has_gone(client: EngineClient) -> None:
+async def test_nobody_is_told_when_the_client_has_gone() -> None:
     async def handler(_request: Request) -> Response:
         raise ClientGone
 
-    app = RequestId(MessagesErrors(Router([Route("POST", "/v1/messages", handler)], client)))
+    app = RequestId(MessagesErrors(Shortcut(None, {"/v1/messages": handler})))  # type: ignore[arg-type]
     async with connect(app) as http:
         answer = await http.post("/v1/messages")
     assert (answer.status_code, answer.content) == (499, b"")
