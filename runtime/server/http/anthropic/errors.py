@@ -66,10 +66,10 @@ SHAPE = ErrorShape(
 )
 
 
-def error_event(error: Exception, scope: Scope) -> bytes:
+def error_event(error: Exception, request_id: str) -> bytes:
     """The last event of a stream that fails midway."""
     status, body = describe(error)
-    return typed_event(error_body(_status(status), body["error"]["message"], scope[KEY]))
+    return typed_event(error_body(_status(status), body["error"]["message"], request_id))
 
 
 class MessagesErrors:

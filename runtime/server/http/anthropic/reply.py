@@ -13,6 +13,7 @@ from ....outputs import Output
 from ..chat.sample import Sample
 from ..engine_client import Batch
 from ..plumbing.sse import typed_event
+from .errors import error_event
 from .tool_input import ToolInput
 
 # An aborted answer can be continued: a client sends it back as the last message.
@@ -23,9 +24,9 @@ _NOT_YET = {"stop_reason": None, "stop_sequence": None}
 class MessageReply:
     """Implements `respond.Reply`. Every block of the answer is a block of the message's content."""
 
-    def __init__(self, model: str, sample: Sample) -> None:
+    def __init__(self, model: str, sample: Sample, request_id: str) -> None:
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._model = model
+        self._model, self._request_id = model, request_id
         self._sample = sample
         self._begun = False
         self._inputs: dict[int, ToolInput] = {}  # of calls, by the index of their blocks
@@ -50,6 +51,9 @@ class MessageReply:
         delta = {"stop_reason": reason, "stop_sequence": sequence}
         yield typed_event({"type": "message_delta", "delta": delta, "usage": self._usage()})
         yield typed_event({"type": "message_stop"})
+
+    def fail(self, error: Exception) -> bytes:
+        return error_event(error, self._request_id)
 
     def _changes(self, event: BlockEvent) -> Iterator[dict[str, Any]]:
         block = event.block

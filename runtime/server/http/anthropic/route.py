@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TypeVar
 
 from fastapi import Request, Response
@@ -11,11 +10,12 @@ from ....errors import renaming
 from ..chat.prepare import ChatPreparer, PreparedChat
 from ..native.tokens import token_ids
 from ..plumbing.body import read_json_object
+from ..plumbing.request_id import KEY
 from ..plumbing.respond import respond
 from ..plumbing.routes import Routes
 from ..plumbing.sse import json_response
 from ..state import AppState
-from .errors import ROOT, SHAPE, error_event
+from .errors import ROOT, SHAPE
 from .reply import MessageReply
 from .request import CountRequest, MessagesRequest, read
 from .spec import NAMES, messages_spec
@@ -37,12 +37,9 @@ def routes(state: AppState) -> Routes:
     async def messages(request: Request) -> Response:
         """Anthropic's messages: the next turn of a conversation, as blocks."""
         body, chat = await prepared(MessagesRequest, request)
-        reply = MessageReply(state.model_name, chat.samples[0])
+        reply = MessageReply(state.model_name, chat.samples[0], request.scope[KEY])
         call = state.client.open([chat.prompt])
-        fail = partial(error_event, scope=request.scope)
-        return await respond(
-            call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=fail
-        )
+        return await respond(call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers)
 
     @routes.add("POST", f"{ROOT}/count_tokens", body=CountRequest, fast=True)
     async def count_tokens(request: Request) -> Response:

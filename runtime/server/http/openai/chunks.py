@@ -10,7 +10,7 @@ from ....outputs import Output
 from ..engine_client import Batch
 from ..fields.parse import StreamOptions
 from ..fields.usage import usage
-from ..plumbing.sse import DONE, event
+from ..plumbing.sse import DONE, error_event, event
 
 
 class Choice(Protocol):
@@ -62,6 +62,9 @@ class Choices:
         if self._include_usage:
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
+
+    def fail(self, error: Exception) -> bytes:
+        return error_event(error)
 
     def _usage(self) -> dict[str, Any]:
         return usage([choice.output for choice in self._choices], self._n)

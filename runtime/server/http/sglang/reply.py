@@ -11,7 +11,7 @@ from ....outputs import Output
 from ....sampling_params import SamplingParams
 from ....tokenizer.tokenizer import Tokenizer
 from ..engine_client import Batch
-from ..plumbing.sse import DONE, event
+from ..plumbing.sse import DONE, error_event, event
 
 
 class GenerateReply:
@@ -52,6 +52,9 @@ class GenerateReply:
 
     def end(self) -> Iterable[bytes]:
         return (DONE,)
+
+    def fail(self, error: Exception) -> bytes:
+        return error_event(error)
 
     def result(self, index: int) -> dict[str, Any]:
         """Cumulative, as in SGLang: a streamed event has everything so far."""

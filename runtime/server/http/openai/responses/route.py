@@ -29,9 +29,7 @@ def routes(state: AppState) -> Routes:
             chat = await preparer.prepare(response_spec(body, state))
         reply = ResponseReply(state, body, chat.samples[0], chat.tools)
         call = state.client.open([chat.prompt], [body.rid])
-        return await respond(
-            call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers, fail=reply.fail
-        )
+        return await respond(call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers)
 
     @routes.add("POST", "/v1/responses/input_tokens", body=ResponsesRequest, fast=True)
     async def input_tokens(request: Request) -> Response:

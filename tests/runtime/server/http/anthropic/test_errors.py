@@ -106,7 +106,7 @@ async def test_nobody_is_told_when_the_client_has_gone() -> None:
 
 
 def test_in_the_middle_of_a_stream() -> None:
-    sent = error_event(Overloaded("the server is shutting down"), {"branchwise.request_id": "req_1"})
+    sent = error_event(Overloaded("the server is shutting down"), "req_1")
     name, data = sent.decode().rstrip("\n").split("\n")
     assert name == "event: error"
     assert json.loads(data.removeprefix("data: ")) == {

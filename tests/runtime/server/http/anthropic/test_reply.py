@@ -69,12 +69,12 @@ def batches(pieces: list[str], reason: Any, matched: str | None = None) -> Itera
 
 
 def whole(tokenizer: Tokenizer, parser: Any, text: str, reason: str = "stop", **more: Any) -> dict[str, Any]:
-    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False))
+    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False), "req_1")
     return answer.whole([entry for batch in batches([text], reason, **more) for entry in batch])
 
 
 def stream(tokenizer: Tokenizer, parser: Any, pieces: list[str], reason: str = "stop", **more: Any) -> bytes:
-    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False))
+    answer = MessageReply("m", Sample(tokenizer, SamplingParams(), parser, one_call=False), "req_1")
     sent = b"".join(b"".join(answer.events(batch)) for batch in batches(pieces, reason, **more))
     return sent + b"".join(answer.end())
 
