@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from .turns import TurnTemplate
 
 if TYPE_CHECKING:
-    from ...runtime.chat.tools import ReasoningFormat, ToolFormat
+    from ...runtime.chat.tools.format_types import ReasoningFormat, ToolFormat
     from ...runtime.tokenizer.tokenizer import Tokenizer
 
 TAIL = 8  # tokens before a piece that decide the text of its first one (a leading space)
@@ -51,7 +51,9 @@ class Codec:
 
     @cached_property
     def _formats(self) -> tuple[ToolFormat | None, ReasoningFormat | None]:
-        from ...runtime.chat.tools import detect, reasoning_format, tool_format
+        from ...runtime.chat.tools.detect import detect
+        from ...runtime.chat.tools.formats import tool_format
+        from ...runtime.chat.tools.reasoning_formats import reasoning_format
 
         template = self.tokenizer.chat_template
         if template is None:

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...runtime.chat.tools import parse
+from ...runtime.chat.tools.parser import parse
 from .backend import Turn
 
 

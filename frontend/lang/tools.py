@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...runtime.chat.tools import Tool as Definition
-from ...runtime.chat.tools import markers, parse, validate_tools
+from ...runtime.chat.tools.definitions import Tool as Definition
+from ...runtime.chat.tools.definitions import validate_tools
+from ...runtime.chat.tools.formats import markers
+from ...runtime.chat.tools.parser import parse
 from .codec import Codec
 from .errors import ProgramError, call_site
 from .expressions import Expr, Gen, assistant, gen, role

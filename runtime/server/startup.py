@@ -26,7 +26,8 @@ def check_parsers(config: ServerConfig) -> None:
     names = config.tool_call_parser, config.reasoning_parser
     if set(names) <= {"auto", "none"}:
         return  # usual, and the formats take 0.1 s to import, which the engine's processes need not wait for
-    from ..chat.tools import check_together, reasoning_format, tool_format
+    from ..chat.tools.formats import check_together, tool_format
+    from ..chat.tools.reasoning_formats import reasoning_format
 
     flags = "--tool-call-parser", "--reasoning-parser"
     found: list[Any] = [None, None]

@@ -15,7 +15,7 @@ import branchwise as bw
 from branchwise.frontend.lang.codec import Codec
 from branchwise.frontend.lang.tool_schema import fitted, schema_of
 from branchwise.frontend.lang.tools import ExecutedCall, parse_calls
-from branchwise.runtime.chat.tools import validate_tools
+from branchwise.runtime.chat.tools.definitions import validate_tools
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 

@@ -15,7 +15,8 @@ import pytest
 
 from branchwise import Engine, SamplingParams
 from branchwise.runtime.chat.conversation import OfferedTool
-from branchwise.runtime.chat.tools import Tool, reasoning_format
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.reasoning_formats import reasoning_format
 from branchwise.runtime.constraint import Constraint
 from branchwise.runtime.grammar.llg import GrammarBackend
 from branchwise.runtime.grammar.matcher import Grammar, compute_masks

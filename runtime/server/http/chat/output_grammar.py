@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from ....chat.conversation import OfferedTool
-from ....chat.tools import ReasoningFormat, Tool
 from ....chat.tools.channel_grammar import message_rules
+from ....chat.tools.definitions import Tool
+from ....chat.tools.format_types import ReasoningFormat
 from ....chat.tools.grammar import ANY, CallGrammar, call_grammar, literals, one_of, text_without
 from ....constraint import Constraint, ConstraintError
 from ....errors import InvalidRequest

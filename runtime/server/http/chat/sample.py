@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from ....chat.blocks import Block, BlockEvent, BlockReader
-from ....chat.tools import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, ReasoningDelta, StreamParser
+from ....chat.tools.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, ReasoningDelta
+from ....chat.tools.parser import StreamParser
 from ....logprobs import TokenLogprob
 from ....messages import Delta
 from ....outputs import Output

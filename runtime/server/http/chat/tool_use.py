@@ -8,18 +8,12 @@ from dataclasses import dataclass
 
 from ....chat.conversation import OfferedTool
 from ....chat.template import ChatTemplate
-from ....chat.tools import (
-    ReasoningFormat,
-    StreamParser,
-    ToolFormat,
-    ToolLimits,
-    check_together,
-    detect,
-    ends_in_reasoning,
-    markers,
-    reasoning_format,
-    tool_format,
-)
+from ....chat.tools.definitions import ToolLimits
+from ....chat.tools.detect import detect, ends_in_reasoning
+from ....chat.tools.format_types import ReasoningFormat, ToolFormat
+from ....chat.tools.formats import check_together, markers, tool_format
+from ....chat.tools.parser import StreamParser
+from ....chat.tools.reasoning_formats import reasoning_format
 from ....config import ServerConfig
 from ....errors import InvalidRequest
 from ....sampling_params import SamplingParams

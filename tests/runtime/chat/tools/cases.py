@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchwise.runtime.chat.tools import Event, StreamParser, Tool
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.events import Event
+from branchwise.runtime.chat.tools.parser import StreamParser
 
 
 def tool(name: str, **properties: Any) -> Tool:

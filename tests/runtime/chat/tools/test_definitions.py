@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import Tool, ToolLimits, validate_tools
+from branchwise.runtime.chat.tools.definitions import Tool, ToolLimits, validate_tools
 from branchwise.runtime.errors import InvalidRequest
 
 LIMITS = ToolLimits(tools=3, name_characters=8, schema_bytes=200, total_bytes=300, schema_depth=5)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from branchwise.runtime.chat.tools import Detected, detect, ends_in_reasoning
+from branchwise.runtime.chat.tools.detect import Detected, detect, ends_in_reasoning
 from branchwise.runtime.models.folder import SHIPPED
 
 HERMES = (

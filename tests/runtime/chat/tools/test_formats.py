@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchwise.runtime.chat.tools import TOOL_FORMATS, Tool, assemble, parse
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.events import assemble
+from branchwise.runtime.chat.tools.formats import TOOL_FORMATS
+from branchwise.runtime.chat.tools.parser import parse
 
 A1 = '{"name": "f", "arguments": {"a": 1}}'
 CALL = ("f", '{"a": 1}', True)

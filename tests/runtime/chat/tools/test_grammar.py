@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import REASONING_FORMATS, Tool, parse, reasoning_format, validate_tools
 from branchwise.runtime.chat.tools.channel_grammar import message_rules
+from branchwise.runtime.chat.tools.definitions import Tool, validate_tools
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
+from branchwise.runtime.chat.tools.parser import parse
+from branchwise.runtime.chat.tools.reasoning_formats import REASONING_FORMATS, reasoning_format
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.sampling_params import SamplingParams

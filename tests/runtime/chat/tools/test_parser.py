@@ -12,21 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchwise.runtime.chat.tools import (
-    TOOL_FORMATS,
+from branchwise.runtime.chat.tools.events import (
     ArgumentsDelta,
     CallEnd,
     CallStart,
     ContentDelta,
     ReasoningDelta,
-    StreamParser,
     assemble,
-    markers,
-    parse,
-    reasoning_format,
-    tool_format,
 )
+from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers, tool_format
+from branchwise.runtime.chat.tools.parser import StreamParser, parse
 from branchwise.runtime.chat.tools.reader import Markers
+from branchwise.runtime.chat.tools.reasoning_formats import reasoning_format
 
 FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "<|python_start|>", "<|python_end|>"),

@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchwise.runtime.chat.tools import StreamParser, Tool, assemble
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.events import assemble
+from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.messages import CacheReport, Delta, Finished
 from branchwise.runtime.outputs import Output
 from branchwise.runtime.sampling_params import SamplingParams

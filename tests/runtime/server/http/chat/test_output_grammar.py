@@ -9,7 +9,8 @@ import pytest
 
 from branchwise.runtime.chat.conversation import OfferedTool
 from branchwise.runtime.chat.template import ChatTemplate
-from branchwise.runtime.chat.tools import Tool, reasoning_format
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.reasoning_formats import reasoning_format
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import InvalidRequest
 from branchwise.runtime.grammar.llg import GrammarBackend

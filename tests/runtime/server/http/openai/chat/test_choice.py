@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from branchwise.runtime.chat.tools import StreamParser, Tool
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.chat.sample import Sample

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from branchwise.runtime.chat.tools import StreamParser
+from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.logprobs import pack
 from branchwise.runtime.messages import Delta, Finished
 from branchwise.runtime.sampling_params import SamplingParams

@@ -11,7 +11,8 @@ import openai.types.responses as sdk
 import pytest
 
 from branchwise.runtime.chat.openai_tools import openai_tools
-from branchwise.runtime.chat.tools import StreamParser, Tool
+from branchwise.runtime.chat.tools.definitions import Tool
+from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded
 from branchwise.runtime.messages import Delta
 from branchwise.runtime.server.http.openai.responses.reply import ResponseReply
