@@ -1,4 +1,4 @@
-"""Encodes plans and results as msgpack bytes, for an executor in another process."""
+"""Encodes plans as msgpack bytes, for an executor in another process."""
 
 from __future__ import annotations
 
@@ -8,24 +8,19 @@ from typing import Any, get_args
 import msgspec
 import numpy as np
 
-from .step import StepPlan, StepResult
+from .step import StepPlan
 
 _Array = tuple[str, tuple[int, ...], bytes]  # dtype, shape, values in C order, little-endian
 
 
-def encode(step: StepPlan | StepResult) -> bytes:
-    """The byte form that `decode_plan` or `decode_result` reads."""
+def encode(step: StepPlan) -> bytes:
+    """The byte form that `decode_plan` reads."""
     return _encoder.encode(step)
 
 
 def decode_plan(data: bytes) -> StepPlan:
     """Raises `msgspec.ValidationError` for bytes that are not a plan. The arrays are new and writable."""
     return _plan_decoder.decode(data)
-
-
-def decode_result(data: bytes) -> StepResult:
-    """See `decode_plan`; for a result."""
-    return _result_decoder.decode(data)
 
 
 def _from_array(array: Any) -> _Array:
@@ -48,4 +43,3 @@ def _to_array(wanted: Any, value: Any) -> Any:
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=_from_array)
 _plan_decoder = msgspec.msgpack.Decoder(StepPlan, dec_hook=_to_array)
-_result_decoder = msgspec.msgpack.Decoder(StepResult, dec_hook=_to_array)
