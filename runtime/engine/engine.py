@@ -8,7 +8,6 @@ print(engine.chat([{"role": "user", "content": "Who are you?"}]).text)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from types import TracebackType
 from typing import Self, Unpack, overload
 
 from ..sampling_params import SamplingParams
@@ -108,7 +107,5 @@ class Engine(EngineBase):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

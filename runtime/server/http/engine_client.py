@@ -13,7 +13,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, Literal
 
 import msgspec
@@ -121,7 +120,7 @@ class EngineCall:
     def __enter__(self) -> EngineCall:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def _wait(self, until_all: bool) -> None:
@@ -373,12 +372,7 @@ class EngineClient:
 
     # -- control -------------------------------------------------------------------------------------------------------
 
-    async def control(
-        self,
-        what: ControlWhat,
-        argument: Any = None,
-        seconds: float = CONTROL_SECONDS,
-    ) -> Any:
+    async def control(self, what: ControlWhat, argument: Any = None, seconds: float = CONTROL_SECONDS) -> Any:
         """Sends a `Control` to the scheduler; returns the reply's value.
 
         Raises `InvalidRequest` if the scheduler refuses it, `Overloaded` if it does not answer within ``seconds``.
