@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...runtime.chat.openai_tools import openai_tools
 from ...runtime.chat.tools.definitions import Tool as Definition
-from ...runtime.chat.tools.definitions import validate_tools
 from ...runtime.chat.tools.formats import markers
 from ...runtime.chat.tools.parser import parse
 from .codec import Codec
@@ -55,7 +55,7 @@ async def _tool_loop(
 ) -> list[ExecutedCall]:
     known = {tool.__name__: tool for tool in tools}
     schemas = [schema_of(tool) for tool in tools]
-    definitions = validate_tools(schemas)
+    definitions = [offered.tool for offered in openai_tools(schemas)]
     s.use_tools(schemas)
     await s.sync()
     codec = s._interpreter.session.codec

@@ -14,7 +14,7 @@ _INPUT = "input"  # the parameter
 
 
 def custom_function(tool: Mapping[str, Any], path: str) -> tuple[Any, str, str]:
-    """A custom tool as a function: what `function_of` gives."""
+    """A custom tool as a function: as `openai_tools` reads one."""
     nested = tool.get("custom")
     given, within = (nested, f"{path}.custom") if isinstance(nested, Mapping) else (tool, path)
     described = given.get("description")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, shown
 from .conversation import OfferedTool
 from .custom_tools import custom_function
 from .openai_messages import label, namespaced, read_breakpoint
-from .tools.definitions import ToolLimits, ToolReader, function_of
+from .tools.definitions import ToolLimits, ToolReader, kind_of
 
 _NOT_FOR_THE_MODEL = ("type", "strict", "prompt_cache_breakpoint", "cache_control")
 _FIELDS = ("name", "description", "parameters")  # of a function in the responses API
@@ -64,7 +64,7 @@ class _Reader:
 
     def read(self, tool: Any, path: str, namespace: str | None = None) -> None:
         custom = isinstance(tool, Mapping) and tool.get("type") == "custom"
-        function, path, within = custom_function(tool, path) if custom else function_of(tool, path, flat=self._flat)
+        function, path, within = custom_function(tool, path) if custom else _function(tool, path, flat=self._flat)
         if tool.get("async"):
             raise InvalidRequest(f"{path}.async", "is not supported by this server")
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -72,12 +72,12 @@ class _Reader:
             function = {**function, "name": namespaced(namespace, name)}
         read = self.tools.read(function, path, within)
         if within == path:
-            shown = {name: function[name] for name in _FIELDS if function.get(name) is not None}
+            visible = {name: function[name] for name in _FIELDS if function.get(name) is not None}
         else:
-            shown = {name: value for name, value in function.items() if name not in _NOT_FOR_THE_MODEL}
+            visible = {name: value for name, value in function.items() if name not in _NOT_FOR_THE_MODEL}
         offered = OfferedTool(
             read,
-            {"type": "function", "function": shown},
+            {"type": "function", "function": visible},
             f"{within}.parameters",
             read_breakpoint(tool, path),
             custom=custom,
@@ -85,3 +85,18 @@ class _Reader:
             namespace=namespace,
         )
         self.found.append(offered)
+
+
+def _function(tool: Any, path: str, *, flat: bool = False) -> tuple[Any, str, str]:
+    """Arguments of `ToolReader.read` for a tool: its function, its path and the function's path.
+
+    ``flat``: the tool is the function, as in the responses API; otherwise it may be.
+    """
+    if not isinstance(tool, Mapping):
+        raise InvalidRequest(path, f"must be an object, got {kind_of(tool)}")
+    if tool.get("type") != "function":
+        problem = f'must be "function", the only kind of tool this server has, got {shown(tool.get("type"))}'
+        raise InvalidRequest(f"{path}.type", problem)
+    if not flat and ("function" in tool or "name" not in tool):
+        return tool.get("function"), path, f"{path}.function"
+    return tool, path, path

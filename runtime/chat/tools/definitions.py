@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
-from ...errors import InvalidRequest
+from ...errors import InvalidRequest, shown
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]+")
-_repr = reprlib.Repr()  # looks at a few elements only
-_repr.maxstring = 80
 
 
 class Tool(msgspec.Struct, frozen=True):
@@ -24,11 +21,6 @@ class Tool(msgspec.Struct, frozen=True):
     parameters: dict[str, Any]
     description: str = ""
     strict: bool = False
-
-    def definition(self) -> dict[str, Any]:
-        """As chat templates take it: the shape of the chat completions API."""
-        function: dict[str, Any] = {"name": self.name, "description": self.description, "parameters": self.parameters}
-        return {"type": "function", "function": function}
 
 
 class ToolLimits(msgspec.Struct, frozen=True):
@@ -52,7 +44,7 @@ class ToolReader:
     def check_count(self, tools: Any, path: str = "tools") -> None:
         """Raises `InvalidRequest` unless ``tools`` is a list of at most the allowed number."""
         if not isinstance(tools, list):
-            raise InvalidRequest(path, f"must be a list, got {_kind(tools)}")
+            raise InvalidRequest(path, f"must be a list, got {kind_of(tools)}")
         if len(tools) > self._limits.tools:
             raise InvalidRequest(path, f"has {len(tools)} tools, more than the {self._limits.tools} allowed")
 
@@ -64,14 +56,14 @@ class ToolReader:
         """
         within = within or path
         if not isinstance(function, Mapping):
-            raise InvalidRequest(within, f"must be an object, got {_kind(function)}")
+            raise InvalidRequest(within, f"must be an object, got {kind_of(function)}")
         name = _name(function.get("name"), f"{within}.name", self._limits)
         description = function.get("description")
         if description is not None and not isinstance(description, str):
-            raise InvalidRequest(f"{within}.description", f"must be a string, got {_kind(description)}")
+            raise InvalidRequest(f"{within}.description", f"must be a string, got {kind_of(description)}")
         strict = function.get("strict")
         if strict is not None and not isinstance(strict, bool):
-            raise InvalidRequest(f"{within}.strict", f"must be true or false, got {_kind(strict)}")
+            raise InvalidRequest(f"{within}.strict", f"must be true or false, got {kind_of(strict)}")
         parameters, size = _parameters(function.get(schema), f"{within}.{schema}", self._limits)
         first = self._paths.setdefault(name, path)
         if first != path:
@@ -84,41 +76,13 @@ class ToolReader:
         return Tool(name, parameters, description or "", bool(strict))
 
 
-def validate_tools(tools: Any, limits: ToolLimits | None = None) -> list[Tool]:
-    """The tools of a request, in order; ``tools`` is the JSON value of its field, None if there was none.
-
-    Takes the shape of the chat completions API (``{"type": "function", "function": {...}}``) and that of the
-    responses API (``{"type": "function", "name": ...}``). Raises `InvalidRequest` naming the place and the limit.
-    """
-    if tools is None:
-        return []
-    reader = ToolReader(limits)
-    reader.check_count(tools)
-    return [reader.read(*function_of(tool, f"tools[{i}]")) for i, tool in enumerate(tools)]
-
-
-def function_of(tool: Any, path: str, *, flat: bool = False) -> tuple[Any, str, str]:
-    """Arguments of `ToolReader.read` for OpenAI's ``tool``: its function, its path and the function's path.
-
-    ``flat``: the tool is the function, as in the responses API; otherwise it may be.
-    """
-    if not isinstance(tool, Mapping):
-        raise InvalidRequest(path, f"must be an object, got {_kind(tool)}")
-    if tool.get("type") != "function":
-        problem = f'must be "function", the only kind of tool this server has, got {_shown(tool.get("type"))}'
-        raise InvalidRequest(f"{path}.type", problem)
-    if not flat and ("function" in tool or "name" not in tool):
-        return tool.get("function"), path, f"{path}.function"
-    return tool, path, path
-
-
 def _name(name: Any, field: str, limits: ToolLimits) -> str:
     if not isinstance(name, str):
-        raise InvalidRequest(field, f"must be a string, got {_kind(name)}")
+        raise InvalidRequest(field, f"must be a string, got {kind_of(name)}")
     if len(name) > limits.name_characters:
         raise InvalidRequest(field, f"has {len(name)} characters, more than the {limits.name_characters} allowed")
     if not _NAME.fullmatch(name):
-        raise InvalidRequest(field, f"must be one or more of a-z, A-Z, 0-9, _ and -, got {_shown(name)}")
+        raise InvalidRequest(field, f"must be one or more of a-z, A-Z, 0-9, _ and -, got {shown(name)}")
     return name
 
 
@@ -127,7 +91,7 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
     if schema is None or schema == {}:
         return {"type": "object", "properties": {}}, 2
     if not isinstance(schema, Mapping):
-        raise InvalidRequest(field, f"must be a JSON schema, an object, got {_kind(schema)}")
+        raise InvalidRequest(field, f"must be a JSON schema, an object, got {kind_of(schema)}")
     problem = _too_much(schema, limits)
     if problem is not None:
         raise InvalidRequest(field, problem)
@@ -139,11 +103,11 @@ def _parameters(schema: Any, field: str, limits: ToolLimits) -> tuple[dict[str, 
         raise InvalidRequest(field, f"has {size} bytes, more than the {limits.schema_bytes} allowed")
     if schema.get("type", "object") != "object":
         raise InvalidRequest(
-            f"{field}.type", f'must be "object": arguments are passed by name; got {_shown(schema["type"])}'
+            f"{field}.type", f'must be "object": arguments are passed by name; got {shown(schema["type"])}'
         )
     properties = schema.get("properties", {})
     if not isinstance(properties, Mapping):
-        raise InvalidRequest(f"{field}.properties", f"must be an object, got {_kind(properties)}")
+        raise InvalidRequest(f"{field}.properties", f"must be an object, got {kind_of(properties)}")
     return {"type": "object", **schema}, size
 
 
@@ -171,13 +135,8 @@ def _too_much(schema: Any, limits: ToolLimits) -> str | None:
     return f"is nested deeper than the {limits.schema_depth} levels allowed"
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """A value's type, in JSON's words."""
     kinds: list[tuple[type, str]] = [(bool, "a boolean"), (int, "a number"), (float, "a number"), (str, "a string")]
     kinds += [(list, "a list"), (dict, "an object"), (type(None), "nothing")]
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
-
-
-def _shown(value: Any) -> str:
-    text = _repr.repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

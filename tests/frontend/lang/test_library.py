@@ -15,7 +15,7 @@ import branchwise as bw
 from branchwise.frontend.lang.codec import Codec
 from branchwise.frontend.lang.tool_schema import fitted, schema_of
 from branchwise.frontend.lang.tools import ExecutedCall, parse_calls
-from branchwise.runtime.chat.tools.definitions import validate_tools
+from branchwise.runtime.chat.openai_tools import openai_tools
 from branchwise.runtime.tokenizer.tokenizer import Tokenizer
 
 
@@ -102,7 +102,7 @@ TEMPLATES = Path(__file__).resolve().parents[2] / "runtime" / "chat" / "template
     ids=["llama 3", "qwen 3", "qwen 3, its thoughts begun by the prompt", "qwen 3 coder", "pythonic"],
 )
 def test_calls_are_read_as_the_models_template_writes_them(tokenizer, template, text):
-    (one,) = parse_calls(text, codec_of(template, tokenizer), validate_tools([schema_of(add)]))
+    (one,) = parse_calls(text, codec_of(template, tokenizer), [openai_tools([schema_of(add)])[0].tool])
     assert (one.name, dict(one.arguments), one.error) == ("add", {"a": 2, "b": 3}, None)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from branchwise.runtime.chat.tools.channel_grammar import message_rules
-from branchwise.runtime.chat.tools.definitions import Tool, validate_tools
+from branchwise.runtime.chat.tools.definitions import Tool
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
 from branchwise.runtime.chat.tools.parser import parse
@@ -300,7 +300,7 @@ def test_tags_are_plain_data() -> None:
 
 
 def test_tools_of_a_request() -> None:
-    tools = validate_tools([{"type": "function", "function": {"name": "now"}}])
+    tools = [Tool("now", {"type": "object", "properties": {}})]
     assert accepts(call_grammar("hermes", tools).lark(), '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>')
 
 
