@@ -35,13 +35,18 @@ class PromptCacheOptions(BaseModel):
 _NO_OPTIONS = PromptCacheOptions(ttl=None)
 
 
-class CacheFields(BaseModel):
-    """A base of request models."""
+class Partition(BaseModel):
+    """A base of request models: the part of the caller's cache."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     cache_salt: str | None = None
     extra_key: str | None = Field(None, description="SGLang's other name for cache_salt.")
     prompt_cache_key: str | None = Field(None, description="A part of the caller's cache, isolated from the others.")
+
+
+class CacheFields(Partition):
+    """A base of request models."""
+
     prompt_cache_options: PromptCacheOptions | None = None
     prompt_cache_breakpoint: Any = Field(
         None,
@@ -50,23 +55,23 @@ class CacheFields(BaseModel):
     )
 
 
+def namespace_of(state: AppState, body: Partition, within: str = "") -> tuple[str, str]:
+    """The namespace that a request names. ``within``: the path of the body, with a dot. Raises `InvalidRequest`."""
+    labels = {name: getattr(body, name) for name in Partition.model_fields}
+    for name, label in labels.items():
+        check_label(label, f"{within}{name}")
+    return state.namespaces.of(*labels.values())
+
+
 def caching(
-    state: AppState,
-    body: CacheFields,
-    *,
-    marks: Sequence[tuple[int, str | float | None]] = (),
+    state: AppState, body: CacheFields, *, marks: Sequence[tuple[int, str | float | None]] = ()
 ) -> dict[str, Any]:
     """``namespace``, ``breakpoints`` and ``no_cache`` of a `Generate`, from a request's fields.
 
     ``marks``: breakpoints within a rendered conversation, (position in characters, ttl). Of more than four the last
     four count, as in OpenAI's API. Raises `InvalidRequest`.
     """
-    for name, label in (
-        ("cache_salt", body.cache_salt),
-        ("extra_key", body.extra_key),
-        ("prompt_cache_key", body.prompt_cache_key),
-    ):
-        check_label(label, name)
+    namespace = namespace_of(state, body)
     options = body.prompt_cache_options or _NO_OPTIONS
     mode = options.mode or "auto"
     if mode not in MODES:
@@ -89,7 +94,7 @@ def caching(
     if options.ttl is not None and mode != "explicit":
         breakpoints.append((_END, usual))
     return {
-        "namespace": state.namespaces.of(body.cache_salt, body.extra_key, body.prompt_cache_key),
+        "namespace": namespace,
         "breakpoints": breakpoints[-MAX_BREAKPOINTS:],
     }
 

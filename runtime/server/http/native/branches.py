@@ -18,7 +18,7 @@ from ....sampling_params import SamplingParams
 from ....scheduler.branches.registry import MAX_FORK
 from ....scheduler.branches.scores import Score, ScoreCollector
 from ....tokenizer.pieces import check_no_special, rendered_piece
-from ..fields.cache import seconds
+from ..fields.cache import Partition, namespace_of, seconds
 from ..fields.known import ANSWER_FIELDS, UNSUPPORTED
 from ..fields.parse import Strict, parse
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
@@ -52,25 +52,21 @@ class ExtendRequest(Strict):
     parse_special: bool | None = Field(None, description="Whether special tokens may be spelled out in the text.")
 
 
-class CreateRequest(ExtendRequest):
+class CreateRequest(ExtendRequest, Partition):
     """A branch of a text, of token ids, of messages, of another branch, or of nothing yet."""
 
     messages: list[Any] | None = Field(
         None, description="A conversation, with the chat fields that shape its prompt, such as tools."
     )
     parent: str | None = None
-    cache_salt: str | None = None
-    extra_key: str | None = None
-    prompt_cache_key: str | None = Field(None, description="A part of the caller's cache, isolated from the others.")
     ttl: str | float | int | None = Field(
         None, description="Seconds it lives after each use, or a number with s, m, h or d. Default: the server's."
     )
 
 
 # A branch's part of the cache is set when it is created, and it keeps its own pages.
-_PARTITION = ("cache_salt", "extra_key", "prompt_cache_key")
 _CREATE_UNSUPPORTED = UNSUPPORTED | {"prompt_cache_options", "prompt_cache_breakpoint"}
-_UNSUPPORTED = _CREATE_UNSUPPORTED | {*_PARTITION, "text", "input_ids"}
+_UNSUPPORTED = _CREATE_UNSUPPORTED | {*Partition.model_fields, "text", "input_ids"}
 
 
 class ForkRequest(Strict):
@@ -276,10 +272,8 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
     body = parse(CreateRequest, raw, within, _CREATE_UNSUPPORTED)
     if sum(given is not None for given in (body.text, body.input_ids, body.messages)) > 1:
         raise InvalidRequest(f"{within}text", "cannot be combined with input_ids or messages: give one of the three")
-    partition = [getattr(body, name) for name in _PARTITION]
-    for name, label in zip(_PARTITION, partition, strict=True):
-        check_label(label, f"{within}{name}")
-    for name in (*_PARTITION, "messages"):
+    namespace = namespace_of(state, body, within)
+    for name in (*Partition.model_fields, "messages"):
         if body.parent and getattr(body, name):
             raise InvalidRequest(f"{within}{name}", "is inherited from the parent: leave it out")
     if body.messages is not None:
@@ -290,7 +284,7 @@ async def _create(state: AppState, raw: Mapping[str, Any], within: str = "") -> 
         piece = _given(state, body, trusted, within)
     longest = state.config.engine.branch_ttl
     ttl = None if body.ttl is None else seconds(body.ttl, longest, f"{within}ttl", "--branch-ttl")
-    op = BranchOp(0, "create", state.namespaces.of(*partition), body.parent or "", piece, ttl=ttl)
+    op = BranchOp(0, "create", namespace, body.parent or "", piece, ttl=ttl)
     return await state.client.operate(op)
 
 

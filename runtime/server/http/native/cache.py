@@ -20,7 +20,7 @@ from ....limits import check_text_length, fit
 from ....messages import ControlWhat
 from ....outputs import Output
 from ....sampling_params import SamplingParams
-from ..fields.cache import CacheFields, caching, seconds
+from ..fields.cache import CacheFields, Partition, caching, seconds
 from ..fields.parse import Prompts, Strict, parse
 from ..fields.prompts import Ids, check_label, check_priority, check_prompts, make_prompt, split_prompts, token_bytes
 from ..openai.chat.request import chat_text
@@ -239,7 +239,7 @@ def _namespace(state: AppState, body: CacheFields) -> tuple[str, str]:
 
 def _named(body: WarmRequest, prompts: int) -> list[tuple[str, str]]:
     """The namespaces that a request names: digests of a key and of a salt, for each prompt."""
-    if body.cache_salt or body.extra_key or body.prompt_cache_key:
+    if any(getattr(body, name) for name in Partition.model_fields):
         raise InvalidRequest("namespaces", "cannot be combined with cache_salt, extra_key or prompt_cache_key")
     named = body.namespaces or []
     if len(named) != prompts or any(len(each) != 2 for each in named):
