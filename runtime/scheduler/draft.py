@@ -41,6 +41,7 @@ class Draft:
     starts: list[RowStart] = field(default_factory=list)
     swaps: list[Int32] = field(default_factory=list)
     finishing: list[Request] = field(default_factory=list)
+    short_tokens: int = 0  # query tokens of short prompts
     retracted: bool = False
     yields: int = 0  # requests retracted for the sake of other owners
 

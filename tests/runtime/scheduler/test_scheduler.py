@@ -100,6 +100,47 @@ def test_prefill_chunks_share_steps_with_decodes(make_driver, overlap):
     driver.verify()
 
 
+def test_short_prompts_fill_a_step_beside_decodes_and_no_more(make_driver):
+    """Sixteen of 100 tokens: 1,024 query tokens in a step, decodes included. A long prompt is not put off."""
+    driver = make_driver(num_pages=2048, max_len=2048, max_num_seqs=32, max_num_batched_tokens=8192)
+    driver.add([2, 3], max_tokens=30)
+    driver.step()
+    for i in range(16):
+        driver.add(prompt(100, start=3 + i), max_tokens=2)
+    driver.add(prompt(600, start=30), max_tokens=2)
+    driver.drain()
+    plans = [plan for plan in driver.executor.plans[1:] if len(plan.rows) > plan.num_decodes]
+    prompt_tokens = [int(plan.q_lens[plan.num_decodes :].sum()) for plan in plans]
+    assert [plan.num_decodes for plan in plans] == [1, 12]  # the long one decodes too
+    assert prompt_tokens == [1023 + 600, 577]
+    driver.verify()
+
+
+def test_short_prompts_that_arrive_together_fill_the_budget_while_none_decodes(make_driver):
+    driver = make_driver(num_pages=2048, max_len=2048, max_num_seqs=32, max_num_batched_tokens=8192)
+    for i in range(20):
+        driver.add(prompt(100, start=3 + i), max_tokens=2)
+    driver.drain()
+    assert driver.executor.plans[0].num_tokens == 2000
+    driver.verify()
+
+
+def test_a_full_step_looks_few_waiting_prompts_up(make_driver, monkeypatch):
+    """One look-up a request at most, however many steps it waits."""
+    driver = make_driver(num_pages=4096, max_len=2048, max_num_seqs=64, max_num_batched_tokens=8192)
+    shared = prompt(1000)
+    driver.add(shared, max_tokens=60)
+    driver.step()
+    seen = []
+    peek = RadixTree.peek
+    monkeypatch.setattr(RadixTree, "peek", lambda *args, **kwargs: seen.append(1) or peek(*args, **kwargs))
+    for i in range(40):
+        driver.add([*shared, *prompt(100, start=7 + i)], max_tokens=1)
+    driver.drain()
+    assert len(seen) <= 2 * 40
+    driver.verify()
+
+
 def test_decodes_that_fill_their_pages_together_get_pages_at_once(make_driver, monkeypatch):
     """Sixteen of equal length: one reservation whenever they cross into their next page."""
     driver = make_driver(num_pages=512, max_num_seqs=16)
