@@ -15,13 +15,22 @@ stop() {
 }
 trap stop EXIT
 
-answers() { python -c "import sys, urllib.request as u; u.urlopen(sys.argv[1] + '/health', timeout=2)" "$url" 2>/dev/null; }
-for _ in $(seq 300); do
-  answers && break
-  kill -0 "$server" 2>/dev/null || { echo "the server did not start"; exit 1; }
-  sleep 0.2
-done
-answers || { echo "the server did not answer within a minute"; exit 1; }
+# One process polls: an interpreter for each try would take the processor that the server starts on.
+python - "$url/health" "$server" <<'END' || exit 1
+import os, sys, time, urllib.request
+url, server, end = sys.argv[1], int(sys.argv[2]), time.monotonic() + 60
+while time.monotonic() < end:
+    try:
+        urllib.request.urlopen(url, timeout=2)
+        sys.exit()
+    except OSError:  # it does not answer yet
+        time.sleep(0.05)
+    try:
+        os.kill(server, 0)
+    except ProcessLookupError:
+        sys.exit("the server did not start")
+sys.exit("the server did not answer within a minute")
+END
 
 echo
 python quickstart.py "$url"
