@@ -70,6 +70,10 @@ class Ops(Protocol):
         """See `ops.apply_sinks`."""
         ...
 
+    def copy_pages(self, pages: Tensor, copies: Tensor) -> None:
+        """See `ops.copy_pages`."""
+        ...
+
     def page_indices(self, table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:
         """See `ops.page_indices`."""
         ...

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .kv_format import CHOICES, PLAIN, KVFormat
 
-COPY_BYTES = 64 * 1024 * 1024  # most bytes in flight while pages are copied
 DEQUANTIZED_BYTES = 256 * 1024 * 1024  # most of `KVLayout.dequantized`: 64k tokens of 8 heads of 128 in bfloat16
 ALIGNMENT = 16  # bytes: a quantized page is a multiple of the widest load
 
@@ -247,18 +246,6 @@ class KVPool:
         """Makes layer ``index`` quantize by a checkpoint's own fp8 scales: ``[2, kv_heads]``, of keys and of values."""
         scales = scales.to(self.device, torch.float32).contiguous()
         self._layers[index] = replace(self._layers[index], static_scales=scales)
-
-    def copy_pages(self, copies: Tensor) -> None:
-        """Copies whole pages in every layer: copy-on-write of a page whose first tokens are reused.
-
-        ``copies``: int64 ``[C, 2]`` of (source, destination), on the pool's device. In each layer ALL sources are
-        gathered before a destination is written, so a page may be the source of one pair and the destination of
-        another.
-        """
-        sources, destinations = copies.unbind(1)
-        layers = max(1, self.layout.num_layers * COPY_BYTES // max(self.layout.page_bytes * len(copies), 1))
-        for some in self.data.split(layers):
-            some.index_copy_(2, destinations, some.index_select(2, sources))
 
 
 def _put(pages: Tensor, slots: Tensor, x: Tensor) -> None:

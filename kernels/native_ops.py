@@ -8,13 +8,14 @@ from torch import Tensor
 from . import native, ops
 from .addends import Addends
 from .kv_pool import KVLayer
-from .ops import Activation, apply_sinks, fp8_linear, page_indices, route
+from .ops import Activation, apply_sinks, copy_pages, fp8_linear, page_indices, route
 from .quantize import QuantizedRows, Quantizer, quantize
 
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
     "apply_sinks",
+    "copy_pages",
     "fp8_linear",
     "gate_mul",
     "gate_mul_quantized",

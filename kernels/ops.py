@@ -21,6 +21,7 @@ from .quantize import QuantizedRows, Quantizer, constant, dequantize_weight, qua
 # gelu_tanh: the approximation by tanh. swigluoai: GPT-OSS's, see `gate_mul`.
 Activation = Literal["silu", "gelu", "gelu_tanh", "swigluoai"]
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0
+COPY_BYTES = 64 * 1024 * 1024  # most bytes in flight while pages are copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,22 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
         sinks: float32 ``[heads]``, to base e.
     """
     out.mul_(torch.sigmoid(lse * math.log(2.0) - sinks)[..., None])
+
+
+def copy_pages(pages: Tensor, copies: Tensor) -> None:
+    """Copies pages in every layer: copy-on-write of a page whose first tokens are reused.
+
+    Every source is read before a destination is written, so a page may be the source of one pair and the destination of
+    another.
+
+    Args:
+        pages: uint8 ``[rows, P, bytes]``, as `KVPool.fragments`.
+        copies: int64 ``[C, 2]`` of (source, destination).
+    """
+    sources, destinations = copies.unbind(1)
+    rows = max(1, COPY_BYTES // max(pages.shape[2] * len(copies), 1))
+    for some in pages.split(rows):
+        some.index_copy_(1, destinations, some.index_select(1, sources))
 
 
 def page_indices(table: Tensor, rows: Tensor, indptr: Tensor, max_pages: int, out: Tensor) -> None:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import ops
 from .addends import Addends
 from .kv_pool import KVLayer
 from .ops import Activation
@@ -26,6 +27,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
     "apply_sinks",
+    "copy_pages",
     "fp8_linear",
     "gate_mul",
     "gate_mul_quantized",
@@ -36,6 +38,7 @@ __all__ = [
     "route",
 ]
 
+PAIRS = 128  # of pages that are copied in one launch
 TILE = 1024  # elements a program of 4 warps takes at a time: one 16-byte access of bfloat16 for each thread
 
 
@@ -392,6 +395,41 @@ def apply_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
         block_h = max(1, TILE // block_d)
         constants = heads, size, out.stride(0), block_h, block_d
         _apply_sinks((tokens, triton.cdiv(heads, block_h), 1), (out, lse, sinks), (), constants, warps=4)
+
+
+@kernel("count")
+def _copy_words(
+    pages_ptr: tl.tensor,
+    copies_ptr: tl.tensor,
+    count: tl.tensor,
+    ROW_STRIDE: tl.constexpr,
+    WORDS: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The same words of all pages of one row, so that no other program writes what this one reads."""
+    pair, word = tl.arange(0, PAIRS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    is_pair = pair < count
+    source = tl.load(copies_ptr + 2 * pair, is_pair, other=0)
+    destination = tl.load(copies_ptr + 2 * pair + 1, is_pair, other=0)
+    row = pages_ptr + tl.program_id(1).to(tl.int64) * ROW_STRIDE
+    mask = is_pair[:, None] & (word < WORDS)[None, :]
+    words = tl.load(row + (source * WORDS)[:, None] + word[None, :], mask)
+    tl.debug_barrier()  # all are read
+    tl.store(row + (destination * WORDS)[:, None] + word[None, :], words, mask)
+
+
+def copy_pages(pages: Tensor, copies: Tensor) -> None:
+    """See `ops.copy_pages`. In one launch, unless there are many: torch takes two for each layer, as it indexes with 32
+    bits."""
+    rows, _, size = pages.shape
+    count, block = len(copies), TILE // PAIRS * 8
+    if count > PAIRS or size % 4:
+        ops.copy_pages(pages, copies)
+    elif count:
+        words = pages.view(torch.int32)
+        grid = triton.cdiv(size // 4, block), rows, 1
+        _copy_words(grid, (words, copies), (count,), (words.stride(0), size // 4, PAIRS, block), warps=4)
 
 
 @kernel()

@@ -23,7 +23,9 @@ from .wide_kernel import KEYS, WARPS, attend_wide
 # With 4 stages or fewer Triton waits for all loads at the top of each block: page numbers, which the addresses of keys
 # depend on, take one of the stages. With 5 the next block's keys are in flight, in half as many programs.
 DEEP = 5
-MERGE_HEADS = 8  # query heads that one program of the merge takes
+# Query heads that one program of the merge takes. In steps of many query tokens, most of which belong to chunks and
+# have nothing to merge, it takes as many as have so many channels.
+MERGE_HEADS, MANY_TOKENS, MERGE_CHANNELS = 8, 448, 4096
 
 
 class TreeTile(NamedTuple):
@@ -148,7 +150,7 @@ class TreeRunner:
         Args:
             q, out: ``[T, heads, head_dim]``; the heads of a token are contiguous.
             grid: items to launch for each tile; those beyond the plan's exit at once.
-            num_tokens: query tokens to merge.
+            num_tokens: query tokens to merge, the first ones.
         """
         side = self._side if self._side and grid[-1] and torch.cuda.is_current_stream_capturing() else None
         widest = len(self.tiles) - 1
@@ -160,11 +162,14 @@ class TreeRunner:
             self.attend(widest, layer, spec, q, out, grid[widest])
         if side:
             torch.cuda.current_stream().wait_stream(side)
+        if not num_tokens:
+            return
+        heads = MERGE_HEADS if num_tokens <= MANY_TOKENS else max(MERGE_HEADS, MERGE_CHANNELS // self._block_d)
         merge_slots(
-            (num_tokens, triton.cdiv(self._heads, MERGE_HEADS), 1),
+            (num_tokens, triton.cdiv(self._heads, heads), 1),
             (self._partial, self._lse, self._merges, self._slots, self._sinks(spec), out),
             (),
-            (self._heads, self._head_dim, out.stride(0), spec.sinks is not None, MERGE_HEADS, self._block_d),
+            (self._heads, self._head_dim, out.stride(0), spec.sinks is not None, heads, self._block_d),
             warps=4,
         )
 

@@ -100,6 +100,9 @@ class ModelExecutor:
         self._pool = KVPool.allocate(memory.layout, self.num_pages + 1, self.device)
         for i, scales in kv_scales.items():
             self._pool.set_static_scales(i, torch.stack(scales))
+        self._copy_pages = pick_ops(self.device, deterministic=config.deterministic).copy_pages
+        if self.device.type == "cuda":  # compiled before a request needs it
+            self._copy_pages(self._pool.fragments(), to_device(np.full((1, 2), scratch_page), self.device))
         slots = host_slots(config, memory, group)
         self.host = HostTier(self._pool, slots, fp8=config.host_cache_dtype == "fp8") if slots else None
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
@@ -187,7 +190,7 @@ class ModelExecutor:
         with on_device(self.device), torch.inference_mode():
             self._table.write(plan.table_rows, plan.table_cols, plan.table_pages)
             if len(plan.copies):
-                self._pool.copy_pages(to_device(plan.copies.astype(np.int64), self.device))
+                self._copy_pages(self._pool.fragments(), to_device(plan.copies.astype(np.int64), self.device))
             for start in plan.starts:
                 if self._group.rank == 0:
                     self._sampler.start(start)

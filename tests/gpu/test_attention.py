@@ -131,9 +131,13 @@ def test_padded_steps(backend: str, specs: str) -> None:
 
 @pytest.mark.parametrize("backend", ["flashinfer", "triton", "tree"])
 def test_heads_of_128_and_long_chunks(backend: str) -> None:
-    """Long chunks take `fa3` on Hopper."""
+    """Long chunks take `fa3` on Hopper, others the tree's widest tile."""
     world = World(backend, SPECS["plain"], 16, dim=128)
     world.step([(1, 500), (900, 900), (1000, 1020)])
+    chunks = [(1, 500), (1, 700), (64, 900), (200, 1020), (33, 700), (128, 1000)]
+    world.step(chunks)
+    if world.backend.joint:
+        world.step(chunks, StepShape(0, 512, 0, joint=16))
 
 
 @pytest.mark.parametrize("choice", ["auto", "fp8"])

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from branchwise.kernels import ops
 from branchwise.kernels.kv_format import CHOICES, FORMATS, NVFP4_BLOCK, KVFormat, hadamard, problem
 from branchwise.kernels.kv_pool import KVLayout, KVPool
 
@@ -68,7 +69,7 @@ def test_copied_pages_and_rewritten_tokens_are_those_of_a_cold_pool(choice: str,
         slots = torch.arange(page)
         warm.layer(layer).write(slots, *first[layer])
         cold.layer(layer).write(slots + 2 * page, *second[layer])
-    warm.copy_pages(torch.tensor([[0, 2]]))
+    ops.copy_pages(warm.fragments(), torch.tensor([[0, 2]]))
     for layer in range(2):
         rest = second[layer][:, reused:]
         warm.layer(layer).write(2 * page + torch.arange(reused, page), *rest)

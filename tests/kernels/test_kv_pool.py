@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 
-from branchwise.kernels import kv_pool
 from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 CPU = torch.device("cpu")
@@ -35,17 +34,6 @@ def test_a_write_touches_its_slots_alone() -> None:
     expected[:, slots] = torch.stack([k, v])
     assert torch.equal(pool.data[1].flatten(1, 2), expected)
     assert torch.equal(pool.layer(1).k.flatten(0, 1), expected[0]) and not pool.data[0].any()
-
-
-@pytest.mark.parametrize("bytes_in_flight", [1, 2**26], ids=["layer by layer", "at once"])
-def test_copies_read_every_source_first(bytes_in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kv_pool, "COPY_BYTES", bytes_in_flight)
-    data = torch.arange(2 * 2 * 4 * 3 * 2, dtype=torch.float32).reshape(2, 2, 4, 3, 1, 2)
-    before = data.clone()
-    # A ring: copying pair by pair would be wrong in any order.
-    KVPool(data).copy_pages(torch.tensor([[0, 1], [1, 2], [2, 0]]))
-    assert torch.equal(data[:, :, [1, 2, 0]], before[:, :, [0, 1, 2]])
-    assert torch.equal(data[:, :, 3], before[:, :, 3])
 
 
 @pytest.mark.parametrize("choice", ["auto", "fp8", "int4", "nvfp4", "k16v8"])

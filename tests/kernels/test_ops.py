@@ -76,6 +76,17 @@ def test_rope_write_is_its_parts_and_touches_its_slots_alone(normed: bool) -> No
     torch.testing.assert_close(pool.flatten(1, 2), expected)
 
 
+@pytest.mark.parametrize("bytes_in_flight", [1, 2**26], ids=["row by row", "at once"])
+def test_copies_read_every_source_first(bytes_in_flight: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "COPY_BYTES", bytes_in_flight)
+    pages = torch.arange(2 * 2 * 4 * 6, dtype=torch.uint8).view(4, 4, 6)
+    before = pages.clone()
+    # A ring: copying pair by pair would be wrong in any order.
+    ops.copy_pages(pages, torch.tensor([[0, 1], [1, 2], [2, 0]]))
+    assert torch.equal(pages[:, [1, 2, 0]], before[:, [0, 1, 2]])
+    assert torch.equal(pages[:, 3], before[:, 3])
+
+
 def test_page_indices_lays_rows_end_to_end() -> None:
     table = torch.arange(20, dtype=torch.int32).view(4, 5)
     rows, indptr = torch.tensor([2, 0, 3], dtype=torch.int32), torch.tensor([0, 3, 3, 8], dtype=torch.int32)

@@ -160,6 +160,7 @@ def call_everything() -> None:
         triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
     triton_ops.apply_sinks(zeros(4, 64, 64), zeros(4, 64, dtype=float32), zeros(64, dtype=float32))
     table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
+    triton_ops.copy_pages(zeros(8, 4, 32768, dtype=torch.uint8), zeros(4, 2, dtype=torch.int64))
     triton_ops.page_indices(table, zeros(4, dtype=int32), indptr, 64, zeros(256, dtype=int32))
 
     probs, top_p = zeros(4, 128256, dtype=float32), zeros(4, dtype=torch.float64)
@@ -313,6 +314,8 @@ def call_tree_attention() -> None:
         runner = attention._runner
         runner.tiles = [tile._replace(stages=DEEP) for tile in runner.tiles]
         attention.run(0, q, kv, kv)
+        many = torch.zeros(512, 32, size, dtype=dtype)
+        runner.run(0, spec, many, many, (0,) * len(runner.tiles), len(many))
 
 
 def call_wide_attention() -> None:
@@ -356,7 +359,7 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "merge_slots",
         "_apply_sinks",
     }
-    small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages"}
+    small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages", "_copy_words"}
     large = {"attend": 43, "attend_few": 3, "attend_wide": 2, "_fp8_linear": 12, "_expert_products": 22, "_stream": 4}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large

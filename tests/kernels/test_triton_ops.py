@@ -157,6 +157,19 @@ def test_apply_sinks_in_place() -> None:
     torch.testing.assert_close(whole, expected)
 
 
+@pytest.mark.parametrize("size", [8, 1200, 6])
+@pytest.mark.parametrize("count", [0, 3, 130])
+def test_copy_pages(size: int, count: int) -> None:
+    """Pages that are copied to one another, in one launch; more than a launch takes, and pages that are no words."""
+    generator = torch.Generator().manual_seed(count)
+    pages = torch.randint(0, 256, (4, 200, size), generator=generator, dtype=torch.uint8).to(DEVICE)
+    expected, ring = pages.clone(), torch.randperm(200, generator=generator)[:count]
+    copies = torch.stack([ring, ring.roll(1)], 1).to(DEVICE)
+    triton_ops.copy_pages(pages, copies)
+    ops.copy_pages(expected, copies)
+    assert torch.equal(pages, expected)
+
+
 @pytest.mark.parametrize("max_pages", [3, 1500])
 def test_page_indices(max_pages: int) -> None:
     generator = torch.Generator().manual_seed(max_pages)

@@ -188,15 +188,26 @@ def test_chunks_beside_decodes() -> None:
     world.check(world.batch([(20, 60), (3, 90)]))
 
 
-def test_the_widest_kernel_takes_all_chunks_but_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of steps that are not captured too, whatever the costs."""
+@pytest.mark.parametrize(
+    ("chunks", "members"),
+    [
+        ([(30, 60), (3, 90), (20, 70)], 3),
+        ([(30, 60), (3, 90), (41, 90)], 0),  # one is long
+        ([(30, 30), (3, 90), (20, 20)], 0),  # they see few keys
+        ([], 0),
+    ],
+)
+def test_the_widest_kernel_takes_chunks_whatever_the_costs(
+    chunks: list[tuple[int, int]], members: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps that are not captured."""
     world = World(costs=TreeCosts(tree_layer=1e12))
     monkeypatch.setattr(world.tree, "_wide", True)
     monkeypatch.setattr(tree_backend, "WIDE_CHUNK", 40)
-    for chunks, members in (([(30, 60), (3, 90), (20, 20)], 3), ([(30, 60), (3, 90), (41, 41)], 0)):
-        world.check(world.batch(chunks))
-        assert (world.tree._step is not None) == (members > 0)
-        assert members == 0 or len(world.tree._members.chunks) == members  # type: ignore[union-attr]
+    monkeypatch.setattr(tree_backend, "WIDE_KEYS", 40)
+    world.check(world.batch([*DECODES[:3], *chunks]))
+    assert (world.tree._step is not None) == (members > 0)
+    assert members == 0 or len(world.tree._members.chunks) == members  # type: ignore[union-attr]
 
 
 def test_a_plan_is_kept_until_something_changes(plans: list[int]) -> None:
