@@ -22,6 +22,7 @@ from ...config import ServerConfig
 from ...errors import BranchwiseError, EngineDead
 from ...executor.torch_environment import prepare_torch
 from ...messages import Failed
+from ...models.read_ahead import read_ahead
 from ...parallel.early_torch import create_cuda_context, import_torch_early
 from ...parallel.lifeline import die_with_parent, ignore_stop_signals
 from ..log_format import configure_logging
@@ -79,6 +80,8 @@ def main(role: str, parent: int, *, torch: bool) -> int:
     context: zmq.Context[Any] = zmq.Context()
     http = Outbox(context, run_dir, "http")
     if torch:
+        if config.engine.load_format != "dummy":
+            read_ahead(Path(config.engine.model))
         create_cuda_context(config.engine.device)  # while torch is imported
     try:
         try:
@@ -90,9 +93,7 @@ def main(role: str, parent: int, *, torch: bool) -> int:
             logger.exception("could not start")
             http.send([Failed(role, f"{type(error).__name__}: {error}")])
             return EXIT_FAILED
-        # Objects made so far last as long as the process: exclude them from garbage collection.
-        gc.collect()
-        gc.freeze()
+        gc.freeze()  # objects made so far last as long as the process
         gc.enable()
         try:
             worker.run()
