@@ -32,6 +32,11 @@ def _completed(document: dict[str, Any], routes: Sequence[Routes], keyed: bool) 
     schemas: dict[str, Any] = {}
     responses: dict[str, Any] = {}
     for one in routes:
+        for (path, method), make in one.operations.items():
+            operation, made = document["paths"].get(path.replace(":path", ""), {}).get(method.lower()), make()
+            if operation is not None:  # not hidden
+                parameters = [*operation.get("parameters", ()), *made.pop("parameters", ())]
+                operation |= made | ({"parameters": parameters} if parameters else {})
         schemas[one.shape.schema["title"]] = one.shape.schema
         responses |= {one.shape.prefix + name: one.shape.response(found) for name, found in one.failures.items()}
     document["components"] = {"schemas": schemas, "responses": responses}
@@ -41,7 +46,6 @@ def _completed(document: dict[str, Any], routes: Sequence[Routes], keyed: bool) 
             _describe(operation)
             used.update(operation["tags"])
             _hoist(operation, schemas)
-            operation["responses"].pop("422", None)  # FastAPI's own: an invalid request is a 400 here
             if path in OPEN_PATHS and keyed:
                 operation["security"] = []
     document["tags"] = [{"name": name, "description": about} for name, about in PAGES.items() if name in used]
@@ -77,9 +81,10 @@ def _hoist(operation: dict[str, Any], schemas: dict[str, Any]) -> None:
 
 
 def _moved(value: Any) -> Any:
-    """``value`` with references to where the schemas are now."""
+    """``value`` with references to where the schemas are now, and without defaults of null: descriptions say what null
+    means."""
     if isinstance(value, dict):
-        return {name: _moved(one) for name, one in value.items()}
+        return {name: _moved(one) for name, one in value.items() if name != "default" or one is not None}
     if isinstance(value, list):
         return [_moved(one) for one in value]
     return SCHEMAS + value.removeprefix(_DEFS) if isinstance(value, str) and value.startswith(_DEFS) else value

@@ -147,6 +147,7 @@ def test_streams_and_texts_are_called_that(document: dict[str, Any]) -> None:
     assert kinds("post", "/branches/{id}/generate") == {"application/json", "text/event-stream"}
     assert kinds("post", "/tokenize") == {"application/json"}
     assert kinds("get", "/metrics") == {"text/plain"}
+    assert kinds("get", "/ui/events") == {"text/event-stream"}
     assert kinds("get", "/cache/tree") == {"application/json", "text/plain"}
 
 
