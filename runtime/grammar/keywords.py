@@ -30,35 +30,12 @@ MAX_EXACT = 2**53 - 1  # largest integer bound: llguidance computes with float64
 _ANNOTATIONS = frozenset({"title", "description", "$comment", "default", "examples", "deprecated"})
 _APPLICATORS = frozenset({"allOf", "anyOf", "oneOf", "$ref", "if", "dependentSchemas", "dependencies", "$dynamicRef"})
 _BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_UNSUPPORTED = (  # by llguidance
-    "not",
-    "if",
-    "then",
-    "else",
-    "$dynamicRef",
-    "$recursiveRef",
-    "contains",
-    "minContains",
-    "maxContains",
-    "uniqueItems",
-    "unevaluatedItems",
-    "propertyNames",
-    "dependencies",
-    "dependentRequired",
-    "dependentSchemas",
-    "unevaluatedProperties",
-)
+_OF_ARRAYS = ("contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems")
+_OF_OBJECTS = ("propertyNames", "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedProperties")
+_UNSUPPORTED = ("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", *_OF_ARRAYS, *_OF_OBJECTS)  # by llguidance
 _TYPES = {  # keywords that apply to values of one type and ignore others
-    "array": ("contains", "minContains", "maxContains", "uniqueItems", "unevaluatedItems"),
-    "object": (
-        "propertyNames",
-        "dependencies",
-        "dependentRequired",
-        "dependentSchemas",
-        "unevaluatedProperties",
-        "minProperties",
-        "maxProperties",
-    ),
+    "array": _OF_ARRAYS,
+    "object": (*_OF_OBJECTS, "minProperties", "maxProperties"),
     "string": ("format", "pattern"),
 }
 

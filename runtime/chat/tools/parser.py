@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from . import payloads
 from .channels import Messages
@@ -286,18 +286,8 @@ def parse(
     tools_format: ToolFormat | str | None,
     reasoning: ReasoningFormat | str | None = None,
     tools: Sequence[Tool] | None = None,
-    *,
-    reasoning_open: bool = False,
-    unknown_tools: Literal["content", "call"] = "content",
-    new_id: Callable[[], str] | None = None,
+    **options: Any,
 ) -> Parsed:
-    """A whole output at once: the fold of one `StreamParser.feed` and `finish`."""
-    parser = StreamParser(
-        tools_format,
-        reasoning,
-        tools,
-        reasoning_open=reasoning_open,
-        unknown_tools=unknown_tools,
-        new_id=new_id,
-    )
+    """A whole output at once: the fold of one `StreamParser.feed` and `finish`. ``options``: the parser's others."""
+    parser = StreamParser(tools_format, reasoning, tools, **options)
     return assemble([*parser.feed(text), *parser.finish()])

@@ -37,11 +37,9 @@ REFUSED: dict[str, str] = {
     # further output
     **dict.fromkeys(("logprob_token_ids", "token_ids_logprob", "return_hidden_states"), _NONE),
     **dict.fromkeys(("return_entropy", "return_routed_experts", "return_indexer_topk", "return_meta_info"), _NONE),
-    **dict.fromkeys(
-        ("return_sampling_mask", "return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64"), _NONE
-    ),
-    **dict.fromkeys(("return_bytes", "return_prompt_text", "return_cached_tokens_details", "include_reasoning"), _NONE),
-    **dict.fromkeys(("multi_item_delimiter_indices", "background", "stream_reasoning"), _NONE),
+    **dict.fromkeys(("return_flat_raw_top_logprobs", "return_flat_raw_top_logprobs_b64", "return_bytes"), _NONE),
+    **dict.fromkeys(("return_sampling_mask", "return_prompt_text", "return_cached_tokens_details"), _NONE),
+    **dict.fromkeys(("include_reasoning", "multi_item_delimiter_indices", "background", "stream_reasoning"), _NONE),
     "return_prompt_token_ids": "/v1/completions and /v1/chat/completions have return_token_ids",
     # other models and servers, sessions that are stored
     **dict.fromkeys(("lora_path", "lora_id", "lora_request", "session_params"), _NONE),
@@ -58,29 +56,14 @@ ANSWER_FIELDS = frozenset(
         *("frequency_penalty", "presence_penalty", "repetition_penalty", "skip_special_tokens", "add_special_tokens"),
         *("max_tokens", "max_completion_tokens", "max_output_tokens", "max_new_tokens", "min_tokens", "min_new_tokens"),
         *("n", "best_of", "echo", "logprobs", "top_logprobs", "return_logprob", "top_logprobs_num"),
-        *(
-            "logprob_start_len",
-            "return_text_in_logprobs",
-            "prompt_logprobs",
-            "return_token_ids",
-            "return_tokens_as_token_ids",
-        ),
+        *("logprob_start_len", "return_text_in_logprobs", "prompt_logprobs"),
+        *("return_token_ids", "return_tokens_as_token_ids"),
         *("return_prompt_token_ids", "stream_options", "include", "priority", "parse_special", "truncation"),
         *("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "max_tool_calls"),
         *("chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message", "documents"),
         *("system", "instructions", "thinking", "reasoning", "reasoning_effort", "separate_reasoning"),
-        *(
-            "output_config",
-            "output_format",
-            "output_mode",
-            "text",
-            "input",
-            "input_ids",
-            "prompt",
-            "messages",
-            "extend",
-            "token_ids",
-        ),
+        *("output_config", "output_format", "output_mode"),
+        *("text", "input", "input_ids", "prompt", "messages", "extend", "token_ids"),
     )
 )
 

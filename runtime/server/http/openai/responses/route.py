@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastapi import Request, Response
 
 from .....errors import InvalidRequest, renaming
-from ...chat.prepare import ChatPreparer
+from ...chat.prepare import ChatPreparer, PreparedChat
 from ...native.tokens import token_ids
 from ...plumbing.body import read_json_object
 from ...plumbing.respond import respond
@@ -20,13 +20,16 @@ def routes(state: AppState) -> Routes:
     routes = Routes("responses")
     preparer = ChatPreparer(state)
 
-    @routes.add("POST", "/v1/responses", body=ResponsesRequest, generates=True, fast=True)
-    async def responses(request: Request) -> Response:
-        """Answer a conversation (OpenAI's responses). Nothing is stored."""
+    async def prepared(request: Request) -> tuple[ResponsesRequest, PreparedChat]:
         body = read(await read_json_object(request))
         state.check_model(body.model)
         with renaming(NAMES):
-            chat = await preparer.prepare(response_spec(body, state))
+            return body, await preparer.prepare(response_spec(body, state))
+
+    @routes.add("POST", "/v1/responses", body=ResponsesRequest, generates=True, fast=True)
+    async def responses(request: Request) -> Response:
+        """Answer a conversation (OpenAI's responses). Nothing is stored."""
+        body, chat = await prepared(request)
         reply = ResponseReply(state, body, chat.samples[0], chat.tools)
         call = state.client.open([chat.prompt], [body.rid])
         return await respond(call, request, reply, stream=body.stream, names=chat.names, headers=chat.headers)
@@ -34,10 +37,7 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/v1/responses/input_tokens", body=ResponsesRequest, fast=True)
     async def input_tokens(request: Request) -> Response:
         """How many tokens the prompt of such a request has."""
-        body = read(await read_json_object(request))
-        state.check_model(body.model)
-        with renaming(NAMES):
-            chat = await preparer.prepare(response_spec(body, state))
+        _, chat = await prepared(request)
         ids = await token_ids(state, chat.prompt.text or "", special=False)
         return json_response({"object": "response.input_tokens", "input_tokens": len(ids)})
 
