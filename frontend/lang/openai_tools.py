@@ -11,7 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ...runtime.chat.tools.parser import parse
+from ...runtime.chat.blocks import Block, read_blocks, text_of
+from ...runtime.chat.tools.parser import StreamParser
 from .backend import Turn
 
 
@@ -33,15 +34,20 @@ def conversation(turns: Sequence[Turn]) -> list[dict[str, Any]]:
     made = 0
     for one in turns:
         message: dict[str, Any] = {"role": one.role, "content": one.content}
-        if one.role == "assistant" and (parsed := parse(one.content, "hermes", unknown_tools="call")).calls:
+        blocks = _blocks(one.content) if one.role == "assistant" else []
+        if calls := [block for block in blocks if block.kind == "call"]:
             open_ids.clear()
-            message |= {"content": parsed.content.strip() or None, "tool_calls": []}
-            for call in parsed.calls:
+            message |= {"content": text_of(blocks, "text").strip() or None, "tool_calls": []}
+            for call in calls:
                 id, made = f"call{made:05}", made + 1  # nine alphanumerics: Mistral's templates take no other
-                function = {"name": call.name, "arguments": call.arguments}
+                function = {"name": call.name, "arguments": call.text}
                 message["tool_calls"].append({"id": id, "type": "function", "function": function})
                 open_ids.append(id)
         elif one.role == "tool" and open_ids:
             message["tool_call_id"] = open_ids.popleft()
         found.append(message)
     return found
+
+
+def _blocks(content: str) -> list[Block]:
+    return read_blocks(StreamParser("hermes", unknown_tools="call"), content)

@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ...runtime.chat.blocks import read_blocks, text_of
 from ...runtime.chat.openai_tools import openai_tools
 from ...runtime.chat.tools.definitions import Tool as Definition
 from ...runtime.chat.tools.formats import markers
-from ...runtime.chat.tools.parser import parse
+from ...runtime.chat.tools.parser import StreamParser
 from .codec import Codec
 from .errors import ProgramError, call_site
 from .expressions import Expr, Gen, assistant, gen, role
@@ -92,11 +93,13 @@ def parse_calls(text: str, codec: Codec | None, tools: Sequence[Definition]) -> 
     form, thoughts = ("hermes", None) if codec is None else (codec.calls, codec.thoughts)
     before, ended, _ = text.partition(thoughts.end) if thoughts else ("", "", "")
     thinking = bool(ended) and thoughts is not None and thoughts.begin not in before  # the prompt began it
-    found = parse(text, form, thoughts, tools, reasoning_open=thinking, unknown_tools="call")
+    parser = StreamParser(form, thoughts, tools, reasoning_open=thinking, unknown_tools="call")
+    blocks = read_blocks(parser, text)
+    found = [_parsed(block.name, block.text, block.complete) for block in blocks if block.kind == "call"]
     begins = codec.calls.begin if codec is not None and codec.calls is not None else ()
-    if not found.calls and any(marker in found.content for marker in begins):
+    if not found and any(marker in text_of(blocks, "text") for marker in begins):
         return [ExecutedCall("", {}, error="not a tool call: it has no name, or another form than it must have")]
-    return [_parsed(one.name, one.arguments, one.complete) for one in found.calls]
+    return found
 
 
 def _parsed(name: str, text: str, complete: bool) -> ExecutedCall:

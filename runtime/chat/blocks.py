@@ -6,13 +6,14 @@ dialect renders these events for a stream and the finished blocks for a whole an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, TypeAlias
 
 import msgspec
 
 from ..logprobs import TokenLogprob
 from .tools.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, ReasoningDelta
+from .tools.parser import StreamParser
 
 BlockKind = Literal["text", "thinking", "call"]
 
@@ -114,3 +115,17 @@ class BlockReader:
         if block is not None:
             block.complete = complete
             self._new.append(BlockStop(block))
+
+
+def read_blocks(parser: StreamParser, text: str) -> list[Block]:
+    """The blocks of a whole answer."""
+    reader = BlockReader()
+    for event in (*parser.feed(text), *parser.finish()):
+        reader.read(event)
+    reader.finish(True)
+    return reader.blocks
+
+
+def text_of(blocks: Iterable[Block], kind: BlockKind) -> str:
+    """The texts of all blocks of a kind, joined."""
+    return "".join(block.text for block in blocks if block.kind == kind)

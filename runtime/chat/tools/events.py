@@ -1,16 +1,15 @@
-"""The events of a model's output, and the result that they add up to.
+"""The events of a model's output.
 
 The accounting rule. Every event has a ``source``: the characters of the output it stands for. The sources of all
 events, in order, are the output, character for character. A `ContentDelta`'s or `ReasoningDelta`'s source is its text.
 A call's source, over its three kinds of event, is everything that the model wrote for that call: the whitespace before
-it, its begin marker, its name, its arguments, and and all text between and after them. `Markup` is the rest: the
+it, its begin marker, its name, its arguments, and all text between and after them. `Markup` is the rest: the
 markers around reasoning with the newlines that templates put beside them, and after a call its end marker, its list's
 closing bracket and whitespace.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import ClassVar, TypeAlias
 
 import msgspec
@@ -69,57 +68,3 @@ class Markup(msgspec.Struct, frozen=True, gc=False):
 
 
 Event: TypeAlias = ContentDelta | ReasoningDelta | CallStart | ArgumentsDelta | CallEnd | Markup
-
-
-class Call(msgspec.Struct, frozen=True):
-    """``arguments`` is JSON if ``complete`` and the model wrote valid JSON; otherwise what the model wrote of it."""
-
-    id: str
-    name: str
-    arguments: str
-    complete: bool
-    source: str
-
-
-class Parsed(msgspec.Struct, frozen=True):
-    """A complete output. ``markup`` joins all `Markup`: its length and the others' add up to the output's."""
-
-    content: str
-    reasoning: str
-    calls: tuple[Call, ...]
-    markup: str
-
-
-def assemble(events: Iterable[Event]) -> Parsed:
-    """Folds all events of one output. The answer does not depend on how its text was cut into pieces."""
-    content: list[str] = []
-    reasoning: list[str] = []
-    markup: list[str] = []
-    starts: list[CallStart] = []
-    arguments: list[list[str]] = []
-    sources: list[list[str]] = []
-    complete: list[bool] = []
-    for event in events:
-        match event:
-            case ContentDelta(text=text):
-                content.append(text)
-            case ReasoningDelta(text=text):
-                reasoning.append(text)
-            case Markup(source=source):
-                markup.append(source)
-            case CallStart(source=source):
-                starts.append(event)
-                arguments.append([])
-                sources.append([source])
-                complete.append(False)
-            case ArgumentsDelta(index=index, text=text, source=source):
-                arguments[index].append(text)
-                sources[index].append(source)
-            case CallEnd(index=index, source=source):
-                complete[index] = event.complete
-                sources[index].append(source)
-    calls = tuple(
-        Call(start.id, start.name, "".join(arguments[i]), complete[i], "".join(sources[i]))
-        for i, start in enumerate(starts)
-    )
-    return Parsed("".join(content), "".join(reasoning), calls, "".join(markup))

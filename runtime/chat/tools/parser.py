@@ -24,12 +24,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 from . import payloads
 from .channels import Messages
 from .definitions import Tool
-from .events import Event, Parsed, assemble
+from .events import Event
 from .format_types import ReasoningFormat, ToolFormat
 from .formats import tool_format
 from .output import CallWriter, Output, long_id, short_id
@@ -279,15 +279,3 @@ class StreamParser:
 
 _JSON_LISTS = ("[{", "[ {", "[\n{", "[\n  {", "[\n    {")  # the others are of Python
 _EXTRA = re.compile(r"[}\]]+")  # closing brackets too many: small models write them
-
-
-def parse(
-    text: str,
-    tools_format: ToolFormat | str | None,
-    reasoning: ReasoningFormat | str | None = None,
-    tools: Sequence[Tool] | None = None,
-    **options: Any,
-) -> Parsed:
-    """A whole output at once: the fold of one `StreamParser.feed` and `finish`. ``options``: the parser's others."""
-    parser = StreamParser(tools_format, reasoning, tools, **options)
-    return assemble([*parser.feed(text), *parser.finish()])

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 from branchwise.runtime.chat.tools.definitions import Tool
-from branchwise.runtime.chat.tools.events import Event
+from branchwise.runtime.chat.tools.events import (
+    ArgumentsDelta,
+    CallEnd,
+    CallStart,
+    ContentDelta,
+    Event,
+    Markup,
+    ReasoningDelta,
+)
 from branchwise.runtime.chat.tools.parser import StreamParser
 
 
@@ -36,6 +46,66 @@ TOOLS = [
 ]
 
 
+class Call(msgspec.Struct, frozen=True):
+    """``arguments`` is JSON if ``complete`` and the model wrote valid JSON; otherwise what the model wrote of it."""
+
+    id: str
+    name: str
+    arguments: str
+    complete: bool
+    source: str
+
+
+class Parsed(msgspec.Struct, frozen=True):
+    """A complete output. ``markup`` joins all `Markup`: its length and the others' add up to the output's."""
+
+    content: str
+    reasoning: str
+    calls: tuple[Call, ...]
+    markup: str
+
+
+def assemble(events: Iterable[Event]) -> Parsed:
+    """Folds all events of one output. The answer does not depend on how its text was cut into pieces."""
+    content: list[str] = []
+    reasoning: list[str] = []
+    markup: list[str] = []
+    starts: list[CallStart] = []
+    arguments: list[list[str]] = []
+    sources: list[list[str]] = []
+    complete: list[bool] = []
+    for event in events:
+        match event:
+            case ContentDelta(text=text):
+                content.append(text)
+            case ReasoningDelta(text=text):
+                reasoning.append(text)
+            case Markup(source=source):
+                markup.append(source)
+            case CallStart(source=source):
+                starts.append(event)
+                arguments.append([])
+                sources.append([source])
+                complete.append(False)
+            case ArgumentsDelta(index=index, text=text, source=source):
+                arguments[index].append(text)
+                sources[index].append(source)
+            case CallEnd(index=index, source=source):
+                complete[index] = event.complete
+                sources[index].append(source)
+    calls = tuple(
+        Call(start.id, start.name, "".join(arguments[i]), complete[i], "".join(sources[i]))
+        for i, start in enumerate(starts)
+    )
+    return Parsed("".join(content), "".join(reasoning), calls, "".join(markup))
+
+
+def parse(text: str, *formats: Any, **options: Any) -> Parsed:
+    """A whole output at once."""
+    parser = StreamParser(*formats, **options)
+    return assemble([*parser.feed(text), *parser.finish()])
+
+
 @dataclass(frozen=True)
 class Case:
     """``calls``: (name, arguments, complete)."""
@@ -57,6 +127,9 @@ class Case:
     def stream(self, pieces: Sequence[str]) -> list[Event]:
         parser = self.parser()
         return [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
+
+    def read(self) -> Parsed:
+        return assemble(self.stream([self.text]))
 
 
 A1 = '{"name": "f", "arguments": {"a": 1}}'

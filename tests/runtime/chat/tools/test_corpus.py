@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchwise.runtime.chat.tools.events import ArgumentsDelta, Call, CallEnd, CallStart, Event, Markup, assemble
+from branchwise.runtime.chat.tools.events import ArgumentsDelta, CallEnd, CallStart, Event, Markup
+
+from .cases import Call, assemble
 
 # What may be read and be neither content nor reasoning nor a call.
 MARKUP = re.compile(

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchwise.runtime.chat.tools.definitions import Tool
-from branchwise.runtime.chat.tools.events import assemble
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS
-from branchwise.runtime.chat.tools.parser import parse
+
+from .cases import assemble, parse
 
 A1 = '{"name": "f", "arguments": {"a": 1}}'
 CALL = ("f", '{"a": 1}', True)

@@ -12,13 +12,14 @@ from branchwise.runtime.chat.tools.channel_grammar import message_rules
 from branchwise.runtime.chat.tools.definitions import Tool
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers
 from branchwise.runtime.chat.tools.grammar import CallGrammar, call_grammar
-from branchwise.runtime.chat.tools.parser import parse
 from branchwise.runtime.chat.tools.reasoning_formats import REASONING_FORMATS, reasoning_format
 from branchwise.runtime.config import EngineConfig, ServerConfig
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.server.http.chat.output_grammar import OutputGrammar
 from branchwise.runtime.server.startup import check_parsers
+
+from .cases import parse
 
 llguidance = pytest.importorskip("llguidance")
 

@@ -18,12 +18,13 @@ from branchwise.runtime.chat.tools.events import (
     CallStart,
     ContentDelta,
     ReasoningDelta,
-    assemble,
 )
 from branchwise.runtime.chat.tools.formats import TOOL_FORMATS, markers, tool_format
-from branchwise.runtime.chat.tools.parser import StreamParser, parse
+from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.chat.tools.reader import Markers
 from branchwise.runtime.chat.tools.reasoning_formats import reasoning_format
+
+from .cases import assemble, parse
 
 FRAGMENTS = [
     *("<tool_call>", "</tool_call>", "<think>", "</think>", "<|python_tag|>", "<|python_start|>", "<|python_end|>"),

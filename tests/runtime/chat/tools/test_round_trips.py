@@ -13,8 +13,9 @@ from branchwise.runtime.chat.openai_messages import openai_turns
 from branchwise.runtime.chat.template import ChatTemplate
 from branchwise.runtime.chat.tools.definitions import Tool
 from branchwise.runtime.chat.tools.detect import detect, ends_in_reasoning
-from branchwise.runtime.chat.tools.events import assemble
 from branchwise.runtime.chat.tools.parser import StreamParser
+
+from .cases import assemble
 
 FOLDER = Path(__file__).parents[1] / "templates"
 ARGUMENTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .....chat.blocks import Block, BlockDelta, BlockEvent, BlockKind, BlockStart, BlockStop
+from .....chat.blocks import Block, BlockDelta, BlockEvent, BlockStart, BlockStop, text_of
 from .....chat.conversation import OfferedTool
 from .....chat.custom_tools import custom_input
 from .....messages import Delta
@@ -61,7 +61,7 @@ class ChatChoice:
         return {} if self._ids is None else {"token_ids": self._ids.take()}
 
     def _message(self) -> dict[str, Any]:
-        content, reasoning = self._joined("text"), self._joined("thinking")
+        content, reasoning = text_of(self.sample.blocks, "text"), text_of(self.sample.blocks, "thinking")
         calls = [self._call(block) for block in self.sample.blocks if block.kind == "call"]
         message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
         message["refusal"] = None
@@ -95,9 +95,6 @@ class ChatChoice:
             case _:
                 return None
         return {"tool_calls": [{"index": block.call_index, **call}]}
-
-    def _joined(self, kind: BlockKind) -> str:
-        return "".join(block.text for block in self.sample.blocks if block.kind == kind)
 
     def pieces(self, index: int) -> Iterable[dict[str, Any]]:
         """The new output, as the choices of as many chunks. The last of all has the finish reason."""

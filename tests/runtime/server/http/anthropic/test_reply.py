@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchwise.runtime.chat.tools.definitions import Tool
-from branchwise.runtime.chat.tools.events import assemble
 from branchwise.runtime.chat.tools.parser import StreamParser
 from branchwise.runtime.messages import CacheReport, Delta, Finished
 from branchwise.runtime.outputs import Output
@@ -108,7 +107,7 @@ def test_the_stream_of_every_output_is_its_message(client: Client, tokenizer: To
     for case in corpus:
         message = whole(tokenizer, case.parser(), case.text)
         expected = client.whole(message)
-        parsed = assemble(case.stream([case.text]))
+        parsed = case.read()
         blocks = expected.content
         assert "".join(block.text for block in blocks if block.type == "text") == parsed.content, case
         assert "".join(block.thinking for block in blocks if block.type == "thinking") == parsed.reasoning, case
