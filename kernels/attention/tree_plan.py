@@ -122,8 +122,10 @@ def plan_tree(
     gain = _gain(nodes.counts, segments, costs)
     if gain < least_gain:
         return None
+    keys = int(segments.lengths.sum()), int(kv_lens.sum())
+    segments = _apart(segments, per_tile, passes)
     for coarseness in (1, 2, 4, 8):
-        plan = _cut(segments, full, num_tokens, int(kv_lens.sum()), per_tile, tile_of, limits, coarseness)
+        plan = _cut(segments, full, num_tokens, keys, per_tile, tile_of, limits, coarseness)
         if plan is not None:
             plan.gain = gain - costs.merging(plan.merged_slots, plan.most)
             return plan if plan.gain >= least_gain else None
@@ -216,6 +218,21 @@ def _segments(
     return _Segments(requests.rows[of], starts, stops, lengths, counts, passes[counts] * lengths, queries)
 
 
+def _apart(segments: _Segments, per_tile: int, passes: Float64) -> _Segments:
+    """Of segments with more query tokens than fill tiles, those left over are segments of their own: a smaller tile,
+    which takes longer for each key, is then cut finer."""
+    rows, starts, stops, lengths, counts, _, queries = segments
+    rest = counts % per_tile
+    several = (rest > 0) & (counts > per_tile)
+    if not several.any():
+        return segments
+    index = np.arange(len(counts)).repeat(1 + several)
+    last = np.append(index[1:] != index[:-1], True)
+    counts = np.where(several[index], np.where(last, rest[index], (counts - rest)[index]), counts[index])
+    lengths = lengths[index]
+    return _Segments(rows[index], starts[index], stops[index], lengths, counts, passes[counts] * lengths, queries)
+
+
 def _gain(members: Int64, segments: _Segments, costs: TreeCosts) -> float:
     """The expected saving of the tree path, before the cost of merging. ``members``: requests of each node."""
     count = len(members)
@@ -229,7 +246,7 @@ def _cut(
     segments: _Segments,
     full: int,
     num_tokens: int,
-    keys_flat: int,
+    total_keys: tuple[int, int],
     per_tile: int,
     tile_of: Int64,
     limits: TreeLimits,
@@ -237,8 +254,8 @@ def _cut(
 ) -> TreePlan | None:
     """Items of about equal work, enough to fill the device; None if they exceed the limits.
 
-    ``full``: see `_full_tiles`; ``per_tile``: query tokens that fit the largest tile; ``tile_of``: see
-    `tree_costs.tile_table`.
+    ``full``: see `_full_tiles`; ``total_keys``: the plan's ``keys_read`` and ``keys_flat``; ``per_tile``: query tokens
+    that fit the largest tile; ``tile_of``: see `tree_costs.tile_table`.
     """
     rows, starts, stops, lengths, counts, work, members = segments
     parts = -(counts // -per_tile)
@@ -299,8 +316,8 @@ def _cut(
         merges=merges,
         slots=queries.argsort(kind="stable").astype(np.int32),
         merged_slots=len(queries) - int(np.count_nonzero(alone)),
-        keys_read=int(lengths.sum()),
-        keys_flat=keys_flat,
+        keys_read=total_keys[0],
+        keys_flat=total_keys[1],
     )
 
 

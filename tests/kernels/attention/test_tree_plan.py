@@ -206,6 +206,19 @@ def test_full_tiles_of_chunks_are_not_shared_and_end_together() -> None:
     assert 2 * shared < len(plan.queries) <= 24 * 32 + 16 * 32 + 2 * shared
 
 
+def test_what_is_left_of_a_node_is_cut_by_its_own_tile() -> None:
+    """33 decodes on one prefix fill one tile and leave a token, beside chunks whose tiles are not cut."""
+    q_lens = np.array([1] * 33 + [64] * 12, np.int64)
+    table, kv_lens = tree_table([[(0, 2048), (i, 40 + q)] for i, q in enumerate(q_lens.tolist(), 1)], 16)
+    limits, requests = TreeLimits((256,) * 3, 8192, (132, 33, 16), (128, 256, 256)), requests_of(kv_lens, q_lens)
+    plan = plan_tree(table, requests, int(q_lens.sum()), 4, 16, TreeCosts(), limits, -np.inf)
+    assert plan is not None
+    check_coverage(plan, table, requests, 16)
+    left_over = plan.items[0][plan.items[0]["start"] < 2048]
+    assert len(left_over) > 1 and (left_over["stop"] - left_over["start"]).max() <= 256
+    assert plan.keys_read == 2048 + 33 * 41 + 12 * (2048 + 104)
+
+
 def test_limits_make_items_coarser_and_then_give_up() -> None:
     table, kv_lens = tree_table([[(0, 8192), (1 + i, 64)] for i in range(32)], 16)
 
