@@ -174,7 +174,7 @@ def workload_times(workload: str) -> tuple[np.ndarray, np.ndarray]:
         times.append(1e3 * (time.thread_time() - start))
         anew.append(tree._members is not before)
 
-    asyncio.run(simulate_gpu.Simulation(BUDGET, 0.4e-3, 12e-3, on_step).run(workload))
+    asyncio.run(simulate_gpu.Simulation(simulate_gpu.FORMATS["bf16"], on_step=on_step).run(workload))
     return np.array(times), np.array(anew)
 
 
