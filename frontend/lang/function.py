@@ -7,6 +7,7 @@ import functools
 import inspect
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from typing import Any
 
 from ..loop import MAX_THREADS, background_loop, in_limited_thread, in_thread
@@ -102,14 +103,14 @@ class Function:
         return states if generator_style else list(states)
 
     def _run_all(self, runs: list[ProgramRun], limit: int, progress_bar: bool) -> Iterator[State]:
-        with _Progress(len(runs), progress_bar) as progress:
+        with _progress(len(runs), progress_bar) as step:
             if self.is_async:
                 loop, gate = background_loop(), asyncio.Semaphore(limit)
                 futures = [asyncio.run_coroutine_threadsafe(run.arun_quietly(gate), loop) for run in runs]
-                yield from _in_order(futures, progress)
+                yield from _in_order(futures, step)
                 return
             with ThreadPoolExecutor(min(limit, max(1, len(runs))), "branchwise-batch") as pool:
-                yield from _in_order([pool.submit(run.run_quietly) for run in runs], progress)
+                yield from _in_order([pool.submit(run.run_quietly) for run in runs], step)
 
     # -- asyncio -------------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ class Function:
         """`run_batch`, awaited."""
         runs = self._start_batch(batch, defaults, backend, seed, self._async_loop())
         gate = asyncio.Semaphore(_limit(concurrency, MAX_TASKS if self.is_async else MAX_THREADS))
-        with _Progress(len(runs), progress_bar) as progress:
+        with _progress(len(runs), progress_bar) as step:
 
             async def one(run: ProgramRun) -> None:
                 if self.is_async:
@@ -159,7 +160,7 @@ class Function:
                 else:
                     async with gate:
                         await asyncio.wrap_future(in_thread(run.run_quietly))
-                progress.step()
+                step()
 
             await asyncio.gather(*(one(run) for run in runs))
         return [run.async_state for run in runs]
@@ -212,38 +213,26 @@ class Function:
         return ProgramRun(self._body, self.is_async, bound.args, bound.kwargs, session)
 
 
-class _Progress:
-    """A progress bar, if ``shown``."""
+@contextmanager
+def _progress(total: int, shown: bool) -> Iterator[Callable[[], None]]:
+    """A function to be called after each step of ``total``; if ``shown``, it advances a progress bar."""
+    if not shown:
+        yield lambda: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    def __init__(self, total: int, shown: bool) -> None:
-        self._bar: Any = None
-        if shown:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-            self._bar = Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._task = self._bar.add_task("", total=total)
-
-    def step(self) -> None:
-        if self._bar is not None:
-            self._bar.advance(self._task)
-
-    def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
-def _in_order(futures: Sequence[Future[State]], progress: _Progress) -> Iterator[State]:
+def _in_order(futures: Sequence[Future[State]], step: Callable[[], None]) -> Iterator[State]:
     counted: set[Future[State]] = set()
     for future in futures:
         while not future.done():
             done, _ = wait([one for one in futures if one not in counted], return_when=FIRST_COMPLETED)
             for _one in done - counted:
-                progress.step()
+                step()
             counted |= done
         yield future.result()
 
