@@ -64,7 +64,7 @@ def summed(answers: Collection[Answer]) -> Answer:
     return Answer(200, JSON_HEADERS, json.dumps(total).encode())
 
 
-class Part(NamedTuple):
+class BatchPart(NamedTuple):
     """The operations of a batch for one replica: their positions in the batch, and a body."""
 
     positions: list[int]
@@ -78,7 +78,7 @@ class _Operation(msgspec.Struct):
     parent: str | None = None
 
 
-def split_batch(body: bytes) -> list[Part]:
+def split_batch(body: bytes) -> list[BatchPart]:
     """The operations of a ``/branches/batch``, by the replica that made their branch.
 
     No operation can name a branch that the same batch creates, so operations on branches of different replicas do not
@@ -90,18 +90,18 @@ def split_batch(body: bytes) -> list[Part]:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
         operations = msgspec.json.decode(fields["ops"], type=list[msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, KeyError):
-        return [Part([], body)]
+        return [BatchPart([], body)]
     by_instance: dict[bytes | None, list[int]] = {}
     for position, operation in enumerate(operations):
         by_instance.setdefault(_instance(operation), []).append(position)
     if len(by_instance) <= 1:
-        return [Part(list(range(len(operations))), body)]
+        return [BatchPart(list(range(len(operations))), body)]
     parts = []
     for positions in by_instance.values():
         kept: list[msgspec.Raw | None] = [None] * len(operations)
         for position in positions:
             kept[position] = operations[position]
-        parts.append(Part(positions, msgspec.json.encode({**fields, "ops": kept})))
+        parts.append(BatchPart(positions, msgspec.json.encode({**fields, "ops": kept})))
     return parts
 
 
@@ -113,7 +113,7 @@ def _instance(operation: msgspec.Raw) -> bytes | None:
     return instance_of(asked.id or asked.parent or "")
 
 
-def joined_batch(parts: Sequence[Part], answers: Sequence[Answer]) -> Answer:
+def joined_batch(parts: Sequence[BatchPart], answers: Sequence[Answer]) -> Answer:
     """The answer of a batch from those of its parts. A part that failed as a whole is an error of each operation of it;
     if every part failed, the first answer stands for all."""
     if all(answer.status != 200 for answer in answers):

@@ -16,7 +16,7 @@ from ...runtime.fleet.hashes import block_hashes, root_hash
 from ...runtime.fleet.instances import instance_of, instance_tag
 from ...runtime.fleet.view import RoutingHint
 from ...runtime.server.dry_run import RequestReader
-from .fan_out import BATCH, EVERYWHERE, Answer, Part, error_answer, first_failed, joined_batch, split_batch, summed
+from .fan_out import BATCH, EVERYWHERE, Answer, BatchPart, error_answer, first_failed, joined_batch, split_batch, summed
 from .forward import (
     REPLICA_HEADER,
     SESSION_HEADER,
@@ -174,7 +174,7 @@ class Gateway:
                     await _answer(send, 503, "the replica that served the request ended; try again")
                     return
 
-    async def _part(self, request: ForwardedRequest, scope: Scope, part: Part) -> Answer:
+    async def _part(self, request: ForwardedRequest, scope: Scope, part: BatchPart) -> Answer:
         answer, request = Answer(), msgspec.structs.replace(request, body=part.body)
         await self._forward(request, await self.hint(scope, part.body), scope["path"], answer.send)
         return answer

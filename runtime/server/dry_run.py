@@ -30,9 +30,9 @@ _INLINE = 32_768  # characters that are tokenized on the event loop
 _ANY = 2**31 - 1  # a limit that the replica checks
 
 
-class Asked(NamedTuple):
-    """``prompts``: what it would compute, with the part of the cache that it is in. ``id``: of the branch or pin that
-    it is about."""
+class RequestPrompts(NamedTuple):
+    """``prompts``: those that a request would compute, each with its namespace (owner, salt) and tokens. ``id``: of the
+    branch or pin that the request names."""
 
     prompts: list[tuple[tuple[str, str], Int32]]
     id: str | None = None
@@ -63,7 +63,7 @@ class RequestReader:
         client.ready(Limits(self._tokenizer.vocab_size, _ANY, _ANY))
         self._app = make_app(state)
 
-    async def read(self, scope: Scope, body: bytes) -> Asked:
+    async def read(self, scope: Scope, body: bytes) -> RequestPrompts:
         """The prompts and namespaces of the request with this ASGI ``scope`` and body."""
         found: list[Message] = []
         token = _found.set(found)
@@ -94,7 +94,7 @@ class RequestReader:
                         tokens = await self._tokens(None, asked["tokens"], False)
                         prompts.append((asked["namespace"], tokens))
                     id = asked.get("pin") or id
-        return Asked(prompts, id)
+        return RequestPrompts(prompts, id)
 
     async def _tokens(self, text: str | None, tokens: bytes, special: bool) -> Int32:
         if text is None:

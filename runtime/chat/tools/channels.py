@@ -7,7 +7,7 @@ from typing import Protocol
 
 from .arguments import arguments
 from .format_types import Channels
-from .output import CallWriter, Output
+from .output import CallWriter, EventWriter
 from .reader import Malformed, Markers, Reader, Wait
 
 _NAME = re.compile(r"[^\s<]+")
@@ -20,7 +20,7 @@ class Parser(Protocol):
         """The next call."""
 
 
-class Messages:
+class ChannelReader:
     """Reads the messages of one output.
 
     Text without a header is content: a constrained answer may have none. So is a call where ``calls`` is false, which
@@ -28,7 +28,7 @@ class Messages:
     """
 
     def __init__(
-        self, reader: Reader, out: Output, parser: Parser, form: Channels, *, calls: bool, thoughts: bool
+        self, reader: Reader, out: EventWriter, parser: Parser, form: Channels, *, calls: bool, thoughts: bool
     ) -> None:
         self._reader, self._out, self._parser, self._form = reader, out, parser, form
         self._takes_calls, self._takes_thoughts = calls, thoughts

@@ -14,9 +14,9 @@ class Tags(msgspec.Struct, frozen=True):
     """Tags around a function and its parameters: ``function`` NAME ``name_end``, then for each parameter
     ``parameter`` KEY ``key_end`` VALUE ``value_end``, then ``function_end``.
 
-    ``padded``: one newline inside each end of a value belongs to the tags. ``pads``: checkpoints write it.
-    ``lines``: they write one behind ``value_end``. ``declares``: what stands between KEY and ``key_end`` for a value
-    that is a string, and for one that is JSON.
+    ``padded``: a newline after ``key_end`` and one before ``value_end`` are no part of the value. ``pads``: checkpoints
+    write these newlines. ``lines``: checkpoints write a newline after ``value_end``. ``declares``: the text between KEY
+    and ``key_end`` for a value that is a string, and for one that is JSON.
     """
 
     function: str

@@ -19,7 +19,7 @@ def short_id() -> str:
     return f"{random.getrandbits(36):09x}"
 
 
-class Output:
+class EventWriter:
     """Collects events. Neighbouring deltas of one kind become one event.
 
     A call inside reasoning may be one that the model only thinks about. Its events and all that follow are held until
@@ -121,16 +121,17 @@ class Output:
 
 
 class CallWriter:
-    """One call, from the first sign of it.
+    """One call, from its begin marker on.
 
-    It starts once its name is known; a ``bare`` one, which may yet be an ordinary answer, once its arguments begin
-    too; with ``hold``, once it is over and its arguments are valid JSON. Until then nothing of it is written, and what
-    was read can still become text. A call of an unknown tool is written as text if ``as_text``.
+    Its `CallStart` is written once the name is known; for a ``bare`` call (without a marker, so it may be an ordinary
+    answer) once the arguments begin too; with ``hold`` once the call is over and its arguments are valid JSON. Until
+    then nothing is written, and what was read can still become text. A call of an unknown tool is written as text if
+    ``as_text``.
     """
 
     def __init__(
         self,
-        out: Output,
+        out: EventWriter,
         tools: Mapping[str, Tool] | None,
         new_id: Callable[[], str],
         *,

@@ -27,12 +27,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from . import payloads
-from .channels import Messages
+from .channels import ChannelReader
 from .definitions import Tool
 from .events import Event
 from .format_types import ReasoningFormat, ToolFormat
 from .formats import tool_format
-from .output import CallWriter, Output, long_id, short_id
+from .output import CallWriter, EventWriter, long_id, short_id
 from .reader import Malformed, Markers, Reader, Wait
 from .reasoning_formats import reasoning_format
 
@@ -78,7 +78,7 @@ class StreamParser:
         self._after_held_call = Markers(anywhere | dict.fromkeys(thoughts[1:], 0))
         self._in_thinking = Markers(dict.fromkeys(thoughts[1:], 1) | dict.fromkeys(begins + self._bare, 2))
         self._reader = Reader()
-        self._out = Output(self._reader)
+        self._out = EventWriter(self._reader)
         self._call: CallWriter | None = None
         self._hold_call = False
         self._bare_call = False
@@ -88,7 +88,7 @@ class StreamParser:
             self._reading = self._read(reasoning_open)
         else:
             reads = {"calls": self._format is not None, "thoughts": self._reasoning is not None}
-            self._reading = Messages(self._reader, self._out, self, channels, **reads).read()
+            self._reading = ChannelReader(self._reader, self._out, self, channels, **reads).read()
         self._finished = False
         next(self._reading, None)
 

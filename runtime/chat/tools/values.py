@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[0-9.eE+\-]+(?=[,\]}])")  # a fast path
 _COMMENTS = ("#", "//", "/*")
 _COMMENT_LINE = re.compile(r"[^\n]+")
 _NOT_STAR = re.compile(r"[^*]+")
-_BLANK = frozenset(["", " ", "\t", "\r", "\n"])  # nothing to go by: more text, or the end, must come first
+_BLANK = frozenset(["", " ", "\t", "\r", "\n"])  # does not say what follows: read on
 _CLOSED = {"{": "}", "[": "]", "(": ")"}
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
 _WORDS |= dict.fromkeys(("NaN", "nan", "Infinity", "-Infinity", "+Infinity", "inf", "-inf", "undefined"), "null")

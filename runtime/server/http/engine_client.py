@@ -35,7 +35,7 @@ from .plumbing import request_log
 from .plumbing.metrics import Metrics
 from .plumbing.request_log import RequestRecord
 
-# leaving: not ready for more, but takes it
+# leaving: /health says so, and requests are still taken
 ServerState = Literal["starting", "ready", "leaving", "draining", "restarting", "dead"]
 
 CONTROL_SECONDS = 30.0

@@ -38,11 +38,8 @@ def usage(outputs: Sequence[Output], n: int) -> dict[str, Any]:
 
 
 def cache_headers(asked: Iterable[tuple[bytes, bytes]], batch: Batch, n: int) -> Mapping[str, str] | None:
-    """The header, for a request with the header: for each prompt ``hit;prompt=tokens;reason=word[;at=token]``.
-
-    ``asked``: the headers of the request.
-    Of a prompt's ``n`` samples, in a row, the one with the fewest hit tokens counts.
-    """
+    """The response header, if ``asked``, the request's headers, have it: ``hit;prompt=tokens;reason=word[;at=token]``
+    for each prompt. Of a prompt's ``n`` samples, in a row, the one with the fewest hit tokens counts."""
     if not any(name == _CACHE_HEADER for name, _ in asked):
         return None
     found: dict[int, tuple[int, CacheReport]] = {}

@@ -83,7 +83,7 @@ class WarmRequest(CacheFields):
 P = TypeVar("P", bound=PromptRequest)
 
 
-class Asked(NamedTuple):
+class NamedPrompt(NamedTuple):
     """The prompt that a request names. ``field``: in which it was sent; ``tokens``: int32."""
 
     prompt: Text
@@ -250,7 +250,7 @@ def _named(body: WarmRequest, prompts: int) -> list[tuple[str, str]]:
     return [(owner, salt) for owner, salt in named]
 
 
-async def _asked(state: AppState, kind: type[P], request: Request) -> tuple[P, Asked]:
+async def _asked(state: AppState, kind: type[P], request: Request) -> tuple[P, NamedPrompt]:
     """The request's body, and the prompt that it names."""
     raw = await read_json_object(request)
     body = parse(kind, raw, unsupported=frozenset())
@@ -269,7 +269,7 @@ async def _asked(state: AppState, kind: type[P], request: Request) -> tuple[P, A
         if not len(prompt):
             raise InvalidRequest(field, "must not be empty")
     tokens = await _tokens(state, prompt, field, add_special_tokens=conversation is None)
-    return body, Asked(prompt, field, conversation, _namespace(state, body), tokens)
+    return body, NamedPrompt(prompt, field, conversation, _namespace(state, body), tokens)
 
 
 async def _tokens(state: AppState, prompt: Text, field: str, *, add_special_tokens: bool) -> bytes:

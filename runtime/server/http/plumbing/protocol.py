@@ -34,9 +34,8 @@ class HttpProtocol(HttpToolsProtocol):
     max_head_bytes = 64 * 1024  # request line and headers; trailers
     max_connections = 65_536  # one more is answered with a 503 and closed
     head_seconds = 20.0  # from connecting, or from a request's first byte, to the end of its head
-    body_seconds = 30.0  # from the head to the end of the body,
-    body_bytes = 16 * 1024  # plus a second for every so many bytes of it,
-    body_most_seconds = 300.0  # but no more than this
+    # From the head to the end of the body: body_seconds + bytes / body_bytes, at most body_most_seconds.
+    body_seconds, body_bytes, body_most_seconds = 30.0, 16 * 1024, 300.0
     unread_seconds = 60.0  # for which a client may leave a full send buffer unread
     half_closed_seconds = 0.5  # for an answer to a client that has closed its side: most such clients have left
 

@@ -25,7 +25,7 @@ MAX_PATH = 200  # characters
 _record: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
 
 
-class Sample(msgspec.Struct):
+class TokenCounts(msgspec.Struct):
     """Token counts of one engine request."""
 
     prompt: int = 0
@@ -42,7 +42,7 @@ class RequestRecord:
         self._started = time.monotonic()
         self.status = 499  # until a response starts: the client left before
         self.owner: str | None = None  # of the cache namespace: a digest of the API key; None: no engine request
-        self.samples: dict[int, Sample] = {}
+        self.samples: dict[int, TokenCounts] = {}
         self.first_token: float | None = None
         self.seconds = 0.0
         self.ends: list[str] = []  # finish reasons, each once
@@ -50,7 +50,7 @@ class RequestRecord:
 
     def add(self, delta: Delta) -> None:
         """Count the output of one step of one engine request."""
-        sample = self.samples.setdefault(delta.id, Sample())
+        sample = self.samples.setdefault(delta.id, TokenCounts())
         if delta.tokens:
             if self.first_token is None:
                 self.first_token = time.monotonic() - self._started
