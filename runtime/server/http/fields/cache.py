@@ -27,7 +27,7 @@ class PromptCacheOptions(BaseModel):
     """``auto`` (OpenAI's ``implicit``): the prompt is cached until it is evicted, with a ``ttl`` at least that long.
     ``explicit``: the ttl applies to breakpoints only. ``off``: the request neither reads nor fills the cache."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", defer_build=True)
     mode: str | None = None
     ttl: str | float | int | None = Field(None, description="Seconds, or a number with s, m, h or d: 30m.")
 
@@ -38,7 +38,7 @@ _NO_OPTIONS = PromptCacheOptions(ttl=None)
 class Partition(BaseModel):
     """A base of request models: the part of the caller's cache."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", defer_build=True)
     cache_salt: str | None = None
     extra_key: str | None = Field(None, description="SGLang's other name for cache_salt.")
     prompt_cache_key: str | None = Field(None, description="A part of the caller's cache, isolated from the others.")

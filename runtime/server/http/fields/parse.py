@@ -25,7 +25,7 @@ _NULL_MEANS_SOMETHING = frozenset({"max_new_tokens"})
 class Strict(BaseModel):
     """No coercion: "1" is not 1, 1 is not true. `parse` has refused the unknown fields that must not be ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", defer_build=True)
 
 
 class StreamOptions(Strict):
