@@ -35,7 +35,7 @@ def _without_meta_kernels() -> Iterator[None]:
     """Leaves them out of ``import torch`` on a machine without a GPU: a third of its CPU time, 0.3 s.
 
     These kernels compute shapes alone, for `torch.compile`, `torch.export` and tensors on the device ``meta``. Nothing
-    here does that but transformers, which needs ``import torch._meta_registrations`` first.
+    here does that but transformers and torch's profiler, which need ``import torch._meta_registrations`` first.
     """
     if "torch" in sys.modules or _driver() is not None:
         yield

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 IMPORT = """
 import sys
@@ -24,12 +27,27 @@ assert torch.conv1d(x, x[..., :2]).shape == (1, 1, 3)  # a kernel of that module
 """
 
 
+PROFILE = """
+from pathlib import Path
+from branchwise.runtime.engine.profiling import StepProfiler
+profiler = StepProfiler(Path("."))
+profiler.start(0)
+assert torch.ones(2).sum() == 2
+assert profiler.stop(1)["steps"] == 1
+"""
+
+
 def run(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_meta_kernels_are_imported_on_demand_without_a_gpu() -> None:
     run(IMPORT.format(driver=None) + LATER + COMPLETE)
+
+
+def test_steps_can_be_profiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(IMPORT.format(driver=None) + PROFILE)
 
 
 def test_meta_kernels_are_imported_with_torch_beside_a_driver() -> None:
