@@ -19,17 +19,17 @@ PROMPT = list(range(100, 140))
 
 @pytest.fixture(scope="module")
 def engine(checkpoint: Callable[[str], Path]) -> Iterator[Engine]:
-    patch = pytest.MonkeyPatch()
     load = implementation.load_weights
 
     def poisoned(*args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        weights = load(*args, **kwargs)
+        weights = load(*args, **kwargs | {"in_files": None})  # all of them in memory
         weights["embedding"][POISON] = torch.nan
         return weights
 
-    patch.setattr(implementation, "load_weights", poisoned)
-    with Engine(checkpoint("llama-mqa"), max_num_seqs=8, kv_cache_tokens=2048, page_size=8) as engine:
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(implementation, "load_weights", poisoned)
+        engine = Engine(checkpoint("llama-mqa"), max_num_seqs=8, kv_cache_tokens=2048, page_size=8)
+    with engine:
         yield engine
         engine.check()
 
