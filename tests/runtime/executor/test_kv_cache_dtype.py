@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -92,21 +91,3 @@ def test_a_format_that_the_heads_cannot_have_is_refused(tmp_path: Path) -> None:
         Engine(str(path.parent), load_format="dummy", device="cpu", kv_cache_dtype="int4")
     with pytest.raises(LoadError, match=r"--kv-cache-dtype: must be one of auto, .*'fp7'"):
         Engine(device="cpu", kv_cache_dtype="fp7")
-
-
-def test_few_answers_of_the_shipped_model_change() -> None:
-    """Greedy answers: those of four-bit keys and values are mostly those of float32."""
-    prompts = [
-        "What is 12 + 30?",
-        "who is Mira?",
-        *(f"What is {a} + {b}?" for a, b in np.random.default_rng(0).integers(10, 90, (10, 2))),
-    ]
-    params = SamplingParams(temperature=0, max_tokens=24)
-    answers = {}
-    for choice in ("auto", "fp8", "nvfp4", "int4"):
-        with Engine(device="cpu", kv_cache_dtype=choice, kv_cache_tokens=8192) as engine:
-            answers[choice] = [
-                out.text for out in engine.chat([[{"role": "user", "content": p}] for p in prompts], params)
-            ]
-    same = {choice: sum(map(str.__eq__, answers["auto"], got)) for choice, got in answers.items()}
-    assert same["fp8"] >= 11 and min(same["int4"], same["nvfp4"]) >= 10, same
