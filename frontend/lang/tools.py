@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...runtime.chat.blocks import read_blocks, text_of
-from ...runtime.chat.openai_tools import openai_tools
 from ...runtime.chat.tools.definitions import Tool as Definition
 from ...runtime.chat.tools.formats import markers
 from ...runtime.chat.tools.parser import StreamParser
@@ -54,6 +53,8 @@ async def _tool_loop(
     name: str,
     sampling: Mapping[str, Any],
 ) -> list[ExecutedCall]:
+    from ...runtime.chat.openai_tools import openai_tools  # imports NumPy: not before the first request
+
     known = {tool.__name__: tool for tool in tools}
     schemas = [schema_of(tool) for tool in tools]
     definitions = [offered.tool for offered in openai_tools(schemas)]

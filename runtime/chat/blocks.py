@@ -7,13 +7,15 @@ dialect renders these events for a stream and the finished blocks for a whole an
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import msgspec
 
-from ..logprobs import TokenLogprob
 from .tools.events import ArgumentsDelta, CallEnd, CallStart, ContentDelta, Event, ReasoningDelta
-from .tools.parser import StreamParser
+
+if TYPE_CHECKING:  # the language reads blocks too, and imports no NumPy before its first request
+    from ..logprobs import TokenLogprob
+    from .tools.parser import StreamParser
 
 BlockKind = Literal["text", "thinking", "call"]
 
