@@ -37,9 +37,9 @@ SHORT_CHUNK, WIDE_CHUNK, WIDE_KEYS = 16, 512, 384
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
 MIN_DECODES = 8  # smaller steps are not captured on the tree path
 SLOTS = 8192  # partial results of query tokens
-# For each tile: programs that a multiprocessor should have, keys that a program should read at least, and items of a
-# captured step for each request.
-WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.125)
+# For the narrow, the middle and the widest tile: programs that a multiprocessor should have, keys that a program should
+# read at least, and items of a captured step for each request.
+WORKERS, MIN_KEYS, ITEMS = (8, 2, 1), (128, 256, 256), (1.25, 0.25, 0.375)
 _NO_CHUNKS = np.empty(0, np.int64)
 
 
@@ -98,9 +98,11 @@ class TreeAttention:
         self._wide = plain and fits(layout) and runs_on(pool.device)
         tiles = tree_tiles(layout, self._group, plain, self._wide)
         self._costs = costs.for_tiles(tuple(tile.rows for tile in tiles))
-        per_processor = (tile.in_registers or per for tile, per in zip(tiles, WORKERS, strict=False))
+        self._kinds = (0, 2) if self._wide and len(tiles) == 2 else tuple(range(len(tiles)))
+        per_processor = (tile.in_registers or WORKERS[kind] for tile, kind in zip(tiles, self._kinds, strict=True))
         self._workers = tuple(max(1, per * _processors(pool) // layout.kv_heads) for per in per_processor)
-        self._limits = TreeLimits(self._items(len(table) - 1, max_tokens), SLOTS, self._workers, MIN_KEYS[: len(tiles)])
+        least = tuple(MIN_KEYS[kind] for kind in self._kinds)
+        self._limits = TreeLimits(self._items(len(table) - 1, max_tokens), SLOTS, self._workers, least)
         self._runner = TreeRunner(pool, num_heads, table, tiles, self._limits, max_tokens)
         if pool.device.type == "cuda":
             tune(self._runner, pool, num_heads, table, self._workers)
@@ -262,7 +264,8 @@ class TreeAttention:
     def _items(self, members: int, tokens: int) -> tuple[int, ...]:
         """The most items of each tile in captured steps of so many requests and query tokens: a tail each and a few
         nodes; in the widest, chunks too."""
-        items = [int(members * share) + 2 * workers for share, workers in zip(ITEMS, self._workers, strict=False)]
+        kinds = zip(self._kinds, self._workers, strict=True)
+        items = [int(members * ITEMS[kind]) + 2 * workers for kind, workers in kinds]
         items[-1] += tokens * self._group // self._costs.tiles[-1]
         return tuple(items)
 

@@ -28,6 +28,10 @@ DEEP = 5
 MERGE_HEADS, MANY_TOKENS, MERGE_CHANNELS = 8, 448, 4096
 
 
+# Whether `attend_wide` does without the tile of 64 rows: over pages that are not quantized, over fp8.
+TWO_TILES = (True, True)
+
+
 class TreeTile(NamedTuple):
     """Sizes of a program of `attend`."""
 
@@ -47,7 +51,8 @@ def tree_tiles(layout: KVLayout, group: int, in_registers: bool = True, wide: bo
     an H200, 128 requests of 1,152 tokens with heads of 128: 143 µs where 4 warps take 166. The others are bound by
     arithmetic: with 5 stages, 8 groups of 32 requests on 8k tokens take 94 µs with 128 rows (365 TFLOP/s) and 110 with
     64, which leave fewer rows empty where fewer requests share a node. `attend_wide` takes 82 µs for these in bfloat16
-    and 89 in fp8, where `attend` takes 96 and 188.
+    and 89 in fp8, where `attend` takes 96 and 188. It also reads what the tile of 64 rows would: launching that takes 3
+    µs a layer even for nothing, and 16 nodes of 256 keys in fp8 take it 34 µs, `attend_wide` 12.
 
     Args:
         in_registers: whether layers allow `attend_few`.
@@ -68,7 +73,8 @@ def tree_tiles(layout: KVLayout, group: int, in_registers: bool = True, wide: bo
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
     if wide:
-        tiles = *tiles[:-1], TreeTile(128, KEYS, WARPS, 1, wide=True)
+        middle = () if TWO_TILES[layout.quantized] else tiles[1:-1]
+        tiles = tiles[0], *middle, TreeTile(128, KEYS, WARPS, 1, wide=True)
     found = register_tile(least, layout) if in_registers else None
     if found is not None:
         tiles = TreeTile(found.rows, found.keys, 1, 1, found.programs), *tiles[1:]

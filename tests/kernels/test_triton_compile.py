@@ -329,12 +329,13 @@ def call_wide_attention() -> None:
     for choice in ("auto", "fp8"):
         layout = KVLayout.of(choice, 1, 16, 8, 128, torch.bfloat16)
         pool, tiles = KVPool.allocate(layout, 4, torch.device("cpu")), tree_tiles(layout, 4, wide=True)
-        limits = TreeLimits((4,) * 3, 128, (4,) * 3, (64,) * 3)
+        count = len(tiles)
+        limits = TreeLimits((4,) * count, 128, (4,) * count, (64,) * count)
         runner = TreeRunner(pool, 32, torch.zeros((4, 64), dtype=torch.int32), tiles, limits, 32)
-        runner.load(_plan(2, 3, 4, 1, 32), 0)
+        runner.load(_plan(count - 1, count, 4, 1, 32), 0)
         runner.advance(np.zeros(32, np.int64))
         q = torch.zeros(32, 32, 128, dtype=torch.bfloat16)
-        runner.attend(2, 0, LayerSpec(0.09), q, q, 4)
+        runner.attend(count - 1, 0, LayerSpec(0.09), q, q, 4)
 
 
 @pytest.fixture(scope="module")

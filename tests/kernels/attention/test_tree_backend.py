@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec, StepShape
 from branchwise.kernels.attention.torch_backend import TorchAttention
-from branchwise.kernels.kv_pool import KVPool
+from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -208,6 +208,30 @@ def test_the_widest_kernel_takes_chunks_whatever_the_costs(
     world.check(world.batch([*DECODES[:3], *chunks]))
     assert (world.tree._step is not None) == (members > 0)
     assert members == 0 or len(world.tree._members.chunks) == members  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("choice", "rows"), [("auto", [128]), ("fp8", [128]), ("int4", [64, 128])])
+def test_a_hopper_gpu_has_two_tiles_where_the_widest_kernel_runs(
+    choice: Any, rows: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs, one a multiprocessor, also read the nodes of the tile that is missing."""
+    monkeypatch.setattr(tree_backend, "runs_on", lambda device: True)
+    layout, specs = KVLayout.of(choice, 1, 16, 2, 128, torch.bfloat16), [LayerSpec(0.1)]
+    pool = KVPool.allocate(layout, 129, torch.device("cpu"))
+    table = np.arange(8 * 16, dtype=np.int32).reshape(8, 16)
+    table[:6, :8] = table[0, :8]
+    on_device = torch.from_numpy(np.concatenate([table, np.full((1, 16), 128, np.int32)]))
+    tree = TreeAttention(pool, specs, 8, on_device, TritonAttention(pool, specs, 8), 64)
+    assert (
+        [tile.rows for tile in tree._runner.tiles][1:] == list(tree._costs.tiles)[1:] == rows
+    )  # beside the narrow one
+    assert tree._limits.min_keys == ((128, 256) if len(rows) == 1 else (128, 256, 256))
+    assert tree._workers[1:] == ((2,) if len(rows) == 1 else (4, 2))  # two key heads, four multiprocessors
+    q_lens, kv_lens = np.ones(8, np.int32), np.full(8, 200, np.int32)
+    batch = AttentionBatch(np.arange(8, dtype=np.int32), q_lens, kv_lens, 8, 16, on_device, on_device.numpy())
+    tree.plan(batch, StepShape(8, 0, 0, tree=True))
+    assert tree._plan is not None
+    assert tree._plan.sizes[1:] == [1, 0][: len(rows)]  # six requests of four query heads read 128 keys together
 
 
 def test_a_plan_is_kept_until_something_changes(plans: list[int]) -> None:
