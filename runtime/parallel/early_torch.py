@@ -34,8 +34,9 @@ def _import_torch() -> None:
 def _without_meta_kernels() -> Iterator[None]:
     """Leaves them out of ``import torch`` on a machine without a GPU: a third of its CPU time, 0.3 s.
 
-    These kernels compute shapes alone, for `torch.compile`, `torch.export` and tensors on the device ``meta``. Nothing
-    here does that but transformers and torch's profiler, which need ``import torch._meta_registrations`` first.
+    These kernels compute shapes alone, for `torch.compile`, `torch.export` and tensors on the device ``meta``. Where
+    they are needed, ``import torch._meta_registrations`` comes first: other parts of torch fail to import without. Here
+    that is before transformers and torch's profiler.
     """
     if "torch" in sys.modules or _driver() is not None:
         yield

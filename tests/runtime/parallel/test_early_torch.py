@@ -36,6 +36,12 @@ assert torch.ones(2).sum() == 2
 assert profiler.stop(1)["steps"] == 1
 """
 
+TRANSFORMERS = """
+from branchwise.runtime.models.folder import SHIPPED
+from branchwise.runtime.models.hf.config import load_transformers_config
+assert load_transformers_config(SHIPPED).num_layers == 8
+"""
+
 
 def run(program: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -48,6 +54,10 @@ def test_meta_kernels_are_imported_on_demand_without_a_gpu() -> None:
 def test_steps_can_be_profiled_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run(IMPORT.format(driver=None) + PROFILE)
+
+
+def test_models_of_transformers_are_built_without_a_gpu() -> None:
+    run(IMPORT.format(driver=None) + TRANSFORMERS)
 
 
 def test_meta_kernels_are_imported_with_torch_beside_a_driver() -> None:
