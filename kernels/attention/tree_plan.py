@@ -333,10 +333,11 @@ def _end_together(fields: tuple[Int64, ...], begin: int, of_tile: Int64, limits:
     """
     of, size, left, first, offset, count = fields
     keys, wide, workers = np.minimum(left, size), of_tile == len(limits.items) - 1, limits.workers[-1]
-    number = np.count_nonzero(wide)
-    if number <= workers or -number % workers < workers // 4:
+    whole = np.sort(keys[wide])
+    share = int(whole.sum()) // workers + 1
+    # Uncut, the longest of each wave of programs ends it.
+    if len(whole) <= workers or int(whole[::-workers].sum()) - share < MIN_CUT:
         return fields
-    share = int(keys[wide].sum()) // workers + 1
     tiles = (of >= begin).nonzero()[0]
     ends = keys[tiles].cumsum()
     at = np.arange(share, int(ends[-1]), share)
