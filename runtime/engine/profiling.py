@@ -25,8 +25,6 @@ class StepProfiler:
 
     def start(self, steps: int) -> None:
         """Raises `InvalidRequest` (409) if a recording is under way. ``steps``: the engine's step count."""
-        # A server on a CPU has left these out (`parallel.early_torch`); starting the profiler imports what needs them.
-        import torch._meta_registrations  # noqa: F401
         from torch.profiler import ProfilerActivity, profile
 
         if self._recording is not None:

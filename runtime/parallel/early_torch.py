@@ -6,13 +6,8 @@ import contextlib
 import ctypes
 import importlib
 import re
-import sys
 import threading
-from collections.abc import Iterator
-from types import ModuleType
 
-_DRIVER = "libcuda.so.1"
-_META_KERNELS = "torch._meta_registrations"
 _CUDA_DEVICE = re.compile(r"auto|cuda(?::(\d+))?")
 
 
@@ -26,36 +21,8 @@ def import_torch_early() -> None:
 
 
 def _import_torch() -> None:
-    with contextlib.suppress(Exception), _without_meta_kernels():  # `load_engine` reports why it fails
+    with contextlib.suppress(Exception):  # who needs torch imports it again, and reports why that fails
         importlib.import_module("torch")
-
-
-@contextlib.contextmanager
-def _without_meta_kernels() -> Iterator[None]:
-    """Leaves them out of ``import torch`` on a machine without a GPU: a third of its CPU time, 0.3 s.
-
-    These kernels compute shapes alone, for `torch.compile`, `torch.export` and tensors on the device ``meta``. Where
-    they are needed, ``import torch._meta_registrations`` comes first: other parts of torch fail to import without. Here
-    that is before transformers and torch's profiler.
-    """
-    if "torch" in sys.modules or _driver() is not None:
-        yield
-        return
-    stub = ModuleType(_META_KERNELS)
-    sys.modules[_META_KERNELS] = stub
-    try:
-        yield
-    finally:
-        if sys.modules.get(_META_KERNELS) is stub:
-            del sys.modules[_META_KERNELS]
-        vars(sys.modules.get("torch", stub)).pop("_meta_registrations", None)
-
-
-def _driver() -> ctypes.CDLL | None:
-    try:
-        return ctypes.CDLL(_DRIVER)
-    except OSError:
-        return None
 
 
 def create_cuda_context(device: str) -> None:
@@ -64,9 +31,8 @@ def create_cuda_context(device: str) -> None:
     named = _CUDA_DEVICE.fullmatch(device)
     if named is None:
         return
-    driver = _driver()
-    if driver is None:
-        return
-    handle, context = ctypes.c_int(), ctypes.c_void_p()
-    if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(handle), int(named[1] or 0)) == 0:
-        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
+    with contextlib.suppress(OSError):  # no driver
+        driver = ctypes.CDLL("libcuda.so.1")
+        handle, context = ctypes.c_int(), ctypes.c_void_p()
+        if driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(handle), int(named[1] or 0)) == 0:
+            driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)

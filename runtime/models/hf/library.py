@@ -45,8 +45,6 @@ def load_transformers() -> Any:
         raise LoadError(f"--model-impl transformers: transformers is not installed: {EXTRA}")
     if Version(version) < Version(OLDEST):
         raise LoadError(f"--model-impl transformers needs transformers {OLDEST} or newer, not {version}: {EXTRA}")
-    # A server on a CPU has left these out (`parallel.early_torch`). Parts of torch that models import need them first.
-    import torch._meta_registrations  # noqa: F401
     import transformers
     from transformers import AttentionInterface, AttentionMaskInterface
 
