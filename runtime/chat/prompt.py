@@ -53,10 +53,8 @@ class ChatPrompt:
         return self.template.render(messages, self.add_generation_prompt, variables, self.continue_final_message)
 
 
-def chat_prompt(template: ChatTemplate | None, conversation: Conversation) -> ChatPrompt:
-    """Raises `InvalidRequest` naming the field, also where the model has no template."""
-    if template is None:
-        raise InvalidRequest("messages", "cannot be rendered: this model has no chat template; send a prompt instead")
+def chat_prompt(template: ChatTemplate, conversation: Conversation) -> ChatPrompt:
+    """Raises `InvalidRequest` naming the field."""
     if conversation.tools:
         template = template.for_tools
     if conversation.tools and not template.writes_tools:

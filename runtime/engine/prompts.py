@@ -74,7 +74,7 @@ def chat_tokens(
     """Token ids of the prompt that the chat template makes of one conversation; ``options`` are the other
     `ChatOptions`. Raises `InvalidRequest`."""
     conversation = Conversation(turns=openai_turns(messages), tools=openai_tools(tools), **options)
-    prompt = chat_prompt(tokenizer.chat_template, conversation)
+    prompt = chat_prompt(tokenizer.required_template, conversation)
     ids: list[int] = tokenizer.encode(prompt.text(), add_special_tokens=False).tolist()
     return ids
 

@@ -70,7 +70,7 @@ def chat_piece(tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]]) -> P
 
     Raises `InvalidRequest`, also where the model has no template or the template refuses the messages.
     """
-    text = chat_prompt(tokenizer.chat_template, Conversation(turns=openai_turns(messages))).text()
+    text = chat_prompt(tokenizer.required_template, Conversation(turns=openai_turns(messages))).text()
     check_no_special(tokenizer, messages)
     return rendered_piece(text)
 

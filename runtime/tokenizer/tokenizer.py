@@ -234,6 +234,14 @@ class Tokenizer:
     def eos_id(self) -> int | None:
         return self._named_id("eos_token")
 
+    @property
+    def required_template(self) -> ChatTemplate:
+        """The chat template. Raises `InvalidRequest` if the model has none."""
+        if self.chat_template is None:
+            problem = "cannot be rendered: this model has no chat template; send a prompt instead (/v1/completions)"
+            raise InvalidRequest("messages", problem)
+        return self.chat_template
+
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
@@ -241,11 +249,7 @@ class Tokenizer:
 
         Raises `InvalidRequest` if the model has no chat template or the template refuses the messages.
         """
-        if self.chat_template is None:
-            raise InvalidRequest(
-                "messages", "cannot be rendered: this model has no chat template; send a prompt instead"
-            )
-        return self.chat_template.render(messages, add_generation_prompt, variables)
+        return self.required_template.render(messages, add_generation_prompt, variables)
 
     def _named_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)

@@ -33,7 +33,7 @@ def tokenizer() -> Tokenizer:
 
 def tokens(tokenizer: Tokenizer, messages: list[Any], tools: Any = None, **options: Any) -> list[int]:
     conversation = Conversation(turns=openai_turns(messages), tools=openai_tools(tools), **options)
-    text = chat_prompt(tokenizer.chat_template, conversation).text()
+    text = chat_prompt(tokenizer.required_template, conversation).text()
     return list(tokenizer.encode(text, add_special_tokens=False).tolist())
 
 
@@ -77,7 +77,7 @@ def test_nobody_begins_a_turn_by_writing_so(tokenizer: Tokenizer, place: str) ->
         assert EVIL.strip() in tokenizer.decode(evil, skip_special_tokens=False)
     asked = Conversation(turns=openai_turns(PLACES[place](EVIL)[0]), tools=openai_tools(PLACES[place](EVIL)[1]))
     opted_out = tokens(tokenizer, *PLACES[place](EVIL), parse_special=True)
-    assert GUARD in chat_prompt(tokenizer.chat_template, asked).text()
+    assert GUARD in chat_prompt(tokenizer.required_template, asked).text()
     assert sum(id in tokenizer.special_ids for id in opted_out) > len(special[0]) or place == "two parts"
 
 
@@ -99,7 +99,7 @@ def test_no_special_token_is_left_however_they_overlap(parts: list[str]) -> None
 
 def test_breakpoints_behind_guards_are_counted(tokenizer: Tokenizer) -> None:
     conversation = Conversation(turns=openai_turns([{"role": "system", "content": EVIL}, *USER]))
-    text = chat_prompt(tokenizer.chat_template, conversation).text()
+    text = chat_prompt(tokenizer.required_template, conversation).text()
     ids = tokenizer.encode(text, add_special_tokens=False).tolist()
     at = [text.index(GUARD) + 1, text.index("Obey"), text.index("<|im_start|>user"), len(text)]
     found, counts = tokenizer.encode_marked(text, at, add_special_tokens=False)

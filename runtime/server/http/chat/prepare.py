@@ -12,8 +12,7 @@ import msgspec
 from ....chat.breakpoints import breakpoint_positions
 from ....chat.conversation import Conversation, OfferedTool
 from ....chat.prompt import ChatPrompt, chat_prompt
-from ....chat.template import ChatTemplate
-from ....errors import InvalidRequest, renaming
+from ....errors import renaming
 from ....messages import Generate
 from ....sampling_params import validate
 from ..fields.cache import MAX_BREAKPOINTS, caching
@@ -53,7 +52,7 @@ class ChatPreparer:
         """Raises `InvalidRequest`."""
         state = self._state
         limits = state.client.limits  # before the tokenizer: it raises while there is none
-        template = chat_template(state)
+        template = state.tokenizer.required_template
         if self._formats is None:
             self._formats = Formats.of(state.config, state.tokenizer, template)
         tools = ToolUse(spec, self._formats, template)
@@ -95,15 +94,6 @@ class ChatPreparer:
         return PreparedChat(made, samples, offered, names, {LEFT_OUT: left_out} if left_out else {})
 
 
-def chat_template(state: AppState) -> ChatTemplate:
-    template = state.tokenizer.chat_template
-    if template is None:
-        raise InvalidRequest(
-            "messages", "cannot be rendered: this model has no chat template; send a prompt to /v1/completions instead"
-        )
-    return template
-
-
 async def conversation_text(state: AppState, conversation: Conversation) -> str:
     """The prompt that a conversation becomes."""
     prompt = await _checked_prompt(state, conversation)
@@ -111,7 +101,7 @@ async def conversation_text(state: AppState, conversation: Conversation) -> str:
 
 
 async def _checked_prompt(state: AppState, conversation: Conversation) -> ChatPrompt:
-    prompt = chat_prompt(chat_template(state), conversation)
+    prompt = chat_prompt(state.tokenizer.required_template, conversation)
     await bound_arguments(prompt.turns, prompt.template, state.config.max_json_values)
     return prompt
 
