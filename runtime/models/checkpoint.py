@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import LoadError
+from .folder import INDEX, SINGLE, weight_files
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Prefixes of a checkpoint for ``model.`` and ``lm_head.``: causal language models; base models (AutoModel);
 # multimodal models as transformers 4 and 5 save them, and their base models.
 _LAYOUTS = (
@@ -35,7 +34,7 @@ class Checkpoint:
         self._stack = ExitStack()
         self._files: dict[str, Any] = {}  # tensor name -> the open file
         try:
-            for name in _file_names(folder):
+            for name in weight_files(folder):
                 self._open(folder / name)
             self._model, self._head = self._layout(folder)
         except BaseException:
@@ -102,7 +101,7 @@ class Checkpoint:
 
 def check_files(folder: Path) -> None:
     """Raises `LoadError` if the folder lacks a file of its weights. Opens none of them."""
-    for name in _file_names(folder):
+    for name in weight_files(folder):
         _check_file(folder / name)
 
 
@@ -114,27 +113,11 @@ def _check_file(path: Path) -> None:
 def checkpoint_dtype(folder: Path) -> str | None:
     """The dtype of the embedding, as config.json would name it; None for another dtype, or if weights are missing: then
     loading them is the error."""
-    if not (folder / _INDEX).is_file() and not (folder / _SINGLE).is_file():
+    if not (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         return None
-    if not all((folder / name).is_file() for name in _file_names(folder)):
+    if not all((folder / name).is_file() for name in weight_files(folder)):
         return None
     with Checkpoint(folder) as checkpoint:
         name = checkpoint.full_name("model.embed_tokens.weight")
         found = dict(checkpoint.dtypes())[name]
     return {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}.get(found)
-
-
-def _file_names(folder: Path) -> list[str]:
-    index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise LoadError(f"{folder} has neither {_SINGLE} nor {_INDEX} (--load-format dummy makes up weights)")
-        return [_SINGLE]
-    try:
-        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise LoadError(f"{index} is not a safetensors index: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:  # a name must not lead out of the folder
-            raise LoadError(f"{index}: {name!r} is not the name of a file in the folder")
-    return names

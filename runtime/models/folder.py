@@ -12,6 +12,7 @@ SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is th
 ADAPTER = "adapter_config.json"  # of peft
 MERGE = "merge it into the base model (peft's merge_and_unload) and serve the result"
 WEIGHT_FILES = "*.safetensors"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 CODE_FILES = "*.py"
 HUB_PATTERNS = ["*.json", "tokenizer*", "*.jinja"]  # without the weights
 # A second copy of the weights in Mistral's or Meta's own format, and exports for other runtimes in subfolders.
@@ -53,6 +54,23 @@ def model_folder(model: str, *, weights: bool = True, code: bool = False) -> Pat
         if silenced:
             enable_progress_bars()
     raise LoadError(f"{model}: no such folder, and {reason}")  # alone: the hub's own traceback is eighty lines
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights. Raises `LoadError` if its index is missing or damaged."""
+    index = folder / INDEX
+    if not index.is_file():
+        if not (folder / SINGLE).is_file():
+            raise LoadError(f"{folder} has neither {SINGLE} nor {INDEX} (--load-format dummy makes up weights)")
+        return [SINGLE]
+    try:
+        names = list(dict.fromkeys(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise LoadError(f"{index} is not a safetensors index: {error!r}") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:  # a name must not lead out of the folder
+            raise LoadError(f"{index}: {name!r} is not the name of a file in the folder")
+    return names
 
 
 def read_json(path: Path) -> dict[str, Any]:

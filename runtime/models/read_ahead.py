@@ -7,7 +7,8 @@ import os
 import threading
 from pathlib import Path
 
-from .folder import WEIGHT_FILES
+from ..errors import LoadError
+from .folder import weight_files
 
 MAX_BYTES = 2 << 30  # what a disk may read meanwhile. More might be dropped again before it is used
 _CHUNK = 1 << 20  # Linux reads no more than its limit of one request for a call, 2 MiB or more on usual disks
@@ -25,9 +26,9 @@ def read_ahead(folder: Path) -> None:
 
 def _read(folder: Path) -> None:
     left = MAX_BYTES
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.glob(WEIGHT_FILES)):
-            with path.open("rb", buffering=0) as file:
+    with contextlib.suppress(OSError, LoadError):
+        for name in sorted(weight_files(folder)):  # a folder may hold a second copy of the weights, in Mistral's format
+            with (folder / name).open("rb", buffering=0) as file:
                 size = min(os.fstat(file.fileno()).st_size, left)
                 for start in range(0, size, _CHUNK):
                     os.posix_fadvise(file.fileno(), start, _CHUNK, os.POSIX_FADV_WILLNEED)
