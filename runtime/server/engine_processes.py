@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -145,4 +146,6 @@ class EngineProcesses:
 
 
 def _how(code: int) -> str:
+    if code == -signal.SIGBUS:
+        return f"was killed by signal {-code}: a file it had mapped, such as the model's weights, was truncated"
     return f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"

@@ -110,12 +110,18 @@ async def test_a_cancelled_start_leaves_nothing(config: Callable[..., ServerConf
     assert not list((tmp_path / "run").iterdir())
 
 
-async def test_a_killed_process_is_an_error_for_who_waits(config: Callable[..., ServerConfig]) -> None:
+@pytest.mark.parametrize(
+    ("number", "why"),
+    [(signal.SIGKILL, ""), (signal.SIGBUS, ": a file it had mapped, such as the model's weights, was truncated")],
+)
+async def test_a_killed_process_is_an_error_for_who_waits(
+    config: Callable[..., ServerConfig], number: int, why: str
+) -> None:
     server = Server(config())
     info = await server.start()
     waiting = asyncio.create_task(server.wait())
-    os.kill(info["pids"]["scheduler"], signal.SIGKILL)
-    with pytest.raises(EngineDead, match="the scheduler process was killed by signal 9; the server is going down"):
+    os.kill(info["pids"]["scheduler"], number)
+    with pytest.raises(EngineDead, match=f"the scheduler process was killed by signal {number}{why}; the server is"):
         await asyncio.wait_for(waiting, 60)
 
 
