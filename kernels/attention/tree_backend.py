@@ -30,9 +30,10 @@ from .wide_kernel import fits, runs_on
 
 logger = logging.getLogger(__name__)
 
-# Query tokens: longer chunks of steps that are not captured are left to the flat backend. `attend_wide` takes chunks of
-# up to 512, from where on FlashInfer runs `fa3`, where these see so many keys in the mean. On an H200, µs of FlashInfer
-# and of `attend_wide`: 60 chunks of 64 on 2,048 tokens 420 and 325, 27 prompts of 300 alone 117 and 160.
+# Query tokens: longer chunks of steps that are not captured are left to the flat backend. `attend_wide` takes those of
+# up to 512, from where on FlashInfer runs `fa3`, where they see so many keys in the mean. On an H200, µs of FlashInfer
+# and of `attend_wide`: 60 chunks of 64 on 2,048 tokens 420 and 325, 27 prompts of 300 alone 117 and 160. They are taken
+# beside a long chunk too: `dequantized_chunks` may have no room for a copy of all their pages.
 SHORT_CHUNK, WIDE_CHUNK, WIDE_KEYS = 16, 512, 384
 MAX_GROWTH = 128  # tokens that tails may grow by before their last items are cut again
 MIN_DECODES = 8  # smaller steps are not captured on the tree path
@@ -193,11 +194,13 @@ class TreeAttention:
         return out
 
     def _takes_chunks(self, batch: AttentionBatch) -> bool:
-        """Whether `attend_wide` is faster than the flat backend for the chunks of a step that is not captured."""
-        q_lens = batch.q_lens[batch.num_decodes :].astype(np.int64)
-        if not 1 < q_lens.max(initial=0) <= WIDE_CHUNK:
+        """Whether `attend_wide` is faster than the flat backend for the short chunks of a step that is not captured."""
+        n = batch.num_decodes
+        short = batch.q_lens[n:] <= WIDE_CHUNK
+        q_lens, kv_lens = batch.q_lens[n:][short].astype(np.int64), batch.kv_lens[n:][short]
+        if q_lens.max(initial=0) <= 1:
             return False
-        keys = int((q_lens * (batch.kv_lens[batch.num_decodes :] - q_lens // 2)).sum())
+        keys = int((q_lens * (kv_lens - q_lens // 2)).sum())
         return self._runner.pool.layout.quantized or keys >= WIDE_KEYS * int(q_lens.sum())
 
     def _find_members(self, batch: AttentionBatch, decodes: int, longest: int) -> Members:
