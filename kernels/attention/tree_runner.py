@@ -28,10 +28,6 @@ DEEP = 5
 MERGE_HEADS, MANY_TOKENS, MERGE_CHANNELS = 8, 448, 4096
 
 
-# Whether `attend_wide` does without the tile of 64 rows: over pages that are not quantized, over fp8.
-TWO_TILES = (True, True)
-
-
 class TreeTile(NamedTuple):
     """Sizes of a program of `attend`."""
 
@@ -73,8 +69,7 @@ def tree_tiles(layout: KVLayout, group: int, in_registers: bool = True, wide: bo
     else:
         tiles = TreeTile(16, 32, 1, 3), TreeTile(64, 64, 4, 5), TreeTile(128, 64, 8, 5)
     if wide:
-        middle = () if TWO_TILES[layout.quantized] else tiles[1:-1]
-        tiles = tiles[0], *middle, TreeTile(128, KEYS, WARPS, 1, wide=True)
+        tiles = tiles[0], TreeTile(128, KEYS, WARPS, 1, wide=True)
     found = register_tile(least, layout) if in_registers else None
     if found is not None:
         tiles = TreeTile(found.rows, found.keys, 1, 1, found.programs), *tiles[1:]

@@ -86,8 +86,8 @@ FORMATS = {
 }
 _NAMES = ("no_sharing", "fewshot", "agents", "tree_of_thought", "chat", "best_of_n", "long_document")
 MEASURED = {  # seconds on the device, 2026-11-30
-    "bf16": dict(zip(_NAMES, (11.33, 1.76, 8.15, 2.71, 6.87, 5.03, 7.49), strict=True)),
-    "fp8": dict(zip(_NAMES, (7.59, 1.40, 6.30, 2.44, 4.88, 3.60, 6.02), strict=True)),
+    "bf16": dict(zip(_NAMES, (11.45, 1.75, 8.13, 2.68, 6.84, 5.09, 7.59), strict=True)),
+    "fp8": dict(zip(_NAMES, (6.98, 1.20, 5.57, 2.04, 4.67, 3.64, 6.02), strict=True)),
 }
 
 
