@@ -125,10 +125,10 @@ class RequestGroup:
         """Query tokens of the group, without padding."""
         return int(self.tokens.stop - self.tokens.start)
 
-    @property
-    def mean_q_len(self) -> float:
-        """Query tokens of the request that the average query token belongs to."""
-        lengths = self.q_lens.astype(np.int64)
+    def mean_q_len(self, scratch_row: int = -1) -> float:
+        """Query tokens of the request that the average query token belongs to. Requests of the scratch row, which only
+        fill the places of others, do not count."""
+        lengths = self.q_lens[self.rows != scratch_row].astype(np.int64)
         return float((lengths * lengths).sum() / max(int(lengths.sum()), 1))
 
 

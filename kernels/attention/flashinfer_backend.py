@@ -136,7 +136,8 @@ class FlashInferAttention:
             rows, kv_lens = padded(decodes.rows, size, self._scratch_row), padded(decodes.kv_lens, size, 1)
             self._add(self._decode, decodes.tokens, rows, np.ones(size, np.int32), kv_lens, self._decode_indices)
         if chunks is not None:
-            calls = self._long_calls() if shape is None and chunks.mean_q_len >= LONG_CHUNK else self._short
+            long = shape is None and chunks.mean_q_len(self._scratch_row) >= LONG_CHUNK
+            calls = self._long_calls() if long else self._short
             rows, q_lens, kv_lens = (
                 padded(x, chunks.max_requests) for x in (chunks.rows, chunks.q_lens, chunks.kv_lens)
             )

@@ -165,7 +165,7 @@ class TritonAttention:
             groups.append(self._cut(decodes, 1, 1, shape is not None))
         if chunks is not None:
             # A shape has room for more requests than most of its steps bring, so their mean length is no guide.
-            typical = math.ceil(chunks.mean_q_len) if shape is None else min(chunks.num_tokens, CAPTURED_CHUNK)
+            typical = math.ceil(chunks.mean_q_len()) if shape is None else min(chunks.num_tokens, CAPTURED_CHUNK)
             groups.append(self._cut(chunks, typical, chunks.num_tokens, shape is not None))
         self._staging.begin(sum(group.size for group in groups))
         self._positions = self._put(np.concatenate([np.empty(0, np.int64), *(group.positions for group in groups)]))
