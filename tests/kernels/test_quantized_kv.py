@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from branchwise.kernels import kv_pool, ops
+from branchwise.kernels.attention import dequantized_chunks
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
 from branchwise.kernels.attention.dequantized_chunks import DequantizedChunks, dequantize
 from branchwise.kernels.attention.torch_backend import TorchAttention
@@ -190,10 +191,10 @@ def test_long_chunks_read_a_copy(requests: list[tuple[int, int]], monkeypatch: p
 def test_chunks_of_the_tree_beside_a_long_one(room: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short chunks before and behind a long one are the tree's. They do not keep the long one from being read in the
     copy, with the scratch page in their places; without room for a copy, the flat backend reads it."""
-    monkeypatch.setattr(sys.modules[__name__], "COLUMNS", 48)
-    monkeypatch.setattr(sys.modules[__name__], "PAGES", 8 * 48 + 1)
+    monkeypatch.setattr(tree_backend, "WIDE_CHUNK", 40)
+    monkeypatch.setattr(dequantized_chunks, "LONG_CHUNK", 40)
     pool, heads, specs = filled("fp8", 64, torch.float16), 2, [LayerSpec(0.1)]
-    batch = step([(1, 70), (1, 150), (200, 64), (520, 64), (200, 90), (3, 90), (180, 64)])
+    batch = step([(1, 70), (12, 64), (41, 64), (12, 24), (3, 70)])
     q = torch.randn((int(batch.q_lens.sum()), heads, 64), generator=torch.Generator().manual_seed(2)).to(DEVICE).half()
     flat, copies = TritonAttention(pool, specs, heads), []
 
@@ -201,12 +202,12 @@ def test_chunks_of_the_tree_beside_a_long_one(room: bool, monkeypatch: pytest.Mo
         copies.append(copy)
         return TritonAttention(copy, specs, heads)
 
-    monkeypatch.setattr(kv_pool, "DEQUANTIZED_BYTES", 1 << 24 if room else 1 << 16)
+    monkeypatch.setattr(kv_pool, "DEQUANTIZED_BYTES", 1 << 24 if room else 1 << 13)
     chunks = DequantizedChunks(pool, flat, make_long, ROWS, COLUMNS)
-    tree = TreeAttention(pool, specs, heads, batch.page_table, chunks, 2048)
+    tree = TreeAttention(pool, specs, heads, batch.page_table, chunks, 128)
     monkeypatch.setattr(tree, "_wide", True)
     tree.plan(batch)
-    assert tree._members is not None and tree._members.chunks.tolist() == [2, 4, 5, 6]
+    assert tree._members is not None and tree._members.chunks.tolist() == [1, 3, 4]
     flat_only = TritonAttention(pool, specs, heads)
     flat_only.plan(batch)
     torch.testing.assert_close(tree.run(0, q, q, q), flat_only.run(0, q, q, q), atol=3e-3, rtol=3e-3)
