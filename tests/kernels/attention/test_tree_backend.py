@@ -136,6 +136,13 @@ def test_a_captured_step_launches_no_tile_that_it_cannot_fill() -> None:
         torch.testing.assert_close(got, world.expected(batch, q, 0), atol=3e-6, rtol=3e-6)
 
 
+def test_a_captured_step_launches_no_items_beyond_the_buffers() -> None:
+    """Of a shape for more requests than the page table has rows."""
+    world = World()
+    items = world.tree._captured_limits(StepShape(ROWS, 52, ROWS, tree=True)).items
+    assert all(number <= most for number, most in zip(items, world.tree._limits.items, strict=True))
+
+
 @pytest.mark.parametrize("heads, kv_heads, dim, page", [(4, 2, 32, 4), (7, 1, 24, 1), (4, 4, 64, 4), (20, 1, 16, 4)])
 def test_every_kind_of_layer(heads: int, kv_heads: int, dim: int, page: int) -> None:
     # Alone and together with the first layout; with the others in two combinations, which have each of them.
