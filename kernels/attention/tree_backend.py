@@ -259,10 +259,8 @@ class TreeAttention:
         if found is None:
             tokens = shape.num_tokens
             rows, smaller = tokens * self._group, (0, *self._costs.tiles)
-            rows_of_requests = (
-                self._scratch_row
-            )  # no more than these decode, however large the shape: buffers end there
-            items = self._items(min(shape.num_outputs, tokens, rows_of_requests), tokens)
+            # No more members than the page table has rows, which the buffers are made for.
+            items = self._items(min(shape.num_outputs, tokens, self._scratch_row), tokens)
             items = tuple(most if rows > least else 0 for most, least in zip(items, smaller, strict=False))
             found = self._by_shape[shape] = replace(self._limits, items=items)
         return found
