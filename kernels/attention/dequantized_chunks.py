@@ -108,10 +108,8 @@ class DequantizedChunks:
         """The pages that the step's chunks read, ``[P]``, and each chunk's indices into them, ``[chunks, columns]``;
         None where chunks are short or the copy has no room."""
         n = batch.num_decodes
-        places = (
-            batch.rows[n:] == len(batch.host_page_table) - 1
-        )  # of chunks that tree attention reads: the scratch row
-        lengths = batch.q_lens[n:][~places].astype(np.int64)
+        own = batch.rows[n:] != len(batch.host_page_table) - 1  # tree attention reads those of the scratch row
+        lengths = batch.q_lens[n:][own].astype(np.int64)
         if not len(lengths) or (lengths * lengths).sum() < LONG_CHUNK * lengths.sum():
             return None
         counts = -(-batch.kv_lens[n:] // batch.page_size)
