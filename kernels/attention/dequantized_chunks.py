@@ -125,7 +125,7 @@ class DequantizedChunks:
 
 
 @kernel()
-def _copy_pages(
+def _dequantize_pages(
     pages_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
@@ -167,7 +167,7 @@ def dequantize(pool: KVPool, layer: int, pages: Tensor, out: Tensor) -> None:
     """
     kv, layout = pool.layer(layer), pool.layout
     constants = (layout.kv_heads, layout.head_dim, layout.page_size, kv.strides, kv.k_format.name, kv.v_format.name)
-    _copy_pages(
+    _dequantize_pages(
         (len(pages), layout.kv_heads, 1),
         (pages, kv.k, kv.v, kv.k_scales, kv.v_scales, out[0], out[1]),
         (),

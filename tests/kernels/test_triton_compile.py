@@ -359,8 +359,9 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
         "merge",
         "merge_slots",
         "_apply_sinks",
+        "_copy_words",
     }
-    small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_copy_pages", "_copy_words"}
+    small |= {"_quantize", "_add_splits", "_route", "_align", "_combine", "_dequantize", "_dequantize_pages"}
     large = {"attend": 43, "attend_few": 3, "attend_wide": 2, "_fp8_linear": 12, "_expert_products": 22, "_stream": 4}
     assert set(names) == small | {"_top_p_threshold", "_block_mass", "_sample", *large}
     assert {name: names[name] for name in large} == large
