@@ -58,6 +58,7 @@ class Ops(Protocol):
         slots: Tensor,
         qk_norm: Tensor | None = None,
         eps: float = 0.0,
+        norm_rotated: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `ops.rope_write`."""
         ...

@@ -145,27 +145,31 @@ void silu_mul(const void *gate_up, long rows, long size, long bf16, void *out, u
     }
 }
 
+// RMSNorm of one head, in place.
+INLINE void norm_head(void *x, long at, long dim, const float *weight, float eps, long bf16) {
+    vf square = {};
+    for (long i = at; i < at + dim; i += 16) square += load(x, i, bf16) * load(x, i, bf16);
+    vf scale = all(1.0f / sqrtf(sum(square) / dim + eps));
+    for (long i = 0; i < dim; i += 16)
+        store(x, at + i, load(x, at + i, bf16) * scale * load(weight, i, 0), bf16);
+}
+
 // `ops.rope_write` in place: queries and keys of `qkv` are normed and rotated; keys and values go to their slots.
 void rope_write(void *qkv, long rows, long heads, long kv_heads, long dim, long half, const float *cos,
-                const float *sin, long angles_stride, const float *norm, float eps, const int64_t *slots, void *keys,
-                void *values, long bf16) {
+                const float *sin, long angles_stride, const float *norm, float eps, long norm_rotated,
+                const int64_t *slots, void *keys, void *values, long bf16) {
     for (long r = 0; r < rows; r++, cos += angles_stride, sin += angles_stride) {
         for (long h = 0; h < heads + 2 * kv_heads; h++) {
             long at = (r * (heads + 2 * kv_heads) + h) * dim;
             if (h < heads + kv_heads) {
-                if (norm) {
-                    vf square = {};
-                    for (long i = at; i < at + dim; i += 16) square += load(qkv, i, bf16) * load(qkv, i, bf16);
-                    vf scale = all(1.0f / sqrtf(sum(square) / dim + eps));
-                    for (long i = 0; i < dim; i += 16)
-                        store(qkv, at + i, load(qkv, at + i, bf16) * scale * load(norm, h * dim + i, 0), bf16);
-                }
+                if (norm && !norm_rotated) norm_head(qkv, at, dim, norm + h * dim, eps, bf16);
                 for (long i = 0; i < half; i += 16) {
                     vf a = load(qkv, at + i, bf16), b = load(qkv, at + half + i, bf16);
                     vf c = load(cos, i, 0), s = load(sin, i, 0);
                     store(qkv, at + i, a * c - b * s, bf16);
                     store(qkv, at + half + i, b * c + a * s, bf16);
                 }
+                if (norm && norm_rotated) norm_head(qkv, at, dim, norm + h * dim, eps, bf16);
             }
             if (h < heads) continue;
             long to = (slots[r] * kv_heads + (h - heads) % kv_heads) * dim;

@@ -60,7 +60,7 @@ _FUNCTIONS = {
     "set_team": (_P,),
     "add_rms_norm": (_P, _P, _P, _F, _N, _N, _N, _P, _P, _P),
     "silu_mul": (_P, _N, _N, _N, _P, _P, _P),
-    "rope_write": (_P, *(_N,) * 5, _P, _P, _N, _P, _F, _P, _P, _P, _N),
+    "rope_write": (_P, *(_N,) * 5, _P, _P, _N, _P, _F, _N, _P, _P, _P, _N),
     "linear": (*(_P,) * 4, *(_N,) * 3, *(_P,) * 3, _N),
     "attention": (_P, _P, _P, _N, _P, _P, _N),
 }

@@ -117,6 +117,7 @@ def rope_write(
     slots: Tensor,
     qk_norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_rotated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.rope_write`."""
     library, half = native.library(), cos.shape[1]
@@ -127,13 +128,13 @@ def rope_write(
         or not (kv.k_format.plain and kv.v_format.plain)
         or kv.k.dtype != qkv.dtype
     ):
-        return ops.rope_write(qkv, heads, cos, sin, kv, slots, qk_norm, eps)
+        return ops.rope_write(qkv, heads, cos, sin, kv, slots, qk_norm, eps, norm_rotated)
     rows, all_heads, dim = qkv.shape
     kv_heads = (all_heads - heads) // 2
     norm = None if qk_norm is None else qk_norm.data_ptr()
     library.rope_write(
         *(qkv.data_ptr(), rows, heads, kv_heads, dim, half, cos.data_ptr(), sin.data_ptr(), cos.stride(0)),
-        *(norm, eps, slots.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), qkv.dtype == torch.bfloat16),
+        *(norm, eps, norm_rotated, slots.data_ptr(), kv.k.data_ptr(), kv.v.data_ptr(), qkv.dtype == torch.bfloat16),
     )
     q, k, v = qkv.split_with_sizes([heads, kv_heads, kv_heads], 1)
     return q, k, v

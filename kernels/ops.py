@@ -132,6 +132,7 @@ def rope_write(
     slots: Tensor,
     qk_norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_rotated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Norms (if asked) and rotates queries and keys, and writes the keys and values of T tokens to the KV pool.
 
@@ -145,15 +146,18 @@ def rope_write(
         slots: int64 ``[T]``, page * page_size + offset. Distinct, except that tokens which only pad the step may share
             a slot of the scratch page.
         qk_norm: float32 ``[heads + kv_heads, D]`` or None.
+        norm_rotated: norm what the rotary embedding gives, not what it takes.
 
     Returns:
         queries ``[T, heads, D]``, keys and values ``[T, kv_heads, D]``.
     """
     kv_heads = (qkv.shape[1] - heads) // 2
     qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-    if qk_norm is not None:
+    if qk_norm is not None and not norm_rotated:
         qk = rms_norm(qk, qk_norm, eps)
     qk = rope(qk, cos, sin)
+    if qk_norm is not None and norm_rotated:
+        qk = rms_norm(qk, qk_norm, eps)
     q, k = (hadamard(qk) if kv.k_format.rotates_keys else qk).split_with_sizes([heads, kv_heads], 1)
     kv.write(slots, k, v)
     return q, k, v

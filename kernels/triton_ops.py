@@ -230,6 +230,18 @@ def _launch_gate_mul(
         _gate_mul((tokens, triton.cdiv(size, block), 1), (gate_up, *outputs), (), constants, warps=row_warps(block))
 
 
+@triton.jit
+def _head_scale(
+    first: tl.tensor, second: tl.tensor, last: tl.tensor, HALF: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr
+) -> tl.tensor:
+    """RMSNorm's factor of each head, ``[HEADS, 1]``, whose channels are two or three tiles: see `_rope_write`."""
+    squares = tl.sum(first * first, axis=1, keep_dims=True) + tl.sum(second * second, axis=1, keep_dims=True)
+    if 2 * HALF < D:
+        last = last.to(tl.float32)
+        squares += tl.sum(last * last, axis=1, keep_dims=True)
+    return tl.rsqrt(squares / D + EPS)
+
+
 @kernel("num_slots", overlaps=True)
 def _rope_write(
     qkv_ptr: tl.tensor,
@@ -247,6 +259,7 @@ def _rope_write(
     COS_STRIDE: tl.constexpr,
     SIN_STRIDE: tl.constexpr,
     NORM: tl.constexpr,
+    NORM_ROTATED: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
@@ -273,26 +286,31 @@ def _rope_write(
     base = qkv_ptr + token * ((HEADS + 2 * KV_HEADS) * D) + head * D
     first = tl.load(base + pair, pairs, other=0.0)
     second = tl.load(base + HALF + pair, pairs, other=0.0)
+    last = first
     if 2 * HALF < D:
         last = tl.load(base + rest, rests, other=0.0)
     x1, x2 = first.to(tl.float32), second.to(tl.float32)
     if NORM:
-        squares = tl.sum(x1 * x1, axis=1, keep_dims=True) + tl.sum(x2 * x2, axis=1, keep_dims=True)
-        if 2 * HALF < D:
-            x3 = last.to(tl.float32)
-            squares += tl.sum(x3 * x3, axis=1, keep_dims=True)
-        scale = tl.rsqrt(squares / D + EPS)
         weight = norm_ptr + head * D
-        # Rounded before the rotation, as when the two are separate operations.
-        x1 = (x1 * scale * tl.load(weight + pair, rotated & pairs, other=0.0)).to(first.dtype).to(tl.float32)
-        x2 = (x2 * scale * tl.load(weight + HALF + pair, rotated & pairs, other=0.0)).to(first.dtype).to(tl.float32)
-        if 2 * HALF < D:
-            normed = (x3 * scale * tl.load(weight + rest, rotated & rests, other=0.0)).to(last.dtype)
-            last = tl.where(rotated, normed, last)
+        weight1 = tl.load(weight + pair, rotated & pairs, other=0.0)
+        weight2 = tl.load(weight + HALF + pair, rotated & pairs, other=0.0)
+        if not NORM_ROTATED:  # rounded before the rotation, as when the two are separate operations
+            scale = _head_scale(x1, x2, last, HALF, D, EPS)
+            x1 = (x1 * scale * weight1).to(first.dtype).to(tl.float32)
+            x2 = (x2 * scale * weight2).to(first.dtype).to(tl.float32)
     cos = tl.load(cos_ptr + token * COS_STRIDE + pair, pair < HALF, other=0.0)
     sin = tl.load(sin_ptr + token * SIN_STRIDE + pair, pair < HALF, other=0.0)
     first = tl.where(rotated, (x1 * cos - x2 * sin).to(first.dtype), first)
     second = tl.where(rotated, (x2 * cos + x1 * sin).to(second.dtype), second)
+    if NORM:
+        if NORM_ROTATED:
+            x1, x2 = first.to(tl.float32), second.to(tl.float32)
+            scale = _head_scale(x1, x2, last, HALF, D, EPS)
+            first = tl.where(rotated, (x1 * scale * weight1).to(first.dtype), first)
+            second = tl.where(rotated, (x2 * scale * weight2).to(second.dtype), second)
+        if 2 * HALF < D:
+            normed = last.to(tl.float32) * scale * tl.load(weight + rest, rotated & rests, other=0.0)
+            last = tl.where(rotated, normed.to(last.dtype), last)
 
     tl.debug_barrier()  # as in `_add_rms_norm`
     tl.store(base + pair, first, rotated & pairs)
@@ -328,6 +346,7 @@ def rope_write(
     slots: Tensor,
     qk_norm: Tensor | None = None,
     eps: float = 0.0,
+    norm_rotated: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.rope_write`. In place: what is returned are views of ``qkv``. ``qkv`` is contiguous."""
     tokens, all_heads, size = qkv.shape
@@ -338,7 +357,7 @@ def rope_write(
         block_rest = triton.next_power_of_2(max(1, size - 2 * half))
         constants = (
             *(heads, kv_heads, size, half, cos.stride(0), sin.stride(0)),
-            *(qk_norm is not None, eps, block_heads, block_half, block_rest),
+            *(qk_norm is not None, norm_rotated, eps, block_heads, block_half, block_rest),
             *(kv.k.shape[1], _record(kv), kv.k_format.name, kv.v_format.name),
             *(kv.k_format.rotates_keys, kv.static_scales is not None),
         )

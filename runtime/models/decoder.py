@@ -246,18 +246,13 @@ class _Layer:
         if config.clip_qkv is not None:
             qkv = qkv.clamp_(-config.clip_qkv, config.clip_qkv)
         qkv = qkv.view(-1, config.num_heads + 2 * config.num_kv_heads, config.head_dim)
-        if config.qk_norm in ("none", "head", "all"):
-            return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, self.qk_norm, config.norm_eps)
-        assert self.qk_norm is not None
-        qk = qkv[:, : len(self.qk_norm)]
         if config.qk_norm == "head_layer":
+            assert self.qk_norm is not None
+            qk = qkv[:, : len(self.qk_norm)]
             qk.copy_(F.layer_norm(qk.float(), qk.shape[2:], eps=config.norm_eps).mul_(self.qk_norm))
             return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots)
-        q, k, v = self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots)
-        q = self.ops.rms_norm(q.contiguous(), self.qk_norm[: config.num_heads], config.norm_eps)
-        k = self.ops.rms_norm(k.contiguous(), self.qk_norm[config.num_heads :], config.norm_eps)
-        kv.write(slots, k, v)  # in place of the keys without a norm
-        return q, k, v
+        normed = self.qk_norm, config.norm_eps, config.qk_norm == "head_rotated"
+        return self.ops.rope_write(qkv, config.num_heads, cos, sin, kv, slots, *normed)
 
     def attention_output(self, attended: Tensor) -> Tensor | Addends:
         """What attention adds to ``hidden``. Of ranks, each has its heads' part of the product."""

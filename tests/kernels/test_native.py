@@ -90,17 +90,18 @@ def test_silu(rows: int, dtype: torch.dtype, calls: list[str]) -> None:
 
 @DTYPES
 @pytest.mark.parametrize("half", [16, 32])
-@pytest.mark.parametrize("normed", [False, True])
-def test_rope_write(normed: bool, half: int, dtype: torch.dtype, calls: list[str]) -> None:
+@pytest.mark.parametrize("normed", ["not", "before", "after"])
+def test_rope_write(normed: str, half: int, dtype: torch.dtype, calls: list[str]) -> None:
     heads, kv_heads, dim = 6, 2, 64
     qkv = torch.randn(3, heads + 2 * kv_heads, dim, dtype=dtype)
     cos, sin = torch.randn(3, 2, half).unbind(1)
     slots = torch.tensor([9, 4, 30])
-    norm = torch.randn(heads + kv_heads, dim) if normed else None
+    norm = None if normed == "not" else torch.randn(heads + kv_heads, dim)
     results = []
     for module in (native_ops, ops):
         pages = torch.zeros(2, 8, 4, kv_heads, dim, dtype=dtype)
-        written = module.rope_write(qkv.clone(), heads, cos, sin, KVLayer.of(pages), slots, norm, 1e-6)
+        layer = KVLayer.of(pages)
+        written = module.rope_write(qkv.clone(), heads, cos, sin, layer, slots, norm, 1e-6, normed == "after")
         results.append((*written, pages))
     for found, expected in zip(*results, strict=True):
         close(found, expected)

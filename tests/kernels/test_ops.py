@@ -56,21 +56,23 @@ def test_gated_activations() -> None:
     torch.testing.assert_close(ops.gate_mul(x, "gelu_tanh"), (gate * 0.5 * (1 + torch.tanh(inner)) * up).float())
 
 
-@pytest.mark.parametrize("normed", [False, True])
-def test_rope_write_is_its_parts_and_touches_its_slots_alone(normed: bool) -> None:
+@pytest.mark.parametrize("normed", ["not", "before", "after"])
+def test_rope_write_is_its_parts_and_touches_its_slots_alone(normed: str) -> None:
     torch.manual_seed(0)
     tokens, heads, kv_heads, dim = 3, 4, 2, 8
     qkv, pool = torch.randn(tokens, heads + 2 * kv_heads, dim), torch.randn(2, 3, 4, kv_heads, dim)
     cos, sin = torch.randn(tokens, 2, dim // 2).unbind(1)
-    norm = torch.randn(heads + kv_heads, dim) if normed else None
+    norm = None if normed == "not" else torch.randn(heads + kv_heads, dim)
     q, k, v = (x.clone() for x in qkv.split([heads, kv_heads, kv_heads], dim=1))
-    if norm is not None:
+    if norm is not None and normed == "before":
         q, k = ops.rms_norm(q, norm[:heads], 1e-5), ops.rms_norm(k, norm[heads:], 1e-5)
     q, k = ops.rope(q, cos, sin), ops.rope(k, cos, sin)
+    if norm is not None and normed == "after":
+        q, k = ops.rms_norm(q, norm[:heads], 1e-5), ops.rms_norm(k, norm[heads:], 1e-5)
     expected = pool.flatten(1, 2).clone()
     slots = torch.tensor([11, 2, 5])
     expected[0, slots], expected[1, slots] = k, v
-    got = ops.rope_write(qkv, heads, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
+    got = ops.rope_write(qkv, heads, cos, sin, KVLayer.of(pool), slots, norm, 1e-5, normed == "after")
     for mine, theirs in zip(got, (q, k, v), strict=True):
         torch.testing.assert_close(mine, theirs)
     torch.testing.assert_close(pool.flatten(1, 2), expected)

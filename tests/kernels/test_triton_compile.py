@@ -153,11 +153,18 @@ def call_everything() -> None:
     triton_ops.gate_mul(zeros(4, 28672), "gelu")
     call_fp8()
     call_experts()
-    for size, turning, norm in ((128, 128, None), (128, 128, zeros(40, 128, dtype=float32)), (80, 32, None)):
+    normed, partly = zeros(40, 128, dtype=float32), zeros(40, 80, dtype=float32)
+    for size, turning, norm, after in (
+        (128, 128, None, False),
+        (128, 128, normed, False),
+        (128, 128, normed, True),
+        (80, 32, None, False),
+        (80, 32, partly, True),
+    ):
         cos_sin = zeros(4, turning, dtype=float32)
         cos, sin = cos_sin[:, : turning // 2], cos_sin[:, turning // 2 :]
         slots, pool = torch.arange(4), zeros(2, 4, 16, 8, size)
-        triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5)
+        triton_ops.rope_write(zeros(4, 48, size), 32, cos, sin, KVLayer.of(pool), slots, norm, 1e-5, after)
     triton_ops.apply_sinks(zeros(4, 64, 64), zeros(4, 64, dtype=float32), zeros(64, dtype=float32))
     table, indptr = zeros(4, 64, dtype=int32), zeros(5, dtype=int32)
     triton_ops.copy_pages(zeros(8, 4, 32768, dtype=torch.uint8), zeros(4, 2, dtype=torch.int64))

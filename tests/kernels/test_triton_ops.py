@@ -93,7 +93,7 @@ def test_gated_activations(activation: Activation, size: int, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("normed", ["not", "before", "after"])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "size", "turning", "page"),
     [
@@ -106,19 +106,20 @@ def test_gated_activations(activation: Activation, size: int, dtype: torch.dtype
     ],
 )
 def test_rope_write(
-    heads: int, kv_heads: int, size: int, turning: int, page: int, normed: bool, dtype: torch.dtype
+    heads: int, kv_heads: int, size: int, turning: int, page: int, normed: str, dtype: torch.dtype
 ) -> None:
     tokens, pages = 5, 12
     qkv = randn(tokens, heads + 2 * kv_heads, size, dtype=dtype)
     angles = randn(tokens, turning // 2)
     table = torch.cat([angles.cos(), angles.sin()], dim=1)  # rows longer than either half
     cos, sin = table[:, : turning // 2], table[:, turning // 2 :]
-    norm = randn(heads + kv_heads, size) if normed else None
+    norm = None if normed == "not" else randn(heads + kv_heads, size)
     slots = torch.randperm(pages * page, generator=torch.Generator().manual_seed(0))[:tokens].to(DEVICE)
     pool, expected_pool = (torch.full((2, pages, page, kv_heads, size), 7.0, dtype=dtype, device=DEVICE) for _ in "ab")
-    expected = ops.rope_write(qkv.clone(), heads, cos, sin, KVLayer.of(expected_pool), slots, norm, 1e-6)
+    options = slots, norm, 1e-6, normed == "after"
+    expected = ops.rope_write(qkv.clone(), heads, cos, sin, KVLayer.of(expected_pool), *options)
     given = qkv.clone()
-    got = triton_ops.rope_write(given, heads, cos, sin, KVLayer.of(pool), slots, norm, 1e-6)
+    got = triton_ops.rope_write(given, heads, cos, sin, KVLayer.of(pool), *options)
     for mine, theirs in zip(got, expected, strict=True):
         close(mine, theirs)
         assert mine.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from branchwise.kernels import native_ops
+from branchwise.kernels.kv_format import PLAIN
 from branchwise.runtime.models.registry import ARCHITECTURES, listing
 
 TOLERANCE = 1e-4
@@ -91,6 +93,15 @@ class TestFamily:
             parts += model.step([(1, prompt[at : at + size], at)])
             at += size
         close(torch.cat(parts), reference(family))
+
+    def test_rotated_keys_change_nothing(
+        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+    ) -> None:
+        """What some storage formats do before they quantize, here without quantizing."""
+        model, rotated = harness(family, page_size), replace(PLAIN, rotates_keys=True)
+        model.pool._layers = [replace(layer, k_format=rotated) for layer in model.pool._layers]
+        (got,) = model.step([(1, prompt, 0)])
+        assert (got - reference(family)).abs().max() < 10 * TOLERANCE  # what is rounded differs
 
     def test_decodes_equal_prefill(
         self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
