@@ -51,8 +51,10 @@ class Forest:
         pages = rng.permutation(self.pages - 1).astype(np.int32)
         prefixes = pages[: groups * shared].reshape(groups, shared)
         tails = pages[groups * shared :].reshape(batch, own)
-        self.table = np.full((batch + 1, shared + own), self.pages - 1, np.int32)
-        self.table[:-1] = np.concatenate([np.repeat(prefixes, batch // groups, axis=0), tails], axis=1)
+        # Tables of one width: kernels are compiled for it.
+        columns = max(shared + own, (max(PREFIXES) + max(TAILS)) // page + 1)
+        self.table = np.full((batch + 1, columns), self.pages - 1, np.int32)
+        self.table[:-1, : shared + own] = np.concatenate([np.repeat(prefixes, batch // groups, axis=0), tails], axis=1)
         self.rows = rng.permutation(batch).astype(np.int32)
         self.kv_lens = np.full(batch, prefix + tail, np.int32)
 
