@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_quality.py --formats float32,fp8,int4 --out OUT [--n 2000] [--puzzles 4000]
     python examples/embedded_model/compare.py OUT/float32 OUT/fp8 OUT/int4
+    python tests/benchmarks/bench_quality.py --formats float32,fp8,int4 --divergence 700
 
 The tasks are those of ``examples/embedded_model/evaluate.py``, computed by `dense_llama`. What the package's
 kernels add to a format's error is measured by evaluate.py itself.
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -19,11 +22,15 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "embedded_model"))
 
 import evaluate
 from dense_llama import VARIANTS, DenseEngine
+
+from corpus import puzzle, tools
+from corpus.draw import Draw
 
 CHUNK = 200  # puzzles measured in every format before the next ones
 
@@ -56,23 +63,56 @@ def measure_all(
             yield {each: evaluate.solve(subject, method, chunk) for each, subject in subjects.items()}
 
 
+def divergence(subjects: dict[str, Subject], n: int) -> Iterator[str]:
+    """Kullback-Leibler divergence of the next token from the first format's, times 10^4: for each held-out item the
+    mean over its reference answer. A few items have most of it: the median says more than the mean."""
+    (first, subject), *_ = subjects.items()
+    called = evaluate.collect(tools.make, "tools_call", n, 1021)
+    draw, drawn = Draw(7, held_out=True), evaluate.draw_puzzles(4 * n)
+    tasks = {
+        "tool calls": [(subject.prompt(each.prompt_messages, each.tools), each.reference) for each in called],
+        "puzzles": [(subject.ask(puzzle.solve_prompt(*each)), draw.pick(puzzle.winning(*each))[0]) for each in drawn],
+    }
+    for task, items in tasks.items():
+        found: dict[str, list[float]] = {name: [] for name in subjects}
+        items.sort(key=lambda item: len(item[0]))
+        for start in range(0, len(items), 8):
+            prompts, texts = zip(*items[start : start + 8], strict=True)
+            answers = [subject.engine.tokenizer.encode(text, add_special_tokens=False).tolist() for text in texts]
+            rows = {name: each.engine.logprobs(prompts, answers) for name, each in subjects.items()}
+            for name, each in rows.items():
+                for p, q in zip(rows[first], each, strict=True):
+                    lost = F.kl_div(q.double(), p.double(), log_target=True, reduction="batchmean")
+                    found[name].append(1e4 * lost.item())
+        for name, each in list(found.items())[1:]:
+            mean, error = statistics.mean(each), statistics.stdev(each) / math.sqrt(len(each))
+            yield f"{task}, {name} from {first}: {mean:.2f} ± {error:.2f}, median {statistics.median(each):.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(VARIANTS))
     parser.add_argument("--n", type=int, default=2000)
     parser.add_argument("--puzzles", type=int, default=4000)
     parser.add_argument("--rows", nargs="+", default=["*"], help="patterns of the rows to measure")
-    parser.add_argument("--out", type=Path, required=True, help="a folder, with one for each format")
+    parser.add_argument("--out", type=Path, help="a folder, with one for each format")
+    parser.add_argument("--divergence", type=int, metavar="N", help="only the next token's, after N tool calls")
     parser.add_argument("--part", default="0/1", help="i/n: a share of the items, for one of n processes")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing after so many")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch-tokens", type=int, help="tokens in the cache at once")
     args = parser.parse_args()
+    if not (args.divergence or args.out):
+        parser.error("--out or --divergence is required")
     begun = time.time()
     torch.backends.cuda.matmul.allow_tf32 = True
     batch_tokens = args.batch_tokens or (500_000 if args.device.startswith("cuda") else 60_000)
     formats = args.formats.split(",")
     subjects = {name: Subject(DenseEngine(VARIANTS[name], args.device, batch_tokens)) for name in formats}
+    if args.divergence:
+        for line in divergence(subjects, args.divergence):
+            print(f"{time.time() - begun:.0f} s: {line}", flush=True)
+        return
     done: dict[str, list[dict[str, Any]]] = {name: [] for name in formats}
     part, parts = map(int, args.part.split("/"))
     for rows in measure_all(subjects, args.n, args.puzzles, args.rows, part, parts):

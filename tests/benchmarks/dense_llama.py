@@ -132,6 +132,21 @@ class DenseEngine:
                 outputs[i] = SimpleNamespace(outputs=samples, text=samples[0].text)
         return outputs
 
+    @torch.inference_mode()
+    def logprobs(self, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> list[Tensor]:
+        """The next token's log-probabilities ``[len(answer) + 1, vocab]`` after each prompt and each token of its
+        answer, of all items in one batch."""
+        wholes = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        ids = torch.zeros(len(wholes), max(map(len, wholes)), dtype=torch.long)
+        for i, whole in enumerate(wholes):
+            ids[i, : len(whole)] = torch.tensor(whole)
+        stops = torch.tensor([len(whole) for whole in wholes])
+        firsts = stops - torch.tensor([len(answer) for answer in answers])
+        ends = (firsts + torch.arange(1 + int((stops - firsts).max()))[:, None]).clamp(max=stops)
+        logits, _ = self._prefill(ids.to(self._device), ends.to(self._device))
+        rows = logits.log_softmax(-1).unbind(1)
+        return [row[: len(answer) + 1] for row, answer in zip(rows, answers, strict=True)]
+
     def _batches(self, prompts: Sequence[list[int]], n: int) -> Iterator[list[int]]:
         """Prompts of like lengths, the longest first. A batch depends on its prompts alone, not on the format."""
         batch: list[int] = []
@@ -214,7 +229,7 @@ class DenseEngine:
         return x + down(F.silu(gate) * value)
 
     def _prefill(self, ids: Tensor, ends: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Logits after each prompt, and of each layer ``[2, B, KV heads, T, D]``."""
+        """Logits after the first ``ends`` tokens, ``[B]`` or ``[n, B]``; of each layer ``[2, B, KV heads, T, D]``."""
         x, caches = self._embedding[ids], []
         cos, sin = self._cos[: ids.shape[1], None], self._sin[: ids.shape[1], None]
         for norm, mlp_norm, (qkv, out, up, down) in self._layers:
