@@ -11,6 +11,9 @@ bits that it would have if it were computed again.
 | int4 | D / 2 bytes, unsigned | float16 step and minimum (asymmetric; QServe: Lin et al., 2024) |
 | nvfp4 | D / 2 bytes, e2m1 | one e4m3 scale for each 16 channels, times `NVFP4_GLOBAL` |
 
+nvfp4 maps the largest value of a block to 6 or to 4, whichever has the smaller squared error (Four Over Six: Cook et
+al., 2025): e2m1 has nothing between 4 and 6.
+
 Eight 4-bit codes are one little-endian 32-bit word. Channels 2p and 2p + 1 of a word are its nibbles p and p + 4, so
 that one mask extracts two channels, each in its own half of the word.
 """
@@ -28,7 +31,7 @@ from torch import Tensor
 
 FormatName = Literal["plain", "fp8", "int4", "nvfp4"]
 
-E4M3_MAX, E2M1_MAX = 448.0, 6.0
+E4M3_MAX = 448.0
 # Kernels multiply softmax probabilities by a value's scale in float16: smaller scales would lose bits there.
 FP8_MIN_SCALE = 2.0**-16
 INT4_MIN_STEP = 2.0**-14  # the smallest normal float16
@@ -37,6 +40,11 @@ NVFP4_BLOCK = 16  # channels of one scale
 # e4m3 scales have 4 significant bits from 2^-6 to 448. With this factor that covers blocks whose largest value is from
 # 0.012 to 336, so that no calibration is needed.
 NVFP4_GLOBAL = 2.0**-3
+NVFP4_PEAKS = 6.0, 4.0  # what the largest value of a block may be mapped to; the first where errors are equal
+# Errors are counted in so many whole steps of a scale: a sum of integers does not depend on its order, nor on fused
+# multiplications. None is above 3 scales, so 16 squares stay below 2^31, except beyond 336, where both scales are 448
+# and both counts wrong alike.
+NVFP4_STEPS = 2048
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -121,13 +129,31 @@ def _decode_int4(data: Tensor, scales: Tensor) -> Tensor:
 
 def _encode_nvfp4(x: Tensor, static: Tensor | None) -> tuple[Tensor, Tensor]:
     blocks = x.float().unflatten(-1, (-1, NVFP4_BLOCK))
-    peak = blocks.abs().amax(-1, keepdim=True) * (1.0 / (E2M1_MAX * NVFP4_GLOBAL))
-    scales = peak.clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn)
-    size, unit = blocks.abs(), scales.float() * NVFP4_GLOBAL
+    size = blocks.abs()
+    largest = size.amax(-1, keepdim=True)
+    scales, other = (
+        (largest * (1.0 / (peak * NVFP4_GLOBAL))).clamp(2.0**-9, E4M3_MAX).to(torch.float8_e4m3fn).float()
+        for peak in NVFP4_PEAKS
+    )
+    scales = torch.where(_nvfp4_error(size, other) < _nvfp4_error(size, scales), other, scales)
+    unit = scales * NVFP4_GLOBAL
     # Round to nearest, ties to the even code. The products are exact, which a quotient would not be.
-    codes = sum(size > unit * t for t in (0.25, 1.25, 2.5, 5.0)) + sum(size >= unit * t for t in (0.75, 1.75, 3.5))
-    codes = codes.to(torch.uint8) | ((blocks < 0).to(torch.uint8) << 3)
-    return _pack(codes.flatten(-2)), scales.squeeze(-1).view(torch.uint8)
+    codes = (blocks < 0).to(torch.uint8) << 3
+    for odd in (0.25, 1.25, 2.5, 5.0):
+        codes += size > unit * odd
+    for even in (0.75, 1.75, 3.5):
+        codes += size >= unit * even
+    return _pack(codes.flatten(-2)), scales.to(torch.float8_e4m3fn).squeeze(-1).view(torch.uint8)
+
+
+def _nvfp4_error(size: Tensor, scales: Tensor) -> Tensor:
+    """The squared error of blocks of magnitudes ``[..., 16]`` with scales ``[..., 1]``."""
+    unit = scales * NVFP4_GLOBAL
+    steps = (size * (NVFP4_STEPS / unit)).to(torch.int32)
+    # Neighbours in e2m1 are 1/2 apart below 2, 1 below 4, and then 2.
+    gap = NVFP4_STEPS // 2 << ((steps >= 2 * NVFP4_STEPS).int() + (steps >= 4 * NVFP4_STEPS))
+    nearest = (steps + (gap >> 1)).bitwise_and_(-gap).clamp_(max=6 * NVFP4_STEPS)
+    return nearest.sub_(steps).square_().sum(-1, keepdim=True, dtype=torch.int32).float() * unit.square()
 
 
 def _decode_nvfp4(data: Tensor, scales: Tensor) -> Tensor:
@@ -156,7 +182,7 @@ FORMATS: dict[FormatName, KVFormat] = {
     "plain": PLAIN,
     "fp8": KVFormat("fp8", 8, lambda _: 2, False, _encode_fp8, _decode_fp8),
     "int4": KVFormat("int4", 4, lambda _: 4, True, _encode_int4, _decode_int4),
-    "nvfp4": KVFormat("nvfp4", 4, lambda head_dim: head_dim // NVFP4_BLOCK, False, _encode_nvfp4, _decode_nvfp4),
+    "nvfp4": KVFormat("nvfp4", 4, lambda head_dim: head_dim // NVFP4_BLOCK, True, _encode_nvfp4, _decode_nvfp4),
 }
 
 # ``--kv-cache-dtype``: the formats of keys and of values.

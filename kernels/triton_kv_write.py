@@ -8,11 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .kv_format import E2M1_MAX, E4M3_MAX, FLOAT16_MAX, FP8_MIN_SCALE, INT4_MIN_STEP, NVFP4_BLOCK, NVFP4_GLOBAL
+from .kv_format import (
+    E4M3_MAX,
+    FLOAT16_MAX,
+    FP8_MIN_SCALE,
+    INT4_MIN_STEP,
+    NVFP4_BLOCK,
+    NVFP4_GLOBAL,
+    NVFP4_PEAKS,
+    NVFP4_STEPS,
+)
 
-_E4M3_MAX, _E2M1_MAX, _FLOAT16_MAX = tl.constexpr(E4M3_MAX), tl.constexpr(E2M1_MAX), tl.constexpr(FLOAT16_MAX)
+_E4M3_MAX, _FLOAT16_MAX = tl.constexpr(E4M3_MAX), tl.constexpr(FLOAT16_MAX)
 _FP8_MIN_SCALE, _INT4_MIN_STEP = tl.constexpr(FP8_MIN_SCALE), tl.constexpr(INT4_MIN_STEP)
 _NVFP4_BLOCK, _NVFP4_GLOBAL = tl.constexpr(NVFP4_BLOCK), tl.constexpr(NVFP4_GLOBAL)
+_NVFP4_PEAKS, _NVFP4_STEPS = tl.constexpr(NVFP4_PEAKS), tl.constexpr(NVFP4_STEPS)
 
 
 @triton.jit
@@ -98,15 +108,32 @@ def _round_e4m3(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
 
 
 @triton.jit
+def _nvfp4_scale(size: tl.tensor, largest: tl.tensor, PEAK: tl.constexpr) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """The scales that map ``largest`` ``[ROWS, BLOCKS]`` to PEAK, as codes and as float32, and the squared errors of
+    the magnitudes ``[ROWS, BLOCKS, 16]`` with them."""
+    scale = largest * (1.0 / (PEAK * _NVFP4_GLOBAL))
+    code, scale = _round_e4m3(tl.minimum(tl.maximum(scale, 0.001953125), _E4M3_MAX))
+    unit = scale * _NVFP4_GLOBAL
+    steps = (size * tl.div_rn(1.0 * _NVFP4_STEPS, unit)[:, :, None]).to(tl.int32)
+    gap = tl.where(steps < 4 * _NVFP4_STEPS, _NVFP4_STEPS, 2 * _NVFP4_STEPS)
+    gap = tl.where(steps < 2 * _NVFP4_STEPS, _NVFP4_STEPS // 2, gap)
+    error = steps - tl.minimum((steps + (gap >> 1)) & -gap, 6 * _NVFP4_STEPS)
+    return code, unit, tl.sum(error * error, axis=2).to(tl.float32) * (unit * unit)
+
+
+@triton.jit
 def store_nvfp4(
     x: tl.tensor, data_ptrs: tl.tensor, scale_ptrs: tl.tensor, mask: tl.tensor, ROWS: tl.constexpr, D: tl.constexpr
 ) -> None:
     """As `store_int4`."""
     BLOCKS: tl.constexpr = D // _NVFP4_BLOCK
     blocks = tl.reshape(x, (ROWS, BLOCKS, _NVFP4_BLOCK))
-    peak = tl.max(tl.abs(blocks), axis=2) * (1.0 / (_E2M1_MAX * _NVFP4_GLOBAL))
-    scale, rounded = _round_e4m3(tl.minimum(tl.maximum(peak, 0.001953125), _E4M3_MAX))
-    size, unit = tl.abs(blocks), (rounded * _NVFP4_GLOBAL)[:, :, None]
+    size = tl.abs(blocks)
+    largest = tl.max(size, axis=2)
+    scale, unit, error = _nvfp4_scale(size, largest, _NVFP4_PEAKS[0])
+    other_scale, other_unit, other_error = _nvfp4_scale(size, largest, _NVFP4_PEAKS[1])
+    scale = tl.where(other_error < error, other_scale, scale)
+    unit = tl.where(other_error < error, other_unit, unit)[:, :, None]
     codes = (size > unit * 0.25).to(tl.int32) + (size >= unit * 0.75).to(tl.int32) + (size > unit * 1.25).to(tl.int32)
     codes += (size >= unit * 1.75).to(tl.int32) + (size > unit * 2.5).to(tl.int32) + (size >= unit * 3.5).to(tl.int32)
     codes += (size > unit * 5.0).to(tl.int32) + 8 * (blocks < 0.0).to(tl.int32)

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = 3  # of segments, index and pages: fp8's scales are bfloat16, and lie beside each other, since 3
+# Of segments, index and pages. Since 3 fp8's scales are bfloat16, and lie beside each other; since 4 nvfp4's keys are
+# rotated and its scales chosen from two.
+FORMAT = 4
 _WEIGHTS = ("*.safetensors", "*.bin", "*.gguf")
 
 

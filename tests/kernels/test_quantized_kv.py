@@ -20,7 +20,7 @@ from branchwise.kernels.attention import dequantized_chunks
 from branchwise.kernels.attention.base import AttentionBatch, LayerSpec
 from branchwise.kernels.attention.dequantized_chunks import DequantizedChunks, dequantize
 from branchwise.kernels.attention.torch_backend import TorchAttention
-from branchwise.kernels.kv_format import hadamard
+from branchwise.kernels.kv_format import NVFP4_GLOBAL, hadamard
 from branchwise.kernels.kv_pool import KVLayout, KVPool
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -90,6 +90,26 @@ def test_rope_write_stores_what_the_specification_does(choice: str, head_dim: in
     assert torch.equal(mine.data, theirs.data)
     if layout.k_format.rotates_keys:
         torch.testing.assert_close(hadamard(q), qkv[:, :4], atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_nvfp4_of_any_magnitude_is_stored_as_the_specification_does(dtype: torch.dtype) -> None:
+    """Subnormal and largest scales, zeros, and blocks that both scales store as well."""
+    tokens, layout = 64, KVLayout.of("nvfp4", 1, PAGE, 2, 64, dtype)
+    qkv = torch.randn((tokens, 8, 64), generator=torch.Generator().manual_seed(3))
+    qkv[::4] = (qkv[::4] * 2).round() / 2  # ties of codes and of errors
+    qkv[1::4, :, 1::2] *= 0.03
+    qkv[:, 7, :16], qkv[:, 7, 17:32] = 0, 0
+    qkv = (qkv * 2.0 ** torch.linspace(-15, 11, tokens)[:, None, None].round()).to(DEVICE, dtype)
+    cos, slots = torch.ones(tokens, 32, device=DEVICE), torch.randperm(PAGES * PAGE)[:tokens].to(DEVICE)
+    mine, theirs = (KVPool.allocate(layout, PAGES, DEVICE) for _ in "ab")
+    _, k, v = triton_ops.rope_write(qkv, 4, cos, torch.zeros_like(cos), mine.layer(0), slots)
+    theirs.layer(0).write(slots, k, v)
+    assert torch.equal(mine.data, theirs.data)
+    largest = v.float().unflatten(-1, (-1, 16)).abs().amax(-1)
+    scales = theirs.layer(0).v_scales.flatten(0, 1)[slots].view(torch.float8_e4m3fn).float() * NVFP4_GLOBAL
+    mapped = largest[(largest > 0.02) & (largest < 300)] / scales[(largest > 0.02) & (largest < 300)]
+    assert 0.1 < (mapped < 5).float().mean() < 0.9, "mapped to 4, the others to 6"
 
 
 def test_rope_write_uses_a_checkpoints_scales() -> None:

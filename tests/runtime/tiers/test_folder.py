@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from branchwise.radix import RadixTree
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.server.http.plumbing.auth import Namespaces
 from branchwise.runtime.tiers.disk import DiskTier
-from branchwise.runtime.tiers.fingerprint import Fingerprint, model_fingerprint
+from branchwise.runtime.tiers.fingerprint import FORMAT, Fingerprint, model_fingerprint
 from branchwise.runtime.tiers.folder import CacheFolder, Damaged, folder_secret
 from branchwise.runtime.tiers.index import prefix_hash
 
@@ -26,8 +27,8 @@ ANN, SALTED = ("ann", ""), ("ann", "salt")
 BYTES = 4096
 
 
-def fingerprint(model: str = "m") -> Fingerprint:
-    return Fingerprint(model, "cpu", "layout", BYTES)
+def fingerprint() -> Fingerprint:
+    return Fingerprint("m", "cpu", "layout", BYTES)
 
 
 def payload(seed: int) -> np.ndarray:
@@ -67,9 +68,10 @@ def test_pages_are_there_after_reopening(tmp_path: Path) -> None:
     folder.close()
 
 
-def test_pages_of_another_model_are_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("facts", [{"model": "another"}, {"format": FORMAT - 1}])
+def test_pages_of_another_model_or_version_are_not_there(tmp_path: Path, facts: dict[str, Any]) -> None:
     filled(tmp_path).close()
-    other = CacheFolder(tmp_path, fingerprint("another"), 100)
+    other = CacheFolder(tmp_path, replace(fingerprint(), **facts), 100)
     assert other.load() == []
     other.close()
     again = CacheFolder(tmp_path, fingerprint(), 100)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from typer.testing import CliRunner
 from branchwise.frontend.cli.main import app
 from branchwise.runtime.errors import LoadError
 from branchwise.runtime.tiers import offline
-from branchwise.runtime.tiers.fingerprint import Fingerprint
+from branchwise.runtime.tiers.fingerprint import FORMAT, Fingerprint
 from branchwise.runtime.tiers.folder import CacheFolder, rank_folder
 
 BYTES = 4096
@@ -127,7 +129,8 @@ def test_pages_of_a_key_are_loaded_as_those_of_another(tmp_path: Path) -> None:
     [
         ("cut", "cut off"),
         ("magic", "not written by"),
-        ("model", "differ"),
+        ("model", "model differ"),
+        ("format", "format differ"),
         ("flip", "has changed"),
         ("head", "damaged"),
     ],
@@ -142,12 +145,12 @@ def test_files_that_are_not_right_are_refused(tmp_path: Path, harm: str, problem
     flipped, headless = bytearray(data), bytearray(data)
     flipped[-7] ^= 1
     headless[data.index(b"cpu") - 3] ^= 0xFF
-    other = Fingerprint("other", "cpu", "layout", BYTES) if harm == "model" else PRINT
+    others: dict[str, dict[str, Any]] = {"model": {"model": "other"}, "format": {"format": FORMAT - 1}}
+    other = replace(PRINT, **others.get(harm, {}))
     fill(tmp_path / "there", 0, other)
     into = offline.open_part(tmp_path / "there", other.digest)
-    wrong = {"cut": data[:-100], "magic": b"x" + data, "model": data, "flip": flipped, "head": headless}[harm]
     file = tmp_path / "file"
-    file.write_bytes(wrong)
+    file.write_bytes({"cut": data[:-100], "magic": b"x" + data, "flip": flipped, "head": headless}.get(harm, data))
     with pytest.raises(LoadError, match=problem):
         offline.load(into, file)
     assert len(into.index) == (5 if harm == "flip" else 0), "pages before the damaged one are good"
