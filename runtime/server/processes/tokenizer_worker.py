@@ -86,8 +86,8 @@ class TokenizerWorker:
                     case Limits():
                         self._limits = message
                     case Heartbeat():
+                        self._scheduler.send([message])  # first: what is reported has been passed on
                         self._http.send([Heartbeat(message.number, "tokenizer")])
-                        self._scheduler.send([message])
                     case Shutdown():
                         shutdown = message
             self._work()
