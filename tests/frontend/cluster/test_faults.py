@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ def ids(n: int, start: int = 3) -> list[int]:
 async def stream(http: httpx.AsyncClient, body: dict[str, Any], path: str = "/v1/completions") -> tuple[str, str]:
     """One streamed request: who answered, and how it ended: done, or an error."""
     async with http.stream("POST", path, json={**body, "stream": True}) as answer:
-        assert answer.status_code == 200
+        assert answer.status_code == 200, await answer.aread()
         name, lines = answer.headers["x-branchwise-replica"], [line async for line in answer.aiter_lines() if line]
     errors = [line for line in lines if line.startswith("data:") and ("error" in json_of(line))]
     done = lines[-1] == "data: [DONE]" or "message_stop" in lines[-1]
@@ -162,11 +163,11 @@ async def test_every_request_ends_once_while_replicas_are_killed_and_restarted(s
     requests = int(os.environ.get("BRANCHWISE_FAULT_REQUESTS", "1000"))
     cluster = await start_cluster(3, null_step_seconds=0.001)
     gateways = [await cluster.gateway(watch=True), await cluster.gateway(watch=True)]
-    left, ends = iter(range(requests)), Counter()
+    numbers, ends = itertools.count(), Counter()
 
     async def client(number: int) -> None:
         http = gateways[number % 2].http
-        for each in left:
+        while (each := next(numbers)) < requests or not kills.done():
             body = {"prompt": ids(40 + each % 200, 7 * (each % 50)), "max_tokens": 3 + each % 5}
             if each % 2:
                 ends[(await stream(http, body))[1]] += 1
@@ -175,17 +176,19 @@ async def test_every_request_ends_once_while_replicas_are_killed_and_restarted(s
                 assert answer.status_code in (200, 503), answer.text
                 ends["done" if answer.status_code == 200 else "error"] += 1
 
-    async def killer() -> None:
+    async def kill() -> None:
         for share in (0.3, 0.6):
             while sum(ends.values()) < share * requests:
                 await asyncio.sleep(0.01)
             victim = next(iter(cluster.replicas.values()))
             os.kill(victim.pid, signal.SIGKILL)
+            while victim.name in cluster.replicas:  # until a request has found it dead
+                await asyncio.sleep(0.01)
             await cluster.add()
 
-    await asyncio.gather(killer(), *(client(number) for number in range(24)))
-    assert sum(ends.values()) == requests, "one end each"
-    assert ends["done"] > 0 and ends["error"] <= 2 * 24, ends
+    kills = asyncio.create_task(kill())
+    await asyncio.gather(kills, *(client(number) for number in range(24)))
+    assert sum(ends.values()) >= requests and ends["error"] <= 2 * 24, ends
     assert len(cluster.replicas) == 3
     for name in cluster.replicas:
         for _ in range(600):
