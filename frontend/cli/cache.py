@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -45,9 +46,8 @@ def verify(folder: Folder) -> None:
 
         damaged = 0
         for digest in digests(folder):
-            part = open_part(folder, digest)
-            good, bad = verify_part(part)
-            part.close()
+            with closing(open_part(folder, digest)) as part:
+                good, bad = verify_part(part)
             damaged += len(bad)
             typer.echo(f"{digest}: {good} pages are good, {len(bad)} were damaged and are deleted")
         if damaged:
@@ -74,10 +74,8 @@ def save(folder: Folder, file: File, model: Model = None, api_key: Key = None) -
         from ...runtime.tiers.offline import open_part
         from ...runtime.tiers.offline import save as save_part
 
-        part = open_part(folder, _chosen(folder, model))
-        with file.open("wb") as out:
+        with closing(open_part(folder, _chosen(folder, model))) as part, file.open("wb") as out:
             pages = save_part(part, out, _owner(folder, api_key))
-        part.close()
         typer.echo(f"{pages} pages, {file.stat().st_size / (1 << 20):.1f} MiB")
 
 
@@ -88,9 +86,8 @@ def load(folder: Folder, file: File, model: Model = None, api_key: Key = None) -
         from ...runtime.tiers.offline import load as load_part
         from ...runtime.tiers.offline import open_part
 
-        part = open_part(folder, _chosen(folder, model))
-        added, there = load_part(part, file, _owner(folder, api_key))
-        part.close()
+        with closing(open_part(folder, _chosen(folder, model))) as part:
+            added, there = load_part(part, file, _owner(folder, api_key))
         typer.echo(f"{added} pages added, {there} were there")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -53,9 +54,12 @@ def open_part(path: Path, digest: str) -> CacheFolder:
     return CacheFolder(path, fingerprint, 1 << 40)
 
 
-def open_ranks(folder: CacheFolder) -> list[CacheFolder]:
+@contextmanager
+def open_ranks(folder: CacheFolder) -> Iterator[list[CacheFolder]]:
     """The other ranks' folders of an open part of a split model. Raises `LoadError`."""
-    return [open_part(path, folder.fingerprint.digest) for path in rank_folders(folder.path)]
+    with ExitStack() as stack:
+        opened = (open_part(path, folder.fingerprint.digest) for path in rank_folders(folder.path))
+        yield [stack.enter_context(closing(each)) for each in opened]
 
 
 def _require_one_device(folder: CacheFolder) -> None:
@@ -71,20 +75,19 @@ def describe(path: Path) -> list[Part]:
     """The parts of a folder."""
     parts = []
     for digest in digests(path):
-        folder = open_part(path, digest)
-        rows = list(folder.index.rows())
+        with closing(open_part(path, digest)) as folder:
+            rows, each, facts = list(folder.index.rows()), page_bytes(folder), folder.fingerprint.facts()
         parts.append(
             Part(
                 digest,
-                folder.fingerprint.facts(),
+                facts,
                 len(rows),
                 sum(len(row.tokens) for row in rows),
-                len(rows) * page_bytes(folder),
+                len(rows) * each,
                 len({row.namespace for row in rows}),
                 max((row.written for row in rows), default=0),
             )
         )
-        folder.close()
     return parts
 
 
@@ -96,24 +99,22 @@ def page_bytes(folder: CacheFolder) -> int:
 def verify(folder: CacheFolder) -> tuple[int, list[int]]:
     """Reads every page; deletes those of which a part is damaged, and what continues them. Returns (good pages,
     deleted)."""
-    rows, ranks = folder.load(), open_ranks(folder)
-    out = np.empty(folder.page_bytes, np.uint8)
-    parts = [folder, *ranks]
-    known = [part.index.checksums([row.record for row in rows]) for part in parts]
+    rows, out = folder.load(), np.empty(folder.page_bytes, np.uint8)
     bad: set[int] = set()
-    for row in rows:
-        try:
-            for part, checksums in zip(parts, known, strict=True):
-                prefix, checksum = checksums.get(row.record, (b"", b""))
-                if row.before in bad or prefix != row.prefix:
-                    raise Damaged(f"record {row.record} is not in the index")
-                part.read(row.record, prefix, checksum, out)
-        except (Damaged, OSError):
-            bad.add(row.record)
-    for part in parts:
-        part.index.delete(bad)
-    for rank in ranks:
-        rank.close()
+    with open_ranks(folder) as ranks:
+        parts = [folder, *ranks]
+        known = [part.index.checksums([row.record for row in rows]) for part in parts]
+        for row in rows:
+            try:
+                for part, checksums in zip(parts, known, strict=True):
+                    prefix, checksum = checksums.get(row.record, (b"", b""))
+                    if row.before in bad or prefix != row.prefix:
+                        raise Damaged(f"record {row.record} is not in the index")
+                    part.read(row.record, prefix, checksum, out)
+            except (Damaged, OSError):
+                bad.add(row.record)
+        for part in parts:
+            part.index.delete(bad)
     return len(rows) - len(bad), sorted(bad)
 
 
@@ -122,10 +123,9 @@ def prune_folder(path: Path, keep_bytes: int) -> tuple[int, int]:
     written last loses none while another has some. Returns (pages deleted, bytes left)."""
     deleted = left = 0
     for part in sorted(describe(path), key=lambda part: -part.newest):
-        folder = open_part(path, part.digest)
-        each = page_bytes(folder)
-        gone = prune(folder, max(0, keep_bytes - left) // each)
-        folder.close()
+        with closing(open_part(path, part.digest)) as folder:
+            each = page_bytes(folder)
+            gone = prune(folder, max(0, keep_bytes - left) // each)
         if gone == part.pages:
             shutil.rmtree(path / part.digest)
         deleted += gone
@@ -145,12 +145,10 @@ def prune(folder: CacheFolder, keep_pages: int) -> int:
         depth[row.record] = depth[row.before] + 1
     order = sorted(rows, key=lambda row: (latest[row.record], -depth[row.record]))
     gone = [row.record for row in order[: max(0, len(rows) - keep_pages)]]
-    ranks = open_ranks(folder)
-    for part in (folder, *ranks):
-        part.index.delete(gone)
-        part.trim()
-    for rank in ranks:
-        rank.close()
+    with open_ranks(folder) as ranks:
+        for part in (folder, *ranks):
+            part.index.delete(gone)
+            part.trim()
     return len(gone)
 
 
