@@ -17,7 +17,8 @@ ALIGNMENT = 16  # bytes; Triton compiles wider loads and stores for pointers tha
 
 @triton.jit
 def wait_for_inputs(OVERLAPS: tl.constexpr) -> None:
-    """Waits until the kernels before this one have ended. A kernel that overlaps calls it before it touches memory.
+    """Waits until the kernels before this one have ended. Every program of a kernel that overlaps calls it, before it
+    writes, or reads what kernels write: weights and the plan of a step may be read earlier.
 
     Programmatic dependent launch: its programs may start before those of the kernel ahead have ended. As all such
     kernels wait, and end after those before them, the stream keeps its order.

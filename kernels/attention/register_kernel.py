@@ -172,7 +172,6 @@ def attend_few(
     Ranges begin at multiples of `BLOCK`. Keys of a block beyond the range are read, which the pool allows, and masked.
     Layers with SINKS are left to `attend`.
     """
-    wait_for_inputs(OVERLAPS)
     GROUP: gl.constexpr = HEADS // KV_HEADS
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
@@ -198,15 +197,15 @@ def attend_few(
     item = items_ptr + gl.program_id(1) * _ITEM_FIELDS
     row, first, num_queries, start = gl.load(item), gl.load(item + 1), gl.load(item + 2), gl.load(item + 3)
     stop, partial = gl.load(item + 4), gl.load(item + 6)
-    if num_queries == 0:
-        return
-
     nth = gl.arange(0, BLOCK_M, PER_ROW) // GROUP
     head = kv_head * GROUP + gl.arange(0, BLOCK_M, PER_ROW) % GROUP
     channel = gl.arange(0, D, gl.SliceLayout(0, ROWS))
     is_query = nth < num_queries
     query = gl.load(queries_ptr + first + nth, is_query, other=0).to(gl.int64)
     position = gl.load(positions_ptr + query, is_query, other=-1)
+    wait_for_inputs(OVERLAPS)
+    if num_queries == 0:
+        return
     stop = gl.minimum(stop, gl.max(position, axis=0) + 1)
     q_ptrs = q_ptr + (query * Q_STRIDE + head * D)[:, None] + channel[None, :]
     q = gl.load(q_ptrs, is_query[:, None], other=0.0)

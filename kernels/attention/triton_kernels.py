@@ -151,13 +151,9 @@ def attend(
     STRIDES: see `KVLayer.strides`.
     """
     start_next(OVERLAPS)
-    wait_for_inputs(OVERLAPS)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     kv_head = tl.program_id(0)
     row, first, num_queries, start, stop, full, partial = _read_item(items_ptr, tl.program_id(1))
-    if num_queries == 0:
-        return
-
     nth = tl.arange(0, BLOCK_M) // GROUP
     head = kv_head * GROUP + tl.arange(0, BLOCK_M) % GROUP
     channel = tl.arange(0, BLOCK_D)
@@ -165,6 +161,9 @@ def attend(
     mask = is_query[:, None] & (channel < D)[None, :]
     query = tl.load(queries_ptr + first + nth, is_query, other=0).to(tl.int64)
     position = tl.load(positions_ptr + query, is_query, other=-1)
+    wait_for_inputs(OVERLAPS)
+    if num_queries == 0:
+        return
     nearest = tl.min(tl.where(is_query, position, 2147483647), axis=0)
     stop = tl.minimum(stop, tl.max(position, axis=0) + 1)
     full = tl.minimum(full, nearest + 1)
@@ -302,9 +301,9 @@ def merge_slots(
     read at a time, to have their loads in flight together.
     """
     start_next(OVERLAPS)
-    wait_for_inputs(OVERLAPS)
     query = tl.program_id(0)
     first, count = tl.load(merges_ptr + query * 2), tl.load(merges_ptr + query * 2 + 1)
+    wait_for_inputs(OVERLAPS)
     if count < 0:
         return
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

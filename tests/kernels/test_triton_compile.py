@@ -379,7 +379,7 @@ def test_everything_compiles_and_nothing_spills(compiled: dict[str, dict[str, in
     assert spilled.keys() == unused
 
 
-def test_a_kernel_that_overlaps_the_one_before_it_waits_before_it_touches_memory(
+def test_a_kernel_that_overlaps_the_one_before_it_waits_before_it_reads_what_kernels_write(
     compiled: dict[str, dict[str, int]],
 ) -> None:
     overlapping: dict[str, list[dict[str, int]]] = {}
@@ -389,7 +389,8 @@ def test_a_kernel_that_overlaps_the_one_before_it_waits_before_it_touches_memory
     assert {"_add_rms_norm", "_fp8_linear", "attend", "attend_few"} <= overlapping.keys()
     assert all(report["WAITS"] for reports in overlapping.values() for report in reports)
     early = {name for name, reports in overlapping.items() if any(report["EARLY"] for report in reports)}
-    assert early == {"_stream"}  # reads its weight, which no kernel writes
+    # What no kernel writes: a weight, and the plan of the step.
+    assert early == {"_stream", "attend", "attend_few", "merge_slots"}
 
 
 def test_no_product_loses_its_weights(compiled: dict[str, dict[str, int]]) -> None:
