@@ -119,15 +119,17 @@ class ReplicaProcess:
 
     async def report(self) -> ReplicaReport:
         """The report for routers. Raises `ReplicaGone`."""
-        stats = (await self._get_json("/server_info"))["stats"]
+        facts = await self._get_json("/server_info")
+        stats, engine = facts["stats"], facts["engine"]
         waiting, running = stats["waiting"], stats["running"]
         # Prompt tokens to compute are not counted by the engine: as many as an average request computes.
         computed = stats["computed_tokens"] / max(1, stats["finished"])
         return ReplicaReport(
             self.url,
-            self._info["kv_events"],
-            self._info["kv_events_replay"],
-            self._info["page_size"],
+            engine["kv_events"],  # another one after the engine has restarted
+            engine["kv_events_replay"],
+            engine["kv_events_seq"],
+            engine["page_size"],
             waiting * computed,
             running,
             self._draining or waiting + running >= self._config.max_queued_requests,

@@ -15,6 +15,7 @@ from .kv_events import END_OF_REPLAY, IndexEvent, sequence_frame, sequence_numbe
 
 logger = logging.getLogger(__name__)
 
+LATE_SECONDS = 1.0  # after a report of a batch; one that has not come by then is lost
 REPLAY_SECONDS = 2.0  # that a replay may take; then a snapshot is taken
 RETRY_SECONDS = 0.5  # after a failed snapshot, doubled up to `MAX_RETRY_SECONDS`
 MAX_RETRY_SECONDS = 10.0
@@ -58,7 +59,9 @@ class Follower:
 
     It subscribes first, then takes a snapshot, then applies the batches after it, so nothing is missed in between. A
     missing sequence number is a gap: the batches are requested again or, if the replica no longer has them, a snapshot
-    is taken; until then the sink is not sure. Sequence numbers start again at 0 when the engine restarts.
+    is taken; until then the sink is not sure. So it is if a batch was lost and none follows, which the replica's
+    reports show: the publisher drops what it publishes before the subscription has reached it, or while the connection
+    is down. Sequence numbers start again at 0 when the engine restarts.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class Follower:
         self._received = -1  # of the last batch from the subscription: a lower one follows only where numbers restart
         self._decode = msgspec.msgpack.Decoder(Batch).decode
         self.gaps = 0  # found so far
+        self._lock = asyncio.Lock()  # of the tasks that apply events
         self._task: asyncio.Task[None] | None = None
+        self._late: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Starts following, on the running loop."""
@@ -85,8 +90,20 @@ class Follower:
 
     def stop(self) -> None:
         """Stops following. The sink gets no further calls."""
-        if self._task is not None:
-            self._task.cancel()
+        for task in filter(None, (self._task, self._late)):
+            task.cancel()
+
+    def published(self, number: int) -> None:
+        """Says that the replica has published the batches up to ``number``. Those that have not come `LATE_SECONDS`
+        later are fetched."""
+        if number > self._last and (self._late is None or self._late.done()):
+            self._late = asyncio.create_task(self._fetch_late(number), name=f"late events of {self._address}")
+
+    async def _fetch_late(self, number: int) -> None:
+        await asyncio.sleep(LATE_SECONDS)
+        async with self._lock:
+            if number > self._last:
+                await self._recover(number)
 
     async def _run(self) -> None:
         socket = self._context.socket(zmq.SUB)
@@ -94,10 +111,12 @@ class Follower:
         socket.subscribe(b"")
         socket.connect(self._address)
         try:
-            await self._take_snapshot()
+            async with self._lock:
+                await self._take_snapshot()
             while True:
                 _, number, payload = await socket.recv_multipart()
-                await self._receive(sequence_number(number), payload)
+                async with self._lock:
+                    await self._receive(sequence_number(number), payload)
         finally:
             socket.close(0)
 
@@ -106,17 +125,22 @@ class Follower:
         if restarted:
             self._sink.sure(False)
             await self._take_snapshot()
-        elif number == self._last + 1:
+            return
+        if number > self._last + 1:
+            await self._recover(number - 1)
+        if number == self._last + 1:
             self._apply(number, payload)
-        elif number > self._last:
-            self.gaps += 1
-            logger.warning("kv events of %s: batches %d to %d are missing", self._address, self._last + 1, number - 1)
-            self._sink.sure(False)
-            if await self._replay() and self._last >= number:
-                self._sink.sure(True)
-            else:
-                await self._take_snapshot()
         # Else the snapshot or the replay included it.
+
+    async def _recover(self, number: int) -> None:
+        """Applies the batches up to ``number``, which are missing."""
+        self.gaps += 1
+        logger.warning("kv events of %s: batches %d to %d are missing", self._address, self._last + 1, number)
+        self._sink.sure(False)
+        if await self._replay() and self._last >= number:
+            self._sink.sure(True)
+        else:
+            await self._take_snapshot()
 
     def _apply(self, number: int, payload: bytes) -> None:
         self._last = number

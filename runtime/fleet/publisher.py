@@ -66,6 +66,11 @@ class KVEventPublisher:
         self.publish()
         return {"seq": self._next - 1, "block_size": self._block_size, "contents": self._events.contents()}
 
+    def info(self) -> dict[str, Any]:
+        """Where events are published, and the number of the last batch (-1: none was published). JSON-able."""
+        addresses = {"kv_events": self.address, "kv_events_replay": self.replay_address}
+        return {**addresses, "kv_events_seq": self._next - 1}
+
     def close(self) -> None:
         """Sends queued batches and closes the sockets."""
         self._queue.send(b"")

@@ -22,6 +22,7 @@ class ReplicaReport(msgspec.Struct, omit_defaults=True):
     url: str  # of its HTTP server
     kv_events: str  # address
     kv_events_replay: str | None = None
+    kv_events_seq: int = -1  # number of the last batch that was published
     block_size: int = 16
     queued_tokens: float = 0.0  # of prompts, to compute
     running: float = 0.0  # requests
@@ -80,10 +81,11 @@ class FleetView(Generic[K]):
             self.router.report(number, report.queued_tokens, report.running)
             self.router.allowed[number] = not report.full
             at, follower = self._followers.get(key, ("", None))
-            if at != report.kv_events:
+            if follower is None or at != report.kv_events:
                 if follower is not None:
                     follower.stop()
-                self._follow(key, number, report)
+                follower = self._follow(key, number, report)
+            follower.published(report.kv_events_seq)
 
     def remove(self, key: K) -> None:
         """Removes a replica. No effect if it is unknown."""
@@ -144,7 +146,7 @@ class FleetView(Generic[K]):
         for key in list(self._numbers):
             self.remove(key)
 
-    def _follow(self, key: K, number: int, report: ReplicaReport) -> None:
+    def _follow(self, key: K, number: int, report: ReplicaReport) -> Follower:
         follower = Follower(
             report.kv_events,
             report.kv_events_replay,
@@ -153,6 +155,7 @@ class FleetView(Generic[K]):
         )
         self._followers[key] = report.kv_events, follower
         follower.start()
+        return follower
 
 
 class _Events(Sink):

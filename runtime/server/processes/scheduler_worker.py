@@ -56,14 +56,13 @@ class SchedulerWorker:
         self._core = loaded.core
         self._core.scheduler.send_early = lambda output: self._detokenizer.send([output])
         self._events: KVEventPublisher | None = None
-        info = {**self._core.info(), "memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
         if config.kv_events is not None:
             self._events = KVEventPublisher(self._core.scheduler.tree, config.kv_events, config.kv_events_replay)
-            info["kv_events"], info["kv_events_replay"] = self._events.address, self._events.replay_address
         self._stats_at = 0.0
         self._controls: FairQueue[Control] = FairQueue()
         self._heartbeats: list[Heartbeat] = []  # received, to be passed on after the next step
-        http.send([Ready("scheduler", info)])
+        facts = {"memory_plan": loaded.memory_plan, "rank_pids": loaded.rank_pids}
+        http.send([Ready("scheduler", {**self._core.info(), **self._events_info(), **facts})])
 
     def run(self) -> None:
         """Steps while there is work and blocks while there is none, until `Shutdown` has arrived and every request has
@@ -142,7 +141,13 @@ class SchedulerWorker:
     def _answer(self, control: Control) -> ControlReply:
         if control.what == "kv_events":
             return ControlReply(control.id, True, None if self._events is None else self._events.snapshot())
-        return self._core.control(control)
+        reply = self._core.control(control)
+        if control.what == "info" and reply.ok:
+            reply.value |= self._events_info()
+        return reply
+
+    def _events_info(self) -> dict[str, Any]:
+        return {} if self._events is None else self._events.info()
 
     def _answer_branches(self) -> None:
         branches = self._core.branches

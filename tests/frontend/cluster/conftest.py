@@ -107,6 +107,7 @@ class LocalGateway:
         """Until the view has applied every event that its replicas have published so far."""
         for name, (_, follower) in list(self.view._followers.items()):
             published = json.loads(await self.cluster.replicas[name].snapshot())["seq"]
+            follower.published(published)
             async with asyncio.timeout(60):
                 while follower._last < published:
                     await asyncio.sleep(0.01)

@@ -90,6 +90,28 @@ async def test_lost_events_are_asked_for_again_or_replaced_by_a_snapshot(start_c
         await gateway.caught_up()
 
 
+async def test_an_engine_that_restarts_is_followed_again(start_cluster: Any) -> None:
+    """Its server stays, and publishes its events elsewhere."""
+    cluster = await start_cluster(1, restart=1)
+    gateway = await cluster.gateway()
+    [replica] = cluster.replicas.values()
+    body = {"prompt": ids(400), "max_tokens": 2}
+    await stream(gateway.http, body)
+    await gateway.caught_up()
+    os.kill(replica._info["pids"]["scheduler"], signal.SIGKILL)
+    while await replica.healthy():
+        await asyncio.sleep(0.01)
+    while not await replica.healthy():
+        await asyncio.sleep(0.05)
+    await gateway.refresh()
+    await gateway.caught_up()
+    assert not len(gateway.view.router.index)
+    await stream(gateway.http, body)
+    await gateway.refresh()
+    await gateway.caught_up()
+    assert gateway.view.router.index.blocks(0) == 400 // 16
+
+
 async def test_a_replica_of_which_nothing_is_known_is_chosen_by_its_load(start_cluster: Any) -> None:
     cluster = await start_cluster(3)
     gateway = await cluster.gateway()

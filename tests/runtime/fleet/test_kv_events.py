@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -20,8 +21,10 @@ from branchwise.runtime.fleet import block_events
 from branchwise.runtime.fleet.block_events import MEDIA, BlockEvents, snapshot
 from branchwise.runtime.fleet.follower import Follower, Sink
 from branchwise.runtime.fleet.hashes import block_hashes, root_hash
+from branchwise.runtime.fleet.instances import instance_tag
 from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, IndexEvent
 from branchwise.runtime.fleet.publisher import KVEventPublisher
+from branchwise.runtime.fleet.view import FleetView, ReplicaReport
 from branchwise.runtime.messages import Generate, Limits
 from branchwise.runtime.sampling_params import SamplingParams
 from branchwise.runtime.scheduler.scheduler import Scheduler
@@ -324,6 +327,41 @@ def test_missed_batches_are_sent_again(published: tuple[RadixTree, KVEventPublis
             numbers.append(int.from_bytes(number, "big"))
         assert numbers == expected
     context.destroy(0)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+async def test_batches_that_are_lost_before_a_pause_are_fetched(
+    published: tuple[RadixTree, KVEventPublisher], monkeypatch: pytest.MonkeyPatch, replay: bool
+) -> None:
+    """A publisher drops what no subscription has reached. No batch follows that would show the gap: a report does."""
+    monkeypatch.setattr("branchwise.runtime.fleet.follower.LATE_SECONDS", 0.0)
+    tree, publisher = published
+    nowhere, prompt = "tcp://127.0.0.1:1", np.arange(200, 200 + 2 * PAGE, dtype=np.int32)
+
+    async def taken(_: str) -> bytes:
+        return msgspec.json.encode(snapshot(publisher.snapshot()))
+
+    view: FleetView[str] = FleetView(taken, instance_tag)
+
+    def cached() -> int:
+        return int(view.router.cached(len(prompt), block_hashes(prompt, PAGE))[0])
+
+    def update() -> None:
+        info = publisher.info()
+        replayed = info["kv_events_replay"] if replay else None
+        view.update({"a": ReplicaReport("", nowhere, replayed, info["kv_events_seq"], PAGE)})
+
+    async with asyncio.timeout(60):
+        update()
+        while view.router.unsure[0]:
+            await asyncio.sleep(0.01)
+        fill(tree, prompt.tolist())
+        publisher.publish()
+        assert cached() == 0
+        update()
+        while cached() < len(prompt) or view.router.unsure[0]:
+            await asyncio.sleep(0.01)
+    view.close()
 
 
 async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
