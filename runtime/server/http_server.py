@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -12,9 +13,11 @@ import uvicorn
 from ..config import ServerConfig
 from .client_warnings import client_warnings
 from .http.app import make_app
-from .http.plumbing.protocol import bounded
+from .http.plumbing.protocol import HttpProtocol, bounded
 from .http.state import AppState
 from .startup import ACCEPT_BURST, BACKLOG, most_connections
+
+UNREAD_SECONDS = 0.5  # that responses which nobody reads may take to end
 
 
 class HttpServer(uvicorn.Server):
@@ -54,3 +57,12 @@ class HttpServer(uvicorn.Server):
         close = (b"connection", b"close")
         self.config.encoded_headers.append(close)  # from which the default headers are made every second
         self.server_state.default_headers.append(close)
+
+    async def end_unread(self) -> None:
+        """Ends the connections on which a response waits for its client to read, so that it ends as if the client had
+        left. Cancelled instead, each would be logged as an error of the application."""
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, HttpProtocol) and connection.flow.write_paused:
+                connection.transport.abort()
+        if tasks := set(self.server_state.tasks):
+            await asyncio.wait(tasks, timeout=UNREAD_SECONDS)

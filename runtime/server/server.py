@@ -261,6 +261,7 @@ class Server:
             becoming_ready.cancel()
             stop.cancel()
             http.force_exit = http.should_exit = True
+            await http.end_unread()
             serving.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await serving

@@ -212,6 +212,23 @@ def test_draining_has_an_end(start_server: Any, process_alive: Any) -> None:
     assert gone(server, process_alive)
 
 
+def test_a_client_that_does_not_read_is_no_error_when_the_server_ends(start_server: Any) -> None:
+    server = start_server(drain_seconds=0.3)
+    data = json.dumps({"input_ids": [5], "sampling_params": {"max_new_tokens": LONG, "n": 64}, "stream": True}).encode()
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect((server.info["host"], server.info["port"]))
+        raw.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
+        assert raw.recv(1000).startswith(b"HTTP/1.1 200")
+        until_sent = server.stats()["generated_tokens"] + 64 * 1000  # megabytes, of which the buffers hold some
+        deadline = time.monotonic() + 60
+        while server.stats()["generated_tokens"] < until_sent:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert server.stop() == 0
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_second_signal_does_not_wait(start_server: Any, process_alive: Any) -> None:
     server = start_server(drain_seconds=300)
     request = streaming(server)
