@@ -36,7 +36,11 @@ class Head(msgspec.Struct, array_like=True):
 
 
 class ReplicaGone(Exception):
-    """The replica ended or cannot be reached; it may have processed a part of the request."""
+    """The replica ended or cannot be reached; it may have processed a part of the request. ``replica``: its name."""
+
+    def __init__(self, problem: str, replica: str | None = None) -> None:
+        super().__init__(problem)
+        self.replica = replica
 
 
 class NoReplica(Exception):

@@ -170,6 +170,8 @@ class Gateway:
                 if streamed:
                     await _break(send, path)
                     return
+                if error.replica is not None:
+                    hint.failed.append(instance_tag(error.replica))
                 if hint.instance is not None or attempt == TRIES:
                     await _answer(send, 503, "the replica that served the request ended; try again")
                     return

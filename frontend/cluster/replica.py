@@ -60,7 +60,7 @@ class ReplicaProcess:
     @property
     def _http(self) -> aiohttp.ClientSession:
         if self._session is None or self._session.closed:
-            raise ReplicaGone(f"replica {self.name} is not running")
+            raise ReplicaGone(f"replica {self.name} is not running", self.name)
         return self._session
 
     async def start(self, seconds: float) -> None:
@@ -115,7 +115,7 @@ class ReplicaProcess:
                 async for chunk in answer.content.iter_any():
                     yield chunk
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise ReplicaGone(f"replica {self.name}: {type(error).__name__}") from error
+            raise ReplicaGone(f"replica {self.name}: {type(error).__name__}", self.name) from error
 
     async def report(self) -> ReplicaReport:
         """The report for routers. Raises `ReplicaGone`."""
@@ -206,7 +206,7 @@ class ReplicaProcess:
                 answer.raise_for_status()
                 return await answer.read()
         except (aiohttp.ClientError, ConnectionError) as error:
-            raise ReplicaGone(f"replica {self.name}: {type(error).__name__}") from error
+            raise ReplicaGone(f"replica {self.name}: {type(error).__name__}", self.name) from error
 
     async def _get_json(self, path: str) -> Any:
         return msgspec.json.decode(await self._get(path))

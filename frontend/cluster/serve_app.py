@@ -148,7 +148,7 @@ class ClusterGateway:
         except (BackPressureError, DeploymentUnavailableError) as error:
             raise NoReplica(str(error)) from error
         except (ReplicaGone, RayError, RayServeException) as error:
-            raise ReplicaGone(type(error).__name__) from error
+            raise ReplicaGone(type(error).__name__, getattr(error, "replica", None)) from error
         finally:
             with contextlib.suppress(Exception):  # of a request that found no replica it raises that again
                 parts.cancel()

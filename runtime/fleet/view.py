@@ -38,6 +38,7 @@ class RoutingHint(msgspec.Struct, kw_only=True, omit_defaults=True):
     instance: bytes | None = None  # tag of the replica that has its branch or pin; required
     session: str | None = None  # requests with the same one go to the same replica
     preferred: bytes | None = None  # tag of the session's replica, used while it takes requests
+    failed: list[bytes] = []  # tags of replicas that have failed this request: others are chosen if there are any
 
 
 class Choice(NamedTuple, Generic[K]):
@@ -111,6 +112,10 @@ class FleetView(Generic[K]):
             return self._sent(keys[0], hint) if keys else None
         if not numbers:
             return None
+        if hint.failed:
+            numbers = {
+                number: key for number, key in numbers.items() if self._tag_of(key) not in hint.failed
+            } or numbers
         known = np.zeros(len(self.router), np.bool_)
         known[list(numbers)] = True
         usable = known & self.router.allowed

@@ -8,9 +8,13 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import pytest
+
+from branchwise.frontend.cluster.forward import ForwardedRequest, Head, ReplicaGone
 
 
 def ids(n: int, start: int = 3) -> list[int]:
@@ -88,6 +92,33 @@ async def test_lost_events_are_asked_for_again_or_replaced_by_a_snapshot(start_c
             assert gateway.view.router.index._blocks[0][number] == there
         await gateway.http.post("/flush_cache")
         await gateway.caught_up()
+
+
+async def test_a_request_that_fails_is_tried_on_another_replica(
+    start_cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the one that failed it counts as running and has its prompt cached: it would fail every try."""
+    cluster = await start_cluster(2)
+    gateway = await cluster.gateway()
+    body = {"prompt": ids(400), "max_tokens": 2}
+    home, _ = await stream(gateway.http, body)
+    await gateway.caught_up()
+    tries: list[str] = []
+
+    async def closes(_: ForwardedRequest) -> AsyncIterator[Head | bytes]:
+        tries.append(home)
+        raise ReplicaGone("it closed the connection", home)
+        yield b""
+
+    monkeypatch.setattr(cluster.replicas[home], "forward", closes)
+    answers = [
+        await gateway.http.post("/v1/completions", json=body, headers=headers)
+        for headers in ({}, {"x-session-id": "s", "x-branchwise-replica": home})
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200] and len(tries) == 2
+    assert home in cluster.replicas and home not in {answer.headers["x-branchwise-replica"] for answer in answers}
+    del cluster.replicas[answers[0].headers["x-branchwise-replica"]]
+    assert (await gateway.http.post("/v1/completions", json=body)).status_code == 503 and len(tries) == 5, "no other"
 
 
 async def test_an_engine_that_restarts_is_followed_again(start_cluster: Any) -> None:
