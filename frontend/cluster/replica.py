@@ -18,11 +18,18 @@ from yarl import URL
 from ...runtime.config import ServerConfig
 from ...runtime.errors import LoadError
 from ...runtime.fleet.view import ReplicaReport
+from ...runtime.server.engine_processes import exit_seconds
 from .forward import HOP_BY_HOP, REPLICA_HEADER, ForwardedRequest, Head, ReplicaGone
 
 logger = logging.getLogger(__name__)
 
 CHILD = "branchwise.frontend.cluster.child"
+SPARE_SECONDS = 30.0  # on a busy machine
+
+
+def stop_seconds(config: ServerConfig) -> float:
+    """Longest time that a server may take to end after SIGTERM; then it hangs."""
+    return config.drain_delay + config.drain_seconds + exit_seconds(config) + SPARE_SECONDS
 
 
 class ReplicaProcess:
@@ -184,7 +191,7 @@ class ReplicaProcess:
         if process.returncode is None:
             process.terminate()
             try:
-                async with asyncio.timeout(self._config.drain_delay + self._config.drain_seconds + 30.0):
+                async with asyncio.timeout(stop_seconds(self._config)):
                     await process.wait()
             except TimeoutError:
                 await self.kill()

@@ -27,7 +27,7 @@ from . import registry
 from .config import ClusterConfig
 from .forward import ForwardedRequest, Head, NoReplica, ReplicaGone
 from .gateway import Gateway
-from .replica import ReplicaProcess
+from .replica import SPARE_SECONDS, ReplicaProcess, stop_seconds
 from .request_router import BranchwiseRouter
 from .version import application_version
 
@@ -191,7 +191,7 @@ def make_app(cluster: ClusterConfig, secret: str) -> serve.Application:
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     autoscaling = autoscaling_of(cluster)
     scaling = {"num_replicas": cluster.replicas} if autoscaling is None else {"autoscaling_config": autoscaling}
-    drain = cluster.drain_seconds + 60.0
+    drain = stop_seconds(server) + SPARE_SECONDS
     engine = serve.deployment(
         EngineReplica,
         name="engine",

@@ -20,7 +20,12 @@ from .processes.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 FAILURE_SECONDS = 0.5  # how long the reason of a process that has failed may take to arrive after its exit
-EXIT_SECONDS = 5.0  # how long the processes may take to exit after `Shutdown`, beside writing a disk cache
+EXIT_SECONDS = 5.0  # for the processes to exit after `Shutdown`, beside writing a disk cache
+
+
+def exit_seconds(config: ServerConfig) -> float:
+    """How long the processes may take to exit after `Shutdown`."""
+    return EXIT_SECONDS + (DISK_WRITE_SECONDS if config.engine.disk_cache else 0.0)
 
 
 class EngineProcesses:
@@ -32,7 +37,7 @@ class EngineProcesses:
 
     def __init__(self, config: ServerConfig, receive: Callable[[ToHttp], None]) -> None:
         self._receive, self._ranks = receive, config.engine.tensor_parallel_size
-        self._exit_seconds = EXIT_SECONDS + (DISK_WRITE_SECONDS if config.engine.disk_cache else 0)
+        self._exit_seconds = exit_seconds(config)
         self._run_dir = RunDirectory(config)
         self._context: zmq.Context[Any] = zmq.Context()
         self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")

@@ -10,7 +10,10 @@ import pytest
 
 from branchwise.frontend.cli import cluster as command
 from branchwise.frontend.cluster.config import ClusterConfig
+from branchwise.frontend.cluster.replica import stop_seconds
+from branchwise.runtime.config import DISK_WRITE_SECONDS
 from branchwise.runtime.errors import LoadError
+from branchwise.runtime.server.engine_processes import EXIT_SECONDS
 
 serve = pytest.importorskip("ray.serve")
 serve_app = pytest.importorskip("branchwise.frontend.cluster.serve_app")
@@ -46,6 +49,14 @@ def test_the_number_of_replicas_is_no_part_of_the_version() -> None:
     autoscaled = ClusterConfig(server=SERVER, max_replicas=5, autoscaling_config={"upscale_delay_s": 1})
     assert versions(serve_app.make_app(autoscaled, "s")) == first
     assert versions(serve_app.make_app(ClusterConfig(server=SERVER), "t")) != first
+
+
+def test_a_replica_that_stops_may_write_its_disk_cache() -> None:
+    """Serve kills a replica after a time that begins when its requests may still take all of theirs."""
+    config = ClusterConfig(server={**SERVER, "drain_delay": 40}, engine={"disk_cache": "/nowhere"}, drain_seconds=100)
+    engine = serve_app.make_app(config, "s")._bound_deployment.init_args[1]._bound_deployment
+    needed = 40 + 100 + EXIT_SECONDS + DISK_WRITE_SECONDS
+    assert engine._deployment_config.graceful_shutdown_timeout_s > stop_seconds(config.replica("s")) > needed
 
 
 def test_without_a_version_option_every_up_replaces_the_replicas(
