@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -58,14 +59,22 @@ def simulate(
         from ...runtime.simulation.step_times import StepTimes
         from ...runtime.simulation.traces import read_trace
 
-        chosen = POLICIES if policies == "all" else tuple(name for name in POLICIES if name in policies.split(","))
-        if not chosen:
+        names = POLICIES if policies == "all" else tuple(policies.split(","))
+        if not set(names) <= set(POLICIES):
             raise LoadError(f"--policies: of {', '.join(POLICIES)}, got {policies!r}")
+        chosen = [name for name in POLICIES if name in names]
         seconds = _numbers(step_times, "--step-times")
-        if len(seconds) != 3:
-            raise LoadError(f"--step-times: three numbers, got {step_times!r}")
+        if len(seconds) != 3 or not seconds[0]:
+            raise LoadError(f"--step-times: three numbers, the first more than 0, got {step_times!r}")
+        counts, router_counts = _counts(replicas, "--replicas"), _counts(routers, "--routers")
+        lags = _numbers(event_lag, "--event-lag")
+        for file in (table, plot):  # found out now, not after the first run
+            if file is not None:
+                _check_writable(file)
         arrivals = read_trace(trace, seed=seed, max_requests=max_requests)
         size = page_size or min(256, arrivals[0].block_size)
+        if kv_cache_tokens < size:
+            raise LoadError(f"--kv-cache-tokens {kv_cache_tokens}: less than one page of {size} tokens")
         replica = ReplicaSettings(
             kv_cache_tokens=kv_cache_tokens,
             page_size=size,
@@ -73,13 +82,13 @@ def simulate(
             step_times=StepTimes(*seconds),
         )
         results, shared, offline = [], {}, {}
-        for count in map(int, _numbers(replicas, "--replicas")):
+        for count in counts:
             shared[count] = bounds.shared_cache_hit_rate(arrivals, count * kv_cache_tokens, size)
             offline[count] = bounds.offline_hit_rate(arrivals, count * kv_cache_tokens)
             for policy in chosen if count > 1 else chosen[-1:]:
                 ours = policy == "branchwise" and count > 1
-                for number in map(int, _numbers(routers, "--routers")) if ours else (1,):
-                    for lag in _numbers(event_lag, "--event-lag") if ours else (0.0,):
+                for number in router_counts if ours else (1,):
+                    for lag in lags if ours else (0.0,):
                         settings = FleetSettings(
                             count, policy, number, lag / 1000, speed=speed or count / 16, replica=replica
                         )
@@ -88,8 +97,8 @@ def simulate(
                         results.append(result)
                         out.print(
                             f"{count} replicas, {policy}, {number} router(s), lag {lag:g} ms: hit rate "
-                            f"{result.hit_rate:.1%}, {result.hit_rate / shared[count]:.1%} of one shared cache "
-                            f"({shared[count]:.1%}; offline bound {offline[count]:.1%}); simulated in "
+                            f"{result.hit_rate:.1%}, {report.share_of(result.hit_rate, shared[count])} of one shared "
+                            f"cache ({shared[count]:.1%}; offline bound {offline[count]:.1%}); simulated in "
                             f"{result.wall_seconds:.0f} s",
                             markup=False,
                             soft_wrap=True,
@@ -108,6 +117,24 @@ def _numbers(text: str, flag: str) -> list[float]:
         found = [float(each) for each in text.split(",")]
     except ValueError:
         raise LoadError(f"{flag}: numbers separated by commas, got {text!r}") from None
-    if not found or min(found) < 0:
+    if min(found) < 0 or not all(map(math.isfinite, found)):
         raise LoadError(f"{flag}: numbers of 0 or more, got {text!r}")
     return found
+
+
+def _counts(text: str, flag: str) -> list[int]:
+    from ...runtime.errors import LoadError
+
+    found = _numbers(text, flag)
+    if min(found) < 1 or not all(map(float.is_integer, found)):
+        raise LoadError(f"{flag}: whole numbers of 1 or more, got {text!r}")
+    return [int(each) for each in found]
+
+
+def _check_writable(file: Path) -> None:
+    from ...runtime.errors import LoadError
+
+    try:
+        file.touch()
+    except OSError as error:
+        raise LoadError(f"{file} cannot be written: {error.strerror}") from error

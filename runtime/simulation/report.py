@@ -14,6 +14,11 @@ _WIDTH, _BAR, _LEFT, _TOP = 760, 22, 250, 60
 _COLOURS = {"round-robin": "#b0b7c3", "sticky": "#8fa8c8", "overlap": "#d9a05b", "branchwise": "#2f7d5d"}
 
 
+def share_of(rate: float, shared: float) -> str:
+    """A hit rate as a percentage of that of one shared cache; – where even that one reuses nothing."""
+    return f"{rate / shared:.1%}" if shared else "–"
+
+
 def table(results: Sequence[FleetResult], shared: dict[int, float]) -> str:
     """Markdown. ``shared``: by replicas, the hit rate of one cache of their total size."""
     lines = [_HEADER]
@@ -25,7 +30,7 @@ def table(results: Sequence[FleetResult], shared: dict[int, float]) -> str:
             str(s.routers),
             f"{1000 * s.event_lag:.0f} ms",
             f"{each.hit_rate:.1%}",
-            f"{each.hit_rate / shared[s.replicas]:.1%}",
+            share_of(each.hit_rate, shared[s.replicas]),
             f"{each.balance:.2f}",
             f"{each.window_balance:.2f}",
             f"{1000 * each.first_token.mean():.0f} ms",
@@ -43,7 +48,7 @@ def plot(results: Sequence[FleetResult], shared: dict[int, float], offline: dict
     groups: dict[int, list[FleetResult]] = {}
     for each in results:
         groups.setdefault(each.settings.replicas, []).append(each)
-    most = max([*offline.values(), *(each.hit_rate for each in results)])
+    most = max([*offline.values(), *(each.hit_rate for each in results)]) or 1.0
     scale = (_WIDTH - _LEFT - 80) / most
     parts: list[str] = []
     y = _TOP

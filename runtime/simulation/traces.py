@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,8 +52,8 @@ def read_trace(path: Path, *, seed: int = 0, max_requests: int | None = None) ->
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
             rows = [json.loads(line) for line in lines if line.strip()]
         arrivals = list(_mooncake(rows) if rows and "hash_ids" in rows[0] else _weka(rows, random.Random(seed)))
-    except OSError as error:
-        raise LoadError(f"{path} cannot be read: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:  # the last two: of a packed file that is damaged
+        raise LoadError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise LoadError(f"{path} is not a trace in Mooncake's or Weka's format: {error!r}") from error
     if not arrivals:

@@ -69,6 +69,11 @@ def test_both_formats_are_read(tmp_path: Path) -> None:
         mooncake.write_text(text)
         with pytest.raises(LoadError, match=r"m\.jsonl"):
             read_trace(mooncake)
+    packed = weka.read_bytes()
+    for damaged in (packed[:-20], packed[:12] + b"\xff" * 20 + packed[32:]):
+        weka.write_bytes(damaged)
+        with pytest.raises(LoadError, match=r"w\.jsonl\.gz cannot be read: \w"):
+            read_trace(weka)
 
 
 def test_one_replica_takes_the_time_of_its_steps() -> None:
@@ -162,6 +167,44 @@ def test_the_command_writes_a_table_and_a_plot(tmp_path: Path) -> None:
     rows = (tmp_path / "t.md").read_text().splitlines()
     assert len(rows) == 2 + 1 + 3 + 4  # one replica; three other policies; routers times lags
     assert (tmp_path / "p.svg").read_text().count("<rect") == 1 + len(rows) - 2
-    for wrong in (["--policies", "best"], ["--step-times", "1"], ["--event-lag", "x"], ["--kv-cache-tokens", "600"]):
-        failed = CliRunner().invoke(app, ["simulate", str(trace), *wrong])
-        assert failed.exit_code == 2, failed.output
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--policies", "best"],
+        ["--policies", "overlap,best"],
+        ["--step-times", "1"],
+        ["--step-times", "0,1,1"],
+        ["--event-lag", "x"],
+        ["--event-lag", "nan"],
+        ["--replicas", "0"],
+        ["--replicas", "1.5"],
+        ["--replicas", "inf"],
+        ["--routers", "0"],
+        ["--kv-cache-tokens", "600"],  # less than a prompt
+        ["--kv-cache-tokens", "1"],  # less than a page
+        ["--table", "/dev/null/t.md"],
+        ["--plot", "/dev/null/p.svg"],
+    ],
+    ids="_".join,
+)
+def test_a_setting_that_cannot_be_simulated_is_one_line(tmp_path: Path, wrong: list[str]) -> None:
+    trace = conversations(tmp_path / "trace.jsonl", sessions=2, turns=2)
+    failed = CliRunner().invoke(app, ["simulate", str(trace), *wrong])
+    assert failed.exit_code == 2, failed.output
+    [line] = failed.stderr.splitlines()
+    assert line.startswith("error: ") and (wrong[0] in line or wrong[1] in line), line
+
+
+def test_a_trace_in_which_nothing_repeats(tmp_path: Path) -> None:
+    """Even one shared cache reuses nothing: no share of that can be given."""
+    lengths = {"input_length": 600, "output_length": 2}
+    rows = [{"timestamp": 9, "hash_ids": [i, i + 1], **lengths} for i in (0, 2)]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["simulate", str(trace), "--replicas", "2", "--plot", str(tmp_path / "p.svg")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("| 0.0% | – |") == 4
+    assert 'width="nan' not in (tmp_path / "p.svg").read_text()
