@@ -87,7 +87,9 @@ def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -
         pytest.skip("the pages' examples need bash and curl")
     traces = tmp_path_factory.mktemp("traces")
     disk = tmp_path_factory.mktemp("disk")
-    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True, profile=str(traces), disk_cache=str(disk))
+    # float32 has the answers that the pages show; `auto` is bfloat16 on some processors, and rounds to others
+    settings = {"dtype": "float32", "kv_cache_tokens": 40_000, "check_when_idle": True}
+    engine = EngineConfig(**settings, profile=str(traces), disk_cache=str(disk))
     config = ServerConfig(engine=engine, port=0, kv_events="tcp://127.0.0.1:*")
     with run_server_process(config, tmp_path_factory.mktemp("shipped")) as server:
         yield server

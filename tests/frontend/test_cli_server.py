@@ -37,7 +37,7 @@ def branchwise(*arguments: str, stdin: str = "", key: bool = True) -> subprocess
 
 def test_serve_says_what_it_does(server: Running) -> None:
     assert "weights" in server.output and "KV tokens" in server.output and "8,192" in server.output
-    assert "2 (K, V) × 8 layers × 2 KV heads × 64 × 4 B" in server.output
+    assert re.search(r"2 \(K, V\) × 8 layers × 2 KV heads × 64 × (2 B \(bfloat16|4 B \(float32)\)", server.output)
     assert f"curl {server.url}/v1/chat/completions" in server.output and "the-key" not in server.output
 
 
@@ -153,6 +153,7 @@ def test_tree_as_text_and_as_json(server: Running) -> None:
     )
     text = branchwise("tree", server.url)
     assert text.returncode == 0 and "tokens" in text.stdout and "a tree begins" in text.stdout
+    assert text.stdout.endswith(" tokens a page\n")
     dump = json.loads(branchwise("tree", server.url, "--json").stdout)
     assert dump["totals"]["nodes"] >= 1
     branchwise("generate", "--url", server.url, "--max-tokens", "1", "another prompt altogether")
@@ -277,5 +278,5 @@ def test_a_taken_port_is_one_line(server: Running) -> None:
 def test_doctor_reports_a_taken_port_and_the_model(server: Running) -> None:
     done = branchwise("doctor", "--port", server.url.rsplit(":", 1)[1])
     assert done.returncode == 0, done.stdout
-    for words in ("python", "torch 2.", "cannot listen on", "fix it: branchwise serve --port", "8.0 KiB"):
+    for words in ("python", "torch 2.", "cannot listen on", "fix it: branchwise serve --port", "8 layers × 2 KV heads"):
         assert words in done.stdout
