@@ -39,7 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
         max_model_len: Longest prompt and answer together, in tokens; 1 or more. Default: the model's own.
         max_num_seqs: Requests running at once. From 1 to 4096.
         max_num_batched_tokens: Tokens of one step: prompt chunks and decodes; 1 or more. Default: 2048 on a CPU, 8192
-            on a GPU. Prompts with up to 512 tokens to compute fill at most 1024 of them beside decodes.
+            on a GPU. Beside decodes, prompts with up to 512 tokens to compute fill a step to 1024.
         page_size: Tokens of one KV page. From 1 to 256. Reuse is exact to the token at any size.
         kv_cache_dtype: Storage of cached keys and values: auto, the weights' own; fp8, half the bytes of bfloat16; int4
             or nvfp4, about a quarter; k16v8, keys as auto and values as fp8.

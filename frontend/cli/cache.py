@@ -27,8 +27,9 @@ def list_(folder: Folder) -> None:
     with expected_failures():
         from ...runtime.tiers.offline import describe
 
+        parts = describe(folder)
         typer.echo(f"{'model':<17}{'pages':>10}{'tokens':>12}{'MiB':>10}  {'namespaces':>10}  newest")
-        for part in describe(folder):
+        for part in parts:
             newest = datetime.datetime.fromtimestamp(part.newest).isoformat(" ") if part.newest else "-"
             mib = part.payload_bytes / (1 << 20)
             typer.echo(

@@ -39,8 +39,8 @@ def lines(config: EngineConfig, device_memory: str, request_tokens: int, shared_
         yield f"On each of {ranks} GPUs; a token's keys and values are split over them."
     tokens = request_tokens or longest
     count = fitting_requests(plan.kv_tokens, tokens, shared_tokens)
-    sharing = f", {shared_tokens:,} of them shared" if shared_tokens else ""
+    sharing = f", {shared_tokens:,} of them shared," if shared_tokens else ""
     yield (
-        f"{count:,} requests of {tokens:,} tokens{sharing}, fit at once: "
+        f"{count:,} requests of {tokens:,} tokens{sharing} fit at once: "
         f"({plan.kv_tokens:,} - {shared_tokens:,}) / ({tokens:,} - {shared_tokens:,})"
     )

@@ -53,14 +53,15 @@ def doctor(
             checkup.sockets(),
             *checkup.model(config),
         ]
-        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "broken": "[bold red]broken[/]"}
+        colours = {"ok": "green", "note": "yellow", "broken": "bold red"}
         for finding in findings:
-            out.print(f"{marks[finding.state]:>6}  [bold]{finding.what}[/]: ", end="")
+            out.print(f"[{colours[finding.state]}]{finding.state:>6}[/]  [bold]{finding.what}[/]: ", end="")
             out.print(finding.found, markup=False, soft_wrap=True)
             if finding.fix:
-                out.print(f"          fix it: {finding.fix}", style="cyan", markup=False, soft_wrap=True)
+                out.print(f"        fix it: {finding.fix}", style="cyan", markup=False, soft_wrap=True)
         broken = sum(finding.state == "broken" for finding in findings)
         if broken:
-            out.print(f"\n{broken} broken: serving will not work until they are fixed.", style="bold red")
+            until = "it is" if broken == 1 else "they are"
+            out.print(f"\n{broken} broken: serving will not work until {until} fixed.", style="bold red")
             raise SystemExit(EXIT_FAILED)
         out.print("\nThis machine is ready to serve.", style="green")

@@ -23,6 +23,9 @@ _CALLED = {
     "--no-cuda-graphs": ("--enforce-eager", "--disable-cuda-graph"),
     "--seed": ("--random-seed",),
     "--allow-origins": ("--allowed-origins",),
+    "--host-cache": ("--hicache-size", "--kv-offloading-size", "--swap-space"),
+    "--hang-timeout": ("--watchdog-timeout",),
+    "--log-requests": ("--enable-log-requests",),
 }
 _SAID = {
     "always on: no flag is needed": (
@@ -32,10 +35,13 @@ _SAID = {
     "the tokenizer's own template is used; another one goes into the model's folder": ("--chat-template",),
     "the tokenizer of the model's folder is used": ("--tokenizer", "--tokenizer-path", "--tokenizer-mode"),
     "download that revision with hf download, and serve its folder": ("--revision",),
+    "branchwise cluster runs several replicas (branchwise docs cluster)": (
+        *("--data-parallel-size", "-dp", "--dp", "--dp-size"),
+    ),
     "not there yet (README.md, what is not there yet)": (
-        *("--pipeline-parallel-size", "--pp-size", "--data-parallel-size", "--dp", "--dp-size"),
+        *("--pipeline-parallel-size", "-pp", "--pp-size", "--cpu-offload-gb"),
         *("--enable-lora", "--lora-modules", "--lora-paths", "--speculative-config", "--speculative-algorithm"),
-        *("--ssl-keyfile", "--ssl-certfile", "--swap-space", "--cpu-offload-gb"),
+        *("--ssl-keyfile", "--ssl-certfile"),
     ),
 }
 PEERS = {

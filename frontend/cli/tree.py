@@ -44,7 +44,7 @@ def tree(
         elif out.is_terminal:
             out.print(draw(server.get(path)))
         else:
-            typer.echo(server.get_text(f"{path}&format=text"))
+            typer.echo(server.get_text(f"{path}&format=text"), nl=False)
 
 
 def draw(dump: dict[str, Any]) -> RenderableType:

@@ -294,7 +294,9 @@ def test_every_problem_that_doctor_finds_has_a_fix(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     broken = [i for i, line in enumerate(lines) if line.lstrip().startswith("broken ")]
     assert len(broken) == 1 and "config.json" in lines[broken[0]]
-    assert all(lines[i + 1].lstrip().startswith("fix it: ") for i in broken)
+    assert all(lines[i + 1].startswith("        fix it: ") for i in broken)
+    assert all(re.match(r" {4}ok  \w| {2}note  \w|broken  \w|        fix it: |$", line) for line in lines[:-1])
+    assert lines[-1] == "1 broken: serving will not work until it is fixed."
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -379,6 +381,8 @@ def test_version() -> None:
         ("--enforce-eager", "--enforce-eager: called --no-cuda-graphs here"),
         ("--speculative-config", "--speculative-config: not there yet"),
         ("--enable-prefix-caching", "--enable-prefix-caching: always on"),
+        ("--hicache-size", "--hicache-size: called --host-cache here"),
+        ("--data-parallel-size", "--data-parallel-size: branchwise cluster runs several replicas"),
     ],
 )
 def test_flags_of_vllm_and_sglang_say_what_to_write_instead(flag: str, said: str) -> None:

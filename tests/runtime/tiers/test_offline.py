@@ -163,7 +163,8 @@ def test_files_that_are_not_right_are_refused(tmp_path: Path, harm: str, problem
 
 
 def test_a_folder_in_use_and_a_folder_of_others(tmp_path: Path) -> None:
-    assert run("list", tmp_path)[0] == 2
+    code, said = run("list", tmp_path)
+    assert code == 2 and said.startswith("error: ") and "holds no disk cache" in said
     fill(tmp_path)
     folder = CacheFolder(tmp_path, PRINT, 1000)
     assert run("list", tmp_path)[0] == 2
