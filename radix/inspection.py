@@ -8,7 +8,7 @@ import numpy as np
 
 from .explain import Explanation
 from .matching import Partial, Walk, closest_page, follow
-from .node import Int32, Namespace, Root, join, page_key
+from .node import EMPTY, Int32, Namespace, Root, join, page_key
 from .structure import PrefixTree
 
 SHOWN = 16  # tokens
@@ -32,12 +32,12 @@ def explain(
     if hit == limit > 0:
         return Explanation(hit, "hit")
     next_page = page_key(tokens[walk.length : walk.length + tree.page_size])
-    at_node_end = present < limit and not walk.stopped_inside  # pages can be missing only after the end of a node
-    below = walk.node.children.get(next_page)
-    if below is not None and not len(below.pages):
-        return Explanation(hit, "tier")
-    if at_node_end and tree.evictions.evicted(walk.node.serial, next_page, partial.common):
-        return Explanation(hit, "evicted")
+    if not walk.stopped_inside:  # pages can be missing only after the end of a node
+        below = walk.node.children.get(next_page)
+        if below is not None and not len(below.pages):
+            return Explanation(hit, "tier")
+        if present < limit and tree.evictions.evicted(walk.node.serial, next_page, partial.common):
+            return Explanation(hit, "evicted")
     if hit and hit == present and partial.diverges:
         return Explanation(hit, "diverged", hit)
     if not hit and tree.salts_in_use.get(namespace[0]) and not walk.node.children:
@@ -69,5 +69,5 @@ def _instead(walk: Walk, partial: Partial, wanted: bytes, page_size: int) -> Int
     else:
         before, behind = walk.node.nearest_first(wanted)
         nearest = next(behind, None) or next(before, None)
-        after = join([]) if nearest is None else nearest.tokens
+        after = EMPTY if nearest is None else nearest.tokens
     return after[partial.common : partial.common + SHOWN]

@@ -56,6 +56,14 @@ def test_evicted_leaf(drive):
     assert report(d.match(A)) == (11, "hit", None)
 
 
+def test_a_page_in_a_lower_tier(drive):
+    d = drive(num_pages=4, host_slots=4)
+    d.remember(A)
+    d.tree.reserve(d.fill(), 1)  # the last page moves to the host
+    assert report(d.match(A)) == (8, "tier", None)
+    assert report(d.match([*A[:4], *A[8:]])) == (4, "diverged", 4), "that page is another's: it follows all of the node"
+
+
 def test_evicted_root_and_partial_page(drive):
     d = drive(num_pages=4)
     d.remember(A[:6])
