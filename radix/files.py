@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from .matching import follow
 from .moves import Moves, Transfer, last_record
-from .node import DISK, FILE, Int32, Namespace, Node, join, page_key
-from .tiers import NO_SLOTS
+from .node import DISK, EMPTY, FILE, Int32, Namespace, Node, join, page_key
 
 
 def begin_save(moves: Moves, tokens: Int32, namespace: Namespace) -> Transfer | None:
@@ -23,7 +22,7 @@ def begin_save(moves: Moves, tokens: Int32, namespace: Namespace) -> Transfer | 
     path = list(node.upwards(root))[::-1]
     if not all(len(each.disk) for each in path):
         return None
-    return moves.start(Transfer(DISK, FILE, node, join([each.disk for each in path]), NO_SLOTS))
+    return moves.start(Transfer(DISK, FILE, node, join([each.disk for each in path]), EMPTY))
 
 
 def begin_load(moves: Moves, tokens: Int32, namespace: Namespace) -> tuple[Transfer, int] | None:
@@ -41,7 +40,7 @@ def begin_load(moves: Moves, tokens: Int32, namespace: Namespace) -> tuple[Trans
         if not len(node.disk):
             break
         end, known = node, known + structure.size(node)
-    transfer = moves.start(Transfer(FILE, DISK, end, NO_SLOTS, NO_SLOTS, last_record(end)))
+    transfer = moves.start(Transfer(FILE, DISK, end, EMPTY, EMPTY, last_record(end)))
     slots = structure.reserve(structure.disk, len(tokens) // size - known)
     if slots is None:
         moves.cancel(transfer)
@@ -81,7 +80,7 @@ def end_load(moves: Moves, transfer: Transfer, tokens: Int32, good: int) -> int:
     for each in node.upwards():
         each.last_access = now
     structure.unlock(node)
-    unused, transfer.target_slots = transfer.target_slots[added:], NO_SLOTS
+    unused, transfer.target_slots = transfer.target_slots[added:], EMPTY
     disk.free(unused)
     moves.cancel(transfer)
     structure.events.deliver()

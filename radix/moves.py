@@ -14,7 +14,7 @@ import numpy as np
 
 from .matching import closest_page, follow
 from .node import DEVICE, DISK, HOST, Int32, Namespace, Node, Root, common_tokens, join, page_key
-from .structure import PrefixTree
+from .structure import PrefixTree, namespace_of
 from .tiers import Tier
 
 FULL = 8  # the host is nearly full when less than this part of it is free
@@ -243,8 +243,7 @@ class Moves:
         if last_record(nodes[-1].parent) != transfer.before:
             return None
         tokens = join([node.tokens for node in reversed(nodes)])
-        *_, root = transfer.node.upwards()
-        namespace = root.namespace if isinstance(root, Root) else ("", "")
+        namespace = namespace_of(transfer.node)
         befores = [transfer.before, *transfer.target_slots[:-1].tolist()]
         return [(namespace, before, tokens[i * size : (i + 1) * size]) for i, before in enumerate(befores)]
 

@@ -20,8 +20,8 @@ SIBLINGS = 32  # examined in either direction for a page with the same beginning
 DEVICE, HOST, DISK = 0, 1, 2  # the memory tiers: see `tiers.Tier`
 FILE = 3  # the other end of a transfer that concerns no tier: see `files`
 
-_EMPTY: Int32 = np.empty(0, np.int32)
-_EMPTY.setflags(write=False)
+EMPTY: Int32 = np.empty(0, np.int32)
+EMPTY.setflags(write=False)
 _NONE_BELOW: Any = (0, 0, 0)  # `Node.below` of all nodes without children
 _CHILDLESS: Any = MappingProxyType({})  # shared by all leaves
 
@@ -40,7 +40,7 @@ def common_tokens(a: bytes, b: bytes) -> int:
 
 def join(arrays: list[Int32]) -> Int32:
     """Concatenates; no arrays give an empty one, which is shared and read-only."""
-    return np.concatenate(arrays) if arrays else _EMPTY
+    return np.concatenate(arrays) if arrays else EMPTY
 
 
 class Children(dict[bytes, "Node"]):
@@ -105,10 +105,10 @@ class Node:
         self.parent = parent
         self.children: Children = _CHILDLESS
         self.serial = serial
-        self.host = self.disk = _EMPTY
+        self.host = self.disk = EMPTY
         self.below: list[int] = _NONE_BELOW  # children with a copy in each tier
         self.transfer: object = None  # the `moves.Transfer` that copies this node to a higher tier
-        self.locks = 0  # leases and holds whose path includes this node, and leases that copy from it
+        self.locks = 0  # leases, holds and transfers whose path includes this node, and leases that copy from it
         self.hits = 0  # matches that reused this node
         self.priority = 0  # the highest priority of the requests that used it
         self.created = 0  # logical time
@@ -159,5 +159,5 @@ class Root(Node):
     __slots__ = ("namespace",)
 
     def __init__(self, namespace: Namespace) -> None:
-        super().__init__(_EMPTY, _EMPTY, b"", None, namespace)
+        super().__init__(EMPTY, EMPTY, b"", None, namespace)
         self.namespace = namespace

@@ -1,7 +1,7 @@
 """Page numbers: which are free, and which become free only when the steps in flight have ended.
 
-A page is the keys and values of ``page_size`` consecutive tokens in the KV pool on the device. The allocator handles
-page numbers only; the tree and the leases record the uses of a page.
+A page is the keys and values of some consecutive tokens in the KV pool on the device. The allocator handles page
+numbers only; the tree and the leases record the uses of a page. Each lower tier numbers its slots with one, too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,10 @@ class PageAllocator:
     communication.
     """
 
-    def __init__(self, num_pages: int, page_size: int) -> None:
-        if num_pages < 1 or page_size < 1:
-            raise ValueError(f"need at least one page of at least one token, got {num_pages} of {page_size}")
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 1:
+            raise ValueError(f"need at least one page, got {num_pages}")
         self.total = num_pages
-        self.page_size = page_size
         self.free = num_pages
         self.quarantined = 0
         self._stack = np.arange(num_pages - 1, -1, -1, dtype=np.int32)  # [:free] are free, the last is allocated next

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .matching import follow
-from .node import Int32, Namespace, Node, join, page_key
+from .node import EMPTY, Int32, Namespace, Node, join, page_key
 from .structure import PrefixTree
 
 
@@ -16,7 +16,7 @@ def prune(tree: PrefixTree, tokens: Int32, namespace: Namespace) -> Int32:
     """
     root = tree.roots.get(namespace)
     if root is None:
-        return join([])
+        return EMPTY
     walk = follow(root, tokens, 0, len(tokens), tree.page_size, below=True)
     rest = tokens[walk.length :]
     if walk.stopped_inside:
@@ -24,7 +24,7 @@ def prune(tree: PrefixTree, tokens: Int32, namespace: Namespace) -> Int32:
     else:
         below = _children_beginning_with(walk.node, page_key(rest))
     if not below and (walk.node is root or len(rest)):
-        return join([])
+        return EMPTY
     subtree: list[Node] = []
     while below:
         node = below.pop()

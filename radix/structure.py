@@ -1,4 +1,4 @@
-"""The tree: nodes, locks, tiers and the eviction indexes. All copies of pages are added and removed here."""
+"""The tree: nodes, locks, tiers and the eviction indexes. Pages enter and leave the device here alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .events import ROOT, CopiesEntered, CopiesLeft, Copy, Events, LeaveReason, 
 from .eviction import POLICIES
 from .explain import EvictionRecord
 from .matching import Walk
-from .node import DEVICE, DISK, HOST, TOKEN_BYTES, Int32, Namespace, Node, Root, join, page_key
+from .node import DEVICE, DISK, EMPTY, HOST, TOKEN_BYTES, Int32, Namespace, Node, Root, join, page_key
 from .pages import PageAllocator
 from .tiers import Tier
 
@@ -34,10 +34,12 @@ class PrefixTree:
     ) -> None:
         if policy not in POLICIES:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
+        if page_size < 1:
+            raise ValueError(f"a page has at least one token, got {page_size}")
         self.page_size = page_size
         sizes = {DEVICE: num_pages, HOST: host_slots, DISK: disk_slots}
         tiers = {
-            number: Tier(number, PageAllocator(size, page_size), POLICIES[policy])
+            number: Tier(number, PageAllocator(size), POLICIES[policy])
             for number, size in sizes.items()
             if size or number == DEVICE
         }
@@ -101,7 +103,7 @@ class PrefixTree:
 
     def add_node(self, parent: Node, key: bytes, tokens: Int32, *, now: int, priority: int = 0) -> Node:
         """Adds a child without a copy in any tier: the caller gives it one."""
-        child = Node(tokens.copy(), join([]), key, parent, self._new_serial())
+        child = Node(tokens.copy(), EMPTY, key, parent, self._new_serial())
         child.created = child.last_access = now
         child.priority = priority
         parent.add_child(child)
@@ -121,13 +123,13 @@ class PrefixTree:
         self._announce(node, tokens, pages)
         self.device.cached += len(pages)
         node.tokens = np.concatenate((node.tokens, tokens))
-        node.pages = np.concatenate((node.pages, pages))
+        self.device.place(node, np.concatenate((node.pages, pages)))
         node.serial = self._new_serial()
 
     def _announce(self, after: Node | None, tokens: Int32, pages: Int32, node: Node | None = None) -> None:
         """Pages entered the device after the present end of ``after``: all those of ``node``, or None."""
         if self.events.observers and after is not None:
-            place, copied = (_namespace(after), _last_page(after)), _other_copy(node, DEVICE)
+            place, copied = (namespace_of(after), _last_page(after)), _other_copy(node, DEVICE)
             self.events.pending.append(PagesEntered(*place, tokens.copy(), pages.copy(), copied))
 
     def contents(self) -> Iterator[PagesEntered]:
@@ -270,7 +272,7 @@ class PrefixTree:
             self.evicted_total += node.pages.size
         if self.events.observers and node.parent is not None:
             self.events.pending.append(
-                PagesLeft(_namespace(node), _last_page(node.parent), node.tokens, node.pages, reason)
+                PagesLeft(namespace_of(node), _last_page(node.parent), node.tokens, node.pages, reason)
             )
 
     def _remove(self, node: Node, reason: LeaveReason) -> None:
@@ -323,7 +325,7 @@ class PrefixTree:
         parent, border = lower.parent, pages * self.page_size
         if parent is None:
             raise RuntimeError("a root has no pages to split")
-        upper = Node(_head(lower.tokens, border), join([]), lower.key, parent, self._new_serial())
+        upper = Node(_head(lower.tokens, border), EMPTY, lower.key, parent, self._new_serial())
         upper.locks, upper.hits, upper.priority = lower.locks, lower.hits, lower.priority
         upper.created, upper.last_access, upper.transfer = lower.created, lower.last_access, lower.transfer
         lower.tokens = lower.tokens[border:].copy()
@@ -408,7 +410,8 @@ class PrefixTree:
         return self._serial
 
 
-def _namespace(node: Node) -> Namespace:
+def namespace_of(node: Node) -> Namespace:
+    """The namespace that a node is in. O(depth)."""
     *_, root = node.upwards()
     if not isinstance(root, Root):
         raise RuntimeError(f"node {node.serial} is not in the tree")
@@ -420,7 +423,7 @@ def _last_page(node: Node | None) -> int:
 
 
 def _copies_entered(tier: Tier, node: Node) -> CopiesEntered:
-    return CopiesEntered(_namespace(node), tier.number, _copy_of_last_page(node.parent), node.tokens, tier.of(node))
+    return CopiesEntered(namespace_of(node), tier.number, _copy_of_last_page(node.parent), node.tokens, tier.of(node))
 
 
 def _copy_of_last_page(node: Node | None) -> tuple[int, int] | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .eviction import EvictionIndex, Policy
-from .node import DEVICE, DISK, HOST, Int32, Node, join
+from .node import DEVICE, DISK, EMPTY, HOST, Int32, Node, join
 from .pages import PageAllocator
 
-NO_SLOTS = join([])
 _COPIES = {DEVICE: "pages", HOST: "host", DISK: "disk"}  # the attribute of `Node` with the copy in each tier
 
 
@@ -41,7 +40,7 @@ class Tier:
         return slots
 
     def place(self, node: Node, slots: Int32) -> None:
-        """Sets the slots of a node whose parts of the counters do not change: it is new, split or extended."""
+        """Sets a node's slots, and nothing else: the counters and the index are the caller's."""
         setattr(node, self._copy, slots)
 
     def put(self, node: Node, slots: Int32) -> None:
@@ -79,7 +78,7 @@ class Tier:
             self.changed(self, node, False)
         parent, t = node.parent, self.number
         self.cached -= len(slots)
-        setattr(node, self._copy, NO_SLOTS)
+        self.place(node, EMPTY)
         if parent is not None:
             parent.below[t] -= 1
             if not parent.locks and not parent.below[t] and len(self.of(parent)):

@@ -22,7 +22,7 @@ from .inspection import Inspection, explain, inspect
 from .lease import Lease
 from .matching import closest_page, follow
 from .moves import Moves, Reach, Transfer
-from .node import DEFAULT, DEVICE, DISK, Int32, Namespace, Node, Root, join
+from .node import DEFAULT, DEVICE, DISK, EMPTY, Int32, Namespace, Node, Root, join
 from .prune import prune
 from .publishing import Publisher
 from .scores import Scores, ScoreTable, remembered
@@ -53,7 +53,9 @@ class RadixTree:
         disk_slots: int = 0,
     ) -> None:
         self.structure = PrefixTree(
-            *(page_size, policy, evictions_remembered),
+            page_size,
+            policy,
+            evictions_remembered,
             num_pages=num_pages,
             host_slots=host_slots if enabled else 0,
             disk_slots=disk_slots if enabled else 0,
@@ -100,11 +102,9 @@ class RadixTree:
 
     # ---- requests: match, reserve, publish, release ----
 
-    def peek(
-        self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None, *, in_flight: bool = False
-    ) -> int:
-        """The ``hit`` that `match` would report; changes nothing. ``in_flight``: see `peek_in_flight`."""
-        return self.peek_in_flight(tokens, namespace, limit)[in_flight]
+    def peek(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> int:
+        """The ``hit`` that `match` would report; changes nothing."""
+        return self.peek_in_flight(tokens, namespace, limit)[0]
 
     def peek_in_flight(
         self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None
@@ -147,7 +147,7 @@ class RadixTree:
             length=walk.length,
             hit=walk.length + partial.tokens,
             pages=join(walk.pages),
-            copy=(partial.page, partial.tokens) if partial.node else None,
+            copy=(partial.page, partial.tokens) if partial.node is not None else None,
             report=report,
             node=end,
             source=partial.node,
@@ -156,7 +156,7 @@ class RadixTree:
         structure.lock(end)
         if partial.node is not None:
             structure.lock(partial.node, end)
-        now = self.structure.tick()
+        now = structure.tick()
         for node in end.upwards():
             _use(node, now, priority)
         if partial.node is not None and structure.is_partial(partial.node):  # all of it is used; else a part
@@ -371,7 +371,7 @@ class RadixTree:
     def inspect(self, tokens: Int32, namespace: Namespace = DEFAULT, limit: int | None = None) -> Inspection:
         """The result of `match` once this step has run, and how much of it is locked; changes nothing."""
         if not self.enabled:
-            return Inspection(Explanation(0, "disabled"), join([]), join([]), 0)
+            return Inspection(Explanation(0, "disabled"), EMPTY, EMPTY, 0)
         tokens = np.asarray(tokens, np.int32)
         return inspect(self.structure, tokens, namespace, _clamp(limit, len(tokens)))
 

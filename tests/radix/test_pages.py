@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from branchwise.radix import InvariantError, OutOfPages, PageAllocator
+from branchwise.radix import InvariantError, OutOfPages, PageAllocator, RadixTree
 
 
 def pages(*numbers: int) -> np.ndarray:
@@ -13,18 +13,18 @@ def pages(*numbers: int) -> np.ndarray:
 
 
 def test_order_is_deterministic_and_out_of_pages_changes_nothing():
-    a = PageAllocator(4, 16)
+    a = PageAllocator(4)
     assert a.allocate(3).tolist() == [0, 1, 2]
     with pytest.raises(OutOfPages):
         a.allocate(2)
-    assert (a.free, a.total, a.page_size) == (1, 4, 16)
+    assert (a.free, a.total) == (1, 4)
     a.give_back(pages(2, 0))
     assert a.allocate(3).tolist() == [2, 0, 3]
     assert a.allocate(0).tolist() == []
 
 
 def test_quarantine_waits_for_every_step_begun_so_far():
-    a = PageAllocator(6, 1)
+    a = PageAllocator(6)
     a.allocate(6)
     a.quarantine(pages(0))
     assert (a.free, a.quarantined) == (1, 0), "nothing is in flight"
@@ -44,7 +44,7 @@ def test_quarantine_waits_for_every_step_begun_so_far():
 
 
 def test_one_late_end_ends_all_before():
-    a = PageAllocator(2, 1)
+    a = PageAllocator(2)
     a.allocate(2)
     for page in (0, 1):
         a.begin_step()
@@ -56,7 +56,7 @@ def test_one_late_end_ends_all_before():
 
 @pytest.mark.parametrize("way", ["give_back", "quarantine"])
 def test_a_page_is_freed_once(way):
-    a = PageAllocator(4, 1)
+    a = PageAllocator(4)
     a.allocate(3)
     a.begin_step()
     a.quarantine(pages(0))
@@ -69,10 +69,10 @@ def test_a_page_is_freed_once(way):
 
 def test_arguments_are_checked():
     with pytest.raises(ValueError):
-        PageAllocator(0, 16)
+        PageAllocator(0)
     with pytest.raises(ValueError):
-        PageAllocator(4, 0)
-    a = PageAllocator(4, 1)
+        RadixTree(4, page_size=0)
+    a = PageAllocator(4)
     with pytest.raises(ValueError):
         a.allocate(-1)
     with pytest.raises(ValueError):
@@ -80,7 +80,7 @@ def test_arguments_are_checked():
 
 
 def test_quarantined_array_is_not_the_callers():
-    a = PageAllocator(4, 1)
+    a = PageAllocator(4)
     a.begin_step()
     mine = a.allocate(2)
     a.quarantine(mine)

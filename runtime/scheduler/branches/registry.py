@@ -250,7 +250,7 @@ class Branches:
 
     def resident(self, branch: BranchRecord) -> int:
         """Tokens of it that are cached now, held or not, including those that the step being planned writes."""
-        return self._tree.peek(branch.tokens.array(), branch.namespace, in_flight=True) if branch.tokens.length else 0
+        return self._tree.peek_in_flight(branch.tokens.array(), branch.namespace)[1] if branch.tokens.length else 0
 
     def check(self) -> None:
         """Raises RuntimeError if holds and branches are inconsistent. The tree checks the locks."""

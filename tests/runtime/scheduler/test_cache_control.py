@@ -112,7 +112,7 @@ def test_pins_hold_under_pressure_and_go_when_their_time_is_over(make_driver, ov
             driver.step()  # checks everything
         for id_, (text, namespace, until) in list(promised.items()):
             if until > clock.now:
-                assert tree.peek(np.array(text, np.int32), namespace, in_flight=True) == len(text)
+                assert tree.peek_in_flight(np.array(text, np.int32), namespace)[1] == len(text)
             else:
                 ended += 1
                 del promised[id_]
@@ -215,7 +215,7 @@ def test_a_breakpoint_is_kept_where_nothing_had_to_be_computed(make_driver):
     driver.drain()
     assert driver.finished[served].cache.hit_tokens == driver.finished[served].cache.pinned_tokens == 22
     driver.core.scheduler.tree.flush()
-    assert driver.core.scheduler.tree.peek(np.array(prompt(22), np.int32), in_flight=True) == 22
+    assert driver.core.scheduler.tree.peek_in_flight(np.array(prompt(22), np.int32))[1] == 22
 
 
 def test_a_breakpoint_without_room_is_left_out_and_the_request_is_served(make_driver):
