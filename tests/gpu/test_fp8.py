@@ -13,10 +13,15 @@ import pytest
 import torch
 
 from branchwise import Engine, SamplingParams
-from branchwise.kernels import fp8_linear
+from branchwise.kernels import fp8_linear, ops
+from branchwise.kernels.quantize import Quantizer
 from branchwise.runtime.models.config import load_config
 from branchwise.runtime.models.loader import dummy_weights
 from branchwise.runtime.models.quantization import ONLINE_FP8
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from branchwise.kernels import triton_fp8, triton_ops
 
 PROMPT = np.random.default_rng(0).integers(2, 300, 150).tolist()
 LENGTHS = list(range(2, len(PROMPT), 7))
@@ -52,6 +57,32 @@ def test_logprobs(family: str, gpu_checkpoint: Callable[[str], Path], monkeypatc
     print(f"{family}: bfloat16 {rounding:.4f}, FP8 {quantization:.4f}, device {distance(expected, captured):.4f}")
     assert distance(captured, eager) <= 0.5 * quantization
     assert distance(captured, expected) <= 2 * rounding + 0.7 * quantization
+
+
+@pytest.mark.parametrize(("outputs", "inputs"), [(6144, 4096), (4096, 14336), (2560, 2560)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_scales_of_blocks(outputs: int, inputs: int, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eager and captured, by torch where the device has it and by the kernel: as specified."""
+    monkeypatch.setattr(triton_fp8, "_in_torch", {})
+    generator = torch.Generator("cuda").manual_seed(0)
+    weight = torch.randn((outputs, inputs), generator=generator, device="cuda").to(torch.float8_e4m3fn)
+    scale = torch.rand((outputs // 128, inputs // 128), generator=generator, device="cuda") + 0.5
+    added = torch.randn(outputs, generator=generator, device="cuda").bfloat16() if bias else None
+    for few in (triton_fp8.FEW_IN_BLOCKS, 1 << 30):
+        monkeypatch.setattr(triton_fp8, "FEW_IN_BLOCKS", few)
+        for tokens in (1, 16, 18, 39, 256, 2050):
+            x = torch.randn((tokens, inputs), generator=generator, device="cuda")
+            rows = triton_ops.quantize(x.bfloat16(), Quantizer(torch.float8_e4m3fn, group=128))
+            expected = ops.fp8_linear(rows, weight, scale, added, torch.float32)
+            got = triton_ops.fp8_linear(rows, weight, scale, added, torch.bfloat16)
+            assert float((got.float() - expected).norm()) < 4e-3 * float(expected.norm())
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = triton_ops.fp8_linear(rows, weight, scale, added, torch.bfloat16)
+            graph.replay()
+            assert torch.equal(replayed, got)
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert list(triton_fp8._in_torch.values()) == [True]
 
 
 def test_quantizing_leaves_nothing_beside_the_weights(gpu_checkpoint: Callable[[str], Path]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -138,6 +140,66 @@ def test_the_kernel_multiplies_as_specified(
     expected = ops.fp8_linear(rows, values, scale, b, torch.float32)
     got = triton_fp8.fp8_linear_in_tiles(rows, values, scale, b, torch.float32, tile)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+def scaled_mm(a: torch.Tensor, b: torch.Tensor, scale_a: torch.Tensor, scale_b: torch.Tensor, **kwargs: Any) -> Any:
+    """`torch._scaled_mm` with scales of 1 × 128 and of 128 × 128, as it is on a Hopper GPU."""
+    (tokens, inputs), groups = a.shape, -(-a.shape[1] // 128)
+    assert tokens % 4 == 0 and a.is_contiguous() and b.stride() == (1, inputs)
+    assert scale_a.shape == (tokens, groups) and scale_a.stride() == (1, tokens)
+    assert scale_b.shape == (groups, -(-b.shape[1] // 128)) and scale_b.stride() == (1, groups)
+    widened = scale_a.repeat_interleave(128, 1)[:, :inputs]
+    product = (a.float() * widened) @ dequantize_weight(b.t(), scale_b.t(), torch.float32).t()
+    return product.to(kwargs["out_dtype"])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("tokens", [8, 16, 18, 39])
+def test_scales_of_blocks_are_multiplied_by_torch_where_it_can(
+    tokens: int, contiguous: bool, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (values, _), scale = quantize_weight(randn(208, 384), E4M3), randn(2, 3).abs()
+    b = randn(208, dtype=torch.bfloat16) if bias else None
+    rows = triton_ops.quantize(randn(tokens, 384), BLOCKS)
+    if contiguous:
+        rows = QuantizedRows(rows.values, rows.scales.contiguous())
+    calls: list[int] = []
+
+    def counted(a: torch.Tensor, *rest: torch.Tensor, **kwargs: Any) -> Any:
+        calls.append(len(a))
+        return scaled_mm(a, *rest, **kwargs)
+
+    monkeypatch.setattr(triton_fp8, "_in_torch", {})
+    monkeypatch.setattr(torch, "_scaled_mm", counted)
+    expected = ops.fp8_linear(rows, values, scale, b, torch.float32)
+    for _ in range(2):
+        got = triton_fp8.fp8_linear(rows, values, scale, b, torch.bfloat16)
+        assert got.shape == (tokens, 208) and got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
+    assert calls == ([] if tokens < 16 else [triton_fp8.TRIAL, *2 * [-(-tokens // 4) * 4]])
+
+
+@pytest.mark.parametrize("refuses", [True, False], ids=["refused", "wrong"])
+def test_scales_of_blocks_are_multiplied_by_the_kernel_where_torch_cannot(
+    refuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (values, _), scale = quantize_weight(randn(208, 384), E4M3), randn(2, 3).abs()
+    rows, calls = triton_ops.quantize(randn(20, 384), BLOCKS), []
+
+    def other(*given: torch.Tensor, **kwargs: Any) -> Any:
+        calls.append(len(given[0]))
+        if refuses:
+            raise RuntimeError("not supported")
+        return 1.02 * scaled_mm(*given, **kwargs)
+
+    monkeypatch.setattr(triton_fp8, "_in_torch", {})
+    monkeypatch.setattr(torch, "_scaled_mm", other)
+    expected = ops.fp8_linear(rows, values, scale, None, torch.float32)
+    for _ in range(2):
+        got = triton_fp8.fp8_linear(rows, values, scale, None, torch.bfloat16)
+        torch.testing.assert_close(got.float(), expected, rtol=0.01, atol=0.01 * float(expected.abs().max()))
+    assert calls == [triton_fp8.TRIAL]
 
 
 @pytest.mark.parametrize("module", [ops, triton_ops], ids=["torch", "triton"])

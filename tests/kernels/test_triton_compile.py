@@ -268,7 +268,7 @@ def call_experts() -> None:
 
 def call_fp8() -> None:
     """Each format of activations and weights, for the products of Llama 3.1 8B; and weights in bfloat16."""
-    from branchwise.kernels import triton_ops
+    from branchwise.kernels import triton_fp8, triton_ops
     from branchwise.kernels.quantize import Quantizer
     from branchwise.kernels.streamed_linear import StreamedLinear
 
@@ -283,6 +283,7 @@ def call_fp8() -> None:
         for outputs, inputs, bias in ((28672, 4096, None), (4096, 14336, torch.zeros(4096, dtype=torch.bfloat16))):
             streamed = StreamedLinear(torch.zeros((outputs, inputs), dtype=torch.bfloat16), bias)
             streamed(torch.zeros((tokens, inputs), dtype=torch.bfloat16))
+    triton_fp8.FEW_IN_BLOCKS = sys.maxsize  # whatever torch multiplies
     for tokens in (1, 64, 128):
         for outputs, inputs in ((28672, 4096), (4096, 14336)):
             weight = torch.zeros((outputs, inputs), dtype=e4m3)
