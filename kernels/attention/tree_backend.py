@@ -49,7 +49,7 @@ class Members(NamedTuple):
 
     chunks: Int64  # indices into the batch
     requests: TreeRequests
-    num_tokens: int  # query tokens up to the last member's, with the padding of the decodes
+    num_tokens: int  # query tokens of the decodes, with their padding, or of the step where a chunk is a member
     offset: int  # query token at which chunks begin; -1 where no chunk is a member
 
     def continues(self, earlier: Members) -> bool:

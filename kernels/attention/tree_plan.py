@@ -172,8 +172,8 @@ def choose(
     saved = (np.maximum(below, 1.0) - np.maximum(shared, 1.0)) * page_size  # by each column
     starts, taken = nodes.starts.tolist(), [False] * count
     least = (tokens * costs.partial).tolist()
-    columns = zip(nodes.parents.tolist(), nodes.stops.tolist(), saved.tolist(), least, strict=True)
-    for i, (parent, stop, saving, cost) in enumerate(columns):  # parents come first
+    each = zip(nodes.parents.tolist(), nodes.stops.tolist(), saved.tolist(), least, strict=True)
+    for i, (parent, stop, saving, cost) in enumerate(each):  # parents come first
         if parent >= 0 and not taken[parent]:
             starts[i] = starts[parent]
         taken[i] = saving > 0.0 and (stop - starts[i]) * saving >= cost
@@ -233,11 +233,11 @@ def _apart(segments: _Segments, per_tile: int, passes: Float64) -> _Segments:
     return _Segments(rows[index], starts[index], stops[index], lengths, counts, passes[counts] * lengths, queries)
 
 
-def _gain(members: Int64, segments: _Segments, costs: TreeCosts) -> float:
-    """The expected saving of the tree path, before the cost of merging. ``members``: requests of each node."""
-    count = len(members)
+def _gain(readers: Int64, segments: _Segments, costs: TreeCosts) -> float:
+    """The expected saving of the tree path, before the cost of merging. ``readers``: requests of each node."""
+    count = len(readers)
     shared, tails = segments.lengths[:count], segments.lengths[count:]
-    alone = np.maximum(members * costs.flat, 1.0) * shared
+    alone = np.maximum(readers * costs.flat, 1.0) * shared
     saved = float((alone - np.maximum(segments.work[:count], shared)).sum())
     return saved + (costs.flat_tail - 1.0) * int(tails.sum()) - (costs.tree_layer - costs.flat_layer)
 
@@ -257,7 +257,7 @@ def _cut(
     ``full``: see `_full_tiles`; ``total_keys``: the plan's ``keys_read`` and ``keys_flat``; ``per_tile``: query tokens
     that fit the largest tile; ``tile_of``: see `tree_costs.tile_table`.
     """
-    rows, starts, stops, lengths, counts, work, members = segments
+    rows, starts, stops, lengths, counts, work, tokens = segments
     parts = -(counts // -per_tile)
     # All parts of a segment are cut alike and are neighbours, so that they read the same keys at the same time.
     of_tile = tile_of[counts]
@@ -287,7 +287,7 @@ def _cut(
         fields = of, size, left, first, offset, count
         of, size, left, first, offset, count = _end_together(fields, len(number) - full, tile_of[count], limits)
     slot = count.cumsum() - count
-    queries = members[ranges((counts.cumsum() - counts)[of] + first, count)]
+    queries = tokens[ranges((counts.cumsum() - counts)[of] + first, count)]
     if len(queries) > limits.slots:
         return None
     of_tile = tile_of[count]

@@ -189,8 +189,9 @@ class EngineCore:
 
     def control(self, message: Control) -> ControlReply:
         """Answers a control message. flush_cache: evict everything that no running request leases, pinned or not.
-        tree: a dump. watch: see `scheduler.watch`. info: see `info`. check: the invariants. cache_*: see
-        `CacheService.answer`."""
+        tree: a dump. watch, node: see `scheduler.watch` and `scheduler.node_details`. branches: see
+        `BranchService.counts`. info: see `info`. check: the invariants. start_profile, stop_profile: see
+        `StepProfiler`. cache_*: see `CacheService.answer`."""
         try:
             return ControlReply(message.id, True, self._control(message))
         except InvalidRequest as error:
@@ -220,8 +221,10 @@ class EngineCore:
             return self.info()
         if message.what in ("start_profile", "stop_profile"):
             return self._profile(message.what == "start_profile")
-        self.check()
-        return "clean"
+        if message.what == "check":
+            self.check()
+            return "clean"
+        raise RuntimeError(f"the engine has no answer to {message.what}")
 
     def _profile(self, start: bool) -> Any:
         if self._profiler is None:
@@ -254,7 +257,8 @@ class EngineCore:
         return stats
 
     def check(self) -> None:
-        """Checks every invariant of rows, leases, branches, tree and pages. Raises RuntimeError."""
+        """Checks every invariant of rows, leases, branches, pins, tree and pages. Raises RuntimeError; of the tree and
+        the pages `InvariantError`."""
         self.branches.check()
         self.scheduler.cache.pins.check()
         self.scheduler.ledger.check()

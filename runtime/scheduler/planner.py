@@ -179,7 +179,7 @@ class Planner:
         """Admits waiting requests, in the order of the policy and fairly between owners, as far as they fit.
 
         A request that does not fit may be overtaken. After `_MAX_SKIPS` times only by requests that end before it could
-        start, so that it starts no later than if nothing else were admitted.
+        start, so that by the forecast it starts no later than if nothing else were admitted.
         """
         ledger = self._ledger
         if not ledger.waiting or draft.budget <= 0:
@@ -202,7 +202,7 @@ class Planner:
             if draft.chunks and self._should_await_copy(request):
                 continue
             tries -= 1
-            if self._should_await_copies(request):
+            if self._should_await_tiers(request):
                 continue
             if self._longest_run(request) > deadline or not (self._rows.has_free or self._yield_to(draft, request)):
                 continue
@@ -240,7 +240,8 @@ class Planner:
         return request.num_tokens - request.hit_estimate <= _SHORT
 
     def _longest_run(self, request: Request) -> int:
-        """Steps after which it has certainly ended, if it is admitted now and never retracted."""
+        """Steps until it ends at its limit, if it is admitted now, its prompt has whole steps to itself and nothing
+        holds it up."""
         return request.limit - request.num_tokens + -(-request.num_tokens // self._budget)
 
     def _expected_pages(self, request: Request) -> int:
@@ -318,7 +319,7 @@ class Planner:
         request.deferred = soon - now >= _COPY_MIN
         return request.deferred
 
-    def _should_await_copies(self, request: Request) -> bool:
+    def _should_await_tiers(self, request: Request) -> bool:
         """Whether it would fit, and lower memory tiers are bringing up a part of its prompt."""
         if not self._tiers.exist:
             return False
@@ -329,15 +330,12 @@ class Planner:
     def _may_fit(self, request: Request, expected: int, look: bool) -> bool:
         """Whether it may fit, by the last lookup of its prefix or, with ``look``, by a new one."""
 
-        def fits() -> bool:
-            have = request.hit_estimate // self._page_size
-            return self._reservations.demand(request.num_tokens, expected, have) <= self._tree.available
-
-        if fits():
+        have = request.hit_estimate // self._page_size
+        if self._reservations.demand(request.num_tokens, expected, have) <= self._tree.available:
             return True
         if look:
             self._look_up(request)
-        return look and fits()
+        return look and self._may_fit(request, expected, look=False)
 
     def _admit(self, draft: Draft, request: Request, *, look: bool) -> bool:
         """Admits the request if it fits beside what running requests are expected to need. False: nothing changed.
