@@ -129,7 +129,13 @@ class Follower:
         if number > self._last + 1:
             await self._recover(number - 1)
         if number == self._last + 1:
-            self._apply(number, payload)
+            try:
+                self._apply(number, payload)
+            except msgspec.DecodeError as error:  # of another version's replica, perhaps
+                logger.warning("kv events of %s: batch %d cannot be read: %s", self._address, number, error)
+                self._sink.sure(False)
+                await asyncio.sleep(RETRY_SECONDS)  # the next batches may be no better
+                await self._take_snapshot()
         # Else the snapshot or the replay included it.
 
     async def _recover(self, number: int) -> None:
@@ -177,7 +183,7 @@ class Follower:
                     if sequence_number(number) != self._last + 1:
                         return False
                     self._apply(sequence_number(number), payload)
-        except TimeoutError:
+        except (TimeoutError, msgspec.DecodeError):
             return False
         finally:
             socket.close(0)

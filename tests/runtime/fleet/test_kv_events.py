@@ -394,6 +394,35 @@ async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
     assert calls == ["sure False", "snapshot 4", "reset", "apply", "sure True", "apply"]
 
 
+async def test_a_batch_that_cannot_be_read_is_replaced_by_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The follower goes on: a replica of another version may send events that this one does not know."""
+    monkeypatch.setattr("branchwise.runtime.fleet.follower.RETRY_SECONDS", 0.0)
+    taken, calls = [3, 4], []
+
+    async def snapshot() -> bytes:
+        calls.append(f"snapshot {taken[0]}")
+        return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
+
+    class Calls(Sink):
+        def apply(self, events: list[IndexEvent]) -> None:
+            calls.append("apply")
+
+        def reset(self) -> None:
+            calls.append("reset")
+
+        def sure(self, sure: bool) -> None:
+            calls.append(f"sure {sure}")
+
+    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls())
+    await follower._take_snapshot()
+    calls.clear()
+    await follower._receive(4, msgspec.msgpack.encode((0.0, [["BlockUnheardOf", 1]], 0)))
+    assert calls == ["sure False", "snapshot 4", "reset", "apply", "sure True"]
+    calls.clear()
+    await follower._receive(5, msgspec.msgpack.encode((0.0, (), 0)))
+    assert calls == ["apply"]
+
+
 def test_an_address_that_cannot_be_bound_names_its_flag() -> None:
     tree = RadixTree(4, PAGE)
     with pytest.raises(LoadError, match=r"--kv-events 127\.0\.0\.1: .*tcp://127\.0\.0\.1:5557"):
