@@ -38,7 +38,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in the prompt or the
             output; more than 0, at most 100. 1: off.
         logit_bias: Added to the logits of tokens: id to -100 to 100. 1024 entries at most.
-        seed: The same seed gives the same text, whatever else runs; 0 or more. None: a new seed for each request.
+        seed: The same seed gives the same random numbers, whatever else runs; 0 or more. None: a new seed for each
+            request.
         n: Number of samples of the prompt. From 1 to 128.
         stop: Strings that end the output and are removed from it. 64 at most, of 1024 characters at most.
         stop_token_ids: Token ids that end the output, besides the model's own. 256 at most.

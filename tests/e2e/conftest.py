@@ -198,13 +198,15 @@ def server(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    """One server with the model that ships with the package, for tests that leave nothing running."""
+    """One server with the model that ships with the package, for tests that leave nothing running. In float32: tests
+    compare what is computed warm and cold, and bfloat16, which some processors have, rounds much coarser.
+    """
     borrowed = os.environ.get("BRANCHWISE_TEST_SERVER")
     if borrowed is not None:
         with contextlib.closing(BorrowedServer(borrowed)) as server:
             yield server
         return
-    engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
+    engine = EngineConfig(dtype="float32", kv_cache_tokens=40_000, check_when_idle=True)
     with RunningServer(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped")) as server:
         yield server
         server.idle()

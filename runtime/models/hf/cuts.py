@@ -2,7 +2,7 @@
 
 The plan (``base_model_tp_plan`` of the config class) is data: a style for each module or parameter. Styles of linear
 layers and of parameters, such as the stacked weights of experts, are followed; any other one is refused by name. A
-model is then traced with one rank's parts (`trace_rank`): shapes that do not fit together are an error before any
+model is then traced with one rank's parts (`rank_heads`): shapes that do not fit together are an error before any
 weight is read.
 """
 
