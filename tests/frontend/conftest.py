@@ -46,10 +46,14 @@ def branchwise() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 class Server:
-    """A real `branchwise serve` of the shipped model, with a key. ``output`` is what it said until it was ready."""
+    """A real `branchwise serve` of the shipped model, with a key. ``output`` is what it said until it was ready.
+
+    In float32: in bfloat16, samples of the same seed can differ between a prompt that is cached and one that is not.
+    """
 
     def __init__(self, *arguments: str) -> None:
-        command = [sys.executable, "-m", "branchwise", "serve", "--port", "0", "--kv-cache-tokens", "8192", *arguments]
+        settings = ("--port", "0", "--kv-cache-tokens", "8192", "--dtype", "float32")
+        command = [sys.executable, "-m", "branchwise", "serve", *settings, *arguments]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"})
         assert self.process.stdout is not None
         self.output = ""

@@ -27,8 +27,8 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def shipped() -> Iterator[Engine]:
-    """The model that ships, in this process."""
-    with Engine(kv_cache_tokens=32768, max_num_seqs=64) as engine:
+    """The model that ships, in this process, in float32 as the servers."""
+    with Engine(kv_cache_tokens=32768, max_num_seqs=64, dtype="float32") as engine:
         yield engine
         engine.check()
 
