@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 GONE, FULL = (404, 410), 429
 MAX_OPS = 1024  # operations of one batch
 MAX_FORK = 1024  # branches of one fork
-CANCEL_SECONDS = 2.0  # how long a cancelled caller waits for the branches it was creating, to delete them
+CANCEL_SECONDS = 2.0  # how long a cancelled caller waits until the branches it was creating are deleted
 
 
 class BranchBackend(ServerBackend):
@@ -32,6 +32,7 @@ class BranchBackend(ServerBackend):
         super().__init__(*args, **options)
         self.capabilities = Capabilities(branches=True, constraints=None, prefill=True)
         self._closing: dict[asyncio.AbstractEventLoop, tuple[list[str], asyncio.Future[None]]] = {}
+        self._deleting: set[asyncio.Task[None]] = set()
 
     async def create(self) -> BranchHandle:
         from .handles import BranchHandle
@@ -110,12 +111,22 @@ class BranchBackend(ServerBackend):
         """The ids of new branches. If the caller is cancelled meanwhile, deletes them: no caller has their ids."""
         creating = asyncio.ensure_future(create())
         try:
-            reply = await asyncio.shield(creating)
+            return _ids(await asyncio.shield(creating))
         except asyncio.CancelledError:
-            with contextlib.suppress(BackendError, TimeoutError):
-                await self._delete(_ids(await asyncio.wait_for(creating, CANCEL_SECONDS)))
+            await self._give_back(creating)
             raise
-        return _ids(reply)
+
+    async def _give_back(self, creating: Awaitable[Any]) -> None:
+        """Deletes new branches of which nobody has the ids: at once, or when a busy server has made them."""
+
+        async def delete() -> None:
+            with contextlib.suppress(BackendError):
+                await self._delete(_ids(await creating))
+
+        deleting = asyncio.create_task(delete())
+        self._deleting.add(deleting)
+        deleting.add_done_callback(self._deleting.discard)
+        await asyncio.wait((deleting,), timeout=CANCEL_SECONDS)
 
     async def _ensure(self, handle: BranchHandle) -> bool:
         """Gives the handle a branch, created with its whole prompt if it has none. False: the server has no room."""

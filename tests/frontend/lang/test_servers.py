@@ -20,6 +20,7 @@ import pytest
 import branchwise as bw
 from branchwise.frontend.client import AsyncClient, Client
 from branchwise.frontend.errors import BackendError
+from branchwise.frontend.lang import branches
 from branchwise.frontend.lang.branches import BranchBackend
 from branchwise.frontend.lang.server import ServerBackend
 
@@ -127,10 +128,13 @@ def test_a_branch_that_is_gone_and_finds_no_room_any_more(server: Any, monkeypat
     assert len(made) == 2
 
 
+@pytest.mark.parametrize("patience", [branches.CANCEL_SECONDS, 0.01])
 @pytest.mark.parametrize("wanted", ["/branches", "/fork"])
 def test_who_is_cancelled_while_branches_are_made_gives_them_back(
-    server: Any, monkeypatch: pytest.MonkeyPatch, wanted: str
+    server: Any, monkeypatch: pytest.MonkeyPatch, wanted: str, patience: float
 ) -> None:
+    """At once, or later where the server takes longer than the caller waits."""
+    monkeypatch.setattr(branches, "CANCEL_SECONDS", patience)
     backend = bw.connect(server.url, KEY, branches=True)
     post = AsyncClient.post
     asked = 0
@@ -159,6 +163,8 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
         task = asyncio.create_task(program.arun(backend=backend))
         with pytest.raises(asyncio.CancelledError):
             await task
+        assert patience > 1 or _counts(backend)["branches"]
+        await asyncio.wait({*backend._deleting, asyncio.create_task(asyncio.sleep(0))}, timeout=60)
 
     task: asyncio.Task[Any]
     asyncio.run(main())
