@@ -159,7 +159,7 @@ class EngineCore:
         if scheduled is None and not self._inflight:
             if not self.advanced and self.scheduler.has_requests and not self.scheduler.waits_outside:
                 logger.error("no request can advance: %s", self.stats())
-                self.scheduler.fail_oldest("the KV pool cannot hold this request beside what is pinned")
+                self.scheduler.fail_one("the KV pool cannot hold this request beside what is pinned")
             return
         if len(self._inflight) > self._depth or scheduled is None:
             self._complete()

@@ -58,10 +58,12 @@ class Planner:
         self._reservations = Reservations(ledger, self.estimator)
         self.scores = PromptScores(ledger)
         self.served: list[Request] = []  # ended at admission: everything that they need is cached
+        self.misfit: Request | None = None  # the first that did not fit when the last step was planned
 
     def plan(self) -> ScheduledStep | None:
         """The next step, or None if nothing can run now. The ledger advances as if the step had been launched."""
         while True:
+            self.misfit = None
             step = self._tree.begin_step()
             draft = Draft(step, self._budget)
             self._decodes(draft)
@@ -220,6 +222,7 @@ class Planner:
                     break
                 continue
             misfits.append(request)
+            self.misfit = misfits[0]
             if request.skips >= _MAX_SKIPS and self._first is None:
                 self._first = request
             if request is self._first:

@@ -470,11 +470,13 @@ class Scheduler:
         self.tiers.distrust()
         self.tree.flush(keep_disk=True)
 
-    def fail_oldest(self, error: str) -> None:
-        """Ends one request with ``error``: a last resort when no request can advance."""
-        candidates = self.ledger.rows.running() or list(self._live.values())
+    def fail_one(self, error: str) -> None:
+        """Ends one request with ``error``: a last resort when no request can advance. Of waiting ones, one that was
+        found not to fit: others behind it may fit and have not been tried."""
+        waiting = self.planner.misfit or next(iter(self._live.values()))
+        stuck = next(iter(self.ledger.rows.running()), waiting)
         status = 503 if self.cache.pins.pages else 500  # 503: there is room again when pins expire
-        self._finish(candidates[0], "error", error=InvalidRequest(None, error, status=status))
+        self._finish(stuck, "error", error=InvalidRequest(None, error, status=status))
 
     # -- output --------------------------------------------------------------------------------------------------------
 

@@ -158,6 +158,20 @@ def test_what_cannot_run_beside_the_pins_hears_so_and_nobody_else(make_driver):
     assert driver.core.scheduler.tree.peek(np.array(prompt(60), np.int32)) == 60
 
 
+def test_a_small_request_behind_many_that_cannot_run_beside_the_pins(make_driver):
+    driver = make_driver(num_pages=40, page_size=4, max_pinned_share=0.5, max_num_seqs=1, schedule_policy="priority")
+    driver.add(prompt(60), max_tokens=0)
+    driver.drain()
+    ask(driver, "cache_pin", prompt(60), ttl=60)
+    running = driver.add(prompt(8, 1), max_tokens=20)
+    driver.step()
+    small = driver.add(prompt(8, 2), max_tokens=4)
+    large = [driver.add(prompt(120, 3 + i), max_tokens=4, priority=1) for i in range(12)]
+    driver.drain()
+    assert {driver.finished[id].error.status for id in large} == {503}
+    assert [driver.finished[id].reason for id in (running, small)] == ["length", "length"]
+
+
 @PAGES
 def test_the_quota_counts_what_pins_share_once_and_each_key_by_itself(make_driver, page_size):
     driver = make_driver(
