@@ -471,8 +471,7 @@ class Scheduler:
         self.tree.flush(keep_disk=True)
 
     def fail_one(self, error: str) -> None:
-        """Ends one request with ``error``: a last resort when no request can advance. Of waiting ones, one that was
-        found not to fit: others behind it may fit and have not been tried."""
+        """Ends one request, a last resort when none can advance: of waiting ones, one that was found not to fit."""
         waiting = self.planner.misfit or next(iter(self._live.values()))
         stuck = next(iter(self.ledger.rows.running()), waiting)
         status = 503 if self.cache.pins.pages else 500  # 503: there is room again when pins expire

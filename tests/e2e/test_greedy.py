@@ -17,15 +17,16 @@ from branchwise import Engine, SamplingParams
 LENGTHS = (1, 15, 16, 17, 50)
 NEW = 64
 NEW_ALONE = 20  # tokens of a request that runs alone: from every prompt length they cross the end of a page
+TIE = 3e-5  # between logits that rounding may swap: transformers in float32 is up to 2.3e-5 off float64
 
 
 @pytest.fixture(scope="module")
-def greedy_after(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], list[int]], list[int]]:
-    """``greedy_after(family, prompt, tokens)``: the most likely token after the prompt, and after each of ``tokens``
-    but the last, by `transformers`.
+def is_greedy(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int], list[int]], bool]:
+    """``is_greedy(family, prompt, tokens)``: whether each token is the most likely one after the prompt and the tokens
+    before it, by `transformers` and up to rounding.
 
-    If these are ``tokens`` themselves, then ``tokens`` is the greedy continuation, by induction: one forward pass
-    proves what decoding token by token would compute.
+    So ``tokens`` is a greedy continuation, by induction: one forward pass proves what decoding token by token would
+    compute.
     """
 
     @lru_cache(maxsize=1)
@@ -34,16 +35,17 @@ def greedy_after(checkpoint: Callable[[str], Path]) -> Callable[[str, list[int],
             checkpoint(family), dtype=torch.float32, attn_implementation="eager"
         )
 
-    def greedy(family: str, prompt: list[int], tokens: list[int]) -> list[int]:
+    def greedy(family: str, prompt: list[int], tokens: list[int]) -> bool:
         with torch.inference_mode():
-            logits = load(family)(torch.tensor([prompt + tokens])).logits[0]
-        return logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+            logits = load(family)(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        return bool((logits.amax(1) - chosen <= TIE).all())
 
     return greedy
 
 
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_greedy_tokens_equal_transformers(checkpoint, greedy_after, family, page_size):
+def test_greedy_tokens_equal_transformers(checkpoint, is_greedy, family, page_size):
     greedy = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     few = SamplingParams(temperature=0, max_tokens=NEW_ALONE, ignore_eos=True)
     expected: list[list[int]] = []
@@ -66,9 +68,9 @@ def test_greedy_tokens_equal_transformers(checkpoint, greedy_after, family, page
             expected = [list(one.token_ids) for one in cold]
             for prompt, tokens in zip(prompts, expected, strict=True):
                 assert len(tokens) == NEW
-                assert tokens == greedy_after(family, prompt, tokens)
-        for length, tokens, first, second, third in zip(LENGTHS, expected, cold, warm, alone, strict=True):
-            assert first.token_ids == tokens
-            assert second.token_ids == tokens
-            assert third.token_ids == tokens[:NEW_ALONE]
-            assert second.cached_tokens == third.cached_tokens == length - 1
+                assert is_greedy(family, prompt, tokens)
+        for prompt, tokens, first, second, third in zip(prompts, expected, cold, warm, alone, strict=True):
+            for found in (first.token_ids, second.token_ids, third.token_ids):
+                assert list(found) == tokens[: len(found)] or is_greedy(family, prompt, list(found))
+            assert len(first.token_ids) == len(second.token_ids) == NEW and len(third.token_ids) == NEW_ALONE
+            assert second.cached_tokens == third.cached_tokens == len(prompt) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -135,23 +136,33 @@ def prompt() -> Tokens:
     return np.random.default_rng(0).integers(2, 300, 120)
 
 
+def _logits_of(checkpoint: Callable[[str], Path], prompt: Tokens, dtype: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Of transformers, each family's computed once."""
+
+    @functools.cache
+    def logits(family: str) -> torch.Tensor:
+        import transformers
+
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            checkpoint(family), dtype=dtype, attn_implementation="eager"
+        ).eval()
+        with torch.no_grad():
+            found: torch.Tensor = model(torch.from_numpy(prompt)[None]).logits[0]
+        return found
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def exact(checkpoint: Callable[[str], Path], prompt: Tokens) -> Callable[[str], torch.Tensor]:
+    """``exact(family)``: transformers' float64 logits ``[120, vocab]`` of `prompt`."""
+    return _logits_of(checkpoint, prompt, torch.float64)
+
+
 @pytest.fixture(scope="session")
 def reference(checkpoint: Callable[[str], Path], prompt: Tokens) -> Iterator[Callable[[str], torch.Tensor]]:
-    """``reference(family)``: transformers' float32 logits ``[120, vocab]`` of `prompt`, computed once."""
-    found: dict[str, torch.Tensor] = {}
-
-    def logits(family: str) -> torch.Tensor:
-        if family not in found:
-            import transformers
-
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                checkpoint(family), dtype=torch.float32, attn_implementation="eager"
-            ).eval()
-            with torch.no_grad():
-                found[family] = model(torch.from_numpy(prompt)[None]).logits[0]
-        return found[family]
-
+    """``reference(family)``: transformers' float32 logits ``[120, vocab]`` of `prompt`."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield logits
+    yield _logits_of(checkpoint, prompt, torch.float32)
     torch.set_num_threads(threads)

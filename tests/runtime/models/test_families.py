@@ -73,6 +73,15 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert (got - expected).abs().max() < TOLERANCE
 
 
+def within_rounding(got: torch.Tensor, expected: torch.Tensor, exact: Callable[[], torch.Tensor]) -> None:
+    """As `close`, but for tokens that rounding changes more: those where transformers itself is off ``exact``, which is
+    in float64. OLMo 2 divides by the norm of small vectors: one token here is 5e-5 off in transformers."""
+    assert got.shape == expected.shape
+    off = (got - expected).abs().amax(-1)
+    if off.max() >= TOLERANCE:
+        assert (off < TOLERANCE + 4 * (expected - exact()).abs().amax(-1)).all()
+
+
 @pytest.mark.parametrize("page_size", [1, 16])
 class TestFamily:
     def test_whole_prompt(
@@ -104,7 +113,7 @@ class TestFamily:
         assert (got - reference(family)).abs().max() < 10 * TOLERANCE  # what is rounded differs
 
     def test_decodes_equal_prefill(
-        self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray
+        self, family: str, page_size: int, harness: Make, reference: Reference, exact: Reference, prompt: np.ndarray
     ) -> None:
         model, expected = harness(family, page_size), reference(family)
         lengths = [15, 16, 17, 90]  # of four requests that then decode side by side
@@ -112,7 +121,7 @@ class TestFamily:
         for turn in range(20):
             ats = [length + turn for length in lengths]
             got = model.step([(row, prompt[at : at + 1], at) for row, at in enumerate(ats)], num_decodes=4)
-            close(torch.cat(got), expected[ats])
+            within_rounding(torch.cat(got), expected[ats], lambda ats=ats: exact(family)[ats])  # type: ignore[misc]
 
     def test_extension_of_a_cached_prefix(
         self, family: str, page_size: int, harness: Make, reference: Reference, prompt: np.ndarray

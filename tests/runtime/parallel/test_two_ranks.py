@@ -151,7 +151,7 @@ def test_layers_of_transformers(family: str, checkpoint: Callable[[str], Path]) 
     """Dense, with experts, and with attention sinks."""
     found = []
     for ranks in (1, 2):
-        settings = {**SETTINGS, "tensor_parallel_size": ranks, "model_impl": "transformers"}
+        settings = {**SETTINGS, "dtype": "float32", "tensor_parallel_size": ranks, "model_impl": "transformers"}
         with Engine(checkpoint(family), **settings) as engine:
             found += [engine.generate(TEXT, GREEDY).token_ids for _ in range(2)]  # cold and warm
             engine.check()
