@@ -364,6 +364,22 @@ async def test_batches_that_are_lost_before_a_pause_are_fetched(
     view.close()
 
 
+class Calls(Sink):
+    """Notes what is called."""
+
+    def __init__(self, calls: list[str]) -> None:
+        self._calls = calls
+
+    def apply(self, events: list[IndexEvent]) -> None:
+        self._calls.append("apply")
+
+    def reset(self) -> None:
+        self._calls.append("reset")
+
+    def sure(self, sure: bool) -> None:
+        self._calls.append(f"sure {sure}")
+
+
 async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
     """Not only at 0: a follower that connects again may have missed the first batches of a restarted engine."""
     taken, calls, batch = [9, 4], [], msgspec.msgpack.encode((0.0, (), 0))
@@ -372,17 +388,7 @@ async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
         calls.append(f"snapshot {taken[0]}")
         return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
 
-    class Calls(Sink):
-        def apply(self, events: list[IndexEvent]) -> None:
-            calls.append("apply")
-
-        def reset(self) -> None:
-            calls.append("reset")
-
-        def sure(self, sure: bool) -> None:
-            calls.append(f"sure {sure}")
-
-    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls())
+    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls(calls))
     await follower._take_snapshot()
     calls.clear()
     for number in (8, 9, 10, 11):
@@ -403,17 +409,7 @@ async def test_a_batch_that_cannot_be_read_is_replaced_by_a_snapshot(monkeypatch
         calls.append(f"snapshot {taken[0]}")
         return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
 
-    class Calls(Sink):
-        def apply(self, events: list[IndexEvent]) -> None:
-            calls.append("apply")
-
-        def reset(self) -> None:
-            calls.append("reset")
-
-        def sure(self, sure: bool) -> None:
-            calls.append(f"sure {sure}")
-
-    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls())
+    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls(calls))
     await follower._take_snapshot()
     calls.clear()
     await follower._receive(4, msgspec.msgpack.encode((0.0, [["BlockUnheardOf", 1]], 0)))
