@@ -380,17 +380,25 @@ class Calls(Sink):
         self._calls.append(f"sure {sure}")
 
 
-async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
-    """Not only at 0: a follower that connects again may have missed the first batches of a restarted engine."""
-    taken, calls, batch = [9, 4], [], msgspec.msgpack.encode((0.0, (), 0))
+async def noted(calls: list[str], *snapshots: int) -> Follower:
+    """A follower after its first snapshot; ``snapshots``: the numbers of this one and of those to come."""
+    numbers = iter(snapshots)
 
     async def snapshot() -> bytes:
-        calls.append(f"snapshot {taken[0]}")
-        return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
+        number = next(numbers)
+        calls.append(f"snapshot {number}")
+        return msgspec.json.encode({"seq": number, "block_size": PAGE, "batch": (0.0, (), 0)})
 
     follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls(calls))
     await follower._take_snapshot()
     calls.clear()
+    return follower
+
+
+async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
+    """Not only at 0: a follower that connects again may have missed the first batches of a restarted engine."""
+    calls: list[str] = []
+    follower, batch = await noted(calls, 9, 4), msgspec.msgpack.encode((0.0, (), 0))
     for number in (8, 9, 10, 11):
         await follower._receive(number, batch)
     assert calls == ["apply", "apply"], "the snapshot includes the first two"
@@ -403,15 +411,8 @@ async def test_a_subscription_whose_numbers_restart_takes_a_snapshot() -> None:
 async def test_a_batch_that_cannot_be_read_is_replaced_by_a_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     """The follower goes on: a replica of another version may send events that this one does not know."""
     monkeypatch.setattr("branchwise.runtime.fleet.follower.RETRY_SECONDS", 0.0)
-    taken, calls = [3, 4], []
-
-    async def snapshot() -> bytes:
-        calls.append(f"snapshot {taken[0]}")
-        return msgspec.json.encode({"seq": taken.pop(0), "block_size": PAGE, "batch": (0.0, (), 0)})
-
-    follower = Follower("tcp://127.0.0.1:1", None, snapshot, Calls(calls))
-    await follower._take_snapshot()
-    calls.clear()
+    calls: list[str] = []
+    follower = await noted(calls, 3, 4)
     await follower._receive(4, msgspec.msgpack.encode((0.0, [["BlockUnheardOf", 1]], 0)))
     assert calls == ["sure False", "snapshot 4", "reset", "apply", "sure True"]
     calls.clear()
