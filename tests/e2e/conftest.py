@@ -88,6 +88,27 @@ class RunningServer:
         self.process.send_signal(number)
         return self.process.wait(seconds)
 
+    def until(self, reached: Callable[[], Any], seconds: float = 60) -> Any:
+        """Waits until ``reached()`` is true; returns its value."""
+        deadline = time.monotonic() + seconds
+        while not (value := reached()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return value
+
+    @contextlib.contextmanager
+    def stopped(self, role: str) -> Iterator[None]:
+        """Suspends a process meanwhile: without the detokenizer no request ends, however few tokens it has."""
+        os.kill(self.pids[role], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pids[role], signal.SIGCONT)
+
+    def in_flight(self) -> int:
+        """Requests that HTTP has sent to the engine and that have not ended."""
+        return int(self.http.get("/get_server_info").json()["requests_in_flight"])
+
     def stats(self) -> dict[str, Any]:
         return self.http.get("/get_server_info").json()["stats"]
 

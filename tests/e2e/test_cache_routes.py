@@ -32,6 +32,7 @@ def running(tokenizer_folder: Any, run_server_process: Any, tmp_path_factory: py
         engine=engine,
         port=0,
         null_executor=True,
+        null_step_seconds=0.005,
         api_key=KEY,
         extra_api_keys=(OTHER,),
         admin_api_key=ADMIN,

@@ -70,24 +70,13 @@ def waiting(server: Any, tokens: int = LONG, path: str = "/generate") -> Backgro
     return Background(server, path, **BODIES[path](tokens))
 
 
-def in_flight(server: Any) -> int:
-    return server.http.get("/get_server_info").json()["requests_in_flight"]
-
-
 def until_in_flight(server: Any, count: int) -> None:
-    deadline = time.monotonic() + 60
-    while in_flight(server) < count:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    server.until(lambda: server.in_flight() >= count)
 
 
-def until_health(server: Any, status: int) -> httpx.Response:
-    """Waits until /health has this status, which says that the server has taken notice of a signal."""
-    deadline = time.monotonic() + 60
-    while (answer := server.http.get("/health")).status_code != status:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return answer
+def until_not_ready(server: Any) -> httpx.Response:
+    """Waits until /health has another status, which says that the server has taken notice of a signal."""
+    return server.until(lambda: (answer := server.http.get("/health")).status_code == 503 and answer)
 
 
 def gone(server: Any, process_alive: Any, seconds: float = 60) -> bool:
@@ -157,14 +146,15 @@ def test_what_a_killed_server_could_not_clean_up_is_cleaned_up_by_the_next(
 
 def test_sigterm_drains(start_server: Any, process_alive: Any) -> None:
     server = start_server()
-    requests = [streaming(server, 3000), waiting(server, 3000)]
-    requests[0].first()
-    until_in_flight(server, 2)
-    server.process.send_signal(signal.SIGTERM)
-    health = until_health(server, 503)
-    assert (health.status_code, health.json(), health.headers["connection"]) == (503, {"status": "draining"}, "close")
-    refused = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
-    assert refused.status_code == 503 and "shutting down" in refused.text
+    with server.stopped("detokenizer"):
+        requests = [streaming(server, 3000), waiting(server, 3000)]
+        until_in_flight(server, 2)
+        server.process.send_signal(signal.SIGTERM)
+        health = until_not_ready(server)
+        said = (health.status_code, health.json(), health.headers["connection"])
+        assert said == (503, {"status": "draining"}, "close")
+        refused = server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
+        assert refused.status_code == 503 and "shutting down" in refused.text
     for request in requests:
         request.join()
         assert request.error is None
@@ -194,7 +184,7 @@ def test_a_drain_delay_takes_requests_while_load_balancers_leave(start_server: A
 def test_a_second_signal_ends_the_delay_too(start_server: Any) -> None:
     server = start_server(drain_delay=300)
     server.process.send_signal(signal.SIGTERM)
-    until_health(server, 503)
+    until_not_ready(server)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(60) == 1
 
@@ -221,10 +211,7 @@ def test_a_client_that_does_not_read_is_no_error_when_the_server_ends(start_serv
         raw.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(data) + data)
         assert raw.recv(1000).startswith(b"HTTP/1.1 200")
         until_sent = server.stats()["generated_tokens"] + 64 * 1000  # megabytes, of which the buffers hold some
-        deadline = time.monotonic() + 60
-        while server.stats()["generated_tokens"] < until_sent:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        server.until(lambda: server.stats()["generated_tokens"] >= until_sent)
         assert server.stop() == 0
     assert "Traceback" not in server.log.read_text()
 
@@ -234,7 +221,7 @@ def test_a_second_signal_does_not_wait(start_server: Any, process_alive: Any) ->
     request = streaming(server)
     request.first()
     server.process.send_signal(signal.SIGINT)
-    until_health(server, 503)
+    until_not_ready(server)
     assert server.process.poll() is None, "the first signal drains"
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(60) == 1
@@ -300,12 +287,11 @@ def test_a_client_that_leaves_before_its_body_is_sent(server: Any) -> None:
 
 
 def test_a_stopped_detokenizer_delays_and_loses_nothing(server: Any) -> None:
-    os.kill(server.pids["detokenizer"], signal.SIGSTOP)
-    try:
+    before = server.idle()["finished"]
+    with server.stopped("detokenizer"):
         request = waiting(server, 200)
-        time.sleep(0.5)
-    finally:
-        os.kill(server.pids["detokenizer"], signal.SIGCONT)
+        server.until(lambda: server.stats()["finished"] > before)
+        assert server.in_flight() == 1
     request.join()
     assert json.loads(request.lines[0])["meta_info"]["completion_tokens"] == 200
     server.idle()

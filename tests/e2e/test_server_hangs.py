@@ -17,14 +17,6 @@ ROLES = ["tokenizer", "scheduler", "detokenizer"]
 LIMIT = 4.0  # seconds after which a process has hung
 
 
-def until(what: Any, seconds: float = 60) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return value
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_a_process_that_stays_stopped_ends_the_server(start_server: Any, process_alive: Any, role: str) -> None:
     server = start_server(hang_timeout=LIMIT)
@@ -44,17 +36,16 @@ def test_a_process_that_stays_stopped_ends_the_server(start_server: Any, process
 def test_a_stopped_process_is_reported_and_ready_again_when_it_goes_on(start_server: Any) -> None:
     server = start_server(hang_timeout=300)
     assert server.http.get("/health").json() == {"status": "ready"}
-    os.kill(server.pids["scheduler"], signal.SIGSTOP)
     answers: list[httpx.Response] = []
     body = {"prompt": "go on", "max_tokens": 4}
     client = threading.Thread(target=lambda: answers.append(server.http.post("/v1/completions", json=body)))
-    client.start()
-    health = until(lambda: (r := httpx.get(f"{server.url}/health", timeout=60)).status_code == 503 and r)
-    assert health.json() == {"status": "stalled", "process": "scheduler"}
-    metrics = server.metrics()
-    assert metrics["heartbeat_age_seconds"] >= STALE_SECONDS and metrics["step_age_seconds"] > 0
-    os.kill(server.pids["scheduler"], signal.SIGCONT)
-    until(lambda: server.http.get("/health").json() == {"status": "ready"})
+    with server.stopped("scheduler"):
+        client.start()
+        health = server.until(lambda: (r := httpx.get(f"{server.url}/health", timeout=60)).status_code == 503 and r)
+        assert health.json() == {"status": "stalled", "process": "scheduler"}
+        metrics = server.metrics()
+        assert metrics["heartbeat_age_seconds"] >= STALE_SECONDS and metrics["step_age_seconds"] > 0
+    server.until(lambda: server.http.get("/health").json() == {"status": "ready"})
     client.join(60)
     assert [answer.status_code for answer in answers] == [200]
     assert server.http.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}).status_code == 200

@@ -105,7 +105,7 @@ def test_a_tenant_sees_only_what_is_theirs(start_server: Any) -> None:
 
 def test_requests_are_shown_on_their_path(start_server: Any) -> None:
     running = start_server(null_step_seconds=0.02)
-    body = {"prompt": "a prompt that takes several pages of tokens " * 8, "max_tokens": 200, "ignore_eos": True}
+    body = {"prompt": "a prompt that takes several pages of tokens " * 8, "max_tokens": 5000, "ignore_eos": True}
     body["stream"] = True
     with httpx.stream("POST", f"{running.url}/v1/completions", json=body, timeout=30) as streaming:
         lines = streaming.iter_lines()  # kept: without it httpx closes the response
