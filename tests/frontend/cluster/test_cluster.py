@@ -79,6 +79,8 @@ async def test_metrics_are_those_of_all_replicas_each_with_its_label(start_clust
     for number in range(6):
         answer = await http.post("/v1/completions", json={"prompt": ids(100, 37 * number), "max_tokens": 2})
         homes[replica_of(answer)] += 100
+    for name in cluster.replicas:  # answered by its scheduler after the counts of what it has done
+        await http.get("/server_info", headers={"x-branchwise-replica": name})
     page = await http.get("/metrics")
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = list(text_string_to_metric_families(page.text))

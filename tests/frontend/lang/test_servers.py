@@ -137,7 +137,7 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
     monkeypatch.setattr(branches, "CANCEL_SECONDS", patience)
     backend = bw.connect(server.url, KEY, branches=True)
     post = AsyncClient.post
-    asked = 0
+    asked, counted = 0, asyncio.Event()
 
     async def slow(self: Any, path: str, body: Any, **more: Any) -> Any:
         nonlocal asked
@@ -145,7 +145,8 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
         if path.endswith(wanted):
             asked += 1
             asyncio.get_running_loop().call_soon(task.cancel)
-            await asyncio.sleep(0.05)  # the server has made it, and the answer is on its way
+            # The server has made it, and the answer is on its way: for longer than the impatient wait.
+            await (asyncio.sleep(0.05) if patience > 1 else counted.wait())
         return reply
 
     monkeypatch.setattr(AsyncClient, "post", slow)
@@ -164,6 +165,7 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
         with pytest.raises(asyncio.CancelledError):
             await task
         assert patience > 1 or _counts(backend)["branches"]
+        counted.set()
         await asyncio.wait({*backend._deleting, asyncio.create_task(asyncio.sleep(0))}, timeout=60)
 
     task: asyncio.Task[Any]
