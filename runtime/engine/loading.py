@@ -90,6 +90,7 @@ def load_engine(
             local, copies = split.local, RankCopies(split)
         gpu, lower = local.device.type == "cuda", None
         if local.host is not None:
+            undo.callback(local.host.close)
             disk = None if config.disk_cache is None else _open_disk(config, local, local.host.page_bytes, copies)
             if disk is not None:
                 undo.callback(disk.close)
@@ -165,7 +166,10 @@ def _open_disk(config: EngineConfig, executor: ModelExecutor, page_bytes: int, c
     folder = CacheFolder(path, fingerprint, max(1, (quota - others) // (page_bytes * ranks)))
     if copies is None:
         return DiskTier(folder, config.disk_cache_salted)
-    copies.send(OpenDisk(str(folder.path), fingerprint.facts(), folder.max_records))
+    with ExitStack() as undo:
+        undo.callback(folder.close)
+        copies.send(OpenDisk(str(folder.path), fingerprint.facts(), folder.max_records))
+        undo.pop_all()
     return SplitDisk(folder, config.disk_cache_salted, copies)
 
 

@@ -104,7 +104,6 @@ class ModelExecutor:
         if self.device.type == "cuda":  # compiled before a request needs it
             self._copy_pages(self._pool.fragments(), to_device(np.full((1, 2), scratch_page), self.device))
         slots = host_slots(config, memory, group)
-        self.host = HostTier(self._pool, slots, fp8=config.host_cache_dtype == "fp8") if slots else None
         self._table = PageTable(rows, memory.max_pages_per_row, scratch_page, self.device)
         max_tokens = step_budget(config, gpu=self.device.type == "cuda") + largest_shape(rows)
         self._inputs = InputStaging(self.device, scratch_page * self.page_size, max_tokens, rows)
@@ -122,6 +121,8 @@ class ModelExecutor:
         if config.cuda_graphs and self._attention.captures:
             self._graphs = self._capture(step_budget(config, gpu=True))
             times.lap("CUDA graphs")
+        # Last: if anything before fails, no thread is left that pins memory.
+        self.host = HostTier(self._pool, slots, fp8=config.host_cache_dtype == "fp8") if slots else None
 
     @classmethod
     def load(

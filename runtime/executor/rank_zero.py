@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import TimeoutError
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import msgspec
 import torch
@@ -50,7 +50,11 @@ class RankZero:
         config = msgspec.structs.replace(config, device=str(pick_device(config)))
         ranks.start(config)
         local = ModelExecutor.load(config, progress, times, Place(0, ranks.size, meet))
-        ranks.wait("ready")
+        with ExitStack() as undo:
+            if local.host is not None:
+                undo.callback(local.host.close)
+            ranks.wait("ready")
+            undo.pop_all()
         return cls(local, ranks)
 
     def launch(self, plan: StepPlan) -> LaunchedStep:

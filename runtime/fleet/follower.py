@@ -109,8 +109,8 @@ class Follower:
         socket = self._context.socket(zmq.SUB)
         socket.setsockopt(zmq.RCVHWM, HIGH_WATER)
         socket.subscribe(b"")
-        socket.connect(self._address)
         try:
+            socket.connect(self._address)
             async with self._lock:
                 await self._take_snapshot()
             while True:
@@ -172,8 +172,8 @@ class Follower:
         if self._replay_address is None:
             return False
         socket: Any = self._context.socket(zmq.DEALER)
-        socket.connect(self._replay_address)
         try:
+            socket.connect(self._replay_address)
             async with asyncio.timeout(REPLAY_SECONDS):
                 await socket.send_multipart((b"", sequence_frame(self._last + 1)))
                 while True:

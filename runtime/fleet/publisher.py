@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
+from contextlib import ExitStack
 from typing import Any
 
 import msgspec
@@ -38,20 +39,23 @@ class KVEventPublisher:
         self._encoder = msgspec.msgpack.Encoder()
         self._next = 0
         self._context: zmq.Context[Any] = zmq.Context()
-        public = self._context.socket(zmq.PUB)
-        public.setsockopt(zmq.SNDHWM, HIGH_WATER)
-        self.address = _bind(public, address, "--kv-events")
-        self.replay_address: str | None = None
-        replay = None
-        if replay_address is not None:
-            replay = self._context.socket(zmq.ROUTER)
-            replay.setsockopt(zmq.SNDHWM, REPLAYED_BATCHES + 1)
-            self.replay_address = _bind(replay, replay_address, "--kv-events-replay")
-        self._queue = self._context.socket(zmq.PAIR)
-        self._queue.setsockopt(zmq.SNDHWM, 0)
-        self._queue.bind("inproc://batches")
-        self._thread = threading.Thread(target=self._serve, args=(public, replay), name="kv-events", daemon=True)
-        self._thread.start()
+        with ExitStack() as undo:
+            undo.callback(self._context.destroy, 0)
+            public = self._context.socket(zmq.PUB)
+            public.setsockopt(zmq.SNDHWM, HIGH_WATER)
+            self.address = _bind(public, address, "--kv-events")
+            self.replay_address: str | None = None
+            replay = None
+            if replay_address is not None:
+                replay = self._context.socket(zmq.ROUTER)
+                replay.setsockopt(zmq.SNDHWM, REPLAYED_BATCHES + 1)
+                self.replay_address = _bind(replay, replay_address, "--kv-events-replay")
+            self._queue = self._context.socket(zmq.PAIR)
+            self._queue.setsockopt(zmq.SNDHWM, 0)
+            self._queue.bind("inproc://batches")
+            self._thread = threading.Thread(target=self._serve, args=(public, replay), name="kv-events", daemon=True)
+            self._thread.start()
+            undo.pop_all()
         self.publish()  # the tree's present contents
 
     def publish(self) -> None:

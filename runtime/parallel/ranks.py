@@ -72,15 +72,18 @@ class Ranks:
         self._copies: deque[tuple[int, bytes]] = deque()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: list[Connection[bytes, bytes]] = []
-        self._threads = []
-        for rank in range(1, self.size):
-            ours, theirs = Pipe()
-            self._connections.append(ours)
-            thread = threading.Thread(
-                target=self._live, args=(rank, ours, theirs), name=f"branchwise-rank-{rank}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+        self._threads: list[threading.Thread] = []
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.close)
+            for rank in range(1, self.size):
+                ours, theirs = Pipe()
+                self._connections.append(ours)
+                thread = threading.Thread(
+                    target=self._live, args=(rank, ours, theirs), name=f"branchwise-rank-{rank}", daemon=True
+                )
+                thread.start()
+                self._threads.append(thread)
+            undo.pop_all()
 
     @property
     def pids(self) -> list[int]:
@@ -148,14 +151,20 @@ class Ranks:
     def _live(self, rank: int, ours: Connection[bytes, bytes], theirs: Connection[bytes, bytes]) -> None:
         """Starts one rank, receives its reports and waits for its end, all on one thread: Linux kills a child when the
         thread that started it ends."""
-        child = subprocess.Popen(
-            [sys.executable, "-m", self._module, str(theirs.fileno())],
-            stdin=subprocess.DEVNULL,
-            stdout=_STDERR,
-            pass_fds=[theirs.fileno()],
-            start_new_session=True,  # Ctrl-C in a terminal must not reach it
-        )
-        theirs.close()
+        try:
+            child = subprocess.Popen(
+                [sys.executable, "-m", self._module, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=_STDERR,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in a terminal must not reach it
+            )
+        except OSError as problem:
+            self.fail(f"rank {rank} could not be started: {problem}")
+            ours.close()
+            return
+        finally:
+            theirs.close()
         with self._changed:
             self._children[rank] = child
             if self._closing or self._failure is not None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import zmq
@@ -39,10 +40,14 @@ class EngineProcesses:
         self._receive, self._ranks = receive, config.engine.tensor_parallel_size
         self._exit_seconds = exit_seconds(config)
         self._run_dir = RunDirectory(config)
-        self._context: zmq.Context[Any] = zmq.Context()
-        self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")
-        self._to_tokenizer = Outbox(self._context, self._run_dir.path, "tokenizer")
-        self._to_scheduler = Outbox(self._context, self._run_dir.path, "scheduler")
+        with ExitStack() as undo:
+            undo.callback(self._run_dir.remove)
+            self._context: zmq.Context[Any] = zmq.Context()
+            undo.callback(self._context.destroy, 0)
+            self._inbox: Inbox[ToHttp] = Inbox(self._context, self._run_dir.path, "http")
+            self._to_tokenizer = Outbox(self._context, self._run_dir.path, "tokenizer")
+            self._to_scheduler = Outbox(self._context, self._run_dir.path, "scheduler")
+            undo.pop_all()
         self.to_tokenizer, self.to_scheduler = self._to_tokenizer.send, self._to_scheduler.send
         self._loop = asyncio.get_running_loop()
         self._supervisor = Supervisor(

@@ -17,6 +17,7 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO
 
@@ -52,28 +53,32 @@ class CacheFolder:
         self.page_bytes = fingerprint.page_bytes
         self.max_records = max_records
         self._per_segment = max(1, SEGMENT_BYTES // self.page_bytes)
-        try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = lock_folder(path)
-            self.path = path / fingerprint.digest
-            self.path.mkdir(mode=0o700, exist_ok=True)
-            (self.path / "format.json").write_text(json.dumps(fingerprint.facts(), indent=1))
-            self.index = self._open_index()
-        except OSError as error:
-            raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
         self._segments: dict[int, int] = {}  # open files
+        with ExitStack() as undo:
+            try:
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._lock = lock_folder(path)
+                undo.callback(self._lock.close)
+                self.path = path / fingerprint.digest
+                self.path.mkdir(mode=0o700, exist_ok=True)
+                (self.path / "format.json").write_text(json.dumps(fingerprint.facts(), indent=1))
+                self.index = self._open_index()
+            except (OSError, sqlite3.Error) as error:
+                raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
+            undo.pop_all()
 
     def _open_index(self) -> Index:
         file = self.path / "index.sqlite"
         try:
-            index = Index(file)
-            len(index)
-            return index
+            return Index(file)
         except sqlite3.Error as error:
             logger.warning("disk cache: the index %s is damaged (%s): starting an empty one", file, error)
-            for each in self.path.glob("index.sqlite*"):
-                each.unlink()
-            return Index(file)
+            return self._empty_index()
+
+    def _empty_index(self) -> Index:
+        for each in self.path.glob("index.sqlite*"):
+            each.unlink()
+        return Index(self.path / "index.sqlite")
 
     def load(self) -> list[PageRow]:
         """The rows of every prefix that is whole, parents first. Others are deleted."""
@@ -88,9 +93,7 @@ class CacheFolder:
         except sqlite3.Error as error:
             logger.warning("disk cache: the index cannot be read (%s): starting empty", error)
             self.index.close()
-            for each in self.path.glob("index.sqlite*"):
-                each.unlink()
-            self.index = Index(self.path / "index.sqlite")
+            self.index = self._empty_index()
             return []
 
     def read(self, record: int, prefix: bytes, checksum: bytes, out: npt.NDArray[np.uint8]) -> None:
@@ -212,9 +215,12 @@ def lock_folder(path: Path) -> IO[str]:
         owner = lock.read(64).strip() or "another process"
         lock.close()
         raise LoadError(f"the disk cache {path} is in use by {owner}: give each server a folder of its own") from error
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()}")
-    lock.flush()
+    with ExitStack() as undo:
+        undo.callback(lock.close)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()}")
+        lock.flush()
+        undo.pop_all()
     return lock
 
 

@@ -51,13 +51,19 @@ def prefix_hash(before: bytes, namespace: Namespace, tokens: Int32) -> bytes:
 
 
 class Index:
-    """One folder's index. Used by one thread. Methods raise `sqlite3.Error` if the disk is full or damaged."""
+    """One folder's index. Used by one thread. Opening it and methods raise `sqlite3.Error` if the disk is full or
+    damaged."""
 
     def __init__(self, path: Path) -> None:
         self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
-            self._database.execute(f"PRAGMA {pragma}")
-        self._database.executescript(_SCHEMA)
+        try:
+            for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "busy_timeout=1000"):
+                self._database.execute(f"PRAGMA {pragma}")
+            self._database.executescript(_SCHEMA)
+            len(self)  # reads the table
+        except BaseException:
+            self.close()
+            raise
 
     def __len__(self) -> int:
         return int(self._database.execute("SELECT COUNT(*) FROM pages").fetchone()[0])

@@ -176,7 +176,6 @@ def load(folder: CacheFolder, path: Path, owner: str = "") -> tuple[int, int]:
     Raises `LoadError` if the file is not one, is of another model or format, or is damaged: what came before stays.
     """
     _require_one_device(folder)
-    file = SavedFile(path, folder.fingerprint)
     known = {row.prefix: row.record for row in folder.load()}
     prefixes = {record: prefix for prefix, record in known.items()} | {-1: b""}
     namespace = (owner, "")
@@ -184,6 +183,7 @@ def load(folder: CacheFolder, path: Path, owner: str = "") -> tuple[int, int]:
     records = [-1]  # of the pages so far, the last entry is of none
     there = 0
     batch: list[tuple[PageRow, np.ndarray]] = []
+    file = SavedFile(path, folder.fingerprint)
     try:
         for place, page in enumerate(file.pages):
             before = records[page.before]

@@ -40,15 +40,19 @@ class RunDirectory:
         if len(os.fsencode(base)) + len(_LONGEST) > MAX_PATH:
             base = "/tmp"
         remove_stale(Path(base))
-        try:
-            self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # mkdtemp: mode 0700
-            self._lock = hold_lock(self.path, "http")
-        except OSError as error:  # no space, no inodes, no permission
-            raise LoadError(f"{base} cannot take the server's sockets: {error.strerror}; set TMPDIR") from error
         keyless = msgspec.structs.replace(
             config, api_key=None, api_key_file=None, extra_api_keys=(), admin_api_key=None, namespace_secret=None
         )
-        (self.path / "launch.json").write_bytes(msgspec.json.encode(keyless))
+        try:
+            with contextlib.ExitStack() as undo:
+                self.path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=base))  # mkdtemp: mode 0700
+                undo.callback(shutil.rmtree, self.path, ignore_errors=True)
+                self._lock = hold_lock(self.path, "http")
+                undo.callback(self._lock.close)
+                (self.path / "launch.json").write_bytes(msgspec.json.encode(keyless))
+                undo.pop_all()
+        except OSError as error:  # no space, no inodes, no permission
+            raise LoadError(f"{base} cannot take the server's sockets: {error.strerror}; set TMPDIR") from error
 
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -64,10 +68,13 @@ def hold_lock(run_dir: Path, name: str) -> IO[str]:
     """Locks a file in the run directory until it is closed or this process ends, however that ends. Holds our pid."""
     path = run_dir / f".{name}.lock"
     file = path.open("w")
-    fcntl.flock(file, fcntl.LOCK_EX)
-    file.write(str(os.getpid()))
-    file.flush()
-    path.rename(run_dir / f"{name}.lock")  # after locking: it must never be unlocked while its owner runs
+    with contextlib.ExitStack() as undo:
+        undo.callback(file.close)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(str(os.getpid()))
+        file.flush()
+        path.rename(run_dir / f"{name}.lock")  # after locking: it must never be unlocked while its owner runs
+        undo.pop_all()
     return file
 
 

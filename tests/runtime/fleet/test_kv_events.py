@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from branchwise.runtime.fleet.follower import Follower, Sink
 from branchwise.runtime.fleet.hashes import block_hashes, root_hash
 from branchwise.runtime.fleet.instances import instance_tag
 from branchwise.runtime.fleet.kv_events import AllBlocksCleared, BlockRemoved, BlockStored, IndexEvent
-from branchwise.runtime.fleet.publisher import KVEventPublisher
+from branchwise.runtime.fleet.publisher import KVEventPublisher, _bind
 from branchwise.runtime.fleet.view import FleetView, ReplicaReport
 from branchwise.runtime.messages import Generate, Limits
 from branchwise.runtime.sampling_params import SamplingParams
@@ -424,3 +425,19 @@ def test_an_address_that_cannot_be_bound_names_its_flag() -> None:
     tree = RadixTree(4, PAGE)
     with pytest.raises(LoadError, match=r"--kv-events 127\.0\.0\.1: .*tcp://127\.0\.0\.1:5557"):
         KVEventPublisher(tree, "127.0.0.1")
+
+
+def test_no_address_stays_bound_if_another_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[str] = []
+
+    def bind(*asked: Any) -> str:
+        bound.append(_bind(*asked))
+        return bound[-1]
+
+    monkeypatch.setattr(f"{KVEventPublisher.__module__}._bind", bind)
+    with pytest.raises(LoadError, match="--kv-events-replay nowhere: ") as refused:
+        KVEventPublisher(RadixTree(4, PAGE), "tcp://127.0.0.1:*", "nowhere")
+    port = int(bound[0].rpartition(":")[2])
+    with socket.socket() as client, pytest.raises(ConnectionRefusedError):
+        client.connect(("127.0.0.1", port))
+    assert refused.value.__traceback__ is not None, "it keeps the sockets from being collected"

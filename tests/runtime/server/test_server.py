@@ -11,13 +11,17 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
+import zmq
 
 from branchwise import EngineConfig, Server, ServerConfig
 from branchwise.runtime.config import check_server
 from branchwise.runtime.errors import EngineDead, LoadError
+from branchwise.runtime.server import engine_processes
+from branchwise.runtime.server.engine_processes import EngineProcesses
 from branchwise.runtime.server.processes.launch import RunDirectory
 from branchwise.runtime.server.server import ServerStopped
 
@@ -218,3 +222,41 @@ def test_a_disk_without_space_or_inodes_is_one_line(
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     with pytest.raises(LoadError, match="No space left on device; set TMPDIR"):
         RunDirectory(config())
+
+
+@pytest.mark.parametrize("step", ["hold_lock", "Path.write_bytes"])
+def test_a_run_directory_that_cannot_be_filled_is_removed(
+    config: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    paths: list[str] = []
+    make = tempfile.mkdtemp
+
+    def noted(**options: Any) -> str:
+        paths.append(make(**options))
+        return paths[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", noted)
+    monkeypatch.setattr(f"{RunDirectory.__module__}.{step}", Mock(side_effect=OSError(errno.ENOSPC, "it is full")))
+    with pytest.raises(LoadError, match="it is full; set TMPDIR"):
+        RunDirectory(config())
+    assert len(paths) == 1 and not Path(paths[0]).exists()
+
+
+async def test_a_server_without_descriptors_for_its_channels_leaves_no_directory(
+    config: Callable[..., ServerConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[RunDirectory] = []
+
+    def outbox(context: Any, run_dir: Path, name: str) -> None:
+        raise zmq.ZMQError(errno.EMFILE)
+
+    class Noted(RunDirectory):
+        def __init__(self, config: ServerConfig) -> None:
+            super().__init__(config)
+            made.append(self)
+
+    monkeypatch.setattr(engine_processes, "RunDirectory", Noted)
+    monkeypatch.setattr(engine_processes, "Outbox", outbox)
+    with pytest.raises(zmq.ZMQError, match="Too many open files"):
+        EngineProcesses(config(), lambda message: None)
+    assert len(made) == 1 and not made[0].path.exists() and made[0]._lock.closed

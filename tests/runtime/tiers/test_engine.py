@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from branchwise import Engine, LoadError, SamplingParams
+from branchwise.runtime.tiers.host import HostTier
 
 Checkpoint = Callable[[str], Path]
 PROMPTS = [[(7 * i + j * j) % 60 + 3 for j in range(90)] for i in range(6)]
@@ -137,6 +138,18 @@ def test_settings_that_cannot_be_are_refused(checkpoint: Checkpoint, tmp_path: P
     ):
         with pytest.raises(LoadError, match=problem):
             Engine(checkpoint("llama-gqa"), device="cpu", **settings)  # type: ignore[arg-type]
+
+
+def test_an_engine_without_its_disk_keeps_nothing_of_its_host_tier(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU a thread pins its memory, until it is closed."""
+    closed: list[HostTier] = []
+    monkeypatch.setattr(HostTier, "close", lambda tier: closed.append(tier))
+    (tmp_path / "file").touch()
+    with pytest.raises(LoadError, match="cannot be used"):
+        Engine(checkpoint("llama-gqa"), device="cpu", host_cache="4MiB", disk_cache=str(tmp_path / "file"))
+    assert len(closed) == 1
 
 
 def test_a_disk_that_cannot_be_written_does_not_keep_the_engine(

@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,6 +92,25 @@ def test_a_folder_that_cannot_be_used_says_so(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LoadError, match="cannot be used"):
         CacheFolder(tmp_path / "file" / "cache", fingerprint(), 100)
+
+
+@pytest.mark.parametrize("fault", ["a folder in its place", "a full disk"])
+def test_a_folder_whose_index_cannot_be_opened_is_not_kept_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    index = tmp_path / fingerprint().digest / "index.sqlite"
+    with monkeypatch.context() as broken:
+        if fault == "a full disk":
+            full = Mock(side_effect=sqlite3.OperationalError("database or disk is full"))
+            broken.setattr(f"{CacheFolder.__module__}.Index", full)
+        else:
+            index.mkdir(parents=True)
+        with pytest.raises(LoadError, match="cannot be used") as refused:  # its traceback keeps the first attempt
+            CacheFolder(tmp_path, fingerprint(), 100)
+    if index.is_dir():
+        index.rmdir()
+    CacheFolder(tmp_path, fingerprint(), 100).close()
+    assert refused.value.__traceback__ is not None
 
 
 @pytest.mark.parametrize("harm", ["flip", "short", "gone", "other record"])
