@@ -79,18 +79,21 @@ class ReplicaProcess:
             env={**os.environ},
         )
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(msgspec.json.encode(self._config))
-        self._process.stdin.close()
         try:
+            self._process.stdin.write(msgspec.json.encode(self._config))
+            self._process.stdin.close()
             async with asyncio.timeout(seconds):
                 line = await self._process.stdout.readline()
+            if not line:
+                code = await self._process.wait()
+                raise LoadError(f"replica {self.name} ended with code {code} while starting; its log has the reason")
+            self._info = json.loads(line)
         except TimeoutError:
             await self.kill()
             raise LoadError(f"replica {self.name} was not ready after {seconds:.0f} s") from None
-        if not line:
-            code = await self._process.wait()
-            raise LoadError(f"replica {self.name} ended with code {code} while starting; its log has the reason")
-        self._info = json.loads(line)
+        except BaseException:
+            await self.kill()
+            raise
         headers = {}
         key = self._config.admin_api_key or self._config.api_key
         if key is not None:
@@ -142,15 +145,20 @@ class ReplicaProcess:
             self._draining or waiting + running >= self._config.max_queued_requests,
         )
 
-    async def healthy(self) -> bool:
-        """Whether the server says so, within seconds."""
+    async def status(self) -> str | None:
+        """What ``/health`` says: ``ready``, or why not. None: the server has ended, or has not answered for seconds.
+
+        Only None is a failure. A server ends by itself once its engine has been ``stalled`` for ``hang_timeout``, and
+        replaces a dead one as ``restart`` says; until then a step may take long, and loading again too.
+        """
         if self._process is None or self._process.returncode is not None:
-            return False
+            return None
         try:
             async with self._http.get(f"{self.url}/health", timeout=aiohttp.ClientTimeout(total=10.0)) as answer:
-                return answer.status == 200
+                found: str = msgspec.json.decode(await answer.read())["status"]
+                return found
         except (aiohttp.ClientError, ConnectionError, TimeoutError, ReplicaGone):
-            return False
+            return None
 
     async def snapshot(self) -> bytes:
         """The body of ``/cache/events/snapshot``. Raises `ReplicaGone`."""

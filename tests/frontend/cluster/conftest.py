@@ -55,7 +55,7 @@ class LocalGateway:
                         self.view.started(choice)
                     yield part
         except ReplicaGone:
-            if not await replica.healthy():
+            if await replica.status() is None:
                 self.cluster.replicas.pop(choice.replica, None)
                 self.view.remove(choice.replica)
             raise

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -121,3 +123,19 @@ def test_which_ray_cluster_is_joined(
         assert "RAY_ADDRESS" not in os.environ, "or Ray's own processes would join that one"
         assert (calls[-1]["num_cpus"], calls[-1]["num_gpus"]) == (3, 2)
     assert detach or "10.0.0.7:1" in capsys.readouterr().out
+
+
+async def test_a_stalled_engine_is_not_a_dead_replica(start_cluster: Any) -> None:
+    """A step may take long, on a CPU above all. Only the server's own limit ends it, and then Ray starts another."""
+    cluster = await start_cluster(1, hang_timeout=8)
+    [replica] = cluster.replicas.values()
+    actor = SimpleNamespace(_process=replica)
+    os.kill(replica._info["pids"]["scheduler"], signal.SIGSTOP)
+    seen = set()
+    async with asyncio.timeout(120):
+        while "stalled" not in seen:
+            await serve_app.EngineReplica.check_health(actor)
+            seen.add(await replica.status())
+        assert await replica.wait() == 1
+    with pytest.raises(RuntimeError, match="does not answer"):
+        await serve_app.EngineReplica.check_health(actor)
