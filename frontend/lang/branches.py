@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError
@@ -50,8 +50,9 @@ class BranchBackend(ServerBackend):
             while handle.length and len(ids) < n and await self._sync(handle):
                 body = {"n": min(n - len(ids), MAX_FORK)}
                 ids += await self._created(lambda body=body: self._request(handle, "fork", body))  # type: ignore[misc]
-        except BackendError as error:
-            if error.status != FULL:
+        except BaseException as error:
+            if not isinstance(error, BackendError) or error.status != FULL:
+                await self._give_back(self._delete(ids))  # of the batches before
                 raise
         return [handle.fork(id) for id in [*ids, *[None] * (n - len(ids))]]
 
@@ -113,17 +114,21 @@ class BranchBackend(ServerBackend):
         try:
             return _ids(await asyncio.shield(creating))
         except asyncio.CancelledError:
-            await self._give_back(creating)
-            raise
 
-    async def _give_back(self, creating: Awaitable[Any]) -> None:
-        """Deletes new branches of which nobody has the ids: at once, or when a busy server has made them."""
-
-        async def delete() -> None:
-            with contextlib.suppress(BackendError):
+            async def delete() -> None:
                 await self._delete(_ids(await creating))
 
-        deleting = asyncio.create_task(delete())
+            await self._give_back(delete())
+            raise
+
+    async def _give_back(self, delete: Coroutine[Any, Any, None]) -> None:
+        """Deletes new branches of which nobody has the ids: at once, or when a busy server has made them."""
+
+        async def quietly() -> None:
+            with contextlib.suppress(BackendError):  # they expire on the server anyway
+                await delete
+
+        deleting = asyncio.create_task(quietly())
         self._deleting.add(deleting)
         deleting.add_done_callback(self._deleting.discard)
         await asyncio.wait((deleting,), timeout=CANCEL_SECONDS)

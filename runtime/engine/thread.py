@@ -15,7 +15,7 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, TypeVar
@@ -182,20 +182,41 @@ class EngineThread:
             except Exception as error:  # the caller handles it
                 future.set_exception(error)
 
-        return self._wait(job)
+        return self._wait(job, Future())
 
     def operate(self, op: BranchOp) -> Any:
         """Waits for the value that an operation on a branch is answered with. Raises `InvalidRequest`, `EngineDead`.
 
         Its text is tokenized here, on the caller's thread.
         """
-        return self._wait(self._operation(op))
+        future: Future[Any] = Future()
+        with self._giving_back(op, future):
+            return self._wait(self._operation(op), future)
 
     async def aoperate(self, op: BranchOp) -> Any:
         """`operate` for asyncio."""
         future: Future[Any] = Future()
-        self._promise(self._operation(op), future)
-        return await asyncio.wrap_future(future)
+        with self._giving_back(op, future):
+            self._promise(self._operation(op), future)
+            return await asyncio.wrap_future(future)
+
+    @contextlib.contextmanager
+    def _giving_back(self, op: BranchOp, future: Future[Any]) -> Iterator[None]:
+        """If the caller is cancelled or interrupted, deletes the branches that ``op`` makes: nobody has their ids."""
+
+        def delete(made: Future[Any]) -> None:
+            if made.cancelled() or made.exception() is not None:
+                return
+            for id in made.result().get("ids") or [made.result()["id"]]:
+                with contextlib.suppress(EngineDead):
+                    self._promise(self._operation(BranchOp(0, "delete", op.namespace, id)), Future())
+
+        try:
+            yield
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            if op.what in ("create", "fork"):
+                future.add_done_callback(delete)
+            raise
 
     def stop(self) -> None:
         """Tells the thread to end, without waiting for it."""
@@ -221,8 +242,7 @@ class EngineThread:
 
         return job
 
-    def _wait(self, job: Callable[[Future[T]], None]) -> T:
-        future: Future[T] = Future()
+    def _wait(self, job: Callable[[Future[T]], None], future: Future[T]) -> T:
         done: queue.SimpleQueue[Future[T]] = queue.SimpleQueue()
         future.add_done_callback(done.put)
         self._promise(job, future)

@@ -22,6 +22,7 @@ from branchwise.frontend.client import AsyncClient, Client
 from branchwise.frontend.errors import BackendError
 from branchwise.frontend.lang import branches
 from branchwise.frontend.lang.branches import BranchBackend
+from branchwise.frontend.lang.codec import Run
 from branchwise.frontend.lang.server import ServerBackend
 
 KEY = "the-key"
@@ -171,6 +172,41 @@ def test_who_is_cancelled_while_branches_are_made_gives_them_back(
     task: asyncio.Task[Any]
     asyncio.run(main())
     assert asked == 1 and _counts(backend)["branches"] == 0
+
+
+@pytest.mark.parametrize("how", ["cancelled", "failed"])
+def test_a_large_fork_that_ends_half_way_gives_back_its_first_batches(
+    server: Any, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr(branches, "MAX_FORK", 2)
+    backend = bw.connect(server.url, KEY, branches=True)
+    post = AsyncClient.post
+    made: list[int] = []
+
+    async def third_fails(self: Any, path: str, body: Any, **more: Any) -> Any:
+        if path.endswith("/fork") and len(made) == 2:
+            if how == "failed":
+                raise BackendError("the server is ill", status=500)
+            task.cancel()
+        reply = await post(self, path, body, **more)
+        if path.endswith("/fork"):
+            made.append(len(reply["ids"]))
+        return reply
+
+    monkeypatch.setattr(AsyncClient, "post", third_fails)
+
+    async def main() -> None:
+        nonlocal task
+        handle = await backend.create()
+        await backend.extend(handle, (await backend.codec()).encode([Run("The mill by the river")]))
+        task = asyncio.create_task(backend.fork(handle, 7))
+        with pytest.raises(asyncio.CancelledError if how == "cancelled" else BackendError):
+            await task
+        await backend.close(handle)
+
+    task: asyncio.Task[Any]
+    asyncio.run(main())
+    assert made == ([2, 2] if how == "failed" else [2, 2, 2]) and _counts(backend)["branches"] == 0
 
 
 def test_a_process_that_ends_before_its_run_leaves_no_branch(server: Any) -> None:

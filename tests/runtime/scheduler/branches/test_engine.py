@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 
 import numpy as np
@@ -234,3 +235,27 @@ async def test_the_asynchronous_twins(checkpoint):
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+
+
+@pytest.mark.parametrize("what", ["create", "fork"])
+async def test_who_is_cancelled_while_branches_are_made_leaves_none(checkpoint, monkeypatch, what):
+    """The engine has begun to make them: it cannot be told to stop, and nobody gets their ids."""
+    async with AsyncEngine(checkpoint("llama-gqa"), kv_cache_tokens=1024) as engine:
+        async with await engine.branch(TEXT) as trunk:
+            loop, cancelled = asyncio.get_running_loop(), threading.Event()
+            service = engine._core.branches
+            take = service.take
+
+            def late(op):
+                if op.what == what:
+                    loop.call_soon_threadsafe(task.cancel)
+                    assert cancelled.wait(60)
+                take(op)
+
+            monkeypatch.setattr(service, "take", late)
+            task = asyncio.ensure_future(trunk.fork(3) if what == "fork" else engine.branch(TEXT))
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            cancelled.set()
+            await trunk.info()  # the deletions are queued before its end, and so before the trunk's
+        assert (await asyncio.to_thread(engine.stats)).branches == 0
