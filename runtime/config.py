@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import msgspec
 
-from .errors import LoadError
+from .errors import LoadError, why
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 SchedulePolicy = Literal["hrrn", "fcfs", "lpm", "priority"]
@@ -381,4 +381,4 @@ def _read_key(path: str) -> str:
     try:
         return Path(path).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise LoadError(f"--api-key-file {path} cannot be read: {error}") from error
+        raise LoadError(f"--api-key-file {path} cannot be read: {why(error, Path(path).expanduser())}") from error

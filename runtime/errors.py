@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 MAX_SHOWN = 60  # characters of a quoted value in an error message
@@ -22,6 +23,16 @@ _MAX_SEGMENTS = 8  # of a path's beginning that `renamed` looks up
 
 class BranchwiseError(Exception):
     """Base of every error this package raises on purpose."""
+
+
+def why(error: Exception, path: Path | str) -> str:
+    """What an error says, in one line. One of the system: without its number, and without ``path``, which the sentence
+    around it names."""
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        other = error.filename is not None and str(error.filename) != str(path)
+        said = f"{error.strerror}: {error.filename}" if other else error.strerror
+    return " ".join(said.split())
 
 
 class InvalidRequest(BranchwiseError, ValueError):
@@ -91,6 +102,10 @@ class TimedOut(BranchwiseError):
 
 class LoadError(BranchwiseError):
     """A model or a setting that cannot be loaded: one line with the problem and its fix. The CLI exits 2."""
+
+
+class HubUnreachable(LoadError):
+    """A model that is not here cannot be downloaded now."""
 
 
 class EngineDead(BranchwiseError):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .console import EXIT_FAILED, err, expected_failures, out
+from .console import EXIT_FAILED, check_writable, err, expected_failures, out
 from .options import LOCAL_SERVER, ApiKey, ServerUrl, ServerUrlFlag, one_of
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def bench(
         from ..bench.workloads import VOCAB_HIGH, WORKLOADS
         from ..client import Client, first_model
 
+        if out_file is not None:
+            check_writable(out_file)
         names = list(WORKLOADS) if workloads == "all" else [name.strip() for name in workloads.split(",")]
         for name in names:
             if name not in WORKLOADS:

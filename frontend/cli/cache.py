@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .console import EXIT_FAILED, expected_failures
+from .console import EXIT_FAILED, check_writable, expected_failures
 
 app = typer.Typer(no_args_is_help=True, help="List, verify, prune, save and load the folder of a disk cache.")
 
@@ -75,8 +75,10 @@ def save(folder: Folder, file: File, model: Model = None, api_key: Key = None) -
         from ...runtime.tiers.offline import open_part
         from ...runtime.tiers.offline import save as save_part
 
-        with closing(open_part(folder, _chosen(folder, model))) as part, file.open("wb") as out:
-            pages = save_part(part, out, _owner(folder, api_key))
+        with closing(open_part(folder, _chosen(folder, model))) as part:
+            check_writable(file)
+            with file.open("wb") as out:
+                pages = save_part(part, out, _owner(folder, api_key))
         typer.echo(f"{pages} pages, {file.stat().st_size / (1 << 20):.1f} MiB")
 
 

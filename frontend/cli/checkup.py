@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ...runtime.config import step_budget
-from ...runtime.errors import LoadError
+from ...runtime.errors import HubUnreachable, LoadError
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -174,6 +174,9 @@ def model(config: EngineConfig) -> Iterator[Finding]:
         Tokenizer.load(folder)
         if config.load_format != "dummy" and not is_hub_id(config.model):
             check_files(folder)
+    except HubUnreachable as error:
+        yield Finding("model", str(error), "broken", f"branchwise pull {config.model}    (with a network)")
+        return
     except LoadError as error:
         ours = "choose another model: branchwise doctor    (checks the one that ships with the package)"
         fix = ours if config.model else "install branchwise again: files of its model are missing or damaged"

@@ -6,11 +6,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape as escape
 
-from ...runtime.errors import BranchwiseError, InvalidRequest, LoadError
+from ...runtime.errors import BranchwiseError, InvalidRequest, LoadError, why
 from ..errors import BackendError
 
 EXIT_FAILED = 1
@@ -58,6 +59,14 @@ def fail(message: str, code: int = EXIT_FAILED) -> None:
     """Prints one line on stderr and exits."""
     err.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
     raise SystemExit(code)
+
+
+def check_writable(file: Path) -> None:
+    """Raises `LoadError` if a file cannot be made: before work whose result it is to hold."""
+    try:
+        file.touch()
+    except OSError as error:
+        raise LoadError(f"{file} cannot be written: {why(error, file)}") from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .console import err, expected_failures, out
+from .console import check_writable, err, expected_failures, out
 
 
 def simulate(
@@ -70,7 +70,7 @@ def simulate(
         lags = _numbers(event_lag, "--event-lag")
         for file in (table, plot):  # found out now, not after the first run
             if file is not None:
-                _check_writable(file)
+                check_writable(file)
         arrivals = read_trace(trace, seed=seed, max_requests=max_requests)
         size = page_size or min(256, arrivals[0].block_size)
         if kv_cache_tokens < size:
@@ -129,12 +129,3 @@ def _counts(text: str, flag: str) -> list[int]:
     if min(found) < 1 or not all(map(float.is_integer, found)):
         raise LoadError(f"{flag}: whole numbers of 1 or more, got {text!r}")
     return [int(each) for each in found]
-
-
-def _check_writable(file: Path) -> None:
-    from ...runtime.errors import LoadError
-
-    try:
-        file.touch()
-    except OSError as error:
-        raise LoadError(f"{file} cannot be written: {error.strerror}") from error

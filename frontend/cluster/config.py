@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from ...runtime.config import EngineConfig, ServerConfig, check_server
-from ...runtime.errors import LoadError
+from ...runtime.errors import LoadError, why
 
 REPLICA_LIMIT = 4096  # unfinished requests of one replica, where the server's own limit is not set
 
@@ -102,7 +102,7 @@ def read_cluster_config(path: Path) -> ClusterConfig:
     except ImportError as error:
         raise LoadError("a cluster needs Ray and PyYAML: pip install 'ray[serve]' pyyaml") from error
     except (OSError, msgspec.MsgspecError) as error:
-        raise LoadError(f"{path}: {error}") from error
+        raise LoadError(f"{path}: {why(error, path)}") from error
     if not 1 <= found.replicas <= found.most_replicas <= 10_000 or found.routers < 1:
         raise LoadError(f"{path}: 1 <= replicas <= max_replicas, and at least one router")
     if found.autoscaling_config and found.most_replicas == found.replicas:

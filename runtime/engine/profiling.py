@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..errors import InvalidRequest
+from ..errors import InvalidRequest, LoadError, why
 
 TOP_KERNELS = 20
 
@@ -19,6 +19,11 @@ class StepProfiler:
     """
 
     def __init__(self, folder: Path) -> None:
+        """Makes the folder. Raises `LoadError` if it cannot be one."""
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LoadError(f"--profile {folder} cannot be used: {why(error, folder)}") from error
         self._folder = folder
         self._recording: Any = None
         self._steps = 0
@@ -29,7 +34,6 @@ class StepProfiler:
 
         if self._recording is not None:
             raise InvalidRequest(None, "a recording is under way: stop it first", status=409)
-        self._folder.mkdir(parents=True, exist_ok=True)
         recording = profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA])
         recording.start()
         self._recording, self._steps = recording, steps

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..errors import LoadError
+from ..errors import HubUnreachable, LoadError, why
 
 SHIPPED = Path(__file__).parent / "shipped"  # package data; its README.md is the model's card
 ADAPTER = "adapter_config.json"  # of peft
@@ -40,6 +40,7 @@ def model_folder(model: str, *, weights: bool = True, code: bool = False) -> Pat
     from huggingface_hub.errors import RepositoryNotFoundError
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
+    here = f"{model}: no such folder"
     silenced = not weights and not are_progress_bars_disabled()  # small files need no bar
     if silenced:
         disable_progress_bars()
@@ -47,13 +48,14 @@ def model_folder(model: str, *, weights: bool = True, code: bool = False) -> Pat
         patterns = [*HUB_PATTERNS, *[WEIGHT_FILES] * weights, *[CODE_FILES] * code]
         return Path(snapshot_download(model, allow_patterns=patterns, ignore_patterns=HUB_IGNORED))
     except RepositoryNotFoundError:
-        reason = "the hub has none of that name, or asks for a login (HF_TOKEN)"
+        failure = LoadError(f"{here}, and the hub has none of that name, or asks for a login (HF_TOKEN)")
     except Exception as error:  # the hub's other errors share no base class; all of them mean the same here
-        reason = f"cannot reach the hub: {_why(error)}"
+        what = "give a model's folder, or try again with a network"
+        failure = HubUnreachable(f"{here}, and cannot reach the hub: {_bottom(error)}; {what}")
     finally:
         if silenced:
             enable_progress_bars()
-    raise LoadError(f"{model}: no such folder, and {reason}")  # alone: the hub's own traceback is eighty lines
+    raise failure  # alone: the hub's own traceback is eighty lines
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -78,13 +80,13 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise LoadError(f"{path} cannot be read as JSON: {error}") from error
+        raise LoadError(f"{path} cannot be read as JSON: {why(error, path)}") from error
     if not isinstance(value, dict):
         raise LoadError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
 
 
-def _why(error: BaseException) -> str:
+def _bottom(error: BaseException) -> str:
     """The system's message at the bottom of a chain of errors, else the first line of the top one. No class names."""
     bottom: BaseException | None = error
     while bottom is not None:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...radix.node import Int32
-from ..errors import LoadError
+from ..errors import LoadError, why
 
 MOONCAKE_BLOCK = 512
 SESSION_HOURS = 8.0  # sessions of a trace without start times begin at random within so long
@@ -53,9 +53,10 @@ def read_trace(path: Path, *, seed: int = 0, max_requests: int | None = None) ->
             rows = [json.loads(line) for line in lines if line.strip()]
         arrivals = list(_mooncake(rows) if rows and "hash_ids" in rows[0] else _weka(rows, random.Random(seed)))
     except (OSError, EOFError, zlib.error) as error:  # the last two: of a packed file that is damaged
-        raise LoadError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise LoadError(f"{path} cannot be read: {why(error, path)}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise LoadError(f"{path} is not a trace in Mooncake's or Weka's format: {error!r}") from error
+        what = f"a line has no {error}" if isinstance(error, KeyError) else why(error, path)
+        raise LoadError(f"{path} is not a trace in Mooncake's or Weka's format: {what}") from error
     if not arrivals:
         raise LoadError(f"{path} has no requests")
     arrivals.sort(key=lambda each: each.seconds)

@@ -26,7 +26,7 @@ import numpy.typing as npt
 import xxhash
 
 from ...radix.node import Int32, Namespace
-from ..errors import LoadError
+from ..errors import LoadError, why
 from .fingerprint import Fingerprint
 from .index import Index, PageRow, now, prefix_hash, sound
 
@@ -64,7 +64,7 @@ class CacheFolder:
                 (self.path / "format.json").write_text(json.dumps(fingerprint.facts(), indent=1))
                 self.index = self._open_index()
             except (OSError, sqlite3.Error) as error:
-                raise LoadError(f"the disk cache {path} cannot be used: {error}") from error
+                raise LoadError(f"the disk cache {path} cannot be used: {why(error, path)}") from error
             undo.pop_all()
 
     def _open_index(self) -> Index:
@@ -199,7 +199,7 @@ def folder_secret(path: Path) -> bytes:
                 made.write(secrets.token_bytes(32))
         found = file.read_bytes()
     except OSError as error:
-        raise LoadError(f"{path} cannot be used: {error}") from error
+        raise LoadError(f"the disk cache {path} cannot be used: {why(error, path)}") from error
     if len(found) != 32:
         raise LoadError(f"{file} is damaged: delete it, and with it what keys and salts had in the cache")
     return found

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..errors import LoadError
+from ..errors import LoadError, why
 from .fingerprint import Fingerprint
 from .folder import CacheFolder, Damaged, rank_folders
 from .index import PageRow, prefix_hash
@@ -48,7 +48,7 @@ def open_part(path: Path, digest: str) -> CacheFolder:
     try:
         fingerprint = Fingerprint(**json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise LoadError(f"{file} cannot be read: {error}") from error
+        raise LoadError(f"{file} cannot be read: {why(error, file)}") from error
     if fingerprint.digest != digest:
         raise LoadError(f"{file} is of another format: {fingerprint.digest} instead of {digest}")
     return CacheFolder(path, fingerprint, 1 << 40)

@@ -27,7 +27,10 @@ def test_the_hub_out_of_reach_is_said_without_class_names(
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: nobody/nothing: no such folder, and cannot reach the hub: ")
+    assert line.endswith("; give a model's folder, or try again with a network")
     assert "Error" not in done.stderr.replace("error:", "")
+    (fix,) = (line for line in branchwise("doctor", "nobody/nothing", env=away).stdout.splitlines() if "fix it" in line)
+    assert fix.strip() == "fix it: branchwise pull nobody/nothing    (with a network)"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -117,6 +120,6 @@ def test_in_process_the_hub_out_of_reach_is_no_page_of_tracebacks(unused_port: i
     program = "from branchwise.runtime.models.folder import model_folder\nmodel_folder('nobody/nothing')"
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | away, capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith(
-        "branchwise.runtime.errors.LoadError: nobody/nothing: no such folder"
+        "branchwise.runtime.errors.HubUnreachable: nobody/nothing: no such folder"
     )
     assert done.stderr.count("Traceback") == 1
