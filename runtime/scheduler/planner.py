@@ -27,7 +27,7 @@ from .scheduled_step import ScheduledStep
 _PRODUCER_MIN = 64  # tokens: do not wait for another request to compute a shared prefix shorter than this
 _COPY_MIN = 4  # tokens: do not wait a step to share less than this of a page
 _MAX_TRIES = 8  # candidates that cannot be admitted before admission ends for the step
-_MAX_SKIPS = 64  # later requests admitted before one that does not fit; then they must end before it could start
+_MAX_SKIPS = 64  # later requests admitted before one that does not fit; then none may delay it
 _PATIENCE = 32  # times the step's budget: tokens after which a waiting request is overdue (see `policy`)
 _MAX_YIELDS = 4  # running requests retracted in one step so that other owners' can be admitted
 # Beside decodes, short prompts fill a step to `_FILL` query tokens. Beyond that a step takes as much longer as it has
@@ -180,8 +180,9 @@ class Planner:
     def _admissions(self, draft: Draft, producers: list[Request]) -> None:
         """Admits waiting requests, in the order of the policy and fairly between owners, as far as they fit.
 
-        A request that does not fit may be overtaken. After `_MAX_SKIPS` times only by requests that end before it could
-        start, so that by the forecast it starts no later than if nothing else were admitted.
+        A request that does not fit, or for which a step has no room, may be overtaken. After `_MAX_SKIPS` times there
+        is room for it, and whatever it waits for, only requests that end before its pages are there go before it: by
+        the forecast it starts no later than if nothing else were admitted.
         """
         ledger = self._ledger
         if not ledger.waiting or draft.budget <= 0:
@@ -191,22 +192,29 @@ class Planner:
         self._reservations.begin()
         self.scores.begin_step()
         misfits: list[Request] = []
+        overtaken: list[Request] = []  # misfits, and those without room
         tries = _MAX_TRIES
         deadline = NEVER  # steps from now within which a request must have ended
         for request in self._candidates():
             if draft.budget <= 0 or tries <= 0:
                 break
+            goes_first = self._goes_first(request)
+            if goes_first:
+                deadline = self._start_of(request)
             if self.scores.should_await(request) or self._should_await_producer(request, producers):
                 continue
-            if self._room(draft) <= 0 and self._is_short(request):
+            if not goes_first and self._room(draft) <= 0 and self._is_short(request):
                 tries -= 1
+                overtaken.append(request)
                 continue
             if draft.chunks and self._should_await_copy(request):
                 continue
             tries -= 1
             if self._should_await_tiers(request):
                 continue
-            if self._longest_run(request) > deadline or not (self._rows.has_free or self._yield_to(draft, request)):
+            if not goes_first and self._longest_run(request) > deadline:
+                continue
+            if not self._rows.has_free and not self._yield_to(draft, request):
                 continue
             admitted = self._admit(draft, request, look=not misfits)
             if not admitted and self._yield_to(draft, request):
@@ -214,22 +222,30 @@ class Planner:
                 admitted = self._admit(draft, request, look=True)
             if admitted:
                 tries += 1
-                for overtaken in misfits:
-                    overtaken.skips += 1
+                deadline = NEVER if goes_first else deadline
+                for each in overtaken:
+                    each.skips += 1
                 if request.row >= 0 and self._rows.phase[request.row] == PREFILL:
                     producers.append(request)
                 if not self._rows.has_free and not self._fairness.someone_may_take():
                     break
                 continue
             misfits.append(request)
+            overtaken.append(request)
             self.misfit = misfits[0]
-            if request.skips >= _MAX_SKIPS and self._first is None:
-                self._first = request
-            if request is self._first:
-                have = request.hit_estimate // self._page_size
-                deadline = self._reservations.forecast.start_of(
-                    self._expected_pages(request) - have, self._tree.available
-                )
+            if goes_first:  # its prefix has been looked up again
+                deadline = self._start_of(request)
+
+    def _goes_first(self, request: Request) -> bool:
+        """Whether it is the one request that was overtaken too often. It stays so until it is admitted or ends."""
+        if self._first is None and request.skips >= _MAX_SKIPS:
+            self._first = request
+        return request is self._first
+
+    def _start_of(self, request: Request) -> int:
+        """Steps until its pages are there, if nothing else is admitted."""
+        pages = self._expected_pages(request) - request.hit_estimate // self._page_size
+        return self._reservations.forecast.start_of(pages, self._tree.available)
 
     def _room(self, draft: Draft) -> int:
         """Query tokens that short prompts may still have in this step."""

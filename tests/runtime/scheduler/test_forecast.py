@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from branchwise.runtime.scheduler import planner
 from branchwise.runtime.scheduler.forecast import NEVER, Forecast
 
 
@@ -118,3 +119,48 @@ def test_requests_that_go_first_do_not_delay_one_that_does_not_fit(make_driver):
     beside, others = start_of_large(True)
     assert beside <= alone
     assert others > 10
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_short_prompt_that_goes_first_is_not_delayed(make_driver, monkeypatch, seed):
+    """Prompts that run already fill the steps' room for short ones, and a stream of others takes what pages it can."""
+    monkeypatch.setattr(planner, "_FILL", 16)
+    monkeypatch.setattr(planner, "_SHORT", 8)
+
+    def start_of_first(stream):
+        rng = np.random.default_rng(seed)
+        driver = make_driver(num_pages=96, page_size=4, max_num_seqs=24, max_len=384, max_num_batched_tokens=32)
+        driver.core.scheduler.planner.estimator.fraction = 1.0
+        driver.core.scheduler.planner.estimator.finished = lambda outputs, max_tokens: None
+        for i in range(8):
+            driver.add([3 + i] * int(rng.integers(1, 4)), max_tokens=int(rng.integers(8, 60)))
+        driver.step()
+        first = driver.add([11] * int(rng.integers(1, 9)), max_tokens=300)
+        driver.core.scheduler.ledger.waiting[first].skips = 64
+        for step in range(300):
+            for _ in range(int(rng.integers(1, 4)) if stream else 0):
+                length, end = int(rng.choice([4, 9, 20, 24, 32])), int(rng.integers(1, 80))
+                driver.add(rng.integers(12, 50, length).tolist(), max_tokens=end)
+            driver.step()
+            if first not in driver.core.scheduler.ledger.waiting:
+                return step
+        raise AssertionError("it never started")
+
+    assert start_of_first(True) <= start_of_first(False)
+
+
+def test_a_short_prompt_without_room_in_a_step_is_not_overtaken_for_ever(make_driver, monkeypatch):
+    """Of each longer prompt, what its first step leaves is short, and fills the room of the next step."""
+    monkeypatch.setattr(planner, "_FILL", 16)
+    monkeypatch.setattr(planner, "_SHORT", 8)
+    driver = make_driver(num_pages=4096, page_size=4, max_num_seqs=24, max_len=2048, max_num_batched_tokens=32)
+    for i in range(8):
+        driver.add([3 + i], max_tokens=1500)
+    driver.add([11] * 32, max_tokens=1)
+    driver.step()
+    short, later = driver.add([12] * 4, max_tokens=1), []
+    while short in driver.core.scheduler.ledger.waiting:
+        later.append(driver.add([13] * 24, max_tokens=1, salt=str(len(later))))
+        driver.step()
+        assert len(later) <= 70
+    assert len(later) > 60, "it was overtaken until then"
