@@ -15,8 +15,8 @@ class Explanation(NamedTuple):
     """The tokens that a match reused, and why it did not reuse more.
 
     ``hit``        everything it was allowed to reuse was cached
-    ``tier``       the next page is on the host or the disk, and was not loaded
-    ``evicted``    the next page was cached and has been evicted
+    ``tier``       more tokens, of a whole page or of a part, are on the host or the disk, and were not loaded
+    ``evicted``    of the next page, more tokens were cached than now, and have been evicted
     ``diverged``   something is cached after the reused tokens, and its next token differs
     ``namespace``  nothing is cached under this salt, but something is under another salt of the same owner. It does
                    not say whether that is the same prompt: a salt exists to hide exactly this

@@ -8,7 +8,7 @@ import numpy as np
 
 from .explain import Explanation
 from .matching import Partial, Walk, closest_page, follow
-from .node import EMPTY, Int32, Namespace, Root, join, page_key
+from .node import EMPTY, Int32, Namespace, Root, common_tokens, join, page_key
 from .structure import PrefixTree
 
 SHOWN = 16  # tokens
@@ -28,17 +28,20 @@ def explain(
     tree: PrefixTree, namespace: Namespace, tokens: Int32, limit: int, walk: Walk, partial: Partial
 ) -> Explanation:
     """The reason why a match of ``tokens[:limit]`` ended where ``walk`` and ``partial`` ended."""
-    hit, present = walk.length + partial.tokens, walk.length + partial.common
+    hit, common = walk.length + partial.tokens, partial.common
     if hit == limit > 0:
         return Explanation(hit, "hit")
-    next_page = page_key(tokens[walk.length : walk.length + tree.page_size])
     if not walk.stopped_inside:  # pages can be missing only after the end of a node
-        below = walk.node.children.get(next_page)
-        if below is not None and not len(below.pages):
-            return Explanation(hit, "tier")
-        if present < limit and tree.evictions.evicted(walk.node.serial, next_page, partial.common):
+        end = walk.length + tree.page_size
+        wanted = page_key(tokens[walk.length : min(end, limit)])
+        below = walk.node.nearest_below(wanted)
+        stored = 0 if below is None else common_tokens(below.key, wanted)
+        known, next_page = max(common, stored), page_key(tokens[walk.length : end])
+        if walk.length + known < limit and tree.evictions.evicted(walk.node.serial, next_page, known):
             return Explanation(hit, "evicted")
-    if hit and hit == present and partial.diverges:
+        if stored > partial.tokens:
+            return Explanation(hit, "tier")
+    if hit and hit == walk.length + common and partial.diverges:
         return Explanation(hit, "diverged", hit)
     if not hit and tree.salts_in_use.get(namespace[0]) and not walk.node.children:
         return Explanation(hit, "namespace")

@@ -67,7 +67,7 @@ class Moves:
         top = follow(root, tokens, 0, limit, size)
         copied = closest_page(top, tokens, limit, size, lambda _page: True).tokens
         device = top.length + copied
-        if top.stopped_inside or not self._any_below(top.node):
+        if top.stopped_inside or not (top.node.below[HOST] or top.node.below[DISK]):
             return Reach(device, 0, 0, [])
         walk = follow(top.node, tokens, top.length, limit, size, below=True)
         below = [(node, structure.size(node)) for node in walk.node.upwards(top.node)][::-1]
@@ -77,7 +77,7 @@ class Moves:
         extra = walk.beyond
         if not walk.stopped_inside:
             wanted = page_key(tokens[walk.length : min(walk.length + size, limit)])
-            nearest = _nearest_below(walk.node, wanted)
+            nearest = walk.node.nearest_below(wanted)
             extra = common_tokens(nearest.key, wanted) if nearest is not None else 0
             if nearest is not None and extra > copied:
                 below.append((nearest, 1))
@@ -88,9 +88,6 @@ class Moves:
             counts[HOST if len(node.host) else DISK] += tokens_of
             left -= tokens_of
         return Reach(device, counts[HOST], counts[DISK], below)
-
-    def _any_below(self, node: Node) -> bool:
-        return any(node.below[tier.number] for tier in self.structure.tiers[1:])
 
     def load(self, reach: Reach, most: int) -> Transfer | None:
         """Begins to copy to the device what the host has after the device's part, at most ``most`` pages of it. None if
@@ -311,18 +308,3 @@ class Moves:
 def last_record(node: Node | None) -> int:
     """The record of a node's last page on the disk; -1: it has none there, or is a root."""
     return int(node.disk[-1]) if node is not None and len(node.disk) else -1
-
-
-def _nearest_below(node: Node, wanted: bytes) -> Node | None:
-    """The child that is not on the device and shares most tokens with the page sought, at least one."""
-    best: Node | None = None
-    for side in node.nearest_first(wanted) if wanted else ():
-        for child in side:
-            shared = common_tokens(child.key, wanted)
-            if not shared:
-                break
-            if not len(child.pages):
-                if best is None or shared > common_tokens(best.key, wanted):
-                    best = child
-                break
-    return best

@@ -145,6 +145,21 @@ class Node:
         after = (children[order[i]] for i in range(at, len(order)))
         return before, after
 
+    def nearest_below(self, key: bytes) -> Node | None:
+        """The child that only lower tiers have and that shares most leading tokens with ``key``, at least one. Of those
+        that share some, the nearest are examined."""
+        best, most = None, 0
+        for side in self.nearest_first(key) if self.below[HOST] or self.below[DISK] else ():
+            for child in islice(side, SIBLINGS):
+                shared = common_tokens(child.key, key)
+                if not shared:
+                    break
+                if not len(child.pages):
+                    if shared > most:
+                        best, most = child, shared
+                    break
+        return best
+
     def upwards(self, top: Node | None = None) -> Iterator[Node]:
         """This node and its ancestors, below ``top`` (None: up to and including the root)."""
         node: Node | None = self

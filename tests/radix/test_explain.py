@@ -64,6 +64,27 @@ def test_a_page_in_a_lower_tier(drive):
     assert report(d.match([*A[:4], *A[8:]])) == (4, "diverged", 4), "that page is another's: it follows all of the node"
 
 
+def test_a_partial_page_in_a_lower_tier(drive):
+    d = drive(num_pages=6, host_slots=4)
+    d.remember(A[:10])
+    d.tree.reserve(d.fill(), 1)  # the last page, of two tokens, moves to the host
+    for prompt in (A, A[:10], [*A[:9], 7, 7, 7]):
+        assert report(d.match(prompt)) == (8, "tier", None)
+    assert report(d.match([*A[:8], 7, 7])) == (8, "cold", None), "the host has no more of this one"
+
+
+def test_the_device_and_a_lower_tier_have_parts_of_a_page(drive):
+    d = drive(num_pages=6, host_slots=4)
+    d.remember(A[:11])
+    lease = d.fill()
+    d.tree.reserve(lease, 1)
+    d.release(lease)
+    d.next_step()
+    d.remember([*A[:9], 7])
+    assert report(d.match(A)) == (9, "tier", None)
+    assert report(d.match([*A[:9], 8, 8])) == (9, "diverged", 9), "it has no more of this one than the device"
+
+
 def test_evicted_root_and_partial_page(drive):
     d = drive(num_pages=4)
     d.remember(A[:6])

@@ -24,6 +24,7 @@ from hypothesis.stateful import (
 )
 
 from branchwise.radix import DEVICE, DISK, HOST, CopiesEntered, CopiesLeft, Event, Lease, RadixTree, Transfer
+from branchwise.radix.explain import REASONS
 from branchwise.radix.node import Namespace, Node
 from branchwise.runtime.tiers.index import PageRow, prefix_hash, sound
 
@@ -130,6 +131,8 @@ class Machine(RuleBasedStateMachine):
         reach = self.tree.reach(array, namespace, len(tokens) - 1)
         lease = self.tree.match(array, namespace, len(tokens) - 1)
         assert lease.hit == reach.device
+        below = {"tier", "evicted"} if reach.host + reach.disk else {*REASONS} - {"tier"}
+        assert lease.report.reason in below
         pages = -(-len(tokens) // self.size)
         if self.tree.reserve(lease, pages - len(lease.pages)) is None:
             self.tree.release(lease)
