@@ -71,7 +71,7 @@ class SchedulerWorker:
         leaving = False
         timeout_ms: int | None = None
         while True:
-            for message in self._inbox.receive(timeout_ms):
+            for message in sorted(self._inbox.receive(timeout_ms), key=_after_ends):
                 leaving |= self._handle(message)
             self._answer_controls()
             self._answer_branches()  # before the step, which may take long
@@ -164,6 +164,12 @@ class SchedulerWorker:
             self._stats_at = now
             messages: list[Message] = [self._core.stats()]
             self._http.send(messages)
+
+
+def _after_ends(message: ToScheduler) -> bool:
+    """Sorts what the detokenizer says about ends before all else: who has the end of an answer may use its branch again
+    at once, and where both are waiting ZeroMQ takes frames of the two senders in turn."""
+    return not isinstance(message, (Settled, StopMatched))
 
 
 def _leave(run_dir: Path, failed: Future[str]) -> None:
