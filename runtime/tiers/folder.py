@@ -28,7 +28,7 @@ import xxhash
 from ...radix.node import Int32, Namespace
 from ..errors import LoadError, why
 from .fingerprint import Fingerprint
-from .index import Index, PageRow, now, prefix_hash, sound
+from .index import Index, PageRow, is_damage, now, prefix_hash, sound
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,8 @@ class CacheFolder:
         try:
             return Index(file)
         except sqlite3.Error as error:
+            if not is_damage(error):
+                raise
             logger.warning("disk cache: the index %s is damaged (%s): starting an empty one", file, error)
             return self._empty_index()
 
@@ -81,7 +83,8 @@ class CacheFolder:
         return Index(self.path / "index.sqlite")
 
     def load(self) -> list[PageRow]:
-        """The rows of every prefix that is whole, parents first. Others are deleted."""
+        """The rows of every prefix that is whole, parents first. Others are deleted. Raises `LoadError` if the folder
+        cannot be used now; what it holds stays."""
         try:
             good, moved, bad = sound(self.index.rows(), self.max_records)
             self.index.add(moved)
@@ -90,7 +93,9 @@ class CacheFolder:
                 self.index.delete(bad)
                 self.trim()
             return good
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
+            if isinstance(error, OSError) or not is_damage(error):
+                raise LoadError(f"the disk cache {self.path} cannot be used: {why(error, self.path)}") from error
             logger.warning("disk cache: the index cannot be read (%s): starting empty", error)
             self.index.close()
             self.index = self._empty_index()

@@ -30,6 +30,20 @@ CREATE TABLE IF NOT EXISTS pages (
 );
 """
 
+# What SQLite says of a file that it cannot use now; of all else, the file itself is the reason.
+_UNUSABLE_NOW = {
+    sqlite3.SQLITE_AUTH,
+    sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_CANTOPEN,
+    sqlite3.SQLITE_FULL,
+    sqlite3.SQLITE_INTERRUPT,
+    sqlite3.SQLITE_IOERR,
+    sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_NOMEM,
+    sqlite3.SQLITE_PERM,
+    sqlite3.SQLITE_READONLY,
+}
+
 
 class PageRow(NamedTuple):
     """One page on the disk: see the schema."""
@@ -48,6 +62,11 @@ def prefix_hash(before: bytes, namespace: Namespace, tokens: Int32) -> bytes:
     tokens of that page."""
     start = before or "\0".join(namespace).encode("utf-8", "surrogatepass")
     return xxhash.xxh3_128_digest(len(start).to_bytes(4, "little") + start + tokens.astype("<i4").tobytes())
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether an index is damaged, which stays so; else it cannot be used now: no access, no space, no descriptors."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in _UNUSABLE_NOW
 
 
 class Index:

@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,30 @@ def test_a_damaged_index_is_an_empty_one(tmp_path: Path, text: bytes) -> None:
     folder = CacheFolder(tmp_path, fingerprint(), 100)
     assert folder.load() == []
     folder.write([(ANN, -1, tokens(1, 2))], [0], [payload(9)])
+    folder.close()
+
+
+def test_an_index_that_cannot_be_opened_now_is_kept(tmp_path: Path) -> None:
+    filled(tmp_path).close()
+    with closing(sqlite3.connect(tmp_path / fingerprint().digest / "index.sqlite")) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(LoadError, match="the disk cache .* cannot be used: database is locked"):
+            CacheFolder(tmp_path, fingerprint(), 100)
+    with closing(CacheFolder(tmp_path, fingerprint(), 100)) as folder:
+        assert [row.record for row in folder.load()] == [0, 1, 3, 2]
+
+
+def test_an_index_that_cannot_be_changed_now_is_kept(tmp_path: Path) -> None:
+    """Rows of no whole prefix are to be deleted."""
+    folder = filled(tmp_path)
+    folder.index.delete([1])
+    with closing(sqlite3.connect(tmp_path / fingerprint().digest / "index.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LoadError, match="the disk cache .* cannot be used: database is locked"):
+            folder.load()
+    assert len(folder.index) == 3
+    assert [row.record for row in folder.load()] == [0, 3]
     folder.close()
 
 
