@@ -187,7 +187,7 @@ def test_an_index_that_cannot_be_opened_now_is_kept(tmp_path: Path) -> None:
     with closing(sqlite3.connect(tmp_path / fingerprint().digest / "index.sqlite")) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(LoadError, match="the disk cache .* cannot be used: database is locked"):
+        with pytest.raises(LoadError, match=r"the disk cache .* cannot be used: database is locked"):
             CacheFolder(tmp_path, fingerprint(), 100)
     with closing(CacheFolder(tmp_path, fingerprint(), 100)) as folder:
         assert [row.record for row in folder.load()] == [0, 1, 3, 2]
@@ -199,7 +199,7 @@ def test_an_index_that_cannot_be_changed_now_is_kept(tmp_path: Path) -> None:
     folder.index.delete([1])
     with closing(sqlite3.connect(tmp_path / fingerprint().digest / "index.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(LoadError, match="the disk cache .* cannot be used: database is locked"):
+        with pytest.raises(LoadError, match=r"the disk cache .* cannot be used: database is locked"):
             folder.load()
     assert len(folder.index) == 3
     assert [row.record for row in folder.load()] == [0, 3]
