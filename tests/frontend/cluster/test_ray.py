@@ -274,7 +274,7 @@ def test_a_killed_gateway_ends_its_own_streams_and_leaves_nothing(
     """A gateway, or Serve's HTTP proxy in front of them: its streams break, their requests are aborted on the replicas,
     another one answers."""
     names = cluster.replicas()
-    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 800) for number in range(10)]
+    streams = [threads.submit(cluster.stream, ids(64, 37 * number), 1600) for number in range(10)]
     eventually(lambda: cluster.in_flight(names) == 10)
     os.kill(cluster.processes(title)[0], signal.SIGKILL)
     ends = [stream.result(120) for stream in streams]
