@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -183,6 +183,7 @@ class EngineClient:
         self._in_flight: dict[int, _InFlight] = {}
         self._unfinished: Counter[str] = Counter()  # requests in flight by owner
         self._controls: dict[int, asyncio.Future[ControlReply]] = {}
+        self._late: dict[int, BranchOp] = {}  # that make branches, and for whose answers nobody waits any more
         self._deltas: deque[Delta] = deque()  # that have arrived and are still to be handed out
         self._ends = 0  # requests whose ends were handed out since the last `_resume`
         self._limits: Limits | None = None
@@ -369,6 +370,7 @@ class EngineClient:
         self.fail_all(error)
         self._in_flight.clear()
         self._unfinished.clear()
+        self._late.clear()
 
     # -- control -------------------------------------------------------------------------------------------------------
 
@@ -380,9 +382,15 @@ class EngineClient:
         return await self._ask(Control(next(self._control_ids), what, argument), self._to_scheduler, seconds)
 
     async def operate(self, op: BranchOp) -> Any:
-        """Sends an operation on a branch and assigns its ``id``; returns the reply's value. Raises as `control`."""
+        """Sends an operation on a branch and assigns its ``id``; returns the reply's value. Raises as `control`;
+        branches that it makes after that are deleted."""
         op.id = next(self._control_ids)
         return await self._ask(op, self._to_tokenizer, CONTROL_SECONDS)
+
+    def delete_branches(self, owner: tuple[str, str], made: Mapping[str, Any]) -> None:
+        """Deletes the branches that an operation's value names. Without an answer: nobody else has their ids."""
+        ids = made.get("ids") or [made["id"]]
+        self._to_tokenizer([BranchOp(next(self._control_ids), "delete", owner, id) for id in ids])
 
     async def _ask(
         self, question: Control | BranchOp, send: Callable[[Sequence[Message]], None], seconds: float
@@ -395,6 +403,8 @@ class EngineClient:
             send([question])
             reply = await asyncio.wait_for(future, seconds)
         except TimeoutError as error:
+            if isinstance(question, BranchOp) and question.what in ("create", "fork"):
+                self._late[question.id] = question
             raise Overloaded(f"the scheduler did not answer {question.what} within {seconds:g} s") from error
         finally:
             del self._controls[question.id]
@@ -406,6 +416,10 @@ class EngineClient:
         future = self._controls.get(reply.id)
         if future is not None and not future.done():
             future.set_result(reply)
+            return
+        op = self._late.pop(reply.id, None)
+        if op is not None and reply.error is None:
+            self.delete_branches(op.namespace, reply.value)
 
     def unavailable(self) -> Exception:
         """The error of a request that comes in a state in which none is taken."""

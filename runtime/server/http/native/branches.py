@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -24,6 +24,7 @@ from ..fields.parse import Strict, parse
 from ..fields.prompts import check_count, check_label, check_priority, prepare_params, token_bytes
 from ..openai.chat.request import chat_text
 from ..plumbing.body import read_json_object
+from ..plumbing.connection import connection_of
 from ..plumbing.errors import describe
 from ..plumbing.failures import BRANCH_BUSY, BRANCH_GONE, NO_BRANCH, TOO_MANY_BRANCHES
 from ..plumbing.respond import respond
@@ -118,7 +119,8 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/branches", body=CreateRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
     async def create(request: Request) -> Response:
         """A new branch: of a text, of token ids, of messages, of another branch, or of nothing yet."""
-        return json_response(await _create(state, await read_json_object(request)))
+        made = await _create(state, await read_json_object(request))
+        return _answer(state, request, made, [made])
 
     @routes.add("GET", "/branches")
     async def counts() -> Response:
@@ -137,7 +139,9 @@ def routes(state: AppState) -> Routes:
         ops = parse(BatchRequest, await read_json_object(request)).ops
         if not 1 <= len(ops) <= MAX_OPS:
             raise InvalidRequest("ops", f"must hold 1 to {MAX_OPS} operations, got {len(ops)}")
-        return json_response({"results": await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))})
+        results = await asyncio.gather(*(_one(state, i, op) for i, op in enumerate(ops)))
+        made = [each for each in results if "status" not in each and ("ids" in each or "id" in each)]
+        return _answer(state, request, {"results": results}, made)
 
     @routes.add("GET", "/branches/{id}", query=_GET_QUERY, errors=_GONE)
     async def get(id: str, request: Request) -> Response:
@@ -159,7 +163,8 @@ def routes(state: AppState) -> Routes:
     @routes.add("POST", "/branches/{id}/fork", body=ForkRequest, errors=[*_BUSY, TOO_MANY_BRANCHES])
     async def fork(id: str, request: Request) -> Response:
         """Create ``n`` copies of a branch as it is now."""
-        return json_response(await _fork(state, id, await read_json_object(request)))
+        made = await _fork(state, id, await read_json_object(request))
+        return _answer(state, request, made, [made])
 
     @routes.add("POST", "/branches/{id}/extend", body=ExtendRequest, errors=_BUSY)
     async def extend(id: str, request: Request) -> Response:
@@ -247,6 +252,14 @@ class _BranchReply(GenerateReply):
                 "pending_text": settled.rest,
             }
         return result
+
+
+def _answer(state: AppState, request: Request, answer: Any, made: Sequence[Mapping[str, Any]]) -> Response:
+    """Deletes the branches that were ``made`` if the client has left: nobody has their ids."""
+    if connection_of(request.scope).is_lost:
+        for each in made:
+            state.client.delete_branches(state.namespaces.of(None), each)
+    return json_response(answer)
 
 
 async def _one(state: AppState, i: int, raw: Any) -> Any:

@@ -14,12 +14,12 @@ class Connection:
     """One connection, which serves one request at a time."""
 
     def __init__(self) -> None:
-        self._is_lost = False
+        self.is_lost = False
         self._on_loss: Callable[[], None] | None = None
 
     def lost(self) -> None:
         """To be called once, when the connection has ended."""
-        self._is_lost = True
+        self.is_lost = True
         if self._on_loss is not None:
             self._on_loss()
 
@@ -28,7 +28,7 @@ class Connection:
         """While inside, the loss of the connection calls ``on_loss``: at once if it has been lost already."""
         self._on_loss = on_loss
         try:
-            if self._is_lost:
+            if self.is_lost:
                 on_loss()
             yield
         finally:

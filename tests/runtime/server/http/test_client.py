@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from branchwise.runtime.errors import EngineDead, InvalidRequest, Overloaded, TimedOut
 from branchwise.runtime.messages import (
     Abort,
+    BranchOp,
     BranchRun,
     Control,
     ControlReply,
@@ -22,6 +23,7 @@ from branchwise.runtime.messages import (
     Refusal,
 )
 from branchwise.runtime.sampling_params import SamplingParams
+from branchwise.runtime.server.http import engine_client
 from branchwise.runtime.server.http.engine_client import ENDS, EngineClient
 from branchwise.runtime.server.http.plumbing.errors import ClientGone, describe
 from branchwise.runtime.server.http.plumbing.failures import KEY_QUEUE, TIMED_OUT, Failure
@@ -301,3 +303,23 @@ def test_not_ready(sent: list[Message]) -> None:
         starting.open([ONE])
     with pytest.raises(Overloaded, match="loading"):
         _ = starting.limits
+
+
+@pytest.mark.parametrize(("what", "value"), [("create", {"id": "b1"}), ("fork", {"ids": ["b1", "b2"]})])
+async def test_branches_that_are_made_too_late_are_deleted(
+    client: EngineClient, sent: list[Message], monkeypatch: pytest.MonkeyPatch, what: str, value: dict[str, object]
+) -> None:
+    monkeypatch.setattr(engine_client, "CONTROL_SECONDS", 0.01)
+    owner = ("ann", "")
+    for op in (BranchOp(0, what, owner), BranchOp(0, what, owner), BranchOp(0, "extend", owner)):  # type: ignore[arg-type]
+        with pytest.raises(Overloaded, match="did not answer"):
+            await client.operate(op)
+    asked = [message.id for message in sent if isinstance(message, BranchOp)]
+    sent.clear()
+    client.answer(ControlReply(asked[0], True, {**value, "num_tokens": 1}))
+    client.answer(ControlReply(asked[1], False, error=Refusal("branch", "is gone", 410)))
+    client.answer(ControlReply(asked[2], True, {"num_tokens": 1}))
+    deleted = [(message.what, message.namespace, message.branch) for message in sent]  # type: ignore[attr-defined]
+    assert deleted == [("delete", owner, id) for id in ("b1", "b2")[: len(value.get("ids", "1"))]]  # type: ignore[arg-type]
+    client.answer(ControlReply(asked[0], True, value))
+    assert len(sent) == len(deleted)
