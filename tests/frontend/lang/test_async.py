@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import threading
 
 import pytest
 
@@ -152,21 +152,25 @@ async def test_cancelling_the_run_cancels_its_requests(echo):
     assert cancelled == [True]
 
 
-async def test_ordinary_programs_awaited_all_at_once_get_sixty_four_threads(echo, threads_started):
-    most = 0
+async def test_ordinary_programs_awaited_all_at_once_get_sixty_four_threads(echo):
+    lock, together, running, most = threading.Lock(), threading.Barrier(64), 0, 0
 
     @bw.function
     def plain(s):
-        nonlocal most
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
         s += "x" + bw.gen("a")
-        time.sleep(0.2)
-        most = max(most, len(threads_started()))
+        together.wait(60)
+        with lock:
+            running -= 1
         return s["a"]
 
     backend = echo(lambda prompt: "ok")
-    states = await asyncio.gather(*(plain.arun(backend=backend) for _ in range(300)))
-    assert [state.ret_value for state in states] == ["ok"] * 300
-    assert most <= 64 + 1  # and the background loop's
+    states = await asyncio.gather(*(plain.arun(backend=backend) for _ in range(256)))
+    assert [state.ret_value for state in states] == ["ok"] * 256
+    assert most == 64
 
 
 async def test_an_async_program_needs_no_threads(echo, threads_started):

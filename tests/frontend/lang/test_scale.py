@@ -36,7 +36,7 @@ def test_two_thousand_branches(null_engine: Any, threads_started: Any) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(answers) == 2000
-    assert max(threads) <= 1
+    assert max(threads) < 10  # not one for each branch
     assert peak < 110_000_000  # bytes; 88 million: 20,000 a branch, and 16 for each token of a waiting prompt
     # Every answer is what a lone request for the same prompt gets.
     for i in (0, 999, 1999):
