@@ -129,6 +129,13 @@ class RunningServer:
             assert time.monotonic() < deadline, f"still busy: {info['requests_in_flight']} in flight, {stats}"
             time.sleep(0.05)
 
+    def empty_cache(self) -> None:
+        """Waits for requests that are ending and for copies, whose pages a flush leaves. Branches and pins keep pages
+        until there is a first one."""
+        self.http.post("/flush_cache").raise_for_status()
+        self.idle()
+        self.http.post("/flush_cache").raise_for_status()
+
     def refused(self, path: str, field: str | None, **request: Any) -> str:
         """POSTs what must be refused, checks that the answer has the right shape and names ``field``; its message."""
         answer = self.http.post(path, **request)

@@ -174,8 +174,7 @@ SAMPLING: list[tuple[str, list[Any]]] = [
 @pytest.fixture(autouse=True, scope="module")
 def serves_afterwards(server: Any) -> Iterator[None]:
     yield
-    server.http.post("/flush_cache").raise_for_status()
-    server.idle()
+    server.empty_cache()
     good(server)
 
 

@@ -60,8 +60,7 @@ def shipped(run_server_process: Any, tmp_path_factory: pytest.TempPathFactory) -
     engine = EngineConfig(kv_cache_tokens=40_000, check_when_idle=True)
     with run_server_process(ServerConfig(engine=engine, port=0), tmp_path_factory.mktemp("shipped")) as server:
         yield server
-        server.http.post("/flush_cache").raise_for_status()  # what breakpoints keep is not idle
-        server.idle()
+        server.empty_cache()  # what breakpoints keep is not idle
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +159,7 @@ def test_the_prompt_is_that_of_the_chat_route(shipped: Any, client: anthropic.An
     """Token for token: the cache of one serves the other, and counting says how many there are."""
     blocks: Any = [{"type": "text", "text": "You are"}, {"type": "text", "text": "Twig."}]
     turns: Any = [*FACT, {"role": "assistant", "content": "31."}, {"role": "user", "content": "Thank you."}]
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     message = ask(client, turns, system=blocks, tools=TOOLS)
     tools = [
         {
@@ -349,7 +348,7 @@ def test_structured_output(client: anthropic.Anthropic) -> None:
 
 
 def test_a_turn_reuses_all_turns_before_it(shipped: Any, client: anthropic.Anthropic) -> None:
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     first = ask(client, FACT)
     assert (first.usage.cache_read_input_tokens, first.usage.cache_creation_input_tokens) == (0, 0)
     shipped.idle()
@@ -419,7 +418,7 @@ def test_a_breakpoint_keeps_its_prefix_to_the_token(
     shipped: Any, client: anthropic.Anthropic, marked: str, end: str, stream: bool
 ) -> None:
     """What is kept was written because somebody asked: it is counted apart from what was only computed."""
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     body = everything(marked)
     tokens = shipped.http.post("/tokenize", json={"prompt": WHOLE}).json()["tokens"]
     if stream:

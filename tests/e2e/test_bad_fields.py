@@ -445,8 +445,7 @@ def branch(server: Any) -> Iterator[str]:
     yield id
     server.http.delete(f"/branches/{id}").raise_for_status()
     assert server.http.get("/branches").json()["branches"] == 0
-    server.http.post("/flush_cache").raise_for_status()  # and what breakpoints keep
-    server.idle()
+    server.empty_cache()  # and what breakpoints keep
 
 
 @pytest.fixture

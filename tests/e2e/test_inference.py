@@ -53,7 +53,7 @@ def test_ids_and_logprobs_are_those_of_completions(shipped: Any, ids: list[int])
 def test_ranks_are_those_of_the_whole_vocabulary(shipped: Any, ids: list[int]) -> None:
     """Of tokens outside the alternatives too, computed or remembered: with enough alternatives a rank is a place among
     them."""
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     computed, remembered = (generate(shipped, ids, prompt_logprobs=1)["prompt_logprobs"] for _ in range(2))
     assert computed == remembered
     ranked = generate(shipped, ids, prompt_logprobs=20)["prompt_logprobs"]
@@ -95,7 +95,7 @@ def test_text_comes_with_the_ids_where_it_is_asked_for(shipped: Any, ids: list[i
 
 def test_output_ids_sent_back_hit_to_the_last_token(shipped: Any, ids: list[int]) -> None:
     """All but the last output token have been computed; it was sampled."""
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     [first] = generate(shipped, ids)["choices"]
     turn = ids + first["token_ids"] + ids[:3]
     usage = generate(shipped, turn)["usage"]

@@ -101,7 +101,7 @@ def test_the_prompt_is_the_templates_text(shipped: Any, client: openai.OpenAI) -
 
 
 def test_a_turn_reuses_all_turns_before_it(shipped: Any, client: openai.OpenAI) -> None:
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     first = chat(client, FACT)
     shipped.idle()
     said = first.choices[0].message.content

@@ -112,7 +112,7 @@ def test_a_response_is_what_a_chat_says(shipped: Any, client: openai.OpenAI) -> 
 
 
 def test_a_turn_reuses_all_turns_before_it(shipped: Any, client: openai.OpenAI) -> None:
-    shipped.http.post("/flush_cache").raise_for_status()
+    shipped.empty_cache()
     first = respond(client, FACT)
     shipped.idle()
     asked = [{"role": "user", "content": FACT}, *first.output, {"role": "user", "content": "And where does he live?"}]
@@ -128,7 +128,7 @@ def test_a_turn_reuses_all_turns_before_it(shipped: Any, client: openai.OpenAI) 
 def test_the_cache_is_told_what_to_keep_and_for_whom(shipped: Any, client: openai.OpenAI) -> None:
     part = {"type": "input_text", "text": FACT}
     for kept in ({"prompt_cache_breakpoint": {"mode": "explicit"}}, {"cache_control": {"type": "ephemeral"}}):
-        shipped.http.post("/flush_cache").raise_for_status()
+        shipped.empty_cache()
         respond(client, [{"role": "user", "content": [{**part, **kept}]}], max_output_tokens=1)
         assert shipped.http.get("/cache/stats").json()["pins"]["count"] == 1
         assert shipped.http.post("/flush_cache").json()["unpinned"] == 1

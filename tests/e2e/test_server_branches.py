@@ -45,7 +45,7 @@ def branch_server(
 @pytest.fixture
 def api(branch_server: Any) -> Iterator[Api]:
     api = Api(branch_server.http)
-    branch_server.http.post("/flush_cache").raise_for_status()
+    branch_server.empty_cache()
     yield api
     for id in api.made:
         branch_server.http.delete(f"/branches/{id}")

@@ -27,8 +27,7 @@ def events(response: httpx.Response) -> list[Any]:
 @pytest.fixture
 def clean(server: Any) -> Iterator[Any]:
     """The server with an empty cache; afterwards nothing may be left in flight."""
-    server.idle()
-    server.http.post("/flush_cache").raise_for_status()
+    server.empty_cache()
     yield server
     server.idle()
 

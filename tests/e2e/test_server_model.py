@@ -28,7 +28,7 @@ def model_server(checkpoint: Any, tmp_path_factory: pytest.TempPathFactory, run_
 
 @pytest.fixture
 def clean(model_server: Any) -> Iterator[Any]:
-    model_server.http.post("/flush_cache").raise_for_status()
+    model_server.empty_cache()
     yield model_server
     model_server.idle()
 
@@ -199,5 +199,5 @@ def test_a_soak_of_everything_leaves_the_books_balanced(clean: Any) -> None:
     stats = clean.idle()
     assert stats["running"] == stats["waiting"] == 0
     assert clean.http.get("/cache/check").json() == {"check": "clean"}
-    clean.http.post("/flush_cache").raise_for_status()
+    clean.empty_cache()
     assert clean.idle()["pages_free"] == clean.idle()["pages_total"]
