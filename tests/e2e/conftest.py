@@ -130,11 +130,14 @@ class RunningServer:
             time.sleep(0.05)
 
     def empty_cache(self) -> None:
-        """Waits for requests that are ending and for copies, whose pages a flush leaves. Branches and pins keep pages
-        until there is a first one."""
-        self.http.post("/flush_cache").raise_for_status()
-        self.idle()
-        self.http.post("/flush_cache").raise_for_status()
+        """Flushes until nothing is left: requests that are ending, and copies between tiers, keep pages at first."""
+
+        def empty() -> bool:
+            self.http.post("/flush_cache").raise_for_status()
+            info = self.http.get("/get_server_info").json()
+            return not info["requests_in_flight"] and info["stats"]["pages_free"] == info["stats"]["pages_total"]
+
+        self.until(empty)
 
     def refused(self, path: str, field: str | None, **request: Any) -> str:
         """POSTs what must be refused, checks that the answer has the right shape and names ``field``; its message."""
